@@ -1,0 +1,50 @@
+"""The forms in which a picture and its labels travel: from a reader, through the transforms, to a batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+import numpy as np
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One picture with its labels, all of one height and width."""
+
+    id: str
+    image: np.ndarray  # uint8 RGB (H, W, 3)
+    labels: dict[str, np.ndarray]  # every task in use, NumPy layout of mtcl.tasks.Task; an unlabelled one is all void
+
+
+class SampleMeta(NamedTuple):
+    """Where a sample lies in its batch's frame; outside of ``offset + native_size`` there is padding."""
+
+    id: str
+    native_size: tuple[int, int]  # height, width of the picture before padding
+    offset: tuple[int, int]  # top, left
+
+
+class Batch(TypedDict):
+    image: Tensor  # uint8 (B, 3, H, W), not normalised; padding is 0
+    labels: dict[str, Tensor]  # task -> label in batch layout; padding is void
+    meta: list[SampleMeta]
+
+
+class Reader(Protocol):
+    """One list of a dataset (its training or its validation pictures), read without augmentation.
+
+    A reader is made as ``SomeReader(part="train" | "val", split=..., tasks=names, **its own options)`` and raises
+    :class:`mtcl.UserError` there when what is on disk does not fit.
+    """
+
+    ids: Sequence[str]
+
+    @classmethod
+    def offered(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
+        """Task name -> options for ``mtcl.tasks.build_task``, for a dataset of these options, without opening it."""
+        ...
+
+    def read(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> str:
+        """A short hash of what the list holds (ids and whatever else identifies the data), for ``run.json``."""
+        ...

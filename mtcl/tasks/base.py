@@ -1,0 +1,76 @@
+"""What a task is: everything the rest of the house needs to know about it, in one frozen object."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torchmetrics
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """One pixel-wise task. One file per task; readers, decoders, trainer and regulariser ask it, never its name.
+
+    A label has two layouts. In the data pipeline it is a NumPy array of the picture's height and width: uint8 (H, W)
+    for classes, edges and saliency, float32 (H, W) for depth, float32 (H, W, 3) for normals. In a batch it is the
+    tensor that :meth:`collated` describes. Both mark invalid pixels with :attr:`void`.
+    """
+
+    name: str
+    channels: int  # of the prediction
+    primary: str  # the key of metric().compute() that tables and `trainer.monitor` use
+    higher_is_better: bool
+    weight: float  # the field's loss weight
+
+    void: ClassVar[float] = 255.0  # the value of an invalid pixel, and of padding
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """Scalar loss of raw predictions (B, C, H, W); a zero that keeps the graph when no pixel is valid."""
+
+    @abstractmethod
+    def metric(self, **options: Any) -> torchmetrics.Metric:
+        """A fresh metric; ``update(prediction, label)``, ``compute() -> {name: value}`` in fractions, degrees, metres."""
+
+    @abstractmethod
+    def valid(self, label: Tensor) -> Tensor:
+        """Which pixels of a batch's label carry one: bool (B, H, W)."""
+
+    @abstractmethod
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance of sampled labels in the task's natural unit: (B, K, c), (B, L, c) -> (B, K, L).
+
+        Classes: 0 equal, 1 different; depth: |log ratio|; normals: degrees. Meaningless where a label is invalid.
+        """
+
+    @abstractmethod
+    def draw(self, array: np.ndarray) -> np.ndarray:
+        """Colour a label, or a prediction after :meth:`decoded`, in label layout: uint8 RGB (H, W, 3)."""
+
+    @abstractmethod
+    def decoded(self, prediction: Tensor) -> np.ndarray:
+        """One raw prediction (C, H, W) as an array in label layout (classes, metres, unit vectors, probability of an edge)."""
+
+    @abstractmethod
+    def collated(self, labels: list[np.ndarray]) -> Tensor:
+        """Labels of equal size as a batch: int64 (B, H, W) for classes, float32 (B, c, H, W) for the others."""
+
+    def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, tuple[int, int, int]]]:
+        """(text, colour) rows that explain the colours of the given arrays (label layout)."""
+        return []
+
+    # Geometry of the label in the data pipeline; resampling itself is nearest for every task.
+
+    def scaled(self, label: np.ndarray, factor: float) -> np.ndarray:
+        """The label's values after the picture was enlarged by ``factor`` about the camera's centre."""
+        return label
+
+    def flipped(self, label: np.ndarray) -> np.ndarray:
+        """The label's values after its pixels were mirrored left to right."""
+        return label
+
+    def finished(self, label: np.ndarray) -> np.ndarray:
+        """The label as the loss sees it, after all augmentation (the field's ignore regions)."""
+        return label
