@@ -25,6 +25,9 @@ class Task(ABC):
     weight: float  # the field's loss weight
 
     void: ClassVar[float] = 255.0  # the value of an invalid pixel, and of padding
+    # Label distances up to `near` make a positive pair for the regulariser, from `far` on a negative one.
+    near: ClassVar[float] = 0.0
+    far: ClassVar[float] = 1.0
 
     @abstractmethod
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:

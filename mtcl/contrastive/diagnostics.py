@@ -1,0 +1,26 @@
+"""Does the regulariser do anything? Its gradient at the tapped features, beside the tasks' own."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def gradients_at_taps(task_loss: Tensor, contrast: Tensor, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Per target, detached scalars: ``norm_task``, ``norm_contrast`` (weighted, as they enter the step), ``cosine`` of the two.
+
+    Costs two backward passes from the losses down to ``taps``, not through the model; call it when logging. Leaves
+    ``.grad`` and the graph as they are.
+    """
+    maps = list(taps.values())
+    own = torch.autograd.grad(task_loss, maps, retain_graph=True, allow_unused=True)
+    ours = torch.autograd.grad(contrast, maps, retain_graph=True, allow_unused=True)
+    found = {}
+    for name, feature, a, b in zip(taps, maps, own, ours):
+        a = torch.zeros_like(feature) if a is None else a
+        b = torch.zeros_like(feature) if b is None else b
+        a, b = a.float().flatten(), b.float().flatten()
+        found[f"{name}/norm_task"] = a.norm()
+        found[f"{name}/norm_contrast"] = b.norm()
+        found[f"{name}/cosine"] = torch.nn.functional.cosine_similarity(a, b, dim=0)
+    return found

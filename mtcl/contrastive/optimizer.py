@@ -1,0 +1,57 @@
+"""AdamW for stacked parameters of which only some slices are in use at a step."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class SliceAdamW(torch.optim.Optimizer):
+    """AdamW, except that a slice (first axis) whose gradient is all zero takes no step at all.
+
+    Equal to ``torch.optim.AdamW`` over separate parameters of which the unused ones have no gradient: no moment decays, no
+    weight decay, no count. The projectors of source tasks that were not drawn stay as they are. No host synchronisation.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step(parameter, parameter.grad, group)
+        return result
+
+    def _step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        column = (-1,) + (1,) * (parameter.ndim - 1)  # a value per slice, to broadcast
+        if not state:
+            state["step"] = torch.zeros(parameter.shape[0], device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        live = grad.flatten(1).ne(0).any(dim=1)
+        state["step"] += live
+        live = live.view(column)
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        mean = torch.where(live, state["exp_avg"].lerp(grad, 1 - beta1), state["exp_avg"])
+        square = state["exp_avg_sq"]
+        square = torch.where(live, square * beta2 + grad * grad * (1 - beta2), square)
+        state["exp_avg"], state["exp_avg_sq"] = mean, square
+        step = state["step"].clamp(min=1).view(column)
+        denominator = square.sqrt() / (1 - beta2**step).sqrt() + group["eps"]
+        update = parameter * (1 - lr * group["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator
+        parameter.copy_(torch.where(live, update, parameter))

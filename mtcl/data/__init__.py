@@ -1,0 +1,22 @@
+"""Datasets, augmentation and batches: everything between files and the device."""
+
+from mtcl.data.loading import EpochBatches, SampleDataset, collate, eval_loader, prepare, train_loader
+from mtcl.data.nyud import NYUD
+from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
+from mtcl.data.transforms import Augment, finish
+
+__all__ = [
+    "NYUD",
+    "Augment",
+    "Batch",
+    "EpochBatches",
+    "Reader",
+    "Sample",
+    "SampleDataset",
+    "SampleMeta",
+    "collate",
+    "eval_loader",
+    "finish",
+    "prepare",
+    "train_loader",
+]

@@ -1,0 +1,218 @@
+"""From readers to batches: which sample with which randomness, in which order, in which frame.
+
+Sample ``i`` of an epoch is augmented by f(seed, epoch, i) and the order of an epoch is f(seed, epoch). No
+generator lives in a worker or in the process, so the number of workers, a resumed run and other users of
+torch's global generator change nothing.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
+from mtcl.data.transforms import Augment, finish
+from mtcl.errors import UserError
+from mtcl.tasks.base import Task
+
+
+class SampleDataset(Dataset[Sample | UserError]):
+    """Augmented samples by (epoch, index); without ``augment`` the labels are only finished.
+
+    A ``UserError`` is returned, not raised: a DataLoader would bury its sentence in a worker's traceback.
+    """
+
+    def __init__(self, reader: Reader, tasks: Mapping[str, Task], augment: Augment | None, seed: int) -> None:
+        self.reader, self.tasks, self.augment, self.seed = reader, dict(tasks), augment, seed
+
+    def __len__(self) -> int:
+        return len(self.reader.ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+        epoch, index = key
+        try:
+            sample = self.reader.read(index)
+        except UserError as error:
+            return error
+        if self.augment is None:
+            return finish(sample, self.tasks)
+        return self.augment(sample, self.tasks, np.random.default_rng([self.seed, epoch, index]))
+
+
+class EpochBatches:
+    """Endless batches of (epoch, index): each epoch a permutation of its own without an incomplete batch.
+
+    Iteration begins at batch ``start_step`` of the stream, so a resumed run sees the tail of the whole one.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, start_step: int = 0) -> None:
+        if not 1 <= batch_size <= count:
+            raise UserError(
+                f"A batch of {batch_size} cannot be drawn from {count} training pictures; "
+                f"choose a batch size from 1 to {count}."
+            )
+        if seed < 0:
+            raise UserError(f"seed={seed} is negative; give 0 or a positive number.")
+        self.count, self.batch_size, self.seed, self.start_step = count, batch_size, seed, start_step
+        self.per_epoch = count // batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, first = divmod(self.start_step, self.per_epoch)
+        while True:
+            order = self._order(epoch)
+            for start in range(first * self.batch_size, self.per_epoch * self.batch_size, self.batch_size):
+                yield [(epoch, index) for index in order[start : start + self.batch_size]]
+            epoch, first = epoch + 1, 0
+
+    def _order(self, epoch: int) -> list[int]:
+        # `count` is nobody's index; NumPy pads seeds with zeros, so [seed, epoch] would be sample 0's.
+        return np.random.default_rng([self.seed, epoch, self.count]).permutation(self.count).tolist()
+
+
+def collate(
+    samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int
+) -> Batch:
+    """Samples padded around their centres to one frame: the picture with 0, labels with ``task.void``.
+
+    The frame's height and width are the larger of ``size`` and of the samples', rounded up to ``multiple``.
+    """
+    native = [sample.image.shape[:2] for sample in samples]
+    largest = [-(-max(side) // multiple) * multiple for side in zip(*native)]
+    frame = (max(largest[0], size[0]), max(largest[1], size[1])) if size else (largest[0], largest[1])
+    offsets = [((frame[0] - height) // 2, (frame[1] - width) // 2) for height, width in native]
+
+    def padded(arrays: list[np.ndarray], void: float) -> list[np.ndarray]:
+        return [_padded(array, frame, offset, void) for array, offset in zip(arrays, offsets)]
+
+    images = np.stack(padded([sample.image for sample in samples], 0))
+    return {
+        "image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        "labels": {
+            name: task.collated(padded([sample.labels[name] for sample in samples], task.void))
+            for name, task in tasks.items()
+        },
+        "meta": [SampleMeta(s.id, (h, w), offset) for s, (h, w), offset in zip(samples, native, offsets)],
+    }
+
+
+def train_loader(
+    reader: Reader,
+    tasks: Mapping[str, Task],
+    augment: Augment,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    start_step: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """The endless stream of augmented batches in frames of ``augment.size``, from batch ``start_step`` on."""
+    return _Loader(
+        SampleDataset(reader, tasks, augment, seed),
+        batch_sampler=EpochBatches(len(reader.ids), batch_size, seed, start_step),
+        collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def eval_loader(
+    reader: Reader,
+    tasks: Mapping[str, Task],
+    size: tuple[int, int] | None,
+    batch_size: int,
+    workers: int,
+    multiple: int = 32,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Every sample once, in order, unaugmented; the last batch may be smaller. Frames: :func:`collate`."""
+    if batch_size < 1:
+        raise UserError(
+            f"A batch of {batch_size} pictures is not possible; choose a batch size of at least 1."
+        )
+    keys = [(0, index) for index in range(len(reader.ids))]
+    return _Loader(
+        SampleDataset(reader, tasks, None, seed=0),
+        batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)],
+        collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=size, multiple=multiple),
+        num_workers=workers,
+        pin_memory=pin_memory,
+    )
+
+
+def prepare(
+    batch: Batch, mean: Sequence[float], std: Sequence[float], device: torch.device | str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The batch on ``device``: normalised pictures float32 (B, 3, H, W), exactly 0 in padding, and labels.
+
+    ``mean`` and ``std`` are per channel on the 0..1 scale. Nothing here waits for the device.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    image = moved(batch["image"]).float()
+    constants = moved(torch.tensor([mean, std], dtype=torch.float32))[:, None, :, None, None]
+    image = image.div_(255).sub_(constants[0]).div_(constants[1])
+    image.masked_fill_(~_inside(batch["meta"], image.shape[-2:], moved), 0.0)
+    return image, {name: moved(label) for name, label in batch["labels"].items()}
+
+
+class _Loader(DataLoader):
+    """A DataLoader that raises the error a worker returned and leaves torch's global generator alone."""
+
+    def __init__(self, dataset: SampleDataset, **kwargs: Any) -> None:
+        # Workers are seeded from this generator, though nothing of ours draws from their global state.
+        super().__init__(dataset, worker_init_fn=_one_thread, generator=torch.Generator(), **kwargs)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        return map(_raised, super().__iter__())
+
+
+def _raised(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        # A new error: one that this frame knows by name would keep the loader and its workers in a cycle.
+        raise UserError(*batch.args) from batch
+    return batch
+
+
+def _collate_or_error(
+    samples: list[Sample | UserError], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int
+) -> Batch | UserError:
+    good = []
+    for sample in samples:
+        if isinstance(sample, UserError):
+            return sample
+        good.append(sample)
+    return collate(good, tasks, size, multiple)
+
+
+def _one_thread(worker: int) -> None:
+    """Workers are the parallelism; threads inside them would only fight over the cores."""
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+
+
+def _padded(array: np.ndarray, frame: tuple[int, int], offset: tuple[int, int], void: float) -> np.ndarray:
+    """An array (H, W[, C]) in a void ``frame``, its corner at ``offset``; always a copy, contiguous."""
+    framed = np.full((*frame, *array.shape[2:]), void, array.dtype)
+    framed[offset[0] : offset[0] + array.shape[0], offset[1] : offset[1] + array.shape[1]] = array
+    return framed
+
+
+def _inside(meta: Sequence[SampleMeta], frame: torch.Size, moved: Any) -> Tensor:
+    """Which pixels of a batch's frame show a picture: bool (B, 1, H, W)."""
+    corners = torch.tensor(
+        [[m.offset, (m.offset[0] + m.native_size[0], m.offset[1] + m.native_size[1])] for m in meta]
+    )
+    corners = moved(corners)  # (B, first or one past the last, row or column)
+    rows = torch.arange(frame[0], device=corners.device)
+    columns = torch.arange(frame[1], device=corners.device)
+    in_rows = (rows >= corners[:, 0, :1]) & (rows < corners[:, 1, :1])
+    in_columns = (columns >= corners[:, 0, 1:]) & (columns < corners[:, 1, 1:])
+    return in_rows[:, None, :, None] & in_columns[:, None, None, :]

@@ -1,0 +1,506 @@
+"""Exact ray casting of a scene, with the labels of all six tasks and a lit, textured picture.
+
+On the pixel path there are only integer operations and + - * / sqrt, floor, comparisons and choices of single
+elements, in float32, so that the pixels are the same on every machine. Pixels are kept flat: an image of height H
+and width W is an array of N = H * W, a field of vectors is (3, N).
+
+The work goes over all primitives of a kind at once: every primitive is paired with the pixels of the screen
+rectangle that bounds it, and one call intersects all the pairs.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+
+from mtcl.data.rooms.scene import (
+    FREE_STANDING,
+    PERSON,
+    Camera,
+    Capsule,
+    Scene,
+    Solid,
+    Vector,
+    build,
+)
+from mtcl.data.rooms.textures import LEVELS, SIDE, SIDE_BITS, atlas, hashed
+
+NEAR = 0.05  # metres; nothing is closer to the camera
+LARGE_PERSON = 0.01  # of the picture; smaller persons are not salient
+FALLOFF = 0.16  # of the lamp's light, per square metre
+
+
+class View(NamedTuple):
+    """What every pixel of a picture shows, before labels and light."""
+
+    rays: np.ndarray  # float32 (3, N): directions in the world, 1 long along the optical axis
+    depth: np.ndarray  # float32 (N,): metres along the optical axis
+    surface: np.ndarray  # intp (N,): row of the scene's surfaces
+    points: np.ndarray  # float32 (3, N): where the rays end
+    normals: np.ndarray  # float32 (3, N): unit vectors in the world
+    texture: np.ndarray  # float32 (2, N): metres along and up the surface
+
+
+class Tables(NamedTuple):
+    """The scene's surfaces by row: the shell's twelve, then boxes, ellipsoids and capsules."""
+
+    label: np.ndarray  # uint8
+    instance: np.ndarray  # int32
+    part: np.ndarray  # uint8
+    pattern: np.ndarray  # int32
+    texels: np.ndarray  # float32: texels of the finest level per metre
+    colours: np.ndarray  # float32 (7, rows): first colour, second minus first colour, glow
+
+
+def render(seed: int, index: int, height: int, width: int) -> dict[str, np.ndarray]:
+    """The picture and the labels of scene ``index`` of ``seed``, a pure function of its arguments.
+
+    ``image`` uint8 RGB (H, W, 3); ``semseg`` uint8 (H, W), indices of ``CLASS_NAMES``; ``depth`` float32 (H, W),
+    metres along the optical axis; ``normals`` float32 (H, W, 3), unit vectors in camera axes: x to the left, y up,
+    z towards the viewer; ``edge`` uint8 (H, W), 1 where the right or the lower neighbour belongs to another
+    instance; ``human_parts`` uint8 (H, W), 0 background, then head, torso, upper arms, lower arms, upper legs,
+    lower legs; ``sal`` uint8 (H, W), 1 on the salient object (see :func:`salient`).
+    """
+    scene = build(seed, index)
+    tables = tabulated(scene)
+    view = cast(scene, height, width)
+    shape = (height, width)
+    label, instance = tables.label[view.surface], tables.instance[view.surface]
+    return {
+        "image": picture(scene, tables, view, height, width),
+        "semseg": label.reshape(shape),
+        "depth": view.depth.reshape(shape),
+        "normals": camera_normals(scene.camera, view.normals).reshape(*shape, 3),
+        "edge": boundaries(instance.reshape(shape)),
+        "human_parts": tables.part[view.surface].reshape(shape),
+        "sal": salient(label, instance, height, width).reshape(shape),
+    }
+
+
+def tabulated(scene: Scene) -> Tables:
+    primitives = (*scene.boxes, *scene.ellipsoids, *scene.capsules)
+    surfaces = scene.shell + [primitive.surface for primitive in primitives]
+    colours = np.array([(*s.paint.first, *s.paint.second, s.paint.glow) for s in surfaces], np.float32).T.copy()
+    colours[3:6] -= colours[:3]
+    return Tables(
+        label=np.array([s.label for s in surfaces], np.uint8),
+        instance=np.array([s.instance for s in surfaces], np.int32),
+        part=np.array([s.part for s in surfaces], np.uint8),
+        pattern=np.array([s.paint.pattern for s in surfaces], np.int32),
+        texels=np.array([SIDE / s.paint.tile for s in surfaces], np.float32),
+        colours=colours,
+    )
+
+
+# Geometry.
+
+
+class Boxes:
+    """Boxes: intersections and surfaces in frames where each of them is the cube from -1 to 1."""
+
+    def __init__(self, solids: list[Solid]):
+        rows = np.array([(*s.centre, *s.half, *s.turn) for s in solids], np.float64).reshape(-1, 8).T
+        self.centre, self.half, (self.cos, self.sin) = rows[:3], rows[3:6], rows[6:]
+
+    def bounds(self) -> np.ndarray:
+        """Low and high corners in the world: (2, 3, primitives)."""
+        c, s = abs(self.cos), abs(self.sin)
+        x, y, z = self.half
+        half = np.stack([c * x + s * z, y, s * x + c * z])
+        return np.stack([self.centre - half, self.centre + half])
+
+    def frames(self, origin: Vector) -> np.ndarray:
+        """What takes a ray from ``origin`` into the primitives' frames: float32 (8, primitives)."""
+        x, y, z = np.array(origin)[:, None] - self.centre
+        c, s = self.cos, self.sin
+        hx, hy, hz = self.half
+        rows = [c / hx, s / hx, 1 / hy, s / hz, c / hz, (c * x - s * z) / hx, y / hy, (s * x + c * z) / hz]
+        return np.stack(rows).astype(np.float32)
+
+    @staticmethod
+    def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        """How many ray lengths to the first intersection; infinite where there is none. Pairs: (8, M), (3, M)."""
+        origin, direction = _local(frames, rays)
+        near, far = _slabs(origin, direction)
+        first = np.maximum(np.maximum(near[0], near[1]), near[2])
+        last = np.minimum(np.minimum(far[0], far[1]), far[2])
+        return np.where(first <= last, first, np.float32(np.inf))
+
+    def surfaces(
+        self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray, points: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Unit normals (3, M) and texture coordinates (2, M) where the rays meet the primitives ``which``."""
+        start, direction = _local(np.take(self.frames(origin), which, axis=1), rays)
+        near, _ = _slabs(start, direction)
+        axis = np.where(near[0] > near[1], np.where(near[0] > near[2], 0, 2), np.where(near[1] > near[2], 1, 2))
+        # The face met is the one whose slab is entered last, so its normal is against the ray.
+        facing = np.where(direction < 0, np.float32(1), np.float32(-1)) * (axis == np.arange(3)[:, None])
+        c, s = (np.take(one.astype(np.float32), which) for one in (self.cos, self.sin))
+        x, y, z = facing
+        normals = np.stack([c * x + s * z, y, c * z - s * x])
+        local = (start + depth * direction) * np.take(self.half.astype(np.float32), which, axis=1)
+        return normals, face_coordinates(local, axis)
+
+
+class Ellipsoids(Boxes):
+    """The ellipsoids inscribed in boxes: unit spheres in the boxes' frames."""
+
+    @staticmethod
+    def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        origin, direction = _local(frames, rays)
+        a, b, c = dot(direction, direction), dot(origin, direction), dot(origin, origin) - 1
+        h = b * b - a * c
+        return np.where(h > 0, (-b - np.sqrt(np.maximum(h, 0))) / a, np.float32(np.inf))
+
+    def surfaces(
+        self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray, points: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        start, direction = _local(np.take(self.frames(origin), which, axis=1), rays)
+        half = np.take(self.half.astype(np.float32), which, axis=1)
+        on_sphere = start + depth * direction
+        x, y, z = on_sphere / half
+        c, s = (np.take(one.astype(np.float32), which) for one in (self.cos, self.sin))
+        local = on_sphere * half
+        return unit(np.stack([c * x + s * z, y, c * z - s * x])), np.stack([local[0] + local[2], local[1]])
+
+
+class Capsules:
+    """Capsules, with the same methods as :class:`Boxes`."""
+
+    def __init__(self, capsules: list[Capsule]):
+        rows = np.array([(*c.start, *c.end, c.radius) for c in capsules], np.float64).reshape(-1, 7).T
+        self.start, self.end, self.radius = rows[:3], rows[3:6], rows[6]
+
+    def bounds(self) -> np.ndarray:
+        low, high = np.minimum(self.start, self.end), np.maximum(self.start, self.end)
+        return np.stack([low - self.radius, high + self.radius])
+
+    def frames(self, origin: Vector) -> np.ndarray:
+        """The segments, the way from them to the origin, and their products: float32 (13, primitives)."""
+        axis = self.end - self.start
+        start, end = (np.array(origin)[:, None] - one for one in (self.start, self.end))
+        length, along, square = dot(axis, axis), dot(axis, start), self.radius * self.radius
+        c = length * dot(start, start) - along * along - square * length
+        caps = [dot(start, start) - square, dot(end, end) - square]
+        return np.stack([*axis, *start, *end, length, along, c, *caps]).astype(np.float32)
+
+    @staticmethod
+    def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        axis, start, end = frames[:3], frames[3:6], frames[6:9]
+        length, along, c, cap_start, cap_end = frames[9:]
+        rr, ar, sr = dot(rays, rays), dot(axis, rays), dot(start, rays)
+        a = length * rr - ar * ar
+        b = length * sr - along * ar
+        h = b * b - a * c
+        t = (-b - np.sqrt(np.maximum(h, 0))) / a
+        y = along + t * ar
+        inside = (h > 0) & (y > 0) & (y < length)
+        # Past the ends of the cylinder, the sphere at that end decides.
+        first = y <= 0
+        b = np.where(first, sr, sr - ar)
+        h_cap = b * b - rr * np.where(first, cap_start, cap_end)
+        cap = np.where((h > 0) & (h_cap > 0), (-b - np.sqrt(np.maximum(h_cap, 0))) / rr, np.float32(np.inf))
+        return np.where(inside, t, cap)
+
+    def surfaces(
+        self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray, points: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        axes = self.end - self.start
+        start, axis = (np.take(one.astype(np.float32), which, axis=1) for one in (self.start, axes))
+        offset = points - start
+        share = np.minimum(np.maximum(dot(offset, axis) / dot(axis, axis), 0), 1)
+        return unit(offset - share * axis), np.stack([offset[0] + offset[2], offset[1]])
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Inner products of (3, M) and (3, M): (M,), added in one fixed order."""
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def unit(a: np.ndarray) -> np.ndarray:
+    return a / np.sqrt(dot(a, a))
+
+
+def _local(frames: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Origins and directions of rays in the frames of :meth:`Boxes.frames`: (3, M) each."""
+    xx, xz, yy, zx, zz = frames[:5]
+    x, y, z = rays
+    return frames[5:], np.stack([xx * x - xz * z, yy * y, zx * x + zz * z])
+
+
+def _slabs(origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where rays enter and leave the three slabs -1..1, in ray lengths: (3, M) each."""
+    inverse = 1 / direction
+    middle, half = -origin * inverse, abs(inverse)
+    return middle - half, middle + half
+
+
+def face_coordinates(points: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """Coordinates (2, M) in the plane of an axis-aligned face: z, y or x, z or x, y for the axes 0, 1, 2."""
+    x, y, z = points
+    return np.stack([np.where(axis == 0, z, x), np.where(axis == 1, z, y)])
+
+
+@cache
+def grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pixel centres in units of half the width, the optical axis at 0: to the right (1, W) and up (H, 1)."""
+    x = (2 * np.arange(width, dtype=np.float32) + 1 - width) / width
+    y = (height - 1 - 2 * np.arange(height, dtype=np.float32)) / width
+    return x[None, :], y[:, None]
+
+
+def camera_rays(camera: Camera, height: int, width: int) -> np.ndarray:
+    """Directions of the pixels' rays in the world, 1 long along the optical axis: float32 (3, N)."""
+    x, y = grid(height, width)
+    right, up = (np.array(axis, np.float32) * np.float32(camera.half_width) for axis in (camera.right, camera.up))
+    rays = np.empty((3, height, width), np.float32)
+    for axis in range(3):
+        np.add(x * right[axis], y * up[axis] + np.float32(camera.forward[axis]), out=rays[axis])
+    return rays.reshape(3, -1)
+
+
+def cast(scene: Scene, height: int, width: int) -> View:
+    """The nearest surface along every pixel's ray."""
+    origin = scene.camera.position
+    rays = camera_rays(scene.camera, height, width)
+    kinds = [Boxes(scene.boxes), Ellipsoids(scene.ellipsoids), Capsules(scene.capsules)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        depth, face = room_walls(scene, rays)
+        surface = face.copy()
+        first = firsts = len(scene.shell)
+        starts = []
+        for kind in kinds:
+            starts.append(first)
+            bounds = kind.bounds()
+            which, pixel = pairs(windows(corners(bounds), scene.camera, height, width), width)
+            distance = kind.distances(np.take(kind.frames(origin), which, axis=1), np.take(rays, pixel, axis=1))
+            near = np.flatnonzero((distance > NEAR) & (distance < np.take(depth, pixel)))
+            which, pixel, distance = which[near], pixel[near], distance[near]
+            np.minimum.at(depth, pixel, distance)
+            won = distance == depth[pixel]
+            surface[pixel[won]] = first + which[won]
+            first += bounds.shape[2]
+
+        points = depth * rays + np.array(origin, np.float32)[:, None]
+        axis = face // 2
+        inward = np.float32(1 - 2 * (face % 2))
+        normals = inward * (axis == np.arange(3)[:, None])
+        texture = face_coordinates(points, axis)
+        for kind, start, end in zip(kinds, starts, [*starts[1:], first]):
+            pixel = np.flatnonzero((surface >= start) & (surface < end))
+            normals[:, pixel], texture[:, pixel] = kind.surfaces(
+                origin, surface[pixel] - start, rays[:, pixel], depth[pixel], points[:, pixel]
+            )
+    surface += 6 * ((surface < 6) & (points[1] < scene.band))
+    assert firsts == 12
+    return View(rays, depth, surface, points, normals, texture)
+
+
+def room_walls(scene: Scene, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Depth (N,) of the shell as seen from within, and the face met (N,): 2 * axis + (1 on the high side)."""
+    exits = []
+    for axis in range(3):
+        low, high = (np.float32(end[axis] - scene.camera.position[axis]) for end in (scene.low, scene.high))
+        exits.append(np.maximum(low / rays[axis], high / rays[axis]))
+    x, y, z = exits
+    depth = np.minimum(np.minimum(x, y), z)
+    axis = np.where(depth == x, 0, np.where(depth == y, 1, 2))
+    ahead = np.where(axis == 0, rays[0], np.where(axis == 1, rays[1], rays[2])) > 0
+    return depth, 2 * axis + ahead
+
+
+def corners(bounds: np.ndarray) -> np.ndarray:
+    """The eight corners of boxes given as (2, 3, primitives): (3, 8, primitives)."""
+    x, y, z = (bounds[:, axis] for axis in range(3))
+    i = np.arange(8)
+    return np.stack([x[i & 1], y[i >> 1 & 1], z[i >> 2]])
+
+
+def windows(points: np.ndarray, camera: Camera, height: int, width: int) -> np.ndarray:
+    """Pixel rectangles that bound the projections of (3, K, primitives): int (4, primitives).
+
+    Top, bottom, left, right, the second of each excluded; empty where all points are behind the camera.
+    """
+    offset = points - np.array(camera.position)[:, None, None]
+    x, y, z = (dot(np.array(axis), offset) for axis in (camera.right, camera.up, camera.forward))
+    scale = width / 2 / camera.half_width
+    close = np.maximum(z, NEAR)
+    columns, rows = width / 2 + x / close * scale, height / 2 - y / close * scale
+    whole = z.min(axis=0) < NEAR  # reaches behind the camera: its projection is not bounded by its corners'
+    behind = z.max(axis=0) < NEAR
+    edges = [
+        np.where(whole, 0, rows.min(axis=0)),
+        np.where(whole, height, rows.max(axis=0) + 1),
+        np.where(whole, 0, columns.min(axis=0)),
+        np.where(whole, width, columns.max(axis=0) + 1),
+    ]
+    limits = np.array([height, height, width, width])[:, None] * ~behind
+    return np.minimum(np.maximum(np.floor(np.stack(edges)), 0), limits).astype(np.intp)
+
+
+def pairs(rectangles: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """All pixels of the rectangles (4, primitives): the primitive and the flat pixel of each pair, intp (M,)."""
+    top, bottom, left, right = rectangles
+    across = np.maximum(right - left, 0)
+    down = np.where(across > 0, bottom - top, 0)
+    # First the rows of all the rectangles, then the pixels of all the rows.
+    owner = np.repeat(np.arange(len(top)), down)
+    row = np.arange(len(owner)) - np.repeat(np.cumsum(down) - down, down)
+    length = across[owner]
+    start = (top[owner] + row) * width + left[owner]
+    pixel = np.repeat(start - (np.cumsum(length) - length), length)
+    pixel += np.arange(len(pixel))
+    return np.repeat(owner, length), pixel
+
+
+# Labels.
+
+
+def camera_normals(camera: Camera, normals: np.ndarray) -> np.ndarray:
+    """World normals (3, N) in camera axes x left, y up, z towards the viewer: float32 (N, 3)."""
+    right, up, forward = (np.array(axis, np.float32) for axis in (camera.right, camera.up, camera.forward))
+    result = np.empty((normals.shape[1], 3), np.float32)
+    result[:, 0] = dot(-right, normals)
+    result[:, 1] = dot(up, normals)
+    result[:, 2] = dot(-forward, normals)
+    return result
+
+
+def boundaries(instance: np.ndarray) -> np.ndarray:
+    """1 where the right or the lower neighbour belongs to another instance: uint8 (H, W)."""
+    edge = np.zeros(instance.shape, bool)
+    edge[:, :-1] = instance[:, :-1] != instance[:, 1:]
+    edge[:-1] |= instance[:-1] != instance[1:]
+    return edge.astype(np.uint8)
+
+
+@cache
+def centre_weights(height: int, width: int) -> np.ndarray:
+    """Integer weights (N,), in float64, that fall from the picture's centre to its borders."""
+    row, column = np.arange(height)[:, None], np.arange(width)[None, :]
+    weights = np.minimum(row + 1, height - row) * width + np.minimum(column + 1, width - column) * height
+    return weights.ravel().astype(np.float64)
+
+
+def salient(label: np.ndarray, instance: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The mask of what one looks at, uint8 (N,).
+
+    All persons that cover at least one hundredth of the picture; where there is none, the free-standing object
+    (:data:`FREE_STANDING`) with the most pixels, weighted towards the centre; nothing in a room without objects.
+    """
+    instances = int(instance.max()) + 1
+    pixels = np.bincount(instance, minlength=instances)
+    classes = np.zeros(instances, np.uint8)
+    classes[instance] = label
+    chosen = (classes == PERSON) & (pixels >= LARGE_PERSON * len(label))
+    if not chosen.any():
+        # Sums of integers below 2**53 are exact, whatever their order.
+        weight = np.bincount(instance, centre_weights(height, width)) * np.isin(classes, FREE_STANDING)
+        chosen = (weight > 0) & (np.arange(instances) == weight.argmax())
+    return chosen[instance].astype(np.uint8)
+
+
+# The picture.
+
+
+def picture(scene: Scene, tables: Tables, view: View, height: int, width: int) -> np.ndarray:
+    """What the camera records: uint8 RGB (H, W, 3)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lamp, daylight, ambient = illumination(scene, view, height, width)
+    mix = pattern_values(scene, tables, view, width)
+    glow = np.take(tables.colours[6], view.surface)
+    ambient = ambient + glow
+    result = np.empty((3, height, width), np.float32)
+    for channel in range(3):
+        albedo = np.take(tables.colours[channel], view.surface)
+        albedo += np.take(tables.colours[channel + 3], view.surface) * mix
+        light = lamp * scene.lamp.colour[channel] + daylight * scene.daylight.colour[channel] + ambient
+        result[channel] = np.sqrt(albedo * light).reshape(height, width)
+    return developed(result, scene.key)
+
+
+def illumination(scene: Scene, view: View, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How much of the lamp's, of the window's and of ambient light every pixel gets: float32 (N,) each."""
+    to_point = view.points - np.array(scene.lamp.position, np.float32)[:, None]
+    square = dot(to_point, to_point)
+    lamp = np.maximum(-dot(to_point, view.normals), 0) / (np.sqrt(square) * (1 + FALLOFF * square))
+    lamp *= 1 - shadows(scene, to_point, height, width)
+
+    to_point = view.points - np.array(scene.daylight.position, np.float32)[:, None]
+    square = dot(to_point, to_point)
+    daylight = np.maximum(-dot(to_point, view.normals), 0) / (np.sqrt(square) * (1 + square))
+
+    # Corners are darker: the second smallest of the distances to the shell's planes, up to half a metre.
+    x, y, z = (
+        np.minimum(view.points[axis] - np.float32(scene.low[axis]), np.float32(scene.high[axis]) - view.points[axis])
+        for axis in range(3)
+    )
+    second = np.maximum(np.minimum(x, y), np.minimum(np.maximum(x, y), z))
+    openness = 0.6 + 0.8 * np.minimum(second, 0.5)
+    tilt = 1 + 0.18 * view.normals[1] + 0.08 * view.normals[0]
+    return lamp, daylight, scene.ambient * openness * tilt
+
+
+def shadows(scene: Scene, to_point: np.ndarray, height: int, width: int) -> np.ndarray:
+    """How much of the lamp every pixel loses to objects, 0 to 1, soft by a pixel: float32 (N,)."""
+    light = scene.lamp.position
+    hidden = np.zeros(to_point.shape[1], np.float32)
+    for kind in (Boxes(scene.boxes), Ellipsoids(scene.ellipsoids), Capsules(scene.capsules)):
+        bounds = kind.bounds()
+        below = np.flatnonzero(bounds[1, 1] < light[1] - 0.05)
+        solid = corners(bounds[:, :, below])
+        thrown = shadow_ends(scene, solid)
+        rectangles = windows(np.concatenate([solid, thrown], axis=1), scene.camera, height, width)
+        which, pixel = pairs(rectangles, width)
+        frames = np.take(kind.frames(light)[:, below], which, axis=1)
+        distance = kind.distances(frames, np.take(to_point, pixel, axis=1))
+        hidden[pixel[(distance > 0) & (distance < 0.99)]] = 1
+    image = hidden.reshape(height, width)
+    soft = image.copy()
+    soft[:, 1:-1] = 0.5 * image[:, 1:-1] + 0.25 * (image[:, :-2] + image[:, 2:])
+    image = soft.copy()
+    image[1:-1] = 0.5 * soft[1:-1] + 0.25 * (soft[:-2] + soft[2:])
+    return image.ravel()
+
+
+def shadow_ends(scene: Scene, points: np.ndarray) -> np.ndarray:
+    """Where the lamp's rays through points below it (3, K, primitives) meet the shell."""
+    light = np.array(scene.lamp.position)[:, None, None]
+    ray = points - light
+    low, high = (np.array(end)[:, None, None] - light for end in (scene.low, scene.high))
+    return light + ray * np.maximum(low / ray, high / ray).min(axis=0)
+
+
+def pattern_values(scene: Scene, tables: Tables, view: View, width: int) -> np.ndarray:
+    """The surfaces' patterns at every pixel, from the mip level whose texels are as large as the pixel: (N,)."""
+    values, starts = atlas()
+    texels = np.take(tables.texels, view.surface)
+    # A pixel's extent on the surface, in texels: larger where the surface is seen at a slant.
+    slant = np.maximum(-dot(view.rays, view.normals), 0.2)
+    extent = view.depth * texels * np.float32(2 * scene.camera.half_width / width) / slant
+    level = (extent.view(np.int32) >> 23) - 127  # floor(log2(extent)), from the exponent's bits
+    level = np.minimum(np.maximum(level, 0), LEVELS - 1)
+    column, row = (np.floor(view.texture * texels).astype(np.int32) + SIDE // 2) & (SIDE - 1)
+    bits = SIDE_BITS - level
+    texel = (((np.take(tables.pattern, view.surface) << bits) + (row >> level)) << bits) + (column >> level)
+    return np.take(values, np.take(starts, level) + texel)
+
+
+@cache
+def grain() -> np.ndarray:
+    """Fixed noise around 0, in display units: float32 (512, 512)."""
+    i = np.arange(512)
+    return (hashed(i[:, None], i[None, :], 99) + hashed(i[:, None], i[None, :], 100) - 1) * np.float32(0.025)
+
+
+def developed(display: np.ndarray, key: int) -> np.ndarray:
+    """Display values (3, H, W), 0 to about 1, through lens blur and sensor noise: uint8 (H, W, 3)."""
+    _, height, width = display.shape
+    soft = display.copy()
+    inner = display[:, 1:-1, 1:-1]
+    around = display[:, 1:-1, :-2] + display[:, 1:-1, 2:] + display[:, :-2, 1:-1] + display[:, 2:, 1:-1]
+    soft[:, 1:-1, 1:-1] = 0.6 * inner + 0.1 * around
+    noise = np.take(np.take(grain(), np.arange(height) + (key & 511), axis=0, mode="wrap"),
+                    np.arange(width) + (key >> 9 & 511), axis=1, mode="wrap")
+    levels = np.minimum(np.maximum(soft + noise, 0), 1) * 255 + 0.5
+    return np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0))

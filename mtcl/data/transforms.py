@@ -1,0 +1,183 @@
+"""The field's training augmentation: scale, crop, flip, colour; evaluation only finishes the labels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from mtcl.data.sample import Sample
+from mtcl.errors import UserError
+from mtcl.tasks.base import Task
+
+CROP_RETRIES = 10
+
+
+class Window(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        return array[self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """One random view of a training sample, drawn from the generator that is passed in and nothing else.
+
+    The result is at most ``size`` (height, width) and smaller where the scaled picture is: the collate pads.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.5, 2.0)  # continuous, uniform
+    flip: float = 0.5  # probability
+    photometric: bool = True
+    class_cap: float = (
+        0.75  # share of non-void pixels that the largest semseg class of a crop should stay below
+    )
+
+    def __post_init__(self) -> None:
+        if min(self.size) < 1:
+            raise UserError(
+                f"The crop size {tuple(self.size)} leaves no pixels; give (height, width), each at least 1."
+            )
+        if not 0 < self.scale[0] <= self.scale[1]:
+            raise UserError(f"scale={tuple(self.scale)} is no range; give (low, high) with 0 < low <= high.")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"flip={self.flip} is no probability; give a number from 0 to 1.")
+        if not 0 < self.class_cap <= 1:
+            raise UserError(
+                f"class_cap={self.class_cap} is no share of pixels; give a number above 0 and up to 1."
+            )
+
+    def __call__(self, sample: Sample, tasks: Mapping[str, Task], rng: np.random.Generator) -> Sample:
+        factor = rng.uniform(*self.scale)
+        height, width = sample.image.shape[:2]
+        scaled_size = (max(1, round(height * factor)), max(1, round(width * factor)))
+        window = self._window(sample, tasks, scaled_size, rng)
+        sample = scale_and_crop(sample, tasks, factor, scaled_size, window)
+        if rng.random() < self.flip:
+            sample = flip(sample, tasks)
+        if self.photometric:
+            sample = sample._replace(image=distort(sample.image, rng))
+        return finish(sample, tasks)
+
+    def _window(
+        self,
+        sample: Sample,
+        tasks: Mapping[str, Task],
+        scaled_size: tuple[int, int],
+        rng: np.random.Generator,
+    ) -> Window:
+        """A random crop of the scaled picture, drawn again while one class fills most of it."""
+        window = draw_window(scaled_size, self.size, rng)
+        if "semseg" not in tasks or (window.height, window.width) == scaled_size:
+            return window
+        classes, void = sample.labels["semseg"], int(tasks["semseg"].void)
+        for _ in range(CROP_RETRIES):
+            if varied(nearest(classes, scaled_size, window), void, self.class_cap):
+                break
+            window = draw_window(scaled_size, self.size, rng)
+        return window
+
+
+def finish(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
+    """The last step of training and the only one of evaluation: every label as its loss sees it."""
+    return sample._replace(labels={name: task.finished(sample.labels[name]) for name, task in tasks.items()})
+
+
+def draw_window(inside: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> Window:
+    """A uniformly random window of at most ``size`` (height, width) inside a picture."""
+    height, width = min(inside[0], size[0]), min(inside[1], size[1])
+    top = int(rng.integers(inside[0] - height, endpoint=True))
+    left = int(rng.integers(inside[1] - width, endpoint=True))
+    return Window(top, left, height, width)
+
+
+def varied(classes: np.ndarray, void: int, cap: float) -> bool:
+    """Whether uint8 classes (H, W) hold more than one class and none fills ``cap`` of the non-void pixels."""
+    counts = np.bincount(classes.ravel(), minlength=256)
+    counts[void] = 0
+    return bool(np.count_nonzero(counts) > 1 and counts.max() < cap * counts.sum())
+
+
+def scale_and_crop(
+    sample: Sample, tasks: Mapping[str, Task], factor: float, scaled_size: tuple[int, int], window: Window
+) -> Sample:
+    """``window`` of the sample scaled by ``factor`` to ``scaled_size``: picture bilinear, labels nearest."""
+    image = sample.image
+    if image.shape[:2] != scaled_size:
+        image = cv2.resize(image, scaled_size[::-1], interpolation=cv2.INTER_LINEAR)
+    labels = {name: nearest(sample.labels[name], scaled_size, window) for name in tasks}
+    if factor != 1:
+        labels = {name: task.scaled(labels[name], factor) for name, task in tasks.items()}
+    return Sample(sample.id, window.of(image), labels)
+
+
+def nearest(label: np.ndarray, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
+    """``window`` (default: all) of a label (H, W[, C]) resampled to ``size``: the values at pixel centres.
+
+    Equal to resampling all of it and cropping, but touches the window's pixels only.
+    """
+    window = window or Window(0, 0, *size)
+    if label.shape[:2] == size:
+        return window.of(label)
+    rows = _centres(label.shape[0], size[0])[window.top : window.top + window.height]
+    columns = _centres(label.shape[1], size[1])[window.left : window.left + window.width]
+    return np.take(np.take(label, rows, axis=0), columns, axis=1)
+
+
+def _centres(length: int, count: int) -> np.ndarray:
+    """Which of ``length`` pixels holds the centre of each of ``count`` equal cells (exact: integers)."""
+    return (2 * np.arange(count) + 1) * length // (2 * count)
+
+
+def flip(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
+    """The sample mirrored left to right."""
+    labels = {name: task.flipped(sample.labels[name][:, ::-1]) for name, task in tasks.items()}
+    return Sample(sample.id, cv2.flip(sample.image, 1), labels)
+
+
+def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Random brightness (+-32), contrast and saturation (0.5 to 1.5), hue (+-18 of 180), each with p = 0.5.
+
+    Contrast comes before or after saturation and hue, also at random. uint8 RGB in and out. Every step makes
+    a new level from an old one, so the field's float arithmetic is done on the 256 levels and looked up.
+    """
+
+    def coin() -> bool:
+        return rng.random() < 0.5
+
+    brightness = _line(1.0, rng.uniform(-32, 32)) if coin() else _IDENTITY
+    contrast = _line(rng.uniform(0.5, 1.5), 0.0) if coin() else _IDENTITY
+    saturation = _line(rng.uniform(0.5, 1.5), 0.0) if coin() else _IDENTITY
+    shift = int(rng.integers(-18, 18, endpoint=True)) if coin() else 0
+    if coin():
+        return _recolour(_look_up(image, contrast[brightness]), saturation, shift)
+    return _look_up(_recolour(_look_up(image, brightness), saturation, shift), contrast)
+
+
+def _line(gain: float, offset: float) -> np.ndarray:
+    """The table of level -> gain * level + offset, clipped to 0..255 and truncated: uint8 (256,)."""
+    return np.clip(np.arange(256, dtype=np.float32) * gain + offset, 0, 255).astype(np.uint8)
+
+
+_IDENTITY = _line(1.0, 0.0)
+
+
+def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    return image if table is _IDENTITY else cv2.LUT(image, table)
+
+
+def _recolour(image: np.ndarray, saturation: np.ndarray, shift: int) -> np.ndarray:
+    """RGB after the table ``saturation`` in HSV and a turn of the hue by ``shift`` (180: full circle)."""
+    if saturation is _IDENTITY and shift == 0:
+        return image
+    hue = ((np.arange(256) + shift) % 180).astype(np.uint8)
+    table = np.stack([hue, saturation, _IDENTITY], axis=1)[None]
+    return cv2.cvtColor(cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table), cv2.COLOR_HSV2RGB)

@@ -1,0 +1,211 @@
+"""Config -> objects. Every function takes the composed config, or one group of it, and calls plain constructors."""
+
+import importlib
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import DataLoader
+
+from mtcl.contrastive import Regularizer, SliceAdamW
+from mtcl.data import Augment, Reader, eval_loader, train_loader
+from mtcl.errors import UserError
+from mtcl.models import DenseModel, EncoderDecoder, build_backbone
+from mtcl.models.decoders import Decoder
+from mtcl.tasks import TASK_NAMES, build_task
+from mtcl.tasks.base import Task
+from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule
+
+log = logging.getLogger(__name__)
+
+
+def plain(config: Any) -> Any:
+    """A config node as plain Python containers."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+def locate(target: str, what: str) -> Any:
+    """The class a config's ``_target_`` names. Only mtcl's own: a config may come out of a checkpoint."""
+    module, _, name = str(target).rpartition(".")
+    if not module.startswith("mtcl."):
+        raise UserError(f"{what}._target_={target} is not part of mtcl, so it is not imported")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{what}._target_={target} does not exist") from error
+
+
+def build_tasks(config: DictConfig) -> dict[str, Task]:
+    """The tasks in use, in canonical order: the config's names among those the dataset offers."""
+    offered = locate(config.data._target_, "data").offered(**plain(config.data.options))
+    names = plain(config.tasks.names)
+    if names == "auto":
+        names = list(offered)
+    if isinstance(names, str):
+        names = [names]
+    if not names:
+        raise UserError("tasks.names is empty; name at least one task, or auto")
+    for name in names:
+        if name not in TASK_NAMES:
+            build_task(name)  # says which names there are
+        if name not in offered:
+            raise UserError(
+                f"tasks.names asks for {name}, but data={config.data.name} has labels for {', '.join(offered)} only"
+            )
+    weights = plain(config.loss.weights)
+    tasks = {}
+    for name in (n for n in TASK_NAMES if n in names):
+        options = dict(offered[name])
+        if name == "edge":
+            options["positive_weight"] = config.loss.edge_positive_weight
+        weight = weights.get(name)
+        if weight is not None and not float(weight) >= 0:
+            raise UserError(f"loss.weights.{name}={weight} must be a number >= 0")
+        tasks[name] = build_task(name, weight=None if weight is None else float(weight), **options)
+    return tasks
+
+
+def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit: int | None = None) -> Reader:
+    """The list ``part`` ("train" or "val") of the config's dataset and split."""
+    data = config.data
+    reader = locate(data._target_, "data")
+    options = {"part": part, "tasks": list(tasks), "split": data.split, "limit": limit or data.limit}
+    accepted = inspect.signature(reader).parameters
+    if "root" in accepted:
+        options["root"] = data.root
+    elif data.root is not None:
+        raise UserError(f"data.root={data.root} makes no sense with data={data.name}, which needs no files")
+    if "size" in accepted:  # rendered at the size asked for
+        options["size"] = data_size(config)
+    return reader(**options, **plain(data.options))
+
+
+def data_size(config: DictConfig) -> tuple[int, int]:
+    size = plain(config.data.size)
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
+        raise UserError(f"data.size={size} must be [height, width] in pixels")
+    return size[0], size[1]
+
+
+def build_train_loader(
+    config: DictConfig, reader: Reader, tasks: Mapping[str, Task], start_step: int, device: torch.device
+) -> DataLoader:
+    augment = plain(config.data.augment)
+    augment["scale"] = tuple(augment["scale"])
+    return train_loader(
+        reader,
+        tasks,
+        Augment(size=data_size(config), **augment),
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        workers=config.data.workers,
+        start_step=start_step,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def build_eval_loader(
+    config: DictConfig, reader: Reader, tasks: Mapping[str, Task], device: torch.device
+) -> DataLoader:
+    return eval_loader(
+        reader,
+        tasks,
+        data_size(config),
+        batch_size=config.data.eval_batch_size,
+        workers=config.data.workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool) -> DenseModel:
+    """``pretrained`` is true only for a fresh run: else neither a hub nor a weight file is asked for."""
+    source = config.backbone.weights
+    source = None if source in (None, "none") else str(source)
+    if pretrained and source is None:
+        log.warning(
+            "the backbone starts from random weights (backbone.weights=none); "
+            "backbone.weights=hub fetches ImageNet's, a path loads a file"
+        )
+    backbone = build_backbone(
+        config.backbone.name,
+        weights=source if pretrained else None,
+        mean=plain(config.backbone.mean),
+        std=plain(config.backbone.std),
+        out_indices=plain(config.backbone.out_indices),
+        kwargs=plain(config.backbone.kwargs),
+    )
+    options = plain(config.decoder)
+    decoder: type[Decoder] = locate(options.pop("_target_"), "decoder")
+    channels = {name: task.channels for name, task in tasks.items()}
+    return EncoderDecoder(backbone, decoder(backbone.channels, backbone.strides, channels, **options))
+
+
+def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
+    settings = config.regularizer
+    if settings._target_ is None:
+        return None
+    if len(tasks) < 2:
+        log.warning("one task has no other task to contrast with: the regulariser is off")
+        return None
+    if not float(settings.weight) >= 0:
+        raise UserError(f"regularizer.weight={settings.weight} must be a number >= 0")
+    if settings.tap not in model.tap_channels:
+        raise UserError(
+            f"regularizer.tap={settings.tap} is not a tap of this decoder; choose {', '.join(model.tap_channels)}"
+        )
+    options = plain(settings.options)
+    if options.get("thresholds"):
+        options["thresholds"] = {name: tuple(pair) for name, pair in options["thresholds"].items()}
+    return locate(settings._target_, "regularizer")(
+        tasks, model.tap_channels[settings.tap], seed=config.seed, **options
+    )
+
+
+def build_optimizers(
+    config: DictConfig, model: DenseModel, regularizer: Regularizer | None
+) -> tuple[ScheduledOptimizer, ScheduledOptimizer | None]:
+    """The model's optimiser and the projectors', both on the config's schedule."""
+    schedule = build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
+    optimizer = ScheduledOptimizer(build_optimizer(model, **plain(config.optimizer)), schedule)
+    if regularizer is None:
+        return optimizer, None
+    settings = config.regularizer
+    own = SliceAdamW(regularizer.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    return optimizer, ScheduledOptimizer(own, schedule)
+
+
+def choose_monitor(name: str, tasks: Mapping[str, Task]) -> tuple[str, bool]:
+    """(``task/metric``, higher is better) of ``trainer.monitor``; ``auto``: the primary metric of the first task."""
+    if name == "auto":
+        task = next(iter(tasks.values()))
+        return f"{task.name}/{task.primary}", task.higher_is_better
+    known = {f"{task.name}/{task.primary}": task.higher_is_better for task in tasks.values()}
+    if name not in known:
+        raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(known)}")
+    return name, known[name]
+
+
+def checkpoint_meta(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> dict[str, Any]:
+    """What a checkpoint says of itself: enough to rebuild the model even where timm's own defaults have changed."""
+    saved = plain(config)
+    saved["backbone"] |= {"mean": list(model.mean), "std": list(model.std)}
+    channels = {name: task.channels for name, task in tasks.items()}
+    return {"config": saved, "meta": {"tasks": channels}}
+
+
+def check_tasks(saved: Mapping[str, int], tasks: Mapping[str, Task], path: Path) -> None:
+    """The tasks of a checkpoint must be those of the run."""
+
+    def told(channels: Mapping[str, int]) -> str:
+        return ", ".join(f"{name} ({count})" for name, count in channels.items())
+
+    own = {name: task.channels for name, task in tasks.items()}
+    if dict(saved) != own:
+        raise UserError(
+            f"checkpoint {path} was trained for the tasks (channels) {told(saved)}, this command is for {told(own)}; "
+            "give the same data and tasks"
+        )

@@ -1,0 +1,70 @@
+"""How an entry point starts and how it fails: a user's mistake is one sentence and exit code 1."""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mtcl.errors import UserError
+
+
+def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
+    """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does (``-m`` sweeps, too).
+
+    A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
+    keep their trace; HYDRA_FULL_ERROR=1 shows every trace.
+    """
+    wants_trace = "HYDRA_FULL_ERROR" in os.environ
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of being printed by Hydra
+    failures: list[UserError] = []
+
+    def guarded(config: DictConfig) -> None:
+        try:
+            job(config)
+        except UserError as error:
+            if wants_trace or HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra says which job of the sweep it was
+            failures.append(error)
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(guarded)()
+        if failures:
+            raise failures[0]
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_trace:
+            raise
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+def sentence(error: BaseException) -> str:
+    """A config error in one line: the key or choice, and what there is instead."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        return f"{group}={choice} is not known; choose one of {', '.join(error.options)}"
+    cause = error.__cause__
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError):
+        key = str(cause.full_key)
+        parent, known = key.rpartition(".")[0], _keys(cause)
+        close = difflib.get_close_matches(str(cause.key), known, n=1)
+        if close:
+            return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
+        return f"there is no config key {key}; {parent or 'the config'} has {', '.join(known)}"
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text.split(" full_key:")[0].split(" Set the environment variable")[0]
+
+
+def _keys(error: ConfigKeyError) -> list[str]:
+    parent = error.parent_node
+    return [str(key) for key in parent] if isinstance(parent, DictConfig) else []

@@ -1,0 +1,87 @@
+"""One evaluation: everything is rebuilt from the checkpoint, then the command's overrides apply."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from mtcl.entry import build
+from mtcl.entry.report import format_table, run_facts
+from mtcl.errors import UserError
+from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.evaluator import Evaluator
+from mtcl.training.recorder import write_json, write_panels
+from mtcl.training.runtime import choose_device
+
+log = logging.getLogger(__name__)
+
+FROZEN = ("backbone", "decoder")  # what a checkpoint's weights belong to
+
+
+def evaluate(
+    config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
+) -> dict[str, dict[str, float]]:
+    """Score ``config.checkpoint``; write metrics.json, run.json and panels into ``folder``; the metrics.
+
+    ``config``: the composed defaults with the command's overrides in them; ``overrides``: those words; ``groups``: which
+    of their keys choose a whole config group.
+    """
+    path = Path(config.checkpoint)
+    state = load_checkpoint(path)
+    for name in ("metrics.json", "run.json"):
+        if (folder / name).exists():
+            raise UserError(f"{folder / name} exists already; choose another hydra.run.dir")
+    settings = overridden(OmegaConf.create(state["config"]), config, overrides, groups)
+    saved = state["meta"]["tasks"]
+    if "tasks" not in groups and not any(word.startswith("tasks.") for word in overrides):
+        settings.tasks.names = list(saved)
+    tasks = build.build_tasks(settings)
+    build.check_tasks(saved, tasks, path)
+    device = choose_device(settings.trainer.device)
+    reader = build.build_reader(settings, "val", tasks)
+    model = build.build_model(settings, tasks, pretrained=False)
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {path} do not fit the model its config describes: {reason}") from error
+    evaluator = Evaluator(
+        tasks,
+        build.build_eval_loader(settings, reader, tasks, device),
+        device,
+        settings.trainer.precision,
+        num_shown=settings.trainer.panels,
+    )
+    evaluation = evaluator.run(model.to(device))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_panels(folder / "panels", evaluation.shown, tasks)
+    facts = run_facts(
+        seed=settings.seed,
+        split=settings.data.split,
+        num_images=evaluation.num_images,
+        size=build.data_size(settings),
+        reader=reader,
+        device=device,
+    )
+    write_json(folder / "run.json", {**facts, "checkpoint": str(path), "step": state["step"]})
+    write_json(folder / "metrics.json", evaluation.metrics)
+    table = format_table(tasks, {f"step {state['step']}": evaluation.metrics})
+    log.info("%s on %d pictures of %s:\n\n%s\n", path, evaluation.num_images, settings.data.name, table)
+    log.info("metrics.json, run.json and panels/ are in %s", folder)
+    return evaluation.metrics
+
+
+def overridden(
+    saved: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]
+) -> DictConfig:
+    """The checkpoint's config with the command's overrides: whole groups first, then single keys."""
+    keys = [parsed.key_or_group for parsed in OverridesParser.create().parse_overrides(list(overrides))]
+    for key in sorted(keys, key=lambda k: k not in groups):
+        if key.split(".")[0] in FROZEN:
+            raise UserError(f"{key} belongs to the checkpoint's model and can't be changed when evaluating")
+        if key in groups or key != "checkpoint":
+            with open_dict(saved):
+                OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=False)
+    return saved

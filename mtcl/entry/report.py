@@ -1,0 +1,85 @@
+"""What a command tells at its end: the table, and run.json."""
+
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mtcl
+from mtcl.data import Reader
+from mtcl.tasks.base import Task
+from mtcl.training.evaluator import Metrics
+
+PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
+UNITS = {"rmse": "m", "mErr": "deg", "loss": "", "abs_rel": ""}  # everything else is a fraction, shown in percent
+
+
+def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
+    """A row per task and metric, its primary one first (marked *), a column per heading; fractions in percent."""
+    rows = [("task", "metric", *columns)]
+    for name, task in tasks.items():
+        found = next(iter(columns.values()))[name]
+        for metric in sorted(found, key=lambda m, primary=task.primary: m != primary):
+            mark = "*" if metric == task.primary else ""
+            rows.append((name, metric + mark, *(_shown(metric, c[name][metric]) for c in columns.values())))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+
+    def line(row: tuple[str, ...]) -> str:
+        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths))
+        return "  ".join([left, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:]))])
+
+    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])])
+
+
+def _shown(metric: str, value: float) -> str:
+    unit = UNITS.get(metric, "%")
+    return f"{value * 100:.2f} %" if unit == "%" else f"{value:.4f} {unit}".rstrip()
+
+
+def run_facts(
+    *, seed: int, split: str, num_images: int, size: tuple[int, int], reader: Reader, device: torch.device
+) -> dict[str, Any]:
+    """``run.json``: what one needs to know to trust, or repeat, the numbers in ``metrics.json``."""
+    commit, clean = _commit()
+    return {
+        "command": " ".join(sys.argv),
+        "commit": commit,
+        "clean": clean,
+        "versions": {"python": platform.python_version(), "mtcl": mtcl.__version__, **_versions()},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "seed": seed,
+        "split": split,
+        "num_images": num_images,
+        "protocol": f"un-padded pictures at label resolution, frames of at least {size[0]}x{size[1]}, pooled over the list",
+        "data_fingerprint": reader.fingerprint(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed as a package"
+    return found
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of mtcl's own checkout and whether it was clean; None where it is not a checkout."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(mtcl.__file__).parent, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), git("status", "--porcelain") == ""
+    except (OSError, subprocess.CalledProcessError):
+        return None, None

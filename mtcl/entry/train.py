@@ -1,0 +1,145 @@
+"""One training run, from a composed config to a folder of results."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from mtcl.entry import build
+from mtcl.entry.report import format_table, run_facts
+from mtcl.errors import UserError
+from mtcl.training.balancer import FixedWeights
+from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.evaluator import Evaluator
+from mtcl.training.recorder import Recorder, write_json, write_text
+from mtcl.training.runtime import choose_device, seed_everything
+from mtcl.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dict[str, dict[str, float]]:
+    """Train, evaluate, write everything into ``folder``; the metrics of the last state.
+
+    ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look.
+    """
+    device = choose_device(config.trainer.device)
+    seed_everything(config.seed, config.trainer.deterministic)
+    path = find_checkpoint(config.resume, folder, siblings)
+    state = None if path is None else load_checkpoint(path)
+    tasks = build.build_tasks(config)
+    if state is not None and path is not None:
+        build.check_tasks(state["meta"]["tasks"], tasks, path)
+    dry = config.trainer.dry_run
+    train_reader = build.build_reader(config, "train", tasks)
+    val_reader = build.build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
+    model = build.build_model(config, tasks, pretrained=state is None).to(device)
+    regularizer = build.build_regularizer(config, tasks, model)
+    regularizer = None if regularizer is None else regularizer.to(device)
+    optimizer, regularizer_optimizer = build.build_optimizers(config, model, regularizer)
+    monitor, higher_is_better = build.choose_monitor(config.trainer.monitor, tasks)
+    start = 0 if state is None else state["step"]
+    settings = config.trainer
+    trainer = Trainer(
+        model=model,
+        tasks=tasks,
+        regularizer=regularizer,
+        balancer=FixedWeights({name: task.weight for name, task in tasks.items()}),
+        optimizer=optimizer,
+        regularizer_optimizer=regularizer_optimizer,
+        batches=build.build_train_loader(config, train_reader, tasks, start, device),
+        evaluator=Evaluator(
+            tasks,
+            build.build_eval_loader(config, val_reader, tasks, device),
+            device,
+            settings.precision,
+            num_shown=settings.panels,
+        ),
+        recorder=Recorder(folder, start),
+        folder=folder,
+        device=device,
+        max_steps=start + 1 if dry else settings.max_steps,
+        monitor=monitor,
+        higher_is_better=higher_is_better,
+        checkpoint_meta=build.checkpoint_meta(config, tasks, model),
+        tap=config.regularizer.get("tap", "final"),
+        weight=float(config.regularizer.weight) if regularizer is not None else 0.0,
+        warmup_steps=config.regularizer.get("warmup_steps", 0),
+        precision=settings.precision,
+        clip_norm=settings.clip_norm,
+        val_interval=settings.val_interval,
+        checkpoint_interval=settings.checkpoint_interval,
+        log_interval=settings.log_interval,
+        start_step=start,
+        validate_first=not dry,
+    )
+    if state is not None:
+        restore(trainer, state, path)
+        log.info("resumed at step %d from %s", start, path)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+    log.info(
+        "%s: %d training and %d validation pictures, tasks %s, %s, %.2f M parameters, on %s",
+        config.data.name,
+        len(train_reader.ids),
+        len(val_reader.ids),
+        ", ".join(tasks),
+        "no regulariser" if regularizer is None else f"contrast with weight {config.regularizer.weight}",
+        sum(p.numel() for p in model.parameters()) / 1e6,
+        device,
+    )
+    began = time.perf_counter()
+    evaluation = trainer.fit()
+    seconds = time.perf_counter() - began
+    facts = run_facts(
+        seed=config.seed,
+        split=config.data.split,
+        num_images=evaluation.num_images,
+        size=build.data_size(config),
+        reader=val_reader,
+        device=device,
+    )
+    write_json(folder / "run.json", {**facts, "step": trainer.step, "seconds": round(seconds, 1)})
+    write_json(folder / "metrics.json", evaluation.metrics)
+    trainer.recorder.close()
+    columns = {"untrained": trainer.first.metrics} if trainer.first else {}
+    table = format_table(tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
+    log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
+    if dry:
+        log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.memory())
+    log.info(
+        "%.0f s. Pictures: %s  checkpoint: %s  curves: tensorboard --logdir %s",
+        seconds,
+        folder / "panels",
+        folder / "checkpoints" / "last.pt",
+        folder,
+    )
+    return evaluation.metrics
+
+
+def restore(trainer: Trainer, state: dict[str, Any], path: Path | None) -> None:
+    try:
+        trainer.restore(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {path} does not fit this run's model or optimiser: {reason}") from error
+
+
+def find_checkpoint(resume: str | None, folder: Path, siblings: Path | None) -> Path | None:
+    """The checkpoint to continue from; None: a fresh run. A fresh run never writes over another."""
+    own = folder / "checkpoints" / "last.pt"
+    if resume is None:
+        if own.exists() or (folder / "metrics.json").exists():
+            raise UserError(
+                f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir"
+            )
+        return None
+    if resume != "auto":
+        return Path(resume)
+    if own.exists():
+        return own
+    found = sorted(siblings.glob("*/checkpoints/last.pt"), key=lambda p: p.stat().st_mtime) if siblings else []
+    if not found:
+        log.info("resume=auto: no checkpoint in %s, starting afresh", folder)
+    return found[-1] if found else None

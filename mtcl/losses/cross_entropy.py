@@ -1,0 +1,15 @@
+"""Semantic segmentation and human parts."""
+
+from torch import Tensor, nn
+
+from mtcl.losses.pixels import masked_mean, pixel_cross_entropy
+
+
+class CrossEntropyLoss(nn.Module):
+    """Mean of -log softmax(p)[y] over the pixels with y != 255 (InvPT/losses/loss_functions.py:15-88).
+
+    prediction: logits (B, C, H, W); label: int64 (B, H, W) in 0..C-1 or 255.
+    """
+
+    def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+        return masked_mean(*pixel_cross_entropy(prediction, label))

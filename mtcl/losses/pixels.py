@@ -1,0 +1,27 @@
+"""What the losses share: the mean over valid pixels, and the cross-entropy of every pixel."""
+
+import torch
+from torch import Tensor
+
+VOID = 255  # of class and edge labels
+
+
+def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """Mean of ``values`` where ``valid`` (bool, same shape); 0 with the graph kept where nothing is.
+
+    The only place where losses count pixels.
+    """
+    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def pixel_cross_entropy(prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(prediction)[label] in fp32, and which pixels are valid, both (B, H, W).
+
+    prediction: logits (B, C, H, W); label: int64 (B, H, W). The first result is to be masked by the second:
+    at void pixels it is that of class 0.
+    """
+    valid = label != VOID
+    target = torch.where(valid, label, 0)
+    # Not F.nll_loss: on maps it has no deterministic CUDA implementation.
+    log_probability = torch.log_softmax(prediction.float(), dim=1).gather(1, target.unsqueeze(1)).squeeze(1)
+    return -log_probability, valid

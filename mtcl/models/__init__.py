@@ -1,0 +1,6 @@
+"""Models: a timm backbone and a decoder, or anything else that is a :class:`DenseModel`."""
+
+from mtcl.models.backbones import Backbone, build_backbone
+from mtcl.models.base import DenseModel, DenseOutput, EncoderDecoder
+
+__all__ = ["Backbone", "DenseModel", "DenseOutput", "EncoderDecoder", "build_backbone"]

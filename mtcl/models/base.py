@@ -1,0 +1,84 @@
+"""What every multi-task model promises, whatever is inside."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtcl.models.backbones import Backbone
+from mtcl.models.decoders.base import Decoder
+
+Size = tuple[int, int]
+
+
+class DenseOutput(NamedTuple):
+    """What a forward pass in training gives.
+
+    ``taps`` are the feature maps that a regulariser may look at: tap name -> task -> (B, C_t, h, w). Every model names
+    its final pre-logit map ``final``. A tap covers ``frame`` (height, width in pixels), which is the picture, or a
+    little more at its right and bottom where the model had to pad it.
+    """
+
+    predictions: dict[str, Tensor]  # raw, (B, C, H, W): logits, metres, unnormalised vectors
+    taps: dict[str, dict[str, Tensor]]
+    intermediate: list[dict[str, Tensor]]  # further predictions to supervise; may be empty
+    frame: Size
+
+
+class DenseModel(nn.Module, ABC):
+    """One network, many pixel-wise tasks. Takes a normalised picture (B, 3, H, W) of any height and width."""
+
+    mean: tuple[float, float, float]  # of the normalisation it expects, pictures scaled to 0..1
+    std: tuple[float, float, float]
+    tap_channels: dict[str, dict[str, int]]  # tap -> task -> C_t, known before the first forward
+
+    @abstractmethod
+    def forward(self, image: Tensor) -> DenseOutput:
+        """Predictions, taps and intermediate predictions of a normalised picture."""
+
+    def predict(self, image: Tensor) -> dict[str, Tensor]:
+        """Task -> raw prediction (B, C, H, W): the inference and export path, with nothing of training in it."""
+        return self.forward(image).predictions
+
+    @abstractmethod
+    def backbone_parameters(self) -> Iterable[nn.Parameter]:
+        """The pretrained part, which trains at a learning rate of its own."""
+
+    @abstractmethod
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """What all tasks share, for balancers that look at gradients."""
+
+
+class EncoderDecoder(DenseModel):
+    """A timm backbone and a decoder."""
+
+    def __init__(self, backbone: Backbone, decoder: Decoder):
+        super().__init__()
+        self.backbone = backbone
+        self.decoder = decoder
+        self.mean, self.std = backbone.mean, backbone.std
+        self.tap_channels = decoder.tap_channels
+
+    def forward(self, image: Tensor) -> DenseOutput:
+        height, width = image.shape[-2:]
+        multiple = self.backbone.multiple
+        frame = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
+        if frame != (height, width):  # zero is the mean colour after normalisation
+            image = F.pad(image, (0, frame[1] - width, 0, frame[0] - height))
+        output = self.decoder(self.backbone(image), frame)
+
+        def cut(maps: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {task: m[..., :height, :width] for task, m in maps.items()}
+
+        return DenseOutput(
+            cut(output.predictions), output.taps, [cut(maps) for maps in output.intermediate], frame
+        )
+
+    def backbone_parameters(self) -> Iterable[nn.Parameter]:
+        return self.backbone.parameters()
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        yield from self.backbone.parameters()
+        yield from self.decoder.shared_parameters()

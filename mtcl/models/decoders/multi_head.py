@@ -1,0 +1,57 @@
+"""The multi-task baseline of the field: task-specific heads over fused multi-scale features.
+
+    features (strides 4..32) -> Fusion at 1/4 -> trunk -> per task: convolutions -> final -> 1x1 -> prediction
+
+It is what PAD-Net, MTI-Net, ATRC and InvPT call the multi-task baseline (HRNet's fusion by concatenation, then a
+head for each task); with a single task it is their single-task baseline.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.blocks import ConvBlock, Fusion, resize
+
+
+class MultiHead(Decoder):
+    """Heads of ``depth`` 3x3 convolutions, ``head_width`` wide, on a shared map ``width`` wide at ``stride``.
+
+    Taps: ``final`` (each task's pre-logit map), ``trunk`` (the shared map, the same tensor for every task).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        tasks: Mapping[str, int],
+        width: int = 128,
+        head_width: int = 64,
+        depth: int = 2,
+        stride: int = 4,
+    ):
+        super().__init__(channels, strides, tasks)
+        self.stride = stride
+        self.fusion = Fusion(channels, width)
+        self.heads = nn.ModuleDict(
+            {
+                task: nn.Sequential(
+                    *(ConvBlock(width if i == 0 else head_width, head_width) for i in range(depth))
+                )
+                for task in self.tasks
+            }
+        )
+        self.logits = nn.ModuleDict({task: nn.Conv2d(head_width, c, 1) for task, c in self.tasks.items()})
+        self.tap_channels = {
+            "final": dict.fromkeys(self.tasks, head_width),
+            "trunk": dict.fromkeys(self.tasks, width),
+        }
+
+    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+        trunk = self.fusion(features, [-(-s // self.stride) for s in size])
+        final = {task: head(trunk) for task, head in self.heads.items()}
+        predictions = {task: resize(self.logits[task](final[task]), size) for task in final}
+        return DecoderOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, trunk)}, [])
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        return self.fusion.parameters()

@@ -1,0 +1,57 @@
+"""What semantic segmentation, human parts and saliency have in common: a label is the number of a class."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mtcl.tasks.base import Task
+from mtcl.tasks.colours import RGB, VOID_COLOUR, class_colours
+
+
+def differ(a: Tensor, b: Tensor) -> Tensor:
+    """0 where labels (B, K, 1) and (B, L, 1) are equal, 1 where not: float32 (B, K, L)."""
+    return (a != b.transpose(1, 2)).float()
+
+
+@dataclass(frozen=True)
+class ClassTask(Task):
+    """Arrays uint8 (H, W), batches int64 (B, H, W), predictions logits (B, classes, H, W); 255 is void."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> tuple[str, ...]:
+        """Their names, in the order of the label values."""
+
+    @property
+    def colours(self) -> tuple[RGB, ...]:
+        return class_colours(self.classes)
+
+    def valid(self, label: Tensor) -> Tensor:
+        return label != self.void
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return differ(a, b)
+
+    def collated(self, labels: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(labels)).long()
+
+    def decoded(self, prediction: Tensor) -> np.ndarray:
+        return prediction.argmax(dim=0).to(torch.uint8).cpu().numpy()
+
+    def draw(self, array: np.ndarray) -> np.ndarray:
+        table = np.full((256, 3), VOID_COLOUR, np.uint8)
+        table[: len(self.colours)] = self.colours
+        return table[array]
+
+    def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
+        """The classes that occur, in their order, and the void if it does."""
+        values = {int(value) for array in arrays for value in np.unique(array)}
+        rows = [
+            (name, colour)
+            for value, (name, colour) in enumerate(zip(self.classes, self.colours))
+            if value in values
+        ]
+        return rows + [("void", VOID_COLOUR)] * (self.void in values)

@@ -1,0 +1,76 @@
+"""Depth."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import cv2
+import numpy as np
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+from mtcl.losses import build_loss
+from mtcl.metrics import build_metric
+from mtcl.tasks.base import Task
+from mtcl.tasks.colours import RGB, VOID_COLOUR, rgb
+
+
+@dataclass(frozen=True, kw_only=True)
+class Depth(Task):
+    """Metres from the camera; arrays float32 (H, W), batches float32 (B, 1, H, W), 0 is void."""
+
+    name: str = "depth"
+    channels: int = 1
+    primary: str = "rmse"
+    higher_is_better: bool = False
+    weight: float = 1.0
+
+    void: ClassVar[float] = 0.0
+    near: ClassVar[float] = 0.05  # |log ratio|
+    far: ClassVar[float] = 0.2
+    farthest: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
+
+    @cached_property
+    def criterion(self) -> nn.Module:
+        return build_loss("depth")
+
+    def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+        return self.criterion(prediction, label)
+
+    def metric(self, **options: Any) -> torchmetrics.Metric:
+        return build_metric("depth", **options)
+
+    def valid(self, label: Tensor) -> Tensor:
+        """Positive and finite."""
+        return ((label > 0) & label.isfinite())[:, 0]
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        log_a, log_b = (depth.float().clamp(1e-6, 1e6).log() for depth in (a, b))  # a void 0 stays finite
+        return (log_a - log_b.transpose(1, 2)).abs()
+
+    def collated(self, labels: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(labels)).float().unsqueeze(1)
+
+    def decoded(self, prediction: Tensor) -> np.ndarray:
+        """Metres, negative ones clamped to 0 as in the metric."""
+        return prediction.detach()[0].float().clamp(min=0).cpu().numpy()
+
+    def draw(self, array: np.ndarray) -> np.ndarray:
+        """Warm is near, cold is far: the colour map Turbo from 0 to :attr:`farthest` metres."""
+        valid = (array > 0) & np.isfinite(array)
+        nearness = 1 - np.where(valid, array, 0).clip(0, self.farthest) / self.farthest
+        index = np.round(28 + 212 * nearness).astype(
+            np.uint8
+        )  # without the two ends, nearly as dark as the void
+        turbo = cv2.applyColorMap(index, cv2.COLORMAP_TURBO)[..., ::-1]
+        return np.where(valid[..., None], turbo, np.array(VOID_COLOUR, np.uint8))
+
+    def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
+        ticks = np.array([[1, 2, 3, 4, 6, 8, self.farthest]], np.float32)
+        rows = [(f"{tick:g} m", rgb(colour)) for tick, colour in zip(ticks[0], self.draw(ticks)[0])]
+        return rows + [("void", VOID_COLOUR)] * any((array == self.void).any() for array in arrays)
+
+    def scaled(self, label: np.ndarray, factor: float) -> np.ndarray:
+        """Enlarged by ``factor``, a thing looks as if it were that much nearer."""
+        return label / np.float32(factor)

@@ -1,0 +1,64 @@
+"""Edges."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torchmetrics
+from torch import Tensor, nn
+
+from mtcl.losses import build_loss
+from mtcl.metrics import build_metric
+from mtcl.tasks.base import Task
+from mtcl.tasks.classes import differ
+from mtcl.tasks.colours import RGB
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edge(Task):
+    """Edge (1) or not (0); arrays uint8 (H, W), batches float32 (B, 1, H, W), 255 is void; one logit."""
+
+    positive_weight: float = 0.95  # of the loss, see mtcl.losses.EdgeLoss
+    name: str = "edge"
+    channels: int = 1
+    primary: str = "loss"
+    higher_is_better: bool = False
+    weight: float = 50.0
+
+    void_colour: ClassVar[RGB] = (222, 205, 170)  # the shared near-black would look like a line
+
+    @cached_property
+    def criterion(self) -> nn.Module:
+        return build_loss("edge", positive_weight=self.positive_weight)
+
+    def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+        return self.criterion(prediction, label)
+
+    def metric(self, **options: Any) -> torchmetrics.Metric:
+        return build_metric("edge", positive_weight=self.positive_weight, **options)
+
+    def valid(self, label: Tensor) -> Tensor:
+        return label[:, 0] != self.void
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return differ(a, b)
+
+    def collated(self, labels: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.stack(labels)).float().unsqueeze(1)
+
+    def decoded(self, prediction: Tensor) -> np.ndarray:
+        """The probability of an edge: float32 (H, W), unlike a label's uint8."""
+        return prediction.detach()[0].float().sigmoid().cpu().numpy()
+
+    def draw(self, array: np.ndarray) -> np.ndarray:
+        """Dark lines on white paper, the darker the likelier."""
+        void = array == self.void
+        ink = np.where(void, 0, array).astype(np.float32)
+        grey = np.round(255 - 225 * ink).astype(np.uint8)
+        return np.where(void[..., None], np.array(self.void_colour, np.uint8), grey[..., None])
+
+    def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
+        rows: list[tuple[str, RGB]] = [("edge", (30, 30, 30)), ("no edge", (255, 255, 255))]
+        return rows + [("void", self.void_colour)] * any((array == self.void).any() for array in arrays)

@@ -1,0 +1,1 @@
+"""Training and scoring: everything between built objects and files on disk."""

@@ -1,0 +1,101 @@
+"""Scores a model on a validation list: every task's metrics over un-padded pictures, and a few pictures to look at."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mtcl.data import Batch, SampleMeta, prepare
+from mtcl.models import DenseModel
+from mtcl.tasks.base import Task
+from mtcl.training.runtime import autocast
+
+Metrics = dict[str, dict[str, float]]  # task -> metric -> value
+
+
+class Shown(NamedTuple):
+    """One sample to draw: everything un-padded, labels and predictions in NumPy label layout."""
+
+    id: str
+    image: np.ndarray  # uint8 RGB (H, W, 3)
+    labels: dict[str, np.ndarray]
+    predictions: dict[str, np.ndarray]
+
+
+class Evaluation(NamedTuple):
+    metrics: Metrics
+    shown: list[Shown]
+    num_images: int
+
+
+class Evaluator:
+    """``loader`` gives evaluation batches; the first ``num_shown`` samples come back for drawing."""
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        loader: DataLoader,
+        device: torch.device,
+        precision: str = "auto",
+        num_shown: int = 0,
+    ):
+        self.tasks, self.loader, self.device = dict(tasks), loader, device
+        self.precision, self.num_shown = precision, num_shown
+
+    @torch.inference_mode()
+    def run(self, model: DenseModel) -> Evaluation:
+        """Metrics in fractions, degrees, metres. Leaves the model in the mode it was in."""
+        was_training = model.training
+        model.eval()
+        metrics = {name: task.metric().to(self.device) for name, task in self.tasks.items()}
+        shown: list[Shown] = []
+        count = 0
+        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1):
+            image, labels = prepare(batch, model.mean, model.std, self.device)
+            with autocast(self.device, self.precision):
+                predictions = model.predict(image)
+            for rows, top, left, height, width in _windows(batch["meta"]):
+                area = (rows, ..., slice(top, top + height), slice(left, left + width))
+                for name, metric in metrics.items():
+                    metric.update(predictions[name][area].float(), labels[name][area])
+            for row in range(min(self.num_shown - len(shown), len(batch["meta"]))):
+                shown.append(_show(batch, predictions, row, self.tasks))
+            count += len(batch["meta"])
+        model.train(was_training)
+        values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
+        return Evaluation(values, shown, count)
+
+
+def _windows(meta: list[SampleMeta]) -> list[tuple[slice, int, int, int, int]]:
+    """(rows, top, left, height, width): neighbouring samples that lie alike in their frame are scored together."""
+    windows: list[tuple[slice, int, int, int, int]] = []
+    for row, sample in enumerate(meta):
+        place = (*sample.offset, *sample.native_size)
+        if windows and windows[-1][1:] == place:
+            windows[-1] = (slice(windows[-1][0].start, row + 1), *place)
+        else:
+            windows.append((slice(row, row + 1), *place))
+    return windows
+
+
+def _show(batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapping[str, Task]) -> Shown:
+    sample = batch["meta"][row]
+    (top, left), (height, width) = sample.offset, sample.native_size
+    area = (..., slice(top, top + height), slice(left, left + width))
+
+    def label(name: str) -> np.ndarray:
+        array = batch["labels"][name][row][area].numpy()
+        if array.ndim == 2:
+            return array.astype(np.uint8)
+        return np.ascontiguousarray(array.transpose(1, 2, 0)) if array.shape[0] > 1 else array[0]
+
+    return Shown(
+        sample.id,
+        batch["image"][row][area].permute(1, 2, 0).contiguous().numpy(),
+        {name: label(name) for name in tasks},
+        {name: task.decoded(predictions[name][row][area].float()) for name, task in tasks.items()},
+    )

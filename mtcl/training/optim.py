@@ -1,0 +1,85 @@
+"""Optimisers and learning-rate schedules, from plain numbers."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from mtcl.errors import UserError
+from mtcl.models import DenseModel
+
+Schedule = Callable[[int], float]  # step -> factor of the base learning rate
+
+
+def build_optimizer(
+    model: DenseModel,
+    name: str,
+    lr: float,
+    backbone_lr: float | None = None,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """AdamW, Adam or SGD (``momentum`` is SGD's) with a learning rate of its own for the backbone (None: the same).
+
+    Vectors (biases, norm scales) take no weight decay.
+    """
+    backbone = {id(p) for p in model.backbone_parameters()}
+    buckets: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            buckets.setdefault((id(parameter) in backbone, parameter.ndim > 1), []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "lr": lr if backbone_lr is None or not is_backbone else backbone_lr,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        for (is_backbone, decays), parameters in buckets.items()
+    ]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if name == "adam":
+        return torch.optim.Adam(groups, lr=lr)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    raise UserError(f"optimizer.name={name} is not known; choose adamw, adam or sgd")
+
+
+def build_schedule(name: str, max_steps: int, warmup_steps: int = 0, power: float = 0.9) -> Schedule:
+    """``poly``: (1 - step / max_steps) ** power; ``cosine``: half a cosine to zero; ``constant``. All after a linear warm-up."""
+    if name not in ("poly", "cosine", "constant"):
+        raise UserError(f"schedule.name={name} is not known; choose poly, cosine or constant")
+
+    def factor(step: int) -> float:
+        progress = min(step / max(max_steps, 1), 1.0)
+        decay = {
+            "poly": (1 - progress) ** power,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+            "constant": 1.0,
+        }[name]
+        return decay * ramp(step, warmup_steps)
+
+    return factor
+
+
+def ramp(step: int, steps: int) -> float:
+    """Linear from 1/steps at step 0 to 1; 1 throughout where ``steps`` is 0."""
+    return min((step + 1) / steps, 1.0) if steps else 1.0
+
+
+class ScheduledOptimizer:
+    """An optimiser whose learning rates are its base rates times the schedule's factor of the step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule):
+        self.optimizer, self.schedule = optimizer, schedule
+        self.base = [group["lr"] for group in optimizer.param_groups]
+
+    def step(self, step: int) -> None:
+        factor = self.schedule(step)
+        for group, base in zip(self.optimizer.param_groups, self.base):
+            group["lr"] = base * factor
+        self.optimizer.step()
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,69 @@
+"""What a run leaves behind: TensorBoard, a line per record in ``log.jsonl``, panels, metrics."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from torch.utils.tensorboard import SummaryWriter
+
+from mtcl.tasks.base import Task
+from mtcl.training.checkpoint import write_atomically
+from mtcl.training.evaluator import Metrics, Shown
+from mtcl.training.panels import draw_panel
+
+
+class Recorder:
+    """Writes into one run folder. ``start_step``: records at or after it (of an interrupted run) are dropped."""
+
+    def __init__(self, folder: Path, start_step: int = 0):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.writer = SummaryWriter(str(folder), purge_step=start_step or None)
+        self.log = folder / "log.jsonl"
+        kept = [line for line in _lines(self.log) if json.loads(line)["step"] < start_step]
+        write_text(self.log, "".join(kept))
+
+    def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name."""
+        for name, value in values.items():
+            self.writer.add_scalar(f"{kind}/{name}", value, step)
+        with self.log.open("a") as file:
+            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+
+    def panels(self, step: int, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> None:
+        for sample, panel in zip(shown, write_panels(self.folder / "panels", shown, tasks)):
+            self.writer.add_image(f"panel/{sample.id}", panel, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> list[np.ndarray]:
+    """One PNG per sample, ``folder/<id>.png``; the pictures themselves are returned (uint8 RGB)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    panels = [draw_panel(sample, tasks) for sample in shown]
+    for sample, panel in zip(shown, panels):
+        name = re.sub(r"[^\w.-]", "_", sample.id)
+        cv2.imwrite(str(folder / f"{name}.png"), cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))
+    return panels
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text) and None)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def flat(metrics: Metrics) -> dict[str, float]:
+    """task -> metric -> value as ``task/metric`` -> value."""
+    return {f"{task}/{name}": value for task, values in metrics.items() for name, value in values.items()}
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True) if path.is_file() else []

@@ -1,0 +1,61 @@
+"""The process a run lives in: device, seeds, determinism, precision."""
+
+import contextlib
+import os
+import resource
+import sys
+
+import torch
+
+from mtcl.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu`` or ``cuda``."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"trainer.device={name} is not known; choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("trainer.device=cuda, but PyTorch sees no CUDA device; use trainer.device=cpu or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def seed_everything(seed: int, deterministic: bool = False) -> None:
+    """Seed torch (the model's start and dropout); data and regulariser draw from (seed, step) on their own.
+
+    ``deterministic``: bit-equal runs on CUDA, too, at some cost in speed; on a CPU they are so anyway.
+    """
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """``auto``: bf16 on CUDA, fp32 elsewhere; ``bf16``; ``fp32``."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"trainer.precision={precision} is not known; choose auto, bf16 or fp32")
+    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the CUDA allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

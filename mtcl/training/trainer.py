@@ -1,0 +1,231 @@
+"""The training loop: where a picture's walk and a label's walk meet."""
+
+import logging
+import math
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from mtcl.contrastive import Regularizer, RegularizerOutput
+from mtcl.contrastive.diagnostics import gradients_at_taps
+from mtcl.data import Batch, prepare
+from mtcl.errors import UserError
+from mtcl.models import DenseModel, DenseOutput
+from mtcl.tasks.base import Task
+from mtcl.training.balancer import Balancer
+from mtcl.training.checkpoint import save_checkpoint
+from mtcl.training.evaluator import Evaluation, Evaluator
+from mtcl.training.optim import ScheduledOptimizer, ramp
+from mtcl.training.recorder import Recorder, flat
+from mtcl.training.runtime import autocast, peak_memory, rng_state, set_rng_state
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains ``model`` on ``tasks``, with a regulariser or without one. Its attributes are what can be swapped.
+
+    Args:
+        regularizer: None switches it off; ``tap`` names the features it looks at; ``weight`` is lambda, reached over
+            ``warmup_steps``. With weight 0 it only watches: the run is bit-equal to one without it.
+        balancer: turns the losses, one per objective, into gradients.
+        optimizer: the model's; ``regularizer_optimizer``: the projectors', None without a regulariser.
+        batches: endless training batches, from ``start_step`` on.
+        evaluator: run every ``val_interval`` steps, before the first step and after the last.
+        monitor: ``task/metric`` that decides ``best.pt``; ``higher_is_better`` its direction.
+        checkpoint_meta: stored beside the state (``config``, ``meta``), plain containers.
+        clip_norm: of the model's gradient; None: no clipping. The regulariser's parameters are not counted.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: DenseModel,
+        tasks: Mapping[str, Task],
+        regularizer: Regularizer | None,
+        balancer: Balancer,
+        optimizer: ScheduledOptimizer,
+        regularizer_optimizer: ScheduledOptimizer | None,
+        batches: Iterable[Batch],
+        evaluator: Evaluator,
+        recorder: Recorder,
+        folder: Path,
+        device: torch.device,
+        max_steps: int,
+        monitor: str,
+        higher_is_better: bool,
+        checkpoint_meta: Mapping[str, Any],
+        tap: str = "final",
+        weight: float = 0.0,
+        warmup_steps: int = 0,
+        precision: str = "auto",
+        clip_norm: float | None = None,
+        val_interval: int | None = None,
+        checkpoint_interval: int | None = None,
+        log_interval: int = 20,
+        start_step: int = 0,
+        validate_first: bool = True,
+    ):
+        self.model, self.tasks, self.regularizer, self.balancer = model, dict(tasks), regularizer, balancer
+        self.optimizer, self.regularizer_optimizer = optimizer, regularizer_optimizer
+        self.batches, self.evaluator, self.recorder, self.folder = batches, evaluator, recorder, folder
+        self.device, self.precision, self.clip_norm = device, precision, clip_norm
+        self.max_steps, self.step, self.log_interval = max_steps, start_step, log_interval
+        self.val_interval, self.checkpoint_interval = val_interval, checkpoint_interval
+        self.validate_first = validate_first
+        self.tap, self.weight, self.warmup_steps = tap, weight, warmup_steps
+        self.monitor, self.higher_is_better, self.best = monitor, higher_is_better, math.nan
+        self.checkpoint_meta = dict(checkpoint_meta)
+        self.first: Evaluation | None = None  # before the first step
+        self.seconds_per_step = math.nan
+
+    def fit(self) -> Evaluation:
+        """Train to ``max_steps``, validate, save; the evaluation of the last state."""
+        self.model.train()
+        if self.step == 0 and self.validate_first:
+            self.first = self.validate()
+        evaluation = None
+        bar = tqdm(total=self.max_steps, initial=self.step, desc="train", mininterval=0.5, dynamic_ncols=True)
+        for batch in self.batches if self.step < self.max_steps else ():
+            began = time.perf_counter()
+            logged = self.step % self.log_interval == 0 or self.step + 1 == self.max_steps
+            values = self.train_step(batch, with_diagnostics=logged)
+            if logged:
+                self._log(values, bar)
+            self.step += 1
+            self.seconds_per_step = time.perf_counter() - began
+            bar.update()
+            done = self.step >= self.max_steps
+            if done or _due(self.step, self.val_interval):
+                evaluation = self.validate()
+                self._keep_best(evaluation)
+            if done or _due(self.step, self.checkpoint_interval):
+                self.save("last")
+            if done:
+                break
+        bar.close()
+        if evaluation is None:  # resumed at its end: nothing left to train
+            evaluation = self.validate()
+        return evaluation
+
+    def train_step(self, batch: Batch, with_diagnostics: bool = False) -> dict[str, Tensor]:
+        """One optimiser step; detached device scalars by name: each loss, and on request the diagnostics' gradients."""
+        image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
+        with autocast(self.device, self.precision):
+            output = self.model(image)
+        losses = self.task_losses(output, labels)
+        values = {name: loss.detach() for name, loss in losses.items()}
+        if self.regularizer is not None:
+            contrast = self.contrast(self.regularizer, output, labels, batch)
+            values["contrast"] = contrast.loss.detach()
+            weight = self.weight * ramp(self.step, self.warmup_steps)
+            if weight > 0:
+                if with_diagnostics:
+                    total = sum(self.tasks[t].weight * loss for t, loss in losses.items())
+                    found = gradients_at_taps(total, weight * contrast.loss, output.taps[self.tap])
+                    values |= {f"gradient/{name}": value for name, value in found.items()}
+                losses["contrast"] = weight * contrast.loss
+        self.balancer.backward(losses, self.model.shared_parameters())
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step(self.step)
+        self.optimizer.zero_grad()
+        if self.regularizer_optimizer is not None:
+            self.regularizer_optimizer.step(self.step)
+            self.regularizer_optimizer.zero_grad()
+        return values
+
+    def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each task's loss, with those of its intermediate predictions added (factor 1, as InvPT)."""
+        losses = {}
+        for name, task in self.tasks.items():
+            predictions = [output.predictions, *(p for p in output.intermediate if name in p)]
+            losses[name] = sum(
+                (task.loss(p[name], labels[name]) for p in predictions[1:]),
+                start=task.loss(predictions[0][name], labels[name]),
+            )
+        return losses
+
+    def contrast(
+        self, regularizer: Regularizer, output: DenseOutput, labels: Mapping[str, Tensor], batch: Batch
+    ) -> RegularizerOutput:
+        taps = output.taps[self.tap]
+        if self.weight == 0:  # watch only: the model's graph, and so its gradient, stays untouched
+            taps = {name: tap.detach() for name, tap in taps.items()}
+        draw = regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
+        return regularizer(taps, labels, draw, output.frame)
+
+    def validate(self) -> Evaluation:
+        evaluation = self.evaluator.run(self.model)
+        self.recorder.scalars(self.step, "val", flat(evaluation.metrics))
+        self.recorder.panels(self.step, evaluation.shown, self.tasks)
+        return evaluation
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs, tensors and plain containers only."""
+        regularizer, its_optimizer = self.regularizer, self.regularizer_optimizer
+        return {
+            "model": self.model.state_dict(),
+            "ema": None,
+            "regularizer": None if regularizer is None else regularizer.state_dict(),
+            "optimizer": {
+                "model": self.optimizer.optimizer.state_dict(),
+                "regularizer": None if its_optimizer is None else its_optimizer.optimizer.state_dict(),
+            },
+            "schedule": {"best": self.best},
+            "step": self.step,
+            "rng": rng_state(self.device),
+            **self.checkpoint_meta,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from :meth:`state`. A regulariser the checkpoint knows nothing of starts afresh."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.optimizer.load_state_dict(state["optimizer"]["model"])
+        if self.regularizer is not None and self.regularizer_optimizer is not None:
+            if state["regularizer"] is None:
+                log.warning("the checkpoint was trained without a regulariser: its projectors start afresh")
+            else:
+                self.regularizer.load_state_dict(state["regularizer"])
+                self.regularizer_optimizer.optimizer.load_state_dict(state["optimizer"]["regularizer"])
+        self.best = state["schedule"]["best"]
+        self.step = state["step"]
+        set_rng_state(state["rng"], self.device)
+
+    def save(self, name: str) -> None:
+        save_checkpoint(self.folder / "checkpoints" / f"{name}.pt", self.state())
+
+    def _keep_best(self, evaluation: Evaluation) -> None:
+        value = flat(evaluation.metrics)[self.monitor]
+        if math.isnan(self.best) or (value > self.best if self.higher_is_better else value < self.best):
+            self.best = value
+            self.save("best")
+
+    def _log(self, values: Mapping[str, Tensor], bar: tqdm) -> None:
+        """Read the step's scalars from the device, once, and write them down."""
+        numbers = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))
+        losses = {name: value for name, value in numbers.items() if "/" not in name}
+        if not all(math.isfinite(value) for value in losses.values()):
+            bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
+            raise UserError(
+                f"the loss of {bad} is not finite at step {self.step}; lower optimizer.lr or set trainer.clip_norm"
+            )
+        rate = self.optimizer.optimizer.param_groups[0]["lr"]
+        self.recorder.scalars(self.step, "train", {**losses, "lr": rate})
+        if self.regularizer is not None:
+            gradients = {name: value for name, value in numbers.items() if "/" in name}
+            self.recorder.scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
+        bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+
+    def memory(self) -> float:
+        """Peak memory so far, GiB."""
+        return peak_memory(self.device)
+
+
+def _due(step: int, interval: int | None) -> bool:
+    return interval is not None and step % interval == 0

@@ -1,0 +1,221 @@
+"""Order, randomness, frames and errors of the loaders, and the step onto the device."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtcl import UserError
+from mtcl.data import Augment, Batch, EpochBatches, Sample, collate, eval_loader, prepare, train_loader
+from mtcl.tasks import NYUD40, TASK_NAMES, build_task
+
+ALL = {name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES}
+TASKS = {name: ALL[name] for name in ("semseg", "normals", "depth")}
+VOID = {"semseg": 255, "human_parts": 255, "sal": 255, "depth": 0, "normals": 0, "edge": 255}
+
+
+def random_sample(name: str, size: tuple[int, int], tasks=TASKS) -> Sample:
+    rng = np.random.default_rng([len(name), *name.encode()])
+    labels = {
+        task: rng.uniform(1, 5, (*size, 3) if task == "normals" else size).astype(np.float32)
+        if task in ("depth", "normals")
+        else rng.integers(0, 2, size, dtype=np.uint8)
+        for task in tasks
+    }
+    return Sample(name, rng.integers(1, 256, (*size, 3), dtype=np.uint8), labels)
+
+
+class Pictures:
+    """A reader of random pictures, one size each; the one named in ``bad`` cannot be read."""
+
+    def __init__(self, sizes: list[tuple[int, int]], bad: int | None = None) -> None:
+        self.ids = [f"{index:04d}" for index in range(len(sizes))]
+        self.sizes, self.bad = sizes, bad
+
+    @classmethod
+    def offered(cls) -> dict:
+        return {}
+
+    def read(self, index: int) -> Sample:
+        if index == self.bad:
+            raise UserError(f"picture {self.ids[index]} is damaged; mend it.")
+        return random_sample(self.ids[index], self.sizes[index])
+
+    def fingerprint(self) -> str:
+        return ""
+
+
+READER = Pictures([(12 + index % 3, 10 + index % 4) for index in range(11)])
+AUGMENT = Augment((8, 9))
+
+
+def ids(batch: Batch) -> list[str]:
+    return [meta.id for meta in batch["meta"]]
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    assert a["meta"] == b["meta"]
+    assert torch.equal(a["image"], b["image"])
+    assert a["labels"].keys() == b["labels"].keys()
+    assert all(torch.equal(label, b["labels"][name]) for name, label in a["labels"].items())
+
+
+def test_workers_change_nothing() -> None:
+    alone, crowd = (islice(train_loader(READER, TASKS, AUGMENT, 4, 7, workers), 7) for workers in (0, 2))
+    for a, b in zip(alone, crowd, strict=True):
+        assert a["image"].shape == (4, 3, 8, 9)
+        assert_equal(a, b)
+    for a, b in zip(*(eval_loader(READER, TASKS, None, 4, workers) for workers in (0, 2)), strict=True):
+        assert_equal(a, b)
+
+
+@pytest.mark.parametrize("start", [1, 2, 5])
+def test_a_resumed_stream_is_the_tail_of_the_whole_one(start: int) -> None:
+    whole = islice(train_loader(READER, TASKS, AUGMENT, 4, 7, 0), start, start + 4)
+    resumed = islice(train_loader(READER, TASKS, AUGMENT, 4, 7, 0, start_step=start), 4)
+    for a, b in zip(whole, resumed, strict=True):
+        assert_equal(a, b)
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(0, 60), st.integers(0, 9))
+@settings(max_examples=40, deadline=None)
+def test_epochs_are_permutations_without_their_last_incomplete_batch(count, batch_size, start, seed) -> None:
+    if batch_size > count:
+        with pytest.raises(UserError, match=rf"{batch_size} .* {count} "):
+            EpochBatches(count, batch_size, seed)
+        return
+    stream = list(islice(EpochBatches(count, batch_size, seed), 80))
+    assert list(islice(EpochBatches(count, batch_size, seed, start), 80 - start)) == stream[start:]
+    per_epoch = count // batch_size
+    for step, batch in enumerate(stream):
+        assert len(batch) == batch_size
+        assert {epoch for epoch, _ in batch} == {step // per_epoch}
+    first = [index for batch in stream[:per_epoch] for _, index in batch]
+    assert len(set(first)) == per_epoch * batch_size
+    assert set(first) <= set(range(count))
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = islice(EpochBatches(64, 8, seed), epoch * 8, epoch * 8 + 8)
+        return [index for batch in batches for _, index in batch]
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(each) == list(range(64)) for each in orders)
+    assert len({tuple(each) for each in orders}) == 4
+
+
+def test_views_differ_between_epochs_seeds_and_samples() -> None:
+    reader = Pictures([(30, 30)])
+    views = [
+        next(iter(train_loader(reader, TASKS, AUGMENT, 1, seed, 0, start_step=epoch)))["image"]
+        .numpy()
+        .tobytes()
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    ]
+    assert len(set(views)) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torch_and_numpy_generators_stay_untouched(workers: int) -> None:
+    torch.manual_seed(3)
+    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    loader = train_loader(READER, TASKS, AUGMENT, 4, 0, workers)
+    next(iter(loader))
+    list(eval_loader(READER, TASKS, None, 4, workers))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 20])
+def test_evaluation_covers_everything_once_in_order(batch_size: int) -> None:
+    loader = eval_loader(READER, TASKS, None, batch_size, 0)
+    assert [name for batch in loader for name in ids(batch)] == READER.ids
+    assert len(loader) == -(-11 // batch_size)
+    for batch in loader:  # again: a loader may be used every epoch
+        assert batch["image"].shape[-2:] == (32, 32)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_readers_error_arrives_with_its_own_sentence(workers: int) -> None:
+    reader = Pictures([(8, 8)] * 6, bad=3)
+    for loader in (
+        eval_loader(reader, TASKS, None, 2, workers),
+        train_loader(reader, TASKS, AUGMENT, 6, 0, workers),
+    ):
+        with pytest.raises(UserError) as error:
+            list(islice(loader, 9))
+        assert str(error.value) == "picture 0003 is damaged; mend it."
+
+
+def test_impossible_batches_and_seeds_are_named() -> None:
+    with pytest.raises(UserError, match=r"12 .* 11 "):
+        train_loader(READER, TASKS, AUGMENT, 12, 0, 0)
+    with pytest.raises(UserError, match="0 pictures"):
+        eval_loader(READER, TASKS, None, 0, 0)
+    with pytest.raises(UserError, match="seed=-1"):
+        train_loader(READER, TASKS, AUGMENT, 2, -1, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "frame"),
+    [
+        (None, 1, (9, 14)),
+        (None, 8, (16, 16)),
+        ((8, 30), 1, (9, 30)),
+        ((20, 20), 32, (32, 32)),
+        ((40, 8), 4, (40, 16)),
+    ],
+)
+def test_collate_pads_mixed_sizes_around_their_centres(size, multiple, frame) -> None:
+    samples = [random_sample("a", (9, 7), ALL), random_sample("b", (4, 14), ALL)]
+    batch = collate(samples, ALL, size, multiple)
+    assert batch["image"].shape == (2, 3, *frame)
+    assert batch["image"].dtype == torch.uint8
+    assert batch["image"].is_contiguous()
+    alone = {
+        name: task.collated([sample.labels[name] for sample in samples[:1]]) for name, task in ALL.items()
+    }
+    for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):
+        height, width = sample.image.shape[:2]
+        top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
+        assert meta == (sample.id, (height, width), (top, left))
+        inside = (..., slice(top, top + height), slice(left, left + width))
+        assert (batch["image"][index][inside].permute(1, 2, 0).numpy() == sample.image).all()
+        outside = torch.ones(frame, dtype=torch.bool)
+        outside[inside] = False
+        assert (batch["image"][index][:, outside] == 0).all()
+        for name, label in batch["labels"].items():
+            assert label.dtype == alone[name].dtype
+            assert (label[index][..., outside] == VOID[name]).all()
+            if index == 0:
+                assert torch.equal(label[:1][inside], alone[name])
+        for name, task in ALL.items():
+            assert not task.valid(batch["labels"][name])[index][outside].any()
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=3))
+@settings(max_examples=30, deadline=None)
+def test_prepare_normalises_pictures_and_zeroes_padding(sizes) -> None:
+    samples = [random_sample(str(index), size) for index, size in enumerate(sizes)]
+    batch = collate(samples, TASKS, (10, 10), 1)
+    before = batch["image"].clone()
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    image, labels = prepare(batch, mean, std, "cpu")
+    assert image.dtype == torch.float32
+    assert image.shape == (len(sizes), 3, 10, 10)
+    for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):
+        (height, width), (top, left) = meta.native_size, meta.offset
+        inside = (index, slice(None), slice(top, top + height), slice(left, left + width))
+        expected = (sample.image / 255 - np.array(mean)) / np.array(std)
+        np.testing.assert_allclose(image[inside].permute(1, 2, 0), expected, atol=1e-5)
+        rest = image[index].clone()
+        rest[inside[1:]] = 0
+        assert (rest == 0).all()
+        assert not torch.signbit(rest).any()
+    assert torch.equal(batch["image"], before)
+    assert all(labels[name] is batch["labels"][name] for name in TASKS)  # on the CPU nothing is copied

@@ -1,0 +1,337 @@
+"""What every task promises to readers, transforms, trainer and regulariser."""
+
+import dataclasses
+import math
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from mtcl import UserError
+from mtcl.tasks import HUMAN_PARTS, NYUD40, TASK_NAMES, VOC21, build_task
+
+H, W = 6, 7
+DISCRETE = ["semseg", "human_parts", "sal", "edge"]
+
+
+def make_task(name, **options):
+    return build_task(name, **({"class_names": VOC21} if name == "semseg" else {}), **options)
+
+
+def make_array(name, seed=0):
+    """A label in the pipeline's layout whose first row is void."""
+    rng = np.random.default_rng(seed)
+    task = make_task(name)
+    if name == "depth":
+        array = rng.uniform(0.5, 12, (H, W)).astype(np.float32)
+    elif name == "normals":
+        array = rng.normal(size=(H, W, 3)).astype(np.float32)
+        array /= np.linalg.norm(array, axis=-1, keepdims=True)
+    else:
+        array = rng.integers(0, 2 if name == "edge" else task.channels, (H, W)).astype(np.uint8)
+    array[0] = task.void
+    return array
+
+
+def make_prediction(task, seed=0):
+    return torch.randn(task.channels, H, W, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "primary", "higher", "weight", "void"),
+    [
+        ("semseg", 21, "mIoU", True, 1, 255),
+        ("human_parts", 7, "mIoU", True, 2, 255),
+        ("sal", 2, "maxF", True, 5, 255),
+        ("depth", 1, "rmse", False, 1, 0),
+        ("normals", 3, "mErr", False, 10, 0),
+        ("edge", 1, "loss", False, 50, 255),
+    ],
+)
+def test_facts(name, channels, primary, higher, weight, void):
+    task = make_task(name)
+    facts = (task.name, task.channels, task.primary, task.higher_is_better, task.weight, task.void)
+    assert facts == (name, channels, primary, higher, weight, void)
+    assert make_task(name, weight=0.5).weight == 0.5
+    assert make_task(name, weight=0).weight == 0
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_equal_labels_are_near_and_opposite_ones_far(name):
+    a, b = {"depth": ([2.0], [4.0]), "normals": ([0.0, 0.0, 1.0], [1.0, 0.0, 0.0])}.get(name, ([0.0], [1.0]))
+    task = make_task(name)
+    same, other = task.distance(torch.tensor([[a]]), torch.tensor([[a, b]]))[0, 0].tolist()
+    assert same <= task.near < task.far <= other
+
+
+def test_names_and_classes():
+    assert TASK_NAMES == ("semseg", "human_parts", "sal", "depth", "normals", "edge")
+    assert [len(set(names)) for names in (NYUD40, VOC21, HUMAN_PARTS)] == [40, 21, 7]
+    assert (NYUD40[0], NYUD40[19], NYUD40[39]) == ("wall", "floor mat", "otherprop")
+    assert (VOC21[0], VOC21[15], VOC21[20]) == ("background", "person", "tvmonitor")
+    assert build_task("semseg", class_names=list(NYUD40)) == build_task("semseg", class_names=NYUD40)
+
+
+def test_unknown_task_is_a_user_error():
+    with pytest.raises(UserError, match=r"'normal': choose one of semseg, .*edge.* Did you mean 'normals'\?"):
+        build_task("normal")
+    with pytest.raises(UserError, match=r"'xyz'.*edge\.$"):
+        build_task("xyz")
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_is_frozen_and_travels_to_workers(name):
+    task = make_task(name)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        task.weight = 3
+    task.loss(make_prediction(task)[None], task.collated([make_array(name)]))
+    again = pickle.loads(pickle.dumps(task))
+    assert again == task
+    assert hash(again) == hash(task)
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_batch_layout(name):
+    task = make_task(name)
+    arrays = [make_array(name, seed) for seed in (0, 1)]
+    batch = task.collated(arrays)
+    if name in ("semseg", "human_parts", "sal"):
+        assert batch.dtype == torch.int64
+        np.testing.assert_array_equal(batch.numpy(), np.stack(arrays))
+    else:
+        channels = 3 if name == "normals" else 1
+        assert batch.dtype == torch.float32
+        assert batch.shape == (2, channels, H, W)
+        np.testing.assert_array_equal(
+            batch.movedim(1, -1).numpy(), np.stack(arrays).reshape(2, H, W, channels)
+        )
+    batch[0, ..., 0, 0] = 5
+    assert arrays[0].ravel()[0] == task.void, "a batch shares no memory with the arrays"
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_valid(name):
+    task = make_task(name)
+    valid = task.valid(task.collated([make_array(name), make_array(name, 1)]))
+    assert valid.dtype == torch.bool
+    assert valid.shape == (2, H, W)
+    assert not valid[:, 0].any()
+    assert valid[:, 1:].all()
+
+
+def test_valid_depth_and_normals_at_their_limits():
+    depth = np.array([[1e-3, 0, -1, np.inf, np.nan]], np.float32)
+    task = make_task("depth")
+    assert task.valid(task.collated([depth])).tolist() == [[[True, False, False, False, False]]]
+    normals = np.array([[[0, 0, 1], [0, -1, 0], [0, 0, 0], [-0.0, 0, -0.0]]], np.float32)
+    task = make_task("normals")
+    assert task.valid(task.collated([normals])).tolist() == [[[True, True, False, False]]]
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_loss_and_metric_fit_the_layouts(name):
+    task = make_task(name)
+    prediction = torch.stack([make_prediction(task), make_prediction(task, 1)]).requires_grad_()
+    label = task.collated([make_array(name), make_array(name, 1)])
+    loss = task.loss(prediction, label)
+    loss.backward()
+    used = (prediction.grad != 0).any(dim=1)
+    assert torch.equal(used, task.valid(label))
+    metric = task.metric()
+    metric.update(prediction.detach(), label)
+    assert metric.compute()[task.primary].isfinite()
+    assert task.metric() is not metric
+
+
+def test_edge_weight_reaches_loss_and_metric():
+    prediction = torch.full((1, 1, H, W), 2.0)
+    label = torch.ones(1, 1, H, W)
+    losses = []
+    for weight in (0.95, 0.8):
+        task = make_task("edge", positive_weight=weight)
+        metric = task.metric()
+        metric.update(prediction, label)
+        losses.append(task.loss(prediction, label).item())
+        assert float(metric.compute()["loss"]) == pytest.approx(losses[-1], rel=1e-5)
+    assert losses[0] / losses[1] == pytest.approx(0.95 / 0.8, rel=1e-5)
+
+
+# Distances
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("name", DISCRETE)
+def test_distance_of_classes(name, dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(3, (2, k, 1), generator=generator).to(dtype) for k in (4, 5))
+    distance = make_task(name).distance(a, b)
+    assert distance.dtype == torch.float32
+    assert distance.shape == (2, 4, 5)
+    for i, k, j in np.ndindex(2, 4, 5):
+        assert distance[i, k, j] == float(a[i, k, 0] != b[i, j, 0])
+
+
+def test_distance_of_depths():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (0.5 + 9 * torch.rand(2, k, 1, generator=generator) for k in (4, 5))
+    a[0, 0] = b[1, 1] = 0
+    distance = make_task("depth").distance(a, b)
+    assert distance.dtype == torch.float32
+    assert distance.shape == (2, 4, 5)
+    assert distance.isfinite().all()
+    for i, k, j in np.ndindex(2, 4, 5):
+        if a[i, k, 0] > 0 and b[i, j, 0] > 0:
+            ratio = a[i, k, 0].item() / b[i, j, 0].item()
+            assert distance[i, k, j].item() == pytest.approx(abs(math.log(ratio)), abs=1e-6)
+
+
+def test_distance_of_normals():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (
+        torch.nn.functional.normalize(torch.randn(2, k, 3, generator=generator), dim=-1) for k in (30, 31)
+    )
+    b[:, 1], b[:, 2] = a[:, 0], -a[:, 0]
+    distance = make_task("normals").distance(a, b)
+    assert distance.dtype == torch.float32
+    cosine = np.einsum("bkc,blc->bkl", a.double().numpy(), b.double().numpy()).clip(-1, 1)
+    np.testing.assert_allclose(distance.numpy(), np.degrees(np.arccos(cosine)), atol=2e-2)
+    assert distance[:, 0, 1].tolist() == [0, 0]
+    assert distance[:, 0, 2].tolist() == [180, 180]
+
+
+@pytest.mark.parametrize("degrees", [1e-3, 0.02, 45, 179.99, 179.999])
+def test_distance_of_normals_is_stable_at_both_ends(degrees):
+    radian = math.radians(degrees)
+    a = torch.tensor([0.0, 0.0, 1.0]).expand(1, 40, 3)  # as many as make cdist prefer a matrix product
+    b = torch.tensor([0.0, math.sin(radian), math.cos(radian)]).expand(1, 40, 3)
+    small = min(degrees, 180 - degrees)
+    distance = make_task("normals").distance(a, b)[0, 0, 0].item()
+    assert min(distance, 180 - distance) == pytest.approx(small, rel=0.02)
+    assert make_task("normals").distance(a, torch.zeros(1, 2, 3)).isfinite().all()
+
+
+# The data pipeline's rules
+
+
+def test_scaled():
+    label = make_array("depth")
+    before = label.copy()
+    scaled = make_task("depth").scaled(label, 1.5)
+    assert scaled.dtype == np.float32
+    np.testing.assert_allclose(scaled, before / 1.5, rtol=1e-6)
+    assert make_task("depth").scaled(label, np.float64(1.5)).dtype == np.float32
+    np.testing.assert_array_equal(label, before)
+    for name in set(TASK_NAMES) - {"depth"}:
+        np.testing.assert_array_equal(make_task(name).scaled(make_array(name), 1.5), make_array(name))
+
+
+def test_flipped():
+    label = make_array("normals")
+    before = label.copy()
+    flipped = make_task("normals").flipped(label)
+    assert flipped.dtype == np.float32
+    np.testing.assert_array_equal(flipped[..., 0], -before[..., 0])
+    np.testing.assert_array_equal(flipped[..., 1:], before[..., 1:])
+    np.testing.assert_array_equal(label, before)
+    for name in set(TASK_NAMES) - {"normals"}:
+        np.testing.assert_array_equal(make_task(name).flipped(make_array(name)), make_array(name))
+
+
+def test_finished():
+    task = make_task("human_parts")
+    without = np.array([[0, 255], [0, 0]], np.uint8)
+    before = without.copy()
+    assert task.finished(without).tolist() == [[255, 255], [255, 255]]
+    assert task.finished(without).dtype == np.uint8
+    np.testing.assert_array_equal(without, before)
+    with_part = np.array([[0, 255], [6, 0]], np.uint8)
+    assert task.finished(with_part).tolist() == [[0, 255], [6, 0]]
+    empty = np.zeros((2, 2), np.uint8)
+    assert make_task("sal").finished(empty).tolist() == [[0, 0], [0, 0]]
+    assert make_task("semseg").finished(empty).tolist() == [[0, 0], [0, 0]]
+
+
+# Predictions as pictures
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_decoded(name, dtype):
+    task = make_task(name)
+    prediction = make_prediction(task).to(dtype)
+    array = task.decoded(prediction.requires_grad_())
+    raw = prediction.detach().double().numpy()
+    if name in ("semseg", "human_parts", "sal"):
+        assert array.dtype == np.uint8
+        np.testing.assert_array_equal(array, raw.argmax(0))
+        return
+    assert array.dtype == np.float32
+    if name == "depth":
+        expected = np.maximum(raw[0], 0)
+    elif name == "edge":
+        expected = 1 / (1 + np.exp(-raw[0]))
+    else:
+        expected = np.moveaxis(raw / np.linalg.norm(raw, axis=0), 0, -1)
+    np.testing.assert_allclose(array, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_drawn_labels_and_predictions(name):
+    task = make_task(name)
+    label = make_array(name)
+    decoded = task.decoded(make_prediction(task))
+    for array in (label, decoded):
+        picture = task.draw(array)
+        assert picture.dtype == np.uint8
+        assert picture.shape == (H, W, 3)
+        np.testing.assert_array_equal(picture, task.draw(array))
+    picture = task.draw(label)
+    void_colour = picture[0, 0]
+    assert (picture[0] == void_colour).all()
+    assert (picture[1:] != void_colour).any(axis=-1).all()
+    legend = task.legend([label])
+    assert legend[-1] == ("void", tuple(void_colour.tolist()))
+    assert "void" not in dict(task.legend([label[1:]]))
+
+
+@pytest.mark.parametrize("name", ["semseg", "human_parts", "sal"])
+def test_class_colours_are_distinct_and_legends_short(name):
+    task = build_task(name, class_names=NYUD40) if name == "semseg" else make_task(name)
+    everything = np.arange(task.channels, dtype=np.uint8)[None]
+    colours = task.draw(everything)[0].astype(int)
+    gaps = np.abs(colours[:, None] - colours[None]).sum(-1) + 999 * np.eye(len(colours), dtype=int)
+    assert gaps.min() > 30
+    full = task.legend([everything])
+    assert [colour for _, colour in full] == [tuple(colour) for colour in colours.tolist()]
+    assert task.legend([np.uint8([[1]]), np.uint8([[0, 1]])]) == full[:2]
+
+
+def test_edges_are_dark_lines_on_white_paper():
+    task = make_task("edge")
+    label = task.draw(np.uint8([[0, 1, 255]]))[0].astype(int)
+    assert label[0].tolist() == [255, 255, 255]
+    assert label[1].max() < 64
+    assert label[2].min() > 128
+    probability = task.draw(np.float32([[0, 0.5, 1]]))[0].astype(int)
+    assert probability[[0, 2]].tolist() == label[:2].tolist()
+    assert label[1, 0] < probability[1, 0] < label[0, 0]
+    assert task.legend([np.uint8([[0, 1]])]) == [
+        ("edge", tuple(label[1].tolist())),
+        ("no edge", (255, 255, 255)),
+    ]
+
+
+def test_depth_colours_have_one_range():
+    task = make_task("depth")
+    alone = task.draw(np.float32([[2]]))[0, 0]
+    among = task.draw(np.float32([[0.5, 2, 30, np.nan, 0]]))[0]
+    np.testing.assert_array_equal(among[1], alone)
+    np.testing.assert_array_equal(among[2], task.draw(np.float32([[10]]))[0, 0])
+    np.testing.assert_array_equal(among[3], among[4])
+    assert dict(task.legend([]))["2 m"] == tuple(alone.tolist())
+
+
+def test_legend_of_normals():
+    rows = make_task("normals").legend([make_array("normals")[1:]])
+    assert rows == [("left", (255, 128, 128)), ("up", (128, 255, 128)), ("to the viewer", (128, 128, 255))]

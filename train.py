@@ -1,0 +1,21 @@
+"""Train: python train.py [group=choice ...] [key=value ...]   (see configs/train.yaml)."""
+
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from mtcl.entry.cli import launch
+from mtcl.entry.train import train
+
+
+def main(config: DictConfig) -> None:
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    own_folder = job.mode == RunMode.MULTIRUN or any("hydra.run.dir" in word for word in job.overrides.hydra)
+    train(config, folder, siblings=None if own_folder else folder.parent)
+
+
+if __name__ == "__main__":
+    launch(main, Path(__file__).with_name("configs"), "train")
