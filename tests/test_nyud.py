@@ -203,9 +203,7 @@ def test_label_of_another_form_names_it(archive: Path, name: str, array: np.ndar
     assert str(array.shape) in sentence or "readable" in sentence
 
 
-@pytest.mark.parametrize(
-    "name", ["images/0003.png", "segmentation/0003.png", "edge/0003.png", "depth/0003.npy"]
-)
+@pytest.mark.parametrize("name", ["images/0003.png", "segmentation/0003.png", "edge/0003.png", "depth/0003.npy"])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.95])
 def test_truncated_file_is_named(archive: Path, name: str, kept: float) -> None:
     data = (archive / name).read_bytes()
@@ -242,9 +240,7 @@ def test_resize_rules(archive: Path) -> None:
     blocks = stored["images"].reshape(3, 2, 4, 2, 3).astype(float).mean(axis=(1, 3))
     assert np.abs(half.image - blocks).max() <= 0.5
     for task in ("semseg", "depth", "normals"):
-        np.testing.assert_array_equal(
-            half.labels[task], full.labels[task][1::2, 1::2]
-        )  # a centre on the border of two
+        np.testing.assert_array_equal(half.labels[task], full.labels[task][1::2, 1::2])  # a centre on the border of two
     edges = full.labels["edge"].reshape(3, 2, 4, 2).max(axis=(1, 3))
     np.testing.assert_array_equal(half.labels["edge"], edges)
     assert NYUD(archive, "train", TASKS, resize=(6, 8)).read(0).image.tobytes() == full.image.tobytes()

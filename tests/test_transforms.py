@@ -26,9 +26,7 @@ settings.load_profile("quick")
 sides = st.integers(1, 24)
 sizes = st.tuples(sides, sides)
 seeds = st.integers(0, 2**32 - 1)
-task_sets = st.sets(st.sampled_from(TASK_NAMES), min_size=1).map(
-    lambda names: {name: ALL[name] for name in names}
-)
+task_sets = st.sets(st.sampled_from(TASK_NAMES), min_size=1).map(lambda names: {name: ALL[name] for name in names})
 
 
 def coordinates(size: tuple[int, int], tasks: dict[str, Task]) -> Sample:
@@ -119,9 +117,7 @@ def test_labels_stay_with_the_picture_through_scaling(factor, seed) -> None:
     augment = Augment((20, 20), scale=(factor, factor), photometric=False)
     result = augment(sample, tasks, np.random.default_rng(seed))
     column = result.labels["depth"] * np.float32(factor) - 1
-    assert (
-        np.abs(column - result.image[..., 0] / 4).max() <= 0.8
-    )  # pixels: half for nearest, rounding of 1/4 level
+    assert np.abs(column - result.image[..., 0] / 4).max() <= 0.8  # pixels: half for nearest, rounding of 1/4 level
 
 
 @given(sizes, st.integers(1, 30), st.integers(1, 30), seeds)
@@ -156,9 +152,7 @@ def test_class_cap_is_respected_where_it_can_be() -> None:
         crops = [augment(sample, tasks, np.random.default_rng(seed)).labels["semseg"] for seed in range(200)]
         return float(np.mean([not varied(crop, 255, 0.75) for crop in crops]))
 
-    share = dull(
-        Augment((16, 16), scale=(1, 1), class_cap=1)
-    )  # what chance alone gives, but for one-class crops
+    share = dull(Augment((16, 16), scale=(1, 1), class_cap=1))  # what chance alone gives, but for one-class crops
     assert share > 0.05
     assert dull(Augment((16, 16), scale=(1, 1))) < 0.01
 
@@ -242,9 +236,7 @@ def test_saturation_and_hue() -> None:
 
 def test_distortion_reaches_the_picture_only() -> None:
     sample = coordinates((24, 24), ALL)
-    plain, coloured = (
-        Augment((9, 9), photometric=on)(sample, ALL, np.random.default_rng(4)) for on in (False, True)
-    )
+    plain, coloured = (Augment((9, 9), photometric=on)(sample, ALL, np.random.default_rng(4)) for on in (False, True))
     assert (plain.image != coloured.image).any()
     assert_equal(plain._replace(image=coloured.image), coloured)
 
@@ -258,9 +250,7 @@ def test_labels_are_finished_in_training_and_evaluation() -> None:
     parts[:, 0] = 3
     assert_equal(finish(sample, tasks), sample)
     augment = Augment((8, 1), scale=(1, 1), photometric=False)
-    columns = [
-        augment(sample, tasks, np.random.default_rng(seed)).labels["human_parts"] for seed in range(40)
-    ]
+    columns = [augment(sample, tasks, np.random.default_rng(seed)).labels["human_parts"] for seed in range(40)]
     assert {int(column[0, 0]) for column in columns} == {
         3,
         255,
@@ -280,9 +270,7 @@ def test_the_same_generator_gives_the_same_view_and_leaves_the_sample(size, task
 
 def test_only_the_tasks_in_use_are_kept() -> None:
     tasks = {"depth": ALL["depth"]}
-    assert list(Augment((4, 4))(coordinates((9, 9), ALL), tasks, np.random.default_rng(0)).labels) == [
-        "depth"
-    ]
+    assert list(Augment((4, 4))(coordinates((9, 9), ALL), tasks, np.random.default_rng(0)).labels) == ["depth"]
 
 
 @pytest.mark.parametrize(

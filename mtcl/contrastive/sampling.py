@@ -14,8 +14,12 @@ Size = tuple[int, int]
 class Draw(NamedTuple):
     """The randomness of one step, made on the host, moved once."""
 
-    sources: Tensor  # int64 (T, T - 1): for each target the other tasks, in random order; the first is the draw
-    pixels: Tensor  # float32 (B, K, 2): row and column of each sampled pixel as a fraction 0..1 of the picture
+    sources: (
+        Tensor  # int64 (T, T - 1): for each target the other tasks, in random order; the first is the draw
+    )
+    pixels: (
+        Tensor  # float32 (B, K, 2): row and column of each sampled pixel as a fraction 0..1 of the picture
+    )
 
     def to(self, device: torch.device | str) -> "Draw":
         return Draw(
@@ -66,7 +70,9 @@ def read_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) -> T
     top, left = y.long(), x.long()
     bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
     dy, dx = y - top, x - left
-    corners = torch.stack([top * width + left, top * width + right, bottom * width + left, bottom * width + right])
+    corners = torch.stack(
+        [top * width + left, top * width + right, bottom * width + left, bottom * width + right]
+    )
     weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx])  # (4, B, K)
     index = corners.permute(1, 0, 2).flatten(1)[:, None].expand(-1, feature.shape[1], -1)  # (B, C, 4 K)
     values = feature.flatten(2).gather(2, index).float().unflatten(2, (4, -1))  # (B, C, 4, K)

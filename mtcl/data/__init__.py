@@ -2,6 +2,7 @@
 
 from mtcl.data.loading import EpochBatches, SampleDataset, collate, eval_loader, prepare, train_loader
 from mtcl.data.nyud import NYUD
+from mtcl.data.rooms import Rooms
 from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
 from mtcl.data.transforms import Augment, finish
 
@@ -11,6 +12,7 @@ __all__ = [
     "Batch",
     "EpochBatches",
     "Reader",
+    "Rooms",
     "Sample",
     "SampleDataset",
     "SampleMeta",

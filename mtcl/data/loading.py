@@ -5,7 +5,7 @@ generator lives in a worker or in the process, so the number of workers, a resum
 torch's global generator change nothing.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -74,12 +74,11 @@ class EpochBatches:
         return np.random.default_rng([self.seed, epoch, self.count]).permutation(self.count).tolist()
 
 
-def collate(
-    samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int
-) -> Batch:
+def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int) -> Batch:
     """Samples padded around their centres to one frame: the picture with 0, labels with ``task.void``.
 
-    The frame's height and width are the larger of ``size`` and of the samples', rounded up to ``multiple``.
+    The samples' largest height and width are rounded up to ``multiple``; the frame is that, or ``size`` where
+    it is larger (``size`` itself is not rounded).
     """
     native = [sample.image.shape[:2] for sample in samples]
     largest = [-(-max(side) // multiple) * multiple for side in zip(*native)]
@@ -132,9 +131,7 @@ def eval_loader(
 ) -> DataLoader:
     """Every sample once, in order, unaugmented; the last batch may be smaller. Frames: :func:`collate`."""
     if batch_size < 1:
-        raise UserError(
-            f"A batch of {batch_size} pictures is not possible; choose a batch size of at least 1."
-        )
+        raise UserError(f"A batch of {batch_size} pictures is not possible; choose a batch size of at least 1.")
     keys = [(0, index) for index in range(len(reader.ids))]
     return _Loader(
         SampleDataset(reader, tasks, None, seed=0),
@@ -205,11 +202,9 @@ def _padded(array: np.ndarray, frame: tuple[int, int], offset: tuple[int, int], 
     return framed
 
 
-def _inside(meta: Sequence[SampleMeta], frame: torch.Size, moved: Any) -> Tensor:
+def _inside(meta: Sequence[SampleMeta], frame: torch.Size, moved: Callable[[Tensor], Tensor]) -> Tensor:
     """Which pixels of a batch's frame show a picture: bool (B, 1, H, W)."""
-    corners = torch.tensor(
-        [[m.offset, (m.offset[0] + m.native_size[0], m.offset[1] + m.native_size[1])] for m in meta]
-    )
+    corners = torch.tensor([[m.offset, (m.offset[0] + m.native_size[0], m.offset[1] + m.native_size[1])] for m in meta])
     corners = moved(corners)  # (B, first or one past the last, row or column)
     rows = torch.arange(frame[0], device=corners.device)
     columns = torch.arange(frame[1], device=corners.device)

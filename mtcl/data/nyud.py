@@ -52,9 +52,7 @@ class NYUD:
         if part not in ("train", "val"):
             raise UserError(f"part={part!r} is not a part of NYUD-v2; choose 'train' or 'val'.")
         if resize is not None and min(resize) < 1:
-            raise UserError(
-                f"resize={tuple(resize)} leaves no pixels; give (height, width), each at least 1."
-            )
+            raise UserError(f"resize={tuple(resize)} leaves no pixels; give (height, width), each at least 1.")
         if limit is not None and limit < 1:
             raise UserError(f"limit={limit} leaves no picture; give at least 1, or None for all.")
         _check_classes(num_classes)
@@ -67,7 +65,7 @@ class NYUD:
 
     @classmethod
     def offered(cls, num_classes: int = 40, **options: Any) -> Mapping[str, Mapping[str, Any]]:
-        """Task name -> options for ``mtcl.tasks.build_task``."""
+        """Task name -> options for ``mtcl.tasks.build_task``; other options of a reader change nothing."""
         _check_classes(num_classes)
         return {"semseg": {"class_names": NYUD40[:num_classes]}, "depth": {}, "normals": {}, "edge": {}}
 
@@ -97,14 +95,13 @@ class NYUD:
         """First 16 hexadecimal digits of a SHA-256 that tells the list and its files, without reading them.
 
         It covers the ids, ``num_classes``, ``resize``, and the sizes in bytes of the first, middle and last
-        id's files of every task, in use or not (-1 where absent): runs on different tasks of the same data agree.
+        id's files of every task, in use or not (-1 where absent), so that runs on different tasks agree.
         """
         probes = (self.ids[0], self.ids[len(self.ids) // 2], self.ids[-1])
         paths = [self._path(kind, name) for kind in (IMAGES, *FILES.values()) for name in probes]
         sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
-        return hashlib.sha256(repr((self.ids, self.num_classes, self.resize, sizes)).encode()).hexdigest()[
-            :16
-        ]
+        known = repr((self.ids, self.num_classes, self.resize, sizes))
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def _path(self, kind: tuple[str, str], name: str) -> Path:
         folder, suffix = kind
@@ -202,9 +199,7 @@ def _find_root(given: Path) -> Path:
         state = "is empty" if root.is_dir() else "is not a folder"
         raise UserError(f"{root} {state}; give the folder that holds NYUD-v2 (expected: {LAYOUT}).")
     if not (root / "gt_sets").is_dir():
-        raise UserError(
-            f"{root} has no folder gt_sets; give the folder that holds NYUD-v2 (expected: {LAYOUT})."
-        )
+        raise UserError(f"{root} has no folder gt_sets; give the folder that holds NYUD-v2 (expected: {LAYOUT}).")
     return root
 
 
@@ -237,9 +232,7 @@ def _decode(path: Path, flag: int) -> np.ndarray:
 def _decode_8_bit(path: Path, channels: Literal[1, 3]) -> np.ndarray:
     pixels = _decode(path, cv2.IMREAD_UNCHANGED)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != ((3,) if channels == 3 else ()):
-        raise UserError(
-            f"{path} holds {_form(pixels)}, but this label is an 8-bit file of {channels} channel(s)."
-        )
+        raise UserError(f"{path} holds {_form(pixels)}, but this label is an 8-bit file of {channels} channel(s).")
     return pixels
 
 

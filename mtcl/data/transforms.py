@@ -37,9 +37,7 @@ class Augment:
     scale: tuple[float, float] = (0.5, 2.0)  # continuous, uniform
     flip: float = 0.5  # probability
     photometric: bool = True
-    class_cap: float = (
-        0.75  # share of non-void pixels that the largest semseg class of a crop should stay below
-    )
+    class_cap: float = 0.75  # share of non-void pixels that the largest semseg class of a crop should stay below
 
     def __post_init__(self) -> None:
         if min(self.size) < 1:
@@ -51,9 +49,7 @@ class Augment:
         if not 0 <= self.flip <= 1:
             raise UserError(f"flip={self.flip} is no probability; give a number from 0 to 1.")
         if not 0 < self.class_cap <= 1:
-            raise UserError(
-                f"class_cap={self.class_cap} is no share of pixels; give a number above 0 and up to 1."
-            )
+            raise UserError(f"class_cap={self.class_cap} is no share of pixels; give a number above 0 and up to 1.")
 
     def __call__(self, sample: Sample, tasks: Mapping[str, Task], rng: np.random.Generator) -> Sample:
         factor = rng.uniform(*self.scale)

@@ -46,7 +46,9 @@ def evaluate(
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights in {path} do not fit the model its config describes: {reason}") from error
+        raise UserError(
+            f"the weights in {path} do not fit the model its config describes: {reason}"
+        ) from error
     evaluator = Evaluator(
         tasks,
         build.build_eval_loader(settings, reader, tasks, device),

@@ -16,7 +16,12 @@ from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Metrics
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
-UNITS = {"rmse": "m", "mErr": "deg", "loss": "", "abs_rel": ""}  # everything else is a fraction, shown in percent
+UNITS = {
+    "rmse": "m",
+    "mErr": "deg",
+    "loss": "",
+    "abs_rel": "",
+}  # everything else is a fraction, shown in percent
 
 
 def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
@@ -51,7 +56,9 @@ def run_facts(
         "commit": commit,
         "clean": clean,
         "versions": {"python": platform.python_version(), "mtcl": mtcl.__version__, **_versions()},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.machine()})",
         "seed": seed,
         "split": split,
         "num_images": num_images,

@@ -75,7 +75,9 @@ def build_backbone(
                 f"the hub gave no weights for backbone {name} ({_first_line(error)}); check the connection, or give a "
                 "file (backbone.weights=PATH), or start from random (backbone.weights=none)"
             ) from error
-        raise UserError(f"backbone {name} with kwargs {options} can't be built: {_first_line(error)}") from error
+        raise UserError(
+            f"backbone {name} with kwargs {options} can't be built: {_first_line(error)}"
+        ) from error
     if weights not in (None, "hub"):
         _load_file(net, name, options, Path(str(weights)))
     config = timm.models.get_pretrained_cfg(name)
@@ -124,7 +126,9 @@ def _first_line(error: Exception) -> str:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(f"backbone.weights={path} is not a file; give none, hub, or a .safetensors or .pth file")
+        raise UserError(
+            f"backbone.weights={path} is not a file; give none, hub, or a .safetensors or .pth file"
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -156,7 +160,9 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
     by_name = {key.replace(".", "_"): value for key, value in state.items()}
     own = net.state_dict()
     found = {key: by_name.get(key.removeprefix("model.").replace(".", "_")) for key in own}
-    missing = [key for key, value in found.items() if value is None and not key.endswith("num_batches_tracked")]
+    missing = [
+        key for key, value in found.items() if value is None and not key.endswith("num_batches_tracked")
+    ]
     if missing:
         raise UserError(
             f"backbone.weights={path} lacks {len(missing)} of the {len(own)} tensors of backbone {name} "

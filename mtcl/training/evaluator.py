@@ -66,7 +66,9 @@ class Evaluator:
                 shown.append(_show(batch, predictions, row, self.tasks))
             count += len(batch["meta"])
         model.train(was_training)
-        values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
+        values = {
+            name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()
+        }
         return Evaluation(values, shown, count)
 
 

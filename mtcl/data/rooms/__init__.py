@@ -29,8 +29,8 @@ _LONGEST = 10_000_000
 class Rooms:
     """One list of rooms, as a :class:`mtcl.data.sample.Reader`.
 
-    ``length`` is the number of scenes for training and for validation, ``limit`` keeps only the first so many of
-    this list; ``cache`` keeps every sample read in memory, with the tasks asked for.
+    ``length`` is the number of scenes for training and for validation, ``limit`` keeps only the first so many
+    of this list; ``cache`` keeps every sample read in memory, with the tasks asked for.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Rooms:
         }
 
     def read(self, index: int) -> Sample:
-        """The picture and the labels of the tasks asked for, as :func:`render` makes them; the caller's to change."""
+        """The picture and the labels of the tasks asked for; the arrays are the caller's to change."""
         if self._cache is None:
             return self._render(index)
         if index not in self._cache:

@@ -1,33 +1,28 @@
 """Exact ray casting of a scene, with the labels of all six tasks and a lit, textured picture.
 
 On the pixel path there are only integer operations and + - * / sqrt, floor, comparisons and choices of single
-elements, in float32, so that the pixels are the same on every machine. Pixels are kept flat: an image of height H
-and width W is an array of N = H * W, a field of vectors is (3, N).
+elements, so that the pixels are the same on every machine. Pixels are kept flat: an image of height H and
+width W is an array of N = H * W, a field of vectors is (3, N).
 
 The work goes over all primitives of a kind at once: every primitive is paired with the pixels of the screen
 rectangle that bounds it, and one call intersects all the pairs.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from mtcl.data.rooms.scene import (
-    FREE_STANDING,
-    PERSON,
-    Camera,
-    Capsule,
-    Scene,
-    Solid,
-    Vector,
-    build,
-)
+from mtcl.data.rooms.scene import FREE_STANDING, PERSON, Camera, Capsule, Scene, Solid, Vector, build
 from mtcl.data.rooms.textures import LEVELS, SIDE, SIDE_BITS, atlas, hashed
 
 NEAR = 0.05  # metres; nothing is closer to the camera
 LARGE_PERSON = 0.01  # of the picture; smaller persons are not salient
 FALLOFF = 0.16  # of the lamp's light, per square metre
+
+Vectors = np.ndarray | Sequence[np.ndarray]  # (3, M), or three (M,)
+Surfaces = tuple[np.ndarray, np.ndarray]  # unit normals (3, M), metres along and up the surface (2, M)
 
 
 class View(NamedTuple):
@@ -55,19 +50,22 @@ class Tables(NamedTuple):
 def render(seed: int, index: int, height: int, width: int) -> dict[str, np.ndarray]:
     """The picture and the labels of scene ``index`` of ``seed``, a pure function of its arguments.
 
-    ``image`` uint8 RGB (H, W, 3); ``semseg`` uint8 (H, W), indices of ``CLASS_NAMES``; ``depth`` float32 (H, W),
-    metres along the optical axis; ``normals`` float32 (H, W, 3), unit vectors in camera axes: x to the left, y up,
-    z towards the viewer; ``edge`` uint8 (H, W), 1 where the right or the lower neighbour belongs to another
-    instance; ``human_parts`` uint8 (H, W), 0 background, then head, torso, upper arms, lower arms, upper legs,
-    lower legs; ``sal`` uint8 (H, W), 1 on the salient object (see :func:`salient`).
+    ``image``: uint8 RGB (H, W, 3).
+    ``semseg``: uint8 (H, W), indices of ``CLASS_NAMES``.
+    ``depth``: float32 (H, W), metres along the optical axis.
+    ``normals``: float32 (H, W, 3), unit vectors in camera axes: x to the left, y up, z towards the viewer.
+    ``edge``: uint8 (H, W), 1 where the right or the lower neighbour belongs to another instance.
+    ``human_parts``: uint8 (H, W), 0 background, 1 head, 2 torso and neck, 3 upper arms, 4 lower arms and
+    hands, 5 upper legs, 6 lower legs and feet.
+    ``sal``: uint8 (H, W), 1 on the salient object (see :func:`salient`).
     """
     scene = build(seed, index)
-    tables = tabulated(scene)
-    view = cast(scene, height, width)
+    tables, shapes = tabulated(scene), shaped(scene)
+    view = cast(scene, shapes, height, width)
     shape = (height, width)
     label, instance = tables.label[view.surface], tables.instance[view.surface]
     return {
-        "image": picture(scene, tables, view, height, width),
+        "image": picture(scene, tables, shapes, view, height, width),
         "semseg": label.reshape(shape),
         "depth": view.depth.reshape(shape),
         "normals": camera_normals(scene.camera, view.normals).reshape(*shape, 3),
@@ -78,7 +76,8 @@ def render(seed: int, index: int, height: int, width: int) -> dict[str, np.ndarr
 
 
 def tabulated(scene: Scene) -> Tables:
-    primitives = (*scene.boxes, *scene.ellipsoids, *scene.capsules)
+    """The table of the scene's surfaces."""
+    primitives: list[Solid | Capsule] = [*scene.boxes, *scene.ellipsoids, *scene.capsules]
     surfaces = scene.shell + [primitive.surface for primitive in primitives]
     colours = np.array([(*s.paint.first, *s.paint.second, s.paint.glow) for s in surfaces], np.float32).T.copy()
     colours[3:6] -= colours[:3]
@@ -96,18 +95,18 @@ def tabulated(scene: Scene) -> Tables:
 
 
 class Boxes:
-    """Boxes: intersections and surfaces in frames where each of them is the cube from -1 to 1."""
+    """Boxes: intersections and surfaces in frames where each of them is the cube from -1 to 1.
+
+    ``bounds`` are the low and high corners in the world, float64 (2, 3, primitives).
+    """
 
     def __init__(self, solids: list[Solid]):
         rows = np.array([(*s.centre, *s.half, *s.turn) for s in solids], np.float64).reshape(-1, 8).T
         self.centre, self.half, (self.cos, self.sin) = rows[:3], rows[3:6], rows[6:]
-
-    def bounds(self) -> np.ndarray:
-        """Low and high corners in the world: (2, 3, primitives)."""
         c, s = abs(self.cos), abs(self.sin)
         x, y, z = self.half
-        half = np.stack([c * x + s * z, y, s * x + c * z])
-        return np.stack([self.centre - half, self.centre + half])
+        reach = np.stack([c * x + s * z, y, s * x + c * z])
+        self.bounds = np.stack([self.centre - reach, self.centre + reach])
 
     def frames(self, origin: Vector) -> np.ndarray:
         """What takes a ray from ``origin`` into the primitives' frames: float32 (8, primitives)."""
@@ -115,31 +114,31 @@ class Boxes:
         c, s = self.cos, self.sin
         hx, hy, hz = self.half
         rows = [c / hx, s / hx, 1 / hy, s / hz, c / hz, (c * x - s * z) / hx, y / hy, (s * x + c * z) / hz]
-        return np.stack(rows).astype(np.float32)
+        return np.array(rows, np.float32)
 
     @staticmethod
     def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        """How many ray lengths to the first intersection; infinite where there is none. Pairs: (8, M), (3, M)."""
-        origin, direction = _local(frames, rays)
-        near, far = _slabs(origin, direction)
+        """Ray lengths (M,) to the intersections of pairs (8, M) and (3, M); infinite where there is none."""
+        near, far = _slabs(*_local(frames, rays))
         first = np.maximum(np.maximum(near[0], near[1]), near[2])
         last = np.minimum(np.minimum(far[0], far[1]), far[2])
         return np.where(first <= last, first, np.float32(np.inf))
 
-    def surfaces(
-        self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray, points: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Unit normals (3, M) and texture coordinates (2, M) where the rays meet the primitives ``which``."""
-        start, direction = _local(np.take(self.frames(origin), which, axis=1), rays)
+    def surfaces(self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray) -> Surfaces:
+        """What rays (3, M) from ``origin`` meet at ``depth`` (M,), on the primitives ``which`` (M,)."""
+        start, direction = _local(self.frames(origin)[:, which], rays)
         near, _ = _slabs(start, direction)
         axis = np.where(near[0] > near[1], np.where(near[0] > near[2], 0, 2), np.where(near[1] > near[2], 1, 2))
         # The face met is the one whose slab is entered last, so its normal is against the ray.
-        facing = np.where(direction < 0, np.float32(1), np.float32(-1)) * (axis == np.arange(3)[:, None])
-        c, s = (np.take(one.astype(np.float32), which) for one in (self.cos, self.sin))
-        x, y, z = facing
-        normals = np.stack([c * x + s * z, y, c * z - s * x])
-        local = (start + depth * direction) * np.take(self.half.astype(np.float32), which, axis=1)
-        return normals, face_coordinates(local, axis)
+        x, y, z = (np.where(one < 0, np.float32(1), np.float32(-1)) * (axis == i) for i, one in enumerate(direction))
+        half = self.half.astype(np.float32)[:, which]
+        local = [half[i] * (start[i] + depth * direction[i]) for i in range(3)]
+        return self._turned(which, x, y, z), face_coordinates(local, axis)
+
+    def _turned(self, which: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
+        """Vectors of the primitives' frames in the world: (3, M)."""
+        c, s = self.cos.astype(np.float32)[which], self.sin.astype(np.float32)[which]
+        return np.stack([c * x + s * z, y, c * z - s * x])
 
 
 class Ellipsoids(Boxes):
@@ -152,37 +151,31 @@ class Ellipsoids(Boxes):
         h = b * b - a * c
         return np.where(h > 0, (-b - np.sqrt(np.maximum(h, 0))) / a, np.float32(np.inf))
 
-    def surfaces(
-        self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray, points: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        start, direction = _local(np.take(self.frames(origin), which, axis=1), rays)
-        half = np.take(self.half.astype(np.float32), which, axis=1)
-        on_sphere = start + depth * direction
-        x, y, z = on_sphere / half
-        c, s = (np.take(one.astype(np.float32), which) for one in (self.cos, self.sin))
-        local = on_sphere * half
-        return unit(np.stack([c * x + s * z, y, c * z - s * x])), np.stack([local[0] + local[2], local[1]])
+    def surfaces(self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray) -> Surfaces:
+        start, direction = _local(self.frames(origin)[:, which], rays)
+        half = self.half.astype(np.float32)[:, which]
+        x, y, z = (start[i] + depth * direction[i] for i in range(3))
+        normals = unit(self._turned(which, x / half[0], y / half[1], z / half[2]))
+        return normals, np.stack([x * half[0] + z * half[2], y * half[1]])
 
 
 class Capsules:
-    """Capsules, with the same methods as :class:`Boxes`."""
+    """Capsules, with the same members as :class:`Boxes`."""
 
     def __init__(self, capsules: list[Capsule]):
         rows = np.array([(*c.start, *c.end, c.radius) for c in capsules], np.float64).reshape(-1, 7).T
         self.start, self.end, self.radius = rows[:3], rows[3:6], rows[6]
-
-    def bounds(self) -> np.ndarray:
         low, high = np.minimum(self.start, self.end), np.maximum(self.start, self.end)
-        return np.stack([low - self.radius, high + self.radius])
+        self.bounds = np.stack([low - self.radius, high + self.radius])
 
     def frames(self, origin: Vector) -> np.ndarray:
-        """The segments, the way from them to the origin, and their products: float32 (13, primitives)."""
+        """The axes, the ways from their ends to the origin, and their products: float32 (14, primitives)."""
         axis = self.end - self.start
         start, end = (np.array(origin)[:, None] - one for one in (self.start, self.end))
         length, along, square = dot(axis, axis), dot(axis, start), self.radius * self.radius
         c = length * dot(start, start) - along * along - square * length
         caps = [dot(start, start) - square, dot(end, end) - square]
-        return np.stack([*axis, *start, *end, length, along, c, *caps]).astype(np.float32)
+        return np.array([*axis, *start, *end, length, along, c, *caps], np.float32)
 
     @staticmethod
     def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
@@ -194,25 +187,30 @@ class Capsules:
         h = b * b - a * c
         t = (-b - np.sqrt(np.maximum(h, 0))) / a
         y = along + t * ar
-        inside = (h > 0) & (y > 0) & (y < length)
         # Past the ends of the cylinder, the sphere at that end decides.
         first = y <= 0
-        b = np.where(first, sr, sr - ar)
+        b = np.where(first, sr, dot(end, rays))
         h_cap = b * b - rr * np.where(first, cap_start, cap_end)
-        cap = np.where((h > 0) & (h_cap > 0), (-b - np.sqrt(np.maximum(h_cap, 0))) / rr, np.float32(np.inf))
-        return np.where(inside, t, cap)
+        cap = np.where(h_cap > 0, (-b - np.sqrt(np.maximum(h_cap, 0))) / rr, np.float32(np.inf))
+        return np.where(h > 0, np.where((y > 0) & (y < length), t, cap), np.float32(np.inf))
 
-    def surfaces(
-        self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray, points: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        axes = self.end - self.start
-        start, axis = (np.take(one.astype(np.float32), which, axis=1) for one in (self.start, axes))
-        offset = points - start
-        share = np.minimum(np.maximum(dot(offset, axis) / dot(axis, axis), 0), 1)
+    def surfaces(self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray) -> Surfaces:
+        frames = self.frames(origin)[:, which]
+        axis, start, length = frames[:3], frames[3:6], frames[9]
+        offset = start + depth * rays
+        share = np.minimum(np.maximum(dot(offset, axis) / length, 0), 1)
         return unit(offset - share * axis), np.stack([offset[0] + offset[2], offset[1]])
 
 
-def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+Shape = Boxes | Capsules
+
+
+def shaped(scene: Scene) -> list[Shape]:
+    """The scene's primitives by kind, in the order of :func:`tabulated`."""
+    return [Boxes(scene.boxes), Ellipsoids(scene.ellipsoids), Capsules(scene.capsules)]
+
+
+def dot(a: Vectors, b: Vectors) -> np.ndarray:
     """Inner products of (3, M) and (3, M): (M,), added in one fixed order."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
@@ -221,21 +219,25 @@ def unit(a: np.ndarray) -> np.ndarray:
     return a / np.sqrt(dot(a, a))
 
 
-def _local(frames: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Origins and directions of rays in the frames of :meth:`Boxes.frames`: (3, M) each."""
+def _local(frames: np.ndarray, rays: np.ndarray) -> tuple[Vectors, Vectors]:
+    """Origins and directions of rays in the frames of :meth:`Boxes.frames`."""
     xx, xz, yy, zx, zz = frames[:5]
     x, y, z = rays
-    return frames[5:], np.stack([xx * x - xz * z, yy * y, zx * x + zz * z])
+    return frames[5:], [xx * x - xz * z, yy * y, zx * x + zz * z]
 
 
-def _slabs(origin: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where rays enter and leave the three slabs -1..1, in ray lengths: (3, M) each."""
-    inverse = 1 / direction
-    middle, half = -origin * inverse, abs(inverse)
-    return middle - half, middle + half
+def _slabs(origin: Vectors, direction: Vectors) -> tuple[Vectors, Vectors]:
+    """Where rays enter and leave the three slabs -1..1, in ray lengths."""
+    near, far = [], []
+    for start, step in zip(origin, direction):
+        inverse = 1 / step
+        middle, half = start * inverse, abs(inverse)
+        near.append(-half - middle)
+        far.append(half - middle)
+    return near, far
 
 
-def face_coordinates(points: np.ndarray, axis: np.ndarray) -> np.ndarray:
+def face_coordinates(points: Vectors, axis: np.ndarray) -> np.ndarray:
     """Coordinates (2, M) in the plane of an axis-aligned face: z, y or x, z or x, y for the axes 0, 1, 2."""
     x, y, z = points
     return np.stack([np.where(axis == 0, z, x), np.where(axis == 1, z, y)])
@@ -259,49 +261,59 @@ def camera_rays(camera: Camera, height: int, width: int) -> np.ndarray:
     return rays.reshape(3, -1)
 
 
-def cast(scene: Scene, height: int, width: int) -> View:
+def cast(scene: Scene, shapes: list[Shape], height: int, width: int) -> View:
     """The nearest surface along every pixel's ray."""
-    origin = scene.camera.position
     rays = camera_rays(scene.camera, height, width)
-    kinds = [Boxes(scene.boxes), Ellipsoids(scene.ellipsoids), Capsules(scene.capsules)]
     with np.errstate(divide="ignore", invalid="ignore"):
         depth, face = room_walls(scene, rays)
         surface = face.copy()
-        first = firsts = len(scene.shell)
-        starts = []
-        for kind in kinds:
-            starts.append(first)
-            bounds = kind.bounds()
-            which, pixel = pairs(windows(corners(bounds), scene.camera, height, width), width)
-            distance = kind.distances(np.take(kind.frames(origin), which, axis=1), np.take(rays, pixel, axis=1))
-            near = np.flatnonzero((distance > NEAR) & (distance < np.take(depth, pixel)))
-            which, pixel, distance = which[near], pixel[near], distance[near]
-            np.minimum.at(depth, pixel, distance)
-            won = distance == depth[pixel]
-            surface[pixel[won]] = first + which[won]
-            first += bounds.shape[2]
+        first = len(scene.shell)
+        for shape in shapes:
+            meet(scene.camera, shape, first, rays, depth, surface, (height, width))
+            first += shape.bounds.shape[2]
 
-        points = depth * rays + np.array(origin, np.float32)[:, None]
+        points = depth * rays + np.array(scene.camera.position, np.float32)[:, None]
         axis = face // 2
-        inward = np.float32(1 - 2 * (face % 2))
-        normals = inward * (axis == np.arange(3)[:, None])
-        texture = face_coordinates(points, axis)
-        for kind, start, end in zip(kinds, starts, [*starts[1:], first]):
-            pixel = np.flatnonzero((surface >= start) & (surface < end))
-            normals[:, pixel], texture[:, pixel] = kind.surfaces(
-                origin, surface[pixel] - start, rays[:, pixel], depth[pixel], points[:, pixel]
+        normals = (1 - 2 * (face % 2)).astype(np.float32) * (axis == np.arange(3)[:, None])
+        texture = face_coordinates(list(points), axis)
+        first = len(scene.shell)
+        for shape in shapes:
+            end = first + shape.bounds.shape[2]
+            pixel = np.flatnonzero((surface >= first) & (surface < end))
+            normals[:, pixel], texture[:, pixel] = shape.surfaces(
+                scene.camera.position, surface[pixel] - first, rays[:, pixel], depth[pixel]
             )
+            first = end
     surface += 6 * ((surface < 6) & (points[1] < scene.band))
-    assert firsts == 12
     return View(rays, depth, surface, points, normals, texture)
+
+
+def meet(
+    camera: Camera,
+    shape: Shape,
+    first: int,
+    rays: np.ndarray,
+    depth: np.ndarray,
+    surface: np.ndarray,
+    size: tuple[int, int],
+) -> None:
+    """Put into ``depth`` and ``surface`` the primitives of one kind, whose rows begin at ``first``."""
+    rectangles = windows(corners(shape.bounds), _BOX_EDGES, camera, *size)
+    which, pixel = pairs(rectangles, size[1])
+    distance = shape.distances(np.take(shape.frames(camera.position), which, axis=1), np.take(rays, pixel, axis=1))
+    near = np.flatnonzero((distance > NEAR) & (distance < np.take(depth, pixel)))
+    which, pixel, distance = which[near], pixel[near], distance[near]
+    np.minimum.at(depth, pixel, distance)
+    won = distance == depth[pixel]
+    surface[pixel[won]] = first + which[won]
 
 
 def room_walls(scene: Scene, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Depth (N,) of the shell as seen from within, and the face met (N,): 2 * axis + (1 on the high side)."""
     exits = []
-    for axis in range(3):
-        low, high = (np.float32(end[axis] - scene.camera.position[axis]) for end in (scene.low, scene.high))
-        exits.append(np.maximum(low / rays[axis], high / rays[axis]))
+    for i in range(3):
+        low, high = (np.float32(end[i] - scene.camera.position[i]) for end in (scene.low, scene.high))
+        exits.append(np.maximum(low / rays[i], high / rays[i]))
     x, y, z = exits
     depth = np.minimum(np.minimum(x, y), z)
     axis = np.where(depth == x, 0, np.where(depth == y, 1, 2))
@@ -309,40 +321,49 @@ def room_walls(scene: Scene, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return depth, 2 * axis + ahead
 
 
+_BOX_EDGES = np.array([(i, i | bit) for i in range(8) for bit in (1, 2, 4) if not i & bit]).T
+# Of the hull of a box's corners and their shadows: both boxes' edges and the rays between.
+_SHADOW_EDGES = np.concatenate([_BOX_EDGES, _BOX_EDGES + 8, [np.arange(8), np.arange(8) + 8]], axis=1)
+
+
 def corners(bounds: np.ndarray) -> np.ndarray:
     """The eight corners of boxes given as (2, 3, primitives): (3, 8, primitives)."""
-    x, y, z = (bounds[:, axis] for axis in range(3))
     i = np.arange(8)
-    return np.stack([x[i & 1], y[i >> 1 & 1], z[i >> 2]])
+    return np.stack([bounds[i & 1, 0], bounds[i >> 1 & 1, 1], bounds[i >> 2, 2]])
 
 
-def windows(points: np.ndarray, camera: Camera, height: int, width: int) -> np.ndarray:
-    """Pixel rectangles that bound the projections of (3, K, primitives): int (4, primitives).
+def windows(points: np.ndarray, edges: np.ndarray, camera: Camera, height: int, width: int) -> np.ndarray:
+    """Pixel rectangles that bound the projections of solids: intp (4, primitives).
 
-    Top, bottom, left, right, the second of each excluded; empty where all points are behind the camera.
+    A solid is given by its corners, ``points`` (3, K, primitives), and by its edges, pairs of corners (2, E).
+    A rectangle is top, bottom, left, right, the second of each excluded; it is empty behind the camera.
     """
     offset = points - np.array(camera.position)[:, None, None]
-    x, y, z = (dot(np.array(axis), offset) for axis in (camera.right, camera.up, camera.forward))
+    place = np.stack([dot(np.array(axis)[:, None, None], offset) for axis in (camera.right, camera.up, camera.forward)])
+    if (place[2] < NEAR).any():
+        # What is behind the camera does not project; the solid's edges are cut just in front of it.
+        start, way = place[:, edges[0]], place[:, edges[1]] - place[:, edges[0]]
+        share = (NEAR - start[2]) / np.where(way[2] == 0, 1, way[2])
+        place = np.concatenate([place, start + np.minimum(np.maximum(share, 0), 1) * way], axis=1)
+    x, y, z = place
+    seen = z > 0.99 * NEAR
     scale = width / 2 / camera.half_width
-    close = np.maximum(z, NEAR)
-    columns, rows = width / 2 + x / close * scale, height / 2 - y / close * scale
-    whole = z.min(axis=0) < NEAR  # reaches behind the camera: its projection is not bounded by its corners'
-    behind = z.max(axis=0) < NEAR
-    edges = [
-        np.where(whole, 0, rows.min(axis=0)),
-        np.where(whole, height, rows.max(axis=0) + 1),
-        np.where(whole, 0, columns.min(axis=0)),
-        np.where(whole, width, columns.max(axis=0) + 1),
+    z = np.where(seen, z, 1)
+    columns, rows = width / 2 + x / z * scale, height / 2 - y / z * scale
+    sides = [
+        np.where(seen, rows, height).min(axis=0),
+        np.where(seen, rows, -1).max(axis=0) + 1,
+        np.where(seen, columns, width).min(axis=0),
+        np.where(seen, columns, -1).max(axis=0) + 1,
     ]
-    limits = np.array([height, height, width, width])[:, None] * ~behind
-    return np.minimum(np.maximum(np.floor(np.stack(edges)), 0), limits).astype(np.intp)
+    limits = np.array([[height], [height], [width], [width]])
+    return np.minimum(np.maximum(np.floor(np.array(sides)), 0), limits).astype(np.intp)
 
 
 def pairs(rectangles: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pixels of the rectangles (4, primitives): the primitive and the flat pixel of each pair, intp (M,)."""
+    """All pixels of the rectangles (4, primitives): the primitive and the pixel of each pair, intp (M,)."""
     top, bottom, left, right = rectangles
-    across = np.maximum(right - left, 0)
-    down = np.where(across > 0, bottom - top, 0)
+    across, down = np.maximum(right - left, 0), np.maximum(bottom - top, 0)
     # First the rows of all the rectangles, then the pixels of all the rows.
     owner = np.repeat(np.arange(len(top)), down)
     row = np.arange(len(owner)) - np.repeat(np.cumsum(down) - down, down)
@@ -378,15 +399,16 @@ def boundaries(instance: np.ndarray) -> np.ndarray:
 def centre_weights(height: int, width: int) -> np.ndarray:
     """Integer weights (N,), in float64, that fall from the picture's centre to its borders."""
     row, column = np.arange(height)[:, None], np.arange(width)[None, :]
-    weights = np.minimum(row + 1, height - row) * width + np.minimum(column + 1, width - column) * height
+    weights = np.minimum(row + 1, height - row) * np.minimum(column + 1, width - column)
     return weights.ravel().astype(np.float64)
 
 
 def salient(label: np.ndarray, instance: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask of what one looks at, uint8 (N,).
 
-    All persons that cover at least one hundredth of the picture; where there is none, the free-standing object
-    (:data:`FREE_STANDING`) with the most pixels, weighted towards the centre; nothing in a room without objects.
+    All persons that cover at least one hundredth of the picture; where there is none, the free-standing
+    object (of the classes ``FREE_STANDING``) with the most pixels, weighted towards the picture's centre;
+    nothing where no such object is in view.
     """
     instances = int(instance.max()) + 1
     pixels = np.bincount(instance, minlength=instances)
@@ -403,10 +425,10 @@ def salient(label: np.ndarray, instance: np.ndarray, height: int, width: int) ->
 # The picture.
 
 
-def picture(scene: Scene, tables: Tables, view: View, height: int, width: int) -> np.ndarray:
+def picture(scene: Scene, tables: Tables, shapes: list[Shape], view: View, height: int, width: int) -> np.ndarray:
     """What the camera records: uint8 RGB (H, W, 3)."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        lamp, daylight, ambient = illumination(scene, view, height, width)
+        lamp, daylight, ambient = illumination(scene, shapes, view, height, width)
     mix = pattern_values(scene, tables, view, width)
     glow = np.take(tables.colours[6], view.surface)
     ambient = ambient + glow
@@ -419,12 +441,14 @@ def picture(scene: Scene, tables: Tables, view: View, height: int, width: int) -
     return developed(result, scene.key)
 
 
-def illumination(scene: Scene, view: View, height: int, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def illumination(
+    scene: Scene, shapes: list[Shape], view: View, height: int, width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """How much of the lamp's, of the window's and of ambient light every pixel gets: float32 (N,) each."""
     to_point = view.points - np.array(scene.lamp.position, np.float32)[:, None]
     square = dot(to_point, to_point)
     lamp = np.maximum(-dot(to_point, view.normals), 0) / (np.sqrt(square) * (1 + FALLOFF * square))
-    lamp *= 1 - shadows(scene, to_point, height, width)
+    lamp *= 1 - shadows(scene, shapes, to_point, height, width)
 
     to_point = view.points - np.array(scene.daylight.position, np.float32)[:, None]
     square = dot(to_point, to_point)
@@ -441,19 +465,17 @@ def illumination(scene: Scene, view: View, height: int, width: int) -> tuple[np.
     return lamp, daylight, scene.ambient * openness * tilt
 
 
-def shadows(scene: Scene, to_point: np.ndarray, height: int, width: int) -> np.ndarray:
+def shadows(scene: Scene, shapes: list[Shape], to_point: np.ndarray, height: int, width: int) -> np.ndarray:
     """How much of the lamp every pixel loses to objects, 0 to 1, soft by a pixel: float32 (N,)."""
     light = scene.lamp.position
     hidden = np.zeros(to_point.shape[1], np.float32)
-    for kind in (Boxes(scene.boxes), Ellipsoids(scene.ellipsoids), Capsules(scene.capsules)):
-        bounds = kind.bounds()
-        below = np.flatnonzero(bounds[1, 1] < light[1] - 0.05)
-        solid = corners(bounds[:, :, below])
-        thrown = shadow_ends(scene, solid)
-        rectangles = windows(np.concatenate([solid, thrown], axis=1), scene.camera, height, width)
-        which, pixel = pairs(rectangles, width)
-        frames = np.take(kind.frames(light)[:, below], which, axis=1)
-        distance = kind.distances(frames, np.take(to_point, pixel, axis=1))
+    for shape in shapes:
+        below = np.flatnonzero(shape.bounds[1, 1] < light[1] - 0.05)
+        solid = corners(shape.bounds[:, :, below])
+        hull = np.concatenate([solid, shadow_ends(scene, solid)], axis=1)
+        which, pixel = pairs(windows(hull, _SHADOW_EDGES, scene.camera, height, width), width)
+        frames = np.take(shape.frames(light)[:, below], which, axis=1)
+        distance = shape.distances(frames, np.take(to_point, pixel, axis=1))
         hidden[pixel[(distance > 0) & (distance < 0.99)]] = 1
     image = hidden.reshape(height, width)
     soft = image.copy()
@@ -472,7 +494,7 @@ def shadow_ends(scene: Scene, points: np.ndarray) -> np.ndarray:
 
 
 def pattern_values(scene: Scene, tables: Tables, view: View, width: int) -> np.ndarray:
-    """The surfaces' patterns at every pixel, from the mip level whose texels are as large as the pixel: (N,)."""
+    """The surfaces' patterns (N,), 0 to 1, from the mip level whose texels are as large as the pixel."""
     values, starts = atlas()
     texels = np.take(tables.texels, view.surface)
     # A pixel's extent on the surface, in texels: larger where the surface is seen at a slant.
@@ -500,7 +522,11 @@ def developed(display: np.ndarray, key: int) -> np.ndarray:
     inner = display[:, 1:-1, 1:-1]
     around = display[:, 1:-1, :-2] + display[:, 1:-1, 2:] + display[:, :-2, 1:-1] + display[:, 2:, 1:-1]
     soft[:, 1:-1, 1:-1] = 0.6 * inner + 0.1 * around
-    noise = np.take(np.take(grain(), np.arange(height) + (key & 511), axis=0, mode="wrap"),
-                    np.arange(width) + (key >> 9 & 511), axis=1, mode="wrap")
+    noise = np.take(
+        np.take(grain(), np.arange(height) + (key & 511), axis=0, mode="wrap"),
+        np.arange(width) + (key >> 9 & 511),
+        axis=1,
+        mode="wrap",
+    )
     levels = np.minimum(np.maximum(soft + noise, 0), 1) * 255 + 0.5
     return np.ascontiguousarray(levels.astype(np.uint8).transpose(1, 2, 0))

@@ -1,7 +1,7 @@
 """What is in a room: its walls, furniture, people, camera and light, all drawn from integer hashes.
 
-World axes: x to the right, y up, z into the room, in metres; the floor is y = 0. Only + - * / and sqrt touch the
-numbers, so that every machine builds the same scene; a rotation is given by t = tan(angle / 2).
+World axes: x to the right, y up, z into the room, in metres; the floor is y = 0. Only + - * / and sqrt touch
+the numbers, so that every machine builds the same scene; a rotation is given by t = tan(angle / 2).
 """
 
 from collections.abc import Sequence
@@ -31,6 +31,9 @@ FREE_STANDING = (TABLE, CABINET, CHAIR, SOFA, LAMP, BALL, PERSON)
 HEAD, TORSO, UPPER_ARM, LOWER_ARM, UPPER_LEG, LOWER_LEG = range(1, 7)
 
 Vector = tuple[float, float, float]
+# How far a bone swings forward and spreads to its side, from hanging down: tangents of half the angles.
+Bend = tuple[float, float]
+Limb = tuple[Bend, Bend]  # upper, lower
 T = TypeVar("T")
 
 _WALL_COLOURS = (
@@ -70,13 +73,19 @@ _FABRICS = (
     (0.42, 0.62, 0.74),
     (0.60, 0.53, 0.44),
 )
-_TROUSERS = ((0.20, 0.26, 0.42), (0.22, 0.22, 0.24), (0.58, 0.50, 0.38), (0.42, 0.46, 0.50), (0.40, 0.28, 0.24))
+_TROUSERS = (
+    (0.20, 0.26, 0.42),
+    (0.22, 0.22, 0.24),
+    (0.58, 0.50, 0.38),
+    (0.42, 0.46, 0.50),
+    (0.40, 0.28, 0.24),
+)
 _SKINS = ((0.93, 0.76, 0.65), (0.87, 0.67, 0.52), (0.72, 0.51, 0.37), (0.52, 0.35, 0.25))
 _HAIRS = ((0.14, 0.11, 0.10), (0.33, 0.22, 0.14), (0.62, 0.45, 0.26), (0.62, 0.60, 0.58), (0.46, 0.20, 0.11))
 
 
 class Paint(NamedTuple):
-    """How a surface looks: a pattern that mixes two linear-light colours, and the light it gives off itself."""
+    """How a surface looks: a pattern that mixes two linear-light colours, and the light it gives off."""
 
     pattern: Pattern
     tile: float  # metres that one tile of the pattern spans
@@ -141,7 +150,7 @@ class Scene(NamedTuple):
 
 
 class Frame(NamedTuple):
-    """A place on the floor and the direction of its local z axis, its front: (cosine, sine) about the vertical."""
+    """A place on the floor and the turn of its local z axis, its front: (cosine, sine) about the vertical."""
 
     x: float
     z: float
@@ -237,7 +246,7 @@ class _Builder:
         dice = self.dice
         shell, band = self._shell(), dice.pick((0.08, 0.10, 0.12, 0.9))
         self._ceiling_lamp()
-        persons = dice.pick((0, 0, 0, 1, 1, 1, 2))
+        persons = dice.pick((0, 0, 0, 0, 1, 1, 1, 2, 2))
         self._doors_and_windows()
         for _ in range(persons):
             if dice.chance(0.75):
@@ -278,9 +287,7 @@ class _Builder:
     def _ellipsoid(self, frame: Frame, centre: Vector, half: Vector, paint: Paint, part: int = 0) -> None:
         self.ellipsoids.append(Solid(self._surface(paint, part), frame.world(*centre), half, frame.turn))
 
-    def _capsule(
-        self, frame: Frame, start: Vector, end: Vector, radius: float, paint: Paint, part: int = 0
-    ) -> None:
+    def _capsule(self, frame: Frame, start: Vector, end: Vector, radius: float, paint: Paint, part: int = 0) -> None:
         surface = self._surface(paint, part)
         self.capsules.append(Capsule(surface, frame.world(*start), frame.world(*end), radius))
 
@@ -347,8 +354,7 @@ class _Builder:
         paint = glowing((1.0, 0.8 + 0.2 * warmth, 0.5 + 0.5 * warmth), 1.0)
         self._begin(LAMP)
         if dice.chance(0.5):
-            drop = dice.between(0.3, 0.5)
-            radius = dice.between(0.12, 0.2)
+            drop, radius = dice.between(0.2, 0.35), dice.between(0.12, 0.18)
             self._capsule(frame, (0, self.height, 0), (0, self.height - drop, 0), 0.012, plain((0.02, 0.02, 0.02)))
             self._ellipsoid(frame, (0, self.height - drop, 0), (radius, 0.8 * radius, radius), paint)
         else:
@@ -395,7 +401,7 @@ class _Builder:
         """A free place on the floor that the camera sees; None when none was found."""
         (cx, _, cz), (rx, _, rz), (fx, _, fz) = self.camera.position, self.camera.right, self.camera.forward
         for _ in range(10):
-            ahead = self.dice.between(near, self.depth - 0.5)
+            ahead = self.dice.between(near, 0.75 * self.depth)
             aside = ahead * self.camera.half_width * self.dice.between(-0.8, 0.8)
             frame = Frame(cx + ahead * fx + aside * rx, cz + ahead * fz + aside * rz, turn)
             if self._free(frame, half_x, half_z):
@@ -486,7 +492,7 @@ class _Builder:
             kind()
 
     def _along_a_wall(self, half_x: float, half_z: float, top: float) -> Frame | None:
-        """Frame of a thing with its back to a wall where floor and wall are free; None when none was found."""
+        """A free place with its back to a wall; None when none was found."""
         for _ in range(6):
             face = self.dice.pick((0, 1, 5, 5))
             wall, length = self._wall(face)
@@ -503,7 +509,11 @@ class _Builder:
     def _cabinet(self) -> None:
         """A body on a plinth with drawers or doors, now and then with a lamp on it."""
         dice = self.dice
-        half_x, half_z, top = dice.between(0.4, 0.8), dice.between(0.2, 0.28), dice.pick((0.75, 0.9, 1.1, 1.9))
+        half_x, half_z, top = (
+            dice.between(0.4, 0.8),
+            dice.between(0.2, 0.28),
+            dice.pick((0.75, 0.9, 1.1, 1.9)),
+        )
         frame = self._along_a_wall(half_x, half_z, top)
         if frame is None:
             return
@@ -556,16 +566,11 @@ class _Builder:
         self._box(frame, (0, 0.47, -half_z + 0.12), (half_x, 0.36, 0.12), cover)
         for side in (-1, 1):
             self._box(frame, (side * (half_x - 0.09), 0.34, 0.02), (0.09, 0.26, half_z), cover)
-            self._box(
-                frame,
-                (side * (half_x - 0.18) / 2, 0.38, 0.11),
-                ((half_x - 0.18) / 2 - 0.01, 0.07, half_z - 0.1),
-                seat,
-            )
+            quarter = (half_x - 0.18) / 2
+            self._box(frame, (side * quarter, 0.38, 0.11), (quarter - 0.01, 0.07, half_z - 0.1), seat)
         if dice.chance(0.6):
-            side = dice.sign() * (half_x - 0.42)
-            cushion = self._cloth(Pattern.STRIPES, 0.3)
-            self._ellipsoid(frame, (side, 0.6, -0.12), (0.22, 0.2, 0.09), cushion)
+            centre = (dice.sign() * (half_x - 0.42), 0.6, -0.12)
+            self._ellipsoid(frame, centre, (0.22, 0.2, 0.09), self._cloth(Pattern.STRIPES, 0.3))
 
     # Things in the room.
 
@@ -593,7 +598,7 @@ class _Builder:
         cloth = self._cloth(dice.pick((Pattern.DIAMONDS, Pattern.STRIPES, Pattern.CHECKER, Pattern.PLAIN)), 1.0)
         self._begin(MAT)
         self._box(frame, (0, 0.004, 0), (half_x, 0.004, half_z), plain(cloth.second))
-        self._box(frame, (0, 0.005, 0), (half_x - 0.1, 0.005, half_z - 0.1), cloth)
+        self._box(frame, (0, 0.0045, 0), (half_x - 0.1, 0.0045, half_z - 0.1), cloth)
 
     def _table(self) -> None:
         dice = self.dice
@@ -610,23 +615,28 @@ class _Builder:
             for z in (-1, 1):
                 foot = (x * (half_x - 0.06), top / 2 - 0.02, z * (half_z - 0.06))
                 self._box(frame, foot, (0.03, top / 2 - 0.02, 0.03), paint)
-        x, z = dice.between(-0.5, 0.5) * half_x, dice.between(-0.4, 0.4) * half_z
+        aside, back = dice.between(-0.5, 0.5) * half_x, dice.between(-0.4, 0.4) * half_z
         if dice.chance(0.3):
-            self._table_lamp(frame._replace(x=frame.x + x, z=frame.z + z, y=top))
+            self._table_lamp(frame._replace(x=frame.x + aside, z=frame.z + back, y=top))
         elif dice.chance(0.4):
             radius = dice.between(0.07, 0.13)
             self._begin(BALL)
-            self._ellipsoid(frame, (x, top + radius, z), (radius, radius, radius), self._cloth(Pattern.STRIPES, radius * 3))
+            self._ellipsoid(
+                frame,
+                (aside, top + radius, back),
+                (radius, radius, radius),
+                self._cloth(Pattern.STRIPES, radius * 3),
+            )
         side = dice.sign()
-        for x in (-0.5, 0.5):
-            seat = frame.world(x * half_x, 0, side * (half_z + 0.3))
+        for share in (-0.5, 0.5):
+            seat = frame.world(share * half_x, 0, side * (half_z + 0.3))
             c, s = frame.turn
             chair = Frame(seat[0], seat[2], (-side * c, -side * s))
             if top > 0.5 and dice.chance(0.6) and self._free(chair, 0.22, 0.22, 0.0):
                 self._chair(chair, occupied=False)
 
     def _chair_in_the_room(self, occupied: bool) -> None:
-        frame = self._in_view(0.25, 0.3, 1.9, self._facing_about())
+        frame = self._in_view(0.3, 0.6 if occupied else 0.3, 1.9, self._facing_about())
         if frame is not None:
             self._chair(frame, occupied)
 
@@ -647,7 +657,7 @@ class _Builder:
         for y, height in ((0.84, 0.07), (0.65, 0.04)):
             self._box(frame, (0, y, -0.19), (0.17, height, 0.012), paint)
         if occupied:
-            self._person(frame._replace(y=0.0), seat=0.46)
+            self._person(frame, *self._pose(sitting=True), seat=0.46)
 
     def _floor_lamp(self) -> None:
         frame = self._in_view(0.2, 0.2, 2.2, (1.0, 0.0))
@@ -687,15 +697,16 @@ class _Builder:
     # People.
 
     def _standing_person(self) -> None:
-        frame = self._in_view(0.32, 0.25, 1.9, self._facing_about())
+        arms, legs = self._pose(sitting=False)
+        reach = 0.3 + 0.35 * max(_direction(upper)[0] + _direction(lower)[0] for upper, lower in arms)
+        frame = self._in_view(max(reach, 0.32), 0.35, 1.9, self._facing_about())
         if frame is not None:
-            self._person(frame, seat=None)
+            self._person(frame, arms, legs, seat=None)
 
-    def _person(self, frame: Frame, seat: float | None) -> None:
+    def _person(self, frame: Frame, arms: list[Limb], legs: list[Limb], seat: float | None) -> None:
         """A jointed figure that faces the frame's front: upright, or sitting at the height ``seat``.
 
-        Sizes are of a grown-up of 1.75 m and scale with the figure; a limb's direction is (swing forward, spread
-        to its side), each as the tangent of half the angle from hanging straight down.
+        Sizes are of a grown-up of 1.75 m and scale with the figure.
         """
         dice = self.dice
         size = dice.between(0.92, 1.06) if seat is not None or dice.chance(0.8) else dice.between(0.62, 0.85)
@@ -707,7 +718,6 @@ class _Builder:
         trousers = plain(dice.colour(_TROUSERS), 0.7)
         shoes = plain(dice.colour(_PAINTS), 0.8)
         sleeve, leg = (skin if dice.chance(0.5) else shirt), (skin if dice.chance(0.2) else trousers)
-        arms, legs = self._pose(seat is not None)
         self._begin(PERSON)
 
         def ball(centre: Vector, half: Vector, paint: Paint, part: int) -> None:
@@ -720,7 +730,7 @@ class _Builder:
         def up(x: float, y: float, z: float) -> Vector:
             return x * size, hip + y * size, z * size
 
-        drops = [0.42 * -_direction(*upper)[1] + 0.40 * -_direction(*lower)[1] for upper, lower in legs]
+        drops = [0.42 * -_direction(upper)[1] + 0.40 * -_direction(lower)[1] for upper, lower in legs]
         hip = size * (max(drops) + 0.075) if seat is None else seat + 0.09 * size
 
         # Torso: two thick capsules side by side, closed by the shoulders above and the pelvis below.
@@ -732,28 +742,31 @@ class _Builder:
         child = 1.0 if size > 0.9 else 1.2  # a child's head is large for its size
         ball(up(0, 0.60 + 0.11 * child, 0.02), (0.078 * child, 0.112 * child, 0.095 * child), skin, HEAD)
         ball(up(0, 0.60 + 0.15 * child, -0.012), (0.088 * child, 0.090 * child, 0.098 * child), hair, HEAD)
+        for side in (-1, 1):
+            eye = up(side * 0.03 * child, 0.60 + 0.12 * child, 0.02 + 0.088 * child)
+            ball(eye, (0.014, 0.012, 0.012), plain((0.02, 0.02, 0.02)), HEAD)
         if dice.chance(0.35):  # long hair
             ball(up(0, 0.60 + 0.03 * child, -0.055), (0.095 * child, 0.16 * child, 0.06 * child), hair, HEAD)
 
         for side, (upper, lower) in zip((-1, 1), arms):
             shoulder = up(side * 0.185, 0.475, 0)
-            elbow = _along(shoulder, _direction(*upper, side), 0.27 * size)
-            wrist = _along(elbow, _direction(*lower, side), 0.25 * size)
-            hand = _along(wrist, _direction(*lower, side), 0.05 * size)
+            elbow = _along(shoulder, _direction(upper, side), 0.27 * size)
+            wrist = _along(elbow, _direction(lower, side), 0.25 * size)
+            hand = _along(wrist, _direction(lower, side), 0.05 * size)
             rod(shoulder, elbow, 0.05, shirt, UPPER_ARM)
             rod(elbow, wrist, 0.038, sleeve, LOWER_ARM)
             ball(hand, (0.045, 0.06, 0.045), skin, LOWER_ARM)
         for side, (upper, lower) in zip((-1, 1), legs):
             joint = up(side * 0.095, 0, 0)
-            knee = _along(joint, _direction(*upper, side), 0.42 * size)
-            ankle = _along(knee, _direction(*lower, side), 0.40 * size)
+            knee = _along(joint, _direction(upper, side), 0.42 * size)
+            ankle = _along(knee, _direction(lower, side), 0.40 * size)
             rod(joint, knee, 0.078, trousers, UPPER_LEG)
             rod(knee, ankle, 0.052, leg, LOWER_LEG)
             toe = _along(ankle, (0.15 * side, -0.1, 0.95), 0.15 * size)
             rod(_along(ankle, (0, -1, 0), 0.03 * size), toe, 0.045, shoes, LOWER_LEG)
 
-    def _pose(self, sitting: bool) -> tuple[list, list]:
-        """Directions (upper, lower) of the left and the right arm, and of the left and the right leg."""
+    def _pose(self, sitting: bool) -> tuple[list[Limb], list[Limb]]:
+        """The left and the right arm, the left and the right leg."""
         dice = self.dice
         hanging = [((dice.between(-0.1, 0.15), 0.1), (dice.between(0.0, 0.3), 0.06)) for _ in range(2)]
         if sitting:
@@ -786,9 +799,9 @@ def _overlaps(place: tuple[float, ...], others: Sequence[tuple[float, ...]]) -> 
     return any(a < other[1] and other[0] < b and c < other[3] and other[2] < d for other in others)
 
 
-def _direction(swing: float, spread: float, side: int = 1) -> Vector:
-    """Unit vector of a limb, from hanging straight down: swung forward, spread to its side."""
-    (cw, sw), (cp, sp) = turned(swing), turned(spread)
+def _direction(bend: Bend, side: int = 1) -> Vector:
+    """Unit vector of a limb, in the frame of its person."""
+    (cw, sw), (cp, sp) = turned(bend[0]), turned(bend[1])
     return side * sp * cw, -cp * cw, sw
 
 

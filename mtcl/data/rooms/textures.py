@@ -1,4 +1,4 @@
-"""Surface patterns of the rooms: small square tiles of integer-hash noise, with their mip levels, made once."""
+"""Surface patterns of the rooms: small tiles of integer-hash noise, with their mip levels, made once."""
 
 from collections.abc import Iterator
 from enum import IntEnum, auto
