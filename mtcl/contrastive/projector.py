@@ -26,7 +26,9 @@ class Projector(nn.Module):
         with torch.autocast(feature.device.type, enabled=False):
             x = feature.float()
             for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
-                x = torch.baddbmm(bias[source], F.relu(x) if layer else x, weight[source])
+                x = torch.baddbmm(
+                    bias.index_select(0, source), F.relu(x) if layer else x, weight.index_select(0, source)
+                )
             return F.normalize(x, dim=-1)
 
 

@@ -18,10 +18,11 @@ def pick(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _next(relation: Tensor) -> tuple[Tensor, Tensor]:
     count = relation.shape[-1]
-    place = torch.arange(count, device=relation.device, dtype=torch.int32)
-    ahead = (place[None, :] - place[:, None]) % count  # (K, K): steps from i forward to j
-    nearest = torch.where(relation, ahead, count).min(dim=-1).values  # (B, K); `count` where there is none
-    return (place + nearest).long() % count, nearest < count
+    place = torch.arange(count, device=relation.device)
+    ahead = ((place[None, :] - place[:, None]) % count).short()  # (K, K): steps from i forward to j
+    none = torch.full((), count, dtype=torch.short, device=relation.device)
+    nearest = torch.where(relation, ahead, none).amin(dim=-1)  # (B, K)
+    return (place + nearest) % count, nearest < none
 
 
 def triplet_loss(z: Tensor, p: Tensor, n: Tensor, anchor: Tensor, margin: float) -> tuple[Tensor, Tensor]:

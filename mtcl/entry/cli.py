@@ -1,9 +1,10 @@
 """How an entry point starts and how it fails: a user's mistake is one sentence and exit code 1."""
 
+import contextlib
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
@@ -22,8 +23,7 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
     keep their trace; HYDRA_FULL_ERROR=1 shows every trace.
     """
-    wants_trace = "HYDRA_FULL_ERROR" in os.environ
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions reach us instead of being printed by Hydra
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     failures: list[UserError] = []
 
     def guarded(config: DictConfig) -> None:
@@ -35,7 +35,8 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
             failures.append(error)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(guarded)()
+        with _hydra_raises():
+            hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(guarded)()
         if failures:
             raise failures[0]
     except (UserError, HydraException, OmegaConfBaseException) as error:
@@ -46,6 +47,20 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+@contextlib.contextmanager
+def _hydra_raises() -> Iterator[None]:
+    """Let Hydra's exceptions reach us instead of being printed by it."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def sentence(error: BaseException) -> str:

@@ -60,7 +60,9 @@ class Rooms:
         self._first = _FIRST_SCENE[split, part]
         self._name = f"{seed}-{part}" if split == "standard" else f"{seed}-{split}-{part}"
         self._cache: dict[int, Sample] | None = {} if cache else None
-        self.ids = [f"rooms-{self._name}-{i:05d}" for i in range(count if limit is None else min(count, limit))]
+        self.ids: Sequence[str] = [
+            f"rooms-{self._name}-{i:05d}" for i in range(count if limit is None else min(count, limit))
+        ]
 
     @classmethod
     def offered(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:

@@ -1,0 +1,250 @@
+"""The two commands as users type them: what they write, and how they fail."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, TINY, Result, composed
+
+import mtcl.entry.build
+from mtcl.data import Rooms
+from mtcl.entry.train import train
+from mtcl.training.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    train(composed(*TINY), folder)
+    return folder
+
+
+def assert_fails(result: Result, *words: str) -> None:
+    """Exit code 1, and one sentence that has these words in it."""
+    assert result.code == 1, result
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_train_writes_everything(cli, tmp_path):
+    result = cli("train.py", *TINY, f"hydra.run.dir={tmp_path}/run")
+    assert result.code == 0, result.err
+    folder = tmp_path / "run"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert set(metrics) == {"semseg", "human_parts", "sal", "depth", "normals", "edge"}
+    assert 0 <= metrics["semseg"]["mIoU"] <= 1
+    assert "mIoU" in result.out
+    assert str(folder / "panels") in result.out
+    facts = json.loads((folder / "run.json").read_text())
+    assert {"command", "commit", "clean", "versions", "device", "seed", "split", "num_images", "protocol",
+            "data_fingerprint"} <= facts.keys()  # fmt: skip
+    assert facts["num_images"] == 4
+    for name in ("last", "best"):
+        checkpoint = load_checkpoint(folder / "checkpoints" / f"{name}.pt")
+        assert {"format", "model", "ema", "regularizer", "optimizer", "schedule", "step", "rng", "config", "meta"} == set(
+            checkpoint
+        )
+        assert not [key for key in checkpoint["model"] if "projector" in key]
+    assert checkpoint["config"]["backbone"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert len(list((folder / "panels").glob("*.png"))) == 1
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_train_refuses_a_folder_with_a_run(cli, trained):
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert_fails(cli("train.py", *TINY, f"hydra.run.dir={trained}"), str(trained), "resume=auto")
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_dry_run(cli, tmp_path):
+    result = cli("train.py", *TINY, "trainer.dry_run=true", "trainer.max_steps=1000", f"hydra.run.dir={tmp_path}/run")
+    assert result.code == 0, result.err
+    assert "dry run: the step took" in result.out
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
+
+
+def test_a_sweep(cli, tmp_path):
+    words = ["-m", "regularizer.weight=0,0.5", "tasks=nyud", f"hydra.sweep.dir={tmp_path}/sweep"]
+    result = cli("train.py", *TINY, *words)
+    assert result.code == 0, result.err
+    for job in "01":
+        assert set(json.loads((tmp_path / "sweep" / job / "metrics.json").read_text())) == {
+            "semseg", "depth", "normals", "edge"
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["tasks.names=[depth,semseg]"], ["tasks=single_normals"], ["tasks=pascal"]])
+def test_task_subsets(cli, tmp_path, words):
+    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
+    assert result.code == 0, result.err
+    names = composed(*words).tasks.names
+    assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == set(names)
+    if len(names) == 1:
+        assert "the regulariser is off" in result.out
+
+
+def test_resume_auto_takes_the_newest_sibling(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [*TINY, "name=mine", "hydra.job_logging.handlers.file.delay=true"]
+    assert cli("train.py", *words).code == 0
+    monkeypatch.setattr("time.time", lambda now=__import__("time").time: now() + 2)  # another second, another folder
+    result = cli("train.py", *words, "resume=auto", "trainer.max_steps=3",
+                 "hydra.run.dir=outputs/mine/later")  # fmt: skip
+    assert "starting afresh" in result.out, "a folder of one's own has no siblings"
+
+
+def test_evaluate_repeats_the_training_runs_numbers(cli, trained, tmp_path, monkeypatch):
+    def no_training_list(part, *args, original=Rooms.__init__, **kwargs):
+        raise AssertionError
+
+    original = Rooms.__init__
+
+    def only_val(self, part, *args, **kwargs):
+        assert part == "val", "evaluation opened the training list"
+        original(self, part, *args, **kwargs)
+
+    monkeypatch.setattr(Rooms, "__init__", only_val)
+    path = trained / "checkpoints" / "last.pt"
+    result = cli("evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path}/a")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "a" / "metrics.json").read_text()) == json.loads((trained / "metrics.json").read_text())
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["step"] == 2
+    assert list((tmp_path / "a" / "panels").glob("*.png"))
+    assert "mIoU" in result.out
+
+
+def test_evaluate_takes_overrides(cli, trained, tmp_path):
+    words = ["data.split=tune", "data.limit=2", "data.size=[64,64]"]
+    result = cli(
+        "evaluate.py", f"checkpoint={trained}/checkpoints/best.pt", *words, f"hydra.run.dir={tmp_path}/a"
+    )
+    assert result.code == 0, result.err
+    facts = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert (facts["split"], facts["num_images"]) == ("tune", 2)
+
+
+def test_evaluate_asks_no_hub_for_weights(cli, tmp_path, monkeypatch):
+    checkpoint = torch.load(_trained_copy(tmp_path), weights_only=True)
+    checkpoint["config"]["backbone"]["weights"] = "hub"
+    torch.save(checkpoint, tmp_path / "hub.pt")
+    seen = []
+    original = mtcl.entry.build.build_backbone
+    monkeypatch.setattr(
+        "mtcl.entry.build.build_backbone", lambda *a, **k: (seen.append(k["weights"]), original(*a, **k))[1]
+    )
+    result = cli("evaluate.py", f"checkpoint={tmp_path}/hub.pt", f"hydra.run.dir={tmp_path}/a")
+    assert result.code == 0, result.err
+    assert seen == [None]
+
+
+def _trained_copy(folder):
+    train(composed(*TINY), folder / "run")
+    return folder / "run" / "checkpoints" / "last.pt"
+
+
+TRAIN_MISTAKES = {
+    "unknown task": (["tasks.names=[semseg,deph]"], ["deph", "depth"]),
+    "task the data lacks": (["data=nyud", "tasks.names=[sal]"], ["sal", "nyud"]),
+    "no task": (["tasks.names=[]"], ["tasks.names"]),
+    "unknown backbone": (["backbone.name=resnet19"], ["resnet19", "resnet18"]),
+    "unknown backbone config": (["backbone=resnet19"], ["backbone=resnet19", "resnet18"]),
+    "unknown key": (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
+    "unknown group": (["regularisr=none"], ["regularisr"]),
+    "unknown experiment": (["experiment=nope"], ["nope", "rooms"]),
+    "ill-formed word": (["trainer.max_steps"], ["trainer.max_steps"]),
+    "unknown split": (["data.split=third"], ["third"]),
+    "weights that are not there": (["backbone.weights=no/such/file.pth"], ["no/such/file.pth"]),
+    "data root that is not there": (["data=nyud", "data.root=no/such/root"], ["no/such/root", "segmentation"]),
+    "root for rooms": (["data.root=here"], ["data.root=here"]),
+    "batch larger than the data": (["data.batch_size=9"], ["9", "4"]),
+    "size": (["data.size=96"], ["data.size=96"]),
+    "negative weight": (["regularizer.weight=-1"], ["regularizer.weight=-1"]),
+    "negative task weight": (["loss.weights.depth=-1"], ["loss.weights.depth=-1"]),
+    "tap": (["regularizer.tap=middle"], ["middle", "final"]),
+    "monitor": (["trainer.monitor=semseg/rmse"], ["semseg/rmse", "semseg/mIoU"]),
+    "device": (["trainer.device=tpu"], ["tpu", "cuda"]),
+    "precision": (["trainer.precision=fp8"], ["fp8", "bf16"]),
+    "optimizer": (["optimizer.name=lion"], ["lion", "adamw"]),
+    "schedule": (["schedule.name=exp"], ["exp", "poly"]),
+    "seed": (["seed=-1"], ["seed=-1"]),
+    "missing checkpoint": (["resume=no/such.pt"], ["no/such.pt"]),
+    "foreign target": (["decoder._target_=os.system"], ["os.system"]),
+    "text for a number": (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+    "text for a count": (["trainer.max_steps=many"], ["trainer.max_steps", "many"]),
+    "batch of nothing": (["data.batch_size=0"], ["0"]),
+}
+
+
+@pytest.mark.parametrize("mistake", TRAIN_MISTAKES)
+def test_train_says_what_is_wrong(cli, tmp_path, mistake):
+    words, named = TRAIN_MISTAKES[mistake]
+    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
+    assert_fails(result, *named)
+    assert not list((tmp_path / "run").rglob("*")) if (tmp_path / "run").exists() else True
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_cuda_without_cuda(cli, tmp_path):
+    assert_fails(cli("train.py", *TINY, "trainer.device=cuda", f"hydra.run.dir={tmp_path}/r"), "trainer.device=cuda")
+
+
+def test_evaluate_says_what_is_wrong(cli, trained, tmp_path):
+    good = f"checkpoint={trained}/checkpoints/last.pt"
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    whole = (trained / "checkpoints" / "last.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    cases = [
+        ([], ["checkpoint"]),
+        (["checkpoint=no/such.pt"], ["no/such.pt"]),
+        ([f"checkpoint={tmp_path}/text.pt"], ["text.pt"]),
+        ([f"checkpoint={tmp_path}/half.pt"], ["half.pt"]),
+        ([f"checkpoint={tmp_path}/other.pt"], ["other.pt", "not a checkpoint"]),
+        ([good, "tasks=nyud"], ["last.pt", "human_parts"]),
+        ([good, "backbone=resnet50"], ["backbone"]),
+        ([good, "data=nyud", "data.root=no/such/root"], ["sal"]),
+    ]
+    for number, (words, named) in enumerate(cases):
+        result = cli("evaluate.py", *words, f"hydra.run.dir={tmp_path}/{number}")
+        assert_fails(result, *named)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "metrics.json").write_text("mine")
+    assert_fails(cli("evaluate.py", good, f"hydra.run.dir={tmp_path}/full"), "metrics.json")
+    assert (tmp_path / "full" / "metrics.json").read_text() == "mine"
+
+
+def test_resume_with_other_tasks_is_refused(cli, trained, tmp_path):
+    words = ["tasks=nyud", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
+    assert_fails(cli("train.py", *TINY, *words), "last.pt", "human_parts")
+    words = ["decoder.width=24", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
+    assert_fails(cli("train.py", *TINY, *words), "last.pt", "does not fit")
+
+
+@pytest.mark.slow
+def test_real_frames(cli, tmp_path):
+    """Two steps on real NYUD-v2 frames, from a real backbone, and an evaluation of them."""
+    shared = ROOT.parent / "shared"
+    if not shared.is_dir():
+        pytest.skip("no ../shared here")
+    import subprocess
+    import sys
+
+    subprocess.run([sys.executable, shared / "nyud_mini" / "unpack.py", tmp_path / "data"], check=True)
+    words = ["experiment=nyud_small_cpu", f"data.root={tmp_path}/data", "debug=tiny", "data.limit=8",
+             f"backbone.weights={shared}/weights/mobilenetv2_100_imagenet.safetensors",
+             "backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]", "backbone.kwargs={pad_type:same}"]  # fmt: skip
+    result = cli("train.py", *words, f"hydra.run.dir={tmp_path}/run")
+    assert result.code == 0, result.err
+    (tmp_path / "data" / "NYUDv2" / "gt_sets" / "train.txt").unlink()  # evaluation must not want it
+    result = cli(
+        "evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/evaluated"
+    )
+    assert result.code == 0, result.err
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "evaluated"))
+    assert a == b
+    result = cli("evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", "data.split=tune", "data.limit=6",
+                 f"hydra.run.dir={tmp_path}/tune")  # fmt: skip
+    assert json.loads((tmp_path / "tune" / "run.json").read_text())["num_images"] == 6

@@ -1,0 +1,138 @@
+"""What mtcl promises of a run: free at inference, watching changes nothing, reproducible, resumable."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, composed
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtcl.entry import build
+from mtcl.entry.train import train
+from mtcl.training.checkpoint import load_checkpoint
+
+FOUR = [*TINY, "trainer.max_steps=4", "trainer.val_interval=null", "trainer.checkpoint_interval=2"]
+
+
+def run(folder: Path, *words: str) -> dict:
+    train(composed(*FOUR, *words), folder)
+    return load_checkpoint(folder / "checkpoints" / "last.pt")
+
+
+def losses(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k != "contrast"} for r in records if r["kind"] == "train"]
+
+
+def assert_equal_state(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def flops(model: torch.nn.Module, image: torch.Tensor) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.predict(image)
+    return counter.get_total_flops()
+
+
+def test_same_seed_same_losses_and_weights_other_seed_others(tmp_path):
+    a, b = run(tmp_path / "a"), run(tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert len(losses(tmp_path / "a")) == 4
+    assert_equal_state(a["model"], b["model"])
+    assert_equal_state(a["regularizer"], b["regularizer"])
+    run(tmp_path / "c", "seed=1")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+def test_workers_change_nothing(tmp_path):
+    a, b = run(tmp_path / "a"), run(tmp_path / "b", "data.workers=2")
+    assert_equal_state(a["model"], b["model"])
+
+
+def test_weight_zero_is_bit_equal_to_none(tmp_path):
+    off = run(tmp_path / "off", "regularizer=none")
+    zero = run(tmp_path / "zero", "regularizer.weight=0")
+    on = run(tmp_path / "on")
+    assert losses(tmp_path / "off") == losses(tmp_path / "zero")
+    assert_equal_state(off["model"], zero["model"])
+    assert_equal_state({"cpu": off["rng"]["cpu"]}, {"cpu": zero["rng"]["cpu"]})
+    # and it is not because the regulariser does nothing
+    assert any(not torch.equal(off["model"][k], on["model"][k]) for k in off["model"])
+    assert losses(tmp_path / "off")[0] == losses(tmp_path / "on")[0], "the same start, data order and augmentation"
+
+
+def test_free_at_inference(tmp_path):
+    on, off = run(tmp_path / "on"), run(tmp_path / "off", "regularizer=none")
+    assert on["model"].keys() == off["model"].keys()
+    config = composed(*FOUR)
+    tasks = build.build_tasks(config)
+    image = torch.randn(2, 3, 32, 64)
+    outputs, costs = [], []
+    for words in ([], ["regularizer=none"]):
+        config = composed(*FOUR, *words)
+        model = build.build_model(config, tasks, pretrained=False)
+        regularizer = build.build_regularizer(config, tasks, model)
+        assert (regularizer is None) == bool(words)
+        model.load_state_dict(on["model"])
+        costs.append((flops(model.eval(), image), sum(p.numel() for p in model.parameters())))
+        with torch.no_grad():
+            outputs.append(model.predict(image))
+    assert costs[0] == costs[1]
+    assert_equal_state(outputs[0], outputs[1])
+
+
+def test_a_contrast_trained_run_goes_on_without_regularizer(tmp_path):
+    on = run(tmp_path / "on")
+    words = ["regularizer=none", f"resume={tmp_path}/on/checkpoints/last.pt", "trainer.max_steps=5"]
+    train(composed(*FOUR, *words), tmp_path / "on2")
+    after = load_checkpoint(tmp_path / "on2" / "checkpoints" / "last.pt")
+    assert after["step"] == 5
+    assert after["regularizer"] is None
+    assert after["model"].keys() == on["model"].keys()
+
+
+@pytest.mark.parametrize("regularizer", ["contrastive", "none"])
+def test_resuming_is_bit_exact(tmp_path, regularizer):
+    words = [f"regularizer={regularizer}", "data.limit=5", "trainer.max_steps=6", "trainer.checkpoint_interval=3"]
+    whole = run(tmp_path / "whole", *words)
+
+    class Cut(Exception):
+        pass
+
+    from mtcl.training.trainer import Trainer
+
+    save = Trainer.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def save_and_die(self, name):
+            save(self, name)
+            raise Cut
+
+        patch.setattr(Trainer, "save", save_and_die)
+        with pytest.raises(Cut):
+            train(composed(*FOUR, *words), tmp_path / "cut")
+    assert load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.pt")["step"] == 3
+    resumed = run(tmp_path / "cut", *words, "resume=auto")
+    assert_equal_state(whole["model"], resumed["model"])
+    if regularizer == "contrastive":
+        assert_equal_state(whole["regularizer"], resumed["regularizer"])
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    a, b = (torch.load(p / "checkpoints" / "last.pt", weights_only=True) for p in (tmp_path / "whole", tmp_path / "cut"))
+    for x, y in zip(a["optimizer"]["model"]["state"].values(), b["optimizer"]["model"]["state"].values()):
+        assert_equal_state(x, y)
+
+
+@pytest.mark.parametrize("weight", ["0", "0.5"])
+def test_every_decoder_overfits_one_batch(weight, tmp_path):
+    """Four pictures, seen 80 times: every task's loss falls well below its start."""
+    words = ["debug=tiny", "data.size=[48,64]", "data.batch_size=4", "data.augment.flip=0", "backbone=resnet18",
+             "decoder.width=32", "decoder.head_width=32", "trainer.max_steps=80", "trainer.val_interval=null",
+             "trainer.checkpoint_interval=null", f"regularizer.weight={weight}", "schedule=constant"]  # fmt: skip
+    train(composed(*words), tmp_path)
+    history = losses(tmp_path)
+    for task in ("semseg", "sal", "depth", "normals"):
+        assert history[-1][task] < 0.35 * history[0][task], task
+    assert history[-1]["edge"] < 0.8 * history[0]["edge"]
