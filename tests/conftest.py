@@ -1,5 +1,6 @@
 """Shared by the tests: composing configs, running the entry points in this process, tiny runs."""
 
+import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -30,10 +31,13 @@ def cli(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callab
     def run(script: str, *words: str) -> Result:
         monkeypatch.setattr(sys, "argv", [script, *words])
         code = 0
+        handlers = logging.getLogger().handlers[:]
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
+        finally:
+            logging.getLogger().handlers = handlers  # Hydra's write to this test's stdout
         captured = capfd.readouterr()
         return Result(code, captured.out, captured.err)
 

@@ -1,5 +1,6 @@
 """The two commands as users type them: what they write, and how they fail."""
 
+import functools
 import json
 
 import pytest
@@ -67,8 +68,8 @@ def test_dry_run(cli, tmp_path):
 
 
 def test_a_sweep(cli, tmp_path):
-    words = ["-m", "regularizer.weight=0,0.5", "tasks=nyud", f"hydra.sweep.dir={tmp_path}/sweep"]
-    result = cli("train.py", *TINY, *words)
+    words = ["regularizer.weight=0,0.5", "tasks=nyud", f"hydra.sweep.dir={tmp_path}/sweep"]
+    result = cli("train.py", "-m", *TINY, *words)
     assert result.code == 0, result.err
     for job in "01":
         assert set(json.loads((tmp_path / "sweep" / job / "metrics.json").read_text())) == {
@@ -86,22 +87,23 @@ def test_task_subsets(cli, tmp_path, words):
         assert "the regulariser is off" in result.out
 
 
-def test_resume_auto_takes_the_newest_sibling(cli, tmp_path, monkeypatch):
+def test_resume_auto_looks_in_its_folder_then_among_its_siblings(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [*TINY, "name=mine", "hydra.job_logging.handlers.file.delay=true"]
-    assert cli("train.py", *words).code == 0
-    monkeypatch.setattr("time.time", lambda now=__import__("time").time: now() + 2)  # another second, another folder
-    result = cli("train.py", *words, "resume=auto", "trainer.max_steps=3",
-                 "hydra.run.dir=outputs/mine/later")  # fmt: skip
-    assert "starting afresh" in result.out, "a folder of one's own has no siblings"
+    words = [*TINY, "name=mine", "resume=auto"]
+    result = cli("train.py", *words, "hydra.run.dir=outputs/mine/first")
+    assert "starting afresh" in result.out
+    result = cli("train.py", *words, "trainer.max_steps=3", "hydra.run.dir=outputs/mine/other")
+    assert "starting afresh" in result.out, "a folder named by the user has no siblings"
+    result = cli("train.py", *words, "trainer.max_steps=3", "hydra.run.dir=outputs/mine/first")
+    assert f"resumed at step 2 from {tmp_path}/outputs/mine/first/checkpoints/last.pt" in result.out
+    result = cli("train.py", *words, "trainer.max_steps=4")
+    assert f"resumed at step 3 from {tmp_path}/outputs/mine/first/checkpoints/last.pt" in result.out
 
 
 def test_evaluate_repeats_the_training_runs_numbers(cli, trained, tmp_path, monkeypatch):
-    def no_training_list(part, *args, original=Rooms.__init__, **kwargs):
-        raise AssertionError
-
     original = Rooms.__init__
 
+    @functools.wraps(original)
     def only_val(self, part, *args, **kwargs):
         assert part == "val", "evaluation opened the training list"
         original(self, part, *args, **kwargs)

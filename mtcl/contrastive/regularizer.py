@@ -149,7 +149,8 @@ class Contrastive(Regularizer):
     def _record(self, target: int, source: Tensor, stats: Tensor) -> None:
         counted = torch.cat([torch.full_like(stats[:, :1], float(self.pixels)), stats], dim=1)  # (B, 5)
         drawn = torch.nn.functional.one_hot(source, len(self.names)).to(counted)  # (B, S)
-        self.sums[target] += drawn.T @ counted
+        # Not a matrix product: under autocast that would count in bf16.
+        self.sums[target] += (drawn[:, :, None] * counted[:, None]).sum(dim=0)
 
     def summary(self) -> dict[str, float]:
         """Per (target, source) drawn since the last call: share of pixels that were anchors, share of active triplets, mean d_ap and d_an."""

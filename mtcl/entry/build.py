@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from mtcl.models.decoders import Decoder
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule
-
-log = logging.getLogger(__name__)
 
 
 def plain(config: Any) -> Any:
@@ -127,11 +124,6 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     """``pretrained`` is true only for a fresh run: else neither a hub nor a weight file is asked for."""
     source = config.backbone.weights
     source = None if source in (None, "none") else str(source)
-    if pretrained and source is None:
-        log.warning(
-            "the backbone starts from random weights (backbone.weights=none); "
-            "backbone.weights=hub fetches ImageNet's, a path loads a file"
-        )
     backbone = build_backbone(
         config.backbone.name,
         weights=source if pretrained else None,
@@ -148,10 +140,7 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
     settings = config.regularizer
-    if settings._target_ is None:
-        return None
-    if len(tasks) < 2:
-        log.warning("one task has no other task to contrast with: the regulariser is off")
+    if settings._target_ is None or len(tasks) < 2:  # one task has no other to contrast with
         return None
     if not float(settings.weight) >= 0:
         raise UserError(f"regularizer.weight={settings.weight} must be a number >= 0")

@@ -6,13 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra import compose
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.errors import UserError
 
@@ -28,6 +31,7 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
 
     def guarded(config: DictConfig) -> None:
         try:
+            check_types(config, name)
             job(config)
         except UserError as error:
             if wants_trace or HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -47,6 +51,34 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+
+
+def check_types(config: DictConfig, name: str) -> None:
+    """A value set on the command line must be of its default's kind: a number for a number, and so on."""
+    choices = HydraConfig.get().runtime.choices
+    words = list(HydraConfig.get().overrides.task)
+    chosen = [word for word in words if word.lstrip("~+").split("=")[0] in choices]
+    defaults = compose(name, chosen)
+    for parsed in OverridesParser.create().parse_overrides(words):
+        key = parsed.key_or_group
+        default, value = OmegaConf.select(defaults, key), OmegaConf.select(config, key)
+        if key in choices or default is None or value is None:
+            continue
+        kind, right = _kind(default)
+        if not right(value):
+            raise UserError(f"{key}={value} must be {kind}, as its default {default}")
+
+
+def _kind(default: Any) -> tuple[str, Callable[[Any], bool]]:
+    if isinstance(default, bool):
+        return "true or false", lambda v: isinstance(v, bool)
+    if isinstance(default, int):
+        return "a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)
+    if isinstance(default, float):
+        return "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)
+    if OmegaConf.is_dict(default):
+        return "a mapping {key: value}", OmegaConf.is_dict
+    return "", lambda v: True  # text, and lists, which their users check
 
 
 @contextlib.contextmanager
@@ -69,7 +101,7 @@ def sentence(error: BaseException) -> str:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return f"{group}={choice} is not known; choose one of {', '.join(error.options)}"
     cause = error.__cause__
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, ConfigKeyError):
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.key:
         key = str(cause.full_key)
         parent, known = key.rpartition(".")[0], _keys(cause)
         close = difflib.get_close_matches(str(cause.key), known, n=1)
@@ -80,6 +112,6 @@ def sentence(error: BaseException) -> str:
     return text.split(" full_key:")[0].split(" Set the environment variable")[0]
 
 
-def _keys(error: ConfigKeyError) -> list[str]:
+def _keys(error: OmegaConfBaseException) -> list[str]:
     parent = error.parent_node
     return [str(key) for key in parent] if isinstance(parent, DictConfig) else []

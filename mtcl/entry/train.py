@@ -14,7 +14,7 @@ from mtcl.training.balancer import FixedWeights
 from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.evaluator import Evaluator
 from mtcl.training.recorder import Recorder, write_json, write_text
-from mtcl.training.runtime import choose_device, seed_everything
+from mtcl.training.runtime import autocast, choose_device, seed_everything
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
     ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look.
     """
     device = choose_device(config.trainer.device)
+    autocast(device, config.trainer.precision)  # says so now if it is not known
     seed_everything(config.seed, config.trainer.deterministic)
     path = find_checkpoint(config.resume, folder, siblings)
     state = None if path is None else load_checkpoint(path)
@@ -42,6 +43,16 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
     monitor, higher_is_better = build.choose_monitor(config.trainer.monitor, tasks)
     start = 0 if state is None else state["step"]
     settings = config.trainer
+    batches = build.build_train_loader(config, train_reader, tasks, start, device)
+    val_loader = build.build_eval_loader(config, val_reader, tasks, device)
+    # Nothing has been written so far: a mistake in the config leaves no trace.
+    if state is None and config.backbone.weights in (None, "none"):
+        log.warning(
+            "the backbone starts from random weights (backbone.weights=none); "
+            "backbone.weights=hub fetches ImageNet's, a path loads a file"
+        )
+    if regularizer is None and config.regularizer._target_ is not None:
+        log.warning("one task has no other task to contrast with: the regulariser is off")
     trainer = Trainer(
         model=model,
         tasks=tasks,
@@ -49,14 +60,8 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
         balancer=FixedWeights({name: task.weight for name, task in tasks.items()}),
         optimizer=optimizer,
         regularizer_optimizer=regularizer_optimizer,
-        batches=build.build_train_loader(config, train_reader, tasks, start, device),
-        evaluator=Evaluator(
-            tasks,
-            build.build_eval_loader(config, val_reader, tasks, device),
-            device,
-            settings.precision,
-            num_shown=settings.panels,
-        ),
+        batches=batches,
+        evaluator=Evaluator(tasks, val_loader, device, settings.precision, num_shown=settings.panels),
         recorder=Recorder(folder, start),
         folder=folder,
         device=device,

@@ -1,6 +1,7 @@
 """Backbones: any timm model that gives features, CNN or transformer, behind one interface."""
 
 import difflib
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,10 @@ def build_backbone(
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
         raise UserError(f"backbone.name={name} is not a timm model; {hint}")
+    try:
+        timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:  # resnet18.no_such_tag
+        raise UserError(f"backbone.name={name} has a tag that timm does not know; leave out what follows the dot") from error
     options = dict(kwargs or {})
     options |= _any_size(name, options)
     if out_indices is None:
@@ -138,7 +143,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model", "state_dict_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
-    tensors = isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())
+    tensors = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
     if not tensors or not state:
         raise UserError(f"backbone.weights={path} holds no state dict of tensors")
     return {key.removeprefix("module."): value for key, value in state.items()}
@@ -175,4 +182,13 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
     ]
     if wrong:
         raise UserError(f"backbone.weights={path} does not fit backbone {name}: {'; '.join(wrong[:3])}")
+    # A deeper sibling's file (resnet34 for resnet18) has all these names and shapes, and further blocks of their kind.
+    known = {key.replace(".", "_") for key in whole.state_dict()}
+    kinds = {re.sub(r"\d+", "#", key) for key in known}
+    further = [key for key in by_name if key not in known and re.sub(r"\d+", "#", key) in kinds]
+    if further:
+        raise UserError(
+            f"backbone.weights={path} has {len(further)} tensors more than backbone {name} (first: {further[0]}); "
+            "is it a file for a deeper model?"
+        )
     net.load_state_dict({key: own[key] if value is None else value for key, value in found.items()})

@@ -66,4 +66,6 @@ def flat(metrics: Metrics) -> dict[str, float]:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines(keepends=True) if path.is_file() else []
+    """The whole lines: a run that was killed while writing leaves a part of one at the end."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [line for line in lines if line.endswith("\n")]
