@@ -1,7 +1,8 @@
 """Contrastive multi-task dense prediction (after Yang, Ye, Xu, AAAI 2023).
 
 Floors, lower never imports higher:
-``losses``, ``metrics`` <- ``tasks`` <- ``data`` <- ``models`` <- ``contrastive`` <- ``training`` <- ``entry`` (train.py, evaluate.py, scripts).
+``losses``, ``metrics`` <- ``tasks`` <- ``data`` <- ``models`` <- ``contrastive`` <- ``training`` <- ``entry``
+(train.py, evaluate.py, scripts).
 """
 
 from mtcl.errors import UserError

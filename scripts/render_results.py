@@ -2,10 +2,10 @@
 
     python scripts/render_results.py [--check]
 
-Each ``docs/results/<table>.json`` is one table: a title, the command its rows share, and rows with a label, the overrides
-that are theirs, ``metrics`` (as in a run's metrics.json) and ``run`` (as in its run.json). ``--add TABLE LABEL RUN`` puts a
-run's figures in. The rendered block of a table stands in docs/results.md between ``<!-- table: NAME -->`` and
-``<!-- end -->``; the same markers in README.md are filled, too.
+Each ``docs/results/<table>.json`` is one table: a title, the command its rows share, and rows with a label, the
+overrides that are theirs, ``metrics`` (as in a run's metrics.json) and ``run`` (as in its run.json). ``--add TABLE
+LABEL RUN`` puts a run's figures in. The rendered block of a table stands in docs/results.md between ``<!-- table:
+NAME -->`` and ``<!-- end -->``; the same markers in README.md are filled, too.
 """
 
 import argparse

@@ -45,9 +45,18 @@ def test_train_writes_everything(cli, tmp_path):
     assert facts["num_images"] == 4
     for name in ("last", "best"):
         checkpoint = load_checkpoint(folder / "checkpoints" / f"{name}.pt")
-        assert {"format", "model", "ema", "regularizer", "optimizer", "schedule", "step", "rng", "config", "meta"} == set(
-            checkpoint
-        )
+        assert {
+            "format",
+            "model",
+            "ema",
+            "regularizer",
+            "optimizer",
+            "schedule",
+            "step",
+            "rng",
+            "config",
+            "meta",
+        } == set(checkpoint)
         assert not [key for key in checkpoint["model"] if "projector" in key]
     assert checkpoint["config"]["backbone"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
     assert len(list((folder / "panels").glob("*.png"))) == 1
@@ -112,7 +121,9 @@ def test_evaluate_repeats_the_training_runs_numbers(cli, trained, tmp_path, monk
     path = trained / "checkpoints" / "last.pt"
     result = cli("evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path}/a")
     assert result.code == 0, result.err
-    assert json.loads((tmp_path / "a" / "metrics.json").read_text()) == json.loads((trained / "metrics.json").read_text())
+    assert json.loads((tmp_path / "a" / "metrics.json").read_text()) == json.loads(
+        (trained / "metrics.json").read_text()
+    )
     assert json.loads((tmp_path / "a" / "run.json").read_text())["step"] == 2
     assert list((tmp_path / "a" / "panels").glob("*.png"))
     assert "mIoU" in result.out
@@ -120,9 +131,7 @@ def test_evaluate_repeats_the_training_runs_numbers(cli, trained, tmp_path, monk
 
 def test_evaluate_takes_overrides(cli, trained, tmp_path):
     words = ["data.split=tune", "data.limit=2", "data.size=[64,64]"]
-    result = cli(
-        "evaluate.py", f"checkpoint={trained}/checkpoints/best.pt", *words, f"hydra.run.dir={tmp_path}/a"
-    )
+    result = cli("evaluate.py", f"checkpoint={trained}/checkpoints/best.pt", *words, f"hydra.run.dir={tmp_path}/a")
     assert result.code == 0, result.err
     facts = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (facts["split"], facts["num_images"]) == ("tune", 2)
@@ -237,13 +246,12 @@ def test_real_frames(cli, tmp_path):
     subprocess.run([sys.executable, shared / "nyud_mini" / "unpack.py", tmp_path / "data"], check=True)
     words = ["experiment=nyud_small_cpu", f"data.root={tmp_path}/data", "debug=tiny", "data.limit=8",
              f"backbone.weights={shared}/weights/mobilenetv2_100_imagenet.safetensors",
-             "backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]", "backbone.kwargs={pad_type:same}"]  # fmt: skip
+             "backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]",
+             "backbone.kwargs={pad_type:same}"]  # fmt: skip
     result = cli("train.py", *words, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     (tmp_path / "data" / "NYUDv2" / "gt_sets" / "train.txt").unlink()  # evaluation must not want it
-    result = cli(
-        "evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/evaluated"
-    )
+    result = cli("evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/evaluated")
     assert result.code == 0, result.err
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "evaluated"))
     assert a == b

@@ -8,7 +8,19 @@ from mtcl.contrastive import Contrastive
 from mtcl.entry import build
 from mtcl.entry.train import train
 
-GROUPS = ["backbone", "data", "debug", "decoder", "experiment", "loss", "optimizer", "regularizer", "schedule", "tasks", "trainer"]
+GROUPS = [
+    "backbone",
+    "data",
+    "debug",
+    "decoder",
+    "experiment",
+    "loss",
+    "optimizer",
+    "regularizer",
+    "schedule",
+    "tasks",
+    "trainer",
+]
 # Large backbones shrink to the same architecture at a test's size.
 VIT = "backbone.kwargs={embed_dim:24,depth:4,num_heads:2,drop_path_rate:0.15}"
 SHRUNKEN = {"vit_small": VIT, "vit_base": VIT, "vit_large": VIT,

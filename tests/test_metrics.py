@@ -218,16 +218,12 @@ def test_rmse_is_pooled_over_pixels_not_pictures():
 def test_angles_are_exact_at_both_ends(degrees):
     label = torch.tensor([0.0, 0.0, 1.0]).view(1, 3, 1, 1)
     radian = math.radians(degrees)
-    prediction = 7 * torch.tensor([math.sin(radian), 0.0, math.cos(radian)], dtype=torch.float64).view(
-        1, 3, 1, 1
-    )
+    prediction = 7 * torch.tensor([math.sin(radian), 0.0, math.cos(radian)], dtype=torch.float64).view(1, 3, 1, 1)
     metric = fresh("normals")
     metric.update(prediction, label)
     result = values(metric)
     assert result["mErr"] == pytest.approx(degrees, rel=1e-9, abs=1e-9)
-    assert [result[f"within_{t}"] for t in (11.25, 22.5, 30)] == [
-        float(degrees < t) for t in (11.25, 22.5, 30)
-    ]
+    assert [result[f"within_{t}"] for t in (11.25, 22.5, 30)] == [float(degrees < t) for t in (11.25, 22.5, 30)]
 
 
 @pytest.mark.parametrize("positive_weight", [0.95, 0.8])

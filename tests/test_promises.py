@@ -120,7 +120,9 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
     if regularizer == "contrastive":
         assert_equal_state(whole["regularizer"], resumed["regularizer"])
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    a, b = (torch.load(p / "checkpoints" / "last.pt", weights_only=True) for p in (tmp_path / "whole", tmp_path / "cut"))
+    a, b = (
+        torch.load(p / "checkpoints" / "last.pt", weights_only=True) for p in (tmp_path / "whole", tmp_path / "cut")
+    )
     for x, y in zip(a["optimizer"]["model"]["state"].values(), b["optimizer"]["model"]["state"].values()):
         assert_equal_state(x, y)
 
@@ -129,7 +131,8 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
 def test_every_decoder_overfits_one_batch(weight, tmp_path):
     """Four pictures, seen 100 times: every task's loss falls well below its start."""
     words = ["debug=tiny", "data.size=[48,64]", "data.batch_size=4", "data.augment.flip=0", "backbone=resnet18",
-             "decoder.width=32", "decoder.head_width=32", "trainer.max_steps=100", "optimizer.lr=4e-3", "trainer.val_interval=null",
+             "decoder.width=32", "decoder.head_width=32", "trainer.max_steps=100", "optimizer.lr=4e-3",
+             "trainer.val_interval=null",
              "trainer.checkpoint_interval=null", f"regularizer.weight={weight}", "schedule=constant"]  # fmt: skip
     train(composed(*words), tmp_path)
     history = losses(tmp_path)

@@ -103,9 +103,7 @@ def test_batch_layout(name):
         channels = 3 if name == "normals" else 1
         assert batch.dtype == torch.float32
         assert batch.shape == (2, channels, H, W)
-        np.testing.assert_array_equal(
-            batch.movedim(1, -1).numpy(), np.stack(arrays).reshape(2, H, W, channels)
-        )
+        np.testing.assert_array_equal(batch.movedim(1, -1).numpy(), np.stack(arrays).reshape(2, H, W, channels))
     batch[0, ..., 0, 0] = 5
     assert arrays[0].ravel()[0] == task.void, "a batch shares no memory with the arrays"
 
@@ -188,9 +186,7 @@ def test_distance_of_depths():
 
 def test_distance_of_normals():
     generator = torch.Generator().manual_seed(0)
-    a, b = (
-        torch.nn.functional.normalize(torch.randn(2, k, 3, generator=generator), dim=-1) for k in (30, 31)
-    )
+    a, b = (torch.nn.functional.normalize(torch.randn(2, k, 3, generator=generator), dim=-1) for k in (30, 31))
     b[:, 1], b[:, 2] = a[:, 0], -a[:, 0]
     distance = make_task("normals").distance(a, b)
     assert distance.dtype == torch.float32

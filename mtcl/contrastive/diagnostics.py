@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def gradients_at_taps(task_loss: Tensor, contrast: Tensor, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per target, detached scalars: ``norm_task``, ``norm_contrast`` (weighted, as they enter the step), ``cosine`` of the two.
+    """Per target, detached scalars: ``norm_task``, ``norm_contrast`` (weighted, as they enter the step), ``cosine``
+    of the two.
 
     Costs two backward passes from the losses down to ``taps``, not through the model; call it when logging. Leaves
     ``.grad`` and the graph as they are.

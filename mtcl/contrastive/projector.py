@@ -1,12 +1,15 @@
 """The projectors P_ts of one target: one stacked parameter per layer, its first axis the source task."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class Projector(nn.Module):
-    """Projects sampled features by the drawn source's own weights: (B, K, C), source (B,) -> unit vectors (B, K, D), fp32.
+    """Projects sampled features by the drawn source's own weights: (B, K, C), source (B,) -> unit vectors (B, K, D),
+    fp32.
 
     The source is a tensor, so that one graph serves every draw: no recompilation, and under DDP every parameter
     takes part in every step. Sources that were not drawn get a zero gradient (see :class:`SliceAdamW`).
@@ -15,12 +18,8 @@ class Projector(nn.Module):
     def __init__(self, sources: int, channels: int, hidden: int | None, dim: int, generator: torch.Generator):
         super().__init__()
         widths = [channels, dim] if hidden is None else [channels, hidden, dim]
-        self.weights = nn.ParameterList(
-            _uniform((sources, a, b), a, generator) for a, b in zip(widths[:-1], widths[1:])
-        )
-        self.biases = nn.ParameterList(
-            _uniform((sources, 1, b), a, generator) for a, b in zip(widths[:-1], widths[1:])
-        )
+        self.weights = nn.ParameterList(_uniform((sources, a, b), a, generator) for a, b in pairwise(widths))
+        self.biases = nn.ParameterList(_uniform((sources, 1, b), a, generator) for a, b in pairwise(widths))
 
     def forward(self, feature: Tensor, source: Tensor) -> Tensor:
         with torch.autocast(feature.device.type, enabled=False):

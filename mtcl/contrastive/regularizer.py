@@ -42,11 +42,13 @@ class Regularizer(nn.Module, ABC):
     def forward(
         self, taps: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
     ) -> RegularizerOutput:
-        """``taps``: task -> (B, C_t, h, w); ``labels``: task -> label in batch layout; ``frame``: what the taps cover."""
+        """``taps``: task -> (B, C_t, h, w); ``labels``: task -> label in batch layout; ``frame``: what the taps
+        cover."""
 
     @abstractmethod
     def summary(self) -> dict[str, float]:
-        """Diagnostics since the last call, name -> value. Reads from the device: call it when logging, not each step."""
+        """Diagnostics since the last call, name -> value. Reads from the device: call it when logging, not each
+        step."""
 
 
 class Contrastive(Regularizer):
@@ -101,18 +103,18 @@ class Contrastive(Regularizer):
             {t: Projector(len(tasks), channels[t], hidden, dim, generator) for t in self.names}
         )
         # Sums since the last summary: [target, source, (pixels, anchors, active triplets, sum d_ap, sum d_an)]
+        self.sums: Tensor
         self.register_buffer("sums", torch.zeros(len(tasks), len(tasks), 5), persistent=False)
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """The step's sources (equal on every rank) and each image's pixels."""
-        return Draw(
-            draw_sources(self.seed, step, len(self.tasks)), draw_pixels(self.seed, step, ids, self.pixels)
-        )
+        return Draw(draw_sources(self.seed, step, len(self.tasks)), draw_pixels(self.seed, step, ids, self.pixels))
 
     def forward(
         self, taps: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
     ) -> RegularizerOutput:
-        size = next(iter(labels.values())).shape[-2:]
+        height, width = next(iter(labels.values())).shape[-2:]
+        size = (height, width)
         valid, positive, negative = self._relations(labels, draw.pixels)  # (T, B, K), 2 x (T, B, K, K)
         has_labels = valid.any(dim=2)  # (T, B)
         images = torch.arange(has_labels.shape[1], device=has_labels.device)
@@ -153,7 +155,8 @@ class Contrastive(Regularizer):
         self.sums[target] += (drawn[:, :, None] * counted[:, None]).sum(dim=0)
 
     def summary(self) -> dict[str, float]:
-        """Per (target, source) drawn since the last call: share of pixels that were anchors, share of active triplets, mean d_ap and d_an."""
+        """Per (target, source) drawn since the last call: share of pixels that were anchors (``anchors``), of triplets
+        inside the margin (``active``), mean distances to positives (``d_ap``) and negatives (``d_an``)."""
         sums = self.sums.tolist()
         self.sums.zero_()
         found = {}

@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def pick(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each anchor one positive and one negative at random: bool (B, K, K) x 2 -> p, n int64 (B, K), anchor bool (B, K).
+    """For each anchor one positive and one negative at random: bool (B, K, K) x 2 -> p, n int64 (B, K), anchor bool
+    (B, K).
 
     Row i of a relation holds the pixels that are alike to (differ from) pixel i. The choice is the first one after i in
     cyclic order: the sampled pixels stand in random order already, so this is uniform and needs no further draw.

@@ -12,9 +12,7 @@ class Sample(NamedTuple):
 
     id: str
     image: np.ndarray  # uint8 RGB (H, W, 3)
-    labels: dict[
-        str, np.ndarray
-    ]  # every task in use, NumPy layout of mtcl.tasks.Task; an unlabelled one is all void
+    labels: dict[str, np.ndarray]  # every task in use, NumPy layout of mtcl.tasks.Task; an unlabelled one is all void
 
 
 class SampleMeta(NamedTuple):

@@ -66,9 +66,7 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
     return tasks
 
 
-def build_reader(
-    config: DictConfig, part: str, tasks: Mapping[str, Task], limit: int | None = None
-) -> Reader:
+def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit: int | None = None) -> Reader:
     """The list ``part`` ("train" or "val") of the config's dataset and split."""
     data = config.data
     reader = locate(data._target_, "data")

@@ -21,7 +21,8 @@ from mtcl.errors import UserError
 
 
 def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
-    """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does (``-m`` sweeps, too).
+    """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does (``-m`` sweeps,
+    too).
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
     keep their trace; HYDRA_FULL_ERROR=1 shows every trace.

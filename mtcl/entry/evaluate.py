@@ -25,8 +25,8 @@ def evaluate(
 ) -> dict[str, dict[str, float]]:
     """Score ``config.checkpoint``; write metrics.json, run.json and panels into ``folder``; the metrics.
 
-    ``config``: the composed defaults with the command's overrides in them; ``overrides``: those words; ``groups``: which
-    of their keys choose a whole config group.
+    ``config``: the composed defaults with the command's overrides in them; ``overrides``: those words; ``groups``:
+    which of their keys choose a whole config group.
     """
     path = Path(config.checkpoint)
     state = load_checkpoint(path)
@@ -46,9 +46,7 @@ def evaluate(
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"the weights in {path} do not fit the model its config describes: {reason}"
-        ) from error
+        raise UserError(f"the weights in {path} do not fit the model its config describes: {reason}") from error
     evaluator = Evaluator(
         tasks,
         build.build_eval_loader(settings, reader, tasks, device),
@@ -75,9 +73,7 @@ def evaluate(
     return evaluation.metrics
 
 
-def overridden(
-    saved: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]
-) -> DictConfig:
+def overridden(saved: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
     """The checkpoint's config with the command's overrides: whole groups first, then single keys."""
     keys = [parsed.key_or_group for parsed in OverridesParser.create().parse_overrides(list(overrides))]
     for key in sorted(keys, key=lambda k: k not in groups):

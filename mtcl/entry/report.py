@@ -29,7 +29,7 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
     rows = [("task", "metric", *columns)]
     for name, task in tasks.items():
         found = next(iter(columns.values()))[name]
-        for metric in sorted(found, key=lambda m, primary=task.primary: m != primary):
+        for metric in [task.primary, *(m for m in found if m != task.primary)]:
             mark = "*" if metric == task.primary else ""
             rows.append((name, metric + mark, *(_shown(metric, c[name][metric]) for c in columns.values())))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -56,13 +56,11 @@ def run_facts(
         "commit": commit,
         "clean": clean,
         "versions": {"python": platform.python_version(), "mtcl": mtcl.__version__, **_versions()},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({platform.machine()})",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "seed": seed,
         "split": split,
         "num_images": num_images,
-        "protocol": f"un-padded pictures at label resolution, frames of at least {size[0]}x{size[1]}, pooled over the list",
+        "protocol": f"un-padded pictures, label resolution, frames of {size[0]}x{size[1]} or more, pooled over the list",
         "data_fingerprint": reader.fingerprint(),
     }
 

@@ -112,15 +112,14 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
     table = format_table(tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
     if dry:
-        log.info(
-            "dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.memory()
-        )
+        log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.memory())
+    shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     log.info(
-        "%.0f s. Pictures: %s  checkpoint: %s  curves: tensorboard --logdir %s",
+        "%.0f s\n  pictures:   %s\n  checkpoint: %s\n  curves:     tensorboard --logdir %s",
         seconds,
-        folder / "panels",
-        folder / "checkpoints" / "last.pt",
-        folder,
+        shown / "panels",
+        shown / "checkpoints" / "last.pt",
+        shown,
     )
     return evaluation.metrics
 
@@ -146,9 +145,7 @@ def find_checkpoint(resume: str | None, folder: Path, siblings: Path | None) -> 
         return Path(resume)
     if own.exists():
         return own
-    found = (
-        sorted(siblings.glob("*/checkpoints/last.pt"), key=lambda p: p.stat().st_mtime) if siblings else []
-    )
+    found = sorted(siblings.glob("*/checkpoints/last.pt"), key=lambda p: p.stat().st_mtime) if siblings else []
     if not found:
         log.info("resume=auto: no checkpoint in %s, starting afresh", folder)
     return found[-1] if found else None

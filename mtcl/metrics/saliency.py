@@ -35,9 +35,7 @@ class SaliencyMetric(torchmetrics.Metric):
         self.histogram += torch.bincount(cell.flatten(), minlength=41)[:40].view(2, 20)
 
     def compute(self) -> dict[str, Tensor]:
-        at_least = (
-            self.histogram.flip(1).cumsum(1).flip(1).double()
-        )  # column k: pixels that reach k thresholds or more
+        at_least = self.histogram.flip(1).cumsum(1).flip(1).double()  # column k: pixels that reach k thresholds or more
         predicted, hit, positives = at_least[:, 1:].sum(0), at_least[1, 1:], at_least[1, 0]
         # The smallest denominator other than 0 is that of one positive and no prediction.
         f = (1 + self.BETA2) * hit / (self.BETA2 * positives + predicted).clamp(min=self.BETA2)

@@ -23,15 +23,11 @@ class SegmentationMetric(torchmetrics.Metric):
     def __init__(self, num_classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.num_classes = num_classes
-        self.add_state(
-            "confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum"
-        )
+        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         n = self.num_classes
-        cell = torch.where(
-            label != 255, label * n + prediction.argmax(dim=1), n * n
-        )  # one more cell for the void
+        cell = torch.where(label != 255, label * n + prediction.argmax(dim=1), n * n)  # one more cell for the void
         self.confusion += torch.bincount(cell.flatten(), minlength=n * n + 1)[: n * n].view(n, n)
 
     def iou_per_class(self) -> Tensor:

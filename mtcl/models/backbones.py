@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 
+RGB = tuple[float, float, float]
+
 
 class Backbone(nn.Module):
     """A timm model's feature maps: (B, 3, H, W) -> list of (B, C_i, H / stride_i, W / stride_i), finest first.
@@ -25,10 +27,12 @@ class Backbone(nn.Module):
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.net = net
-        self.channels: list[int] = list(net.feature_info.channels())
-        self.strides: list[int] = [int(s) for s in net.feature_info.reduction()]
+        info: Any = net.feature_info
+        self.channels: list[int] = list(info.channels())
+        self.strides: list[int] = [int(s) for s in info.reduction()]
         self.multiple = max(self.strides)
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean: RGB = (mean[0], mean[1], mean[2])
+        self.std: RGB = (std[0], std[1], std[2])
         # Swin and its kin give channels last.
         self.channels_last = str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
 
@@ -48,11 +52,11 @@ def build_backbone(
 ) -> Backbone:
     """The timm model ``name`` as a feature pyramid.
 
-    ``weights``: None (random), ``"hub"`` (timm's own, fetched) or a .safetensors / .pth file whose names are those of the
-    whole timm model. ``mean``/``std`` (RGB, 0..1 scale) override timm's. ``out_indices``: which of timm's feature
-    levels; by default those of stride 4 and coarser, and four evenly spaced blocks of a model with one resolution (ViT).
-    ``kwargs`` go to ``timm.create_model``. Raises UserError for an unknown name, an unreachable hub, weights that
-    do not fit: never falls back to a random start.
+    ``weights``: None (random), ``"hub"`` (timm's own, fetched) or a .safetensors / .pth file whose names are those
+    of the whole timm model. ``mean``/``std`` (RGB, 0..1 scale) override timm's. ``out_indices``: which of timm's
+    feature levels; by default those of stride 4 and coarser, and four evenly spaced blocks of a model with one
+    resolution (ViT). ``kwargs`` go to ``timm.create_model``. Raises UserError for an unknown name, an unreachable
+    hub, weights that do not fit: never falls back to a random start.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
@@ -61,7 +65,9 @@ def build_backbone(
     try:
         timm.models.get_pretrained_cfg(name)
     except RuntimeError as error:  # resnet18.no_such_tag
-        raise UserError(f"backbone.name={name} has a tag that timm does not know; leave out what follows the dot") from error
+        raise UserError(
+            f"backbone.name={name} has a tag that timm does not know; leave out what follows the dot"
+        ) from error
     options = dict(kwargs or {})
     options |= _any_size(name, options)
     if out_indices is None:
@@ -80,9 +86,7 @@ def build_backbone(
                 f"the hub gave no weights for backbone {name} ({_first_line(error)}); check the connection, or give a "
                 "file (backbone.weights=PATH), or start from random (backbone.weights=none)"
             ) from error
-        raise UserError(
-            f"backbone {name} with kwargs {options} can't be built: {_first_line(error)}"
-        ) from error
+        raise UserError(f"backbone {name} with kwargs {options} can't be built: {_first_line(error)}") from error
     if weights not in (None, "hub"):
         _load_file(net, name, options, Path(str(weights)))
     config = timm.models.get_pretrained_cfg(name)
@@ -115,10 +119,8 @@ def _default_levels(name: str, options: Mapping[str, Any]) -> list[int]:
         with torch.device("meta"):
             net = timm.create_model(name, features_only=True, **options)
     except Exception as error:
-        raise UserError(
-            f"backbone {name} with kwargs {options} gives no feature maps: {_first_line(error)}"
-        ) from error
-    info = net.feature_info
+        raise UserError(f"backbone {name} with kwargs {options} gives no feature maps: {_first_line(error)}") from error
+    info: Any = net.feature_info
     if len(set(info.reduction())) == 1 and len(info.out_indices) > 1:  # one resolution throughout: a ViT
         depth = len(info.info)
         return [depth * quarter // 4 - 1 for quarter in range(1, 5)]
@@ -131,9 +133,7 @@ def _first_line(error: Exception) -> str:
 
 def _read_state(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise UserError(
-            f"backbone.weights={path} is not a file; give none, hub, or a .safetensors or .pth file"
-        )
+        raise UserError(f"backbone.weights={path} is not a file; give none, hub, or a .safetensors or .pth file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -160,16 +160,12 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
         try:
             state = convert(state, whole)
         except Exception as error:
-            raise UserError(
-                f"backbone.weights={path} does not fit backbone {name}: {_first_line(error)}"
-            ) from error
+            raise UserError(f"backbone.weights={path} does not fit backbone {name}: {_first_line(error)}") from error
     # A feature net has its whole model's names, but for a prefix or for dots that became underscores.
     by_name = {key.replace(".", "_"): value for key, value in state.items()}
     own = net.state_dict()
     found = {key: by_name.get(key.removeprefix("model.").replace(".", "_")) for key in own}
-    missing = [
-        key for key, value in found.items() if value is None and not key.endswith("num_batches_tracked")
-    ]
+    missing = [key for key, value in found.items() if value is None and not key.endswith("num_batches_tracked")]
     if missing:
         raise UserError(
             f"backbone.weights={path} lacks {len(missing)} of the {len(own)} tensors of backbone {name} "

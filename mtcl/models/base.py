@@ -72,9 +72,7 @@ class EncoderDecoder(DenseModel):
         def cut(maps: dict[str, Tensor]) -> dict[str, Tensor]:
             return {task: m[..., :height, :width] for task, m in maps.items()}
 
-        return DenseOutput(
-            cut(output.predictions), output.taps, [cut(maps) for maps in output.intermediate], frame
-        )
+        return DenseOutput(cut(output.predictions), output.taps, [cut(maps) for maps in output.intermediate], frame)
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
         return self.backbone.parameters()

@@ -35,7 +35,8 @@ class Task(ABC):
 
     @abstractmethod
     def metric(self, **options: Any) -> torchmetrics.Metric:
-        """A fresh metric; ``update(prediction, label)``, ``compute() -> {name: value}`` in fractions, degrees, metres."""
+        """A fresh metric; ``update(prediction, label)``, ``compute() -> {name: value}`` in fractions, degrees,
+        metres."""
 
     @abstractmethod
     def valid(self, label: Tensor) -> Tensor:
@@ -54,7 +55,8 @@ class Task(ABC):
 
     @abstractmethod
     def decoded(self, prediction: Tensor) -> np.ndarray:
-        """One raw prediction (C, H, W) as an array in label layout (classes, metres, unit vectors, probability of an edge)."""
+        """One raw prediction (C, H, W) as an array in label layout (classes, metres, unit vectors, probability of an
+        edge)."""
 
     @abstractmethod
     def collated(self, labels: list[np.ndarray]) -> Tensor:

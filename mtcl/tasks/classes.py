@@ -50,8 +50,6 @@ class ClassTask(Task):
         """The classes that occur, in their order, and the void if it does."""
         values = {int(value) for array in arrays for value in np.unique(array)}
         rows = [
-            (name, colour)
-            for value, (name, colour) in enumerate(zip(self.classes, self.colours))
-            if value in values
+            (name, colour) for value, (name, colour) in enumerate(zip(self.classes, self.colours)) if value in values
         ]
         return rows + [("void", VOID_COLOUR)] * (self.void in values)

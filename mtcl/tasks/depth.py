@@ -60,9 +60,7 @@ class Depth(Task):
         """Warm is near, cold is far: the colour map Turbo from 0 to :attr:`farthest` metres."""
         valid = (array > 0) & np.isfinite(array)
         nearness = 1 - np.where(valid, array, 0).clip(0, self.farthest) / self.farthest
-        index = np.round(28 + 212 * nearness).astype(
-            np.uint8
-        )  # without the two ends, nearly as dark as the void
+        index = np.round(28 + 212 * nearness).astype(np.uint8)  # without the two ends, nearly as dark as the void
         turbo = cv2.applyColorMap(index, cv2.COLORMAP_TURBO)[..., ::-1]
         return np.where(valid[..., None], turbo, np.array(VOID_COLOUR, np.uint8))
 

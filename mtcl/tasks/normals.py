@@ -62,16 +62,12 @@ class Normals(Task):
     def draw(self, array: np.ndarray) -> np.ndarray:
         """(n + 1) / 2 as red, green, blue."""
         colours = np.round(255 * ((array + 1) / 2).clip(0, 1)).astype(np.uint8)
-        return np.where(
-            (array != self.void).any(axis=-1, keepdims=True), colours, np.array(VOID_COLOUR, np.uint8)
-        )
+        return np.where((array != self.void).any(axis=-1, keepdims=True), colours, np.array(VOID_COLOUR, np.uint8))
 
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
         axes = zip(("left", "up", "to the viewer"), self.draw(np.eye(3, dtype=np.float32)[None])[0])
         rows = [(text, rgb(colour)) for text, colour in axes]
-        return rows + [("void", VOID_COLOUR)] * any(
-            (array == self.void).all(axis=-1).any() for array in arrays
-        )
+        return rows + [("void", VOID_COLOUR)] * any((array == self.void).all(axis=-1).any() for array in arrays)
 
     def flipped(self, label: np.ndarray) -> np.ndarray:
         """Left and right change places, so x changes its sign."""

@@ -13,7 +13,8 @@ class Balancer(Protocol):
 
 
 class FixedWeights:
-    """The field's way: one backward pass through the sum of fixed multiples. An objective without a weight counts once."""
+    """The field's way: one backward pass through the sum of fixed multiples. An objective without a weight counts
+    once."""
 
     def __init__(self, weights: Mapping[str, float]):
         self.weights = dict(weights)

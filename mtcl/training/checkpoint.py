@@ -13,7 +13,8 @@ FORMAT = 1
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` a temporary neighbour, flush it to the disk, then give it its name: readers see the old or the new file."""
+    """``write`` a temporary neighbour, flush it to the disk, then give it its name: readers see the old or the new
+    file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -62,13 +62,11 @@ class Evaluator:
                 area = (rows, ..., slice(top, top + height), slice(left, left + width))
                 for name, metric in metrics.items():
                     metric.update(predictions[name][area].float(), labels[name][area])
-            for row in range(min(self.num_shown - len(shown), len(batch["meta"]))):
-                shown.append(_show(batch, predictions, row, self.tasks))
+            wanted = range(min(self.num_shown - len(shown), len(batch["meta"])))
+            shown += [_show(batch, predictions, row, self.tasks) for row in wanted]
             count += len(batch["meta"])
         model.train(was_training)
-        values = {
-            name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()
-        }
+        values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
         return Evaluation(values, shown, count)
 
 

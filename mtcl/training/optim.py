@@ -47,7 +47,8 @@ def build_optimizer(
 
 
 def build_schedule(name: str, max_steps: int, warmup_steps: int = 0, power: float = 0.9) -> Schedule:
-    """``poly``: (1 - step / max_steps) ** power; ``cosine``: half a cosine to zero; ``constant``. All after a linear warm-up."""
+    """``poly``: (1 - step / max_steps) ** power; ``cosine``: half a cosine to zero; ``constant``. All after a linear
+    warm-up."""
     if name not in ("poly", "cosine", "constant"):
         raise UserError(f"schedule.name={name} is not known; choose poly, cosine or constant")
 

@@ -53,7 +53,10 @@ def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]
 
 
 def write_text(path: Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text) and None)
+    def write(temporary: Path) -> None:
+        temporary.write_text(text)
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -15,9 +15,7 @@ def choose_device(name: str) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"trainer.device={name} is not known; choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "trainer.device=cuda, but PyTorch sees no CUDA device; use trainer.device=cpu or auto"
-        )
+        raise UserError("trainer.device=cuda, but PyTorch sees no CUDA device; use trainer.device=cpu or auto")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 

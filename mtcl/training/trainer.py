@@ -126,7 +126,7 @@ class Trainer:
             weight = self.weight * ramp(self.step, self.warmup_steps)
             if weight > 0:
                 if with_diagnostics:
-                    total = sum(self.tasks[t].weight * loss for t, loss in losses.items())
+                    total = torch.stack([self.tasks[t].weight * loss for t, loss in losses.items()]).sum()
                     found = gradients_at_taps(total, weight * contrast.loss, output.taps[self.tap])
                     values |= {f"gradient/{name}": value for name, value in found.items()}
                 losses["contrast"] = weight * contrast.loss

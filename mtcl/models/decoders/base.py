@@ -16,8 +16,8 @@ class DecoderOutput(NamedTuple):
 class Decoder(nn.Module, ABC):
     """From a backbone's feature maps to every task's prediction.
 
-    A subclass is made as ``SomeDecoder(channels, strides, tasks, **its own options)``: ``channels`` and ``strides`` of the
-    feature maps, finest first; ``tasks`` maps each task's name to the channels of its prediction.
+    A subclass is made as ``SomeDecoder(channels, strides, tasks, **its own options)``: ``channels`` and ``strides``
+    of the feature maps, finest first; ``tasks`` maps each task's name to the channels of its prediction.
     """
 
     tap_channels: dict[str, dict[str, int]]

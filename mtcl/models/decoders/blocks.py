@@ -25,7 +25,8 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 class Fusion(nn.Module):
-    """Feature maps of several scales -> one map (B, width, h, w): BN and ReLU of a 1x1 convolution of their concatenation.
+    """Feature maps of several scales -> one map (B, width, h, w): BN and ReLU of a 1x1 convolution of their
+    concatenation.
 
     A 1x1 convolution and bilinear resizing commute, so each scale is projected at its own resolution and the
     projections are added: the wide concatenation at the finest resolution is never built.

@@ -35,9 +35,7 @@ class MultiHead(Decoder):
         self.fusion = Fusion(channels, width)
         self.heads = nn.ModuleDict(
             {
-                task: nn.Sequential(
-                    *(ConvBlock(width if i == 0 else head_width, head_width) for i in range(depth))
-                )
+                task: nn.Sequential(*(ConvBlock(width if i == 0 else head_width, head_width) for i in range(depth)))
                 for task in self.tasks
             }
         )
