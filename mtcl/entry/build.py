@@ -4,7 +4,7 @@ import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +17,12 @@ from mtcl.models import DenseModel, EncoderDecoder, build_backbone
 from mtcl.models.decoders import Decoder
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
+from mtcl.training.balancer import FixedWeights
+from mtcl.training.evaluator import Evaluator
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule
+from mtcl.training.recorder import Recorder
+from mtcl.training.runtime import autocast
+from mtcl.training.trainer import Trainer
 
 
 def plain(config: Any) -> Any:
@@ -165,6 +170,63 @@ def build_optimizers(
     settings = config.regularizer
     own = SliceAdamW(regularizer.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     return optimizer, ScheduledOptimizer(own, schedule)
+
+
+class Run(NamedTuple):
+    trainer: Trainer
+    train_reader: Reader
+    val_reader: Reader
+
+
+def build_trainer(
+    config: DictConfig,
+    tasks: Mapping[str, Task],
+    folder: Path,
+    device: torch.device,
+    pretrained: bool = False,
+    start_step: int = 0,
+) -> Run:
+    """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
+    settings, dry = config.trainer, config.trainer.dry_run
+    autocast(device, settings.precision)  # says so now if it is not known
+    monitor, higher_is_better = choose_monitor(settings.monitor, tasks)
+    train_reader = build_reader(config, "train", tasks)
+    val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
+    model = build_model(config, tasks, pretrained).to(device)
+    regularizer = build_regularizer(config, tasks, model)
+    if regularizer is not None:
+        regularizer.to(device)
+    optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
+    val_loader = build_eval_loader(config, val_reader, tasks, device)
+    batches = build_train_loader(config, train_reader, tasks, start_step, device)
+    trainer = Trainer(
+        model=model,
+        tasks=tasks,
+        regularizer=regularizer,
+        balancer=FixedWeights({name: task.weight for name, task in tasks.items()}),
+        optimizer=optimizer,
+        regularizer_optimizer=regularizer_optimizer,
+        batches=batches,
+        evaluator=Evaluator(tasks, val_loader, device, settings.precision, num_shown=settings.panels),
+        recorder=Recorder(folder, start_step),
+        folder=folder,
+        device=device,
+        max_steps=start_step + 1 if dry else settings.max_steps,
+        monitor=monitor,
+        higher_is_better=higher_is_better,
+        checkpoint_meta=checkpoint_meta(config, tasks, model),
+        tap=config.regularizer.get("tap", "final"),
+        weight=float(config.regularizer.weight) if regularizer is not None else 0.0,
+        warmup_steps=config.regularizer.get("warmup_steps", 0),
+        precision=settings.precision,
+        clip_norm=settings.clip_norm,
+        val_interval=settings.val_interval,
+        checkpoint_interval=settings.checkpoint_interval,
+        log_interval=settings.log_interval,
+        start_step=start_step,
+        validate_first=settings.val_first and not dry,
+    )
+    return Run(trainer, train_reader, val_reader)
 
 
 def choose_monitor(name: str, tasks: Mapping[str, Task]) -> tuple[str, bool]:

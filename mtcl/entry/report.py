@@ -60,7 +60,7 @@ def run_facts(
         "seed": seed,
         "split": split,
         "num_images": num_images,
-        "protocol": f"un-padded pictures, label resolution, frames of {size[0]}x{size[1]} or more, pooled over the list",
+        "protocol": f"un-padded pictures, label resolution, pooled over the list; frames {size[0]}x{size[1]} or more",
         "data_fingerprint": reader.fingerprint(),
     }
 

@@ -10,11 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
-from mtcl.training.balancer import FixedWeights
 from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.evaluator import Evaluator
-from mtcl.training.recorder import Recorder, write_json, write_text
-from mtcl.training.runtime import autocast, choose_device, seed_everything
+from mtcl.training.recorder import write_json, write_text
+from mtcl.training.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -26,7 +24,6 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
     ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look.
     """
     device = choose_device(config.trainer.device)
-    autocast(device, config.trainer.precision)  # says so now if it is not known
     seed_everything(config.seed, config.trainer.deterministic)
     path = find_checkpoint(config.resume, folder, siblings)
     state = None if path is None else load_checkpoint(path)
@@ -34,52 +31,16 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
     if state is not None and path is not None:
         build.check_tasks(state["meta"]["tasks"], tasks, path)
     dry = config.trainer.dry_run
-    train_reader = build.build_reader(config, "train", tasks)
-    val_reader = build.build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
-    model = build.build_model(config, tasks, pretrained=state is None).to(device)
-    regularizer = build.build_regularizer(config, tasks, model)
-    regularizer = None if regularizer is None else regularizer.to(device)
-    optimizer, regularizer_optimizer = build.build_optimizers(config, model, regularizer)
-    monitor, higher_is_better = build.choose_monitor(config.trainer.monitor, tasks)
     start = 0 if state is None else state["step"]
-    settings = config.trainer
-    batches = build.build_train_loader(config, train_reader, tasks, start, device)
-    val_loader = build.build_eval_loader(config, val_reader, tasks, device)
-    # Nothing has been written so far: a mistake in the config leaves no trace.
+    run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
+    trainer = run.trainer
     if state is None and config.backbone.weights in (None, "none"):
         log.warning(
             "the backbone starts from random weights (backbone.weights=none); "
             "backbone.weights=hub fetches ImageNet's, a path loads a file"
         )
-    if regularizer is None and config.regularizer._target_ is not None:
+    if trainer.regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regulariser is off")
-    trainer = Trainer(
-        model=model,
-        tasks=tasks,
-        regularizer=regularizer,
-        balancer=FixedWeights({name: task.weight for name, task in tasks.items()}),
-        optimizer=optimizer,
-        regularizer_optimizer=regularizer_optimizer,
-        batches=batches,
-        evaluator=Evaluator(tasks, val_loader, device, settings.precision, num_shown=settings.panels),
-        recorder=Recorder(folder, start),
-        folder=folder,
-        device=device,
-        max_steps=start + 1 if dry else settings.max_steps,
-        monitor=monitor,
-        higher_is_better=higher_is_better,
-        checkpoint_meta=build.checkpoint_meta(config, tasks, model),
-        tap=config.regularizer.get("tap", "final"),
-        weight=float(config.regularizer.weight) if regularizer is not None else 0.0,
-        warmup_steps=config.regularizer.get("warmup_steps", 0),
-        precision=settings.precision,
-        clip_norm=settings.clip_norm,
-        val_interval=settings.val_interval,
-        checkpoint_interval=settings.checkpoint_interval,
-        log_interval=settings.log_interval,
-        start_step=start,
-        validate_first=not dry,
-    )
     if state is not None:
         restore(trainer, state, path)
         log.info("resumed at step %d from %s", start, path)
@@ -87,11 +48,11 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
     log.info(
         "%s: %d training and %d validation pictures, tasks %s, %s, %.2f M parameters, on %s",
         config.data.name,
-        len(train_reader.ids),
-        len(val_reader.ids),
+        len(run.train_reader.ids),
+        len(run.val_reader.ids),
         ", ".join(tasks),
-        "no regulariser" if regularizer is None else f"contrast with weight {config.regularizer.weight}",
-        sum(p.numel() for p in model.parameters()) / 1e6,
+        "no regulariser" if trainer.regularizer is None else f"contrast with weight {config.regularizer.weight}",
+        sum(p.numel() for p in trainer.model.parameters()) / 1e6,
         device,
     )
     began = time.perf_counter()
@@ -102,7 +63,7 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
         split=config.data.split,
         num_images=evaluation.num_images,
         size=build.data_size(config),
-        reader=val_reader,
+        reader=run.val_reader,
         device=device,
     )
     write_json(folder / "run.json", {**facts, "step": trainer.step, "seconds": round(seconds, 1)})

@@ -1,0 +1,478 @@
+"""Optimisers and schedules, checkpoints, balancer, runtime, panels and the recorder, each on its own."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from mtcl import UserError
+from mtcl.models import DenseModel, DenseOutput
+from mtcl.tasks import VOC21, build_task
+from mtcl.training import checkpoint as checkpoint_module
+from mtcl.training.balancer import FixedWeights
+from mtcl.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from mtcl.training.evaluator import Shown
+from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, ramp
+from mtcl.training.panels import GAP, ROW, draw_panel
+from mtcl.training.recorder import Recorder, flat, write_json, write_panels
+from mtcl.training.runtime import autocast, choose_device, peak_memory, rng_state, seed_everything, set_rng_state
+
+CPU = torch.device("cpu")
+
+# --- Schedules
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("poly", {}, {0: 1, 25: 0.75**0.9, 50: 0.5**0.9, 99: 0.01**0.9, 100: 0, 150: 0}),
+        ("poly", {"power": 2}, {0: 1, 50: 0.25, 100: 0}),
+        ("cosine", {}, {0: 1, 25: (1 + math.sqrt(0.5)) / 2, 50: 0.5, 75: (1 - math.sqrt(0.5)) / 2, 100: 0, 130: 0}),
+        ("constant", {}, {0: 1, 99: 1, 100: 1}),
+        ("constant", {"warmup_steps": 4}, {0: 0.25, 1: 0.5, 2: 0.75, 3: 1, 4: 1, 50: 1}),
+        ("poly", {"warmup_steps": 50}, {0: 0.02, 24: 0.5 * 0.76**0.9, 50: 0.5**0.9}),
+        ("cosine", {"warmup_steps": 1}, {0: 1, 50: 0.5}),
+    ],
+)
+def test_schedules_by_hand(name, options, expected):
+    schedule = build_schedule(name, 100, **options)
+    assert {step: schedule(step) for step in expected} == pytest.approx(expected, abs=1e-12)
+
+
+def test_ramp():
+    assert [ramp(step, 0) for step in (0, 5)] == [1, 1]
+    assert [ramp(step, 2) for step in range(4)] == [0.5, 1, 1, 1]
+
+
+def test_a_schedule_of_no_steps_is_finite():
+    assert all(math.isfinite(build_schedule(name, 0)(0)) for name in ("poly", "cosine", "constant"))
+
+
+def test_unknown_schedule():
+    with pytest.raises(UserError, match=r"schedule\.name=step .*poly, cosine or constant"):
+        build_schedule("step", 10)
+
+
+def test_scheduled_optimizer_scales_every_groups_base_rate():
+    a, b = (nn.Parameter(torch.zeros(1)) for _ in "ab")
+    scheduled = ScheduledOptimizer(
+        torch.optim.SGD([{"params": [a], "lr": 1.0}, {"params": [b], "lr": 0.1}]), build_schedule("poly", 4, power=1)
+    )
+    moved = []
+    for step in range(4):
+        (a + b).backward()
+        before = a.item(), b.item()
+        scheduled.step(step)
+        moved.append((before[0] - a.item(), before[1] - b.item()))
+        scheduled.zero_grad()
+        assert a.grad is None
+    assert np.array(moved) == pytest.approx(np.array([(f, 0.1 * f) for f in (1, 0.75, 0.5, 0.25)]))
+
+
+# --- Optimisers
+
+
+class Tiny(DenseModel):
+    """A backbone (convolution, norm) and a head (convolution), one frozen weight among them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.head = nn.Conv2d(4, 2, 1)
+        self.frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
+
+    def forward(self, image):
+        return DenseOutput({"a": self.head(self.backbone(image))}, {}, [], image.shape[-2:])
+
+    def backbone_parameters(self):
+        return self.backbone.parameters()
+
+    def shared_parameters(self):
+        return self.backbone.parameters()
+
+
+def settings_of(optimizer, model):
+    """Parameter name -> (lr, weight decay); every parameter may be there once only."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    rows = [(names[id(p)], (g["lr"], g["weight_decay"])) for g in optimizer.param_groups for p in g["params"]]
+    assert len(rows) == len({name for name, _ in rows})
+    return dict(rows)
+
+
+@pytest.mark.parametrize("backbone_lr", [None, 0.001, 0.0])
+def test_optimizer_groups(backbone_lr):
+    model = Tiny()
+    optimizer = build_optimizer(model, "adamw", lr=0.01, backbone_lr=backbone_lr, weight_decay=0.3)
+    low = 0.01 if backbone_lr is None else backbone_lr
+    assert settings_of(optimizer, model) == {
+        "backbone.0.weight": (low, 0.3),
+        "backbone.0.bias": (low, 0.0),
+        "backbone.1.weight": (low, 0.0),
+        "backbone.1.bias": (low, 0.0),
+        "head.weight": (0.01, 0.3),
+        "head.bias": (0.01, 0.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)]
+)
+def test_optimizers_by_name(name, kind):
+    model = Tiny()
+    optimizer = build_optimizer(model, name, lr=0.01, backbone_lr=0.002, weight_decay=0.1, momentum=0.7)
+    assert type(optimizer) is kind
+    assert len(settings_of(optimizer, model)) == 6
+    if name == "sgd":
+        assert {group["momentum"] for group in optimizer.param_groups} == {0.7}
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    model(torch.randn(2, 3, 5, 5)).predictions["a"].square().sum().backward()
+    optimizer.step()
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    assert "frozen" not in moved
+    assert {"backbone.0.weight", "head.weight", "head.bias"} <= moved
+
+
+def test_unknown_optimizer():
+    with pytest.raises(UserError, match=r"optimizer\.name=lion .*adamw, adam or sgd"):
+        build_optimizer(Tiny(), "lion", lr=0.1)
+
+
+# --- Checkpoints
+
+
+def some_content(value=1.0):
+    return {"model": {"w": torch.full((2, 3), value)}, "config": {"seed": 3, "data": {"size": [4, 5]}}, "step": 7}
+
+
+def test_checkpoint_round_trip(tmp_path):
+    path = tmp_path / "new" / "folder" / "last.pt"
+    save_checkpoint(path, some_content())
+    found = load_checkpoint(str(path))
+    assert torch.equal(found.pop("model")["w"], torch.ones(2, 3))
+    assert found == {"format": 1, "config": {"seed": 3, "data": {"size": [4, 5]}}, "step": 7}
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+    save_checkpoint(path, some_content(2.0))
+    assert load_checkpoint(path)["model"]["w"].unique().tolist() == [2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", ["while writing", "while flushing", "while renaming"])
+def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, error, moment):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, some_content(1.0))
+    old = path.read_bytes()
+
+    def fail(*args, **kwargs):
+        raise error("power failure")
+
+    def write_half(content, file):
+        Path(file).write_bytes(old[: len(old) // 2])
+        raise error("power failure")
+
+    if moment == "while writing":
+        monkeypatch.setattr(checkpoint_module.torch, "save", write_half)
+    else:
+        monkeypatch.setattr(checkpoint_module.os, "fsync" if moment == "while flushing" else "replace", fail)
+    with pytest.raises(error, match="power failure"):
+        save_checkpoint(path, some_content(2.0))
+    monkeypatch.undo()
+    assert path.read_bytes() == old
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_readers_never_see_an_unfinished_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def write(temporary):
+        assert temporary != path
+        assert temporary.parent == path.parent  # a rename across file systems would be a copy
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        temporary.write_text("new")
+
+    write_atomically(path, write)
+    assert path.read_text() == "new"
+
+
+class Evil:
+    """Would create a file when unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
+    torch.save({"format": 1, **some_content(), "extra": Evil(tmp_path / "executed")}, tmp_path / "evil.pt")
+    with pytest.raises(UserError, match=r"evil\.pt can't be read"):
+        load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)  # the trap itself works
+    assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (None, "does not exist"),
+        (b"", "can't be read"),
+        (b"not a checkpoint", "can't be read"),
+        ("truncated", "can't be read"),
+        ([1, 2], "not a checkpoint of mtcl"),
+        ({"w": torch.ones(1)}, "not a checkpoint of mtcl"),
+        ({"format": 1, "model": {}}, "not a checkpoint of mtcl"),
+        ({**some_content(), "format": 2}, "has format 2, this version of mtcl reads format 1"),
+        (some_content(), "has format None"),
+    ],
+    ids=["missing", "empty", "text", "truncated", "a list", "weights", "no config", "newer", "no format"],
+)
+def test_checkpoints_that_cannot_be_used(tmp_path, content, reason):
+    path = tmp_path / "some.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "truncated":
+        save_checkpoint(path, some_content())
+        path.write_bytes(path.read_bytes()[:-200])
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=reason) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# --- Balancer
+
+
+def test_fixed_weights_give_the_weighted_sum():
+    x = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    y = nn.Parameter(torch.tensor(5.0))
+    losses = {"a": x.square().sum(), "b": (x * torch.tensor([1.0, 10.0, 100.0])).sum(), "contrast": 7 * y + x[0]}
+    balancer = FixedWeights({"a": 0.5, "b": 2.0, "not in use": 100.0})
+    assert balancer.total(losses).item() == 0.5 * 14 + 2 * 281 + 36
+    balancer.backward(losses, [x])
+    # d/dx: 0.5 * 2 x + 2 * (1, 10, 100), and the objective without a weight once
+    assert x.grad.tolist() == [1 + 2 + 1, -2 + 20, 3 + 200]
+    assert y.grad.item() == 7
+
+
+def test_a_weight_of_zero_counts():
+    x = nn.Parameter(torch.tensor(2.0))
+    FixedWeights({"a": 0.0, "b": 1.0}).backward({"a": x**3, "b": x**2}, [x])
+    assert x.grad.item() == 4
+
+
+# --- Runtime
+
+
+def test_choose_device(monkeypatch):
+    for present in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
+        assert choose_device("cpu").type == "cpu"
+        assert choose_device("auto").type == ("cuda" if present else "cpu")
+    assert choose_device("cuda").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"trainer\.device=cuda, but PyTorch sees no CUDA device"):
+        choose_device("cuda")
+    with pytest.raises(UserError, match=r"trainer\.device=gpu is not known; choose auto, cpu or cuda"):
+        choose_device("gpu")
+
+
+def test_seeding(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    try:
+        seed_everything(3, deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        first = torch.rand(3)
+        seed_everything(3)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.equal(first, torch.rand(3))
+        seed_everything(4)
+        assert not torch.equal(first, torch.rand(3))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
+def test_autocast_on_a_cpu(precision, dtype):
+    layer = nn.Linear(3, 2)
+    with autocast(CPU, precision):
+        assert layer(torch.ones(1, 3)).dtype == getattr(torch, dtype)
+    assert layer(torch.ones(1, 3)).dtype == torch.float32
+
+
+def test_autocast_of_unknown_precision():
+    with pytest.raises(UserError, match=r"trainer\.precision=fp16 is not known"):
+        autocast(CPU, "fp16")
+
+
+def test_generator_state_round_trip(tmp_path):
+    torch.manual_seed(5)
+    torch.rand(7)
+    save_checkpoint(tmp_path / "a.pt", {**some_content(), "rng": rng_state(CPU)})
+    want = torch.rand(4)
+    torch.manual_seed(0)
+    set_rng_state(load_checkpoint(tmp_path / "a.pt")["rng"], CPU)
+    assert torch.equal(torch.rand(4), want)
+
+
+def test_peak_memory_is_in_gib():
+    assert 0.05 < peak_memory(CPU) < 1000
+
+
+# --- Panels
+
+TASKS = {
+    name: build_task(name, **({"class_names": VOC21} if name == "semseg" else {}))
+    for name in ("semseg", "human_parts", "sal", "depth", "normals", "edge")
+}
+
+
+def make_shown(height, width, id="kitchen/0001", seed=0):
+    rng = np.random.default_rng(seed)
+    unit = rng.normal(size=(2, height, width, 3)).astype(np.float32)
+    unit /= np.linalg.norm(unit, axis=-1, keepdims=True)
+    unit[0, 0, 0] = 0  # void
+    classes = {"semseg": 21, "human_parts": 7, "sal": 2}
+    labels = {name: rng.integers(0, n, (height, width), np.uint8) for name, n in classes.items()}
+    predictions = {name: rng.integers(0, n, (height, width), np.uint8) for name, n in classes.items()}
+    for label in labels.values():
+        label[0, :3] = 255
+    labels |= {"depth": rng.random((height, width), np.float32) * 9, "normals": unit[0]}
+    labels["depth"][0, 0] = 0
+    labels["edge"] = rng.choice(np.array([0, 1, 255], np.uint8), (height, width))
+    predictions |= {"depth": rng.random((height, width), np.float32) * 12, "normals": unit[1]}
+    predictions["edge"] = rng.random((height, width), np.float32)
+    return Shown(id, rng.integers(0, 256, (height, width, 3), np.uint8), labels, predictions)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "zoom"), [(20, 30, 10), (191, 60, 2), (192, 60, 1), (200, 64, 1), (96, 5, 2), (1, 3, 192)]
+)
+def test_panel_shows_every_task(height, width, zoom):
+    sample = make_shown(height, width)
+    panel = draw_panel(sample, TASKS)
+    assert panel.dtype == np.uint8
+    column = width * zoom + 2 * GAP
+    assert panel.shape[1:] == (column * (1 + len(TASKS)), 3)
+
+    def at(number, row):
+        """What stands in that column below that row's caption."""
+        top = GAP + ROW + 4 + row * (height * zoom + ROW + 4)
+        left = number * column + GAP
+        return panel[top : top + height * zoom, left : left + width * zoom]
+
+    def enlarged(picture):
+        return np.kron(picture, np.ones((zoom, zoom, 1), np.uint8))
+
+    assert (at(0, 0) == enlarged(sample.image)).all()
+    for number, (name, task) in enumerate(TASKS.items(), start=1):
+        assert (at(number, 0) == enlarged(task.draw(sample.labels[name]))).all(), name
+        assert (at(number, 1) == enlarged(task.draw(sample.predictions[name]))).all(), name
+
+
+def test_panel_explains_its_colours():
+    sample = make_shown(48, 64)
+    for name, task in TASKS.items():
+        panel = draw_panel(sample, {name: task})
+        pictures = 48 * 4 * 2 + 2 * (ROW + 4)
+        below = panel[GAP + pictures :, 64 * 4 + 2 * GAP :].reshape(-1, 3)
+        for text, colour in task.legend([sample.labels[name], sample.predictions[name]]):
+            assert (below == colour).all(axis=1).sum() >= 100, (name, text)
+
+
+def test_panel_does_not_change_the_sample():
+    sample, copy = make_shown(24, 24), make_shown(24, 24)
+    draw_panel(sample, TASKS)
+    assert (sample.image == copy.image).all()
+    for name in TASKS:
+        assert np.array_equal(sample.labels[name], copy.labels[name])
+        assert np.array_equal(sample.predictions[name], copy.predictions[name])
+
+
+def test_panels_are_written_in_the_right_colours(tmp_path):
+    samples = [make_shown(24, 32, id="kitchen 1/0001:x"), make_shown(24, 32, id="b", seed=1)]
+    panels = write_panels(tmp_path / "panels", samples, TASKS)
+    assert sorted(p.name for p in (tmp_path / "panels").iterdir()) == ["b.png", "kitchen_1_0001_x.png"]
+    for name, panel in zip(("kitchen_1_0001_x", "b"), panels):
+        read = cv2.cvtColor(cv2.imread(str(tmp_path / "panels" / f"{name}.png")), cv2.COLOR_BGR2RGB)
+        assert (read == panel).all()
+
+
+# --- Recorder
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def tensorboard_steps(folder, tag):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.step for event in events.Scalars(tag)]
+
+
+def test_recorder_continues_an_interrupted_run(tmp_path):
+    first = Recorder(tmp_path)
+    for step in range(6):
+        first.scalars(step, "train", {"depth": 10.0 - step})
+    first.close()
+    assert [r["step"] for r in read_log(tmp_path)] == list(range(6))
+    second = Recorder(tmp_path, start_step=4)  # resumed from a checkpoint of step 4
+    assert read_log(tmp_path) == [{"step": s, "kind": "train", "depth": 10.0 - s} for s in range(4)]
+    for step in range(4, 8):
+        second.scalars(step, "train", {"depth": 20.0 - step})
+    second.close()
+    assert [r["depth"] for r in read_log(tmp_path)] == [10, 9, 8, 7, 16, 15, 14, 13]
+    assert tensorboard_steps(tmp_path, "train/depth") == list(range(8))
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
+
+
+def test_recorder_starts_afresh(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "kind": "train"}\n')
+    Recorder(tmp_path).close()
+    assert read_log(tmp_path) == []
+
+
+def test_recorder_survives_a_line_cut_short(tmp_path):
+    """A run killed while writing leaves half a line; its resumption must not trip over it."""
+    (tmp_path / "log.jsonl").write_text('{"step": 0, "kind": "train"}\n{"step": 1, "kind": "train", "dep')
+    recorder = Recorder(tmp_path, start_step=3)
+    recorder.scalars(3, "train", {"depth": 1.0})
+    recorder.close()
+    assert read_log(tmp_path) == [{"step": 0, "kind": "train"}, {"step": 3, "kind": "train", "depth": 1.0}]
+
+
+def test_recorder_draws_panels(tmp_path):
+    recorder = Recorder(tmp_path / "run")
+    sample = make_shown(24, 32, id="a/b")
+    recorder.panels(5, [sample], TASKS)
+    recorder.scalars(5, "val", {"depth/rmse": 0.5})
+    recorder.close()
+    assert (tmp_path / "run/panels/a_b.png").is_file()
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    (image,) = events.Images("panel/a/b")
+    assert (image.step, image.width) == (5, draw_panel(sample, TASKS).shape[1])
+    assert events.Scalars("val/depth/rmse")[0].value == 0.5
+
+
+def test_json_and_flat(tmp_path):
+    metrics = {"depth": {"rmse": 0.5, "log": 0.1}, "edge": {"loss": 0.2}}
+    write_json(tmp_path / "metrics.json", metrics)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert flat(metrics) == {"depth/rmse": 0.5, "depth/log": 0.1, "edge/loss": 0.2}
