@@ -185,6 +185,8 @@ TRAIN_MISTAKES = {
     "foreign target": (["decoder._target_=os.system"], ["os.system"]),
     "text for a number": (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
     "text for a count": (["trainer.max_steps=many"], ["trainer.max_steps", "many"]),
+    "interval of nothing": (["trainer.log_interval=0"], ["trainer.log_interval=0"]),
+    "limit of nothing": (["data.limit=0"], ["data.limit=0"]),
     "batch of nothing": (["data.batch_size=0"], ["0"]),
 }
 
@@ -216,6 +218,9 @@ def test_evaluate_says_what_is_wrong(cli, trained, tmp_path):
         ([f"checkpoint={tmp_path}/other.pt"], ["other.pt", "not a checkpoint"]),
         ([good, "tasks=nyud"], ["last.pt", "human_parts"]),
         ([good, "backbone=resnet50"], ["backbone"]),
+        ([good, "experiment=rooms"], ["experiment"]),
+        ([good, "data.sise=[32,32]"], ["data.sise", "data.size"]),
+        ([good, "~data.limit"], ["data.limit"]),
         ([good, "data=nyud", "data.root=no/such/root"], ["sal"]),
     ]
     for number, (words, named) in enumerate(cases):
@@ -230,6 +235,13 @@ def test_evaluate_says_what_is_wrong(cli, trained, tmp_path):
 def test_resume_with_other_tasks_is_refused(cli, trained, tmp_path):
     words = ["tasks=nyud", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
     assert_fails(cli("train.py", *TINY, *words), "last.pt", "human_parts")
+    other = tmp_path / "other"
+    assert cli("train.py", *TINY, f"hydra.run.dir={other}").code == 0
+    before = (other / "checkpoints" / "last.pt").read_bytes()
+    assert_fails(
+        cli("train.py", *TINY, f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={other}"), "already holds a run"
+    )
+    assert before == (other / "checkpoints" / "last.pt").read_bytes()
     words = ["decoder.width=24", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
     assert_fails(cli("train.py", *TINY, *words), "last.pt", "does not fit")
 

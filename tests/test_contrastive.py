@@ -614,7 +614,9 @@ def test_slice_adamw_equals_adamw_over_separate_parameters(options):
             assert torch.equal(parameter[~drawn], old[~drawn])
             changed = (parameter != old).flatten(1).any(dim=1)
             assert torch.equal(changed, drawn)
-            torch.testing.assert_close(parameter.detach(), torch.stack([r.detach() for r in rows]), rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(
+                parameter.detach(), torch.stack([r.detach() for r in rows]), rtol=2e-5, atol=2e-6
+            )
 
 
 def test_slice_adamw_resumes_identically():
@@ -806,5 +808,7 @@ def test_gradients_at_taps():
     with_diagnostics = weight.grad.clone()
     weight.grad = None
     taps = {"a": weight * 2, "b": weight.sin()}
-    (taps["a"].square().sum() + taps["b"].sum() + 0.5 * taps["a"].exp().mean() + taps["a"].mul(taps["b"]).sum()).backward()
+    (
+        taps["a"].square().sum() + taps["b"].sum() + 0.5 * taps["a"].exp().mean() + taps["a"].mul(taps["b"]).sum()
+    ).backward()
     torch.testing.assert_close(with_diagnostics, weight.grad)

@@ -44,7 +44,9 @@ def make_model(family="cnn", tasks=TASKS, seed=0, **options):
     torch.manual_seed(seed)
     name, kwargs, _ = FAMILIES[family]
     backbone = build_backbone(name, kwargs=kwargs)
-    return EncoderDecoder(backbone, MultiHead(backbone.channels, backbone.strides, tasks, width=12, head_width=8, **options))
+    return EncoderDecoder(
+        backbone, MultiHead(backbone.channels, backbone.strides, tasks, width=12, head_width=8, **options)
+    )
 
 
 def make_image(*shape, seed=0):
@@ -300,7 +302,9 @@ def bad_file(what, folder):
             "nothing inside": {"state_dict": {}},
             "another family": make_whole("mobile").state_dict(),
             "a prefix of its own": {f"encoder.{k}": v for k, v in make_whole("cnn").state_dict().items()},
-            "one tensor missing": {k: v for k, v in make_whole("cnn").state_dict().items() if k != "layer3.0.bn1.weight"},
+            "one tensor missing": {
+                k: v for k, v in make_whole("cnn").state_dict().items() if k != "layer3.0.bn1.weight"
+            },
         }[what]
         torch.save(content, path)
     return path
@@ -384,7 +388,9 @@ def test_real_imagenet_weights():
 # --- The hub and names: no test here touches the network
 
 
-@pytest.mark.parametrize("error", [ConnectionError("no route to host"), OSError("403 Forbidden\nmore"), RuntimeError("")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("no route to host"), OSError("403 Forbidden\nmore"), RuntimeError("")]
+)
 def test_an_unreachable_hub_is_a_user_error(error, monkeypatch):
     create, asked = timm.create_model, []
 

@@ -20,9 +20,13 @@ def run(folder: Path, *words: str) -> dict:
     return load_checkpoint(folder / "checkpoints" / "last.pt")
 
 
+def records(folder: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in found if record["kind"] == kind]
+
+
 def losses(folder: Path) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in r.items() if k != "contrast"} for r in records if r["kind"] == "train"]
+    return [{k: v for k, v in record.items() if k != "contrast"} for record in records(folder, "train")]
 
 
 def assert_equal_state(a: dict, b: dict) -> None:
@@ -96,7 +100,8 @@ def test_a_contrast_trained_run_goes_on_without_regularizer(tmp_path):
 
 @pytest.mark.parametrize("regularizer", ["contrastive", "none"])
 def test_resuming_is_bit_exact(tmp_path, regularizer):
-    words = [f"regularizer={regularizer}", "data.limit=5", "trainer.max_steps=6", "trainer.checkpoint_interval=3"]
+    words = [f"regularizer={regularizer}", "data.limit=5", "trainer.max_steps=6", "trainer.checkpoint_interval=3",
+             "trainer.val_interval=3"]  # fmt: skip
     whole = run(tmp_path / "whole", *words)
 
     class Cut(Exception):
@@ -109,7 +114,8 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
 
         def save_and_die(self, name):
             save(self, name)
-            raise Cut
+            if name == "last":
+                raise Cut
 
         patch.setattr(Trainer, "save", save_and_die)
         with pytest.raises(Cut):
@@ -120,6 +126,9 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
     if regularizer == "contrastive":
         assert_equal_state(whole["regularizer"], resumed["regularizer"])
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+    a, b = (records(tmp_path / name, "val") for name in ("whole", "cut"))
+    assert [r["step"] for r in a] == [0, 3, 6]
+    assert a == b
     a, b = (
         torch.load(p / "checkpoints" / "last.pt", weights_only=True) for p in (tmp_path / "whole", tmp_path / "cut")
     )

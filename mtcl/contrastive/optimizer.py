@@ -41,18 +41,19 @@ class SliceAdamW(torch.optim.Optimizer):
         state = self.state[parameter]
         column = (-1,) + (1,) * (parameter.ndim - 1)  # a value per slice, to broadcast
         if not state:
-            state["step"] = torch.zeros(parameter.shape[0], device=parameter.device)
+            # Not named "step": torch would leave that on the CPU when a checkpoint is loaded.
+            state["steps"] = torch.zeros(parameter.shape[0], device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         live = grad.flatten(1).ne(0).any(dim=1)
-        state["step"] += live
+        state["steps"] += live
         live = live.view(column)
         (beta1, beta2), lr = group["betas"], group["lr"]
         mean = torch.where(live, state["exp_avg"].lerp(grad, 1 - beta1), state["exp_avg"])
         square = state["exp_avg_sq"]
         square = torch.where(live, square * beta2 + grad * grad * (1 - beta2), square)
         state["exp_avg"], state["exp_avg_sq"] = mean, square
-        step = state["step"].clamp(min=1).view(column)
+        step = state["steps"].clamp(min=1).view(column)
         denominator = square.sqrt() / (1 - beta2**step).sqrt() + group["eps"]
         update = parameter * (1 - lr * group["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator
         parameter.copy_(torch.where(live, update, parameter))

@@ -75,7 +75,10 @@ def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit
     """The list ``part`` ("train" or "val") of the config's dataset and split."""
     data = config.data
     reader = locate(data._target_, "data")
-    options = {"part": part, "tasks": list(tasks), "split": data.split, "limit": limit or data.limit}
+    if data.limit is not None and data.limit < 1:
+        raise UserError(f"data.limit={data.limit} must be at least 1, or null")
+    limits = [n for n in (limit, data.limit) if n is not None]
+    options = {"part": part, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
     accepted = inspect.signature(reader).parameters
     if "root" in accepted:
         options["root"] = data.root
@@ -188,6 +191,9 @@ def build_trainer(
 ) -> Run:
     """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
     settings, dry = config.trainer, config.trainer.dry_run
+    for key in ("max_steps", "val_interval", "checkpoint_interval", "log_interval"):
+        if settings[key] is not None and settings[key] < 1:
+            raise UserError(f"trainer.{key}={settings[key]} must be at least 1")
     autocast(device, settings.precision)  # says so now if it is not known
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks)
     train_reader = build_reader(config, "train", tasks)
@@ -214,7 +220,8 @@ def build_trainer(
         max_steps=start_step + 1 if dry else settings.max_steps,
         monitor=monitor,
         higher_is_better=higher_is_better,
-        checkpoint_meta=checkpoint_meta(config, tasks, model),
+        config=saved_config(config, model),
+        meta={"tasks": {name: task.channels for name, task in tasks.items()}},
         tap=config.regularizer.get("tap", "final"),
         weight=float(config.regularizer.weight) if regularizer is not None else 0.0,
         warmup_steps=config.regularizer.get("warmup_steps", 0),
@@ -240,12 +247,11 @@ def choose_monitor(name: str, tasks: Mapping[str, Task]) -> tuple[str, bool]:
     return name, known[name]
 
 
-def checkpoint_meta(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> dict[str, Any]:
-    """What a checkpoint says of itself: enough to rebuild the model even where timm's own defaults have changed."""
+def saved_config(config: DictConfig, model: DenseModel) -> dict[str, Any]:
+    """The config a checkpoint carries: enough to rebuild the model even where timm's own defaults have changed."""
     saved = plain(config)
     saved["backbone"] |= {"mean": list(model.mean), "std": list(model.std)}
-    channels = {name: task.channels for name, task in tasks.items()}
-    return {"config": saved, "meta": {"tasks": channels}}
+    return saved
 
 
 def check_tasks(saved: Mapping[str, int], tasks: Mapping[str, Task], path: Path) -> None:

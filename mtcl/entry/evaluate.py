@@ -18,6 +18,7 @@ from mtcl.training.runtime import choose_device
 log = logging.getLogger(__name__)
 
 FROZEN = ("backbone", "decoder")  # what a checkpoint's weights belong to
+GLOBAL = ("experiment", "debug")
 
 
 def evaluate(
@@ -33,10 +34,10 @@ def evaluate(
     for name in ("metrics.json", "run.json"):
         if (folder / name).exists():
             raise UserError(f"{folder / name} exists already; choose another hydra.run.dir")
-    settings = overridden(OmegaConf.create(state["config"]), config, overrides, groups)
     saved = state["meta"]["tasks"]
-    if "tasks" not in groups and not any(word.startswith("tasks.") for word in overrides):
-        settings.tasks.names = list(saved)
+    settings = OmegaConf.create(state["config"])
+    settings.tasks.names = list(saved)  # whatever another dataset would offer
+    settings = overridden(settings, config, overrides, groups)
     tasks = build.build_tasks(settings)
     build.check_tasks(saved, tasks, path)
     device = choose_device(settings.trainer.device)
@@ -75,11 +76,16 @@ def evaluate(
 
 def overridden(saved: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
     """The checkpoint's config with the command's overrides: whole groups first, then single keys."""
-    keys = [parsed.key_or_group for parsed in OverridesParser.create().parse_overrides(list(overrides))]
-    for key in sorted(keys, key=lambda k: k not in groups):
+    words = OverridesParser.create().parse_overrides(list(overrides))
+    for word in sorted(words, key=lambda w: w.key_or_group not in groups):
+        key = word.key_or_group
         if key.split(".")[0] in FROZEN:
             raise UserError(f"{key} belongs to the checkpoint's model and can't be changed when evaluating")
-        if key in groups or key != "checkpoint":
+        if key in GLOBAL:
+            raise UserError(f"{key}= sets keys of many groups; when evaluating, override the keys themselves")
+        if word.is_delete():
+            raise UserError(f"{word.input_line}: nothing can be taken out of a checkpoint's config; set it to null")
+        if key != "checkpoint":
             with open_dict(saved):
                 OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=False)
     return saved

@@ -96,11 +96,11 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path | None) -> None:
 def find_checkpoint(resume: str | None, folder: Path, siblings: Path | None) -> Path | None:
     """The checkpoint to continue from; None: a fresh run. A fresh run never writes over another."""
     own = folder / "checkpoints" / "last.pt"
+    taken = own.exists() or (folder / "metrics.json").exists()
+    other = resume not in (None, "auto") and Path(str(resume)).resolve().parent != own.parent.resolve()
+    if taken and (resume is None or other):
+        raise UserError(f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir")
     if resume is None:
-        if own.exists() or (folder / "metrics.json").exists():
-            raise UserError(
-                f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir"
-            )
         return None
     if resume != "auto":
         return Path(resume)

@@ -17,15 +17,16 @@ from mtcl.training.panels import draw_panel
 
 
 class Recorder:
-    """Writes into one run folder. ``start_step``: records at or after it (of an interrupted run) are dropped."""
+    """Writes into one run folder. A run resumed at ``start_step`` writes what comes after it anew, so an interrupted
+    run's records from there on are dropped.
+    """
 
     def __init__(self, folder: Path, start_step: int = 0):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(str(folder), purge_step=start_step or None)
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
         self.log = folder / "log.jsonl"
-        kept = [line for line in _lines(self.log) if json.loads(line)["step"] < start_step]
-        write_text(self.log, "".join(kept))
+        write_text(self.log, "".join(line for line in _lines(self.log) if _is_before(json.loads(line), start_step)))
 
     def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name."""
@@ -66,6 +67,11 @@ def write_json(path: Path, content: Any) -> None:
 def flat(metrics: Metrics) -> dict[str, float]:
     """task -> metric -> value as ``task/metric`` -> value."""
     return {f"{task}/{name}": value for task, values in metrics.items() for name, value in values.items()}
+
+
+def _is_before(record: Mapping[str, Any], start_step: int) -> bool:
+    """Step s's losses are of the update from s to s + 1, its validation is of the state before that update."""
+    return record["step"] < start_step or (record["kind"] == "val" and record["step"] == start_step > 0)
 
 
 def _lines(path: Path) -> list[str]:

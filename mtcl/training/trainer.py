@@ -38,7 +38,7 @@ class Trainer:
         batches: endless training batches, from ``start_step`` on.
         evaluator: run every ``val_interval`` steps, before the first step and after the last.
         monitor: ``task/metric`` that decides ``best.pt``; ``higher_is_better`` its direction.
-        checkpoint_meta: stored beside the state (``config``, ``meta``), plain containers.
+        config, meta: plain containers, stored in the checkpoint beside the state.
         clip_norm: of the model's gradient; None: no clipping. The regulariser's parameters are not counted.
     """
 
@@ -59,7 +59,8 @@ class Trainer:
         max_steps: int,
         monitor: str,
         higher_is_better: bool,
-        checkpoint_meta: Mapping[str, Any],
+        config: Mapping[str, Any],
+        meta: Mapping[str, Any],
         tap: str = "final",
         weight: float = 0.0,
         warmup_steps: int = 0,
@@ -80,7 +81,7 @@ class Trainer:
         self.validate_first = validate_first
         self.tap, self.weight, self.warmup_steps = tap, weight, warmup_steps
         self.monitor, self.higher_is_better, self.best = monitor, higher_is_better, math.nan
-        self.checkpoint_meta = dict(checkpoint_meta)
+        self.config, self.meta = dict(config), dict(meta)
         self.first: Evaluation | None = None  # before the first step
         self.seconds_per_step = math.nan
 
@@ -177,10 +178,11 @@ class Trainer:
                 "model": self.optimizer.optimizer.state_dict(),
                 "regularizer": None if its_optimizer is None else its_optimizer.optimizer.state_dict(),
             },
-            "schedule": {"best": self.best},
+            "schedule": {},  # a function of the step
             "step": self.step,
             "rng": rng_state(self.device),
-            **self.checkpoint_meta,
+            "config": self.config,
+            "meta": {**self.meta, "best": self.best},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -193,7 +195,7 @@ class Trainer:
             else:
                 self.regularizer.load_state_dict(state["regularizer"])
                 self.regularizer_optimizer.optimizer.load_state_dict(state["optimizer"]["regularizer"])
-        self.best = state["schedule"]["best"]
+        self.best = state["meta"]["best"]
         self.step = state["step"]
         set_rng_state(state["rng"], self.device)
 
