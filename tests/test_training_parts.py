@@ -420,25 +420,40 @@ def read_log(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def tensorboard_steps(folder, tag):
+def read_tensorboard(folder, tag):
     events = EventAccumulator(str(folder))
     events.Reload()
-    return [event.step for event in events.Scalars(tag)]
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def test_recorder_continues_an_interrupted_run(tmp_path):
+    """Losses of step s belong to the update after it, validation to the state before it: only that one is kept at 4."""
     first = Recorder(tmp_path)
     for step in range(6):
-        first.scalars(step, "train", {"depth": 10.0 - step})
+        first.scalars(step, "val", {"depth/rmse": 100.0 + step})
+        first.scalars(step, "train", {"depth": 10.0 + step})
+        first.scalars(step, "contrast", {"depth<-edge/active": 0.5})
     first.close()
-    assert [r["step"] for r in read_log(tmp_path)] == list(range(6))
+    assert len(read_log(tmp_path)) == 18
     second = Recorder(tmp_path, start_step=4)  # resumed from a checkpoint of step 4
-    assert read_log(tmp_path) == [{"step": s, "kind": "train", "depth": 10.0 - s} for s in range(4)]
+    kept = read_log(tmp_path)
+    assert [(r["step"], r["kind"]) for r in kept] == [
+        *((step, kind) for step in range(4) for kind in ("val", "train", "contrast")),
+        (4, "val"),
+    ]
+    assert [r["depth"] for r in kept if r["kind"] == "train"] == [10, 11, 12, 13]
     for step in range(4, 8):
-        second.scalars(step, "train", {"depth": 20.0 - step})
+        second.scalars(step, "train", {"depth": 20.0 + step})
+        second.scalars(step + 1, "val", {"depth/rmse": 200.0 + step + 1})
     second.close()
-    assert [r["depth"] for r in read_log(tmp_path)] == [10, 9, 8, 7, 16, 15, 14, 13]
-    assert tensorboard_steps(tmp_path, "train/depth") == list(range(8))
+    log = read_log(tmp_path)
+    assert [r["depth"] for r in log if r["kind"] == "train"] == [10, 11, 12, 13, 24, 25, 26, 27]
+    validation = [100, 101, 102, 103, 104, 205, 206, 207, 208]
+    assert [r["depth/rmse"] for r in log if r["kind"] == "val"] == validation
+    assert read_tensorboard(tmp_path, "val/depth/rmse") == list(enumerate(validation))
+    # TensorBoard can drop whole steps only: at 4 the interrupted run's losses stay beside the resumed run's.
+    curve = read_tensorboard(tmp_path, "train/depth")
+    assert [point for point in curve if point != (4, 14)] == [(s, 10 + s if s < 4 else 20 + s) for s in range(8)]
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 
 

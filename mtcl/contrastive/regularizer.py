@@ -90,6 +90,8 @@ class Contrastive(Regularizer):
         super().__init__()
         if len(tasks) < 2:
             raise UserError("cross-task contrast needs at least two tasks; use regularizer=none for one")
+        if not 2 <= pixels < 2**15:
+            raise UserError(f"regularizer.options.pixels={pixels} must be from 2 to {2**15 - 1}")
         self.tasks = dict(tasks)
         self.names = list(tasks)
         self.seed, self.pixels, self.margin = seed, pixels, margin

@@ -110,8 +110,9 @@ class Trainer:
             if done:
                 break
         bar.close()
-        if evaluation is None:  # resumed at its end: nothing left to train
-            evaluation = self.validate()
+        if evaluation is None:  # resumed at its end: nothing left to train, and its record is there
+            evaluation = self.evaluator.run(self.model)
+            self.recorder.panels(self.step, evaluation.shown, self.tasks)
         return evaluation
 
     def train_step(self, batch: Batch, with_diagnostics: bool = False) -> dict[str, Tensor]:
