@@ -1,19 +1,26 @@
 """Evaluate: python evaluate.py checkpoint=PATH [key=value ...]   (see configs/evaluate.yaml)."""
 
+import sys
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mtcl.entry.cli import launch
-from mtcl.entry.evaluate import evaluate
+from mtcl.entry.evaluate import dataset_of, evaluate
+
+CONFIGS = Path(__file__).with_name("configs")
 
 
 def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     groups = [key for key in job.runtime.choices if not key.startswith("hydra/")]
-    evaluate(config, list(job.overrides.task), groups, Path(job.runtime.output_dir))
+    words = [word for word in job.overrides.task if word != own_data]
+    evaluate(config, words, groups, Path(job.runtime.output_dir))
 
 
 if __name__ == "__main__":
-    launch(main, Path(__file__).with_name("configs"), "evaluate")
+    own_data = dataset_of(sys.argv[1:], CONFIGS)
+    if own_data:
+        sys.argv.append(own_data)
+    launch(main, CONFIGS, "evaluate")

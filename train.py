@@ -14,7 +14,7 @@ def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     own_folder = job.mode == RunMode.MULTIRUN or any("hydra.run.dir" in word for word in job.overrides.hydra)
-    train(config, folder, siblings=None if own_folder else folder.parent)
+    train(config, folder, None if own_folder else folder.parent, overrides=list(job.overrides.task))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["debug=tiny", "data.size=[32,64]", "backbone=resnet18", "decoder.width=16", "decoder.head_width=8"]
+TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=resnet18"]
+TINY += ["decoder.width=16", "decoder.head_width=8"]
+    "trainer.device=cpu",
+    "debug=tiny",
+    "data.size=[32,64]",
+    "backbone=resnet18",
+    "decoder.width=16",
+    "decoder.head_width=8",
+]
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 

@@ -3,6 +3,8 @@
 import functools
 import json
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Result, composed
@@ -105,8 +107,12 @@ def test_resume_auto_looks_in_its_folder_then_among_its_siblings(cli, tmp_path, 
     assert "starting afresh" in result.out, "a folder named by the user has no siblings"
     result = cli("train.py", *words, "trainer.max_steps=3", "hydra.run.dir=outputs/mine/first")
     assert f"resumed at step 2 from {tmp_path}/outputs/mine/first/checkpoints/last.pt" in result.out
+    result = cli("train.py", *words, "trainer.max_steps=4", "seed=1")
+    assert "starting afresh" in result.out, "a run of another seed is not this one"
+    result = cli("train.py", *words, "trainer.max_steps=3")
+    assert "starting afresh" in result.out, "a finished run is not continued"
     result = cli("train.py", *words, "trainer.max_steps=4")
-    assert f"resumed at step 3 from {tmp_path}/outputs/mine/first/checkpoints/last.pt" in result.out
+    assert "resumed at step 3 from" in result.out
 
 
 def test_evaluate_repeats_the_training_runs_numbers(cli, trained, tmp_path, monkeypatch):
@@ -135,6 +141,46 @@ def test_evaluate_takes_overrides(cli, trained, tmp_path):
     assert result.code == 0, result.err
     facts = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (facts["split"], facts["num_images"]) == ("tune", 2)
+
+
+def test_evaluate_knows_the_keys_of_the_checkpoints_own_dataset(cli, tmp_path):
+    """A dataset other than the default one, with options of its own; trained on a machine with another device."""
+    root = tiny_nyud(tmp_path / "data")
+    words = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", "data.workers=0"]
+    assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run").code == 0
+    path = tmp_path / "run" / "checkpoints" / "last.pt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["config"]["trainer"]["device"] = "cuda"
+    torch.save(checkpoint, path)
+    result = cli("evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path}/same")
+    assert result.code == 0, result.err
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "same"))
+    assert a == b
+    words = ["data.options.resize=[64,96]", "data.size=[64,96]"]
+    assert cli("evaluate.py", f"checkpoint={path}", *words, f"hydra.run.dir={tmp_path}/larger").code == 0
+    assert json.loads((tmp_path / "larger" / "metrics.json").read_text()) != a
+    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    result = cli("evaluate.py", f"checkpoint={path}", f"data.root={moved}", f"hydra.run.dir={tmp_path}/moved_too")
+    assert result.code == 0, result.err
+
+
+def tiny_nyud(folder):
+    """Four pictures of noise in the archive's layout."""
+    rng = np.random.default_rng(0)
+    kinds = {"images": (64, 96, 3), "segmentation": (64, 96), "normals": (64, 96, 3), "edge": (64, 96)}
+    for kind, shape in kinds.items():
+        (folder / kind).mkdir(parents=True)
+        for name in "abcd":
+            cv2.imwrite(
+                str(folder / kind / f"{name}.png"), rng.integers(0, 41 if kind == "segmentation" else 256, shape)
+            )
+    (folder / "depth").mkdir()
+    (folder / "gt_sets").mkdir()
+    for name in "abcd":
+        np.save(folder / "depth" / f"{name}.npy", rng.uniform(1, 5, (64, 96)).astype(np.float32))
+    for part in ("train", "val"):
+        (folder / "gt_sets" / f"{part}.txt").write_text("a\nb\nc\nd\n")
+    return folder
 
 
 def test_evaluate_asks_no_hub_for_weights(cli, tmp_path, monkeypatch):
@@ -174,7 +220,7 @@ TRAIN_MISTAKES = {
     "size": (["data.size=96"], ["data.size=96"]),
     "negative weight": (["regularizer.weight=-1"], ["regularizer.weight=-1"]),
     "negative task weight": (["loss.weights.depth=-1"], ["loss.weights.depth=-1"]),
-    "tap": (["regularizer.tap=middle"], ["middle", "final"]),
+    "tap": (["regularizer.options.tap=middle"], ["middle", "final"]),
     "monitor": (["trainer.monitor=semseg/rmse"], ["semseg/rmse", "semseg/mIoU"]),
     "device": (["trainer.device=tpu"], ["tpu", "cuda"]),
     "precision": (["trainer.precision=fp8"], ["fp8", "bf16"]),
@@ -185,6 +231,23 @@ TRAIN_MISTAKES = {
     "foreign target": (["decoder._target_=os.system"], ["os.system"]),
     "text for a number": (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
     "text for a count": (["trainer.max_steps=many"], ["trainer.max_steps", "many"]),
+    "scale": (["data.augment.scale=2"], ["data.augment.scale=2", "list of two"]),
+    "half a scale": (["data.augment.scale=[1.0]"], ["data.augment.scale=[1.0]"]),
+    "mean": (["backbone.mean=0.5"], ["backbone.mean=0.5"]),
+    "names": (["tasks.names=5"], ["tasks.names=5"]),
+    "threshold": (["regularizer.options.thresholds.depth=0.1"], ["thresholds.depth=0.1"]),
+    "thresholds that overlap": (["regularizer.options.thresholds.depth=[0.3,0.2]"], ["thresholds.depth", "0.3"]),
+    "null for a number": (["data.batch_size=null"], ["data.batch_size=null"]),
+    "text for a null": (["optimizer.backbone_lr=fast"], ["optimizer.backbone_lr=fast", "null"]),
+    "number for a mapping": (["backbone.kwargs=5"], ["backbone.kwargs=5"]),
+    "negative rate": (["optimizer.lr=-1"], ["optimizer.lr=-1"]),
+    "infinite rate": (["optimizer.lr=inf"], ["optimizer.lr=inf"]),
+    "no clipping": (["trainer.clip_norm=0"], ["trainer.clip_norm=0", "null"]),
+    "option of no decoder": (["+decoder.foo=1"], ["decoder.foo", "width"]),
+    "option of no reader": (["+data.options.foo=1"], ["data.options.foo", "length"]),
+    "option of no regularizer": (["+regularizer.options.foo=1"], ["regularizer.options.foo", "margin"]),
+    "target of another kind": (["decoder._target_=mtcl.data.NYUD"], ["mtcl.data.NYUD", "Decoder"]),
+    "option of no backbone": (["backbone.kwargs={foo:1}"], ["foo"]),
     "interval of nothing": (["trainer.log_interval=0"], ["trainer.log_interval=0"]),
     "limit of nothing": (["data.limit=0"], ["data.limit=0"]),
     "batch of nothing": (["data.batch_size=0"], ["0"]),
@@ -221,7 +284,7 @@ def test_evaluate_says_what_is_wrong(cli, trained, tmp_path):
         ([good, "experiment=rooms"], ["experiment"]),
         ([good, "data.sise=[32,32]"], ["data.sise", "data.size"]),
         ([good, "~data.limit"], ["data.limit"]),
-        ([good, "data=nyud", "data.root=no/such/root"], ["sal"]),
+        ([good, "data=nyud", "data.root=no/such/root"], ["human_parts", "nyud"]),
     ]
     for number, (words, named) in enumerate(cases):
         result = cli("evaluate.py", *words, f"hydra.run.dir={tmp_path}/{number}")
@@ -243,7 +306,13 @@ def test_resume_with_other_tasks_is_refused(cli, trained, tmp_path):
     )
     assert before == (other / "checkpoints" / "last.pt").read_bytes()
     words = ["decoder.width=24", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
-    assert_fails(cli("train.py", *TINY, *words), "last.pt", "does not fit")
+    assert_fails(cli("train.py", *TINY, *words), "last.pt", "decoder.width is 24, was 16")
+    words = ["optimizer=sgd", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
+    assert_fails(cli("train.py", *TINY, *words), "last.pt", "adamw", "sgd")
+    log = (trained / "log.jsonl").read_text()
+    words = ["decoder.width=24", f"resume={trained}/checkpoints/best.pt", f"hydra.run.dir={trained}"]
+    assert_fails(cli("train.py", *TINY, *words), "best.pt", "does not fit")
+    assert (trained / "log.jsonl").read_text() == log
 
 
 @pytest.mark.slow

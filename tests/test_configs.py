@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import choices, composed
+from omegaconf import OmegaConf
 
 from mtcl.contrastive import Contrastive
 from mtcl.entry import build
+from mtcl.entry.schema import check_config, leaves, rule_of
 from mtcl.entry.train import train
 
 GROUPS = [
@@ -37,6 +39,16 @@ def test_every_choice_composes(group, choice):
     config = composed(f"{group}={choice}")
     build.choose_monitor(config.trainer.monitor, build.build_tasks(config))
     build.build_schedule(max_steps=config.trainer.max_steps, **build.plain(config.schedule))
+
+
+def test_every_value_of_every_config_has_a_rule():
+    """A new key without a rule would let nonsense through to a traceback."""
+    for group in GROUPS:
+        for choice in choices(group):
+            plain = OmegaConf.to_container(composed(f"{group}={choice}"), resolve=True)
+            check_config(plain)
+            missing = [key for key, _ in leaves(plain) if rule_of(key) is None and not key.endswith("_target_")]
+            assert not missing, (group, choice)
 
 
 def test_every_group_is_tested():

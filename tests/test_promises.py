@@ -1,15 +1,18 @@
 """What mtcl promises of a run: free at inference, watching changes nothing, reproducible, resumable."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, composed
+from conftest import TINY, choices, composed
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtcl.entry import build
 from mtcl.entry.train import train
+from mtcl.errors import UserError
+from mtcl.models import EncoderDecoder
 from mtcl.training.checkpoint import load_checkpoint
 
 FOUR = [*TINY, "trainer.max_steps=4", "trainer.val_interval=null", "trainer.checkpoint_interval=2"]
@@ -137,14 +140,77 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
 
 
 @pytest.mark.parametrize("weight", ["0", "0.5"])
-def test_every_decoder_overfits_one_batch(weight, tmp_path):
+@pytest.mark.parametrize("decoder", choices("decoder"))
+def test_every_decoder_overfits_one_batch(decoder, weight, tmp_path):
     """Four pictures, seen 100 times: every task's loss falls well below its start."""
-    words = ["debug=tiny", "data.size=[48,64]", "data.batch_size=4", "data.augment.flip=0", "backbone=resnet18",
-             "decoder.width=32", "decoder.head_width=32", "trainer.max_steps=100", "optimizer.lr=4e-3",
-             "trainer.val_interval=null",
-             "trainer.checkpoint_interval=null", f"regularizer.weight={weight}", "schedule=constant"]  # fmt: skip
+    words = ["trainer.device=cpu", "debug=tiny", "data.size=[48,64]", "data.batch_size=4", "data.augment.flip=0",
+             "backbone=resnet18", f"decoder={decoder}", "trainer.max_steps=100", "optimizer.lr=4e-3",
+             "trainer.val_interval=null", "trainer.checkpoint_interval=null", f"regularizer.weight={weight}",
+             "schedule=constant", "data.options.seed=3"]  # fmt: skip
     train(composed(*words), tmp_path)
     history = losses(tmp_path)
-    for task in ("semseg", "sal", "depth", "normals"):
+    assert history[0]["human_parts"] > 0, "no person in these pictures: choose another seed"
+    for task in ("semseg", "human_parts", "sal", "depth", "normals"):
         assert history[-1][task] < 0.35 * history[0][task], task
     assert history[-1]["edge"] < 0.8 * history[0]["edge"]
+
+
+@pytest.mark.parametrize("words", [["optimizer=sgd", "loss=atrc"], ["optimizer=adam", "schedule=cosine"]])
+def test_other_choices_train(tmp_path, words):
+    run(tmp_path, *words)
+    history = losses(tmp_path)
+    assert len(history) == 4
+    assert all(math.isfinite(value) for record in history for value in record.values() if isinstance(value, float))
+
+
+def test_what_is_not_finite_is_never_saved(tmp_path):
+    words = ["optimizer.lr=1e30", "trainer.log_interval=1000", "trainer.checkpoint_interval=1", "trainer.max_steps=6"]
+    with pytest.raises(UserError, match="not finite"):
+        run(tmp_path, *words)
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    assert state["step"] < 6
+
+
+def test_a_models_own_losses_are_trained(tmp_path, monkeypatch):
+    """The door for heads of another kind and balance terms: what a model adds reaches its weights and the log."""
+    monkeypatch.setattr(
+        EncoderDecoder,
+        "auxiliary_losses",
+        lambda self, output, labels: {"decay": sum(p.square().sum() for p in self.decoder.parameters())},
+    )
+    with_it = run(tmp_path / "with")
+    assert all(record["decay"] > 0 for record in losses(tmp_path / "with"))
+    monkeypatch.undo()
+    without = run(tmp_path / "without")
+    assert any(not torch.equal(with_it["model"][k], without["model"][k]) for k in without["model"])
+
+
+@pytest.mark.slow
+def test_the_built_in_example_learns(tmp_path):
+    """A quarter of `make train`: every task is far better than untrained."""
+    config = composed("experiment=rooms", "trainer.max_steps=100", "trainer.val_interval=null", "data.limit=200")
+    after = train(config, tmp_path)
+    before = {k: v for k, v in records(tmp_path, "val")[0].items() if "/" in k}
+    assert after["semseg"]["mIoU"] > 0.12 > 5 * before["semseg/mIoU"]
+    assert after["depth"]["rmse"] < 0.6 * before["depth/rmse"]
+    assert after["normals"]["mErr"] < 0.4 * before["normals/mErr"]
+    assert after["edge"]["loss"] < 0.8 * before["edge/loss"]
+    assert after["sal"]["maxF"] > 2 * before["sal/maxF"]
+    assert after["human_parts"]["mIoU"] > 0.1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("words", [[], ["regularizer.weight=0"], ["trainer.precision=fp32"]])
+def test_deterministic_on_cuda(tmp_path, words):
+    cuda = ["trainer.device=cuda", "trainer.deterministic=true", *words]
+    try:
+        a, b = run(tmp_path / "a", *cuda), run(tmp_path / "b", *cuda)
+        assert losses(tmp_path / "a") == losses(tmp_path / "b")
+        assert_equal_state(a["model"], b["model"])
+        if "regularizer.weight=0" in words:
+            off = run(tmp_path / "off", *cuda, "regularizer=none")
+            assert_equal_state(a["model"], off["model"])
+        words = [*cuda, "resume=auto", "trainer.max_steps=6"]
+        assert run(tmp_path / "a", *words)["step"] == 6
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -17,7 +17,7 @@ from mtcl.models import DenseModel, DenseOutput
 from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint as checkpoint_module
 from mtcl.training.balancer import FixedWeights
-from mtcl.training.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from mtcl.training.checkpoint import claim, load_checkpoint, save_checkpoint, write_atomically
 from mtcl.training.evaluator import Shown
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, ramp
 from mtcl.training.panels import GAP, ROW, draw_panel
@@ -91,6 +91,9 @@ class Tiny(DenseModel):
 
     def forward(self, image):
         return DenseOutput({"a": self.head(self.backbone(image))}, {}, [], image.shape[-2:])
+
+    def predict(self, image):
+        return self.forward(image).predictions
 
     def backbone_parameters(self):
         return self.backbone.parameters()
@@ -436,14 +439,18 @@ def test_recorder_continues_an_interrupted_run(tmp_path):
     first.close()
     assert len(read_log(tmp_path)) == 18
     second = Recorder(tmp_path, start_step=4)  # resumed from a checkpoint of step 4
+    assert len(read_log(tmp_path)) == 18, "nothing is dropped before there is something new"
+    second.scalars(4, "train", {"depth": 24.0})
     kept = read_log(tmp_path)
+    assert kept.pop() == {"step": 4, "kind": "train", "depth": 24.0}
     assert [(r["step"], r["kind"]) for r in kept] == [
         *((step, kind) for step in range(4) for kind in ("val", "train", "contrast")),
         (4, "val"),
     ]
     assert [r["depth"] for r in kept if r["kind"] == "train"] == [10, 11, 12, 13]
     for step in range(4, 8):
-        second.scalars(step, "train", {"depth": 20.0 + step})
+        if step > 4:
+            second.scalars(step, "train", {"depth": 20.0 + step})
         second.scalars(step + 1, "val", {"depth/rmse": 200.0 + step + 1})
     second.close()
     log = read_log(tmp_path)
@@ -459,8 +466,10 @@ def test_recorder_continues_an_interrupted_run(tmp_path):
 
 def test_recorder_starts_afresh(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "kind": "train"}\n')
-    Recorder(tmp_path).close()
-    assert read_log(tmp_path) == []
+    recorder = Recorder(tmp_path)
+    recorder.scalars(0, "val", {"human_parts/mIoU": float("nan"), "depth/rmse": 1.5})
+    recorder.close()
+    assert read_log(tmp_path) == [{"step": 0, "kind": "val", "human_parts/mIoU": None, "depth/rmse": 1.5}]
 
 
 def test_recorder_survives_a_line_cut_short(tmp_path):
@@ -491,3 +500,23 @@ def test_json_and_flat(tmp_path):
     write_json(tmp_path / "metrics.json", metrics)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
     assert flat(metrics) == {"depth/rmse": 0.5, "depth/log": 0.1, "edge/loss": 0.2}
+
+
+def test_a_folder_is_held_by_one_run(tmp_path):
+    lock = claim(tmp_path)
+    with pytest.raises(UserError, match="another run"):
+        claim(tmp_path)
+    lock.close()
+    claim(tmp_path).close()
+
+
+def test_a_loaded_optimizer_keeps_its_own_settings():
+    model = Tiny()
+    old = ScheduledOptimizer(build_optimizer(model, "adamw", lr=1e-2, weight_decay=0.1), lambda step: 0.5)
+    model(torch.ones(1, 3, 5, 5)).predictions["a"].sum().backward()
+    old.step(0)
+    new = ScheduledOptimizer(build_optimizer(model, "adamw", lr=1e-3, weight_decay=0.2), lambda step: 1.0)
+    new.load(old.optimizer.state_dict())
+    assert {group["lr"] for group in new.optimizer.param_groups} == {1e-3}
+    assert {group["weight_decay"] for group in new.optimizer.param_groups} == {0.0, 0.2}
+    assert len(new.optimizer.state) == len(old.optimizer.state) > 0

@@ -10,8 +10,8 @@ from torch import Tensor
 class SliceAdamW(torch.optim.Optimizer):
     """AdamW, except that a slice (first axis) whose gradient is all zero takes no step at all.
 
-    Equal to ``torch.optim.AdamW`` over separate parameters of which the unused ones have no gradient: no moment
-    decays, no weight decay, no count. The projectors of source tasks that were not drawn stay as they are. No host
+    Equal to ``torch.optim.AdamW`` over separate parameters of which those have no gradient: no moment decays, no weight
+    decay, no count. The projectors of source tasks that were not drawn stay as they are. No host
     synchronisation.
     """
 
@@ -45,7 +45,7 @@ class SliceAdamW(torch.optim.Optimizer):
             state["steps"] = torch.zeros(parameter.shape[0], device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        live = grad.flatten(1).ne(0).any(dim=1)
+        live = grad.reshape(grad.shape[0], -1).ne(0).any(dim=1)
         state["steps"] += live
         live = live.view(column)
         (beta1, beta2), lr = group["betas"], group["lr"]
@@ -53,7 +53,8 @@ class SliceAdamW(torch.optim.Optimizer):
         square = state["exp_avg_sq"]
         square = torch.where(live, square * beta2 + grad * grad * (1 - beta2), square)
         state["exp_avg"], state["exp_avg_sq"] = mean, square
-        step = state["steps"].clamp(min=1).view(column)
-        denominator = square.sqrt() / (1 - beta2**step).sqrt() + group["eps"]
-        update = parameter * (1 - lr * group["weight_decay"]) - lr / (1 - beta1**step) * mean / denominator
+        step = state["steps"].double().clamp(min=1).view(column)  # 1 - beta**step cancels in single precision
+        scale1, scale2 = (lr / (1 - beta1**step)).to(grad), (1 - beta2**step).sqrt().to(grad)
+        denominator = square.sqrt() / scale2 + group["eps"]
+        update = parameter * (1 - lr * group["weight_decay"]) - scale1 * mean / denominator
         parameter.copy_(torch.where(live, update, parameter))

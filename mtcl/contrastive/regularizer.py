@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mtcl.contrastive.optimizer import SliceAdamW
 from mtcl.contrastive.projector import Projector
 from mtcl.contrastive.sampling import Draw, draw_pixels, draw_sources, read_features, read_labels
 from mtcl.contrastive.triplets import pick, triplet_loss
 from mtcl.errors import UserError
+from mtcl.models.base import DenseOutput
 from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
@@ -32,18 +34,21 @@ class RegularizerOutput(NamedTuple):
 
 
 class Regularizer(nn.Module, ABC):
-    """A training-only loss on the task features of any model. Its parameters live here, never in the model."""
+    """A training-only loss on what any model gives in training. Its parameters live here, never in the model."""
+
+    tap: str = "final"  # the features it looks at, for its diagnostics
+
+    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """What trains its own parameters."""
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
 
     @abstractmethod
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """All randomness of one training step, as a function of (seed, step, sample ids)."""
 
     @abstractmethod
-    def forward(
-        self, taps: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
-    ) -> RegularizerOutput:
-        """``taps``: task -> (B, C_t, h, w); ``labels``: task -> label in batch layout; ``frame``: what the taps
-        cover."""
+    def penalty(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+        """The loss on a model's output; ``labels``: task -> label in batch layout."""
 
     @abstractmethod
     def summary(self) -> dict[str, float]:
@@ -73,6 +78,7 @@ class Contrastive(Regularizer):
         margin: of the triplet loss, on squared distances of unit vectors (0..4).
         dim: D, of the projected features. ``hidden``: width inside the projector; None: a linear projector.
         thresholds: task -> (near, far) in the units of its label distance; by default the task's own.
+        tap: which of a model's taps :meth:`penalty` reads.
     """
 
     def __init__(
@@ -86,15 +92,16 @@ class Contrastive(Regularizer):
         dim: int = 64,
         hidden: int | None = 64,
         thresholds: Mapping[str, tuple[float, float]] | None = None,
+        tap: str = "final",
     ):
         super().__init__()
         if len(tasks) < 2:
             raise UserError("cross-task contrast needs at least two tasks; use regularizer=none for one")
-        if not 2 <= pixels < 2**15:
-            raise UserError(f"regularizer.options.pixels={pixels} must be from 2 to {2**15 - 1}")
+        if not 1 <= pixels < 2**15:
+            raise UserError(f"regularizer.options.pixels={pixels} must be from 1 to {2**15 - 1}")
         self.tasks = dict(tasks)
         self.names = list(tasks)
-        self.seed, self.pixels, self.margin = seed, pixels, margin
+        self.seed, self.pixels, self.margin, self.tap = seed, pixels, margin, tap
         chosen = dict(thresholds or {})
         self.thresholds = {name: chosen.get(name) or (task.near, task.far) for name, task in tasks.items()}
         for name, (near, far) in self.thresholds.items():
@@ -112,9 +119,18 @@ class Contrastive(Regularizer):
         """The step's sources (equal on every rank) and each image's pixels."""
         return Draw(draw_sources(self.seed, step, len(self.tasks)), draw_pixels(self.seed, step, ids, self.pixels))
 
+    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Projectors that were not drawn take no step."""
+        return SliceAdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def penalty(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+        return self(output.taps[self.tap], labels, draw, output.frame)
+
     def forward(
         self, taps: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
     ) -> RegularizerOutput:
+        """``taps``: task -> (B, C_t, h, w), ``labels``: task -> label in batch layout, ``frame``: the size in pixels
+        that the taps cover (None: that of the labels)."""
         height, width = next(iter(labels.values())).shape[-2:]
         size = (height, width)
         valid, positive, negative = self._relations(labels, draw.pixels)  # (T, B, K), 2 x (T, B, K, K)

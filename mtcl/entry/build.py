@@ -2,15 +2,15 @@
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from mtcl.contrastive import Regularizer, SliceAdamW
+from mtcl.contrastive import Regularizer
 from mtcl.data import Augment, Reader, eval_loader, train_loader
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder, build_backbone
@@ -19,10 +19,12 @@ from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 from mtcl.training.balancer import FixedWeights
 from mtcl.training.evaluator import Evaluator
-from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule
+from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, regularizer_weight
 from mtcl.training.recorder import Recorder
 from mtcl.training.runtime import autocast
 from mtcl.training.trainer import Trainer
+
+T = TypeVar("T")
 
 
 def plain(config: Any) -> Any:
@@ -30,15 +32,29 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def locate(target: str, what: str) -> Any:
+def locate(target: str, what: str, kind: type | None = None) -> Any:
     """The class a config's ``_target_`` names. Only mtcl's own: a config may come out of a checkpoint."""
     module, _, name = str(target).rpartition(".")
     if not module.startswith("mtcl."):
         raise UserError(f"{what}._target_={target} is not part of mtcl, so it is not imported")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{what}._target_={target} does not exist") from error
+    if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
+        raise UserError(f"{what}._target_={target} is not a {kind.__name__}")
+    return found
+
+
+def construct(maker: Callable[..., T], what: str, *given: Any, **options: Any) -> T:
+    """``maker(*given, **options)``, where a config key that it does not know is the user's mistake."""
+    known = [name for name, p in inspect.signature(maker).parameters.items() if p.kind != p.VAR_KEYWORD]
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"{what}.{name} is not an option of {maker.__name__}; it has {', '.join(known[len(given) :])}"
+            )
+    return maker(*given, **options)
 
 
 def build_tasks(config: DictConfig) -> dict[str, Task]:
@@ -47,8 +63,6 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
     names = plain(config.tasks.names)
     if names == "auto":
         names = list(offered)
-    if isinstance(names, str):
-        names = [names]
     if not names:
         raise UserError("tasks.names is empty; name at least one task, or auto")
     for name in names:
@@ -58,15 +72,11 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
             raise UserError(
                 f"tasks.names asks for {name}, but data={config.data.name} has labels for {', '.join(offered)} only"
             )
-    weights = plain(config.loss.weights)
+    weights, extra = plain(config.loss.weights), plain(config.loss.options)
     tasks = {}
     for name in (n for n in TASK_NAMES if n in names):
-        options = dict(offered[name])
-        if name == "edge":
-            options["positive_weight"] = config.loss.edge_positive_weight
         weight = weights.get(name)
-        if weight is not None and not float(weight) >= 0:
-            raise UserError(f"loss.weights.{name}={weight} must be a number >= 0")
+        options = {**offered[name], **extra.get(name, {})}
         tasks[name] = build_task(name, weight=None if weight is None else float(weight), **options)
     return tasks
 
@@ -75,8 +85,6 @@ def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit
     """The list ``part`` ("train" or "val") of the config's dataset and split."""
     data = config.data
     reader = locate(data._target_, "data")
-    if data.limit is not None and data.limit < 1:
-        raise UserError(f"data.limit={data.limit} must be at least 1, or null")
     limits = [n for n in (limit, data.limit) if n is not None]
     options = {"part": part, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
     accepted = inspect.signature(reader).parameters
@@ -86,14 +94,12 @@ def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit
         raise UserError(f"data.root={data.root} makes no sense with data={data.name}, which needs no files")
     if "size" in accepted:  # rendered at the size asked for
         options["size"] = data_size(config)
-    return reader(**options, **plain(data.options))
+    return construct(reader, "data.options", **options, **plain(data.options))
 
 
 def data_size(config: DictConfig) -> tuple[int, int]:
-    size = plain(config.data.size)
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size)):
-        raise UserError(f"data.size={size} must be [height, width] in pixels")
-    return size[0], size[1]
+    height, width = config.data.size
+    return height, width
 
 
 def build_train_loader(
@@ -139,27 +145,26 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
         kwargs=plain(config.backbone.kwargs),
     )
     options = plain(config.decoder)
-    decoder: type[Decoder] = locate(options.pop("_target_"), "decoder")
+    kind = locate(options.pop("_target_"), "decoder", Decoder)
     channels = {name: task.channels for name, task in tasks.items()}
-    return EncoderDecoder(backbone, decoder(backbone.channels, backbone.strides, channels, **options))
+    decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
+    return EncoderDecoder(backbone, decoder)
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
     settings = config.regularizer
     if settings._target_ is None or len(tasks) < 2:  # one task has no other to contrast with
         return None
-    if not float(settings.weight) >= 0:
-        raise UserError(f"regularizer.weight={settings.weight} must be a number >= 0")
-    if settings.tap not in model.tap_channels:
-        raise UserError(
-            f"regularizer.tap={settings.tap} is not a tap of this decoder; choose {', '.join(model.tap_channels)}"
-        )
     options = plain(settings.options)
-    if options.get("thresholds"):
-        options["thresholds"] = {name: tuple(pair) for name, pair in options["thresholds"].items()}
-    return locate(settings._target_, "regularizer")(
-        tasks, model.tap_channels[settings.tap], seed=config.seed, **options
-    )
+    if options["tap"] not in model.tap_channels:
+        raise UserError(
+            f"regularizer.options.tap={options['tap']} is not a tap of this decoder; "
+            f"choose one of {', '.join(model.tap_channels)}"
+        )
+    options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
+    kind = locate(settings._target_, "regularizer", Regularizer)
+    channels = model.tap_channels[options["tap"]]
+    return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
 
 
 def build_optimizers(
@@ -170,8 +175,7 @@ def build_optimizers(
     optimizer = ScheduledOptimizer(build_optimizer(model, **plain(config.optimizer)), schedule)
     if regularizer is None:
         return optimizer, None
-    settings = config.regularizer
-    own = SliceAdamW(regularizer.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    own = regularizer.build_optimizer(config.regularizer.lr, config.regularizer.weight_decay)
     return optimizer, ScheduledOptimizer(own, schedule)
 
 
@@ -191,9 +195,6 @@ def build_trainer(
 ) -> Run:
     """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
     settings, dry = config.trainer, config.trainer.dry_run
-    for key in ("max_steps", "val_interval", "checkpoint_interval", "log_interval"):
-        if settings[key] is not None and settings[key] < 1:
-            raise UserError(f"trainer.{key}={settings[key]} must be at least 1")
     autocast(device, settings.precision)  # says so now if it is not known
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks)
     train_reader = build_reader(config, "train", tasks)
@@ -221,10 +222,8 @@ def build_trainer(
         monitor=monitor,
         higher_is_better=higher_is_better,
         config=saved_config(config, model),
-        meta={"tasks": {name: task.channels for name, task in tasks.items()}},
-        tap=config.regularizer.get("tap", "final"),
-        weight=float(config.regularizer.weight) if regularizer is not None else 0.0,
-        warmup_steps=config.regularizer.get("warmup_steps", 0),
+        meta={"tasks": described(tasks)},
+        weight=regularizer_weight(config.regularizer.weight, config.regularizer.warmup_steps),
         precision=settings.precision,
         clip_norm=settings.clip_norm,
         val_interval=settings.val_interval,
@@ -254,15 +253,21 @@ def saved_config(config: DictConfig, model: DenseModel) -> dict[str, Any]:
     return saved
 
 
-def check_tasks(saved: Mapping[str, int], tasks: Mapping[str, Task], path: Path) -> None:
-    """The tasks of a checkpoint must be those of the run."""
+def described(tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
+    """Plain facts of the tasks, for a checkpoint: channels, and the classes' names where there are some."""
+    return {n: {"channels": t.channels, "classes": list(getattr(t, "classes", ()))} for n, t in tasks.items()}
 
-    def told(channels: Mapping[str, int]) -> str:
-        return ", ".join(f"{name} ({count})" for name, count in channels.items())
 
-    own = {name: task.channels for name, task in tasks.items()}
+def check_tasks(saved: Mapping[str, dict[str, Any]], tasks: Mapping[str, Task], path: Path) -> None:
+    """The tasks of a checkpoint must be those of the run, with the same classes."""
+
+    def told(facts: Mapping[str, dict[str, Any]]) -> str:
+        return ", ".join(f"{name} ({fact['channels']})" for name, fact in facts.items())
+
+    own = described(tasks)
     if dict(saved) != own:
+        same = told(saved) == told(own)
         raise UserError(
-            f"checkpoint {path} was trained for the tasks (channels) {told(saved)}, this command is for {told(own)}; "
-            "give the same data and tasks"
+            f"checkpoint {path} was trained for the tasks (channels) {told(saved)}, this command is for "
+            f"{'classes of other names' if same else told(own)}; give the same data and tasks"
         )

@@ -6,17 +6,16 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hydra
-from hydra import compose
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
 
 
@@ -32,7 +31,7 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
 
     def guarded(config: DictConfig) -> None:
         try:
-            check_types(config, name)
+            check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
             job(config)
         except UserError as error:
             if wants_trace or HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -52,34 +51,6 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-
-
-def check_types(config: DictConfig, name: str) -> None:
-    """A value set on the command line must be of its default's kind: a number for a number, and so on."""
-    choices = HydraConfig.get().runtime.choices
-    words = list(HydraConfig.get().overrides.task)
-    chosen = [word for word in words if word.lstrip("~+").split("=")[0] in choices]
-    defaults = compose(name, chosen)
-    for parsed in OverridesParser.create().parse_overrides(words):
-        key = parsed.key_or_group
-        default, value = OmegaConf.select(defaults, key), OmegaConf.select(config, key)
-        if key in choices or default is None or value is None:
-            continue
-        kind, right = _kind(default)
-        if not right(value):
-            raise UserError(f"{key}={value} must be {kind}, as its default {default}")
-
-
-def _kind(default: Any) -> tuple[str, Callable[[Any], bool]]:
-    if isinstance(default, bool):
-        return "true or false", lambda v: isinstance(v, bool)
-    if isinstance(default, int):
-        return "a whole number", lambda v: isinstance(v, int) and not isinstance(v, bool)
-    if isinstance(default, float):
-        return "a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)
-    if OmegaConf.is_dict(default):
-        return "a mapping {key: value}", OmegaConf.is_dict
-    return "", lambda v: True  # text, and lists, which their users check
 
 
 @contextlib.contextmanager

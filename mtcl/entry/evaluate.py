@@ -13,7 +13,7 @@ from mtcl.errors import UserError
 from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.evaluator import Evaluator
 from mtcl.training.recorder import write_json, write_panels
-from mtcl.training.runtime import choose_device
+from mtcl.training.runtime import choose_device, seed_everything
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +37,18 @@ def evaluate(
     saved = state["meta"]["tasks"]
     settings = OmegaConf.create(state["config"])
     settings.tasks.names = list(saved)  # whatever another dataset would offer
+    settings.trainer.device = "auto"  # the machine it was trained on is not this one
     settings = overridden(settings, config, overrides, groups)
     tasks = build.build_tasks(settings)
     build.check_tasks(saved, tasks, path)
     device = choose_device(settings.trainer.device)
+    seed_everything(settings.seed, settings.trainer.deterministic)
     reader = build.build_reader(settings, "val", tasks)
     model = build.build_model(settings, tasks, pretrained=False)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the weights in {path} do not fit the model its config describes: {reason}") from error
+        raise UserError(f"the weights in {path} do not fit the model that its own config describes") from error
     evaluator = Evaluator(
         tasks,
         build.build_eval_loader(settings, reader, tasks, device),
@@ -63,8 +64,10 @@ def evaluate(
         split=settings.data.split,
         num_images=evaluation.num_images,
         size=build.data_size(settings),
+        precision=settings.trainer.precision,
         reader=reader,
         device=device,
+        overrides=overrides,
     )
     write_json(folder / "run.json", {**facts, "checkpoint": str(path), "step": state["step"]})
     write_json(folder / "metrics.json", evaluation.metrics)
@@ -72,6 +75,21 @@ def evaluate(
     log.info("%s on %d pictures of %s:\n\n%s\n", path, evaluation.num_images, settings.data.name, table)
     log.info("metrics.json, run.json and panels/ are in %s", folder)
     return evaluation.metrics
+
+
+def dataset_of(words: Sequence[str], configs: Path) -> str | None:
+    """``data=NAME`` for the checkpoint named among the command's words, so that the keys of its dataset are known.
+
+    None where the words choose a dataset themselves, or where there is nothing to know (evaluate will say so).
+    """
+    found = [word.partition("=")[2] for word in words if word.startswith("checkpoint=")]
+    if not found or any(word.startswith("data=") for word in words):
+        return None
+    try:
+        name = str(load_checkpoint(found[-1].strip("'\""))["config"]["data"]["name"])
+    except (UserError, KeyError):
+        return None
+    return f"data={name}" if (configs / "data" / f"{name}.yaml").is_file() else None
 
 
 def overridden(saved: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:

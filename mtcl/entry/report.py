@@ -1,9 +1,11 @@
 """What a command tells at its end: the table, and run.json."""
 
+import math
 import platform
+import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
         found = next(iter(columns.values()))[name]
         for metric in [task.primary, *(m for m in found if m != task.primary)]:
             mark = "*" if metric == task.primary else ""
-            rows.append((name, metric + mark, *(_shown(metric, c[name][metric]) for c in columns.values())))
+            rows.append((name, metric + mark, *(shown(task, metric, c[name][metric]) for c in columns.values())))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: tuple[str, ...]) -> str:
@@ -41,22 +43,35 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
     return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])])
 
 
-def _shown(metric: str, value: float) -> str:
-    unit = UNITS.get(metric, "%")
+def shown(task: Task, metric: str, value: float) -> str:
+    """A metric's value with its unit; "-" where nothing valid was seen."""
+    unit = task.units.get(metric, "%")
+    if math.isnan(value):
+        return "-"
     return f"{value * 100:.2f} %" if unit == "%" else f"{value:.4f} {unit}".rstrip()
 
 
 def run_facts(
-    *, seed: int, split: str, num_images: int, size: tuple[int, int], reader: Reader, device: torch.device
+    *,
+    seed: int,
+    split: str,
+    num_images: int,
+    size: tuple[int, int],
+    precision: str,
+    reader: Reader,
+    device: torch.device,
+    overrides: Sequence[str],
 ) -> dict[str, Any]:
     """``run.json``: what one needs to know to trust, or repeat, the numbers in ``metrics.json``."""
     commit, clean = _commit()
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
+        "overrides": list(overrides),
         "commit": commit,
         "clean": clean,
         "versions": {"python": platform.python_version(), "mtcl": mtcl.__version__, **_versions()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "precision": precision,
         "seed": seed,
         "split": split,
         "num_images": num_images,

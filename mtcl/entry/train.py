@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
+from mtcl.entry.schema import leaves
 from mtcl.errors import UserError
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint import claim, load_checkpoint
 from mtcl.training.recorder import write_json, write_text
 from mtcl.training.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
@@ -18,22 +20,35 @@ from mtcl.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dict[str, dict[str, float]]:
+# Keys in which an interrupted run may differ from the one that continues it.
+FREE = ("resume", "name", "trainer.max_steps", "trainer.device", "trainer.panels", "data.workers", "data.root")
+
+
+def train(
+    config: DictConfig, folder: Path, siblings: Path | None = None, overrides: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
     """Train, evaluate, write everything into ``folder``; the metrics of the last state.
 
-    ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look.
+    ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look. ``overrides``: the words of
+    the command, for the record.
     """
     device = choose_device(config.trainer.device)
     seed_everything(config.seed, config.trainer.deterministic)
-    path = find_checkpoint(config.resume, folder, siblings)
+    path = find_checkpoint(config, folder, siblings)
     state = None if path is None else load_checkpoint(path)
     tasks = build.build_tasks(config)
     if state is not None and path is not None:
         build.check_tasks(state["meta"]["tasks"], tasks, path)
+        check_optimizer(state["config"], config, path)
     dry = config.trainer.dry_run
     start = 0 if state is None else state["step"]
     run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
     trainer = run.trainer
+    if state is not None:
+        restore(trainer, state, path, config)
+    lock = claim(folder)
+    if state is not None:
+        log.info("resumed at step %d from %s", start, path)
     if state is None and config.backbone.weights in (None, "none"):
         log.warning(
             "the backbone starts from random weights (backbone.weights=none); "
@@ -41,9 +56,6 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
         )
     if trainer.regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regulariser is off")
-    if state is not None:
-        restore(trainer, state, path)
-        log.info("resumed at step %d from %s", start, path)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     log.info(
         "%s: %d training and %d validation pictures, tasks %s, %s, %.2f M parameters, on %s",
@@ -56,19 +68,24 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
         device,
     )
     began = time.perf_counter()
-    evaluation = trainer.fit()
+    try:
+        evaluation = trainer.fit()
+    finally:
+        trainer.recorder.close()
     seconds = time.perf_counter() - began
     facts = run_facts(
         seed=config.seed,
         split=config.data.split,
         num_images=evaluation.num_images,
         size=build.data_size(config),
+        precision=config.trainer.precision,
         reader=run.val_reader,
         device=device,
+        overrides=overrides,
     )
     write_json(folder / "run.json", {**facts, "step": trainer.step, "seconds": round(seconds, 1)})
     write_json(folder / "metrics.json", evaluation.metrics)
-    trainer.recorder.close()
+    lock.close()
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}
     table = format_table(tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
@@ -85,16 +102,32 @@ def train(config: DictConfig, folder: Path, siblings: Path | None = None) -> dic
     return evaluation.metrics
 
 
-def restore(trainer: Trainer, state: dict[str, Any], path: Path | None) -> None:
+def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: DictConfig) -> None:
     try:
         trainer.restore(state)
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {path} does not fit this run's model or optimiser: {reason}") from error
+        changed = differences(state["config"], build.plain(config), ("backbone.", "decoder.", "regularizer."))
+        raise UserError(f"checkpoint {path} does not fit this run: {changed or error}") from error
 
 
-def find_checkpoint(resume: str | None, folder: Path, siblings: Path | None) -> Path | None:
+def check_optimizer(saved: dict[str, Any], config: DictConfig, path: Path) -> None:
+    before, now = saved["optimizer"]["name"], config.optimizer.name
+    if before != now:
+        raise UserError(f"checkpoint {path} was trained with optimizer={before}, not {now}; its moments do not fit")
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:
+    """``key is a, was b`` for the keys below ``prefixes`` that differ, but for those that may."""
+    before, after = dict(leaves(saved)), dict(leaves(now))
+    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes)) and key not in FREE]
+    # A model's own mean and std were filled in when it was saved.
+    keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and after.get(key) is None)]
+    return "; ".join(f"{k} is {after.get(k)}, was {before.get(k)}" for k in keys if before.get(k) != after.get(k))
+
+
+def find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) -> Path | None:
     """The checkpoint to continue from; None: a fresh run. A fresh run never writes over another."""
+    resume = config.resume
     own = folder / "checkpoints" / "last.pt"
     taken = own.exists() or (folder / "metrics.json").exists()
     other = resume not in (None, "auto") and Path(str(resume)).resolve().parent != own.parent.resolve()
@@ -107,6 +140,18 @@ def find_checkpoint(resume: str | None, folder: Path, siblings: Path | None) -> 
     if own.exists():
         return own
     found = sorted(siblings.glob("*/checkpoints/last.pt"), key=lambda p: p.stat().st_mtime) if siblings else []
-    if not found:
-        log.info("resume=auto: no checkpoint in %s, starting afresh", folder)
-    return found[-1] if found else None
+    for path in reversed(found):
+        if is_unfinished_twin(path, config):
+            return path
+    log.info("resume=auto: no interrupted run like this one beside %s, starting afresh", folder)
+    return None
+
+
+def is_unfinished_twin(path: Path, config: DictConfig) -> bool:
+    """Is this the checkpoint of a run with our config that has steps left, and that nobody is still writing?"""
+    try:
+        state = load_checkpoint(path)
+        claim(path.parents[1]).close()
+    except UserError:
+        return False
+    return state["step"] < config.trainer.max_steps and not differences(state["config"], build.plain(config))

@@ -1,7 +1,7 @@
 """What every multi-task model promises, whatever is inside."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -38,9 +38,13 @@ class DenseModel(nn.Module, ABC):
     def forward(self, image: Tensor) -> DenseOutput:
         """Predictions, taps and intermediate predictions of a normalised picture."""
 
+    @abstractmethod
     def predict(self, image: Tensor) -> dict[str, Tensor]:
         """Task -> raw prediction (B, C, H, W): the inference and export path, with nothing of training in it."""
-        return self.forward(image).predictions
+
+    def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Further losses of the model's own (heads of another kind, balance of experts): name -> scalar, weighted."""
+        return {}
 
     @abstractmethod
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
@@ -62,17 +66,23 @@ class EncoderDecoder(DenseModel):
         self.tap_channels = decoder.tap_channels
 
     def forward(self, image: Tensor) -> DenseOutput:
+        size, frame, features = self._features(image)
+        output = self.decoder(features, frame)
+        intermediate = [_cut(maps, size) for maps in output.intermediate]
+        return DenseOutput(_cut(output.predictions, size), output.taps, intermediate, frame)
+
+    def predict(self, image: Tensor) -> dict[str, Tensor]:
+        size, frame, features = self._features(image)
+        return _cut(self.decoder.predict(features, frame), size)
+
+    def _features(self, image: Tensor) -> tuple[Size, Size, list[Tensor]]:
+        """The picture's size, the frame it was padded to, the backbone's maps of that frame."""
         height, width = image.shape[-2:]
         multiple = self.backbone.multiple
         frame = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
         if frame != (height, width):  # zero is the mean colour after normalisation
             image = F.pad(image, (0, frame[1] - width, 0, frame[0] - height))
-        output = self.decoder(self.backbone(image), frame)
-
-        def cut(maps: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {task: m[..., :height, :width] for task, m in maps.items()}
-
-        return DenseOutput(cut(output.predictions), output.taps, [cut(maps) for maps in output.intermediate], frame)
+        return (height, width), frame, self.backbone(image)
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
         return self.backbone.parameters()
@@ -80,3 +90,7 @@ class EncoderDecoder(DenseModel):
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         yield from self.backbone.parameters()
         yield from self.decoder.shared_parameters()
+
+
+def _cut(maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
+    return {task: m[..., : size[0], : size[1]] for task, m in maps.items()}

@@ -1,6 +1,7 @@
 """What a task is: everything the rest of the house needs to know about it, in one frozen object."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,6 +29,7 @@ class Task(ABC):
     # Label distances up to `near` make a positive pair for the regulariser, from `far` on a negative one.
     near: ClassVar[float] = 0.0
     far: ClassVar[float] = 1.0
+    units: ClassVar[Mapping[str, str]] = {}  # metric -> unit; the others are fractions, shown in percent
 
     @abstractmethod
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Depth."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ class Depth(Task):
     void: ClassVar[float] = 0.0
     near: ClassVar[float] = 0.05  # |log ratio|
     far: ClassVar[float] = 0.2
+    units: ClassVar[Mapping[str, str]] = {"rmse": "m", "abs_rel": ""}
     farthest: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
 
     @cached_property

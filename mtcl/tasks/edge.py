@@ -1,5 +1,6 @@
 """Edges."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -27,6 +28,7 @@ class Edge(Task):
     higher_is_better: bool = False
     weight: float = 50.0
 
+    units: ClassVar[Mapping[str, str]] = {"loss": ""}
     void_colour: ClassVar[RGB] = (222, 205, 170)  # the shared near-black would look like a line
 
     @cached_property

@@ -1,5 +1,6 @@
 """Surface normals."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -32,6 +33,7 @@ class Normals(Task):
     void: ClassVar[float] = 0.0
     near: ClassVar[float] = 15.0  # degrees
     far: ClassVar[float] = 40.0
+    units: ClassVar[Mapping[str, str]] = {"mErr": "deg"}
 
     @cached_property
     def criterion(self) -> nn.Module:

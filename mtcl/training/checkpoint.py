@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -24,6 +24,25 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def claim(folder: Path) -> IO[str]:
+    """Hold ``folder`` for this process until the file returned is closed or the process ends, however it ends.
+
+    UserError where another process holds it. On systems without ``fcntl`` nothing is held.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / ".lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError as error:
+        lock.close()
+        raise UserError(f"another run is writing into {folder}; choose another hydra.run.dir") from error
+    return lock
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:

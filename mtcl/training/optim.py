@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +70,11 @@ def ramp(step: int, steps: int) -> float:
     return min((step + 1) / steps, 1.0) if steps else 1.0
 
 
+def regularizer_weight(weight: float, warmup_steps: int = 0) -> Schedule:
+    """lambda(step): ``weight``, reached linearly over ``warmup_steps``."""
+    return lambda step: weight * ramp(step, warmup_steps)
+
+
 class ScheduledOptimizer:
     """An optimiser whose learning rates are its base rates times the schedule's factor of the step."""
 
@@ -81,6 +87,13 @@ class ScheduledOptimizer:
         for group, base in zip(self.optimizer.param_groups, self.base):
             group["lr"] = base * factor
         self.optimizer.step()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """The moments of a state dict; learning rate, weight decay and the like stay those of this optimiser."""
+        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state)
+        for group, settings in zip(self.optimizer.param_groups, own):
+            group.update(settings)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,10 @@
 """What a run leaves behind: TensorBoard, a line per record in ``log.jsonl``, panels, metrics."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +19,38 @@ from mtcl.training.panels import draw_panel
 
 
 class Recorder:
-    """Writes into one run folder. A run resumed at ``start_step`` writes what comes after it anew, so an interrupted
-    run's records from there on are dropped.
+    """Writes into one run folder, nothing before the first record.
+
+    A run resumed at ``start_step`` writes what comes after it anew, so an interrupted run's records from there on are
+    dropped.
     """
 
     def __init__(self, folder: Path, start_step: int = 0):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.folder, self.start_step = folder, start_step
         self.log = folder / "log.jsonl"
-        write_text(self.log, "".join(line for line in _lines(self.log) if _is_before(json.loads(line), start_step)))
+
+    @cached_property
+    def writer(self) -> SummaryWriter:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in _lines(self.log) if _is_before(json.loads(line), self.start_step)]
+        write_text(self.log, "".join(kept))
+        return SummaryWriter(str(self.folder), purge_step=self.start_step + 1 if self.start_step else None)
 
     def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name."""
+        writer = self.writer
         for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, step)
+            writer.add_scalar(f"{kind}/{name}", value, step)
         with self.log.open("a") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+            file.write(json.dumps(_finite({"step": step, "kind": kind, **values}), allow_nan=False) + "\n")
 
     def panels(self, step: int, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> None:
         for sample, panel in zip(shown, write_panels(self.folder / "panels", shown, tasks)):
             self.writer.add_image(f"panel/{sample.id}", panel, step, dataformats="HWC")
 
     def close(self) -> None:
-        self.writer.close()
+        if "writer" in self.__dict__:
+            self.writer.close()
 
 
 def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> list[np.ndarray]:
@@ -61,7 +71,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """NaN, as a metric is that saw nothing valid, becomes null: JSON has no NaN."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def flat(metrics: Metrics) -> dict[str, float]:

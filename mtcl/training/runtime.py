@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import resource
 import sys
 
 import torch
@@ -32,10 +31,11 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """``auto``: bf16 on CUDA, fp32 elsewhere; ``bf16``; ``fp32``."""
+    """``auto``: bf16 on a CUDA device that has it, fp32 elsewhere; ``bf16``; ``fp32``."""
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"trainer.precision={precision} is not known; choose auto, bf16 or fp32")
-    if precision == "bf16" or (precision == "auto" and device.type == "cuda"):
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "bf16" or (precision == "auto" and native):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
@@ -44,6 +44,8 @@ def peak_memory(device: torch.device) -> float:
     """GiB: of the CUDA allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtcl.contrastive import Regularizer, RegularizerOutput
+from mtcl.contrastive import Regularizer
 from mtcl.contrastive.diagnostics import gradients_at_taps
 from mtcl.data import Batch, prepare
 from mtcl.errors import UserError
@@ -20,7 +20,7 @@ from mtcl.tasks.base import Task
 from mtcl.training.balancer import Balancer
 from mtcl.training.checkpoint import save_checkpoint
 from mtcl.training.evaluator import Evaluation, Evaluator
-from mtcl.training.optim import ScheduledOptimizer, ramp
+from mtcl.training.optim import Schedule, ScheduledOptimizer
 from mtcl.training.recorder import Recorder, flat
 from mtcl.training.runtime import autocast, peak_memory, rng_state, set_rng_state
 
@@ -31,8 +31,8 @@ class Trainer:
     """Trains ``model`` on ``tasks``, with a regulariser or without one. Its attributes are what can be swapped.
 
     Args:
-        regularizer: None switches it off; ``tap`` names the features it looks at; ``weight`` is lambda, reached over
-            ``warmup_steps``. With weight 0 it only watches: the run is bit-equal to one without it.
+        regularizer: None switches it off; ``weight`` is its lambda as a function of the step. Where that is 0 it only
+            watches: the run is bit-equal to one without it.
         balancer: turns the losses, one per objective, into gradients.
         optimizer: the model's; ``regularizer_optimizer``: the projectors', None without a regulariser.
         batches: endless training batches, from ``start_step`` on.
@@ -61,9 +61,7 @@ class Trainer:
         higher_is_better: bool,
         config: Mapping[str, Any],
         meta: Mapping[str, Any],
-        tap: str = "final",
-        weight: float = 0.0,
-        warmup_steps: int = 0,
+        weight: Schedule = lambda step: 0.0,
         precision: str = "auto",
         clip_norm: float | None = None,
         val_interval: int | None = None,
@@ -79,11 +77,12 @@ class Trainer:
         self.max_steps, self.step, self.log_interval = max_steps, start_step, log_interval
         self.val_interval, self.checkpoint_interval = val_interval, checkpoint_interval
         self.validate_first = validate_first
-        self.tap, self.weight, self.warmup_steps = tap, weight, warmup_steps
+        self.weight = weight
         self.monitor, self.higher_is_better, self.best = monitor, higher_is_better, math.nan
         self.config, self.meta = dict(config), dict(meta)
         self.first: Evaluation | None = None  # before the first step
         self.seconds_per_step = math.nan
+        self.broken: dict[str, Tensor] = {}  # loss -> was it ever not finite? on the device
 
     def fit(self) -> Evaluation:
         """Train to ``max_steps``, validate, save; the evaluation of the last state."""
@@ -91,28 +90,31 @@ class Trainer:
         if self.step == 0 and self.validate_first:
             self.first = self.validate()
         evaluation = None
-        bar = tqdm(total=self.max_steps, initial=self.step, desc="train", mininterval=0.5, dynamic_ncols=True)
-        for batch in self.batches if self.step < self.max_steps else ():
-            began = time.perf_counter()
-            logged = self.step % self.log_interval == 0 or self.step + 1 == self.max_steps
-            values = self.train_step(batch, with_diagnostics=logged)
-            if logged:
-                self._log(values, bar)
-            self.step += 1
-            self.seconds_per_step = time.perf_counter() - began
-            bar.update()
-            done = self.step >= self.max_steps
-            if done or _due(self.step, self.val_interval):
-                evaluation = self.validate()
-                self._keep_best(evaluation)
-            if done or _due(self.step, self.checkpoint_interval):
-                self.save("last")
-            if done:
-                break
-        bar.close()
-        if evaluation is None:  # resumed at its end: nothing left to train, and its record is there
+        with tqdm(total=self.max_steps, initial=self.step, desc="train", mininterval=0.5, dynamic_ncols=True) as bar:
+            for batch in self.batches if self.step < self.max_steps else ():
+                began = time.perf_counter()
+                logged = self.step % self.log_interval == 0 or self.step + 1 == self.max_steps
+                values = self.train_step(batch, with_diagnostics=logged)
+                if logged:
+                    self._log(values, bar)
+                self.step += 1
+                self.seconds_per_step = time.perf_counter() - began
+                bar.update()
+                done = self.step >= self.max_steps
+                if done or _due(self.step, self.val_interval):
+                    self._check_finite()
+                    evaluation = self.validate()
+                    self._keep_best(evaluation)
+                if done or _due(self.step, self.checkpoint_interval):
+                    self._check_finite()
+                    self.save("last")
+                if done:
+                    break
+        if evaluation is None:  # resumed at its end: nothing left to train
             evaluation = self.evaluator.run(self.model)
             self.recorder.panels(self.step, evaluation.shown, self.tasks)
+            self._keep_best(evaluation)
+            self.save("last")
         return evaluation
 
     def train_step(self, batch: Batch, with_diagnostics: bool = False) -> dict[str, Tensor]:
@@ -120,19 +122,25 @@ class Trainer:
         image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
         with autocast(self.device, self.precision):
             output = self.model(image)
-        losses = self.task_losses(output, labels)
+        losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
         values = {name: loss.detach() for name, loss in losses.items()}
         if self.regularizer is not None:
-            contrast = self.contrast(self.regularizer, output, labels, batch)
+            weight = self.weight(self.step)
+            draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
+            # With weight 0 the model's graph, and so its gradient, stays untouched.
+            with torch.set_grad_enabled(weight > 0):
+                contrast = self.regularizer.penalty(output, labels, draw)
             values["contrast"] = contrast.loss.detach()
-            weight = self.weight * ramp(self.step, self.warmup_steps)
             if weight > 0:
                 if with_diagnostics:
-                    total = torch.stack([self.tasks[t].weight * loss for t, loss in losses.items()]).sum()
-                    found = gradients_at_taps(total, weight * contrast.loss, output.taps[self.tap])
+                    total = torch.stack([task.weight * losses[name] for name, task in self.tasks.items()]).sum()
+                    found = gradients_at_taps(total, weight * contrast.loss, output.taps[self.regularizer.tap])
                     values |= {f"gradient/{name}": value for name, value in found.items()}
                 losses["contrast"] = weight * contrast.loss
         self.balancer.backward(losses, self.model.shared_parameters())
+        for name, value in values.items():
+            bad = ~value.isfinite()
+            self.broken[name] = bad | self.broken[name] if name in self.broken else bad
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step(self.step)
@@ -152,15 +160,6 @@ class Trainer:
                 start=task.loss(predictions[0][name], labels[name]),
             )
         return losses
-
-    def contrast(
-        self, regularizer: Regularizer, output: DenseOutput, labels: Mapping[str, Tensor], batch: Batch
-    ) -> RegularizerOutput:
-        taps = output.taps[self.tap]
-        if self.weight == 0:  # watch only: the model's graph, and so its gradient, stays untouched
-            taps = {name: tap.detach() for name, tap in taps.items()}
-        draw = regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
-        return regularizer(taps, labels, draw, output.frame)
 
     def validate(self) -> Evaluation:
         evaluation = self.evaluator.run(self.model)
@@ -189,14 +188,15 @@ class Trainer:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state`. A regulariser the checkpoint knows nothing of starts afresh."""
         self.model.load_state_dict(state["model"])
-        self.optimizer.optimizer.load_state_dict(state["optimizer"]["model"])
+        self.optimizer.load(state["optimizer"]["model"])
         if self.regularizer is not None and self.regularizer_optimizer is not None:
             if state["regularizer"] is None:
                 log.warning("the checkpoint was trained without a regulariser: its projectors start afresh")
             else:
                 self.regularizer.load_state_dict(state["regularizer"])
-                self.regularizer_optimizer.optimizer.load_state_dict(state["optimizer"]["regularizer"])
-        self.best = state["meta"]["best"]
+                self.regularizer_optimizer.load(state["optimizer"]["regularizer"])
+        if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run goes on in another folder
+            self.best = state["meta"]["best"]
         self.step = state["step"]
         set_rng_state(state["rng"], self.device)
 
@@ -213,17 +213,22 @@ class Trainer:
         """Read the step's scalars from the device, once, and write them down."""
         numbers = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))
         losses = {name: value for name, value in numbers.items() if "/" not in name}
-        if not all(math.isfinite(value) for value in losses.values()):
-            bad = ", ".join(name for name, value in losses.items() if not math.isfinite(value))
-            raise UserError(
-                f"the loss of {bad} is not finite at step {self.step}; lower optimizer.lr or set trainer.clip_norm"
-            )
+        self._check_finite()
         rate = self.optimizer.optimizer.param_groups[0]["lr"]
         self.recorder.scalars(self.step, "train", {**losses, "lr": rate})
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if "/" in name}
             self.recorder.scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+
+    def _check_finite(self) -> None:
+        """Never save, or go on with, what has seen a loss that is not finite."""
+        bad = [name for name, flag in self.broken.items() if "/" not in name and flag.item()]
+        if bad:
+            raise UserError(
+                f"the loss of {', '.join(bad)} was not finite by step {self.step}; lower optimizer.lr or "
+                "trainer.clip_norm; checkpoints hold the last good state"
+            )
 
     def memory(self) -> float:
         """Peak memory so far, GiB."""

@@ -30,6 +30,10 @@ class Decoder(nn.Module, ABC):
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
         """``features`` (B, C_i, size / stride_i), finest first -> predictions of ``size`` (height, width)."""
 
+    def predict(self, features: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """The predictions alone. A decoder with heads for training only leaves them out here."""
+        return self.forward(features, size).predictions
+
     @abstractmethod
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """The decoder's parameters that serve more than one task."""
