@@ -15,13 +15,6 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=resnet18"]
 TINY += ["decoder.width=16", "decoder.head_width=8"]
-    "trainer.device=cpu",
-    "debug=tiny",
-    "data.size=[32,64]",
-    "backbone=resnet18",
-    "decoder.width=16",
-    "decoder.head_width=8",
-]
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 

@@ -23,13 +23,11 @@ def draw_panel(sample: Shown, tasks: Mapping[str, Task], min_height: int = 192) 
     """
     zoom = max(1, -(-min_height // sample.image.shape[0]))
     image = _enlarge(sample.image, zoom)
-    blank = np.full_like(image, 255)
-    columns = [_column("image", image, blank, [], captions=("image", sample.id))]
+    columns = [np.concatenate([_caption("image", image.shape[1]), image, _caption(sample.id, image.shape[1])])]
     for name, task in tasks.items():
         label, prediction = sample.labels[name], sample.predictions[name]
         columns.append(
             _column(
-                name,
                 _enlarge(task.draw(label), zoom),
                 _enlarge(task.draw(prediction), zoom),
                 task.legend([label, prediction]),
@@ -49,16 +47,13 @@ def _enlarge(picture: np.ndarray, zoom: int) -> np.ndarray:
 
 
 def _column(
-    name: str,
     above: np.ndarray,
     below: np.ndarray,
     legend: list[tuple[str, Colour]],
     captions: tuple[str, str],
 ) -> np.ndarray:
     width = above.shape[1]
-    parts = [_caption(captions[0], width), above, _caption(captions[1], width)]
-    if name != "image":
-        parts += [below, _legend(legend, width)]
+    parts = [_caption(captions[0], width), above, _caption(captions[1], width), below, _legend(legend, width)]
     return np.concatenate(parts)
 
 
