@@ -15,41 +15,42 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "README.md")
-# (task, metric): heading, factor, decimals, unit
-COLUMNS = {
-    ("semseg", "mIoU"): ("semseg mIoU ↑", 100, 2, "%"),
-    ("human_parts", "mIoU"): ("human_parts mIoU ↑", 100, 2, "%"),
-    ("sal", "maxF"): ("sal maxF ↑", 100, 2, "%"),
-    ("depth", "rmse"): ("depth rmse ↓", 1, 4, "m"),
-    ("normals", "mErr"): ("normals mErr ↓", 1, 2, "°"),
-    ("edge", "loss"): ("edge loss ↓", 1, 4, ""),
-}
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+
+
+SHARED = ("num_images", "split", "step", "device")  # what the rows of one table must have in common
 
 
 def table(content: dict[str, Any]) -> str:
     """A Markdown table with a column per task that the rows have, and the facts of its runs below."""
     rows = content["rows"]
-    columns = [key for key in COLUMNS if any(key[1] in row["metrics"].get(key[0], {}) for row in rows)]
-    lines = ["| run | " + " | ".join(f"{COLUMNS[c][0]} ({COLUMNS[c][3]})".replace(" ()", "") for c in columns) + " |"]
-    lines.append("|---|" + "---|" * len(columns))
+    for fact in SHARED:
+        values = {row["run"][fact] for row in rows}
+        if len(values) > 1:
+            raise SystemExit(f"the rows of a table differ in {fact}: {', '.join(map(str, values))}; make two tables")
+    tasks = [task for task in known_tasks() if any(task.name in row["metrics"] for row in rows)]
+    headings = []
+    for task in tasks:
+        unit = task.units.get(task.primary, "%")
+        name = f"{task.name} {task.primary} {'↑' if task.higher_is_better else '↓'}"
+        headings.append(f"{name} ({unit})" if unit else name)
+    lines = ["| run | " + " | ".join(headings) + " |", "|---|" + "---|" * len(headings)]
     for row in rows:
-        cells = []
-        for task, metric in columns:
-            _, factor, decimals, _ = COLUMNS[task, metric]
-            value = row["metrics"].get(task, {}).get(metric)
-            cells.append("" if value is None else f"{value * factor:.{decimals}f}")
+        cells = [cell(task, row["metrics"].get(task.name, {}).get(task.primary)) for task in tasks]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
-    run = rows[-1]["run"]
-    steps = {row["run"]["step"] for row in rows if row["run"].get("step")}
+    run = rows[0]["run"]
     seeds = sorted({row["run"]["seed"] for row in rows})
+    commits = sorted({row["run"]["commit"][:10] for row in rows})
     lines += [
         "",
         f"{run['num_images']} pictures of split `{run['split']}`, seed {', '.join(map(str, seeds))}, "
-        f"{max(steps)} steps, on {run['device']}, torch {run['versions']['torch']}. Commands:",
+        f"{run['step']} steps, on {run['device']}, torch {run['versions']['torch']}, commit {', '.join(commits)}. "
+        "Commands:",
         "",
         "```sh",
         *(row["command"] for row in rows),
@@ -58,9 +59,25 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def known_tasks() -> list[Task]:
+    """All of them; how a metric is written does not depend on the classes."""
+    return [build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES]
+
+
+def cell(task: Task, value: float | None) -> str:
+    """A primary metric: percent with two decimals, degrees with two, metres and losses with four."""
+    if value is None:
+        return ""
+    unit = task.units.get(task.primary, "%")
+    return f"{value * 100:.2f}" if unit == "%" else f"{value:.2f}" if unit == "deg" else f"{value:.4f}"
+
+
 def rendered(text: str) -> str:
     def block(found: re.Match[str]) -> str:
-        content = json.loads((RESULTS / f"{found['name']}.json").read_text())
+        path = RESULTS / f"{found['name']}.json"
+        if not path.is_file():
+            raise SystemExit(f"a document asks for the table {found['name']}, but there is no {path.relative_to(ROOT)}")
+        content = json.loads(path.read_text())
         return f"<!-- table: {found['name']} -->\n{table(content)}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
@@ -71,7 +88,8 @@ def add(name: str, label: str, command: str, run: Path) -> None:
     path = RESULTS / f"{name}.json"
     content = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     facts = json.loads((run / "run.json").read_text())
-    facts.pop("command")  # it may name folders of one machine; ``command`` says it in general
+    for key in ("command", "overrides"):  # they may name folders of one machine; ``command`` says it in general
+        facts.pop(key, None)
     row = {"label": label, "command": command, "metrics": json.loads((run / "metrics.json").read_text()), "run": facts}
     rows = [row if old["label"] == label else old for old in content["rows"]]
     content["rows"] = rows if row in rows else [*rows, row]

@@ -40,33 +40,43 @@ def train(
     if state is not None and path is not None:
         build.check_tasks(state["meta"]["tasks"], tasks, path)
         check_optimizer(state["config"], config, path)
-    dry = config.trainer.dry_run
     start = 0 if state is None else state["step"]
     run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
-    trainer = run.trainer
     if state is not None:
-        restore(trainer, state, path, config)
-    lock = claim(folder)
-    if state is not None:
-        log.info("resumed at step %d from %s", start, path)
-    if state is None and config.backbone.weights in (None, "none"):
+        restore(run.trainer, state, path, config)
+    with claim(folder):
+        if state is not None:
+            log.info("resumed at step %d from %s", start, path)
+        announce(config, run, fresh=state is None)
+        write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
+        return finish(config, run, folder, overrides)
+
+
+def announce(config: DictConfig, run: build.Run, fresh: bool) -> None:
+    """What is about to be trained, and what the user may not expect of it."""
+    if fresh and config.backbone.weights in (None, "none"):
         log.warning(
             "the backbone starts from random weights (backbone.weights=none); "
             "backbone.weights=hub fetches ImageNet's, a path loads a file"
         )
-    if trainer.regularizer is None and config.regularizer._target_ is not None:
+    regularizer = run.trainer.regularizer
+    if regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regulariser is off")
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
     log.info(
         "%s: %d training and %d validation pictures, tasks %s, %s, %.2f M parameters, on %s",
         config.data.name,
         len(run.train_reader.ids),
         len(run.val_reader.ids),
-        ", ".join(tasks),
-        "no regulariser" if trainer.regularizer is None else f"contrast with weight {config.regularizer.weight}",
-        sum(p.numel() for p in trainer.model.parameters()) / 1e6,
-        device,
+        ", ".join(run.trainer.tasks),
+        "no regulariser" if regularizer is None else f"contrast with weight {config.regularizer.weight}",
+        sum(p.numel() for p in run.trainer.model.parameters()) / 1e6,
+        run.trainer.device,
     )
+
+
+def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Train to the end, write metrics.json and run.json, tell the table; the metrics."""
+    trainer = run.trainer
     began = time.perf_counter()
     try:
         evaluation = trainer.fit()
@@ -80,16 +90,15 @@ def train(
         size=build.data_size(config),
         precision=config.trainer.precision,
         reader=run.val_reader,
-        device=device,
+        device=trainer.device,
         overrides=overrides,
     )
     write_json(folder / "run.json", {**facts, "step": trainer.step, "seconds": round(seconds, 1)})
     write_json(folder / "metrics.json", evaluation.metrics)
-    lock.close()
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}
-    table = format_table(tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
+    table = format_table(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
-    if dry:
+    if config.trainer.dry_run:
         log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.memory())
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     log.info(
