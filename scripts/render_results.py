@@ -61,7 +61,8 @@ def table(content: dict[str, Any]) -> str:
 
 def known_tasks() -> list[Task]:
     """All of them; how a metric is written does not depend on the classes."""
-    return [build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES]
+    options: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
+    return [build_task(name, **options.get(name, {})) for name in TASK_NAMES]
 
 
 def cell(task: Task, value: float | None) -> str:
