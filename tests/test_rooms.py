@@ -362,3 +362,14 @@ def test_user_errors_name_the_value_and_the_choices(options, words):
     with pytest.raises(UserError) as caught:
         small(**options)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_the_cache_stops_at_its_limit(monkeypatch):
+    monkeypatch.setattr("mtcl.data.rooms.CACHE_BYTES", 3 * 16 * 16 * 2)  # two pictures of 16x16 without labels
+    reader = Rooms("train", (), size=(16, 16))
+    first = [reader.read(i).image for i in range(4)]
+    rendered = []
+    monkeypatch.setattr("mtcl.data.rooms.render", lambda *a: rendered.append(a) or render(*a))
+    again = [reader.read(i).image for i in range(4)]
+    assert len(rendered) == 2
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))

@@ -24,13 +24,14 @@ _FIRST_SCENE = {
     ("tune", "val"): 30_000_000,
 }
 _LONGEST = 10_000_000
+CACHE_BYTES = 2**29  # that a reader keeps at most, in each process that reads; 1,900 scenes of 96x128
 
 
 class Rooms:
     """One list of rooms, as a :class:`mtcl.data.sample.Reader`.
 
     ``length`` is the number of scenes for training and for validation, ``limit`` keeps only the first so many
-    of this list; ``cache`` keeps every sample read in memory, with the tasks asked for.
+    of this list; ``cache`` keeps what was read in memory, with the tasks asked for, up to :data:`CACHE_BYTES`.
     """
 
     def __init__(
@@ -59,7 +60,8 @@ class Rooms:
         self._tasks, self._size, self._seed = tuple(tasks), (int(size[0]), int(size[1])), seed
         self._first = _FIRST_SCENE[split, part]
         self._name = f"{seed}-{part}" if split == "standard" else f"{seed}-{split}-{part}"
-        self._cache: dict[int, Sample] | None = {} if cache else None
+        self._cache: dict[int, Sample] = {}
+        self._room = CACHE_BYTES if cache else 0
         self.ids: Sequence[str] = [
             f"rooms-{self._name}-{i:05d}" for i in range(count if limit is None else min(count, limit))
         ]
@@ -78,11 +80,14 @@ class Rooms:
 
     def read(self, index: int) -> Sample:
         """The picture and the labels of the tasks asked for; the arrays are the caller's to change."""
-        if self._cache is None:
-            return self._render(index)
-        if index not in self._cache:
-            self._cache[index] = self._render(index)
-        kept = self._cache[index]
+        kept = self._cache.get(index)
+        if kept is None:
+            kept = self._render(index)
+            size = kept.image.nbytes + sum(label.nbytes for label in kept.labels.values())
+            if size > self._room:
+                return kept
+            self._room -= size
+            self._cache[index] = kept
         return Sample(kept.id, kept.image.copy(), {task: label.copy() for task, label in kept.labels.items()})
 
     def fingerprint(self) -> str:
