@@ -82,7 +82,7 @@ class Trainer:
         self.config, self.meta = dict(config), dict(meta)
         self.first: Evaluation | None = None  # before the first step
         self.seconds_per_step = math.nan
-        self.broken: dict[str, Tensor] = {}  # loss -> was it ever not finite? on the device
+        self.broken: dict[str, Tensor] = {}  # what was watched -> was it ever not finite? on the device
 
     def fit(self) -> Evaluation:
         """Train to ``max_steps``, validate, save; the evaluation of the last state."""
@@ -138,11 +138,13 @@ class Trainer:
                     values |= {f"gradient/{name}": value for name, value in found.items()}
                 losses["contrast"] = weight * contrast.loss
         self.balancer.backward(losses, self.model.shared_parameters())
-        for name, value in values.items():
+        watched = {f"loss of {name}": value for name, value in values.items() if "/" not in name}
+        if self.clip_norm is not None:
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            watched["norm of the gradient"] = norm
+        for name, value in watched.items():
             bad = ~value.isfinite()
             self.broken[name] = bad | self.broken[name] if name in self.broken else bad
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step(self.step)
         self.optimizer.zero_grad()
         if self.regularizer_optimizer is not None:
@@ -222,12 +224,12 @@ class Trainer:
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items()))
 
     def _check_finite(self) -> None:
-        """Never save, or go on with, what has seen a loss that is not finite."""
-        bad = [name for name, flag in self.broken.items() if "/" not in name and flag.item()]
+        """Never save, or go on with, what has seen a number that is not finite."""
+        bad = [name for name, flag in self.broken.items() if flag.item()]
         if bad:
             raise UserError(
-                f"the loss of {', '.join(bad)} was not finite by step {self.step}; lower optimizer.lr or "
-                "trainer.clip_norm; checkpoints hold the last good state"
+                f"the {', the '.join(bad)} was not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
+                "(checkpoints hold the last good state)"
             )
 
     def memory(self) -> float:
