@@ -199,7 +199,9 @@ def _find_root(given: Path) -> Path:
         state = "is empty" if root.is_dir() else "is not a folder"
         raise UserError(f"{root} {state}; give the folder that holds NYUD-v2, data.root=PATH (expected: {LAYOUT}).")
     if not (root / "gt_sets").is_dir():
-        raise UserError(f"{root} has no folder gt_sets; give the folder that holds NYUD-v2, data.root=PATH (expected: {LAYOUT}).")
+        raise UserError(
+            f"{root} has no folder gt_sets; give the folder that holds NYUD-v2, data.root=PATH (expected: {LAYOUT})."
+        )
     return root
 
 
