@@ -10,9 +10,9 @@ from torch import Tensor
 class SliceAdamW(torch.optim.Optimizer):
     """AdamW, except that a slice (first axis) whose gradient is all zero takes no step at all.
 
-    Equal to ``torch.optim.AdamW`` over separate parameters of which those have no gradient: no moment decays, no weight
-    decay, no count. The projectors of source tasks that were not drawn stay as they are. No host
-    synchronisation.
+    Equal to ``torch.optim.AdamW`` over separate parameters of which the unused ones have no gradient: no moment decays,
+    no weight decay, no count. The projectors of source tasks that were not drawn stay as they are (and so does one
+    that was drawn when none of its triplets was active). No host synchronisation.
     """
 
     def __init__(
