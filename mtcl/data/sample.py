@@ -24,8 +24,10 @@ class SampleMeta(NamedTuple):
 
 
 class Batch(TypedDict):
-    """Samples in frames of one size. Evaluation never resizes or crops, so cutting ``offset`` and ``native_size`` out of a
-    frame gives back each label at the resolution at which it was read.
+    """Samples in frames of one size.
+
+    Evaluation never resizes or crops, so cutting ``native_size`` at ``offset`` out of a frame gives back each label
+    at the resolution at which it was read.
     """
 
     image: Tensor  # uint8 (B, 3, H, W), not normalised; padding is 0
