@@ -315,6 +315,17 @@ def test_resume_with_other_tasks_is_refused(cli, trained, tmp_path):
     assert (trained / "log.jsonl").read_text() == log
 
 
+def test_an_operation_that_cannot_be_deterministic(cli, tmp_path, monkeypatch):
+    """As PyTorch complains on CUDA of the position embeddings of a ViT of another size."""
+
+    def step(self, batch, with_diagnostics=False):
+        raise RuntimeError("upsample_bicubic2d_aa_backward_out_cuda does not have a deterministic implementation, but")
+
+    monkeypatch.setattr("mtcl.training.trainer.Trainer.train_step", step)
+    result = cli("train.py", *TINY, f"hydra.run.dir={tmp_path}/run")
+    assert_fails(result, "trainer.deterministic", "upsample_bicubic2d_aa_backward_out_cuda")
+
+
 @pytest.mark.slow
 def test_real_frames(cli, tmp_path):
     """Two steps on real NYUD-v2 frames, from a real backbone, and an evaluation of them."""

@@ -80,6 +80,14 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
     began = time.perf_counter()
     try:
         evaluation = trainer.fit()
+    except RuntimeError as error:
+        operation, known, _ = str(error).partition(" does not have a deterministic implementation")
+        if not known:
+            raise
+        raise UserError(
+            f"trainer.deterministic=true, but {operation} of this model has no deterministic implementation on this "
+            "device; use trainer.deterministic=false or another backbone"
+        ) from error
     finally:
         trainer.recorder.close()
     seconds = time.perf_counter() - began
