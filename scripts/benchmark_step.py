@@ -3,22 +3,24 @@
     python scripts/benchmark_step.py [group=choice ...] [key=value ...]
 
 takes train.py's overrides, e.g. ``data.size=[448,576] backbone=vit_base tasks=nyud``. The two variants take turns step
-by step, on the same batches, so that a drifting machine is fair to both. Memory is the CUDA allocator's peak of a step;
-on a CPU it is not measured.
+by step, on the same batches, so that a drifting machine is fair to both. Memory is what a step takes at its peak beyond
+what was allocated before it (both variants' weights and moments), by the CUDA allocator; on a CPU it is not measured.
 """
 
 import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from mtcl.data import Batch
 from mtcl.entry import build
+from mtcl.entry.cli import sentence
+from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
 from mtcl.training.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
@@ -26,42 +28,45 @@ from mtcl.training.trainer import Trainer
 STEPS, WARMUP = 20, 3
 
 
-def built(config: DictConfig, folder: Path) -> Trainer:
-    """The trainer that train.py would build, with random weights."""
+def built(config: DictConfig) -> Trainer:
+    """The trainer that train.py would build, with random weights; it writes nothing."""
+    check_config(build.plain(config))
     seed_everything(config.seed)
     device = choose_device(config.trainer.device)
-    return build.build_trainer(config, build.build_tasks(config), folder, device).trainer
+    return build.build_trainer(config, build.build_tasks(config), Path("unused"), device).trainer
 
 
 def timed(trainer: Trainer, batch: Batch) -> tuple[float, float]:
     """Seconds and peak GiB of one step."""
     cuda = trainer.device.type == "cuda"
+    before = 0
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     began = time.perf_counter()
     trainer.train_step(batch)
     trainer.step += 1
     if cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - began, torch.cuda.max_memory_allocated() / 2**30 if cuda else float("nan")
+    took = time.perf_counter() - began
+    return took, (torch.cuda.max_memory_allocated() - before) / 2**30 if cuda else float("nan")
 
 
 def main(overrides: list[str]) -> None:
     configs = Path(__file__).resolve().parents[1] / "configs"
     with initialize_config_dir(str(configs), version_base="1.3"):
         variants = {name: compose("train", [*overrides, f"regularizer={name}"]) for name in ("none", "contrastive")}
-    with tempfile.TemporaryDirectory() as folder:
-        trainers = {name: built(config, Path(folder) / name) for name, config in variants.items()}
-        batches = iter(trainers["none"].batches)
-        seconds: dict[str, list[float]] = {name: [] for name in trainers}
-        memory: dict[str, float] = {}
-        for step in range(WARMUP + STEPS):
-            batch = next(batches)
-            for name, trainer in trainers.items():
-                took, memory[name] = timed(trainer, batch)
-                if step >= WARMUP:
-                    seconds[name].append(took)
+    trainers = {name: built(config) for name, config in variants.items()}
+    batches = iter(trainers["none"].batches)
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    memory: dict[str, float] = {}
+    for step in range(WARMUP + STEPS):
+        batch = next(batches)
+        for name, trainer in trainers.items():
+            took, memory[name] = timed(trainer, batch)
+            if step >= WARMUP:
+                seconds[name].append(took)
     config = variants["none"]
     print(f"{config.backbone.name}, {tuple(config.data.size)}, batch {config.data.batch_size}, {STEPS} steps in turns")
     print("regularizer   median ms   fastest ms   images/s   peak GiB")
@@ -76,5 +81,6 @@ def main(overrides: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except (UserError, HydraException) as error:
+        print(f"error: {sentence(error)}", file=sys.stderr)
+        sys.exit(1)

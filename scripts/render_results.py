@@ -1,11 +1,11 @@
 """Render the tables of docs/results.md from the runs under docs/results/, or check that they are up to date.
 
-    python scripts/render_results.py [--check]
+    python scripts/render_results.py [--check] [--add TABLE LABEL COMMAND RUN]
 
-Each ``docs/results/<table>.json`` is one table: a title, the command its rows share, and rows with a label, the
-overrides that are theirs, ``metrics`` (as in a run's metrics.json) and ``run`` (as in its run.json). ``--add TABLE
-LABEL RUN`` puts a run's figures in. The rendered block of a table stands in docs/results.md between ``<!-- table:
-NAME -->`` and ``<!-- end -->``; the same markers in README.md are filled, too.
+Each ``docs/results/TABLE.json`` holds rows: a label, the command that made the row, ``metrics`` (a run's
+metrics.json) and ``run`` (its run.json). ``--add`` puts the figures of the run folder RUN in, in place of an earlier
+row of that label. A table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md and
+in README.md.
 """
 
 import argparse

@@ -350,3 +350,14 @@ def test_real_frames(cli, tmp_path):
     result = cli("evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", "data.split=tune", "data.limit=6",
                  f"hydra.run.dir={tmp_path}/tune")  # fmt: skip
     assert json.loads((tmp_path / "tune" / "run.json").read_text())["num_images"] == 6
+
+
+@pytest.mark.slow
+def test_benchmarks_run(cli, capfd):
+    result = cli("scripts/benchmark_step.py", *TINY, "data.limit=null")
+    assert result.code == 0, result.err
+    assert "the regulariser adds" in result.out
+    assert {line.split()[0] for line in result.out.splitlines()} >= {"none", "contrastive"}
+    assert "error: there is no config key" in cli("scripts/benchmark_step.py", "trainer.max_step=1").err
+    result = cli("scripts/benchmark_data.py", "16", "16")
+    assert "cached" in result.out

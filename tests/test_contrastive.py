@@ -27,15 +27,6 @@ METRES = (1.0, 1.03, 1.5, 1.56, 3.0)
 DEGREES = (0.0, 10.0, 30.0, 75.0, 150.0)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For tensors this small a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_tasks(names=NAMES):
     options = {"semseg": {"class_names": ("wall", "floor", "chair")}}
     return {name: build_task(name, **options.get(name, {})) for name in names}

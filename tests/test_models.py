@@ -31,15 +31,6 @@ FAMILIES = {  # name -> timm's name, its options, strides
 IMAGENET = Path(__file__).parents[2] / "shared/weights/mobilenetv2_100_imagenet.safetensors"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For tensors this small a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_model(family="cnn", tasks=TASKS, seed=0, **options):
     torch.manual_seed(seed)
     name, kwargs, _ = FAMILIES[family]

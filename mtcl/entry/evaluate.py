@@ -59,16 +59,7 @@ def evaluate(
     evaluation = evaluator.run(model.to(device))
     folder.mkdir(parents=True, exist_ok=True)
     write_panels(folder / "panels", evaluation.shown, tasks)
-    facts = run_facts(
-        seed=settings.seed,
-        split=settings.data.split,
-        num_images=evaluation.num_images,
-        size=build.data_size(settings),
-        precision=settings.trainer.precision,
-        reader=reader,
-        device=device,
-        overrides=overrides,
-    )
+    facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
     write_json(folder / "run.json", {**facts, "checkpoint": str(path), "step": state["step"]})
     write_json(folder / "metrics.json", evaluation.metrics)
     table = format_table(tasks, {f"step {state['step']}": evaluation.metrics})

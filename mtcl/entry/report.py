@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 import mtcl
 from mtcl.data import Reader
@@ -18,12 +19,6 @@ from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Metrics
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
-UNITS = {
-    "rmse": "m",
-    "mErr": "deg",
-    "loss": "",
-    "abs_rel": "",
-}  # everything else is a fraction, shown in percent
 
 
 def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
@@ -52,18 +47,11 @@ def shown(task: Task, metric: str, value: float) -> str:
 
 
 def run_facts(
-    *,
-    seed: int,
-    split: str,
-    num_images: int,
-    size: tuple[int, int],
-    precision: str,
-    reader: Reader,
-    device: torch.device,
-    overrides: Sequence[str],
+    config: DictConfig, reader: Reader, num_images: int, device: torch.device, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """``run.json``: what one needs to know to trust, or repeat, the numbers in ``metrics.json``."""
     commit, clean = _commit()
+    height, width = config.data.size
     return {
         "command": shlex.join(sys.argv),
         "overrides": list(overrides),
@@ -71,11 +59,11 @@ def run_facts(
         "clean": clean,
         "versions": {"python": platform.python_version(), "mtcl": mtcl.__version__, **_versions()},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "precision": precision,
-        "seed": seed,
-        "split": split,
+        "precision": config.trainer.precision,
+        "seed": config.seed,
+        "split": config.data.split,
         "num_images": num_images,
-        "protocol": f"un-padded pictures, label resolution, pooled over the list; frames {size[0]}x{size[1]} or more",
+        "protocol": f"un-padded pictures, label resolution, pooled over the list; frames {height}x{width} or more",
         "data_fingerprint": reader.fingerprint(),
     }
 

@@ -91,16 +91,7 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
     finally:
         trainer.recorder.close()
     seconds = time.perf_counter() - began
-    facts = run_facts(
-        seed=config.seed,
-        split=config.data.split,
-        num_images=evaluation.num_images,
-        size=build.data_size(config),
-        precision=config.trainer.precision,
-        reader=run.val_reader,
-        device=trainer.device,
-        overrides=overrides,
-    )
+    facts = run_facts(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
     write_json(folder / "run.json", {**facts, "step": trainer.step, "seconds": round(seconds, 1)})
     write_json(folder / "metrics.json", evaluation.metrics)
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}

@@ -10,7 +10,7 @@ from torch import nn
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
 
-Schedule = Callable[[int], float]  # step -> factor of the base learning rate
+Schedule = Callable[[int], float]  # of the step: a factor of the learning rate, or the regulariser's lambda
 
 
 def build_optimizer(
