@@ -1,16 +1,20 @@
 """The NYUD-v2 reader, on archives of a few pixels and, where they are, on the real small frames."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
+import scipy.io
+from PIL import Image
 
 from mtcl import UserError
-from mtcl.data import NYUD
-from mtcl.data.nyud import resized_edges, resized_image
+from mtcl.data import NYUD, finish
+from mtcl.data.reader import resized_edges, resized_image
 from mtcl.data.transforms import nearest
 from mtcl.tasks import NYUD40, build_task
 
@@ -18,11 +22,20 @@ TASKS = ("semseg", "depth", "normals", "edge")
 REAL = Path(__file__).parents[1].parent / "shared" / "nyud_mini"
 
 
-def write(path: Path, array: np.ndarray) -> None:
-    """RGB or single-channel arrays as PNG, floating-point ones as .npy."""
+def write(path: Path, array: np.ndarray, hdf5: bool = False) -> None:
+    """RGB or single-channel arrays as pictures, any as .npy, or as the one variable of a .mat named as in ASTMT's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, array)
+    elif path.suffix == ".mat":
+        key = path.parent.name
+        if not hdf5:
+            scipy.io.savemat(path, {key: array, "other": 1})
+            return
+        with h5py.File(path, "w", userblock_size=512) as file:
+            file[key] = array.T  # as MATLAB's format 7.3 lies on the disk
+        with path.open("r+b") as raw:
+            raw.write(b"MATLAB 7.3 MAT-file")
     else:
         assert cv2.imwrite(str(path), array[..., ::-1] if array.ndim == 3 else array)
 
@@ -38,19 +51,38 @@ def arrays(seed: int, size: tuple[int, int] = (6, 8)) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.fixture
-def archive(tmp_path: Path) -> Path:
+NYUDV2 = {"images": ".png", "segmentation": ".png", "depth": ".npy", "normals": ".png", "edge": ".png"}
+MTI = {"images": ".jpg", "segmentation": ".png", "depth": ".npy", "normals": ".npy", "edge": ".npy"}
+ASTMT = {"images": ".jpg", "segmentation": ".mat", "depth": ".mat", "normals": ".jpg", "edge": ".png"}
+
+
+def write_archive(root: Path, suffixes: dict[str, str] = NYUDV2, size: tuple[int, int] = (6, 8), hdf5=False) -> Path:
     """Five pictures: three to train on, two to validate."""
-    root = tmp_path / "NYUDv2"
     for number in range(1, 6):
-        for folder, array in arrays(number).items():
-            write(root / folder / f"{number:04d}{'.npy' if folder == 'depth' else '.png'}", array)
+        for folder, array in arrays(number, size).items():
+            if (folder, suffixes[folder]) == ("normals", ".npy"):
+                array = vectors(array)
+            elif (folder, suffixes[folder]) == ("edge", ".npy"):
+                array = (array > 127).astype(np.float32)
+            write(root / folder / f"{number:04d}{suffixes[folder]}", array, hdf5)
     (root / "gt_sets").mkdir()
     (root / "gt_sets" / "train.txt").write_text("0003\n0001\n0002\n")
     (root / "gt_sets" / "val.txt").write_text("0004\n0005\n")
     (root / "gt_sets" / "tune_train.txt").write_text("0001\n0002\n")
     (root / "gt_sets" / "tune_val.txt").write_text("0003\n")
     return root
+
+
+def vectors(codes: np.ndarray) -> np.ndarray:
+    """Codes as units, zero where the code is too short."""
+    raw = codes / 127.5 - 1
+    length = np.linalg.norm(raw, axis=-1, keepdims=True)
+    return ((length >= 0.5) * raw / length).astype(np.float32)
+
+
+@pytest.fixture
+def archive(tmp_path: Path) -> Path:
+    return write_archive(tmp_path / "NYUDv2")
 
 
 def message(*args, **kwargs) -> str:
@@ -72,12 +104,170 @@ def test_every_file_round_trips_with_exact_values(archive: Path) -> None:
         np.testing.assert_array_equal(sample.labels["semseg"], expected)
         np.testing.assert_array_equal(sample.labels["depth"], stored["depth"])
         np.testing.assert_array_equal(sample.labels["edge"], stored["edge"] >= 128)
-        vectors = stored["normals"] / 127.5 - 1
-        length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-        np.testing.assert_allclose(sample.labels["normals"], (length >= 0.5) * vectors / length, atol=1e-6)
-        assert (length < 0.5).any() or number != 1  # the case is in the data
+        np.testing.assert_array_equal(sample.labels["normals"], stored["normals"])  # decoded by the task
         dtypes = {task: label.dtype for task, label in sample.labels.items()}
-        assert dtypes == {"semseg": np.uint8, "depth": np.float32, "normals": np.float32, "edge": np.uint8}
+        assert dtypes == {"semseg": np.uint8, "depth": np.float32, "normals": np.uint8, "edge": np.uint8}
+
+
+def as_used(reader: NYUD, index: int) -> dict[str, np.ndarray]:
+    """Labels as losses see them."""
+    tasks = {name: build_task(name, **options) for name, options in NYUD.offered().items()}
+    return finish(reader.read(index), tasks).labels
+
+
+@pytest.mark.parametrize("size", [(425, 560), (480, 640)])
+@pytest.mark.parametrize("name", ["MTI", "ASTMT", "ASTMT with 7.3"])
+def test_the_other_archives_give_the_labels_of_the_first(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    small = size if name == "MTI" else (size[0] // 5, size[1] // 5)  # .mat and .jpg are slow
+    first = NYUD(write_archive(tmp_path / "a" / "NYUDv2", size=small), "train", TASKS)
+    suffixes = MTI if name == "MTI" else ASTMT
+    root = write_archive(tmp_path / "b" / "NYUD_MT", suffixes, small, hdf5=name.endswith("7.3"))
+    other = NYUD(tmp_path / "b", "train", TASKS)
+    assert other.root == root
+    for folder, suffix in suffixes.items():
+        assert f"{folder} {suffix}" in other.summary()
+    assert f"{small[0]}x{small[1]}" in other.summary()
+    known, found = as_used(first, 0), as_used(other, 0)
+    for task in ("semseg", "depth", "edge"):
+        np.testing.assert_array_equal(found[task], known[task])
+        assert found[task].dtype == known[task].dtype
+    if suffixes is MTI:
+        np.testing.assert_allclose(found["normals"], known["normals"], atol=1e-6)
+    else:  # JPEG changes them
+        assert set(np.unique(np.linalg.norm(found["normals"], axis=-1).round(5))) <= {0.0, 1.0}
+    assert other.read(0).image.shape == first.read(0).image.shape
+
+
+def test_jpeg_pictures_are_close_to_what_was_stored(tmp_path: Path) -> None:
+    root = write_archive(tmp_path / "NYUD_MT", MTI)
+    smooth = np.dstack([np.tile(np.arange(0, 160, 20, np.uint8), (6, 1))] * 3)
+    write(root / "images" / "0003.jpg", smooth)
+    assert np.abs(NYUD(root, "train", ["depth"]).read(0).image.astype(int) - smooth).max() < 12
+
+
+def test_a_rotating_exif_entry_does_not_turn_the_picture_from_its_labels(tmp_path: Path) -> None:
+    root = write_archive(tmp_path / "NYUD_MT", MTI)
+    picture = Image.open(root / "images" / "0003.jpg")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # rotated by 90 degrees
+    picture.save(root / "images" / "0003.jpg", exif=exif)
+    assert NYUD(root, "train", TASKS).read(0).image.shape == (6, 8, 3)
+
+
+def test_of_two_kinds_of_files_the_complete_one_is_taken(archive: Path) -> None:
+    write(archive / "normals" / "0003.npy", vectors(arrays(3)["normals"]))
+    assert NYUD(archive, "train", TASKS).suffixes["normals"] == ".png"
+    for number in (1, 2, 3):
+        write(archive / "normals" / f"{number:04d}.npy", vectors(arrays(number)["normals"]))
+        (archive / "normals" / "0002.png").unlink(missing_ok=True)
+    assert NYUD(archive, "train", TASKS).suffixes["normals"] == ".npy"
+
+
+def test_palette_labels_are_indices_not_colours(archive: Path) -> None:
+    ids = arrays(3)["segmentation"]
+    picture = Image.fromarray(ids, mode="P")
+    picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    before = NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"]
+    picture.save(archive / "segmentation" / "0003.png")
+    np.testing.assert_array_equal(NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"], before)
+
+
+@pytest.mark.parametrize("size", [(12, 16), (3, 4), (13, 17)])
+def test_a_label_of_another_size_but_the_same_view_is_resampled(archive: Path, size: tuple[int, int]) -> None:
+    other = arrays(3, size)
+    for folder in ("segmentation", "edge"):
+        write(archive / folder / "0003.png", other[folder])
+    sample = NYUD(archive, "train", TASKS).read(0)
+    expected = np.where(other["segmentation"] == 0, 255, other["segmentation"].astype(int) - 1)
+    np.testing.assert_array_equal(sample.labels["semseg"], nearest(expected, (6, 8)))
+    np.testing.assert_array_equal(sample.labels["edge"], nearest(other["edge"] > 127, (6, 8)))
+
+
+@pytest.mark.parametrize("tasks", [t for n in (1, 2, 4) for t in itertools.combinations(TASKS, n)])
+@pytest.mark.parametrize("resize", [None, (3, 4)])
+def test_the_cache_changes_nothing_and_saves_decoding(
+    archive: Path, tmp_path: Path, monkeypatch, tasks, resize
+) -> None:
+    plain = NYUD(archive, "train", tasks, resize=resize)
+    NYUD(archive, "train", tasks, resize=resize, cache=tmp_path / "cache").read(0)
+    cached = NYUD(archive, "train", tasks, resize=resize, cache=tmp_path / "cache")
+    expected = plain.read(0)
+    monkeypatch.setattr(NYUD, "decode", lambda *args: pytest.fail("decoded again"))
+    found = cached.read(0)
+    np.testing.assert_array_equal(found.image, expected.image)
+    for task in tasks:
+        np.testing.assert_array_equal(found.labels[task], expected.labels[task])
+        assert found.labels[task].dtype == expected.labels[task].dtype
+
+
+def test_settings_and_archives_do_not_share_their_cache(archive: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    small = write_archive(tmp_path / "small" / "NYUDv2", size=(3, 4))
+    readers = [NYUD(archive, "train", TASKS, resize=resize, cache=cache) for resize in (None, (3, 4), (2, 2))]
+    readers.append(NYUD(small, "train", TASKS, cache=cache))
+    assert [reader.read(0).image.shape[:2] for reader in readers] == [(6, 8), (3, 4), (2, 2), (3, 4)]
+    assert len(list(cache.iterdir())) == 4
+    # The other list of the same archive, and other tasks, do share it.
+    NYUD(archive, "val", ["depth"], cache=cache).read(0)
+    assert len(list(cache.iterdir())) == 4
+
+
+def test_a_changed_file_is_decoded_again(archive: Path, tmp_path: Path) -> None:
+    NYUD(archive, "train", TASKS, cache=tmp_path / "cache").read(0)
+    write(archive / "depth" / "0003.npy", np.full((6, 8), 7, np.float32))
+    assert (NYUD(archive, "train", TASKS, cache=tmp_path / "cache").read(0).labels["depth"] == 7).all()
+
+
+def test_a_label_of_another_size_is_noticed_through_the_cache_and_resize(archive: Path, tmp_path: Path) -> None:
+    write(archive / "edge" / "0003.png", arrays(3, (5, 8))["edge"])
+    for _ in range(2):
+        assert "5x8" in message(archive, "train", TASKS, cache=tmp_path / "cache", resize=(3, 4))
+
+
+@pytest.mark.parametrize("inside", [".", "cache", "gt_sets/x"])
+def test_a_cache_inside_the_dataset_is_refused(archive: Path, inside: str) -> None:
+    before = sorted(archive.rglob("*"))
+    assert "outside" in message(archive, "train", TASKS, cache=archive / inside)
+    assert sorted(archive.rglob("*")) == before
+
+
+def test_a_list_with_an_id_twice_names_it(archive: Path) -> None:
+    (archive / "gt_sets" / "train.txt").write_text("0001\n0002\n0001\n")
+    sentence = message(archive, "train", TASKS)
+    assert "train.txt" in sentence
+    assert "0001 more than once" in sentence
+
+
+def test_a_list_that_is_no_text_is_named(archive: Path) -> None:
+    (archive / "gt_sets" / "train.txt").write_bytes(b"0001\n\xff\xfe\n")
+    sentence = message(archive, "train", TASKS)
+    assert "train.txt" in sentence
+    assert "UTF-8" in sentence
+
+
+def test_a_list_from_windows_is_read(archive: Path) -> None:
+    (archive / "gt_sets" / "train.txt").write_bytes(b"\xef\xbb\xbf0001\r\n0002\r\n")
+    assert NYUD(archive, "train", TASKS).ids == ["0001", "0002"]
+
+
+@pytest.mark.parametrize("folder", ["segmentation", "depth"])
+@pytest.mark.parametrize("fault", ["text", "truncated", "truncated 7.3", "other variable", "structure", "other form"])
+def test_a_mat_that_is_not_what_it_says_is_named(tmp_path: Path, folder: str, fault: str) -> None:
+    root = write_archive(tmp_path / "NYUD_MT", ASTMT, hdf5=fault.endswith("7.3"))
+    path = root / folder / "0003.mat"
+    if fault == "text":
+        path.write_text("<html>quota exceeded</html>")
+    elif fault.startswith("truncated"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif fault == "other variable":
+        scipy.io.savemat(path, {"groundTruth": np.zeros((6, 8))})
+    elif fault == "structure":
+        scipy.io.savemat(path, {folder: {"labels": np.zeros((6, 8))}})
+    else:
+        scipy.io.savemat(path, {folder: np.zeros((6, 8, 2))})
+    sentence = message(root, "train", TASKS)
+    assert str(path) in sentence
+    assert "groundTruth" in sentence or fault != "other variable"
 
 
 def test_depth_without_a_positive_finite_value_is_void(archive: Path) -> None:
@@ -296,7 +486,8 @@ def test_real_frames(real_frames: Path) -> None:
         sample = reader.read(index)
         assert sample.image.shape == (192, 256, 3)
         assert 10 < sample.image.mean() < 245
-        classes, depth, normals = (sample.labels[task] for task in TASKS[:3])
+        classes, depth, codes = (sample.labels[task] for task in TASKS[:3])
+        normals = build_task("normals").finished(codes)
         assert set(np.unique(classes)) <= {*range(39), 255}
         assert depth[depth > 0].min() > 0.3
         assert depth.max() < 10.1

@@ -13,11 +13,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from mtcl import UserError
+from mtcl.atomic import write_atomically
 from mtcl.models import DenseModel, DenseOutput
 from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint as checkpoint_module
 from mtcl.training.balancer import FixedWeights
-from mtcl.training.checkpoint import claim, load_checkpoint, save_checkpoint, write_atomically
+from mtcl.training.checkpoint import claim, load_checkpoint, save_checkpoint
 from mtcl.training.evaluator import Shown
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, ramp
 from mtcl.training.panels import GAP, ROW, draw_panel
@@ -183,7 +184,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, error, m
     if moment == "while writing":
         monkeypatch.setattr(checkpoint_module.torch, "save", write_half)
     else:
-        monkeypatch.setattr(checkpoint_module.os, "fsync" if moment == "while flushing" else "replace", fail)
+        monkeypatch.setattr(f"os.{'fsync' if moment == 'while flushing' else 'replace'}", fail)
     with pytest.raises(error, match="power failure"):
         save_checkpoint(path, some_content(2.0))
     monkeypatch.undo()

@@ -13,6 +13,7 @@ class Sample(NamedTuple):
     id: str
     image: np.ndarray  # uint8 RGB (H, W, 3)
     labels: dict[str, np.ndarray]  # every task in use, NumPy layout of mtcl.tasks.Task; an unlabelled one is all void
+    # Arrays may be read-only: a cache maps them from the disk.
 
 
 class SampleMeta(NamedTuple):
@@ -36,21 +37,28 @@ class Batch(TypedDict):
 
 
 class Reader(Protocol):
-    """One list of a dataset (its training or its validation pictures), read without augmentation.
-
-    A reader is made as ``SomeReader(part="train" | "val", split=..., tasks=names, **its own options)`` and raises
-    :class:`mtcl.UserError` there when what is on disk does not fit.
-    """
+    """One list of a dataset (its training or its validation pictures), read without augmentation."""
 
     ids: Sequence[str]
+
+    def read(self, index: int) -> Sample: ...
+
+    def summary(self) -> str:
+        """What was found, in one line for the log."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A short hash of what the list holds (ids and whatever else identifies the data), for ``run.json``."""
+        ...
+
+
+class Dataset(Reader, Protocol):
+    """A dataset that a config names: ``SomeDataset(part="train" | "val", split=..., tasks=names, **its own options)``.
+
+    That raises :class:`mtcl.UserError` when what is on disk does not fit.
+    """
 
     @classmethod
     def offered(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
         """Task name -> options for ``mtcl.tasks.build_task``, for a dataset of these options, without opening it."""
-        ...
-
-    def read(self, index: int) -> Sample: ...
-
-    def fingerprint(self) -> str:
-        """A short hash of what the list holds (ids and whatever else identifies the data), for ``run.json``."""
         ...

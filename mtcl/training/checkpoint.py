@@ -1,29 +1,15 @@
 """Checkpoints: a dict of tensors and plain containers, written whole or not at all, read without unpickling code."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from mtcl.atomic import write_atomically
 from mtcl.errors import UserError
 
 FORMAT = 1
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """``write`` a temporary neighbour, flush it to the disk, then give it its name: readers see the old or the new
-    file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def claim(folder: Path) -> IO[str]:

@@ -12,8 +12,8 @@ import cv2
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from mtcl.atomic import write_atomically
 from mtcl.tasks.base import Task
-from mtcl.training.checkpoint import write_atomically
 from mtcl.training.evaluator import Metrics, Shown
 from mtcl.training.panels import draw_panel
 
@@ -37,10 +37,11 @@ class Recorder:
         return SummaryWriter(str(self.folder), purge_step=self.start_step + 1 if self.start_step else None)
 
     def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name."""
+        """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name, NaN where nothing was seen."""
         writer = self.writer
         for name, value in values.items():
-            writer.add_scalar(f"{kind}/{name}", value, step)
+            if not math.isnan(value):
+                writer.add_scalar(f"{kind}/{name}", value, step)
         with self.log.open("a") as file:
             file.write(json.dumps(_finite({"step": step, "kind": kind, **values}), allow_nan=False) + "\n")
 

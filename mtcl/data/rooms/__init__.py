@@ -95,6 +95,10 @@ class Rooms:
         content = f"{RENDER_VERSION} {self._name} {len(self.ids)} {self._size}"
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
+    def summary(self) -> str:
+        """What is rendered, in one line for the log."""
+        return f"procedural rooms, {len(self.ids)} scenes at {self._size[0]}x{self._size[1]}"
+
     def _render(self, index: int) -> Sample:
         arrays = render(self._seed, self._first + range(len(self.ids))[index], *self._size)
         return Sample(self.ids[index], arrays["image"], {task: arrays[task] for task in self._tasks})

@@ -1,0 +1,169 @@
+"""Single files as arrays: pictures, label images, .npy and .mat, each complaint naming the file."""
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import h5py
+import numpy as np
+import scipy.io
+from PIL import Image
+
+from mtcl.errors import UserError
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_JPEG = b"\xff\xd8"
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); unpack it again.") from error
+
+
+def read_image(path: Path) -> np.ndarray:
+    """A picture as uint8 RGB (H, W, 3), as its pixels are stored (an EXIF orientation is not applied)."""
+    pixels = _decoded(path, read_bytes(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def read_values(path: Path) -> np.ndarray:
+    """A label image's numbers as uint8 (H, W): grey levels, or the indices of a palette."""
+    data = read_bytes(path)
+    bits, kind = (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else (8, 0)
+    if kind == 3:  # OpenCV would give the colours of the palette
+        try:
+            with Image.open(path) as picture:
+                return np.array(picture)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise _damaged(path) from error
+    pixels = _decoded(path, data, cv2.IMREAD_UNCHANGED)
+    if bits not in (1, 8) or pixels.dtype != np.uint8 or pixels.ndim != 2:
+        raise UserError(f"{path} holds {form(pixels)}, but this label is an 8-bit picture of 1 channel.")
+    return pixels
+
+
+def read_colours(path: Path) -> np.ndarray:
+    """A label image of three 8-bit channels as uint8 RGB (H, W, 3), unchanged."""
+    pixels = _decoded(path, read_bytes(path), cv2.IMREAD_UNCHANGED)
+    if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
+        raise UserError(f"{path} holds {form(pixels)}, but this label is an 8-bit picture of 3 channels.")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """The array of a .npy file; pickled objects are refused."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} is not a readable .npy file ({error}); unpack it again.") from error
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path} holds {form(array)}, but a label is one array.")
+    return array
+
+
+def read_mat(path: Path, key: str) -> np.ndarray:
+    """The variable ``key`` of a MATLAB file, format 5 (with its structures) or 7.3 (HDF5, plain arrays only)."""
+    with_hdf5 = _is_hdf5(path)
+    try:
+        if with_hdf5:
+            with h5py.File(path, "r") as file:
+                if key not in file:
+                    raise _lacks(path, key, list(file))
+                found = file[key]
+                if not isinstance(found, h5py.Dataset) or found.dtype == h5py.ref_dtype:
+                    raise UserError(f"{key} in {path} is a structure in MATLAB's format 7.3; save it again with -v7.")
+                return np.ascontiguousarray(found[()].T)  # MATLAB stores columns first
+        content = scipy.io.loadmat(path, variable_names=[key])
+        if key not in content:
+            raise _lacks(path, key, [name for name, *_ in scipy.io.whosmat(path)])
+    except UserError:
+        raise
+    except Exception as error:  # scipy raises whatever the damaged bytes lead to
+        raise UserError(f"{path} is not a readable .mat file ({error}); unpack it again.") from error
+    return content[key]
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The ids of a list file, one per line, in order; ``what`` names the list in complaints."""
+    try:
+        ids = read_bytes(path).decode("utf-8-sig").split()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); {what} holds one id per line.") from error
+    if not ids:
+        raise UserError(f"{path} lists no picture; {what} must hold one id per line.")
+    if len(set(ids)) < len(ids):
+        twice = next(name for name in ids if ids.count(name) > 1)
+        raise UserError(f"{path} lists {twice} more than once; take out the repeated lines.")
+    return ids
+
+
+def as_depth(array: np.ndarray, path: Path) -> np.ndarray:
+    """Depth as float32 (H, W) in metres; 0 where there is no finite positive value."""
+    if array.ndim != 2 or array.dtype.kind != "f":
+        raise UserError(f"{path} holds {form(array)}, but depth is one floating-point array (height, width) in metres.")
+    return np.where(np.isfinite(array) & (array > 0), array, 0).astype(np.float32)
+
+
+def as_normals(array: np.ndarray, path: Path) -> np.ndarray:
+    """Normal vectors as float32 (H, W, 3), zero where one is not finite."""
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind != "f":
+        raise UserError(f"{path} holds {form(array)}, but normals are floating-point vectors (height, width, 3).")
+    finite = np.isfinite(array).all(axis=2, keepdims=True)
+    return np.where(finite, array, 0).astype(np.float32)
+
+
+def as_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
+    """Class ids 0 (void), 1 ... ``num_classes`` as uint8 (H, W): void is 255, id v is class v - 1."""
+    if values.ndim != 2 or values.dtype.kind not in "ufi":
+        raise UserError(f"{path} holds {form(values)}, but classes are one array (height, width) of whole numbers.")
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0 and high <= num_classes):
+        raise UserError(
+            f"{path} holds the class id {low if low < 0 else high:g}, but num_classes={num_classes} allows 0 to "
+            f"{num_classes}; raise num_classes or mend the file."
+        )
+    return values.astype(np.uint8) - np.uint8(1)  # wraps 0 around to 255
+
+
+def as_edges(array: np.ndarray, path: Path) -> np.ndarray:
+    """Edges as uint8 (H, W) in {0, 1}: 1 above half of the range, which is 0..255 or 0..1."""
+    if array.ndim != 2 or array.dtype.kind not in "ufib":
+        raise UserError(f"{path} holds {form(array)}, but edges are one array (height, width) of numbers.")
+    return (array > (127 if array.dtype == np.uint8 and array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
+
+
+def form(array: Any) -> str:
+    """What an array is, for a complaint: its type and shape."""
+    return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
+
+
+def _decoded(path: Path, data: bytes, flag: int) -> np.ndarray:
+    # OpenCV fills what a truncated file lacks with grey, and only prints a warning.
+    whole = b"IEND" in data[-64:] if data.startswith(_PNG) else b"\xff\xd9" in data[-4096:]
+    known = data.startswith((_PNG, _JPEG))
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if known and whole else None
+    if pixels is None:
+        raise _damaged(path)
+    return pixels
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"{path} is not a readable picture (truncated or damaged); unpack it again.")
+
+
+def _lacks(path: Path, key: str, there: list[str]) -> UserError:
+    there = [name for name in there if not name.startswith("#")]
+    return UserError(f"{path} has no variable {key}; it holds {', '.join(there) or 'nothing'}.")
+
+
+def _is_hdf5(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            start = file.read(520)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); unpack it again.") from error
+    return start.startswith(_HDF5) or start[512:].startswith(_HDF5) or start.startswith(b"MATLAB 7.3")

@@ -1,0 +1,199 @@
+"""What readers of files on a disk have in common: finding files, sizes, the cache, a fingerprint."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from mtcl.data.files import read_lines
+from mtcl.data.sample import Sample
+from mtcl.data.store import ArrayStore, Stored
+from mtcl.data.transforms import nearest
+from mtcl.errors import UserError
+
+IMAGE = "image"  # the kind of array beside the tasks'
+STRETCH = 0.02  # by how much the aspect of a label may differ from its picture's, when their sizes do
+
+
+class FileReader(ABC):
+    """A list of pictures and labels that lie in files below ``root``.
+
+    A subclass says which files there are (:meth:`sources`) and decodes them (:meth:`decode`); it sets ``ids`` and
+    ``tasks`` before :meth:`open_store`. Labels of another size than their picture are resampled to it (nearest), as
+    the field does, if their aspects agree; else that is a UserError when read.
+    """
+
+    root: Path
+    ids: Sequence[str]
+    tasks: tuple[str, ...]
+    resize: tuple[int, int] | None = None  # height, width: pictures and labels are made this small when decoded
+    store: ArrayStore | None = None
+    memory_map: bool = False
+
+    @abstractmethod
+    def sources(self, kind: str, name: str) -> tuple[Path, ...]:
+        """The files that the array ``kind`` ("image" or a task) of the picture ``name`` is made from."""
+
+    @abstractmethod
+    def decode(self, kind: str, name: str) -> np.ndarray:
+        """The array at the size of its file: uint8 RGB (H, W, 3) for "image", else the task's NumPy layout."""
+
+    @abstractmethod
+    def settings(self) -> Mapping[str, Any]:
+        """What, besides the files, decides what :meth:`decode` gives."""
+
+    @abstractmethod
+    def all_kinds(self) -> Sequence[str]:
+        """ "image" and every task of the dataset, in use or not."""
+
+    def read(self, index: int) -> Sample:
+        """The picture and its labels in the NumPy layout of :class:`mtcl.tasks.base.Task`."""
+        name = self.ids[index]
+        image = self._load(IMAGE, name)
+        labels = {}
+        for task in self.tasks:
+            label = self._load(task, name)
+            self._check_aspect(task, name, label.native_size, image.native_size)
+            labels[task] = nearest(label.array, _size(image.array))
+        return Sample(name, image.array, labels)
+
+    def derived(self, kind: str, name: str, sources: Sequence[Path], make: Callable[[], np.ndarray]) -> np.ndarray:
+        """``make()``, computed once where there is a cache; for labels that are costly to derive."""
+
+        def made() -> Stored:
+            array = make()
+            return Stored(array, _size(array))
+
+        kept_anyway = self.memory_map and kind in self.tasks
+        if self.store is None or kept_anyway:
+            return make()
+        return self.store.get(kind, name, sources, made, packed=True).array
+
+    def open_store(self, cache: str | Path | None, memory_map: bool) -> None:
+        """Keep derived labels, with ``memory_map`` every decoded array, in a folder of this dataset below ``cache``."""
+        self.memory_map = memory_map
+        if cache is None:
+            return
+        folder = Path(cache).resolve()
+        if folder.is_relative_to(self.root.resolve()):
+            raise UserError(
+                f"the cache {folder} lies in the dataset {self.root}; give a folder outside, data.cache=PATH."
+            )
+        key = hashlib.sha256(repr((self.settings(), self.resize, self._probe(all_ids=True))).encode()).hexdigest()[:12]
+        self.store = ArrayStore(folder / f"{type(self).__name__.lower()}-{key}")
+
+    def fingerprint(self) -> str:
+        """First 16 hexadecimal digits of a SHA-256 that tells the list and its files, without reading them.
+
+        It covers the ids, the settings, and the sizes in bytes of the first, middle and last id's files of every
+        task, in use or not (-1 where absent), so that runs on different tasks agree.
+        """
+        known = repr((list(self.ids), self.settings(), self.resize, self._probe()))
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+    def check_files(self, layout: str) -> None:
+        """UserError if a file of the tasks in use is missing; ``layout`` tells what is expected."""
+        folders: dict[Path, set[str]] = {}
+        missing = []
+        for kind in (IMAGE, *self.tasks):
+            for name in self.ids:
+                for path in self.sources(kind, name):
+                    if path.parent not in folders:
+                        folders[path.parent] = {entry.name for entry in entries(path.parent)}
+                    if path.name not in folders[path.parent]:
+                        missing.append(str(path.relative_to(self.root)))
+        if missing:
+            missing = list(dict.fromkeys(missing))
+            raise UserError(
+                f"{self.root} lacks {len(missing)} files of the tasks used, first {', '.join(missing[:3])}; "
+                f"unpack the whole archive there (expected: {layout})."
+            )
+
+    def _load(self, kind: str, name: str) -> Stored:
+        if self.store is None or not self.memory_map:
+            return self._decoded(kind, name)
+        return self.store.get(kind, name, self.sources(kind, name), lambda: self._decoded(kind, name))
+
+    def _decoded(self, kind: str, name: str) -> Stored:
+        array = self.decode(kind, name)
+        native = _size(array)
+        if self.resize is not None and self.resize != native:
+            resized = {IMAGE: resized_image, "edge": resized_edges}.get(kind, nearest)
+            array = resized(array, self.resize)
+        return Stored(array, native)
+
+    def _check_aspect(self, task: str, name: str, label: tuple[int, int], image: tuple[int, int]) -> None:
+        across, down = label[1] / image[1], label[0] / image[0]
+        if label != image and abs(across - down) > STRETCH * max(across, down):
+            raise UserError(
+                f"{self.sources(task, name)[0]} is {label[0]}x{label[1]} pixels (height x width), but its picture is "
+                f"{image[0]}x{image[1]}; both must show the same."
+            )
+
+    def _probe(self, all_ids: bool = False) -> list[int]:
+        """Sizes in bytes that tell one archive from another."""
+        ids = sorted(entry.stem for entry in entries(self.sources(IMAGE, "x")[0].parent)) if all_ids else self.ids
+        probes = (ids[0], ids[len(ids) // 2], ids[-1])
+        paths = [path for kind in self.all_kinds() for name in probes for path in self.sources(kind, name)]
+        return [path.stat().st_size if path.is_file() else -1 for path in paths]
+
+
+def resized_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The picture at ``size`` (height, width): mean over the covered area, bilinear where both sides grow."""
+    grows = size[0] >= image.shape[0] and size[1] >= image.shape[1]
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR if grows else cv2.INTER_AREA)
+
+
+def resized_edges(edges: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Edges (H, W) at ``size``: 1 where a pixel covers any edge, so that thin lines survive."""
+    return _cell_maximum(_cell_maximum(edges, size[0], axis=0), size[1], axis=1)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What a folder holds; nothing where there is none."""
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def find_root(given: Path, names: Sequence[str], lists: str, what: str, layout: str) -> Path:
+    """The dataset's folder: ``given`` or one of the ``names`` in it; it must hold the folder ``lists``."""
+    root = next((given / name for name in names if (given / name).is_dir()), given)
+    advice = f"give the folder that holds {what}, data.root=PATH (expected: {layout})."
+    if not entries(root):
+        raise UserError(f"{root} {'is empty' if root.is_dir() else 'is not a folder'}; {advice}")
+    if not (root / lists).is_dir():
+        raise UserError(f"{root} has no folder {lists}; {advice}")
+    return root
+
+
+def read_list(folder: Path, part: str, split: str, limit: int | None) -> list[str]:
+    """The ids of one list in ``folder``; the other parts and splits stay closed."""
+    if part not in ("train", "val"):
+        raise UserError(f"part={part!r} is not a part of a dataset; choose 'train' or 'val'.")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} leaves no picture; give at least 1, or None for all.")
+    path = folder / (f"{part}.txt" if split == "standard" else f"{split}_{part}.txt")
+    if not path.is_file():
+        stems = sorted(entry.stem for entry in entries(folder) if entry.suffix == ".txt")
+        there = [stem.removesuffix(f"_{part}") for stem in stems if stem.endswith(f"_{part}")]
+        there = ["standard"] * (part in stems) + there
+        raise UserError(f"split={split!r} needs {path}, which is missing; the splits there are {there}.")
+    return read_lines(path, f"the list of split {split!r}")[:limit]
+
+
+def _cell_maximum(array: np.ndarray, count: int, axis: int) -> np.ndarray:
+    """Maximum over each of ``count`` equal cells of an axis; a pixel partly in a cell belongs to it."""
+    length = array.shape[axis]
+    cells = np.arange(count)
+    bounds = np.stack([cells * length // count, -((cells + 1) * -length // count)], axis=1).ravel()
+    bounds = np.minimum(bounds, length)
+    padded = np.concatenate([array, np.take(array, [-1], axis)], axis)  # an index of reduceat must lie inside
+    return np.take(np.maximum.reduceat(padded, bounds, axis), 2 * cells, axis)
+
+
+def _size(array: np.ndarray) -> tuple[int, int]:
+    height, width = array.shape[:2]
+    return height, width

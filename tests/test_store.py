@@ -1,0 +1,171 @@
+"""The cache of decoded arrays: never wrong, whatever happened to its files or to the files it was made from."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtcl import UserError
+from mtcl.data import store as store_module
+from mtcl.data.store import ArrayStore, Stored
+
+ARRAY = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source.png"
+    path.write_bytes(b"the file an array is made from")
+    return path
+
+
+class Maker:
+    """Gives an array and counts how often it was asked."""
+
+    def __init__(self, array: np.ndarray = ARRAY) -> None:
+        self.array, self.calls = array, 0
+
+    def __call__(self) -> Stored:
+        self.calls += 1
+        return Stored(self.array, (8, 10))
+
+
+def entry(folder: Path) -> Path:
+    (path,) = folder.rglob("*.array")
+    return path
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("array", [ARRAY, np.float32([[0.5, -1]]), np.zeros((0, 3), np.int64), ARRAY[::2, :, 1]])
+def test_an_entry_is_made_once_and_read_back_equal(tmp_path: Path, source: Path, packed: bool, array) -> None:
+    make = Maker(array)
+    for _ in range(2):  # the second store is another process, or another day
+        store = ArrayStore(tmp_path / "cache")
+        for _ in range(2):
+            found = store.get("semseg", "2008_000001", [source], make, packed)
+            np.testing.assert_array_equal(found.array, array)
+            assert found.array.dtype == array.dtype
+            assert found.native_size == (8, 10)
+    assert make.calls == 1
+    assert found.array.size == 0 or not found.array.flags.writeable
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == ["2008_000001.array"]
+
+
+def test_a_plain_array_is_mapped_and_a_packed_one_is_small(tmp_path: Path, source: Path) -> None:
+    make = Maker(np.zeros((100, 100), np.uint8))
+    ArrayStore(tmp_path).get("a", "x", [source], make)
+    ArrayStore(tmp_path).get("b", "x", [source], make, packed=True)
+    assert (tmp_path / "a" / "x.array").stat().st_size > 10_000
+    assert (tmp_path / "b" / "x.array").stat().st_size < 1_000
+
+
+def test_kinds_and_names_are_kept_apart(tmp_path: Path, source: Path) -> None:
+    store = ArrayStore(tmp_path)
+    for number, (kind, name) in enumerate([("edge", "a"), ("edge", "b"), ("depth", "a")]):
+        store.get(kind, name, [source], Maker(np.full((2, 2), number)))
+    for number, (kind, name) in enumerate([("edge", "a"), ("edge", "b"), ("depth", "a")]):
+        assert (store.get(kind, name, [source], Maker()).array == number).all()
+
+
+@given(position=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+@settings(max_examples=60, deadline=None)
+def test_any_flipped_bit_is_noticed_or_harmless(tmp_path_factory: pytest.TempPathFactory, position, bit) -> None:
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "source").write_bytes(b"x")
+    ArrayStore(folder).get("image", "1", [folder / "source"], Maker())
+    data = bytearray(entry(folder).read_bytes())
+    data[int(position * len(data))] ^= 1 << bit
+    entry(folder).write_bytes(data)
+    np.testing.assert_array_equal(ArrayStore(folder).get("image", "1", [folder / "source"], Maker()).array, ARRAY)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 20, 100, 250, -1])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_truncated_entry_is_made_anew_with_a_warning(tmp_path: Path, source: Path, caplog, kept: int, packed) -> None:
+    ArrayStore(tmp_path).get("image", "1", [source], Maker(), packed)
+    whole = entry(tmp_path).read_bytes()
+    entry(tmp_path).write_bytes(whole[:kept])
+    make = Maker()
+    np.testing.assert_array_equal(ArrayStore(tmp_path).get("image", "1", [source], make, packed).array, ARRAY)
+    assert make.calls == 1
+    assert str(entry(tmp_path)) in caplog.text
+    assert entry(tmp_path).read_bytes() == whole
+
+
+def test_an_entry_of_another_version_is_made_anew(tmp_path: Path, source: Path, monkeypatch) -> None:
+    monkeypatch.setattr(store_module, "MAGIC", b"mtcl array 0\n\0\0\0")
+    ArrayStore(tmp_path).get("image", "1", [source], Maker())
+    monkeypatch.undo()
+    make = Maker(ARRAY + 1)
+    assert (ArrayStore(tmp_path).get("image", "1", [source], make).array == ARRAY + 1).all()
+    assert make.calls == 1
+
+
+def test_a_changed_source_makes_the_entry_anew(tmp_path: Path, source: Path) -> None:
+    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    source.write_bytes(b"the file an array is made FROM")  # of the same length
+    make = Maker(ARRAY + 1)
+    assert (ArrayStore(tmp_path / "cache").get("image", "1", [source], make).array == ARRAY + 1).all()
+    assert make.calls == 1
+
+
+def test_a_source_that_moved_or_was_unpacked_again_is_known_by_its_content(tmp_path: Path, source: Path) -> None:
+    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    moved = tmp_path / "elsewhere.png"
+    shutil.copy(source, moved)
+    os.utime(source, (1, 1))
+    make = Maker()
+    for path in (moved, source):
+        ArrayStore(tmp_path / "cache").get("image", "1", [path], make)
+    assert make.calls == 0
+
+
+def test_another_number_of_sources_makes_the_entry_anew(tmp_path: Path, source: Path) -> None:
+    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    make = Maker()
+    ArrayStore(tmp_path / "cache").get("image", "1", [source, source], make)
+    assert make.calls == 1
+
+
+def test_a_full_disk_costs_one_warning_and_no_array(tmp_path: Path, source: Path, monkeypatch, caplog) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    store, make = ArrayStore(tmp_path / "cache"), Maker()
+    for name in "abc":
+        np.testing.assert_array_equal(store.get("image", name, [source], make).array, ARRAY)
+    assert make.calls == 3
+    assert len(caplog.records) == 1
+    assert "No space left on device" in caplog.text
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]  # nothing half-written stays
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/cache.*data\.cache=PATH"):
+        ArrayStore(tmp_path / "file" / "cache")
+
+
+def fill(folder: Path, source: Path) -> int:
+    store, make = ArrayStore(folder), Maker(np.arange(300_000, dtype=np.float32).reshape(300, 1000))
+    for _ in range(3):
+        for name in range(12):
+            found = store.get("depth", str(name), [source], make)
+            assert (found.array == make.array).all()
+    return make.calls
+
+
+def test_processes_that_fill_one_store_at_once_leave_only_whole_entries(tmp_path: Path, source: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        calls = pool.starmap(fill, [(tmp_path / "cache", source)] * 2)
+    assert all(count <= 12 for count in calls)
+    assert fill(tmp_path / "cache", source) == 0
+    assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 12
