@@ -1,33 +1,274 @@
-"""Images per second of the built-in rooms on one core: rendered, and read from the cache.
+"""How fast training pictures come: synthetic rooms, NYUD-v2 cold and cached, and the same steps written the plain way.
 
-python scripts/benchmark_data.py [HEIGHT WIDTH]
+python scripts/benchmark_data.py [--root NYUDv2] [--size HEIGHTxWIDTH] [--images N] [--step] [--json OUT]
+
+Rates are images per second of one core, the thread's own CPU time, so that a busy machine does not count. Without
+--root an archive is made up: rooms at NYUD-v2's 425x560 in its formats. The rows:
+  rooms, rendered / cached   the built-in scenes at 96x128, without augmentation
+  plain                      how the field writes it: PIL, float32 from the start, np.unique for the class cap
+  files                      this code, every file decoded at each access (data.memory_map=false)
+  first epoch                this code while it fills its cache
+  cached                     this code from the memory-mapped cache
+--step adds the share of a training step (MobileNetV2, this machine) that waits for data.
 """
 
-import sys
+import argparse
+import json
+import tempfile
 import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from mtcl.data.rooms import Rooms
-from mtcl.tasks import TASK_NAMES
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-COUNT = 200
+from mtcl.data import NYUD, Augment, EpochBatches, Rooms, SampleDataset, collate, prepare, train_loader
+from mtcl.entry.script import run
+from mtcl.errors import UserError
+from mtcl.models import EncoderDecoder, build_backbone
+from mtcl.models.decoders import MultiHead
+from mtcl.tasks import TASK_NAMES, Task, build_task
+
+NAMES = ("semseg", "depth", "normals", "edge")
+BATCH = 8
+MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def rate(reader: Rooms) -> float:
-    """Images per second of this thread's own CPU time, so that a busy machine does not count."""
+def rate(work: Callable[[], int]) -> float:
+    """Images per second of this thread's CPU time; ``work`` returns how many it made."""
     began = time.thread_time()
-    for index in range(COUNT):
-        reader.read(index)
-    return COUNT / (time.thread_time() - began)
+    count = work()
+    return count / (time.thread_time() - began)
+
+
+def rooms_rates(count: int = 200) -> dict[str, float]:
+    reader = Rooms("train", TASK_NAMES, size=(96, 128), length=(count, 1))
+    Rooms("val", TASK_NAMES, size=(96, 128), cache=False).read(0)  # make the textures
+
+    def read() -> int:
+        for index in range(count):
+            reader.read(index)
+        return count
+
+    return {"rooms, rendered": rate(read), "rooms, cached": rate(read)}
+
+
+def nyud_tasks() -> dict[str, Task]:
+    return {name: build_task(name, **options) for name, options in NYUD.offered().items()}
+
+
+def make_archive(root: Path, count: int) -> None:
+    """``count`` rooms in the files of the NYUDv2 archive; a class per number, so that the cap has work to do."""
+    reader = Rooms("train", NAMES, size=(425, 560), length=(count, 1))
+    for folder in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
+        (root / folder).mkdir(parents=True)
+    for index, name in enumerate(reader.ids):
+        sample = reader.read(index)
+        noise = np.random.default_rng(index).normal(0, 4, sample.image.shape)  # a camera's: PNG can't pack it away
+        image = np.clip(sample.image + noise, 0, 255).astype(np.uint8)
+        cv2.imwrite(str(root / f"images/{name}.png"), image[..., ::-1])
+        cv2.imwrite(str(root / f"segmentation/{name}.png"), sample.labels["semseg"] + np.uint8(1))
+        np.save(root / f"depth/{name}.npy", sample.labels["depth"])
+        codes = np.round((sample.labels["normals"] + 1) * 127.5).astype(np.uint8)
+        cv2.imwrite(str(root / f"normals/{name}.png"), codes[..., ::-1])
+        cv2.imwrite(str(root / f"edge/{name}.png"), sample.labels["edge"] * np.uint8(255))
+    (root / "gt_sets" / "train.txt").write_text("\n".join(reader.ids))
+
+
+def batches_of(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> Callable[[], int]:
+    """One epoch of augmented batches in this thread, up to the normalised picture."""
+    dataset = SampleDataset(reader, tasks, Augment(size), seed=0)
+
+    def epoch() -> int:
+        stream = iter(EpochBatches(len(reader.ids), BATCH, seed=0))
+        for _ in range(len(reader.ids) // BATCH):
+            samples = [sample for sample in map(dataset.__getitem__, next(stream)) if not isinstance(sample, UserError)]
+            prepare(collate(samples, tasks, size, 1), MEAN.tolist(), STD.tolist(), "cpu")
+        return len(reader.ids) // BATCH * BATCH
+
+    return epoch
+
+
+class Plain:
+    """The same steps the plain way; its arithmetic is the field's, step by step on whole float32 arrays."""
+
+    def __init__(self, root: Path, ids: Sequence[str], size: tuple[int, int]) -> None:
+        self.root, self.ids, self.size = root, ids, size
+        self.rng = np.random.default_rng(0)
+
+    def __call__(self) -> int:
+        for start in range(0, len(self.ids) - BATCH + 1, BATCH):
+            samples = [self.sample(name) for name in self.ids[start : start + BATCH]]
+            {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+        return len(self.ids) // BATCH * BATCH
+
+    def read(self, folder: str, name: str) -> np.ndarray:
+        return np.array(Image.open(self.root / folder / f"{name}.png")).astype(np.float32)
+
+    def sample(self, name: str) -> dict[str, Tensor]:
+        semseg = self.read("segmentation", name)
+        semseg[semseg == 0] = 256
+        sample = {
+            "image": self.read("images", name),
+            "semseg": (semseg - 1)[..., None],
+            "depth": np.load(self.root / "depth" / f"{name}.npy").astype(np.float32)[..., None],
+            "normals": 2.0 * self.read("normals", name) / 255.0 - 1.0,
+            "edge": (self.read("edge", name) / 255.0)[..., None],
+        }
+        sample = self.scaled(sample)
+        sample = self.cropped(sample)
+        if self.rng.random() < 0.5:
+            sample = {key: np.ascontiguousarray(array[:, ::-1]) for key, array in sample.items()}
+            sample["normals"][..., 0] *= -1
+        sample["image"] = (self.distorted(sample["image"]) / 255.0 - MEAN) / STD
+        sample = self.padded(sample)
+        sample["normals"][np.linalg.norm(sample["normals"], axis=-1) == 0] = 255
+        sample["depth"][sample["depth"] == 0] = 255
+        return {key: torch.from_numpy(array.transpose(2, 0, 1).copy()).float() for key, array in sample.items()}
+
+    def scaled(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        factor = self.rng.uniform(0.5, 2.0)
+        found: dict[str, np.ndarray] = {}
+        for key, array in sample.items():
+            how = cv2.INTER_LINEAR if key == "image" else cv2.INTER_NEAREST
+            resized = cv2.resize(array, None, fx=factor, fy=factor, interpolation=how)
+            found[key] = resized if resized.ndim == 3 else resized[..., None]
+        found["depth"] = found["depth"] / factor
+        return found
+
+    def cropped(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        height, width = sample["image"].shape[:2]
+        if height <= self.size[0] and width <= self.size[1]:
+            return sample
+        for _ in range(11):
+            top = self.rng.integers(0, max(height - self.size[0], 0) + 1)
+            left = self.rng.integers(0, max(width - self.size[1], 0) + 1)
+            window = (slice(top, top + self.size[0]), slice(left, left + self.size[1]))
+            values, counts = np.unique(sample["semseg"][window], return_counts=True)
+            counts = counts[values != 255]
+            if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
+                break
+        return {key: array[window] for key, array in sample.items()}
+
+    def distorted(self, image: np.ndarray) -> np.ndarray:
+        def line(array: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
+            return np.clip(array.astype(np.float32) * gain + offset, 0, 255).astype(np.uint8)
+
+        image = image.astype(np.uint8)
+        if self.rng.random() < 0.5:
+            image = line(image, offset=self.rng.uniform(-32, 32))
+        first = self.rng.random() < 0.5
+        if first and self.rng.random() < 0.5:
+            image = line(image, self.rng.uniform(0.5, 1.5))
+        if self.rng.random() < 0.5:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+            hsv[..., 1] = line(hsv[..., 1], self.rng.uniform(0.5, 1.5))
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        if self.rng.random() < 0.5:
+            hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+            hue = hsv[..., 0].astype(np.int64) + int(self.rng.integers(-18, 18))
+            hsv[..., 0] = (hue % 180).astype(np.uint8)
+            image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        if not first and self.rng.random() < 0.5:
+            image = line(image, self.rng.uniform(0.5, 1.5))
+        return image.astype(np.float32)
+
+    def padded(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        height, width = sample["image"].shape[:2]
+        above, left = max(self.size[0] - height, 0) // 2, max(self.size[1] - width, 0) // 2
+        below, right = max(self.size[0] - height, 0) - above, max(self.size[1] - width, 0) - left
+        void = {"semseg": 255.0, "edge": 255.0}
+        return {
+            key: np.pad(array, ((above, below), (left, right), (0, 0)), constant_values=void.get(key, 0.0))
+            for key, array in sample.items()
+        }
+
+
+def waiting(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int], workers: int, steps: int = 12) -> float:
+    """Share of a training step that waits for its batch, after two steps to warm up."""
+    backbone = build_backbone("mobilenetv2_100", weights=None)
+    channels = {name: task.channels for name, task in tasks.items()}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = EncoderDecoder(backbone, MultiHead(backbone.channels, backbone.strides, channels)).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    stream = iter(train_loader(reader, tasks, Augment(size), BATCH, seed=0, workers=workers, pin_memory=False))
+    waited = spent = 0.0
+    for step in range(steps + 2):
+        began = time.perf_counter()
+        batch = next(stream)
+        arrived = time.perf_counter()
+        image, labels = prepare(batch, model.mean, model.std, device)
+        output = model(image)
+        loss = torch.stack([task.weight * task.loss(output.predictions[n], labels[n]) for n, task in tasks.items()])
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if step >= 2:
+            waited += arrived - began
+            spent += time.perf_counter() - began
+    return waited / spent
+
+
+def nyud_rates(root: Path, cache: Path, size: tuple[int, int], limit: int | None) -> dict[str, float]:
+    def reader(store: Path | None) -> NYUD:
+        return NYUD(root, "train", NAMES, cache=store, limit=limit)
+
+    files = reader(None)
+    tasks = nyud_tasks()
+    rates = {"plain": rate(Plain(files.root, files.ids, size)), "files": rate(batches_of(files, tasks, size))}
+    rates["first epoch"] = rate(batches_of(reader(cache), tasks, size))
+    warm = batches_of(reader(cache), tasks, size)
+    warm()  # checks every entry once
+    rates["cached"] = rate(warm)
+    return rates
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--root", type=Path, help="NYUD-v2; by default made up from rooms")
+    parser.add_argument("--size", default="448x576", help="of training crops, HEIGHTxWIDTH")
+    parser.add_argument("--images", type=int, default=96, help="how many pictures to use")
+    parser.add_argument("--step", action="store_true", help="also measure a training step's wait for data")
+    parser.add_argument("--workers", type=int, default=1, help="of the training step's loader")
+    parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    return parser.parse_args()
 
 
 def main() -> None:
-    height, width = (int(word) for word in sys.argv[1:3]) if len(sys.argv) > 2 else (96, 128)
-    reader = Rooms("train", TASK_NAMES, size=(height, width), length=(COUNT, 1))
-    Rooms("val", TASK_NAMES, size=(height, width), cache=False).read(0)  # make the textures
-    print(f"rooms at {height}x{width}, all six tasks, one core")
-    print(f"rendered  {rate(reader):8.0f} images/s")
-    print(f"cached    {rate(reader):8.0f} images/s")
+    words = parsed()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+    try:
+        height, width = (int(side) for side in words.size.split("x"))
+    except ValueError:
+        raise UserError(f"--size {words.size} is not HEIGHTxWIDTH, e.g. 448x576.") from None
+    size = (height, width)
+    with tempfile.TemporaryDirectory() as scratch:
+        root, cache = words.root, Path(scratch) / "cache"
+        if root is None:
+            root = Path(scratch) / "NYUDv2"
+            make_archive(root, words.images)
+        rates = {**rooms_rates(), **nyud_rates(root, cache, size, words.images)}
+        print(f"images per second of one core; training crops {height}x{width}, tasks {', '.join(NAMES)}")
+        for name, value in rates.items():
+            beside = "" if name.startswith("rooms") else f"{value / rates['plain']:6.1f} x plain"
+            print(f"{name:<16} {value:8.0f}  {beside}".rstrip())
+        found: dict[str, float] = dict(rates)
+        if words.step:
+            torch.set_num_threads(threads)
+            reader = NYUD(root, "train", NAMES, cache=cache, limit=words.images)
+            found["waiting"] = waiting(reader, nyud_tasks(), size, words.workers)
+            percent = 100 * found["waiting"]
+            print(f"a training step waits for data {percent:.1f} % of its time (loader workers: {words.workers})")
+    if words.json:
+        words.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -166,6 +166,10 @@ def test_impossible_batches_and_seeds_are_named() -> None:
         train_loader(READER, TASKS, AUGMENT, 2, -1, 0)
 
 
+def channels_first(array: np.ndarray) -> np.ndarray:
+    return array.transpose(2, 0, 1) if array.ndim == 3 else array
+
+
 @pytest.mark.parametrize(
     ("size", "multiple", "frame"),
     [
@@ -182,7 +186,7 @@ def test_collate_pads_mixed_sizes_around_their_centres(size, multiple, frame) ->
     assert batch["image"].shape == (2, 3, *frame)
     assert batch["image"].dtype == torch.uint8
     assert batch["image"].is_contiguous()
-    alone = {name: task.collated([sample.labels[name] for sample in samples[:1]]) for name, task in ALL.items()}
+    alone = {name: task.collated(np.stack([channels_first(samples[0].labels[name])])) for name, task in ALL.items()}
     for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):
         height, width = sample.image.shape[:2]
         top, left = (frame[0] - height) // 2, (frame[1] - width) // 2

@@ -38,6 +38,11 @@ def make_prediction(task, seed=0):
     return torch.randn(task.channels, H, W, generator=torch.Generator().manual_seed(seed))
 
 
+def stacked(*arrays: np.ndarray) -> np.ndarray:
+    """(H, W[, 3]) each -> (B[, 3], H, W)."""
+    return np.moveaxis(np.stack(arrays), -1, 1) if arrays[0].ndim == 3 else np.stack(arrays)
+
+
 @pytest.mark.parametrize(
     ("name", "channels", "primary", "higher", "weight", "void"),
     [
@@ -85,7 +90,7 @@ def test_is_frozen_and_travels_to_workers(name):
     task = make_task(name)
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.weight = 3
-    task.loss(make_prediction(task)[None], task.collated([make_array(name)]))
+    task.loss(make_prediction(task)[None], task.collated(stacked(make_array(name))))
     again = pickle.loads(pickle.dumps(task))
     assert again == task
     assert hash(again) == hash(task)
@@ -95,7 +100,7 @@ def test_is_frozen_and_travels_to_workers(name):
 def test_batch_layout(name):
     task = make_task(name)
     arrays = [make_array(name, seed) for seed in (0, 1)]
-    batch = task.collated(arrays)
+    batch = task.collated(stacked(*arrays))
     if name in ("semseg", "human_parts", "sal"):
         assert batch.dtype == torch.int64
         np.testing.assert_array_equal(batch.numpy(), np.stack(arrays))
@@ -111,7 +116,7 @@ def test_batch_layout(name):
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_valid(name):
     task = make_task(name)
-    valid = task.valid(task.collated([make_array(name), make_array(name, 1)]))
+    valid = task.valid(task.collated(stacked(make_array(name), make_array(name, 1))))
     assert valid.dtype == torch.bool
     assert valid.shape == (2, H, W)
     assert not valid[:, 0].any()
@@ -121,17 +126,17 @@ def test_valid(name):
 def test_valid_depth_and_normals_at_their_limits():
     depth = np.array([[1e-3, 0, -1, np.inf, np.nan]], np.float32)
     task = make_task("depth")
-    assert task.valid(task.collated([depth])).tolist() == [[[True, False, False, False, False]]]
+    assert task.valid(task.collated(stacked(depth))).tolist() == [[[True, False, False, False, False]]]
     normals = np.array([[[0, 0, 1], [0, -1, 0], [0, 0, 0], [-0.0, 0, -0.0]]], np.float32)
     task = make_task("normals")
-    assert task.valid(task.collated([normals])).tolist() == [[[True, True, False, False]]]
+    assert task.valid(task.collated(stacked(normals))).tolist() == [[[True, True, False, False]]]
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_loss_and_metric_fit_the_layouts(name):
     task = make_task(name)
     prediction = torch.stack([make_prediction(task), make_prediction(task, 1)]).requires_grad_()
-    label = task.collated([make_array(name), make_array(name, 1)])
+    label = task.collated(stacked(make_array(name), make_array(name, 1)))
     loss = task.loss(prediction, label)
     loss.backward()
     used = (prediction.grad != 0).any(dim=1)

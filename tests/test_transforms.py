@@ -65,7 +65,7 @@ def test_labels_stay_with_the_picture_through_crop_and_flip(size, crop, tasks, c
     for name, label in sample.labels.items():
         expected = original[name][rows, columns]
         if name == "normals" and width > 1:
-            expected = expected * np.float32([-1 if flipped else 1, 1, 1])
+            expected = ALL["normals"].finished(expected * np.float32([-1 if flipped else 1, 1, 1]))
         if name != "normals" or width > 1:
             np.testing.assert_array_equal(label, expected)
             assert label.dtype == original[name].dtype

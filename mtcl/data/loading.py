@@ -85,14 +85,10 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
     frame = (max(largest[0], size[0]), max(largest[1], size[1])) if size else (largest[0], largest[1])
     offsets = [((frame[0] - height) // 2, (frame[1] - width) // 2) for height, width in native]
 
-    def padded(arrays: list[np.ndarray], void: float) -> list[np.ndarray]:
-        return [_padded(array, frame, offset, void) for array, offset in zip(arrays, offsets)]
-
-    images = np.stack(padded([sample.image for sample in samples], 0))
     return {
-        "image": torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+        "image": torch.from_numpy(_framed([sample.image for sample in samples], frame, offsets, 0)),
         "labels": {
-            name: task.collated(padded([sample.labels[name] for sample in samples], task.void))
+            name: task.collated(_framed([sample.labels[name] for sample in samples], frame, offsets, task.void))
             for name, task in tasks.items()
         },
         "meta": [SampleMeta(s.id, (h, w), offset) for s, (h, w), offset in zip(samples, native, offsets)],
@@ -154,8 +150,8 @@ def prepare(
         return tensor.to(device, non_blocking=True)
 
     image = moved(batch["image"]).float()
-    constants = moved(torch.tensor([mean, std], dtype=torch.float32))[:, None, :, None, None]
-    image = image.div_(255).sub_(constants[0]).div_(constants[1])
+    constants = 255 * moved(torch.tensor([mean, std], dtype=torch.float32))[:, None, :, None, None]
+    image = image.sub_(constants[0]).div_(constants[1])
     image.masked_fill_(~_inside(batch["meta"], image.shape[-2:], moved), 0.0)
     return image, {name: moved(label) for name, label in batch["labels"].items()}
 
@@ -195,10 +191,14 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def _padded(array: np.ndarray, frame: tuple[int, int], offset: tuple[int, int], void: float) -> np.ndarray:
-    """An array (H, W[, C]) in a void ``frame``, its corner at ``offset``; always a copy, contiguous."""
-    framed = np.full((*frame, *array.shape[2:]), void, array.dtype)
-    framed[offset[0] : offset[0] + array.shape[0], offset[1] : offset[1] + array.shape[1]] = array
+def _framed(
+    arrays: list[np.ndarray], frame: tuple[int, int], offsets: list[tuple[int, int]], void: float
+) -> np.ndarray:
+    """Arrays (h, w[, C]) in void frames, their corners at ``offsets``: (B[, C], *frame), channels first."""
+    framed = np.full((len(arrays), *arrays[0].shape[2:], *frame), void, arrays[0].dtype)
+    for target, array, (top, left) in zip(framed, arrays, offsets):
+        planes = array if array.ndim == 2 else array.transpose(2, 0, 1)
+        target[..., top : top + array.shape[0], left : left + array.shape[1]] = planes
     return framed
 
 

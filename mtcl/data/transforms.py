@@ -75,6 +75,8 @@ class Augment:
         if "semseg" not in tasks or (window.height, window.width) == scaled_size:
             return window
         classes, void = sample.labels["semseg"], int(tasks["semseg"].void)
+        if (classes == void).all():  # a picture without this label
+            return window
         for _ in range(CROP_RETRIES):
             if varied(nearest(classes, scaled_size, window), void, self.class_cap):
                 break
@@ -125,7 +127,10 @@ def nearest(label: np.ndarray, size: tuple[int, int], window: Window | None = No
         return window.of(label)
     rows = _centres(label.shape[0], size[0])[window.top : window.top + window.height]
     columns = _centres(label.shape[1], size[1])[window.left : window.left + window.width]
-    return np.take(np.take(label, rows, axis=0), columns, axis=1)
+    if label.ndim == 2:
+        return label[rows][:, columns]
+    planes = label.transpose(2, 0, 1)  # NumPy is slow on a last axis of three
+    return np.stack([plane[rows][:, columns] for plane in planes]).transpose(1, 2, 0)
 
 
 def _centres(length: int, count: int) -> np.ndarray:

@@ -61,8 +61,9 @@ class Task(ABC):
         edge)."""
 
     @abstractmethod
-    def collated(self, labels: list[np.ndarray]) -> Tensor:
-        """Labels of equal size as a batch: int64 (B, H, W) for classes, float32 (B, c, H, W) for the others."""
+    def collated(self, labels: np.ndarray) -> Tensor:
+        """Labels of equal size, (B, H, W) or of vectors (B, 3, H, W), as a batch: int64 (B, H, W) for classes, float32
+        (B, c, H, W) for the others."""
 
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, tuple[int, int, int]]]:
         """(text, colour) rows that explain the colours of the given arrays (label layout)."""

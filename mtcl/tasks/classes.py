@@ -35,8 +35,8 @@ class ClassTask(Task):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         return differ(a, b)
 
-    def collated(self, labels: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(labels)).long()
+    def collated(self, labels: np.ndarray) -> Tensor:
+        return torch.from_numpy(labels).long()
 
     def decoded(self, prediction: Tensor) -> np.ndarray:
         return prediction.argmax(dim=0).to(torch.uint8).cpu().numpy()

@@ -51,8 +51,8 @@ class Depth(Task):
         log_a, log_b = (depth.float().clamp(1e-6, 1e6).log() for depth in (a, b))  # a void 0 stays finite
         return (log_a - log_b.transpose(1, 2)).abs()
 
-    def collated(self, labels: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(labels)).float().unsqueeze(1)
+    def collated(self, labels: np.ndarray) -> Tensor:
+        return torch.from_numpy(labels).float().unsqueeze(1)
 
     def decoded(self, prediction: Tensor) -> np.ndarray:
         """Metres, negative ones clamped to 0 as in the metric."""

@@ -47,8 +47,8 @@ class Edge(Task):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         return differ(a, b)
 
-    def collated(self, labels: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(labels)).float().unsqueeze(1)
+    def collated(self, labels: np.ndarray) -> Tensor:
+        return torch.from_numpy(labels).float().unsqueeze(1)
 
     def decoded(self, prediction: Tensor) -> np.ndarray:
         """The probability of an edge: float32 (H, W), unlike a label's uint8."""

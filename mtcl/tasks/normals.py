@@ -3,14 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
 
+from mtcl.errors import UserError
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
@@ -21,8 +23,14 @@ from mtcl.tasks.colours import RGB, VOID_COLOUR, rgb
 class Normals(Task):
     """Unit vectors, x to the left, y up, z to the viewer; the zero vector is void.
 
-    Arrays float32 (H, W, 3), batches float32 (B, 3, H, W).
+    Arrays float32 (H, W, 3), before :meth:`finished` also the uint8 codes of the field's files: v stands for
+    2 v / 255 - 1, three zeros for void. Batches float32 (B, 3, H, W).
+
+    ``validity``: ``length`` takes a vector shorter than 0.5 for void (8-bit files never decode to zero) and makes the
+    others units; ``field`` takes every vector as it is, and only zero for void.
     """
+
+    validity: Literal["length", "field"] = "length"
 
     name: str = "normals"
     channels: int = 3
@@ -34,6 +42,11 @@ class Normals(Task):
     near: ClassVar[float] = 15.0  # degrees
     far: ClassVar[float] = 40.0
     units: ClassVar[Mapping[str, str]] = {"mErr": "deg"}
+    shortest: ClassVar[float] = 0.5
+
+    def __post_init__(self) -> None:
+        if self.validity not in ("length", "field"):
+            raise UserError(f"data.normals_valid={self.validity} is not known; choose length or field.")
 
     @cached_property
     def criterion(self) -> nn.Module:
@@ -55,8 +68,8 @@ class Normals(Task):
         apart, across = torch.cdist(a, b, compute_mode=exact), torch.cdist(a, -b, compute_mode=exact)
         return torch.rad2deg(2 * torch.atan2(apart, across))
 
-    def collated(self, labels: list[np.ndarray]) -> Tensor:
-        return torch.from_numpy(np.stack(labels)).float().permute(0, 3, 1, 2).contiguous()
+    def collated(self, labels: np.ndarray) -> Tensor:
+        return torch.from_numpy(labels).float()
 
     def decoded(self, prediction: Tensor) -> np.ndarray:
         return F.normalize(prediction.detach().float(), dim=0).permute(1, 2, 0).contiguous().cpu().numpy()
@@ -73,4 +86,36 @@ class Normals(Task):
 
     def flipped(self, label: np.ndarray) -> np.ndarray:
         """Left and right change places, so x changes its sign."""
-        return label * np.array([-1, 1, 1], np.float32)
+        if label.dtype != np.uint8:
+            return label * np.array([-1, 1, 1], np.float32)
+        planes = label.transpose(2, 0, 1).copy()
+        black = _black(planes)
+        planes[0] ^= 255  # 255 - v stands for the opposite of v
+        planes[0][black] = 0
+        return planes.transpose(1, 2, 0)
+
+    def finished(self, label: np.ndarray) -> np.ndarray:
+        """Decoded, and void or a unit; see the class."""
+        planes = _decoded(label) if label.dtype == np.uint8 else label.transpose(2, 0, 1)
+        if self.validity == "length":
+            square = planes[0] ** 2 + planes[1] ** 2 + planes[2] ** 2
+            scale = np.zeros_like(square)
+            np.divide(1, np.sqrt(square), out=scale, where=square >= self.shortest**2)
+            planes = planes * scale
+        return planes.transpose(1, 2, 0)
+
+
+_LEVELS = (2.0 * np.arange(256) / 255.0 - 1.0).astype(np.float32)
+
+
+def _decoded(codes: np.ndarray) -> np.ndarray:
+    """Vectors float32 (3, H, W) of 8-bit codes (H, W, 3); zero where the code is black."""
+    planes = np.ascontiguousarray(codes.transpose(2, 0, 1))  # NumPy is slow on a last axis of three
+    vectors = cv2.LUT(planes.reshape(-1, planes.shape[2]), _LEVELS).reshape(planes.shape)
+    vectors[:, _black(planes)] = 0
+    return vectors
+
+
+def _black(planes: np.ndarray) -> np.ndarray:
+    """Where all three of (3, H, W) are 0: bool (H, W)."""
+    return (planes[0] | planes[1] | planes[2]) == 0
