@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, Result, composed
+from pascal_miniature import write_archive
 
 import mtcl.entry.build
 from mtcl.data import Rooms
+from mtcl.entry.build import build_tasks
 from mtcl.entry.train import train
+from mtcl.tasks import TASK_NAMES
 from mtcl.training.checkpoint import load_checkpoint
 
 
@@ -146,7 +149,7 @@ def test_evaluate_takes_overrides(cli, trained, tmp_path):
 def test_evaluate_knows_the_keys_of_the_checkpoints_own_dataset(cli, tmp_path):
     """A dataset other than the default one, with options of its own; trained on a machine with another device."""
     root = tiny_nyud(tmp_path / "data")
-    words = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", "data.workers=0"]
+    words = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", f"data.cache={tmp_path}/cache"]
     assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run").code == 0
     path = tmp_path / "run" / "checkpoints" / "last.pt"
     checkpoint = torch.load(path, weights_only=True)
@@ -162,6 +165,53 @@ def test_evaluate_knows_the_keys_of_the_checkpoints_own_dataset(cli, tmp_path):
     moved = (tmp_path / "data").rename(tmp_path / "moved")
     result = cli("evaluate.py", f"checkpoint={path}", f"data.root={moved}", f"hydra.run.dir={tmp_path}/moved_too")
     assert result.code == 0, result.err
+
+
+def test_pascal_is_trained_and_evaluated(cli, tmp_path):
+    write_archive(tmp_path / "PASCALContext", [f"2008_{n:06d}" for n in range(4)], ["2009_000001"])
+    words = ["data=pascal", f"data.root={tmp_path}", f"data.cache={tmp_path}/cache", "data.labels=random"]
+    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
+    assert result.code == 0, result.err
+    assert "parts, masks of normals, edges derived once" in result.out
+    assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {
+        "semseg",
+        "human_parts",
+        "sal",
+        "normals",
+        "edge",
+    }
+    result = cli("evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/again")
+    assert result.code == 0, result.err
+    a, b = ((tmp_path / name / "metrics.json").read_text() for name in ("run", "again"))
+    assert a == b
+
+
+def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_path):
+    """One label a picture, two pictures a step, six tasks: most have none."""
+    words = ["data.labels=one", "data.options.length=[12,2]", "data.limit=null", "trainer.max_steps=3"]
+    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
+    assert result.code == 0, result.err
+    assert "labels of 12 pictures: semseg 2, human_parts 2, sal 2, depth 2, normals 2, edge 2" in result.out
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    trained = [record for record in records if record["kind"] == "train"]
+    assert len(trained) == 3
+    for record in trained:
+        losses = [record[name] for name in TASK_NAMES]
+        assert 1 <= sum(loss is not None for loss in losses) <= 2
+        assert all(loss is None or loss > 0 for loss in losses)
+
+
+def test_a_seed_of_labels_and_a_rule_for_normals_reach_the_data(cli, tmp_path):
+    losses = []
+    for words in ([], ["data.labels=random"], ["data.labels=random", "data.labels_seed=1"]):
+        folder = tmp_path / str(len(losses))
+        assert cli("train.py", *TINY, *words, "trainer.max_steps=1", f"hydra.run.dir={folder}").code == 0
+        record = json.loads((folder / "log.jsonl").read_text().splitlines()[-2])
+        losses.append(tuple(record.items()))
+    assert len(set(losses)) == 3
+    config = composed("data=nyud", "data.normals_valid=field")
+    assert build_tasks(config)["normals"].validity == "field"
+    assert build_tasks(composed("data=nyud"))["normals"].validity == "length"
 
 
 def tiny_nyud(folder):
@@ -336,7 +386,8 @@ def test_real_frames(cli, tmp_path):
     import sys
 
     subprocess.run([sys.executable, shared / "nyud_mini" / "unpack.py", tmp_path / "data"], check=True)
-    words = ["experiment=nyud_small_cpu", f"data.root={tmp_path}/data", "debug=tiny", "data.limit=8",
+    words = ["experiment=nyud_small_cpu", f"data.root={tmp_path}/data", f"data.cache={tmp_path}/cache",
+             "debug=tiny", "data.limit=8",
              f"backbone.weights={shared}/weights/mobilenetv2_100_imagenet.safetensors",
              "backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]",
              "backbone.kwargs={pad_type:same}"]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from mtcl.data.loading import EpochBatches, SampleDataset, collate, eval_loader, prepare, train_loader
 from mtcl.data.nyud import NYUD
+from mtcl.data.partial import partly_labelled
+from mtcl.data.pascal import PascalContext
 from mtcl.data.rooms import Rooms
 from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
 from mtcl.data.transforms import Augment, finish
@@ -11,6 +13,7 @@ __all__ = [
     "Augment",
     "Batch",
     "EpochBatches",
+    "PascalContext",
     "Reader",
     "Rooms",
     "Sample",
@@ -19,6 +22,7 @@ __all__ = [
     "collate",
     "eval_loader",
     "finish",
+    "partly_labelled",
     "prepare",
     "train_loader",
 ]

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
 from mtcl.contrastive import Regularizer
-from mtcl.data import Augment, Reader, eval_loader, train_loader
+from mtcl.data import Augment, Reader, eval_loader, partly_labelled, train_loader
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder, build_backbone
 from mtcl.models.decoders import Decoder
@@ -77,12 +77,14 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
     for name in (n for n in TASK_NAMES if n in names):
         weight = weights.get(name)
         options = {**offered[name], **extra.get(name, {})}
+        if name == "normals" and "normals_valid" in config.data:
+            options["validity"] = config.data.normals_valid
         tasks[name] = build_task(name, weight=None if weight is None else float(weight), **options)
     return tasks
 
 
 def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit: int | None = None) -> Reader:
-    """The list ``part`` ("train" or "val") of the config's dataset and split."""
+    """The list ``part`` ("train" or "val") of the config's dataset and split; to train on, with ``data.labels``."""
     data = config.data
     reader = locate(data._target_, "data")
     limits = [n for n in (limit, data.limit) if n is not None]
@@ -94,7 +96,9 @@ def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit
         raise UserError(f"data.root={data.root} makes no sense with data={data.name}, which needs no files")
     if "size" in accepted:  # rendered at the size asked for
         options["size"] = data_size(config)
-    return construct(reader, "data.options", **options, **plain(data.options))
+    options |= {key: data[key] for key in ("cache", "memory_map") if key in data}
+    built = construct(reader, "data.options", **options, **plain(data.options))
+    return partly_labelled(built, tasks, str(data.labels), data.labels_seed) if part == "train" else built
 
 
 def data_size(config: DictConfig) -> tuple[int, int]:

@@ -21,7 +21,17 @@ log = logging.getLogger(__name__)
 
 
 # Keys in which an interrupted run may differ from the one that continues it.
-FREE = ("resume", "name", "trainer.max_steps", "trainer.device", "trainer.panels", "data.workers", "data.root")
+FREE = (
+    "resume",
+    "name",
+    "trainer.max_steps",
+    "trainer.device",
+    "trainer.panels",
+    "data.workers",
+    "data.root",
+    "data.cache",
+    "data.memory_map",
+)
 
 
 def train(
@@ -62,6 +72,7 @@ def announce(config: DictConfig, run: build.Run, fresh: bool) -> None:
     regularizer = run.trainer.regularizer
     if regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regulariser is off")
+    log.info("%s", run.train_reader.summary())
     log.info(
         "%s: %d training and %d validation pictures, tasks %s, %s, %.2f M parameters, on %s",
         config.data.name,

@@ -124,13 +124,16 @@ class Trainer:
             output = self.model(image)
         losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
         values = {name: loss.detach() for name, loss in losses.items()}
+        watched = {f"loss of {name}": value for name, value in values.items()}
+        if with_diagnostics:  # a batch without a task's labels has no loss to show for it
+            values |= {n: torch.where(t.valid(labels[n]).any(), values[n], math.nan) for n, t in self.tasks.items()}
         if self.regularizer is not None:
             weight = self.weight(self.step)
             draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
             # With weight 0 the model's graph, and so its gradient, stays untouched.
             with torch.set_grad_enabled(weight > 0):
                 contrast = self.regularizer.penalty(output, labels, draw)
-            values["contrast"] = contrast.loss.detach()
+            values["contrast"] = watched["loss of contrast"] = contrast.loss.detach()
             if weight > 0:
                 if with_diagnostics:
                     total = torch.stack([task.weight * losses[name] for name, task in self.tasks.items()]).sum()
@@ -138,7 +141,6 @@ class Trainer:
                     values |= {f"gradient/{name}": value for name, value in found.items()}
                 losses["contrast"] = weight * contrast.loss
         self.balancer.backward(losses, self.model.shared_parameters())
-        watched = {f"loss of {name}": value for name, value in values.items() if "/" not in name}
         if self.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             watched["norm of the gradient"] = norm
@@ -221,7 +223,7 @@ class Trainer:
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if "/" in name}
             self.recorder.scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
-        bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items()))
+        bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
 
     def _check_finite(self) -> None:
         """Never save, or go on with, what has seen a number that is not finite."""

@@ -1,0 +1,191 @@
+"""Partially annotated training: each picture keeps the labels of some tasks only.
+
+The setting of MTPSL (Li et al., CVPR 2022), DiffusionMTL and hierarchical task tokens; validation is always complete.
+"""
+
+import codecs
+import hashlib
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mtcl.data.files import read_bytes
+from mtcl.data.sample import Reader, Sample
+from mtcl.errors import UserError
+from mtcl.tasks.base import Task
+
+Labelled = Mapping[str, frozenset[str]]  # picture id -> the tasks it has labels of
+
+# The columns of the published tables, which do not name them.
+MTPSL_NYUD = ("semseg", "depth", "normals")  # nyuv2_settings/*.pth, a row per training picture
+DIFFUSION_PASCAL = ("semseg", "human_parts", "sal", "normals", "edge")  # ssl_mapping/pascal/new_*.pth, by id
+
+
+class PartlyLabelled:
+    """A reader whose pictures keep the labels that ``labelled`` gives them; the others are void."""
+
+    def __init__(self, reader: Reader, tasks: Mapping[str, Task], labelled: Labelled) -> None:
+        self.reader, self.tasks, self.labelled = reader, dict(tasks), labelled
+        self.ids: Sequence[str] = reader.ids
+
+    def read(self, index: int) -> Sample:
+        sample = self.reader.read(index)
+        kept = self.labelled[sample.id]
+        return sample._replace(
+            labels={
+                name: label if name in kept else np.full_like(label, self.tasks[name].void)
+                for name, label in sample.labels.items()
+            }
+        )
+
+    def summary(self) -> str:
+        counts = {name: sum(name in self.labelled[id] for id in self.ids) for name in self.tasks}
+        told = ", ".join(f"{name} {count}" for name, count in counts.items())
+        return f"{self.reader.summary()}; labels of {len(self.ids)} pictures: {told}"
+
+    def fingerprint(self) -> str:
+        known = [(id, sorted(self.labelled[id])) for id in self.ids]
+        return hashlib.sha256(repr((self.reader.fingerprint(), known)).encode()).hexdigest()[:16]
+
+
+def partly_labelled(reader: Reader, tasks: Mapping[str, Task], choice: str, seed: int) -> Reader:
+    """``reader`` with the labels that ``choice`` leaves: ``full``, ``one`` or ``random`` (drawn from ``seed``), or
+    those of a mapping file."""
+    if choice == "full":
+        return reader
+    if choice in ("one", "random"):
+        labelled = draw_labelled(reader.ids, list(tasks), choice, seed)
+    else:
+        labelled = read_labelled(Path(choice), reader.ids, list(tasks))
+    return PartlyLabelled(reader, tasks, labelled)
+
+
+def draw_labelled(ids: Sequence[str], tasks: Sequence[str], choice: str, seed: int) -> Labelled:
+    """Which picture has which labels, a function of (seed, ids, tasks).
+
+    ``one``: a task each, every task equally often. ``random``: as in MTPSL, 1 to all but one, every number and then
+    every set of that size equally likely.
+    """
+    if len(tasks) < 2:
+        raise UserError(f"data.labels={choice} needs at least two tasks to choose from; use data.labels=full.")
+    rng = np.random.default_rng([seed, len(tasks)])
+    names = np.array(tasks)
+    order = [ids[i] for i in rng.permutation(len(ids))]
+    if choice == "one":
+        return {id: frozenset([tasks[i % len(tasks)]]) for i, id in enumerate(order)}
+    return {id: frozenset(rng.choice(names, rng.integers(1, len(tasks)), replace=False).tolist()) for id in sorted(ids)}
+
+
+def read_labelled(path: Path, ids: Sequence[str], tasks: Sequence[str]) -> Labelled:
+    """Which picture has which labels, from a file in one of the published forms.
+
+    - MTPSL, PASCAL-Context (``pascal_settings/*.npy``): task -> ids.
+    - DiffusionMTL, PASCAL-Context (``ssl_mapping/pascal/new_*.pth``): id -> flags of semseg, human_parts, sal, normals,
+      edge.
+    - MTPSL, NYU-v2 (``nyuv2_settings/*.pth``, in DiffusionMTL ``ssl_mapping/nyud_low``): ``labels_weights`` (N, 3) of
+      semseg, depth, normals; row i is for picture i of the list.
+    - ours (``*.json``): id -> tasks.
+
+    Code in a file is never run. A picture of the list or a task in use that the file does not know is a UserError.
+    """
+    content = _content(path)
+    if not isinstance(content, dict) or not content:
+        raise _unknown_form(path)
+    if "labels_weights" in content:
+        columns: tuple[str, ...]
+        columns, table = MTPSL_NYUD, np.asarray(content["labels_weights"])
+        if table.shape != (len(ids), len(columns)):
+            raise UserError(
+                f"{path} is a table {table.shape} for {len(columns)} tasks, but the training list has {len(ids)} "
+                "pictures; use it with the whole standard split."
+            )
+        found = {id: _flagged(path, columns, row) for id, row in zip(ids, table.tolist())}
+    elif all(isinstance(value, list) and set(value) <= {0, 1} for value in content.values()):
+        columns = DIFFUSION_PASCAL
+        found = {str(id): _flagged(path, columns, row) for id, row in content.items()}
+    elif path.suffix == ".npy":
+        columns = tuple(str(name) for name in content)
+        members = {str(name): {str(id) for id in listed} for name, listed in content.items()}
+        found = {id: frozenset(name for name in columns if id in members[name]) for id in ids}
+    elif all(isinstance(value, list) for value in content.values()):
+        columns = tuple(sorted({str(name) for value in content.values() for name in value}))
+        found = {str(id): frozenset(map(str, names)) for id, names in content.items()}
+    else:
+        raise _unknown_form(path)
+    if unknown := [name for name in tasks if name not in columns]:
+        raise UserError(f"{path} says nothing of {', '.join(unknown)}; choose tasks.names among {', '.join(columns)}.")
+    if missing := [id for id in ids if id not in found]:
+        raise UserError(f"{path} lacks {len(missing)} pictures of the training list, first {', '.join(missing[:3])}.")
+    return {id: found[id] & frozenset(tasks) for id in ids}
+
+
+def _flagged(path: Path, columns: Sequence[str], row: Sequence[float]) -> frozenset[str]:
+    if len(row) != len(columns):
+        raise UserError(f"{path} has {len(row)} flags for a picture, but its form has {len(columns)} tasks.")
+    return frozenset(name for name, flag in zip(columns, row) if flag)
+
+
+def _content(path: Path) -> Any:
+    data = read_bytes(path)
+    try:
+        if path.suffix == ".json":
+            return json.loads(data)
+        if path.suffix == ".pth":
+            with torch.serialization.safe_globals(_STRINGS):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if path.suffix == ".npy":
+            return _unpickled_npy(data)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{path} can't be read as a mapping of labels ({type(error).__name__}: {reason}).") from error
+    raise _unknown_form(path)
+
+
+# What NumPy's strings and arrays consist of in a pickle; the published tables are keyed by such strings.
+_SCALAR, _ARRAY = np.str_().__reduce__()[0], np.empty(0).__reduce__()[0]
+_STRINGS: list[Any] = [
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    type(np.dtype("U1")),
+]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Arrays, strings and containers only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = module.replace("numpy.core.", "numpy._core.")
+        known = {
+            ("numpy._core.multiarray", "scalar"): _SCALAR,
+            ("numpy._core.multiarray", "_reconstruct"): _ARRAY,
+            ("numpy", "ndarray"): np.ndarray,
+            ("numpy", "dtype"): np.dtype,
+            ("_codecs", "encode"): codecs.encode,
+        }
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"it would run {module}.{name}")
+        return known[module, name]
+
+
+def _unpickled_npy(data: bytes) -> Any:
+    """The one object of a pickled .npy file."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = reader(stream)
+    content = _Unpickler(stream).load() if dtype.hasobject else None
+    return content.item() if shape == () and isinstance(content, np.ndarray) else content
+
+
+def _unknown_form(path: Path) -> UserError:
+    return UserError(
+        f"data.labels={path} is not full, one, random, or a mapping in a form that is known: MTPSL's .npy or .pth, "
+        "DiffusionMTL's .pth, or JSON {id: [tasks]}."
+    )

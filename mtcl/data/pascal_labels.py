@@ -1,0 +1,99 @@
+"""Labels that PASCAL-Context's files hold only indirectly: edges, human parts, where normals count."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from skimage.morphology import thin
+
+from mtcl.data.files import form
+from mtcl.data.pascal_classes import NORMALS_CLASSES, NUM_CONTEXT, PART_OF_NAME, PERSON
+from mtcl.errors import UserError
+
+_HAS_NORMALS = np.zeros(NUM_CONTEXT + 1, bool)
+_HAS_NORMALS[list(NORMALS_CLASSES)] = True
+
+
+class Annotated(NamedTuple):
+    """One object of PASCAL-Part; masks (H, W), not 0 on the object or the part."""
+
+    kind: int  # VOC's class, 15 for a person
+    mask: np.ndarray
+    parts: tuple[tuple[str, np.ndarray], ...]  # (name, mask) in file order
+
+
+def context_classes(labels: Any, path: Path) -> np.ndarray:
+    """A LabelMap read from ``path`` as uint16 (H, W), 0 (nothing) to 459."""
+    is_map = isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.size > 0 and labels.dtype.kind in "uif"
+    if not is_map or (labels != np.floor(labels)).any():
+        raise UserError(f"LabelMap in {path} is {form(labels)}, not whole numbers (height, width); unpack it again.")
+    wrong = labels[(labels < 0) | (labels > NUM_CONTEXT)]
+    if wrong.size:
+        raise UserError(
+            f"LabelMap in {path} holds the class {wrong[0]:g}, but PASCAL-Context has 1 to {NUM_CONTEXT}; unpack it "
+            "again."
+        )
+    return labels.astype(np.uint16)
+
+
+def voc_classes(values: np.ndarray, path: Path) -> np.ndarray:
+    """VOC's classes read from ``path``, uint8 (H, W), unchanged: 0 (background) to 20, 255 for void."""
+    wrong = values[(values > 20) & (values != 255)]
+    if wrong.size:
+        raise UserError(f"{path} holds the class {wrong[0]}, but VOC has 0 to 20, and 255 for void; unpack it again.")
+    return values
+
+
+def edges(classes: np.ndarray) -> np.ndarray:
+    """Thinned boundaries of a LabelMap: uint8 (H, W) in {0, 1}, from where its Laplacian is not 0
+    (InvPT/data/pascal_context.py)."""
+    return thin(cv2.Laplacian(classes.astype(np.float64), cv2.CV_64F) != 0).astype(np.uint8)
+
+
+def has_normals(classes: np.ndarray) -> np.ndarray:
+    """Where distilled normals count, bool (H, W): on the classes that NYU-v2 has, too."""
+    return _HAS_NORMALS[classes]
+
+
+def annotated(anno: Any, path: Path) -> list[Annotated]:
+    """The objects of PASCAL-Part's structure ``anno``, read from ``path``, in file order."""
+    try:
+        objects = [_object(entry) for entry in anno[0][0][1].ravel()]
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"anno in {path} is not a structure of PASCAL-Part ({error}); unpack it again.") from error
+    sizes = {mask.shape for one in objects for mask in (one.mask, *(mask for _, mask in one.parts))}
+    if len(sizes) > 1:
+        both = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
+        raise UserError(
+            f"anno in {path} has masks of {both} pixels (height x width), not of one size; unpack it again."
+        )
+    return objects
+
+
+def human_parts(objects: Sequence[Annotated], size: tuple[int, int], path: Path) -> np.ndarray:
+    """The field's six parts of all persons as uint8 (H, W), 0 elsewhere; a later part covers earlier ones."""
+    painted = np.zeros(size, np.uint8)
+    for name, mask in (part for one in objects if one.kind == PERSON for part in one.parts):
+        if name not in PART_OF_NAME:
+            raise UserError(f"{path} has a person's part {name!r}, which PASCAL-Part does not know; unpack it again.")
+        painted[mask != 0] = PART_OF_NAME[name]
+    return painted
+
+
+def shows_person(objects: Sequence[Annotated]) -> bool:
+    """Whether any pixel belongs to a person."""
+    return any(one.kind == PERSON and one.mask.any() for one in objects)
+
+
+def _object(entry: Any) -> Annotated:
+    """An entry of `objects`: class name, class index, mask, parts, in this order whatever the fields' names."""
+    parts = tuple((str(part[0].item()), _mask(part[1])) for part in entry[3].ravel())
+    return Annotated(int(entry[1].item()), _mask(entry[2]), parts)
+
+
+def _mask(array: Any) -> np.ndarray:
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "buif":
+        raise ValueError(f"a mask is {form(array)}")
+    return array

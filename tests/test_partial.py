@@ -1,0 +1,187 @@
+"""Partially annotated training: which picture keeps which labels, and what the rest of a training step makes of it."""
+
+import json
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtcl import UserError
+from mtcl.contrastive import Contrastive
+from mtcl.data import Augment, Rooms, partly_labelled, train_loader
+from mtcl.data.partial import DIFFUSION_PASCAL, draw_labelled, read_labelled
+from mtcl.tasks import TASK_NAMES, build_task
+
+IDS = [f"2008_{number:06d}" for number in range(60)]
+TASKS = ("semseg", "depth", "normals", "edge")
+
+
+def rooms(tasks=TASK_NAMES, count: int = 24):
+    reader = Rooms("train", tasks, size=(32, 40), length=(count, 1))
+    offered = Rooms.offered()
+    return reader, {name: build_task(name, **offered[name]) for name in tasks}
+
+
+def test_one_gives_every_picture_a_task_and_every_task_as_many_pictures() -> None:
+    labelled = draw_labelled(IDS, TASKS, "one", seed=3)
+    assert list(map(len, labelled.values())) == [1] * 60
+    assert Counter(name for names in labelled.values() for name in names) == dict.fromkeys(TASKS, 15)
+
+
+def test_random_gives_every_number_of_tasks_but_none_and_all_equally_often() -> None:
+    ids = [str(number) for number in range(3000)]
+    labelled = draw_labelled(ids, TASKS, "random", seed=3)
+    sizes = Counter(map(len, labelled.values()))
+    assert sorted(sizes) == [1, 2, 3]
+    assert max(abs(count - 1000) for count in sizes.values()) < 130  # 5 standard deviations
+    for name in TASKS:
+        assert abs(sum(name in names for names in labelled.values()) - 1500) < 140
+
+
+@given(st.permutations(IDS[:12]), st.sampled_from(["one", "random"]), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_the_seed_fixes_the_labels(order: list[str], choice: str, seed: int) -> None:
+    first = draw_labelled(IDS[:12], TASKS, choice, seed)
+    assert first == draw_labelled(IDS[:12], TASKS, choice, seed)
+    if choice == "random":
+        assert first == draw_labelled(order, TASKS, choice, seed)
+    assert set(first) == set(IDS[:12])
+
+
+def test_other_seeds_give_other_labels() -> None:
+    for choice in ("one", "random"):
+        assert draw_labelled(IDS, TASKS, choice, 0) != draw_labelled(IDS, TASKS, choice, 1)
+
+
+@pytest.mark.parametrize("choice", ["one", "random"])
+def test_labels_that_are_not_kept_are_void_and_the_others_untouched(choice: str) -> None:
+    reader, tasks = rooms()
+    partial = partly_labelled(reader, tasks, choice, seed=0)
+    labelled = draw_labelled(reader.ids, list(tasks), choice, seed=0)
+    for index, name in enumerate(partial.ids):
+        whole, sample = reader.read(index), partial.read(index)
+        np.testing.assert_array_equal(sample.image, whole.image)
+        for task, label in sample.labels.items():
+            assert label.dtype == whole.labels[task].dtype
+            if task in labelled[name]:
+                np.testing.assert_array_equal(label, whole.labels[task])
+            else:
+                assert (label == tasks[task].void).all()
+
+
+def test_full_changes_nothing() -> None:
+    reader, tasks = rooms()
+    assert partly_labelled(reader, tasks, "full", seed=0) is reader
+
+
+def test_summary_and_fingerprint_tell_the_choice() -> None:
+    reader, tasks = rooms()
+    one, other = (partly_labelled(reader, tasks, "one", seed) for seed in (0, 1))
+    assert "semseg 4, human_parts 4" in one.summary()
+    assert len({reader.fingerprint(), one.fingerprint(), other.fingerprint()}) == 3
+
+
+def test_augmented_batches_keep_absent_labels_void() -> None:
+    reader, tasks = rooms()
+    partial = partly_labelled(reader, tasks, "random", seed=0)
+    labelled = draw_labelled(reader.ids, list(tasks), "random", seed=0)
+    batch = next(iter(train_loader(partial, tasks, Augment((24, 24)), 12, seed=0, workers=0)))
+    for row, meta in enumerate(batch["meta"]):
+        for name, task in tasks.items():
+            valid = task.valid(batch["labels"][name])[row]
+            assert name in labelled[meta.id] or not valid.any()
+
+
+def test_each_picture_is_contrasted_with_a_source_it_has_labels_of() -> None:
+    reader, tasks = rooms()
+    partial = partly_labelled(reader, tasks, "one", seed=0)
+    batch = next(iter(train_loader(partial, tasks, Augment((32, 40), scale=(1, 1)), 12, seed=0, workers=0)))
+    ids = [meta.id for meta in batch["meta"]]
+    regularizer = Contrastive(tasks, dict.fromkeys(tasks, 8), pixels=64)
+    generator = torch.Generator().manual_seed(0)
+    features = {name: torch.randn(12, 8, 8, 10, generator=generator, requires_grad=True) for name in tasks}
+    output = regularizer(features, batch["labels"], regularizer.sample(0, ids))
+    output.loss.backward()
+    assert output.loss.isfinite()
+    labelled = draw_labelled(reader.ids, list(tasks), "one", seed=0)
+    for target in tasks:
+        (gradient,) = (features[target].grad,)
+        for row, name in enumerate(ids):
+            # The one task that the picture has is its source, but never the target's own.
+            if target in labelled[name]:
+                assert not gradient[row].any()
+    assert any(gradient.any() for gradient in (features[name].grad for name in tasks))
+
+
+FLAGS = {name: [int(i % 5 == k) for k in range(5)] for i, name in enumerate(IDS)}
+BY_TASK = {task: [name for name in IDS if FLAGS[name][k]] for k, task in enumerate(DIFFUSION_PASCAL)}
+EXPECTED = {name: frozenset([DIFFUSION_PASCAL[i % 5]]) for i, name in enumerate(IDS)}
+
+
+def test_the_published_forms_of_pascal_are_read(tmp_path: Path) -> None:
+    as_published = {task: [np.str_(name) for name in names] for task, names in BY_TASK.items()}
+    np.save(tmp_path / "onelabel.npy", np.array(as_published, dtype=object), allow_pickle=True)
+    torch.save({np.str_(name): flags for name, flags in FLAGS.items()}, tmp_path / "new_onelabel.pth")
+    (tmp_path / "own.json").write_text(json.dumps({name: sorted(names) for name, names in EXPECTED.items()}))
+    for file in ("onelabel.npy", "new_onelabel.pth", "own.json"):
+        assert read_labelled(tmp_path / file, IDS, DIFFUSION_PASCAL) == EXPECTED
+        assert read_labelled(tmp_path / file, IDS[5:8], ["edge", "sal"]) == {
+            name: EXPECTED[name] & {"edge", "sal"} for name in IDS[5:8]
+        }
+
+
+def test_the_published_form_of_nyud_is_read_by_row(tmp_path: Path) -> None:
+    weights = torch.tensor([[1.0, 0, 0], [0, 1, 1]]).repeat(30, 1)
+    torch.save({"labels_weights": weights}, tmp_path / "onelabel.pth")
+    found = read_labelled(tmp_path / "onelabel.pth", IDS, ["semseg", "depth", "normals"])
+    assert found[IDS[0]] == {"semseg"}
+    assert found[IDS[59]] == {"depth", "normals"}
+    with pytest.raises(UserError, match=r"\(60, 3\).*59 pictures"):
+        read_labelled(tmp_path / "onelabel.pth", IDS[:59], ["semseg"])
+    with pytest.raises(UserError, match="says nothing of edge"):
+        read_labelled(tmp_path / "onelabel.pth", IDS, ["semseg", "edge"])
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("evil"),))
+
+
+@pytest.mark.parametrize("form", ["npy", "pth", "json", "txt"])
+def test_a_file_of_another_kind_is_refused_and_never_run(tmp_path: Path, monkeypatch, form: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / f"mapping.{form}"
+    if form == "npy":
+        np.save(path, np.array({"semseg": Evil()}, dtype=object), allow_pickle=True)
+    elif form == "pth":
+        torch.save({"labels_weights": Evil()}, path)
+    else:
+        path.write_bytes(pickle.dumps([1, 2]))
+    with pytest.raises(UserError, match=f"mapping.{form}"):
+        read_labelled(path, IDS, TASKS)
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"2008_000000": 1}', '{"2008_000000": [0, 1]}'])
+def test_json_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "mapping.json").write_text(content)
+    with pytest.raises(UserError, match=r"mapping\.json"):
+        read_labelled(tmp_path / "mapping.json", IDS, TASKS)
+
+
+def test_pictures_and_files_that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.json"):
+        read_labelled(tmp_path / "no.json", IDS, TASKS)
+    (tmp_path / "few.json").write_text(json.dumps({IDS[0]: list(TASKS)}))
+    with pytest.raises(UserError, match=f"lacks 59 pictures.*{IDS[1]}"):
+        read_labelled(tmp_path / "few.json", IDS, TASKS)
+
+
+def test_one_task_leaves_no_choice() -> None:
+    with pytest.raises(UserError, match="at least two tasks"):
+        draw_labelled(IDS, ["depth"], "one", 0)
