@@ -1,0 +1,1 @@
+"""From the datasets' official releases to the layouts that the readers read."""

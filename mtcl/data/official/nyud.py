@@ -1,0 +1,256 @@
+"""NYU Depth v2's official files to the field's ``NYUDv2`` layout, whole or small."""
+
+import functools
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import h5py
+import numpy as np
+
+from mtcl.data import files
+from mtcl.data.official import jobs
+from mtcl.data.official.normals import encoded_normals, plane_normals
+from mtcl.data.official.regions import closed_seams, object_regions, region_edges
+from mtcl.data.parallel import run_jobs
+from mtcl.data.transforms import Window, nearest
+from mtcl.errors import UserError
+
+OFFICIAL = (795, 654)  # frames to train on and to validate with
+FRAME = (480, 640)  # height, width
+NUM_CLASSES = 40
+OTHERPROP = 40  # void in the small editions
+PIXELS = {"images": (3,), "depths": (), "labels": (), "instances": ()}  # variable -> channels
+TYPES = {"images": "uint8", "depths": "float32", "labels": "uint16", "instances": "uint8"}
+OUTPUTS = {"images": ".png", "segmentation": ".png", "depth": ".npy", "normals": ".png", "edge": ".png"}
+
+
+@dataclass(frozen=True)
+class Edition:
+    """What is kept of a frame: a window, brought to ``size`` (height, width), and the classes 1 to ``num_classes``."""
+
+    window: Window
+    size: tuple[int, int]
+    num_classes: int
+
+    def __str__(self) -> str:
+        return f"{self.size[1]}x{self.size[0]}"
+
+
+# Gupta et al.'s valid part of a frame, MATLAB's I(46:470, 41:600), which the field uses.
+WHOLE = Edition(Window(45, 40, 425, 560), (425, 560), NUM_CLASSES)
+FOUR_TO_THREE = Window(47, 41, 420, 560)  # within it
+
+
+class RawFrame(NamedTuple):
+    """One frame of nyu_depth_v2_labeled.mat."""
+
+    image: np.ndarray  # uint8 RGB (H, W, 3)
+    depth: np.ndarray  # float32 (H, W), metres
+    labels: np.ndarray  # uint16 (H, W), 0: unlabelled
+    instances: np.ndarray  # uint8 (H, W), counts the objects of one label
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the frames come from and go to."""
+
+    labeled: Path
+    out: Path
+    classes: np.ndarray  # uint8, classes[label]: 0 is void
+    edition: Edition
+
+
+def small_edition(size: str) -> Edition:
+    """The edition for ``size``, "WIDTHxHEIGHT": 4:3 (to a pixel) and no larger than its window."""
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if match is None:
+        raise UserError(f"--size {size} is not a size; give WIDTHxHEIGHT in pixels, e.g. 256x192.")
+    width, height = int(match[1]), int(match[2])
+    largest = FOUR_TO_THREE
+    if abs(3 * width - 4 * height) > 3 or not (0 < width <= largest.width and 0 < height <= largest.height):
+        raise UserError(
+            f"--size {size} is not possible; give a width and a height of 4:3, up to {largest.width}x{largest.height}, "
+            "e.g. 256x192."
+        )
+    return Edition(FOUR_TO_THREE, (height, width), OTHERPROP - 1)
+
+
+def prepare_nyud(
+    labeled: Path, splits: Path, classes: Path, out: Path, size: str | None = None, workers: int = 4
+) -> str:
+    """Write the layout to ``out`` from the official .mat files, and return a summary to print.
+
+    ``size``: None for the field's 425x560 pixels and 40 classes, or :func:`small_edition`'s. ``workers``: see
+    :func:`mtcl.data.parallel.run_jobs`. Frames whose files are there are kept; the lists are written last.
+    """
+    if workers < 0:
+        raise UserError(f"--workers {workers} is not possible; give the number of processes, 0 for none besides this.")
+    edition = WHOLE if size is None else small_edition(size)
+    train, val = read_splits(splits, check_labeled(labeled))
+    plan = Plan(labeled, out, read_classes(classes), edition)
+    try:
+        jobs.begin(out, {"made": "NYUDv2", "size": str(edition)} | _sources(labeled, splits, classes))
+        run_jobs(functools.partial(_convert, plan), _missing(out, sorted(train + val)), workers, "NYUD-v2")
+        _write_lists(out, train, val)
+    except OSError as error:  # of the result: what can't be read is a UserError
+        raise UserError(
+            f"{out} can't be written ({error.strerror or error}); mend that, then repeat the command and it goes on "
+            "where it stopped."
+        ) from error
+    finally:
+        _opened.cache_clear()
+    return _summary(out, edition, len(train), len(val))
+
+
+def check_labeled(path: Path) -> int:
+    """The number of frames of nyu_depth_v2_labeled.mat, when its variables have the form of the official file's."""
+    with _open(path) as file:
+        if lacks := [name for name in PIXELS if not isinstance(file.get(name), h5py.Dataset)]:
+            raise UserError(
+                f"{path} has no variable {lacks[0]}; give the official nyu_depth_v2_labeled.mat, --labeled."
+            )
+        count = int(file["images"].shape[0]) if file["images"].ndim else 0
+        for name, channels in PIXELS.items():
+            expected = (count, *channels, *FRAME[::-1])  # MATLAB stores columns first
+            if file[name].shape != expected or file[name].dtype != TYPES[name]:
+                raise UserError(
+                    f"{name} in {path} is {file[name].dtype} {file[name].shape}, not {TYPES[name]} {expected} as HDF5 "
+                    "sees the official file; download nyu_depth_v2_labeled.mat again."
+                )
+    return count
+
+
+def read_splits(path: Path, count: int) -> tuple[list[int], list[int]]:
+    """The sorted frame numbers, from 1 to ``count``, of the training and the test list of splits.mat."""
+    train, test = (sorted(_whole_numbers(path, key).tolist()) for key in ("trainNdxs", "testNdxs"))
+    numbers = train + test
+    if not train or not test or len(set(numbers)) < len(numbers):
+        raise UserError(f"{path} does not split the frames: a list is empty or a frame is listed twice; get it again.")
+    if min(numbers) < 1 or max(numbers) > count:
+        raise UserError(
+            f"{path} lists frames {min(numbers)} to {max(numbers)}, but the labelled file has 1 to {count}; give the "
+            "two files of one release."
+        )
+    return train, test
+
+
+def read_classes(path: Path) -> np.ndarray:
+    """The class, 1 to 40, of every label as uint8 from classMapping40.mat; label 0, void, is class 0."""
+    classes = _whole_numbers(path, "mapClass")
+    if not classes.size or classes.min() < 1 or classes.max() > NUM_CLASSES:
+        raise UserError(f"mapClass in {path} is not classes from 1 to {NUM_CLASSES}; give the one of 40 classes.")
+    return np.concatenate([[0], classes]).astype(np.uint8)
+
+
+def read_frame(path: Path, number: int) -> RawFrame:
+    """Frame ``number`` (from 1) of the labelled file, rows first."""
+    file = _opened(path)
+    try:
+        return RawFrame(*(np.ascontiguousarray(file[name][number - 1].T) for name in PIXELS))
+    except OSError as error:
+        raise UserError(f"{path} is damaged at frame {number} ({error}); download it again.") from error
+
+
+def converted(frame: RawFrame, classes: np.ndarray, edition: Edition) -> dict[str, np.ndarray]:
+    """Output folder -> array, from one whole frame.
+
+    Normals and regions are found on the whole frame, edges after the resizing, so that they stay one pixel thin.
+    """
+
+    def kept(array: np.ndarray) -> np.ndarray:
+        return nearest(edition.window.of(array), edition.size)
+
+    classes = np.where(classes > edition.num_classes, 0, classes).astype(np.uint8)
+    regions = closed_seams(object_regions(frame.labels, frame.instances))
+    image = edition.window.of(frame.image)
+    return {
+        "images": cv2.resize(image, edition.size[::-1], interpolation=cv2.INTER_AREA),
+        "segmentation": kept(classes[frame.labels]),
+        "depth": kept(frame.depth),
+        "normals": kept(encoded_normals(plane_normals(frame.depth))),
+        "edge": region_edges(kept(regions)),
+    }
+
+
+def _convert(plan: Plan, number: int) -> None:
+    """Write the files of one frame."""
+    frame = read_frame(plan.labeled, number)
+    if (highest := int(frame.labels.max())) >= len(plan.classes):
+        raise UserError(
+            f"Frame {number} of {plan.labeled} has the label {highest}, but mapClass knows 1 to "
+            f"{len(plan.classes) - 1}; give the classMapping40.mat of this release."
+        )
+    for folder, array in converted(frame, plan.classes, plan.edition).items():
+        path = plan.out / folder / _file_name(folder, number)
+        if path.suffix == ".npy":
+            jobs.write_array(path, array)
+        else:
+            jobs.write_picture(path, array)
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give nyu_depth_v2_labeled.mat, --labeled.")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a whole file of MATLAB's format 7.3 ({error}); give the official "
+            "nyu_depth_v2_labeled.mat (2.8 GB), --labeled."
+        ) from error
+
+
+_opened = functools.lru_cache(maxsize=1)(_open)  # one per process: a frame is quick to read, the file slow to open
+
+
+def _whole_numbers(path: Path, key: str) -> np.ndarray:
+    array = files.read_mat(path, key).ravel()
+    if array.dtype.kind not in "uif" or (array != np.rint(array)).any():
+        raise UserError(f"{key} in {path} is not a list of whole numbers; download the file again.")
+    return array.astype(np.int64)
+
+
+def _sources(labeled: Path, splits: Path, classes: Path) -> dict[str, list[str | int]]:
+    given = {"labeled": labeled, "splits": splits, "classes": classes}
+    return {key: [path.name, path.stat().st_size] for key, path in given.items()}
+
+
+def _id(number: int) -> str:
+    return f"{number:04d}"
+
+
+def _file_name(folder: str, number: int) -> str:
+    return f"{_id(number)}{OUTPUTS[folder]}"
+
+
+def _missing(out: Path, numbers: Sequence[int]) -> list[int]:
+    """The frames that lack a file."""
+    there = {folder: set(os.listdir(out / folder)) if (out / folder).is_dir() else set() for folder in OUTPUTS}
+    return [n for n in numbers if any(_file_name(folder, n) not in there[folder] for folder in OUTPUTS)]
+
+
+def _write_lists(out: Path, train: Sequence[int], val: Sequence[int]) -> None:
+    ids = [_id(number) for number in train]
+    tune_train, tune_val = jobs.tune_lists(ids)
+    lists = {"tune_train": tune_train, "tune_val": tune_val, "val": [_id(number) for number in val], "train": ids}
+    for name, lines in lists.items():
+        jobs.write_lines(out / "gt_sets" / f"{name}.txt", lines)
+
+
+def _summary(out: Path, edition: Edition, train: int, val: int) -> str:
+    """What ``out`` holds and what to type next."""
+    official = "" if (train, val) == OFFICIAL else f" (official: {OFFICIAL[0]} and {OFFICIAL[1]})"
+    config = "nyud" if edition == WHOLE else "nyud_small"
+    height, width = edition.size
+    crop = "" if edition in (WHOLE, small_edition("256x192")) else f" 'data.size=[{height},{width}]'"
+    return (
+        f"{out} has {train} training and {val} validation frames{official} of {edition} pixels, "
+        f"{edition.num_classes} classes.\n"
+        f"Next: python train.py data={config} {shlex.quote(f'data.root={out}')}{crop}"
+    )

@@ -1,0 +1,262 @@
+"""The official VOC2010, PASCAL-Context and PASCAL-Part releases to the field's ``PASCALContext`` layout.
+
+The normals and the saliency of that layout were made by other networks and belong to no official release.
+"""
+
+import functools
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mtcl.atomic import write_atomically
+from mtcl.data import files, pascal_labels
+from mtcl.data.official import jobs
+from mtcl.data.parallel import run_jobs
+from mtcl.data.pascal_classes import CONTEXT_OF_VOC, NUM_CONTEXT
+from mtcl.errors import UserError
+
+OFFICIAL = (4998, 5105)  # pictures to train on and to validate with
+IMAGES = ("JPEGImages", ".jpg")  # folder under the result, suffix
+VOC_LABELS = ("semseg/VOC12", ".png")
+FROM_CONTEXT = ("semseg/pascal-context", ".png")
+CONTEXT = ("pascal-context/trainval", ".mat")
+PARTS = ("human_parts", ".mat")
+NORMALS = ("normals_distill", ".png")
+SALIENCY = ("sal_distill", ".png")
+OPTIONAL = {"parts": PARTS, "normals": NORMALS, "saliency": SALIENCY}
+NEEDS = {  # task -> what it needs that may be missing
+    "semseg": None,
+    "human_parts": PARTS,
+    "sal": SALIENCY,
+    "normals": NORMALS,
+    "edge": None,
+}
+VOC_OF_CONTEXT = np.zeros(NUM_CONTEXT + 1, np.uint8)  # other classes of PASCAL-Context are VOC's background
+VOC_OF_CONTEXT[0] = 255  # no label at all; the release has a class on every pixel
+VOC_OF_CONTEXT[list(CONTEXT_OF_VOC)] = np.arange(1, len(CONTEXT_OF_VOC) + 1)
+
+Kind = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the files come from and go to."""
+
+    sources: Mapping[Kind, Path]  # the folders of the releases, for the kinds that were given
+    out: Path
+    link: bool
+
+    def source(self, kind: Kind, name: str) -> Path:
+        return self.sources[kind] / f"{name}{kind[1]}"
+
+    def target(self, kind: Kind, name: str) -> Path:
+        return self.out / kind[0] / f"{name}{kind[1]}"
+
+
+def prepare_pascal(
+    voc: Path,
+    context: Path,
+    out: Path,
+    parts: Path | None = None,
+    voc_labels: Path | None = None,
+    normals: Path | None = None,
+    saliency: Path | None = None,
+    link: bool = False,
+    workers: int = 4,
+) -> str:
+    """Write the layout to ``out`` from unpacked releases, and return a summary to print.
+
+    ``voc`` is VOCdevkit/VOC2010, ``context`` and ``parts`` hold trainval/<id>.mat and Annotations_Part/<id>.mat (or
+    are these folders), ``normals`` and ``saliency`` are the normals_distill and sal_distill folders of the field's
+    archive (or the folder that holds them); ``voc_labels`` is the VOC folder whose SegmentationClass is used
+    (default: ``voc``'s). With ``link`` the files are linked, not copied (absolute symbolic links). ``workers``: see
+    :func:`mtcl.data.parallel.run_jobs`. What is there already is kept, so ``parts``, ``normals`` and
+    ``saliency`` can be added later; the lists are written when everything else is there.
+    """
+    if workers < 0:
+        raise UserError(f"workers={workers} is not possible; give the number of processes, 0 for none besides this.")
+    lists = _read_lists(voc)
+    sources = _find_sources(voc, context, voc_labels, {"parts": parts, "normals": normals, "saliency": saliency})
+    names = [name for ids in lists.values() for name in ids]
+    _check_complete(sources, names)
+    plan = Plan(sources, out, link)
+    try:
+        _begin(plan)
+        work = _work(plan, names)
+        run_jobs(functools.partial(_convert, plan), work, workers, "PASCAL-Context")
+        _write_lists(out, lists)
+    except OSError as error:  # of the result: what can't be read is a UserError
+        raise UserError(
+            f"{out} can't be written ({error.strerror}); mend that (--link needs little room), then repeat the command "
+            "and it goes on where it stopped."
+        ) from error
+    return _summary(out, lists)
+
+
+def _read_lists(voc: Path) -> dict[str, list[str]]:
+    """VOC2010's own lists, which PASCAL-Context keeps: "train" and "val"."""
+    folder = voc / "ImageSets" / "Main"
+    if not folder.is_dir():
+        raise UserError(f"{voc} has no folder ImageSets/Main; give VOC2010 as unpacked, --voc VOCdevkit/VOC2010.")
+    return {part: files.read_lines(folder / f"{part}.txt", f"VOC2010's {part} list") for part in ("train", "val")}
+
+
+def _find_sources(
+    voc: Path, context: Path, voc_labels: Path | None, optional: Mapping[str, Path | None]
+) -> dict[Kind, Path]:
+    labels = (voc_labels or voc) / "SegmentationClass"
+    if not labels.is_dir():
+        raise UserError(f"{labels} is not a folder; give --voc-labels a VOC folder that has SegmentationClass.")
+    sources = {
+        IMAGES: voc / "JPEGImages",
+        VOC_LABELS: labels,
+        CONTEXT: _inner(context, "trainval", "--context", "PASCAL-Context"),
+    }
+    inner = {"parts": "Annotations_Part", "normals": NORMALS[0], "saliency": SALIENCY[0]}
+    what = {"parts": "PASCAL-Part", "normals": "the distilled normals", "saliency": "the distilled saliency"}
+    for key, folder in optional.items():
+        if folder is not None:
+            sources[OPTIONAL[key]] = _inner(folder, inner[key], f"--{key}", what[key])
+    return {kind: folder.resolve() for kind, folder in sources.items()}
+
+
+def _inner(given: Path, inner: str, option: str, what: str) -> Path:
+    """The folder ``inner`` of the one that was given, or that one itself."""
+    if not given.is_dir():
+        raise UserError(f"{given} is not a folder; give the one into which {what} was unpacked, {option} DIR.")
+    return given / inner if (given / inner).is_dir() else given
+
+
+def _check_complete(sources: Mapping[Kind, Path], names: Sequence[str]) -> None:
+    """A UserError where a release lacks files; VOC's labels exist for some pictures only."""
+    for (folder, suffix), source in sources.items():
+        if (folder, suffix) == VOC_LABELS:
+            continue
+        there = _file_names(source)
+        if missing := [name for name in names if f"{name}{suffix}" not in there]:
+            first = ", ".join(f"{name}{suffix}" for name in missing[:3])
+            raise UserError(
+                f"{source} lacks the files of {len(missing)} of {len(names)} pictures, first {first}; unpack the "
+                "whole release there, and give --voc the VOC of 2010, whose lists are used."
+            )
+
+
+def _begin(plan: Plan) -> None:
+    """Stamp the result with its sources; the optional folders on their own, so that they can be added later."""
+    voc, labels, context = (str(plan.sources[kind]) for kind in (IMAGES, VOC_LABELS, CONTEXT))
+    jobs.begin(plan.out, {"made": "PASCALContext", "voc": voc, "voc-labels": labels, "context": context})
+    for key, kind in OPTIONAL.items():
+        if kind in plan.sources:
+            jobs.begin(plan.out / kind[0], {key: str(plan.sources[kind])})
+
+
+def _work(plan: Plan, names: Sequence[str]) -> list[tuple[str, tuple[Kind, ...]]]:
+    """(id, what it lacks) for the ids that lack anything."""
+    labelled = _file_names(plan.sources[VOC_LABELS])
+    there = {kind: _file_names(plan.out / kind[0]) for kind in (*plan.sources, FROM_CONTEXT)}
+    work = []
+    for name in names:
+        unused = FROM_CONTEXT if f"{name}.png" in labelled else VOC_LABELS
+        lacks = tuple(kind for kind, done in there.items() if kind != unused and f"{name}{kind[1]}" not in done)
+        if lacks:
+            work.append((name, lacks))
+    return work
+
+
+def _convert(plan: Plan, item: tuple[str, tuple[Kind, ...]]) -> None:
+    """Check and write what one id lacks."""
+    name, lacks = item
+    picture = plan.source(IMAGES, name)
+    size = files.read_image(picture).shape[:2]
+    for kind in lacks:
+        target = plan.target(kind, name)
+        if kind == FROM_CONTEXT:
+            labels = _read_context(plan.source(CONTEXT, name), picture, size)
+            jobs.write_picture(target, VOC_OF_CONTEXT[labels])
+            continue
+        source = plan.source(kind, name)
+        if kind in _CHECKS:
+            _CHECKS[kind](source, picture, size)
+        _place(source, target, plan.link)
+
+
+def _read_context(path: Path, picture: Path, size: tuple[int, ...]) -> np.ndarray:
+    labels = pascal_labels.context_classes(files.read_mat(path, "LabelMap"), path)
+    _check_size(labels, path, picture, size)
+    return labels
+
+
+def _check_voc(path: Path, picture: Path, size: tuple[int, ...]) -> None:
+    _check_size(pascal_labels.voc_classes(files.read_values(path), path), path, picture, size)
+
+
+_CHECKS: dict[Kind, Callable[[Path, Path, tuple[int, ...]], object]] = {
+    VOC_LABELS: _check_voc,
+    CONTEXT: _read_context,
+    PARTS: lambda path, *_: pascal_labels.annotated(files.read_mat(path, "anno"), path),
+    NORMALS: lambda path, *_: files.read_colours(path),  # these two may have another size: the reader resizes
+    SALIENCY: lambda path, *_: files.read_values(path),
+}
+
+
+def _check_size(label: np.ndarray, path: Path, picture: Path, size: tuple[int, ...]) -> None:
+    if label.shape != size:
+        raise UserError(
+            f"{path} is {_size(label.shape)} pixels (height x width), but its picture {picture} is {_size(size)}; "
+            "both must have one size."
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _place(source: Path, target: Path, link: bool) -> None:
+    """``target`` as a copy of ``source``, whole or not at all, or as a link to it."""
+    if not link:
+        content = files.read_bytes(source)
+        write_atomically(target, lambda temporary: temporary.write_bytes(content))
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)  # a link whose file is gone
+    target.symlink_to(source)
+
+
+def _write_lists(out: Path, lists: Mapping[str, Sequence[str]]) -> None:
+    tune_train, tune_val = jobs.tune_lists(lists["train"])
+    for part, ids in {**lists, "tune_train": tune_train, "tune_val": tune_val}.items():
+        jobs.write_lines(out / "ImageSets" / "Context" / f"{part}.txt", ids)
+
+
+def _summary(out: Path, lists: Mapping[str, Sequence[str]]) -> str:
+    """What ``out`` holds, the tasks that it offers, what is missing for the others, and what to type next."""
+    names = [name for ids in lists.values() for name in ids]
+    counts = {}
+    for folder, suffix in (IMAGES, VOC_LABELS, FROM_CONTEXT, CONTEXT, *OPTIONAL.values()):
+        there = _file_names(out / folder)
+        counts[folder] = sum(f"{name}{suffix}" in there for name in names)
+    train, val = (len(lists[part]) for part in ("train", "val"))
+    tuning = " and ".join(str(len(ids)) for ids in jobs.tune_lists(lists["train"]))
+    official = "" if (train, val) == OFFICIAL else f" (official: {OFFICIAL[0]} and {OFFICIAL[1]})"
+    lines = [f"{out} has {train} training and {val} validation pictures{official}; for tuning, {tuning} of the former."]
+    lines += [f"  {folder:<24}{count:>6}" for folder, count in counts.items() if count]
+    tasks = [task for task, kind in NEEDS.items() if kind is None or counts[kind[0]] == len(names)]
+    lines.append(f"Tasks: {', '.join(tasks)}.")
+    if "human_parts" not in tasks:
+        lines.append("human_parts can't be trained: it needs PASCAL-Part, --parts DIR.")
+    for task, option in (("sal", "--saliency"), ("normals", "--normals")):
+        if task not in tasks:
+            lines.append(
+                f"{task} can't be trained: its labels were distilled by other networks and are in no official release; "
+                f"{option} DIR takes them from the field's archive."
+            )
+    chosen = "" if len(tasks) == len(NEEDS) else f" 'tasks.names=[{','.join(tasks)}]'"
+    return "\n".join([*lines, f"Next: python train.py data=pascal {shlex.quote(f'data.root={out}')}{chosen}"])
+
+
+def _file_names(folder: Path) -> set[str]:
+    """The names of the files in a folder; links whose file is gone don't count."""
+    return {entry.name for entry in folder.iterdir() if entry.is_file()} if folder.is_dir() else set()

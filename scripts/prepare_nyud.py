@@ -1,0 +1,40 @@
+"""NYU Depth v2's official files as the folder that data=nyud reads, or with --size that of data=nyud_small.
+
+python scripts/prepare_nyud.py --labeled nyu_depth_v2_labeled.mat --splits splits.mat --classes classMapping40.mat \\
+    --out data/NYUDv2 [--size WIDTHxHEIGHT] [--workers N]
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from mtcl.data.official.nyud import prepare_nyud
+from mtcl.entry.script import run
+
+OPTIONS = {
+    "--labeled": "nyu_depth_v2_labeled.mat, the labelled dataset (2.8 GB)",
+    "--splits": "splits.mat, the official training and test frames",
+    "--classes": "classMapping40.mat, the 40 classes of the 894 labels",
+    "--out": "the folder to write; a second run goes on where the first was stopped",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for option, help_text in OPTIONS.items():
+        parser.add_argument(option, type=Path, metavar="PATH", required=True, help=help_text)
+    parser.add_argument(
+        "--size", metavar="WIDTHxHEIGHT", help="of a small edition, 4:3, e.g. 256x192 (default: the field's 560x425)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",
+    )
+    print(prepare_nyud(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    run(main)

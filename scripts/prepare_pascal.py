@@ -1,0 +1,41 @@
+"""The official VOC2010, PASCAL-Context and PASCAL-Part releases as the folder that data=pascal reads.
+
+python scripts/prepare_pascal.py --voc VOCdevkit/VOC2010 --context DIR --parts DIR --out data/PASCALContext
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+from mtcl.data.official.pascal import prepare_pascal
+from mtcl.entry.script import run
+
+OPTIONS = {
+    "--voc": "VOC2010 as unpacked: has JPEGImages, SegmentationClass and ImageSets/Main",
+    "--context": "PASCAL-Context as unpacked: has trainval/<id>.mat (459 classes)",
+    "--out": "the folder to write; a second run goes on where the first was stopped",
+    "--parts": "PASCAL-Part as unpacked: has Annotations_Part/<id>.mat; human_parts needs it",
+    "--voc-labels": "the VOC folder whose SegmentationClass is used, e.g. VOC2012's, which has more (default: --voc)",
+    "--normals": "has normals_distill/<id>.png of the field's archive; no official release has them",
+    "--saliency": "has sal_distill/<id>.png of the field's archive; no official release has them",
+}
+REQUIRED = ("--voc", "--context", "--out")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    for option, help_text in OPTIONS.items():
+        parser.add_argument(option, type=Path, metavar="DIR", required=option in REQUIRED, help=help_text)
+    parser.add_argument("--link", action="store_true", help="symbolic links (absolute) to the releases, not copies")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes; 0: none besides this one (default: %(default)s, the machine's cores up to 8)",
+    )
+    print(prepare_pascal(**vars(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    run(main)
