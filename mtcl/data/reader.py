@@ -57,7 +57,7 @@ class FileReader(ABC):
         labels = {}
         for task in self.tasks:
             label = self._load(task, name)
-            self._check_aspect(task, name, label.native_size, image.native_size)
+            self.check_aspect(task, name, label.native_size, image.native_size)
             labels[task] = nearest(label.array, _size(image.array))
         return Sample(name, image.array, labels)
 
@@ -126,7 +126,7 @@ class FileReader(ABC):
             array = resized(array, self.resize)
         return Stored(array, native)
 
-    def _check_aspect(self, task: str, name: str, label: tuple[int, int], image: tuple[int, int]) -> None:
+    def check_aspect(self, task: str, name: str, label: tuple[int, int], image: tuple[int, int]) -> None:
         across, down = label[1] / image[1], label[0] / image[0]
         if label != image and abs(across - down) > STRETCH * max(across, down):
             raise UserError(

@@ -1,0 +1,129 @@
+"""What the checker knows of each dataset before it looks."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mtcl.data.nyud import NYUD
+from mtcl.data.nyud import ROOTS as NYUD_ROOTS
+from mtcl.data.official.jobs import STAMP
+from mtcl.data.pascal import ROOTS as PASCAL_ROOTS
+from mtcl.data.pascal import PascalContext
+from mtcl.data.reader import FileReader
+from mtcl.errors import UserError
+from mtcl.tasks import NYUD40, VOC21
+
+SMALL_VAL = 500  # test frames of the small edition
+
+
+class AnyNYUD(NYUD):
+    """Opens whatever is there: the checker counts missing files itself."""
+
+    def check_files(self, layout: str) -> None:
+        pass
+
+
+class AnyPascal(PascalContext):
+    """The same of PASCAL-Context."""
+
+    def check_files(self, layout: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One dataset. ``known`` explains deviations by the name of their check; ``notes`` is what no check can see."""
+
+    title: str
+    reader: type[FileReader]
+    roots: tuple[str, ...]  # the archives' own folders
+    lists: str  # the folder of the lists
+    official: Mapping[str, int]  # list -> pictures
+    sizes: frozenset[tuple[int, int]]  # height, width of the official pictures; empty: see `longest`
+    longest: int  # most pixels of a picture's longer side; 0: see `sizes`
+    classes: tuple[str, ...]  # of semseg
+    shares: tuple[float, ...] = ()  # known pixel shares of the first classes
+    most: tuple[str, str] | None = None  # the most frequent class, and the most frequent other one
+    floor: int | None = None  # the class whose normals point up
+    indoors: bool = False  # seen from inside: what is to the left faces right
+    known: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+# Pixel shares of classes 1 to 39 in the 795 training frames of the small edition, void excluded; its source has no
+# class 40. Printed by: python scripts/verify_data.py ROOT --frequencies
+# fmt: off
+NYUD_SHARES = (
+    0.25548, 0.12331, 0.08638, 0.04985, 0.04881, 0.03338, 0.02916, 0.02450, 0.02602, 0.02492, 0.02367, 0.01872, 0.01939,
+    0.01407, 0.01631, 0.01164, 0.01292, 0.01158, 0.01256, 0.00872, 0.01162, 0.01009, 0.00744, 0.00687, 0.00777, 0.00504,
+    0.00460, 0.00487, 0.00567, 0.00364, 0.00408, 0.00370, 0.00418, 0.00353, 0.00375, 0.00309, 0.00296, 0.02891, 0.02677,
+)
+# fmt: on
+
+_NYUD = Facts(
+    title="NYUD-v2",
+    reader=AnyNYUD,
+    roots=NYUD_ROOTS,
+    lists="gt_sets",
+    official={"train": 795, "val": 654},
+    sizes=frozenset({(425, 560), (480, 640)}),
+    longest=0,
+    classes=NYUD40,
+    shares=NYUD_SHARES,
+    floor=NYUD40.index("floor"),
+    indoors=True,
+)
+
+_SMALL = {
+    "list val": "the small edition has 500 of the 654 official test frames",
+    "picture sizes": "the small edition is shrunk to 192x256 (height x width)",
+    "semseg classes": "the small edition's source merges class 40 (otherprop) and void",
+    "normals length": "the small edition's normals are not all of unit length; training makes them so",
+    "depth levels": "the small edition's source keeps depth in 8 bits, in steps of 39 mm",
+}
+
+FACTS: Mapping[str, Facts] = {
+    "nyud": _NYUD,
+    "nyud_small": Facts(
+        **{
+            **vars(_NYUD),
+            "title": "NYUD-v2, small edition",
+            "known": _SMALL,
+            "notes": ("normals: the small edition's are planes fitted to its depth (pseudo-normals)",),
+        }
+    ),
+    "pascal": Facts(
+        title="PASCAL-Context",
+        reader=AnyPascal,
+        roots=PASCAL_ROOTS,
+        lists="ImageSets/Context",
+        official={"train": 4998, "val": 5105},
+        sizes=frozenset(),
+        longest=500,
+        classes=VOC21,
+        # No shares of our own were measured. That most pixels are background and most objects persons, VOC's own
+        # statistics say (Table 1 of its development kit counts objects, and persons are by far the most).
+        most=("background", "person"),
+    ),
+}
+
+
+def find(given: Path, name: str | None) -> tuple[str, Path]:
+    """(dataset, folder): what lies in ``given`` or in an archive's own folder there; ``name`` settles the dataset."""
+    if not given.is_dir():
+        raise UserError(f"{given} is not a folder; give the one that holds a dataset.")
+    names = list(FACTS) if name is None else [name]
+    for candidate in names:
+        facts = FACTS[candidate]
+        for folder in (*(given / root for root in facts.roots), given):
+            if (folder / facts.lists).is_dir():
+                return (_edition(folder) if name is None and candidate == "nyud" else candidate), folder
+    wanted = " or ".join(sorted({FACTS[candidate].lists for candidate in names}))
+    raise UserError(f"{given} has no folder {wanted}; give the folder that holds a dataset's lists and pictures.")
+
+
+def _edition(folder: Path) -> str:
+    """Small if the validation list is as long as the small edition's, and no command of ours wrote the folder."""
+    path = folder / "gt_sets" / "val.txt"
+    lines = path.read_bytes().split() if path.is_file() else []
+    return "nyud_small" if len(lines) == SMALL_VAL and not (folder / STAMP).is_file() else "nyud"

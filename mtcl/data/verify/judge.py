@@ -1,0 +1,293 @@
+"""From measurements to verdicts."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from mtcl.data.reader import IMAGE
+from mtcl.data.verify import align
+from mtcl.data.verify.facts import Facts
+from mtcl.data.verify.measure import DEPTH_EDGES, DISTINCT, Measured
+from mtcl.data.verify.table import Row, Verdict, worst
+from mtcl.tasks import HUMAN_PARTS
+
+VOID = 255
+# Total variation distances of class shares, measured on the small edition: training against validation list 0.05,
+# random halves of the training list at most 0.09, any 400 pictures against the known shares at most 0.11, the training
+# list moved by one class 0.29 (to larger ids) and 0.23 (to smaller ones, where the first class is lost in void).
+FAR = 0.15
+ENOUGH = 400  # pictures from which that holds; 100 neighbours of a list reach 0.34
+# By how much moving labels by one class may seem to mend them: true ones reached 0.07 with 5 pictures, 0.03 with 16.
+MARGINS = ((16, 0.05), (5, 0.1))  # (pictures, margin)
+FACING = 0.1  # mean z of normals; 0.53 in the small edition, about 0 where axes are exchanged
+INWARDS = 0.03  # how much larger x is on the right than in the middle; 0.19 in the small edition
+MANY = 50  # pictures whose labels must show some agreement with them
+
+
+def reading_rows(measured: Measured, kinds: Sequence[str]) -> list[Row]:
+    """Whether every file could be decoded."""
+    rows = []
+    for kind in kinds:
+        failed, good = measured.failed[kind], sum(measured.sizes.get(kind, Counter()).values())
+        found = f"{good}" if not failed else f"{good}, damaged {failed}"
+        verdict: Verdict = "damage" if failed else "ok"
+        rows.append(Row(f"decoded {kind}", found, "all", verdict, tuple(measured.errors.get(kind, ()))))
+    return rows
+
+
+def size_rows(measured: Measured, facts: Facts, tasks: Sequence[str]) -> list[Row]:
+    """Sizes of pictures, whether labels have them, and pictures that show nothing."""
+    sizes = measured.sizes.get(IMAGE, Counter())
+    if facts.sizes:
+        good = set(sizes) <= facts.sizes
+        expected = " or ".join(f"{h}x{w}" for h, w in sorted(facts.sizes)) + " (height x width)"
+    else:
+        good = all(max(size) == facts.longest for size in sizes)
+        expected = f"longer side {facts.longest}"
+    listed = ", ".join(f"{h}x{w} ({n})" for (h, w), n in sizes.most_common(2))
+    found = listed if len(sizes) < 3 else f"{len(sizes)} sizes: {listed}, ..."
+    rows = [Row("picture sizes", found, expected, "ok" if good else "deviation")]
+    resampled = {task: int(measured.number(f"{task} resampled")) for task in tasks}
+    some = ", ".join(f"{task} {count} differ" for task, count in resampled.items() if count)
+    rows.append(Row("label sizes", some or "as the pictures", "as the pictures", "deviation" if some else "ok"))
+    blank = int(measured.number("image blank"))
+    rows.append(Row("pictures of one colour", str(blank), "0", "deviation" if blank else "ok"))
+    return rows
+
+
+def value_rows(measured: Measured, facts: Facts, tasks: Sequence[str]) -> list[Row]:
+    """Ranges and shares of each task's values."""
+    rows = []
+    for task in tasks:
+        if not measured.number(f"{task} pictures"):
+            continue  # nothing could be read
+        match task:
+            case "semseg":
+                rows += _semseg_rows(measured, facts)
+            case "human_parts":
+                rows += _part_rows(measured)
+            case "sal":
+                rows.append(_share_row(measured, "sal", "salient", 0.02, 0.6))
+            case "edge":
+                rows.append(_share_row(measured, "edge", "edge", 0.005, 0.2))
+            case "depth":
+                rows += _depth_rows(measured)
+            case "normals":
+                rows += _normals_rows(measured, facts)
+        void = int(measured.number(f"{task} void pictures"))
+        if task != "human_parts" and void:
+            rows.append(Row(f"{task} without labels", f"{void} pictures", "0", "deviation"))
+    return rows
+
+
+def alignment_rows(measured: Measured, tasks: Sequence[str], parts: Sequence[str]) -> list[Row]:
+    """Whether labels lie on their pictures, and not on the mirror images, for each list by itself."""
+    rows = []
+    for task in tasks:
+        pairs = [(part, align.fit(measured.matches.get((task, part), []))) for part in parts]
+        fits = [(part, found) for part, found in pairs if found is not None]
+        if not fits:
+            rows.append(Row(f"{task} on picture", "too few pictures", "shift 0", "deviation"))
+            continue
+        where = ", ".join(
+            f"{part} ({fit.shift[0]:+d}, {fit.shift[1]:+d})" if fit.clear else f"{part} unclear" for part, fit in fits
+        )
+        verdict = worst(*(_shift_verdict(fit) for _, fit in fits))
+        details = tuple(text for part, fit in fits if (text := _shift_detail(task, part, fit)))
+        rows.append(Row(f"{task} on picture", where, f"shift up to {align.NEAR} (down, right)", verdict, details))
+        sides = ", ".join(f"{part} {fit.own:.2f} / {fit.mirrored:.2f}" for part, fit in fits)
+        verdict = worst(*(_side_verdict(fit) for _, fit in fits))
+        details = tuple(text for part, fit in fits if (text := _side_detail(task, part, fit)))
+        rows.append(Row(f"{task} left and right", sides, "as it is > mirrored", verdict, details))
+    return rows
+
+
+def shares(measured: Measured, classes: int, parts: Sequence[str] = ("train", "val")) -> np.ndarray:
+    """Share of each class among the semseg labels' pixels that are not void, float64 (classes,)."""
+    counts = measured.values("semseg", parts)[:classes]
+    return counts / max(counts.sum(), 1)
+
+
+def distance(first: np.ndarray, second: np.ndarray) -> float:
+    """Total variation distance of two vectors of shares, each divided by its sum: 0 to 1."""
+    shares = [values / max(values.sum(), 1e-12) for values in (first, second)]
+    return float(np.abs(shares[0] - shares[1]).sum() / 2)
+
+
+def _semseg_rows(measured: Measured, facts: Facts) -> list[Row]:
+    found = shares(measured, len(facts.classes))
+    absent = [name for name, share in zip(facts.classes, found) if share == 0]
+    total = measured.values("semseg")
+    names = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+    number = len(facts.classes) - len(absent)
+    rows = [
+        Row(
+            "semseg classes",
+            f"{number} occur; without {names}" if absent else f"{number} occur",
+            f"all {len(facts.classes)}",
+            "deviation" if absent else "ok",
+        ),
+        _below("semseg void", float(total[VOID] / max(total.sum(), 1)), 0.4),
+    ]
+    if facts.shares:
+        rows.append(_frequency_row(found, facts, int(measured.number("semseg pictures"))))
+    if facts.most:
+        order = np.argsort(-found)
+        first, second = (facts.classes[i] for i in order[:2])
+        good = (first, second) == facts.most
+        # The class of most objects need not fill most pixels of a small sample.
+        verdict: Verdict = "ok" if good else "deviation" if first == facts.most[0] else "damage"
+        most = f"{first} {found[order[0]]:.0%}, {second} {found[order[1]]:.1%}"
+        rows.append(Row("semseg most frequent", most, f"{facts.most[0]}, then {facts.most[1]}", verdict))
+    return rows
+
+
+def _frequency_row(found: np.ndarray, facts: Facts, pictures: int) -> Row:
+    """Class shares against known ones, also as if the labels were one class too large or too small."""
+    known = np.array(facts.shares)
+    count = len(known)  # the known shares may lack the last class
+    as_is = distance(found[:count], known)
+    larger = distance(found[: count + 1], np.append(0, known))
+    smaller = distance(found[: count - 1], known[1:])  # the first class is void then
+    text = f"distance {as_is:.2f}; if moved by one class {min(larger, smaller):.2f}"
+    expected = f"below {FAR}, and below moved"
+    margin = next((margin for least, margin in MARGINS if pictures >= least), 1.0)
+    if min(larger, smaller) < as_is - margin:
+        detail = (
+            f"semseg classes look one too {'large' if larger < smaller else 'small'} (in files 0 is void, "
+            f"1 {facts.classes[0]})."
+        )
+        return Row("semseg frequencies", text, expected, "damage", (detail,))
+    if as_is < FAR:
+        return Row("semseg frequencies", text, expected)
+    if pictures >= ENOUGH:
+        detail = f"semseg classes are not as frequent as in {facts.title}: other classes, or another order."
+        return Row("semseg frequencies", text, expected, "damage", (detail,))
+    detail = f"{pictures} pictures are too few to tell (from {ENOUGH} on the distance is below {FAR})"
+    return Row("semseg frequencies", text, expected, "deviation", (detail,))
+
+
+def _part_rows(measured: Measured) -> list[Row]:
+    counts = measured.values("human_parts")
+    known = counts[: len(HUMAN_PARTS)]
+    absent = [name for name, count in zip(HUMAN_PARTS, known) if count == 0]
+    with_parts = measured.number("human_parts foreground pictures") / measured.number("human_parts pictures")
+    covered = float(known[1:].sum() / max(known.sum(), 1))
+    occur = f"without {', '.join(absent)}" if absent else f"all {len(HUMAN_PARTS)}"
+    return [
+        Row("human_parts classes", occur, f"all {len(HUMAN_PARTS)}", "deviation" if absent else "ok"),
+        _between("human_parts pictures", with_parts, 0.1, 0.9, "with parts"),
+        _between("human_parts pixels", covered, 0.01, 0.6, "of pictures with parts"),
+    ]
+
+
+def _share_row(measured: Measured, task: str, what: str, low: float, high: float) -> Row:
+    counts = measured.values(task)
+    return _between(f"{task} pixels", float(counts[1] / max(counts[:2].sum(), 1)), low, high, what)
+
+
+def _depth_rows(measured: Measured) -> list[Row]:
+    histogram = measured.vector("depth histogram", len(DEPTH_EDGES) + 1)
+    count = max(histogram.sum(), 1)
+    bounds = np.append(DEPTH_EDGES, np.inf)
+    low, middle, high = (bounds[np.searchsorted(np.cumsum(histogram), q * count)] for q in (0.01, 0.5, 0.99))
+    beyond = float(histogram[np.searchsorted(DEPTH_EDGES, 10.2) + 1 :].sum() / count)
+    good = beyond <= 0.01 and 0.5 <= middle <= 8
+    details = (f"depth must be metres from the camera; half of the pixels are beyond {middle:.3g}.",)
+    number = len(measured.levels)
+    return [
+        Row(
+            "depth metres",
+            f"1 % {low:.3g}, half {middle:.3g}, 99 % {high:.3g}; {beyond:.1%} > 10",
+            "within 10, half 0.5 to 8",
+            "ok" if good else "damage",
+            () if good else details,
+        ),
+        Row(
+            "depth levels",
+            str(number) if number < DISTINCT else f"{DISTINCT} or more",
+            f"{DISTINCT} or more",
+            "deviation" if number < DISTINCT else "ok",
+            (f"depth has only {number} levels: an 8-bit source",) if number < DISTINCT else (),
+        ),
+        _below("depth void", 1 - float(histogram.sum()) / max(measured.number("depth pixels"), 1), 0.4),
+    ]
+
+
+def _normals_rows(measured: Measured, facts: Facts) -> list[Row]:
+    pixels = max(measured.number("normals pixels"), 1)
+    stored = max(pixels - measured.number("normals zero"), 1)
+    units = measured.number("normals units") / max(measured.number("normals long"), 1)
+    void = f"{measured.number('normals zero') / pixels:.1%} zero, {measured.number('normals short') / stored:.1%} short"
+    known = max(stored - measured.number("normals short"), 1)
+    mean = measured.vector("normals vectors", 3) / known
+    rows = [
+        Row("normals length", f"{units:.1%} from 0.95 to 1.05", "at least 90 %", "ok" if units >= 0.9 else "deviation"),
+        Row("normals void", void, "short (below 0.5) at most 40 %"),
+        _axis_row(
+            "normals to the viewer",
+            f"mean z {mean[2]:+.2f}",
+            f"z > {FACING}",
+            bool(mean[2] > FACING),
+            "z to the viewer",
+        ),
+    ]
+    if measured.number("normals short") > 0.4 * stored:
+        rows[1] = Row(rows[1].check, void, rows[1].expected, "deviation")
+    if floor := measured.number("normals floor pixels"):
+        up = measured.vector("normals floor vectors", 3) / floor
+        found = f"mean ({up[0]:+.2f}, {up[1]:+.2f}, {up[2]:+.2f})"
+        rows.append(_axis_row("normals of floors", found, "y > 0.5", bool(up[1] > 0.5), "y up"))
+    if facts.indoors:
+        side = measured.number("normals outwards") / known
+        found = f"x {side:+.3f} more on the right"
+        rows.append(
+            _axis_row("normals of side walls", found, f"x > {INWARDS}: facing inwards", side > INWARDS, "x to the left")
+        )
+    return rows
+
+
+def _axis_row(check: str, found: str, expected: str, good: bool, axis: str) -> Row:
+    details = () if good else (f"normals have other axes, or codes: in mtcl {axis}, with codes 2 v / 255 - 1.",)
+    return Row(check, found, expected, "ok" if good else "damage", details)
+
+
+def _shift_verdict(fit: align.Fit) -> Verdict:
+    if fit.clear:
+        return "damage" if fit.displaced else "ok"
+    # A smooth label may have no sharp peak and still belong to its picture; then its mirror image fits worse.
+    return "damage" if fit.count >= MANY and fit.sided < align.APART else "deviation"
+
+
+def _shift_detail(task: str, part: str, fit: align.Fit) -> str:
+    if fit.clear and fit.displaced:
+        down, right = fit.shift
+        return (
+            f"{task} of {part} lies {down:+d} pixels down and {right:+d} right of where its pictures show it (with a "
+            f"longer side of {align.LONGEST}, or less if they are smaller)."
+        )
+    if not fit.clear:
+        return f"{task} of {part} shows no clear agreement with its {fit.count} pictures: labels of other ones?"
+    return ""
+
+
+def _side_verdict(fit: align.Fit) -> Verdict:
+    if abs(fit.sided) < align.APART:
+        return "deviation"
+    return "ok" if fit.sided > 0 else "damage"
+
+
+def _side_detail(task: str, part: str, fit: align.Fit) -> str:
+    if abs(fit.sided) < align.APART:
+        return f"{task} of {part} fits its {fit.count} pictures no better than mirrored: no clear answer"
+    return "" if fit.sided > 0 else f"{task} of {part} is mirrored: it fits its pictures better turned left to right."
+
+
+def _below(check: str, share: float, limit: float) -> Row:
+    return Row(check, f"{share:.1%}", f"at most {limit:.0%}", "ok" if share <= limit else "deviation")
+
+
+def _between(check: str, share: float, low: float, high: float, what: str) -> Row:
+    good = low <= share <= high
+    return Row(check, f"{share:.1%} {what}", f"{low:.1%} to {high:.0%}", "ok" if good else "deviation")

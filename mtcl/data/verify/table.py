@@ -1,0 +1,42 @@
+"""Rows of findings, and the table that a person reads."""
+
+import itertools
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["ok", "deviation", "damage"]
+COLUMNS = (24, 46, 31, 9)  # widths; 119 characters with what stands between
+HEADS = ("check", "found", "expected", "verdict")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check. ``details`` are whole sentences, for what the table has no room for."""
+
+    check: str
+    found: str
+    expected: str
+    verdict: Verdict = "ok"
+    details: tuple[str, ...] = ()
+
+
+def worst(*verdicts: Verdict) -> Verdict:
+    """The gravest of the verdicts; ok if there are none."""
+    order: tuple[Verdict, ...] = ("ok", "deviation", "damage")
+    return max(verdicts, key=order.index, default="ok")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as text of at most 120 columns; long cells go on in the next line."""
+    lines = [_line(HEADS), "-+-".join("-" * width for width in COLUMNS)]
+    for row in rows:
+        cells = (row.check, row.found, row.expected, row.verdict)
+        wrapped = [textwrap.wrap(cell, width) or [""] for cell, width in zip(cells, COLUMNS)]
+        lines += [_line(cells) for cells in itertools.zip_longest(*wrapped, fillvalue="")]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return " | ".join(cell.ljust(width) for cell, width in zip(cells, COLUMNS)).rstrip()
