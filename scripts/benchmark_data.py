@@ -14,6 +14,8 @@ Rates are images per second of one core, the thread's own CPU time, so that a bu
 
 import argparse
 import json
+import os
+import platform
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -255,6 +257,7 @@ def main() -> None:
             root = Path(scratch) / "NYUDv2"
             make_archive(root, words.images)
         rates = {**rooms_rates(), **nyud_rates(root, cache, size, words.images)}
+        print(f"{platform.machine()}, {os.cpu_count()} cores, OpenCV {cv2.__version__}, torch {torch.__version__}")
         print(f"images per second of one core; training crops {height}x{width}, tasks {', '.join(NAMES)}")
         for name, value in rates.items():
             beside = "" if name.startswith("rooms") else f"{value / rates['plain']:6.1f} x plain"

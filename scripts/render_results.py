@@ -1,11 +1,11 @@
 """Render the tables of docs/results.md from the runs under docs/results/, or check that they are up to date.
 
-    python scripts/render_results.py [--check] [--add TABLE LABEL COMMAND RUN]
+    python scripts/render_results.py [--check] [--add TABLE LABEL COMMAND RUN] [--add-output TABLE COMMAND FILE]
 
 Each ``docs/results/TABLE.json`` holds rows: a label, the command that made the row, ``metrics`` (a run's
 metrics.json) and ``run`` (its run.json). ``--add`` puts the figures of the run folder RUN in, in place of an earlier
-row of that label. A table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md and
-in README.md.
+row of that label. ``--add-output`` keeps what a command printed, from FILE, to be shown as it is. A table is rendered
+between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md and in README.md.
 """
 
 import argparse
@@ -59,6 +59,11 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def output(content: dict[str, Any]) -> str:
+    """A command and what it printed."""
+    return "\n".join(["```sh", content["command"], "```", "```text", *content["printed"], "```"])
+
+
 def known_tasks() -> list[Task]:
     """All of them; how a metric is written does not depend on the classes."""
     options: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
@@ -79,7 +84,8 @@ def rendered(text: str) -> str:
         if not path.is_file():
             raise SystemExit(f"a document asks for the table {found['name']}, but there is no {path.relative_to(ROOT)}")
         content = json.loads(path.read_text())
-        return f"<!-- table: {found['name']} -->\n{table(content)}\n<!-- end -->"
+        shown = output(content) if "printed" in content else table(content)
+        return f"<!-- table: {found['name']} -->\n{shown}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
 
@@ -98,14 +104,24 @@ def add(name: str, label: str, command: str, run: Path) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def add_output(name: str, command: str, file: Path) -> None:
+    """Keep what a command printed as a table's JSON."""
+    content = {"command": command, "printed": file.read_text().rstrip("\n").split("\n")}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
     parser.add_argument("--add", nargs=4, metavar=("TABLE", "LABEL", "COMMAND", "RUN"), help="first put in a run")
+    parser.add_argument("--add-output", nargs=3, metavar=("TABLE", "COMMAND", "FILE"), help="first put in an output")
     arguments = parser.parse_args()
     if arguments.add:
         table_name, label, command, run = arguments.add
         add(table_name, label, command, Path(run))
+    if arguments.add_output:
+        table_name, command, file = arguments.add_output
+        add_output(table_name, command, Path(file))
     stale = []
     for document in DOCUMENTS:
         if not document.is_file():

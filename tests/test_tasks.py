@@ -7,6 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mtcl import UserError
 from mtcl.tasks import HUMAN_PARTS, NYUD40, TASK_NAMES, VOC21, build_task
@@ -225,6 +227,53 @@ def test_scaled():
     np.testing.assert_array_equal(label, before)
     for name in set(TASK_NAMES) - {"depth"}:
         np.testing.assert_array_equal(make_task(name).scaled(make_array(name), 1.5), make_array(name))
+
+
+@given(codes=st.integers(0, 2**32 - 1).map(lambda seed: make_codes(seed)), field=st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_codes_of_normals_are_decoded_and_the_short_ones_void(codes, field):
+    task = build_task("normals", validity="field" if field else "length")
+    finished = task.finished(codes)
+    assert finished.dtype == np.float32
+    for row, column in np.ndindex(*codes.shape[:2]):
+        vector = 2 * codes[row, column].astype(float) / 255 - 1
+        length = np.linalg.norm(vector)
+        if not codes[row, column].any() or (length < 0.5 and not field):
+            expected = np.zeros(3)
+        else:
+            expected = vector if field else vector / length
+        np.testing.assert_allclose(finished[row, column], expected, atol=2e-6)
+
+
+def make_codes(seed):
+    """Anything 8 bits can say, short vectors and black among it."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    codes[0] = rng.integers(90, 166, (6, 3))
+    codes[1, :2] = 0
+    codes[1, 2:4] = [[127, 127, 127], [128, 127, 128]]
+    return codes
+
+
+@pytest.mark.parametrize("validity", ["length", "field"])
+@pytest.mark.parametrize("form", ["codes", "vectors"])
+def test_flipping_normals_before_or_after_they_are_finished_is_the_same(validity, form):
+    task = build_task("normals", validity=validity)
+    label = make_codes(3) if form == "codes" else np.random.default_rng(0).normal(size=(5, 6, 3)).astype(np.float32)
+    before = label.copy()
+    one = task.finished(task.flipped(label[:, ::-1]))
+    other = task.finished(label)[:, ::-1] * np.float32([-1, 1, 1])
+    np.testing.assert_allclose(one, other, atol=1e-6)
+    np.testing.assert_array_equal(label, before)
+
+
+def test_vectors_of_normals_become_units_or_stay_as_they_are():
+    vectors = np.float32([[[0, 0, 2], [0, 0.3, 0.3], [0, 0, 0], [0.6, 0, 0]]])
+    expected = np.float32([[[0, 0, 1], [0, 0, 0], [0, 0, 0], [1, 0, 0]]])
+    np.testing.assert_array_equal(build_task("normals").finished(vectors), expected)
+    np.testing.assert_array_equal(build_task("normals", validity="field").finished(vectors), vectors)
+    with pytest.raises(UserError, match=r"data\.normals_valid=8bit"):
+        build_task("normals", validity="8bit")
 
 
 def test_flipped():

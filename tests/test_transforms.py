@@ -71,6 +71,18 @@ def test_labels_stay_with_the_picture_through_crop_and_flip(size, crop, tasks, c
             assert label.dtype == original[name].dtype
 
 
+def test_a_picture_without_semseg_labels_takes_its_first_crop() -> None:
+    tasks = {name: ALL[name] for name in ("semseg", "depth")}
+    sample = coordinates((24, 24), tasks)
+    sample.labels["semseg"][:] = 255
+    augment = Augment((8, 8), scale=(1, 1), flip=0, photometric=False)
+    only_depth = {"depth": ALL["depth"]}
+    for seed in range(5):
+        with_void = augment(sample, tasks, np.random.default_rng(seed))
+        without = augment(coordinates((24, 24), only_depth), only_depth, np.random.default_rng(seed))
+        np.testing.assert_array_equal(with_void.labels["depth"], without.labels["depth"])
+
+
 @given(sizes, task_sets)
 def test_flip_mirrors_negates_x_and_is_its_own_inverse(size, tasks) -> None:
     sample = coordinates(size, tasks)
