@@ -1,51 +1,92 @@
 """Depth."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
-import torchmetrics
 from torch import Tensor
 
+from mtcl.errors import UserError
+from mtcl.metrics.pixels import PixelMetric, bands, check_shapes, choice, is_finite
 
-class DepthMetric(torchmetrics.Metric):
-    """``rmse`` in metres, ``abs_rel`` and ``delta1``, pooled over all valid pixels
-    (InvPT/evaluation/eval_depth.py:30-63).
 
-    With p the prediction clamped at 0 and z the label: sqrt(mean (p - z)^2), mean |p - z| / z, and the
-    fraction of pixels with max(p / z, z / p) < 1.25. No upper limit of depth, no median scaling.
+class DepthMetric(PixelMetric):
+    """``rmse``, ``abs_rel``, ``sq_rel``, ``log_rmse`` and ``delta1..3``, pooled over all valid pixels
+    (InvPT/evaluation/eval_depth.py:30-63, MTI/evaluation/eval_depth.py:19-55, atrc/src/data/metrics.py:292-343).
 
-    update: predictions (B, 1, H, W), labels (B, 1, H, W) in metres, valid where positive and finite.
+    With p the prediction in metres clamped at 0, q = max(p, 1e-9) where a logarithm or a ratio needs it, z the label:
+    rmse = sqrt(mean (p - z)^2) and sq_rel = mean (p - z)^2 / z in metres, abs_rel = mean |p - z| / z,
+    log_rmse = sqrt(mean (ln q - ln z)^2), delta_k the share of pixels with max(q / z, z / q) < 1.25^k. No crop, no
+    median scaling, and no upper limit unless ``max_depth`` gives one.
+
+    ``protocol``: ``field``, or ``astmt``, whose rmse is the mean over pictures of each one's own
+    (astmt/fblib/evaluation/eval_depth.py:16-56); pictures without a valid pixel are left out of it, and the other
+    numbers stay pooled.
+    ``max_depth``: labels of this many metres and more are void; 80 in TaskPrompter and SAK
+    (TaskPrompter/evaluation/eval_depth.py:20-54, SAK/evaluation/eval_depth.py:7-32).
+
+    update: predictions (B, 1, H, W), labels (B, 1, H, W) in metres, valid where positive and finite. A prediction
+    that is NaN or infinite counts as 0 m and as ``not_finite``.
     """
 
-    full_state_update = False
-    squared: Tensor  # float64
-    relative: Tensor  # float64
-    close: Tensor  # int64
-    pixels: Tensor  # int64
+    task = "depth"
+    PROTOCOLS = ("field", "astmt")
+    RATIOS = (1.25, 1.25**2, 1.25**3)
+    sums: Tensor  # float64 (4,): of (p - z)^2, |p - z| / z, (p - z)^2 / z, (ln q - ln z)^2
+    counts: Tensor  # int64 (5,): valid pixels, those within the three ratios, those not finite
+    rmse_of_pictures: Tensor  # float64
+    pictures: Tensor  # int64
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(
+        self, protocol: Literal["field", "astmt"] = "field", max_depth: float | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
-        for name, dtype in [
-            ("squared", torch.float64),
-            ("relative", torch.float64),
-            ("close", torch.int64),
-            ("pixels", torch.int64),
-        ]:
-            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        if max_depth is not None and not max_depth > 0:
+            raise UserError(f"{self.task}: max_depth={max_depth} leaves no pixel; give metres above 0, or none.")
+        self.protocol = choice(self.task, protocol, self.PROTOCOLS)
+        self.upper = math.inf if max_depth is None else max_depth  # exclusive
+        self.add_sums("sums", size=(4,))
+        self.add_counts("counts", size=(2 + len(self.RATIOS),))
+        self.add_sums("rmse_of_pictures")
+        self.add_counts("pictures")
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        valid = (label > 0) & label.isfinite()
-        target = torch.where(valid, label.double(), 1.0)
-        depth = torch.where(valid, prediction.double().clamp(min=0), 1.0)  # invalid pixels: an error of 0
-        error = (depth - target).abs()
-        self.squared += error.square().sum()
-        self.relative += (error / target).sum()
-        self.close += ((torch.maximum(depth / target, target / depth) < 1.25) & valid).sum()
-        self.pixels += valid.sum()
+        check_shapes(self.task, prediction, (1,), label, (1,))
+        measured = [self._measure(*band) for band in bands(prediction, label)]
+        sums, counts = (torch.stack(parts).sum(0) for parts in zip(*measured))
+        squared, pixels = sums[0], counts[0]
+        self.rmse_of_pictures += (squared / pixels.clamp(min=1)).sqrt().sum()
+        self.pictures += (pixels > 0).sum()
+        self.sums += sums.sum(1)
+        self.counts += counts.sum(1)
+
+    def _measure(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """What is added to :attr:`sums` and :attr:`counts`, by pictures: float64 (4, B) and int64 (5, B)."""
+        valid = (label > 0) & (label < self.upper)
+        finite = is_finite(prediction)
+        # An invalid pixel is 1 m deep and predicted so, an error of 0.
+        target = torch.where(valid, label, 1.0).double()
+        depth = torch.where(valid, torch.where(finite, prediction, 0.0).clamp_(min=0), 1.0).double()
+        error, positive = (depth - target).abs_(), depth.clamp_(min=1e-9)
+        ratio, relative = positive / target, error / target
+        sums = [error.square(), relative, relative * error, ratio.log().square_()]
+        ratio = torch.maximum(ratio, target.div_(positive))
+        invalid = ~valid
+        close = [(ratio < limit) ^ invalid for limit in self.RATIOS]  # an invalid pixel is close
+        counts = [valid, *close, valid & ~finite]
+        return (
+            torch.stack([array.sum((1, 2, 3)) for array in sums]),
+            torch.stack([array.sum((1, 2, 3)) for array in counts]),
+        )
 
     def compute(self) -> dict[str, Tensor]:
+        squared, relative, squared_relative, squared_log = self.sums / self.counts[0]
+        close = self.counts[1:4].double() / self.counts[0]
         return {
-            "rmse": (self.squared / self.pixels).sqrt(),
-            "abs_rel": self.relative / self.pixels,
-            "delta1": self.close.double() / self.pixels,
+            "rmse": self.rmse_of_pictures / self.pictures if self.protocol == "astmt" else squared.sqrt(),
+            "abs_rel": relative,
+            "sq_rel": squared_relative,
+            "log_rmse": squared_log.sqrt(),
+            **{f"delta{k}": share for k, share in enumerate(close, start=1)},
+            "not_finite": self.counts[4].clone(),
         }

@@ -1,42 +1,126 @@
 """Saliency."""
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import torch
-import torchmetrics
 from torch import Tensor
 
+from mtcl.metrics.pixels import VOID, PixelMetric, by_label, check_shapes, choice, is_finite
 
-class SaliencyMetric(torchmetrics.Metric):
-    """``maxF``, the largest F-measure over 19 thresholds t = 0.05, 0.10, ..., 0.95
-    (atrc/src/data/metrics.py:131-232).
+STEPS = tuple(k / 20 for k in range(1, 20))  # 0.05, 0.10, ..., 0.95
 
-    A pixel is taken as salient when its probability (softmax of the two logits, once) is >= t. Pixels are
-    pooled over the split, then F = (1 + b2) P R / (b2 P + R) with b2 = 0.3, which is
-    (1 + b2) TP / (b2 positives + predicted); 0 / 0 counts as 0.
 
-    update: logits (B, 2, H, W), labels int64 (B, H, W), 0, 1 or 255.
+class SaliencyMetric(PixelMetric):
+    """``maxF`` and ``mIoU``, each the largest over the thresholds t on the probability of being salient.
+
+    ``protocol``: which of the field's three measures (they are not comparable):
+
+    - ``field``: t = 0.05, 0.10, ..., 0.95, salient where >= t. maxF: pixels pooled over the split, then
+      F = (1 + b2) P R / (b2 P + R) with b2 = 0.3, which is (1 + b2) TP / (b2 positives + predicted), and 0 where
+      nothing is predicted or there (atrc/src/data/metrics.py:131-232). mIoU: TP / (TP + FP + FN) of each picture, mean
+      over pictures (SAK/evaluation/eval_sal.py:5-69).
+    - ``invpt``: the same, but the probability goes through a sigmoid once more before it meets t, so that only the
+      four t = 0.55, ..., 0.70 bite, at probabilities of 0.2007, 0.4055, 0.6190 and 0.8473; up to 0.50 everything is
+      salient, from 0.75 nothing (InvPT/utils/utils.py:37-39 and InvPT/evaluation/eval_sal.py:30,41-43; also
+      TaskPrompter, MLoRE, MTMamba, BridgeNet, DiffusionMTL). InvPT itself prints no mIoU.
+    - ``mtinet``: t = 0.20, 0.25, ..., 0.90, salient where > t; precision, recall and IoU of each picture, mean over
+      pictures, then maxF = 2 P R / (P + R) of the mean P and R (MTI/evaluation/eval_sal.py:21-121,
+      astmt/fblib/evaluation/eval_sal.py:18-62). P is 0 where nothing is predicted, R is 0 where nothing is salient.
+
+    In all of them the IoU of a picture with neither a salient pixel nor a predicted one is 1, since the two agree
+    (MTI/evaluation/jaccard.py; SAK divides by zero there). Pictures without a valid pixel are no pictures.
+
+    update: logits (B, 2, H, W), of which a softmax is taken, or probabilities (B, 1, H, W), e.g. of saved maps; labels
+    integers (B, H, W), 0, 1 or 255. Where a prediction is NaN or infinite nothing salient is predicted, and the pixel
+    counts as ``not_finite``.
     """
 
-    full_state_update = False
+    task = "sal"
+    PROTOCOLS = ("field", "invpt", "mtinet")
     BETA2 = 0.3
-    thresholds: Tensor  # float32 (19,)
-    histogram: Tensor  # int64 (2, 20): pixels by label and by the number of thresholds they reach
+    thresholds: Tensor  # float32 (K,), of the probability, increasing
+    histogram: Tensor  # int64 (2, K + 2), by label: pixels not finite, and pixels that reach 0, 1, ..., K thresholds
+    precision: Tensor  # float64 (K,), sum over pictures, as the next two
+    recall: Tensor
+    iou: Tensor
+    pictures: Tensor  # int64
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, protocol: Literal["field", "invpt", "mtinet"] = "field", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.register_buffer("thresholds", torch.arange(1, 20) / 20, persistent=False)
-        self.add_state("histogram", torch.zeros(2, 20, dtype=torch.int64), dist_reduce_fx="sum")
+        self.protocol = choice(self.task, protocol, self.PROTOCOLS)
+        values = {"field": STEPS, "invpt": tuple(before_sigmoid(t) for t in STEPS), "mtinet": STEPS[3:18]}[protocol]
+        self.register_buffer("thresholds", torch.tensor(values, dtype=torch.float32), persistent=False)
+        self.add_counts("histogram", size=(2, len(values) + 2))
+        self.add_counts("pictures", "out_of_range")
+        self.add_sums("precision", "recall", "iou", size=(len(values),))
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
-        probability = prediction.float().softmax(dim=1)[:, 1].contiguous()
-        reached = torch.bucketize(probability, self.thresholds, right=True)
-        cell = torch.where(label != 255, label * 20 + reached, 40)  # one more cell for the void
-        self.histogram += torch.bincount(cell.flatten(), minlength=41)[:40].view(2, 20)
+        check_shapes(self.task, prediction, (1, 2), label, ())
+        columns = len(self.thresholds) + 2
+        score = prediction[:, 0].float()
+        if prediction.shape[1] == 2:
+            score = prediction[:, 1].float() - score
+        finite = is_finite(score)
+        probability = score.sigmoid() if prediction.shape[1] == 2 else score.contiguous()
+        reached = thresholds_reached(probability, self.thresholds, inclusive=self.protocol != "mtinet")
+        counts = by_label(label, (reached + 1) * finite, columns)
+        pixels = counts[:, 1:3]
+        self.histogram += pixels.sum(0)
+        self.out_of_range += counts.sum() - counts[:, [1, 2, 1 + VOID]].sum()
+        self._add_pictures(pixels)
+
+    def _add_pictures(self, pixels: Tensor) -> None:
+        """``pixels``: a histogram of each picture, int64 (B, 2, K + 2)."""
+        predicted, hit, positives = at_least(pixels)
+        union = predicted + positives - hit
+        seen = (pixels.sum((1, 2)) > 0).unsqueeze(1)
+        self.precision += (hit / predicted.clamp(min=1)).sum(0)
+        self.recall += (hit / positives.clamp(min=1)).sum(0)
+        self.iou += (((hit + (union == 0)) / union.clamp(min=1)) * seen).sum(0)
+        self.pictures += seen.sum()
 
     def compute(self) -> dict[str, Tensor]:
-        at_least = self.histogram.flip(1).cumsum(1).flip(1).double()  # column k: pixels that reach k thresholds or more
-        predicted, hit, positives = at_least[:, 1:].sum(0), at_least[1, 1:], at_least[1, 0]
+        self.check_labels(f"allowed are 0, 1 and {VOID} for void")
+        empty = self.pictures == 0
+        return {
+            "maxF": self._f().max().masked_fill(empty, torch.nan),
+            "mIoU": (self.iou / self.pictures).max(),
+            "not_finite": self.histogram[:, 0].sum(),
+        }
+
+    def _f(self) -> Tensor:
+        """The F-measure at every threshold, float64 (K,)."""
+        if self.protocol == "mtinet":
+            precision, recall = self.precision / self.pictures, self.recall / self.pictures
+            return 2 * precision * recall / (precision + recall + 1e-12)
+        predicted, hit, positives = at_least(self.histogram)
         # The smallest denominator other than 0 is that of one positive and no prediction.
-        f = (1 + self.BETA2) * hit / (self.BETA2 * positives + predicted).clamp(min=self.BETA2)
-        return {"maxF": f.max().masked_fill(self.histogram.sum() == 0, torch.nan)}
+        return (1 + self.BETA2) * hit / (self.BETA2 * positives + predicted).clamp(min=self.BETA2)
+
+
+def before_sigmoid(value: float) -> float:
+    """The probability that a sigmoid takes to ``value``: below 0 if every one exceeds it, above 1 if none does."""
+    return math.log(value / (1 - value))
+
+
+def thresholds_reached(probability: Tensor, thresholds: Tensor, inclusive: bool) -> Tensor:
+    """How many of the increasing ``thresholds`` are <= each probability (``inclusive``) or < it: int32, same shape.
+
+    The same as ``torch.bucketize``, which searches: here a probability's cell of 1 / 64 tells all thresholds but the
+    next one. Thresholds are to be further apart than a cell.
+    """
+    cells = 64  # a power of two: the product below is exact
+    starts = torch.arange(cells + 1, device=thresholds.device) / cells
+    below = torch.bucketize(starts, thresholds, right=inclusive, out_int32=True)
+    following = torch.cat([thresholds, thresholds.new_tensor([math.inf])])[below]
+    cell = (probability * cells).int().clamp_(0, cells).flatten()
+    limit = following.index_select(0, cell).view_as(probability)
+    more = probability >= limit if inclusive else probability > limit
+    return below.index_select(0, cell).view_as(probability) + more
+
+
+def at_least(histogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(predicted, hit, positives) of histograms (..., 2, K + 2): float64 (..., K), (..., K) and (..., 1)."""
+    upwards = histogram.flip(-1).cumsum(-1).flip(-1).double()  # column 1 + k: pixels that reach k thresholds or more
+    return upwards[..., 2:].sum(-2), upwards[..., 1, 2:], upwards[..., 1, :1]

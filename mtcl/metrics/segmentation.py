@@ -1,43 +1,103 @@
 """Semantic segmentation and human parts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torchmetrics
+import torch.nn.functional as F
 from torch import Tensor
 
+from mtcl.errors import UserError
+from mtcl.metrics.pixels import BAND, VOID, PixelMetric, by_label, check_shapes, is_finite
 
-class SegmentationMetric(torchmetrics.Metric):
-    """``mIoU`` and ``pixel_accuracy`` of one confusion matrix over the split
-    (InvPT/evaluation/eval_semseg.py).
 
-    IoU_c = TP / max(TP + FP + FN, 1e-8); mIoU is its plain mean over all classes, so a class that occurs
-    neither in the labels nor in the predictions counts as 0.
+class SegmentationMetric(PixelMetric):
+    """``mIoU``, ``pixel_accuracy`` and every class's ``IoU/<name>`` from one confusion matrix over the split
+    (InvPT/evaluation/eval_semseg.py, class ``SemsegMeter``; atrc/src/data/metrics.py:61-128 is equivalent).
 
-    update: logits (B, num_classes, H, W), labels int64 (B, H, W) in 0..num_classes-1 or 255.
+    IoU_c = TP / max(TP + FP + FN, 1e-8), sums over all valid pixels of the split; mIoU is its plain mean over all
+    classes of the list, the background too where it is one (PASCAL's semseg, human parts; NYUD-v2's 40 classes have
+    none). A class that occurs neither in the labels nor in the predictions counts as 0. pixel_accuracy is the share
+    of valid pixels with the right class.
+
+    ``class_names`` gives the keys ``IoU/<name>`` in the order of the classes; without it they are ``IoU/<index>``.
+
+    update: logits (B, num_classes, H, W), labels integers (B, H, W) in 0..num_classes-1 or 255. The prediction is
+    the class with the largest logit, the first one of equals. Where that logit is NaN or infinite no class is
+    predicted: the pixel is a miss of its label's class, nobody's false positive, and counted as ``not_finite``.
     """
 
-    full_state_update = False
-    confusion: Tensor  # int64 (label, prediction)
+    task = "semseg"
+    confusion: Tensor  # int64 (label, prediction); the last column: no class predicted
 
-    def __init__(self, num_classes: int, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_classes = num_classes
-        self.add_state("confusion", torch.zeros(num_classes, num_classes, dtype=torch.int64), dist_reduce_fx="sum")
+        if not 1 <= num_classes <= VOID:
+            raise UserError(f"{self.task}: num_classes={num_classes}; give 1 to {VOID} classes, {VOID} is void.")
+        names = tuple(str(index) for index in range(num_classes)) if class_names is None else tuple(class_names)
+        if len(names) != num_classes or len(set(names)) != num_classes:
+            raise UserError(
+                f"{self.task}: class_names has {len(set(names))} different names for num_classes={num_classes}; "
+                f"give every class one of its own."
+            )
+        self.num_classes, self.class_names = num_classes, names
+        self.add_counts("confusion", size=(num_classes, num_classes + 1))
+        self.add_counts("out_of_range")
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         n = self.num_classes
-        cell = torch.where(label != 255, label * n + prediction.argmax(dim=1), n * n)  # one more cell for the void
-        self.confusion += torch.bincount(cell.flatten(), minlength=n * n + 1)[: n * n].view(n, n)
+        check_shapes(self.task, prediction, (n,), label, ())
+        largest, index = strongest(prediction)
+        size = BAND if label.is_cpu else max(1, label.numel())
+        for parts in zip(*(array.flatten().split(size) for array in (largest, index, label))):
+            self._add(*parts)
+
+    def _add(self, largest: Tensor, index: Tensor, label: Tensor) -> None:
+        """Pixels in a row: their largest logits, where those are, and their labels."""
+        n = self.num_classes
+        guess = index.int()
+        guess += (~is_finite(largest)).int() * (n - guess)
+        counts = by_label(label.view(1, 1, -1), guess.view(1, 1, -1), n + 1)[0]
+        self.confusion += counts[1 : 1 + n]
+        self.out_of_range += counts[0].sum() + counts[1 + n : 1 + VOID].sum() + counts[2 + VOID].sum()
 
     def iou_per_class(self) -> Tensor:
         """float64 (num_classes,); of this rank's pixels only, unless called in ``sync_context()``."""
         hit = self.confusion.diagonal().double()
-        return hit / (self.confusion.sum(0) + self.confusion.sum(1) - hit).clamp(min=1e-8)
+        predicted, labelled = self.confusion[:, : self.num_classes].sum(0), self.confusion.sum(1)
+        return hit / (predicted + labelled - hit).clamp(min=1e-8)
 
     def compute(self) -> dict[str, Tensor]:
+        self.check_labels(f"allowed are 0..{self.num_classes - 1} and {VOID} for void")
         pixels = self.confusion.sum()
+        iou = self.iou_per_class().masked_fill(pixels == 0, torch.nan)
         return {
-            "mIoU": self.iou_per_class().mean().masked_fill(pixels == 0, torch.nan),
+            "mIoU": iou.mean(),
             "pixel_accuracy": self.confusion.diagonal().sum().double() / pixels,
+            **{f"IoU/{name}": value for name, value in zip(self.class_names, iou)},
+            "not_finite": self.confusion[:, self.num_classes].sum(),
         }
+
+
+class HumanPartsMetric(SegmentationMetric):
+    """The same for human parts, whose background is a class (InvPT/evaluation/eval_human_parts.py:18-75).
+
+    Pictures without any part are to arrive as all void (InvPT/data/transforms.py:291-295), which is their task's work.
+    """
+
+    task = "human_parts"
+
+
+def strongest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of (B, C, H, W) along C and the index of its first occurrence, (B, H, W) each; NaN wins.
+
+    Pooling over channels is the same and, on a CPU, several times faster than ``max`` or ``argmax`` over a dimension
+    that is not the last: it reads the memory once, in order.
+    """
+    if not logits.is_cpu or not logits.is_contiguous() or not logits.numel():
+        value, index = logits.max(dim=1)
+        return value, index
+    batch, channels, height, width = logits.shape
+    pixels_last = logits.view(batch, channels, 1, height * width).permute(0, 3, 1, 2)  # (B, HW, C, 1): channels_last
+    value, index = F.max_pool2d(pixels_last, (channels, 1), return_indices=True)
+    return value.reshape(batch, height, width), index.reshape(batch, height, width)
