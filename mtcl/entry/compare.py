@@ -1,0 +1,692 @@
+"""Runs side by side: reads run folders, makes rows of what differs in the seed only, and computes what a table shows.
+
+Rendering is :mod:`mtcl.entry.tables`'s, arithmetic :mod:`mtcl.metrics.delta`'s.
+"""
+
+import difflib
+import itertools
+import json
+import math
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mtcl.entry.schema import leaves
+from mtcl.errors import UserError
+from mtcl.metrics.delta import Paired, Summary, delta_mtl, paired_difference, summary
+from mtcl.tasks import NYUD40, TASK_NAMES, build_task
+
+# Primary metrics and units do not depend on the classes.
+OPTIONS: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
+TASKS = {name: build_task(name, **OPTIONS.get(name, {})) for name in TASK_NAMES}
+LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "log_rmse", "mErr", "median", "loss", "not_finite")
+# Keys that change neither what is learned nor what is measured; runs of one row may differ in them.
+FREE: tuple[str, ...] = (
+    *("seed", "name", "resume"),
+    *(f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size")),
+    *(f"trainer.{key}" for key in ("device", "panels", "log_interval", "val_interval", "checkpoint_interval")),
+    *("trainer.val_first", "trainer.monitor"),
+)
+COUNT = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
+SAME_DATA = ("split", "num_images", "data_fingerprint")  # what the runs of one table must have in common
+OFF = "regularizer._target_"  # null where the regulariser is off
+SINGLE_TASK = "single-task"  # the label of the baselines' row
+MOST_KEYS = 3  # in a row's name
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run's numbers and where they come from. ``metrics``: fractions, metres, degrees; NaN where the file has null.
+
+    ``facts``: its run.json, ``config``: dotted key -> value of its config.yaml, or of that beside the checkpoint it
+    evaluates; both empty where there is none.
+    """
+
+    path: Path
+    metrics: Mapping[str, Mapping[str, float]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> int | None:
+        return self.facts.get("seed", self.config.get("seed"))
+
+    @property
+    def name(self) -> str:
+        """Of the predictions it scores, if it does, else of its folder or file."""
+        path = Path(self.facts.get("predictions", self.path))
+        return path.stem if path.suffix == ".json" else path.resolve().name
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric of one task, or a Delta (``task`` is empty, values are in percent already)."""
+
+    task: str
+    metric: str
+    higher_is_better: bool
+    unit: str  # %, m, deg, pixels or none; a fraction is shown in %
+
+    @property
+    def key(self) -> str:
+        return f"{self.task}/{self.metric}" if self.task else self.metric
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Runs that differ in nothing but the seed. ``values``: column -> seed -> value; a column may be absent."""
+
+    label: str
+    runs: tuple[Run, ...]
+    values: dict[Column, dict[Hashable, float]] = field(default_factory=dict)
+    is_baseline: bool = False  # the single-task runs, each of another task
+
+    def cell(self, column: Column) -> Summary:
+        return summary(self.values.get(column, {}).values())
+
+    @property
+    def num_seeds(self) -> int:
+        """The fewest of any column that has a value."""
+        counts = [count for column in self.values if (count := self.cell(column).num)]
+        return min(counts, default=0) if self.is_baseline else len(self.runs)
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """``row`` minus ``reference`` over the seeds of both, column by column."""
+
+    row: Row
+    reference: Row
+    columns: dict[Column, Paired]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What a table shows. ``notes``: whole sentences for below the table; those to heed begin with "warning:"."""
+
+    columns: list[Column]
+    rows: list[Row]
+    differences: list[Difference]
+    notes: list[str]
+
+
+def compare(
+    sources: Sequence[Path],
+    baseline: Sequence[Path] = (),
+    against: str | None = None,
+    by: Sequence[str] = (),
+    every_metric: bool = False,
+) -> Comparison:
+    """The table of all runs in ``sources``; ``UserError`` where they cannot stand in one.
+
+    ``baseline``: single-task runs or a file of their values, for Delta_MTL; or one multi-task row, which is the same as
+    ``against``: a run, a folder of runs that form one row, or a row's label. ``by``: config keys that alone make rows.
+    """
+    runs, notes = find_runs(sources)
+    singles, reference_runs = split_baseline(baseline, notes)
+    if against is not None:
+        if reference_runs:
+            raise UserError("Give either --against or a multi-task run as --baseline, not both.")
+        if Path(against).exists():
+            reference_runs = find_runs([Path(against)])[0]
+    known = {run.path.resolve() for run in runs}
+    runs = [*(run for run in reference_runs if run.path.resolve() not in known), *runs]
+    notes += check_same_data([*runs, *singles])
+    rows = make_rows(runs, by, notes)
+    if singles:
+        check_backbone(rows, singles)
+    columns = choose_columns([*runs, *singles], every_metric, notes)
+    for row in rows:
+        fill(row, columns)
+    primary = [column for column in columns if is_primary(column, columns)]
+    if singles:
+        base = baseline_row(singles, columns)
+        notes += unlike_baselines(rows, singles)
+        add_delta(rows, base, primary, "Delta_MTL", columns, notes)
+        rows = [base, *rows]
+    reference = choose_reference(rows, reference_runs, against, notes)
+    differences = []
+    if reference is not None:
+        if not singles or reference_runs or against is not None:  # beside Delta_MTL only if asked for
+            add_delta(rows, reference, primary, delta_name(reference, rows), columns, notes)
+        others = [row for row in rows if row is not reference and not row.is_baseline]
+        differences = [d for row in others if (d := difference(row, reference, columns, notes)) is not None]
+    notes += missing_values(rows, columns)
+    return Comparison(columns, rows, differences, [provenance([*runs, *singles]), *notes])
+
+
+# Reading
+
+
+def find_runs(sources: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """Every run at or below ``sources``, each once, in the given order; and notes of what was left out."""
+    found: dict[Path, Run] = {}
+    notes = []
+    for source in sources:
+        if not source.exists():
+            raise UserError(f"{source} does not exist; give run folders (with a metrics.json) or folders of runs.")
+        if source.is_file() or (source / "metrics.json").is_file():
+            folders, unfinished = [source], []
+        else:
+            folders = sorted((path.parent for path in source.rglob("metrics.json")), key=natural)
+            configs = sorted((path.parent for path in source.rglob("config.yaml")), key=natural)
+            unfinished = [folder for folder in configs if not (folder / "metrics.json").is_file()]
+        if unfinished and not folders:
+            raise UserError(
+                f"{unfinished[0]} is an unfinished run: it has a config.yaml, but no metrics.json; "
+                "continue it with resume=auto or leave it out."
+            )
+        if not folders:
+            raise UserError(f"There is no run in {source}: no metrics.json in it or below it.")
+        if unfinished:
+            told = ", ".join(str(folder.relative_to(source)) for folder in unfinished)
+            notes.append(f"warning: {source} holds unfinished runs, left out here (no metrics.json): {told}.")
+        for folder in folders:
+            path = folder.parent if folder.name == "metrics.json" else folder
+            if path.resolve() not in found:
+                found[path.resolve()] = read_run(path)
+    return list(found.values()), notes
+
+
+def natural(path: Path) -> list[tuple[int, int | str]]:
+    """A key that sorts 10 after 9: Hydra counts the runs of a sweep."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+|/)", str(path))]
+
+
+def read_run(path: Path) -> Run:
+    """A run folder, or a single JSON file of metrics, about whose origin nothing is known."""
+    if path.is_file():
+        return Run(path, read_metrics(path))
+    facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
+    config = path / "config.yaml"
+    if not config.is_file() and "checkpoint" in facts:  # an evaluation: as its run was trained
+        config = Path(facts["checkpoint"]).parent.parent / "config.yaml"
+    return Run(path, read_metrics(path / "metrics.json"), facts, read_config(config) if config.is_file() else {})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable JSON file: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
+    return {key: value for key, value in leaves(content) if value != {}} if isinstance(content, dict) else {}
+
+
+def read_metrics(path: Path) -> dict[str, dict[str, float]]:
+    """``{task: {metric: number or null}}``, or ``{task: number}`` for its primary metric; null becomes NaN."""
+    metrics = {}
+    for task, values in read_json(path).items():
+        if task not in TASKS:
+            raise UserError(
+                f"{path} has {task!r} in place of a task; it must be {{task: {{metric: value}}}} with tasks among "
+                f"{', '.join(TASK_NAMES)}."
+            )
+        given = values if isinstance(values, dict) else {primaries(task)[0]: values}
+        metrics[task] = {name: number(path, column_of(task, name), value) for name, value in given.items()}
+    if not metrics:
+        raise UserError(f"{path} holds no task.")
+    return {task: metrics[task] for task in TASK_NAMES if task in metrics}
+
+
+def number(path: Path, column: Column, value: Any) -> float:
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{path} has {value!r} for {column.key}; it must be a number or null.")
+    if column.metric in primaries(column.task) and column.unit == "%" and value > 1:
+        raise UserError(
+            f"{path} has {value:g} for {column.key}; files hold fractions, for percent write {value / 100:g}."
+        )
+    return float(value) if math.isfinite(value) else math.nan
+
+
+# What is shown of a task
+
+
+def primaries(task: str) -> tuple[str, ...]:
+    """The metrics that may stand for a task, best first: edges have odsF only where boundaries were matched."""
+    own = TASKS[task].primary
+    return tuple(dict.fromkeys(("odsF", own, "loss"))) if task == "edge" else (own,)
+
+
+def column_of(task: str, metric: str) -> Column:
+    unit = "pixels" if metric == COUNT else TASKS[task].units.get(metric, "%")
+    return Column(task, metric, metric not in LOWER_IS_BETTER, unit)
+
+
+def choose_columns(runs: Sequence[Run], every_metric: bool, notes: list[str]) -> list[Column]:
+    """A column per task for its primary metric, and with ``every_metric`` one for each other metric of any run."""
+    columns = []
+    for task in (task for task in TASK_NAMES if any(task in run.metrics for run in runs)):
+        of_task = [run for run in runs if task in run.metrics]
+        primary = choose_primary(task, of_task, notes)
+        others = [
+            m for run in of_task for m, value in run.metrics[task].items() if m != primary and (m != COUNT or value)
+        ]
+        shown = [primary, *dict.fromkeys(others)] if every_metric else [primary]
+        columns += [column_of(task, metric) for metric in shown]
+    return columns
+
+
+def choose_primary(task: str, runs: Sequence[Run], notes: list[str]) -> str:
+    """The best metric that all ``runs`` have; the best that any has where there is none."""
+    names = primaries(task)
+    common = [name for name in names if all(name in run.metrics[task] for run in runs)]
+    chosen = common[0] if common else next((n for n in names if any(n in run.metrics[task] for run in runs)), names[0])
+    if task == "edge" and chosen == "loss":
+        lacking = next(run for run in runs if "odsF" not in run.metrics[task])
+        notes.append(f"edge stands here with its loss, as {lacking.path} has no odsF; no paper's number compares.")
+    return chosen
+
+
+def is_primary(column: Column, columns: Sequence[Column]) -> bool:
+    return next(c for c in columns if c.task == column.task) == column
+
+
+def fill(row: Row, columns: Iterable[Column]) -> None:
+    """Put the runs' values into the row; runs without a known seed are told apart by their folder."""
+    for column in columns:
+        values: dict[Hashable, float] = {
+            str(run.path) if run.seed is None else run.seed: run.metrics[column.task].get(column.metric, math.nan)
+            for run in row.runs
+            if column.task in run.metrics
+        }
+        if values:
+            row.values[column] = values
+
+
+# Rows
+
+
+def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[Row]:
+    """Runs that differ in nothing but the seed make a row, named by what tells it from the others.
+
+    With ``by``, these keys alone count. A run about whose config nothing is known is a row of its own.
+    """
+    identities = [projected(run, by, runs) if by else identity(run) for run in runs]
+    groups: dict[str, list[int]] = {}
+    for index, known in enumerate(identities):
+        key = json.dumps(known, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
+        groups.setdefault(key, []).append(index)
+    first = [members[0] for members in groups.values()]
+    named = [index for index in first if identities[index]]
+    texts = labels([identities[i] for i in named], [choices(runs[i]) for i in named], bool(by), notes)
+    told = dict(zip(named, texts))
+    names = {index: told.get(index) or folder_name(runs[index], runs) for index in first}
+    rows = [Row(names[members[0]], tuple(runs[i] for i in members)) for members in groups.values()]
+    for row in rows:
+        check_seeds(row)
+        if by and (differing := differing_keys([identity(run) for run in row.runs])):
+            notes.append(f"warning: the runs of {row.label} differ in {', '.join(differing)}, too.")
+    return rows
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What, besides the seed, decides a run's numbers; empty where nothing is known."""
+    known = {key: value for key, value in run.config.items() if key not in FREE}
+    if known:
+        known["tasks.names"] = list(run.metrics)  # what "auto" stood for
+        step, checkpoint = run.facts.get("step"), Path(run.facts.get("checkpoint", "last.pt")).name
+        finished = checkpoint != "last.pt" or step in (None, run.config.get("trainer.max_steps"))
+        known |= {"checkpoint": checkpoint, "step": "last" if finished else step}
+    return known
+
+
+def projected(run: Run, by: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
+    """The values of the keys (or of the groups of keys) ``by``, from the config or else from run.json."""
+    values: dict[str, Any] = {}
+    for key in by:
+        known = {**{k: v for k, v in run.facts.items() if not isinstance(v, dict | list)}, **run.config}
+        found = {k: v for k, v in known.items() if k == key or k.startswith(f"{key}.")}
+        if not found and not any(k == key or k.startswith(f"{key}.") for r in runs for k in (*r.facts, *r.config)):
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise UserError(f"--by {key}: no config.yaml or run.json of the given runs has that key{hint}")
+        values |= found or {key: None}
+    return values
+
+
+def check_seeds(row: Row) -> None:
+    seen: dict[int, Run] = {}
+    for run in row.runs:
+        if run.seed is not None and run.seed in seen:
+            raise UserError(
+                f"{seen[run.seed].path} and {run.path} are both {row.label} with seed {run.seed}; leave one of them "
+                "out, or tell them apart with --by KEY."
+            )
+        if run.seed is not None:
+            seen[run.seed] = run
+
+
+def choices(run: Run) -> dict[str, str]:
+    """``group=choice`` words of the run's command, as group -> choice."""
+    pairs = [str(word).partition("=")[::2] for word in run.facts.get("overrides", ())]
+    return {key: value for key, value in pairs if any(k.startswith(f"{key}.") for k in run.config)}
+
+
+def differing_keys(identities: Sequence[Mapping[str, Any]]) -> list[str]:
+    keys = dict.fromkeys(key for known in identities for key in known)
+    return [key for key in keys if any(known.get(key) != identities[0].get(key) for known in identities)]
+
+
+def labels(
+    identities: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, str]], forced: bool, notes: list[str]
+) -> list[str]:
+    """A name per row out of the keys in which they differ, or of all keys if ``forced``; "" where there is nothing.
+
+    Keys of a group come after the group's choice (``regularizer=none``), and only where that does not tell all.
+    """
+    keys = differing_keys(identities)
+    if forced and not keys:
+        keys = list(identities[0]) if identities else []
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(key.partition(".")[0], []).append(key)
+    parts: list[list[str]] = []
+    for group, members in groups.items():
+        parts += group_parts(group, members, identities, chosen)
+    if len(parts) > MOST_KEYS and len(kept := enough(sorted(parts, key=is_about_key))) < len(parts):
+        left = [f"{group}.*" if group not in members else group for group, members in groups.items()]
+        notes.append(f"The rows differ in more than their names say, in keys of {', '.join(left)}.")
+        parts = kept
+    return [", ".join(text for part in parts if (text := part[i])) for i in range(len(identities))]
+
+
+def group_parts(
+    group: str, members: Sequence[str], identities: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, str]]
+) -> list[list[str]]:
+    """What the names say of one config group: a text per row in each part, "" where it adds nothing."""
+    lead, spoken = group_choice(group, members, identities, chosen)
+    parts = [[f"{group}={text}" for text in lead]] if lead else []
+    for key in (member for member in members if member != spoken):
+        part = []
+        for i, known in enumerate(identities):
+            alike = [other for j, other in enumerate(identities) if not lead or lead[j] == lead[i]]
+            tells = not lead or len({show(other.get(key)) for other in alike}) > 1
+            part.append(f"{key}={show(known.get(key))}" if tells else "")
+        if any(part):
+            parts.append(part)
+    return parts
+
+
+def group_choice(
+    group: str, members: Sequence[str], identities: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, str]]
+) -> tuple[list[str], str]:
+    """The choice of a group in each row, and the key it speaks for: as typed, else its class or its name."""
+    typed = [words.get(group, "") for words in chosen]
+    if group not in members and all(typed) and (len(set(typed)) > 1 or len(typed) == 1):
+        return typed, ""
+    for key in (f"{group}._target_", f"{group}.name"):
+        if key in members:
+            return [snake(known.get(key)) for known in identities], key
+    return [], ""
+
+
+def snake(target: Any) -> str:
+    """``mtcl.models.decoders.MultiHead`` as ``multi_head``; any other name as it is."""
+    text = "none" if target is None else str(target)
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text.rpartition(".")[2]).lower() if text.startswith("mtcl.") else text
+
+
+def show(value: Any) -> str:
+    """A config value as one types it."""
+    if isinstance(value, list):
+        return f"[{','.join(map(show, value))}]"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def is_about_key(part: Sequence[str]) -> bool:
+    """Does this part of the names tell a single key, not the choice of a group?"""
+    return any("." in text.partition("=")[0] for text in part)
+
+
+def enough(parts: Sequence[list[str]]) -> list[list[str]]:
+    """The first parts, each of which tells rows apart that those before it did not."""
+    kept: list[list[str]] = []
+    for part in parts:
+        if len(set(zip(*kept, part))) > (len(set(zip(*kept))) if kept else 1):
+            kept.append(part)
+    return kept
+
+
+def folder_name(run: Run, runs: Sequence[Run]) -> str:
+    """The name of a run's folder or file, its path where others are named alike."""
+    return run.name if sum(other.name == run.name for other in runs) == 1 else str(run.path)
+
+
+# What may stand beside what
+
+
+def check_same_data(runs: Sequence[Run]) -> list[str]:
+    """``UserError`` for two runs that were scored on different validation data; notes where that is not known."""
+    for fact in SAME_DATA:
+        known = [run for run in runs if run.facts.get(fact) is not None]
+        for run in known:
+            if run.facts[fact] != known[0].facts[fact]:
+                raise UserError(
+                    f"{known[0].path} and {run.path} were scored on different validation data ({fact} "
+                    f"{known[0].facts[fact]} and {run.facts[fact]}); compare runs on the same data."
+                )
+    unknown = [str(run.path) for run in runs if any(run.facts.get(fact) is None for fact in SAME_DATA)]
+    if unknown and len(runs) > 1:
+        return [f"warning: not known on which validation data {listed(unknown)} was scored (run.json does not tell)."]
+    return []
+
+
+def check_backbone(rows: Sequence[Row], singles: Sequence[Run]) -> None:
+    """``UserError`` where a single-task run has another backbone than a row."""
+    for run in (run for row in rows for run in row.runs):
+        for single in singles:
+            ours, theirs = (r.config.get("backbone.name") for r in (run, single))
+            if None not in (ours, theirs) and ours != theirs:
+                raise UserError(
+                    f"Delta_MTL needs baselines of the same backbone, but {single.path} has backbone.name={theirs} and "
+                    f"{run.path} has {ours}."
+                )
+
+
+def unlike_baselines(rows: Sequence[Row], singles: Sequence[Run]) -> list[str]:
+    """A note on what, besides tasks and regulariser, baselines and rows differ in; or that it is not known."""
+    runs = [*singles, *(run for row in rows for run in row.runs)]
+    unknown = [str(run.path) for run in runs if "backbone.name" not in run.config]
+    if unknown:
+        return [f"warning: not known of which backbone {listed(unknown)} is; Delta_MTL supposes that it is the same."]
+    keys = [
+        k for k in differing_keys([identity(run) for run in runs]) if k.split(".")[0] not in ("tasks", "regularizer")
+    ]
+    return [f"warning: rows and single-task baselines differ in {listed(keys)}, too."] if keys else []
+
+
+def listed(items: Sequence[str], most: int = 3) -> str:
+    items = list(dict.fromkeys(items))
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
+
+
+def missing_values(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+    """Notes on metrics that runs of a row lack, and on pixels that the numbers leave out."""
+    notes = []
+    for row in rows:
+        for run in row.runs:
+            bad = {task: int(n) for task, found in run.metrics.items() if (n := found.get(COUNT, 0)) and n > 0}
+            told = ", ".join(f"{task} {count}" for task, count in bad.items())
+            notes += [f"warning: pixels without a finite prediction in {run.path}: {told}."] if told else []
+        for column in (c for c in columns if c.task and c in row.values):
+            known, all_seeds = row.cell(column).num, len(row.values[column])
+            if known < all_seeds:
+                notes.append(f"warning: {row.label} has {column.key} in {known} of its {all_seeds} runs only.")
+    return notes
+
+
+def provenance(runs: Sequence[Run]) -> str:
+    """Where the numbers come from, in one line."""
+
+    def values(fact: str) -> list[str]:
+        return list(dict.fromkeys(str(run.facts[fact]) for run in runs if run.facts.get(fact) is not None))
+
+    count = len({run.path for run in runs})
+    parts = [f"{count} run{'s' * (count != 1)}"]
+    if values("num_images"):
+        parts.append(f"{values('num_images')[0]} pictures of split {listed(values('split'))}")
+    parts += [f"data {fingerprint}" for fingerprint in values("data_fingerprint")]
+    if devices := values("device"):
+        parts.append(f"on {listed(devices)}")
+    if commits := [commit[:10] for commit in values("commit")]:
+        parts.append(f"commit{'s' * (len(commits) > 1)} {listed(commits)}")
+    if changed := sum(run.facts.get("clean") is False for run in runs):
+        parts.append(f"{changed} with uncommitted changes")
+    return ", ".join(parts) + "."
+
+
+# Against what
+
+
+def split_baseline(paths: Sequence[Path], notes: list[str]) -> tuple[list[Run], list[Run]]:
+    """The runs of ``--baseline``: (single-task runs, []) or ([], multi-task runs that may form a row)."""
+    if not paths:
+        return [], []
+    runs, told = find_runs(paths)
+    notes += told
+    if len(runs) == 1 and runs[0].path.is_file():
+        values = runs[0].metrics  # a file of single-task values, as if of one run per task
+        return [Run(runs[0].path, {task: values[task]}) for task in values], []
+    single = [run for run in runs if len(run.metrics) == 1]
+    if single and len(single) < len(runs):
+        other = next(run for run in runs if run not in single)
+        raise UserError(
+            f"--baseline takes single-task runs or one multi-task run, but {single[0].path} has one task and "
+            f"{other.path} has {len(other.metrics)}."
+        )
+    return (runs, []) if single else ([], runs)
+
+
+def baseline_row(singles: Sequence[Run], columns: Sequence[Column]) -> Row:
+    """One row of all single-task runs; those of one task may differ in the seed only."""
+    for task in TASK_NAMES:
+        of_task = [run for run in singles if task in run.metrics]
+        for run in of_task[1:]:
+            keys = differing_keys([identity(of_task[0]), identity(run)])
+            if keys:
+                raise UserError(
+                    f"{of_task[0].path} and {run.path} are both baselines of {task}, but differ in {listed(keys)}; "
+                    "give runs that differ in the seed only."
+                )
+        check_seeds(Row(f"the baseline of {task}", tuple(of_task)))
+    row = Row(SINGLE_TASK, tuple(singles), is_baseline=True)
+    fill(row, columns)
+    return row
+
+
+def choose_reference(rows: Sequence[Row], runs: Sequence[Run], against: str | None, notes: list[str]) -> Row | None:
+    """The row that others are compared with: as asked for; else the one without regulariser, or the first of two."""
+    own = [row for row in rows if not row.is_baseline]
+    if runs:
+        paths = {run.path.resolve() for run in runs}
+        found = [row for row in own if any(run.path.resolve() in paths for run in row.runs)]
+        if len(found) > 1:
+            raise UserError(
+                f"{runs[0].path} and the other runs to compare with are {len(found)} rows ({found[0].label}; "
+                f"{found[1].label}); name those of one, or give --against LABEL."
+            )
+        return found[0]
+    if against is not None:
+        exact = [row for row in own if row.label == against]
+        found = exact or [row for row in own if against in row.label]
+        if len(found) != 1:
+            problem = "fits several rows" if found else "is neither a row nor a run"
+            raise UserError(f"--against {against} {problem}; choose one of: {'; '.join(row.label for row in own)}.")
+        return found[0]
+    off = [row for row in own if is_on_off(row, own)]
+    if len(own) > 1 and off:
+        return off[0]
+    if len(own) == 2 and set(own[0].values) & set(own[1].values):
+        return own[0]
+    if len(own) > 2 and any(set(a.values) & set(b.values) for a, b in itertools.combinations(own, 2)):
+        notes.append("--against LABEL adds the differences from that row, paired over seeds.")
+    return None
+
+
+def is_on_off(reference: Row, rows: Sequence[Row]) -> bool:
+    """Is the regulariser off in ``reference`` and on in all other rows, which differ in nothing else?"""
+    others = [row.runs[0] for row in rows if row is not reference and not row.is_baseline]
+    if reference.is_baseline or not others or reference.runs[0].config.get(OFF, "") is not None:
+        return False
+    keys = [differing_keys([identity(reference.runs[0]), identity(run)]) for run in others]
+    only = all(key.startswith("regularizer.") for found in keys for key in found)
+    return only and all(run.config.get(OFF) is not None for run in others)
+
+
+def delta_name(reference: Row, rows: Sequence[Row]) -> str:
+    return "Delta_on/off" if is_on_off(reference, rows) else f"Delta vs. {reference.label}"
+
+
+def add_delta(
+    rows: Sequence[Row], base: Row, primary: Sequence[Column], name: str, columns: list[Column], notes: list[str]
+) -> None:
+    """A further column: each run's Delta in percent against the means of ``base`` over its seeds."""
+    of = {c.task: base.cell(c).mean for c in primary if not math.isnan(base.cell(c).mean)}
+    absent = [c.task for c in primary if c.task not in of and any(c in row.values for row in rows)]
+    if base.is_baseline and absent:
+        raise UserError(
+            f"Delta_MTL needs a single-task baseline of every task, and {base.runs[0].path} and the others given "
+            f"have none of {', '.join(absent)}; train it with tasks=single_{absent[0]}."
+        )
+    wanted = [c for c in primary if c.task in of and any(c in row.values for row in rows if row is not base)]
+    if not wanted:
+        return
+    if not base.is_baseline and any(of[c.task] <= 0 for c in wanted):
+        notes.append(f"warning: no {name}: a metric of {base.label} is 0.")
+        return
+    direction = {c.task: c.higher_is_better for c in wanted}
+    baseline = {c.task: of[c.task] for c in wanted}
+    delta = Column("", name, True, "%")
+    without = []
+    for row in rows:
+        if row.is_baseline or any(c not in row.values for c in wanted):
+            without += [row.label] * (not row.is_baseline)
+            continue
+        row.values[delta] = {
+            seed: delta_mtl({c.task: row.values[c].get(seed, math.nan) for c in wanted}, baseline, direction)
+            for seed in dict.fromkeys(seed for c in wanted for seed in row.values[c])
+        }
+    columns.append(delta)
+    told = ", ".join(f"{c.task} {c.metric}" for c in wanted)
+    notes.append(f"{name} = (100/T) sum_t s_t (M_t - B_t) / B_t over {told}; B: mean of {base.label}.")
+    if without:
+        notes.append(f"warning: {listed(without)} has no {name}: a task is missing.")
+
+
+def difference(row: Row, reference: Row, columns: Sequence[Column], notes: list[str]) -> Difference | None:
+    """Column by column over common seeds; None where there are none, with a note if seeds are known."""
+    mine, theirs = ([run.seed for run in r.runs if run.seed is not None] for r in (row, reference))
+    common = [seed for seed in mine if seed in theirs]
+    if not mine or not theirs:
+        return None
+    if not common:
+        notes.append(f"{row.label} and {reference.label} have no seed in common, so nothing is paired.")
+        return None
+    for label, seeds in ((row.label, mine), (reference.label, theirs)):
+        if alone := [str(seed) for seed in sorted(seeds) if seed not in common]:
+            other = reference.label if label == row.label else row.label
+            notes.append(f"Seed {listed(alone, 10)} of {label} has no partner in {other}.")
+    shared = [column for column in columns if column in row.values and column in reference.values]
+    paired = {column: paired_difference(row.values[column], reference.values[column]) for column in shared}
+    return Difference(row, reference, {column: found for column, found in paired.items() if found.pairs})

@@ -1,0 +1,336 @@
+"""A comparison as a table: text for the terminal, Markdown, LaTeX (booktabs), CSV."""
+
+import csv
+import io
+import math
+import re
+import textwrap
+from collections.abc import Sequence
+
+from mtcl.entry.compare import Column, Comparison, Difference, Row
+from mtcl.metrics.delta import Paired
+
+FORMATS = ("text", "markdown", "latex", "csv")
+WIDTH = 120  # of text
+LABEL_WIDTH = 34  # of a row's name in text, before it goes on in the next line
+DIGITS = {"%": 2, "deg": 2, "m": 4, "": 4, "pixels": 0}
+HEAD_WIDTH = 20  # of a heading in text, likewise
+ROWS_ACROSS = 3  # in text, where a row of the comparison is a column
+NONE = "-"
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", **{c: f"\\{c}" for c in "&%$#_{}"}}
+
+Grid = list[list[str]]
+
+
+def render(comparison: Comparison, format: str) -> str:
+    """The table in one of :data:`FORMATS`, with a newline at its end."""
+    return {"text": as_text, "markdown": as_markdown, "latex": as_latex, "csv": as_csv}[format](comparison)
+
+
+# Cells
+
+
+def figure(column: Column, value: float, signed: bool = False) -> str:
+    """A value in its unit: percent and degrees with two decimals, metres with four; a Delta always with its sign."""
+    if math.isnan(value):
+        return NONE
+    scale = 100 if column.unit == "%" and column.task else 1
+    text = f"{value * scale:{'+' if signed or not column.task else ''}.{DIGITS.get(column.unit, 4)}f}"
+    return text if re.search("[1-9]", text) else text.lstrip("+-")
+
+
+def mean_cell(column: Column, row: Row) -> str:
+    """Only the mean. Delta_MTL of the baselines themselves is 0."""
+    if row.is_baseline and column.metric == "Delta_MTL":
+        return figure(column, 0.0)
+    return figure(column, row.cell(column).mean)
+
+
+def cell(column: Column, row: Row) -> str:
+    """``mean ± standard deviation``, of one seed its value."""
+    std = row.cell(column).std
+    return mean_cell(column, row) + ("" if math.isnan(std) else f" ± {figure(column, std).lstrip('+')}")
+
+
+def best(column: Column, rows: Sequence[Row]) -> list[bool]:
+    """Which rows' means, as they are shown, are the best of at least two; the single-task baseline takes no part."""
+    shown = [math.nan if row.is_baseline else row.cell(column).mean for row in rows]
+    known = [value for value in shown if not math.isnan(value)]
+    if len(known) < 2:
+        return [False] * len(rows)
+    top = figure(column, max(known) if column.higher_is_better else min(known))
+    return [not math.isnan(value) and figure(column, value) == top for value in shown]
+
+
+def heading(column: Column) -> str:
+    arrow = "↑" if column.higher_is_better else "↓"
+    return f"{column.metric} {arrow}" + (f" ({column.unit})" if column.unit else "")
+
+
+def is_long(columns: Sequence[Column]) -> bool:
+    """More than its primary metric of some task: then a line per metric, a column per row."""
+    tasks = [column.task for column in columns if column.task]
+    return len(set(tasks)) < len(tasks)
+
+
+def unit_of_difference(column: Column) -> str:
+    return "points" if column.unit == "%" else column.unit
+
+
+def interval(column: Column, found: Paired) -> str:
+    if math.isnan(found.low):
+        return NONE
+    return f"[{figure(column, found.low, signed=True)}, {figure(column, found.high, signed=True)}]"
+
+
+def verdict(column: Column, found: Paired) -> str:
+    """Whether the interval excludes zero, and on which side."""
+    if math.isnan(found.low):
+        return NONE
+    if not found.excludes_zero:
+        return "no"
+    return "yes, better" if (found.mean > 0) == column.higher_is_better else "yes, worse"
+
+
+def difference_grid(one: Difference) -> Grid:
+    """Heading and lines of one block of paired differences."""
+    grid = [["", "difference", "95 % interval", "pairs", "excludes zero"]]
+    for column, found in one.columns.items():
+        unit = unit_of_difference(column)
+        arrow = "↑" if column.higher_is_better else "↓"
+        name = f"{column.task} {column.metric} {arrow}".strip() + (f" ({unit})" if unit else "")
+        value = figure(column, found.mean, signed=True)
+        grid.append([name, value, interval(column, found), str(found.pairs), verdict(column, found)])
+    return grid
+
+
+def title(one: Difference) -> tuple[str, str]:
+    """What is subtracted from what."""
+    return one.row.label, one.reference.label
+
+
+def closing(comparison: Comparison) -> list[str]:
+    """What is to be known of standard deviations and intervals, then the comparison's notes."""
+    lines = []
+    if any(row.num_seeds > 1 for row in comparison.rows):
+        lines.append("Mean ± standard deviation (n - 1) over seeds.")
+    if any(found.pairs == 1 for one in comparison.differences for found in one.columns.values()):
+        lines.append("A single pair gives no interval.")
+    intervals = [
+        (column, found) for one in comparison.differences for column, found in one.columns.items() if found.pairs > 1
+    ]
+    if intervals:
+        sure = [f"{c.task} {c.metric}".strip() for c, found in intervals if found.excludes_zero]
+        told = f"excluding zero: {', '.join(dict.fromkeys(sure))}" if sure else "none excludes zero"
+        count = f"{len(intervals)} interval{'s' * (len(intervals) > 1)}"
+        lines.append(f"{count} of Student's t, not corrected for their number; {told}.")
+    return [*lines, *comparison.notes]
+
+
+# Text
+
+
+def as_text(comparison: Comparison) -> str:
+    columns, rows = comparison.columns, comparison.rows
+    blocks = [] if is_long(columns) else [short_block(columns, rows)]
+    if not blocks or max(map(len, blocks[0].splitlines())) > WIDTH:  # then the metrics go down, not across
+        blocks = [long_block(columns, rows[i : i + ROWS_ACROSS]) for i in range(0, len(rows), ROWS_ACROSS)]
+    for one in comparison.differences:
+        grid = difference_grid(one)
+        blocks.append("{} minus {}, paired over seeds\n".format(*title(one)) + aligned(grid[:1], grid[1:], lefts=1))
+    notes = [textwrap.fill(note, WIDTH, subsequent_indent="  ") for note in closing(comparison)]
+    return "\n\n".join([*blocks, "\n".join(notes)]) + "\n"
+
+
+def short_block(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A line per row, a column per metric."""
+    body = []
+    for row in rows:
+        first, *more = textwrap.wrap(row.label, LABEL_WIDTH, break_on_hyphens=False) or [""]
+        body.append([first, *(cell(c, row) for c in columns), str(row.num_seeds)])
+        body += [[f"  {text}", *[""] * (len(columns) + 1)] for text in more]
+    return aligned(stacked([[], *map(head_lines, columns), ["seeds"]]), body, lefts=1)
+
+
+def long_block(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A line per metric, a column per row."""
+    head = stacked([["task"], ["metric"], *(wrapped(row.label) for row in rows)])
+    body = [[c.task, heading(c), *(cell(c, row) for row in rows)] for c in columns]
+    return aligned(head, [*body, ["", "seeds", *(str(row.num_seeds) for row in rows)]], lefts=2)
+
+
+def head_lines(column: Column) -> list[str]:
+    """The heading of a column in lines: the task above its metric, a Delta's name above its arrow."""
+    if column.task:
+        return [column.task, heading(column)]
+    return [*wrapped(column.metric), heading(column).removeprefix(column.metric).strip()]
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, HEAD_WIDTH, break_on_hyphens=False, break_long_words=False) or [""]
+
+
+def stacked(heads: Sequence[list[str]]) -> Grid:
+    """Headings of several lines, resting on the lowest, as lines of a grid."""
+    height = max(map(len, heads))
+    full = [[""] * (height - len(lines)) + lines for lines in heads]
+    return [[lines[i] for lines in full] for i in range(height)]
+
+
+def aligned(head: Grid, body: Grid, lefts: int) -> str:
+    """Columns of equal width, the first ``lefts`` flush left; "±" and the numbers before it stand below each other."""
+    for i in range(lefts, len(head[0])):
+        tail = max(len(row[i].partition(" ± ")[2]) for row in body)
+        if tail:
+            for row in body:
+                row[i] += " " * (tail + 3 - (len(row[i]) - len(row[i].partition(" ± ")[0]))) if row[i] else ""
+    widths = [max(len(row[i]) for row in [*head, *body]) for i in range(len(head[0]))]
+    gap = 3 if sum(widths) + 3 * (len(widths) - 1) <= WIDTH else 2
+
+    def line(row: list[str]) -> str:
+        cells = [text.ljust(w) if i < lefts else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))]
+        return (" " * gap).join(cells).rstrip()
+
+    rule = "-" * (sum(widths) + gap * (len(widths) - 1))
+    return "\n".join([*map(line, head), rule, *map(line, body)])
+
+
+# Markdown
+
+
+def as_markdown(comparison: Comparison) -> str:
+    columns, rows = comparison.columns, comparison.rows
+    bold = {column: best(column, rows) for column in columns}
+
+    def strong(column: Column, i: int) -> str:
+        text = cell(column, rows[i])
+        mean, _, std = text.partition(" ± ")
+        return f"**{mean}**" + (f" ± {std}" if std else "") if bold[column][i] else text
+
+    if is_long(columns):
+        head = ["task", "metric", *(code(row.label) for row in rows)]
+        body = [[c.task, heading(c), *(strong(c, i) for i in range(len(rows)))] for c in columns]
+        body.append(["", "seeds", *(str(row.num_seeds) for row in rows)])
+        blocks = [pipes(head, body, lefts=2)]
+    else:
+        head = ["run", *(escaped(f"{c.task} {heading(c)}".strip()) for c in columns), "seeds"]
+        body = [[code(row.label), *(strong(c, i) for c in columns), str(row.num_seeds)] for i, row in enumerate(rows)]
+        blocks = [pipes(head, body, lefts=1)]
+    for one in comparison.differences:
+        grid = difference_grid(one)
+        body = [[escaped(row[0]), *row[1:]] for row in grid[1:]]
+        blocks.append("{} minus {}, paired over seeds:".format(*map(code, title(one))))
+        blocks.append(pipes(grid[0], body, lefts=1))
+    return "\n\n".join([*blocks, "\n".join(f"- {note}" for note in closing(comparison))]) + "\n"
+
+
+def code(label: str) -> str:
+    """A row's name, as code if it is made of config keys or a path."""
+    return f"`{escaped(label)}`" if re.search("[=/_*]", label) else escaped(label)
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
+def pipes(head: list[str], body: Grid, lefts: int) -> str:
+    rule = ["---" if i < lefts else "---:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *body])
+
+
+# LaTeX
+
+
+def as_latex(comparison: Comparison) -> str:
+    columns, rows = comparison.columns, comparison.rows
+    bold = {column: best(column, rows) for column in columns}
+
+    def strong(column: Column, i: int) -> str:
+        mean, _, std = cell(column, rows[i]).partition(" ± ")
+        text = rf"\textbf{{{mean.replace('-', '--')}}}" if bold[column][i] else minus(mean)
+        return text + (rf" $\pm$ {std}" if std else "")
+
+    if is_long(columns):
+        head = [["task", "metric", *(tex(row.label) for row in rows)]]
+        body = [[tex(c.task), tex_heading(c), *(strong(c, i) for i in range(len(rows)))] for c in columns]
+        body.append(["", "seeds", *(str(row.num_seeds) for row in rows)])
+        lefts, rules = 2, {len(body) - 1}
+    else:
+        head = [["", *(tex(c.task) for c in columns), ""], ["", *map(tex_heading, columns), "seeds"]]
+        body = [[tex(row.label), *(strong(c, i) for c in columns), str(row.num_seeds)] for i, row in enumerate(rows)]
+        lefts, rules = 1, {i + 1 for i, row in enumerate(rows) if row.is_baseline}
+    blocks = ["% needs \\usepackage{booktabs}", tabular(head, body, lefts, rules)]
+    for one in comparison.differences:
+        grid = difference_grid(one)
+        body = [[tex_name(row[0]), *map(minus, row[1:])] for row in grid[1:]]
+        blocks.append("\n% {} minus {}, paired over seeds".format(*title(one)))
+        blocks.append(tabular([[tex(text) for text in grid[0]]], body, lefts=1, rules=set()))
+    return "\n".join([*blocks, "", *(f"% {note}" for note in closing(comparison))]) + "\n"
+
+
+def tex(text: str) -> str:
+    """Text with LaTeX's special characters escaped."""
+    return "".join(LATEX.get(character, character) for character in text)
+
+
+def tex_heading(column: Column) -> str:
+    return tex_name(heading(column))
+
+
+def tex_name(text: str) -> str:
+    """A heading with its Delta and its unit as they are set in papers."""
+    text = tex(text).replace("(deg)", r"($^\circ$)")
+    for name in ("MTL", "on/off"):
+        text = text.replace(rf"Delta\_{name}", rf"$\Delta_{{\mathrm{{{name}}}}}$")
+    return text.replace("Delta vs.", r"$\Delta$ vs.")
+
+
+def minus(text: str) -> str:
+    """Negative numbers with a minus sign; a lone dash stays one."""
+    return re.sub(r"-(\d[\d.]*)", r"$-$\1", text)
+
+
+def tabular(head: Grid, body: Grid, lefts: int, rules: set[int]) -> str:
+    """A booktabs table; ``rules``: before which lines of the body a rule stands."""
+    columns = "l" * lefts + "c" * (len(head[0]) - lefts)
+    lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", *(" & ".join(row) + r" \\" for row in head), r"\midrule"]
+    for i, row in enumerate(body):
+        lines += [r"\midrule"] * (i in rules and 0 < i < len(body)) + [" & ".join(row) + r" \\"]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+
+
+# CSV
+
+
+def as_csv(comparison: Comparison) -> str:
+    """A line per row, full precision, fractions as fractions, Deltas in percent; empty where there is nothing."""
+    differences = {id(one.row): one for one in comparison.differences}
+    columns = comparison.columns
+    head = ["run", "seeds"]
+    for column in columns:
+        head += [column.key, f"{column.key} std"]
+    if differences:
+        head.append("against")
+        for column in columns:
+            head += [f"{column.key} {what}" for what in ("difference", "low", "high", "pairs")]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(head)
+    for row in comparison.rows:
+        line: list[object] = [row.label, row.num_seeds]
+        for column in columns:
+            found = row.cell(column)
+            line += [plain(found.mean), plain(found.std)]
+        if differences:
+            one = differences.get(id(row))
+            line.append("" if one is None else one.reference.label)
+            for column in columns:
+                pair = None if one is None else one.columns.get(column)
+                line += [""] * 4 if pair is None else [*map(plain, pair[:3]), pair.pairs]
+        writer.writerow(line)
+    return buffer.getvalue()
+
+
+def plain(value: float) -> str:
+    return "" if math.isnan(value) else repr(value)

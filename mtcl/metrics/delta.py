@@ -1,0 +1,76 @@
+"""Delta_MTL, and what several seeds tell: means, standard deviations, paired differences. Plain numbers, no files."""
+
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from typing import NamedTuple
+
+from scipy import stats
+
+from mtcl.errors import UserError
+
+
+class Summary(NamedTuple):
+    """Mean and standard deviation (n - 1 in the denominator; NaN for fewer than two) of ``num`` values."""
+
+    mean: float
+    std: float
+    num: int
+
+
+class Paired(NamedTuple):
+    """Mean difference over ``pairs`` and its interval; ``low`` and ``high`` are NaN for fewer than two pairs."""
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def delta_mtl(
+    values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: Mapping[str, bool]
+) -> float:
+    """(100 / T) sum_t s_t (M_t - B_t) / B_t in percent, s_t = 1 where higher is better, else -1
+    (MTI/evaluation/evaluate_utils.py:38-63).
+
+    ``values`` M and ``baseline`` B: task -> its one metric, both over the same T tasks, in the same unit.
+    ``UserError`` where the tasks differ, there are none, or a baseline is 0 or less. NaN in, NaN out.
+
+    >>> delta_mtl({"semseg": 0.75, "depth": 0.5}, {"semseg": 0.5, "depth": 0.5}, {"semseg": True, "depth": False})
+    25.0
+    """
+    if not values or set(values) != set(baseline):
+        told = [", ".join(sorted(tasks)) or "none" for tasks in (values, baseline)]
+        raise UserError(f"Delta_MTL needs the same tasks on both sides, not {told[0]} against {told[1]}.")
+    for task, value in baseline.items():
+        if value <= 0:
+            raise UserError(f"The baseline of {task} is {value:g}: a relative difference needs one above 0.")
+    signed = [(1 if higher_is_better[t] else -1) * (values[t] - baseline[t]) / baseline[t] for t in values]
+    return 100 * math.fsum(signed) / len(signed)
+
+
+def summary(values: Iterable[float]) -> Summary:
+    """Of the values that are not NaN; a mean of NaN where there are none.
+
+    >>> summary([1.0, 3.0, float("nan")])
+    Summary(mean=2.0, std=1.4142135623730951, num=2)
+    """
+    known = [value for value in values if not math.isnan(value)]
+    num = len(known)
+    mean = math.fsum(known) / num if num else math.nan  # exact sums: the order of seeds plays no part
+    std = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (num - 1)) if num > 1 else math.nan
+    return Summary(mean, std, num)
+
+
+def paired_difference(a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = 0.95) -> Paired:
+    """Mean of a - b over the seeds that both have, and its interval of Student's t with pairs - 1 degrees of freedom.
+
+    ``a``, ``b``: seed -> value; a NaN on either side takes no part. The interval is mean -+ t s / sqrt(pairs), s the
+    standard deviation of the differences.
+    """
+    mean, std, pairs = summary(value - b[seed] for seed, value in a.items() if seed in b)
+    half = float(stats.t.ppf((1 + level) / 2, pairs - 1)) * std / math.sqrt(pairs) if pairs > 1 else math.nan
+    return Paired(mean, mean - half, mean + half, pairs)

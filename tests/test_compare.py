@@ -1,0 +1,614 @@
+"""Delta_MTL, paired differences and tables: against published rows, obvious references and golden strings."""
+
+import csv
+import io
+import itertools
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+from conftest import Result
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from scipy import integrate
+
+from mtcl import UserError
+from mtcl.entry.compare import compare, is_on_off, natural, read_run
+from mtcl.entry.tables import render
+from mtcl.metrics.delta import delta_mtl, paired_difference, summary
+
+# Rows of the README of robotyingtang/PRISM-VFM, ViT-B (published_results.md C.1, C.2), and the Delta_MTL printed there.
+NYUD = ("semseg", "depth", "normals", "edge")
+PASCAL = ("semseg", "human_parts", "sal", "normals", "edge")
+SINGLE = {NYUD: (51.15, 0.5792, 19.77, 77.35), PASCAL: (80.25, 70.54, 84.54, 13.57, 74.22)}
+PUBLISHED = [
+    ("MTL baseline", PASCAL, (76.76, 65.26, 84.39, 13.98, 70.37), -4.04),
+    ("InvPT", PASCAL, (77.33, 66.62, 85.14, 13.78, 73.20), -2.28),
+    ("SAK", PASCAL, (81.88, 74.30, 84.79, 14.02, 74.09), 0.83),
+    ("MTL baseline", NYUD, (49.27, 0.5823, 19.92, 75.88), -1.72),
+    ("InvPT", NYUD, (50.30, 0.5367, 19.00, 77.60), 2.47),
+    ("TaskPrompter", NYUD, (50.40, 0.5402, 18.91, 77.60), 2.49),
+    ("SAK", NYUD, (59.93, 0.4942, 17.60, 78.60), 11.11),
+]
+HIGHER = {"semseg": True, "human_parts": True, "sal": True, "edge": True, "depth": False, "normals": False}
+
+POSITIVE = st.floats(0.01, 100)
+SEEDS = st.dictionaries(st.integers(0, 20), st.floats(-100, 100), min_size=1, max_size=8)
+
+
+# Pure arithmetic
+
+
+@pytest.mark.parametrize(("method", "tasks", "values", "published"), PUBLISHED)
+def test_delta_mtl_of_the_published_rows_is_the_published_one(method, tasks, values, published):
+    delta = delta_mtl(dict(zip(tasks, values)), dict(zip(tasks, SINGLE[tasks])), HIGHER)
+    assert f"{delta:.2f}" == f"{published:.2f}"
+
+
+@given(st.dictionaries(st.sampled_from(sorted(HIGHER)), POSITIVE, min_size=1))
+def test_delta_mtl_of_the_baseline_itself_is_zero(values):
+    assert delta_mtl(values, values, HIGHER) == 0
+
+
+@pytest.mark.parametrize("task", sorted(HIGHER))
+def test_a_tenth_better_is_plus_ten_percent_in_either_direction(task):
+    better = 1.1 if HIGHER[task] else 0.9
+    assert delta_mtl({task: better * 3}, {task: 3.0}, HIGHER) == pytest.approx(10)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(HIGHER)), st.tuples(POSITIVE, POSITIVE), min_size=1), POSITIVE)
+def test_delta_mtl_is_a_plain_mean_and_knows_no_units(pairs, unit):
+    values, base = ({t: p[i] for t, p in pairs.items()} for i in (0, 1))
+    total = 0.0
+    for task in values:
+        gain = (values[task] - base[task]) / base[task]
+        total += gain if HIGHER[task] else -gain
+    expected = 100 * total / len(values)
+    scaled = ({t: unit * v for t, v in d.items()} for d in (values, base))
+    assert delta_mtl(values, base, HIGHER) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert delta_mtl(*scaled, HIGHER) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "base", "word"),
+    [({"depth": 1.0}, {"sal": 1.0}, "same tasks"), ({}, {}, "same tasks"), ({"sal": 1.0}, {"sal": 0.0}, "sal is 0")],
+)
+def test_delta_mtl_complains_about_what_it_cannot_divide(values, base, word):
+    with pytest.raises(UserError, match=word):
+        delta_mtl(values, base, HIGHER)
+
+
+@given(st.lists(st.floats(-100, 100), max_size=8), st.integers(0, 3))
+def test_summary_is_that_of_the_statistics_module_without_nan(values, nans):
+    mean, std, count = summary([*values, *[math.nan] * nans])
+    assert count == len(values)
+    assert mean == pytest.approx(statistics.fmean(values), abs=1e-9) if values else math.isnan(mean)
+    assert std == pytest.approx(statistics.stdev(values), abs=1e-9) if len(values) > 1 else math.isnan(std)
+
+
+@given(SEEDS, SEEDS)
+def test_paired_differences_are_antisymmetric_and_over_common_seeds_only(a, b):
+    one, other = paired_difference(a, b), paired_difference(b, a)
+    common = sorted(set(a) & set(b))
+    assert one.pairs == other.pairs == len(common)
+    if common:
+        assert one.mean == pytest.approx(statistics.fmean(a[s] - b[s] for s in common), abs=1e-9)
+        assert one.mean == -other.mean
+    if len(common) > 1:
+        assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
+        assert one.excludes_zero == other.excludes_zero
+    else:
+        assert math.isnan(one.low)
+        assert not one.excludes_zero
+
+
+@pytest.mark.parametrize("differences", [[1.0, 2.0], [0.5, 0.1, -0.3], [1.0, 1.2, 0.9, 1.4, 0.7]])
+def test_the_interval_holds_95_percent_of_students_t(differences):
+    found = paired_difference(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
+    dof = len(differences) - 1
+    t = (found.high - found.mean) * math.sqrt(len(differences)) / statistics.stdev(differences)
+    scale = math.gamma((dof + 1) / 2) / math.sqrt(dof * math.pi) / math.gamma(dof / 2)
+    inside, _ = integrate.quad(lambda x: scale * (1 + x * x / dof) ** (-(dof + 1) / 2), -t, t)
+    assert inside == pytest.approx(0.95, abs=1e-6)
+
+
+def test_a_constant_difference_excludes_zero_and_a_nan_is_no_pair():
+    a, b = {0: 2.0, 1: 3.0, 2: math.nan}, {0: 1.0, 1: 2.0, 2: 0.0}
+    assert paired_difference(a, b) == (1.0, 1.0, 1.0, 2)
+    assert paired_difference(a, b).excludes_zero
+
+
+# Made-up runs
+
+
+VALUES = {
+    "semseg": {"mIoU": 0.40, "pixel_accuracy": 0.7},
+    "depth": {"rmse": 0.60, "abs_rel": 0.2},
+    "normals": {"mErr": 20.0},
+    "edge": {"odsF": 0.70, "loss": 0.05},
+}
+
+
+def write_run(folder: Path, seed=0, metrics=None, config=None, facts=None, overrides=()) -> Path:
+    """A finished run's three files; ``config``: dotted keys, ``facts``: of run.json, None takes one out."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(VALUES if metrics is None else metrics))
+    known = {"seed": seed, "split": "standard", "num_images": 500, "data_fingerprint": "8d9e", "step": 400,
+             "commit": "e51845271362f65d", "clean": True, "device": "cpu", "overrides": list(overrides)}  # fmt: skip
+    known = {key: value for key, value in (known | (facts or {})).items() if value is not None}
+    (folder / "run.json").write_text(json.dumps(known))
+    full = {"name": "made_up", "seed": seed, "data.name": "nyud", "tasks.names": "auto", "backbone.name": "resnet18",
+            "regularizer._target_": None, "regularizer.weight": 0.0, "optimizer.lr": 0.001,
+            "trainer.max_steps": 400, "trainer.panels": 4} | (config or {})  # fmt: skip
+    nested = OmegaConf.create()
+    for key, value in full.items():
+        OmegaConf.update(nested, key, value)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(nested))
+    return folder
+
+
+ON = {"regularizer._target_": "mtcl.contrastive.Contrastive", "regularizer.weight": 0.5}
+TWO = [(0.400, 0.60), (0.410, 0.62)]
+TWO_ON = [(0.420, 0.59), (0.434, 0.608)]
+
+
+def two_tasks(semseg, depth):
+    return {"semseg": {"mIoU": semseg, "pixel_accuracy": 0.5}, "depth": {"rmse": depth}}
+
+
+@pytest.fixture
+def arms(tmp_path):
+    """A sweep: two seeds off, two seeds on, of two tasks."""
+    for i, (arm, seed) in enumerate(itertools.product((0, 1), (0, 1))):
+        values = (TWO, TWO_ON)[arm][seed]
+        write_run(tmp_path / "sweep" / str(i), seed, two_tasks(*values), ON if arm else None)
+    return tmp_path / "sweep"
+
+
+@pytest.fixture
+def singles(tmp_path):
+    """Single-task runs: two seeds of semseg (mean 0.4), one of depth (0.45)."""
+    for seed, value in enumerate((0.39, 0.41)):
+        write_run(tmp_path / "single" / f"semseg{seed}", seed, {"semseg": {"mIoU": value}})
+    write_run(tmp_path / "single" / "depth", 0, {"depth": {"rmse": 0.45}})
+    return tmp_path / "single"
+
+
+def lines(comparison, format="text"):
+    return render(comparison, format).splitlines()
+
+
+# Rows
+
+
+def test_runs_that_differ_in_the_seed_only_are_a_row_named_by_what_differs(arms):
+    found = compare([arms])
+    assert [row.label for row in found.rows] == ["regularizer=none", "regularizer=contrastive"]
+    assert [[run.seed for run in row.runs] for row in found.rows] == [[0, 1], [0, 1]]
+    assert found.rows[1].cell(found.columns[0]) == pytest.approx((0.427, statistics.stdev([0.42, 0.434]), 2))
+
+
+def test_names_are_the_choices_that_were_typed_and_keys_only_where_these_do_not_tell(tmp_path):
+    arms = [("off", {}, "none"), ("a", ON, "mine"), ("b", ON | {"regularizer.weight": 0.1}, "mine")]
+    paths = [write_run(tmp_path / n, 0, config=c, overrides=[f"regularizer={word}"]) for n, c, word in arms]
+    assert [row.label for row in compare(paths).rows] == [
+        "regularizer=none",
+        "regularizer=mine, regularizer.weight=0.5",
+        "regularizer=mine, regularizer.weight=0.1",
+    ]
+
+
+def test_a_step_that_is_not_the_last_and_tasks_make_rows_but_machines_do_not(tmp_path):
+    paths = [
+        write_run(tmp_path / "a", 0),
+        write_run(tmp_path / "b", 1, config={"trainer.panels": 0, "data.root": "/elsewhere", "name": "x"}),
+        write_run(tmp_path / "c", 2, facts={"step": 300}),
+        write_run(tmp_path / "d", 3, {"depth": {"rmse": 0.5}}),
+    ]
+    labels = [row.label for row in compare(paths).rows]
+    assert len(labels) == 3
+    assert labels[1].endswith("step=300")
+    assert "tasks.names=[depth]" in labels[2]
+
+
+def test_many_differing_keys_are_cut_to_those_that_tell_the_rows_apart_and_a_note_says_so(tmp_path):
+    keys = ["data.a", "data.b", "loss.c", "schedule.d"]
+    paths = [write_run(tmp_path / str(i), 0, config=dict.fromkeys(keys, i)) for i in range(2)]
+    found = compare(paths)
+    assert [row.label for row in found.rows] == ["data.a=0", "data.a=1"]
+    assert any("differ in more than their names say" in note for note in found.notes)
+
+
+def test_the_order_is_the_given_one_and_ten_comes_after_nine(tmp_path):
+    for i in range(11):
+        write_run(tmp_path / "s" / str(i), 0, config={"optimizer.lr": i / 1000})
+    rates = [row.label for row in compare([tmp_path / "s" / "5", tmp_path / "s"]).rows]
+    assert rates == [f"optimizer.lr={i / 1000:g}" for i in (5, 0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
+    assert natural(Path("a/9/x")) < natural(Path("a/10/x"))
+
+
+def test_by_makes_rows_of_one_key_and_tells_what_else_differs(tmp_path):
+    paths = [
+        write_run(tmp_path / str(i), i, config={"optimizer.lr": lr, "loss.w": i})
+        for i, lr in enumerate((0.1, 0.1, 0.2))
+    ]
+    found = compare(paths, by=["optimizer.lr"])
+    assert [(row.label, len(row.runs)) for row in found.rows] == [("optimizer.lr=0.1", 2), ("optimizer.lr=0.2", 1)]
+    assert any("optimizer.lr=0.1 differ in loss.w" in note for note in found.notes)
+    assert [row.label for row in compare(paths[:2], by=["optimizer"]).rows] == ["optimizer.lr=0.1"]
+    assert [row.label for row in compare(paths, by=["commit"]).rows] == ["commit=e51845271362f65d"]
+
+
+def test_an_evaluation_takes_the_config_of_its_checkpoints_run(tmp_path, arms):
+    evaluated = tmp_path / "evaluated"
+    write_run(
+        evaluated,
+        0,
+        two_tasks(0.5, 0.5),
+        facts={"checkpoint": str(arms / "2" / "checkpoints" / "best.pt"), "step": 200},
+    )
+    (evaluated / "config.yaml").unlink()
+    assert read_run(evaluated).config["regularizer.weight"] == 0.5
+    labels = [row.label for row in compare([arms / "2", evaluated]).rows]
+    assert labels == ["checkpoint=last.pt", "checkpoint=best.pt"]
+
+
+def test_scored_predictions_are_named_by_their_folder_and_pixels_left_out_are_told(tmp_path, arms):
+    metrics = two_tasks(0.5, 0.5)
+    metrics["depth"]["not_finite"] = 12.0
+    maps = write_run(tmp_path / "2026", 0, metrics, facts={"predictions": "/maps/invpt", "seed": None})
+    (maps / "config.yaml").unlink()
+    found = compare([maps, arms])
+    assert found.rows[0].label == "invpt"
+    assert f"warning: pixels without a finite prediction in {maps}: depth 12." in found.notes
+
+
+# What is counted
+
+
+def test_edges_are_shown_by_odsf_where_all_have_it_and_else_by_the_loss_with_a_note(tmp_path):
+    with_odsf = write_run(tmp_path / "a", 0, {"edge": {"loss": 0.05, "odsF": 0.7}})
+    without = write_run(tmp_path / "b", 1, {"edge": {"loss": 0.06}})
+    assert [c.key for c in compare([with_odsf]).columns] == ["edge/odsF"]
+    found = compare([with_odsf, without])
+    assert [(c.key, c.higher_is_better) for c in found.columns] == [("edge/loss", False)]
+    assert any("b has no odsF" in note for note in found.notes)
+
+
+def test_delta_mtl_over_seeds_is_against_the_mean_of_the_single_task_runs(arms, singles):
+    found = compare([arms], [singles])
+    delta = found.columns[-1]
+    assert delta.metric == "Delta_MTL"
+    assert [row.label for row in found.rows] == ["single-task", "regularizer=none", "regularizer=contrastive"]
+    per_seed = [100 / 2 * ((s - 0.4) / 0.4 - (d - 0.45) / 0.45) for s, d in TWO_ON]
+    assert found.rows[2].cell(delta) == pytest.approx((statistics.mean(per_seed), statistics.stdev(per_seed), 2))
+    assert [c.metric for c in found.columns].count("Delta_on/off") == 0
+
+
+def test_a_json_file_of_values_is_a_baseline_too_in_both_layouts(tmp_path, arms):
+    deltas = []
+    for content in ({"semseg": 0.4, "depth": 0.5}, {"semseg": {"mIoU": 0.4}, "depth": {"rmse": 0.5}}):
+        (tmp_path / "single.json").write_text(json.dumps(content))
+        found = compare([arms], [tmp_path / "single.json"])
+        deltas.append(found.rows[1].cell(found.columns[-1]).mean)
+        assert any("not known of which backbone" in note for note in found.notes)
+    assert (
+        deltas[0]
+        == deltas[1]
+        == pytest.approx(statistics.mean(50 * ((s - 0.4) / 0.4 - (d - 0.5) / 0.5) for s, d in TWO))
+    )
+
+
+def test_published_rows_as_files_give_the_published_delta_in_the_table(tmp_path, cli):
+    def write(name, values):
+        scaled = {t: v / 100 if HIGHER[t] else v for t, v in zip(NYUD, values)}
+        (tmp_path / f"{name}.json").write_text(json.dumps(scaled))
+        return str(tmp_path / f"{name}.json")
+
+    rows = [write(method, values) for method, tasks, values, _ in PUBLISHED if tasks == NYUD]
+    result = cli("scripts/compare.py", *rows, "--baseline", write("st", SINGLE[NYUD]))
+    assert result.code == 0, result.err
+    found = [line.split()[-2] for line in result.out.splitlines() if line.startswith(("MTL b", "InvPT", "Task", "SAK"))]
+    assert found == ["-1.72", "+2.47", "+2.49", "+11.11"]
+
+
+def test_the_difference_of_two_multi_task_rows_is_delta_on_off_never_delta_mtl(arms):
+    for found in (compare([arms]), compare([arms], [arms / "0"]), compare([arms / "2", arms / "3"], [arms / "0"])):
+        assert [c.metric for c in found.columns if not c.task] == ["Delta_on/off"]
+        text = render(found, "text")
+        assert "Delta_MTL" not in text
+        (one,) = found.differences
+        assert (one.row.label, one.reference.label) == ("regularizer=contrastive", "regularizer=none")
+
+
+def test_a_difference_that_is_not_the_regularisers_alone_is_named_after_its_reference(tmp_path):
+    paths = [write_run(tmp_path / str(i), 0, config={"optimizer.lr": lr}) for i, lr in enumerate((0.1, 0.2, 0.3))]
+    found = compare(paths, against="0.2")
+    assert found.columns[-1].metric == "Delta vs. optimizer.lr=0.2"
+    assert len(found.differences) == 2
+    assert not any(is_on_off(row, found.rows) for row in found.rows)
+    assert "Delta" not in render(compare(paths), "text").replace("--against LABEL", "")
+    both = [write_run(tmp_path / "on", 0, config=ON | {"optimizer.lr": 0.2}), paths[0]]
+    assert compare(both, against=str(paths[0])).columns[-1].metric.startswith("Delta vs. regularizer=none")
+
+
+def test_paired_differences_leave_out_seeds_without_a_partner(tmp_path, arms):
+    write_run(tmp_path / "sweep" / "4", 7, two_tasks(0.9, 0.1), ON)
+    found = compare([arms])
+    (one,) = found.differences
+    semseg = one.columns[found.columns[0]]
+    assert semseg.pairs == 2
+    assert semseg.mean == pytest.approx(statistics.mean([0.42 - 0.40, 0.434 - 0.41]))
+    assert "Seed 7 of regularizer=contrastive has no partner in regularizer=none." in found.notes
+
+
+def test_rows_without_a_common_seed_are_not_paired_and_that_is_said(tmp_path):
+    paths = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, config=ON)]
+    found = compare(paths)
+    assert found.differences == []
+    assert any("no seed in common" in note for note in found.notes)
+
+
+def test_the_paired_difference_of_delta_on_off_is_its_value_in_the_table_when_all_seeds_are_paired(arms):
+    found = compare([arms])
+    delta = found.columns[-1]
+    assert found.rows[0].cell(delta).mean == pytest.approx(0, abs=1e-12)
+    assert found.differences[0].columns[delta].mean == pytest.approx(found.rows[1].cell(delta).mean)
+
+
+def test_a_missing_value_is_a_dash_its_row_has_no_delta_and_the_mean_says_over_how_many(tmp_path):
+    rows = [(0, two_tasks(0.4, 0.6), {}), (1, two_tasks(0.4, None), {}), (0, two_tasks(0.4, None), ON)]
+    paths = [write_run(tmp_path / str(i), seed, metrics, config) for i, (seed, metrics, config) in enumerate(rows)]
+    found = compare(paths)
+    table = lines(found)
+    assert table[3].split() == ["regularizer=none", "40.00", "±", "0.00", "0.6000", "0.00", "2"]
+    assert table[4].split() == ["regularizer=contrastive", "40.00", "-", "-", "1"]
+    assert any("regularizer=none has depth/rmse in 1 of its 2 runs only" in note for note in found.notes)
+
+
+def test_single_task_runs_stand_in_rows_of_their_own_with_dashes(singles):
+    found = compare([singles])
+    assert [row.label for row in found.rows] == ["tasks.names=[depth]", "tasks.names=[semseg]"]
+    assert "-" in lines(found)[3].split()
+    assert found.differences == []
+
+
+# Formats
+
+TEXT = """\
+                                semseg             depth   Delta_on/off
+                            mIoU ↑ (%)        rmse ↓ (m)          ↑ (%)   seeds
+-------------------------------------------------------------------------------
+regularizer=none          40.50 ± 0.71   0.6100 ± 0.0141    0.00 ± 0.29       2
+regularizer=contrastive   42.70 ± 0.99   0.5990 ± 0.0127   +3.62 ± 0.18       2
+
+regularizer=contrastive minus regularizer=none, paired over seeds
+                          difference        95 % interval   pairs   excludes zero
+---------------------------------------------------------------------------------
+semseg mIoU ↑ (points)         +2.20       [-0.34, +4.74]       2              no
+depth rmse ↓ (m)             -0.0110   [-0.0237, +0.0017]       2              no
+Delta_on/off ↑ (points)        +3.62       [-0.56, +7.80]       2              no
+
+Mean ± standard deviation (n - 1) over seeds.
+3 intervals of Student's t, not corrected for their number; none excludes zero.
+4 runs, 500 pictures of split standard, data 8d9e, on cpu, commit e518452713.
+Delta_on/off = (100/T) sum_t s_t (M_t - B_t) / B_t over semseg mIoU, depth rmse; B: mean of regularizer=none.
+"""
+
+MARKDOWN = """\
+| run | semseg mIoU ↑ (%) | depth rmse ↓ (m) | Delta_on/off ↑ (%) | seeds |
+| --- | ---: | ---: | ---: | ---: |
+| `regularizer=none` | 40.50 ± 0.71 | 0.6100 ± 0.0141 | 0.00 ± 0.29 | 2 |
+| `regularizer=contrastive` | **42.70** ± 0.99 | **0.5990** ± 0.0127 | **+3.62** ± 0.18 | 2 |
+
+`regularizer=contrastive` minus `regularizer=none`, paired over seeds:
+"""
+
+LATEX = r"""% needs \usepackage{booktabs}
+\begin{tabular}{lcccc}
+\toprule
+ & semseg & depth &  &  \\
+ & mIoU $\uparrow$ (\%) & rmse $\downarrow$ (m) & $\Delta_{\mathrm{MTL}}$ $\uparrow$ (\%) & seeds \\
+\midrule
+single-task & 40.00 $\pm$ 1.41 & 0.4500 & 0.00 & 1 \\
+\midrule
+regularizer=none & 40.50 $\pm$ 0.71 & 0.6100 $\pm$ 0.0141 & $-$17.15 $\pm$ 0.69 & 2 \\
+regularizer=contrastive & \textbf{42.70} $\pm$ 0.99 & \textbf{0.5990} $\pm$ 0.0127 & \textbf{--13.18} $\pm$ 0.18 & 2 \\
+\bottomrule
+\end{tabular}
+"""
+
+
+def test_the_text_is_this(arms):
+    assert render(compare([arms]), "text") == TEXT
+
+
+def test_markdown_begins_with_this(arms):
+    assert render(compare([arms]), "markdown").startswith(MARKDOWN)
+
+
+def test_latex_begins_with_this(arms, singles):
+    text = render(compare([arms], [singles]), "latex")
+    assert text.startswith(LATEX)
+    assert text.count("{") == text.count("}")
+    assert "semseg mIoU $\\uparrow$ (points) & +2.20 & [$-$0.34, +4.74] & 2 & no \\\\" in text
+
+
+def test_latex_escapes_what_names_may_hold(tmp_path):
+    paths = [write_run(tmp_path / n, 0, config={"loss.of_a": v}) for n, v in (("x", "50%_&"), ("y", "#{1}$"))]
+    text = render(compare(paths), "latex")
+    assert r"loss.of\_a=50\%\_\& &" in text
+    assert r"loss.of\_a=\#\{1\}\$ &" in text
+
+
+def test_csv_has_a_line_per_row_in_full_precision_as_fractions(arms):
+    head, off, on = csv.reader(io.StringIO(render(compare([arms]), "csv")))
+    assert head[:6] == ["run", "seeds", "semseg/mIoU", "semseg/mIoU std", "depth/rmse", "depth/rmse std"]
+    on_cells, off_cells = dict(zip(head, on)), dict(zip(head, off))
+    assert float(on_cells["semseg/mIoU"]) == statistics.mean([0.42, 0.434])
+    assert on_cells["against"] == "regularizer=none"
+    assert float(on_cells["depth/rmse difference"]) == pytest.approx(-0.011)
+    assert on_cells["depth/rmse pairs"] == "2"
+    assert off_cells["against"] == off_cells["depth/rmse low"] == ""
+
+
+def test_all_metrics_turn_the_table_and_leave_delta_to_the_primary_ones(arms):
+    table = lines(compare([arms], every_metric=True))
+    assert table[0].split() == ["task", "metric", "regularizer=none", "regularizer=contrastive"]
+    assert any(line.split()[:3] == ["semseg", "pixel_accuracy", "↑"] for line in table)
+    assert any(line.startswith("Delta_on/off = ") and "pixel_accuracy" not in line for line in table)
+    markdown = render(compare([arms], every_metric=True), "markdown")
+    assert "| semseg | mIoU ↑ (%) | 40.50 ± 0.71 | **42.70** ± 0.99 |" in markdown
+    assert "semseg & mIoU" in render(compare([arms], every_metric=True), "latex")
+
+
+def test_equal_means_as_shown_are_both_best_and_one_row_has_no_best(tmp_path):
+    paths = [
+        write_run(tmp_path / str(i), 0, two_tasks(0.4 + i * 1e-6, 0.5 + i / 10), {"optimizer.lr": i + 1})
+        for i in range(2)
+    ]
+    assert render(compare(paths), "markdown").count("**40.00**") == 2
+    assert render(compare(paths), "markdown").count("**0.6000**") == 0
+    assert "**" not in render(compare(paths[:1]), "markdown")
+
+
+def test_text_of_two_arms_and_five_tasks_fits_into_120_columns(tmp_path):
+    metrics = {**VALUES, "human_parts": {"mIoU": 0.6}, "sal": {"maxF": 0.8}}
+    del metrics["depth"]
+    for i, (arm, seed) in enumerate(itertools.product((0, 1), range(3))):
+        values = {t: {m: v * (1 + seed / 50) for m, v in found.items()} for t, found in metrics.items()}
+        write_run(tmp_path / "s" / str(i), seed, values, ON if arm else None)
+    assert max(map(len, lines(compare([tmp_path / "s"])))) <= 120
+    assert max(map(len, lines(compare([tmp_path / "s"], every_metric=True)))) <= 120
+
+
+def test_text_that_would_be_wider_has_a_line_per_metric_and_three_rows_across(tmp_path):
+    metrics = {**VALUES, "human_parts": {"mIoU": 0.6}, "sal": {"maxF": 0.8}}
+    for i, seed in itertools.product(range(4), range(2)):
+        values = {t: {m: v * (1 + seed / 50) for m, v in found.items()} for t, found in metrics.items()}
+        write_run(tmp_path / f"{i}{seed}", seed, values, {"optimizer.lr": i / 10})
+    table = lines(compare([tmp_path], against="0.1"))
+    assert table[0].split() == ["task", "metric", *(f"optimizer.lr={rate}" for rate in ("0", "0.1", "0.2"))]
+    assert table[11].split() == ["task", "metric", "optimizer.lr=0.3"]
+    assert max(map(len, table)) <= 120
+
+
+# Complaints
+
+
+def refused(match, *arguments, **options):
+    with pytest.raises(UserError, match=match) as caught:
+        compare(*arguments, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_folders_without_a_finished_run_are_refused_and_sweeps_tell_which_are_unfinished(tmp_path, arms):
+    refused("nowhere does not exist", [tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    refused("no run in .*empty", [tmp_path / "empty"])
+    (arms / "9").mkdir()
+    (arms / "9" / "config.yaml").touch()
+    refused("9 is an unfinished run", [arms / "9"])
+    assert any("unfinished runs, left out here (no metrics.json): 9." in note for note in compare([arms]).notes)
+
+
+@pytest.mark.parametrize(("fact", "value"), [("split", "tune"), ("num_images", 10), ("data_fingerprint", "ffff")])
+def test_runs_on_other_validation_data_do_not_share_a_table(tmp_path, fact, value):
+    paths = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, facts={fact: value})]
+    refused(f"a and .*b were scored on different validation data .{fact} .* and {value}", paths)
+    single = write_run(tmp_path / "c", 0, {"depth": {"rmse": 0.5}}, facts={fact: value})
+    refused(fact, paths[:1], [single])
+    (paths[1] / "run.json").unlink()
+    assert any("not known on which validation data" in note for note in compare(paths).notes)
+
+
+def test_the_same_seed_twice_in_a_row_is_refused(tmp_path):
+    paths = [write_run(tmp_path / "a", 3), write_run(tmp_path / "b", 3)]
+    refused("a and .*b are both .* with seed 3", paths)
+
+
+def test_unfitting_baselines_are_refused(tmp_path, arms, singles):
+    refused("none of depth; train it with tasks=single_depth", [arms], [singles / "semseg0"])
+    refused("semseg0 has one task and .*0 has 2", [arms], [singles / "semseg0", arms / "0"])
+    refused("Give either --against or", [arms], [arms / "0"], against="none")
+    refused("are 2 rows", [arms], [arms])
+    other = write_run(tmp_path / "lr", 5, {"depth": {"rmse": 0.5}}, {"optimizer.lr": 0.3})
+    refused("both baselines of depth, but differ in optimizer.lr", [arms], [singles, other])
+    twice = write_run(tmp_path / "twice", 0, {"depth": {"rmse": 0.5}})
+    refused("the baseline of depth with seed 0", [arms], [singles, twice])
+
+
+def test_a_baseline_of_another_backbone_is_refused_and_other_differences_are_told(tmp_path, arms, singles):
+    runs = [
+        write_run(tmp_path / task, 0, metrics, {"backbone.name": "vit"})
+        for task, metrics in (("s", {"semseg": {"mIoU": 0.4}}), ("d", {"depth": {"rmse": 0.5}}))
+    ]
+    refused("same backbone, but .*s has backbone.name=vit and .* has resnet18", [arms], runs)
+    other = write_run(tmp_path / "x" / "d", 0, {"depth": {"rmse": 0.5}}, {"trainer.max_steps": 800}, {"step": 800})
+    found = compare([arms], [singles / "semseg0", other])
+    assert "warning: rows and single-task baselines differ in trainer.max_steps, too." in found.notes
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("{", "not a readable JSON"),
+        ("[]", "JSON object, not a list"),
+        ("{}", "holds no task"),
+        ('{"odsF": 0.7}', "'odsF' in place of a task"),
+        ('{"semseg": {"mIoU": "high"}}', "'high' for semseg/mIoU"),
+        ('{"semseg": {"mIoU": true}}', "True for semseg/mIoU"),
+        ('{"semseg": 51.15}', "fractions, for percent write 0.5115"),
+    ],
+)
+def test_damaged_metrics_are_refused_with_file_and_value(tmp_path, text, match):
+    path = write_run(tmp_path / "a")
+    (path / "metrics.json").write_text(text)
+    refused(f"metrics.json.*{match}", [path])
+
+
+def test_unknown_keys_and_labels_are_refused(tmp_path, arms):
+    refused("--by optimizr.lr: .*did you mean optimizer.lr", [arms], by=["optimizr.lr"])
+    refused("--against foo is neither a row nor a run; choose one of: regularizer=none; reg", [arms], against="foo")
+    refused("--against regularizer fits several", [arms], against="regularizer")
+    (arms / "0" / "config.yaml").write_text("a: [")
+    refused("config.yaml is not a readable YAML", [arms])
+
+
+# The command
+
+
+def run(cli, *words) -> Result:
+    return cli("scripts/compare.py", *map(str, words))
+
+
+def test_the_command_prints_the_table(cli, arms):
+    result = run(cli, arms)
+    assert (result.code, result.out, result.err) == (0, TEXT, "")
+
+
+def test_the_command_writes_a_file_in_the_format_of_its_ending(cli, arms, tmp_path):
+    for name, start in (("t.md", "| run |"), ("t.tex", "% needs"), ("t.csv", "run,seeds"), ("t.txt", " ")):
+        result = run(cli, arms, "--output", tmp_path / name)
+        assert result.code == 0, result.err
+        assert (tmp_path / name).read_text().startswith(start)
+        assert str(tmp_path / name) in result.out
+    result = run(cli, arms, "--output", tmp_path / "t.txt", "--format", "csv")
+    assert (tmp_path / "t.txt").read_text().startswith("run,seeds")
+
+
+def test_the_command_fails_with_one_sentence_and_warns_beside_csv(cli, arms, tmp_path):
+    result = run(cli, tmp_path / "nowhere")
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert run(cli, arms, "--output", tmp_path).code == 1
+    (arms / "9").mkdir()
+    (arms / "9" / "config.yaml").touch()
+    result = run(cli, arms, "--format", "csv")
+    assert result.out.startswith("run,seeds")
+    assert result.err.startswith("warning: ")
+    assert result.err.endswith("\n")
