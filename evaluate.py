@@ -1,4 +1,5 @@
-"""Evaluate: python evaluate.py checkpoint=PATH [key=value ...]   (see configs/evaluate.yaml)."""
+"""Evaluate: python evaluate.py checkpoint=PATH [save_predictions=DIR] [key=value ...]   (see configs/evaluate.yaml),
+or, of maps that any code has saved: python evaluate.py predictions=DIR data=NAME [data.root=PATH] [key=value ...]."""
 
 import sys
 from pathlib import Path

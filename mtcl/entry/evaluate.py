@@ -1,17 +1,22 @@
-"""One evaluation: everything is rebuilt from the checkpoint, then the command's overrides apply."""
+"""One evaluation: of a checkpoint, from which everything is rebuilt, or of saved maps of any origin."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from mtcl.data import Reader
+from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
+from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.evaluator import Evaluator
+from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.recorder import write_json, write_panels
 from mtcl.training.runtime import choose_device, seed_everything
 
@@ -19,21 +24,34 @@ log = logging.getLogger(__name__)
 
 FROZEN = ("backbone", "decoder")  # what a checkpoint's weights belong to
 GLOBAL = ("experiment", "debug")
+OWN = ("checkpoint", "save_predictions")  # keys of the evaluation, not of the run
+OF_A_MODEL = ("precision", "seed")  # facts that mean nothing for saved maps
 
 
 def evaluate(
     config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Score ``config.checkpoint``; write metrics.json, run.json and panels into ``folder``; the metrics.
+    """Score ``config.checkpoint`` or the maps in ``config.predictions``; the metrics.
 
-    ``config``: the composed defaults with the command's overrides in them; ``overrides``: those words; ``groups``:
-    which of their keys choose a whole config group.
+    Writes metrics.json, run.json and panels into ``folder``, and with ``config.save_predictions`` the checkpoint's maps
+    there. ``config``: the composed defaults with the command's overrides in them; ``overrides``: those words;
+    ``groups``: which of their keys choose a whole config group.
     """
+    if (config.checkpoint is None) == (config.predictions is None):
+        both = "not both" if config.checkpoint is not None else "neither is given"
+        raise UserError(f"evaluate.py scores checkpoint=PATH or predictions=DIR data=NAME, {both}")
+    if config.predictions is not None:
+        return score_maps(config, overrides, folder)
+    return score_checkpoint(config, overrides, groups, folder)
+
+
+def score_checkpoint(
+    config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
+) -> dict[str, dict[str, float]]:
+    """Everything is rebuilt from the checkpoint, then the command's overrides apply."""
     path = Path(config.checkpoint)
     state = load_checkpoint(path)
-    for name in ("metrics.json", "run.json"):
-        if (folder / name).exists():
-            raise UserError(f"{folder / name} exists already; choose another hydra.run.dir")
+    check_free(folder)
     saved = state["meta"]["tasks"]
     settings = OmegaConf.create(state["config"])
     settings.tasks.names = list(saved)  # whatever another dataset would offer
@@ -43,29 +61,80 @@ def evaluate(
     build.check_tasks(saved, tasks, path)
     device = choose_device(settings.trainer.device)
     seed_everything(settings.seed, settings.trainer.deterministic)
+    given = config.save_predictions
+    writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
     reader = build.build_reader(settings, "val", tasks)
     model = build.build_model(settings, tasks, pretrained=False)
     try:
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit the model that its own config describes") from error
-    evaluator = Evaluator(
-        tasks,
-        build.build_eval_loader(settings, reader, tasks, device),
-        device,
-        settings.trainer.precision,
-        num_shown=settings.trainer.panels,
-    )
-    evaluation = evaluator.run(model.to(device))
+    evaluator = build_evaluator(settings, reader, tasks, device)
+    evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
+    facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
+    facts |= {"checkpoint": str(path), "step": state["step"]}
+    told = f"{path} on {evaluation.num_images} pictures of {settings.data.name}"
+    report(folder, evaluation, tasks, facts, f"step {state['step']}", told)
+    if writer is not None:
+        log.info("its predictions are in %s; score them with predictions=%s", given, given)
+    return evaluation.metrics
+
+
+def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
+    """Score saved maps (:mod:`mtcl.data.predictions`) on the validation list of ``config.data``, without any model.
+
+    ``tasks.names=auto``: the tasks that have a folder and that the dataset has labels for.
+    """
+    if config.save_predictions is not None:
+        raise UserError("save_predictions writes the maps of a checkpoint; leave it out with predictions=DIR")
+    check_free(folder)
+    chosen = config.tasks.names
+    config = config.copy()
+    config.tasks.names = "auto"
+    offered = list(build.build_tasks(config))
+    maps, found = folder_of_maps(Path(config.predictions), offered)
+    if chosen == "auto" and len(found) < len(offered):
+        log.info("%s has no folder of %s: not scored", maps, ", ".join(name for name in offered if name not in found))
+    config.tasks.names = found if chosen == "auto" else chosen
+    tasks = build.build_tasks(config)
+    device = choose_device(config.trainer.device)
+    seed_everything(config.seed, config.trainer.deterministic)
+    reader = build.build_reader(config, "val", tasks)
+    # Both lists are shorter than that of the dataset: human parts alone keep to pictures with persons.
+    shortened = config.data.limit is not None or list(tasks) == ["human_parts"]
+    saved = SavedPredictions(maps, tasks, reader, device, may_hold_more=shortened)
+    evaluation = build_evaluator(config, reader, tasks, device).score(saved.predict)
+    facts = run_facts(config, reader, evaluation.num_images, device, overrides)
+    facts = {key: value for key, value in facts.items() if key not in OF_A_MODEL}
+    facts |= {"predictions": str(maps), "predictions_fingerprint": saved.fingerprint()}
+    told = f"{maps} on {evaluation.num_images} pictures of {config.data.name}"
+    report(folder, evaluation, tasks, facts, "saved maps", told)
+    return evaluation.metrics
+
+
+def check_free(folder: Path) -> None:
+    """``UserError`` where an evaluation has been written to ``folder`` already."""
+    for name in ("metrics.json", "run.json"):
+        if (folder / name).exists():
+            raise UserError(f"{folder / name} exists already; choose another hydra.run.dir")
+
+
+def build_evaluator(config: DictConfig, reader: Reader, tasks: Mapping[str, Task], device: torch.device) -> Evaluator:
+    loader = build.build_eval_loader(config, reader, tasks, device)
+    return Evaluator(tasks, loader, device, config.trainer.precision, num_shown=config.trainer.panels)
+
+
+def report(
+    folder: Path, evaluation: Evaluation, tasks: Mapping[str, Task], facts: Mapping[str, Any], column: str, told: str
+) -> None:
+    """Write run.json, metrics.json and panels into ``folder``; log ``told`` with the table, its column so headed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_panels(folder / "panels", evaluation.shown, tasks)
-    facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
-    write_json(folder / "run.json", {**facts, "checkpoint": str(path), "step": state["step"]})
+    write_json(folder / "run.json", facts)
     write_json(folder / "metrics.json", evaluation.metrics)
-    table = format_table(tasks, {f"step {state['step']}": evaluation.metrics})
-    log.info("%s on %d pictures of %s:\n\n%s\n", path, evaluation.num_images, settings.data.name, table)
+    table = format_table(tasks, {column: evaluation.metrics})
+    log.info("%s:\n\n%s\n", told, table)
     log.info("metrics.json, run.json and panels/ are in %s", folder)
-    return evaluation.metrics
 
 
 def dataset_of(words: Sequence[str], configs: Path) -> str | None:
@@ -94,7 +163,7 @@ def overridden(saved: DictConfig, composed: DictConfig, overrides: Sequence[str]
             raise UserError(f"{key}= sets keys of many groups; when evaluating, override the keys themselves")
         if word.is_delete():
             raise UserError(f"{word.input_line}: nothing can be taken out of a checkpoint's config; set it to null")
-        if key != "checkpoint":
+        if key not in OWN:
             with open_dict(saved):
                 OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=False)
     return saved

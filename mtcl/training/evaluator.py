@@ -1,7 +1,7 @@
 """Scores a model on a validation list: every task's metrics over un-padded pictures, and a few pictures to look at."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from mtcl.tasks.base import Task
 from mtcl.training.runtime import autocast
 
 Metrics = dict[str, dict[str, float]]  # task -> metric -> value
+Predict = Callable[[Batch], Mapping[str, Tensor]]  # a batch -> task -> raw predictions (B, C, H, W) in its frame
+Keep = Callable[[str, Mapping[str, Tensor]], object]  # a picture's id, task -> its raw prediction (C, H, W), un-padded
 
 
 class Shown(NamedTuple):
@@ -46,26 +48,40 @@ class Evaluator:
         self.tasks, self.loader, self.device = dict(tasks), loader, device
         self.precision, self.num_shown = precision, num_shown
 
-    @torch.inference_mode()
-    def run(self, model: DenseModel) -> Evaluation:
-        """Metrics in fractions, degrees, metres. Leaves the model in the mode it was in."""
+    def run(self, model: DenseModel, keep: Keep | None = None) -> Evaluation:
+        """The model's metrics, see :meth:`score`. Leaves the model in the mode it was in."""
+
+        def predict(batch: Batch) -> Mapping[str, Tensor]:
+            image, _ = prepare({**batch, "labels": {}}, model.mean, model.std, self.device)
+            with autocast(self.device, self.precision):
+                return model.predict(image)
+
         was_training = model.training
         model.eval()
+        evaluation = self.score(predict, keep)
+        model.train(was_training)
+        return evaluation
+
+    @torch.inference_mode()
+    def score(self, predict: Predict, keep: Keep | None = None) -> Evaluation:
+        """Metrics, in fractions, degrees, metres, of whatever predicts; ``keep`` is given every picture's
+        predictions in float32."""
         metrics = {name: task.metric().to(self.device) for name, task in self.tasks.items()}
         shown: list[Shown] = []
         count = 0
         for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1):
-            image, labels = prepare(batch, model.mean, model.std, self.device)
-            with autocast(self.device, self.precision):
-                predictions = model.predict(image)
+            predictions = predict(batch)
+            labels = {name: label.to(self.device, non_blocking=True) for name, label in batch["labels"].items()}
             for rows, top, left, height, width in _windows(batch["meta"]):
                 area = (rows, ..., slice(top, top + height), slice(left, left + width))
                 for name, metric in metrics.items():
                     metric.update(predictions[name][area].float(), labels[name][area])
             wanted = range(min(self.num_shown - len(shown), len(batch["meta"])))
             shown += [_show(batch, predictions, row, self.tasks) for row in wanted]
+            if keep is not None:
+                for row, sample in enumerate(batch["meta"]):
+                    keep(sample.id, {name: predictions[name][row][_area(sample)].float() for name in self.tasks})
             count += len(batch["meta"])
-        model.train(was_training)
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
         return Evaluation(values, shown, count)
 
@@ -82,10 +98,15 @@ def _windows(meta: list[SampleMeta]) -> list[tuple[slice, int, int, int, int]]:
     return windows
 
 
+def _area(sample: SampleMeta) -> tuple[Any, ...]:
+    """The index that cuts a sample's picture out of its frame (..., H, W)."""
+    (top, left), (height, width) = sample.offset, sample.native_size
+    return ..., slice(top, top + height), slice(left, left + width)
+
+
 def _show(batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapping[str, Task]) -> Shown:
     sample = batch["meta"][row]
-    (top, left), (height, width) = sample.offset, sample.native_size
-    area = (..., slice(top, top + height), slice(left, left + width))
+    area = _area(sample)
 
     def label(name: str) -> np.ndarray:
         array = batch["labels"][name][row][area].numpy()
