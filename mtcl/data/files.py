@@ -21,7 +21,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); unpack it again.") from error
+        raise unreadable(path, error) from error
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -136,6 +136,13 @@ def as_edges(array: np.ndarray, path: Path) -> np.ndarray:
     return (array > (127 if array.dtype == np.uint8 and array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
 
 
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say of a file that the system does not give."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} does not exist; check the path, or unpack the dataset whole.")
+    return UserError(f"{path} can't be read ({error.strerror}); mend its permissions, or unpack it again.")
+
+
 def form(array: Any) -> str:
     """What an array is, for a complaint: its type and shape."""
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
@@ -165,5 +172,5 @@ def _is_hdf5(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(520)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); unpack it again.") from error
+        raise unreadable(path, error) from error
     return start.startswith(_HDF5) or start[512:].startswith(_HDF5) or start.startswith(b"MATLAB 7.3")

@@ -23,8 +23,8 @@ class FileReader(ABC):
     """A list of pictures and labels that lie in files below ``root``.
 
     A subclass says which files there are (:meth:`sources`) and decodes them (:meth:`decode`); it sets ``ids`` and
-    ``tasks`` before :meth:`open_store`. Labels of another size than their picture are resampled to it (nearest), as
-    the field does, if their aspects agree; else that is a UserError when read.
+    ``tasks`` before :meth:`open_store`. Labels of another size than their picture are resampled to it if their aspects
+    agree, by nearest (the field does so, but for normals, which it interpolates); else that is a UserError when read.
     """
 
     root: Path
@@ -127,8 +127,8 @@ class FileReader(ABC):
         return Stored(array, native)
 
     def check_aspect(self, task: str, name: str, label: tuple[int, int], image: tuple[int, int]) -> None:
-        across, down = label[1] / image[1], label[0] / image[0]
-        if label != image and abs(across - down) > STRETCH * max(across, down):
+        """UserError if a label of this size can't be resampled to its picture."""
+        if not same_aspect(label, image):
             raise UserError(
                 f"{self.sources(task, name)[0]} is {label[0]}x{label[1]} pixels (height x width), but its picture is "
                 f"{image[0]}x{image[1]}; both must show the same."
@@ -140,6 +140,12 @@ class FileReader(ABC):
         probes = (ids[0], ids[len(ids) // 2], ids[-1])
         paths = [path for kind in self.all_kinds() for name in probes for path in self.sources(kind, name)]
         return [path.stat().st_size if path.is_file() else -1 for path in paths]
+
+
+def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (height, width) can be of the same view: equal aspects to 2 %."""
+    down, across = size[0] / other[0], size[1] / other[1]
+    return size == other or abs(across - down) <= STRETCH * max(across, down)
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
