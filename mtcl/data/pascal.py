@@ -26,7 +26,6 @@ LAYOUT = (
 )
 ROOTS = ("PASCALContext", "PASCAL_MT")  # the archives' own folders
 TASKS = ("semseg", "human_parts", "sal", "normals", "edge")
-RULES = 1  # raised whenever a label is derived in another way: the cache begins anew
 SEARCHED = 256  # files that are worth a process of their own when persons are searched
 
 
@@ -52,6 +51,7 @@ class PascalContext(FileReader):
     ) -> None:
         if unknown := [name for name in tasks if name not in TASKS]:
             raise UserError(f"PASCAL-Context has no labels for {unknown}; choose tasks among {list(TASKS)}.")
+        super().__init__()
         self.root = find_root(Path(root), ROOTS, "ImageSets/Context", "PASCAL-Context", LAYOUT)
         self.tasks = tuple(tasks)
         self._only_parts = set(tasks) == {"human_parts"}
@@ -101,7 +101,7 @@ class PascalContext(FileReader):
                 return (self.root / "sal_distill" / f"{name}.png",)
 
     def settings(self) -> Mapping[str, Any]:
-        return {"rules": RULES}
+        return {}
 
     def all_kinds(self) -> Sequence[str]:
         return (IMAGE, *TASKS)
