@@ -221,6 +221,8 @@ def nyud_rates(root: Path, cache: Path, size: tuple[int, int], limit: int | None
         return NYUD(root, "train", NAMES, cache=store, limit=limit)
 
     files = reader(None)
+    if set(files.suffixes.values()) != {".png", ".npy"} or files.suffixes["normals"] != ".png":
+        raise UserError(f"{files.root} is not in the files of the NYUDv2 archive, which the plain way is written for.")
     tasks = nyud_tasks()
     rates = {"plain": rate(Plain(files.root, files.ids, size)), "files": rate(batches_of(files, tasks, size))}
     rates["first epoch"] = rate(batches_of(reader(cache), tasks, size))
@@ -251,6 +253,8 @@ def main() -> None:
     except ValueError:
         raise UserError(f"--size {words.size} is not HEIGHTxWIDTH, e.g. 448x576.") from None
     size = (height, width)
+    if min(size) < 1 or words.images < BATCH:
+        raise UserError(f"--size {words.size} --images {words.images} is too small; give at least {BATCH} pictures.")
     with tempfile.TemporaryDirectory() as scratch:
         root, cache = words.root, Path(scratch) / "cache"
         if root is None:

@@ -186,6 +186,25 @@ def test_pascal_is_trained_and_evaluated(cli, tmp_path):
     assert a == b
 
 
+def test_damage_in_the_middle_of_training_is_one_sentence_and_damage_of_the_cache_is_mended(cli, tmp_path):
+    root = tiny_nyud(tmp_path / "data")
+    words = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", f"data.cache={tmp_path}/cache"]
+    words += ["data.workers=2", "trainer.max_steps=4"]
+    assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/first").code == 0
+    entries = list((tmp_path / "cache").rglob("*.array"))
+    assert len(entries) == 4 * 5
+    for path in entries:
+        path.write_bytes(path.read_bytes()[:-7])
+    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/second")
+    assert result.code == 0, result.err
+    a, b = ((tmp_path / name / "metrics.json").read_text() for name in ("first", "second"))
+    assert a == b
+    path = root / "normals" / "c.png"
+    path.write_bytes(path.read_bytes()[:-100])
+    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/third")
+    assert_fails(result, str(path), "truncated or damaged")
+
+
 def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_path):
     """One label a picture, two pictures a step, six tasks: most have none."""
     words = ["data.labels=one", "data.options.length=[12,2]", "data.limit=null", "trainer.max_steps=3"]

@@ -1,6 +1,7 @@
 """The NYUD-v2 reader, on archives of a few pixels and, where they are, on the real small frames."""
 
 import itertools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ import scipy.io
 from PIL import Image
 
 from mtcl import UserError
-from mtcl.data import NYUD, finish
-from mtcl.data.reader import resized_edges, resized_image
+from mtcl.data import NYUD, Augment, finish, train_loader
+from mtcl.data.reader import resized_edges, resized_image, same_aspect
 from mtcl.data.transforms import nearest
 from mtcl.tasks import NYUD40, build_task
 
@@ -30,7 +31,7 @@ def write(path: Path, array: np.ndarray, hdf5: bool = False) -> None:
     elif path.suffix == ".mat":
         key = path.parent.name
         if not hdf5:
-            scipy.io.savemat(path, {key: array, "other": 1})
+            scipy.io.savemat(path, {"other": 1, key: array})
             return
         with h5py.File(path, "w", userblock_size=512) as file:
             file[key] = array.T  # as MATLAB's format 7.3 lies on the disk
@@ -172,6 +173,15 @@ def test_palette_labels_are_indices_not_colours(archive: Path) -> None:
     np.testing.assert_array_equal(NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"], before)
 
 
+def test_the_whole_frame_is_not_resampled_to_its_valid_part(tmp_path: Path) -> None:
+    """The mix of two archives: nearly the same aspect, but not the same view."""
+    assert not same_aspect((425, 560), (480, 640))
+    assert not same_aspect((480, 640), (425, 560))
+    root = write_archive(tmp_path / "NYUDv2", size=(425, 560))
+    write(root / "segmentation" / "0003.png", arrays(3, (480, 640))["segmentation"])
+    assert "480x640" in message(root, "train", ["semseg"])
+
+
 @pytest.mark.parametrize("size", [(12, 16), (3, 4), (13, 17)])
 def test_a_label_of_another_size_but_the_same_view_is_resampled(archive: Path, size: tuple[int, int]) -> None:
     other = arrays(3, size)
@@ -206,10 +216,28 @@ def test_settings_and_archives_do_not_share_their_cache(archive: Path, tmp_path:
     readers = [NYUD(archive, "train", TASKS, resize=resize, cache=cache) for resize in (None, (3, 4), (2, 2))]
     readers.append(NYUD(small, "train", TASKS, cache=cache))
     assert [reader.read(0).image.shape[:2] for reader in readers] == [(6, 8), (3, 4), (2, 2), (3, 4)]
-    assert len(list(cache.iterdir())) == 4
+    assert len(list((cache / "nyud").iterdir())) == 4 * 5
     # The other list of the same archive, and other tasks, do share it.
     NYUD(archive, "val", ["depth"], cache=cache).read(0)
-    assert len(list(cache.iterdir())) == 4
+    assert len(list((cache / "nyud").iterdir())) == 4 * 5
+    # So does a copy of the archive that differs in one kind of files only, though they have the same sizes.
+    copy = shutil.copytree(archive, tmp_path / "copy" / "NYUDv2")
+    for path in (copy / "depth").iterdir():
+        write(path, np.full((6, 8), 3, np.float32))
+    one, other = (NYUD(root, "train", TASKS, cache=cache) for root in (archive, copy))
+    for _ in range(2):
+        assert (other.read(0).labels["depth"] == 3).all()
+        assert not (one.read(0).labels["depth"] == 3).any()
+    assert len(list((cache / "nyud").iterdir())) == 4 * 5 + 1
+
+
+@pytest.mark.parametrize("stray", ["images/.DS_Store", "notes.txt", "images/0009.jpg"])
+def test_stray_files_do_not_begin_another_cache(archive: Path, tmp_path: Path, stray: str) -> None:
+    NYUD(archive, "train", TASKS, cache=tmp_path / "cache").read(0)
+    folders = sorted((tmp_path / "cache" / "nyud").iterdir())
+    (archive / stray).write_bytes(b"x")
+    NYUD(archive, "train", TASKS, cache=tmp_path / "cache").read(0)
+    assert sorted((tmp_path / "cache" / "nyud").iterdir()) == folders
 
 
 def test_a_changed_file_is_decoded_again(archive: Path, tmp_path: Path) -> None:
@@ -393,14 +421,33 @@ def test_label_of_another_form_names_it(archive: Path, name: str, array: np.ndar
     assert str(array.shape) in sentence or "readable" in sentence
 
 
-@pytest.mark.parametrize("name", ["images/0003.png", "segmentation/0003.png", "edge/0003.png", "depth/0003.npy"])
+@pytest.mark.parametrize("suffixes", [NYUDV2, MTI, ASTMT], ids=["NYUDv2", "MTI", "ASTMT"])
+@pytest.mark.parametrize("folder", list(NYUDV2))
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.95])
-def test_truncated_file_is_named(archive: Path, name: str, kept: float) -> None:
-    data = (archive / name).read_bytes()
-    (archive / name).write_bytes(data[: int(len(data) * kept)])
+def test_truncated_file_is_named(tmp_path: Path, suffixes: dict[str, str], folder: str, kept: float) -> None:
+    archive = write_archive(tmp_path / "NYUDv2", suffixes)
+    path = archive / folder / f"0003{suffixes[folder]}"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
     sentence = message(archive, "train", TASKS)
-    assert str(archive / name) in sentence
+    assert str(path) in sentence
     assert "unpack it again" in sentence
+
+
+def stream(root: Path, cache: Path | None, workers: int) -> list[np.ndarray]:
+    """All that two epochs of training give."""
+    tasks = {name: build_task(name, **options) for name, options in NYUD.offered().items()}
+    reader = NYUD(root, "train", TASKS, cache=cache)
+    loader = train_loader(reader, tasks, Augment((5, 7)), 1, seed=4, workers=workers)
+    batches = itertools.islice(loader, 6)
+    return [array.numpy() for batch in batches for array in (batch["image"], *batch["labels"].values())]
+
+
+def test_neither_the_cache_nor_the_workers_change_what_is_trained_on(archive: Path, tmp_path: Path) -> None:
+    expected = stream(archive, None, 0)
+    for cache, workers in ((tmp_path / "cache", 2), (tmp_path / "cache", 0), (None, 2)):  # cold, warm, none
+        for known, found in zip(expected, stream(archive, cache, workers), strict=True):
+            np.testing.assert_array_equal(found, known)
 
 
 def test_offered_builds_the_tasks() -> None:

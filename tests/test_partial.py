@@ -167,7 +167,19 @@ def test_a_file_of_another_kind_is_refused_and_never_run(tmp_path: Path, monkeyp
     assert not (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"2008_000000": 1}', '{"2008_000000": [0, 1]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "{}",
+        '{"a": 1}',
+        '{"a": [0, 1]}',
+        '{"a": [[1]]}',
+        '{"a": [{}]}',
+        '{"a": [1, 0, 0, 0, 2]}',
+        '{"a": ["depht"]}',
+    ],
+)
 def test_json_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "mapping.json").write_text(content)
     with pytest.raises(UserError, match=r"mapping\.json"):
@@ -175,11 +187,26 @@ def test_json_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_pictures_and_files_that_are_missing_are_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no\.json"):
+    with pytest.raises(UserError, match=r"no\.json does not exist"):
         read_labelled(tmp_path / "no.json", IDS, TASKS)
+    reader, tasks = rooms()
+    with pytest.raises(UserError, match=r"data\.labels=some is neither full, one or random, nor a file"):
+        partly_labelled(reader, tasks, "some", seed=0)
+    np.save(tmp_path / "other.npy", np.array({"depth": ["0001"], "edge": ["0002"]}, dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=f"lacks 60 pictures.*{IDS[0]}"):
+        read_labelled(tmp_path / "other.npy", IDS, ["depth", "edge"])
     (tmp_path / "few.json").write_text(json.dumps({IDS[0]: list(TASKS)}))
     with pytest.raises(UserError, match=f"lacks 59 pictures.*{IDS[1]}"):
         read_labelled(tmp_path / "few.json", IDS, TASKS)
+
+
+def test_labels_that_are_not_kept_are_not_read() -> None:
+    reader, tasks = rooms()
+    asked = []
+    read = reader.read
+    reader.read = lambda index, tasks=None: asked.append(tasks) or read(index, tasks)  # type: ignore[method-assign]
+    partly_labelled(reader, tasks, "one", seed=0).read(0)
+    assert list(map(len, asked)) == [1]
 
 
 def test_one_task_leaves_no_choice() -> None:

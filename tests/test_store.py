@@ -126,6 +126,52 @@ def test_a_source_that_moved_or_was_unpacked_again_is_known_by_its_content(tmp_p
     assert make.calls == 0
 
 
+def test_a_source_replaced_with_its_old_times_is_noticed(tmp_path: Path, source: Path) -> None:
+    """As tar and rsync do it: same name, size and time of modification."""
+    before = source.stat()
+    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    source.write_bytes(b"the file an array is made FROM")
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    make = Maker(ARRAY + 1)
+    assert (ArrayStore(tmp_path / "cache").get("image", "1", [source], make).array == ARRAY + 1).all()
+
+
+def test_a_moved_source_is_read_once_to_be_known_again(tmp_path: Path, source: Path, monkeypatch) -> None:
+    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    os.utime(source, (1, 1))
+    reads = []
+    monkeypatch.setattr(store_module, "read_bytes", lambda path: reads.append(path) or path.read_bytes())
+    for _ in range(3):
+        ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    assert len(reads) == 1
+
+
+def test_an_entry_that_another_process_replaces_is_looked_at_again(tmp_path: Path, source: Path) -> None:
+    mine, theirs = ArrayStore(tmp_path / "cache"), ArrayStore(tmp_path / "cache")
+    mine.get("depth", "1", [source], Maker())
+    (tmp_path / "other.png").write_bytes(b"of another dataset")
+    theirs.get("depth", "1", [tmp_path / "other.png"], Maker(ARRAY + 1))
+    assert (mine.get("depth", "1", [source], Maker()).array == ARRAY).all()
+
+
+def test_a_source_that_is_gone_is_named(tmp_path: Path, source: Path) -> None:
+    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    source.unlink()
+    with pytest.raises(UserError, match=r"source\.png does not exist"):
+        ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+
+
+def test_many_damaged_entries_are_one_warning(tmp_path: Path, source: Path, caplog) -> None:
+    for name in "abc":
+        ArrayStore(tmp_path).get("image", name, [source], Maker())
+    for path in tmp_path.rglob("*.array"):
+        path.write_bytes(b"")
+    store = ArrayStore(tmp_path)
+    for name in "abc":
+        store.get("image", name, [source], Maker())
+    assert len(caplog.records) == 1
+
+
 def test_another_number_of_sources_makes_the_entry_anew(tmp_path: Path, source: Path) -> None:
     ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
     make = Maker()

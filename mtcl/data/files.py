@@ -21,7 +21,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); unpack it again.") from error
+        raise unreadable(path, error) from error
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -41,7 +41,9 @@ def read_values(path: Path) -> np.ndarray:
         except (OSError, ValueError, SyntaxError) as error:
             raise _damaged(path) from error
     pixels = _decoded(path, data, cv2.IMREAD_UNCHANGED)
-    if bits not in (1, 8) or pixels.dtype != np.uint8 or pixels.ndim != 2:
+    if bits in (2, 4):  # OpenCV has spread the levels over 0..255
+        raise UserError(f"{path} is a grey picture of {bits} bits; save this label with 8 bits.")
+    if pixels.dtype != np.uint8 or pixels.ndim != 2:
         raise UserError(f"{path} holds {form(pixels)}, but this label is an 8-bit picture of 1 channel.")
     return pixels
 
@@ -58,7 +60,9 @@ def read_npy(path: Path) -> np.ndarray:
     """The array of a .npy file; pickled objects are refused."""
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except FileNotFoundError as error:
+        raise unreadable(path, error) from error
+    except Exception as error:  # NumPy raises whatever the damaged header leads to, MemoryError among it
         raise UserError(f"{path} is not a readable .npy file ({error}); unpack it again.") from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} holds {form(array)}, but a label is one array.")
@@ -103,7 +107,7 @@ def read_lines(path: Path, what: str) -> list[str]:
 
 def as_depth(array: np.ndarray, path: Path) -> np.ndarray:
     """Depth as float32 (H, W) in metres; 0 where there is no finite positive value."""
-    if array.ndim != 2 or array.dtype.kind != "f":
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
         raise UserError(f"{path} holds {form(array)}, but depth is one floating-point array (height, width) in metres.")
     return np.where(np.isfinite(array) & (array > 0), array, 0).astype(np.float32)
 
@@ -118,7 +122,8 @@ def as_normals(array: np.ndarray, path: Path) -> np.ndarray:
 
 def as_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
     """Class ids 0 (void), 1 ... ``num_classes`` as uint8 (H, W): void is 255, id v is class v - 1."""
-    if values.ndim != 2 or values.dtype.kind not in "ufi":
+    is_map = isinstance(values, np.ndarray) and values.ndim == 2 and values.size > 0 and values.dtype.kind in "ufi"
+    if not is_map or (values != np.floor(values)).any():
         raise UserError(f"{path} holds {form(values)}, but classes are one array (height, width) of whole numbers.")
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= num_classes):
@@ -131,9 +136,16 @@ def as_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
 
 def as_edges(array: np.ndarray, path: Path) -> np.ndarray:
     """Edges as uint8 (H, W) in {0, 1}: 1 above half of the range, which is 0..255 or 0..1."""
-    if array.ndim != 2 or array.dtype.kind not in "ufib":
+    if array.ndim != 2 or array.dtype.kind not in "ufib" or not np.isfinite(array).all():
         raise UserError(f"{path} holds {form(array)}, but edges are one array (height, width) of numbers.")
-    return (array > (127 if array.dtype == np.uint8 and array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
+    return (array > (127.5 if array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """What to say of a file that the system does not give."""
+    if isinstance(error, FileNotFoundError):
+        return UserError(f"{path} does not exist; check the path, or unpack the dataset whole.")
+    return UserError(f"{path} can't be read ({error.strerror}); mend its permissions, or unpack it again.")
 
 
 def form(array: Any) -> str:
@@ -143,7 +155,7 @@ def form(array: Any) -> str:
 
 def _decoded(path: Path, data: bytes, flag: int) -> np.ndarray:
     # OpenCV fills what a truncated file lacks with grey, and only prints a warning.
-    whole = b"IEND" in data[-64:] if data.startswith(_PNG) else b"\xff\xd9" in data[-4096:]
+    whole = b"IEND" in data[-4096:] if data.startswith(_PNG) else b"\xff\xd9" in data[-4096:]
     known = data.startswith((_PNG, _JPEG))
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if known and whole else None
     if pixels is None:
@@ -165,5 +177,5 @@ def _is_hdf5(path: Path) -> bool:
         with path.open("rb") as file:
             start = file.read(520)
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); unpack it again.") from error
+        raise unreadable(path, error) from error
     return start.startswith(_HDF5) or start[512:].startswith(_HDF5) or start.startswith(b"MATLAB 7.3")

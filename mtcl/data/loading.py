@@ -40,7 +40,9 @@ class SampleDataset(Dataset[Sample | UserError]):
         except UserError as error:
             return error
         if self.augment is None:
-            return finish(sample, self.tasks)
+            # Copies: a mapped array keeps its file open until the batch is made, and batches can be large.
+            labels = {name: np.array(label) for name, label in sample.labels.items()}
+            return finish(Sample(sample.id, np.array(sample.image), labels), self.tasks)
         return self.augment(sample, self.tasks, np.random.default_rng([self.seed, epoch, index]))
 
 
@@ -134,6 +136,7 @@ def eval_loader(
         batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)],
         collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=size, multiple=multiple),
         num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=pin_memory,
     )
 

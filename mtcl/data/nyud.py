@@ -52,6 +52,7 @@ class NYUD(FileReader):
         if resize is not None and min(resize) < 1:
             raise UserError(f"resize={tuple(resize)} leaves no pixels; give (height, width), each at least 1.")
         _check_classes(num_classes)
+        super().__init__()
         self.root = find_root(Path(root), ROOTS, "gt_sets", "NYUD-v2", LAYOUT)
         self.tasks = tuple(tasks)
         self.num_classes = num_classes
@@ -70,7 +71,10 @@ class NYUD(FileReader):
     def summary(self) -> str:
         height, width = self.decode(IMAGE, self.ids[0]).shape[:2]
         kinds = [f"{FOLDERS[kind][0]} {self.suffixes[kind]}" for kind in (IMAGE, *self.tasks)]
-        return f"{self.root}: {', '.join(kinds)}, pictures {height}x{width}"
+        kept = "decoded at each access"
+        if self.store is not None and self.memory_map:
+            kept = f"decoded once, kept in {self.store.folder}"
+        return f"{self.root}: {', '.join(kinds)}, pictures {height}x{width}; {kept}"
 
     def sources(self, kind: str, name: str) -> tuple[Path, ...]:
         return (self.root / FOLDERS[kind][0] / f"{name}{self.suffixes[kind]}",)

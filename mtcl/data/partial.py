@@ -8,7 +8,8 @@ import hashlib
 import io
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from mtcl.data.files import read_bytes
 from mtcl.data.sample import Reader, Sample
 from mtcl.errors import UserError
+from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
 Labelled = Mapping[str, frozenset[str]]  # picture id -> the tasks it has labels of
@@ -34,13 +36,13 @@ class PartlyLabelled:
         self.reader, self.tasks, self.labelled = reader, dict(tasks), labelled
         self.ids: Sequence[str] = reader.ids
 
-    def read(self, index: int) -> Sample:
-        sample = self.reader.read(index)
-        kept = self.labelled[sample.id]
+    def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
+        sample = self.reader.read(index, self.labelled[self.ids[index]])
+        height, width = sample.image.shape[:2]
         return sample._replace(
             labels={
-                name: label if name in kept else np.full_like(label, self.tasks[name].void)
-                for name, label in sample.labels.items()
+                name: sample.labels[name] if name in sample.labels else task.blank(height, width)
+                for name, task in self.tasks.items()
             }
         )
 
@@ -62,24 +64,29 @@ def partly_labelled(reader: Reader, tasks: Mapping[str, Task], choice: str, seed
     if choice in ("one", "random"):
         labelled = draw_labelled(reader.ids, list(tasks), choice, seed)
     else:
+        if not Path(choice).is_file():
+            raise UserError(f"data.labels={choice} is neither full, one or random, nor a file with a mapping.")
         labelled = read_labelled(Path(choice), reader.ids, list(tasks))
     return PartlyLabelled(reader, tasks, labelled)
 
 
 def draw_labelled(ids: Sequence[str], tasks: Sequence[str], choice: str, seed: int) -> Labelled:
-    """Which picture has which labels, a function of (seed, ids, tasks).
+    """Which picture has which labels.
 
-    ``one``: a task each, every task equally often. ``random``: as in MTPSL, 1 to all but one, every number and then
-    every set of that size equally likely.
+    ``one``: a task each, every task equally often, a function of (seed, list of ids, tasks). ``random``: as in MTPSL, 1
+    to all but one, every number and then every set of that size equally likely, a function of (seed, id, tasks).
     """
     if len(tasks) < 2:
         raise UserError(f"data.labels={choice} needs at least two tasks to choose from; use data.labels=full.")
-    rng = np.random.default_rng([seed, len(tasks)])
-    names = np.array(tasks)
-    order = [ids[i] for i in rng.permutation(len(ids))]
     if choice == "one":
-        return {id: frozenset([tasks[i % len(tasks)]]) for i, id in enumerate(order)}
-    return {id: frozenset(rng.choice(names, rng.integers(1, len(tasks)), replace=False).tolist()) for id in sorted(ids)}
+        order = np.random.default_rng([seed, len(tasks)]).permutation(len(ids))
+        return {ids[i]: frozenset([tasks[place % len(tasks)]]) for place, i in enumerate(order)}
+    return {id: _some(tasks, np.random.default_rng([seed, zlib.crc32(id.encode())])) for id in ids}
+
+
+def _some(tasks: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
+    """A random number of tasks, but all and none, and then random ones."""
+    return frozenset(rng.choice(np.array(tasks), rng.integers(1, len(tasks)), replace=False).tolist())
 
 
 def read_labelled(path: Path, ids: Sequence[str], tasks: Sequence[str]) -> Labelled:
@@ -97,27 +104,30 @@ def read_labelled(path: Path, ids: Sequence[str], tasks: Sequence[str]) -> Label
     content = _content(path)
     if not isinstance(content, dict) or not content:
         raise _unknown_form(path)
+    columns: tuple[str, ...]
     if "labels_weights" in content:
-        columns: tuple[str, ...]
-        columns, table = MTPSL_NYUD, np.asarray(content["labels_weights"])
+        columns, table = MTPSL_NYUD, np.asarray(torch.as_tensor(content["labels_weights"]).detach())
         if table.shape != (len(ids), len(columns)):
             raise UserError(
                 f"{path} is a table {table.shape} for {len(columns)} tasks, but the training list has {len(ids)} "
                 "pictures; use it with the whole standard split."
             )
         found = {id: _flagged(path, columns, row) for id, row in zip(ids, table.tolist())}
-    elif all(isinstance(value, list) and set(value) <= {0, 1} for value in content.values()):
+    elif all(_is_list_of(value, (int, float)) for value in content.values()):
         columns = DIFFUSION_PASCAL
         found = {str(id): _flagged(path, columns, row) for id, row in content.items()}
+    elif not all(_is_list_of(value, str) for value in content.values()):
+        raise _unknown_form(path)
     elif path.suffix == ".npy":
         columns = tuple(str(name) for name in content)
         members = {str(name): {str(id) for id in listed} for name, listed in content.items()}
-        found = {id: frozenset(name for name in columns if id in members[name]) for id in ids}
-    elif all(isinstance(value, list) for value in content.values()):
+        known = set().union(*members.values())
+        found = {id: frozenset(name for name in columns if id in members[name]) for id in known}
+    else:
         columns = tuple(sorted({str(name) for value in content.values() for name in value}))
         found = {str(id): frozenset(map(str, names)) for id, names in content.items()}
-    else:
-        raise _unknown_form(path)
+    if strange := [name for name in columns if name not in TASK_NAMES]:
+        raise UserError(f"{path} names {strange[0]!r}, which is no task; the tasks are {', '.join(TASK_NAMES)}.")
     if unknown := [name for name in tasks if name not in columns]:
         raise UserError(f"{path} says nothing of {', '.join(unknown)}; choose tasks.names among {', '.join(columns)}.")
     if missing := [id for id in ids if id not in found]:
@@ -125,9 +135,13 @@ def read_labelled(path: Path, ids: Sequence[str], tasks: Sequence[str]) -> Label
     return {id: found[id] & frozenset(tasks) for id in ids}
 
 
+def _is_list_of(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
+
+
 def _flagged(path: Path, columns: Sequence[str], row: Sequence[float]) -> frozenset[str]:
-    if len(row) != len(columns):
-        raise UserError(f"{path} has {len(row)} flags for a picture, but its form has {len(columns)} tasks.")
+    if len(row) != len(columns) or not set(row) <= {0, 1}:
+        raise UserError(f"{path} has {list(row)} for a picture, but its form has {len(columns)} flags, 0 or 1.")
     return frozenset(name for name, flag in zip(columns, row) if flag)
 
 

@@ -14,7 +14,7 @@ from mtcl.atomic import write_atomically
 from mtcl.data import files, pascal_labels
 from mtcl.data.parallel import run_jobs
 from mtcl.data.pascal_classes import PERSON
-from mtcl.data.reader import IMAGE, STRETCH, FileReader, entries, find_root, read_list
+from mtcl.data.reader import IMAGE, FileReader, entries, find_root, read_list, same_aspect
 from mtcl.data.transforms import nearest
 from mtcl.errors import UserError
 from mtcl.tasks import VOC21
@@ -26,7 +26,6 @@ LAYOUT = (
 )
 ROOTS = ("PASCALContext", "PASCAL_MT")  # the archives' own folders
 TASKS = ("semseg", "human_parts", "sal", "normals", "edge")
-RULES = 1  # raised whenever a label is derived in another way: the cache begins anew
 SEARCHED = 256  # files that are worth a process of their own when persons are searched
 
 
@@ -52,6 +51,7 @@ class PascalContext(FileReader):
     ) -> None:
         if unknown := [name for name in tasks if name not in TASKS]:
             raise UserError(f"PASCAL-Context has no labels for {unknown}; choose tasks among {list(TASKS)}.")
+        super().__init__()
         self.root = find_root(Path(root), ROOTS, "ImageSets/Context", "PASCAL-Context", LAYOUT)
         self.tasks = tuple(tasks)
         self._only_parts = set(tasks) == {"human_parts"}
@@ -101,7 +101,7 @@ class PascalContext(FileReader):
                 return (self.root / "sal_distill" / f"{name}.png",)
 
     def settings(self) -> Mapping[str, Any]:
-        return {"rules": RULES}
+        return {}
 
     def all_kinds(self) -> Sequence[str]:
         return (IMAGE, *TASKS)
@@ -127,8 +127,7 @@ class PascalContext(FileReader):
         codes = files.read_colours(path)
         gate = self.derived("gate", name, (context,), lambda: pascal_labels.has_normals(_context(context)))
         size = codes.shape[0], codes.shape[1]
-        down, across = (ours / theirs for ours, theirs in zip(gate.shape, size))
-        if gate.shape != size and abs(across - down) > STRETCH * max(across, down):
+        if not same_aspect((gate.shape[0], gate.shape[1]), size):
             raise UserError(
                 f"{context} is {gate.shape[0]}x{gate.shape[1]} pixels (height x width), but {path} is "
                 f"{size[0]}x{size[1]}; both must show the same."
@@ -143,7 +142,7 @@ class PascalContext(FileReader):
         known = _listed_persons(self.root / "ImageSets" / "Parts" / f"{part}.txt", self.ids)
         memory = None if self.store is None else self.store.folder / "persons.json"
         if known is None:
-            known = {} if memory is None else _remembered(memory)
+            known = {} if memory is None else self._remembered(memory)
         piece = len(self.ids) if limit is None else max(limit, SEARCHED)
         kept: list[str] = []
         for start in range(0, len(self.ids), piece):
@@ -156,6 +155,12 @@ class PascalContext(FileReader):
             raise UserError(f"{self.root} shows no person in any picture of this list; human_parts needs some.")
         return kept[:limit]
 
+    def _remembered(self, memory: Path) -> dict[str, bool]:
+        """What a search has written of files that are unchanged."""
+        told = _told(memory)
+        listed = [name for name in self.ids if name in told]
+        return {n: bool(told[n][0]) for n in listed if told[n][1:] == _stamp(self.sources("human_parts", n)[0])}
+
     def _search_persons(self, names: Sequence[str], known: dict[str, bool], memory: Path | None) -> None:
         """Add to ``known`` whether ``names`` show persons, from their files, and keep it in ``memory``."""
         if not names:
@@ -165,7 +170,8 @@ class PascalContext(FileReader):
         found = run_jobs(_shows_person, paths, workers if workers > 1 else 0, "pictures with persons")
         known.update(zip(names, found))
         if memory is not None:
-            text = json.dumps({**_remembered(memory), **known})  # what another process added stays
+            told = {name: [shown, *_stamp(path)] for name, shown, path in zip(names, found, paths)}
+            text = json.dumps({**_told(memory), **told})  # what another process added stays
             with contextlib.suppress(OSError):  # a full disk: the search is made again
                 write_atomically(memory, lambda temporary: temporary.write_text(text))
 
@@ -174,19 +180,25 @@ def _context(path: Path) -> np.ndarray:
     return pascal_labels.context_classes(files.read_mat(path, "LabelMap"), path)
 
 
-def _objects(path: Path) -> list[pascal_labels.Annotated]:
-    return pascal_labels.annotated(files.read_mat(path, "anno"), path)
+def _persons(path: Path) -> list[pascal_labels.Person]:
+    return pascal_labels.persons(files.read_mat(path, "anno"), path)
 
 
 def _human_parts(path: Path, image: Path) -> np.ndarray:
     """The label of native size, all 0 where there is no part."""
-    objects = _objects(path)
-    shown = objects[0].mask if objects else files.read_image(image)
-    return pascal_labels.human_parts(objects, (shown.shape[0], shown.shape[1]), path)
+    persons = _persons(path)
+    shown = persons[0].mask if persons else files.read_image(image)
+    return pascal_labels.human_parts(persons, (shown.shape[0], shown.shape[1]), path)
 
 
 def _shows_person(path: Path) -> bool:
-    return pascal_labels.shows_person(_objects(path))
+    return pascal_labels.shows_person(_persons(path))
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes with a file."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _listed_persons(path: Path, ids: Sequence[str]) -> dict[str, bool] | None:
@@ -197,10 +209,9 @@ def _listed_persons(path: Path, ids: Sequence[str]) -> dict[str, bool] | None:
     return {name: PERSON in listed[name] for name in ids}
 
 
-def _remembered(path: Path) -> dict[str, bool]:
-    """What a search has written; nothing if that is damaged."""
-    known = _json_object(path)
-    return known if all(isinstance(value, bool) for value in known.values()) else {}
+def _told(path: Path) -> dict[str, list[Any]]:
+    """id -> whether it shows a person, and its file's stamp, as a search has written it; what is damaged is dropped."""
+    return {name: told for name, told in _json_object(path).items() if isinstance(told, list) and len(told) == 3}
 
 
 def _json_object(path: Path) -> dict[str, Any]:

@@ -16,10 +16,9 @@ _HAS_NORMALS = np.zeros(NUM_CONTEXT + 1, bool)
 _HAS_NORMALS[list(NORMALS_CLASSES)] = True
 
 
-class Annotated(NamedTuple):
-    """One object of PASCAL-Part; masks (H, W), not 0 on the object or the part."""
+class Person(NamedTuple):
+    """One person of PASCAL-Part; masks (H, W), not 0 on the person or the part."""
 
-    kind: int  # VOC's class, 15 for a person
     mask: np.ndarray
     parts: tuple[tuple[str, np.ndarray], ...]  # (name, mask) in file order
 
@@ -57,40 +56,43 @@ def has_normals(classes: np.ndarray) -> np.ndarray:
     return _HAS_NORMALS[classes]
 
 
-def annotated(anno: Any, path: Path) -> list[Annotated]:
-    """The objects of PASCAL-Part's structure ``anno``, read from ``path``, in file order."""
+def persons(anno: Any, path: Path) -> list[Person]:
+    """The persons of PASCAL-Part's structure ``anno``, read from ``path``, in file order; other objects are not
+    looked at."""
     try:
-        objects = [_object(entry) for entry in anno[0][0][1].ravel()]
+        found = [_person(entry) for entry in anno[0][0][1].ravel() if int(entry[1].item()) == PERSON]
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"anno in {path} is not a structure of PASCAL-Part ({error}); unpack it again.") from error
-    sizes = {mask.shape for one in objects for mask in (one.mask, *(mask for _, mask in one.parts))}
+    sizes = {mask.shape for one in found for mask in (one.mask, *(mask for _, mask in one.parts))}
     if len(sizes) > 1:
         both = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
         raise UserError(
             f"anno in {path} has masks of {both} pixels (height x width), not of one size; unpack it again."
         )
-    return objects
+    return found
 
 
-def human_parts(objects: Sequence[Annotated], size: tuple[int, int], path: Path) -> np.ndarray:
-    """The field's six parts of all persons as uint8 (H, W), 0 elsewhere; a later part covers earlier ones."""
+def shows_person(found: Sequence[Person]) -> bool:
+    """Whether any pixel belongs to a person."""
+    return any(one.mask.any() for one in found)
+
+
+def human_parts(found: Sequence[Person], size: tuple[int, int], path: Path) -> np.ndarray:
+    """The field's six parts of all persons as uint8 (H, W), 0 elsewhere; a later part covers earlier ones.
+
+    Without a pixel of a person there are no parts either (InvPT/data/pascal_context.py).
+    """
     painted = np.zeros(size, np.uint8)
-    for name, mask in (part for one in objects if one.kind == PERSON for part in one.parts):
+    for name, mask in (part for one in found for part in one.parts if shows_person(found)):
         if name not in PART_OF_NAME:
             raise UserError(f"{path} has a person's part {name!r}, which PASCAL-Part does not know; unpack it again.")
         painted[mask != 0] = PART_OF_NAME[name]
     return painted
 
 
-def shows_person(objects: Sequence[Annotated]) -> bool:
-    """Whether any pixel belongs to a person."""
-    return any(one.kind == PERSON and one.mask.any() for one in objects)
-
-
-def _object(entry: Any) -> Annotated:
+def _person(entry: Any) -> Person:
     """An entry of `objects`: class name, class index, mask, parts, in this order whatever the fields' names."""
-    parts = tuple((str(part[0].item()), _mask(part[1])) for part in entry[3].ravel())
-    return Annotated(int(entry[1].item()), _mask(entry[2]), parts)
+    return Person(_mask(entry[2]), tuple((str(part[0].item()), _mask(part[1])) for part in entry[3].ravel()))
 
 
 def _mask(array: Any) -> np.ndarray:

@@ -1,30 +1,31 @@
 """What readers of files on a disk have in common: finding files, sizes, the cache, a fingerprint."""
 
 import hashlib
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from mtcl.data.files import read_lines
+from mtcl.data.files import read_lines, unreadable
 from mtcl.data.sample import Sample
 from mtcl.data.store import ArrayStore, Stored
 from mtcl.data.transforms import nearest
 from mtcl.errors import UserError
 
 IMAGE = "image"  # the kind of array beside the tasks'
-STRETCH = 0.02  # by how much the aspect of a label may differ from its picture's, when their sizes do
+RULES = 1  # raised whenever files are decoded in another way: the cache begins anew
 
 
 class FileReader(ABC):
     """A list of pictures and labels that lie in files below ``root``.
 
     A subclass says which files there are (:meth:`sources`) and decodes them (:meth:`decode`); it sets ``ids`` and
-    ``tasks`` before :meth:`open_store`. Labels of another size than their picture are resampled to it (nearest), as
-    the field does, if their aspects agree; else that is a UserError when read.
+    ``tasks`` before :meth:`open_store`. Labels of another size than their picture are resampled to it if their aspects
+    agree, by nearest (the field does so, but for normals, which it interpolates); else that is a UserError when read.
     """
 
     root: Path
@@ -33,6 +34,9 @@ class FileReader(ABC):
     resize: tuple[int, int] | None = None  # height, width: pictures and labels are made this small when decoded
     store: ArrayStore | None = None
     memory_map: bool = False
+
+    def __init__(self) -> None:
+        self._places: dict[str, str] = {}
 
     @abstractmethod
     def sources(self, kind: str, name: str) -> tuple[Path, ...]:
@@ -50,12 +54,13 @@ class FileReader(ABC):
     def all_kinds(self) -> Sequence[str]:
         """ "image" and every task of the dataset, in use or not."""
 
-    def read(self, index: int) -> Sample:
-        """The picture and its labels in the NumPy layout of :class:`mtcl.tasks.base.Task`."""
+    def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
+        """The picture and its labels (of ``tasks``; default: all in use) in the NumPy layout of
+        :class:`mtcl.tasks.base.Task`."""
         name = self.ids[index]
         image = self._load(IMAGE, name)
         labels = {}
-        for task in self.tasks:
+        for task in self.tasks if tasks is None else [task for task in self.tasks if task in tasks]:
             label = self._load(task, name)
             self.check_aspect(task, name, label.native_size, image.native_size)
             labels[task] = nearest(label.array, _size(image.array))
@@ -71,7 +76,7 @@ class FileReader(ABC):
         kept_anyway = self.memory_map and kind in self.tasks
         if self.store is None or kept_anyway:
             return make()
-        return self.store.get(kind, name, sources, made, packed=True).array
+        return self.store.get(self._place(f"derived-{kind}"), name, sources, made, packed=True).array
 
     def open_store(self, cache: str | Path | None, memory_map: bool) -> None:
         """Keep derived labels, with ``memory_map`` every decoded array, in a folder of this dataset below ``cache``."""
@@ -83,8 +88,7 @@ class FileReader(ABC):
             raise UserError(
                 f"the cache {folder} lies in the dataset {self.root}; give a folder outside, data.cache=PATH."
             )
-        key = hashlib.sha256(repr((self.settings(), self.resize, self._probe(all_ids=True))).encode()).hexdigest()[:12]
-        self.store = ArrayStore(folder / f"{type(self).__name__.lower()}-{key}")
+        self.store = ArrayStore(folder / type(self).__name__.lower())
 
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of a SHA-256 that tells the list and its files, without reading them.
@@ -92,7 +96,10 @@ class FileReader(ABC):
         It covers the ids, the settings, and the sizes in bytes of the first, middle and last id's files of every
         task, in use or not (-1 where absent), so that runs on different tasks agree.
         """
-        known = repr((list(self.ids), self.settings(), self.resize, self._probe()))
+        probes = (self.ids[0], self.ids[len(self.ids) // 2], self.ids[-1])
+        paths = [path for kind in self.all_kinds() for name in probes for path in self.sources(kind, name)]
+        sizes = [path.stat().st_size if path.is_file() else -1 for path in paths]
+        known = repr((list(self.ids), self.settings(), self.resize, sizes))
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
     def check_files(self, layout: str) -> None:
@@ -116,7 +123,26 @@ class FileReader(ABC):
     def _load(self, kind: str, name: str) -> Stored:
         if self.store is None or not self.memory_map:
             return self._decoded(kind, name)
-        return self.store.get(kind, name, self.sources(kind, name), lambda: self._decoded(kind, name))
+        return self.store.get(self._place(kind), name, self.sources(kind, name), lambda: self._decoded(kind, name))
+
+    def _place(self, kind: str) -> str:
+        """The folder of a kind of arrays in the store: one for each archive and each set of settings.
+
+        An archive is told by the content of three of its files, so that two that differ in one kind share the others,
+        wherever they lie.
+        """
+        if kind not in self._places:
+            sums = [zlib.crc32(path.read_bytes()) if path.is_file() else 0 for path in self._probes(kind)]
+            known = repr((RULES, self.settings(), self.resize, sums))
+            self._places[kind] = f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+        return self._places[kind]
+
+    def _probes(self, kind: str) -> list[Path]:
+        """Files of a kind, or of the pictures, that tell one archive from another."""
+        (example,) = self.sources(IMAGE, "x")
+        names = sorted(path.stem for path in entries(example.parent) if path.suffix == example.suffix)
+        chosen = kind if kind in self.all_kinds() else IMAGE
+        return [path for i in (0, len(names) // 2, -1) for path in self.sources(chosen, names[i])]
 
     def _decoded(self, kind: str, name: str) -> Stored:
         array = self.decode(kind, name)
@@ -127,19 +153,21 @@ class FileReader(ABC):
         return Stored(array, native)
 
     def check_aspect(self, task: str, name: str, label: tuple[int, int], image: tuple[int, int]) -> None:
-        across, down = label[1] / image[1], label[0] / image[0]
-        if label != image and abs(across - down) > STRETCH * max(across, down):
+        """UserError if a label of this size can't be resampled to its picture."""
+        if not same_aspect(label, image):
             raise UserError(
                 f"{self.sources(task, name)[0]} is {label[0]}x{label[1]} pixels (height x width), but its picture is "
                 f"{image[0]}x{image[1]}; both must show the same."
             )
 
-    def _probe(self, all_ids: bool = False) -> list[int]:
-        """Sizes in bytes that tell one archive from another."""
-        ids = sorted(entry.stem for entry in entries(self.sources(IMAGE, "x")[0].parent)) if all_ids else self.ids
-        probes = (ids[0], ids[len(ids) // 2], ids[-1])
-        paths = [path for kind in self.all_kinds() for name in probes for path in self.sources(kind, name)]
-        return [path.stat().st_size if path.is_file() else -1 for path in paths]
+
+def same_aspect(size: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two sizes (height, width) can be of the same view: equal aspects, but for the smaller one's rounding.
+
+    So a frame of 480x640 pixels is not its valid part of 425x560.
+    """
+    small, large = sorted((size, other))
+    return abs(small[0] * large[1] - small[1] * large[0]) < max(large)
 
 
 def resized_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -155,7 +183,10 @@ def resized_edges(edges: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def entries(folder: Path) -> list[Path]:
     """What a folder holds; nothing where there is none."""
-    return list(folder.iterdir()) if folder.is_dir() else []
+    try:
+        return list(folder.iterdir()) if folder.is_dir() else []
+    except OSError as error:
+        raise unreadable(folder, error) from error
 
 
 def find_root(given: Path, names: Sequence[str], lists: str, what: str, layout: str) -> Path:

@@ -1,6 +1,6 @@
 """The forms in which a picture and its labels travel: from a reader, through the transforms, to a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -41,7 +41,9 @@ class Reader(Protocol):
 
     ids: Sequence[str]
 
-    def read(self, index: int) -> Sample: ...
+    def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
+        """A picture with its labels; those of ``tasks`` suffice if that is given."""
+        ...
 
     def summary(self) -> str:
         """What was found, in one line for the log."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtcl.atomic import write_atomically
+from mtcl.data.files import read_bytes, unreadable
 from mtcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -38,8 +39,9 @@ class ArrayStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._trusted: set[Path] = set()  # entries that this process has checked
+        self._trusted: dict[Path, int] = {}  # entry -> checksum, once this process has checked it
         self._writable = True
+        self._warned = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -58,20 +60,24 @@ class ArrayStore:
         found = self._open(path, sources)
         if found is not None:
             return found
+        before = [_stamp(source) for source in sources] if self._writable else []  # what changes meanwhile is stale
         made = make()
         if self._writable:
-            try:
-                data = _entry(made, sources, packed)
-                write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
-            except OSError as error:
-                self._writable = False
-                log.warning(
-                    "the cache %s can't be written any more (%s): files are decoded at each access from here on; free "
-                    "some space or give another folder, data.cache=PATH",
-                    self.folder,
-                    error.strerror,
-                )
+            self._write(path, made, before, [_checksum(source) for source in sources], packed)
         return made
+
+    def _write(self, path: Path, made: Stored, stamps: list[list[int]], sums: list[int], packed: bool) -> None:
+        try:
+            data = _entry(made, stamps, sums, packed)
+            write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
+        except OSError as error:
+            self._writable = False
+            log.warning(
+                "the cache %s can't be written (%s): files are decoded at each access from here on; free some space or "
+                "give another folder, data.cache=PATH",
+                self.folder,
+                error.strerror,
+            )
 
     def _open(self, path: Path, sources: Sequence[Path]) -> Stored | None:
         """The entry if it is there, whole, and made from the sources as they are now."""
@@ -80,20 +86,41 @@ class ArrayStore:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError):  # ValueError: an empty file
-            content = None
-        header = None if content is None else _header(content)
-        if content is None or header is None or (path not in self._trusted and not _is_whole(content, header)):
-            log.warning("the cached %s is damaged or of another version: it is made anew", path)
+        except OSError as error:
+            self._warn("can't be read (%s)", path, error.strerror)
             return None
-        if path not in self._trusted:
-            if not _made_from(header["sources"], sources):
+        except ValueError:  # an empty file
+            self._warn("is damaged", path)
+            return None
+        header = _header(content)
+        if header is None or len(content) != header["begin"] + header["bytes"]:
+            self._warn("is damaged or of another version", path)
+            return None
+        if self._trusted.get(path) == header["crc"]:
+            return _array(content, header)
+        if zlib.crc32(memoryview(content)[header["begin"] :]) != header["crc"]:
+            self._warn("is damaged", path)
+            return None
+        stamps = [_stamp(source) for source in sources]
+        found = _array(content, header)
+        if stamps != header["stamps"]:
+            # Moved, or unpacked again: what counts is the content. Next time the stamps will do.
+            sums = [_checksum(source) for source in sources]
+            if sums != header["sums"]:
                 return None
-            self._trusted.add(path)
-        return _array(content, header)
+            if self._writable:
+                self._write(path, found, stamps, sums, header["packed"])
+        self._trusted[path] = header["crc"]
+        return found
+
+    def _warn(self, what: str, path: Path, *details: object) -> None:
+        """Say of the first entry what is wrong; of thousands it would only fill the log."""
+        level = logging.DEBUG if self._warned else logging.WARNING
+        log.log(level, f"the cached %s {what}: such entries are made anew", path, *details)
+        self._warned = True
 
 
-def _entry(stored: Stored, sources: Sequence[Path], packed: bool) -> bytes:
+def _entry(stored: Stored, stamps: list[list[int]], sums: list[int], packed: bool) -> bytes:
     array = np.ascontiguousarray(stored.array)
     payload = zlib.compress(array.tobytes(), 1) if packed else array.tobytes()
     facts = {
@@ -103,7 +130,8 @@ def _entry(stored: Stored, sources: Sequence[Path], packed: bool) -> bytes:
         "packed": packed,
         "bytes": len(payload),
         "crc": zlib.crc32(payload),
-        "sources": [[*_stamp(path), zlib.crc32(path.read_bytes())] for path in sources],
+        "stamps": stamps,
+        "sums": sums,
     }
     header = json.dumps(facts).encode()
     head = MAGIC + _LENGTHS.pack(len(header), zlib.crc32(header)) + header
@@ -123,11 +151,6 @@ def _header(content: mmap.mmap) -> dict[str, Any] | None:
     return {**json.loads(text), "begin": end + -end % _ALIGNMENT}
 
 
-def _is_whole(content: mmap.mmap, header: dict[str, Any]) -> bool:
-    begin, count = header["begin"], header["bytes"]
-    return len(content) == begin + count and zlib.crc32(memoryview(content)[begin:]) == header["crc"]
-
-
 def _array(content: mmap.mmap, header: dict[str, Any]) -> Stored:
     data: Any = content
     begin = header["begin"]
@@ -139,16 +162,14 @@ def _array(content: mmap.mmap, header: dict[str, Any]) -> Stored:
     return Stored(array, (height, width))
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
-    status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
+def _stamp(path: Path) -> list[int]:
+    """What changes with a file, and, but for the time of its last change, survives a move."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _made_from(known: list[list[Any]], sources: Sequence[Path]) -> bool:
-    """Are the sources untouched, or, if they moved or were written again, still of the same content?"""
-    if len(known) != len(sources):
-        return False
-    return all(
-        [*_stamp(path)] == before[:3] or zlib.crc32(path.read_bytes()) == before[3]
-        for path, before in zip(sources, known)
-    )
+def _checksum(path: Path) -> int:
+    return zlib.crc32(read_bytes(path))

@@ -65,6 +65,10 @@ class Task(ABC):
         """Labels of equal size, (B, H, W) or of vectors (B, 3, H, W), as a batch: int64 (B, H, W) for classes, float32
         (B, c, H, W) for the others."""
 
+    def blank(self, height: int, width: int) -> np.ndarray:
+        """A label without a valid pixel, in the layout of the data pipeline."""
+        return np.full((height, width), self.void, np.uint8)
+
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, tuple[int, int, int]]]:
         """(text, colour) rows that explain the colours of the given arrays (label layout)."""
         return []

@@ -71,6 +71,9 @@ class Depth(Task):
         rows = [(f"{tick:g} m", rgb(colour)) for tick, colour in zip(ticks[0], self.draw(ticks)[0])]
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).any() for array in arrays)
 
+    def blank(self, height: int, width: int) -> np.ndarray:
+        return np.full((height, width), self.void, np.float32)
+
     def scaled(self, label: np.ndarray, factor: float) -> np.ndarray:
         """Enlarged by ``factor``, a thing looks as if it were that much nearer."""
         return label / np.float32(factor)

@@ -84,6 +84,9 @@ class Normals(Task):
         rows = [(text, rgb(colour)) for text, colour in axes]
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).all(axis=-1).any() for array in arrays)
 
+    def blank(self, height: int, width: int) -> np.ndarray:
+        return np.full((height, width, 3), self.void, np.float32)
+
     def flipped(self, label: np.ndarray) -> np.ndarray:
         """Left and right change places, so x changes its sign."""
         if label.dtype != np.uint8:
@@ -91,6 +94,7 @@ class Normals(Task):
         planes = label.transpose(2, 0, 1).copy()
         black = _black(planes)
         planes[0] ^= 255  # 255 - v stands for the opposite of v
+        planes[0][_black(planes)] = 1  # not void, but the code beside it
         planes[0][black] = 0
         return planes.transpose(1, 2, 0)
 

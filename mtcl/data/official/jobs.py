@@ -18,7 +18,10 @@ def begin(destination: Path, settings: Mapping[str, Any]) -> None:
     """Make ``destination`` ready: empty, or begun with the same ``settings`` (JSON values), which it remembers."""
     stamp = destination / STAMP
     if stamp.is_file():
-        before = json.loads(stamp.read_text())
+        try:
+            before = json.loads(stamp.read_text())
+        except ValueError as error:
+            raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.") from error
         if before != settings:
             changed = sorted(k for k in {**before, **settings} if before.get(k) != settings.get(k))
             raise UserError(

@@ -16,6 +16,7 @@ from mtcl.data import files, pascal_labels
 from mtcl.data.official import jobs
 from mtcl.data.parallel import run_jobs
 from mtcl.data.pascal_classes import CONTEXT_OF_VOC, NUM_CONTEXT
+from mtcl.data.reader import entries, same_aspect
 from mtcl.errors import UserError
 
 OFFICIAL = (4998, 5105)  # pictures to train on and to validate with
@@ -34,6 +35,7 @@ NEEDS = {  # task -> what it needs that may be missing
     "normals": NORMALS,
     "edge": None,
 }
+OPTION_OF = {IMAGES: "--voc", CONTEXT: "--context", PARTS: "--parts", NORMALS: "--normals", SALIENCY: "--saliency"}
 VOC_OF_CONTEXT = np.zeros(NUM_CONTEXT + 1, np.uint8)  # other classes of PASCAL-Context are VOC's background
 VOC_OF_CONTEXT[0] = 255  # no label at all; the release has a class on every pixel
 VOC_OF_CONTEXT[list(CONTEXT_OF_VOC)] = np.arange(1, len(CONTEXT_OF_VOC) + 1)
@@ -124,10 +126,11 @@ def _find_sources(
 
 
 def _inner(given: Path, inner: str, option: str, what: str) -> Path:
-    """The folder ``inner`` of the one that was given, or that one itself."""
+    """The folder ``inner`` below the one that was given, or that one itself."""
     if not given.is_dir():
         raise UserError(f"{given} is not a folder; give the one into which {what} was unpacked, {option} DIR.")
-    return given / inner if (given / inner).is_dir() else given
+    # PASCAL-Part's archive unpacks into trainval/Annotations_Part or Annotations_Part.
+    return next((folder for folder in (given / inner, given / "trainval" / inner) if folder.is_dir()), given)
 
 
 def _check_complete(sources: Mapping[Kind, Path], names: Sequence[str]) -> None:
@@ -136,7 +139,13 @@ def _check_complete(sources: Mapping[Kind, Path], names: Sequence[str]) -> None:
         if (folder, suffix) == VOC_LABELS:
             continue
         there = _file_names(source)
-        if missing := [name for name in names if f"{name}{suffix}" not in there]:
+        missing = [name for name in names if f"{name}{suffix}" not in there]
+        if len(missing) == len(names):
+            raise UserError(
+                f"{source} holds no {folder.split('/')[-1]} of the listed pictures, such as {names[0]}{suffix}; give "
+                f"{OPTION_OF[folder, suffix]} the folder of that release."
+            )
+        if missing:
             first = ", ".join(f"{name}{suffix}" for name in missing[:3])
             raise UserError(
                 f"{source} lacks the files of {len(missing)} of {len(names)} pictures, first {first}; unpack the "
@@ -146,11 +155,14 @@ def _check_complete(sources: Mapping[Kind, Path], names: Sequence[str]) -> None:
 
 def _begin(plan: Plan) -> None:
     """Stamp the result with its sources; the optional folders on their own, so that they can be added later."""
-    voc, labels, context = (str(plan.sources[kind]) for kind in (IMAGES, VOC_LABELS, CONTEXT))
-    jobs.begin(plan.out, {"made": "PASCALContext", "voc": voc, "voc-labels": labels, "context": context})
+
+    def told(kind: Kind) -> list[str | int]:  # not where it lies: a release may move
+        return [plan.sources[kind].parent.name, len(_file_names(plan.sources[kind]))]
+
+    jobs.begin(plan.out, {"made": "PASCALContext", "voc-labels": told(VOC_LABELS), "context": told(CONTEXT)[1]})
     for key, kind in OPTIONAL.items():
         if kind in plan.sources:
-            jobs.begin(plan.out / kind[0], {key: str(plan.sources[kind])})
+            jobs.begin(plan.out / kind[0], {key: told(kind)[1]})
 
 
 def _work(plan: Plan, names: Sequence[str]) -> list[tuple[str, tuple[Kind, ...]]]:
@@ -193,20 +205,27 @@ def _check_voc(path: Path, picture: Path, size: tuple[int, ...]) -> None:
     _check_size(pascal_labels.voc_classes(files.read_values(path), path), path, picture, size)
 
 
+def _check_parts(path: Path, picture: Path, size: tuple[int, ...]) -> None:
+    found = pascal_labels.persons(files.read_mat(path, "anno"), path)
+    shape = found[0].mask.shape if found else size
+    _check_size(pascal_labels.human_parts(found, (shape[0], shape[1]), path), path, picture, size)
+
+
 _CHECKS: dict[Kind, Callable[[Path, Path, tuple[int, ...]], object]] = {
     VOC_LABELS: _check_voc,
     CONTEXT: _read_context,
-    PARTS: lambda path, *_: pascal_labels.annotated(files.read_mat(path, "anno"), path),
-    NORMALS: lambda path, *_: files.read_colours(path),  # these two may have another size: the reader resizes
-    SALIENCY: lambda path, *_: files.read_values(path),
+    PARTS: _check_parts,
+    NORMALS: lambda path, *picture: _check_size(files.read_colours(path), path, *picture),
+    SALIENCY: lambda path, *picture: _check_size(files.read_values(path), path, *picture),
 }
 
 
 def _check_size(label: np.ndarray, path: Path, picture: Path, size: tuple[int, ...]) -> None:
-    if label.shape != size:
+    """As the reader, which resamples labels of another size but one aspect."""
+    if not same_aspect((label.shape[0], label.shape[1]), (size[0], size[1])):
         raise UserError(
-            f"{path} is {_size(label.shape)} pixels (height x width), but its picture {picture} is {_size(size)}; "
-            "both must have one size."
+            f"{path} is {_size(label.shape[:2])} pixels (height x width), but its picture {picture} is {_size(size)}; "
+            "both must show the same."
         )
 
 
@@ -243,6 +262,13 @@ def _summary(out: Path, lists: Mapping[str, Sequence[str]]) -> str:
     official = "" if (train, val) == OFFICIAL else f" (official: {OFFICIAL[0]} and {OFFICIAL[1]})"
     lines = [f"{out} has {train} training and {val} validation pictures{official}; for tuning, {tuning} of the former."]
     lines += [f"  {folder:<24}{count:>6}" for folder, count in counts.items() if count]
+    if any(entry.is_symlink() for entry in entries(out / IMAGES[0])):
+        lines.append("The pictures are links: keep the releases where they are.")
+    if counts[VOC_LABELS[0]] and counts[VOC_LABELS[0]] < 2000:
+        lines.append(
+            "semseg: the field's archive takes VOC2012's labels, of more pictures than VOC2010's; give them with "
+            "--voc-labels VOCdevkit/VOC2012 to compare with published rows."
+        )
     tasks = [task for task, kind in NEEDS.items() if kind is None or counts[kind[0]] == len(names)]
     lines.append(f"Tasks: {', '.join(tasks)}.")
     if "human_parts" not in tasks:

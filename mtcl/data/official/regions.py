@@ -10,7 +10,7 @@ SEAM = 5
 
 def object_regions(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
     """Numbers int32 (H, W) that are equal on one object: the pair of its label (0: void) and its instance; 0: void."""
-    pairs = labels.astype(np.int32) * 256 + instances
+    pairs = labels.astype(np.int32) * 2**16 + instances
     return np.where(labels > 0, pairs, 0)
 
 

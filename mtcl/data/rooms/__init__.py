@@ -4,7 +4,7 @@ A scene is a pure function of (seed, index): :mod:`scene` says what is in it, :m
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mtcl.data.rooms.render import render
@@ -78,17 +78,17 @@ class Rooms:
             "edge": {},
         }
 
-    def read(self, index: int) -> Sample:
+    def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
         """The picture and the labels of the tasks asked for; the arrays are the caller's to change."""
         kept = self._cache.get(index)
         if kept is None:
             kept = self._render(index)
             size = kept.image.nbytes + sum(label.nbytes for label in kept.labels.values())
-            if size > self._room:
-                return kept
-            self._room -= size
-            self._cache[index] = kept
-        return Sample(kept.id, kept.image.copy(), {task: label.copy() for task, label in kept.labels.items()})
+            if size <= self._room:
+                self._room -= size
+                self._cache[index] = kept
+        wanted = [task for task in kept.labels if tasks is None or task in tasks]
+        return Sample(kept.id, kept.image.copy(), {task: kept.labels[task].copy() for task in wanted})
 
     def fingerprint(self) -> str:
         """A short hash of the list's scenes, their size and the renderer's version."""
