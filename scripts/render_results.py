@@ -34,14 +34,17 @@ def table(content: dict[str, Any]) -> str:
         if len(values) > 1:
             raise SystemExit(f"the rows of a table differ in {fact}: {', '.join(map(str, values))}; make two tables")
     tasks = [task for task in known_tasks() if any(task.name in row["metrics"] for row in rows)]
-    headings = []
+    headings, chosen = [], {}
     for task in tasks:
-        unit = task.units.get(task.primary, "%")
-        name = f"{task.name} {task.primary} {'↑' if task.higher_is_better else '↓'}"
+        found = [set(row["metrics"][task.name]) for row in rows if task.name in row["metrics"]]
+        metric, higher_is_better = task.headline(set.intersection(*found))
+        chosen[task.name] = metric
+        unit = task.units.get(metric, "%")
+        name = f"{task.name} {metric} {'↑' if higher_is_better else '↓'}"
         headings.append(f"{name} ({unit})" if unit else name)
     lines = ["| run | " + " | ".join(headings) + " |", "|---|" + "---|" * len(headings)]
     for row in rows:
-        cells = [cell(task, row["metrics"].get(task.name, {}).get(task.primary)) for task in tasks]
+        cells = [cell(task, chosen[task.name], row["metrics"].get(task.name, {})) for task in tasks]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     run = rows[0]["run"]
     seeds = sorted({row["run"]["seed"] for row in rows})
@@ -70,11 +73,12 @@ def known_tasks() -> list[Task]:
     return [build_task(name, **options.get(name, {})) for name in TASK_NAMES]
 
 
-def cell(task: Task, value: float | None) -> str:
-    """A primary metric: percent with two decimals, degrees with two, metres and losses with four."""
+def cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
+    """One metric: percent with two decimals, degrees with two, metres and losses with four."""
+    value = metrics.get(metric)
     if value is None:
         return ""
-    unit = task.units.get(task.primary, "%")
+    unit = task.units.get(metric, "%")
     return f"{value * 100:.2f}" if unit == "%" else f"{value:.2f}" if unit == "deg" else f"{value:.4f}"
 
 

@@ -13,6 +13,7 @@ from pascal_miniature import write_archive
 import mtcl.entry.build
 from mtcl.data import Rooms
 from mtcl.entry.build import build_tasks
+from mtcl.entry.report import format_table
 from mtcl.entry.train import train
 from mtcl.tasks import TASK_NAMES
 from mtcl.training.checkpoint import load_checkpoint
@@ -203,6 +204,63 @@ def test_damage_in_the_middle_of_training_is_one_sentence_and_damage_of_the_cach
     path.write_bytes(path.read_bytes()[:-100])
     result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/third")
     assert_fails(result, str(path), "truncated or damaged")
+
+
+def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path):
+    words = ["tasks=single_edge", "trainer.max_steps=2", "trainer.val_interval=1"]
+    validations = {}
+    for name, word in {
+        "end": "seed=0",
+        "quick": "evaluation.quick=[5,1]",
+        "never": "evaluation.boundaries=false",
+    }.items():
+        result = cli("train.py", *TINY, *words, word, f"hydra.run.dir={tmp_path}/{name}")
+        assert result.code == 0, result.err
+        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        validations[name] = ["edge/odsF" in record for record in records if record["kind"] == "val"]
+        metrics = json.loads((tmp_path / name / "metrics.json").read_text())["edge"]
+        assert ("odsF" in metrics) == (name != "never")
+        assert "loss" in metrics
+    assert validations == {"end": [False, False, True], "quick": [True] * 3, "never": [False] * 3}
+    checkpoint = tmp_path / "end" / "checkpoints" / "last.pt"
+    words = [f"checkpoint={checkpoint}", f"hydra.run.dir={tmp_path}/again"]
+    assert cli("evaluate.py", *words).code == 0
+    a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("end", "again"))
+    assert a == b
+    words = [f"checkpoint={checkpoint}", "evaluation.options.edge.preset=invpt", f"hydra.run.dir={tmp_path}/invpt"]
+    assert cli("evaluate.py", *words).code == 0
+    assert json.loads((tmp_path / "invpt" / "metrics.json").read_text())["edge"] != a["edge"]
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("evaluation.options.edge.preset=matlab", "matlab"),
+        ("evaluation.options.sal.protocol=old", "old"),
+        ("evaluation.options.depth.protocol=old", "old"),
+        ("evaluation.options.edge.max_distance=2", "max_distance=2"),
+        ("evaluation.quick=[9]", "evaluation.quick"),
+    ],
+)
+def test_impossible_ways_of_scoring_are_refused_before_training(cli, tmp_path, word, told):
+    assert_fails(cli("train.py", *TINY, word, f"hydra.run.dir={tmp_path}/run"), told)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_table_leaves_out_what_nobody_reads():
+    tasks = build_tasks(composed())
+    metrics = {
+        "semseg": {"mIoU": 0.5, "IoU/wall": 0.25, "not_finite": 0.0},
+        "edge": {"loss": 0.05, "odsF": 0.75, "not_finite": 3.0},
+    }
+    earlier = {"semseg": {"mIoU": 0.1, "IoU/wall": 0.1, "not_finite": 0.0}, "edge": {"loss": 0.1, "not_finite": 0.0}}
+    table = format_table({name: tasks[name] for name in metrics}, {"untrained": earlier, "step 9": metrics})
+    rows = [line.split() for line in table.splitlines()[2:]]
+    assert rows[0] == ["semseg", "mIoU*", "10.00", "%", "50.00", "%"]
+    assert ["edge", "odsF*", "-", "75.00", "%"] in rows
+    assert ["edge", "not_finite", "0", "pixels", "3", "pixels"] in rows
+    assert "IoU/" not in table
+    assert table.count("not_finite") == 1
 
 
 def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_path):

@@ -15,6 +15,7 @@ GROUPS = [
     "data",
     "debug",
     "decoder",
+    "evaluation",
     "experiment",
     "loss",
     "optimizer",
@@ -37,7 +38,7 @@ def backbone_of(experiment: str) -> str:
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_composes(group, choice):
     config = composed(f"{group}={choice}")
-    build.choose_monitor(config.trainer.monitor, build.build_tasks(config))
+    build.choose_monitor(config.trainer.monitor, build.build_tasks(config), config.evaluation.quick)
     build.build_schedule(max_steps=config.trainer.max_steps, **build.plain(config.schedule))
 
 

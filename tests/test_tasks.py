@@ -53,7 +53,7 @@ def stacked(*arrays: np.ndarray) -> np.ndarray:
         ("sal", 2, "maxF", True, 5, 255),
         ("depth", 1, "rmse", False, 1, 0),
         ("normals", 3, "mErr", False, 10, 0),
-        ("edge", 1, "loss", False, 50, 255),
+        ("edge", 1, "odsF", True, 50, 255),
     ],
 )
 def test_facts(name, channels, primary, higher, weight, void):
@@ -145,8 +145,16 @@ def test_loss_and_metric_fit_the_layouts(name):
     assert torch.equal(used, task.valid(label))
     metric = task.metric()
     metric.update(prediction.detach(), label)
-    assert metric.compute()[task.primary].isfinite()
+    found = metric.compute()
+    assert found[task.headline(found)[0]].isfinite()
     assert task.metric() is not metric
+
+
+def test_the_headline_of_edges_is_their_loss_until_boundaries_are_matched():
+    edge, depth = make_task("edge"), make_task("depth")
+    assert edge.headline(("loss", "odsF")) == ("odsF", True)
+    assert edge.headline(("loss",)) == ("loss", False)
+    assert depth.headline(()) == ("rmse", False)
 
 
 def test_edge_weight_reaches_loss_and_metric():

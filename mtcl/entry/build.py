@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -200,7 +200,7 @@ def build_trainer(
     """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
     settings, dry = config.trainer, config.trainer.dry_run
     autocast(device, settings.precision)  # says so now if it is not known
-    monitor, higher_is_better = choose_monitor(settings.monitor, tasks)
+    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, config.evaluation.quick)
     train_reader = build_reader(config, "train", tasks)
     val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
     model = build_model(config, tasks, pretrained).to(device)
@@ -218,7 +218,7 @@ def build_trainer(
         optimizer=optimizer,
         regularizer_optimizer=regularizer_optimizer,
         batches=batches,
-        evaluator=Evaluator(tasks, val_loader, device, settings.precision, num_shown=settings.panels),
+        evaluator=build_evaluator(config, tasks, val_loader, device),
         recorder=Recorder(folder, start_step),
         folder=folder,
         device=device,
@@ -239,15 +239,46 @@ def build_trainer(
     return Run(trainer, train_reader, val_reader)
 
 
-def choose_monitor(name: str, tasks: Mapping[str, Task]) -> tuple[str, bool]:
-    """(``task/metric``, higher is better) of ``trainer.monitor``; ``auto``: the primary metric of the first task."""
-    if name == "auto":
-        task = next(iter(tasks.values()))
-        return f"{task.name}/{task.primary}", task.higher_is_better
-    known = {f"{task.name}/{task.primary}": task.higher_is_better for task in tasks.values()}
+def choose_monitor(name: str, tasks: Mapping[str, Task], quick: Sequence[int] | None) -> tuple[str, bool]:
+    """(``task/metric``, higher is better) of ``trainer.monitor``; ``auto``: the headline of the first task.
+
+    Of edges, validations between training steps have their loss only, unless ``evaluation.quick`` is given.
+    """
+    known = {}
+    for task in tasks.values():
+        metric, higher = task.headline(() if quick is None else (task.primary,))
+        known[f"{task.name}/{metric}"] = higher
+    name = next(iter(known)) if name == "auto" else name
     if name not in known:
         raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(known)}")
     return name, known[name]
+
+
+def build_evaluator(
+    config: DictConfig, tasks: Mapping[str, Task], loader: DataLoader, device: torch.device
+) -> Evaluator:
+    """Scores as ``config.evaluation`` says."""
+    settings = plain(config.evaluation)
+    options = {name: dict(settings["options"].get(name) or {}) for name in tasks}
+    quick: dict[str, dict[str, Any]] = {}
+    if "edge" in tasks:
+        options["edge"] |= {"boundaries": settings["boundaries"], "workers": settings["workers"]}
+        quick["edge"] = {"boundaries": False}
+        if settings["quick"] is not None and settings["boundaries"]:
+            thresholds, every = settings["quick"]
+            quick["edge"] = {"thresholds": thresholds, "every": every}
+    for name, task in tasks.items():  # says now what an option lacks
+        construct_metric(task, options[name])
+    precision, panels = config.trainer.precision, config.trainer.panels
+    return Evaluator(tasks, loader, device, precision, num_shown=panels, options=options, quick=quick)
+
+
+def construct_metric(task: Task, options: Mapping[str, Any]) -> None:
+    """UserError for an option that a task's metric does not have."""
+    try:
+        task.metric(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"evaluation.options.{task.name} does not fit its metric: {error}") from error
 
 
 def saved_config(config: DictConfig, model: DenseModel) -> dict[str, Any]:

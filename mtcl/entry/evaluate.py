@@ -56,6 +56,8 @@ def score_checkpoint(
     settings = OmegaConf.create(state["config"])
     settings.tasks.names = list(saved)  # whatever another dataset would offer
     settings.trainer.device = "auto"  # the machine it was trained on is not this one
+    if "evaluation" not in settings:
+        settings.evaluation = OmegaConf.create(build.plain(config.evaluation))
     settings = overridden(settings, config, overrides, groups)
     tasks = build.build_tasks(settings)
     build.check_tasks(saved, tasks, path)
@@ -120,8 +122,7 @@ def check_free(folder: Path) -> None:
 
 
 def build_evaluator(config: DictConfig, reader: Reader, tasks: Mapping[str, Task], device: torch.device) -> Evaluator:
-    loader = build.build_eval_loader(config, reader, tasks, device)
-    return Evaluator(tasks, loader, device, config.trainer.precision, num_shown=config.trainer.panels)
+    return build.build_evaluator(config, tasks, build.build_eval_loader(config, reader, tasks, device), device)
 
 
 def report(

@@ -22,13 +22,20 @@ PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-pyt
 
 
 def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
-    """A row per task and metric, its primary one first (marked *), a column per heading; fractions in percent."""
+    """A row per task and metric, the headline first (marked *), a column per heading; fractions in percent.
+
+    Without the single classes' IoU, and without counts of what was not finite where there was nothing of it.
+    """
     rows = [("task", "metric", *columns)]
     for name, task in tasks.items():
-        found = next(iter(columns.values()))[name]
-        for metric in [task.primary, *(m for m in found if m != task.primary)]:
-            mark = "*" if metric == task.primary else ""
-            rows.append((name, metric + mark, *(shown(task, metric, c[name][metric]) for c in columns.values())))
+        found = {metric: None for column in reversed(list(columns.values())) for metric in column[name]}
+        headline, _ = task.headline(found)
+        for metric in [headline, *(m for m in found if m != headline)]:
+            values = [column[name].get(metric, math.nan) for column in columns.values()]
+            if metric.startswith("IoU/") or (metric == "not_finite" and not any(values)):
+                continue
+            mark = "*" if metric == headline else ""
+            rows.append((name, metric + mark, *(shown(task, metric, value) for value in values)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: tuple[str, ...]) -> str:
@@ -43,6 +50,8 @@ def shown(task: Task, metric: str, value: float) -> str:
     unit = task.units.get(metric, "%")
     if math.isnan(value):
         return "-"
+    if metric == "not_finite":
+        return f"{value:.0f} pixels"
     return f"{value * 100:.2f} %" if unit == "%" else f"{value:.4f} {unit}".rstrip()
 
 

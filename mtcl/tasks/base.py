@@ -1,7 +1,7 @@
 """What a task is: everything the rest of the house needs to know about it, in one frozen object."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ class Task(ABC):
     near: ClassVar[float] = 0.0
     far: ClassVar[float] = 1.0
     units: ClassVar[Mapping[str, str]] = {}  # metric -> unit; the others are fractions, shown in percent
+    stand_in: ClassVar[str | None] = None  # for `primary` where that is not computed; lower is better
 
     @abstractmethod
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
@@ -39,6 +40,12 @@ class Task(ABC):
     def metric(self, **options: Any) -> torchmetrics.Metric:
         """A fresh metric; ``update(prediction, label)``, ``compute() -> {name: value}`` in fractions, degrees,
         metres."""
+
+    def headline(self, found: Collection[str]) -> tuple[str, bool]:
+        """The metric that stands for the task among those ``found``, and whether higher is better."""
+        if self.primary in found or self.stand_in is None:
+            return self.primary, self.higher_is_better
+        return self.stand_in, False
 
     @abstractmethod
     def valid(self, label: Tensor) -> Tensor:

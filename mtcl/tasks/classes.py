@@ -1,7 +1,9 @@
 """What semantic segmentation, human parts and saliency have in common: a label is the number of a class."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,6 +21,8 @@ def differ(a: Tensor, b: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class ClassTask(Task):
     """Arrays uint8 (H, W), batches int64 (B, H, W), predictions logits (B, classes, H, W); 255 is void."""
+
+    units: ClassVar[Mapping[str, str]] = {"not_finite": ""}
 
     @property
     @abstractmethod

@@ -24,11 +24,12 @@ class Edge(Task):
     positive_weight: float = 0.95  # of the loss, see mtcl.losses.EdgeLoss
     name: str = "edge"
     channels: int = 1
-    primary: str = "loss"
-    higher_is_better: bool = False
+    primary: str = "odsF"
+    higher_is_better: bool = True
     weight: float = 50.0
 
-    units: ClassVar[Mapping[str, str]] = {"loss": ""}
+    units: ClassVar[Mapping[str, str]] = {"loss": "", "threshold": "", "not_finite": ""}
+    stand_in: ClassVar[str | None] = "loss"
     void_colour: ClassVar[RGB] = (222, 205, 170)  # the shared near-black would look like a line
 
     @cached_property

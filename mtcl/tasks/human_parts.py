@@ -36,7 +36,7 @@ class HumanParts(ClassTask):
         return self.criterion(prediction, label)
 
     def metric(self, **options: Any) -> torchmetrics.Metric:
-        return build_metric("human_parts", num_classes=self.channels, **options)
+        return build_metric("human_parts", num_classes=self.channels, class_names=self.classes, **options)
 
     def finished(self, label: np.ndarray) -> np.ndarray:
         """A picture without any part is ignored as a whole, in training and in evaluation

@@ -41,7 +41,7 @@ class Normals(Task):
     void: ClassVar[float] = 0.0
     near: ClassVar[float] = 15.0  # degrees
     far: ClassVar[float] = 40.0
-    units: ClassVar[Mapping[str, str]] = {"mErr": "deg"}
+    units: ClassVar[Mapping[str, str]] = {"mErr": "deg", "median": "deg", "rmse": "deg", "not_finite": ""}
     shortest: ClassVar[float] = 0.5
 
     def __post_init__(self) -> None:

@@ -39,4 +39,4 @@ class SemSeg(ClassTask):
         return self.criterion(prediction, label)
 
     def metric(self, **options: Any) -> torchmetrics.Metric:
-        return build_metric("semseg", num_classes=self.channels, **options)
+        return build_metric("semseg", num_classes=self.channels, class_names=self.classes, **options)

@@ -35,7 +35,10 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """``loader`` gives evaluation batches; the first ``num_shown`` samples come back for drawing."""
+    """``loader`` gives evaluation batches; the first ``num_shown`` samples come back for drawing.
+
+    ``options``: task -> options of its metric; ``quick``: those that differ in a validation between training steps.
+    """
 
     def __init__(
         self,
@@ -44,11 +47,14 @@ class Evaluator:
         device: torch.device,
         precision: str = "auto",
         num_shown: int = 0,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        quick: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         self.tasks, self.loader, self.device = dict(tasks), loader, device
         self.precision, self.num_shown = precision, num_shown
+        self.options, self.quick = dict(options or {}), dict(quick or {})
 
-    def run(self, model: DenseModel, keep: Keep | None = None) -> Evaluation:
+    def run(self, model: DenseModel, keep: Keep | None = None, quick: bool = False) -> Evaluation:
         """The model's metrics, see :meth:`score`. Leaves the model in the mode it was in."""
 
         def predict(batch: Batch) -> Mapping[str, Tensor]:
@@ -58,15 +64,15 @@ class Evaluator:
 
         was_training = model.training
         model.eval()
-        evaluation = self.score(predict, keep)
+        evaluation = self.score(predict, keep, quick)
         model.train(was_training)
         return evaluation
 
     @torch.inference_mode()
-    def score(self, predict: Predict, keep: Keep | None = None) -> Evaluation:
+    def score(self, predict: Predict, keep: Keep | None = None, quick: bool = False) -> Evaluation:
         """Metrics, in fractions, degrees, metres, of whatever predicts; ``keep`` is given every picture's
         predictions in float32."""
-        metrics = {name: task.metric().to(self.device) for name, task in self.tasks.items()}
+        metrics = {name: task.metric(**self._options(name, quick)).to(self.device) for name, task in self.tasks.items()}
         shown: list[Shown] = []
         count = 0
         for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1):
@@ -84,6 +90,9 @@ class Evaluator:
             count += len(batch["meta"])
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
         return Evaluation(values, shown, count)
+
+    def _options(self, name: str, quick: bool) -> dict[str, Any]:
+        return {**self.options.get(name, {}), **(self.quick.get(name, {}) if quick else {})}
 
 
 def _windows(meta: list[SampleMeta]) -> list[tuple[slice, int, int, int, int]]:

@@ -88,7 +88,7 @@ class Trainer:
         """Train to ``max_steps``, validate, save; the evaluation of the last state."""
         self.model.train()
         if self.step == 0 and self.validate_first:
-            self.first = self.validate()
+            self.first = self.validate(quick=True)
         evaluation = None
         with tqdm(total=self.max_steps, initial=self.step, desc="train", mininterval=0.5, dynamic_ncols=True) as bar:
             for batch in self.batches if self.step < self.max_steps else ():
@@ -103,7 +103,7 @@ class Trainer:
                 done = self.step >= self.max_steps
                 if done or _due(self.step, self.val_interval):
                     self._check_finite()
-                    evaluation = self.validate()
+                    evaluation = self.validate(quick=not done)
                     self._keep_best(evaluation)
                 if done or _due(self.step, self.checkpoint_interval):
                     self._check_finite()
@@ -165,8 +165,8 @@ class Trainer:
             )
         return losses
 
-    def validate(self) -> Evaluation:
-        evaluation = self.evaluator.run(self.model)
+    def validate(self, quick: bool) -> Evaluation:
+        evaluation = self.evaluator.run(self.model, quick=quick)
         self.recorder.scalars(self.step, "val", flat(evaluation.metrics))
         self.recorder.panels(self.step, evaluation.shown, self.tasks)
         return evaluation

@@ -1,0 +1,90 @@
+"""The toolchains of the field by name, from a saved map and its label to counts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mtcl.errors import UserError
+from mtcl.metrics.boundaries.scoring import boundary_counts, even_thresholds
+from mtcl.metrics.boundaries.suppression import INVPT, SAK, Suppression, nms
+from mtcl.metrics.boundaries.thinning import thinned
+
+MAX_DISTANCE = {"nyud": 0.011, "pascal": 0.0075}  # of the image's diagonal (BDET/seism/src/scripts/eval_method.m)
+NMS: dict[str, Suppression | None] = {"none": None, "sak": SAK, "invpt": INVPT}
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a map and its label are compared; the images of a set are the caller's choice."""
+
+    suppression: Suppression | None = None
+    rounded: bool = False  # the suppressed map goes through an 8-bit file
+    thresholds: tuple[float, ...] = tuple(even_thresholds(99))
+    strict: bool = False  # > instead of >=
+    seg2bmap: bool = False  # the label is taken for a segmentation; of a line this makes a band of two pixels
+    thin_truth: bool = True
+    interpolate: bool = False  # odsF also between the thresholds
+
+    def prepared(self, prediction: np.ndarray) -> np.ndarray:
+        """The map uint8 (H, W) as it is binarised: suppressed, float32 in 0..1 or uint8."""
+        if self.suppression is None:
+            return prediction
+        edges = nms(prediction.astype(np.float32) / np.float32(255), *self.suppression)
+        return np.floor(edges * 255 + 0.5).astype(np.uint8) if self.rounded else edges
+
+    def truth(self, label: np.ndarray) -> np.ndarray:
+        """bool (H, W): the true boundary of a label, integers (H, W), 0 = none."""
+        boundary = seg2bmap(label) if self.seg2bmap else label != 0
+        return thinned(boundary[None])[0] if self.thin_truth else boundary
+
+    def counts(
+        self,
+        prediction: np.ndarray,
+        labels: Sequence[np.ndarray],
+        max_distance: float,
+        valid: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """int64 (K, 4), see :func:`boundary_counts`, of a map uint8 (H, W) and each annotator's label (H, W).
+
+        Where ``valid`` (bool (H, W)) is false, there is neither truth nor prediction: the suppressed map is 0 there.
+        """
+        edges, truths = self.prepared(prediction), [self.truth(label) for label in labels]
+        if valid is not None:
+            edges, truths = edges * valid, [truth & valid for truth in truths]
+        return boundary_counts(edges, truths, np.array(self.thresholds), max_distance, self.strict)
+
+
+PRESETS: dict[str, Preset] = {
+    # predictions in 8 bits, SAK's suppression, the edge label itself
+    "default": Preset(suppression=SAK, rounded=True),
+    # innovator-zero/seism; PASCAL: 5,105 images of `val`, NYUD: 654
+    "sak": Preset(suppression=SAK, rounded=True, seg2bmap=True),
+    # prismformore/Boundary-Detection-Evaluation-Tools (BDET); PASCAL: 2,498 images of `test_new`, NYUD: 654
+    "invpt": Preset(
+        suppression=INVPT,
+        thresholds=(0.001, *(k / 100 for k in range(1, 100)), 0.999),
+        strict=True,
+        seg2bmap=True,
+    ),
+    # the official benchmark of BSDS500
+    "bsds": Preset(thin_truth=False, interpolate=True),
+}
+
+
+def preset_named(name: str, thresholds: int | None = None) -> Preset:
+    """The preset of that name, with that many even thresholds if a number is given. ``UserError``: unknown name."""
+    if name not in PRESETS:
+        raise UserError(f"No edge preset {name!r}: choose one of {', '.join(PRESETS)}.")
+    preset = PRESETS[name]
+    return preset if thresholds is None else replace(preset, thresholds=tuple(even_thresholds(thresholds)))
+
+
+def seg2bmap(segments: np.ndarray) -> np.ndarray:
+    """bool (H, W): pixels that differ from their right, lower or lower right neighbour
+    (innovator-zero/seism/src/misc/seg2bmap.m)."""
+    boundary = np.zeros(segments.shape, bool)
+    boundary[:, :-1] |= segments[:, :-1] != segments[:, 1:]
+    boundary[:-1] |= segments[:-1] != segments[1:]
+    boundary[:-1, :-1] |= segments[:-1, :-1] != segments[1:, 1:]
+    return boundary

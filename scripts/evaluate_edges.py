@@ -1,0 +1,116 @@
+"""The boundary F-measure of saved edge maps, without MATLAB: odsF, oisF, ap.
+
+python scripts/evaluate_edges.py --pred DIR --gt DIR --max-dist 0.011 [--thresholds 99] [--nms sak|invpt|none]
+    [--preset bsds|default|sak|invpt] [--workers N] --json OUT
+
+Predictions are 8-bit PNG of one channel (value / 255), ground truths PNG (every nonzero pixel) or .mat
+(groundTruth{k}.Boundaries, one or several annotators) of the same names. Without a preset: the official benchmark of
+BSDS500. --nms and --thresholds replace the preset's. --max-dist is a fraction of the diagonal: NYUD 0.011, PASCAL
+0.0075.
+"""
+
+import argparse
+import functools
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from mtcl import UserError
+from mtcl.atomic import write_atomically
+from mtcl.data.files import read_values
+from mtcl.data.parallel import run_jobs
+from mtcl.entry.script import run
+from mtcl.metrics.boundaries import NMS, PRESETS, Preset, best_of_image, preset_named, scores
+
+
+def pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
+    """The files of either folder with equal names, in order. ``UserError``: no files, or a name in one folder only."""
+    found: list[dict[str, Path]] = []
+    for folder, suffixes in ((predictions, (".png",)), (truths, (".png", ".mat"))):
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a folder; give the folder of the maps.")
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes and not p.name.startswith("."))
+        if not files:
+            raise UserError(f"{folder} has no {' or '.join(suffixes)} files; give the folder of the maps.")
+        names = {p.stem: p for p in files}
+        if len(names) < len(files):
+            double = next(p for p in files if names[p.stem] != p)
+            raise UserError(f"{folder} has both {double.name} and {names[double.stem].name}; keep one of them.")
+        found.append(names)
+    for kind, lacking, folder in (
+        ("no prediction", found[1].keys() - found[0].keys(), predictions),
+        ("no ground truth", found[0].keys() - found[1].keys(), truths),
+    ):
+        if lacking:
+            first = ", ".join(sorted(lacking)[:3]) + (", ..." if len(lacking) > 3 else "")
+            raise UserError(f"{folder} has {kind} of {len(lacking)} maps ({first}); both folders need the same names.")
+    return [(found[0][name], found[1][name]) for name in sorted(found[0])]
+
+
+def read_truths(path: Path) -> list[np.ndarray]:
+    """One label (H, W) of each annotator."""
+    if path.suffix.lower() == ".png":
+        return [read_values(path)]
+    try:
+        cell = scipy.io.loadmat(path, variable_names=["groundTruth"])["groundTruth"]
+        found = [np.asarray(entry["Boundaries"][0, 0]) for entry in cell.ravel()]
+    except (KeyError, ValueError, IndexError, TypeError, NotImplementedError, OSError) as error:
+        raise UserError(
+            f"{path} holds no groundTruth{{k}}.Boundaries that can be read; save it again with -v7."
+        ) from error
+    if not found:
+        raise UserError(f"{path} holds no annotator; drop it and its prediction.")
+    return found
+
+
+def count(pair: tuple[Path, Path], preset: Preset, max_distance: float) -> np.ndarray:
+    """int64 (K, 4) of one image. ``UserError``: it is no 8-bit map of one channel, or the sizes differ."""
+    prediction, truths = read_values(pair[0]), read_truths(pair[1])
+    for truth in truths:
+        if truth.shape != prediction.shape:
+            sizes = ["x".join(map(str, a.shape)) for a in (prediction, truth)]
+            raise UserError(
+                f"{pair[0]} is {sizes[0]} but {pair[1]} is {sizes[1]} (height x width); save it at that size."
+            )
+    return preset.counts(prediction, truths, max_distance)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--pred", type=Path, required=True, help="folder of the predicted maps, PNG")
+    parser.add_argument("--gt", type=Path, required=True, help="folder of the ground truth, PNG or .mat")
+    parser.add_argument("--max-dist", type=float, required=True, help="of the diagonal: NYUD 0.011, PASCAL 0.0075")
+    parser.add_argument("--thresholds", type=int, help="even thresholds k/(N+1); default: the preset's, mostly 99")
+    parser.add_argument(
+        "--nms", choices=list(NMS), help="non-maximum suppression; default: the preset's, without: none"
+    )
+    parser.add_argument("--preset", choices=list(PRESETS), default="bsds", help="toolchain; default: %(default)s")
+    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes; 0: this one")
+    parser.add_argument("--json", type=Path, required=True, help="file for the scores, in 0..1")
+    given = parser.parse_args()
+
+    if not 0 < given.max_dist < 1:
+        raise UserError(f"--max-dist {given.max_dist} is not a fraction of the diagonal in 0..1; NYUD takes 0.011.")
+    if given.workers < 0:
+        raise UserError(f"--workers {given.workers} is no number of processes; take 0 or more.")
+    preset = preset_named(given.preset, given.thresholds)
+    if given.nms is not None:
+        preset = replace(preset, suppression=NMS[given.nms], rounded=given.nms == "sak")
+    found = pairs(given.pred, given.gt)
+    work = functools.partial(count, preset=preset, max_distance=given.max_dist)
+    counts = run_jobs(work, found, min(given.workers, len(found)), "edges")
+    best = np.sum([best_of_image(c) for c in counts], axis=0)
+    result = scores(np.sum(counts, axis=0), best, np.array(preset.thresholds), preset.interpolate)._asdict()
+    values = {name: None if np.isnan(value) else value for name, value in result.items()}
+    write_atomically(given.json, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
+    print(f"{len(found)} images, preset {given.preset}, {len(preset.thresholds)} thresholds, max-dist {given.max_dist}")
+    for name, value in result.items():
+        print(f"{name:>10}  {value:.4f}")
+
+
+if __name__ == "__main__":
+    run(main)
