@@ -5,7 +5,7 @@
 Each ``docs/results/TABLE.json`` holds rows: a label, the command that made the row, ``metrics`` (a run's
 metrics.json) and ``run`` (its run.json). ``--add`` puts the figures of the run folder RUN in, in place of an earlier
 row of that label. ``--add-output`` keeps what a command printed, from FILE, to be shown as it is. A table is rendered
-between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md and in README.md.
+between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md and README.md.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "README.md")
+DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "metrics.md", ROOT / "README.md")
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -31,7 +31,7 @@ FREE: tuple[str, ...] = (
     *("seed", "name", "resume"),
     *(f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size")),
     *(f"trainer.{key}" for key in ("device", "panels", "log_interval", "val_interval", "checkpoint_interval")),
-    *("trainer.val_first", "trainer.monitor"),
+    *("trainer.val_first", "trainer.monitor", "evaluation.workers", "evaluation.quick"),
 )
 COUNT = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
 SAME_DATA = ("split", "num_images", "data_fingerprint")  # what the runs of one table must have in common
