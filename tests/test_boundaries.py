@@ -376,7 +376,18 @@ def test_a_quick_look_scores_every_second_image_at_few_thresholds():
     assert not quick.counts.any()
 
 
-def test_processes_give_the_same_counts():
+def test_no_process_is_started_for_a_few_small_images():
+    logit, label = batch(3)
+    here, patient = fresh(thresholds=3), fresh(thresholds=3, workers=2)
+    for metric in (here, patient):
+        metric.update(logit, label)
+    assert patient._pool is None
+    assert torch.equal(patient.counts, here.counts)
+
+
+@pytest.mark.slow
+def test_processes_give_the_same_counts(monkeypatch):
+    monkeypatch.setattr("mtcl.metrics.edge.PATIENCE", 0)
     logit, label = batch(3)
     here, there = fresh(thresholds=3), fresh(thresholds=3, workers=1)
     here.update(logit, label)

@@ -238,7 +238,6 @@ def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path)
         ("evaluation.options.edge.preset=matlab", "matlab"),
         ("evaluation.options.sal.protocol=old", "old"),
         ("evaluation.options.depth.protocol=old", "old"),
-        ("evaluation.options.edge.max_distance=2", "max_distance=2"),
         ("evaluation.quick=[9]", "evaluation.quick"),
     ],
 )

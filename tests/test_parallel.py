@@ -40,6 +40,7 @@ def test_results_come_in_order_and_the_first_mistake_ends_it() -> None:
         run_jobs(double, range(20), 0, "numbers")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_work_soon_with_one_word(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "program.py").write_text(PROGRAM)

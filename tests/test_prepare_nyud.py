@@ -487,6 +487,7 @@ def test_another_small_size_needs_the_training_size_too(official: Path, tmp_path
     assert summary.endswith(f"'data.root={tmp_path / 'an out'}' 'data.size=[48,64]'")
 
 
+@pytest.mark.slow
 def test_another_process_writes_the_same_files_as_this_one(official: Path, tmp_path: Path) -> None:
     for out, workers in (("one", 0), ("two", 1)):
         prepared(official, tmp_path / out, "64x48", workers)

@@ -108,6 +108,7 @@ def check_lists(out: Path) -> None:
         assert (out / "ImageSets" / "Context" / f"{part}.txt").read_text().split() == list(ids)
 
 
+@pytest.mark.slow
 def test_the_command_converts_everything_and_a_second_run_rewrites_only_the_lists(
     kit: Devkit, tmp_path: Path, cli: Callable[..., Result]
 ) -> None:

@@ -15,6 +15,8 @@ from mtcl.errors import UserError
 from mtcl.metrics.boundaries import Preset, best_of_image, preset_named, scores
 from mtcl.metrics.pixels import PixelMetric, check_shapes, is_finite
 
+PATIENCE = 2_000_000  # pixels; with fewer than that, processes take longer to start than to work
+
 
 class EdgeMetric(PixelMetric):
     """``loss``: the class-balanced cross-entropy of :class:`mtcl.losses.EdgeLoss`, over all valid pixels. With
@@ -28,7 +30,7 @@ class EdgeMetric(PixelMetric):
 
     ``preset`` names the toolchain, ``max_distance`` is a fraction of the diagonal (NYUD 0.011, PASCAL 0.0075). For a
     quick look: fewer ``thresholds`` (even ones; None: the preset's), and only ``every`` n-th image. ``workers``
-    processes score while the network goes on (0: this one).
+    processes score while the network goes on (0: this one); the first images are this one's, see ``PATIENCE``.
 
     update: logits (B, 1, H, W), labels (B, 1, H, W), 0, 1 or 255 = void.
     """
@@ -60,7 +62,7 @@ class EdgeMetric(PixelMetric):
         self.positive_weight = positive_weight
         self.boundaries, self.max_distance, self.every, self.workers = boundaries, max_distance, every, workers
         self.preset: Preset = preset_named(preset, thresholds)
-        self.seen = 0  # images on this rank
+        self.seen = self.scored = 0  # images, and pixels of those that were scored, on this rank
         self._pool: ProcessPoolExecutor | None = None
         self._pending: deque[Future[np.ndarray]] = deque()
         self.add_sums("total")
@@ -88,7 +90,8 @@ class EdgeMetric(PixelMetric):
         levels = (prediction.float().sigmoid() * 255).masked_fill(~is_finite(prediction), 0).to(torch.uint8)
         for image in zip(*(t[:, 0].cpu().numpy() for t in (levels, label == 1, valid)), strict=True):
             job = (self.preset, *image, self.max_distance)
-            if self.workers == 0:
+            self.scored += image[0].size
+            if self.workers == 0 or self.scored <= PATIENCE:
                 self._add(_counts(*job))
                 continue
             if len(self._pending) >= 4 * self.workers:  # no more images than that wait in memory
@@ -127,7 +130,7 @@ class EdgeMetric(PixelMetric):
             future.cancel()
         self._pending.clear()
         self._end()
-        self.seen = 0
+        self.seen = self.scored = 0
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:
