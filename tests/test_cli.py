@@ -221,6 +221,8 @@ def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path)
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())["edge"]
         assert ("odsF" in metrics) == (name != "never")
         assert "loss" in metrics
+    words = ["tasks=single_edge", "evaluation.quick=[5,1]", "evaluation.boundaries=false"]
+    assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/both").code == 0
     assert validations == {"end": [False, False, True], "quick": [True] * 3, "never": [False] * 3}
     checkpoint = tmp_path / "end" / "checkpoints" / "last.pt"
     words = [f"checkpoint={checkpoint}", f"hydra.run.dir={tmp_path}/again"]
@@ -260,6 +262,9 @@ def test_the_table_leaves_out_what_nobody_reads():
     assert ["edge", "not_finite", "0", "pixels", "3", "pixels"] in rows
     assert "IoU/" not in table
     assert table.count("not_finite") == 1
+    del earlier["edge"]["not_finite"], metrics["edge"]["not_finite"]
+    late = {"semseg": metrics["semseg"], "edge": {**metrics["edge"], "not_finite": 0.0}}
+    assert "not_finite" not in format_table({"edge": tasks["edge"]}, {"untrained": earlier, "step 9": late})
 
 
 def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_path):

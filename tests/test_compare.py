@@ -256,6 +256,20 @@ def test_an_evaluation_takes_the_config_of_its_checkpoints_run(tmp_path, arms):
     assert labels == ["checkpoint=last.pt", "checkpoint=best.pt"]
 
 
+def test_runs_scored_in_different_ways_are_rows_of_their_own_with_a_warning(tmp_path):
+    """Of one checkpoint; how each was scored is told by its own run.json, not by the training run's config."""
+    config = {"evaluation.options.sal.protocol": "field"}
+    runs = []
+    for name in ("field", "invpt"):
+        facts = {"evaluation": {"workers": len(name), "options": {"sal": {"protocol": name}}}}
+        runs.append(write_run(tmp_path / name, config=config, facts=facts))
+    comparison = compare(runs)
+    assert len(comparison.rows) == 2
+    assert any("scored in different ways (evaluation.options.sal.protocol)" in note for note in comparison.notes)
+    assert "Delta_on/off" not in render(comparison, "text")
+    assert not any("different ways" in note for note in compare(runs[:1]).notes)
+
+
 def test_scored_predictions_are_named_by_their_folder_and_pixels_left_out_are_told(tmp_path, arms):
     metrics = two_tasks(0.5, 0.5)
     metrics["depth"]["not_finite"] = 12.0
@@ -416,7 +430,7 @@ LATEX = r"""% needs \usepackage{booktabs}
 single-task & 40.00 $\pm$ 1.41 & 0.4500 & 0.00 & 1 \\
 \midrule
 regularizer=none & 40.50 $\pm$ 0.71 & 0.6100 $\pm$ 0.0141 & $-$17.15 $\pm$ 0.69 & 2 \\
-regularizer=contrastive & \textbf{42.70} $\pm$ 0.99 & \textbf{0.5990} $\pm$ 0.0127 & \textbf{--13.18} $\pm$ 0.18 & 2 \\
+regularizer=contrastive & \textbf{42.70} $\pm$ 0.99 & \textbf{0.5990} $\pm$ 0.0127 & \textbf{$-$13.18} $\pm$ 0.18 & 2 \\
 \bottomrule
 \end{tabular}
 """

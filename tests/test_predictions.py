@@ -227,9 +227,9 @@ def test_classes_of_a_palette_are_its_indices(tmp_path):
 
 
 BAD_MAPS = {
-    "16 bits": ("sal", np.zeros(SIZE, np.uint16), ["sal/a.png", "16-bit", "8-bit", "1 channel"]),
-    "classes of 16 bits": ("semseg", np.zeros(SIZE, np.uint16), ["16-bit", "8-bit"]),
-    "normals of 16 bits": ("normals", np.zeros((*SIZE, 3), np.uint16), ["16-bit", "3 channels"]),
+    "16 bits": ("sal", np.zeros(SIZE, np.uint16), ["sal/a.png", "16 bits", "8-bit", "1 channel"]),
+    "classes of 16 bits": ("semseg", np.zeros(SIZE, np.uint16), ["16 bits", "8-bit"]),
+    "normals of 16 bits": ("normals", np.zeros((*SIZE, 3), np.uint16), ["16 bits", "3 channels"]),
     "colours for classes": ("semseg", np.zeros((*SIZE, 3), np.uint8), ["semseg/a.png", "3 channels", "1 channel"]),
     "colours for edges": ("edge", np.zeros((*SIZE, 3), np.uint8), ["edge/a.png", "3 channels", "1 channel"]),
     "grey normals": ("normals", np.zeros(SIZE, np.uint8), ["normals/a.png", "1 channel", "3 channels"]),

@@ -335,8 +335,8 @@ def _read_png(path: Path, task: Task, kinds: Sequence[int]) -> np.ndarray:
     bits, kind = data[24], data[25]
     if kind not in kinds or (bits != 8 and kind != _PALETTE):
         raise UserError(
-            f"{path} is a {bits}-bit picture of {_CHANNELS.get(kind, 'no known kind')}, but maps of {task.name} are "
-            f"8-bit pictures of {_CHANNELS[kinds[0]]}; write them so."
+            f"{path} is a picture of {bits} bits and {_CHANNELS.get(kind, 'no known kind')}, but maps of {task.name} "
+            f"are 8-bit pictures of {_CHANNELS[kinds[0]]}; write them so."
         )
     try:
         with Image.open(io.BytesIO(data)) as picture:

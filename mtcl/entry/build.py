@@ -200,7 +200,8 @@ def build_trainer(
     """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
     settings, dry = config.trainer, config.trainer.dry_run
     autocast(device, settings.precision)  # says so now if it is not known
-    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, config.evaluation.quick)
+    quick = config.evaluation.quick if config.evaluation.boundaries else None
+    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
     train_reader = build_reader(config, "train", tasks)
     val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
     model = build_model(config, tasks, pretrained).to(device)
@@ -250,7 +251,8 @@ def choose_monitor(name: str, tasks: Mapping[str, Task], quick: Sequence[int] | 
         known[f"{task.name}/{metric}"] = higher
     name = next(iter(known)) if name == "auto" else name
     if name not in known:
-        raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(known)}")
+        hint = "; edge/odsF needs evaluation.quick=[9,4]" if name == "edge/odsF" else ""
+        raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(known)}{hint}")
     return name, known[name]
 
 

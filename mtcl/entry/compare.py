@@ -33,6 +33,7 @@ FREE: tuple[str, ...] = (
     *(f"trainer.{key}" for key in ("device", "panels", "log_interval", "val_interval", "checkpoint_interval")),
     *("trainer.val_first", "trainer.monitor", "evaluation.workers", "evaluation.quick"),
 )
+THRESHOLD = "threshold"  # of odsF: neither good nor bad
 COUNT = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
 SAME_DATA = ("split", "num_images", "data_fingerprint")  # what the runs of one table must have in common
 OFF = "regularizer._target_"  # null where the regulariser is off
@@ -137,7 +138,7 @@ def compare(
             reference_runs = find_runs([Path(against)])[0]
     known = {run.path.resolve() for run in runs}
     runs = [*(run for run in reference_runs if run.path.resolve() not in known), *runs]
-    notes += check_same_data([*runs, *singles])
+    notes += check_same_data([*runs, *singles]) + check_same_scoring([*runs, *singles])
     rows = make_rows(runs, by, notes)
     if singles:
         check_backbone(rows, singles)
@@ -207,7 +208,11 @@ def read_run(path: Path) -> Run:
     config = path / "config.yaml"
     if not config.is_file() and "checkpoint" in facts:  # an evaluation: as its run was trained
         config = Path(facts["checkpoint"]).parent.parent / "config.yaml"
-    return Run(path, read_metrics(path / "metrics.json"), facts, read_config(config) if config.is_file() else {})
+    known = read_config(config) if config.is_file() else {}
+    if isinstance(facts.get("evaluation"), dict):  # how it was scored, whatever the training run would have done
+        known = {key: value for key, value in known.items() if not key.startswith("evaluation.")}
+        known |= leaves({"evaluation": facts["evaluation"]})
+    return Run(path, read_metrics(path / "metrics.json"), facts, known)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -277,7 +282,10 @@ def choose_columns(runs: Sequence[Run], every_metric: bool, notes: list[str]) ->
         of_task = [run for run in runs if task in run.metrics]
         primary = choose_primary(task, of_task, notes)
         others = [
-            m for run in of_task for m, value in run.metrics[task].items() if m != primary and (m != COUNT or value)
+            m
+            for run in of_task
+            for m, value in run.metrics[task].items()
+            if m not in (primary, THRESHOLD) and (m != COUNT or value)
         ]
         shown = [primary, *dict.fromkeys(others)] if every_metric else [primary]
         columns += [column_of(task, metric) for metric in shown]
@@ -489,6 +497,15 @@ def check_same_data(runs: Sequence[Run]) -> list[str]:
     if unknown and len(runs) > 1:
         return [f"warning: not known on which validation data {listed(unknown)} was scored (run.json does not tell)."]
     return []
+
+
+def check_same_scoring(runs: Sequence[Run]) -> list[str]:
+    """A note where the numbers of two runs are not the same numbers."""
+    ways = [{k: v for k, v in run.config.items() if k.startswith("evaluation.") and k not in FREE} for run in runs]
+    keys = differing_keys([way for way in ways if way] or [{}])
+    if not keys:
+        return []
+    return [f"warning: the runs were scored in different ways ({', '.join(keys)}): their numbers do not compare."]
 
 
 def check_backbone(rows: Sequence[Row], singles: Sequence[Run]) -> None:

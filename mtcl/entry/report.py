@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 import mtcl
 from mtcl.data import Reader
@@ -32,7 +32,7 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
         headline, _ = task.headline(found)
         for metric in [headline, *(m for m in found if m != headline)]:
             values = [column[name].get(metric, math.nan) for column in columns.values()]
-            if metric.startswith("IoU/") or (metric == "not_finite" and not any(values)):
+            if metric.startswith("IoU/") or (metric == "not_finite" and not any(v > 0 for v in values)):
                 continue
             mark = "*" if metric == headline else ""
             rows.append((name, metric + mark, *(shown(task, metric, value) for value in values)))
@@ -72,7 +72,8 @@ def run_facts(
         "seed": config.seed,
         "split": config.data.split,
         "num_images": num_images,
-        "protocol": f"un-padded pictures, label resolution, pooled over the list; frames {height}x{width} or more",
+        "protocol": f"un-padded pictures, label resolution; frames {height}x{width} or more",
+        "evaluation": OmegaConf.to_container(config.evaluation, resolve=True),
         "data_fingerprint": reader.fingerprint(),
     }
 

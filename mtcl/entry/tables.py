@@ -248,7 +248,7 @@ def as_latex(comparison: Comparison) -> str:
 
     def strong(column: Column, i: int) -> str:
         mean, _, std = cell(column, rows[i]).partition(" ± ")
-        text = rf"\textbf{{{mean.replace('-', '--')}}}" if bold[column][i] else minus(mean)
+        text = rf"\textbf{{{mean.replace('-', '$-$')}}}" if bold[column][i] else minus(mean)
         return text + (rf" $\pm$ {std}" if std else "")
 
     if is_long(columns):

@@ -91,6 +91,11 @@ class Evaluator:
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
         return Evaluation(values, shown, count)
 
+    def comparable(self, monitor: str) -> bool:
+        """Whether ``task/metric`` of a quick evaluation and of a whole one are on one scale."""
+        task, metric = monitor.split("/")
+        return metric == "loss" or not {"thresholds", "every"} & set(self.quick.get(task, {}))
+
     def _options(self, name: str, quick: bool) -> dict[str, Any]:
         return {**self.options.get(name, {}), **(self.quick.get(name, {}) if quick else {})}
 

@@ -104,7 +104,8 @@ class Trainer:
                 if done or _due(self.step, self.val_interval):
                     self._check_finite()
                     evaluation = self.validate(quick=not done)
-                    self._keep_best(evaluation)
+                    if not done or math.isnan(self.best) or self.evaluator.comparable(self.monitor):
+                        self._keep_best(evaluation)
                 if done or _due(self.step, self.checkpoint_interval):
                     self._check_finite()
                     self.save("last")
