@@ -1,6 +1,6 @@
 """The boundary F-measure of saved edge maps, without MATLAB: odsF, oisF, ap.
 
-python scripts/evaluate_edges.py --pred DIR --gt DIR --max-dist 0.011 [--thresholds 99] [--nms sak|invpt|none]
+python scripts/evaluate_edges.py --pred DIR --gt DIR --max-dist 0.011 [--thresholds 99] [--nms [sak|invpt|none]]
     [--preset bsds|default|sak|invpt] [--workers N] --json OUT
 
 Predictions are 8-bit PNG of one channel (value / 255), ground truths PNG (every nonzero pixel) or .mat
@@ -86,7 +86,11 @@ def main() -> None:
     parser.add_argument("--max-dist", type=float, required=True, help="of the diagonal: NYUD 0.011, PASCAL 0.0075")
     parser.add_argument("--thresholds", type=int, help="even thresholds k/(N+1); default: the preset's, mostly 99")
     parser.add_argument(
-        "--nms", choices=list(NMS), help="non-maximum suppression; default: the preset's, without: none"
+        "--nms",
+        nargs="?",
+        const="sak",
+        choices=list(NMS),
+        help="non-maximum suppression (without a name: sak); default: the preset's, which is none for bsds",
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="bsds", help="toolchain; default: %(default)s")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes; 0: this one")

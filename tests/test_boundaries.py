@@ -477,7 +477,10 @@ def test_the_script_scores_png_and_mat(folder):
     assert f"{expected.odsF:.4f}" in done.stdout
     suppressed = script(folder, "--thresholds", "9", "--nms", "sak")
     assert suppressed.returncode == 0, suppressed.stderr
-    assert json.loads((folder / "out.json").read_text()) != found
+    with_name = json.loads((folder / "out.json").read_text())
+    assert with_name != found
+    assert script(folder, "--thresholds", "9", "--nms").returncode == 0
+    assert json.loads((folder / "out.json").read_text()) == with_name
 
 
 def remove_truth(folder):

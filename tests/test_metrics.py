@@ -127,7 +127,7 @@ def expected_normals(p, y):
     return {"mErr": angle.mean(), "median": median, "rmse": np.sqrt((angle**2).mean()), **within}
 
 
-def expected_edge(p, y):
+def expected_edge(p, y, boundaries=False):
     kept = y != 255
     s, y = 1 / (1 + np.exp(-p[kept])), y[kept]
     return {"loss": -(0.95 * y * np.log(s) + 0.05 * (1 - y) * np.log(1 - s)).mean()}
@@ -156,7 +156,7 @@ def agrees(task, found, p, y, not_finite=0, **options):
 
 
 @pytest.mark.parametrize("void", [0.0, 0.25, 0.8])
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
 def test_equals_formula(task, options, void):
     p, y = make_case(task, void=void)
     metric = fresh(task, **options)
@@ -178,7 +178,7 @@ def exact_and_close(metric, other):
     return True
 
 
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
 @settings(max_examples=30, deadline=None)
 @given(order=st.permutations(range(5)), cuts=st.sets(st.integers(1, 4)))
 def test_any_split_into_batches_gives_the_same(task, options, order, cuts):
@@ -190,7 +190,7 @@ def test_any_split_into_batches_gives_the_same(task, options, order, cuts):
     assert exact_and_close(split, together)
 
 
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
 def test_ranks_add_up(task, options):
     """What torchmetrics does over ranks: every state is the sum of the ranks' states."""
     p, y = make_case(task)
@@ -244,7 +244,7 @@ def test_two_processes_count_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
 def test_predictions_of_other_precision(task, options, dtype):
     p, y = make_case(task, b=1)
     metric = fresh(task, **options)
@@ -253,7 +253,7 @@ def test_predictions_of_other_precision(task, options, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
 def test_nothing_valid_is_nan_and_reset_forgets(task, options):
     def nothing(found):
         return all(value == 0 if name == "not_finite" else math.isnan(value) for name, value in found.items())

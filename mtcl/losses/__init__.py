@@ -3,7 +3,7 @@
 All of them compute in fp32, give exactly no gradient at invalid pixels, return a zero that keeps the graph
 when no pixel is valid, never make the host wait for the device, and use only operations that are
 deterministic on CUDA (which rules out ``F.cross_entropy`` on maps). The formulas are the field's; each file
-names where it was read.
+names where it was read. Their weights are the tasks' (``mtcl.tasks``).
 """
 
 from typing import Any

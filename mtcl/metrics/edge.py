@@ -19,8 +19,8 @@ PATIENCE = 2_000_000  # pixels; with fewer than that, processes take longer to s
 
 
 class EdgeMetric(PixelMetric):
-    """``loss``: the class-balanced cross-entropy of :class:`mtcl.losses.EdgeLoss`, over all valid pixels. With
-    ``boundaries`` also the field's ``odsF``, ``oisF`` and ``ap``, see :mod:`mtcl.metrics.boundaries`.
+    """The field's ``odsF``, ``oisF`` and ``ap``, see :mod:`mtcl.metrics.boundaries`, but not without ``boundaries``;
+    and ``loss``: the class-balanced cross-entropy of :class:`mtcl.losses.EdgeLoss`, over all valid pixels.
 
     The prediction is the sigmoid times 255, truncated to 8 bits (InvPT/evaluation/evaluate_utils.py:69-106), the ground
     truth every pixel of label 1. Void pixels have no ground truth, and what is predicted
@@ -44,7 +44,7 @@ class EdgeMetric(PixelMetric):
     def __init__(
         self,
         positive_weight: float = 0.95,
-        boundaries: bool = False,
+        boundaries: bool = True,
         preset: str = "default",
         max_distance: float = 0.011,
         thresholds: int | None = None,
