@@ -491,5 +491,10 @@ def test_benchmarks_run(cli, capfd):
     assert "the regulariser adds" in result.out
     assert {line.split()[0] for line in result.out.splitlines()} >= {"none", "contrastive"}
     assert "error: there is no config key" in cli("scripts/benchmark_step.py", "trainer.max_step=1").err
-    result = cli("scripts/benchmark_data.py", "16", "16")
-    assert "cached" in result.out
+    result = cli("scripts/benchmark_data.py", "--size", "32x32", "--images", "8")
+    assert result.code == 0, result.err
+    assert {line.split()[0] for line in result.out.splitlines()} >= {"rooms,", "plain", "files", "first", "cached"}
+    assert "too small" in cli("scripts/benchmark_data.py", "--images", "4").err
+    result = cli("scripts/benchmark_metrics.py", "--run", "2", "--batch", "2")
+    assert result.code == 0, result.err
+    assert "all five" in result.out

@@ -45,7 +45,13 @@ def test_ctrl_c_ends_the_work_soon_with_one_word(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "program.py").write_text(PROGRAM)
     words = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "out")]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        words,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background job ignores it
+    )
     for _ in range(600):  # until the work goes on
         if any((tmp_path / "out").iterdir()):
             break
