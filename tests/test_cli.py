@@ -229,6 +229,9 @@ def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path)
     assert cli("evaluate.py", *words).code == 0
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("end", "again"))
     assert a == b
+    words = [f"checkpoint={checkpoint}", "data.boundary_distance=0.2", f"hydra.run.dir={tmp_path}/far"]
+    assert cli("evaluate.py", *words).code == 0  # the distance is that of the data scored
+    assert json.loads((tmp_path / "far" / "metrics.json").read_text())["edge"]["odsF"] > a["edge"]["odsF"]
     words = [f"checkpoint={checkpoint}", "evaluation.options.edge.preset=invpt", f"hydra.run.dir={tmp_path}/invpt"]
     assert cli("evaluate.py", *words).code == 0
     assert json.loads((tmp_path / "invpt" / "metrics.json").read_text())["edge"] != a["edge"]

@@ -19,7 +19,7 @@ from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint as checkpoint_module
 from mtcl.training.balancer import FixedWeights
 from mtcl.training.checkpoint import claim, load_checkpoint, save_checkpoint
-from mtcl.training.evaluator import Shown
+from mtcl.training.evaluator import Evaluator, Shown
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, ramp
 from mtcl.training.panels import GAP, ROW, draw_panel
 from mtcl.training.recorder import Recorder, flat, write_json, write_panels
@@ -521,3 +521,9 @@ def test_a_loaded_optimizer_keeps_its_own_settings():
     assert {group["lr"] for group in new.optimizer.param_groups} == {1e-3}
     assert {group["weight_decay"] for group in new.optimizer.param_groups} == {0.0, 0.2}
     assert len(new.optimizer.state) == len(old.optimizer.state) > 0
+
+
+def test_quick_scores_of_edges_do_not_compete_with_whole_ones():
+    quick = Evaluator({}, [], torch.device("cpu"), quick={"edge": {"thresholds": 5, "every": 2}})
+    assert [quick.comparable(name) for name in ("edge/odsF", "edge/loss", "semseg/mIoU")] == [False, True, True]
+    assert Evaluator({}, [], torch.device("cpu"), quick={"edge": {"boundaries": False}}).comparable("edge/loss")

@@ -54,7 +54,7 @@ class ArrayStore:
     ) -> Stored:
         """The entry, or ``make()``, which is kept; ``sources``: the files it is made from.
 
-        The array is read-only. Where the disk is full the arrays are made each time, after one warning.
+        The array may be read-only. Where the disk is full the arrays are made each time, after one warning.
         """
         path = self.folder / kind / f"{name}.array"
         found = self._open(path, sources)

@@ -1,4 +1,8 @@
-"""The field's training augmentation: scale, crop, flip, colour; evaluation only finishes the labels."""
+"""The field's training augmentation: scale, crop, flip, colour; evaluation only finishes the labels.
+
+That of ATRC, InvPT, TaskPrompter and their successors (InvPT/utils/common_config.py:57-82, InvPT/data/transforms.py;
+atrc/src/data/pl_data.py:31-46).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

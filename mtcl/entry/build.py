@@ -265,6 +265,8 @@ def build_evaluator(
     quick: dict[str, dict[str, Any]] = {}
     if "edge" in tasks:
         options["edge"] |= {"boundaries": settings["boundaries"], "workers": settings["workers"]}
+        if options["edge"].get("max_distance") is None:  # that of the data scored, not of the data trained on
+            options["edge"]["max_distance"] = config.data.get("boundary_distance", 0.011)
         quick["edge"] = {"boundaries": False}
         if settings["quick"] is not None and settings["boundaries"]:
             thresholds, every = settings["quick"]

@@ -111,7 +111,7 @@ RULES: dict[str, Rule] = {
     "evaluation.quick": pair("thresholds, and every how many pictures", lambda v: _is_int(v) and v > 0).or_null(),
     "evaluation.workers": count(),
     "evaluation.options.depth.max_depth": POSITIVE.or_null(),
-    "evaluation.options.edge.max_distance": POSITIVE,
+    "evaluation.options.edge.max_distance": POSITIVE.or_null(),
     "evaluation.options.edge.thresholds": count(1).or_null(),
     "evaluation.options.depth.protocol": TEXT,
     "evaluation.options.sal.protocol": TEXT,

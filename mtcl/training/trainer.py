@@ -104,8 +104,7 @@ class Trainer:
                 if done or _due(self.step, self.val_interval):
                     self._check_finite()
                     evaluation = self.validate(quick=not done)
-                    if not done or math.isnan(self.best) or self.evaluator.comparable(self.monitor):
-                        self._keep_best(evaluation)
+                    self._keep_best(evaluation, whole=done)
                 if done or _due(self.step, self.checkpoint_interval):
                     self._check_finite()
                     self.save("last")
@@ -114,7 +113,7 @@ class Trainer:
         if evaluation is None:  # resumed at its end: nothing left to train
             evaluation = self.evaluator.run(self.model)
             self.recorder.panels(self.step, evaluation.shown, self.tasks)
-            self._keep_best(evaluation)
+            self._keep_best(evaluation, whole=True)
             self.save("last")
         return evaluation
 
@@ -208,7 +207,10 @@ class Trainer:
     def save(self, name: str) -> None:
         save_checkpoint(self.folder / "checkpoints" / f"{name}.pt", self.state())
 
-    def _keep_best(self, evaluation: Evaluation) -> None:
+    def _keep_best(self, evaluation: Evaluation, whole: bool) -> None:
+        """A ``whole`` evaluation competes with earlier quick ones only where both are on one scale."""
+        if whole and not math.isnan(self.best) and not self.evaluator.comparable(self.monitor):
+            return
         value = flat(evaluation.metrics)[self.monitor]
         if math.isnan(self.best) or (value > self.best if self.higher_is_better else value < self.best):
             self.best = value
