@@ -204,7 +204,8 @@ def build_trainer(
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
     train_reader = build_reader(config, "train", tasks)
     val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
-    model = build_model(config, tasks, pretrained).to(device)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    model = build_model(config, tasks, pretrained).to(device, memory_format=layout)  # type: ignore[call-overload]
     regularizer = build_regularizer(config, tasks, model)
     if regularizer is not None:
         regularizer.to(device)

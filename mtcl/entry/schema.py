@@ -133,6 +133,7 @@ RULES: dict[str, Rule] = {
     "trainer.monitor": TEXT,
     "trainer.precision": TEXT,
     "trainer.device": TEXT,
+    "trainer.channels_last": FLAG,
     "trainer.deterministic": FLAG,
     "trainer.val_first": FLAG,
     "trainer.dry_run": FLAG,

@@ -39,11 +39,11 @@ def build_optimizer(
         for (is_backbone, decays), parameters in buckets.items()
     ]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
     if name == "adam":
-        return torch.optim.Adam(groups, lr=lr)
+        return torch.optim.Adam(groups, lr=lr, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
     raise UserError(f"optimizer.name={name} is not known; choose adamw, adam or sgd")
 
 
