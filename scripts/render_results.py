@@ -4,8 +4,10 @@
 
 Each ``docs/results/TABLE.json`` holds rows: a label, the command that made the row, ``metrics`` (a run's
 metrics.json) and ``run`` (its run.json). ``--add`` puts the figures of the run folder RUN in, in place of an earlier
-row of that label. ``--add-output`` keeps what a command printed, from FILE, to be shown as it is. A table is rendered
-between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md and README.md.
+row of that label. ``--add-output`` keeps what a command printed, from FILE, to be shown as it is. A folder
+``docs/results/TABLE/`` holds a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
+table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md and
+README.md.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtcl.entry.study_tables import as_markdown, read_results, report
+from mtcl.errors import UserError
 from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,14 +88,30 @@ def cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
 
 def rendered(text: str) -> str:
     def block(found: re.Match[str]) -> str:
-        path = RESULTS / f"{found['name']}.json"
-        if not path.is_file():
-            raise SystemExit(f"a document asks for the table {found['name']}, but there is no {path.relative_to(ROOT)}")
-        content = json.loads(path.read_text())
-        shown = output(content) if "printed" in content else table(content)
-        return f"<!-- table: {found['name']} -->\n{shown}\n<!-- end -->"
+        return f"<!-- table: {found['name']} -->\n{shown(found['name'])}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
+
+
+def shown(name: str) -> str:
+    """The Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
+    path, folder = RESULTS / f"{name}.json", RESULTS / name
+    if path.is_file():
+        content = json.loads(path.read_text())
+        return output(content) if "printed" in content else table(content)
+    if not (folder / "study.json").is_file():
+        raise SystemExit(
+            f"a document asks for the table {name}, but there is no {path.relative_to(ROOT)} and no folder of that name"
+        )
+    try:
+        return study_markdown(folder)
+    except UserError as error:
+        raise SystemExit(f"the study {name} can't be shown: {error}") from error
+
+
+def study_markdown(folder: Path) -> str:
+    study, records, command = read_results(folder)
+    return as_markdown(report(study, records), command).rstrip("\n")
 
 
 def add(name: str, label: str, command: str, run: Path) -> None:

@@ -235,8 +235,13 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_metrics(path: Path) -> dict[str, dict[str, float]]:
     """``{task: {metric: number or null}}``, or ``{task: number}`` for its primary metric; null becomes NaN."""
+    return parsed_metrics(path, read_json(path))
+
+
+def parsed_metrics(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """``content`` of a file ``path``, read as :func:`read_metrics` does."""
     metrics = {}
-    for task, values in read_json(path).items():
+    for task, values in content.items():
         if task not in TASKS:
             raise UserError(
                 f"{path} has {task!r} in place of a task; it must be {{task: {{metric: value}}}} with tasks among "

@@ -74,3 +74,18 @@ def paired_difference(a: Mapping[Hashable, float], b: Mapping[Hashable, float], 
     mean, std, pairs = summary(value - b[seed] for seed, value in a.items() if seed in b)
     half = float(stats.t.ppf((1 + level) / 2, pairs - 1)) * std / math.sqrt(pairs) if pairs > 1 else math.nan
     return Paired(mean, mean - half, mean + half, pairs)
+
+
+def smallest_effect(
+    a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = 0.95, power: float = 0.8
+) -> float:
+    """The mean of a - b that a paired, two-sided t test of as many pairs would find with probability ``power``.
+
+    ``a``, ``b``: as :func:`paired_difference`'s. (t_{(1 + level) / 2} + t_{power}) s / sqrt(pairs), s the standard
+    deviation of the differences, taken for the true one, and t Student's quantiles; NaN for fewer than two pairs.
+    """
+    _, std, pairs = summary(value - b[seed] for seed, value in a.items() if seed in b)
+    if pairs < 2:
+        return math.nan
+    both = stats.t.ppf((1 + level) / 2, pairs - 1) + stats.t.ppf(power, pairs - 1)
+    return float(both) * std / math.sqrt(pairs)

@@ -1,0 +1,378 @@
+"""A study: the runs of one YAML file, several at a time, each in a process of its own; then their table.
+
+Definition: :mod:`mtcl.entry.study_file`; numbers and tables: :mod:`mtcl.entry.study_tables`.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mtcl.entry import build, study_tables
+from mtcl.entry.cli import sentence
+from mtcl.entry.compare import read_json
+from mtcl.entry.schema import check_config
+from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
+from mtcl.errors import UserError
+from mtcl.training.checkpoint import claim
+from mtcl.training.recorder import write_json, write_text
+
+TasksOf = Callable[[Sequence[str]], list[str]]
+POLL = 0.1  # seconds between two looks at the running processes
+PATIENCE = 30.0  # seconds that an interrupted run has to end by itself
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study: in ``folder``, with its record and log beside it."""
+
+    arm: Arm
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]  # all but the seed and the folder
+
+    @property
+    def title(self) -> str:
+        return f"{self.arm.name} seed {self.seed}"
+
+    @property
+    def record(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.json")
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def is_finished(self) -> bool:
+        return all((self.folder / name).is_file() for name in ("metrics.json", "run.json"))
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoints" / "last.pt"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended without its numbers. ``reason``: the last line of its log."""
+
+    job: Job
+    reason: str
+
+
+def conduct(
+    path: Path,
+    output: Path,
+    given: Sequence[str] = (),
+    *,
+    command: Sequence[str],
+    root: Path,
+    tasks_of: TasksOf,
+    num_parallel: int = 1,
+    only: Sequence[str] = (),
+    results: Path | None = None,
+    table_only: bool = False,
+    say: Callable[[str], None] = print,
+) -> list[Failure]:
+    """Run what is not finished of the study in ``path``, write and show its table; the runs that failed.
+
+    ``given``: overrides of every run, on top of the file's. ``command``: what trains, started in ``root`` with the
+    overrides as words. ``tasks_of``: the tasks of a run with these overrides, ``UserError`` if train.py would refuse
+    them. ``only``: the arms (with ``singles``, all of theirs) to run; the table is of all that is there. ``results``:
+    a folder for one small JSON per run. ``UserError`` before anything is started where an earlier run in ``output``
+    was made by other overrides.
+    """
+    check_overrides("the command", given)
+    study = read_study(path)
+    if table_only and not given:  # those of the runs that are there
+        given = given_before(output)
+    output = output.resolve()
+    common = merged(study.overrides, given)
+    if study.singles is not None:
+        study = study.with_single_arms(study.single_tasks or tasks_of(merged(common, study.singles.overrides)))
+    jobs = jobs_of(study, output, given)
+    chosen = [job for job in jobs if not only or is_chosen(job.arm, only)]
+    for name in only:
+        if not any(is_chosen(arm, [name]) for arm in study.arms):
+            raise UserError(
+                f"--only {name}: {path} has no such arm; choose among {', '.join(a.name for a in study.arms)}."
+            )
+    for job in jobs:
+        check_same(job, study.environment)
+    failures: list[Failure] = []
+    if not table_only:
+        wanted = {job.arm.name: job for job in reversed(chosen) if not job.is_finished}
+        for job in wanted.values():
+            try:
+                tasks_of(job.overrides)
+            except UserError as error:
+                raise UserError(f"{path}: {job.arm.name}: {error}") from error
+        with held(output):
+            failures = execute(chosen, given, study, command, root, num_parallel, say)
+    records = [
+        study_tables.record(study, job.arm, job.seed, job.overrides, job.folder) for job in jobs if job.is_finished
+    ]
+    if not records:
+        say("no run has finished: there is no table")
+        return failures
+    report = study_tables.report(study, records)
+    say("\n" + study_tables.as_text(report))
+    how = shown_command(path, study.name, given, root)
+    write_text(output / "study.md", study_tables.as_markdown(report, how))
+    write_json(output / "study.json", study_tables.as_json(report))
+    say(f"{output / 'study.md'} and study.json hold this table")
+    if results is not None:
+        study_tables.write_results(results, study, records, how)
+        say(f"{results}: {len(records)} runs, one file each")
+    return failures
+
+
+def is_chosen(arm: Arm, only: Sequence[str]) -> bool:
+    return arm.name in only or (bool(arm.task) and "singles" in only)
+
+
+def jobs_of(study: Study, output: Path, given: Sequence[str]) -> list[Job]:
+    """Every run, seed by seed: a study that is stopped early has whole pairs."""
+    order = list(dict.fromkeys(seed for arm in study.arms for seed in arm.seeds))
+    return [
+        Job(
+            arm,
+            seed,
+            output / arm.name / f"seed_{seed}",
+            tuple(merged(study.overrides, arm.overrides, given)),
+        )
+        for seed in order
+        for arm in study.arms
+        if seed in arm.seeds
+    ]
+
+
+def tasks_of_config(overrides: Sequence[str], configs: Path) -> list[str]:
+    """The tasks of train.py with these overrides; ``UserError`` if it would refuse them."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
+            config = compose("train", list(overrides))
+            check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
+        return list(build.build_tasks(config))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(sentence(error)) from error
+
+
+# What is there already
+
+
+def check_same(job: Job, environment: Mapping[str, str]) -> None:
+    """``UserError`` where the run in the job's folder, finished or to be continued, was made by other overrides."""
+    if not job.checkpoint.is_file() and not (job.folder / "metrics.json").is_file():
+        return
+    ending = "remove the folder or choose another --output"
+    if job.record.is_file():
+        before = read_json(job.record)
+    elif (job.folder / "run.json").is_file():
+        before = {"overrides": read_json(job.folder / "run.json").get("overrides", []), "environment": environment}
+    else:
+        raise UserError(f"{job.folder} holds a run that this study did not make; {ending}.")
+    then, now = (as_dict(portable(words)) for words in (before.get("overrides", []), job.overrides))
+    then |= before.get("environment", {})
+    now |= environment
+    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if keys:
+        told = [f"{key} was {then.get(key, 'not given')}, now {now.get(key, 'not given')}" for key in keys]
+        raise UserError(f"{job.folder} was made by other settings ({'; '.join(told)}); {ending}.")
+
+
+def as_dict(overrides: Sequence[str]) -> dict[str, str]:
+    return {bare(key): value for key, _, value in (word.partition("=") for word in overrides)}
+
+
+def given_before(output: Path) -> list[str]:
+    """The words given to the command that made the newest run in ``output``."""
+    records = sorted(output.glob("*/seed_*.json"), key=lambda path: path.stat().st_mtime)
+    return list(read_json(records[-1]).get("given", [])) if records else []
+
+
+@contextlib.contextmanager
+def held(output: Path) -> Iterator[None]:
+    """``output`` for this process alone."""
+    try:
+        lock = claim(output)
+    except UserError as error:
+        raise UserError(f"another study is running in {output}; wait for it or choose another --output.") from error
+    with lock:
+        yield
+
+
+def shown_command(path: Path, name: str, given: Sequence[str], root: Path) -> str:
+    """The command for others to repeat: machines' folders and files as shell variables, or left out."""
+    file = path.resolve().relative_to(root.resolve()) if path.resolve().is_relative_to(root.resolve()) else path.name
+    words = ["python scripts/study.py", shlex.quote(str(file)), f"--output outputs/{name}"]
+    for word in given:
+        key, _, value = word.partition("=")
+        if key == "data.root":
+            words.append("data.root=$DATA")
+        elif is_path(bare(key), value) and portable([word]):
+            words.append(f"{key}=${re.sub('[^A-Z]', '_', bare(key).rpartition('.')[2].upper())}")
+        elif portable([word]):
+            words.append(shlex.quote(word))
+    return " ".join(words)
+
+
+# Running
+
+
+def execute(
+    jobs: Sequence[Job],
+    given: Sequence[str],
+    study: Study,
+    command: Sequence[str],
+    root: Path,
+    num_parallel: int,
+    say: Callable[[str], None],
+) -> list[Failure]:
+    """Run the jobs that are not finished, ``num_parallel`` at once; those that failed.
+
+    ``KeyboardInterrupt`` once a signal has ended them.
+    """
+    waiting = [job for job in jobs if not job.is_finished]
+    say(f"{study.name}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before")
+    running: dict[subprocess.Popen, tuple[Job, float]] = {}
+    failures: list[Failure] = []
+    took: list[float] = []
+    began, number, num_done = time.monotonic(), len(jobs) - len(waiting), len(jobs) - len(waiting)
+    with caught_signals() as signals:
+        while (waiting or running) and not signals:
+            while waiting and len(running) < num_parallel:
+                job = waiting.pop(0)
+                continued = job.checkpoint.is_file()
+                running[start(job, given, study, command, root)] = (job, time.monotonic())
+                number += 1
+                say(f"[{number}/{len(jobs)}] {job.title} {'continued' if continued else 'started'}, log {job.log}")
+            for process in [process for process in running if process.poll() is not None]:
+                job, since = running.pop(process)
+                num_done += 1
+                took.append(time.monotonic() - since)
+                if process.returncode == 0 and job.is_finished:
+                    told = "finished"
+                else:
+                    failures.append(Failure(job, reason(job, process.returncode)))
+                    told = f"FAILED ({failures[-1].reason})"
+                left = remaining(took, [since for _, since in running.values()], len(waiting), num_parallel)
+                rest = f", about {duration(left)} left" if waiting or running else ""
+                elapsed = duration(time.monotonic() - began)
+                say(f"[{num_done}/{len(jobs)}] {job.title} {told} after {duration(took[-1])}; {elapsed} so far{rest}")
+            time.sleep(POLL)
+        if signals and (running or waiting):
+            say(f"interrupted: ending {len(running)} run{'s' * (len(running) != 1)}")
+            end(list(running))
+            say("the same command continues this study")
+            raise KeyboardInterrupt
+    return failures
+
+
+def start(job: Job, given: Sequence[str], study: Study, command: Sequence[str], root: Path) -> subprocess.Popen:
+    """The job's process, in a group of its own: a terminal's Ctrl-C reaches it through :func:`end` only."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    facts = {"study": study.name, "arm": job.arm.name, "seed": job.seed, "overrides": job.overrides, "given": given}
+    write_json(job.record, {**facts, "environment": study.environment})
+    words = [*command, *job.overrides, f"seed={job.seed}", f"hydra.run.dir={quoted(job.folder)}"]
+    if job.checkpoint.is_file():
+        words.append("resume=auto")  # of its own folder
+    with job.log.open("a") as log:
+        log.write(f"$ {shlex.join(words)}\n")
+        log.flush()
+        environment = {**os.environ, **study.environment}
+        return subprocess.Popen(
+            words,
+            cwd=root,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def quoted(folder: Path) -> str:
+    """A path as Hydra's grammar reads it."""
+    text = str(folder)
+    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[list[int]]:
+    """The signals that asked this process to end, in place of being ended by them.
+
+    A handler, unlike an ignored signal, is not inherited: the children hear Ctrl-C even where we do not, as in the
+    background of a shell's script.
+    """
+    received: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.getsignal(number)
+        is_ignored = before[number] == signal.SIG_IGN
+        signal.signal(number, hear_nothing if is_ignored else lambda heard, frame: received.append(heard))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def hear_nothing(number: int, frame: Any) -> None:
+    """A signal handler."""
+
+
+def end(processes: Sequence[subprocess.Popen]) -> None:
+    """Interrupt the processes as Ctrl-C would; those that do not end in time are killed with all their children."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + PATIENCE
+    for process in processes:
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def reason(job: Job, code: int) -> str:
+    """The last line of the log, or what is known where it says nothing."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", job.log.read_text(errors="replace")) if line.strip()]
+    ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{ended}: {lines[-1]}" if len(lines) > 1 or not lines[-1].startswith("$ ") else ended
+
+
+def remaining(took: Sequence[float], since: Sequence[float], num_waiting: int, num_parallel: int) -> float:
+    """Seconds still to go, if every run takes as long as those so far did on average."""
+    mean, now = sum(took) / len(took), time.monotonic()
+    return (mean * num_waiting + sum(max(mean - (now - began), 0) for began in since)) / num_parallel
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(12.3), duration(130), duration(3900)
+    ('12 s', '2 min 10 s', '1 h 05 min')
+    """
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def failure_text(failures: Sequence[Failure]) -> str:
+    """One sentence on the runs that failed."""
+    told = "; ".join(f"{one.job.title}: {one.reason} ({one.job.log})" for one in failures)
+    return f"{len(failures)} run{'s' * (len(failures) > 1)} failed, the same command tries again: {told}"

@@ -1,0 +1,399 @@
+"""What a study found: one small record per run, means over seeds, paired differences, the smallest visible effect.
+
+The tables come from the records alone, so that those under docs/results/ give the same Markdown as the runs did.
+"""
+
+import json
+import math
+import textwrap
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtcl.entry.compare import (
+    Column,
+    Comparison,
+    Row,
+    Run,
+    add_delta,
+    baseline_row,
+    check_same_data,
+    check_same_scoring,
+    choose_columns,
+    difference,
+    fill,
+    is_primary,
+    listed,
+    missing_values,
+    parsed_metrics,
+    provenance,
+    read_json,
+)
+from mtcl.entry.schema import leaves
+from mtcl.entry.study_file import Arm, Study, portable
+from mtcl.entry.tables import (
+    NONE,
+    Grid,
+    aligned,
+    cell,
+    closing,
+    code,
+    escaped,
+    figure,
+    heading,
+    interval,
+    pipes,
+    render,
+    unit_of_difference,
+)
+from mtcl.errors import UserError
+from mtcl.metrics.delta import Paired, delta_mtl, paired_difference, smallest_effect
+from mtcl.training.recorder import write_text
+
+DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the table of means
+OTHER_DELTA = Column("", "Delta", True, "%")  # against its others
+LEFT_OUT = ("command", "overrides")  # of run.json: they may name folders of one machine
+CONTAINS = "contains 0"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """A paired difference, and the smallest one that as many pairs would have shown."""
+
+    paired: Paired
+    smallest: float
+
+    def side(self, column: Column) -> str:
+        """Where the interval lies: wholly better, wholly worse, contains 0; "-" without one."""
+        if math.isnan(self.paired.low):
+            return NONE
+        if not self.paired.excludes_zero:
+            return CONTAINS
+        return "wholly better" if (self.paired.mean > 0) == column.higher_is_better else "wholly worse"
+
+
+@dataclass(frozen=True, eq=False)
+class Effects:
+    """``row`` minus ``reference``, column by column."""
+
+    row: Row
+    reference: Row
+    columns: dict[Column, Effect]
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """What a study's tables show. ``notes``: whole sentences for below them."""
+
+    study: Study
+    columns: list[Column]
+    rows: list[Row]
+    effects: list[Effects]
+    missing: list[str]
+    notes: list[str]
+
+
+# Records
+
+
+def record(study: Study, arm: Arm, seed: int, overrides: Sequence[str], folder: Path) -> Record:
+    """One finished run in small: without single classes and without anything of its machine but the device's name."""
+    facts = {key: value for key, value in read_json(folder / "run.json").items() if key not in LEFT_OUT}
+    metrics = read_json(folder / "metrics.json")
+    parsed_metrics(folder / "metrics.json", metrics)  # says what is wrong with the file while we know its path
+    return {
+        "study": study.name,
+        "arm": arm.name,
+        "seed": seed,
+        "overrides": portable(overrides),
+        "metrics": {t: {m: v for m, v in of.items() if not m.startswith("IoU/")} for t, of in metrics.items()},
+        "run": facts,
+    }
+
+
+def write_results(folder: Path, study: Study, records: Sequence[Record], command: str) -> None:
+    """``study.json`` and a file per record in ``folder``; the study's files of other runs are removed."""
+    definition = {
+        "name": study.name,
+        "command": command,
+        "overrides": portable(study.overrides),
+        "environment": dict(study.environment),
+        "arms": [
+            {
+                "name": arm.name,
+                "label": arm.label,
+                "note": arm.note,
+                "overrides": portable(arm.overrides),
+                "seeds": list(arm.seeds),
+                "against": list(arm.against),
+                "task": arm.task,
+            }
+            for arm in study.arms
+        ],
+    }
+    files = {"study.json": definition, **{f"{r['arm']}_seed{r['seed']}.json": r for r in records}}
+    if (folder / "study.json").is_file() and (other := read_json(folder / "study.json").get("name")) != study.name:
+        raise UserError(f"{folder} holds the results of the study {other}, not of {study.name}; choose another folder.")
+    for path in folder.glob("*_seed*.json"):
+        if path.name not in files and read_json(path).get("study") == study.name:
+            path.unlink()
+    for name, content in files.items():
+        text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        write_text(folder / name, text)
+
+
+def read_results(folder: Path) -> tuple[Study, list[Record], str]:
+    """The study, its records and its command, from the files that :func:`write_results` wrote."""
+    known = read_json(folder / "study.json")
+    try:
+        arms = tuple(
+            Arm(
+                arm["name"],
+                tuple(arm["overrides"]),
+                tuple(arm["seeds"]),
+                tuple(arm["against"]),
+                arm["label"],
+                arm["note"],
+                arm["task"],
+            )
+            for arm in known["arms"]
+        )
+        study = Study(known["name"], tuple(known["overrides"]), arms, environment=known["environment"])
+        files = [folder / f"{arm.name}_seed{seed}.json" for arm in arms for seed in arm.seeds]
+        return study, [read_json(file) for file in files if file.is_file()], known["command"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'study.json'} is not of scripts/study.py: {error!r} is amiss.") from error
+
+
+# Numbers
+
+
+def report(study: Study, records: Sequence[Record]) -> Report:
+    """Everything the tables show, from the records of the finished runs; ``UserError`` if they do not compare."""
+    runs: dict[str, dict[int, Run]] = {arm.name: {} for arm in study.arms}
+    for one in records:
+        path = Path(one["arm"]) / f"seed_{one['seed']}"
+        facts = {"seed": one["seed"], **one["run"]}
+        scoring = leaves({"evaluation": facts["evaluation"]}) if isinstance(facts.get("evaluation"), dict) else ()
+        runs[one["arm"]][one["seed"]] = Run(path, parsed_metrics(path, one["metrics"]), facts, dict(scoring))
+    missing = [f"{a.name} seed {seed}" for a in study.arms for seed in a.seeds if seed not in runs[a.name]]
+    found = [run for of_arm in runs.values() for run in of_arm.values()]
+    notes = check_same_data(found) + check_same_scoring(found)
+    columns = choose_columns(found, False, notes)
+    tasks = [column for column in columns if is_primary(column, columns)]
+    rows: dict[str, Row] = {}
+    for arm in study.arms:
+        if runs[arm.name] and not arm.task:
+            rows[arm.name] = Row(arm.label, tuple(runs[arm.name][seed] for seed in sorted(runs[arm.name])))
+            fill(rows[arm.name], columns)
+    effects = []
+    for arm in study.arms:
+        for i, other in enumerate(arm.against):
+            if arm.name in rows and other in rows:
+                effects += effects_of(rows[arm.name], rows[other], tasks, OTHER_DELTA if i else DELTA, notes)
+    if any(DELTA in row.values for row in rows.values()):
+        columns.append(DELTA)
+    singles = [run for arm in study.arms if arm.task for run in runs[arm.name].values()]
+    shown = list(rows.values())
+    if singles:
+        base = baseline_row(singles, tasks)
+        add_delta_mtl(shown, base, tasks, columns, notes)
+        shown = [base, *shown]
+    notes += missing_values(shown, columns)
+    return Report(study, columns, shown, effects, missing, [*about(found), *notes])
+
+
+def effects_of(row: Row, reference: Row, tasks: Sequence[Column], delta: Column, notes: list[str]) -> list[Effects]:
+    """``row`` against ``reference``, with ``delta`` as a further column of the row; empty without common seeds."""
+    found = difference(row, reference, tasks, notes)
+    if found is None:
+        return []
+    effects = {
+        column: Effect(paired, smallest_effect(row.values[column], reference.values[column]))
+        for column, paired in found.columns.items()
+    }
+    deltas = delta_by_pairs(row, reference, list(effects), notes)
+    if deltas:
+        row.values[delta] = deltas
+        zeros = dict.fromkeys(deltas, 0.0)
+        effects[delta] = Effect(paired_difference(deltas, zeros), smallest_effect(deltas, zeros))
+    return [Effects(row, reference, effects)]
+
+
+def delta_by_pairs(row: Row, reference: Row, tasks: Sequence[Column], notes: list[str]) -> dict[Hashable, float]:
+    """Seed -> Delta of the row's run against the reference's run of the same seed, in percent."""
+    seeds = [run.seed for run in row.runs if run.seed in {other.seed for other in reference.runs}]
+    direction = {column.task: column.higher_is_better for column in tasks}
+    deltas: dict[Hashable, float] = {}
+    for seed in seeds if tasks else ():
+        values, base = ({c.task: r.values[c].get(seed, math.nan) for c in tasks} for r in (row, reference))
+        if any(value <= 0 for value in base.values()):
+            notes.append(f"warning: no Delta of {row.label}: a metric of {reference.label} is 0.")
+            return {}
+        deltas[seed] = delta_mtl(values, base, direction)
+    return deltas
+
+
+def add_delta_mtl(
+    rows: Sequence[Row], base: Row, tasks: Sequence[Column], columns: list[Column], notes: list[str]
+) -> None:
+    """Delta_MTL of the rows against the means of the single-task runs; a note where there are not all of these yet."""
+    wanted = [column for column in tasks if any(column in row.values for row in rows)]
+    absent = [c.task for c in wanted if math.isnan(base.cell(c).mean)]
+    zero = [c.task for c in wanted if base.cell(c).mean <= 0]
+    if absent:
+        notes.append(f"warning: no Delta_MTL: there is no single-task run of {listed(absent)}.")
+    elif zero:
+        notes.append(f"warning: no Delta_MTL: the single-task value of {listed(zero)} is 0.")
+    else:
+        add_delta(rows, base, wanted, "Delta_MTL", columns, notes)
+
+
+def about(runs: Sequence[Run]) -> list[str]:
+    """Where the numbers come from: data, machine, commit; steps and versions."""
+
+    def values(fact: str) -> list[str]:
+        return list(dict.fromkeys(str(run.facts[fact]) for run in runs if run.facts.get(fact) is not None))
+
+    versions = [run.facts["versions"]["torch"] for run in runs if "torch" in run.facts.get("versions", {})]
+    parts = [f"{listed(values('step'))} steps"] if values("step") else []
+    parts += [f"torch {listed(versions)}"] if versions else []
+    return [provenance(runs), *([f"{', '.join(parts)}; numbers of the last state of each run."] if parts else [])]
+
+
+# Words
+
+
+def effect_grid(one: Effects) -> Grid:
+    """A line per metric: difference, interval, where it lies, pairs, smallest visible effect."""
+    lines = []
+    for column, effect in one.columns.items():
+        found, unit = effect.paired, unit_of_difference(column)
+        arrow = "↑" if column.higher_is_better else "↓"
+        name = f"{column.task} {column.metric} {arrow}".strip() + (f" ({unit if column.task else '%'})" if unit else "")
+        difference = figure(column, found.mean, signed=True)
+        smallest = figure(column, effect.smallest).lstrip("+")
+        lines.append([name, difference, interval(column, found), effect.side(column), str(found.pairs), smallest])
+    return lines
+
+
+EFFECT_HEAD = ["difference in", "mean", "95 % interval", "verdict", "pairs", "smallest visible"]
+
+
+def verdicts(one: Effects) -> str:
+    """One sentence on where the intervals of one arm lie."""
+    sides: dict[str, list[str]] = {side: [] for side in ("wholly better", "wholly worse", CONTAINS, NONE)}
+    for column, effect in one.columns.items():
+        sides[effect.side(column)].append(column.task or column.metric)
+    words = {"wholly better": "is wholly better for", "wholly worse": "is wholly worse for", NONE: "is not known for"}
+    told = [f"{words.get(side, f'{side} for')} {', '.join(names)}" for side, names in sides.items() if names]
+    return f"{one.row.label} against {one.reference.label}: the interval {'; '.join(told)}."
+
+
+def explanations(report: Report) -> list[str]:
+    """What is to be known of the numbers, and what is missing."""
+    lines = []
+    if report.effects:
+        names = [f"{c.task} {c.metric}" for c in report.effects[0].columns if c.task]
+        if DELTA in report.columns:
+            lines.append(
+                f"Delta_on/off = (100/T) sum_t s_t (M_t - B_t) / B_t over {', '.join(names)}; M: a run of the arm, B: "
+                "the run of the same seed of the (first) arm it is compared with."
+            )
+        count = sum(not math.isnan(e.paired.low) for one in report.effects for e in one.columns.values())
+        lines.append(
+            f"Intervals are Student's t over pairs of equal seeds, {count} in all, not corrected for their number."
+        )
+        lines.append(
+            "Smallest visible: the true difference that a paired t test (two-sided, 5 %) of as many pairs with this "
+            "spread finds four times in five, (t_0.975 + t_0.80) s / sqrt(n)."
+        )
+    if report.missing:
+        count = len(report.missing)
+        lines.append(f"warning: {count} run{'s' * (count > 1)} missing: {listed(report.missing, 12)}.")
+    return [*lines, *report.notes]
+
+
+def notes_of_arms(study: Study) -> list[str]:
+    return [f"{arm.label}: {arm.note}" for arm in study.arms if arm.note]
+
+
+def as_text(report: Report) -> str:
+    """For a terminal."""
+    table = render(Comparison(report.columns, report.rows, [], []), "text")
+    blocks = [table.rstrip("\n")]
+    for one in report.effects:
+        head = [["", *EFFECT_HEAD[1:]]]
+        blocks.append(f"{one.row.label} minus {one.reference.label}\n" + aligned(head, effect_grid(one), lefts=1))
+    lines = [*map(verdicts, report.effects), *explanations(report), *notes_of_arms(report.study)]
+    notes = [textwrap.fill(line, 120, subsequent_indent="  ") for line in lines]
+    return "\n\n".join([*blocks, "\n".join(notes)]) + "\n"
+
+
+def as_markdown(report: Report, command: str) -> str:
+    """Two tables, what they say in words, and how to repeat them."""
+    columns = report.columns
+    head = ["arm", "n", *(escaped(f"{c.task} {heading(c)}".strip()) for c in columns)]
+    body = [[code(row.label), str(row.num_seeds), *(cell(c, row) for c in columns)] for row in report.rows]
+    blocks = [pipes(head, body, lefts=1)]
+    if report.effects:
+        lines: Grid = []
+        for one in report.effects:
+            name = f"{code(one.row.label)} minus {code(one.reference.label)}"
+            for i, line in enumerate(effect_grid(one)):
+                lines.append(["" if i else name, *map(escaped, line)])
+        blocks.append(pipes(["arms", *EFFECT_HEAD], lines, lefts=2))
+    spread = closing(Comparison(columns, report.rows, [], []))
+    sentences = [*map(verdicts, report.effects), *spread, *explanations(report)]
+    blocks.append("\n".join(f"- {sentence}" for sentence in sentences))
+    blocks.append("\n".join(recipe(report.study)))
+    blocks.append(f"```sh\n{command}\n```")
+    return "\n\n".join(blocks) + "\n"
+
+
+def recipe(study: Study) -> list[str]:
+    """The overrides of all runs and of each arm, as Markdown."""
+    common = " ".join(portable(study.overrides)) or "the defaults"
+    environment = " ".join(f"{key}={value}" for key, value in study.environment.items())
+    lines = [f"Every run: `{common}`" + (f", with `{environment}`" if environment else "") + ".", ""]
+    for arm in study.arms:
+        own = " ".join(portable(arm.overrides))
+        seeds = ", ".join(map(str, arm.seeds))
+        note = f" {arm.note}" if arm.note else ""
+        lines.append(f"- {code(arm.label)}: {f'`{own}`' if own else 'nothing more'}, seeds {seeds}.{note}")
+    return lines
+
+
+def as_json(report: Report) -> Mapping[str, Any]:
+    """The numbers in full: fractions, metres, degrees; Deltas in percent."""
+    return {
+        "study": report.study.name,
+        "rows": {
+            row.label: {
+                column.key: {**row.cell(column)._asdict(), "values": {str(k): v for k, v in row.values[column].items()}}
+                for column in report.columns
+                if column in row.values
+            }
+            for row in report.rows
+        },
+        "differences": [
+            {
+                "arm": one.row.label,
+                "against": one.reference.label,
+                "metrics": {
+                    column.key: {
+                        **effect.paired._asdict(),
+                        "smallest_effect": effect.smallest,
+                        "interval": effect.side(column),
+                    }
+                    for column, effect in one.columns.items()
+                },
+            }
+            for one in report.effects
+        ],
+        "missing": report.missing,
+        "notes": report.notes,
+    }

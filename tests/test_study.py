@@ -1,0 +1,586 @@
+"""Studies: their files, their runs (of a stand-in for train.py that takes no time), their numbers."""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+from mtcl import UserError
+from mtcl.entry.study import conduct, duration, failure_text, jobs_of, quoted, shown_command, tasks_of_config
+from mtcl.entry.study_file import Arm, Study, merged, portable, read_study
+from mtcl.entry.study_tables import as_json, as_markdown, as_text, read_results, report, write_results
+from mtcl.metrics.delta import smallest_effect
+
+STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))
+
+# Takes the words of train.py. gain=: how much better than seed alone would have it. wait=N: until N runs have started.
+# trouble=FILE: while FILE is there, fail, or (FILE ends in .hang) write a checkpoint and wait to be interrupted.
+TRAIN = """
+import json, pathlib, sys, time
+words = dict(word.split("=", 1) for word in sys.argv[1:])
+folder, seed = pathlib.Path(words["hydra.run.dir"].strip("'")), int(words["seed"])
+calls = folder.parents[1] / "calls"
+with calls.open("a") as file:
+    file.write(f"{folder.parent.name} {seed} {words.get('resume', '')}\\n")
+deadline = time.monotonic() + 20
+while len(calls.read_text().splitlines()) < int(words.get("wait", 0)):
+    assert time.monotonic() < deadline, "alone"
+    time.sleep(0.02)
+trouble = pathlib.Path(words.get("trouble", "/nonexistent"))
+if trouble.exists() and trouble.suffix == ".hang":
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.pt").write_text("")
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted")
+        sys.exit(130)
+if trouble.exists():
+    print("train 1/9\\rtrain 2/9\\nerror: the loss was not finite")
+    sys.exit(1)
+tasks = words.get("tasks.names", "[semseg,depth]").strip("[]").split(",")
+gain = float(words.get("gain", 0))
+values = {"semseg": {"mIoU": 0.3 + seed / 100 + gain, "IoU/wall": 0.5}, "depth": {"rmse": 0.8 - seed / 50 - gain}}
+facts = {"seed": seed, "step": 9, "split": "tune", "num_images": 5, "data_fingerprint": "8d9e", "device": "cpu",
+         "commit": "e51845271362f65d", "clean": True, "versions": {"torch": "2"}, "command": "/home/me/train.py",
+         "overrides": sys.argv[1:-2]}
+(folder / "run.json").write_text(json.dumps(facts))
+(folder / "metrics.json").write_text(json.dumps({task: values[task] for task in tasks}))
+"""
+
+FILE = """
+name: made_up
+overrides: [trainer.max_steps=9]
+seeds: [3, 1, 2]
+arms:
+  off: {overrides: [regularizer=none]}
+  on: {overrides: [gain=0.1], against: off, note: "with a gain"}
+  self: {overrides: [gain=0.05], against: off, label: of itself, seeds: [1, 2]}
+singles: {overrides: [gain=0.01], seeds: [1]}
+environment: {A_VARIABLE: 1}
+"""
+
+
+@pytest.fixture
+def study_file(tmp_path):
+    (tmp_path / "train.py").write_text(TRAIN)
+    (tmp_path / "made_up.yaml").write_text(FILE)
+    return tmp_path / "made_up.yaml"
+
+
+@pytest.fixture
+def run(study_file, tmp_path, monkeypatch):
+    """Conduct the study of ``study_file``; what it said, and the runs that failed."""
+    monkeypatch.setattr("mtcl.entry.study.POLL", 0.01)
+
+    def conducted(*given, **options):
+        said = []
+        command = [sys.executable, str(tmp_path / "train.py")]
+        options = {"tasks_of": lambda words: ["semseg", "depth"], "say": said.append, **options}
+        failures = conduct(study_file, tmp_path / "out", given, command=command, root=tmp_path, **options)
+        return "\n".join(said), failures
+
+    return conducted
+
+
+def calls(tmp_path):
+    path = tmp_path / "out" / "calls"
+    return [line.strip() for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+# The file
+
+
+def test_a_study_is_read_as_it_stands_even_where_an_arm_is_called_off(study_file):
+    study = read_study(study_file)
+    assert study.name == "made_up"
+    assert study.arms == (
+        Arm("off", ("regularizer=none",), (3, 1, 2), (), "off"),
+        Arm("on", ("gain=0.1",), (3, 1, 2), ("off",), "on", "with a gain"),
+        Arm("self", ("gain=0.05",), (1, 2), ("off",), "of itself"),
+    )
+    assert study.singles == Arm("singles", ("gain=0.01",), (1,), (), "singles")
+    assert study.environment == {"A_VARIABLE": "1"}
+    singles = study.with_single_arms(["depth"]).arms[3:]
+    assert [(arm.name, arm.overrides) for arm in singles] == [("single_depth", ("gain=0.01", "tasks.names=[depth]"))]
+
+
+MISTAKES = {
+    "unknown key": ("seeds: [3", "seed: [3", ["the file", "unknown key seed", "seeds"]),
+    "unknown key of an arm": ("against: off, label", "versus: off, label", ["arms.self", "versus", "against"]),
+    "unknown key of singles": ("seeds: [1]}", "against: off}", ["singles", "against", "tasks"]),
+    "against nothing": ("against: off, note", "against: of, note", ["arms.on.against", "of is no other arm", "off"]),
+    "against an arm twice": ("against: off, note", "against: [off, off], note", ["arms.on.against", "twice"]),
+    "against a mapping": ("against: off, note", "against: {off: 1}, note", ["arms.on.against", "list of names"]),
+    "against itself": ("against: off, note", "against: on, note", ["arms.on.against", "on is no other arm"]),
+    "no common seed": ("seeds: [1, 2]}", "seeds: [7]}", ["arms.self and arms.off", "no seed in common"]),
+    "a seed twice": ("[3, 1, 2]", "[3, 1, 3]", ["seeds", "seed 3 twice"]),
+    "a seed that is none": ("[3, 1, 2]", "[3, -1]", ["seeds", "whole numbers"]),
+    "seeds that are no list": ("[3, 1, 2]", "3", ["seeds", "whole numbers"]),
+    "no seeds at all": ("seeds: [3, 1, 2]", "", ["arms.off has no seeds"]),
+    "overrides that are no list": ("[regularizer=none]", "regularizer=none", ["arms.off.overrides", "list"]),
+    "an override that is none": ("[regularizer=none]", "[regularizer]", ["arms.off.overrides", "'regularizer'"]),
+    "an override as a mapping": ("[regularizer=none]", "[{gain: 1}]", ["arms.off.overrides", "list of texts"]),
+    "a seed as an override": ("[gain=0.1]", "[seed=4]", ["arms.on.overrides", "seed=4", "itself"]),
+    "a folder as an override": ("[gain=0.1]", "[hydra.run.dir=x]", ["arms.on.overrides", "itself"]),
+    "two equal labels": ("of itself", "on", ["arms.on and arms.self", "label on"]),
+    "an arm twice": ("  self:", "  on:", ["on is given twice"]),
+    "an arm with a slash": ("  self:", "  a/b:", ["arms", "'a/b'"]),
+    "an arm like the singles": ("  self:", "  single_depth:", ["arms.single_depth"]),
+    "no YAML": ("arms:", "arms: [", ["not a readable YAML"]),
+    "an environment that is none": ("{A_VARIABLE: 1}", "[A]", ["environment"]),
+    "a task that is none": ("seeds: [1]}", "tasks: [deph]}", ["singles.tasks", "deph", "depth"]),
+    "a label that is none": ("label: of itself", "label: ", ["arms.self.label"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_the_file_is_one_sentence(study_file, name):
+    old, new, words = MISTAKES[name]
+    assert FILE.count(old) == 1
+    study_file.write_text(FILE.replace(old, new))
+    with pytest.raises(UserError) as raised:
+        read_study(study_file)
+    for word in (str(study_file), *words):
+        assert word in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_is_not_there_or_has_no_arms(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml"):
+        read_study(tmp_path / "none.yaml")
+    (tmp_path / "empty.yaml").write_text("name: x\narms: {}\n")
+    with pytest.raises(UserError, match="arms must be a mapping of one arm or more"):
+        read_study(tmp_path / "empty.yaml")
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_in_the_repository_is_one_that_train_py_takes(path):
+    study = read_study(path)
+    assert study.name == path.stem
+    for overrides in {arm.overrides for arm in study.with_single_arms(["depth"]).arms}:
+        words = [*study.overrides, *overrides]
+        assert portable(words) == merged(words), f"{path}: paths of a machine belong to the command line"
+        assert tasks_of_config(words, ROOT / "configs")
+
+
+def test_a_config_that_train_py_refuses_is_one_sentence():
+    with pytest.raises(UserError, match=r"did you mean trainer\.max_steps"):
+        tasks_of_config(["trainer.max_step=3"], ROOT / "configs")
+    with pytest.raises(UserError, match=r"trainer\.max_steps=0"):
+        tasks_of_config(["trainer.max_steps=0"], ROOT / "configs")
+    assert tasks_of_config(["tasks.names=[normals,depth]"], ROOT / "configs") == ["depth", "normals"]
+
+
+# The words of a run
+
+
+def test_later_words_win_and_a_machines_are_not_kept():
+    words = [
+        "a=1",
+        "data.root=/data",
+        "b=2",
+        "a=3",
+        "+data.cache=/c",
+        "backbone.weights=../w/net.safetensors",
+        "seed=1",
+    ]
+    assert portable([*words, "data.labels='/x/map.json'", "hydra.run.dir=/y", "~c"]) == [
+        *("b=2", "a=3", "backbone.weights=net.safetensors", "data.labels=map.json", "~c")
+    ]
+
+
+def test_the_command_to_repeat_a_study_names_no_folder_of_this_machine():
+    given = ["data.root=/my/data", "data.cache=/c", "backbone.weights=/w/n.safetensors", "backbone.mean=[0.5,0.5,0.5]"]
+    assert shown_command(ROOT / "scripts" / "studies" / "smoke.yaml", "smoke", given, ROOT) == (
+        "python scripts/study.py scripts/studies/smoke.yaml --output outputs/smoke data.root=$DATA "
+        "backbone.weights=$WEIGHTS 'backbone.mean=[0.5,0.5,0.5]'"
+    )
+
+
+def test_the_first_seeds_runs_of_all_arms_come_first(study_file):
+    study = read_study(study_file).with_single_arms(["semseg", "depth"])
+    jobs = jobs_of(study, Path("out"), ["a=1"])
+    on, off, of_self, singles = ("on", "off", "self", ["single_semseg", "single_depth"])
+    assert [(job.seed, job.arm.name) for job in jobs] == [
+        *((3, arm) for arm in (off, on)),
+        *((1, arm) for arm in (off, on, of_self, *singles)),
+        *((2, arm) for arm in (off, on, of_self)),
+    ]
+    assert jobs[1].overrides == ("trainer.max_steps=9", "gain=0.1", "a=1")
+    assert jobs[1].folder == Path("out/on/seed_3")
+
+
+def test_a_folder_with_odd_characters_is_quoted_for_hydra():
+    assert quoted(Path("/a/b-c_1.d")) == "/a/b-c_1.d"
+    assert quoted(Path("/a b/it's")) == r"'/a b/it\'s'"
+
+
+# Runs
+
+
+def test_a_study_runs_once_and_tells_where_it_is(run, tmp_path):
+    said, failures = run("extra=1")
+    assert not failures
+    order = ["off 3", "on 3", "off 1", "on 1", "self 1", "single_semseg 1", "single_depth 1", "off 2", "on 2", "self 2"]
+    assert calls(tmp_path) == order
+    assert "made_up: 10 runs, 0 of them finished before" in said
+    assert "[10/10] self seed 2 started" in said
+    assert "about" in said
+    folder = tmp_path / "out" / "on" / "seed_3"
+    assert json.loads((folder / "run.json").read_text())["overrides"] == [
+        *("trainer.max_steps=9", "gain=0.1", "extra=1")
+    ]
+    assert (tmp_path / "out" / "on" / "seed_3.log").read_text().startswith("$ ")
+    assert "| of itself | 2 |" in (tmp_path / "out" / "study.md").read_text()
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["missing"] == []
+
+    again, _ = run("extra=1")
+    assert calls(tmp_path) == order
+    assert "10 runs, 10 of them finished before" in again
+    table_only, _ = run(table_only=True)
+    assert calls(tmp_path) == order
+    assert table_only.partition("single-task")[2] == again.partition("single-task")[2] != ""
+
+
+def test_only_some_arms_are_run_and_the_table_names_what_is_missing(run, tmp_path):
+    said, _ = run(only=["off", "singles"])
+    assert calls(tmp_path) == ["off 3", "off 1", "single_semseg 1", "single_depth 1", "off 2"]
+    assert "5 runs missing: on seed 3, on seed 1, on seed 2, self seed 1, self seed 2." in " ".join(said.split())
+    with pytest.raises(UserError, match=r"--only onn: .* no such arm; choose among off, on, self"):
+        run(only=["onn"])
+    with pytest.raises(UserError, match="--multirun"):
+        run("--multirun")
+
+
+def test_nothing_finished_is_no_table(run, tmp_path):
+    said, _ = run(table_only=True)
+    assert said == "no run has finished: there is no table"
+    assert not (tmp_path / "out" / "study.md").exists()
+
+
+def test_two_runs_at_once(run, study_file, tmp_path):
+    study_file.write_text("seeds: [0]\narms: {a: {overrides: [wait=2]}, b: {overrides: [wait=2]}}\n")
+    assert not run(num_parallel=2)[1]
+    assert sorted(calls(tmp_path)) == ["a 0", "b 0"]
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_finished_runs_of_other_settings_stop_the_study_before_it_starts(run, study_file, tmp_path, record):
+    run("data.root=/here", only=["off"])
+    if not record:  # by train.py itself
+        (tmp_path / "out" / "off" / "seed_1.json").unlink()
+        (tmp_path / "out" / "off" / "seed_2.json").unlink()
+        (tmp_path / "out" / "off" / "seed_3.json").unlink()
+    before = calls(tmp_path)
+    run("data.root=/elsewhere", "trainer.device=cuda", only=["off"])  # no setting
+    assert calls(tmp_path) == before
+    study_file.write_text(FILE.replace("max_steps=9", "max_steps=10"))
+    with pytest.raises(UserError) as raised:
+        run()
+    told = str(raised.value)
+    assert f"{tmp_path}/out/off/seed_3 was made by other settings (trainer.max_steps was 9, now 10)" in told
+    assert "--output" in told
+    assert calls(tmp_path) == before
+    study_file.write_text(FILE)
+    with pytest.raises(UserError, match="extra was not given, now 1"):
+        run("extra=1")
+    if record:
+        study_file.write_text(FILE.replace("A_VARIABLE: 1", "A_VARIABLE: 2"))
+        with pytest.raises(UserError, match="A_VARIABLE was 1, now 2"):
+            run()
+
+
+def test_a_failed_run_does_not_end_the_study_and_is_tried_again(run, study_file, tmp_path):
+    study_file.write_text(FILE.replace("gain=0.1", f"gain=0.1, trouble={tmp_path}/trouble"))
+    (tmp_path / "trouble").touch()
+    said, failures = run()
+    assert [one.job.title for one in failures] == ["on seed 3", "on seed 1", "on seed 2"]
+    assert failures[0].reason == "exit code 1: error: the loss was not finite"
+    assert "3 runs failed" in failure_text(failures)
+    assert str(tmp_path / "out" / "on" / "seed_3.log") in failure_text(failures)
+    assert "FAILED (exit code 1: error: the loss was not finite)" in said
+    assert "3 runs missing: on seed 3, on seed 1, on seed 2" in " ".join(said.split())
+    assert len(calls(tmp_path)) == 10
+    (tmp_path / "trouble").unlink()
+    assert not run()[1]
+    assert calls(tmp_path)[10:] == ["on 3", "on 1", "on 2"]  # afresh: there is no checkpoint
+
+
+def test_a_config_that_is_refused_stops_the_study_before_it_starts(run, tmp_path):
+    def refuse(words):
+        if "gain=0.05" in words:
+            raise UserError("gain is no key")
+        return ["depth"]
+
+    with pytest.raises(UserError, match=r"made_up\.yaml: self: gain is no key"):
+        run(tasks_of=refuse)
+    assert not calls(tmp_path)
+
+
+def test_a_signal_ends_the_runs_and_the_same_command_continues_them(run, study_file, tmp_path):
+    study_file.write_text(f"seeds: [0]\narms: {{a: {{overrides: [trouble={tmp_path}/t.hang]}}, b: {{}}}}\n")
+    (tmp_path / "t.hang").touch()
+
+    def interrupt():
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "out/a/seed_0/checkpoints/last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    said = []
+    handler = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run(say=said.append)
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert said[-2:] == ["interrupted: ending 1 run", "the same command continues this study"]
+    assert (tmp_path / "out/a/seed_0.log").read_text().endswith("interrupted\n")
+    assert calls(tmp_path) == ["a 0"]
+    (tmp_path / "t.hang").unlink()
+    again, failures = run()
+    assert not failures
+    assert "a seed 0 continued" in again
+    assert calls(tmp_path) == ["a 0", "a 0 auto", "b 0"]
+
+
+def test_two_studies_in_one_folder_are_refused(run, tmp_path):
+    refused = []
+
+    def say(text):
+        if "started" in text and not refused:
+            with pytest.raises(UserError, match="another study is running in"):
+                run()
+            refused.append(text)
+
+    run(say=say)
+    assert refused
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min")])
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+# Numbers
+
+
+OFF = {"semseg": [0.400, 0.410, 0.395, 0.402], "depth": [0.60, 0.62, 0.61, 0.59]}
+ON = {"semseg": [0.420, 0.434, 0.409, 0.430], "depth": [0.61, 0.60, 0.63, 0.58]}
+SINGLE = {"semseg": [0.41, 0.42], "depth": [0.57]}
+METRIC = {"semseg": "mIoU", "depth": "rmse"}
+STUDY = Study(
+    "numbers",
+    (),
+    (
+        Arm("off", ("regularizer=none",), (0, 1, 2, 3), (), "off"),
+        Arm("on", (), (0, 1, 2, 3), ("off",), "on"),
+        Arm("single_semseg", (), (0, 1), (), "single-task semseg", "", "semseg"),
+        Arm("single_depth", (), (0,), (), "single-task depth", "", "depth"),
+    ),
+)
+
+
+def one_record(arm, seed, metrics, **facts):
+    known = {"seed": seed, "step": 9, "split": "tune", "num_images": 5, "data_fingerprint": "8d9e", "device": "cpu",
+             "commit": "e51845271362f65d", "clean": True, "versions": {"torch": "2.15"}}  # fmt: skip
+    return {"study": "numbers", "arm": arm, "seed": seed, "overrides": [], "metrics": metrics, "run": known | facts}
+
+
+@pytest.fixture
+def records():
+    both = [
+        one_record(arm, seed, {task: {METRIC[task]: values[task][seed]} for task in values})
+        for arm, values in (("off", OFF), ("on", ON))
+        for seed in range(4)
+    ]
+    singles = [
+        one_record(f"single_{task}", seed, {task: {METRIC[task]: value}})
+        for task, values in SINGLE.items()
+        for seed, value in enumerate(values)
+    ]
+    return both + singles
+
+
+def test_intervals_are_those_of_a_paired_t_test(records):
+    (effects,) = report(STUDY, records).effects
+    for column, effect in list(effects.columns.items())[:2]:
+        expected = stats.ttest_rel(ON[column.task], OFF[column.task]).confidence_interval(0.95)
+        assert (effect.paired.low, effect.paired.high) == pytest.approx((expected.low, expected.high))
+        spread = statistics.stdev(a - b for a, b in zip(ON[column.task], OFF[column.task]))
+        assert effect.smallest == pytest.approx((3.18245 + 0.97847) * spread / 2, rel=1e-5)  # t tables, 3 degrees
+    assert [effect.side(column) for column, effect in effects.columns.items()] == [
+        *("wholly better", "contains 0", "contains 0")
+    ]
+
+
+def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
+    found = report(STUDY, records)
+    deltas = [
+        100 / 2 * ((a - b) / b - (c - d) / d)
+        for a, b, c, d in zip(ON["semseg"], OFF["semseg"], ON["depth"], OFF["depth"])
+    ]
+    (effects,) = found.effects
+    column, effect = list(effects.columns.items())[-1]
+    assert column.metric == "Delta_on/off"
+    expected = stats.ttest_1samp(deltas, 0).confidence_interval(0.95)
+    assert effect.paired == pytest.approx((statistics.mean(deltas), expected.low, expected.high, 4))
+    mtl = [100 / 2 * ((s - 0.415) / 0.415 - (d - 0.57) / 0.57) for s, d in zip(OFF["semseg"], OFF["depth"])]
+    assert found.columns[-1].metric == "Delta_MTL"
+    assert [row.label for row in found.rows] == ["single-task", "off", "on"]
+    assert found.rows[1].cell(found.columns[-1]) == pytest.approx((statistics.mean(mtl), statistics.stdev(mtl), 4))
+
+
+def test_an_arm_may_be_compared_with_several_and_its_delta_is_against_the_first(records):
+    arms = (*STUDY.arms[:2], replace(STUDY.arms[1], name="both", label="both", against=("on", "off")))
+    more = [{**one, "arm": "both"} for one in records if one["arm"] == "off"]
+    found = report(replace(STUDY, arms=arms), [one for one in records if "single" not in one["arm"]] + more)
+    assert [(one.row.label, one.reference.label) for one in found.effects] == [
+        *(("on", "off"), ("both", "on"), ("both", "off"))
+    ]
+    assert [list(one.columns)[-1].metric for one in found.effects] == ["Delta_on/off", "Delta_on/off", "Delta"]
+    assert [column.metric for column in found.columns] == ["mIoU", "rmse", "Delta_on/off"]
+    assert found.rows[2].cell(found.columns[-1]).mean == found.effects[1].columns[found.columns[-1]].paired.mean < 0
+    assert list(found.effects[2].columns.values())[-1].paired.mean == 0
+
+
+def test_the_smallest_effect_is_found_four_times_in_five():
+    """The noncentral t distribution tells the power without the approximation."""
+    for pairs in (5, 10, 30):
+        values = dict(enumerate(math.sin(k) for k in range(pairs)))
+        effect = smallest_effect(values, dict.fromkeys(values, 0.0))
+        shift = effect / statistics.stdev(values.values()) * math.sqrt(pairs)
+        limit = stats.t.ppf(0.975, pairs - 1)
+        assert 1 - stats.nct.cdf(limit, pairs - 1, shift) == pytest.approx(0.8, abs=0.03)
+    assert math.isnan(smallest_effect({0: 1.0}, {0: 2.0}))
+
+
+def test_words_and_missing_runs(records):
+    worse = [r for r in records if r["arm"] != "single_depth" and r["seed"] != 3]
+    for one in worse:
+        if one["arm"] == "on":
+            one["metrics"]["depth"]["rmse"] = OFF["depth"][one["seed"]] + 0.01 + one["seed"] / 1000
+    text = " ".join(as_text(report(STUDY, worse)).split())
+    assert "on against off: the interval is wholly better for semseg; is wholly worse for depth; contains 0 for" in text
+    assert "3 runs missing: off seed 3, on seed 3, single_depth seed 0." in text
+    assert "no Delta_MTL: there is no single-task run of depth." in text
+    one_pair = as_text(report(STUDY, [r for r in records if r["seed"] == 0]))
+    assert "the interval is not known for semseg, depth, Delta_on/off" in " ".join(one_pair.split())
+
+
+def test_what_does_not_compare(records):
+    records[0]["run"]["data_fingerprint"] = "other"
+    with pytest.raises(UserError, match="different validation data"):
+        report(STUDY, records)
+
+
+def test_a_baseline_of_zero_gives_no_delta_but_a_table(records):
+    for one in records:
+        if one["arm"] != "on" and "semseg" in one["metrics"]:
+            one["metrics"]["semseg"]["mIoU"] = 0.0
+    found = report(STUDY, records)
+    assert [column.task for column in found.columns] == ["semseg", "depth"]
+    assert any("no Delta of on: a metric of off is 0" in note for note in found.notes)
+    assert any("no Delta_MTL: the single-task value of semseg is 0" in note for note in found.notes)
+
+
+def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
+    lines = as_markdown(report(STUDY, records), "python scripts/study.py x.yaml").splitlines()
+    assert lines[0] == "| arm | n | semseg mIoU ↑ (%) | depth rmse ↓ (m) | Delta_on/off ↑ (%) | Delta_MTL ↑ (%) |"
+    assert "| off | 4 | 40.17 ± 0.62 | 0.6050 ± 0.0129 | - | -4.67 ± 1.09 |" in lines
+    table = [line for line in lines if line.startswith("| on minus off | semseg")]
+    assert table == ["| on minus off | semseg mIoU ↑ (points) | +2.15 | [+1.20, +3.10] | wholly better | 4 | 1.24 |"]
+    assert "python scripts/study.py x.yaml" in lines
+    assert as_json(report(STUDY, records))["differences"][0]["metrics"]["depth/rmse"]["pairs"] == 4
+
+
+# What is kept in the repository
+
+
+def test_results_are_small_files_without_a_machines_paths_and_give_the_same_table(run, study_file, tmp_path):
+    kept = tmp_path / "results" / "made_up"
+    run("data.root=/home/me/data", "backbone.weights=/home/me/w.pt", results=kept)
+    names = sorted(path.name for path in kept.iterdir())
+    assert len(names) == 11
+    assert names[:3] == ["off_seed1.json", "off_seed2.json", "off_seed3.json"]
+    for path in kept.iterdir():
+        assert "/home" not in path.read_text()
+        assert "IoU/" not in path.read_text()
+    one = json.loads((kept / "on_seed3.json").read_text())
+    assert one["overrides"] == ["trainer.max_steps=9", "gain=0.1", "backbone.weights=w.pt"]
+    assert one["run"]["commit"] == "e51845271362f65d"
+    study, records, command = read_results(kept)
+    assert "data.root=$DATA backbone.weights=$WEIGHTS" in command
+    assert as_markdown(report(study, records), command) == (tmp_path / "out" / "study.md").read_text()
+
+    before = {path: path.read_bytes() for path in kept.iterdir()}
+    run(table_only=True, results=kept)
+    assert before == {path: path.read_bytes() for path in kept.iterdir()}
+    study_file.write_text(FILE.replace("seeds: [1, 2]}", "seeds: [2]}"))
+    run(table_only=True, results=kept)
+    assert "self_seed1.json" not in {path.name for path in kept.iterdir()}
+    with pytest.raises(UserError, match="holds the results of the study made_up, not of numbers"):
+        write_results(kept, STUDY, [], "")
+    (kept / "study.json").write_text('{"name": "made_up"}')
+    with pytest.raises(UserError, match=r"study\.json is not of scripts/study\.py"):
+        read_results(kept)
+
+
+def test_documents_show_a_study_and_notice_when_it_drifts(records, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("render_results", ROOT / "scripts" / "render_results.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    document = tmp_path / "results.md"
+    document.write_text("# Results\n\n<!-- table: numbers -->\n<!-- end -->\n\nAfter.\n")
+    for name, value in {"ROOT": tmp_path, "RESULTS": tmp_path / "results", "DOCUMENTS": (document,)}.items():
+        monkeypatch.setattr(script, name, value)
+    monkeypatch.setattr(sys, "argv", ["render_results.py"])
+    with pytest.raises(SystemExit, match=r"asks for the table numbers, but there is no results/numbers\.json and no"):
+        script.main()
+    write_results(tmp_path / "results" / "numbers", STUDY, records, "python scripts/study.py x.yaml")
+    assert script.main() == 0
+    assert as_markdown(report(STUDY, records), "python scripts/study.py x.yaml") in document.read_text()
+    assert document.read_text().endswith("```\n<!-- end -->\n\nAfter.\n")
+    monkeypatch.setattr(sys, "argv", ["render_results.py", "--check"])
+    assert script.main() == 0
+    records[0]["metrics"]["depth"]["rmse"] = 0.7
+    write_results(tmp_path / "results" / "numbers", STUDY, records, "python scripts/study.py x.yaml")
+    assert script.main() == 1
+    assert "out of date: results.md" in capsys.readouterr().err
+
+
+# For real
+
+
+@pytest.mark.slow
+def test_a_small_study_for_real(cli, tmp_path):
+    words = [str(ROOT / "scripts" / "studies" / "smoke.yaml"), "--output", str(tmp_path / "out"), "--jobs", "2"]
+    result = cli("scripts/study.py", *words, "--only", "off", "on", "data.workers=0")
+    assert result.code == 0, result.err
+    assert "missing: single_depth seed 0, single_normals seed 0" in " ".join(result.out.split())
+    last = json.loads((tmp_path / "out" / "on" / "seed_1" / "metrics.json").read_text())
+    (tmp_path / "out" / "on" / "seed_1" / "metrics.json").unlink()  # as if interrupted after its last checkpoint
+    result = cli("scripts/study.py", *words, "--results", str(tmp_path / "kept"), "data.workers=0")
+    assert result.code == 0, result.err
+    assert "6 runs, 3 of them finished before" in result.out
+    assert "on seed 1 continued" in result.out
+    found = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert found["rows"]["on"]["depth/rmse"]["values"]["1"] == last["depth"]["rmse"]
+    assert set(found["rows"]["on"]) == {"depth/rmse", "normals/mErr", "Delta_on/off", "Delta_MTL"}
+    assert len(list((tmp_path / "kept").glob("*.json"))) == 7
+    result = cli("scripts/study.py", *words, "trainer.max_steps=3")
+    assert result.code == 1
+    assert "trainer.max_steps was not given, now 3" in result.err
