@@ -1,0 +1,316 @@
+"""Cross-task consistency in joint pairwise task spaces: Li, Liu, Bilen, "Learning Multiple Dense Prediction Tasks from
+Partially Annotated Data" (MTPSL, CVPR 2022). The comparator of the contrastive regulariser, training-only as well.
+
+For a target t that labels the image and another task s, both are mapped into a space of the pair, where they must agree
+with each other and with the image's feature, which keeps the mapping from a trivial solution:
+
+    a = M_st(prediction of s),   b = M_st(label of t),   f = the image's feature, detached
+    L_st = mean over cells of (1 - cos(a, b)) + image_weight * ((1 - cos(a, f)) + (1 - cos(b, f)))
+    L    = sum_t w_t L_task_t + lambda * mean over images of sum_st L_st
+
+M is one convolutional network for all pairs: an input layer per task, then layers whose scale and shift are the pair's
+own (FiLM). What is the paper's or its code's (VICO-UoE/MTPSL, model/mapfns.py) and what is our choice is said in
+``configs/regularizer/mtpsl.yaml``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtcl.contrastive.regularizer import Regularizer, RegularizerOutput
+from mtcl.contrastive.sampling import Draw
+from mtcl.errors import UserError
+from mtcl.models.base import DenseOutput
+from mtcl.tasks.base import Task
+from mtcl.tasks.classes import ClassTask
+from mtcl.tasks.depth import Depth
+from mtcl.tasks.edge import Edge
+from mtcl.tasks.normals import Normals
+
+Size = tuple[int, int]
+FILM_RATE = 10.0  # as the authors' code: 1e-3 beside 1e-4
+SOURCE_RULES = ("auto", "any", "unlabelled")
+
+
+class CrossTaskConsistency(Regularizer):
+    """Consistency of each labelled target's label with other tasks' predictions. Three lines in any training loop:
+
+    >>> from mtcl.tasks import build_task
+    >>> tasks = {name: build_task(name) for name in ("depth", "normals", "edge")}
+    >>> maps = {name: torch.randn(2, task.channels, 48, 64, requires_grad=True) for name, task in tasks.items()}
+    >>> features = {"trunk": {name: torch.randn(2, 16, 12, 16) for name in tasks}}
+    >>> labels = {"depth": torch.rand(2, 1, 48, 64) * 5 + 1, "edge": torch.rand(2, 1, 48, 64).round(),
+    ...           "normals": torch.nn.functional.normalize(torch.randn(2, 3, 48, 64), dim=1)}
+
+    >>> regularizer = CrossTaskConsistency(tasks, channels={name: 16 for name in tasks}, seed=0)
+    >>> draw = regularizer.sample(step=0, ids=["first", "second"])
+    >>> output = DenseOutput(maps, features, [], (48, 64))
+    >>> loss = 2 * regularizer.penalty(output, labels, draw).loss  # train regularizer.parameters(), too
+    >>> loss.backward()
+
+    An image counts for the targets that label any of its pixels. ``losses`` of the result: per target the sum over its
+    sources, mean over the images; ``loss`` is their sum (not their mean), as in the authors' code.
+
+    Args:
+        tasks: name -> task, at least two; each is a target and a source.
+        channels: task -> channels of its tapped feature map, equal for all; that of the pairs' spaces.
+        seed: of the mapping's start and of every draw; torch's global generator is never touched.
+        tap: which of a model's taps is the image's feature (a target's own, where they differ).
+        stride: pixels per cell of the maps that enter the mapping (averages over stride x stride pixels).
+        widths: channels of the mapping's levels before the last, whose channels are the feature's; each level ends in
+            a pooling by two.
+        num_sources: drawn per target, image and step; those of the others are estimated by them, without bias.
+        source_rule: which predictions an image's labels may teach: ``unlabelled`` (tasks it has no label of), ``any``
+            (all others), ``auto`` (``any`` in images labelled for every task, else ``unlabelled``).
+        image_weight: of the two terms that tie the mapped maps to the image's feature.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        channels: Mapping[str, int],
+        *,
+        seed: int = 0,
+        tap: str = "trunk",
+        stride: int = 4,
+        widths: Sequence[int] = (32, 64),
+        num_sources: int = 1,
+        source_rule: str = "auto",
+        image_weight: float = 0.5,
+    ):
+        super().__init__()
+        if len(tasks) < 2:
+            raise UserError("cross-task consistency needs at least two tasks; use regularizer=none for one")
+        if source_rule not in SOURCE_RULES:
+            raise UserError(
+                f"regularizer.options.source_rule={source_rule} is not known; choose one of {', '.join(SOURCE_RULES)}"
+            )
+        feature_channels = {channels[name] for name in tasks}
+        if len(feature_channels) > 1:
+            raise UserError(
+                f"regularizer.options.tap={tap} has maps of {', '.join(map(str, sorted(feature_channels)))} channels; "
+                "cross-task consistency needs a tap with as many for every task"
+            )
+        self.tasks, self.names = dict(tasks), list(tasks)
+        self.seed, self.tap, self.stride = seed, tap, stride
+        self.num_sources = min(num_sources, len(tasks) - 1)
+        self.source_rule, self.image_weight = source_rule, image_weight
+        generator = torch.Generator().manual_seed(seed)
+        outputs = [*widths, *feature_channels]
+        pairs = len(tasks) * (len(tasks) - 1)
+        self.stems = nn.ModuleDict(
+            {name: FilmLayer(task.channels, outputs[0], 1, generator) for name, task in self.tasks.items()}
+        )
+        self.mapping = Mapper(outputs, pairs, generator)
+        # Sums since the last summary: [target, source, (images, 1 - cos of a b, of a f, of b f)]
+        self.sums: Tensor
+        self.register_buffer("sums", torch.zeros(len(tasks), len(tasks), 4), persistent=False)
+
+    def sample(self, step: int, ids: Sequence[str]) -> Draw:
+        """The step's order of sources per target, f(seed, step), equal on every rank; there are no pixels to draw."""
+        rng = np.random.default_rng([0x6D747073, self.seed, step])  # a stream of its own
+        orders = [rng.permutation(np.delete(np.arange(len(self.tasks)), t)) for t in range(len(self.tasks))]
+        return Draw(sources=torch.from_numpy(np.stack(orders)), pixels=torch.zeros(len(ids), 0, 2))
+
+    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """AdamW at ``lr``; the pairs' own scales and shifts at :data:`FILM_RATE` times that."""
+        films = [p for name, p in self.mapping.named_parameters() if name.endswith(("gamma", "beta"))]
+        own = {id(p) for p in films}
+        rest = [p for p in self.parameters() if id(p) not in own]
+        groups: list[dict[str, Any]] = [{"params": rest}, {"params": films, "lr": FILM_RATE * lr}]
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+
+    def penalty(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+        device = draw.sources.device
+        with torch.autocast(device.type, enabled=False):
+            predicted, labelled, known = self._enter(output, labels)
+            has_label = known.amax(dim=(2, 3, 4)) > 0  # (T, B)
+            chosen = choose_sources(draw.sources, has_label, self.num_sources, self.source_rule)
+
+            # Rows of one batch, (target, draw, image): all predictions first, then all labels.
+            images = torch.arange(has_label.shape[1], device=device)
+            rows = (chosen.source * len(images) + images).flatten()
+            sources = predicted.flatten(0, 1).index_select(0, rows)
+            target = torch.arange(len(self.names), device=device)[:, None, None]
+            pair = target * (len(self.names) - 1) + chosen.source - (chosen.source > target).long()  # row of the FiLMs
+            x = torch.cat([sources, self._per_draw(labelled)])
+            mapped = F.normalize(self.mapping(x, pair.flatten().repeat(2)), dim=1, eps=1e-6)
+            a, b = mapped.chunk(2)  # (rows, C, h, w)
+
+            taps, grid = output.taps[self.tap], mapped.shape[-2:]
+            features = [F.interpolate(taps[name].detach().float(), tuple(grid), mode="area") for name in self.names]
+            f = self._per_draw(F.normalize(torch.stack(features), dim=2, eps=1e-6))
+            counts = self._per_draw(torch.stack([self.mapping.pooled(k > 0) for k in known]))[:, 0]  # (rows, h, w)
+            apart = [mean_distance(*two, counts).view_as(chosen.weight) for two in ((a, b), (a, f), (b, f))]
+            value = apart[0] + self.image_weight * (apart[1] + apart[2])  # (T, draws, B)
+            losses = (value * chosen.weight).sum(dim=1).mean(dim=1)  # (T,)
+            self._record(chosen, apart)
+        return RegularizerOutput(losses.sum(), dict(zip(self.names, losses.unbind())))
+
+    def _enter(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Through the input layers: predictions and labels (T, B, widths[0], h, w), and the part of each cell's pixels
+        that has a label (T, B, 1, h, w)."""
+        predicted, labelled, known = [], [], []
+        for name, task in self.tasks.items():
+            stem, part = self.stems[name], self._cells(task.valid(labels[name])[:, None].float(), output.frame)
+            mean = self._cells(encode_label(task, labels[name]), output.frame) / part.clamp(min=1e-6)
+            labelled.append(stem(mean))
+            predicted.append(stem(encode_prediction(task, self._cells(output.predictions[name].float(), output.frame))))
+            known.append(part)
+        return torch.stack(predicted), torch.stack(labelled), torch.stack(known)
+
+    def _cells(self, x: Tensor, frame: Size) -> Tensor:
+        """Averages over stride x stride pixels of a map (B, C, H, W), grown to ``frame`` by zeros."""
+        if tuple(x.shape[-2:]) != tuple(frame):
+            x = F.pad(x, (0, frame[1] - x.shape[-1], 0, frame[0] - x.shape[-2]))
+        return F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x
+
+    def _per_draw(self, x: Tensor) -> Tensor:
+        """(T, B, ...) -> the rows (T * draws * B, ...)."""
+        return x[:, None].expand(-1, self.num_sources, *x.shape[1:]).flatten(0, 2)
+
+    @torch.no_grad()
+    def _record(self, chosen: "Chosen", apart: Sequence[Tensor]) -> None:
+        counted = torch.stack([torch.ones_like(chosen.weight), *apart], dim=-1)  # (T, draws, B, 4)
+        used = (chosen.weight > 0)[..., None]
+        drawn = F.one_hot(chosen.source, len(self.names)).to(counted) * used  # (T, draws, B, S)
+        self.sums += (drawn[..., None] * counted[..., None, :]).sum(dim=(1, 2))
+
+    def summary(self) -> dict[str, float]:
+        """Per (target, source) drawn since the last call, means over images of 1 - cos between the mapped prediction
+        and label (``apart``), and of each to the image's feature (``source_image``, ``target_image``)."""
+        sums = self.sums.tolist()
+        self.sums.zero_()
+        found = {}
+        for t, target in enumerate(self.names):
+            for s, source in enumerate(self.names):
+                images, *terms = sums[t][s]
+                if images:
+                    for name, value in zip(("apart", "source_image", "target_image"), terms):
+                        found[f"{target}<-{source}/{name}"] = value / images
+        return found
+
+
+def encode_prediction(task: Task, x: Tensor) -> Tensor:
+    """Raw predictions (B, C, h, w), fp32, as the mapping sees them: probabilities of classes and of an edge, unit
+    normals, depth over the image's largest (at least 1 m: the gradient of a head that starts near zero is bounded)."""
+    if isinstance(task, ClassTask):
+        return x.softmax(dim=1)
+    if isinstance(task, Depth):
+        return x / x.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    if isinstance(task, Normals):
+        return F.normalize(x, dim=1, eps=1e-6)
+    if isinstance(task, Edge):
+        return x.sigmoid()
+    raise TypeError(f"no encoding of {type(task).__name__}")
+
+
+def encode_label(task: Task, label: Tensor) -> Tensor:
+    """A batch's label in the same layout, zero where it is void: one class hot, 1 for an edge."""
+    if isinstance(task, ClassTask):  # no class is as large as the void
+        return (label[:, None] == torch.arange(task.channels, device=label.device)[:, None, None]).float()
+    known = torch.where(task.valid(label)[:, None], label.float(), 0.0)
+    if isinstance(task, Depth):
+        return known / known.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    if isinstance(task, Normals | Edge):
+        return known
+    raise TypeError(f"no encoding of {type(task).__name__}")
+
+
+def mean_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """1 - a . b of unit vectors (N, C, h, w), mean over the cells by ``weight`` (N, h, w): (N,), 0 without weight."""
+    distance = 1 - (a * b).sum(dim=1)
+    return (distance * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
+
+
+class Chosen(NamedTuple):
+    """The sources of each target in each image, (T, draws, B)."""
+
+    source: Tensor  # int64
+    weight: Tensor  # float32: how many sources it stands for; 0 where there is none
+
+
+def choose_sources(order: Tensor, has_label: Tensor, count: int, rule: str) -> Chosen:
+    """The first ``count`` tasks of each target's drawn ``order`` (T, T - 1) that may be its sources in an image.
+
+    ``has_label``: bool (T, B). The weights of one target and image sum to the number of sources it could have had.
+    """
+    may = torch.ones_like(has_label) if rule == "any" else ~has_label
+    if rule == "auto":
+        may = may | has_label.all(dim=0)
+    ok = may[order] & has_label[:, None]  # (T, T - 1, B)
+    rank = ok.long().cumsum(dim=1)
+    total = rank[:, -1]  # (T, B)
+    sources, weights = [], []
+    for k in range(1, count + 1):
+        hit = ok & (rank == k)
+        sources.append(order.gather(1, hit.to(torch.uint8).argmax(dim=1)))
+        weights.append(hit.any(dim=1) * total / total.clamp(1, count))
+    return Chosen(torch.stack(sources, dim=1), torch.stack(weights, dim=1))
+
+
+class FilmLayer(nn.Module):
+    """3x3 convolution, normalisation over each map of each image, scale and shift, ReLU: (N, C, h, w) -> (N, D, h, w).
+
+    Scale and shift are a shared one and then, with more than one of ``conditions``, the row's own.
+    """
+
+    def __init__(self, inputs: int, outputs: int, conditions: int, generator: torch.Generator):
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.xavier_normal_(torch.empty(outputs, inputs, 3, 3), generator=generator))
+        self.scale, self.shift = nn.Parameter(torch.ones(outputs)), nn.Parameter(torch.zeros(outputs))
+        if conditions > 1:
+            self.gamma = nn.Parameter(torch.ones(conditions, outputs))
+            self.beta = nn.Parameter(torch.zeros(conditions, outputs))
+
+    def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
+        x = F.conv2d(x, self.weight, padding=1)  # a bias would be taken off again by the normalisation
+        scale, shift = self.scale.expand(len(x), -1), self.shift.expand(len(x), -1)  # (N, D)
+        if condition is not None:
+            gamma, beta = self.gamma.index_select(0, condition), self.beta.index_select(0, condition)
+            scale, shift = gamma * scale, gamma * shift + beta
+        return F.relu(_normalize_maps(x, scale, shift), inplace=True)
+
+
+def _normalize_maps(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Each map of (N, D, h, w) to mean ``shift`` and deviation ``scale``, both (N, D).
+
+    Batch norm of one image with N D channels, in a single kernel; ``F.instance_norm`` knows no scale per row, and
+    refuses maps of one cell.
+    """
+    cudnn = torch.backends.cudnn.enabled
+    maps = x.flatten(0, 1)[None]
+    return torch.batch_norm(maps, scale.flatten(), shift.flatten(), None, None, True, 0.0, 1e-5, cudnn).view_as(x)
+
+
+class Mapper(nn.Module):
+    """The mapping shared by all pairs, conditioned on the pair: (N, widths[0], h, w), pair (N,) -> (N, widths[-1], h /
+    2**levels, w / 2**levels). Two layers a level, three from the third level on, and a maximum pooling."""
+
+    def __init__(self, widths: Sequence[int], pairs: int, generator: torch.Generator):
+        super().__init__()
+        self.layers, self.ends_level = nn.ModuleList(), []
+        previous = widths[0]
+        for i, width in enumerate(widths):
+            inputs = [previous, width] if i < 2 else [previous, width, width]
+            self.layers.extend(FilmLayer(c, width, pairs, generator) for c in inputs)
+            self.ends_level += [False] * (len(inputs) - 1) + [True]
+            previous = width
+
+    def forward(self, x: Tensor, pair: Tensor) -> Tensor:
+        for layer, ends_level in zip(self.layers, self.ends_level):
+            x = layer(x, pair)
+            if ends_level:
+                x = F.max_pool2d(x, 2, ceil_mode=True)
+        return x
+
+    def pooled(self, mask: Tensor) -> Tensor:
+        """Which cells of the result cover a cell of ``mask`` (B, 1, h, w): float (B, 1, h', w')."""
+        x = mask.float()
+        for _ in range(sum(self.ends_level)):
+            x = F.max_pool2d(x, 2, ceil_mode=True)
+        return x

@@ -1,0 +1,329 @@
+"""Cross-task consistency (regularizer=mtpsl): the loss against an obvious reference, its draws, what it may touch."""
+
+import json
+from itertools import product
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY, composed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtcl.contrastive import CrossTaskConsistency
+from mtcl.contrastive.mtpsl import FilmLayer, choose_sources, encode_label, encode_prediction
+from mtcl.entry import build
+from mtcl.entry.train import train
+from mtcl.errors import UserError
+from mtcl.models.base import DenseOutput
+from mtcl.tasks import build_task
+from mtcl.training.checkpoint import load_checkpoint
+
+NAMES = ("semseg", "depth", "normals", "edge")
+CLASSES = ("a", "b", "c")
+
+
+def make_tasks(names=NAMES):
+    return {name: build_task(name, **({"class_names": CLASSES} if name == "semseg" else {})) for name in names}
+
+
+def make_case(seed=0, size=(24, 40), frame=(32, 64), batch=3, unlabelled=(), void=0.3, **options):
+    """A regulariser with something in every FiLM, an output, labels of which ``unlabelled`` (task, image) are void."""
+    g = torch.Generator().manual_seed(seed)
+    tasks = make_tasks()
+    options = {"stride": 2, "widths": [4, 5], **options}
+    regularizer = CrossTaskConsistency(tasks, dict.fromkeys(NAMES, 6), seed=seed, **options)
+    with torch.no_grad():
+        for name, p in regularizer.named_parameters():
+            if name.rpartition(".")[2] in ("scale", "shift", "gamma", "beta"):
+                p.add_(torch.randn(p.shape, generator=g), alpha=0.3)
+    predictions = {n: torch.randn(batch, t.channels, *size, generator=g).mul(3) for n, t in tasks.items()}
+    trunk = torch.rand(batch, 6, frame[0] // 4, frame[1] // 4, generator=g)
+    labels = {
+        "semseg": torch.randint(0, 3, (batch, *size), generator=g),
+        "depth": torch.rand(batch, 1, *size, generator=g) * 6 + 0.5,
+        "normals": F.normalize(torch.randn(batch, 3, *size, generator=g), dim=1),
+        "edge": torch.rand(batch, 1, *size, generator=g).round(),
+    }
+    for name, label in labels.items():
+        gone = torch.rand(batch, *size, generator=g) < void
+        gone[:, :8, :8] = True  # a whole cell
+        for task, image in unlabelled:
+            gone[image] |= task == name
+        label.copy_(torch.where(gone if label.ndim == 3 else gone[:, None], tasks[name].void, label))
+    output = DenseOutput(predictions, {"trunk": dict.fromkeys(NAMES, trunk)}, [], frame)
+    return regularizer, output, labels
+
+
+def map_one(regularizer, x, task, pair):
+    """One map (1, c, h, w) through the mapping, as in the authors' code: a batch norm of one image, then FiLM."""
+
+    def layer(x, m, row=None):
+        x = F.batch_norm(F.conv2d(x, m.weight, padding=1), None, None, m.scale, m.shift, training=True)
+        if row is not None:
+            x = x * m.gamma[row].view(1, -1, 1, 1) + m.beta[row].view(1, -1, 1, 1)
+        return x.clamp(min=0)
+
+    x = layer(x, regularizer.stems[task])
+    layers = iter(regularizer.mapping.layers)
+    for level in range(3):
+        for _ in range(2 if level < 2 else 3):
+            x = layer(x, next(layers), pair)
+        x = F.max_pool2d(x, 2, ceil_mode=True)
+    assert not list(layers)
+    return x
+
+
+def reference_pair(regularizer, output, labels, target, source, image):
+    """L_st in one image, by loops over cells of pixels and of the result."""
+    tasks, (height, width), n = regularizer.tasks, output.frame, regularizer.stride
+    size = labels["semseg"].shape[-2:]
+    known = tasks[target].valid(labels[target])[image]
+
+    def cell(i, j, step):
+        rows, columns = range(i * step, min((i + 1) * step, height)), range(j * step, min((j + 1) * step, width))
+        return list(product(rows, columns))
+
+    def inside(pixels):
+        return [(y, x) for y, x in pixels if y < size[0] and x < size[1]]
+
+    def cells(of, step):
+        h, w = -(-height // step), -(-width // step)
+        return torch.stack([torch.stack([of(i, j) for j in range(w)], dim=-1) for i in range(h)], dim=-2)[None]
+
+    raw, label = output.predictions[source][image], encode_label(tasks[target], labels[target])[image]
+
+    def mean_prediction(i, j):
+        pixels = cell(i, j, n)
+        return sum((raw[:, y, x] for y, x in inside(pixels)), start=torch.zeros(len(raw))) / len(pixels)
+
+    def mean_label(i, j):
+        pixels = [(y, x) for y, x in inside(cell(i, j, n)) if known[y, x]]
+        return sum((label[:, y, x] for y, x in pixels), start=torch.zeros(len(label))) / max(len(pixels), 1)
+
+    s, t = NAMES.index(source), NAMES.index(target)
+    pair = t * 3 + [k for k in range(4) if k != t].index(s)
+    a = map_one(regularizer, encode_prediction(tasks[source], cells(mean_prediction, n)), source, pair)
+    b = map_one(regularizer, cells(mean_label, n), target, pair)
+    feature = output.taps["trunk"][target][image]
+    f = F.adaptive_avg_pool2d(feature, a.shape[-2:])[None]
+    found = []
+    for i, j in product(range(a.shape[2]), range(a.shape[3])):
+        if any(known[y, x] for y, x in inside(cell(i, j, n * 8))):
+            u, v, w = a[0, :, i, j], b[0, :, i, j], f[0, :, i, j]
+            apart = [1 - F.cosine_similarity(p, q, dim=0) for p, q in ((u, v), (u, w), (v, w))]
+            found.append(torch.stack([*apart, apart[0] + regularizer.image_weight * (apart[1] + apart[2])]))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize(("size", "frame"), [((24, 40), (32, 64)), ((32, 32), (32, 32)), ((30, 34), (30, 34))])
+def test_loss_of_all_pairs_against_loops(size, frame):
+    regularizer, output, labels = make_case(size=size, frame=frame, batch=1, num_sources=3, image_weight=0.7)
+    found = regularizer.penalty(output, labels, regularizer.sample(0, ["a"]))
+    told = regularizer.summary()
+    total = 0.0
+    for target in NAMES:
+        want = {s: reference_pair(regularizer, output, labels, target, s, 0) for s in NAMES if s != target}
+        torch.testing.assert_close(found.losses[target], sum(w[3] for w in want.values()), rtol=1e-4, atol=1e-5)
+        total += found.losses[target]
+        for source, values in want.items():
+            for name, value in zip(("apart", "source_image", "target_image"), values.tolist()):
+                assert told.pop(f"{target}<-{source}/{name}") == pytest.approx(value, rel=1e-3, abs=1e-5)
+    assert not told
+    assert not regularizer.summary()
+    torch.testing.assert_close(found.loss, total)
+
+
+def test_partial_labels_teach_the_other_tasks():
+    """Images with semseg only, with semseg and depth, and with nothing: the unlabelled tasks are the sources."""
+    gone = [(n, 0) for n in NAMES[1:]] + [(n, 1) for n in NAMES[2:]] + [(n, 2) for n in NAMES]
+    regularizer, output, labels = make_case(unlabelled=gone, num_sources=3)
+    found = regularizer.penalty(output, labels, regularizer.sample(0, ["a", "b", "c"]))
+
+    def pairs(target, *given):
+        return sum(reference_pair(regularizer, output, labels, target, s, i)[3] for s, i in given) / 3
+
+    want = pairs("semseg", *((s, 0) for s in NAMES[1:]), *((s, 1) for s in NAMES[2:]))
+    torch.testing.assert_close(found.losses["semseg"], want, rtol=1e-4, atol=1e-5)
+    want = pairs("depth", *((s, 1) for s in NAMES[2:]))
+    torch.testing.assert_close(found.losses["depth"], want, rtol=1e-4, atol=1e-5)
+    assert found.losses["normals"] == found.losses["edge"] == 0
+
+
+def test_drawn_sources_estimate_all_of_them():
+    """The mean over the draws of one source per target is the loss over all pairs."""
+    regularizer, output, labels = make_case(num_sources=1)
+    whole, *_ = make_case(num_sources=3)
+    want = whole.penalty(output, labels, whole.sample(0, "abc")).losses
+    draw = regularizer.sample(0, "abc")
+    with torch.no_grad():
+        found = [regularizer.penalty(output, labels, draw._replace(sources=draw.sources.roll(k, 1))) for k in range(3)]
+    for name in NAMES:
+        torch.testing.assert_close(sum(f.losses[name] for f in found) / 3, want[name].detach())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_choice_of_sources(data):
+    tasks, images = data.draw(st.integers(2, 5)), data.draw(st.integers(1, 4))
+    count = data.draw(st.integers(1, tasks - 1))
+    rule = data.draw(st.sampled_from(["auto", "any", "unlabelled"]))
+    labelled = torch.tensor(data.draw(st.lists(st.lists(st.booleans(), min_size=images, max_size=images),
+                                               min_size=tasks, max_size=tasks)))  # fmt: skip
+    order = torch.stack([torch.tensor(data.draw(st.permutations([s for s in range(tasks) if s != t])))
+                         for t in range(tasks)])  # fmt: skip
+    source, weight = choose_sources(order, labelled, count, rule)
+    assert source.shape == weight.shape == (tasks, count, images)
+    for t, b in product(range(tasks), range(images)):
+        free = rule == "any" or (rule == "auto" and bool(labelled[:, b].all()))
+        could = [s for s in order[t].tolist() if labelled[t, b] and (free or not labelled[s, b])]
+        assert [s for s, w in zip(source[t, :, b].tolist(), weight[t, :, b]) if w > 0] == could[:count]
+        assert weight[t, :, b].sum().item() == pytest.approx(len(could))
+
+
+def test_gradients_reach_predictions_and_mapping_but_not_the_feature():
+    regularizer, output, labels = make_case(num_sources=3)
+    trunk = output.taps["trunk"]["depth"].requires_grad_()
+    for prediction in output.predictions.values():
+        prediction.requires_grad_()
+    regularizer.penalty(output, labels, regularizer.sample(0, "abc")).loss.backward()
+    assert trunk.grad is None
+    for name, p in [*output.predictions.items(), *regularizer.named_parameters()]:
+        assert p.grad is not None, name
+        assert p.grad.isfinite().all(), name
+        assert p.grad.any(), name
+    assert all(row.any() for row in regularizer.mapping.layers[0].gamma.grad)  # every pair has its own
+
+
+def test_gradient_against_loops():
+    """Of one pair in one image, with respect to the source's prediction and to the mapping."""
+    gone = [(name, i) for name in NAMES for i in range(3) if (name, i) != ("normals", 1)]
+    regularizer, output, labels = make_case(unlabelled=gone)
+    draw = regularizer.sample(0, "abc")
+    source = NAMES[draw.sources[NAMES.index("normals"), 0]]
+    leaves = [output.predictions[source].requires_grad_(), *regularizer.parameters()]
+    found = torch.autograd.grad(regularizer.penalty(output, labels, draw).loss, leaves)
+    # Drawn from three, which it stands for; one image of three.
+    value = reference_pair(regularizer, output, labels, "normals", source, 1)[3] * 3 / 3
+    want = torch.autograd.grad(value, leaves, allow_unused=True)
+    for leaf, one, two in zip(leaves, found, want):
+        torch.testing.assert_close(one, torch.zeros_like(leaf) if two is None else two, rtol=1e-3, atol=1e-5)
+    assert want[0][1].any()
+
+
+def test_all_void_is_zero_with_a_graph():
+    regularizer, output, labels = make_case(unlabelled=list(product(NAMES, range(3))))
+    for prediction in output.predictions.values():
+        prediction.requires_grad_()
+    found = regularizer.penalty(output, labels, regularizer.sample(0, "abc"))
+    assert found.loss == 0
+    assert all(value == 0 for value in found.losses.values())
+    found.loss.backward()
+    for p in (*output.predictions.values(), *regularizer.parameters()):
+        assert p.grad is not None
+        assert not p.grad.any()
+    assert regularizer.summary() == {}
+
+
+def test_values_under_void_pixels_do_not_matter():
+    regularizer, output, labels = make_case()
+    draw = regularizer.sample(0, "abc")
+    want = regularizer.penalty(output, labels, draw).loss
+    depth = labels["depth"]
+    nothing = torch.tensor([torch.nan, torch.inf, -1.0]).view(3, 1, 1, 1)  # for each image
+    changed = torch.where(depth > 0, depth, nothing)
+    assert not changed.isfinite().all()
+    assert torch.equal(regularizer.penalty(output, {**labels, "depth": changed}, draw).loss, want)
+
+
+def test_encodings():
+    """What the mapping sees of each kind of task."""
+    tasks = make_tasks() | {"sal": build_task("sal")}
+    label = encode_label(tasks["semseg"], torch.tensor([[[0, 2, 255]]]))
+    assert label[0, :, 0].tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]  # classes x pixels
+    logits = torch.tensor([0.0, 1.0, -2.0]).view(1, 3, 1, 1)
+    assert encode_prediction(tasks["semseg"], logits).flatten().tolist() == pytest.approx(
+        (logits.exp() / logits.exp().sum()).flatten().tolist()
+    )
+    assert encode_label(tasks["sal"], torch.tensor([[[1, 255]]])).shape == (1, 2, 1, 2)
+    depth = torch.tensor([[0.0, 2.0, 4.0], [0.2, 0.1, 0.0]]).view(2, 1, 1, 3)
+    assert encode_label(tasks["depth"], depth).flatten().tolist() == pytest.approx([0, 0.5, 1, 0.2, 0.1, 0])
+    assert encode_prediction(tasks["depth"], depth - 1).flatten().tolist() == pytest.approx(
+        [-1 / 3, 1 / 3, 1, -0.8, -0.9, -1]
+    )
+    normals = torch.tensor([[0.0, 0.6], [0.0, 0.8], [0.0, 0.0]]).view(1, 3, 1, 2)
+    assert torch.equal(encode_label(tasks["normals"], normals), normals)
+    torch.testing.assert_close(encode_prediction(tasks["normals"], 7 * normals), normals)
+    edge = encode_label(tasks["edge"], torch.tensor([0.0, 1.0, 255.0]).view(1, 1, 1, 3))
+    assert edge.flatten().tolist() == [0, 1, 0]
+    assert encode_prediction(tasks["edge"], torch.zeros(1, 1, 1, 1)).item() == 0.5
+
+
+def test_a_map_of_one_cell_is_its_shift():
+    layer = FilmLayer(2, 3, 1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        layer.shift.copy_(torch.tensor([1.0, 2.0, -1.0]))
+    torch.testing.assert_close(layer(torch.randn(2, 2, 1, 1)).flatten(1), torch.tensor([[1.0, 2.0, 0.0]] * 2))
+
+
+def test_half_precision_changes_nothing():
+    regularizer, output, labels = make_case()
+    draw = regularizer.sample(0, "abc")
+    want = regularizer.penalty(output, labels, draw).loss
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = regularizer.penalty(output, labels, draw).loss
+    assert found.dtype == torch.float32
+    assert torch.equal(found, want)
+
+
+def test_builds_and_draws_follow_the_seed_alone():
+    before = torch.get_rng_state()
+    a, b, other = (make_case(seed=seed)[0] for seed in (3, 3, 4))
+    draws = [a.sample(step, ["x", "y"]).sources for step in range(300)]
+    assert torch.equal(torch.get_rng_state(), before)
+    for p, q in zip(a.parameters(), b.parameters()):
+        assert torch.equal(p, q)
+    assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), other.parameters()))
+    assert all(torch.equal(b.sample(step, ["z"]).sources, draw) for step, draw in enumerate(draws))
+    for t in range(4):
+        assert all(sorted(draw[t].tolist()) == [s for s in range(4) if s != t] for draw in draws)
+        counts = [sum(draw[t, 0].item() == s for draw in draws) for s in range(4) if s != t]
+        assert min(counts) > 70, counts
+
+
+def test_films_learn_ten_times_as_fast():
+    regularizer, *_ = make_case()
+    rest, films = regularizer.build_optimizer(1e-4, 0.0).param_groups
+    assert (rest["lr"], films["lr"]) == (1e-4, pytest.approx(1e-3))
+    assert {tuple(p.shape) for p in films["params"]} == {(12, 4), (12, 5), (12, 6)}  # pairs x channels
+    assert len(rest["params"]) + len(films["params"]) == len(list(regularizer.parameters()))
+
+
+def test_what_a_user_may_get_wrong():
+    with pytest.raises(UserError, match="at least two tasks"):
+        CrossTaskConsistency(make_tasks(("depth",)), {"depth": 4})
+    with pytest.raises(UserError, match=r"source_rule=none.*auto"):
+        CrossTaskConsistency(make_tasks(), dict.fromkeys(NAMES, 4), source_rule="none")
+    with pytest.raises(UserError, match=r"tap=final.*4, 5"):
+        CrossTaskConsistency(make_tasks(), dict.fromkeys(NAMES, 4) | {"edge": 5}, tap="final")
+
+
+@pytest.mark.parametrize("labels", ["full", "one"])
+def test_training_takes_steps(labels, tmp_path):
+    words = [*TINY, "regularizer=mtpsl", f"data.labels={labels}"]
+    train(composed(*words), tmp_path)
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    config = composed(*words)
+    tasks = build.build_tasks(config)
+    model = build.build_model(config, tasks, pretrained=False)
+    regularizer = build.build_regularizer(config, tasks, model)
+    assert isinstance(regularizer, CrossTaskConsistency)
+    assert state["model"].keys() == model.state_dict().keys()
+    own = regularizer.state_dict()
+    assert state["regularizer"].keys() == own.keys()
+    moved = [name for name, start in own.items() if not torch.equal(start, state["regularizer"][name])]
+    assert any("gamma" in name for name in moved)
+    assert any("stems" in name for name in moved)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    told = [record for record in records if record["kind"] == "contrast"]
+    assert any(key.endswith("/apart") for record in told for key in record)
