@@ -11,25 +11,30 @@ What the paper states and what is our choice is said in ``configs/regularizer/co
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mtcl.contrastive import criteria
 from mtcl.contrastive.optimizer import SliceAdamW
 from mtcl.contrastive.projector import Projector
-from mtcl.contrastive.sampling import Draw, draw_pixels, draw_sources, read_features, read_labels
-from mtcl.contrastive.triplets import pick, triplet_loss
+from mtcl.contrastive.relations import Pairs, distances, other_pixel, relate, within
+from mtcl.contrastive.sampling import Draw, draw_pixels, draw_sources, even_quotas, read_features, read_labels
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
+from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
+CRITERIA = ("triplet", "semihard", "ranked", "infonce")
+RANKED_TOP = 5.0  # times "far": label distances beyond are not told apart by "ranked"
+CANDIDATES = 8  # times K pixels are looked at when quotas are wanted
 
 
 class RegularizerOutput(NamedTuple):
-    loss: Tensor  # scalar: the mean of ``losses`` over the targets that have an anchor
+    loss: Tensor  # scalar: ``losses`` as the regulariser combines them; contrast: the mean over targets with an anchor
     losses: dict[str, Tensor]  # target -> scalar; zero, with its graph, where no anchor is to be had
 
 
@@ -74,9 +79,21 @@ class Contrastive(Regularizer):
         tasks: name -> task, at least two; each is a target and a source.
         channels: task -> channels C_t of its tapped feature map.
         seed: of the projectors' start and of every draw; torch's global generator is never touched.
-        pixels: K, sampled per image, uniformly, at label resolution.
-        margin: of the triplet loss, on squared distances of unit vectors (0..4).
+        sources: ``other``: a random other task (the paper); ``self``: the target itself, a control; ``any``: a random
+            task, the target included; a task's name: always that one (it has a random other one itself).
+        exclude: pairs ``target<-source`` that are never drawn.
+        shuffle: a control: an image's source labels are those of the next image of the batch.
+        pixels: K, sampled per image at label resolution.
+        quotas: each class (range of depth, direction) of an image's source label has an equal part in the K; else
+            uniform.
+        window: pairs lie at most this part of the picture's height and width apart; None: anywhere.
+        agree: positives of the source that the target's own label calls different are left out.
+        across_images: pairs may lie in different images of a batch.
+        criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``;
+            see :mod:`mtcl.contrastive.criteria`.
+        margin: of the first three, on squared distances of unit vectors (0..4). ``temperature``: of ``infonce``.
         dim: D, of the projected features. ``hidden``: width inside the projector; None: a linear projector.
+        share: one projector per ``pair`` (the paper), per ``target``, or one for ``all`` (widths must be equal).
         thresholds: task -> (near, far) in the units of its label distance; by default the task's own.
         tap: which of a model's taps :meth:`penalty` reads.
     """
@@ -87,10 +104,20 @@ class Contrastive(Regularizer):
         channels: Mapping[str, int],
         *,
         seed: int = 0,
+        sources: str = "other",
+        exclude: Collection[str] = (),
+        shuffle: bool = False,
         pixels: int = 256,
+        quotas: bool = False,
+        window: float | None = None,
+        agree: bool = False,
+        across_images: bool = False,
+        criterion: str = "triplet",
         margin: float = 0.5,
+        temperature: float = 0.1,
         dim: int = 64,
         hidden: int | None = 64,
+        share: str = "pair",
         thresholds: Mapping[str, tuple[float, float]] | None = None,
         tap: str = "final",
     ):
@@ -99,25 +126,53 @@ class Contrastive(Regularizer):
             raise UserError("cross-task contrast needs at least two tasks; use regularizer=none for one")
         if not 1 <= pixels < 2**15:
             raise UserError(f"regularizer.options.pixels={pixels} must be from 1 to {2**15 - 1}")
+        if criterion not in CRITERIA:
+            raise UserError(f"regularizer.options.criterion={criterion} is not known; choose {', '.join(CRITERIA)}")
         self.tasks = dict(tasks)
         self.names = list(tasks)
-        self.seed, self.pixels, self.margin, self.tap = seed, pixels, margin, tap
+        self.seed, self.pixels, self.tap = seed, pixels, tap
+        self.shuffle, self.quotas, self.window, self.agree = shuffle, quotas, window, agree
+        self.across_images, self.criterion, self.margin, self.temperature = (
+            across_images,
+            criterion,
+            margin,
+            temperature,
+        )
+        self.allowed = allowed_sources(self.names, sources, exclude)
         chosen = dict(thresholds or {})
         self.thresholds = {name: chosen.get(name) or (task.near, task.far) for name, task in tasks.items()}
         for name, (near, far) in self.thresholds.items():
             if not 0 <= near < far:
                 raise UserError(f"regularizer.thresholds.{name}=[{near}, {far}] must be 0 <= near < far")
-        generator = torch.Generator().manual_seed(seed)
-        self.projectors = nn.ModuleDict(
-            {t: Projector(len(tasks), channels[t], hidden, dim, generator) for t in self.names}
-        )
+        self.share = share
+        self.projectors = self._build_projectors(channels, hidden, dim)
+        # Near, far, and where "ranked" stops telling distances apart: of placed labels, see Task.place.
+        spans = [[task.span(d) for d in self.thresholds[name]] for name, task in tasks.items()]
+        tops = [far if near == 0 else RANKED_TOP * far for near, far in spans]
+        self.spans: Tensor
+        self.register_buffer("spans", torch.tensor([[*s, t] for s, t in zip(spans, tops)]), persistent=False)
         # Sums since the last summary: [target, source, (pixels, anchors, active triplets, sum d_ap, sum d_an)]
         self.sums: Tensor
         self.register_buffer("sums", torch.zeros(len(tasks), len(tasks), 5), persistent=False)
 
+    def _build_projectors(self, channels: Mapping[str, int], hidden: int | None, dim: int) -> nn.ModuleDict:
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.share == "pair":
+            return nn.ModuleDict(
+                {t: Projector(len(self.names), channels[t], hidden, dim, generator) for t in self.names}
+            )
+        if self.share == "target":
+            return nn.ModuleDict({t: Projector(1, channels[t], hidden, dim, generator) for t in self.names})
+        if self.share != "all":
+            raise UserError(f"regularizer.options.share={self.share} is not known; choose pair, target or all")
+        if len({channels[t] for t in self.names}) > 1:
+            raise UserError("regularizer.options.share=all needs features of equal width; choose pair or target")
+        return nn.ModuleDict(dict.fromkeys(self.names, Projector(1, channels[self.names[0]], hidden, dim, generator)))
+
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """The step's sources (equal on every rank) and each image's pixels."""
-        return Draw(draw_sources(self.seed, step, len(self.tasks)), draw_pixels(self.seed, step, ids, self.pixels))
+        count = self.pixels * (CANDIDATES if self.quotas else 1)
+        return Draw(draw_sources(self.seed, step, self.allowed), draw_pixels(self.seed, step, ids, count))
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Projectors that were not drawn take no step."""
@@ -133,44 +188,93 @@ class Contrastive(Regularizer):
         that the taps cover (None: that of the labels)."""
         height, width = next(iter(labels.values())).shape[-2:]
         size = (height, width)
-        valid, positive, negative = self._relations(labels, draw.pixels)  # (T, B, K), 2 x (T, B, K, K)
-        has_labels = valid.any(dim=2)  # (T, B)
-        images = torch.arange(has_labels.shape[1], device=has_labels.device)
-        losses, has_anchor = {}, []
-        for t, target in enumerate(self.names):
-            source = first_available(draw.sources[t], has_labels)  # (B,)
-            feature = read_features(taps[target], draw.pixels, size, frame or size)  # (B, K, C_t), fp32
-            z = self.projectors[target](feature, source)  # (B, K, D), unit vectors
-            p, n, anchor = pick(positive[source, images], negative[source, images])  # (B, K) each
-            losses[target], stats = triplet_loss(z, p, n, anchor, self.margin)  # scalar, (B, 4)
-            has_anchor.append(anchor.any())
-            self._record(t, source, stats)
-        present = torch.stack(has_anchor).float()
-        total = (torch.stack(list(losses.values())) * present).sum() / present.sum().clamp(min=1)
-        return RegularizerOutput(total, losses)
+        with torch.no_grad():
+            source, pixels, place, own, valid = self._look(labels, draw)
+        z = torch.stack(
+            [self._project(t, taps, pixels[t % len(pixels)], source[t], size, frame) for t in range(len(self.names))]
+        )
+        if self.criterion == "ranked":
+            found = criteria.ranked(z, place, valid, self.spans[source][..., 2], self.margin)
+        else:
+            with torch.no_grad():
+                pairs = self._pairs(source, pixels, place, own, valid, size)
+            z = z.flatten(1, 2)[:, None] if self.across_images else z
+            if self.criterion == "infonce":
+                found = criteria.infonce(z, pairs, self.temperature)
+            else:
+                found = getattr(criteria, self.criterion)(z, pairs, self.margin)
+        self._record(source, found.stats)
+        present = found.present.to(found.losses)
+        total = (found.losses * present).sum() / present.sum().clamp(min=1)
+        return RegularizerOutput(total, dict(zip(self.names, found.losses.unbind())))
+
+    def _look(self, labels: Mapping[str, Tensor], draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """At the labels: each target's source in each image (T, B), its pixels (T or 1, B, K, 2), where their source
+        labels and the target's own are placed (T, B, K, 3), and which are valid (T, B, K)."""
+        read = {name: read_labels(labels[name], draw.pixels) for name in self.names}  # (B, M, c)
+        known = torch.stack(
+            [
+                task.valid(read[name].mT[..., None] if labels[name].ndim == 4 else read[name])[..., 0]
+                for name, task in self.tasks.items()
+            ]  # at the pixels alone: they are a label of M rows and one column
+        )  # (S, B, M)
+        places = torch.stack([task.place(read[name]) for name, task in self.tasks.items()])  # (S, B, M, 3)
+        strata = torch.stack([task.stratum(read[name]) for name, task in self.tasks.items()]) if self.quotas else None
+        own = places
+        if self.shuffle:
+            known, places = known.roll(1, dims=1), places.roll(1, dims=1)
+            strata = None if strata is None else strata.roll(1, dims=1)
+        source = first_available(draw.sources, known.any(dim=2))  # (T, B)
+        images = torch.arange(source.shape[1], device=source.device)
+        valid, place = known[source, images], places[source, images]
+        pixels = draw.pixels[None]  # the same for all targets
+        if strata is None:
+            return source, pixels, place, own, valid
+        index = even_quotas(strata[source, images], valid, self.pixels)  # (T, B, K)
+        pixels, place, own = (torch.take_along_dim(x, index[..., None], dim=2) for x in (pixels, place, own))
+        return source, pixels, place, own, valid.gather(2, index)
+
+    def _project(
+        self, t: int, taps: Mapping[str, Tensor], pixels: Tensor, source: Tensor, size: Size, frame: Size | None
+    ) -> Tensor:
+        """z = normalize(P_ts(F_t)) of target number ``t`` at its pixels: (B, K, D), fp32."""
+        feature = read_features(taps[self.names[t]], pixels, size, frame or size)  # (B, K, C_t)
+        return self.projectors[self.names[t]](feature, source if self.share == "pair" else torch.zeros_like(source))
+
+    def _pairs(self, source: Tensor, pixels: Tensor, place: Tensor, own: Tensor, valid: Tensor, size: Size) -> Pairs:
+        """The relations (T, B, K, K) by which an anchor's positives and negatives are told; (T, 1, B K, B K) across
+        images."""
+        limits = self.spans[source]  # (T, B, 3)
+        mine = self.spans[:, None].expand_as(limits)  # of the target's own labels
+        if self.across_images:
+            group = torch.arange(source.shape[1], device=source.device).repeat_interleave(self.pixels)
+            kind = source.repeat_interleave(self.pixels, dim=1)[:, None]  # (T, 1, B K)
+            valid = valid.flatten(1, 2)[:, None] & (kind == kind[..., :1])  # labels of one source compare
+            pixels, place, own = (x.flatten(1, 2)[:, None] for x in (pixels, place, own))
+            different = other_pixel(pixels, size) | (group[:, None] != group[None, :])
+            limits, mine = limits[:, :1], mine[:, :1]
+        else:
+            different = other_pixel(pixels, size)
+        positive, negative = relate(place, valid, limits[..., 0], limits[..., 1])
+        positive = positive & different
+        if self.agree:
+            positive = positive & ~(distances(own) >= mine[..., 1, None, None])
+        if self.window is not None:
+            near = within(pixels, self.window)
+            positive, negative = positive & near, negative & near
+        return Pairs(positive, negative)
 
     @torch.no_grad()
-    def _relations(self, labels: Mapping[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Which sampled pixels are alike, and which differ, under each task's labels."""
-        valid, positive, negative = [], [], []
-        itself = torch.eye(pixels.shape[1], dtype=torch.bool, device=pixels.device)
-        for name, task in self.tasks.items():
-            near, far = self.thresholds[name]
-            label = read_labels(labels[name], pixels)  # (B, K, c)
-            ok = read_labels(task.valid(labels[name]), pixels)[..., 0]  # (B, K)
-            distance = task.distance(label, label)  # (B, K, K)
-            both = ok[:, :, None] & ok[:, None, :]
-            valid.append(ok)
-            positive.append(both & (distance <= near) & ~itself)
-            negative.append(both & (distance >= far))
-        return torch.stack(valid), torch.stack(positive), torch.stack(negative)
-
-    @torch.no_grad()
-    def _record(self, target: int, source: Tensor, stats: Tensor) -> None:
-        counted = torch.cat([torch.full_like(stats[:, :1], float(self.pixels)), stats], dim=1)  # (B, 5)
-        drawn = torch.nn.functional.one_hot(source, len(self.names)).to(counted)  # (B, S)
+    def _record(self, source: Tensor, stats: Tensor) -> None:
+        group_size = 1
+        if self.across_images:  # one group for all images: counted for the first one's source
+            source, group_size = source[:, :1], source.shape[1]
+        pixels = torch.full_like(stats[..., :1], float(self.pixels) * group_size)
+        counted = torch.cat([pixels, stats], dim=-1)  # (T, B, 5)
+        every = torch.arange(len(self.names), device=source.device)
+        drawn = (source[..., None] == every).to(counted)  # (T, B, S); one_hot would wait for the device
         # Not a matrix product: under autocast that would count in bf16.
-        self.sums[target] += (drawn[:, :, None] * counted[:, None]).sum(dim=0)
+        self.sums += (drawn[..., None] * counted[:, :, None]).sum(dim=1)
 
     def summary(self) -> dict[str, float]:
         """Per (target, source) drawn since the last call: share of pixels that were anchors (``anchors``), of triplets
@@ -191,9 +295,36 @@ class Contrastive(Regularizer):
 
 
 def first_available(order: Tensor, has_labels: Tensor) -> Tensor:
-    """Each image's source: the first task of the drawn ``order`` (T - 1,) that labels it.
+    """Each image's source: the first task of the drawn ``order`` (..., n) that labels it, int64 (..., B).
 
-    ``has_labels``: bool (T, B). With all labels present this is the batch's one draw, ``order[0]``; an image that lacks
-    it (partial labels, all void) goes on to the next, which is uniform among those it has. None at all: ``order[0]``.
+    ``has_labels``: bool (S, B). With all labels present this is the batch's one draw, ``order[..., 0]``; an image that
+    lacks it (partial labels, all void) goes on to the next, which is uniform among those it has. None: the first.
     """
-    return order[has_labels[order].to(torch.uint8).argmax(dim=0)]
+    first = has_labels[order].to(torch.uint8).argmax(dim=-2)  # (..., B)
+    return order.gather(-1, first)
+
+
+def allowed_sources(names: Sequence[str], sources: str, exclude: Collection[str]) -> list[list[int]]:
+    """For each target the sources that may be drawn; UserError for words that say nothing, or leave a target without
+    any."""
+    count = len(names)
+    if sources in names:
+        always = names.index(sources)
+        found = [[always] if t != always else [s for s in range(count) if s != t] for t in range(count)]
+    elif sources == "self":
+        found = [[t] for t in range(count)]
+    elif sources in ("other", "any"):
+        found = [[s for s in range(count) if s != t or sources == "any"] for t in range(count)]
+    else:
+        raise UserError(f"regularizer.options.sources={sources} is not known; choose other, self, any or a task in use")
+    every = {f"{t}<-{s}" for t in TASK_NAMES for s in TASK_NAMES}
+    for pair in exclude:
+        if pair not in every:
+            raise UserError(
+                f"regularizer.options.exclude: {pair} is no pair target<-source, e.g. {names[0]}<-{names[1]}"
+            )
+    found = [[s for s in own if f"{names[t]}<-{names[s]}" not in exclude] for t, own in enumerate(found)]
+    for name, own in zip(names, found):
+        if not own:
+            raise UserError(f"regularizer.options.exclude leaves {name} without a source; leave one of its pairs in")
+    return found

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch.utils.data import DataLoader
 
-from mtcl.contrastive import Regularizer
+from mtcl.contrastive import Contrastive, GradientShare, Regularizer
 from mtcl.data import Augment, Reader, eval_loader, partly_labelled, train_loader
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder, build_backbone
@@ -160,15 +160,28 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     if settings._target_ is None or len(tasks) < 2:  # one task has no other to contrast with
         return None
     options = plain(settings.options)
+    options.setdefault("tap", "final")
     if options["tap"] not in model.tap_channels:
         raise UserError(
             f"regularizer.options.tap={options['tap']} is not a tap of this decoder; "
             f"choose one of {', '.join(model.tap_channels)}"
         )
-    options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
+    if "thresholds" in options:
+        options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
     kind = locate(settings._target_, "regularizer", Regularizer)
     channels = model.tap_channels[options["tap"]]
     return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
+
+
+def build_share(config: DictConfig, regularizer: Regularizer | None, device: torch.device) -> GradientShare | None:
+    balance = config.regularizer.balance
+    if balance not in ("fixed", "gradient"):
+        raise UserError(f"regularizer.balance={balance} is not known; choose fixed or gradient")
+    if regularizer is None or balance == "fixed":
+        return None
+    if not isinstance(regularizer, Contrastive):
+        raise UserError("regularizer.balance=gradient is for regularizer=contrastive; use fixed")
+    return GradientShare(regularizer.names).to(device)
 
 
 def build_optimizers(
@@ -229,7 +242,10 @@ def build_trainer(
         higher_is_better=higher_is_better,
         config=saved_config(config, model),
         meta={"tasks": described(tasks)},
-        weight=regularizer_weight(config.regularizer.weight, config.regularizer.warmup_steps),
+        weight=regularizer_weight(
+            config.regularizer.weight, settings.max_steps, config.regularizer.warmup_steps, config.regularizer.until
+        ),
+        share=build_share(config, regularizer, device),
         precision=settings.precision,
         clip_norm=settings.clip_norm,
         val_interval=settings.val_interval,

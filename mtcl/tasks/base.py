@@ -59,6 +59,20 @@ class Task(ABC):
         """
 
     @abstractmethod
+    def place(self, label: Tensor) -> Tensor:
+        """Sampled labels (..., K, c) as points (..., K, 3), float32: Euclidean distance orders pairs as
+        :meth:`distance` does, and is :meth:`span` of it. Meaningless, but finite, where a label is invalid."""
+
+    def span(self, distance: float) -> float:
+        """The distance of two points (see :meth:`place`) whose labels are ``distance`` apart."""
+        return distance
+
+    @abstractmethod
+    def stratum(self, label: Tensor) -> Tensor:
+        """Sampled labels (..., K, c) as one of up to 256 groups (classes, ranges) of which a sample should hold equal
+        parts: int64 (..., K)."""
+
+    @abstractmethod
     def draw(self, array: np.ndarray) -> np.ndarray:
         """Colour a label, or a prediction after :meth:`decoded`, in label layout: uint8 RGB (H, W, 3)."""
 

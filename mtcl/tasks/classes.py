@@ -7,10 +7,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mtcl.tasks.base import Task
 from mtcl.tasks.colours import RGB, VOID_COLOUR, class_colours
+
+
+def number_line(label: Tensor) -> Tensor:
+    """One value per pixel (..., K, 1) as points (..., K, 3) of a line."""
+    return F.pad(label.float(), (0, 2))
 
 
 def differ(a: Tensor, b: Tensor) -> Tensor:
@@ -38,6 +44,13 @@ class ClassTask(Task):
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         return differ(a, b)
+
+    def place(self, label: Tensor) -> Tensor:
+        """Different classes are at least 1 apart; how far beyond means nothing."""
+        return number_line(label)
+
+    def stratum(self, label: Tensor) -> Tensor:
+        return label[..., 0].long()
 
     def collated(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).long()

@@ -1,5 +1,6 @@
 """Depth."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
+from mtcl.tasks.classes import number_line
 from mtcl.tasks.colours import RGB, VOID_COLOUR, rgb
 
 
@@ -48,8 +50,14 @@ class Depth(Task):
         return ((label > 0) & label.isfinite())[:, 0]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        log_a, log_b = (depth.float().clamp(1e-6, 1e6).log() for depth in (a, b))  # a void 0 stays finite
-        return (log_a - log_b.transpose(1, 2)).abs()
+        return (_log(a) - _log(b).transpose(1, 2)).abs()
+
+    def place(self, label: Tensor) -> Tensor:
+        return number_line(_log(label))
+
+    def stratum(self, label: Tensor) -> Tensor:
+        """Steps of :attr:`far`, from 0.1 m on."""
+        return ((_log(label)[..., 0] - math.log(0.1)) / self.far).long().clamp(0, 255)
 
     def collated(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).float().unsqueeze(1)
@@ -77,3 +85,8 @@ class Depth(Task):
     def scaled(self, label: np.ndarray, factor: float) -> np.ndarray:
         """Enlarged by ``factor``, a thing looks as if it were that much nearer."""
         return label / np.float32(factor)
+
+
+def _log(depth: Tensor) -> Tensor:
+    """A void 0 stays finite."""
+    return depth.float().clamp(1e-6, 1e6).log()

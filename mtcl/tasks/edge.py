@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
-from mtcl.tasks.classes import differ
+from mtcl.tasks.classes import differ, number_line
 from mtcl.tasks.colours import RGB
 
 
@@ -47,6 +47,12 @@ class Edge(Task):
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         return differ(a, b)
+
+    def place(self, label: Tensor) -> Tensor:
+        return number_line(label)
+
+    def stratum(self, label: Tensor) -> Tensor:
+        return label[..., 0].long()
 
     def collated(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).float().unsqueeze(1)

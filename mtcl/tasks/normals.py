@@ -1,5 +1,6 @@
 """Surface normals."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,6 +68,18 @@ class Normals(Task):
         exact = "donot_use_mm_for_euclid_dist"  # the faster mode cancels for vectors close to each other
         apart, across = torch.cdist(a, b, compute_mode=exact), torch.cdist(a, -b, compute_mode=exact)
         return torch.rad2deg(2 * torch.atan2(apart, across))
+
+    def place(self, label: Tensor) -> Tensor:
+        return F.normalize(label.float(), dim=-1)
+
+    def span(self, distance: float) -> float:
+        """The chord of an angle; beyond 180 degrees there is none."""
+        return 2 * math.sin(math.radians(distance) / 2) if distance <= 180 else math.inf
+
+    def stratum(self, label: Tensor) -> Tensor:
+        """The axis that is nearest: left, right, up, down, to and from the viewer."""
+        _, axis = label.float().abs().max(dim=-1)
+        return 2 * axis + (label.gather(-1, axis[..., None])[..., 0] < 0)
 
     def collated(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).float()

@@ -70,9 +70,9 @@ def ramp(step: int, steps: int) -> float:
     return min((step + 1) / steps, 1.0) if steps else 1.0
 
 
-def regularizer_weight(weight: float, warmup_steps: int = 0) -> Schedule:
-    """lambda(step): ``weight``, reached linearly over ``warmup_steps``."""
-    return lambda step: weight * ramp(step, warmup_steps)
+def regularizer_weight(weight: float, max_steps: int, warmup_steps: int = 0, until: float = 1.0) -> Schedule:
+    """lambda(step): ``weight``, reached linearly over ``warmup_steps``; 0 after the part ``until`` of the training."""
+    return lambda step: weight * ramp(step, warmup_steps) if step < until * max_steps else 0.0
 
 
 class ScheduledOptimizer:

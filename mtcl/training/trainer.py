@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtcl.contrastive import Regularizer
+from mtcl.contrastive import GradientShare, Regularizer, RegularizerOutput
 from mtcl.contrastive.diagnostics import gradients_at_taps
 from mtcl.data import Batch, prepare
 from mtcl.errors import UserError
@@ -33,6 +33,7 @@ class Trainer:
     Args:
         regularizer: None switches it off; ``weight`` is its lambda as a function of the step. Where that is 0 it only
             watches: the run is bit-equal to one without it.
+        share: ``weight`` is then the part that the contrast's gradient at F_t has of the task's; None: a plain factor.
         balancer: turns the losses, one per objective, into gradients.
         optimizer: the model's; ``regularizer_optimizer``: the projectors', None without a regulariser.
         batches: endless training batches, from ``start_step`` on.
@@ -62,6 +63,7 @@ class Trainer:
         config: Mapping[str, Any],
         meta: Mapping[str, Any],
         weight: Schedule = lambda step: 0.0,
+        share: GradientShare | None = None,
         precision: str = "auto",
         clip_norm: float | None = None,
         val_interval: int | None = None,
@@ -77,7 +79,7 @@ class Trainer:
         self.max_steps, self.step, self.log_interval = max_steps, start_step, log_interval
         self.val_interval, self.checkpoint_interval = val_interval, checkpoint_interval
         self.validate_first = validate_first
-        self.weight = weight
+        self.weight, self.share = weight, share
         self.monitor, self.higher_is_better, self.best = monitor, higher_is_better, math.nan
         self.config, self.meta = dict(config), dict(meta)
         self.first: Evaluation | None = None  # before the first step
@@ -122,24 +124,24 @@ class Trainer:
         image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
         with autocast(self.device, self.precision):
             output = self.model(image)
+        weight, contrast = self.weight(self.step), None
+        if self.regularizer is not None:
+            draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
+            # With weight 0 the model's graph, and so its gradient, stays untouched. Before the tasks' losses: backward
+            # goes the other way round, and the contrast's gradient maps then fit below the peak of the tasks'.
+            with torch.set_grad_enabled(weight > 0):
+                contrast = self.regularizer.penalty(output, labels, draw)
         losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
         values = {name: loss.detach() for name, loss in losses.items()}
         watched = {f"loss of {name}": value for name, value in values.items()}
         if with_diagnostics:  # a batch without a task's labels has no loss to show for it
             values |= {n: torch.where(t.valid(labels[n]).any(), values[n], math.nan) for n, t in self.tasks.items()}
-        if self.regularizer is not None:
-            weight = self.weight(self.step)
-            draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
-            # With weight 0 the model's graph, and so its gradient, stays untouched.
-            with torch.set_grad_enabled(weight > 0):
-                contrast = self.regularizer.penalty(output, labels, draw)
+        if contrast is not None:
             values["contrast"] = watched["loss of contrast"] = contrast.loss.detach()
             if weight > 0:
-                if with_diagnostics:
-                    total = torch.stack([task.weight * losses[name] for name, task in self.tasks.items()]).sum()
-                    found = gradients_at_taps(total, weight * contrast.loss, output.taps[self.regularizer.tap])
-                    values |= {f"gradient/{name}": value for name, value in found.items()}
-                losses["contrast"] = weight * contrast.loss
+                term, gradients = self._contrast(losses, contrast, output, weight, with_diagnostics)
+                values |= {f"gradient/{name}": value for name, value in gradients.items()}
+                losses["contrast"] = term
         self.balancer.backward(losses, self.model.shared_parameters())
         if self.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
@@ -153,6 +155,26 @@ class Trainer:
             self.regularizer_optimizer.step(self.step)
             self.regularizer_optimizer.zero_grad()
         return values
+
+    def _contrast(
+        self,
+        losses: Mapping[str, Tensor],
+        contrast: RegularizerOutput,
+        output: DenseOutput,
+        weight: float,
+        with_diagnostics: bool,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The contrast as it enters the step, and on request its gradients beside the tasks'."""
+        assert self.regularizer is not None
+        total = torch.stack([task.weight * losses[name] for name, task in self.tasks.items()]).sum()
+        taps, term = output.taps[self.regularizer.tap], contrast.loss
+        if self.share is not None:
+            if self.step % self.share.every == 0:
+                both = gradients_at_taps(total, torch.stack(list(contrast.losses.values())).sum(), taps)
+                norms = ({name: both[f"{name}/norm_{kind}"] for name in taps} for kind in ("task", "contrast"))
+                self.share.update(*norms)
+            term = self.share.total(contrast.losses)
+        return weight * term, gradients_at_taps(total, weight * term, taps) if with_diagnostics else {}
 
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each task's loss, with those of its intermediate predictions added (factor 1, as InvPT)."""
@@ -178,6 +200,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "ema": None,
             "regularizer": None if regularizer is None else regularizer.state_dict(),
+            "share": None if self.share is None else self.share.state_dict(),
             "optimizer": {
                 "model": self.optimizer.optimizer.state_dict(),
                 "regularizer": None if its_optimizer is None else its_optimizer.optimizer.state_dict(),
@@ -199,6 +222,8 @@ class Trainer:
             else:
                 self.regularizer.load_state_dict(state["regularizer"])
                 self.regularizer_optimizer.load(state["optimizer"]["regularizer"])
+        if self.share is not None and state.get("share") is not None:
+            self.share.load_state_dict(state["share"])
         if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run goes on in another folder
             self.best = state["meta"]["best"]
         self.step = state["step"]

@@ -1,0 +1,43 @@
+"""Which sampled pixels are alike, and which differ, under a task's labels: one rule for discrete and continuous ones.
+
+Every task places its labels in a space of three dimensions in which Euclidean distance orders pairs as its label
+distance does (``Task.place``, ``Task.span``). So one batched distance serves all sources of a step.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EXACT = "donot_use_mm_for_euclid_dist"  # the faster mode cancels for labels close to each other
+
+
+class Pairs(NamedTuple):
+    """Relations among the K pixels of each group (an image, or all images of a batch): bool (T, B, K, K)."""
+
+    positive: Tensor
+    negative: Tensor
+
+
+def distances(place: Tensor) -> Tensor:
+    """Placed labels (T, B, K, 3) -> their distances (T, B, K, K)."""
+    return torch.cdist(place, place, compute_mode=EXACT)
+
+
+def relate(place: Tensor, valid: Tensor, near: Tensor, far: Tensor) -> Pairs:
+    """Positive up to ``near`` and negative from ``far`` on, both (T, B), where both pixels are ``valid`` (T, B, K)."""
+    apart = distances(torch.where(valid[..., None], place, torch.nan))  # no comparison with NaN holds
+    return Pairs(apart <= near[..., None, None], apart >= far[..., None, None])
+
+
+def other_pixel(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Whether two sampled pixels (..., K, 2) are different pixels of a map of ``size``: bool (..., K, K). A position
+    that was sampled twice is no pair with itself."""
+    row = (pixels[..., 0] * size[0]).int()
+    index = row * size[1] + (pixels[..., 1] * size[1]).int()
+    return index[..., :, None] != index[..., None, :]
+
+
+def within(pixels: Tensor, window: float) -> Tensor:
+    """Whether two sampled pixels lie at most ``window`` (a part of the picture's height and of its width) apart."""
+    return torch.cdist(pixels, pixels, p=torch.inf) <= window

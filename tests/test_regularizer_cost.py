@@ -1,0 +1,172 @@
+"""What the regulariser costs: no map of its own, no wait of the host, one graph; and the script that measures it."""
+
+import json
+import runpy
+
+import pytest
+import torch
+from conftest import ROOT, TINY
+
+from mtcl.contrastive import Contrastive
+from mtcl.models import DenseOutput
+from mtcl.tasks import build_task
+
+NAMES = ("semseg", "depth", "normals", "edge")
+CHANNELS, MAP, SIZE, BATCH = 32, (96, 128), (384, 512), 2
+MAP_BYTES = 4 * BATCH * CHANNELS * MAP[0] * MAP[1]
+OPTIONS = [
+    {},
+    {"criterion": "semihard"},
+    {"criterion": "ranked"},
+    {"criterion": "infonce"},
+    {"quotas": True, "agree": True, "window": 0.5},
+    {"across_images": True, "sources": "any"},
+]
+
+script = runpy.run_path(str(ROOT / "scripts" / "benchmark_step.py"), run_name="benchmark_step")
+Watch, peak = script["Watch"], script["peak"]
+
+
+def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
+    """A regulariser, a model's output, and its labels with some void."""
+    generator = torch.Generator().manual_seed(0)
+    void = torch.rand(BATCH, 1, *size, generator=generator) < 0.1
+    labels = {
+        "semseg": torch.randint(0, 5, (BATCH, *size), generator=generator).masked_fill(void[:, 0], 255),
+        "depth": (torch.rand(BATCH, 1, *size, generator=generator) * 5 + 1).masked_fill(void, 0),
+        "normals": torch.nn.functional.normalize(torch.randn(BATCH, 3, *size, generator=generator)),
+        "edge": (torch.rand(BATCH, 1, *size, generator=generator) < 0.3).float().masked_fill(void, 255),
+    }
+    taps = {name: torch.randn(BATCH, CHANNELS, *shape, generator=generator) for name in NAMES}
+    taps = {name: tap.contiguous(memory_format=layout).requires_grad_() for name, tap in taps.items()}
+    tasks = {name: build_task(name, **({"class_names": tuple("abcde")} if name == "semseg" else {})) for name in NAMES}
+    regularizer = Contrastive(tasks, dict.fromkeys(NAMES, CHANNELS), **{"pixels": 16, "dim": 8, "hidden": 8} | options)
+    return regularizer, DenseOutput({}, {"final": taps}, [], size), labels
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_no_map_is_made_and_nothing_is_waited_for(options, layout):
+    regularizer, output, labels = make(layout=layout, **options)
+    draw = regularizer.sample(0, ["a", "b"])
+    with Watch() as forward:
+        loss = regularizer.penalty(output, labels, draw).loss
+    assert loss.item() > 0
+    assert sum(made.floating for made in forward.made) > 10
+    assert forward.largest.bytes < MAP_BYTES / 20, forward.largest  # what is read at 16 pixels: 1/770 of a map
+    with Watch() as backward:
+        loss.backward()
+    assert backward.largest.bytes == MAP_BYTES, "the gradient of a target's features, and nothing above it"
+    assert not forward.waits
+    assert not backward.waits
+
+
+def test_an_optimiser_step_waits_for_nothing():
+    regularizer, output, labels = make((32, 48), (8, 12))
+    optimizer = regularizer.build_optimizer(lr=1e-3, weight_decay=1e-4)
+    for step in range(2):
+        regularizer.penalty(output, labels, regularizer.sample(step, ["a", "b"])).loss.backward()
+        with Watch() as watch:
+            optimizer.step()
+        assert watch.made
+        assert not watch.waits
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_peak_memory_is_the_gradients_of_the_features(layout):
+    regularizer, output, labels = make(layout=layout)
+    draw = regularizer.sample(0, ["a", "b"])
+    device, losses = torch.device("cpu"), []
+    forward = peak(lambda: losses.append(regularizer.penalty(output, labels, draw).loss), device)
+    assert 0 < forward < MAP_BYTES
+    assert peak(losses[0].backward, device) < (len(NAMES) + 0.5) * MAP_BYTES
+    for tap in output.taps["final"].values():
+        assert tap.grad.shape == tap.shape
+
+
+def test_one_graph_without_breaks_serves_every_draw():
+    regularizer, output, labels = make((32, 48), (8, 12))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(regularizer.penalty, fullgraph=True, backend="eager")
+    sources = set()
+    for step in range(3):
+        draw = regularizer.sample(step, [f"{step}", "b"])
+        sources.add(tuple(draw.sources[:, 0].tolist()))
+        got, want = compiled(output, labels, draw), regularizer.penalty(output, labels, draw)
+        torch.testing.assert_close(got.loss, want.loss)
+        torch.testing.assert_close(got.losses, want.losses)
+    assert len(sources) > 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()
+
+
+# --- The instruments themselves
+
+
+def test_watch_sees_what_is_made():
+    x = torch.randn(4, 8)
+    with Watch() as watch:
+        y = x.view(8, 4).t().expand(3, 4, 8).flatten(1, 1)[1:]
+        x.add_(1)
+    assert not watch.made
+    with Watch() as watch:
+        y.contiguous()
+        x > 0  # noqa: B015
+    assert [(made.bytes, made.floating) for made in watch.made] == [(2 * 32 * 4, True), (32, False)]
+    assert watch.largest.what == "aten.clone.default (2, 4, 8) float32"
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: torch.unique(x),
+        lambda x: x.index_put((x > 0,), torch.zeros(1)),
+    ],
+)
+def test_watch_sees_what_is_waited_for(work):
+    x = torch.tensor([1.0, -1.0, 2.0])
+    with Watch() as watch:
+        work(x)
+    assert watch.waits
+    with Watch() as watch:
+        x[torch.tensor([0, 1])], x.where(x > 0, 0.0), x.topk(2), x.masked_fill(x > 0, 1.0)
+    assert not watch.waits
+
+
+def test_peak_counts_what_is_alive_at_once():
+    def work():
+        first = torch.zeros(1000)
+        second = first + 1
+        del first
+        third = second + 1
+        return third.sum()
+
+    assert 8000 <= peak(work, torch.device("cpu")) < 8200
+
+
+@pytest.mark.slow
+def test_script_measures_and_profiles(cli, tmp_path):
+    words = [*TINY, "data.limit=null", "tasks=nyud"]
+    result = cli("scripts/benchmark_step.py", "--profile", "--steps", "2", "--json", f"{tmp_path}/out.json", *words)
+    assert result.code == 0, result.err
+    assert "waits of the host: none" in result.out
+    assert "graph: no break, 1 graph for 4 draws" in result.out
+    found = json.loads((tmp_path / "out.json").read_text())["as given"]
+    assert len(found["none"]["seconds"]) == len(found["contrastive"]["seconds"]) == 2
+    assert found["contrastive"]["held"] > found["none"]["held"] > 0
+    assert found["contrastive"]["step"] > found["none"]["step"] > 0
+    assert found["profile"]["seconds"].keys() == {"draw", "forward", "backward", "optimiser"}
+    assert all(seconds > 0 for seconds in found["profile"]["seconds"].values())
+
+
+@pytest.mark.slow
+def test_script_refuses_what_has_nothing_to_measure(cli):
+    assert "at least two tasks" in cli("scripts/benchmark_step.py", *TINY, "tasks=single_depth").err
+    assert "regularizer.weight is 0" in cli("scripts/benchmark_step.py", *TINY, "regularizer.weight=0").err
+    assert "--steps 0" in cli("scripts/benchmark_step.py", "--steps", "0", *TINY).err
