@@ -1,0 +1,373 @@
+"""The consistency picture: what a checkpoint's task features say of the pixels that each task's labels call alike."""
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from mtcl.contrastive import Contrastive
+from mtcl.contrastive.consistency import Tally, label_pairs, means, shared_histograms, squared_distances, tally
+from mtcl.contrastive.sampling import read_features, read_labels
+from mtcl.data import Reader
+from mtcl.data.loading import prepare
+from mtcl.data.sample import Batch
+from mtcl.entry import build
+from mtcl.entry.cli import sentence
+from mtcl.entry.consistency_figures import draw_distances, draw_separation
+from mtcl.entry.evaluate import dataset_of, overridden
+from mtcl.entry.report import run_facts
+from mtcl.entry.schema import check_config
+from mtcl.errors import UserError
+from mtcl.models.base import DenseModel
+from mtcl.tasks.base import Task
+from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.recorder import write_json
+from mtcl.training.runtime import choose_device
+
+PIXELS = 256  # per frame
+CHUNK = 16  # frames whose pairs are held at a time
+NEARNESS = "nearness"  # the reference: how far apart two pixels lie in the picture
+Tallies = dict[str, dict[str, Tally]]  # target -> source of the labels -> sums
+
+
+class Options(NamedTuple):
+    checkpoint: Path
+    compare: Path | None
+    target: str | None  # None: semseg, else the first task; "all": a picture each
+    frames: int
+    output: Path
+
+
+class Arm(NamedTuple):
+    """A trained model as far as it is looked at here."""
+
+    path: Path
+    step: int
+    name: str  # "contrast, weight 0.5"
+    model: DenseModel
+    regularizer: Contrastive | None  # with its trained projectors
+    trained: dict[str, list[str]]  # target -> sources whose projector is no longer the one that the run began with
+
+
+class Samples(NamedTuple):
+    """What was read at the same N frames' K pixels, on the CPU."""
+
+    ids: list[str]
+    places: Tensor  # (N, K, 2): row and column in pixels, as parts of the picture's diagonal
+    labels: dict[str, Tensor]  # task -> (N, K, c)
+    valid: dict[str, Tensor]  # task -> bool (N, K)
+    features: list[dict[str, Tensor]]  # for each arm: task -> (N, K, C_t)
+
+
+def parse(words: Sequence[str], now: str) -> tuple[Options, list[str]]:
+    """The script's own words, and the others: overrides of the checkpoint's config. ``now`` names the folder."""
+    own: dict[str, str] = {}
+    others = []
+    for word in words:
+        key, equals, value = word.partition("=")
+        if key in Options._fields and equals:
+            own[key] = value.strip("'\"")
+        else:
+            others.append(word)
+    if not own.get("checkpoint"):
+        raise UserError("consistency.py needs checkpoint=PATH, e.g. checkpoint=outputs/rooms/TIME/checkpoints/last.pt")
+    frames = own.get("frames", "64")
+    if not frames.isdecimal() or int(frames) < 1:
+        raise UserError(f"frames={frames} must be a whole number >= 1")
+    compare = own.get("compare")
+    return Options(
+        Path(own["checkpoint"]),
+        Path(compare) if compare else None,
+        own.get("target"),
+        int(frames),
+        Path(own.get("output", f"outputs/consistency/{now}")),
+    ), others
+
+
+def consistency(options: Options, overrides: Sequence[str], configs: Path) -> dict[str, Any]:
+    """Write consistency.json, separation.png and a consistency_TARGET.png per target into ``options.output``; what the
+    JSON holds.
+
+    ``overrides``: words for the checkpoint's config, as evaluate.py takes them; ``configs``: the folder they refer to.
+    """
+    if (options.output / "consistency.json").exists():
+        raise UserError(f"{options.output / 'consistency.json'} exists already; choose another output")
+    state = load_checkpoint(options.checkpoint)
+    settings = restored(state, options.checkpoint, overrides, configs)
+    tasks = build.build_tasks(settings)
+    build.check_tasks(state["meta"]["tasks"], tasks, options.checkpoint)
+    targets = choose_targets(options.target, list(tasks))
+    arms = [load_arm(options.checkpoint, state, tasks)]
+    if options.compare is not None:
+        other = load_checkpoint(options.compare)
+        build.check_tasks(other["meta"]["tasks"], tasks, options.compare)
+        arms.append(load_arm(options.compare, other, tasks))
+    tap = common_tap(arms, settings)
+    device = choose_device(settings.trainer.device)
+    reader = evenly_spaced(build.build_reader(settings, "val", tasks), options.frames)
+    batches = build.build_eval_loader(settings, reader, tasks, device)
+    samples = collect(arms, batches, tasks, tap, device)
+    lead = next((arm.regularizer for arm in arms if arm.regularizer is not None), None)
+    thresholds = lead.thresholds if lead else {name: (task.near, task.far) for name, task in tasks.items()}
+
+    found = [measure(arm, features, samples, tasks, thresholds) for arm, features in zip(arms, samples.features)]
+    nearness = measure_nearness(samples, tasks, thresholds)
+    facts = run_facts(settings, reader, len(samples.ids), device, overrides)
+    facts = {k: v for k, v in facts.items() if k not in ("protocol", "evaluation", "precision", "seed")}
+    content: dict[str, Any] = {
+        "run": {**facts, "data": settings.data.name, "frames": samples.ids, "pixels": samples.places.shape[1]},
+        "tap": tap,
+        "thresholds": {name: list(pair) for name, pair in thresholds.items()},
+        NEARNESS: {source: means(sums) for source, sums in nearness.items()},
+        "arms": [told(arm, kinds) for arm, kinds in zip(arms, found)],
+    }
+    title = f"{settings.data.name}, {len(samples.ids)} validation frames of split {settings.data.split}"
+    for target in targets:
+        draw_distances(options.output / f"consistency_{target}.png", content["arms"][0], target, title)
+    draw_separation(options.output / "separation.png", content["arms"], content[NEARNESS], title)
+    write_json(options.output / "consistency.json", content)
+    return content
+
+
+def restored(state: Mapping[str, Any], path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
+    """A checkpoint's own config with the command's overrides, as evaluate.py would use it."""
+    words = list(overrides)
+    own_data = dataset_of([f"checkpoint={path}", *words], configs)
+    try:
+        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
+            composed = compose("evaluate", [*words, *([own_data] if own_data else [])], return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(sentence(error)) from error
+    groups = [key for key in composed.hydra.runtime.choices if not key.startswith("hydra/")]
+    settings = OmegaConf.create(state["config"])
+    settings.tasks.names = list(state["meta"]["tasks"])  # whatever another dataset would offer
+    settings.trainer.device = "auto"  # the machine it was trained on is not this one
+    if "evaluation" not in settings:
+        settings.evaluation = OmegaConf.create(build.plain(composed.evaluation))
+    for word in words:
+        if word.lstrip("+").startswith("regularizer"):
+            raise UserError(f"{word}: the regulariser is looked at as it was trained; leave this out")
+    settings = overridden(settings, composed, words, groups)
+    check_config(build.plain(settings))
+    return settings
+
+
+def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
+    if name is None:
+        return ["semseg" if "semseg" in tasks else tasks[0]]
+    if name != "all" and name not in tasks:
+        raise UserError(f"target={name} is not a task of the checkpoint; choose all or one of {', '.join(tasks)}")
+    return list(tasks) if name == "all" else [name]
+
+
+def load_arm(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) -> Arm:
+    """The model, and the projectors if there are some, with the checkpoint's weights."""
+    settings = OmegaConf.create(state["config"])
+    model = build.build_model(settings, tasks, pretrained=False)
+    fresh = build.build_regularizer(settings, tasks, model)
+    regularizer = None if state["regularizer"] is None else build.build_regularizer(settings, tasks, model)
+    try:
+        model.load_state_dict(state["model"])
+        if regularizer is not None:
+            regularizer.load_state_dict(state["regularizer"])
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} do not fit what its own config describes") from error
+    name = "no regulariser"
+    if regularizer is not None:
+        name = f"{type(regularizer).__name__.lower()}, weight {settings.regularizer.weight:g}"
+    if not isinstance(regularizer, Contrastive) or not isinstance(fresh, Contrastive):
+        return Arm(path, state["step"], name, model.eval(), None, {task: [] for task in tasks})
+    widths = model.tap_channels[regularizer.tap]
+    return Arm(path, state["step"], name, model.eval(), regularizer, trained_projectors(regularizer, fresh, widths))
+
+
+@torch.inference_mode()
+def trained_projectors(regularizer: Contrastive, fresh: Contrastive, widths: Mapping[str, int]) -> dict[str, list[str]]:
+    """For each target the sources whose projector is no longer the ``fresh`` one."""
+    found: dict[str, list[str]] = {}
+    for target in regularizer.names:
+        probe = torch.randn(1, 8, widths[target], generator=torch.Generator().manual_seed(0))
+        found[target] = []
+        for index, source in enumerate(regularizer.names):
+            now, before = (project(r, target, probe, index) for r in (regularizer, fresh))
+            if not torch.equal(now, before):
+                found[target].append(source)
+    return found
+
+
+def project(regularizer: Contrastive, target: str, feature: Tensor, source: int) -> Tensor:
+    """(B, K, C) -> unit vectors (B, K, D)."""
+    number = source if regularizer.share == "pair" else 0
+    return regularizer.projectors[target](feature, torch.full((len(feature),), number))
+
+
+def common_tap(arms: Sequence[Arm], settings: DictConfig) -> str:
+    """The feature map to look at: that of the first regulariser, in all arms of one width."""
+    own = OmegaConf.select(settings, "regularizer.options.tap", default="final")
+    tap = next((arm.regularizer.tap for arm in arms if arm.regularizer), str(own))
+    widths = [arm.model.tap_channels.get(tap) for arm in arms]
+    if widths[0] is None or any(width != widths[0] for width in widths):
+        facts = ", ".join(f"{arm.path}: {width or 'none'}" for arm, width in zip(arms, widths))
+        raise UserError(f"compare= needs checkpoints of the same decoder; the channels of the tap {tap} are {facts}")
+    return tap
+
+
+class Chosen:
+    """A reader's pictures at ``indices``."""
+
+    def __init__(self, reader: Reader, indices: Sequence[int]):
+        self.reader, self.indices = reader, indices
+        self.ids: Sequence[str] = [reader.ids[i] for i in indices]
+        self.summary, self.fingerprint = reader.summary, reader.fingerprint
+
+    def read(self, index: int, tasks: Any = None) -> Any:
+        return self.reader.read(self.indices[index], tasks)
+
+
+def evenly_spaced(reader: Reader, count: int) -> Reader:
+    """``count`` pictures from the first to the last of a list; all of a shorter one."""
+    last = len(reader.ids) - 1
+    return Chosen(reader, np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int)).tolist())
+
+
+def positions(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Different pixels of each picture, none in its padding, f(id) alone so that all runs are looked at in the same
+    places: (B, K, 2) as parts of the frame, and as parts of the picture's diagonal."""
+    height, width = batch["image"].shape[-2:]
+    in_frame, in_picture = [], []
+    for sample in batch["meta"]:
+        h, w = sample.native_size
+        rng = np.random.default_rng([0x636F6E73, zlib.crc32(sample.id.encode())])  # a stream of its own
+        flat = rng.choice(h * w, PIXELS, replace=h * w < PIXELS)
+        place = np.stack([flat // w, flat % w], axis=1) + 0.5
+        in_frame.append((place + sample.offset) / (height, width))
+        in_picture.append(place / np.hypot(h, w))
+    return torch.from_numpy(np.stack(in_frame)).float(), torch.from_numpy(np.stack(in_picture))
+
+
+@torch.inference_mode()
+def collect(
+    arms: Sequence[Arm], batches: Iterator[Batch] | Any, tasks: Mapping[str, Task], tap: str, device: torch.device
+) -> Samples:
+    """Run every arm's model on the frames; features are read bilinearly from the tap."""
+    for arm in arms:
+        arm.model.to(device)
+    ids: list[str] = []
+    places, labels, valid = [], [], []
+    features: list[list[dict[str, Tensor]]] = [[] for _ in arms]
+    for batch in batches:
+        size = (batch["image"].shape[-2], batch["image"].shape[-1])
+        pixels, in_picture = positions(batch)
+        ids += [sample.id for sample in batch["meta"]]
+        places.append(in_picture)
+        labels.append({name: read_labels(batch["labels"][name], pixels) for name in tasks})
+        valid.append(
+            {name: read_labels(task.valid(batch["labels"][name]), pixels)[..., 0] for name, task in tasks.items()}
+        )
+        for arm, kept in zip(arms, features):
+            image, _ = prepare({**batch, "labels": {}}, arm.model.mean, arm.model.std, device)
+            output = arm.model(image)
+            here = pixels.to(device)
+            kept.append({name: read_features(output.taps[tap][name], here, size, output.frame).cpu() for name in tasks})
+    return Samples(ids, torch.cat(places), joined(labels), joined(valid), [joined(kept) for kept in features])
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+Pairs = dict[str, tuple[Tensor, Tensor]]  # task -> positive and negative pairs
+
+
+def chunks(
+    samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
+) -> Iterator[tuple[slice, Pairs]]:
+    """Some frames at a time, with the pairs by each task's labels."""
+    for start in range(0, len(samples.ids), CHUNK):
+        rows = slice(start, start + CHUNK)
+        pairs = {}
+        for name, task in tasks.items():
+            label = samples.labels[name][rows]
+            pairs[name] = label_pairs(task.distance(label, label), samples.valid[name][rows], *thresholds[name])
+        yield rows, pairs
+
+
+@torch.inference_mode()
+def measure(
+    arm: Arm,
+    features: Mapping[str, Tensor],
+    samples: Samples,
+    tasks: Mapping[str, Task],
+    thresholds: Mapping[str, tuple[float, float]],
+) -> dict[str, Tallies]:
+    """Sums for raw features, for centred ones (without their mean over all frames: what a ReLU's features all share),
+    and through the trained projectors.
+
+    Projected features of a target with the labels of a source go through the projector of that pair. Where that was
+    never trained (the target's own labels, mostly), through each of the target's trained ones in turn: does what was
+    projected for the others still hold its own?
+    """
+    found: dict[str, Tallies] = {"raw": {}, "centred": {}, "projected": {}}
+    names = list(tasks)
+
+    def add(kind: str, target: str, source: str, z: Tensor, pairs: Pairs) -> None:
+        sums, own = tally(squared_distances(z), *pairs[source]), found[kind].setdefault(target, {})
+        own[source] = own[source] + sums if source in own else sums
+
+    for rows, pairs in chunks(samples, tasks, thresholds):
+        for target in names:
+            feature = features[target][rows]
+            centred = feature - features[target].mean(dim=(0, 1))
+            z = {}
+            if arm.regularizer is not None:
+                z = {p: project(arm.regularizer, target, feature, names.index(p)) for p in arm.trained[target]}
+            for source in names:
+                add("raw", target, source, feature, pairs)
+                add("centred", target, source, centred, pairs)
+                for projector in projectors_for(arm, target, source):
+                    add("projected", target, source, z[projector], pairs)
+    return found
+
+
+def projectors_for(arm: Arm, target: str, source: str) -> list[str]:
+    """The sources whose projectors a target's features go through where the labels are those of ``source``."""
+    return [source] if source in arm.trained[target] else arm.trained[target]
+
+
+def measure_nearness(
+    samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
+) -> dict[str, Tally]:
+    """The same sums with the squared distance in the picture (as a part of its diagonal) for the features' distance:
+    what any smooth map would separate."""
+    found: dict[str, Tally] = {}
+    for rows, pairs in chunks(samples, tasks, thresholds):
+        distance = torch.cdist(samples.places[rows], samples.places[rows]).square()
+        for name in tasks:
+            sums = tally(distance, *pairs[name])
+            found[name] = found[name] + sums if name in found else sums
+    return found
+
+
+def told(arm: Arm, kinds: Mapping[str, Tallies]) -> dict[str, Any]:
+    """Plain numbers: kind -> target -> source -> means and histograms, whose bins a target's sources share."""
+    features: dict[str, Any] = {}
+    for kind, targets in kinds.items():
+        features[kind] = {}
+        for target, by_source in targets.items():
+            shared = shared_histograms(list(by_source.values()))
+            features[kind][target] = {
+                source: {**means(sums), "bin_width": shared.width, "histogram_ap": ap, "histogram_an": an}
+                for (source, sums), ap, an in zip(by_source.items(), shared.ap, shared.an)
+            }
+            if kind == "projected":
+                for source, cell in features[kind][target].items():
+                    cell["projectors"] = projectors_for(arm, target, source)
+    return {"checkpoint": str(arm.path), "step": arm.step, "name": arm.name, **features}

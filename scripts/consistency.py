@@ -1,0 +1,40 @@
+"""The consistency picture (Fig. 1 of the paper): do features tell apart what each task's labels tell apart?
+
+    python scripts/consistency.py checkpoint=RUN/checkpoints/last.pt [compare=OTHER/checkpoints/last.pt]
+        [target=semseg|...|all] [frames=64] [output=FOLDER] [key=value ...]
+
+On evenly spaced validation frames, all pairs of 256 pixels a frame are positive or negative by each task's labels, as
+in the regulariser, and their distances are measured between raw features of the regulariser's tap, between the same
+without their mean, and between projected ones. Written into FOLDER (outputs/consistency/TIME):
+
+consistency_TARGET.png  the distributions of distances anchor-positive and anchor-negative, by each task's labels
+separation.png          for each target and each task's labels the chance that a negative is farther than a positive;
+                        with compare=, e.g. the run without contrast, of both, and the difference
+consistency.json        all numbers
+
+Everything is rebuilt from the checkpoint; the other words override its config as with evaluate.py, e.g. data.root=PATH.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from mtcl.entry.consistency import consistency, parse
+from mtcl.entry.script import run
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    options, overrides = parse(words, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    content = consistency(options, overrides, Path(__file__).resolve().parents[1] / "configs")
+    for arm in content["arms"]:
+        if not arm["projected"]:
+            print(f"{arm['checkpoint']} ({arm['name']}) has no trained projectors: raw features only")
+    print(f"the pictures and consistency.json are in {options.output}")
+
+
+if __name__ == "__main__":
+    run(main)
