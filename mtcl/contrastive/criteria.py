@@ -40,11 +40,12 @@ def semihard(z: Tensor, pairs: Pairs, margin: float) -> Found:
     return hinge(z, p, n, has_positive & has_negative, margin)
 
 
-def ranked(z: Tensor, place: Tensor, valid: Tensor, top: Tensor, margin: float) -> Found:
+def ranked(z: Tensor, number: Tensor, place: Tensor, valid: Tensor, top: Tensor, margin: float) -> Found:
     """Triplets of any three pixels: of two others, the one whose label is nearer is the positive; the margin grows with
     the difference of the label distances, up to ``margin`` at ``top`` (T, B).
 
-    No pair needs a threshold; labels that are equal or different give the plain triplet loss.
+    No pair needs a threshold; labels that are equal or different give the plain triplet loss. ``number`` (T or 1, B, K)
+    is that of each pixel: none is compared with itself.
     """
     with torch.no_grad():
         order = torch.arange(z.shape[2], device=z.device)
@@ -55,6 +56,8 @@ def ranked(z: Tensor, place: Tensor, valid: Tensor, top: Tensor, margin: float) 
         p, n = torch.where(swap, second, first), torch.where(swap, first, second)
         growth = (to_second - to_first).abs()
         anchor = valid & valid.gather(-1, first) & valid.gather(-1, second) & (growth > 0)
+        anchor &= (number != number.roll(-1, dims=-1)) & (number != number.roll(-2, dims=-1))
+        growth = torch.where(anchor, growth, 0.0)  # what stands for an invalid label may be NaN
     return hinge(z, p, n, anchor, margin * growth)
 
 

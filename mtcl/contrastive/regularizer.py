@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mtcl.contrastive import criteria
 from mtcl.contrastive.optimizer import SliceAdamW
 from mtcl.contrastive.projector import Projector
-from mtcl.contrastive.relations import Pairs, distances, other_pixel, relate, within
+from mtcl.contrastive.relations import Pairs, distances, other_pixel, pixel_number, relate, within
 from mtcl.contrastive.sampling import Draw, draw_pixels, draw_sources, even_quotas, read_features, read_labels
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
@@ -143,7 +143,7 @@ class Contrastive(Regularizer):
         self.thresholds = {name: chosen.get(name) or (task.near, task.far) for name, task in tasks.items()}
         for name, (near, far) in self.thresholds.items():
             if not 0 <= near < far:
-                raise UserError(f"regularizer.thresholds.{name}=[{near}, {far}] must be 0 <= near < far")
+                raise UserError(f"regularizer.options.thresholds.{name}=[{near}, {far}] must be 0 <= near < far")
         self.share = share
         self.projectors = self._build_projectors(channels, hidden, dim)
         # Near, far, and where "ranked" stops telling distances apart: of placed labels, see Task.place.
@@ -194,7 +194,8 @@ class Contrastive(Regularizer):
             [self._project(t, taps, pixels[t % len(pixels)], source[t], size, frame) for t in range(len(self.names))]
         )
         if self.criterion == "ranked":
-            found = criteria.ranked(z, place, valid, self.spans[source][..., 2], self.margin)
+            top = self.spans[source][..., 2]
+            found = criteria.ranked(z, pixel_number(pixels, size), place, valid, top, self.margin)
         else:
             with torch.no_grad():
                 pairs = self._pairs(source, pixels, place, own, valid, size)
@@ -220,7 +221,7 @@ class Contrastive(Regularizer):
         )  # (S, B, M)
         places = torch.stack([task.place(read[name]) for name, task in self.tasks.items()])  # (S, B, M, 3)
         strata = torch.stack([task.stratum(read[name]) for name, task in self.tasks.items()]) if self.quotas else None
-        own = places
+        own = torch.where(known[..., None], places, torch.nan)  # a void label of the target's own contradicts nothing
         if self.shuffle:
             known, places = known.roll(1, dims=1), places.roll(1, dims=1)
             strata = None if strata is None else strata.roll(1, dims=1)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtcl.contrastive.sampling import Size, pixel_index
+
 EXACT = "donot_use_mm_for_euclid_dist"  # the faster mode cancels for labels close to each other
 
 
@@ -30,12 +32,17 @@ def relate(place: Tensor, valid: Tensor, near: Tensor, far: Tensor) -> Pairs:
     return Pairs(apart <= near[..., None, None], apart >= far[..., None, None])
 
 
-def other_pixel(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def pixel_number(pixels: Tensor, size: Size) -> Tensor:
+    """Which pixel of a map of ``size`` each sampled one (..., K, 2) is: int32 (..., K)."""
+    row, column = pixel_index(pixels, size)
+    return (row * size[1] + column).int()
+
+
+def other_pixel(pixels: Tensor, size: Size) -> Tensor:
     """Whether two sampled pixels (..., K, 2) are different pixels of a map of ``size``: bool (..., K, K). A position
     that was sampled twice is no pair with itself."""
-    row = (pixels[..., 0] * size[0]).int()
-    index = row * size[1] + (pixels[..., 1] * size[1]).int()
-    return index[..., :, None] != index[..., None, :]
+    number = pixel_number(pixels, size)
+    return number[..., :, None] != number[..., None, :]
 
 
 def within(pixels: Tensor, window: float) -> Tensor:

@@ -1,0 +1,442 @@
+"""The regulariser's options against the slow reference, what each of them means, and the weight of the contrast."""
+
+import json
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, composed
+from contrast_reference import NAMES, agrees_with_reference, cases, make_case, make_tasks, relations
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mtcl import UserError
+from mtcl.contrastive import Contrastive, GradientShare
+from mtcl.contrastive.diagnostics import gradients_at_taps
+from mtcl.contrastive.regularizer import CRITERIA, allowed_sources
+from mtcl.contrastive.sampling import draw_sources, even_quotas, pixel_index
+from mtcl.entry import build
+from mtcl.entry.train import train
+from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.optim import regularizer_weight
+
+# --- Against the reference
+
+PARTIAL = {name: ["void" if (i + k) % 2 else "random" for k in range(2)] for i, name in enumerate(NAMES)}
+OPTIONS = {
+    "semihard": {"criterion": "semihard", "tap": (6, 7)},  # a coarser tap has features that are equal
+    "ranked": {"criterion": "ranked"},
+    "ranked, one threshold": {"criterion": "ranked", "thresholds": {"depth": (0.0, 0.3)}},
+    "infonce": {"criterion": "infonce"},
+    "infonce, hot": {"criterion": "infonce", "temperature": 1.5},
+    "self": {"sources": "self"},
+    "any": {"sources": "any", "step": 3},
+    "normals": {"sources": "normals"},
+    "exclude": {"exclude": [f"{t}<-{s}" for t in NAMES for s in ("semseg", "edge")][1:-1]},
+    "shuffle": {"shuffle": True},
+    "quotas": {"quotas": True},
+    "window": {"window": 0.4},
+    "agree": {"agree": True},
+    "across images": {"across_images": True},
+    "across images, partial labels": {"across_images": True, "kinds": PARTIAL},
+    "across images, infonce, window": {"across_images": True, "criterion": "infonce", "window": 0.5},
+    "a projector per target": {"share": "target"},
+    "one projector": {"share": "all", "channels": dict.fromkeys(NAMES, 3)},
+    "thresholds": {"thresholds": {"depth": (0.5, 0.9), "normals": (35.0, 100.0)}},
+    "many": {"criterion": "semihard", "tap": (6, 7), "quotas": True, "agree": True, "window": 0.7, "share": "target"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_each_option_agrees_with_reference_and_matters(name):
+    options = {"seed": 6, "pixels": 14, "step": 1} | OPTIONS[name]
+    case = make_case(**options)
+    assert agrees_with_reference(*case) > 15
+    facts = {key: options[key] for key in ("seed", "pixels", "step", "tap", "kinds", "channels") if key in options}
+    plain, taps, labels, draw, frame = make_case(**facts)
+    assert not torch.equal(case[0](*case[1:]).loss, plain(taps, labels, draw, frame).loss)
+
+
+@st.composite
+def options_of_any_kind(draw):
+    criterion = draw(st.sampled_from(CRITERIA))
+    case = draw(cases()) | {
+        "criterion": criterion,
+        "sources": draw(st.sampled_from(["other", "self", "any", "depth"])),
+        "shuffle": draw(st.booleans()),
+        "quotas": draw(st.booleans()),
+        "share": draw(st.sampled_from(["pair", "target", "all"])),
+        "channels": dict.fromkeys(NAMES, 3),
+    }
+    if criterion != "ranked":
+        case["window"] = draw(st.none() | st.floats(0.2, 1))
+        case["agree"] = draw(st.booleans())
+        case["across_images"] = draw(st.booleans())
+    if criterion == "semihard":  # no two pixels with equal features, between which rounding would choose
+        case |= {"tap": case["size"], "extra": (0, 0), "hidden": None}
+    return case
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(options_of_any_kind())
+def test_any_options_agree_with_reference(case):
+    agrees_with_reference(*make_case(**case))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(options_of_any_kind().filter(lambda case: case["criterion"] != "ranked"))
+def test_with_any_options_no_pair_is_both_and_no_pixel_pairs_with_itself(case):
+    positive, negative = relations(*make_case(**case))
+    assert not (positive & negative).any()
+    for relation in (positive, negative):
+        assert torch.equal(relation, relation.transpose(2, 3))
+        assert not relation.diagonal(dim1=2, dim2=3).any()
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_pixel_sampled_twice_is_no_pair_with_itself(criterion):
+    """Of one pixel, drawn again and again, there is nothing to learn; nor of two, which have no third."""
+    for size in ((1, 1), (1, 2)):
+        regularizer, taps, labels, draw, frame = make_case(
+            names=("semseg", "edge"), size=size, tap=size, pixels=20, criterion=criterion, margin=3.0
+        )
+        labels = {name: torch.arange(2).view(1, 1, 2)[..., : size[1]].expand(2, *size) for name in labels}
+        labels["edge"] = labels["edge"][:, None].float()
+        assert regularizer(taps, labels, draw, frame).loss == 0
+        assert {value for key, value in regularizer.summary().items() if key.endswith("anchors")} == {0.0}
+
+
+@pytest.mark.parametrize("criterion", ["triplet", "semihard", "ranked"])
+def test_identical_features_cost_the_margin(criterion):
+    regularizer, taps, labels, draw, frame = make_case(
+        names=("semseg", "edge"), pixels=12, criterion=criterion, margin=0.7
+    )
+    output = regularizer({t: torch.full_like(tap, 0.7) for t, tap in taps.items()}, labels, draw, frame)
+    for loss in (output.loss, *output.losses.values()):
+        assert loss.item() == pytest.approx(0.7, abs=1e-5)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_half_precision_and_broken_labels(criterion):
+    regularizer, taps, labels, draw, frame = make_case(pixels=12, criterion=criterion)
+    half = {t: tap.bfloat16().requires_grad_() for t, tap in taps.items()}
+    broken = {**labels, "depth": labels["depth"].clone()}
+    broken["depth"][0] = math.nan
+    broken["depth"][1] = math.inf
+    void = {**labels, "depth": torch.zeros_like(labels["depth"])}
+    got = regularizer(half, broken, draw, frame).loss
+    assert got.item() > 0
+    assert torch.equal(got, regularizer({t: tap.float() for t, tap in half.items()}, void, draw, frame).loss)
+    got.backward()
+    for tensor in (*half.values(), *regularizer.parameters()):
+        assert tensor.grad is not None
+        assert tensor.grad.isfinite().all()
+
+
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+
+
+def bits(device, **options):
+    regularizer, taps, labels, draw, frame = make_case(size=(24, 32), tap=(12, 16), pixels=64, **options)
+    leaves = {t: tap.to(device).requires_grad_() for t, tap in taps.items()}
+    labels = {t: label.to(device) for t, label in labels.items()}
+    loss = regularizer.to(device)(leaves, labels, draw.to(device), frame).loss
+    loss.backward()
+    return [loss, *(tensor.grad for tensor in (*leaves.values(), *regularizer.parameters()))]
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"criterion": "semihard", "quotas": True, "agree": True, "window": 0.5},
+        {"criterion": "ranked", "shuffle": True, "share": "target"},
+        {"criterion": "infonce", "across_images": True, "sources": "any"},
+    ],
+    ids=str,
+)
+def test_the_same_draw_gives_the_same_bits(device, options):
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = bits(device, **options), bits(device, **options)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first[0] > 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- Sources
+
+
+@pytest.mark.parametrize(
+    ("sources", "exclude", "expected"),
+    [
+        ("other", [], [[1, 2, 3], [0, 2, 3], [0, 1, 3], [0, 1, 2]]),
+        ("any", [], [[0, 1, 2, 3]] * 4),
+        ("self", [], [[0], [1], [2], [3]]),
+        ("depth", [], [[1], [0, 2, 3], [1], [1]]),
+        ("other", ["semseg<-depth", "edge<-semseg", "sal<-depth"], [[2, 3], [0, 2, 3], [0, 1, 3], [1, 2]]),
+        ("any", ["semseg<-semseg", "depth<-semseg", "depth<-edge"], [[1, 2, 3], [1, 2], [0, 1, 2, 3], [0, 1, 2, 3]]),
+        ("depth", ["depth<-edge"], [[1], [0, 2], [1], [1]]),
+    ],
+)
+def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
+    regularizer = Contrastive(make_tasks(), dict.fromkeys(NAMES, 3), pixels=1, sources=sources, exclude=exclude)
+    assert regularizer.allowed == expected
+    steps = 600
+    orders = np.stack([regularizer.sample(step, ["a"]).sources.numpy() for step in range(steps)])  # (steps, T, n)
+    for own, drawn in zip(expected, orders.transpose(1, 0, 2)):
+        assert all(set(order) == set(own) for order in drawn.tolist())  # what an image falls back on is allowed, too
+        share = np.bincount(drawn[:, 0], minlength=4)[own] / steps
+        assert share == pytest.approx(1 / len(own), abs=0.1)  # 5 standard deviations
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sources": "others"}, r"options\.sources=others .*other, self, any or a task"),
+        ({"sources": "sal"}, r"options\.sources=sal "),  # not in use
+        ({"exclude": ["semseg->depth"]}, r"options\.exclude: semseg->depth is no pair .*semseg<-depth"),
+        ({"exclude": ["semseg"]}, r"options\.exclude: semseg is no pair"),
+        ({"exclude": ["depth<-tiefe"]}, r"options\.exclude: depth<-tiefe"),
+        ({"exclude": [f"edge<-{s}" for s in NAMES]}, r"exclude leaves edge without a source"),
+        ({"sources": "self", "exclude": ["depth<-depth"]}, r"exclude leaves depth without"),
+        ({"sources": "depth", "exclude": ["normals<-depth"]}, r"exclude leaves normals without"),
+        ({"criterion": "hinge"}, r"options\.criterion=hinge .*triplet, semihard, ranked, infonce"),
+        ({"share": "none"}, r"options\.share=none .*pair, target or all"),
+        ({"share": "all"}, r"options\.share=all .*equal width"),
+        ({"pixels": 0}, r"options\.pixels=0 .*1 to 32767"),
+        ({"pixels": 2**15}, r"options\.pixels=32768 "),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(UserError, match=rf"regularizer\..*{message}"):
+        Contrastive(make_tasks(), {name: 2 + i for i, name in enumerate(NAMES)}, **options)
+
+
+def test_draws_of_targets_with_unequally_many_sources_are_independent():
+    allowed = allowed_sources(NAMES, "other", ["semseg<-depth"])
+    first = np.stack([draw_sources(1, step, allowed)[:, 0].numpy() for step in range(1500)])
+    for a, b in ((0, 1), (1, 2), (0, 3)):
+        table = np.zeros((4, 4))
+        np.add.at(table, (first[:, a], first[:, b]), 1)
+        table = table[np.ix_(allowed[a], allowed[b])]
+        expected = table.sum() / table.size
+        assert ((table - expected) ** 2 / expected).sum() < 32  # at most 8 degrees of freedom: 1 in 10 000
+
+
+# --- Which labels and pixels
+
+
+@pytest.mark.parametrize("options", [{}, {"quotas": True}, {"criterion": "ranked"}, {"sources": "self"}], ids=str)
+def test_shuffled_labels_are_those_of_another_picture(options):
+    regularizer, taps, labels, _, frame = make_case(seed=2, images=3, pixels=12, shuffle=True, **options)
+    plain = make_case(seed=2, images=3, pixels=12, **options)[0]
+    draw = regularizer.sample(4, ["a", "a", "a"])  # the same places in each picture
+    moved = {name: label.roll(1, dims=0) for name, label in labels.items()}
+    shuffled = regularizer(taps, labels, draw, frame).loss
+    assert torch.equal(shuffled, plain(taps, moved, draw, frame).loss)
+    assert not torch.equal(shuffled, plain(taps, labels, draw, frame).loss)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.integers(1, 30), st.integers(1, 6), st.sampled_from([0, 0.1, 0.9]))
+@example(0, 8, 3, 2, 1)
+def test_quotas_share_the_sample_equally_among_the_strata(seed, candidates, count, strata, void):
+    """Systematic resampling: among the first m candidates there are, rounded, as many as their weights say."""
+    rng = np.random.default_rng(seed)
+    stratum = rng.integers(0, strata, (2, 3, candidates)) * 37
+    valid = rng.random((2, 3, candidates)) >= void
+    found = even_quotas(torch.from_numpy(stratum), torch.from_numpy(valid), count)
+    assert found.shape == (2, 3, count)
+    for picked, group, ok in zip(found.reshape(6, -1).numpy(), stratum.reshape(6, -1), valid.reshape(6, -1)):
+        if ok.any():
+            assert ok[picked].all()
+            weight = np.array([ok[i] / (ok & (group == group[i])).sum() if ok[i] else 0.0 for i in range(candidates)])
+            assert weight.sum() == pytest.approx(len(set(group[ok])))
+        else:
+            weight = np.ones(candidates)
+        assert (np.diff(picked) >= 0).all()
+        for first in range(1, candidates + 1):
+            share = count * weight[:first].sum() / weight.sum()
+            assert abs((picked < first).sum() - share) <= 0.5 + 1e-3
+
+
+def test_quotas_bring_rare_classes_up():
+    """Where a fiftieth of a picture is an edge, half of the sampled pixels are."""
+    regularizer, taps, labels, *_ = make_case(names=("semseg", "edge"), size=(40, 50), pixels=100, quotas=True)
+    labels["edge"] = torch.zeros(2, 1, 40, 50)
+    labels["edge"][:, :, :, 20] = 1
+    draw = regularizer.sample(0, ["a", "b"])
+    assert draw.pixels.shape == (2, 800, 2)
+    negative = relations(regularizer, taps, labels, draw, (40, 50)).negative[0]  # of semseg, by edges: (B, K, K)
+    assert negative.shape == (2, 100, 100)
+    assert (negative.sum(dim=2) - 50).abs().max() <= 8
+    uniform = make_case(names=("semseg", "edge"), size=(40, 50), pixels=100)
+    assert relations(*uniform[:2], labels, *uniform[3:]).negative[0].sum(dim=2).median() < 10
+
+
+def test_pairs_lie_within_the_window():
+    case = make_case(size=(12, 16), pixels=40, window=0.25)
+    positive, negative = relations(*case)
+    pixels = case[3].pixels
+    apart = (pixels[:, :, None] - pixels[:, None]).abs().amax(dim=-1)  # (B, K, K)
+    assert ((positive | negative) & (apart <= 0.25)).any()
+    assert not ((positive | negative) & (apart > 0.25)).any()
+    everywhere = make_case(size=(12, 16), pixels=40)
+    wide = make_case(size=(12, 16), pixels=40, window=1.0)
+    assert torch.equal(everywhere[0](*everywhere[1:]).loss, wide[0](*wide[1:]).loss)
+
+
+def test_a_targets_own_labels_take_back_positives_only_where_they_have_a_say():
+    options = {"names": ("semseg", "edge"), "size": (8, 8), "pixels": 40}
+    regularizer, taps, labels, draw, frame = make_case(agree=True, **options)
+    plain = make_case(**options)[0]
+    alike, same = (relations(r, taps, labels, draw, frame) for r in (plain, regularizer))
+    assert torch.equal(alike.negative, same.negative)
+    row, column = pixel_index(draw.pixels, (8, 8))
+    images = torch.arange(2)[:, None]
+    for t, label in enumerate((labels["semseg"], labels["edge"][:, 0])):
+        own = label[images, row, column]
+        contradicted = (own[:, :, None] != own[:, None]) & (own[:, :, None] != 255) & (own[:, None] != 255)
+        assert (alike.positive[t] & contradicted).any()
+        assert torch.equal(same.positive[t], alike.positive[t] & ~contradicted)
+
+
+def test_across_images_only_labels_of_one_source_compare():
+    kinds = {"semseg": ["random", "random", "void"], "depth": ["void", "random", "random"], "edge": ["random"] * 3}
+    regularizer, taps, labels, draw, frame = make_case(
+        names=tuple(kinds), kinds=kinds, images=3, pixels=10, across_images=True
+    )
+    draw = draw._replace(sources=torch.tensor([[1, 2], [0, 2], [0, 1]]))  # of edge: semseg, else depth
+    positive, negative = relations(regularizer, taps, labels, draw, frame)
+    assert positive.shape == (3, 1, 30, 30)
+    pairs = (positive | negative)[2, 0].unflatten(0, (3, 10)).unflatten(2, (3, 10)).any(dim=3).any(dim=1)
+    assert pairs.tolist() == [[True, True, False], [True, True, False], [False, False, False]]
+    agrees_with_reference(regularizer, taps, labels, draw, frame)
+
+
+# --- Projectors
+
+
+@pytest.mark.parametrize(("share", "projectors"), [("pair", 16), ("target", 4), ("all", 1)])
+@pytest.mark.parametrize("hidden", [None, 5])
+def test_projectors_are_shared_as_asked(share, projectors, hidden):
+    channels = dict.fromkeys(NAMES, 3)
+    regularizer = make_case(channels=channels, share=share, hidden=hidden)[0]
+    each = 3 * 4 + 4 if hidden is None else 3 * 5 + 5 + 5 * 4 + 4
+    assert sum(p.numel() for p in regularizer.parameters()) == projectors * each
+    fresh = make_case(seed=1, channels=channels, share=share, hidden=hidden)[0]
+    fresh.load_state_dict(regularizer.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), regularizer.parameters(), strict=True))
+
+
+# --- How much the contrast weighs
+
+
+def test_a_gradient_share_makes_the_norms_at_the_taps_equal():
+    regularizer, taps, labels, draw, frame = make_case(pixels=16)
+    leaves = {t: tap.requires_grad_() for t, tap in taps.items()}
+    task = sum(10**i * leaf.square().mean() for i, leaf in enumerate(leaves.values()))
+    losses = regularizer(leaves, labels, draw, frame).losses
+    share = GradientShare(regularizer.names)
+    assert share.total(losses) == 0  # nothing measured yet
+    before = gradients_at_taps(task, sum(losses.values()), leaves)
+    share.update(*({t: before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "contrast")))
+    after = gradients_at_taps(task, share.total(losses), leaves)
+    for t in leaves:
+        assert before[f"{t}/norm_contrast"].item() != pytest.approx(before[f"{t}/norm_task"].item(), rel=0.1)
+        assert after[f"{t}/norm_contrast"].item() == pytest.approx(before[f"{t}/norm_task"].item(), rel=1e-5)
+
+
+def test_a_gradient_share_is_a_running_mean_of_what_could_be_measured():
+    names = ["a", "b", "c", "d"]
+    task = [[2.0, 0.0, 3.0, 1.0], [4.0, 6.0, math.inf, 1.0], [1.0, 0.0, 2.0, math.nan], [8.0, 1.0, 5.0, 1.0]]
+    contrast = [[1.0, 1.0, 0.0, 4.0], [1.0, 2.0, 1.0, 1.0], [4.0, 3.0, 4.0, 1.0], [2.0, 0.0, 5.0, math.nan]]
+    share = GradientShare(names, momentum=0.75)
+    expected = dict.fromkeys(names, 0.0)
+    for own, ours in zip(task, contrast):
+        for name, a, b in zip(names, own, ours):
+            if 0 < a < math.inf and 0 < b < math.inf:
+                expected[name] = 0.75 * expected[name] + 0.25 * a / b if expected[name] else a / b
+        values = ({n: torch.tensor(v) for n, v in reversed(list(zip(names, norms)))} for norms in (own, ours))
+        share.update(*values)
+        assert share.factor.tolist() == pytest.approx(list(expected.values()))
+    losses = {name: torch.tensor(float(i + 1)) for i, name in enumerate(names)}
+    assert share.total(losses).item() == pytest.approx(sum((i + 1) * expected[n] for i, n in enumerate(names)))
+
+
+def test_weight_rises_and_ends():
+    assert [regularizer_weight(0.5, 10)(step) for step in (0, 9, 10)] == [0.5, 0.5, 0]
+    ramped = regularizer_weight(0.5, 8, warmup_steps=2, until=0.5)
+    assert [ramped(step) for step in range(8)] == [0.25, 0.5, 0.5, 0.5, 0, 0, 0, 0]
+    assert all(regularizer_weight(0.5, 8, until=0)(step) == 0 for step in range(8))
+
+
+GRADIENT = [*TINY, "schedule=constant", "trainer.val_first=false", "trainer.val_interval=null", "data.limit=5",
+            "trainer.checkpoint_interval=null", "regularizer.balance=gradient",
+            "regularizer.options.criterion=semihard", "regularizer.options.quotas=true",
+            "regularizer.options.exclude=['semseg<-depth']"]  # fmt: skip
+
+
+def run(folder, *words):
+    train(composed(*GRADIENT, *words), folder)
+    return load_checkpoint(folder / "checkpoints" / "last.pt")
+
+
+def contrast_log(folder):
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in found if record["kind"] == "contrast"]
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_gradient_balance_in_training(tmp_path, monkeypatch):
+    """The ratio of the two gradients is the weight; a run that was cut between two measurements goes on as if not."""
+    monkeypatch.setattr(build, "GradientShare", partial(GradientShare, every=2))
+    words = ["regularizer.weight=0.3", "regularizer.until=0.75"]
+    whole = run(tmp_path / "whole", *words, "trainer.max_steps=4")
+    log = contrast_log(tmp_path / "whole")
+    targets = {key.split("/")[1] for key in log[0] if key.startswith("gradient/")}
+    assert len(targets) == 6
+    for t in targets:
+        own, ours = log[0][f"gradient/{t}/norm_task"], log[0][f"gradient/{t}/norm_contrast"]
+        assert ours == pytest.approx(0.3 * own, rel=1e-2)
+    assert not any("semseg<-depth" in key for record in log for key in record)
+    assert [any(key.startswith("gradient/") for key in record) for record in log] == [True, True, True, False]
+
+    cut = run(tmp_path / "cut", "regularizer.weight=0.3", "trainer.max_steps=1")
+    assert (cut["share"]["factor"] > 0).any()
+    resumed = run(tmp_path / "cut", *words, "trainer.max_steps=4", "resume=auto")
+    for part in ("model", "regularizer", "share"):
+        assert equal(whole[part], resumed[part])
+    assert not equal(cut["share"], resumed["share"])
+
+
+def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
+    zero = run(tmp_path / "zero", "regularizer.weight=0", "trainer.max_steps=2")
+    none = [word for word in GRADIENT if "options" not in word]
+    train(composed(*none, "regularizer=none", "trainer.max_steps=2"), tmp_path / "none")
+    assert equal(zero["model"], load_checkpoint(tmp_path / "none" / "checkpoints" / "last.pt")["model"])
+    assert not zero["share"]["factor"].any()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["regularizer.balance=gradients"], r"regularizer\.balance=gradients .*fixed or gradient"),
+        (["regularizer=mtpsl", "regularizer.balance=gradient"], r"balance=gradient is for regularizer=contrastive"),
+    ],
+)
+def test_balances_that_cannot_be_had(words, message):
+    config = composed(*TINY, *words)
+    tasks = build.build_tasks(config)
+    model = build.build_model(config, tasks, pretrained=False)
+    regularizer = build.build_regularizer(config, tasks, model)
+    with pytest.raises(UserError, match=message):
+        build.build_share(config, regularizer, torch.device("cpu"))
