@@ -8,6 +8,7 @@ row of that label. ``--add-output`` keeps what a command printed, from FILE, to 
 ``docs/results/TABLE/`` holds a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
 table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md and
 README.md.
+A study as ``<!-- table: TABLE means -->`` is without its differences, notes and settings.
 """
 
 import argparse
@@ -17,14 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.study_tables import as_markdown, read_results, report
+from mtcl.entry.study_tables import as_markdown, means_table, read_results, report
 from mtcl.errors import UserError
 from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "metrics.md", ROOT / "README.md")
-BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means)? -->\n.*?<!-- end -->", re.DOTALL)
 
 
 SHARED = ("num_images", "split", "step", "device")  # what the rows of one table must have in common
@@ -88,12 +89,13 @@ def cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
 
 def rendered(text: str) -> str:
     def block(found: re.Match[str]) -> str:
-        return f"<!-- table: {found['name']} -->\n{shown(found['name'])}\n<!-- end -->"
+        name, part = found["name"], found["part"] or ""
+        return f"<!-- table: {name}{part} -->\n{shown(name, bool(part))}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
 
 
-def shown(name: str) -> str:
+def shown(name: str, means_only: bool = False) -> str:
     """The Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
     path, folder = RESULTS / f"{name}.json", RESULTS / name
     if path.is_file():
@@ -104,14 +106,17 @@ def shown(name: str) -> str:
             f"a document asks for the table {name}, but there is no {path.relative_to(ROOT)} and no folder of that name"
         )
     try:
-        return study_markdown(folder)
+        return study_markdown(folder, means_only)
     except UserError as error:
         raise SystemExit(f"the study {name} can't be shown: {error}") from error
 
 
-def study_markdown(folder: Path) -> str:
+def study_markdown(folder: Path, means_only: bool) -> str:
     study, records, command = read_results(folder)
-    return as_markdown(report(study, records), command).rstrip("\n")
+    found = report(study, records)
+    if means_only:
+        return f"{means_table(found)}\n\n```sh\n{command}\n```"
+    return as_markdown(found, command).rstrip("\n")
 
 
 def add(name: str, label: str, command: str, run: Path) -> None:

@@ -335,10 +335,7 @@ def as_text(report: Report) -> str:
 
 def as_markdown(report: Report, command: str) -> str:
     """Two tables, what they say in words, and how to repeat them."""
-    columns = report.columns
-    head = ["arm", "n", *(escaped(f"{c.task} {heading(c)}".strip()) for c in columns)]
-    body = [[code(row.label), str(row.num_seeds), *(cell(c, row) for c in columns)] for row in report.rows]
-    blocks = [pipes(head, body, lefts=1)]
+    blocks = [means_table(report)]
     if report.effects:
         lines: Grid = []
         for one in report.effects:
@@ -346,12 +343,19 @@ def as_markdown(report: Report, command: str) -> str:
             for i, line in enumerate(effect_grid(one)):
                 lines.append(["" if i else name, *map(escaped, line)])
         blocks.append(pipes(["arms", *EFFECT_HEAD], lines, lefts=2))
-    spread = closing(Comparison(columns, report.rows, [], []))
+    spread = closing(Comparison(report.columns, report.rows, [], []))
     sentences = [*map(verdicts, report.effects), *spread, *explanations(report)]
     blocks.append("\n".join(f"- {sentence}" for sentence in sentences))
     blocks.append("\n".join(recipe(report.study)))
     blocks.append(f"```sh\n{command}\n```")
     return "\n\n".join(blocks) + "\n"
+
+
+def means_table(report: Report) -> str:
+    """Each arm's mean and standard deviation over its seeds, in Markdown."""
+    head = ["arm", "n", *(escaped(f"{c.task} {heading(c)}".strip()) for c in report.columns)]
+    body = [[code(row.label), str(row.num_seeds), *(cell(c, row) for c in report.columns)] for row in report.rows]
+    return pipes(head, body, lefts=1)
 
 
 def recipe(study: Study) -> list[str]:
