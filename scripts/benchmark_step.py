@@ -78,7 +78,8 @@ class Variant(NamedTuple):
     seconds: list[float]
     cpu_seconds: list[float]
     held: int  # bytes
-    step: int  # bytes
+    step: int  # bytes, of a step that measures gradients where there are such
+    weighing: float  # seconds per step, on average, for measuring the gradients of contrast and task
 
 
 def built(config: DictConfig) -> Trainer:
@@ -153,10 +154,30 @@ def measure(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) 
         turn.reverse()
     found = {}
     for name, trainer in trainers.items():
+        weighing = weighing_seconds(trainer, batches[0])
+        to_weighing_step(trainer)
         most = peak(partial(one_step, trainer, batches[0]), trainer.device)
         clock, cpu = (list(values) for values in zip(*seconds[name]))
-        found[name] = Variant(clock, cpu, held(trainer), most)
+        found[name] = Variant(clock, cpu, held(trainer), most, weighing)
     return found
+
+
+def to_weighing_step(trainer: Trainer) -> None:
+    """On to a step at which the gradients of contrast and task are measured (``regularizer.balance=gradient``)."""
+    if trainer.share is not None:
+        trainer.step += -trainer.step % trainer.share.every
+
+
+def weighing_seconds(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:
+    """What measuring those gradients takes, spread over the steps it serves."""
+    if trainer.share is None:
+        return 0.0
+    extra = []
+    for _ in range(repeats):
+        to_weighing_step(trainer)
+        with_it, without = (timed(partial(one_step, trainer, batch), trainer.device)[0] for _ in range(2))
+        extra.append(with_it - without)
+    return statistics.median(extra) / trainer.share.every
 
 
 def added(off: Sequence[float], on: Sequence[float]) -> list[float]:
@@ -174,6 +195,7 @@ def report(variants: dict[str, Variant], batch: int, device: torch.device) -> di
     pairs = added(off.seconds, on.seconds)
     low, high = pairs[len(pairs) // 4], pairs[-1 - len(pairs) // 4]
     percent = {"step": statistics.median(pairs)}
+    percent["weighing"] = 100 * on.weighing / statistics.median(off.seconds)
     percent["memory"] = 100 * ((on.held + on.step) / (off.held + off.step) - 1)
     text = (
         f"the regulariser adds {percent['step']:.1f} % to a step (median of pairs, half of them {low:.1f} to {high:.1f}"
@@ -182,6 +204,8 @@ def report(variants: dict[str, Variant], batch: int, device: torch.device) -> di
         percent["cpu"] = statistics.median(added(off.cpu_seconds, on.cpu_seconds))
         text += f"; of CPU time {percent['cpu']:.1f} %"
     print(f"{text}), {percent['memory']:.2f} % to its peak memory")
+    if on.weighing:
+        print(f"beside that, every few steps it measures gradients: {percent['weighing']:.1f} % of a step on average")
     return {"percent added": percent, **{name: found._asdict() for name, found in variants.items()}}
 
 

@@ -98,6 +98,8 @@ def rendered(text: str) -> str:
 def shown(name: str, means_only: bool = False) -> str:
     """The Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
     path, folder = RESULTS / f"{name}.json", RESULTS / name
+    if path.is_file() and folder.is_dir():
+        raise SystemExit(f"{path.relative_to(ROOT)} and a folder of that name both exist; keep one")
     if path.is_file():
         content = json.loads(path.read_text())
         return output(content) if "printed" in content else table(content)

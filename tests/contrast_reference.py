@@ -153,7 +153,7 @@ def ref_weights(place, shape, frame):
 
 def ref_project(layers, source, x):
     for number, (weight, bias) in enumerate(layers):
-        x = (x if number == 0 else x.clamp(min=0)) @ weight[source] + bias[source]
+        x = (x if number == 0 else x.clamp(min=0)) @ weight[source] + bias[source, 0]
     return x / x.pow(2).sum(dim=-1, keepdim=True).sqrt()
 
 
@@ -196,7 +196,7 @@ def ref_picture(regularizer, target, image, labels, draw):
 
 def ref_relation(regularizer, target, a, b):
     """+1 for a positive pair, -1 for a negative one, 0 for none."""
-    if a.value is None or b.value is None or (a.image, a.place) == (b.image, b.place):
+    if a.value is None or b.value is None or (a.image, a.place) == (b.image, b.place) or a.source != b.source:
         return 0
     if regularizer.window is not None and max(abs(x - y) for x, y in zip(a.at, b.at)) > regularizer.window:
         return 0
@@ -281,9 +281,8 @@ def reference(regularizer, taps, labels, draw, frame):
         projector, tap = regularizer.projectors[target], leaves[target]
         layers = [(twins[id(w)], twins[id(b)]) for w, b in zip(projector.weights, projector.biases)]
         groups = [ref_picture(regularizer, target, i, labels, draw) for i in range(images)]
-        if regularizer.across_images:  # one group; only labels of the first picture's source compare
-            first = groups[0][0].source
-            groups = [[p if p.source == first else p._replace(value=None) for group in groups for p in group]]
+        if regularizer.across_images:  # one group: the first pixel of each picture, then the second, ..
+            groups = [[pixel for pixels in zip(*groups) for pixel in pixels]]
         costs = []
         for group in groups:
             shape = tap.shape[-2:]

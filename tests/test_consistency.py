@@ -255,7 +255,7 @@ def test_two_arms_give_pictures_and_numbers(cli, runs, tmp_path):
     assert found["thresholds"] == {"semseg": [0.0, 1.0], "depth": [0.05, 0.2], "normals": [15.0, 40.0]}
     with_, without = found["arms"]
     assert "no regulariser) has no trained projectors" in result.out
-    assert (with_["name"], without["name"]) == ("contrastive, weight 0.5", "no regulariser")
+    assert (with_["name"], without["name"]) == ("contrastive, weight 0.3", "no regulariser")
     assert with_["step"] == 4
     assert set(found[NEARNESS]) == set(NAMES)
     assert without["projected"] == {}

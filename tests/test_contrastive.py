@@ -25,13 +25,12 @@ from mtcl import UserError
 from mtcl.contrastive import Contrastive, Draw, SliceAdamW, criteria
 from mtcl.contrastive.diagnostics import gradients_at_taps
 from mtcl.contrastive.regularizer import allowed_sources, first_available
-from mtcl.contrastive.relations import other_pixel
 from mtcl.contrastive.sampling import draw_pixels, draw_sources, pixel_index, read_features, read_labels
 
 # --- The paper's choices against the reference
 
 
-@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @given(cases())
 @example({"kinds": {name: ["void", "void"] for name in NAMES}})
 @example({"kinds": {name: ["one", "one"] for name in NAMES}, "size": (2, 2), "pixels": 8})
@@ -111,18 +110,6 @@ def test_no_pair_is_both_and_no_pixel_pairs_with_itself(case):
         source = first_available(draw.sources[t], torch.stack(known).any(dim=2))
         for image, s in enumerate(source.tolist()):
             assert not (positive | negative)[t, image][~known[s][image]].any()
-
-
-def test_the_last_pixel_of_a_map_is_one():
-    """0.99999994 times some sizes is rounded up to the size itself."""
-    ends = torch.tensor([[[0.5, 0.99999994], [0.5, 0.999], [0.9, 0.0], [0.5, 0.9999]]])
-    size = (3, next(n for n in range(200, 400) if (ends[0, 0, 1] * n).item() == n))
-    assert other_pixel(ends, size)[0].tolist() == [
-        [False, False, True, False],
-        [False, False, True, False],
-        [True, True, False, True],
-        [False, False, True, False],
-    ]
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)

@@ -584,3 +584,13 @@ def test_a_small_study_for_real(cli, tmp_path):
     result = cli("scripts/study.py", *words, "trainer.max_steps=3")
     assert result.code == 1
     assert "trainer.max_steps was not given, now 3" in result.err
+
+
+def test_an_arm_of_changed_defaults_is_told(records):
+    for one, weight in zip((one for one in records if one["arm"] == "on"), (0.3, 0.5, 0.5, 0.5)):
+        one["config"] = {"regularizer.weight": weight, "optimizer.lr": 1e-3}
+    notes = report(STUDY, records).notes
+    assert "warning: the runs of on were made by different settings: regularizer.weight." in notes
+    for one in records:
+        one["config"] = {"regularizer.weight": 0.3}
+    assert not any("different settings" in note for note in report(STUDY, records).notes)

@@ -222,6 +222,88 @@ def test_distance_of_normals_is_stable_at_both_ends(degrees):
     assert make_task("normals").distance(a, torch.zeros(1, 2, 3)).isfinite().all()
 
 
+# Places and strata: what the regulariser compares
+
+
+def make_samples(name, seed, count=12):
+    """Valid labels as sampled from two pictures: (2, count, c)."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "depth":
+        return (5 * torch.rand(2, count, 1, generator=generator) - 2).exp()
+    if name == "normals":  # of any length, a third of them close to each other
+        vector = torch.randn(2, count, 3, generator=generator)
+        vector[:, : count // 3] = vector[:, :1] + 0.2 * vector[:, : count // 3]
+        return vector
+    label = torch.randint(2 if name == "edge" else min(make_task(name).channels, 4), (2, count, 1), generator=generator)
+    return label.float() if name == "edge" else label
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@given(st.sampled_from(TASK_NAMES), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
+def test_places_are_as_far_apart_as_labels(name, seed, low, high):
+    task, label = make_task(name), make_samples(name, seed)
+    place = task.place(label)
+    assert place.dtype == torch.float32
+    assert place.shape == (2, 12, 3)
+    distance, apart = task.distance(label, label), torch.cdist(place.double(), place.double())
+    most = {"depth": 4.0, "normals": 175.0}.get(name, 1.0)
+    for near, far in ((task.near, task.far), (0.99 * low * most, (0.01 + 0.99 * high) * most)):
+        clear = [name in DISCRETE or (distance - bound).abs() > 1e-3 * most for bound in (near, far)]  # of rounding
+        assert not (((apart <= task.span(near)) != (distance <= near)) & clear[0]).any()
+        assert not (((apart >= task.span(far)) != (distance >= far)) & clear[1]).any()
+        if near < far:
+            assert task.span(near) < task.span(far)
+
+
+def test_no_normals_are_further_apart_than_opposite_ones():
+    task = make_task("normals")
+    assert task.span(180) == 2
+    assert task.span(181) == math.inf
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_invalid_labels_have_a_place_and_a_stratum(name):
+    task = make_task(name)
+    channels = 3 if name == "normals" else 1
+    void = torch.full((2, 3, 4, channels), task.void)
+    void[0] = math.inf if name == "depth" else void[0]
+    void = void.long() if task.collated(stacked(make_array(name))).dtype == torch.int64 else void
+    assert task.place(void).shape == (2, 3, 4, 3)
+    assert task.place(void).isfinite().all()
+    stratum = task.stratum(void)
+    assert stratum.shape == (2, 3, 4)
+    assert stratum.dtype == torch.int64
+    assert 0 <= stratum.min() <= stratum.max() < 256
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_a_class_is_a_stratum(name):
+    label = make_samples(name, 0)
+    assert torch.equal(make_task(name).stratum(label), label[..., 0].long())
+
+
+def test_strata_of_depth_are_steps_of_its_far_threshold():
+    task = make_task("depth")
+    metres = torch.logspace(-1, 2, 500)[:, None]
+    stratum = task.stratum(metres)
+    steps = stratum.diff()
+    assert set(steps.tolist()) == {0, 1}
+    assert stratum[-1] == int(math.log(1000) / task.far)
+    distance = task.distance(metres[None], metres[None])[0]
+    same = stratum[:, None] == stratum[None]
+    assert (distance[same] <= task.far + 1e-4).all()
+    assert (distance[~same] > 0).all()
+    assert not same[distance > task.far + 1e-4].any()
+
+
+def test_strata_of_normals_are_the_sides_of_a_cube():
+    vectors = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
+    sides = [[sign * (axis == k) for k in range(3)] for axis in range(3) for sign in (1, -1)]
+    for vector, stratum in zip(vectors.tolist(), make_task("normals").stratum(vectors).tolist()):
+        along = [sum(a * b for a, b in zip(vector, side)) for side in sides]
+        assert along[stratum] == max(along)
+
+
 # The data pipeline's rules
 
 

@@ -10,7 +10,9 @@ class GradientShare(nn.Module):
     """Keeps per target a factor that makes the contrast's gradient at F_t as long as the task's own.
 
     The factor is a running mean of the ratio of the two norms, measured every ``every`` steps (a backward pass down to
-    the features, not through the backbone). It stays on the device and is part of a run's state.
+    the features, not through the backbone). It stays on the device and is part of a run's state. One factor serves all
+    sources of a target, so at a single step the contrast may have more or less than its share. Each process measures
+    its own batch: under DDP, all-reduce the norms first.
     """
 
     def __init__(self, names: Sequence[str], every: int = 10, momentum: float = 0.9):

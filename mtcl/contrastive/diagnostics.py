@@ -25,3 +25,16 @@ def gradients_at_taps(task_loss: Tensor, contrast: Tensor, taps: Mapping[str, Te
         found[f"{name}/norm_contrast"] = b.norm()
         found[f"{name}/cosine"] = torch.nn.functional.cosine_similarity(a, b, dim=0)
     return found
+
+
+def gradient_norms(loss: Tensor, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Target -> length of the gradient of ``loss`` at its tapped features, detached.
+
+    One map after the other: never more than one gradient of that size. Leaves ``.grad`` and the graph as they are.
+    """
+    norms: dict[int, Tensor] = {}  # by map: targets may share one
+    for feature in taps.values():
+        if id(feature) not in norms:
+            (grad,) = torch.autograd.grad(loss, feature, retain_graph=True, allow_unused=True)
+            norms[id(feature)] = feature.new_zeros((), dtype=torch.float32) if grad is None else grad.float().norm()
+    return {name: norms[id(feature)] for name, feature in taps.items()}

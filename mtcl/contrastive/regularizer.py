@@ -82,7 +82,7 @@ class Contrastive(Regularizer):
         sources: ``other``: a random other task (the paper); ``self``: the target itself, a control; ``any``: a random
             task, the target included; a task's name: always that one (it has a random other one itself).
         exclude: pairs ``target<-source`` that are never drawn.
-        shuffle: a control: an image's source labels are those of the next image of the batch.
+        shuffle: a control: an image's source labels are those of another image of the batch.
         pixels: K, sampled per image at label resolution.
         quotas: each class (range of depth, direction) of an image's source label has an equal part in the K; else
             uniform.
@@ -126,6 +126,11 @@ class Contrastive(Regularizer):
             raise UserError("cross-task contrast needs at least two tasks; use regularizer=none for one")
         if not 1 <= pixels < 2**15:
             raise UserError(f"regularizer.options.pixels={pixels} must be from 1 to {2**15 - 1}")
+        if criterion == "ranked" and (window is not None or agree or across_images):
+            raise UserError(
+                "regularizer.options.criterion=ranked takes any three pixels of an image; leave out window, agree, "
+                "across_images"
+            )
         if criterion not in CRITERIA:
             raise UserError(f"regularizer.options.criterion={criterion} is not known; choose {', '.join(CRITERIA)}")
         self.tasks = dict(tasks)
@@ -199,7 +204,7 @@ class Contrastive(Regularizer):
         else:
             with torch.no_grad():
                 pairs = self._pairs(source, pixels, place, own, valid, size)
-            z = z.flatten(1, 2)[:, None] if self.across_images else z
+            z = merged(z) if self.across_images else z
             if self.criterion == "infonce":
                 found = criteria.infonce(z, pairs, self.temperature)
             else:
@@ -245,21 +250,26 @@ class Contrastive(Regularizer):
     def _pairs(self, source: Tensor, pixels: Tensor, place: Tensor, own: Tensor, valid: Tensor, size: Size) -> Pairs:
         """The relations (T, B, K, K) by which an anchor's positives and negatives are told; (T, 1, B K, B K) across
         images."""
-        limits = self.spans[source]  # (T, B, 3)
-        mine = self.spans[:, None].expand_as(limits)  # of the target's own labels
+        limits = self.spans[source][:, :, None]  # (T, B, 1, 3)
+        mine = self.spans[:, None, None]  # (T, 1, 1, 3), of the target's own labels
+        different = other_pixel(pixels, size)
+        comparable = None
         if self.across_images:
-            group = torch.arange(source.shape[1], device=source.device).repeat_interleave(self.pixels)
-            kind = source.repeat_interleave(self.pixels, dim=1)[:, None]  # (T, 1, B K)
-            valid = valid.flatten(1, 2)[:, None] & (kind == kind[..., :1])  # labels of one source compare
-            pixels, place, own = (x.flatten(1, 2)[:, None] for x in (pixels, place, own))
-            different = other_pixel(pixels, size) | (group[:, None] != group[None, :])
-            limits, mine = limits[:, :1], mine[:, :1]
-        else:
-            different = other_pixel(pixels, size)
+            image = torch.arange(source.shape[1], device=source.device)[:, None].expand(-1, self.pixels)
+            kind = source[..., None].expand(*source.shape, self.pixels)
+            pixels, place, own, valid, limits, kind, image = map(
+                merged, (pixels, place, own, valid, limits.expand(-1, -1, self.pixels, -1), kind, image[None])
+            )
+            different = other_pixel(pixels, size) | (image[..., :, None] != image[..., None, :])
+            comparable = kind[..., :, None] == kind[..., None, :]  # partial labels: images differ in their source
         positive, negative = relate(place, valid, limits[..., 0], limits[..., 1])
         positive = positive & different
+        if self.shuffle:  # a pixel sampled twice may have two labels: those of two pixels of another image
+            negative = negative & different
+        if comparable is not None:
+            positive, negative = positive & comparable, negative & comparable
         if self.agree:
-            positive = positive & ~(distances(own) >= mine[..., 1, None, None])
+            positive = positive & ~(distances(own) >= mine[..., 1, None])
         if self.window is not None:
             near = within(pixels, self.window)
             positive, negative = positive & near, negative & near
@@ -293,6 +303,12 @@ class Contrastive(Regularizer):
                     found[f"{target}<-{source}/d_ap"] = d_ap / anchors
                     found[f"{target}<-{source}/d_an"] = d_an / anchors
         return found
+
+
+def merged(x: Tensor) -> Tensor:
+    """All images of a batch as one group: (T, B, K, ...) -> (T, 1, K B, ...). Pixel by pixel, not image by image: the
+    order of a group is what its random choices come from."""
+    return x.transpose(1, 2).flatten(1, 2)[:, None]
 
 
 def first_available(order: Tensor, has_labels: Tensor) -> Tensor:

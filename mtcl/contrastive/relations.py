@@ -27,9 +27,10 @@ def distances(place: Tensor) -> Tensor:
 
 
 def relate(place: Tensor, valid: Tensor, near: Tensor, far: Tensor) -> Pairs:
-    """Positive up to ``near`` and negative from ``far`` on, both (T, B), where both pixels are ``valid`` (T, B, K)."""
+    """Positive up to ``near`` and negative from ``far`` on, both (T, B, K or 1), where both pixels are ``valid`` (T, B,
+    K)."""
     apart = distances(torch.where(valid[..., None], place, torch.nan))  # no comparison with NaN holds
-    return Pairs(apart <= near[..., None, None], apart >= far[..., None, None])
+    return Pairs(apart <= near[..., None], apart >= far[..., None])
 
 
 def pixel_number(pixels: Tensor, size: Size) -> Tensor:

@@ -168,6 +168,10 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         )
     if "thresholds" in options:
         options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
+    if options.get("shuffle") and config.data.batch_size < 2:
+        raise UserError(
+            "regularizer.options.shuffle=true takes labels of another image; give data.batch_size of 2 or more"
+        )
     kind = locate(settings._target_, "regularizer", Regularizer)
     channels = model.tap_channels[options["tap"]]
     return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)

@@ -211,6 +211,11 @@ def project(regularizer: Contrastive, target: str, feature: Tensor, source: int)
 
 def common_tap(arms: Sequence[Arm], settings: DictConfig) -> str:
     """The feature map to look at: that of the first regulariser, in all arms of one width."""
+    for what in ("tap", "thresholds"):
+        found = [(arm.path, getattr(arm.regularizer, what)) for arm in arms if arm.regularizer]
+        if any(value != found[0][1] for _, value in found):
+            told = ", ".join(f"{path}: {value}" for path, value in found)
+            raise UserError(f"compare= needs regularisers that look at the same: their {what} differ ({told})")
     own = OmegaConf.select(settings, "regularizer.options.tap", default="final")
     tap = next((arm.regularizer.tap for arm in arms if arm.regularizer), str(own))
     widths = [arm.model.tap_channels.get(tap) for arm in arms]

@@ -102,10 +102,12 @@ RULES: dict[str, Rule] = {
     "regularizer.until": number(0, 1),
     "regularizer.balance": TEXT,
     "regularizer.options.sources": TEXT,
-    "regularizer.options.exclude": Rule("a list of target<-source", lambda v: isinstance(v, list)),
+    "regularizer.options.exclude": Rule(
+        "a list of target<-source", lambda v: isinstance(v, list) and all(isinstance(pair, str) for pair in v)
+    ),
     "regularizer.options.shuffle": FLAG,
     "regularizer.options.quotas": FLAG,
-    "regularizer.options.window": POSITIVE.or_null(),
+    "regularizer.options.window": number(0, 1).or_null(),
     "regularizer.options.agree": FLAG,
     "regularizer.options.across_images": FLAG,
     "regularizer.options.criterion": TEXT,

@@ -28,10 +28,11 @@ from mtcl.entry.compare import (
     missing_values,
     parsed_metrics,
     provenance,
+    read_config,
     read_json,
 )
 from mtcl.entry.schema import leaves
-from mtcl.entry.study_file import Arm, Study, portable
+from mtcl.entry.study_file import MACHINE, Arm, Study, is_path, portable
 from mtcl.entry.tables import (
     NONE,
     Grid,
@@ -110,7 +111,18 @@ def record(study: Study, arm: Arm, seed: int, overrides: Sequence[str], folder: 
         "seed": seed,
         "overrides": portable(overrides),
         "metrics": {t: {m: v for m, v in of.items() if not m.startswith("IoU/")} for t, of in metrics.items()},
+        "config": portable_config(folder / "config.yaml"),
         "run": facts,
+    }
+
+
+def portable_config(path: Path) -> dict[str, Any]:
+    """A run's resolved config, dotted key -> value, without what belongs to its machine; empty if there is no file."""
+    content = read_config(path) if path.is_file() else {}
+    return {
+        key: Path(value).name if isinstance(value, str) and is_path(key, value) else value
+        for key, value in content.items()
+        if key not in MACHINE
     }
 
 
@@ -181,7 +193,7 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         runs[one["arm"]][one["seed"]] = Run(path, parsed_metrics(path, one["metrics"]), facts, dict(scoring))
     missing = [f"{a.name} seed {seed}" for a in study.arms for seed in a.seeds if seed not in runs[a.name]]
     found = [run for of_arm in runs.values() for run in of_arm.values()]
-    notes = check_same_data(found) + check_same_scoring(found)
+    notes = check_same_data(found) + check_same_scoring(found) + check_same_settings(study, records)
     columns = choose_columns(found, False, notes)
     tasks = [column for column in columns if is_primary(column, columns)]
     rows: dict[str, Row] = {}
@@ -204,6 +216,18 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         shown = [base, *shown]
     notes += missing_values(shown, columns)
     return Report(study, columns, shown, effects, missing, [*about(found), *notes])
+
+
+def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
+    """A warning for an arm whose runs were made by different settings: a default that was changed in between."""
+    notes = []
+    for arm in study.arms:
+        configs = [one["config"] for one in records if one["arm"] == arm.name and one.get("config")]
+        keys = sorted({key for config in configs for key in {**config, **configs[0]}})
+        differing = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+        if differing:
+            notes.append(f"warning: the runs of {arm.name} were made by different settings: {listed(differing)}.")
+    return notes
 
 
 def effects_of(row: Row, reference: Row, tasks: Sequence[Column], delta: Column, notes: list[str]) -> list[Effects]:

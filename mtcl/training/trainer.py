@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.contrastive import GradientShare, Regularizer, RegularizerOutput
-from mtcl.contrastive.diagnostics import gradients_at_taps
+from mtcl.contrastive.diagnostics import gradient_norms, gradients_at_taps
 from mtcl.data import Batch, prepare
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, DenseOutput
@@ -170,9 +170,8 @@ class Trainer:
         taps, term = output.taps[self.regularizer.tap], contrast.loss
         if self.share is not None:
             if self.step % self.share.every == 0:
-                both = gradients_at_taps(total, torch.stack(list(contrast.losses.values())).sum(), taps)
-                norms = ({name: both[f"{name}/norm_{kind}"] for name in taps} for kind in ("task", "contrast"))
-                self.share.update(*norms)
+                sum_of_targets = torch.stack(list(contrast.losses.values())).sum()
+                self.share.update(gradient_norms(total, taps), gradient_norms(sum_of_targets, taps))
             term = self.share.total(contrast.losses)
         return weight * term, gradients_at_taps(total, weight * term, taps) if with_diagnostics else {}
 
