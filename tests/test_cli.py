@@ -56,6 +56,7 @@ def test_train_writes_everything(cli, tmp_path):
             "model",
             "ema",
             "regularizer",
+            "share",
             "optimizer",
             "schedule",
             "step",

@@ -152,7 +152,10 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     kind = locate(options.pop("_target_"), "decoder", Decoder)
     channels = {name: task.channels for name, task in tasks.items()}
     decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
-    return EncoderDecoder(backbone, decoder)
+    # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
+    channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return EncoderDecoder(backbone, decoder).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
@@ -221,8 +224,7 @@ def build_trainer(
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
     train_reader = build_reader(config, "train", tasks)
     val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
-    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-    model = build_model(config, tasks, pretrained).to(device, memory_format=layout)  # type: ignore[call-overload]
+    model = build_model(config, tasks, pretrained).to(device)
     regularizer = build_regularizer(config, tasks, model)
     if regularizer is not None:
         regularizer.to(device)
