@@ -155,7 +155,7 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return EncoderDecoder(backbone, decoder).to(memory_format=layout)  # type: ignore[call-overload]
+    return EncoderDecoder(backbone, decoder).to(memory_format=layout)
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
