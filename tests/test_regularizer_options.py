@@ -121,12 +121,12 @@ def test_identical_features_cost_the_margin(criterion):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_half_precision_and_broken_labels(criterion):
-    regularizer, taps, labels, draw, frame = make_case(pixels=12, criterion=criterion)
+    regularizer, taps, labels, draw, frame = make_case(pixels=16, criterion=criterion, sources="depth")
     half = {t: tap.bfloat16().requires_grad_() for t, tap in taps.items()}
-    broken = {**labels, "depth": labels["depth"].clone()}
-    broken["depth"][0] = math.nan
-    broken["depth"][1] = math.inf
-    void = {**labels, "depth": torch.zeros_like(labels["depth"])}
+    broken, void = ({**labels, "depth": labels["depth"].clone()} for _ in range(2))
+    broken["depth"][0, :, :3] = math.nan
+    broken["depth"][1, :, :3] = math.inf
+    void["depth"][:, :, :3] = 0
     got = regularizer(half, broken, draw, frame).loss
     assert got.item() > 0
     assert torch.equal(got, regularizer({t: tap.float() for t, tap in half.items()}, void, draw, frame).loss)
