@@ -149,8 +149,12 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
         kwargs=plain(config.backbone.kwargs),
     )
     options = plain(config.decoder)
-    kind = locate(options.pop("_target_"), "decoder", Decoder)
+    target = options.pop("_target_")
+    kind = locate(target, "decoder")
     channels = {name: task.channels for name, task in tasks.items()}
+    if isinstance(kind, type) and issubclass(kind, DenseModel):  # a model of its own, woven into the backbone
+        return construct(kind, "decoder", backbone, channels, **options)
+    kind = locate(target, "decoder", Decoder)
     decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)

@@ -2,5 +2,6 @@
 
 from mtcl.models.backbones import Backbone, build_backbone
 from mtcl.models.base import DenseModel, DenseOutput, EncoderDecoder
+from mtcl.models.taskprompter import TaskPrompter
 
-__all__ = ["Backbone", "DenseModel", "DenseOutput", "EncoderDecoder", "build_backbone"]
+__all__ = ["Backbone", "DenseModel", "DenseOutput", "EncoderDecoder", "TaskPrompter", "build_backbone"]

@@ -1,6 +1,6 @@
 """Building blocks that several decoders share."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -50,3 +50,43 @@ class Fusion(nn.Module):
             part = resize(project(feature), size)
             total = part if total is None else total + part
         return F.relu(self.norm(total), inplace=True)
+
+
+def projection(inputs: int, outputs: int) -> nn.Sequential | None:
+    """The shortcut of a residual block that changes the number of channels; None where it does not."""
+    if inputs == outputs:
+        return None
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+
+
+class Distillation(nn.Module):
+    """Multi-modal distillation: to each task's map (B, C, h, w) a gated message of every other task's map is added.
+
+        out_k = F_k + sum over l != k of  (W_kl * F_l) x sigmoid(G_kl * F_l)        (*: a 3x3 convolution, no bias)
+
+    A task on its own keeps its map as it is.
+    """
+
+    def __init__(self, tasks: Iterable[str], channels: int):
+        super().__init__()
+        names = list(tasks)
+        self.messages = nn.ModuleDict(
+            {
+                task: nn.ModuleDict({other: self._message(channels) for other in names if other != task})
+                for task in names
+            }
+        )
+
+    @staticmethod
+    def _message(channels: int) -> nn.Sequential:
+        # GLU(a, b) = a x sigmoid(b): W and G in one convolution
+        return nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.GLU(dim=1))
+
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        refined = {}
+        for task, messages in self.messages.items():
+            total = maps[task]
+            for other, message in messages.items():  # type: ignore[operator]
+                total = total + message(maps[other])
+            refined[task] = total
+        return refined

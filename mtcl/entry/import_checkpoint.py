@@ -1,0 +1,87 @@
+"""A published checkpoint of another codebase -> one of ours, which evaluate.py loads."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from mtcl.entry import build
+from mtcl.entry.cli import sentence
+from mtcl.entry.schema import check_config
+from mtcl.errors import UserError
+from mtcl.models.importing import METHODS, fit, read_published, translate
+from mtcl.training.checkpoint import save_checkpoint
+
+
+class Imported(NamedTuple):
+    tensors: int  # of our model, each filled from the file
+    idle: list[str]  # keys of the file that the published forward never uses
+    settings: dict[str, Any]  # config keys that the published network asked for
+
+
+def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequence[str], configs: Path) -> Imported:
+    """Write ``target`` from the published ``source``.
+
+    ``overrides``: words of train.py that describe the published run, under ``configs``. Keys of the config without
+    which the network would be another one (``Method.settings``) are set here and saved with it.
+    """
+    if method not in METHODS:
+        raise UserError(f"{method} is not a method whose checkpoints are known; choose one of {', '.join(METHODS)}")
+    if target.exists():
+        raise UserError(f"{target} exists already; choose another name")
+    known = METHODS[method]
+    theirs, step = read_published(source)
+    config = composed(overrides, configs)
+    if str(config.decoder._target_).rpartition(".")[2] != known.model:
+        raise UserError(f"the config describes {config.decoder._target_}, not {method}; give decoder={method}")
+    settings = known.settings(theirs, build.data_size(config))
+    for key, value in settings.items():
+        set_key(config, key, value)
+    check_config(build.plain(config))
+    tasks = build.build_tasks(config)
+    with torch.device("meta"):  # its shapes are all that is asked for
+        model = build.build_model(config, tasks, pretrained=False)
+    ours, idle = translate(theirs, known, list(tasks))
+    fit(ours, model.state_dict(), method)
+    content = {
+        "model": ours,
+        "ema": None,
+        "regularizer": None,
+        "share": None,
+        "optimizer": {},
+        "schedule": {},
+        "step": step,
+        "rng": {},
+        "config": build.saved_config(config, model),
+        "meta": {
+            "tasks": build.described(tasks),
+            "best": math.nan,
+            "imported": {"method": method, "file": source.name, "idle": idle},
+        },
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(target, content)
+    return Imported(len(ours), idle, settings)
+
+
+def composed(overrides: Sequence[str], configs: Path) -> DictConfig:
+    try:
+        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
+            return compose("train", list(overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(sentence(error)) from error
+
+
+def set_key(config: DictConfig, key: str, value: Any) -> None:
+    """Set ``key``; a mapping adds to what is there."""
+    before = OmegaConf.select(config, key)
+    if isinstance(value, dict):
+        value = {**(build.plain(before) or {}), **value}
+    with open_dict(config):
+        OmegaConf.update(config, key, value, merge=False)

@@ -1,0 +1,299 @@
+"""ATRC: each task gathers context from each other task in the way that suits the pair.
+
+Brüggemann, Kanakis, Obukhov, Georgoulis, Van Gool, "Exploring Relational Context for Multi-Task Dense Prediction",
+ICCV 2021 (https://arxiv.org/abs/2104.13874).
+
+    features (strides 4..32) -> resized to 1/4, concatenated -> per task: 3x3 convolution -> initial
+             concatenation, detached -> per task: auxiliary head -> label logits -> intermediate predictions
+    per target t, per source s: context of the kind genotype[t][s] (relational.py) from initial[t], initial[s] and,
+             for a label context, the label logits of t or of s
+    per target: contexts, concatenated -> 1x1 -> beside initial[t] -> 1x1 -> final -> 1x1 -> prediction
+
+The search for a genotype is not part of this: see :func:`read_genotype` for where one comes from.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mtcl.errors import UserError
+from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.blocks import ConvBlock, Fusion, predict_fp32, resize
+from mtcl.models.decoders.relational import Context, GlobalContext, LabelContext, LocalContext, prototypes
+
+KINDS = ("none", "global", "local", "t_label", "s_label")  # a published file names a kind by its place in this list
+
+# The genotypes that the authors' search found: their tasks, then a word for each target with a letter for each source.
+PUBLISHED = {
+    "nyud_hrnet18": ("semseg depth normals edge", "TTSS STSS STTS TTGT"),
+    "nyud_hrnet48": ("semseg depth normals edge", "TNNS SGGS SGGS TTTT"),
+    "pascal_hrnet18": ("semseg human_parts sal normals edge", "TTSNS TTSTS TTTST TTTTS TTTGT"),
+}
+_LETTERS = {"N": "none", "G": "global", "L": "local", "T": "t_label", "S": "s_label"}
+
+Genotype = dict[str, dict[str, str]]  # target -> source -> kind of context
+
+
+def read_genotype(genotype: str | Mapping[str, Any], tasks: Iterable[str]) -> Genotype:
+    """Which kind of context each of ``tasks`` (target) gathers from each of them (source).
+
+    ``genotype``: ``all_KIND`` (the same for every pair), the name of a published one, the path of a JSON file as the
+    authors' search writes it, or a mapping target -> source -> kind. What it says of further tasks is left out.
+    """
+    tasks = list(tasks)
+    if isinstance(genotype, str):
+        uniform = {f"all_{kind}": kind for kind in KINDS}
+        if genotype in uniform:
+            return {target: dict.fromkeys(tasks, uniform[genotype]) for target in tasks}
+        if genotype in PUBLISHED:
+            names, rows = (text.split() for text in PUBLISHED[genotype])
+            table: Any = {t: {s: _LETTERS[x] for s, x in zip(names, row)} for t, row in zip(names, rows)}
+        else:
+            table = _read_file(genotype, [*uniform, *PUBLISHED])
+        what = f"decoder.genotype={genotype}"
+    else:
+        table, what = genotype, "decoder.genotype"
+    if not isinstance(table, Mapping):
+        raise UserError(f"{what} is no mapping target -> source -> kind of context")
+    return {target: {source: _kind(table, target, source, what) for source in tasks} for target in tasks}
+
+
+def _read_file(name: str, names: Sequence[str]) -> Any:
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"decoder.genotype={name} is neither a file nor one of {', '.join(names)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # of JSON and of the encoding, too
+        raise UserError(f"decoder.genotype={name} can't be read as JSON: {str(error).splitlines()[0]}") from error
+    return content["data"] if isinstance(content, dict) and "data" in content else content
+
+
+def _kind(table: Mapping[str, Any], target: str, source: str, what: str) -> str:
+    row = table.get(target)
+    if not isinstance(row, Mapping) or source not in row:
+        raise UserError(f"{what} does not say which context {target} takes from {source}; it needs every pair of tasks")
+    kind = row[source]
+    if isinstance(kind, int) and not isinstance(kind, bool) and 0 <= kind < len(KINDS):
+        return KINDS[kind]
+    if kind in KINDS:
+        return str(kind)
+    known = ", ".join(f"{name} ({code})" for code, name in enumerate(KINDS))
+    raise UserError(f"{what} gives {kind!r} for {target} from {source}, which is none of {known}")
+
+
+class Expectation(nn.Module):
+    """Logits of K labels (B, K, h, w) -> the mean of the labels' values (K, C): (B, C, h, w)."""
+
+    values: Tensor
+
+    def __init__(self, values: Tensor):
+        super().__init__()
+        self.register_buffer("values", values, persistent=False)
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return torch.einsum("bkhw,kc->bchw", logits.softmax(dim=1), self.values)
+
+
+class Difference(nn.Module):
+    """Logits of "no" and "yes" (B, 2, h, w) -> one logit (B, 1, h, w) of the same probability."""
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits[:, 1:] - logits[:, :1]
+
+
+def log_bins(count: int, low: float, high: float) -> Tensor:
+    """Middles of ``count`` bins that are equally wide in the logarithm: (count, 1)."""
+    steps = (torch.arange(count) + 0.5) / count
+    return (low * (steps * math.log(high / low)).exp()).unsqueeze(1)
+
+
+def directions(count: int) -> Tensor:
+    """Unit vectors spread evenly over the half sphere z > 0, which is what a camera sees: (count, 3)."""
+    index = torch.arange(count)
+    z = (index + 0.5) / count
+    angle = index * math.pi * (3 - 5**0.5)  # the golden angle
+    ring = (1 - z.square()).sqrt()
+    return torch.stack([ring * angle.cos(), ring * angle.sin(), z], dim=1)
+
+
+def label_space(task: str, channels: int, options: Mapping[str, Any] | None) -> tuple[int, nn.Module]:
+    """The number of labels of a task's auxiliary head, and the module that makes a prediction of their logits.
+
+    Without ``options`` the channels of the prediction are the labels, and a single channel is the logit of two.
+    """
+    if options is None:
+        return (2, Difference()) if channels == 1 else (channels, nn.Identity())
+    what, known = f"decoder.kinds.{task}", {"log_bins": {"low", "high"}, "directions": set()}
+    given = dict(options) if isinstance(options, Mapping) else {}
+    kind, count = given.pop("kind", None), given.pop("count", None)
+    if kind not in known:
+        raise UserError(f"{what}.kind={kind} is not known; choose {' or '.join(known)}")
+    if set(given) != known[kind]:
+        raise UserError(f"{what} is of the kind {kind}, which takes {', '.join(['count', *sorted(known[kind])])}")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+        raise UserError(f"{what}.count={count} must be a whole number >= 2")
+    if kind == "log_bins":
+        low, high = given["low"], given["high"]
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in (low, high)) or not 0 < low < high:
+            raise UserError(f"{what} needs numbers 0 < low < high, not low={low} and high={high}")
+        values = log_bins(count, low, high)
+    else:
+        values = directions(count)
+    if values.shape[1] != channels:
+        raise UserError(f"{what}.kind={kind} is for predictions of {values.shape[1]} channels, {task} has {channels}")
+    return count, Expectation(values)
+
+
+class Refine(nn.Module):
+    """A target's features (B, width, h, w) and the contexts that it gathers -> refined features, as wide.
+
+    The contexts' normalisation starts at zero, so that training starts without them.
+    """
+
+    def __init__(self, contexts: Mapping[str, Context], width: int, context_width: int, dropout: float):
+        super().__init__()
+        self.contexts = nn.ModuleDict(contexts)
+        self.merge = None
+        if contexts:
+            gathered = context_width * len(contexts)
+            norm = nn.BatchNorm2d(width)
+            nn.init.zeros_(norm.weight)
+            self.merge = nn.Sequential(nn.Conv2d(gathered, width, 1, bias=False), norm)
+        inputs = 2 * width if contexts else width
+        self.mix = nn.Sequential(ConvBlock(inputs, width, 1), nn.Dropout2d(dropout))
+
+    def forward(self, target: Tensor, sources: Mapping[str, Tensor]) -> Tensor:
+        """``sources``: source -> what its context attends to, features or prototypes."""
+        if self.merge is None:
+            return self.mix(target)
+        gathered = [context(target, sources[source]) for source, context in self.contexts.items()]
+        return self.mix(torch.cat([target, self.merge(torch.cat(gathered, dim=1))], dim=1))
+
+
+def _logits(inputs: int, outputs: int) -> nn.Conv2d:
+    """A 1x1 convolution that starts, as published, with small weights."""
+    head = nn.Conv2d(inputs, outputs, 1)
+    nn.init.normal_(head.weight, std=0.01)
+    if head.bias is not None:
+        nn.init.zeros_(head.bias)
+    return head
+
+
+class ATRC(Decoder):
+    """Tasks' features are 1/``reduction`` as wide as the features' concatenation, contexts 1/``context_reduction`` of
+    that. A concatenation wider than ``widest`` is projected to it: the published backbones have 270 and 720 channels,
+    but the 3840 of a ResNet-50 would give every task a 3x3 convolution of 33 M parameters.
+
+    ``kinds``: task -> how its auxiliary head divides a continuous prediction into labels, ``{kind: log_bins, count,
+    low, high}`` or ``{kind: directions, count}``; see :func:`label_space` for the others. Only tasks whose labels some
+    context asks for have an auxiliary head. The heads learn from detached features.
+
+    Taps: ``final`` (each task's pre-logit map), ``initial`` (each task's features before the contexts).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        tasks: Mapping[str, int],
+        genotype: str | Mapping[str, Any] = "all_t_label",
+        kinds: Mapping[str, Mapping[str, Any]] | None = None,
+        reduction: int = 4,
+        context_reduction: int = 2,
+        window: int = 9,
+        dropout: float = 0.05,
+        stride: int = 4,
+        widest: int = 720,
+    ):
+        super().__init__(channels, strides, tasks)
+        if window % 2 == 0:
+            raise UserError(f"decoder.window={window} must be odd: a window has a pixel at its centre")
+        self.stride = stride
+        self.genotype = read_genotype(genotype, self.tasks)
+        total = sum(channels)
+        self.fusion = Fusion(channels, widest) if total > widest else None
+        total = min(total, widest)
+        width = max(total // reduction, 1)
+        context_width = max(width // context_reduction, 1)
+
+        self.initial = nn.ModuleDict({task: ConvBlock(total, width) for task in self.tasks})
+        # (whose labels, source) of the prototypes: those that many targets want are made once
+        self.wanted = {
+            (target if kind == "t_label" else source, source): None
+            for target, row in self.genotype.items()
+            for source, kind in row.items()
+            if kind in ("t_label", "s_label")
+        }
+        labelling = {labeller for labeller, _ in self.wanted}
+        self.auxiliary, self.labels, self.decode = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        for task in (t for t in self.tasks if t in labelling):
+            count, self.decode[task] = label_space(task, self.tasks[task], (kinds or {}).get(task))
+            self.auxiliary[task] = ConvBlock(total, total, 1)
+            self.labels[task] = _logits(total, count)
+
+        def make(kind: str) -> Context:
+            if kind == "global":
+                return GlobalContext(width, context_width)
+            if kind == "local":
+                return LocalContext(width, context_width, window)
+            return LabelContext(width, context_width)
+
+        self.refine = nn.ModuleDict(
+            {
+                target: Refine({s: make(k) for s, k in row.items() if k != "none"}, width, context_width, dropout)
+                for target, row in self.genotype.items()
+            }
+        )
+        self.logits = nn.ModuleDict({task: _logits(width, c) for task, c in self.tasks.items()})
+        self.tap_channels = {"final": dict.fromkeys(self.tasks, width), "initial": dict.fromkeys(self.tasks, width)}
+
+    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+        initial, labels, final = self._refined(features, size)
+        auxiliary = {task: resize(predict_fp32(self.decode[task], x), size) for task, x in labels.items()}
+        taps = {"final": final, "initial": initial}
+        return DecoderOutput(self._predictions(final, size), taps, [auxiliary] if auxiliary else [])
+
+    def predict(self, features: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        """Without the auxiliary predictions; their logits remain, as the label contexts need them."""
+        return self._predictions(self._refined(features, size)[2], size)
+
+    def _predictions(self, final: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        return {task: resize(predict_fp32(self.logits[task], x), size) for task, x in final.items()}
+
+    def _refined(self, features: list[Tensor], size: tuple[int, int]) -> tuple[dict[str, Tensor], ...]:
+        """Per task: initial features, label logits (of the tasks that have them), final features."""
+        side = [-(-s // self.stride) for s in size]
+        if self.fusion is not None:
+            whole = self.fusion(features, side)
+        else:
+            whole = torch.cat([resize(feature, side) for feature in features], dim=1)
+        initial = {task: convolution(whole) for task, convolution in self.initial.items()}
+        alone = whole.detach()  # as published: nothing in front learns from the auxiliary heads
+        labels = {task: predict_fp32(head, self.auxiliary[task](alone)) for task, head in self.labels.items()}
+        gathered = {(by, of): prototypes(labels[by], initial[of]) for by, of in self.wanted}
+        final = {}
+        for target, refine in self.refine.items():
+            sources = dict(initial)
+            for source, kind in self.genotype[target].items():
+                if kind in ("t_label", "s_label"):
+                    sources[source] = gathered[target if kind == "t_label" else source, source]
+            final[target] = refine(initial[target], sources)
+        return initial, labels, final
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """The fusion, and each task's own features and label head where another task gathers from them."""
+        if self.fusion is not None:
+            yield from self.fusion.parameters()
+        for source in self.tasks:
+            kinds = {row[source] for target, row in self.genotype.items() if target != source}
+            if kinds - {"none"}:
+                yield from self.initial[source].parameters()
+            if "s_label" in kinds:
+                yield from self.auxiliary[source].parameters()
+                yield from self.labels[source].parameters()

@@ -1,0 +1,105 @@
+"""DeepLab heads: the field's multi-task baseline on (dilated) ResNets; with a single task its single-task baseline.
+
+Chen et al. Rethinking Atrous Convolution for Semantic Image Segmentation. 2017, arXiv:1706.05587 (v3).
+Chen et al. Encoder-Decoder with Atrous Separable Convolution. ECCV 2018, arXiv:1802.02611 (v3+, the skip).
+
+    per task:  coarsest feature -> ASPP -> [with a skip: upsampled, and the finest feature through a 1x1] -> 3x3
+    convolutions -> final -> 1x1 -> prediction
+
+Nothing but the backbone is shared. The baseline of Vandenhende et al. (PAMI 2021) and of MTI-Net is v3 on a backbone
+dilated to stride 8: ``skip_width`` 0, ``depth`` 1.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.blocks import ConvBlock, predict_fp32, resize
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: (B, inputs, h, w) -> (B, width, h, w).
+
+    The concatenation of a 1x1 convolution, 3x3 convolutions of several dilations and the mean over the map, projected.
+    The mean's branch has a bias in place of batch norm, which one picture's 1x1 map does not allow in training.
+    """
+
+    def __init__(self, inputs: int, width: int, rates: Sequence[int], dropout: float):
+        super().__init__()
+        self.branches = nn.ModuleList([ConvBlock(inputs, width, 1), *(_atrous(inputs, width, r) for r in rates)])
+        self.pooled = nn.Conv2d(inputs, width, 1)
+        self.project = nn.Sequential(ConvBlock((2 + len(rates)) * width, width, 1), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = F.relu(self.pooled(x.mean((2, 3), keepdim=True)))
+        return self.project(torch.cat([*(b(x) for b in self.branches), mean.expand(-1, -1, *x.shape[-2:])], dim=1))
+
+
+class DeepLabHead(nn.Module):
+    """One task's way from the backbone's maps to its pre-logit map (B, width, h, w)."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        width: int,
+        rates: Sequence[int],
+        depth: int,
+        skip_width: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.aspp = ASPP(channels[-1], width, rates, dropout)
+        self.skip = ConvBlock(channels[0], skip_width, 1) if skip_width else None
+        self.layers = nn.Sequential(*(ConvBlock(width if i else width + skip_width, width) for i in range(depth)))
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        x = self.aspp(features[-1])
+        if self.skip is not None:
+            x = torch.cat([resize(x, features[0].shape[-2:]), self.skip(features[0])], dim=1)
+        return self.layers(x)
+
+
+class DeepLab(Decoder):
+    """A head for each task, ``width`` wide, with ``depth`` 3x3 convolutions after the pyramid of dilations ``rates``.
+
+    With a skip (``skip_width`` > 0) the head ends at the stride of the finest feature, else at that of the coarsest.
+
+    Taps: ``final`` (each task's pre-logit map).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        tasks: Mapping[str, int],
+        width: int = 256,
+        rates: Sequence[int] = (12, 24, 36),
+        depth: int = 2,
+        skip_width: int = 48,
+        dropout: float = 0.5,
+    ):
+        super().__init__(channels, strides, tasks)
+        self.heads = nn.ModuleDict(
+            {task: DeepLabHead(channels, width, rates, depth, skip_width, dropout) for task in self.tasks}
+        )
+        self.logits = nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()})
+        self.tap_channels = {"final": dict.fromkeys(self.tasks, width)}
+
+    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+        final = {task: head(features) for task, head in self.heads.items()}
+        predictions = {task: resize(predict_fp32(self.logits[task], m), size) for task, m in final.items()}
+        return DecoderOutput(predictions, {"final": final}, [])
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        return iter(())
+
+
+def _atrous(inputs: int, outputs: int, rate: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=rate, dilation=rate, bias=False),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )

@@ -1,0 +1,147 @@
+"""MTI-Net: tasks exchange what they know at every scale, and hand it on from coarse to fine.
+
+Vandenhende, Georgoulis, Van Gool. MTI-Net: Multi-Scale Task Interaction Networks for Multi-Task Learning. ECCV 2020,
+arXiv:2001.06902.
+
+    coarsest to finest scale, per task:  [feature, the task's map propagated from the coarser scale] -> 2 residual
+    blocks -> initial map -> 1x1 -> initial prediction;  initial maps of all tasks -> Propagation -> next finer scale
+    per scale:  initial maps of all tasks -> Distillation -> refined maps
+    per task:  refined maps of all scales -> Fusion (the paper's feature aggregation) -> final -> 1x1 -> prediction
+
+The initial predictions of all scales are supervised, and left out at inference.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from timm.layers import SqueezeExcite
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+
+from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.blocks import Distillation, Fusion, predict_fp32, projection, resize
+
+
+class Propagation(nn.Module):
+    """The feature propagation module: task -> map (B, C, h, w) to task -> map of the same shape, for the finer scale.
+
+    A non-linear function of all tasks' maps gives each place and channel a softmax over the tasks; the maps, weighted
+    so, are reduced to one of C channels, which each task weighs by a squeeze-and-excitation of its own and adds to
+    its own map.
+    """
+
+    def __init__(self, tasks: Iterable[str], channels: int):
+        super().__init__()
+        names = list(tasks)
+        together = len(names) * channels
+        if len(names) > 1:  # the softmax over a single task is one, whatever is before it
+            hidden = max(1, together // 4)
+            self.attention = nn.Sequential(
+                BasicBlock(together, hidden, downsample=projection(together, hidden)),
+                BasicBlock(hidden, hidden),
+                nn.Conv2d(hidden, together, 1),
+            )
+        self.reduction = BasicBlock(together, channels, downsample=projection(together, channels))
+        self.excitation = nn.ModuleDict(
+            {task: SqueezeExcite(channels, rd_channels=max(1, channels // 16)) for task in names}
+        )
+
+    def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        shared = torch.cat([maps[task] for task in self.excitation], dim=1)
+        if len(self.excitation) > 1:
+            apart = (len(self.excitation), -1)  # tasks, C
+            weights = self.attention(shared).unflatten(1, apart).softmax(dim=1)
+            shared = (weights * shared.unflatten(1, apart)).flatten(1, 2)
+        shared = self.reduction(shared)
+        return {task: excite(shared) + maps[task] for task, excite in self.excitation.items()}
+
+
+class MTINet(Decoder):
+    """Maps of every task at every scale of the backbone, as wide as the backbone's map of that scale.
+
+    That is meant for HRNet's own narrow branches. ``pyramid_width``: the width of a feature pyramid (FPN) put
+    before it, as the paper does for ResNets; None: none.
+
+    Taps: ``final`` (each task's pre-logit map, all scales together), ``initial`` (its map of the finest scale,
+    before the distillation).
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        tasks: Mapping[str, int],
+        pyramid_width: int | None = None,
+    ):
+        super().__init__(channels, strides, tasks)
+        self.pyramid = None if pyramid_width is None else FeaturePyramidNetwork(list(channels), pyramid_width)
+        widths = list(channels) if pyramid_width is None else [pyramid_width] * len(channels)
+        coarser = [*widths[1:], 0]  # channels that a scale is handed by the next coarser one
+        # All lists go from the finest scale to the coarsest, as the features do.
+        self.initial = nn.ModuleList(
+            nn.ModuleDict({task: _residual(width + further, width) for task in self.tasks})
+            for width, further in zip(widths, coarser)
+        )
+        self.initial_logits = nn.ModuleList(
+            nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()}) for width in widths
+        )
+        self.propagation = nn.ModuleList(Propagation(self.tasks, width) for width in widths[1:])
+        self.distillation = nn.ModuleList(Distillation(self.tasks, width) for width in widths)
+        self.aggregation = nn.ModuleDict({task: Fusion(widths, sum(widths)) for task in self.tasks})
+        self.logits = nn.ModuleDict({task: nn.Conv2d(sum(widths), c, 1) for task, c in self.tasks.items()})
+        self.tap_channels = {
+            "final": dict.fromkeys(self.tasks, sum(widths)),
+            "initial": dict.fromkeys(self.tasks, widths[0]),
+        }
+
+    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+        scales = self._initial_maps(features)
+        final = self._final_maps(scales)
+        intermediate = [self._predictions(logits, maps, size) for logits, maps in zip(self.initial_logits, scales)]
+        return DecoderOutput(
+            self._predictions(self.logits, final, size), {"final": final, "initial": scales[0]}, intermediate
+        )
+
+    def predict(self, features: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        return self._predictions(self.logits, self._final_maps(self._initial_maps(features)), size)
+
+    def _initial_maps(self, features: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Each scale's initial maps, finest first."""
+        if self.pyramid is not None:
+            features = list(self.pyramid(OrderedDict((str(i), f) for i, f in enumerate(features))).values())
+        scales: list[dict[str, Tensor]] = []
+        for i in reversed(range(len(features))):
+            feature = features[i]
+            inputs = dict.fromkeys(self.tasks, feature)
+            if scales:
+                handed = self.propagation[i](scales[0])
+                inputs = {t: torch.cat([feature, resize(m, feature.shape[-2:])], dim=1) for t, m in handed.items()}
+            layers = self.initial[i]
+            scales.insert(0, {task: layers[task](inputs[task]) for task in self.tasks})  # type: ignore[index]
+        return scales
+
+    def _final_maps(self, scales: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        refined = [distil(maps) for distil, maps in zip(self.distillation, scales)]
+        return {
+            task: fuse([maps[task] for maps in refined], refined[0][task].shape[-2:])
+            for task, fuse in self.aggregation.items()
+        }
+
+    @staticmethod
+    def _predictions(logits: nn.Module, maps: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+        return {task: resize(predict_fp32(logits[task], m), size) for task, m in maps.items()}  # type: ignore[index]
+
+    def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """All up to the distillation: a task's maps go into every task's, there and to the next scale."""
+        if self.pyramid is not None:
+            yield from self.pyramid.parameters()
+        yield from self.initial.parameters()
+        yield from self.propagation.parameters()
+
+
+def _residual(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        BasicBlock(inputs, outputs, downsample=projection(inputs, outputs)), BasicBlock(outputs, outputs)
+    )

@@ -1,0 +1,121 @@
+"""ATRC's relational contexts: what the pixels of a target task gather from the features of a source task.
+
+    global   every pixel of the source, by attention that is linear in the pixels
+    local    the source's pixels in a window around one's own place
+    t_label  one prototype of the source's features per label of the target task
+    s_label  one prototype of the source's features per label of the source task
+
+After Brüggemann et al., "Exploring Relational Context for Multi-Task Dense Prediction", ICCV 2021
+(https://arxiv.org/abs/2104.13874), and the facts of their public code.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mtcl.models.decoders.blocks import ConvBlock
+
+
+def prototypes(logits: Tensor, features: Tensor) -> Tensor:
+    """Per label of ``logits`` (B, K, h, w) the mean of ``features`` (B, C, h, w), weighted by a softmax of the label's
+    map over the *pixels*: (B, C, K)."""
+    weights = logits.flatten(2).softmax(dim=-1)
+    return features.flatten(2) @ weights.transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
+    """softmax(q k / sqrt(C)) v, channels last: (B, N, L, C), (B, N, M, C) -> (B, N, L, C).
+
+    ATRC's channels are odd (33); the fused kernels want multiples of 8, and further zeros change nothing.
+    """
+    channels = query.shape[-1]
+    query, key, value = (F.pad(x, (0, -channels % 8)) for x in (query, key, value))
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=channels**-0.5)
+    return out[..., :channels]
+
+
+class Context(nn.Module):
+    """Projections of a target's (B, inputs, h, w) to queries, of a source's to keys and values, ``width`` channels.
+
+    ``forward(target, source)`` -> (B, width, h, w), the source's values as the target's pixels see them.
+    """
+
+    def __init__(self, inputs: int, width: int):
+        super().__init__()
+        self.query = self.projection(inputs, width)
+        self.key = self.projection(inputs, width)
+        self.value = ConvBlock(inputs, width, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+
+    def projection(self, inputs: int, width: int) -> nn.Module:
+        return nn.Sequential(ConvBlock(inputs, width, 1), ConvBlock(width, width, 1))
+
+
+class GlobalContext(Context):
+    """Attention of positive features, sum_j (q_i k_j) v_j / sum_j (q_i k_j), in time linear in the pixels."""
+
+    eps = 1e-12
+
+    def projection(self, inputs: int, width: int) -> nn.Module:
+        last = (nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.Softplus())
+        return nn.Sequential(ConvBlock(inputs, width, 1), *last)
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        query, key, value = self.query(target), self.key(source), self.value(source)
+        with torch.autocast(query.device.type, enabled=False):  # sums over all pixels, small beside the projections
+            q, k, v = (x.flatten(2).float() for x in (query, key, value))
+            k = k / k.shape[-1]  # means, not sums: the ratio is the same
+            summary = v @ k.transpose(1, 2)  # (B, values, keys)
+            total = k.sum(dim=2).unsqueeze(1) @ q  # (B, 1, pixels)
+            out = (summary @ q) / total.clamp_min(self.eps)
+        return out.to(value.dtype).view_as(value)
+
+
+class LocalContext(Context):
+    """Attention to the ``window`` x ``window`` pixels around one's own place.
+
+    As in the authors' kernel, places beyond the border count as keys and values of zero.
+
+    All windows written out (unfold) would hold window^2 = 81 copies of the source, and the authors' CUDA kernel runs
+    nowhere else. Here the map is cut into tiles of ``tile`` x ``tile`` queries that share one field of
+    (tile + window - 1)^2 keys, and a mask leaves each query its own window: 4 copies in place of 81, and the rest is
+    one call of the fused attention.
+    """
+
+    visible: Tensor
+
+    def __init__(self, inputs: int, width: int, window: int = 9, tile: int = 8):
+        super().__init__(inputs, width)
+        self.radius, self.tile, self.field = window // 2, tile, tile + window - 1
+        offset = torch.arange(self.field) - torch.arange(tile)[:, None]  # of key and query, along one side
+        near = (offset >= 0) & (offset < window)
+        visible = near[:, None, :, None] & near[None, :, None, :]
+        self.register_buffer("visible", visible.reshape(tile**2, self.field**2), persistent=False)
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        height, width = target.shape[-2:]
+        down, right = -height % self.tile, -width % self.tile  # so that whole tiles cover the map
+        query = F.pad(self.query(target), (0, right, 0, down))
+        border = (self.radius, self.radius + right, self.radius, self.radius + down)
+        key, value = (F.pad(x, border) for x in (self.key(source), self.value(source)))
+        out = attend(self._tiles(query, self.tile), self._tiles(key, self.field), self._tiles(value, self.field),
+                     self.visible)  # fmt: skip
+        out = out.unflatten(2, (self.tile, self.tile)).unflatten(1, (query.shape[-2] // self.tile, -1))
+        return out.permute(0, 5, 1, 3, 2, 4).reshape(query.shape)[..., :height, :width]
+
+    def _tiles(self, x: Tensor, side: int) -> Tensor:
+        """(B, C, H, W) -> (B, tiles, side^2, C): squares of ``side``, one every ``tile`` pixels."""
+        x = x.unfold(2, side, self.tile).unfold(3, side, self.tile)
+        return x.permute(0, 2, 3, 4, 5, 1).flatten(3, 4).flatten(1, 2)
+
+
+class LabelContext(Context):
+    """Attention to prototypes: ``source`` is (B, inputs, K), one column per label."""
+
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        query = self.query(target)
+        key, value = self.key(source.unsqueeze(-1)), self.value(source.unsqueeze(-1))
+        q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))
+        return attend(q, k, v).squeeze(1).transpose(1, 2).reshape(query.shape)

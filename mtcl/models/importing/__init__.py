@@ -1,0 +1,14 @@
+"""Published checkpoints of other codebases -> state dicts of our models.
+
+One module per method: a table from its authors' key names to ours. A further method is a module with a ``METHOD`` of
+its own, listed below.
+"""
+
+from mtcl.models.importing import invpt, taskprompter
+from mtcl.models.importing.table import Method, Rule, fit, read_published, translate
+
+METHODS: dict[str, Method] = {
+    method.name: method for method in (invpt.METHOD, taskprompter.METHOD, taskprompter.METHOD_BASE)
+}
+
+__all__ = ["METHODS", "Method", "Rule", "fit", "read_published", "translate"]

@@ -1,0 +1,58 @@
+"""TaskPrompter: github.com/prismformore/Multi-Task-Transformer, TaskPrompter/models (taskprompter_wrapper.py, ViT)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from mtcl.models.importing.table import Method, Rule
+from mtcl.models.importing.vit import VIT, vit_settings
+
+
+def table(depth: int) -> tuple[Rule, ...]:
+    """For a ViT of so many layers. The prompts that come out of the last are never used."""
+    return (
+        Rule("backbone.task_prompts", "prompts"),
+        Rule(
+            "backbone.pos_embed", "backbone.net.model.pos_embed", lambda embedding: embedding[:, 1:]
+        ),  # no class token
+        Rule("backbone.norm.*", "backbone.net.model.norm.*"),
+        Rule("backbone.blocks.{n}.attn.token_trans.*", "channel_prompts.{n}.spread.*"),
+        Rule(f"backbone.blocks.{depth - 1}.attn.token_trans1.*", None),
+        Rule("backbone.blocks.{n}.attn.token_trans1.*", "channel_prompts.{n}.gather.*"),
+        *VIT,
+        Rule("backbone.fea_decode_spa.{n}.{task}.0.*", "levels.{n}.spatial.{task}.*"),
+        Rule("backbone.fea_decode_chan.{n}.{task}.0.*", "levels.{n}.channel.{task}.*"),
+        Rule("backbone.fea_fuse.{n}.{task}.*", "levels.{n}.fuse.{task}.*"),
+        Rule("backbone.ctr_attn_conv.{n}.{task}.*", "levels.{n}.cross.{task}.*"),
+        Rule("heads.{task}.mt_proj.*", "heads.{task}.*"),
+        Rule("heads.{task}.linear_pred.*", "logits.{task}.*"),
+    )
+
+
+def settings(state: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
+    """All but ``decoder.windows``, which leaves no trace in the weights: 1 for PASCAL with ViT-L, 4 for the others."""
+    vit = vit_settings(state, size)
+    fused = next(v for k, v in state.items() if k.startswith("backbone.fea_fuse.0.") and k.endswith(".0.weight"))
+    return {
+        "backbone.mean": vit["backbone.mean"],
+        "backbone.std": vit["backbone.std"],
+        "decoder.size": list(size),
+        "decoder.width": fused.shape[1] // 2,
+        "decoder.head_width": fused.shape[0],
+        "decoder.cross_task": any(key.startswith("backbone.ctr_attn_conv.") for key in state),
+    }
+
+
+def method(name: str, depth: int) -> Method:
+    return Method(
+        name=name,
+        model="TaskPrompter",
+        tasks=("semseg", "depth", "human_parts", "sal", "normals", "edge"),  # TaskPrompter/utils/config.py
+        table=table(depth),
+        settings=settings,
+    )
+
+
+METHOD = method("taskprompter", 24)  # ViT-L
+METHOD_BASE = method("taskprompter_vit_base", 12)

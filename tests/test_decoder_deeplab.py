@@ -1,0 +1,101 @@
+"""DeepLab heads: the pyramid against loops, the contract, sizes of the public code."""
+
+import decoder_checks as checks
+import pytest
+import torch
+import torch.nn.functional as F
+from decoder_checks import PYRAMID, TASKS, VIT
+from torch import nn
+
+from mtcl.models.decoders import DeepLab
+from mtcl.models.decoders.deeplab import ASPP
+
+
+def make(channels, strides, tasks, **options):
+    options = {"width": 8, "rates": (1, 2), "skip_width": 4, "dropout": 0.0, **options}
+    return DeepLab(channels, strides, tasks, **options)
+
+
+def make_v3(channels, strides, tasks):
+    return make(channels, strides, tasks, skip_width=0, depth=1)
+
+
+def test_pyramid_against_loops():
+    torch.manual_seed(0)
+    inputs, width, rates, (rows, columns) = 3, 2, (2, 3), (5, 4)
+    module = ASPP(inputs, width, rates, dropout=0.5).eval()
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+        nn.init.uniform_(norm.bias, -1, 1)
+    x = torch.randn(2, inputs, rows, columns)
+
+    def convolved(convolution, norm, rate):
+        weight = convolution.weight.detach()
+        reach = weight.shape[-1] // 2
+        out = torch.zeros(2, width, rows, columns)
+        for y in range(rows):
+            for z in range(columns):
+                for i in range(-reach, reach + 1):
+                    for j in range(-reach, reach + 1):
+                        u, v = y + i * rate, z + j * rate
+                        if 0 <= u < rows and 0 <= v < columns:
+                            out[:, :, y, z] += x[:, :, u, v] @ weight[:, :, i + reach, j + reach].T
+        return norm(out).clamp(min=0)
+
+    with torch.no_grad():
+        parts = [convolved(b[0], b[1], rate) for b, rate in zip(module.branches, (1, *rates), strict=True)]
+        mean = x.flatten(2).mean(2) @ module.pooled.weight[:, :, 0, 0].T + module.pooled.bias
+        parts.append(mean.clamp(min=0)[:, :, None, None].repeat(1, 1, rows, columns))
+        convolution, norm, _ = module.project[0]
+        want = norm(F.conv2d(torch.cat(parts, dim=1), convolution.weight)).clamp(min=0)
+        torch.testing.assert_close(module(x), want)
+
+
+def test_the_mean_of_one_picture_can_be_trained():
+    x = torch.randn(1, 3, 4, 4)
+    ASPP(3, 4, (1,), dropout=0.5).train()(x).sum().backward()
+
+
+@pytest.mark.parametrize("tasks", [("depth",), ("normals", "semseg")])
+def test_any_subset_of_tasks(tasks):
+    checks.check_shapes(make, tasks, PYRAMID, batch=1, training=True)
+
+
+@pytest.mark.parametrize("strides", [PYRAMID, VIT])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("made", [make, make_v3])
+def test_any_backbone(made, strides, training):
+    checks.check_shapes(made, TASKS, strides, batch=1, training=training)
+
+
+def test_the_skip_keeps_the_finest_stride():
+    maps = checks.features((64, 96))
+    assert checks.made(make)(maps, (64, 96)).taps["final"]["depth"].shape[2:] == (16, 24)
+    assert checks.made(make_v3)(maps, (64, 96)).taps["final"]["depth"].shape[2:] == (2, 3)
+
+
+@pytest.mark.parametrize("check", [checks.check_predict, checks.check_compiles, checks.check_bf16,
+                                   checks.check_shared, checks.check_overfits])  # fmt: skip
+def test_promises(check):
+    check(make)
+
+
+@pytest.mark.parametrize("check", [checks.check_predict, checks.check_shared])
+def test_promises_without_skip(check):
+    check(make_v3)
+
+
+NYUD2 = {"semseg": 40, "depth": 1}
+NYUD4 = {**NYUD2, "normals": 3, "edge": 1}
+PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "edge": 1, "normals": 3}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tasks", "public"),
+    [(2048, NYUD2, 32261417), (2048, NYUD4, 64513325), (2048, PASCAL, 80635938), (512, PASCAL, 23619618)],
+)
+def test_size_of_the_public_code(inputs, tasks, public):
+    """Vandenhende et al.'s heads on ResNets. A task's pooled branch has a bias (256) where theirs has a norm (512)."""
+    with torch.device("meta"):
+        decoder = DeepLab([256, inputs], [4, 8], tasks, skip_width=0, depth=1)
+    assert checks.parameters(decoder) == public - 256 * len(tasks)

@@ -1,0 +1,203 @@
+"""Published checkpoints become ours: every key accounted for, every tensor filled, the same predictions."""
+
+import runpy
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, choices, composed
+from invpt_reference import IDLE, Reference, published_shapes, random_state
+from omegaconf import OmegaConf
+
+from mtcl import UserError
+from mtcl.entry import build
+from mtcl.entry.evaluate import evaluate
+from mtcl.entry.import_checkpoint import import_checkpoint
+from mtcl.models.importing import METHODS, fit, translate
+from mtcl.training.checkpoint import load_checkpoint
+
+CONFIGS = ROOT / "configs"
+SIZE = (64, 128)
+PASCAL = ["data=pascal", "decoder=invpt", "backbone=vit_large", f"data.size=[{SIZE[0]},{SIZE[1]}]"]
+SMALL = ["decoder.width=12", "decoder.prediction_width=4",
+         "backbone.kwargs={embed_dim:24,depth:4,num_heads:2,drop_path_rate:0.15}"]  # fmt: skip
+ROOMS = [*PASCAL[1:], "data=rooms", "tasks.names=[semseg,human_parts,sal,normals,edge]"]
+
+
+def words_of(*words):
+    return [*words, *SMALL]
+
+
+def channels_of(words):
+    return {name: task.channels for name, task in build.build_tasks(composed(*words)).items()}
+
+
+def write(path, state, prefix="module.", **more):
+    """As InvPT's training code saves: DDP's names, beside optimiser and schedule."""
+    content = {
+        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 2e-5}]},
+        "scheduler": {"max_iterations": 40000, "base_lrs": [2e-5], "last_epoch": 40000},
+        "model": {f"{prefix}{key}": value for key, value in state.items()},
+        "epoch": 5,
+        "iter_count": 39999,
+        **more,
+    }
+    torch.save(content, path)
+    return path
+
+
+def published(words, seed=0, **options):
+    small = {"dim": 24, "depth": 4, "width": 12, "extra": 4}
+    return random_state(published_shapes(channels_of(words), SIZE, **{**small, **options}), seed)
+
+
+def rebuilt(path):
+    """The model of our checkpoint, as evaluate.py builds it."""
+    state = load_checkpoint(path)
+    config = OmegaConf.create(state["config"])
+    tasks = build.build_tasks(config)
+    build.check_tasks(state["meta"]["tasks"], tasks, path)
+    model = build.build_model(config, tasks, pretrained=False)
+    model.load_state_dict(state["model"])
+    return model.eval(), state
+
+
+@pytest.mark.parametrize("data", ["pascal", "nyud"])
+def test_invpt_predicts_as_published(data, tmp_path):
+    words = words_of(*PASCAL[1:], f"data={data}")
+    state = published(words)
+    done = import_checkpoint("invpt", write(tmp_path / "theirs.pth.tar", state), tmp_path / "ours.pt", words, CONFIGS)
+    model, ours = rebuilt(tmp_path / "ours.pt")
+    assert ours["step"] == 40000
+    assert model.mean == (0.485, 0.456, 0.406)
+
+    # Every key goes to one tensor of ours, or their forward never uses it; every tensor of ours comes from one key.
+    for name, value in model.state_dict().items():
+        sources = [k for k, v in state.items() if v.shape == value.shape and torch.equal(v, value)]
+        assert len(sources) == 1, name
+    idle = [key for key in state if key.startswith(IDLE)]
+    assert sorted(done.idle) == sorted(idle)
+    assert len(model.state_dict()) == done.tensors == len(state) - len(idle)
+
+    image = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        output = model(image)
+        predictions, preliminary = Reference(state, list(output.predictions), vit_heads=2)(image)
+    for task, prediction in output.predictions.items():
+        assert prediction.std() > 1e-2
+        torch.testing.assert_close(prediction, predictions[task], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(output.intermediate[0][task], preliminary[task], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tasks", ["pascal", "nyud"])
+def test_the_published_vit_large_fits(tasks):
+    """At full size, shapes only: 423 M parameters are what the public code saves, the idle ones among them."""
+    config = composed(f"data={tasks}", "decoder=invpt", "backbone=vit_large", "decoder.aggregate_first=false")
+    size = build.data_size(config)
+    config.backbone.kwargs = {"img_size": list(size), "dynamic_img_size": True}
+    built = build.build_tasks(config)
+    channels = {name: task.channels for name, task in built.items()}
+    with torch.device("meta"):
+        model = build.build_model(config, built, pretrained=False)
+        theirs = {key: torch.empty(shape) for key, shape in published_shapes(channels, size).items()}
+    ours, idle = translate(theirs, METHODS["invpt"], list(channels))
+    fit(ours, model.state_dict(), "invpt")
+    assert all(key.startswith(IDLE) for key in idle)
+    if tasks == "pascal":
+        counted = sum(v.numel() for k, v in theirs.items() if "running_" not in k and "num_batches" not in k)
+        assert counted / 1e6 == pytest.approx(423, rel=0.002)
+
+
+def test_evaluate_loads_what_was_imported(tmp_path):
+    words = words_of(*ROOMS)
+    source = write(tmp_path / "theirs.pth.tar", published(words))
+    import_checkpoint("invpt", source, tmp_path / "ours.pt", words, CONFIGS)
+    given = [f"checkpoint={tmp_path}/ours.pt", "data.limit=2", "data.workers=0", "trainer.device=cpu",
+             "evaluation.boundaries=false", "data.size=[40,72]"]  # fmt: skip
+    config = composed(*given, name="evaluate")
+    metrics = evaluate(config, given, [], tmp_path / "scores")
+    assert list(metrics) == ["semseg", "human_parts", "sal", "normals", "edge"]
+
+
+def test_the_script(tmp_path, capsys, monkeypatch):
+    words = words_of(*PASCAL)
+    source = write(tmp_path / "theirs.pth.tar", published(words))
+    monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", "invpt", str(source), f"{tmp_path}/ours.pt", *words])
+    runpy.run_path(str(ROOT / "scripts" / "import_checkpoint.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert "each filled from" in told
+    assert "decoder.aggregate_first=False" in told
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "scripts" / "import_checkpoint.py"), run_name="__main__")
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_bare_state_dict_will_do(tmp_path):
+    words = words_of(*PASCAL)
+    torch.save(published(words), tmp_path / "bare.pth")
+    import_checkpoint("invpt", tmp_path / "bare.pth", tmp_path / "ours.pt", words, CONFIGS)
+    assert load_checkpoint(tmp_path / "ours.pt")["step"] == 0
+
+
+def broken(state, how):
+    state = dict(state)
+    if how == "unknown key":
+        state["multi_task_decoder.novelty.weight"] = torch.ones(1)
+    elif how == "a task more":
+        state["heads.depth.linear_pred.weight"] = torch.ones(1, 16, 1, 1)
+    elif how == "an index more":
+        state["multi_task_decoder.invpt.redu_chan.1.5.bias"] = torch.ones(16)
+    elif how == "missing key":
+        del state["heads.edge.linear_pred.bias"]
+    elif how == "another shape":
+        state["heads.semseg.linear_pred.bias"] = torch.ones(40)
+    elif how == "another grid":
+        state["backbone.pos_embed"] = torch.ones(1, 10, 24)
+    elif how == "another backbone":
+        del state["backbone.pos_embed"]
+    return state
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("unknown key", "1 of .* not known .* multi_task_decoder.novelty.weight"),
+        ("a task more", "heads.depth.linear_pred.weight"),
+        ("an index more", "redu_chan.1.5.bias"),
+        ("missing key", "lacks 1 .* decoder.logits.edge.bias"),
+        ("another shape", r"decoder.logits.semseg.bias \(40,\) instead of \(21,\)"),
+        ("another grid", "9 places, pictures of 64x128 have 4x8; .* data.size"),
+        ("another backbone", "its backbone is no ViT"),
+    ],
+)
+def test_what_does_not_fit_is_refused(how, told, tmp_path):
+    words = words_of(*PASCAL)
+    source = write(tmp_path / "theirs.pth.tar", broken(published(words), how))
+    with pytest.raises(UserError, match=told):
+        import_checkpoint("invpt", source, tmp_path / "ours.pt", words, CONFIGS)
+    assert not (tmp_path / "ours.pt").exists()
+
+
+def test_mistakes_are_told_in_a_sentence(tmp_path):
+    words, target = words_of(*PASCAL), tmp_path / "ours.pt"
+    source = write(tmp_path / "theirs.pth.tar", published(words))
+    (tmp_path / "text.pth").write_text("no checkpoint")
+    torch.save({"model": [1, 2]}, tmp_path / "list.pth")
+    for method, path, given, told in (
+        ("invtp", source, words, "choose one of invpt"),
+        ("invpt", tmp_path / "none.pth", words, "is not a file"),
+        ("invpt", tmp_path / "text.pth", words, "can't be read"),
+        ("invpt", tmp_path / "list.pth", words, "no state dict"),
+        ("invpt", source, ["data=pascal", "decoder=multi_head"], "give decoder=invpt"),
+        ("invpt", source, ["decoder=nonsense"], "is not known"),
+    ):
+        with pytest.raises(UserError, match=told):
+            import_checkpoint(method, path, target, given, CONFIGS)
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_its_decoder(method):
+    assert method == METHODS[method].name
+    targets = [composed(f"decoder={choice}").decoder._target_ for choice in choices("decoder")]
+    assert METHODS[method].model in [target.rpartition(".")[2] for target in targets]

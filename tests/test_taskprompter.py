@@ -1,0 +1,416 @@
+"""TaskPrompter against a slow reading of the paper, at any size, for any tasks, and at its published size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import composed
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtcl import UserError
+from mtcl.entry import build
+from mtcl.entry.train import train
+from mtcl.models import TaskPrompter, build_backbone
+from mtcl.models.importing import METHODS, fit, taskprompter, translate
+from mtcl.models.taskprompter import _over_parts, channel_affinity
+
+TASKS = {"semseg": 7, "depth": 1, "normals": 3}
+VIT = {"depth": 4, "embed_dim": 24, "num_heads": 3, "mlp_ratio": 2.0}
+NATIVE = (48, 80)
+
+
+def make_model(tasks=TASKS, seed=0, name="vit_tiny_patch16_224", kwargs=VIT, out_indices=None, **options):
+    torch.manual_seed(seed)
+    options = {"size": NATIVE, "width": 8, "head_width": 6, "windows": 2, **options}
+    return TaskPrompter(build_backbone(name, kwargs=kwargs, out_indices=out_indices), tasks, **options)
+
+
+def stir(model, seed=1):
+    """Every parameter and statistic moved, so that none is at a value that hides it."""
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.add_(0.1 * torch.rand(tensor.shape, generator=generator))
+    return model
+
+
+def make_image(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- Against a slow reading
+
+
+def parts(side, windows):
+    """The slices of a side that its windows cover."""
+    step = -(-side // windows)
+    return [slice(min(side, i * step), min(side, (i + 1) * step)) for i in range(windows)]
+
+
+def slow_channel_affinity(maps, patches, windows):
+    out = torch.zeros(*maps.shape[:2], patches.shape[1], windows, windows)
+    for b, t, c, i, j in torch.cartesian_prod(*(torch.arange(n) for n in out.shape)).tolist():
+        rows, columns = parts(patches.shape[2], windows)[i], parts(patches.shape[3], windows)[j]
+        out[b, t, c, i, j] = (maps[b, t, rows, columns] * patches[b, c, rows, columns]).sum()
+    return out
+
+
+def slow_model(model, image):
+    """The same model in loops, for pictures of the size it is made for, without drop path: one token, head, window,
+    channel and task at a time. Returns task -> final map."""
+    vit, count = model.backbone.net.model, len(model.tasks)
+    x = vit.patch_embed.proj(image)
+    h, w = x.shape[2:]
+    x = x.flatten(2).transpose(1, 2) + vit.pos_embed
+    prompts = torch.stack([model.prompts] * len(x))
+    total = dict.fromkeys(model.tasks, 0)
+    chosen = list(model.backbone.net.feature_info.out_indices)
+    for index, block in enumerate(vit.blocks):
+        attention = block.attn
+        normed_x, normed_prompts = block.norm1(x), block.norm1(prompts)
+        q, k, v = attention.qkv(torch.cat([normed_prompts, normed_x], dim=1)).chunk(3, dim=2)
+        heads, width = attention.num_heads, q.shape[2] // attention.num_heads
+        raw, attended = [], []
+        for head in range(heads):
+            own = slice(head * width, (head + 1) * width)
+            raw.append(q[..., own] @ k[..., own].transpose(1, 2))
+            attended.append((raw[-1] / width**0.5).softmax(dim=2) @ v[..., own])
+        attended = attention.proj(torch.cat(attended, dim=2))
+        channel = model.channel_prompts[index]
+        maps = channel.spread(normed_prompts)
+        back = 0 if channel.gather is None else channel.gather(maps)
+        patches = normed_x.transpose(1, 2).unflatten(2, (h, w))
+        by_channel = slow_channel_affinity(maps.unflatten(2, (h, w)), patches, model.windows)
+        x = x + block.ls1(attended[:, count:])
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+        prompts = prompts + block.ls1(attended[:, :count] + back)
+        prompts = prompts + block.ls2(block.mlp(block.norm2(prompts)))
+        if index not in chosen:
+            continue
+        level = model.levels[chosen.index(index)]
+        seen = (vit.norm(x) if index == chosen[-1] else x).transpose(1, 2).unflatten(2, (h, w))
+        features = {}
+        for t, task in enumerate(model.tasks):
+            first, second = seen.clone(), seen.clone()
+            for head in range(heads):
+                own = slice(head * width, (head + 1) * width)
+                first[:, own] += seen[:, own] * raw[head][:, t, count:].reshape(-1, 1, h, w)
+            for i, rows in enumerate(parts(h, model.windows)):
+                for j, columns in enumerate(parts(w, model.windows)):
+                    gain = by_channel[:, t, :, i, j, None, None]
+                    second[:, :, rows, columns] += seen[:, :, rows, columns] * gain
+            both = torch.cat([level.spatial[task](first), level.channel[task](second)], dim=1)
+            features[task] = level.fuse[task](both)
+        for t, task in enumerate(model.tasks):
+            if level.cross is None:
+                total[task] = total[task] + features[task]
+                continue
+            for other, source in enumerate(model.tasks):
+                pair = torch.stack([r[:, t, other] for r in raw], dim=1)[..., None, None]
+                total[task] = total[task] + level.cross[task](pair) * features[source]
+    return {
+        task: model.heads[task](F.interpolate(m, scale_factor=4, mode="bilinear", align_corners=False))
+        for task, m in total.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "options"),
+    [
+        (VIT, {"cross_task": True}),
+        (VIT, {"cross_task": False, "windows": 1}),
+        ({**VIT, "init_values": 0.5, "qk_norm": False, "reg_tokens": 2}, {"out_indices": [1, 3], "windows": 3}),
+    ],
+)
+def test_the_model_is_the_slow_one(kwargs, options):
+    model = stir(make_model(kwargs=kwargs, **options)).eval()
+    image = make_image(2, 3, *NATIVE)
+    with torch.no_grad():
+        got, want = model(image), slow_model(model, image)
+    assert list(got.taps["final"]) == list(want)
+    for task, m in want.items():
+        assert m.shape == (2, 6, NATIVE[0] // 4, NATIVE[1] // 4)
+        torch.testing.assert_close(got.taps["final"][task], m, rtol=1e-3, atol=1e-4 * float(m.abs().max()))
+        prediction = F.interpolate(model.logits[task](m), NATIVE, mode="bilinear", align_corners=False)
+        torch.testing.assert_close(got.predictions[task], prediction, rtol=1e-3, atol=1e-4 * float(m.abs().max()))
+
+
+@pytest.mark.parametrize(("size", "windows"), [((4, 6), 2), ((5, 7), 2), ((5, 7), 4), ((2, 3), 4), ((1, 1), 3)])
+def test_channel_affinity_is_a_sum_over_windows(size, windows):
+    maps, patches = make_image(2, 3, *size), make_image(2, 5, *size, seed=1)
+    got = channel_affinity(maps, patches, windows)
+    torch.testing.assert_close(got, slow_channel_affinity(maps, patches, windows), rtol=1e-4, atol=1e-5)
+    spread = _over_parts(got[:, 0], size)
+    for i, rows in enumerate(parts(size[0], windows)):
+        for j, columns in enumerate(parts(size[1], windows)):
+            part = spread[:, :, rows, columns]
+            assert torch.equal(part, got[:, 0, :, i, j, None, None].expand_as(part))
+
+
+def test_affinities_of_a_larger_picture_are_as_large():
+    maps, patches = make_image(2, 3, 4, 6), make_image(2, 5, 4, 6, seed=1)
+    larger = F.interpolate(patches, scale_factor=4, mode="nearest")
+    flat = torch.ones_like(maps)
+    for windows in (1, 2):
+        want = channel_affinity(flat, patches, windows)
+        torch.testing.assert_close(channel_affinity(flat, larger, windows), want, rtol=1e-4, atol=1e-4)
+    want = channel_affinity(maps, torch.ones(2, 5, 4, 6), 1)
+    torch.testing.assert_close(channel_affinity(maps, torch.ones(2, 5, 16, 24), 1), want, rtol=1e-4, atol=1e-4)
+
+
+# --- What every model promises
+
+
+@pytest.mark.parametrize("tasks", [("depth",), ("normals", "semseg"), tuple(TASKS)])
+@pytest.mark.parametrize("training", [False, True])
+def test_any_tasks_any_size(tasks, training):
+    model = make_model({t: TASKS[t] for t in tasks}).train(training)
+    assert model.tap_channels == {"final": dict.fromkeys(tasks, 6)}
+    for batch, height, width in ((1, 50, 70), (2, 32, 96)):
+        output = model(make_image(batch, 3, height, width))
+        frame = (-(-height // 16) * 16, -(-width // 16) * 16)
+        assert output.frame == frame
+        assert output.intermediate == []
+        assert {t: tuple(p.shape) for t, p in output.predictions.items()} == {
+            t: (batch, TASKS[t], height, width) for t in tasks
+        }
+        assert all(p.isfinite().all() for p in output.predictions.values())
+        for final in output.taps["final"].values():
+            assert final.shape == (batch, 6, frame[0] // 4, frame[1] // 4)
+
+
+def test_every_parameter_learns():
+    model = make_model().train()
+    output = model(make_image(2, 3, 64, 64))
+    sum((p**2).mean() for p in output.predictions.values()).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    weights = [(name, p) for name, p in model.named_parameters() if not name.endswith("bias")]  # BN hides some biases
+    assert [name for name, p in weights if not p.grad.abs().sum() > 0] == []
+    shared = {id(p) for p in model.shared_parameters()}
+    assert {id(p) for p in model.backbone_parameters()} < shared
+    assert id(model.prompts) in shared
+    assert not shared & {id(p) for p in [*model.heads.parameters(), *model.levels.parameters()]}
+
+
+def test_batch_of_one_padding_and_prediction():
+    model = make_model().eval()
+    image = make_image(3, 3, 50, 70)
+    padded = F.pad(image, (0, 80 - 70, 0, 64 - 50))
+    with torch.no_grad():
+        together, alone, whole = model.predict(image), model.predict(image[1:2]), model(padded)
+    for task, prediction in together.items():
+        torch.testing.assert_close(alone[task], prediction[1:2], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole.predictions[task][..., :50, :70], prediction, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_without_graph_breaks():
+    model = make_model().eval()
+    image = make_image(1, 3, 64, 48)
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(image)
+        for task, prediction in model(image).predictions.items():
+            torch.testing.assert_close(compiled.predictions[task], prediction)
+
+
+def test_bf16():
+    model = make_model().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(make_image(2, 3, 64, 48))
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in output.predictions.values())
+    sum((p**2).mean() for p in output.predictions.values()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_checkpointing_changes_nothing():
+    grads = []
+    for on in (False, True):
+        model = make_model().train()
+        model.backbone.net.model.set_grad_checkpointing(on)
+        sum((p**2).mean() for p in model(make_image(2, 3, 32, 48)).predictions.values()).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_it_overfits_a_batch():
+    model = make_model().train()
+    image = make_image(2, 3, *NATIVE)
+    targets = {task: make_image(2, c, 3, 5, seed=3) for task, c in TASKS.items()}
+    targets = {task: F.interpolate(t, NATIVE, mode="bilinear") for task, t in targets.items()}
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = sum(F.mse_loss(p, targets[task]) for task, p in model(image).predictions.items())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0], losses
+
+
+def test_drop_path_is_the_backbones():
+    model = make_model(kwargs={**VIT, "drop_path_rate": 0.5})
+    assert [block.drop_path1.drop_prob for block in model.backbone.net.model.blocks[1:]][-1] == 0.5
+    image = make_image(2, 3, 32, 48)
+    with torch.no_grad():
+        model.train()
+        assert not torch.equal(model(image).predictions["depth"], model(image).predictions["depth"])
+        model.eval()
+        assert torch.equal(model(image).predictions["depth"], model(image).predictions["depth"])
+
+
+def test_the_vits_weights_are_kept():
+    torch.manual_seed(0)
+    backbone = build_backbone("vit_tiny_patch16_224", kwargs=VIT)
+    before = {name: p.clone() for name, p in backbone.state_dict().items()}
+    model = TaskPrompter(backbone, TASKS, size=(224, 224), width=8, head_width=6)
+    after = model.backbone.state_dict()
+    gone, new = before.keys() - after.keys(), after.keys() - before.keys()
+    assert gone == {"net.model.cls_token"}
+    assert new == {"net.model.norm.weight", "net.model.norm.bias"}
+    for name in before.keys() & after.keys():
+        want = before[name][:, 1:] if name.endswith("pos_embed") else before[name]
+        assert torch.equal(after[name], want), name
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
+def test_other_backbones_are_refused(name):
+    kwargs = {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 1, 1)} if "swin" in name else None
+    with pytest.raises(UserError, match="plain ViT"):
+        TaskPrompter(build_backbone(name, kwargs=kwargs), TASKS)
+
+
+def test_patches_of_fourteen():
+    model = make_model(name="vit_small_patch14_dinov2", kwargs=VIT, size=(42, 56)).eval()
+    with torch.no_grad():
+        output = model(make_image(1, 3, 50, 60))
+    assert output.frame == (56, 70)
+    assert output.taps["final"]["depth"].shape == (1, 6, 16, 20)
+
+
+# --- The published sizes
+
+PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
+NYUD = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
+# The published configs: parameters of the authors' code, counted by hand from its shapes.
+LARGE = ("vit_large_patch16_384", PASCAL, (512, 512), {}, 401_104_864)
+BASE = ("vit_base_patch16_384", PASCAL, (512, 512), {"width": 780, "head_width": 1024, "windows": 4}, 418_332_214)
+WIDE = {"width": 768, "head_width": 768, "windows": 4, "cross_task": False}
+ROOMS = ("vit_large_patch16_384", NYUD, (448, 576), WIDE, 513_505_709)
+
+
+def on_meta(name, tasks, size, options):
+    with torch.device("meta"):
+        return TaskPrompter(build_backbone(name), tasks, size=size, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("name", "tasks", "size", "options", "theirs"),
+    [LARGE, pytest.param(*BASE, marks=pytest.mark.slow), pytest.param(*ROOMS, marks=pytest.mark.slow)],
+    ids=["PASCAL, ViT-L", "PASCAL, ViT-B", "NYUD, ViT-L"],
+)
+def test_parameters_are_those_of_the_authors_code(name, tasks, size, options, theirs):
+    model = on_meta(name, tasks, size, options)
+    dim, pixels = model.prompts.shape[1], model.grid[0] * model.grid[1]
+    unused = dim + pixels * dim + dim  # the class token's position; the last layer's way back to the prompts
+    assert sum(p.numel() for p in model.parameters()) + unused == theirs
+
+
+def test_published_cost():
+    """The paper: 401 M parameters and 497 G multiply-adds with ViT-L on PASCAL-Context."""
+    assert LARGE[-1] == pytest.approx(401e6, rel=0.002)
+    model = on_meta(*LARGE[:-1])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.predict(torch.empty(1, 3, 512, 512, device="meta"))
+    assert counter.get_total_flops() / 2 == pytest.approx(497e9, rel=0.002)
+
+
+# --- Published checkpoints
+
+
+def published_state(tasks, depth=4, dim=24, heads=3, hidden=48, grid=(3, 5), width=8, head_width=6, cross=True):
+    """Random tensors under the names and with the shapes of the authors' code."""
+    pixels, shapes = grid[0] * grid[1], {}
+
+    def add(name, *shape):
+        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
+
+    def add_norm(name, n):
+        add(name, n)
+        shapes.update({f"{name}.running_mean": (n,), f"{name}.running_var": (n,), f"{name}.num_batches_tracked": ()})
+
+    shapes["backbone.pos_embed"] = (1, pixels + 1, dim)
+    shapes["backbone.task_prompts"] = (len(tasks), dim)
+    add("backbone.patch_embed.proj", dim, 3, 16, 16)
+    for i in range(depth):
+        block = f"backbone.blocks.{i}"
+        add(f"{block}.norm1", dim)
+        add(f"{block}.attn.qkv", 3 * dim, dim)
+        add(f"{block}.attn.proj", dim, dim)
+        add(f"{block}.attn.token_trans", pixels, dim)
+        add(f"{block}.attn.token_trans1", dim, pixels)
+        add(f"{block}.norm2", dim)
+        add(f"{block}.mlp.fc1", hidden, dim)
+        add(f"{block}.mlp.fc2", dim, hidden)
+    add("backbone.norm", dim)
+    for level, task in ((n, t) for n in range(4) for t in tasks):
+        add(f"backbone.fea_fuse.{level}.{task}.0", head_width, 2 * width, 1, 1)
+        add(f"backbone.fea_fuse.{level}.{task}.1", head_width, head_width, 3, 3)
+        add_norm(f"backbone.fea_fuse.{level}.{task}.2", head_width)
+        add(f"backbone.fea_fuse.{level}.{task}.4", head_width, head_width, 1, 1)
+        if cross:
+            add(f"backbone.ctr_attn_conv.{level}.{task}.0", heads, heads, 1, 1)
+            add(f"backbone.ctr_attn_conv.{level}.{task}.2", 1, heads, 1, 1)
+        add(f"backbone.fea_decode_spa.{level}.{task}.0", width, dim, 1, 1)
+        add(f"backbone.fea_decode_chan.{level}.{task}.0", width, dim, 1, 1)
+    for task, channels in tasks.items():
+        add(f"heads.{task}.mt_proj.0", head_width, head_width, 3, 3)
+        add_norm(f"heads.{task}.mt_proj.1", head_width)
+        add(f"heads.{task}.linear_pred", channels, head_width, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("cross", [True, False])
+def test_published_checkpoints_fit(cross):
+    theirs = published_state(TASKS, cross=cross)
+    method = taskprompter.method("taskprompter", depth=4)
+    ours, idle = translate(theirs, method, list(TASKS))
+    config = method.settings(theirs, NATIVE)
+    options = {key.removeprefix("decoder."): value for key, value in config.items() if key.startswith("decoder.")}
+    assert options == {"size": list(NATIVE), "width": 8, "head_width": 6, "cross_task": cross}
+    model = make_model(**options)
+    fit(ours, model.state_dict(), method.name)
+    model.load_state_dict(ours)
+    assert idle == ["backbone.blocks.3.attn.token_trans1.weight", "backbone.blocks.3.attn.token_trans1.bias"]
+    assert len(ours) + len(idle) == len(theirs)
+    assert torch.equal(model.prompts, theirs["backbone.task_prompts"])
+    assert torch.equal(model.backbone.net.model.pos_embed, theirs["backbone.pos_embed"][:, 1:])
+    assert torch.equal(model.levels[2].spatial["depth"].weight, theirs["backbone.fea_decode_spa.2.depth.0.weight"])
+    assert torch.equal(model.heads["normals"][0].weight, theirs["heads.normals.mt_proj.0.weight"])
+
+
+def test_published_names_are_registered():
+    assert {"taskprompter", "taskprompter_vit_base"} <= METHODS.keys()
+
+
+# --- From the config
+
+SHRUNKEN = ["decoder=taskprompter", "decoder.width=8", "decoder.head_width=8", "data.size=[32,64]"]
+SHRUNKEN += ["backbone=vit_small", "backbone.kwargs={embed_dim:24,depth:4,num_heads:2}"]
+
+
+def test_the_config_builds_it_for_the_pictures_it_trains_on():
+    config = composed(*SHRUNKEN)
+    tasks = build.build_tasks(config)
+    model = build.build_model(config, tasks, pretrained=False)
+    assert isinstance(model, TaskPrompter)
+    assert model.grid == (2, 4)
+    regularizer = build.build_regularizer(config, tasks, model)
+    assert regularizer is not None
+
+
+@pytest.mark.slow
+def test_it_trains_with_contrast(tmp_path):
+    words = [*SHRUNKEN, "trainer.device=cpu", "debug=tiny", "data.augment.scale=[1.0,1.2]"]
+    metrics = train(composed(*words), tmp_path)
+    assert set(metrics) == set(build.build_tasks(composed(*words)))
