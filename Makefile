@@ -19,10 +19,10 @@ train: install
 	$(BIN)/python train.py experiment=rooms $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 check: install
 	$(BIN)/ruff format --check .

@@ -20,7 +20,7 @@ CONFIGS = ROOT / "configs"
 SIZE = (64, 128)
 PASCAL = ["data=pascal", "decoder=invpt", "backbone=vit_large", f"data.size=[{SIZE[0]},{SIZE[1]}]"]
 SMALL = ["decoder.width=12", "decoder.prediction_width=4",
-         "backbone.kwargs={embed_dim:24,depth:4,num_heads:2,drop_path_rate:0.15}"]  # fmt: skip
+         "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2,drop_path_rate:0.15}"]  # fmt: skip
 ROOMS = [*PASCAL[1:], "data=rooms", "tasks.names=[semseg,human_parts,sal,normals,edge]"]
 
 

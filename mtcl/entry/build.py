@@ -152,14 +152,17 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     target = options.pop("_target_")
     kind = locate(target, "decoder")
     channels = {name: task.channels for name, task in tasks.items()}
+    model: DenseModel
     if isinstance(kind, type) and issubclass(kind, DenseModel):  # a model of its own, woven into the backbone
-        return construct(kind, "decoder", backbone, channels, **options)
-    kind = locate(target, "decoder", Decoder)
-    decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
+        model = construct(kind, "decoder", backbone, channels, **options)
+    else:
+        kind = locate(target, "decoder", Decoder)
+        decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
+        model = EncoderDecoder(backbone, decoder)
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    return EncoderDecoder(backbone, decoder).to(memory_format=layout)
+    return model.to(memory_format=layout)
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
@@ -230,6 +233,10 @@ def build_trainer(
     val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
     model = build_model(config, tasks, pretrained).to(device)
     regularizer = build_regularizer(config, tasks, model)
+    if settings.grad_checkpointing and not model.backbone.set_grad_checkpointing():
+        raise UserError(
+            f"backbone {config.backbone.name} knows no gradient checkpointing; set trainer.grad_checkpointing=false"
+        )
     if regularizer is not None:
         regularizer.to(device)
     optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
@@ -257,6 +264,7 @@ def build_trainer(
         ),
         share=build_share(config, regularizer, device),
         precision=settings.precision,
+        recompute=settings.grad_checkpointing,
         clip_norm=settings.clip_norm,
         val_interval=settings.val_interval,
         checkpoint_interval=settings.checkpoint_interval,

@@ -178,6 +178,7 @@ RULES: dict[str, Rule] = {
     "trainer.precision": TEXT,
     "trainer.device": TEXT,
     "trainer.channels_last": FLAG,
+    "trainer.grad_checkpointing": FLAG,
     "trainer.deterministic": FLAG,
     "trainer.val_first": FLAG,
     "trainer.dry_run": FLAG,

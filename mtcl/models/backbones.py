@@ -11,6 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import model_entrypoint
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from mtcl.errors import UserError
@@ -21,7 +22,8 @@ RGB = tuple[float, float, float]
 class Backbone(nn.Module):
     """A timm model's feature maps: (B, 3, H, W) -> list of (B, C_i, H / stride_i, W / stride_i), finest first.
 
-    H and W must be multiples of :attr:`multiple`.
+    H and W must be multiples of :attr:`multiple`. The output of a ViT's last block goes through its final
+    normalisation, as trained; the maps of earlier blocks have none.
     """
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]):
@@ -39,6 +41,28 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         features = self.net(image)
         return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else list(features)
+
+    def set_grad_checkpointing(self, enabled: bool = True) -> bool:
+        """Keep each block's input only and run it again in the backward pass; false where timm's model can't."""
+        inner = self.net.model if isinstance(self.net, FeatureGetterNet) else self.net
+        try:
+            inner.set_grad_checkpointing(enabled)  # type: ignore[operator]
+        except (AttributeError, AssertionError):  # not of this model; timm's way to say that it has no such thing
+            return False
+        return True
+
+
+class NormedGetter(FeatureGetterNet):
+    """timm's features of a ViT, which lack its final normalisation: here the last block's have it."""
+
+    def __init__(self, model: nn.Module, out_indices: Sequence[int], **options: Any):
+        super().__init__(model, tuple(out_indices), norm=True, **options)
+        self.norm = False  # else timm normalises every map with the last one's
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        *earlier, last = super().forward(x)
+        normed = self.model.norm(last.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[operator]
+        return [*earlier, normed]
 
 
 def build_backbone(
@@ -79,6 +103,7 @@ def build_backbone(
             pretrained=weights == "hub",
             out_indices=tuple(out_indices),
             **options,
+            **_final_norm(name, options, out_indices),
         )
     except Exception as error:  # timm and the hub's library raise many kinds
         if weights == "hub":
@@ -112,6 +137,21 @@ def _any_size(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         f"backbone {name} takes pictures of its own size only; choose another, or fix the size: "
         "backbone.kwargs.img_size=[H,W] (both multiples of 32, equal to data.size)"
     )
+
+
+def _final_norm(name: str, options: Mapping[str, Any], out_indices: Sequence[int]) -> dict[str, Any]:
+    """The option that keeps a ViT's final normalisation, where its last block is among the levels."""
+    try:
+        with torch.device("meta"):
+            net = timm.create_model(name, features_only=True, **options)
+    except Exception:  # let the real construction report it
+        return {}
+    info: Any = net.feature_info
+    depth = len(info.info)
+    columnar = isinstance(net, FeatureGetterNet) and depth > 1 and len(set(info.reduction())) == 1
+    last = depth - 1 in {index % depth for index in out_indices}
+    named = isinstance(getattr(net, "model", None), nn.Module) and hasattr(net.model, "norm")
+    return {"feature_cls": NormedGetter} if columnar and last and named else {}
 
 
 def _default_levels(name: str, options: Mapping[str, Any]) -> list[int]:

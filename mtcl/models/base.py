@@ -30,6 +30,7 @@ class DenseOutput(NamedTuple):
 class DenseModel(nn.Module, ABC):
     """One network, many pixel-wise tasks. Takes a normalised picture (B, 3, H, W) of any height and width."""
 
+    backbone: Backbone
     mean: tuple[float, float, float]  # of the normalisation it expects, pictures scaled to 0..1
     std: tuple[float, float, float]
     tap_channels: dict[str, dict[str, int]]  # tap -> task -> C_t, known before the first forward

@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from mtcl.errors import UserError
 from mtcl.models.backbones import Backbone
 from mtcl.models.base import DenseModel, DenseOutput, Size
-from mtcl.models.decoders.blocks import predict_fp32, resize
+from mtcl.models.decoders.blocks import SpatialNorm, predict_fp32, resize
 
 
 class TaskPrompter(DenseModel):
@@ -73,8 +73,6 @@ class TaskPrompter(DenseModel):
         position = resample(vit.pos_embed.detach()[:, prefix:], vit.patch_embed.grid_size, self.grid)
         vit.pos_embed = nn.Parameter(position.clone())
         vit.cls_token = vit.reg_token = None
-        if isinstance(vit.norm, nn.Identity):  # timm drops it from a net of features
-            vit.norm = nn.LayerNorm(dim, eps=1e-6)
 
         self.prompts = nn.Parameter(torch.empty(len(self.tasks), dim))
         nn.init.trunc_normal_(self.prompts, mean=1.0, std=1.0)
@@ -276,7 +274,7 @@ def fuse(inputs: int, width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, width, 1),
         nn.Conv2d(width, width, 3, padding=1),
-        nn.BatchNorm2d(width),
+        SpatialNorm(width),
         nn.GELU(),
         nn.Conv2d(width, width, 1),
     )
@@ -290,4 +288,4 @@ def weigh(heads: int) -> nn.Sequential:
 def head(width: int) -> nn.Sequential:
     conv = nn.Conv2d(width, width, 3, padding=1)
     nn.init.trunc_normal_(conv.weight, std=0.02)
-    return nn.Sequential(conv, nn.BatchNorm2d(width), nn.GELU())
+    return nn.Sequential(conv, SpatialNorm(width), nn.GELU())

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from mtcl.errors import UserError
 
@@ -38,6 +40,21 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "bf16" or (precision == "auto" and native):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch norms leave their running statistics alone inside: a block that gradient checkpointing runs a second time
+    would count its batch twice."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = 0.0
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
 
 
 def peak_memory(device: torch.device) -> float:

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mtcl.training.checkpoint import save_checkpoint
 from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.optim import Schedule, ScheduledOptimizer
 from mtcl.training.recorder import Recorder, flat
-from mtcl.training.runtime import autocast, peak_memory, rng_state, set_rng_state
+from mtcl.training.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Trainer:
         weight: Schedule = lambda step: 0.0,
         share: GradientShare | None = None,
         precision: str = "auto",
+        recompute: bool = False,
         clip_norm: float | None = None,
         val_interval: int | None = None,
         checkpoint_interval: int | None = None,
@@ -76,6 +78,7 @@ class Trainer:
         self.optimizer, self.regularizer_optimizer = optimizer, regularizer_optimizer
         self.batches, self.evaluator, self.recorder, self.folder = batches, evaluator, recorder, folder
         self.device, self.precision, self.clip_norm = device, precision, clip_norm
+        self.recompute = recompute  # the model runs parts of its forward pass again in the backward pass
         self.max_steps, self.step, self.log_interval = max_steps, start_step, log_interval
         self.val_interval, self.checkpoint_interval = val_interval, checkpoint_interval
         self.validate_first = validate_first
@@ -142,7 +145,8 @@ class Trainer:
                 term, gradients = self._contrast(losses, contrast, output, weight, with_diagnostics)
                 values |= {f"gradient/{name}": value for name, value in gradients.items()}
                 losses["contrast"] = term
-        self.balancer.backward(losses, self.model.shared_parameters())
+        with running_statistics_kept(self.model) if self.recompute else nullcontext():
+            self.balancer.backward(losses, self.model.shared_parameters())
         if self.clip_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
             watched["norm of the gradient"] = norm

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, Fusion, predict_fp32, resize
+from mtcl.models.decoders.blocks import ConvBlock, Fusion, SpatialNorm, predict_fp32, resize
 from mtcl.models.decoders.relational import Context, GlobalContext, LabelContext, LocalContext, prototypes
 
 KINDS = ("none", "global", "local", "t_label", "s_label")  # a published file names a kind by its place in this list
@@ -162,7 +162,7 @@ class Refine(nn.Module):
         self.merge = None
         if contexts:
             gathered = context_width * len(contexts)
-            norm = nn.BatchNorm2d(width)
+            norm = SpatialNorm(width)
             nn.init.zeros_(norm.weight)
             self.merge = nn.Sequential(nn.Conv2d(gathered, width, 1, bias=False), norm)
         inputs = 2 * width if contexts else width

@@ -7,13 +7,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class SpatialNorm(nn.BatchNorm2d):
+    """Batch norm that keeps to its running statistics where a channel has one value only (a 1x1 map, batch of one)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
 class ConvBlock(nn.Sequential):
     """Convolution ("same" size), batch norm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3):
         super().__init__(
             nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-            nn.BatchNorm2d(outputs),
+            SpatialNorm(outputs),
             nn.ReLU(inplace=True),
         )
 
@@ -42,7 +51,7 @@ class Fusion(nn.Module):
     def __init__(self, channels: Sequence[int], width: int):
         super().__init__()
         self.project = nn.ModuleList(nn.Conv2d(c, width, 1, bias=False) for c in channels)
-        self.norm = nn.BatchNorm2d(width)
+        self.norm = SpatialNorm(width)
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
         total = None
@@ -56,7 +65,7 @@ def projection(inputs: int, outputs: int) -> nn.Sequential | None:
     """The shortcut of a residual block that changes the number of channels; None where it does not."""
     if inputs == outputs:
         return None
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), SpatialNorm(outputs))
 
 
 class Distillation(nn.Module):

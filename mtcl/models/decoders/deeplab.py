@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, predict_fp32, resize
+from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm, predict_fp32, resize
 
 
 class ASPP(nn.Module):
@@ -100,6 +100,6 @@ class DeepLab(Decoder):
 def _atrous(inputs: int, outputs: int, rate: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=rate, dilation=rate, bias=False),
-        nn.BatchNorm2d(outputs),
+        SpatialNorm(outputs),
         nn.ReLU(inplace=True),
     )

@@ -13,6 +13,7 @@ Shapes: B pictures, T tasks, C channels, H heads, Q queries and K keys of all ta
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import predict_fp32, resize
+from mtcl.models.decoders.blocks import SpatialNorm, predict_fp32, resize
 
 STAGES = 3
 FIRST_STRIDE = 32  # of the first stage, in pixels of the picture
@@ -62,7 +63,6 @@ class InvPT(Decoder):
         self.downsample = downsample or max(1, round(FIRST_STRIDE / self.strides[-1]))
         self.first = 0 if aggregate_first else 1  # of the stages that take an encoder map and are reduced
         self.sources = encoder_maps(self.strides, self.downsample)
-        self.encoder_norm = nn.LayerNorm(self.channels[-1], eps=1e-6)  # the ViT's last, which timm's features lack
         self.preliminary = nn.ModuleDict(
             {t: nn.Sequential(_conv(self.channels[-1], self.channels[-1]), _conv(self.channels[-1], width))
              for t in names}
@@ -92,8 +92,9 @@ class InvPT(Decoder):
         )  # fmt: skip
         self.logits = nn.ModuleDict({t: nn.Conv2d(wide, c, 1) for t, c in self.tasks.items()})
         self.tap_channels = {"final": dict.fromkeys(names, wide), "preliminary": dict.fromkeys(names, width)}
-        for block in self.project.values():
-            nn.init.trunc_normal_(block[0].weight, std=0.02)
+        for module in self.project.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.trunc_normal_(module.weight, std=0.02)
 
     def forward(self, features: list[Tensor], size: Size) -> DecoderOutput:
         preliminary, first, final = self._decode(features)
@@ -110,8 +111,7 @@ class InvPT(Decoder):
     def _decode(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Each task's preliminary features, its preliminary prediction, its final map."""
         *sizes, final_size = self._sizes(features[-1])
-        last = self.encoder_norm(features[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        base = resize(last, sizes[0])
+        base = resize(features[-1], sizes[0])
         preliminary = {t: decoder(base) for t, decoder in self.preliminary.items()}
         first = {t: predict_fp32(self.preliminary_logits[t], f) for t, f in preliminary.items()}
         maps = {t: self.mix[t](torch.cat([f, first[t].to(f.dtype)], dim=1)) for t, f in preliminary.items()}
@@ -125,7 +125,9 @@ class InvPT(Decoder):
             normed = self.norms[s](x.permute(0, 2, 3, 1, 4).flatten(3)).chunk(len(self.tasks), dim=-1)
             for task, part in zip(self.tasks, normed):
                 part = part.permute(0, 3, 1, 2)
-                part = resize(self.reduce[str(s)][task](part) if s >= self.first else part, final_size)
+                if s >= self.first:
+                    part = self.reduce[str(s)][task](part)  # type: ignore[index]
+                part = resize(part, final_size)
                 total[task] = total[task] + part if s else part
         return preliminary, first, {t: block(total[t]) for t, block in self.project.items()}
 
@@ -136,7 +138,7 @@ class InvPT(Decoder):
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """All but what comes after the last exchange between tasks: by the attention, nearly all serves every task."""
-        last_queries = self.stages[-1].attention.shrink
+        last_queries: Any = self.stages[-1].attention.shrink  # type: ignore[union-attr]
         own = {id(p) for part in (self.reduce, self.project, self.logits, last_queries) for p in part.parameters()}
         return (p for p in self.parameters() if id(p) not in own)
 
@@ -162,15 +164,6 @@ def encoder_maps(strides: Sequence[int], downsample: int) -> list[int]:
         min(range(count - 1, -1, -1), key=lambda i: distance(i, stride))
         for stride in stage_strides(strides, downsample)
     ]
-
-
-class SpatialNorm(nn.BatchNorm2d):
-    """Batch norm that keeps to its running statistics where a channel has one value only (a 1x1 map, batch of one)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() == x.shape[1]:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        return super().forward(x)
 
 
 def _conv(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:

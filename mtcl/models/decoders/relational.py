@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.models.decoders.blocks import ConvBlock
+from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm
 
 
 def prototypes(logits: Tensor, features: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class GlobalContext(Context):
     eps = 1e-12
 
     def projection(self, inputs: int, width: int) -> nn.Module:
-        last = (nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.Softplus())
+        last = (nn.Conv2d(width, width, 1, bias=False), SpatialNorm(width), nn.Softplus())
         return nn.Sequential(ConvBlock(inputs, width, 1), *last)
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ BLOCK = f"{STAGE}.blocks.0"
 
 TABLE = (
     *VIT,
-    Rule("backbone.norm.*", "decoder.encoder_norm.*"),
     Rule(f"{THEIRS}.preliminary_decoder.{{task}}.{{n}}.conv.*", "decoder.preliminary.{task}.{n}.0.*"),
     Rule(f"{THEIRS}.preliminary_decoder.{{task}}.{{n}}.bn1.*", "decoder.preliminary.{task}.{n}.1.*"),
     Rule(f"{THEIRS}.intermediate_head.{{task}}.*", "decoder.preliminary_logits.{task}.*"),

@@ -16,7 +16,6 @@ def table(depth: int) -> tuple[Rule, ...]:
         Rule(
             "backbone.pos_embed", "backbone.net.model.pos_embed", lambda embedding: embedding[:, 1:]
         ),  # no class token
-        Rule("backbone.norm.*", "backbone.net.model.norm.*"),
         Rule("backbone.blocks.{n}.attn.token_trans.*", "channel_prompts.{n}.spread.*"),
         Rule(f"backbone.blocks.{depth - 1}.attn.token_trans1.*", None),
         Rule("backbone.blocks.{n}.attn.token_trans1.*", "channel_prompts.{n}.gather.*"),

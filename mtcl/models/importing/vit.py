@@ -10,10 +10,9 @@ from mtcl.models.importing.table import Rule
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
-# The last normalisation belongs to whoever uses it: timm's feature extraction has none.
 VIT = tuple(
     Rule(f"backbone.{name}", f"backbone.net.model.{name}")
-    for name in ("cls_token", "pos_embed", "patch_embed.proj.*", "blocks.{n}.*")
+    for name in ("cls_token", "pos_embed", "patch_embed.proj.*", "blocks.{n}.*", "norm.*")
 )
 
 

@@ -1,0 +1,41 @@
+"""Words that shrink a decoder and a backbone to a test's size, the architecture left as it is.
+
+``++backbone.kwargs`` merges: what a config says there (dilation, drop path, HRNet's plain branches) stays.
+"""
+
+DECODERS = {
+    "multi_head": ["decoder.width=16", "decoder.head_width=8"],
+    "deeplab": ["decoder.width=16", "decoder.dropout=0"],
+    "pad_net": ["decoder.width=16", "decoder.trunk_width=16"],
+    "mti_net": ["decoder.pyramid_width=8"],
+    "atrc": ["decoder.widest=64"],
+    "invpt": ["decoder.width=32", "decoder.prediction_width=16"],
+    "taskprompter": ["decoder.width=8", "decoder.head_width=8"],
+    "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],
+}
+
+VIT = "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2}"
+SWIN = "++backbone.kwargs={embed_dim:12,depths:[1,1,1,1],num_heads:[1,2,2,4]}"
+RESNET = "++backbone.kwargs={layers:[1,1,1,1],channels:[8,16,32,64]}"
+
+
+def _stage(number: int) -> str:
+    branches = [4 * 2**i for i in range(number)]
+    return (
+        f"stage{number}:{{num_modules:1,num_branches:{number},block_type:BASIC,num_blocks:{[1] * number},"
+        f"num_channels:{branches},fuse_method:SUM}}"
+    )
+
+
+HRNET = f"++backbone.kwargs={{{','.join(_stage(number) for number in (2, 3, 4))}}}".replace(" ", "")
+FAMILIES = {"vit": VIT, "swin": SWIN, "resnet": RESNET, "hrnet": HRNET}
+
+
+def shrunk(decoder: str, backbone: str) -> list[str]:
+    """Override words for these choices of the groups ``decoder`` and ``backbone``; to be put after both."""
+    family = next((name for name in FAMILIES if backbone.startswith(name)), None)
+    if decoder == "mti_net" and family == "hrnet":  # narrow enough by itself, as published
+        words = ["decoder.pyramid_width=null"]
+    else:
+        words = list(DECODERS.get(decoder, []))
+    return words + ([FAMILIES[family]] if family else [])

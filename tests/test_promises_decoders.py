@@ -1,0 +1,196 @@
+"""What every decoder promises, whatever is inside: built from its own config, at a test's size."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import choices, composed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shrunken import shrunk
+
+from mtcl.contrastive import Contrastive
+from mtcl.entry import build
+from mtcl.entry.train import train
+from mtcl.models import DenseModel
+from mtcl.training.runtime import running_statistics_kept
+from mtcl.training.trainer import Trainer
+
+DECODERS = choices("decoder")
+TASKS = ("semseg", "human_parts", "sal", "depth", "normals", "edge")
+TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[64,96]", "data.batch_size=2"]
+
+# To learn something takes a little more room than to keep a promise.
+WIDER = {
+    "multi_head": ["decoder.width=128", "decoder.head_width=64"],
+    "invpt": ["decoder.width=112", "optimizer.lr=2e-3"],
+}
+
+
+def words(decoder: str, *more: str) -> list[str]:
+    backbone = "vit_small" if decoder == "taskprompter" else "resnet18"
+    return [*TINY, f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone), *more]
+
+
+def made(decoder: str, *more: str) -> DenseModel:
+    config = composed(*words(decoder, *more))
+    torch.manual_seed(0)
+    return build.build_model(config, build.build_tasks(config), pretrained=False)
+
+
+def picture(height: int, width: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def trainer_of(tmp_path, *overrides: str) -> tuple[Trainer, dict]:
+    config = composed(*overrides)
+    torch.manual_seed(0)
+    tasks = build.build_tasks(config)
+    trainer = build.build_trainer(config, tasks, tmp_path, torch.device("cpu")).trainer
+    trainer.model.train()
+    return trainer, next(iter(trainer.batches))
+
+
+def outputs(model: DenseModel, image: torch.Tensor) -> list[torch.Tensor]:
+    output = model(image)
+    maps = (output.predictions, *output.intermediate, *output.taps.values())
+    return [x for kind in maps for x in kind.values()]
+
+
+def loss_of(model: DenseModel, image: torch.Tensor) -> torch.Tensor:
+    output = model(image)
+    kinds = (output.predictions, *output.intermediate)
+    return torch.stack([x.square().mean() for kind in kinds for x in kind.values()]).sum()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_the_regulariser_leaves_no_trace(decoder, tmp_path):
+    """Attached and trained on its taps or not: the same names, and bit for bit the same predictions."""
+    config = composed(*words(decoder))
+    tasks = build.build_tasks(config)
+    model = made(decoder)
+    plain = made(decoder, "regularizer=none")
+    regularizer = build.build_regularizer(config, tasks, model)
+    assert isinstance(regularizer, Contrastive)
+    trainer, batch = trainer_of(tmp_path, *words(decoder))
+    trainer.train_step(batch)
+    trained = trainer.model.state_dict()
+    assert trained.keys() == plain.state_dict().keys()
+    plain.load_state_dict(trained)
+    image = picture(64, 96)
+    with torch.no_grad():
+        watched = trainer.model.eval()
+        want = plain.eval().predict(image)
+        for got in (watched.predict(image), watched(image).predictions):
+            assert list(got) == list(TASKS)
+            assert all(torch.equal(got[task], want[task]) for task in TASKS)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_weight_zero_is_a_step_without_regulariser(decoder, tmp_path):
+    states = []
+    for extra in ("regularizer=none", "regularizer.weight=0"):
+        trainer, batch = trainer_of(tmp_path, *words(decoder, extra))
+        trainer.train_step(batch)
+        states.append(trainer.model.state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_compiles_as_one_graph(decoder):
+    torch._dynamo.reset()
+    model, image = made(decoder, "tasks.names=[semseg,depth,normals]").eval(), picture(50, 70, batch=1)
+    with torch.no_grad():
+        want = outputs(model, image)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        for a, b in zip(outputs(compiled, image), want, strict=True):
+            torch.testing.assert_close(a, b)
+        torch.compile(model.predict, fullgraph=True, backend="eager")(image)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_bf16(decoder, tmp_path):
+    """A step under autocast: losses and weights are finite, predictions are single precision, taps need not be."""
+    trainer, batch = trainer_of(tmp_path, *words(decoder, "trainer.precision=bf16"))
+    values = trainer.train_step(batch)
+    assert {*TASKS, "contrast"} <= values.keys()
+    assert all(math.isfinite(value) for name, value in values.items())
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        predictions = trainer.model(picture(64, 96)).predictions
+    assert {p.dtype for p in predictions.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_gradient_checkpointing_changes_nothing(decoder):
+    """Neither gradients nor what batch norm remembers; random draws (drop path, dropout) are drawn again alike."""
+    image, found = picture(64, 96), []
+    for on in (False, True):
+        model = made(decoder, "tasks.names=[semseg,depth]").train()
+        if on:
+            assert model.backbone.set_grad_checkpointing()
+        torch.manual_seed(1)
+        loss = loss_of(model, image)
+        with running_statistics_kept(model):
+            loss.backward()
+        found.append((dict(model.named_parameters()), dict(model.named_buffers())))
+    (a, a_buffers), (b, b_buffers) = found
+    for name in a:
+        torch.testing.assert_close(a[name].grad, b[name].grad, msg=name)
+    for name in a_buffers:
+        if not name.endswith("num_batches_tracked"):  # counts forwards; nothing reads it
+            torch.testing.assert_close(a_buffers[name], b_buffers[name], msg=name)
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@given(
+    tasks=st.sets(st.sampled_from(TASKS), min_size=1),
+    height=st.integers(33, 80),
+    width=st.integers(33, 80),
+    batch=st.integers(1, 2),
+)
+@settings(max_examples=4, deadline=None, derandomize=True)
+def test_any_tasks_any_size_any_batch(decoder, tasks, height, width, batch):
+    """One task or all, odd sizes, one picture: shapes as promised, and every parameter is trained."""
+    names = [task for task in TASKS if task in tasks]
+    model = made(decoder, f"tasks.names=[{','.join(names)}]").train()
+    image = picture(height, width, batch)
+    output = model(image)
+    for predictions in (output.predictions, *output.intermediate):
+        assert list(predictions) == names
+        assert all(p.shape[0] == batch and p.shape[2:] == (height, width) for p in predictions.values())
+        assert all(p.isfinite().all() for p in predictions.values())
+    assert {tap: {t: m.shape[1] for t, m in maps.items()} for tap, maps in output.taps.items()} == model.tap_channels
+    assert output.frame[0] >= height
+    assert output.frame[1] >= width
+    torch.stack(
+        [p.square().mean() for kind in (output.predictions, *output.intermediate) for p in kind.values()]
+    ).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "weight"),
+    [
+        pytest.param(decoder, weight, marks=() if decoder == "multi_head" else pytest.mark.slow)
+        for decoder in DECODERS
+        for weight in ("0.3", "0")
+    ],
+)
+def test_every_decoder_overfits_one_batch(decoder, weight, tmp_path):
+    """Four pictures, seen 100 times: every task's loss falls well below its start."""
+    overrides = words(decoder, "data.size=[48,64]", "data.batch_size=4", "data.augment.flip=0", "data.options.seed=3",
+                      "trainer.max_steps=100", "trainer.val_interval=null", "trainer.checkpoint_interval=null",
+                      "schedule=constant", "optimizer.lr=4e-3", f"regularizer.weight={weight}")  # fmt: skip
+    train(composed(*overrides, *WIDER.get(decoder, [])), tmp_path)
+    history = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    history = [record for record in history if record["kind"] == "train"]
+    assert history[0]["human_parts"] > 0, "no person in these pictures: choose another seed"
+    # InvPT's losses hold those of its first predictions, which have 2x2 cells here.
+    part = 0.5 if decoder == "invpt" else 0.35
+    for task in ("semseg", "human_parts", "sal", "depth", "normals"):
+        assert history[-1][task] < part * history[0][task], task
+    assert history[-1]["edge"] < 0.8 * history[0]["edge"]
