@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtcl import ranks
 from mtcl.contrastive.relations import Pairs
 
 
 class Found(NamedTuple):
     losses: Tensor  # (T,): mean over a target's anchors; zero, with its graph, where there is none
-    present: Tensor  # bool (T,): does the target have an anchor?
+    present: Tensor  # bool (T,): does the target have an anchor, in any process?
     stats: Tensor  # (T, B, 4), detached: number of anchors, of active ones, sum of d_ap, sum of d_an
 
 
@@ -91,9 +92,10 @@ def hinge(z: Tensor, p: Tensor, n: Tensor, anchor: Tensor, margin: float | Tenso
 def reduced(each: Tensor, active: Tensor, d_ap: Tensor, d_an: Tensor, anchor: Tensor) -> Found:
     """Every anchor of a target counts the same, in whichever image it lies."""
     weight = anchor.to(each)
-    losses = (each * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
+    count = ranks.total(weight.sum(dim=(1, 2)))  # of all processes, as in losses.pixels.masked_mean
+    losses = ranks.averaged((each * weight).sum(dim=(1, 2)) / count.clamp(min=1))
     stats = torch.stack([torch.ones_like(each), active.to(each), d_ap, d_an], dim=-1).detach()
-    return Found(losses, anchor.any(dim=2).any(dim=1), (stats * weight[..., None]).sum(dim=2))
+    return Found(losses, count > 0, (stats * weight[..., None]).sum(dim=2))
 
 
 def pick(relation: Tensor) -> tuple[Tensor, Tensor]:

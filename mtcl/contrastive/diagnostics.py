@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from mtcl import ranks
+
 
 def gradients_at_taps(task_loss: Tensor, contrast: Tensor, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Per target, detached scalars: ``norm_task``, ``norm_contrast`` (weighted, as they enter the step), ``cosine``
@@ -21,9 +23,9 @@ def gradients_at_taps(task_loss: Tensor, contrast: Tensor, taps: Mapping[str, Te
         a = torch.zeros_like(feature) if a is None else a
         b = torch.zeros_like(feature) if b is None else b
         a, b = a.float().flatten(), b.float().flatten()
-        found[f"{name}/norm_task"] = a.norm()
-        found[f"{name}/norm_contrast"] = b.norm()
-        found[f"{name}/cosine"] = torch.nn.functional.cosine_similarity(a, b, dim=0)
+        found[f"{name}/norm_task"], found[f"{name}/norm_contrast"] = length(a), length(b)
+        dot = ranks.total((a * b).sum()) / ranks.world() ** 2
+        found[f"{name}/cosine"] = dot / (length(a) * length(b)).clamp(min=1e-8)
     return found
 
 
@@ -36,5 +38,12 @@ def gradient_norms(loss: Tensor, taps: Mapping[str, Tensor]) -> dict[str, Tensor
     for feature in taps.values():
         if id(feature) not in norms:
             (grad,) = torch.autograd.grad(loss, feature, retain_graph=True, allow_unused=True)
-            norms[id(feature)] = feature.new_zeros((), dtype=torch.float32) if grad is None else grad.float().norm()
+            norms[id(feature)] = feature.new_zeros((), dtype=torch.float32) if grad is None else length(grad.float())
     return {name: norms[id(feature)] for name, feature in taps.items()}
+
+
+def length(part: Tensor) -> Tensor:
+    """The norm of the gradient of the mean over processes, of which each has the part of its own pictures."""
+    if ranks.world() == 1:
+        return part.norm()
+    return ranks.total(part.square().sum()).sqrt() / ranks.world()

@@ -122,7 +122,7 @@ class CrossTaskConsistency(Regularizer):
         own = {id(p) for p in films}
         rest = [p for p in self.parameters() if id(p) not in own]
         groups: list[dict[str, Any]] = [{"params": rest}, {"params": films, "lr": FILM_RATE * lr}]
-        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
     def penalty(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         device = draw.sources.device

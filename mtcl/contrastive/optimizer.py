@@ -13,6 +13,7 @@ class SliceAdamW(torch.optim.Optimizer):
     Equal to ``torch.optim.AdamW`` over separate parameters of which the unused ones have no gradient: no moment decays,
     no weight decay, no count. The projectors of source tasks that were not drawn stay as they are (and so does one
     that was drawn when none of its triplets was active). No host synchronisation.
+    ``found_inf``: as torch's fused optimisers have it, a scalar on the device: where it is not 0 nothing takes a step.
     """
 
     def __init__(
@@ -23,6 +24,7 @@ class SliceAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ):
+        self.found_inf: Tensor | None = None
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -46,6 +48,8 @@ class SliceAdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         live = grad.reshape(grad.shape[0], -1).ne(0).any(dim=1)
+        if self.found_inf is not None:
+            live = live & (self.found_inf == 0)
         state["steps"] += live
         live = live.view(column)
         (beta1, beta2), lr = group["betas"], group["lr"]

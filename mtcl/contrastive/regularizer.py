@@ -45,7 +45,7 @@ class Regularizer(nn.Module, ABC):
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """What trains its own parameters."""
-        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
     @abstractmethod
     def sample(self, step: int, ids: Sequence[str]) -> Draw:

@@ -49,10 +49,18 @@ class SampleDataset(Dataset[Sample | UserError]):
 class EpochBatches:
     """Endless batches of (epoch, index): each epoch a permutation of its own without an incomplete batch.
 
-    Iteration begins at batch ``start_step`` of the stream, so a resumed run sees the tail of the whole one.
+    Iteration begins at batch ``start_step`` of the stream, so a resumed run sees the tail of the whole one. ``part``
+    (i, n): only the i-th of n equal parts of every batch, for the i-th of n processes.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int, start_step: int = 0) -> None:
+    def __init__(
+        self, count: int, batch_size: int, seed: int, start_step: int = 0, part: tuple[int, int] = (0, 1)
+    ) -> None:
+        if batch_size % part[1]:
+            raise UserError(
+                f"data.batch_size={batch_size} is that of all {part[1]} processes together; give a multiple of {part[1]}"
+            )
+        self.part = part
         if not 1 <= batch_size <= count:
             raise UserError(
                 f"A batch of {batch_size} cannot be drawn from {count} training pictures; "
@@ -68,7 +76,8 @@ class EpochBatches:
         while True:
             order = self._order(epoch)
             for start in range(first * self.batch_size, self.per_epoch * self.batch_size, self.batch_size):
-                yield [(epoch, index) for index in order[start : start + self.batch_size]]
+                batch = order[start : start + self.batch_size]
+                yield [(epoch, index) for index in batch[self.part[0] :: self.part[1]]]
             epoch, first = epoch + 1, 0
 
     def _order(self, epoch: int) -> list[int]:
@@ -106,12 +115,20 @@ def train_loader(
     workers: int,
     start_step: int = 0,
     pin_memory: bool = False,
+    part: tuple[int, int] = (0, 1),
+    skip_unreadable: bool = False,
 ) -> DataLoader:
-    """The endless stream of augmented batches in frames of ``augment.size``, from batch ``start_step`` on."""
+    """The endless stream of augmented batches in frames of ``augment.size``, from batch ``start_step`` on.
+
+    ``part``: see :class:`EpochBatches`. ``skip_unreadable``: a sample that can't be read gives its place to another one
+    of its batch, and the batch says so (``unreadable``); else it ends the stream with its ``UserError``.
+    """
     return _Loader(
         SampleDataset(reader, tasks, augment, seed),
-        batch_sampler=EpochBatches(len(reader.ids), batch_size, seed, start_step),
-        collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1),
+        batch_sampler=EpochBatches(len(reader.ids), batch_size, seed, start_step, part),
+        collate_fn=partial(
+            _collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1, skip_unreadable=skip_unreadable
+        ),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
@@ -126,14 +143,18 @@ def eval_loader(
     workers: int,
     multiple: int = 32,
     pin_memory: bool = False,
+    part: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Every sample once, in order, unaugmented; the last batch may be smaller. Frames: :func:`collate`."""
+    """Every sample once, in order, unaugmented; the last batch may be smaller. Frames: :func:`collate`. ``part``
+    (i, n): the i-th of n processes has every n-th batch."""
     if batch_size < 1:
         raise UserError(f"A batch of {batch_size} pictures is not possible; choose a batch size of at least 1.")
     keys = [(0, index) for index in range(len(reader.ids))]
     return _Loader(
         SampleDataset(reader, tasks, None, seed=0),
-        batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)],
+        batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)][
+            part[0] :: part[1]
+        ],
         collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=size, multiple=multiple),
         num_workers=workers,
         persistent_workers=workers > 0,
@@ -167,7 +188,22 @@ class _Loader(DataLoader):
         super().__init__(dataset, worker_init_fn=_one_thread, generator=torch.Generator(), **kwargs)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return map(_raised, super().__iter__())
+        return self._told(map(_raised, super().__iter__()))
+
+    def _told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"a process that reads data was killed, maybe for want of memory ({str(error).splitlines()[0]}); "
+                    "choose fewer data.workers, or a smaller data.batch_size"
+                ) from error
+            yield batch
 
 
 def _raised(batch: Batch | UserError) -> Batch:
@@ -178,14 +214,21 @@ def _raised(batch: Batch | UserError) -> Batch:
 
 
 def _collate_or_error(
-    samples: list[Sample | UserError], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int
+    samples: list[Sample | UserError],
+    tasks: Mapping[str, Task],
+    size: tuple[int, int] | None,
+    multiple: int,
+    skip_unreadable: bool = False,
 ) -> Batch | UserError:
-    good = []
-    for sample in samples:
-        if isinstance(sample, UserError):
-            return sample
-        good.append(sample)
-    return collate(good, tasks, size, multiple)
+    good = [sample for sample in samples if not isinstance(sample, UserError)]
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    if errors and not (skip_unreadable and good):
+        return errors[0]
+    good += [good[i % len(good)] for i in range(len(errors))]
+    batch = collate(good, tasks, size, multiple)
+    if errors:
+        batch["unreadable"] = [str(error) for error in errors]
+    return batch
 
 
 def _one_thread(worker: int) -> None:

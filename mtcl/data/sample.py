@@ -1,7 +1,7 @@
 """The forms in which a picture and its labels travel: from a reader, through the transforms, to a batch."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, TypedDict
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -34,6 +34,7 @@ class Batch(TypedDict):
     image: Tensor  # uint8 (B, 3, H, W), not normalised; padding is 0
     labels: dict[str, Tensor]  # task -> label in batch layout; padding is void
     meta: list[SampleMeta]
+    unreadable: NotRequired[list[str]]  # why samples of this batch gave their places to others
 
 
 class Reader(Protocol):

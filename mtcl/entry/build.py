@@ -8,8 +8,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from mtcl import ranks
 from mtcl.contrastive import Contrastive, GradientShare, Regularizer
 from mtcl.data import Augment, Reader, eval_loader, partly_labelled, train_loader
 from mtcl.errors import UserError
@@ -120,6 +122,8 @@ def build_train_loader(
         workers=config.data.workers,
         start_step=start_step,
         pin_memory=device.type == "cuda",
+        part=(ranks.rank(), ranks.world()),
+        skip_unreadable=config.trainer.unreadable == "skip",
     )
 
 
@@ -133,6 +137,7 @@ def build_eval_loader(
         batch_size=config.data.eval_batch_size,
         workers=config.data.workers,
         pin_memory=device.type == "cuda",
+        part=(ranks.rank(), ranks.world()),
     )
 
 
@@ -187,6 +192,11 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
 
 
+def build_ema(model: DenseModel, decay: float | None) -> AveragedModel | None:
+    """A running mean of the model's weights, new = decay old + (1 - decay) now; buffers are the model's."""
+    return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+
 def build_share(config: DictConfig, regularizer: Regularizer | None, device: torch.device) -> GradientShare | None:
     balance = config.regularizer.balance
     if balance not in ("fixed", "gradient"):
@@ -226,6 +236,8 @@ def build_trainer(
 ) -> Run:
     """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
     settings, dry = config.trainer, config.trainer.dry_run
+    if settings.unreadable not in ("stop", "skip"):
+        raise UserError(f"trainer.unreadable={settings.unreadable} is not known; choose stop or skip")
     autocast(device, settings.precision)  # says so now if it is not known
     quick = config.evaluation.quick if config.evaluation.boundaries else None
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
@@ -241,7 +253,7 @@ def build_trainer(
         regularizer.to(device)
     optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
     val_loader = build_eval_loader(config, val_reader, tasks, device)
-    batches = build_train_loader(config, train_reader, tasks, start_step, device)
+    batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate, device)
     trainer = Trainer(
         model=model,
         tasks=tasks,
@@ -265,6 +277,12 @@ def build_trainer(
         share=build_share(config, regularizer, device),
         precision=settings.precision,
         recompute=settings.grad_checkpointing,
+        compiled=settings.compile,
+        accumulate=settings.accumulate,
+        ema=build_ema(model, settings.ema),
+        max_skipped=settings.max_skipped,
+        asynchronous=settings.async_checkpoints,
+        keep_interval=settings.keep_interval,
         clip_norm=settings.clip_norm,
         val_interval=settings.val_interval,
         checkpoint_interval=settings.checkpoint_interval,

@@ -1,9 +1,12 @@
 """How an entry point starts and how it fails: a user's mistake is one sentence and exit code 1."""
 
+import atexit
 import contextlib
 import difflib
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
+from mtcl.training.preemption import Preempted
+
+REQUEUE = 75  # EX_TEMPFAIL: the exit code of a run that was told to make room; for the scheduler's list of such codes
 
 
 def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
@@ -24,8 +30,12 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
     too).
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
-    keep their trace; HYDRA_FULL_ERROR=1 shows every trace.
+    keep their trace; a run that was told to make room exits with :data:`REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
     """
+    if (
+        int(os.environ.get("RANK", "0")) > 0
+    ):  # torchrun: process 0 has the run's folder, Hydra's of the others goes away
+        sys.argv.append(f"hydra.run.dir={_temporary_folder()}")
     wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     failures: list[UserError] = []
 
@@ -48,6 +58,9 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
         sys.exit(1)
+    except Preempted as stopped:
+        print(f"{stopped}, its state is saved; the same command with resume=auto goes on from there", file=sys.stderr)
+        sys.exit(REQUEUE)
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -65,6 +78,12 @@ def _hydra_raises() -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def _temporary_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="mtcl_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def sentence(error: BaseException) -> str:

@@ -68,7 +68,7 @@ def score_checkpoint(
     reader = build.build_reader(settings, "val", tasks)
     model = build.build_model(settings, tasks, pretrained=False)
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["ema"]["model"] if state.get("ema") else state["model"])  # what was validated
     except RuntimeError as error:
         raise UserError(f"the weights in {path} do not fit the model that its own config describes") from error
     evaluator = build_evaluator(settings, reader, tasks, device)

@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
+from mtcl import ranks
+from mtcl.atomic import remove_leftovers
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
 from mtcl.entry.schema import leaves
 from mtcl.errors import UserError
-from mtcl.training.checkpoint import claim, load_checkpoint
+from mtcl.training.checkpoint import Found, claim, load_checkpoint, newest_intact
 from mtcl.training.recorder import write_json, write_text
 from mtcl.training.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
@@ -27,11 +30,18 @@ FREE = (
     "trainer.max_steps",
     "trainer.device",
     "trainer.panels",
+    "trainer.compile",
+    "trainer.async_checkpoints",
+    "trainer.keep_interval",
+    "trainer.max_skipped",
+    "trainer.unreadable",
     "data.workers",
     "data.root",
     "data.cache",
     "data.memory_map",
 )
+# Those, beside the seed, that the order of the pictures depends on.
+ORDER = ("data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
 
 
 def train(
@@ -43,20 +53,36 @@ def train(
     the command, for the record.
     """
     device = choose_device(config.trainer.device)
+    ranks.join(device)
+    if ranks.rank() > 0:
+        logging.disable(logging.INFO)
+    if device.type == "cuda" and config.trainer.tf32:
+        torch.set_float32_matmul_precision("high")
     seed_everything(config.seed, config.trainer.deterministic)
-    path = find_checkpoint(config, folder, siblings)
-    state = None if path is None else load_checkpoint(path)
+    folder = ranks.first(folder)
+    before = what_is_there(folder)
+    found = find_checkpoint(config, folder, siblings) if ranks.rank() == 0 else None
+    path = ranks.first(None if found is None else found.path)
+    state = found.content if found is not None else None if path is None else load_checkpoint(path)
     tasks = build.build_tasks(config)
     if state is not None and path is not None:
         build.check_tasks(state["meta"]["tasks"], tasks, path)
         check_optimizer(state["config"], config, path)
     start = 0 if state is None else state["step"]
     run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
+    if ranks.rank() > 0:
+        torch.manual_seed(config.seed + 2**20 * ranks.rank())  # dropout of its own; the model's start is process 0's
     if state is not None:
         restore(run.trainer, state, path, config)
-    with claim(folder):
-        if state is not None:
-            log.info("resumed at step %d from %s", start, path)
+    if ranks.rank() > 0:
+        return run.trainer.fit().metrics
+    with claim(folder), run.trainer.checkpoints:
+        if what_is_there(folder) != before:
+            raise UserError(f"another run has just written into {folder}; start again, with resume=auto to continue it")
+        for part in (folder, folder / "checkpoints"):
+            remove_leftovers(part)
+        if found is not None:
+            tell_of_resuming(found, config)
         announce(config, run, fresh=state is None)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         return finish(config, run, folder, overrides)
@@ -91,6 +117,11 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
     began = time.perf_counter()
     try:
         evaluation = trainer.fit()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{trainer.device} has too little memory ({str(error).splitlines()[0]}); lower data.batch_size (and raise "
+            "trainer.accumulate as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
+        ) from error
     except RuntimeError as error:
         operation, known, _ = str(error).partition(" does not have a deterministic implementation")
         if not known:
@@ -103,7 +134,9 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
         trainer.recorder.close()
     seconds = time.perf_counter() - began
     facts = run_facts(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
-    write_json(folder / "run.json", {**facts, "step": trainer.step, "seconds": round(seconds, 1)})
+    facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.watch.count}
+    facts |= {"processes": ranks.world(), "unreadable": len(trainer.unreadable)}
+    write_json(folder / "run.json", facts)
     write_json(folder / "metrics.json", evaluation.metrics)
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}
     table = format_table(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
@@ -135,42 +168,80 @@ def check_optimizer(saved: dict[str, Any], config: DictConfig, path: Path) -> No
         raise UserError(f"checkpoint {path} was trained with optimizer={before}, not {now}; its moments do not fit")
 
 
-def differences(saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:
-    """``key is a, was b`` for the keys below ``prefixes`` that differ, but for those that may."""
+def tell_of_resuming(found: Found, config: DictConfig) -> None:
+    """From where, what is damaged, and what is not as it was."""
+    for error in found.passed_over:
+        log.warning("checkpoint %s is damaged (%s): it is passed over", error.path, error.why)
+    log.info("resumed at step %d from %s", found.content["step"], found.path)
+    saved, now = found.content["config"], build.plain(config)
+    known = dict(leaves(saved))  # keys of later versions are no change
+    free = [key for key in FREE if key != "trainer.max_steps"]
+    keys = [key for key in changed_keys(saved, now, free=free) if key in known]
+    if keys:
+        shuffled = any(key == "seed" or key.startswith(ORDER) for key in keys)
+        order = "; pictures come in another order from here on" if shuffled else ""
+        log.warning("this run is not the one of its checkpoint: %s%s", described_changes(saved, now, keys), order)
+
+
+def changed_keys(
+    saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), free: Sequence[str] = FREE
+) -> list[str]:
+    """The keys below ``prefixes`` that differ, but for those that may."""
     before, after = dict(leaves(saved)), dict(leaves(now))
-    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes)) and key not in FREE]
+    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes)) and key not in free]
     # A model's own mean and std were filled in when it was saved.
     keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and after.get(key) is None)]
-    return "; ".join(f"{k} is {after.get(k)}, was {before.get(k)}" for k in keys if before.get(k) != after.get(k))
+    return [key for key in keys if before.get(key) != after.get(key)]
 
 
-def find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) -> Path | None:
-    """The checkpoint to continue from; None: a fresh run. A fresh run never writes over another."""
+def described_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
+    """``key is a, was b``."""
+    before, after = dict(leaves(saved)), dict(leaves(now))
+    return "; ".join(f"{key} is {after.get(key)}, was {before.get(key)}" for key in keys)
+
+
+def differences(saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:
+    return described_changes(saved, now, changed_keys(saved, now, prefixes))
+
+
+def what_is_there(folder: Path) -> list[tuple[str, int]]:
+    """What a run has written into ``folder`` and when: another one may do so until the folder is ours."""
+    files = [*folder.glob("checkpoints/*.pt"), *folder.glob("metrics.json")]
+    return sorted((path.name, path.stat().st_mtime_ns) for path in files)
+
+
+def find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) -> Found | None:
+    """What to continue from; None: a fresh run. A fresh run never writes over another."""
     resume = config.resume
-    own = folder / "checkpoints" / "last.pt"
-    taken = own.exists() or (folder / "metrics.json").exists()
-    other = resume not in (None, "auto") and Path(str(resume)).resolve().parent != own.parent.resolve()
-    if taken and (resume is None or other):
+    own = folder / "checkpoints"
+    other = resume not in (None, "auto") and Path(str(resume)).resolve().parent != own.resolve()
+    if what_is_there(folder) and (resume is None or other):
         raise UserError(f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir")
     if resume is None:
         return None
     if resume != "auto":
-        return Path(resume)
-    if own.exists():
-        return own
-    found = sorted(siblings.glob("*/checkpoints/last.pt"), key=lambda p: p.stat().st_mtime) if siblings else []
-    for path in reversed(found):
-        if is_unfinished_twin(path, config):
-            return path
-    log.info("resume=auto: no interrupted run like this one beside %s, starting afresh", folder)
+        return Found(Path(resume), load_checkpoint(resume), [])
+    found = newest_intact(own) or find_twin(config, siblings)
+    if found is None:
+        log.info("resume=auto: no interrupted run like this one beside %s, starting afresh", folder)
+    return found
+
+
+def find_twin(config: DictConfig, siblings: Path | None) -> Found | None:
+    """The checkpoint of the newest run in ``siblings`` with our config that has steps left, and that nobody is still
+    writing."""
+    written: dict[Path, float] = {}
+    for path in siblings.glob("*/checkpoints/*.pt") if siblings else ():
+        written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
+    for folder in sorted(written, key=written.__getitem__, reverse=True):
+        try:
+            claim(folder.parent).close()
+            found = newest_intact(folder)
+        except UserError as error:
+            log.warning("%s is passed over: %s", folder.parent, error)
+            continue
+        if found is None or found.content["step"] >= config.trainer.max_steps:
+            continue
+        if not differences(found.content["config"], build.plain(config)):
+            return found
     return None
-
-
-def is_unfinished_twin(path: Path, config: DictConfig) -> bool:
-    """Is this the checkpoint of a run with our config that has steps left, and that nobody is still writing?"""
-    try:
-        state = load_checkpoint(path)
-        claim(path.parents[1]).close()
-    except UserError:
-        return False
-    return state["step"] < config.trainer.max_steps and not differences(state["config"], build.plain(config))

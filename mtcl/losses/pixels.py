@@ -3,15 +3,26 @@
 import torch
 from torch import Tensor
 
+from mtcl import ranks
+
 VOID = 255  # of class and edge labels
 
 
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     """Mean of ``values`` where ``valid`` (bool, same shape); 0 with the graph kept where nothing is.
 
-    The only place where losses count pixels.
+    The only place where losses count pixels. In a run of several processes the pixels are those of all, and a process
+    gives its part of their mean, times the number of processes: the mean over processes, which DDP takes of gradients,
+    is then that of one process with the whole batch.
     """
-    return torch.where(valid, values, 0.0).sum() / valid.sum().clamp(min=1)
+    count = ranks.total(valid.sum())
+    return ranks.averaged(torch.where(valid, values, 0.0).sum() / count.clamp(min=1))
+
+
+def share(chosen: Tensor, valid: Tensor) -> Tensor:
+    """The part of the ``valid`` pixels, of all processes, that is ``chosen`` (both bool, same shape); no gradient."""
+    counts = ranks.total(torch.stack([(chosen & valid).sum(), valid.sum()]))
+    return counts[0].float() / counts[1].clamp(min=1)
 
 
 def pixel_cross_entropy(prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:

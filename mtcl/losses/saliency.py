@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from mtcl.losses.pixels import masked_mean, pixel_cross_entropy
+from mtcl.losses.pixels import masked_mean, pixel_cross_entropy, share
 
 
 class SaliencyLoss(nn.Module):
-    """Two-logit cross-entropy, balanced per batch (InvPT/losses/loss_functions.py:15-88).
+    """Two-logit cross-entropy, balanced per batch (that of all processes) (InvPT/losses/loss_functions.py:15-88).
 
     With N valid pixels in the batch, N_neg of them 0: w_pos = N_neg / N, w_neg = 1 - w_pos; the weighted sum
     is divided by N, not by the sum of the weights. A batch of one class only therefore has loss 0.
@@ -17,6 +17,6 @@ class SaliencyLoss(nn.Module):
 
     def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
         cross_entropy, valid = pixel_cross_entropy(prediction, label)
-        positive_weight = masked_mean((label == 0).float(), valid)
+        positive_weight = share(label == 0, valid)
         weight = torch.where(label == 0, 1 - positive_weight, positive_weight)
         return masked_mean(weight * cross_entropy, valid)

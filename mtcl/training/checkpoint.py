@@ -1,39 +1,293 @@
-"""Checkpoints: a dict of tensors and plain containers, written whole or not at all, read without unpickling code."""
+"""Checkpoints: a dict of tensors and plain containers, written whole or not at all, read without unpickling code.
 
-from collections.abc import Mapping
+A file is what ``torch.save`` writes, a zip archive, with the SHA-256 of all before it as the archive's comment. Plain
+``torch.load`` reads it, too. Files without the comment, of before it or of ``torch.save`` alone, are read unchecked.
+"""
+
+import copy
+import hashlib
+import logging
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from mtcl.atomic import write_atomically
+from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.errors import UserError
 
+log = logging.getLogger(__name__)
+
 FORMAT = 1
+MARK = b"mtcl sha256 "
+SEAL = len(MARK) + 64  # bytes of the comment
+ZIP_HEAD, ZIP_END, ZIP_END_LENGTH = b"PK\x03\x04", b"PK\x05\x06", 22  # its last two bytes: the comment's length
+NUMBERED = re.compile(r"step_(\d+)")
+CONTINUE = "continue with resume=auto"
 
 
-def claim(folder: Path) -> IO[str]:
-    """Hold ``folder`` for this process until the file returned is closed or the process ends, however it ends.
+class DamagedError(UserError):
+    """A checkpoint that is not as it was written."""
+
+    def __init__(self, path: Path, why: str, message: str | None = None):
+        then = "use an older one, resume=auto finds the newest intact one"
+        super().__init__(message or f"checkpoint {path} is damaged ({why}); {then}")
+        self.path, self.why = path, why
+
+
+class Found(NamedTuple):
+    path: Path
+    content: dict[str, Any]
+    passed_over: list[DamagedError]  # newer ones
+
+
+# Whose folder it is
+
+
+class Claim:
+    """A folder held for this process until :meth:`close` or the process's end, however it ends: see :func:`claim`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder.resolve()
+        self.file = self._locked()
+        _claims[self.folder] = self
+
+    def close(self) -> None:
+        self.file.close()
+        if _claims.get(self.folder) is self:
+            del _claims[self.folder]
+
+    def renew(self) -> None:
+        """Hold the folder again where somebody removed it in the meantime. UserError where another run has it now."""
+        try:
+            there = os.path.samestat(os.stat(self.folder / ".lock"), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            before, self.file = self.file, self._locked()
+            before.close()
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _locked(self) -> IO[str]:
+        path = self.folder / ".lock"
+        with disk_errors_told(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:
+            pass
+        except BlockingIOError as error:
+            file.close()
+            raise UserError(f"another run is writing into {self.folder}; choose another hydra.run.dir") from error
+        except OSError as error:  # a network disk without locks
+            log.warning("%s can't be locked (%s): see that no other run writes into it", self.folder, error.strerror)
+        return file
+
+
+_claims: dict[Path, Claim] = {}  # what this process holds
+
+
+def claim(folder: Path) -> Claim:
+    """Hold ``folder`` for this process until the claim is closed or the process ends, however it ends.
 
     UserError where another process holds it. On systems without ``fcntl`` nothing is held.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / ".lock").open("w")
-    try:
-        import fcntl
+    return Claim(folder)
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
+
+# Writing
+
+
+def save_checkpoint(path: Path, content: Mapping[str, Any], keep: Path | None = None) -> None:
+    """Write ``content`` (tensors and plain containers only) as a checkpoint of the current format.
+
+    ``keep``: a name for the file that is replaced.
+    """
+    write_atomically(path, lambda temporary: _write({"format": FORMAT, **content}, temporary), keep=keep)
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints into ``folder``: ``name.pt``, and the one before ``last.pt`` as ``previous.pt``.
+
+    ``asynchronous``: ``save`` copies the content and a thread writes it, one at a time. What that thread raises comes
+    out of the next ``save``, ``wait`` or ``close``; a process that ends waits for it.
+    """
+
+    def __init__(self, folder: Path, asynchronous: bool = False):
+        self.folder, self.asynchronous = folder, asynchronous
+        self.thread: threading.Thread | None = None
+        self.error: UserError | None = None
+        self.has_written = False
+        self.last_is_known = False  # to be intact
+
+    def save(self, name: str, content: Mapping[str, Any]) -> None:
+        self.wait()
+        self._hold()
+        if not self.asynchronous:
+            self._save(name, content)
+            return
+        copied, ready = on_cpu(content)
+
+        def write() -> None:
+            try:
+                ready()
+                self._save(name, copied)
+            except UserError as error:
+                self.error = error
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}".split("\n")[0]
+                self.error = UserError(f"{self.folder / f'{name}.pt'} could not be written ({reason})")
+                self.error.__cause__ = error
+
+        # Not a daemon: the interpreter waits for it at its end.
+        self.thread = threading.Thread(target=write, name=f"checkpoint {name}")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until what was saved is on the disk; raises what went wrong."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+    def close(self) -> None:
+        self.wait()
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except UserError as error:
+            if kind is None:
+                raise
+            log.error("%s", error)  # beside what ends the run
+
+    def _hold(self) -> None:
+        """The folder is ours, and there: a run outlives the removal of its folder."""
+        held = _claims.get(self.folder.resolve().parent)
+        if held is not None:
+            held.renew()
+        if self.has_written and not self.folder.is_dir():
+            log.warning("%s vanished in mid-run: it is made anew, earlier checkpoints are lost", self.folder)
+
+    def _save(self, name: str, content: Mapping[str, Any]) -> None:
+        path = self.folder / f"{name}.pt"
+        keep = None
+        if name == "last" and path.is_file() and (self.last_is_known or damage(path) is None):
+            keep = self.folder / "previous.pt"
+        with disk_errors_told(path, CONTINUE):
+            save_checkpoint(path, content, keep)
+        self.has_written = True
+        self.last_is_known |= name == "last"
+
+
+def on_cpu(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[], None]]:
+    """A copy of ``content`` that shares no memory with it, and a function to wait for the copy before reading it.
+
+    From a CUDA device it goes into page-locked memory behind what the device is doing: nothing here waits for it.
+    """
+    seen: dict[Any, Tensor] = {}  # tensors that are one stay one
+    devices: set[torch.device] = set()
+
+    def tensor(value: Tensor) -> Tensor:
+        key = (value.device, value.data_ptr(), value.shape, value.stride(), value.dtype)
+        if key not in seen or value.numel() == 0:
+            if value.device.type == "cuda":
+                devices.add(value.device)
+                copied = torch.empty_like(value, device="cpu", pin_memory=True, requires_grad=False)
+                seen[key] = copied.copy_(value.detach(), non_blocking=True)
+            else:
+                seen[key] = value.detach().to("cpu", copy=True)
+        return seen[key]
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return tensor(value)
+        if isinstance(value, Mapping):
+            copied: Any = copy.copy(value)  # of its own kind, with its attributes, as a state dict has
+            for name in copied:
+                copied[name] = walk(copied[name])
+            return copied
+        if isinstance(value, list | tuple):
+            return type(value)(walk(item) for item in value)
+        return copy.deepcopy(value)
+
+    copied = walk(content)
+    events = [torch.cuda.current_stream(device).record_event() for device in devices]
+
+    def ready() -> None:
+        for event in events:
+            event.synchronize()
+
+    return copied, ready
+
+
+class _Sealing:
+    """What ``torch.save`` writes to: a file and its hash, but for the archive's end, which :meth:`seal` writes.
+
+    An error is kept for :meth:`seal`: raised amid torch's own writer, it would come out as another one.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.hash, self.end = file, hashlib.sha256(), b""
+        self.error: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        if len(data) >= ZIP_END_LENGTH:
+            self._pass(self.end)
+            self._pass(data[:-ZIP_END_LENGTH])
+            self.end = bytes(data[-ZIP_END_LENGTH:])
+        else:
+            joined = self.end + bytes(data)
+            self._pass(joined[:-ZIP_END_LENGTH])
+            self.end = joined[-ZIP_END_LENGTH:]
+        return len(data)
+
+    def flush(self) -> None:
         pass
-    except OSError as error:
-        lock.close()
-        raise UserError(f"another run is writing into {folder}; choose another hydra.run.dir") from error
-    return lock
+
+    def seal(self) -> None:
+        if self.error is None and not (self.end.startswith(ZIP_END) and self.end.endswith(b"\0\0")):
+            raise RuntimeError("torch.save wrote something else than a zip archive without a comment")
+        self._pass(self.end[:-2] + struct.pack("<H", SEAL))
+        self._pass(MARK + self.hash.hexdigest().encode())
+        if self.error is not None:
+            raise self.error
+
+    def _pass(self, data: bytes | memoryview) -> None:
+        if self.error is None:
+            self.hash.update(data)
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
 
 
-def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
-    """Write ``content`` (tensors and plain containers only) as a checkpoint of the current format."""
-    write_atomically(path, lambda temporary: torch.save({"format": FORMAT, **content}, temporary))
+def _write(content: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        sealing = _Sealing(file)
+        torch.save(content, sealing)  # type: ignore[arg-type]  # it asks for write and flush only
+        sealing.seal()
+
+
+# Reading
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -42,12 +296,19 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist; give the path of a run's checkpoints/last.pt")
     try:
+        why = damage(path)
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise UserError(f"checkpoint {path} can't be read ({error.strerror}); mend its permissions") from error
+        raise DamagedError(path, f"it can't be read: {error.strerror or error}") from error
+    if why is not None:
+        raise DamagedError(path, why)
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"checkpoint {path} can't be read ({type(error).__name__}: {reason}); is it whole, and mtcl's?"
-        ) from error
+        why = f"{type(error).__name__}: {reason}"
+        raise DamagedError(path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?") from error
     if not isinstance(content, dict) or "model" not in content or "config" not in content:
         raise UserError(f"{path} is not a checkpoint of mtcl: it has no model and config")
     if content.get("format") != FORMAT:
@@ -55,3 +316,64 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint {path} has format {content.get('format')}, this version of mtcl reads format {FORMAT}"
         )
     return content
+
+
+def damage(path: Path) -> str | None:
+    """Why the file is not the one that was written. None: it is; or it has no checksum and its end is a zip's."""
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(len(ZIP_HEAD))
+        if not head:
+            return "it is empty and can't be read"
+        file.seek(max(size - SEAL, 0))
+        seal = file.read()
+        if len(seal) == SEAL and seal.startswith(MARK):
+            file.seek(0)
+            found = _hash(file, size - SEAL)
+            return None if seal == MARK + found.encode() else "its content does not fit its checksum"
+        end = seal[-ZIP_END_LENGTH:]
+        if head == ZIP_HEAD and not (end.startswith(ZIP_END) and end.endswith(b"\0\0")):
+            return "its end is cut off or changed, the checksum can't be read"
+    return None
+
+
+def _hash(file: IO[bytes], count: int) -> str:
+    found = hashlib.sha256()
+    while count > 0:
+        block = file.read(min(count, 1 << 20))
+        if not block:
+            break
+        found.update(block)
+        count -= len(block)
+    return found.hexdigest()
+
+
+def newest_intact(folder: Path) -> Found | None:
+    """The checkpoint from which a run is continued; None where there is none. UserError where all are damaged.
+
+    That is ``last``, else ``previous``; or what the run wrote after it at a later step: a ``best``, or a numbered one.
+    """
+    numbered = {path: int(match[1]) for path in folder.glob("*.pt") if (match := NUMBERED.fullmatch(path.stem))}
+    named = [folder / f"{name}.pt" for name in ("last", "previous")]
+    candidates = [*named, *sorted(numbered, key=lambda path: -numbered[path]), folder / "best.pt"]
+    best: Found | None = None
+    passed_over: list[DamagedError] = []
+    for path in (path for path in candidates if path.is_file()):
+        if best is not None:
+            # What is not younger than it lies behind it, or on a way that the run was taken back from.
+            younger = path.stat().st_mtime_ns > best.path.stat().st_mtime_ns
+            if path in named or not younger or numbered.get(path, best.content["step"] + 1) <= best.content["step"]:
+                continue
+        try:
+            content = load_checkpoint(path)
+        except DamagedError as error:
+            passed_over.append(error)
+            continue
+        if best is None or content["step"] > best.content["step"]:
+            best = Found(path, content, passed_over)
+    if best is None and passed_over:
+        raise UserError(
+            f"no checkpoint in {folder} is intact: {', '.join(f'{e.path.name} ({e.why})' for e in passed_over)}; "
+            "choose another hydra.run.dir to start afresh"
+        )
+    return best

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mtcl import ranks
 from mtcl.data import Batch, SampleMeta, prepare
 from mtcl.models import DenseModel
 from mtcl.tasks.base import Task
@@ -75,7 +76,7 @@ class Evaluator:
         metrics = {name: task.metric(**self._options(name, quick)).to(self.device) for name, task in self.tasks.items()}
         shown: list[Shown] = []
         count = 0
-        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1):
+        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=ranks.rank() > 0):
             predictions = predict(batch)
             labels = {name: label.to(self.device, non_blocking=True) for name, label in batch["labels"].items()}
             for rows, top, left, height, width in _windows(batch["meta"]):
@@ -88,8 +89,9 @@ class Evaluator:
                 for row, sample in enumerate(batch["meta"]):
                     keep(sample.id, {name: predictions[name][row][_area(sample)].float() for name in self.tasks})
             count += len(batch["meta"])
+        # Of several processes each has its own pictures: torchmetrics adds up their states.
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
-        return Evaluation(values, shown, count)
+        return Evaluation(values, shown, int(ranks.total(torch.tensor(count, device=self.device))))
 
     def comparable(self, monitor: str) -> bool:
         """Whether ``task/metric`` of a quick evaluation and of a whole one are on one scale."""

@@ -82,10 +82,13 @@ class ScheduledOptimizer:
         self.optimizer, self.schedule = optimizer, schedule
         self.base = [group["lr"] for group in optimizer.param_groups]
 
-    def step(self, step: int) -> None:
+    def step(self, step: int, skip: torch.Tensor | None = None) -> None:
+        """``skip``: 1.0 on the device where nothing is to happen; the host does not ask."""
         factor = self.schedule(step)
         for group, base in zip(self.optimizer.param_groups, self.base):
             group["lr"] = base * factor
+        # The names under which fused optimisers (and SliceAdamW) expect what a GradScaler would tell them.
+        self.optimizer.grad_scale, self.optimizer.found_inf = None, skip  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def load(self, state: dict[str, Any]) -> None:

@@ -1,9 +1,14 @@
 """What a run leaves behind: TensorBoard, a line per record in ``log.jsonl``, panels, metrics."""
 
+import contextlib
+import errno
 import json
+import logging
 import math
+import os
 import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,46 +17,132 @@ import cv2
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
-from mtcl.atomic import write_atomically
+from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Metrics, Shown
 from mtcl.training.panels import draw_panel
+
+log = logging.getLogger(__name__)
 
 
 class Recorder:
     """Writes into one run folder, nothing before the first record.
 
     A run resumed at ``start_step`` writes what comes after it anew, so an interrupted run's records from there on are
-    dropped.
+    dropped. A folder that vanishes in mid-run, or a disk that is full, is told once and ends nothing: records wait
+    until they can be written.
     """
 
     def __init__(self, folder: Path, start_step: int = 0):
         self.folder, self.start_step = folder, start_step
         self.log = folder / "log.jsonl"
+        self.waiting: list[str] = []  # lines that the disk did not take yet
+        self.told: set[str] = set()
 
     @cached_property
     def writer(self) -> SummaryWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(self.log) if _is_before(json.loads(line), self.start_step)]
         write_text(self.log, "".join(kept))
-        return SummaryWriter(str(self.folder), purge_step=self.start_step + 1 if self.start_step else None)
+        return _summary_writer(self.folder, self.start_step + 1 if self.start_step else None)
 
     def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name, NaN where nothing was seen."""
-        writer = self.writer
-        for name, value in values.items():
-            if not math.isnan(value):
-                writer.add_scalar(f"{kind}/{name}", value, step)
-        with self.log.open("a") as file:
-            file.write(json.dumps(_finite({"step": step, "kind": kind, **values}), allow_nan=False) + "\n")
+        self._ready()
+        with self._curves_may_fail():
+            for name, value in values.items():
+                if not math.isnan(value):
+                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+        self._append(json.dumps(_finite({"step": step, "kind": kind, **values}), allow_nan=False))
+
+    def note(self, step: int, kind: str, content: Mapping[str, Any]) -> None:
+        """A record of another kind than numbers: plain containers."""
+        self._ready()
+        self._append(json.dumps({"step": step, "kind": kind, **content}))
 
     def panels(self, step: int, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> None:
-        for sample, panel in zip(shown, write_panels(self.folder / "panels", shown, tasks)):
-            self.writer.add_image(f"panel/{sample.id}", panel, step, dataformats="HWC")
+        self._ready()
+        try:
+            panels = write_panels(self.folder / "panels", shown, tasks)
+        except OSError as error:
+            self._tell(f"pictures of step {step} are not written ({error.strerror or error})", once="panels")
+            return
+        with self._curves_may_fail():
+            for sample, panel in zip(shown, panels):
+                self.writer.add_image(f"panel/{sample.id}", panel, step, dataformats="HWC")
 
     def close(self) -> None:
+        if self.waiting:
+            self._append()
         if "writer" in self.__dict__:
-            self.writer.close()
+            with self._curves_may_fail():
+                self.writer.close()
+
+    def _ready(self) -> None:
+        """The folder is there, with its log, or made anew."""
+        if "writer" not in self.__dict__:
+            self.writer  # noqa: B018 - makes it
+        elif not self.log.exists():
+            before = set(self.folder.glob("events.*"))
+            with contextlib.suppress(OSError):
+                self.writer.close()
+            for rest in set(self.folder.glob("events.*")) - before:  # the end of a file whose beginning is gone
+                rest.unlink(missing_ok=True)
+            message = f"{self.folder} vanished in mid-run: records go on in a new one, the earlier ones are lost"
+            self._tell(message, once="vanished")
+            with self._curves_may_fail():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.log.touch()
+                self.told.discard("vanished")
+                self.__dict__["writer"] = _summary_writer(self.folder)
+
+    def _append(self, *lines: str) -> None:
+        """Add lines to the log, behind those that wait; whole or not at all."""
+        self.waiting += [f"{line}\n" for line in lines]
+        data = "".join(self.waiting).encode()
+        try:
+            with self.log.open("ab", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                try:
+                    if file.write(data) < len(data):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            self._tell(f"{self.log} can't be written ({error.strerror or error}): records wait", once="records")
+            return
+        self.waiting.clear()
+        self.told.discard("records")
+
+    @contextlib.contextmanager
+    def _curves_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._tell(f"TensorBoard's curves are not written ({error.strerror or error})", once="curves")
+
+    def _tell(self, message: str, once: str) -> None:
+        if once not in self.told:
+            log.warning("%s", message)
+        self.told.add(once)
+
+
+def _summary_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
+    """What its thread meets on a bad disk comes out of the next call; the thread itself is not to print a trace."""
+    before = threading.excepthook
+    if before is not _excepthook:
+        _excepthooks.append(before)
+        threading.excepthook = _excepthook
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
+_excepthooks: list[Any] = [threading.__excepthook__]
+
+
+def _excepthook(told: threading.ExceptHookArgs) -> None:
+    if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard.")):
+        _excepthooks[-1](told)
 
 
 def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> list[np.ndarray]:
@@ -68,7 +159,8 @@ def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text)
 
-    write_atomically(path, write)
+    with disk_errors_told(path):
+        write_atomically(path, write)
 
 
 def write_json(path: Path, content: Any) -> None:

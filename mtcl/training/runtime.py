@@ -12,12 +12,14 @@ from mtcl.errors import UserError
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one), ``cpu`` or ``cuda``."""
+    """``auto`` (CUDA where there is one), ``cpu`` or ``cuda``; of several processes on one machine each has its own."""
     if name not in ("auto", "cpu", "cuda"):
         raise UserError(f"trainer.device={name} is not known; choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("trainer.device=cuda, but PyTorch sees no CUDA device; use trainer.device=cpu or auto")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:

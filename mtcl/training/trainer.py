@@ -3,15 +3,17 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from mtcl import ranks
 from mtcl.contrastive import GradientShare, Regularizer, RegularizerOutput
 from mtcl.contrastive.diagnostics import gradient_norms, gradients_at_taps
 from mtcl.data import Batch, prepare
@@ -19,11 +21,14 @@ from mtcl.errors import UserError
 from mtcl.models import DenseModel, DenseOutput
 from mtcl.tasks.base import Task
 from mtcl.training.balancer import Balancer
-from mtcl.training.checkpoint import save_checkpoint
+from mtcl.training.checkpoint import CheckpointWriter
 from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.optim import Schedule, ScheduledOptimizer
+from mtcl.training.preemption import Preempted, Stop
 from mtcl.training.recorder import Recorder, flat
 from mtcl.training.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
+from mtcl.training.step import Compiled, TrainingStep, parallel, same_everywhere, without_sync
+from mtcl.training.watch import Watch, merged
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +47,10 @@ class Trainer:
         monitor: ``task/metric`` that decides ``best.pt``; ``higher_is_better`` its direction.
         config, meta: plain containers, stored in the checkpoint beside the state.
         clip_norm: of the model's gradient; None: no clipping. The regulariser's parameters are not counted.
+        compiled: forward passes go through ``torch.compile``. ``accumulate``: batches per optimiser step.
+        ema: a running mean of the model's weights, which is then what is validated.
+        max_skipped: so many steps in a row that are not finite end the run.
+        asynchronous: checkpoints are written beside the training. ``keep_interval``: every so many steps one is kept.
     """
 
     def __init__(
@@ -67,6 +76,12 @@ class Trainer:
         share: GradientShare | None = None,
         precision: str = "auto",
         recompute: bool = False,
+        compiled: bool = False,
+        accumulate: int = 1,
+        ema: AveragedModel | None = None,
+        max_skipped: int = 10,
+        asynchronous: bool = False,
+        keep_interval: int | None = None,
         clip_norm: float | None = None,
         val_interval: int | None = None,
         checkpoint_interval: int | None = None,
@@ -78,7 +93,14 @@ class Trainer:
         self.optimizer, self.regularizer_optimizer = optimizer, regularizer_optimizer
         self.batches, self.evaluator, self.recorder, self.folder = batches, evaluator, recorder, folder
         self.device, self.precision, self.clip_norm = device, precision, clip_norm
+        self.wrapped = parallel(TrainingStep(model, regularizer), device)
+        self.module = Compiled(self.wrapped) if compiled else self.wrapped
         self.recompute = recompute  # the model runs parts of its forward pass again in the backward pass
+        self.accumulate, self.ema, self.keep_interval = accumulate, ema, keep_interval
+        self.watch, self.stop = Watch(model, max_skipped), Stop()
+        self.checkpoints = CheckpointWriter(folder / "checkpoints", asynchronous)
+        self.unreadable: set[str] = set()
+        self.told: set[str] = set()
         self.max_steps, self.step, self.log_interval = max_steps, start_step, log_interval
         self.val_interval, self.checkpoint_interval = val_interval, checkpoint_interval
         self.validate_first = validate_first
@@ -87,7 +109,6 @@ class Trainer:
         self.config, self.meta = dict(config), dict(meta)
         self.first: Evaluation | None = None  # before the first step
         self.seconds_per_step = math.nan
-        self.broken: dict[str, Tensor] = {}  # what was watched -> was it ever not finite? on the device
 
     def fit(self) -> Evaluation:
         """Train to ``max_steps``, validate, save; the evaluation of the last state."""
@@ -95,11 +116,22 @@ class Trainer:
         if self.step == 0 and self.validate_first:
             self.first = self.validate(quick=True)
         evaluation = None
-        with tqdm(total=self.max_steps, initial=self.step, desc="train", mininterval=0.5, dynamic_ncols=True) as bar:
-            for batch in self.batches if self.step < self.max_steps else ():
+        quiet = ranks.rank() > 0
+        with (
+            self.stop,
+            tqdm(
+                total=self.max_steps,
+                initial=self.step,
+                desc="train",
+                mininterval=0.5,
+                dynamic_ncols=True,
+                disable=quiet,
+            ) as bar,
+        ):
+            for batches in self._batches():
                 began = time.perf_counter()
                 logged = self.step % self.log_interval == 0 or self.step + 1 == self.max_steps
-                values = self.train_step(batch, with_diagnostics=logged)
+                values = self.train_step(*batches, with_diagnostics=logged)
                 if logged:
                     self._log(values, bar)
                 self.step += 1
@@ -107,57 +139,96 @@ class Trainer:
                 bar.update()
                 done = self.step >= self.max_steps
                 if done or _due(self.step, self.val_interval):
-                    self._check_finite()
+                    self._settle()
                     evaluation = self.validate(quick=not done)
                     self._keep_best(evaluation, whole=done)
                 if done or _due(self.step, self.checkpoint_interval):
-                    self._check_finite()
                     self.save("last")
+                if _due(self.step, self.keep_interval):
+                    self.save(f"step_{self.step:08d}")
                 if done:
                     break
+                if self.stop.wanted(self.step):
+                    self.save("last")
+                    self.checkpoints.wait()
+                    raise Preempted(self.step)
+        self.checkpoints.wait()
         if evaluation is None:  # resumed at its end: nothing left to train
             evaluation = self.evaluator.run(self.model)
             self.recorder.panels(self.step, evaluation.shown, self.tasks)
             self._keep_best(evaluation, whole=True)
             self.save("last")
+            self.checkpoints.wait()
         return evaluation
 
-    def train_step(self, batch: Batch, with_diagnostics: bool = False) -> dict[str, Tensor]:
-        """One optimiser step; detached device scalars by name: each loss, and on request the diagnostics' gradients."""
-        image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
-        with autocast(self.device, self.precision):
-            output = self.model(image)
-        weight, contrast = self.weight(self.step), None
-        if self.regularizer is not None:
-            draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
-            # With weight 0 the model's graph, and so its gradient, stays untouched. Before the tasks' losses: backward
-            # goes the other way round, and the contrast's gradient maps then fit below the peak of the tasks'.
-            with torch.set_grad_enabled(weight > 0):
-                contrast = self.regularizer.penalty(output, labels, draw)
-        losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
-        values = {name: loss.detach() for name, loss in losses.items()}
-        watched = {f"loss of {name}": value for name, value in values.items()}
-        if with_diagnostics:  # a batch without a task's labels has no loss to show for it
-            values |= {n: torch.where(t.valid(labels[n]).any(), values[n], math.nan) for n, t in self.tasks.items()}
-        if contrast is not None:
-            values["contrast"] = watched["loss of contrast"] = contrast.loss.detach()
-            if weight > 0:
-                term, gradients = self._contrast(losses, contrast, output, weight, with_diagnostics)
-                values |= {f"gradient/{name}": value for name, value in gradients.items()}
-                losses["contrast"] = term
-        with running_statistics_kept(self.model) if self.recompute else nullcontext():
-            self.balancer.backward(losses, self.model.shared_parameters())
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The batches of one step after the other."""
+        if self.step >= self.max_steps:
+            return
+        stream = iter(self.batches)
+        while True:
+            batches = [next(stream) for _ in range(self.accumulate)]
+            for batch in batches:
+                self.unreadable.update(batch.get("unreadable", ()))
+            yield batches
+
+    def train_step(self, *batches: Batch, with_diagnostics: bool = False) -> dict[str, Tensor]:
+        """One optimiser step on the mean over ``batches``; detached device scalars by name: each loss, and on request
+        the diagnostics' gradients. Nothing takes a step where a loss or the gradient is not finite."""
+        parts: list[dict[str, Tensor]] = []
+        finite: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches, start=1):
+            last = number == len(batches)
+            with nullcontext() if last else without_sync(self.wrapped):
+                values = self._add_gradients(batch, len(batches), finite, with_diagnostics and last)
+            parts.append(values)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        finite["gradient"] = norm.isfinite()
         if self.clip_norm is not None:
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-            watched["norm of the gradient"] = norm
-        for name, value in watched.items():
-            bad = ~value.isfinite()
-            self.broken[name] = bad | self.broken[name] if name in self.broken else bad
-        self.optimizer.step(self.step)
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+        skip = self.watch.look(self.step, [meta.id for batch in batches for meta in batch["meta"]], finite)
+        self.optimizer.step(self.step, skip)
         self.optimizer.zero_grad()
         if self.regularizer_optimizer is not None:
-            self.regularizer_optimizer.step(self.step)
+            self.regularizer_optimizer.step(self.step, skip)
             self.regularizer_optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        return (
+            parts[-1] | {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]} if len(parts) > 1 else values
+        )
+
+    def _add_gradients(
+        self, batch: Batch, count: int, finite: dict[str, Tensor], with_diagnostics: bool
+    ) -> dict[str, Tensor]:
+        """One batch of the ``count`` of a step, forward and backward. ``finite`` takes in whether its losses are."""
+        image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
+        weight, draw = self.weight(self.step), None
+        if self.regularizer is not None:
+            draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
+        with autocast(self.device, self.precision):
+            output, contrast = self.module(image, labels, draw, weight > 0)
+        losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
+        values = {name: loss.detach() for name, loss in losses.items()}
+        if contrast is not None:
+            values["contrast"] = contrast.loss.detach()
+        for name, value in values.items():
+            finite[f"loss of {name}"] = value.isfinite() & finite.get(f"loss of {name}", True)
+        if with_diagnostics:  # a batch without a task's labels has no loss to show for it
+            seen = ranks.total(
+                torch.stack([task.valid(labels[name]).any() for name, task in self.tasks.items()]).float()
+            )
+            values |= {n: torch.where(seen[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
+        if contrast is not None and weight > 0:
+            term, gradients = self._contrast(losses, contrast, output, weight, with_diagnostics)
+            values |= {f"gradient/{name}": value for name, value in gradients.items()}
+            losses["contrast"] = term
+        elif self.regularizer is not None and ranks.world() > 1:  # DDP waits for a gradient of every parameter
+            losses["idle"] = 0.0 * torch.stack([p.sum() for p in self.regularizer.parameters()]).sum()
+        if count > 1:
+            losses = {name: loss / count for name, loss in losses.items()}
+        with running_statistics_kept(self.model) if self.recompute else nullcontext():
+            self.balancer.backward(losses, self.model.shared_parameters())
         return values
 
     def _contrast(
@@ -191,17 +262,25 @@ class Trainer:
         return losses
 
     def validate(self, quick: bool) -> Evaluation:
-        evaluation = self.evaluator.run(self.model, quick=quick)
-        self.recorder.scalars(self.step, "val", flat(evaluation.metrics))
-        self.recorder.panels(self.step, evaluation.shown, self.tasks)
+        evaluation = self.evaluator.run(self.evaluated(), quick=quick)
+        if ranks.rank() == 0:
+            self.recorder.scalars(self.step, "val", flat(evaluation.metrics))
+            self.recorder.panels(self.step, evaluation.shown, self.tasks)
         return evaluation
+
+    def evaluated(self) -> DenseModel:
+        """What is validated: the model, or the running mean of its weights (``ema``)."""
+        same_everywhere(self.model)
+        return self.model if self.ema is None else cast(DenseModel, self.ema.module)
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, tensors and plain containers only."""
         regularizer, its_optimizer = self.regularizer, self.regularizer_optimizer
         return {
             "model": self.model.state_dict(),
-            "ema": None,
+            "ema": None
+            if self.ema is None
+            else {"model": self.ema.module.state_dict(), "updates": int(self.ema.n_averaged)},
             "regularizer": None if regularizer is None else regularizer.state_dict(),
             "share": None if self.share is None else self.share.state_dict(),
             "optimizer": {
@@ -210,7 +289,7 @@ class Trainer:
             },
             "schedule": {},  # a function of the step
             "step": self.step,
-            "rng": rng_state(self.device),
+            "rng": ranks.gathered(rng_state(self.device)),
             "config": self.config,
             "meta": {**self.meta, "best": self.best},
         }
@@ -230,10 +309,35 @@ class Trainer:
         if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run goes on in another folder
             self.best = state["meta"]["best"]
         self.step = state["step"]
-        set_rng_state(state["rng"], self.device)
+        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
+        if len(states) == ranks.world():
+            set_rng_state(states[ranks.rank()], self.device)
+        else:
+            log.warning(
+                "the checkpoint is of %d processes, this run of %d: dropout is drawn anew", len(states), ranks.world()
+            )
+        if self.ema is not None:
+            if state.get("ema") is None:
+                log.warning("the checkpoint has no running mean of the weights: it starts from its weights")
+                self.ema.module.load_state_dict(state["model"])
+            else:
+                self.ema.module.load_state_dict(state["ema"]["model"])
+                self.ema.n_averaged.fill_(state["ema"]["updates"])
+        self.watch = Watch(self.model, self.watch.limit)
 
     def save(self, name: str) -> None:
-        save_checkpoint(self.folder / "checkpoints" / f"{name}.pt", self.state())
+        """Never what has seen a number that is not finite."""
+        self._settle()
+        norms = torch.nn.utils.get_total_norm(list(self.model.parameters()))
+        if not math.isfinite(norms.item()):
+            raise UserError(
+                f"weights of the model were not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
+                "(checkpoints hold the last good state)"
+            )
+        same_everywhere(self.model)
+        state = self.state()
+        if ranks.rank() == 0:
+            self.checkpoints.save(name, state)
 
     def _keep_best(self, evaluation: Evaluation, whole: bool) -> None:
         """A ``whole`` evaluation competes with earlier quick ones only where both are on one scale."""
@@ -246,9 +350,13 @@ class Trainer:
 
     def _log(self, values: Mapping[str, Tensor], bar: tqdm) -> None:
         """Read the step's scalars from the device, once, and write them down."""
-        numbers = dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist()))
+        numbers = dict(
+            zip(values, (ranks.total(torch.stack([v.float() for v in values.values()])) / ranks.world()).tolist())
+        )
         losses = {name: value for name, value in numbers.items() if "/" not in name}
-        self._check_finite()
+        self._settle()
+        if ranks.rank() > 0:
+            return
         rate = self.optimizer.optimizer.param_groups[0]["lr"]
         self.recorder.scalars(self.step, "train", {**losses, "lr": rate})
         if self.regularizer is not None:
@@ -256,14 +364,27 @@ class Trainer:
             self.recorder.scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
 
-    def _check_finite(self) -> None:
-        """Never save, or go on with, what has seen a number that is not finite."""
-        bad = [name for name, flag in self.broken.items() if flag.item()]
-        if bad:
-            raise UserError(
-                f"the {', the '.join(bad)} was not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
-                "(checkpoints hold the last good state)"
-            )
+    def _settle(self) -> None:
+        """Write down which steps were skipped since the last time, and which pictures could not be read."""
+        skipped = self.watch.settle()
+        if ranks.world() > 1:  # all skip the same steps, each has its own pictures
+            skipped = [merged(parts) for parts in zip(*ranks.gathered(skipped))]
+            self.unreadable.update(*ranks.gathered(self.unreadable))
+        if ranks.rank() > 0:
+            self.watch.check()
+            return
+        for step, terms, ids in skipped:
+            log.warning("step %d was skipped: the %s was not finite", step, ", the ".join(terms))
+            self.recorder.note(step, "skipped", {"terms": terms, "ids": ids})
+        for message in sorted(self.unreadable - self.told):
+            log.warning("%s (skipped; %d so far)", message, len(self.unreadable))
+            self.recorder.note(self.step, "unreadable", {"message": message})
+        self.told |= self.unreadable
+        try:
+            self.watch.check()
+        except UserError:
+            self.checkpoints.wait()
+            raise
 
     def memory(self) -> float:
         """Peak memory so far, GiB."""

@@ -1,0 +1,89 @@
+"""What runs in one training step between a batch and its losses, as one module."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mtcl import ranks
+from mtcl.contrastive import Regularizer, RegularizerOutput
+from mtcl.contrastive.sampling import Draw
+from mtcl.models import DenseModel, DenseOutput
+
+log = logging.getLogger(__name__)
+
+
+class TrainingStep(nn.Module):
+    """Model and regulariser together: what is compiled, and what DDP wraps, so that projectors are synchronised, too.
+
+    It owns nothing: both live on as they are, under their own names.
+    """
+
+    def __init__(self, model: DenseModel, regularizer: Regularizer | None):
+        super().__init__()
+        self.model, self.regularizer = model, regularizer
+
+    def forward(
+        self, image: Tensor, labels: Mapping[str, Tensor], draw: Draw | None, contrasts: bool
+    ) -> tuple[DenseOutput, RegularizerOutput | None]:
+        """A normalised batch and its labels -> what the model says, what the regulariser says of it (None without a
+        ``draw``). ``contrasts``: false where the regulariser only watches, and sends no gradient."""
+        output = self.model(image)
+        if self.regularizer is None or draw is None:
+            return output, None
+        # With weight 0 the model's graph, and so its gradient, stays untouched. Before the tasks' losses: backward goes
+        # the other way round, and the contrast's gradient maps then fit below the peak of the tasks'.
+        with torch.set_grad_enabled(contrasts), torch.autocast(image.device.type, enabled=False):
+            return output, self.regularizer.penalty(output, labels, draw)
+
+
+Call = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]
+
+
+def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
+    """``step`` under DDP in a run of several processes; itself in one. On CUDA batch norms are then synchronised."""
+    if ranks.world() == 1:
+        return step
+    if device.type == "cuda":  # torch has it on CUDA only
+        step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
+    return DistributedDataParallel(
+        step,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+    )
+
+
+class Compiled:
+    """``module`` through ``torch.compile``; as it is, after one warning, where the compiler fails."""
+
+    def __init__(self, module: nn.Module, backend: str = "inductor"):
+        self.eager: Call = module
+        self.call: Call = torch.compile(module, backend=backend)
+        self.works = True
+
+    def __call__(self, *args: Any) -> tuple[DenseOutput, RegularizerOutput | None]:
+        if not self.works:
+            return self.eager(*args)
+        try:
+            return self.call(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).strip().split("\n")[0]
+            log.warning("torch.compile failed (%s); training goes on without it, trainer.compile=false", reason)
+            self.works = False
+            return self.eager(*args)
+
+
+def same_everywhere(model: nn.Module) -> None:
+    """Process 0's buffers for all: without SyncBatchNorm every process has running statistics of its own pictures."""
+    if ranks.world() > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def without_sync(module: nn.Module) -> contextlib.AbstractContextManager:
+    """DDP leaves the gradients of backward passes inside to this process: there is more to add to them."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()

@@ -1,0 +1,287 @@
+"""Steps that go wrong, runs that are told to stop, and what makes a step cheaper."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, composed
+
+from mtcl import UserError
+from mtcl.entry import build
+from mtcl.entry.train import train
+from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.preemption import Preempted
+from mtcl.training.trainer import Trainer
+
+WORDS = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.panels=0"]
+
+
+def made(tmp_path: Path, *words: str) -> Trainer:
+    config = composed(*WORDS, *words)
+    torch.manual_seed(0)
+    trainer = build.build_trainer(config, build.build_tasks(config), tmp_path, torch.device("cpu")).trainer
+    trainer.model.train()
+    return trainer
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def spoiled(batch: dict) -> dict:
+    labels = dict(batch["labels"])
+    labels["normals"] = torch.full_like(labels["normals"], math.nan)
+    return {**batch, "labels": labels}
+
+
+OPTIMIZERS = ["adamw", "adam", "sgd"]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_is_not_finite_is_no_step(optimizer, tmp_path):
+    """Neither weights nor moments nor projectors move; the next good step is that of a run without the bad one."""
+    trainer = made(tmp_path, f"optimizer={optimizer}")
+    good, bad, after = (batch for _, batch in zip(range(3), trainer.batches))
+    trainer.train_step(good)
+
+    def state() -> dict[str, torch.Tensor]:
+        own = {f"model.{k}": v.clone() for k, v in trainer.model.named_parameters()}
+        own |= {f"regularizer.{k}": v.clone() for k, v in trainer.regularizer.named_parameters()}
+        for which in (trainer.optimizer, trainer.regularizer_optimizer):
+            for i, entry in enumerate(which.optimizer.state_dict()["state"].values()):
+                own |= {f"{which}.{i}.{k}": v.clone() for k, v in entry.items() if torch.is_tensor(v)}
+        return own
+
+    before = state()
+    trainer.train_step(spoiled(bad))
+    for name, value in state().items():
+        assert torch.equal(value, before[name]), name
+    assert all(value.isfinite() for value in trainer.train_step(after).values())
+    assert any(not torch.equal(value, before[name]) for name, value in state().items())
+    (skipped,) = trainer.watch.settle()
+    assert "loss of normals" in skipped.terms
+    assert "loss of depth" not in skipped.terms
+    assert skipped.ids == [meta.id for meta in bad["meta"]]
+
+
+def test_statistics_that_saw_nan_are_put_back(tmp_path):
+    trainer = made(tmp_path, "trainer.max_skipped=3")
+    batch = next(iter(trainer.batches))
+    trainer.train_step(batch)
+    assert trainer.watch.settle() == []
+    with torch.no_grad():
+        weight = next(trainer.model.parameters())
+        kept = weight.clone()
+        weight.fill_(math.nan)
+    trainer.train_step(batch)
+    with torch.no_grad():
+        weight.copy_(kept)
+    running = [b for name, b in trainer.model.named_buffers() if name.endswith("running_mean")]
+    assert any(not b.isfinite().all() for b in running)
+    assert len(trainer.watch.settle()) == 1
+    assert all(b.isfinite().all() for b in running)
+
+
+def poison(monkeypatch, steps: range) -> None:
+    step = Trainer.train_step
+
+    def train_step(self, *batches, **options):
+        return step(self, *[spoiled(b) if self.step in steps else b for b in batches], **options)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+
+
+def test_skipped_steps_are_written_down_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
+    poison(monkeypatch, range(2, 4))
+    train(composed(*WORDS, "trainer.max_steps=6", "trainer.log_interval=6"), tmp_path)
+    written = records(tmp_path, "skipped")
+    assert [record["step"] for record in written] == [2, 3]
+    assert all(len(record["ids"]) == 2 and "loss of normals" in record["terms"] for record in written)
+    assert json.loads((tmp_path / "run.json").read_text())["skipped_steps"] == 2
+    assert "step 2 was skipped: the loss of normals" in caplog.text
+
+
+def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
+    poison(monkeypatch, range(3, 100))
+    words = ["trainer.max_steps=50", "trainer.max_skipped=4", "trainer.log_interval=2", "trainer.checkpoint_interval=2"]
+    with pytest.raises(
+        UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; pictures "
+    ) as told:
+        train(composed(*WORDS, *words), tmp_path)
+    assert "optimizer.lr" in str(told.value)
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_its_step(name, tmp_path, monkeypatch):
+    """... and the same command with resume=auto ends where an undisturbed run does."""
+    words = [*WORDS, "trainer.max_steps=6"]
+    train(composed(*words), tmp_path / "whole")
+    step = Trainer.train_step
+
+    def train_step(self, *batches, **options):
+        if self.step == 2:
+            os.kill(os.getpid(), getattr(signal, name))
+        return step(self, *batches, **options)
+
+    before = signal.getsignal(getattr(signal, name))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", train_step)
+        with pytest.raises(Preempted, match="step 3"):
+            train(composed(*words), tmp_path / "cut")
+    assert signal.getsignal(getattr(signal, name)) == before
+    train(composed(*words, "resume=auto"), tmp_path / "cut")
+    a, b = (load_checkpoint(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+def test_the_exit_code_requeues(cli, tmp_path, monkeypatch):
+    def fit(self):
+        raise Preempted(7)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    result = cli("train.py", *WORDS, f"hydra.run.dir={tmp_path}")
+    assert result.code == 75
+    assert "stopped at step 7" in result.err
+    assert "resume=auto" in result.err
+
+
+def test_too_little_memory_is_one_sentence(cli, tmp_path, monkeypatch):
+    def fit(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    result = cli("train.py", *WORDS, f"hydra.run.dir={tmp_path}")
+    assert result.code == 1
+    assert "data.batch_size" in result.err
+    assert "Traceback" not in result.err
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    """Without batch norm, and with as many valid pixels in each: the mean over batches is that of the whole."""
+    found = []
+    for words in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate=2"]):
+        trainer = made(tmp_path, "regularizer=none", "tasks.names=[depth,normals]", "optimizer=sgd", *words)
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        trainer.clip_norm = None
+        for _, batches in zip(range(2), trainer._batches()):
+            values = trainer.train_step(*batches)
+            trainer.step += 1
+        found.append((dict(trainer.model.named_parameters()), values))
+    (a, values), (b, others) = found
+    for name in values:
+        torch.testing.assert_close(values[name], others[name], rtol=1e-3, atol=1e-4)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_resumed_run_accumulates_on(tmp_path):
+    words = [
+        *WORDS,
+        "trainer.accumulate=2",
+        "trainer.max_steps=4",
+        "trainer.checkpoint_interval=2",
+        "schedule=constant",
+    ]
+    train(composed(*words), tmp_path / "whole")
+    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
+    train(composed(*words, "resume=auto"), tmp_path / "cut")
+    a, b = (load_checkpoint(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
+    assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+def test_a_running_mean_of_the_weights(tmp_path, cli):
+    """Against the formula; it is what is validated, resumed and scored."""
+    trainer = made(tmp_path, "trainer.ema=0.9")
+    want = None
+    for _, batch in zip(range(3), trainer.batches):
+        trainer.train_step(batch)
+        now = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        want = now if want is None else {name: 0.9 * want[name] + 0.1 * now[name] for name in now}
+    for name, value in trainer.ema.module.named_parameters():
+        torch.testing.assert_close(value, want[name])
+    assert trainer.evaluated() is trainer.ema.module
+    words = [*WORDS, "trainer.ema=0.5", "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant"]
+    metrics = train(composed(*words), tmp_path / "whole")
+    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
+    assert train(composed(*words, "resume=auto"), tmp_path / "cut") == metrics
+    checkpoint = tmp_path / "whole" / "checkpoints" / "last.pt"
+    assert cli("evaluate.py", f"checkpoint={checkpoint}", f"hydra.run.dir={tmp_path}/scores").code == 0
+    scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
+    assert scored == json.loads((tmp_path / "whole" / "metrics.json").read_text())
+
+
+@pytest.mark.slow
+def test_compiled_steps_learn_the_same(tmp_path):
+    """The default backend, where a compiler is at hand; else eager after one warning."""
+    values = []
+    for compiled in (False, True):
+        trainer = made(tmp_path, f"trainer.compile={str(compiled).lower()}", "tasks.names=[depth,normals]")
+        for _, batch in zip(range(2), trainer.batches):
+            found = trainer.train_step(batch)
+            trainer.step += 1
+        values.append(found)
+    for name in values[0]:
+        torch.testing.assert_close(values[0][name], values[1][name], rtol=1e-3, atol=1e-3)
+
+
+def test_a_compiler_that_fails_is_done_without(tmp_path, caplog, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("mtcl.training.step.torch.compile", lambda m, backend, c=torch.compile: c(m, backend=broken))
+    trainer = made(tmp_path, "trainer.compile=true", "tasks.names=[depth,normals]")
+    for _, batch in zip(range(2), trainer.batches):
+        values = trainer.train_step(batch)
+    assert all(value.isfinite() for value in values.values())
+    assert caplog.text.count("goes on without it") == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
+    """stop: the reader's sentence. skip: another of the batch takes the place; counted and written down."""
+    from mtcl.data import Rooms
+
+    read = Rooms.read
+
+    def broken(self, index, *args, **options):
+        if index == 1:
+            raise UserError("picture 1 can't be read; is it whole?")
+        return read(self, index, *args, **options)
+
+    monkeypatch.setattr(Rooms, "read", broken)
+    words = [*WORDS, "data.batch_size=2", f"data.workers={workers}", "trainer.max_steps=4", "trainer.val_first=false"]
+    monkeypatch.setattr("mtcl.training.evaluator.Evaluator.score", lambda self, *a, **k: _nothing(self))
+    with pytest.raises(UserError, match="picture 1 can't be read"):
+        train(composed(*words, "data.limit=2"), tmp_path / "stop")
+    train(composed(*words, "data.limit=2", "trainer.unreadable=skip"), tmp_path / "skip")
+    assert json.loads((tmp_path / "skip" / "run.json").read_text())["unreadable"] == 1
+    assert len(records(tmp_path / "skip", "unreadable")) == 1
+    assert "picture 1" in caplog.text
+
+
+def _nothing(self):
+    from mtcl.training.evaluator import Evaluation
+
+    metrics = {name: dict.fromkeys(["mIoU", "maxF", "rmse", "mErr", "loss", "odsF"], 0.5) for name in self.tasks}
+    return Evaluation(metrics, [], 0)
+
+
+def test_a_killed_worker_is_one_sentence(tmp_path):
+    trainer = made(tmp_path, "data.workers=1", "data.limit=6")
+    stream = iter(trainer.batches)
+    next(stream)
+    (worker,) = (p for p in multiprocessing.active_children())
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"data\.workers"):
+        list(stream)  # endless, but for the worker
