@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import composed
-from torch.utils.flop_counter import FlopCounterMode
 
 from mtcl import UserError
 from mtcl.entry import build
+from mtcl.entry.counting import count
 from mtcl.entry.train import train
 from mtcl.models import TaskPrompter, build_backbone
 from mtcl.models.importing import METHODS, fit, taskprompter, translate
@@ -315,12 +315,8 @@ def test_parameters_are_those_of_the_authors_code(name, tasks, size, options, th
 
 
 def test_published_cost():
-    """The paper: 401 M parameters and 497 G multiply-adds with ViT-L on PASCAL-Context."""
-    assert LARGE[-1] == pytest.approx(401e6, rel=0.002)
-    model = on_meta(*LARGE[:-1])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.predict(torch.empty(1, 3, 512, 512, device="meta"))
-    assert counter.get_total_flops() / 2 == pytest.approx(497e9, rel=0.002)
+    """497 G multiply-adds with ViT-L on PASCAL-Context, as reported for it; we know no public source to check."""
+    assert count(on_meta(*LARGE[:-1]), (512, 512)).multiply_adds == pytest.approx(497e9, rel=0.002)
 
 
 # --- Published checkpoints
