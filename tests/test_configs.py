@@ -150,6 +150,38 @@ def test_vits_have_the_field_s_levels_and_drop_path(size, levels):
 # --- Experiments
 
 
+# The field's public configs: optimiser, rate, weight decay, batch over all GPUs, steps, clipping.
+SETTINGS = {
+    "nyud_atrc_hrnet18": ("sgd", 1e-2, 5e-4, 8, 40000, None),
+    "pascal_atrc_hrnet18": ("sgd", 5e-3, 5e-4, 8, 40000, None),
+    "nyud_mti_net_hrnet18": ("adam", 1e-4, 1e-4, 8, 9900, None),
+    "pascal_pad_net_hrnet18": ("adam", 1e-4, 1e-4, 8, 62400, None),
+    "pascal_invpt_vit_large": ("adam", 2e-5, 1e-6, 6, 40000, None),
+    "nyud_invpt_vit_large": ("adam", 2e-5, 1e-6, 6, 40000, None),
+    "pascal_taskprompter_vit_base": ("adam", 2e-5, 1e-6, 4, 40000, 10.0),
+    "nyud_taskprompter_vit_large": ("adam", 1e-5, 1e-6, 4, 40000, 10.0),
+    "nyud_mqtransformer_swin_large": ("sgd", 1e-3, 5e-4, 8, 40000, None),
+}
+
+
+@pytest.mark.parametrize("experiment", SETTINGS)
+def test_published_settings(experiment):
+    config = composed(f"experiment={experiment}")
+    optimizer, trainer = config.optimizer, config.trainer
+    assert (
+        optimizer.name,
+        optimizer.lr,
+        optimizer.weight_decay,
+        config.data.batch_size,
+        trainer.max_steps,
+        trainer.clip_norm,
+    ) == SETTINGS[experiment]
+    assert (config.schedule.name, config.schedule.power) == ("poly", 0.9)
+    assert config.data.size == {"pascal": [512, 512]}.get(
+        config.data.name, [425, 560] if {"atrc", "mqtransformer"} & set(experiment.split("_")) else [448, 576]
+    )
+
+
 @pytest.mark.parametrize("experiment", PUBLISHED)
 def test_published_experiments_say_what_they_reproduce(experiment):
     text = (ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")

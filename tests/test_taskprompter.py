@@ -368,11 +368,11 @@ def published_state(tasks, depth=4, dim=24, heads=3, hidden=48, grid=(3, 5), wid
 @pytest.mark.parametrize("cross", [True, False])
 def test_published_checkpoints_fit(cross):
     theirs = published_state(TASKS, cross=cross)
-    method = taskprompter.method("taskprompter", depth=4)
+    method = taskprompter.METHOD
     ours, idle = translate(theirs, method, list(TASKS))
     config = method.settings(theirs, NATIVE)
     options = {key.removeprefix("decoder."): value for key, value in config.items() if key.startswith("decoder.")}
-    assert options == {"size": list(NATIVE), "width": 8, "head_width": 6, "cross_task": cross}
+    assert options == {"size": list(NATIVE), "width": 8, "head_width": 6, "cross_task": cross, "windows": 4}
     model = make_model(**options)
     fit(ours, model.state_dict(), method.name)
     model.load_state_dict(ours)
@@ -384,8 +384,11 @@ def test_published_checkpoints_fit(cross):
     assert torch.equal(model.heads["normals"][0].weight, theirs["heads.normals.mt_proj.0.weight"])
 
 
-def test_published_names_are_registered():
-    assert {"taskprompter", "taskprompter_vit_base"} <= METHODS.keys()
+def test_windows_of_the_published_checkpoints():
+    """They leave no trace in the weights; 1 is that of ViT-L (24 layers) on PASCAL-Context alone."""
+    for depth, cross, windows in ((24, True, 1), (24, False, 4), (12, True, 4)):
+        theirs = published_state({"depth": 1}, depth=depth, cross=cross)
+        assert METHODS["taskprompter"].settings(theirs, NATIVE)["decoder.windows"] == windows
 
 
 # --- From the config

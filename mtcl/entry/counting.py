@@ -40,6 +40,15 @@ def count(model: DenseModel, size: Sequence[int]) -> Count:
     allocated, and its parameters stay as they are. Leaves it in evaluation mode.
     """
     model.eval()
+    fast, fused = torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled
+    fused(False)  # nn.MultiheadAttention's own kernel, which the counter does not know
+    try:
+        return _count(model, size)
+    finally:
+        fused(fast)
+
+
+def _count(model: DenseModel, size: Sequence[int]) -> Count:
     with (
         # Unlike the meta device, its tensors have a device that autocast knows.
         FakeTensorMode(allow_non_fake_inputs=True),
