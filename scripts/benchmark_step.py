@@ -28,10 +28,9 @@ import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -57,6 +56,7 @@ from mtcl.contrastive.sampling import Draw
 from mtcl.data import Batch, prepare
 from mtcl.entry import build
 from mtcl.entry.cli import sentence
+from mtcl.entry.measuring import peak, synchronize, timed
 from mtcl.entry.schema import check_config
 from mtcl.entry.script import run
 from mtcl.errors import UserError
@@ -93,46 +93,10 @@ def built(config: DictConfig) -> Trainer:
     return trainer
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def one_step(trainer: Trainer, batch: Batch) -> None:
     trainer.train_step(batch)
     trainer.step += 1
     synchronize(trainer.device)
-
-
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Seconds on the clock, and of this process's CPU time."""
-    synchronize(device)
-    began, began_cpu = time.perf_counter(), time.process_time()
-    work()
-    synchronize(device)
-    return time.perf_counter() - began, time.process_time() - began_cpu
-
-
-def peak(work: Callable[[], object], device: torch.device) -> int:
-    """Bytes of tensors at the peak of ``work()`` beyond what was allocated before it."""
-    if device.type == "cuda":
-        synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        synchronize(device)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    with tempfile.TemporaryDirectory() as scratch:
-        trace = Path(scratch) / "trace.json"
-        profiled.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    alive = most = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        alive += event["args"]["Bytes"]
-        most = max(most, alive)
-    return most
 
 
 def held(trainer: Trainer) -> int:

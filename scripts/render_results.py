@@ -6,8 +6,8 @@ Each ``docs/results/TABLE.json`` holds rows: a label, the command that made the 
 metrics.json) and ``run`` (its run.json). ``--add`` puts the figures of the run folder RUN in, in place of an earlier
 row of that label. ``--add-output`` keeps what a command printed, from FILE, to be shown as it is. A folder
 ``docs/results/TABLE/`` holds a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
-table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md and
-README.md.
+table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md,
+docs/models.md and README.md.
 A study as ``<!-- table: TABLE means -->`` is without its differences, notes and settings.
 """
 
@@ -24,7 +24,7 @@ from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = (ROOT / "docs" / "results.md", ROOT / "docs" / "metrics.md", ROOT / "README.md")
+DOCUMENTS = (*(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models")), ROOT / "README.md")
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means)? -->\n.*?<!-- end -->", re.DOTALL)
 
 

@@ -1,14 +1,21 @@
-"""Every shipped config composes and can be built; experiments take two steps."""
+"""Every shipped config composes and can be built; a shrunken twin of every experiment takes a step."""
+
+import functools
+import re
 
 import pytest
 import torch
-from conftest import choices, composed
+from conftest import ROOT, choices
+from conftest import composed as compose_words
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from shrunken import shrunk
 
 from mtcl.contrastive import Contrastive
 from mtcl.entry import build
 from mtcl.entry.schema import check_config, leaves, rule_of
 from mtcl.entry.train import train
+from mtcl.models.backbones import Backbone, build_backbone
 
 GROUPS = [
     "backbone",
@@ -19,67 +26,219 @@ GROUPS = [
     "experiment",
     "loss",
     "optimizer",
+    "recipe",
     "regularizer",
     "schedule",
     "tasks",
     "trainer",
 ]
-# Large backbones shrink to the same architecture at a test's size.
-VIT = "backbone.kwargs={embed_dim:24,depth:4,num_heads:2,drop_path_rate:0.15}"
-SHRUNKEN = {"vit_small": VIT, "vit_base": VIT, "vit_large": VIT,
-            "swin_tiny": "backbone.kwargs={embed_dim:12,depths:[1,1,1,1],num_heads:[1,2,2,4]}"}  # fmt: skip
+# One experiment per decoder and per family of backbones runs in `make test`, all of them in `make test-slow`.
+FAST = {
+    "rooms",
+    "nyud_small_cpu",
+    "nyud_multi_head_vit_base",
+    "nyud_deeplab_resnet18",
+    "nyud_pad_net_hrnet18",
+    "nyud_mti_net_hrnet18",
+    "nyud_atrc_hrnet48",
+    "pascal_atrc_hrnet18",
+    "pascal_invpt_vit_large",
+    "nyud_invpt_swin_large",
+    "pascal_taskprompter_vit_base",
+    "pascal_mqtransformer_swin_tiny",
+}
+EXPERIMENTS = choices("experiment")
+DECODERS = "multi_head|deeplab|pad_net|mti_net|atrc|invpt|taskprompter|mqtransformer"
+PUBLISHED = [name for name in EXPERIMENTS if re.fullmatch(rf"(nyud|pascal)_({DECODERS})_.*", name)]
+composed = functools.cache(compose_words)  # no test here changes a config
 
 
-def backbone_of(experiment: str) -> str:
-    text = (composed(f"experiment={experiment}")).backbone.name
-    return next(name for name in choices("backbone") if composed(f"backbone={name}").backbone.name == text)
+@functools.cache
+def chosen(experiment: str) -> dict[str, str]:
+    """Group -> choice, as Hydra resolved them: several configs may name the same timm model."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
+    return dict(config.hydra.runtime.choices)
+
+
+def word(group: str, choice: str) -> str:
+    """A recipe is not among the defaults, so it has to be added."""
+    return f"{'+' if group == 'recipe' else ''}{group}={choice}"
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_composes(group, choice):
-    config = composed(f"{group}={choice}")
+    config = composed(word(group, choice))
     build.choose_monitor(config.trainer.monitor, build.build_tasks(config), config.evaluation.quick)
     build.build_schedule(max_steps=config.trainer.max_steps, **build.plain(config.schedule))
 
 
-def test_every_value_of_every_config_has_a_rule():
+@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
+def test_every_value_of_every_config_has_a_rule(group, choice):
     """A new key without a rule would let nonsense through to a traceback."""
-    for group in GROUPS:
-        for choice in choices(group):
-            plain = OmegaConf.to_container(composed(f"{group}={choice}"), resolve=True)
-            check_config(plain)
-            missing = [key for key, _ in leaves(plain) if rule_of(key) is None and not key.endswith("_target_")]
-            assert not missing, (group, choice)
+    plain = OmegaConf.to_container(composed(word(group, choice)), resolve=True)
+    check_config(plain)
+    assert not [key for key, _ in leaves(plain) if rule_of(key) is None and not key.endswith("_target_")]
 
 
 def test_every_group_is_tested():
-    from conftest import ROOT
-
     assert sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir()) == GROUPS
 
 
+# --- Backbones
+
+
 @pytest.mark.parametrize("backbone", choices("backbone"))
-def test_every_backbone_predicts(backbone):
-    config = composed(f"backbone={backbone}", *([SHRUNKEN[backbone]] if backbone in SHRUNKEN else []))
+def test_every_backbone_predicts_at_any_size(backbone):
+    config = composed(f"backbone={backbone}", *shrunk("multi_head", backbone))
     tasks = build.build_tasks(config)
     model = build.build_model(config, tasks, pretrained=False).eval()
     with torch.no_grad():
-        predictions = model.predict(torch.zeros(1, 3, 40, 56))
+        predictions = model.predict(torch.zeros(1, 3, 45, 71))
     assert {name: tuple(p.shape) for name, p in predictions.items()} == {
-        name: (1, task.channels, 40, 56) for name, task in tasks.items()
+        name: (1, task.channels, 45, 71) for name, task in tasks.items()
     }
     assert isinstance(build.build_regularizer(config, tasks, model), Contrastive)
 
 
-@pytest.mark.parametrize("experiment", choices("experiment"))
-def test_experiments_take_two_steps_on_tiny_rooms(experiment, tmp_path):
-    backbone = backbone_of(experiment)
+def published_backbone(choice: str) -> Backbone:
+    settings = build.plain(composed(f"backbone={choice}").backbone)
+    with torch.device("meta"):
+        return build_backbone(settings["name"], out_indices=settings["out_indices"], kwargs=settings["kwargs"])
+
+
+# Channels, strides; parameters where the field gives them.
+SIZES = {
+    "hrnet_w18_small": ([18, 36, 72, 144], [4, 8, 16, 32], 3_860_720),
+    "hrnet_w48": ([48, 96, 192, 384], [4, 8, 16, 32], 65_325_120),
+    "resnet18_dilated": ([64, 128, 256, 512], [4, 8, 8, 8], 11_176_512),
+    "resnet50_dilated": ([256, 512, 1024, 2048], [4, 8, 8, 8], 23_508_032),
+    "swin_tiny": ([96, 192, 384, 768], [4, 8, 16, 32]),
+    "swin_small": ([96, 192, 384, 768], [4, 8, 16, 32]),
+    "swin_base": ([128, 256, 512, 1024], [4, 8, 16, 32]),
+    "swin_large": ([192, 384, 768, 1536], [4, 8, 16, 32]),
+    "vit_small": ([384] * 4, [16] * 4),
+    "vit_base": ([768] * 4, [16] * 4),
+    "vit_large": ([1024] * 4, [16] * 4),
+    "vit_small_dinov2": ([384] * 4, [14] * 4),
+    "vit_base_dinov2": ([768] * 4, [14] * 4),
+    "vit_large_dinov2": ([1024] * 4, [14] * 4),
+    "vit_small_dinov3": ([384] * 4, [16] * 4),
+    "vit_base_dinov3": ([768] * 4, [16] * 4),
+    "vit_large_dinov3": ([1024] * 4, [16] * 4),
+}
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [name if "small" in name or "18" in name else pytest.param(name, marks=pytest.mark.slow) for name in SIZES],
+)
+def test_backbones_are_those_of_the_field(choice):
+    backbone = published_backbone(choice)
+    channels, strides, *parameters = SIZES[choice]
+    assert (backbone.channels, backbone.strides) == (channels, strides)
+    assert parameters in ([], [sum(p.numel() for p in backbone.parameters())])
+
+
+@pytest.mark.parametrize(("size", "levels"), [("base", (2, 5, 8, 11)), ("large", (5, 11, 17, 23))])
+def test_vits_have_the_field_s_levels_and_drop_path(size, levels):
+    net = published_backbone(f"vit_{size}").net
+    assert tuple(net.feature_info.out_indices) == levels
+    assert net.model.blocks[-1].drop_path1.drop_prob == pytest.approx(0.15)
+
+
+# --- Experiments
+
+
+# The field's public configs: optimiser, rate, weight decay, batch over all GPUs, steps, clipping.
+SETTINGS = {
+    "nyud_atrc_hrnet18": ("sgd", 1e-2, 5e-4, 8, 40000, None),
+    "pascal_atrc_hrnet18": ("sgd", 5e-3, 5e-4, 8, 40000, None),
+    "nyud_mti_net_hrnet18": ("adam", 1e-4, 1e-4, 8, 9900, None),
+    "pascal_pad_net_hrnet18": ("adam", 1e-4, 1e-4, 8, 62400, None),
+    "pascal_invpt_vit_large": ("adam", 2e-5, 1e-6, 6, 40000, None),
+    "nyud_invpt_vit_large": ("adam", 2e-5, 1e-6, 6, 40000, None),
+    "pascal_taskprompter_vit_base": ("adam", 2e-5, 1e-6, 4, 40000, 10.0),
+    "nyud_taskprompter_vit_large": ("adam", 1e-5, 1e-6, 4, 40000, 10.0),
+    "nyud_mqtransformer_swin_large": ("sgd", 1e-3, 5e-4, 8, 40000, None),
+}
+
+
+@pytest.mark.parametrize("experiment", SETTINGS)
+def test_published_settings(experiment):
+    config = composed(f"experiment={experiment}")
+    optimizer, trainer = config.optimizer, config.trainer
+    assert (
+        optimizer.name,
+        optimizer.lr,
+        optimizer.weight_decay,
+        config.data.batch_size,
+        trainer.max_steps,
+        trainer.clip_norm,
+    ) == SETTINGS[experiment]
+    assert (config.schedule.name, config.schedule.power) == ("poly", 0.9)
+    assert config.data.size == {"pascal": [512, 512]}.get(
+        config.data.name, [425, 560] if {"atrc", "mqtransformer"} & set(experiment.split("_")) else [448, 576]
+    )
+
+
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_published_experiments_say_what_they_reproduce(experiment):
+    text = (ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line.removeprefix("# ") for line in text.split("\ndefaults:")[0].split("\n")[1:])
+    assert re.search(r"Published|No figures", comment)
+    config = composed(f"experiment={experiment}")
+    assert config.name == experiment
+    data, decoder, backbone = re.fullmatch(rf"(nyud|pascal)_({DECODERS})_(.*)", experiment).groups()  # type: ignore[union-attr]
+    choice = chosen(experiment)
+    named = {"hrnet18": "hrnet_w18_small", "hrnet48": "hrnet_w48", "resnet18": "resnet18_dilated",
+             "resnet50": "resnet50_dilated"}.get(backbone, backbone)  # fmt: skip
+    assert (choice["data"], choice["decoder"], choice["backbone"]) == (data, decoder, named)
+    edge = 0.8 if data == "nyud" and choice["recipe"] in ("atrc", "mqtransformer") else 0.95
+    assert config.loss.options.edge.positive_weight == edge
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_experiments_compose_without_contrast(experiment):
+    on, off = composed(f"experiment={experiment}"), composed(f"experiment={experiment}", "regularizer=none")
+    assert on.regularizer._target_ == "mtcl.contrastive.Contrastive"
+    assert on.regularizer.weight == 0.3
+    assert off.regularizer._target_ is None
+    assert {key: on[key] for key in on if key != "regularizer"} == {
+        key: off[key] for key in off if key != "regularizer"
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", PUBLISHED)
+def test_experiments_build_at_their_published_size(experiment):
+    config = composed(f"experiment={experiment}")
+    tasks = build.build_tasks(config)
+    with torch.device("meta"):
+        model = build.build_model(config, tasks, pretrained=False)
+    assert set(model.tap_channels["final"]) == set(tasks)
+
+
+@pytest.mark.parametrize(
+    ("experiment", "contrast"),
+    [
+        pytest.param(name, contrast, marks=() if name in FAST and contrast else pytest.mark.slow)
+        for name in EXPERIMENTS
+        for contrast in (True, False)
+    ],
+)
+def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_path):
+    choice = chosen(experiment)
     words = [f"experiment={experiment}", "debug=tiny", "data=rooms", "data.size=[32,64]", "data.batch_size=2",
-             "data.augment.scale=[1.0,1.2]"]  # fmt: skip
+             "data.augment.scale=[1.0,1.2]", "data.limit=2", "trainer.max_steps=1", "trainer.val_interval=null",
+             "trainer.val_first=false", "trainer.panels=0", "trainer.device=cpu"]  # fmt: skip
+    words += shrunk(choice["decoder"], choice["backbone"])
+    if choice["data"] in ("nyud", "pascal"):  # their tasks; a genotype of ATRC is for these and no others
+        words.append(f"tasks={choice['data']}")
     if composed(f"experiment={experiment}", "data=rooms").data.options.get("resize", None) is not None:
         words.append("~data.options.resize")
-    words += [SHRUNKEN[backbone].replace("backbone.kwargs=", "++backbone.kwargs=")] if backbone in SHRUNKEN else []
+    if not contrast:
+        words.append("regularizer=none")
     metrics = train(composed(*words), tmp_path)
-    tasks = build.build_tasks(composed(*words))
-    assert set(metrics) == set(tasks)
+    assert set(metrics) == set(build.build_tasks(composed(*words)))
     assert (tmp_path / "checkpoints" / "last.pt").is_file()

@@ -13,6 +13,7 @@ from shrunken import shrunk
 from mtcl.contrastive import Contrastive
 from mtcl.entry import build
 from mtcl.entry.train import train
+from mtcl.errors import UserError
 from mtcl.models import DenseModel
 from mtcl.training.runtime import running_statistics_kept
 from mtcl.training.trainer import Trainer
@@ -132,12 +133,17 @@ def test_gradient_checkpointing_changes_nothing(decoder):
         model = made(decoder, "tasks.names=[semseg,depth]").train()
         if on:
             assert model.backbone.set_grad_checkpointing()
+        calls = []
+        for module in model.backbone.modules():
+            if not list(module.children()):
+                module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(1)
         loss = loss_of(model, image)
         with running_statistics_kept(model):
             loss.backward()
-        found.append((dict(model.named_parameters()), dict(model.named_buffers())))
-    (a, a_buffers), (b, b_buffers) = found
+        found.append((dict(model.named_parameters()), dict(model.named_buffers()), len(calls)))
+    (a, a_buffers, once), (b, b_buffers, again) = found
+    assert again > 1.2 * once, "blocks ran again in the backward pass"
     for name in a:
         torch.testing.assert_close(a[name].grad, b[name].grad, msg=name)
     for name in a_buffers:
@@ -170,6 +176,28 @@ def test_any_tasks_any_size_any_batch(decoder, tasks, height, width, batch):
         [p.square().mean() for kind in (output.predictions, *output.intermediate) for p in kind.values()]
     ).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+FAMILIES = ("hrnet_w18_small", "swin_tiny", "vit_small", "vit_small_dinov2", "vit_small_dinov3", "resnet18_dilated")
+
+
+@pytest.mark.parametrize("backbone", FAMILIES)
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_every_parameter_learns_on_every_backbone(decoder, backbone):
+    """Or is left out of the training: DDP would wait for its gradient."""
+    config = composed(*TINY, f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone),
+                      "tasks.names=[semseg,depth]")  # fmt: skip
+    torch.manual_seed(0)
+    if decoder == "taskprompter" and backbone not in ("vit_small", "vit_small_dinov2"):
+        with pytest.raises(UserError, match="plain ViT"):
+            build.build_model(config, build.build_tasks(config), pretrained=False)
+        return
+    model = build.build_model(config, build.build_tasks(config), pretrained=False).train()
+    loss_of(model, picture(64, 96)).backward()
+    idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not idle
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    assert not frozen or (backbone.startswith("hrnet") and all("stage4" in name for name in frozen))
 
 
 @pytest.mark.parametrize(

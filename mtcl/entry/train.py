@@ -67,7 +67,7 @@ def train(
     tasks = build.build_tasks(config)
     if state is not None and path is not None:
         build.check_tasks(state["meta"]["tasks"], tasks, path)
-        check_optimizer(state["config"], config, path)
+        check_optimizer(state, config, path)
     start = 0 if state is None else state["step"]
     run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
     if ranks.rank() > 0:
@@ -162,8 +162,12 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: 
         raise UserError(f"checkpoint {path} does not fit this run: {changed or error}") from error
 
 
-def check_optimizer(saved: dict[str, Any], config: DictConfig, path: Path) -> None:
-    before, now = saved["optimizer"]["name"], config.optimizer.name
+def check_optimizer(state: dict[str, Any], config: DictConfig, path: Path) -> None:
+    if not state["optimizer"]:
+        raise UserError(
+            f"checkpoint {path} was imported: it has weights only, which evaluate.py scores; nothing to resume"
+        )
+    before, now = state["config"]["optimizer"]["name"], config.optimizer.name
     if before != now:
         raise UserError(f"checkpoint {path} was trained with optimizer={before}, not {now}; its moments do not fit")
 

@@ -3,7 +3,7 @@
 import difflib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,17 @@ class Backbone(nn.Module):
     def forward(self, image: Tensor) -> list[Tensor]:
         features = self.net(image)
         return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else list(features)
+
+    def freeze_unread(self, reads: Collection[int]) -> None:
+        """Leave out of the training what only maps other than ``reads`` come from, as DDP waits for every gradient.
+
+        An HRNet's last fusion has layers for each of its maps; other families make their later maps of earlier ones.
+        """
+        last = getattr(self.net, "stage4", None)
+        if isinstance(last, nn.Sequential) and hasattr(last[-1], "fuse_layers"):
+            for index, layers in enumerate(last[-1].fuse_layers):  # type: ignore[arg-type]
+                if index not in reads:
+                    layers.requires_grad_(False)
 
     def set_grad_checkpointing(self, enabled: bool = True) -> bool:
         """Keep each block's input only and run it again in the backward pass; false where timm's model can't."""

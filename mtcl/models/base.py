@@ -63,26 +63,25 @@ class EncoderDecoder(DenseModel):
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
+        if decoder.reads is not None:
+            backbone.freeze_unread(decoder.reads)
         self.mean, self.std = backbone.mean, backbone.std
         self.tap_channels = decoder.tap_channels
 
     def forward(self, image: Tensor) -> DenseOutput:
         size, frame, features = self._features(image)
         output = self.decoder(features, frame)
-        intermediate = [_cut(maps, size) for maps in output.intermediate]
-        return DenseOutput(_cut(output.predictions, size), output.taps, intermediate, frame)
+        intermediate = [cut(maps, size) for maps in output.intermediate]
+        return DenseOutput(cut(output.predictions, size), output.taps, intermediate, frame)
 
     def predict(self, image: Tensor) -> dict[str, Tensor]:
         size, frame, features = self._features(image)
-        return _cut(self.decoder.predict(features, frame), size)
+        return cut(self.decoder.predict(features, frame), size)
 
     def _features(self, image: Tensor) -> tuple[Size, Size, list[Tensor]]:
         """The picture's size, the frame it was padded to, the backbone's maps of that frame."""
         height, width = image.shape[-2:]
-        multiple = self.backbone.multiple
-        frame = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
-        if frame != (height, width):  # zero is the mean colour after normalisation
-            image = F.pad(image, (0, frame[1] - width, 0, frame[0] - height))
+        image, frame = framed(image, (self.backbone.multiple, self.backbone.multiple))
         return (height, width), frame, self.backbone(image)
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
@@ -93,5 +92,15 @@ class EncoderDecoder(DenseModel):
         yield from self.decoder.shared_parameters()
 
 
-def _cut(maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
+def framed(image: Tensor, multiples: Size) -> tuple[Tensor, Size]:
+    """A normalised picture (B, 3, H, W) padded at its right and bottom to such multiples, and the size it has then."""
+    height, width = image.shape[-2:]
+    frame = (-(-height // multiples[0]) * multiples[0], -(-width // multiples[1]) * multiples[1])
+    if frame != (height, width):  # zero is the mean colour after normalisation
+        image = F.pad(image, (0, frame[1] - width, 0, frame[0] - height))
+    return image, frame
+
+
+def cut(maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
+    """The part of maps (B, C, H, W) that shows the picture."""
     return {task: m[..., : size[0], : size[1]] for task, m in maps.items()}

@@ -32,8 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mtcl.errors import UserError
 from mtcl.models.backbones import Backbone
-from mtcl.models.base import DenseModel, DenseOutput, Size
-from mtcl.models.decoders.blocks import SpatialNorm, predict_fp32, resize
+from mtcl.models.base import DenseModel, DenseOutput, Size, cut, framed
+from mtcl.models.decoders.blocks import SpatialNorm, predicted, resize
 
 
 class TaskPrompter(DenseModel):
@@ -87,13 +87,9 @@ class TaskPrompter(DenseModel):
 
     def forward(self, image: Tensor) -> DenseOutput:
         height, width = image.shape[-2:]
-        frame = (-(-height // self.patch[0]) * self.patch[0], -(-width // self.patch[1]) * self.patch[1])
-        if frame != (height, width):  # zero is the mean colour after normalisation
-            image = F.pad(image, (0, frame[1] - width, 0, frame[0] - height))
+        image, frame = framed(image, self.patch)
         final = {task: self.heads[task](m) for task, m in self._task_maps(image).items()}
-        predictions = {
-            task: resize(predict_fp32(self.logits[task], m), frame)[..., :height, :width] for task, m in final.items()
-        }
+        predictions = cut(predicted(self.logits, final, frame), (height, width))
         return DenseOutput(predictions, {"final": final}, [], frame)
 
     def predict(self, image: Tensor) -> dict[str, Tensor]:

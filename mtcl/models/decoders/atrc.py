@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, Fusion, SpatialNorm, predict_fp32, resize
+from mtcl.models.decoders.blocks import ConvBlock, Fusion, SpatialNorm, predict_fp32, predicted, resize
 from mtcl.models.decoders.relational import Context, GlobalContext, LabelContext, LocalContext, prototypes
 
 KINDS = ("none", "global", "local", "t_label", "s_label")  # a published file names a kind by its place in this list
@@ -264,7 +264,7 @@ class ATRC(Decoder):
         return self._predictions(self._refined(features, size)[2], size)
 
     def _predictions(self, final: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        return {task: resize(predict_fp32(self.logits[task], x), size) for task, x in final.items()}
+        return predicted(self.logits, final, size)
 
     def _refined(self, features: list[Tensor], size: tuple[int, int]) -> tuple[dict[str, Tensor], ...]:
         """Per task: initial features, label logits (of the tasks that have them), final features."""

@@ -1,7 +1,7 @@
 """What a decoder is given and what it gives back."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ class Decoder(nn.Module, ABC):
     """
 
     tap_channels: dict[str, dict[str, int]]
+    reads: Collection[int] | None = None  # which of the feature maps; None: all
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], tasks: Mapping[str, int]):
         super().__init__()

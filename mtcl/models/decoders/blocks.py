@@ -19,9 +19,9 @@ class SpatialNorm(nn.BatchNorm2d):
 class ConvBlock(nn.Sequential):
     """Convolution ("same" size), batch norm, ReLU."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3):
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, dilation: int = 1):
         super().__init__(
-            nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+            nn.Conv2d(inputs, outputs, kernel, padding=dilation * (kernel // 2), dilation=dilation, bias=False),
             SpatialNorm(outputs),
             nn.ReLU(inplace=True),
         )
@@ -38,6 +38,11 @@ def predict_fp32(head: nn.Module, x: Tensor) -> Tensor:
     """A head's prediction in single precision: bf16 would round a depth of 3 m to steps of 16 mm."""
     with torch.autocast(x.device.type, enabled=False):
         return head(x.float())
+
+
+def predicted(heads: nn.ModuleDict, maps: Mapping[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+    """Every task's prediction of its map, at ``size``."""
+    return {task: resize(predict_fp32(heads[task], m), size) for task, m in maps.items()}
 
 
 class Fusion(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm, predict_fp32, resize
+from mtcl.models.decoders.blocks import ConvBlock, predicted, resize
 
 
 class ASPP(nn.Module):
@@ -29,7 +29,9 @@ class ASPP(nn.Module):
 
     def __init__(self, inputs: int, width: int, rates: Sequence[int], dropout: float):
         super().__init__()
-        self.branches = nn.ModuleList([ConvBlock(inputs, width, 1), *(_atrous(inputs, width, r) for r in rates)])
+        self.branches = nn.ModuleList(
+            [ConvBlock(inputs, width, 1), *(ConvBlock(inputs, width, dilation=r) for r in rates)]
+        )
         self.pooled = nn.Conv2d(inputs, width, 1)
         self.project = nn.Sequential(ConvBlock((2 + len(rates)) * width, width, 1), nn.Dropout(dropout))
 
@@ -82,6 +84,7 @@ class DeepLab(Decoder):
         dropout: float = 0.5,
     ):
         super().__init__(channels, strides, tasks)
+        self.reads = {0, len(self.channels) - 1} if skip_width else {len(self.channels) - 1}
         self.heads = nn.ModuleDict(
             {task: DeepLabHead(channels, width, rates, depth, skip_width, dropout) for task in self.tasks}
         )
@@ -90,16 +93,8 @@ class DeepLab(Decoder):
 
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
         final = {task: head(features) for task, head in self.heads.items()}
-        predictions = {task: resize(predict_fp32(self.logits[task], m), size) for task, m in final.items()}
+        predictions = predicted(self.logits, final, size)
         return DecoderOutput(predictions, {"final": final}, [])
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         return iter(())
-
-
-def _atrous(inputs: int, outputs: int, rate: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=rate, dilation=rate, bias=False),
-        SpatialNorm(outputs),
-        nn.ReLU(inplace=True),
-    )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import SpatialNorm, predict_fp32, resize
+from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm, predict_fp32, predicted, resize
 
 STAGES = 3
 FIRST_STRIDE = 32  # of the first stage, in pixels of the picture
@@ -63,8 +63,9 @@ class InvPT(Decoder):
         self.downsample = downsample or max(1, round(FIRST_STRIDE / self.strides[-1]))
         self.first = 0 if aggregate_first else 1  # of the stages that take an encoder map and are reduced
         self.sources = encoder_maps(self.strides, self.downsample)
+        self.reads = {len(self.channels) - 1, *self.sources[self.first :]}
         self.preliminary = nn.ModuleDict(
-            {t: nn.Sequential(_conv(self.channels[-1], self.channels[-1]), _conv(self.channels[-1], width))
+            {t: nn.Sequential(ConvBlock(self.channels[-1], self.channels[-1]), ConvBlock(self.channels[-1], width))
              for t in names}
         )  # fmt: skip
         self.preliminary_logits = nn.ModuleDict({t: nn.Conv2d(width, c, 1) for t, c in self.tasks.items()})
@@ -106,7 +107,7 @@ class InvPT(Decoder):
         return self._predictions(self._decode(features)[2], size)
 
     def _predictions(self, final: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
-        return {t: resize(predict_fp32(self.logits[t], f), size) for t, f in final.items()}
+        return predicted(self.logits, final, size)
 
     def _decode(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Each task's preliminary features, its preliminary prediction, its final map."""
@@ -166,14 +167,6 @@ def encoder_maps(strides: Sequence[int], downsample: int) -> list[int]:
     ]
 
 
-def _conv(inputs: int, outputs: int, dilation: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, bias=False),
-        SpatialNorm(outputs),
-        nn.ReLU(inplace=True),
-    )
-
-
 class Skip(nn.Module):
     """An encoder map (B, C_in, h, w) -> (B, C, size): its way into a stage. ``grows``: by a transposed convolution."""
 
@@ -195,7 +188,9 @@ class Stage(nn.Module):
 
     def __init__(self, tasks: Sequence[str], inputs: int, width: int, heads: int, mlp_ratio: float, index: int):
         super().__init__()
-        ups = {t: nn.Sequential(_conv(inputs, width, dilation=2), _conv(width, width, dilation=2)) for t in tasks}
+        ups = {
+            t: nn.Sequential(ConvBlock(inputs, width, dilation=2), ConvBlock(width, width, dilation=2)) for t in tasks
+        }
         self.up = nn.ModuleDict(ups if index else {})
         self.norm1 = nn.LayerNorm(width)
         # Keys at 1/64 of the picture in every stage, so that scores of one stage can be added to those of the next.

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, predict_fp32, resize
+from mtcl.models.decoders.blocks import ConvBlock, predicted, resize
 
 
 class MQTransformer(Decoder):
@@ -48,6 +49,8 @@ class MQTransformer(Decoder):
         self.project = nn.ModuleDict(
             {t: nn.ModuleList(nn.Conv2d(c, width, 1, bias=i == 0) for i, c in enumerate(channels)) for t in self.tasks}
         )
+        if width % heads:
+            raise UserError(f"decoder.heads={heads} must divide decoder.width={width}")
         count = len(self.tasks)
         self.queries = nn.Parameter(torch.empty(count, queries, width))
         self.query_position = nn.Parameter(torch.empty(count, queries, width // heads))  # the same for every head
@@ -76,7 +79,7 @@ class MQTransformer(Decoder):
         for index, task in enumerate(self.tasks):
             x = self._decode(pixels[index], queries[index], index)
             final[task] = self.heads[task](x.transpose(1, 2).unflatten(2, grid))
-        predictions = {task: resize(predict_fp32(self.logits[task], m), size) for task, m in final.items()}
+        predictions = predicted(self.logits, final, size)
         return DecoderOutput(predictions, {"final": final}, [])
 
     def _task_features(self, task: str, features: list[Tensor]) -> Tensor:

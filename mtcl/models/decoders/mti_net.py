@@ -13,6 +13,7 @@ The initial predictions of all scales are supervised, and left out at inference.
 
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from timm.layers import SqueezeExcite
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import Distillation, Fusion, predict_fp32, projection, resize
+from mtcl.models.decoders.blocks import Distillation, Fusion, predicted, projection, resize
 
 
 class Propagation(nn.Module):
@@ -131,7 +132,7 @@ class MTINet(Decoder):
 
     @staticmethod
     def _predictions(logits: nn.Module, maps: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        return {task: resize(predict_fp32(logits[task], m), size) for task, m in maps.items()}  # type: ignore[index]
+        return predicted(cast(nn.ModuleDict, logits), maps, size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """All up to the distillation: a task's maps go into every task's, there and to the next scale."""

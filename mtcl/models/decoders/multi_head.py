@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, Fusion, predict_fp32, resize
+from mtcl.models.decoders.blocks import ConvBlock, Fusion, predicted
 
 
 class MultiHead(Decoder):
@@ -48,7 +48,7 @@ class MultiHead(Decoder):
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
         trunk = self.fusion(features, [-(-s // self.stride) for s in size])
         final = {task: head(trunk) for task, head in self.heads.items()}
-        predictions = {task: resize(predict_fp32(self.logits[task], final[task]), size) for task in final}
+        predictions = predicted(self.logits, final, size)
         return DecoderOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, trunk)}, [])
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import Distillation, Fusion, predict_fp32, projection, resize
+from mtcl.models.decoders.blocks import Distillation, Fusion, predicted, projection
 
 
 class PADNet(Decoder):
@@ -77,7 +77,7 @@ class PADNet(Decoder):
 
     @staticmethod
     def _predictions(logits: nn.ModuleDict, maps: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        return {task: resize(predict_fp32(logits[task], m), size) for task, m in maps.items()}
+        return predicted(logits, maps, size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         yield from self.fusion.parameters()

@@ -7,8 +7,6 @@ its own, listed below.
 from mtcl.models.importing import invpt, taskprompter
 from mtcl.models.importing.table import Method, Rule, fit, read_published, translate
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (invpt.METHOD, taskprompter.METHOD, taskprompter.METHOD_BASE)
-}
+METHODS: dict[str, Method] = {method.name: method for method in (invpt.METHOD, taskprompter.METHOD)}
 
 __all__ = ["METHODS", "Method", "Rule", "fit", "read_published", "translate"]

@@ -58,6 +58,6 @@ METHOD = Method(
     name="invpt",
     model="InvPT",
     tasks=("semseg", "depth", "human_parts", "sal", "normals", "edge"),  # InvPT/utils/config.py
-    table=TABLE,
+    table=lambda state: TABLE,
     settings=settings,
 )

@@ -34,7 +34,9 @@ class Method:
     name: str
     model: str  # the class that decoder._target_ must name
     tasks: tuple[str, ...]  # in the order in which their code lists them
-    table: tuple[Rule, ...]  # the first rule that fits a key counts
+    table: Callable[
+        [Mapping[str, Tensor]], tuple[Rule, ...]
+    ]  # of their state dict; the first rule that fits a key counts
     # (their state dict, height and width they trained at) -> config keys without which the network would be another
     # one. A mapping is merged into the config's own.
     settings: Callable[[Mapping[str, Tensor], tuple[int, int]], dict[str, Any]]
@@ -73,7 +75,7 @@ def translate(state: Mapping[str, Tensor], method: Method, tasks: Sequence[str])
     listed = [task for task in method.tasks if task in tasks]
     if listed != list(tasks):  # normalisations that run over all tasks' channels would be shuffled
         raise UserError(f"{method.name} lists its tasks as {', '.join(listed)}, the config as {', '.join(tasks)}")
-    patterns = [(_pattern(rule.theirs, listed), rule) for rule in method.table]
+    patterns = [(_pattern(rule.theirs, listed), rule) for rule in method.table(state)]
     ours: State = {}
     idle, unknown = [], []
     for key, value in state.items():

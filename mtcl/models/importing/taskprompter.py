@@ -9,15 +9,21 @@ from mtcl.models.importing.table import Method, Rule
 from mtcl.models.importing.vit import VIT, vit_settings
 
 
-def table(depth: int) -> tuple[Rule, ...]:
-    """For a ViT of so many layers. The prompts that come out of the last are never used."""
+def depth(state: Mapping[str, Tensor]) -> int:
+    """The number of the ViT's layers."""
+    return len({key.split(".")[2] for key in state if key.startswith("backbone.blocks.")})
+
+
+def table(state: Mapping[str, Tensor]) -> tuple[Rule, ...]:
+    """The prompts that come out of the last layer are never used."""
+    last = depth(state) - 1
     return (
         Rule("backbone.task_prompts", "prompts"),
         Rule(
             "backbone.pos_embed", "backbone.net.model.pos_embed", lambda embedding: embedding[:, 1:]
         ),  # no class token
         Rule("backbone.blocks.{n}.attn.token_trans.*", "channel_prompts.{n}.spread.*"),
-        Rule(f"backbone.blocks.{depth - 1}.attn.token_trans1.*", None),
+        Rule(f"backbone.blocks.{last}.attn.token_trans1.*", None),
         Rule("backbone.blocks.{n}.attn.token_trans1.*", "channel_prompts.{n}.gather.*"),
         *VIT,
         Rule("backbone.fea_decode_spa.{n}.{task}.0.*", "levels.{n}.spatial.{task}.*"),
@@ -30,28 +36,26 @@ def table(depth: int) -> tuple[Rule, ...]:
 
 
 def settings(state: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
-    """All but ``decoder.windows``, which leaves no trace in the weights: 1 for PASCAL with ViT-L, 4 for the others."""
+    """``decoder.windows`` leaves no trace in the weights: published are 1 for ViT-L on PASCAL-Context, which alone of
+    that depth has weights between tasks, and 4 for all others."""
     vit = vit_settings(state, size)
     fused = next(v for k, v in state.items() if k.startswith("backbone.fea_fuse.0.") and k.endswith(".0.weight"))
+    crosses = any(key.startswith("backbone.ctr_attn_conv.") for key in state)
     return {
         "backbone.mean": vit["backbone.mean"],
         "backbone.std": vit["backbone.std"],
         "decoder.size": list(size),
         "decoder.width": fused.shape[1] // 2,
         "decoder.head_width": fused.shape[0],
-        "decoder.cross_task": any(key.startswith("backbone.ctr_attn_conv.") for key in state),
+        "decoder.cross_task": crosses,
+        "decoder.windows": 1 if crosses and depth(state) == 24 else 4,
     }
 
 
-def method(name: str, depth: int) -> Method:
-    return Method(
-        name=name,
-        model="TaskPrompter",
-        tasks=("semseg", "depth", "human_parts", "sal", "normals", "edge"),  # TaskPrompter/utils/config.py
-        table=table(depth),
-        settings=settings,
-    )
-
-
-METHOD = method("taskprompter", 24)  # ViT-L
-METHOD_BASE = method("taskprompter_vit_base", 12)
+METHOD = Method(
+    name="taskprompter",
+    model="TaskPrompter",
+    tasks=("semseg", "depth", "human_parts", "sal", "normals", "edge"),  # TaskPrompter/utils/config.py
+    table=table,
+    settings=settings,
+)

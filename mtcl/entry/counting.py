@@ -1,0 +1,64 @@
+"""How many parameters a model has and how many multiply-adds it takes, counted without memory for either."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mtcl.models import DenseModel
+
+
+class Count(NamedTuple):
+    """What papers print as #Params and FLOPs."""
+
+    parameters: int
+    multiply_adds: int
+
+
+class _Predict(nn.Module):
+    """``functional_call`` takes no other method than ``forward``."""
+
+    def __init__(self, model: DenseModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        return self.model.predict(image)
+
+
+def count(model: DenseModel, size: Sequence[int]) -> Count:
+    """The parameters of ``model``, and the multiply-adds of its ``predict`` of one picture of ``size`` (height, width).
+
+    Multiply-adds are those of convolutions and of matrix products (linear layers, attention, einsum). As most
+    papers do, it counts nothing for what works element by element or on neighbours: norms, activations, softmax,
+    resizing, pooling. The model may be anywhere, the meta device included: nothing of its size is computed or
+    allocated, and its parameters stay as they are. Leaves it in evaluation mode.
+    """
+    model.eval()
+    fast, fused = torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled
+    fused(False)  # nn.MultiheadAttention's own kernel, which the counter does not know
+    try:
+        return _count(model, size)
+    finally:
+        fused(fast)
+
+
+def _count(model: DenseModel, size: Sequence[int]) -> Count:
+    with (
+        # Unlike the meta device, its tensors have a device that autocast knows.
+        FakeTensorMode(allow_non_fake_inputs=True),
+        torch.no_grad(),
+        sdpa_kernel(SDPBackend.MATH),  # attention as plain matrix products, whatever kernels the counter knows
+        FlopCounterMode(display=False) as counter,
+    ):
+        state = {
+            f"model.{name}": torch.empty_like(tensor, device="cpu")
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        }
+        functional_call(_Predict(model), state, (torch.empty(1, 3, *size, device="cpu"),))
+    return Count(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
