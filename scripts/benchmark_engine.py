@@ -126,7 +126,9 @@ def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], step
     card = torch.cuda.get_device_name() if first.device.type == "cuda" else ""
     top = next((value for key, value in PEAKS.items() if key in card), None)
     print(f"{name}, batch {batch}, {steps} steps in turns; data: {data * 1e3:.0f} ms per batch and worker")
-    print("variant    median ms  fastest ms  images/s  step MiB   TFLOP/s  roofline   forward  regular.  backward  optimiser")
+    print(
+        "variant    median ms  fastest ms  images/s  step MiB   TFLOP/s  roofline   forward  regular.  backward  optimiser"
+    )
     found: dict[str, Any] = {}
     for variant, trainer in trainers.items():
         median, best = statistics.median(seconds[variant]), min(seconds[variant])
@@ -152,7 +154,13 @@ def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], step
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--experiment", nargs="+", default=list(EXPERIMENTS), metavar="NAME")
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help="default: all on CUDA; no compiled on a CPU")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=list(VARIANTS),
+        metavar="NAME",
+        help="default: all on CUDA; no compiled on a CPU",
+    )
     parser.add_argument("--steps", type=int, help="timed of each variant; default 20 on CUDA, 3 on a CPU")
     parser.add_argument("--batch", type=int, help="default 8 on CUDA, 2 on a CPU")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
