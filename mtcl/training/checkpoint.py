@@ -242,7 +242,8 @@ def on_cpu(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[], 
 class _Sealing:
     """What ``torch.save`` writes to: a file and its hash, but for the archive's end, which :meth:`seal` writes.
 
-    An error is kept for :meth:`seal`: raised amid torch's own writer, it would come out as another one.
+    An error of the disk is kept for :meth:`seal`, clear of torch's own writer; ``torch.save`` to a path would hide
+    which one it was.
     """
 
     def __init__(self, file: IO[bytes]):

@@ -328,8 +328,8 @@ class Trainer:
     def save(self, name: str) -> None:
         """Never what has seen a number that is not finite."""
         self._settle()
-        norms = torch.nn.utils.get_total_norm(list(self.model.parameters()))
-        if not math.isfinite(norms.item()):
+        largest = torch.nn.utils.get_total_norm(list(self.model.parameters()), norm_type=math.inf)
+        if not math.isfinite(largest.item()):
             raise UserError(
                 f"weights of the model were not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
                 "(checkpoints hold the last good state)"
