@@ -127,7 +127,8 @@ def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], step
     top = next((value for key, value in PEAKS.items() if key in card), None)
     print(f"{name}, batch {batch}, {steps} steps in turns; data: {data * 1e3:.0f} ms per batch and worker")
     print(
-        "variant    median ms  fastest ms  images/s  step MiB   TFLOP/s  roofline   forward  regular.  backward  optimiser"
+        "variant    median ms  fastest ms  images/s  step MiB   TFLOP/s  roofline   "
+        "forward  regular.  backward  optimiser"
     )
     found: dict[str, Any] = {}
     for variant, trainer in trainers.items():

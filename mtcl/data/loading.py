@@ -58,7 +58,7 @@ class EpochBatches:
     ) -> None:
         if batch_size % part[1]:
             raise UserError(
-                f"data.batch_size={batch_size} is that of all {part[1]} processes together; give a multiple of {part[1]}"
+                f"data.batch_size={batch_size} is that of all {part[1]} processes; give a multiple of {part[1]}"
             )
         self.part = part
         if not 1 <= batch_size <= count:

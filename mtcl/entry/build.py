@@ -34,8 +34,9 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
-def locate(target: str, what: str, kind: type | None = None) -> Any:
-    """The class a config's ``_target_`` names. Only mtcl's own: a config may come out of a checkpoint."""
+def locate(target: str, what: str, kind: type | None = None, needs: str | None = None) -> Any:
+    """The class a config's ``_target_`` names, a ``kind`` or with the method ``needs``. Only mtcl's own: a config may
+    come out of a checkpoint."""
     module, _, name = str(target).rpartition(".")
     if not module.startswith("mtcl."):
         raise UserError(f"{what}._target_={target} is not part of mtcl, so it is not imported")
@@ -45,6 +46,8 @@ def locate(target: str, what: str, kind: type | None = None) -> Any:
         raise UserError(f"{what}._target_={target} does not exist") from error
     if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
         raise UserError(f"{what}._target_={target} is not a {kind.__name__}")
+    if needs is not None and not (isinstance(found, type) and hasattr(found, needs)):
+        raise UserError(f"{what}._target_={target} is not a dataset")
     return found
 
 
@@ -61,7 +64,7 @@ def construct(maker: Callable[..., T], what: str, *given: Any, **options: Any) -
 
 def build_tasks(config: DictConfig) -> dict[str, Task]:
     """The tasks in use, in canonical order: the config's names among those the dataset offers."""
-    offered = locate(config.data._target_, "data").offered(**plain(config.data.options))
+    offered = locate(config.data._target_, "data", needs="offered").offered(**plain(config.data.options))
     names = plain(config.tasks.names)
     if names == "auto":
         names = list(offered)

@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import difflib
+import errno
 import os
 import shutil
 import sys
@@ -57,6 +58,12 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
         if wants_trace:
             raise
         print(f"error: {sentence(error)}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if wants_trace or error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC):
+            raise
+        where = error.filename or "the run folder"
+        print(f"error: {where} can't be written ({error.strerror}); choose another hydra.run.dir", file=sys.stderr)
         sys.exit(1)
     except Preempted as stopped:
         print(f"{stopped}, its state is saved; the same command with resume=auto goes on from there", file=sys.stderr)
