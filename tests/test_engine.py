@@ -2,14 +2,15 @@
 
 import json
 import math
-import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, composed
+from conftest import ROOT, TINY, composed
 
 from mtcl import UserError
 from mtcl.entry import build
@@ -44,11 +45,14 @@ OPTIMIZERS = ["adamw", "adam", "sgd"]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_step_that_is_not_finite_is_no_step(optimizer, tmp_path):
-    """Neither weights nor moments nor projectors move; the next good step is that of a run without the bad one."""
+@pytest.mark.parametrize("first", [False, True])
+def test_a_step_that_is_not_finite_is_no_step(optimizer, first, tmp_path):
+    """Neither weights nor moments nor projectors move; the next good step is that of a run without the bad one.
+    ``first``: the bad step is the very first."""
     trainer = made(tmp_path, f"optimizer={optimizer}")
     good, bad, after = (batch for _, batch in zip(range(3), trainer.batches))
-    trainer.train_step(good)
+    if not first:
+        trainer.train_step(good)
 
     def state() -> dict[str, torch.Tensor]:
         own = {f"model.{k}": v.clone() for k, v in trainer.model.named_parameters()}
@@ -61,9 +65,9 @@ def test_a_step_that_is_not_finite_is_no_step(optimizer, tmp_path):
     before = state()
     trainer.train_step(spoiled(bad))
     for name, value in state().items():
-        assert torch.equal(value, before[name]), name
+        assert torch.equal(value, before.get(name, torch.zeros_like(value))), name
     assert all(value.isfinite() for value in trainer.train_step(after).values())
-    assert any(not torch.equal(value, before[name]) for name, value in state().items())
+    assert any(not torch.equal(value, before[name]) for name, value in state().items() if name in before)
     (skipped,) = trainer.watch.settle()
     assert "loss of normals" in skipped.terms
     assert "loss of depth" not in skipped.terms
@@ -207,9 +211,9 @@ def test_a_running_mean_of_the_weights(tmp_path, cli):
         trainer.train_step(batch)
         now = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         want = now if want is None else {name: 0.9 * want[name] + 0.1 * now[name] for name in now}
-    for name, value in trainer.ema.module.named_parameters():
+    for name, value in trainer.ema.model.named_parameters():
         torch.testing.assert_close(value, want[name])
-    assert trainer.evaluated() is trainer.ema.module
+    assert trainer.evaluated() is trainer.ema.model
     words = [*WORDS, "trainer.ema=0.5", "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant"]
     metrics = train(composed(*words), tmp_path / "whole")
     train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
@@ -277,11 +281,41 @@ def _nothing(self):
     return Evaluation(metrics, [], 0)
 
 
-def test_a_killed_worker_is_one_sentence(tmp_path):
-    trainer = made(tmp_path, "data.workers=1", "data.limit=6")
-    stream = iter(trainer.batches)
-    next(stream)
-    (worker,) = (p for p in multiprocessing.active_children())
-    os.kill(worker.pid, signal.SIGKILL)
-    with pytest.raises(UserError, match=r"data\.workers"):
-        list(stream)  # endless, but for the worker
+DRIVER = """
+import multiprocessing, os, runpy, signal, subprocess, sys
+from conftest import ROOT, TINY
+from mtcl.training.trainer import Trainer
+
+_, what, folder = sys.argv
+step = Trainer.train_step
+
+def train_step(self, *batches, **options):
+    if self.step == 2 and what == "worker":
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    elif self.step == 2:
+        subprocess.run(["kill", "-TERM", f"-{os.getpgid(0)}"])  # as a scheduler does, from outside
+    return step(self, *batches, **options)
+
+if __name__ == "__main__":
+    Trainer.train_step = train_step
+    words = ["data.workers=1", "data.limit=6", "trainer.max_steps=300", "trainer.val_first=false"]
+    sys.argv = ["train.py", *TINY, *words, f"hydra.run.dir={folder}"]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("what", "code"), [("worker", 1), ("group", 75)])
+def test_signals_to_data_workers(what, code, tmp_path):
+    """A worker that is killed ends the run in one sentence; a SIGTERM to all processes is the main one's to obey."""
+    script = tmp_path / "run.py"
+    script.write_text(DRIVER)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, str(script), what, str(tmp_path / "run")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False, start_new_session=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    told = {"worker": "data.workers", "group": "resume=auto"}[what]
+    assert told in done.stderr

@@ -25,7 +25,7 @@ def gradients_at_taps(task_loss: Tensor, contrast: Tensor, taps: Mapping[str, Te
         a, b = a.float().flatten(), b.float().flatten()
         found[f"{name}/norm_task"], found[f"{name}/norm_contrast"] = length(a), length(b)
         dot = ranks.total((a * b).sum()) / ranks.world() ** 2
-        found[f"{name}/cosine"] = dot / (length(a) * length(b)).clamp(min=1e-8)
+        found[f"{name}/cosine"] = dot / (length(a).clamp(min=1e-8) * length(b).clamp(min=1e-8))
     return found
 
 

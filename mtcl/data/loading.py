@@ -5,6 +5,9 @@ generator lives in a worker or in the process, so the number of workers, a resum
 torch's global generator change nothing.
 """
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -19,6 +22,8 @@ from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
 from mtcl.data.transforms import Augment, finish
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task
+
+WORKER_DIED = "DataLoader worker"  # in what torch raises then
 
 
 class SampleDataset(Dataset[Sample | UserError]):
@@ -185,7 +190,7 @@ class _Loader(DataLoader):
 
     def __init__(self, dataset: SampleDataset, **kwargs: Any) -> None:
         # Workers are seeded from this generator, though nothing of ours draws from their global state.
-        super().__init__(dataset, worker_init_fn=_one_thread, generator=torch.Generator(), **kwargs)
+        super().__init__(dataset, worker_init_fn=_in_worker, generator=torch.Generator(), **kwargs)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         return self._told(map(_raised, super().__iter__()))
@@ -197,12 +202,9 @@ class _Loader(DataLoader):
             except StopIteration:
                 return
             except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
+                if WORKER_DIED not in str(error):
                     raise
-                raise UserError(
-                    f"a process that reads data was killed, maybe for want of memory ({str(error).splitlines()[0]}); "
-                    "choose fewer data.workers, or a smaller data.batch_size"
-                ) from error
+                raise UserError(worker_sentence(error)) from error
             yield batch
 
 
@@ -231,10 +233,32 @@ def _collate_or_error(
     return batch
 
 
-def _one_thread(worker: int) -> None:
-    """Workers are the parallelism; threads inside them would only fight over the cores."""
+def _in_worker(worker: int) -> None:
+    """Workers are the parallelism; threads inside them would only fight over the cores.
+
+    A scheduler's SIGTERM goes to all processes of a run. What it means is the main one's to say, so a worker obeys
+    that of its parent only.
+    """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def obey() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=obey, daemon=True).start()
+
+
+def worker_sentence(error: RuntimeError) -> str:
+    """For the user, of torch's error."""
+    return (
+        f"a process that reads data was killed, maybe for want of memory ({str(error).splitlines()[0]}); "
+        "choose fewer data.workers, or a smaller data.batch_size"
+    )
 
 
 def _framed(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from mtcl import ranks
@@ -20,6 +19,7 @@ from mtcl.models.decoders import Decoder
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 from mtcl.training.balancer import FixedWeights
+from mtcl.training.ema import RunningMean
 from mtcl.training.evaluator import Evaluator
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, regularizer_weight
 from mtcl.training.recorder import Recorder
@@ -195,11 +195,6 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
 
 
-def build_ema(model: DenseModel, decay: float | None) -> AveragedModel | None:
-    """A running mean of the model's weights, new = decay old + (1 - decay) now; buffers are the model's."""
-    return None if decay is None else AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-
-
 def build_share(config: DictConfig, regularizer: Regularizer | None, device: torch.device) -> GradientShare | None:
     balance = config.regularizer.balance
     if balance not in ("fixed", "gradient"):
@@ -282,7 +277,7 @@ def build_trainer(
         recompute=settings.grad_checkpointing,
         compiled=settings.compile,
         accumulate=settings.accumulate,
-        ema=build_ema(model, settings.ema),
+        ema=None if settings.ema is None else RunningMean(model, settings.ema),
         max_skipped=settings.max_skipped,
         asynchronous=settings.async_checkpoints,
         keep_interval=settings.keep_interval,

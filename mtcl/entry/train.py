@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtcl import ranks
 from mtcl.atomic import remove_leftovers
+from mtcl.data.loading import WORKER_DIED, worker_sentence
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
 from mtcl.entry.schema import leaves
@@ -41,7 +43,7 @@ FREE = (
     "data.memory_map",
 )
 # Those, beside the seed, that the order of the pictures depends on.
-ORDER = ("data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
+ORDER = ("trainer.accumulate", "data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
 
 
 def train(
@@ -56,8 +58,7 @@ def train(
     ranks.join(device)
     if ranks.rank() > 0:
         logging.disable(logging.INFO)
-    if device.type == "cuda" and config.trainer.tf32:
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     seed_everything(config.seed, config.trainer.deterministic)
     folder = ranks.first(folder)
     before = what_is_there(folder)
@@ -75,7 +76,8 @@ def train(
     if state is not None:
         restore(run.trainer, state, path, config)
     if ranks.rank() > 0:
-        return run.trainer.fit().metrics
+        with mistakes_told(device):
+            return run.trainer.fit().metrics
     with claim(folder), run.trainer.checkpoints:
         if what_is_there(folder) != before:
             raise UserError(f"another run has just written into {folder}; start again, with resume=auto to continue it")
@@ -111,18 +113,19 @@ def announce(config: DictConfig, run: build.Run, fresh: bool) -> None:
     )
 
 
-def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Train to the end, write metrics.json and run.json, tell the table; the metrics."""
-    trainer = run.trainer
-    began = time.perf_counter()
+@contextmanager
+def mistakes_told(device: torch.device) -> Iterator[None]:
+    """What torch raises for what a user can mend, in one sentence."""
     try:
-        evaluation = trainer.fit()
+        yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"{trainer.device} has too little memory ({str(error).splitlines()[0]}); lower data.batch_size (and raise "
+            f"{device} has too little memory ({str(error).splitlines()[0]}); lower data.batch_size (and raise "
             "trainer.accumulate as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
         ) from error
     except RuntimeError as error:
+        if WORKER_DIED in str(error):  # torch raises that wherever the main thread happens to be
+            raise UserError(worker_sentence(error)) from error
         operation, known, _ = str(error).partition(" does not have a deterministic implementation")
         if not known:
             raise
@@ -130,6 +133,15 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
             f"trainer.deterministic=true, but {operation} of this model has no deterministic implementation on this "
             "device; use trainer.deterministic=false or another backbone"
         ) from error
+
+
+def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Train to the end, write metrics.json and run.json, tell the table; the metrics."""
+    trainer = run.trainer
+    began = time.perf_counter()
+    try:
+        with mistakes_told(trainer.device):
+            evaluation = trainer.fit()
     finally:
         trainer.recorder.close()
     seconds = time.perf_counter() - began

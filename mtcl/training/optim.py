@@ -43,7 +43,11 @@ def build_optimizer(
     if name == "adam":
         return torch.optim.Adam(groups, lr=lr, fused=True)
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+        if momentum:  # else a skipped first step would leave them as the memory happened to be
+            for parameter in (p for bucket in buckets.values() for p in bucket):
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     raise UserError(f"optimizer.name={name} is not known; choose adamw, adam or sgd")
 
 

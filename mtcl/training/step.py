@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,7 +50,7 @@ def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
     if ranks.world() == 1:
         return step
     if device.type == "cuda":  # torch has it on CUDA only
-        step.model = nn.SyncBatchNorm.convert_sync_batchnorm(step.model)
+        step.model = convert_sync_batchnorm(step.model)  # timm's: torch's own drops what timm's norms do beside
     return DistributedDataParallel(
         step,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -58,7 +59,7 @@ def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
 
 
 class Compiled:
-    """``module`` through ``torch.compile``; as it is, after one warning, where the compiler fails."""
+    """``module`` through ``torch.compile``; as it is, after one warning, where that fails going forward."""
 
     def __init__(self, module: nn.Module, backend: str = "inductor"):
         self.eager: Call = module

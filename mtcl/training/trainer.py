@@ -6,11 +6,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from mtcl import ranks
@@ -22,6 +21,7 @@ from mtcl.models import DenseModel, DenseOutput
 from mtcl.tasks.base import Task
 from mtcl.training.balancer import Balancer
 from mtcl.training.checkpoint import CheckpointWriter
+from mtcl.training.ema import RunningMean
 from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.optim import Schedule, ScheduledOptimizer
 from mtcl.training.preemption import Preempted, Stop
@@ -78,7 +78,7 @@ class Trainer:
         recompute: bool = False,
         compiled: bool = False,
         accumulate: int = 1,
-        ema: AveragedModel | None = None,
+        ema: RunningMean | None = None,
         max_skipped: int = 10,
         asynchronous: bool = False,
         keep_interval: int | None = None,
@@ -154,8 +154,9 @@ class Trainer:
                     raise Preempted(self.step)
         self.checkpoints.wait()
         if evaluation is None:  # resumed at its end: nothing left to train
-            evaluation = self.evaluator.run(self.model)
-            self.recorder.panels(self.step, evaluation.shown, self.tasks)
+            evaluation = self.evaluator.run(self.evaluated())
+            if ranks.rank() == 0:
+                self.recorder.panels(self.step, evaluation.shown, self.tasks)
             self._keep_best(evaluation, whole=True)
             self.save("last")
             self.checkpoints.wait()
@@ -184,6 +185,9 @@ class Trainer:
             parts.append(values)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         finite["gradient"] = norm.isfinite()
+        own = [p.grad for p in self.regularizer.parameters() if p.grad is not None] if self.regularizer else []
+        if own:
+            finite["gradient of the regulariser"] = torch.nn.utils.get_total_norm(own).isfinite()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
         skip = self.watch.look(self.step, [meta.id for batch in batches for meta in batch["meta"]], finite)
@@ -193,7 +197,7 @@ class Trainer:
             self.regularizer_optimizer.step(self.step, skip)
             self.regularizer_optimizer.zero_grad()
         if self.ema is not None:
-            self.ema.update_parameters(self.model)
+            self.ema.update(self.model)
         return (
             parts[-1] | {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]} if len(parts) > 1 else values
         )
@@ -270,17 +274,21 @@ class Trainer:
 
     def evaluated(self) -> DenseModel:
         """What is validated: the model, or the running mean of its weights (``ema``)."""
+        self._agree()
+        return self.model if self.ema is None else self.ema.model
+
+    def _agree(self) -> None:
+        """Buffers are those of process 0 everywhere, also beside the running mean."""
         same_everywhere(self.model)
-        return self.model if self.ema is None else cast(DenseModel, self.ema.module)
+        if self.ema is not None:
+            self.ema.take_buffers(self.model)
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, tensors and plain containers only."""
         regularizer, its_optimizer = self.regularizer, self.regularizer_optimizer
         return {
             "model": self.model.state_dict(),
-            "ema": None
-            if self.ema is None
-            else {"model": self.ema.module.state_dict(), "updates": int(self.ema.n_averaged)},
+            "ema": None if self.ema is None else {"model": self.ema.model.state_dict(), "updates": self.ema.updates},
             "regularizer": None if regularizer is None else regularizer.state_dict(),
             "share": None if self.share is None else self.share.state_dict(),
             "optimizer": {
@@ -291,7 +299,7 @@ class Trainer:
             "step": self.step,
             "rng": ranks.gathered(rng_state(self.device)),
             "config": self.config,
-            "meta": {**self.meta, "best": self.best},
+            "meta": {**self.meta, "best": self.best, "skipped": self.watch.count},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -319,11 +327,12 @@ class Trainer:
         if self.ema is not None:
             if state.get("ema") is None:
                 log.warning("the checkpoint has no running mean of the weights: it starts from its weights")
-                self.ema.module.load_state_dict(state["model"])
+                self.ema.model.load_state_dict(state["model"])
             else:
-                self.ema.module.load_state_dict(state["ema"]["model"])
-                self.ema.n_averaged.fill_(state["ema"]["updates"])
+                self.ema.model.load_state_dict(state["ema"]["model"])
+                self.ema.updates = state["ema"]["updates"]
         self.watch = Watch(self.model, self.watch.limit)
+        self.watch.count = state["meta"].get("skipped", 0)
 
     def save(self, name: str) -> None:
         """Never what has seen a number that is not finite."""
@@ -334,7 +343,7 @@ class Trainer:
                 f"weights of the model were not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
                 "(checkpoints hold the last good state)"
             )
-        same_everywhere(self.model)
+        self._agree()
         state = self.state()
         if ranks.rank() == 0:
             self.checkpoints.save(name, state)

@@ -1,0 +1,35 @@
+"""A running mean of a model's weights."""
+
+import copy
+
+import torch
+from torch import Tensor
+
+from mtcl.models import DenseModel
+
+
+class RunningMean:
+    """``model``: a copy whose parameters become decay * old + (1 - decay) * now at each :meth:`update`.
+
+    (torch's AveragedModel makes the host wait for the device at every update, and copies buffers one by one.)
+    """
+
+    def __init__(self, model: DenseModel, decay: float):
+        self.model, self.decay, self.updates = copy.deepcopy(model), decay, 0
+        self.model.requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: DenseModel) -> None:
+        mean: list[Tensor] = list(self.model.parameters())
+        now: list[Tensor] = list(model.parameters())
+        if self.updates:
+            torch._foreach_lerp_(mean, now, 1 - self.decay)
+        else:
+            torch._foreach_copy_(mean, now)
+        self.updates += 1
+
+    @torch.no_grad()
+    def take_buffers(self, model: DenseModel) -> None:
+        """Running statistics are the model's own: to be called before the mean is used or saved."""
+        for mine, its in zip(self.model.buffers(), model.buffers()):
+            mine.copy_(its)
