@@ -13,6 +13,7 @@ from mtcl import UserError
 from mtcl.entry import build
 from mtcl.entry.evaluate import evaluate
 from mtcl.entry.import_checkpoint import import_checkpoint
+from mtcl.entry.train import train
 from mtcl.models.importing import METHODS, fit, translate
 from mtcl.training.checkpoint import load_checkpoint
 
@@ -117,6 +118,8 @@ def test_evaluate_loads_what_was_imported(tmp_path):
     config = composed(*given, name="evaluate")
     metrics = evaluate(config, given, [], tmp_path / "scores")
     assert list(metrics) == ["semseg", "human_parts", "sal", "normals", "edge"]
+    with pytest.raises(UserError, match=r"was imported.*weights only"):
+        train(composed(*words, f"resume={tmp_path}/ours.pt", "trainer.device=cpu"), tmp_path / "run")
 
 
 def test_the_script(tmp_path, capsys, monkeypatch):

@@ -147,6 +147,20 @@ def test_other_choices_train(tmp_path, words):
     assert all(math.isfinite(value) for record in history for value in record.values() if isinstance(value, float))
 
 
+def test_gradient_checkpointing_changes_no_run(tmp_path):
+    """Losses, weights and running statistics, but for rounding; a backbone that knows no such thing is named."""
+    a, b = run(tmp_path / "a"), run(tmp_path / "b", "trainer.grad_checkpointing=true")
+    for x, y in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+        numbers = [{k: v for k, v in record.items() if isinstance(v, float)} for record in (x, y)]
+        assert {"semseg", "depth"} <= numbers[0].keys()
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-4)
+    for key, value in a["model"].items():
+        if key.endswith(("running_mean", "running_var")):
+            torch.testing.assert_close(value, b["model"][key], rtol=1e-3, atol=1e-4, msg=key)
+    with pytest.raises(UserError, match="hrnet_w18_small_v2 knows no gradient checkpointing"):
+        run(tmp_path / "c", "backbone=hrnet_w18_small", "trainer.grad_checkpointing=true")
+
+
 def test_what_is_not_finite_is_never_saved(tmp_path):
     words = ["optimizer.lr=1e30", "trainer.log_interval=1000", "trainer.checkpoint_interval=1", "trainer.max_steps=20"]
     with pytest.raises(UserError, match="not finite"):

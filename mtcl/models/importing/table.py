@@ -34,9 +34,8 @@ class Method:
     name: str
     model: str  # the class that decoder._target_ must name
     tasks: tuple[str, ...]  # in the order in which their code lists them
-    table: Callable[
-        [Mapping[str, Tensor]], tuple[Rule, ...]
-    ]  # of their state dict; the first rule that fits a key counts
+    # their state dict -> rules, of which the first that fits a key counts
+    table: Callable[[Mapping[str, Tensor]], tuple[Rule, ...]]
     # (their state dict, height and width they trained at) -> config keys without which the network would be another
     # one. A mapping is merged into the config's own.
     settings: Callable[[Mapping[str, Tensor], tuple[int, int]], dict[str, Any]]
