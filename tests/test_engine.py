@@ -293,7 +293,7 @@ def train_step(self, *batches, **options):
     if self.step == 2 and what == "worker":
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     elif self.step == 2:
-        subprocess.run(["kill", "-TERM", f"-{os.getpgid(0)}"])  # as a scheduler does, from outside
+        subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"])  # as a scheduler does, from outside
     return step(self, *batches, **options)
 
 if __name__ == "__main__":
