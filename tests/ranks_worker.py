@@ -26,7 +26,7 @@ def main(folder: Path, words: list[str]) -> None:
             module.eval()  # a batch norm knows its process's pictures only
     losses = []
     for _, batch in zip(range(STEPS), trainer.batches):
-        values = trainer.train_step(batch, with_diagnostics=True)
+        values = trainer.train_step(batch, with_diagnostics=trainer.step != 1)  # a compiled step measures no gradients
         trainer.step += 1
         losses.append({name: (ranks.total(value) / ranks.world()).item() for name, value in values.items()})
     evaluation = trainer.evaluator.run(trainer.model)

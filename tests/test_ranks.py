@@ -25,8 +25,12 @@ def started(*command: object) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "words",
-    [["data.labels=random"], pytest.param(["regularizer=mtpsl"], marks=pytest.mark.slow)],
-    ids=["contrastive", "mtpsl"],
+    [
+        ["data.labels=random"],
+        pytest.param(["regularizer=mtpsl"], marks=pytest.mark.slow),
+        pytest.param(["trainer.compile=true", "tasks.names=[depth,normals]"], marks=pytest.mark.slow),
+    ],
+    ids=["contrastive", "mtpsl", "compiled"],
 )
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(words, tmp_path):
     """Partial labels: the processes have different numbers of valid pixels, of anchors, of pictures without a label."""
@@ -42,7 +46,7 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(words, tmp_pat
     for a, b in zip(one["losses"], two["losses"], strict=True):
         assert a.keys() == b.keys()
         losses = [name for name in a if "/" not in name]
-        assert {"semseg", "sal", "edge", "contrast"} <= set(losses)
+        assert {"depth", "normals", "contrast"} <= set(losses)
         assert [a[name] for name in losses] == pytest.approx([b[name] for name in losses], abs=1e-5, nan_ok=True)
         assert a == pytest.approx(b, rel=1e-3, abs=1e-4, nan_ok=True), "gradients at the taps"
     assert weights.keys() == others.keys()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch._functorch.config
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -59,7 +60,10 @@ def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
 
 
 class Compiled:
-    """``module`` through ``torch.compile``; as it is, after one warning, where that fails going forward."""
+    """``module`` through ``torch.compile``; as it is, after one warning, where that fails.
+
+    The backward pass is compiled with the forward pass, not when it is first needed: there nobody could step in.
+    """
 
     def __init__(self, module: nn.Module, backend: str = "inductor"):
         self.eager: Call = module
@@ -70,7 +74,8 @@ class Compiled:
         if not self.works:
             return self.eager(*args)
         try:
-            return self.call(*args)
+            with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                return self.call(*args)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().split("\n")[0]
             log.warning("torch.compile failed (%s); training goes on without it, trainer.compile=false", reason)

@@ -208,10 +208,13 @@ class Trainer:
         """One batch of the ``count`` of a step, forward and backward. ``finite`` takes in whether its losses are."""
         image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
         weight, draw = self.weight(self.step), None
+        shares = self.share is not None and self.step % self.share.every == 0
+        # Between the outputs of a compiled step there is no graph: gradients at the taps are had from an eager one.
+        module = self.wrapped if weight > 0 and (shares or with_diagnostics) else self.module
         if self.regularizer is not None:
             draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
         with autocast(self.device, self.precision):
-            output, contrast = self.module(image, labels, draw, weight > 0)
+            output, contrast = module(image, labels, draw, weight > 0)
         losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
         values = {name: loss.detach() for name, loss in losses.items()}
         if contrast is not None:
@@ -224,7 +227,7 @@ class Trainer:
             )
             values |= {n: torch.where(seen[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
         if contrast is not None and weight > 0:
-            term, gradients = self._contrast(losses, contrast, output, weight, with_diagnostics)
+            term, gradients = self._contrast(losses, contrast, output, weight, shares, with_diagnostics)
             values |= {f"gradient/{name}": value for name, value in gradients.items()}
             losses["contrast"] = term
         elif self.regularizer is not None and ranks.world() > 1:  # DDP waits for a gradient of every parameter
@@ -241,6 +244,7 @@ class Trainer:
         contrast: RegularizerOutput,
         output: DenseOutput,
         weight: float,
+        shares: bool,
         with_diagnostics: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrast as it enters the step, and on request its gradients beside the tasks'."""
@@ -248,7 +252,7 @@ class Trainer:
         total = torch.stack([task.weight * losses[name] for name, task in self.tasks.items()]).sum()
         taps, term = output.taps[self.regularizer.tap], contrast.loss
         if self.share is not None:
-            if self.step % self.share.every == 0:
+            if shares:
                 sum_of_targets = torch.stack(list(contrast.losses.values())).sum()
                 self.share.update(gradient_norms(total, taps), gradient_norms(sum_of_targets, taps))
             term = self.share.total(contrast.losses)
