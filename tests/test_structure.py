@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "mtcl"
-FLOORS = ["losses", "metrics", "tasks", "data", "models", "contrastive", "training", "entry"]
+FLOORS = ["losses", "metrics", "tasks", "data", "models", "contrastive", "training", "inference", "entry"]
 # losses and metrics are one floor; models know nothing of data or tasks
 FORBIDDEN = {
     floor: set(FLOORS[i + 1 :]) | ({"metrics"} if floor == "losses" else {"losses"} if floor == "metrics" else set())

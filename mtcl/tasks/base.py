@@ -104,6 +104,16 @@ class Task(ABC):
         """The label's values after its pixels were mirrored left to right."""
         return label
 
+    # The same of raw predictions (B, C, H, W), for averages over several views of a picture.
+
+    def mirrored(self, prediction: Tensor) -> Tensor:
+        """What was predicted for a mirrored picture, for the picture."""
+        return prediction.flip(-1)
+
+    def unscaled(self, prediction: Tensor, factor: float) -> Tensor:
+        """What was predicted for a picture enlarged by ``factor``, as values for the picture (of unchanged size)."""
+        return prediction
+
     def finished(self, label: np.ndarray) -> np.ndarray:
         """The label as the loss sees it, after all augmentation (the field's ignore regions)."""
         return label

@@ -86,6 +86,9 @@ class Depth(Task):
         """Enlarged by ``factor``, a thing looks as if it were that much nearer."""
         return label / np.float32(factor)
 
+    def unscaled(self, prediction: Tensor, factor: float) -> Tensor:
+        return prediction * factor
+
 
 def _log(depth: Tensor) -> Tensor:
     """A void 0 stays finite."""

@@ -111,6 +111,9 @@ class Normals(Task):
         planes[0][black] = 0
         return planes.transpose(1, 2, 0)
 
+    def mirrored(self, prediction: Tensor) -> Tensor:
+        return prediction.flip(-1) * prediction.new_tensor([-1.0, 1.0, 1.0])[:, None, None]
+
     def finished(self, label: np.ndarray) -> np.ndarray:
         """Decoded, and void or a unit; see the class."""
         planes = _decoded(label) if label.dtype == np.uint8 else label.transpose(2, 0, 1)

@@ -1,0 +1,116 @@
+"""From what was saved or published to a model in working order."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mtcl.entry import build
+from mtcl.errors import UserError
+from mtcl.inference import Predictor
+from mtcl.models import DenseModel
+from mtcl.tasks.base import Task
+from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.runtime import choose_device
+
+WEIGHTS, FACTS = "model.safetensors", "mtcl.json"  # of an exported folder
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Saved(NamedTuple):
+    """What a model is rebuilt from."""
+
+    path: Path
+    weights: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    tasks: Mapping[str, Any]  # facts, as build.described has them
+    step: int
+
+
+class Loaded(NamedTuple):
+    model: DenseModel  # in evaluation mode, on the CPU
+    tasks: dict[str, Task]
+    size: tuple[int, int]  # of the frame it was trained in
+    saved: Saved
+
+
+def load(
+    source: str | Path,
+    device: str = "auto",
+    tasks: Sequence[str] | None = None,
+    precision: str = "auto",
+    **options: Any,
+) -> Predictor:
+    """The model in ``source`` as a :class:`mtcl.inference.Predictor`, which ``options`` go to.
+
+    ``source``: a checkpoint (.pt), a run's folder (its ``last.pt``), a folder that ``scripts/export.py`` wrote, or the
+    name of one on the Hugging Face hub (``user/model``). ``tasks``: only those. ``device``: auto, cpu or cuda.
+    """
+    loaded = load_model(source)
+    for name in tasks or ():
+        if name not in loaded.tasks:
+            raise UserError(f"{loaded.saved.path} has no task {name}; it has {', '.join(loaded.tasks)}")
+    chosen = {name: task for name, task in loaded.tasks.items() if tasks is None or name in tasks}
+    return Predictor(loaded.model, chosen, loaded.size, choose_device(device), precision, **options)
+
+
+def load_model(source: str | Path) -> Loaded:
+    """Rebuilt from what was saved with it; nothing in there is run as code."""
+    saved = read_saved(source)
+    config = OmegaConf.create(dict(saved.config))
+    config.tasks.names = list(saved.tasks)
+    tasks = build.build_tasks(config)
+    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+    model = build.build_model(config, tasks, pretrained=False)
+    try:
+        model.load_state_dict(saved.weights)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {saved.path} do not fit the model that its own config describes") from error
+    return Loaded(model.eval(), tasks, build.data_size(config), saved)
+
+
+def read_saved(source: str | Path) -> Saved:
+    path = find(source)
+    if path.suffix != ".json":
+        state = load_checkpoint(path)
+        weights = state["ema"]["model"] if state.get("ema") else state["model"]  # what was validated
+        return Saved(path, weights, state["config"], state["meta"]["tasks"], state["step"])
+    try:
+        facts = json.loads(path.read_text())
+        weights = load_file(path.with_name(WEIGHTS))
+        return Saved(path.parent, weights, facts["config"], facts["tasks"], facts["step"])
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} has no {WEIGHTS}; export the model again") from error
+    except Exception as error:  # of JSON, of safetensors, of missing keys
+        raise UserError(f"{path.parent} is damaged, or no exported model ({error}); export it again") from error
+
+
+def find(source: str | Path) -> Path:
+    """The checkpoint, or the facts of an exported folder."""
+    path = Path(source)
+    if path.is_dir():
+        for candidate in (path / FACTS, path / "checkpoints" / "last.pt", path / "last.pt"):
+            if candidate.is_file():
+                return candidate
+        raise UserError(f"{path} holds neither an exported model ({FACTS}) nor a run (checkpoints/last.pt)")
+    if path.is_file() or not HUB_ID.fullmatch(str(source)) or path.suffix == ".pt":
+        return path  # what is missing is told where it is read
+    return pull(str(source)) / FACTS
+
+
+def pull(name: str, revision: str | None = None) -> Path:
+    """The folder of an exported model on the Hugging Face hub, fetched unless it lies in the hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise UserError(f"{name}: the hub needs its library; pip install huggingface_hub") from error
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, FACTS, "README.md"]))
+    except Exception as error:  # the library raises many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"{name} is no file or folder here, and the hub did not give it ({reason})") from error

@@ -1,0 +1,202 @@
+"""A trained model, ready for any picture."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from mtcl.data import Sample, prepare
+from mtcl.data.loading import collate
+from mtcl.errors import UserError
+from mtcl.inference.pictures import MAX_PIXELS, as_picture, read_picture
+from mtcl.models import DenseModel
+from mtcl.tasks.base import Task
+from mtcl.training.runtime import autocast
+
+Size = tuple[int, int]
+Picture = str | Path | np.ndarray | Image.Image
+LARGE = ("shrink", "slide", "whole")
+AS_IT_IS = 1.6  # times the area of the training frame: pictures up to that are not touched
+STRIP = 256  # rows that are decoded at once
+
+
+class Predictor:
+    """``predictor(picture) -> {task: array}``, arrays of the picture's height and width.
+
+    semseg, human_parts, sal: uint8 (H, W), the class (sal: 1 is salient). depth: float32 (H, W), metres. normals:
+    float32 (H, W, 3), unit vectors, x to the left, y up, z to the viewer. edge: float32 (H, W), the probability, 0..1.
+
+    Args:
+        size: (height, width) of the frame that the model was trained in. A picture of about that area or less is
+            predicted as it is, exactly as ``evaluate.py`` does it.
+        large: what becomes of larger ones. ``shrink``: to the frame, and the maps enlarged again. ``slide``: a window
+            of the frame's size goes over the picture, neighbours overlap by half and are blended: finer, but slower,
+            and blind to what is wider than the window. ``whole``: as they are, if the memory suffices.
+        flip: the mean with the mirrored picture's prediction. ``scales``: the mean over enlarged and shrunk pictures.
+        max_pixels: larger pictures are refused.
+
+    Depth is right for cameras with the angle of view that the model was trained with.
+    """
+
+    def __init__(
+        self,
+        model: DenseModel,
+        tasks: Mapping[str, Task],
+        size: Size,
+        device: torch.device,
+        precision: str = "auto",
+        large: str = "shrink",
+        flip: bool = False,
+        scales: Sequence[float] = (1.0,),
+        max_pixels: int = MAX_PIXELS,
+    ):
+        if large not in LARGE:
+            raise UserError(f"large={large} is not known; choose {', '.join(LARGE)}")
+        if not scales or min(scales) < 0.1 or max(scales) > 4:
+            raise UserError(f"scales={list(scales)}: give factors from 0.1 to 4, such as 0.75,1,1.25")
+        autocast(device, precision)  # says now if it is not known
+        self.model, self.tasks, self.size, self.device = model.eval().to(device), dict(tasks), size, device
+        self.precision, self.large, self.flip = precision, large, flip
+        self.scales, self.max_pixels = tuple(scales), max_pixels
+
+    def __call__(self, picture: Picture) -> dict[str, np.ndarray]:
+        """All tasks of a picture: a file's path, a PIL picture, or an array uint8 RGB (H, W, 3)."""
+        return self.batch([picture])[0]
+
+    def batch(self, pictures: Sequence[Picture]) -> list[dict[str, np.ndarray]]:
+        """Several pictures; neighbours of one size go through the model together."""
+        arrays = [self.read(picture) for picture in pictures]
+        found: list[dict[str, np.ndarray]] = []
+        for group in _alike(arrays):
+            found += self._predicted(group)
+        return found
+
+    def read(self, picture: Picture) -> np.ndarray:
+        """As uint8 RGB (H, W, 3), upright."""
+        if isinstance(picture, str | Path):
+            return read_picture(Path(picture), self.max_pixels)
+        if isinstance(picture, Image.Image):
+            picture = np.asarray(picture.convert("RGBA" if "A" in picture.getbands() else "RGB"))
+        return as_picture(picture, self.max_pixels)
+
+    @torch.inference_mode()
+    def _predicted(self, pictures: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+        height, width = pictures[0].shape[:2]
+        if height * width <= AS_IT_IS * self.size[0] * self.size[1] or self.large == "whole":
+            return [self._decoded(raw, (height, width)) for raw in self._raw(pictures)]
+        if self.large == "shrink":
+            (short, long), frame = sorted((height, width)), sorted(self.size)
+            factor = min(frame[0] / short, frame[1] / long)
+            small = [_resized(p, factor) for p in pictures]
+            return [self._decoded(raw, (height, width)) for raw in self._raw(small)]
+        return [self._slid(picture) for picture in pictures]
+
+    def _raw(self, pictures: list[np.ndarray]) -> list[dict[str, Tensor]]:
+        """Task -> raw prediction float32 (C, H, W) of pictures of one size, averaged as asked for."""
+        sums: dict[str, Tensor] = {}
+        size = pictures[0].shape[:2]
+        for scale in self.scales:
+            scaled = [_resized(p, scale) for p in pictures] if scale != 1 else pictures
+            for flipped in (False, True)[: 1 + self.flip]:
+                views = [np.ascontiguousarray(p[:, ::-1]) for p in scaled] if flipped else scaled
+                for name, raw in self._once(views).items():
+                    raw = self.tasks[name].mirrored(raw) if flipped else raw
+                    raw = self.tasks[name].unscaled(raw, scale)
+                    if raw.shape[-2:] != size:
+                        raw = F.interpolate(raw, size, mode="bilinear", align_corners=False, antialias=scale > 1)
+                    sums[name] = sums[name] + raw if name in sums else raw
+        count = len(self.scales) * (1 + self.flip)
+        return [{name: total[i] / count for name, total in sums.items()} for i in range(len(pictures))]
+
+    def _once(self, pictures: list[np.ndarray]) -> dict[str, Tensor]:
+        """(B, C, H, W) of pictures of one size, in the frame that an evaluation would put them in."""
+        batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, self.size, 32)
+        image, _ = prepare(batch, self.model.mean, self.model.std, self.device)
+        with autocast(self.device, self.precision):
+            raw = self.model.predict(image)
+        (top, left), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
+        return {name: raw[name][..., top : top + height, left : left + width].float() for name in self.tasks}
+
+    def _decoded(self, raw: dict[str, Tensor], size: Size) -> dict[str, np.ndarray]:
+        """Raw maps (C, h, w), brought to ``size``, in label layout. In strips: those of a large picture are huge."""
+        found = {}
+        for name, task in self.tasks.items():
+            strips = [task.decoded(strip) for strip in _enlarged(raw[name], size)]
+            found[name] = np.concatenate(strips) if len(strips) > 1 else strips[0]
+        return found
+
+    def _slid(self, picture: np.ndarray) -> dict[str, np.ndarray]:
+        """Windows row by row; what no later row reaches is decoded and let go."""
+        height, width = picture.shape[:2]
+        window = (min(self.size[0], height), min(self.size[1], width))
+        tops, lefts = _starts(height, window[0]), _starts(width, window[1])
+        weight = _hill(window, self.device)
+        sums: dict[str, Tensor] = {}
+        weights = torch.zeros(window[0], width, device=self.device)
+        strips: dict[str, list[np.ndarray]] = {name: [] for name in self.tasks}
+        for number, top in enumerate(tops):
+            for left in lefts:
+                view = np.ascontiguousarray(picture[top : top + window[0], left : left + window[1]])
+                for name, raw in self._raw([view])[0].items():
+                    if name not in sums:
+                        sums[name] = raw.new_zeros(raw.shape[0], window[0], width)
+                    sums[name][..., left : left + window[1]] += weight * raw
+                weights[:, left : left + window[1]] += weight
+            done = (tops[number + 1] - top) if number + 1 < len(tops) else window[0]
+            for name, task in self.tasks.items():
+                strips[name].append(task.decoded(sums[name][:, :done] / weights[:done]))
+                sums[name] = F.pad(sums[name][:, done:], (0, 0, 0, done))
+            weights = F.pad(weights[done:], (0, 0, 0, done))
+        return {name: np.concatenate(parts) for name, parts in strips.items()}
+
+
+def _alike(arrays: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Runs of neighbours of one size."""
+    group: list[np.ndarray] = []
+    for array in arrays:
+        if group and array.shape != group[0].shape:
+            yield group
+            group = []
+        group.append(array)
+    if group:
+        yield group
+
+
+def _resized(picture: np.ndarray, factor: float) -> np.ndarray:
+    height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR)
+
+
+def _enlarged(raw: Tensor, size: Size) -> Iterator[Tensor]:
+    """(C, h, w) -> strips (C, <= STRIP, W) of the map brought to ``size``, bilinear, corners not aligned."""
+    height, width = size
+    if raw.shape[-1] != width:
+        raw = F.interpolate(raw[None], (raw.shape[-2], width), mode="bilinear", align_corners=False)[0]
+    if raw.shape[-2] == height:
+        yield from raw.split(STRIP, dim=1)
+        return
+    rows = torch.arange(height, device=raw.device, dtype=torch.float64)
+    place = ((rows + 0.5) * (raw.shape[-2] / height) - 0.5).clamp(0, raw.shape[-2] - 1)
+    low = place.long()
+    part = (place - low).float()[:, None]
+    high = (low + 1).clamp(max=raw.shape[-2] - 1)
+    for i in range(0, height, STRIP):
+        strip = slice(i, i + STRIP)
+        yield torch.lerp(raw[:, low[strip]], raw[:, high[strip]], part[strip])
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Where windows begin so that neighbours overlap by half at least, evenly."""
+    steps = -(-2 * (length - window) // window)
+    return [round(i * (length - window) / steps) for i in range(steps + 1)] if steps else [0]
+
+
+def _hill(size: Size, device: torch.device) -> Tensor:
+    """Weights (h, w) of a window: 1 in the middle, falling to the borders, nowhere 0."""
+    sides = [1 - ((torch.arange(n, device=device) + 0.5) / n * 2 - 1).abs() for n in size]
+    return sides[0][:, None] * sides[1]
