@@ -51,7 +51,13 @@ def load(
     ``source``: a checkpoint (.pt), a run's folder (its ``last.pt``), a folder that ``scripts/export.py`` wrote, or the
     name of one on the Hugging Face hub (``user/model``). ``tasks``: only those. ``device``: auto, cpu or cuda.
     """
-    loaded = load_model(source)
+    return predictor_of(load_model(source), device, tasks, precision, **options)
+
+
+def predictor_of(
+    loaded: Loaded, device: str = "auto", tasks: Sequence[str] | None = None, precision: str = "auto", **options: Any
+) -> Predictor:
+    """See :func:`load`."""
     for name in tasks or ():
         if name not in loaded.tasks:
             raise UserError(f"{loaded.saved.path} has no task {name}; it has {', '.join(loaded.tasks)}")

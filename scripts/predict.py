@@ -1,0 +1,40 @@
+"""All tasks of a trained model on your own pictures: no labels, no dataset.
+
+    python scripts/predict.py checkpoint=PATH input=FILE|FOLDER|VIDEO|CAMERA output=FOLDER [key=value ...]
+
+checkpoint: a .pt file, a run's folder, an exported folder, or a name on the Hugging Face hub. input: a picture, a folder
+of pictures (with all below it), a video, or a camera's number (0). Written, per picture NAME, without overwriting
+anything (overwrite=true does):
+
+FOLDER/semseg/NAME.png   classes (human_parts, sal alike): 8-bit numbers, with the colours of the panel as palette
+FOLDER/depth/NAME.png    16 bits, millimetres (65535: that or more)
+FOLDER/normals/NAME.png  3 x 8 bits: v stands for 2 v / 255 - 1; red: left, green: up, blue: to the viewer
+FOLDER/edge/NAME.png     8 bits, 255 times the probability, thinned to lines (non-maximum suppression)
+FOLDER/panel/NAME.jpg    the picture with all of them in colours; panel=false leaves it out
+FOLDER/predict.json      what was done, with the classes' names and the depth's scale
+
+A video gives FOLDER/NAME.mp4, the picture and all tasks side by side (and the maps of every frame with frames=true).
+
+tasks=[semseg,depth]   only those            large=shrink|slide|whole   pictures much larger than those trained on
+flip=true              mean with the mirrored picture           scales=0.75,1,1.25   mean over sizes
+batch=4  device=auto|cpu|cuda  precision=auto|bf16|fp32         seconds=10   of a video or camera at most
+
+A file that can't be predicted is told and left out; the others are done, and the exit code is then 1.
+"""
+
+import sys
+
+from mtcl.entry.predicting import predict
+from mtcl.entry.script import run
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    predict(words)
+
+
+if __name__ == "__main__":
+    run(main)
