@@ -95,6 +95,7 @@ class Trainer:
         self.device, self.precision, self.clip_norm = device, precision, clip_norm
         self.wrapped = parallel(TrainingStep(model, regularizer), device)
         self.module = Compiled(self.wrapped) if compiled else self.wrapped
+        self.trained = [*model.parameters(), *(regularizer.parameters() if regularizer is not None else ())]
         self.recompute = recompute  # the model runs parts of its forward pass again in the backward pass
         self.accumulate, self.ema, self.keep_interval = accumulate, ema, keep_interval
         self.watch, self.stop = Watch(model, max_skipped), Stop()
@@ -183,6 +184,7 @@ class Trainer:
             with nullcontext() if last else without_sync(self.wrapped):
                 values = self._add_gradients(batch, len(batches), finite, with_diagnostics and last)
             parts.append(values)
+        self.balancer.finish(self.step)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         finite["gradient"] = norm.isfinite()
         own = [p.grad for p in self.regularizer.parameters() if p.grad is not None] if self.regularizer else []
@@ -196,6 +198,7 @@ class Trainer:
         if self.regularizer_optimizer is not None:
             self.regularizer_optimizer.step(self.step, skip)
             self.regularizer_optimizer.zero_grad()
+        self.balancer.update(self.step, skip)
         if self.ema is not None:
             self.ema.update(self.model)
         return (
@@ -232,7 +235,7 @@ class Trainer:
         if count > 1:
             losses = {name: loss / count for name, loss in losses.items()}
         with running_statistics_kept(self.model) if self.recompute else nullcontext():
-            self.balancer.backward(losses, self.model.shared_parameters())
+            self.balancer.backward(losses, self.trained)
         return values
 
     def _contrast(
@@ -245,7 +248,7 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrast as it enters the step, and on request its gradients beside the tasks'."""
         assert self.regularizer is not None
-        total = torch.stack([task.weight * losses[name] for name, task in self.tasks.items()]).sum()
+        total = torch.stack([self.balancer.weight(name) * losses[name] for name in self.tasks]).sum()
         taps, term = output.taps[self.regularizer.tap], contrast.loss
         if self.share is not None:
             if self.step % self.share.every == 0:
@@ -291,6 +294,7 @@ class Trainer:
             "ema": None if self.ema is None else {"model": self.ema.model.state_dict(), "updates": self.ema.updates},
             "regularizer": None if regularizer is None else regularizer.state_dict(),
             "share": None if self.share is None else self.share.state_dict(),
+            "balancer": self.balancer.state_dict(),
             "optimizer": {
                 "model": self.optimizer.optimizer.state_dict(),
                 "regularizer": None if its_optimizer is None else its_optimizer.optimizer.state_dict(),
@@ -314,6 +318,7 @@ class Trainer:
                 self.regularizer_optimizer.load(state["optimizer"]["regularizer"])
         if self.share is not None and state.get("share") is not None:
             self.share.load_state_dict(state["share"])
+        self.balancer.load_state_dict(state.get("balancer"))
         if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run goes on in another folder
             self.best = state["meta"]["best"]
         self.step = state["step"]
@@ -371,6 +376,9 @@ class Trainer:
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if "/" in name}
             self.recorder.scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
+        if balancing := self.balancer.summary():
+            read = torch.stack([torch.as_tensor(value, device=self.device) for value in balancing.values()]).tolist()
+            self.recorder.scalars(self.step, "balancing", dict(zip(balancing, read)))
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
 
     def _settle(self) -> None:
