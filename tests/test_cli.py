@@ -1,7 +1,9 @@
 """The two commands as users type them: what they write, and how they fail."""
 
+import errno
 import functools
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -493,3 +495,17 @@ def test_benchmarks_run(cli, capfd):
     result = cli("scripts/benchmark_metrics.py", "--run", "2", "--batch", "2")
     assert result.code == 0, result.err
     assert "all five" in result.out
+
+
+def test_a_script_on_a_full_disk_ends_with_a_sentence(capsys):
+    from mtcl.entry.script import run
+
+    def full():
+        raise OSError(errno.ENOSPC, "No space left on device", "out/model.pt")
+
+    with pytest.raises(SystemExit) as stopped:
+        run(full)
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out/model.pt: No space left on device; make room")
+    with pytest.raises(FileNotFoundError):  # a mistake of ours keeps its trace
+        run(lambda: Path("nowhere").read_text())

@@ -594,3 +594,22 @@ def test_an_arm_of_changed_defaults_is_told(records):
     for one in records:
         one["config"] = {"regularizer.weight": 0.3}
     assert not any("different settings" in note for note in report(STUDY, records).notes)
+
+
+def test_curves_of_two_arms(cli, tmp_path):
+    """Against the formulas; arms without a common seed are refused."""
+    values = {"a": [[1.0, 2.0], [3.0, 4.0]], "b": [[1.5, 2.0], [3.5, 5.0]]}
+    for arm, runs in values.items():
+        for seed, losses in enumerate(runs):
+            lines = [{"step": 10 * i, "kind": "train", "depth": loss, "lr": 0.1} for i, loss in enumerate(losses)]
+            folder = tmp_path / arm / f"seed_{seed}"
+            folder.mkdir(parents=True)
+            (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = cli("scripts/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
+    row = done.out.splitlines()[1].split()
+    assert row[0] == "depth"
+    assert [float(x) for x in row[3:]] == pytest.approx([3, 3.5, 0.5, 2**0.5, 1.1284, 0.44], abs=5e-3)
+    (tmp_path / "b" / "seed_1").rename(tmp_path / "b" / "seed_2")
+    refused = cli("scripts/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
+    assert refused.code == 1
+    assert "other runs" in refused.err

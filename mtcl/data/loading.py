@@ -9,7 +9,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import contextmanager
+from functools import cache, partial
 from typing import Any
 
 import cv2
@@ -172,17 +173,44 @@ def prepare(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The batch on ``device``: normalised pictures float32 (B, 3, H, W), exactly 0 in padding, and labels.
 
-    ``mean`` and ``std`` are per channel on the 0..1 scale. Nothing here waits for the device.
+    ``mean`` and ``std`` are per channel on the 0..1 scale. Nothing here waits for the device; a CUDA device copies the
+    batch beside what it is still computing.
     """
 
     def moved(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    image = moved(batch["image"]).float()
+    with _beside(torch.device(device)) as arrived:
+        image, labels = moved(batch["image"]), {name: moved(label) for name, label in batch["labels"].items()}
+    arrived(image, *labels.values())
+    image = image.float()
     constants = 255 * moved(torch.tensor([mean, std], dtype=torch.float32))[:, None, :, None, None]
     image = image.sub_(constants[0]).div_(constants[1])
     image.masked_fill_(~_inside(batch["meta"], image.shape[-2:], moved), 0.0)
-    return image, {name: moved(label) for name, label in batch["labels"].items()}
+    return image, labels
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[..., None]]:
+    """Work inside goes to a stream of its own on CUDA, so that it need not queue up behind the last step's; what is
+    yielded, called with the results, makes the device's main stream wait for them."""
+    if device.type != "cuda":
+        yield lambda *tensors: None
+        return
+    stream, main = _copying(device), torch.cuda.current_stream(device)
+
+    def arrived(*tensors: Tensor) -> None:
+        main.wait_stream(stream)
+        for tensor in tensors:
+            tensor.record_stream(main)  # else the memory could be given away while `main` still reads it
+
+    with torch.cuda.stream(stream):
+        yield arrived
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class _Loader(DataLoader):

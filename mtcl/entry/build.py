@@ -25,6 +25,7 @@ from mtcl.training.evaluator import Evaluator
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, regularizer_weight
 from mtcl.training.recorder import Recorder
 from mtcl.training.runtime import autocast
+from mtcl.training.sharding import Sharded
 from mtcl.training.trainer import Trainer
 
 T = TypeVar("T")
@@ -291,6 +292,10 @@ def build_trainer(
         )
     if regularizer is not None:
         regularizer.to(device)
+    ema = None if settings.ema is None else RunningMean(model, settings.ema)
+    weights = None
+    if settings.parallel == "fsdp" and ranks.world() > 1:
+        weights = Sharded(model, device, *(() if ema is None else (ema.model,)))
     optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
     val_loader = build_eval_loader(config, val_reader, tasks, device)
     batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate, device)
@@ -319,7 +324,8 @@ def build_trainer(
         recompute=settings.grad_checkpointing,
         compiled=settings.compile,
         accumulate=settings.accumulate,
-        ema=None if settings.ema is None else RunningMean(model, settings.ema),
+        ema=ema,
+        weights=weights,
         max_skipped=settings.max_skipped,
         asynchronous=settings.async_checkpoints,
         keep_interval=settings.keep_interval,

@@ -186,6 +186,7 @@ RULES: dict[str, Rule] = {
     "trainer.precision": TEXT,
     "trainer.device": TEXT,
     "trainer.channels_last": FLAG,
+    "trainer.parallel": Rule("ddp or fsdp", lambda v: v in ("ddp", "fsdp")),
     "trainer.compile": FLAG,
     "trainer.accumulate": count(1),
     "trainer.ema": number(0, 1).or_null(),

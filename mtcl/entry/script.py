@@ -1,5 +1,6 @@
 """How a script ends: a user's mistake is one sentence and exit code 1, as in train.py."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -12,6 +13,14 @@ def run(main: Callable[[], object]) -> None:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = error.filename or "the output"
+        print(
+            f"error: {where}: {error.strerror}; make room and rights there, or choose another folder", file=sys.stderr
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

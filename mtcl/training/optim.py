@@ -97,10 +97,13 @@ class ScheduledOptimizer:
 
     def load(self, state: dict[str, Any]) -> None:
         """The moments of a state dict; learning rate, weight decay and the like stay those of this optimiser."""
-        own = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for group, settings in zip(self.optimizer.param_groups, own):
-            group.update(settings)
+        own, saved = self.optimizer.param_groups, state["param_groups"]
+        groups = [{**group, "params": its["params"]} for group, its in zip(own, saved, strict=True)]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
+        for parameter, entry in self.optimizer.state.items():
+            for name, value in entry.items():  # laid out as by a run in another memory format: fused steps mix them up
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    entry[name] = torch.empty_like(parameter).copy_(value)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

@@ -27,7 +27,8 @@ from mtcl.training.optim import Schedule, ScheduledOptimizer
 from mtcl.training.preemption import Preempted, Stop
 from mtcl.training.recorder import Recorder, flat
 from mtcl.training.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
-from mtcl.training.step import Compiled, TrainingStep, parallel, same_everywhere, without_sync
+from mtcl.training.sharding import Weights
+from mtcl.training.step import TrainingStep, same_everywhere, without_sync
 from mtcl.training.watch import Watch, merged
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Trainer:
         clip_norm: of the model's gradient; None: no clipping. The regulariser's parameters are not counted.
         compiled: forward passes go through ``torch.compile``. ``accumulate``: batches per optimiser step.
         ema: a running mean of the model's weights, which is then what is validated.
+        weights: where the model's weights are; None: whole, in every process.
         max_skipped: so many steps in a row that are not finite end the run.
         asynchronous: checkpoints are written beside the training. ``keep_interval``: every so many steps one is kept.
     """
@@ -79,6 +81,7 @@ class Trainer:
         compiled: bool = False,
         accumulate: int = 1,
         ema: RunningMean | None = None,
+        weights: Weights | None = None,
         max_skipped: int = 10,
         asynchronous: bool = False,
         keep_interval: int | None = None,
@@ -93,8 +96,10 @@ class Trainer:
         self.optimizer, self.regularizer_optimizer = optimizer, regularizer_optimizer
         self.batches, self.evaluator, self.recorder, self.folder = batches, evaluator, recorder, folder
         self.device, self.precision, self.clip_norm = device, precision, clip_norm
-        self.wrapped = parallel(TrainingStep(model, regularizer), device)
-        self.module = Compiled(self.wrapped) if compiled else self.wrapped
+        self.weights = weights or Weights(model)
+        self.weights.adopt(optimizer.optimizer)
+        self.wrapped = self.weights.parallel(TrainingStep(model, regularizer), device)
+        self.module = self.weights.compiled(self.wrapped) if compiled else self.wrapped
         self.trained = [*model.parameters(), *(regularizer.parameters() if regularizer is not None else ())]
         self.recompute = recompute  # the model runs parts of its forward pass again in the backward pass
         self.accumulate, self.ema, self.keep_interval = accumulate, ema, keep_interval
@@ -185,13 +190,15 @@ class Trainer:
                 values = self._add_gradients(batch, len(batches), finite, with_diagnostics and last)
             parts.append(values)
         self.balancer.finish(self.step)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.weights.take_gradients()
+        grads = [p.grad for p in self.weights.parameters if p.grad is not None]
+        norm = self.weights.norm(torch.nn.utils.get_total_norm(grads))
         finite["gradient"] = norm.isfinite()
         own = [p.grad for p in self.regularizer.parameters() if p.grad is not None] if self.regularizer else []
         if own:
             finite["gradient of the regulariser"] = torch.nn.utils.get_total_norm(own).isfinite()
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.clip_norm, norm)
         skip = self.watch.look(self.step, [meta.id for batch in batches for meta in batch["meta"]], finite)
         self.optimizer.step(self.step, skip)
         self.optimizer.zero_grad()
@@ -211,10 +218,13 @@ class Trainer:
         """One batch of the ``count`` of a step, forward and backward. ``finite`` takes in whether its losses are."""
         image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
         weight, draw = self.weight(self.step), None
+        shares = self.share is not None and self.step % self.share.every == 0
+        # Between the outputs of a compiled step there is no graph: gradients at the taps are had from an eager one.
+        module = self.wrapped if weight > 0 and (shares or with_diagnostics) else self.module
         if self.regularizer is not None:
             draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
         with autocast(self.device, self.precision):
-            output, contrast = self.module(image, labels, draw, weight > 0)
+            output, contrast = module(image, labels, draw, weight > 0)
         losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
         values = {name: loss.detach() for name, loss in losses.items()}
         if contrast is not None:
@@ -227,7 +237,7 @@ class Trainer:
             )
             values |= {n: torch.where(seen[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
         if contrast is not None and weight > 0:
-            term, gradients = self._contrast(losses, contrast, output, weight, with_diagnostics)
+            term, gradients = self._contrast(losses, contrast, output, weight, shares, with_diagnostics)
             values |= {f"gradient/{name}": value for name, value in gradients.items()}
             losses["contrast"] = term
         elif self.regularizer is not None and ranks.world() > 1:  # DDP waits for a gradient of every parameter
@@ -244,6 +254,7 @@ class Trainer:
         contrast: RegularizerOutput,
         output: DenseOutput,
         weight: float,
+        shares: bool,
         with_diagnostics: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrast as it enters the step, and on request its gradients beside the tasks'."""
@@ -251,7 +262,7 @@ class Trainer:
         total = torch.stack([self.balancer.weight(name) * losses[name] for name in self.tasks]).sum()
         taps, term = output.taps[self.regularizer.tap], contrast.loss
         if self.share is not None:
-            if self.step % self.share.every == 0:
+            if shares:
                 sum_of_targets = torch.stack(list(contrast.losses.values())).sum()
                 self.share.update(gradient_norms(total, taps), gradient_norms(sum_of_targets, taps))
             term = self.share.total(contrast.losses)
@@ -278,7 +289,7 @@ class Trainer:
     def evaluated(self) -> DenseModel:
         """What is validated: the model, or the running mean of its weights (``ema``)."""
         self._agree()
-        return self.model if self.ema is None else self.ema.model
+        return self.weights.evaluable(self.model if self.ema is None else self.ema.model)
 
     def _agree(self) -> None:
         """Buffers are those of process 0 everywhere, also beside the running mean."""
@@ -290,13 +301,15 @@ class Trainer:
         """Everything a resumed run needs, tensors and plain containers only."""
         regularizer, its_optimizer = self.regularizer, self.regularizer_optimizer
         return {
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else {"model": self.ema.model.state_dict(), "updates": self.ema.updates},
+            "model": self.weights.state(self.model),
+            "ema": None
+            if self.ema is None
+            else {"model": self.weights.state(self.ema.model), "updates": self.ema.updates},
             "regularizer": None if regularizer is None else regularizer.state_dict(),
             "share": None if self.share is None else self.share.state_dict(),
             "balancer": self.balancer.state_dict(),
             "optimizer": {
-                "model": self.optimizer.optimizer.state_dict(),
+                "model": self.weights.optimizer_state(self.optimizer.optimizer),
                 "regularizer": None if its_optimizer is None else its_optimizer.optimizer.state_dict(),
             },
             "schedule": {},  # a function of the step
@@ -308,8 +321,8 @@ class Trainer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state`. A regulariser the checkpoint knows nothing of starts afresh."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load(state["optimizer"]["model"])
+        self.weights.load(self.model, state["model"])
+        self.weights.load_optimizer(self.optimizer, state["optimizer"]["model"])
         if self.regularizer is not None and self.regularizer_optimizer is not None:
             if state["regularizer"] is None:
                 log.warning("the checkpoint was trained without a regulariser: its projectors start afresh")
@@ -332,9 +345,9 @@ class Trainer:
         if self.ema is not None:
             if state.get("ema") is None:
                 log.warning("the checkpoint has no running mean of the weights: it starts from its weights")
-                self.ema.model.load_state_dict(state["model"])
+                self.weights.load(self.ema.model, state["model"])
             else:
-                self.ema.model.load_state_dict(state["ema"]["model"])
+                self.weights.load(self.ema.model, state["ema"]["model"])
                 self.ema.updates = state["ema"]["updates"]
         self.watch = Watch(self.model, self.watch.limit)
         self.watch.count = state["meta"].get("skipped", 0)
@@ -342,7 +355,8 @@ class Trainer:
     def save(self, name: str) -> None:
         """Never what has seen a number that is not finite."""
         self._settle()
-        largest = torch.nn.utils.get_total_norm(list(self.model.parameters()), norm_type=math.inf)
+        parameters = [p for p in self.weights.parameters if p.numel()]
+        largest = self.weights.norm(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf))
         if not math.isfinite(largest.item()):
             raise UserError(
                 f"weights of the model were not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
