@@ -65,7 +65,7 @@ def build_wall(lines: Sequence[Line]) -> tuple[Wall, dict[Path, list[str]]]:
     if wall.content and left > 0:
         wall.notes.append(f"{len(wall.content)} of {len(names)} pictures are here, to keep the file small.")
     with_panels = sum(any((folder.path / "panels").is_dir() for folder in line.folders) for line in lines)
-    if with_panels > len(shown):
+    if with_panels > len(shown) == MOST_RUNS:
         wall.notes.append(f"The first {len(shown)} of {with_panels} rows are here, to keep the file small.")
     if any(count > 1 for count in seeds):
         wall.notes.append("Of a row with several seeds it is the first one's pictures.")
