@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from mtcl.entry.cli import launch
@@ -13,9 +12,9 @@ from mtcl.entry.train import train
 def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
-    own_folder = job.mode == RunMode.MULTIRUN or any("hydra.run.dir" in word for word in job.overrides.hydra)
+    own_folder = any("hydra.run.dir" in word for word in job.overrides.hydra)
     train(config, folder, None if own_folder else folder.parent, overrides=list(job.overrides.task))
 
 
 if __name__ == "__main__":
-    launch(main, Path(__file__).with_name("configs"), "train")
+    launch(main, Path(__file__).with_name("configs"), "train", script=Path(__file__).resolve())

@@ -1,15 +1,19 @@
-"""A few training steps and an evaluation, alone or as one of several: python ranks_worker.py FOLDER WORD ..."""
+"""A few training steps and an evaluation, alone or as one of several: python ranks_worker.py FOLDER WORD ...
+
+Beside config words: ``from=STATE`` continues from what another run left in its folder; ``spoil=STEP``: there labels
+of every other picture, the second process's, are not finite; ``compiler=NAME``: of ``trainer.compile``.
+"""
 
 import json
+import math
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
 from conftest import composed
 from torch import nn
 
-from mtcl import ranks, training
+from mtcl import ranks
 from mtcl.entry import build
 from mtcl.training.step import Compiled
 
@@ -17,27 +21,40 @@ STEPS = 3
 
 
 def main(folder: Path, words: list[str]) -> None:
-    config, device = composed(*words), torch.device("cpu")
+    own = dict(word.split("=", 1) for word in words if word.startswith(("from=", "spoil=", "compiler=")))
+    config = composed(*(word for word in words if word.split("=")[0] not in own))
+    device = torch.device("cpu")
     ranks.join(device)
-    torch.manual_seed(ranks.rank())  # DDP gives all the first one's weights
+    torch.manual_seed(ranks.rank())  # DDP and FSDP give all the first one's weights
+    if "compiler" in own:
+        Compiled.backend = own["compiler"]
     tasks = build.build_tasks(config)
-    # The compiler's own code is tested elsewhere: here, that its graphs are cut where DDP wants them.
-    training.trainer.Compiled = partial(Compiled, backend="aot_eager")
     trainer = build.build_trainer(config, tasks, folder, device).trainer
+    if "from" in own:
+        trainer.restore(torch.load(own["from"], weights_only=True))
     trainer.model.train()
     for module in trainer.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # a batch norm knows its process's pictures only
     losses = []
-    for _, batch in zip(range(STEPS), trainer.batches):
-        values = trainer.train_step(batch, with_diagnostics=trainer.step != 1)  # a compiled step measures no gradients
+    for number, batches in zip(range(STEPS), trainer._batches()):
+        if own.get("spoil") == str(number) and ranks.rank() == ranks.world() - 1:
+            theirs = slice(1, None, 2) if ranks.world() == 1 else slice(None)
+            batches[0]["labels"]["normals"][theirs] = math.nan
+        values = trainer.train_step(*batches, with_diagnostics=trainer.step != 1)  # compiled steps measure none
         trainer.step += 1
         losses.append({name: (ranks.total(value) / ranks.world()).item() for name, value in values.items()})
-    evaluation = trainer.evaluator.run(trainer.model)
+    evaluation = trainer.evaluator.run(trainer.evaluated())
+    state = trainer.state()
+    moments = trainer.optimizer.optimizer.state_dict()["state"]
+    skipped = [entry.step for entry in trainer.watch.settle()]
     if ranks.rank() == 0:
-        weights = {name: p.detach() for name, p in trainer.wrapped.state_dict().items()}
-        torch.save({name.removeprefix("module."): value for name, value in weights.items()}, folder / "weights.pt")
+        torch.save(state, folder / "state.pt")
         found = {"losses": losses, "metrics": evaluation.metrics, "images": evaluation.num_images}
+        found["skipped"] = skipped
+        total = sum(p.numel() for p in trainer.model.parameters())
+        found["weights here"] = sum(p.numel() for p in trainer.weights.parameters) / total
+        found["moments here"] = sum(m["exp_avg"].numel() for m in moments.values() if "exp_avg" in m) / total
         (folder / "found.json").write_text(json.dumps(found))
     ranks.leave()
 

@@ -388,6 +388,7 @@ def test_single_task_runs_stand_in_rows_of_their_own_with_dashes(singles):
     assert [row.label for row in found.rows] == ["tasks.names=[depth]", "tasks.names=[semseg]"]
     assert "-" in lines(found)[3].split()
     assert found.differences == []
+    assert any("different tasks (depth, semseg): they compare metric by metric" in note for note in found.notes)
 
 
 # Formats

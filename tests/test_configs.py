@@ -19,6 +19,7 @@ from mtcl.models.backbones import Backbone, build_backbone
 
 GROUPS = [
     "backbone",
+    "balancing",
     "data",
     "debug",
     "decoder",

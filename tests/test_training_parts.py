@@ -522,6 +522,29 @@ def test_a_loaded_optimizer_keeps_its_own_settings():
     assert len(new.optimizer.state) == len(old.optimizer.state) > 0
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_moments_of_another_memory_format_are_those_of_their_weights(name):
+    """Channels first or last makes no difference to what is learnt after a resume."""
+    found = []
+    for resumed in (torch.contiguous_format, torch.channels_last):
+        model = Tiny().to(memory_format=torch.contiguous_format)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter)
+        old = ScheduledOptimizer(build_optimizer(model, name, lr=0.1), lambda step: 1.0)
+        image = torch.randn(1, 3, 5, 5, generator=torch.Generator().manual_seed(1))
+        model(image).predictions["a"].sum().backward()
+        old.step(0)
+        model.to(memory_format=resumed)
+        new = ScheduledOptimizer(build_optimizer(model, name, lr=0.1), lambda step: 1.0)
+        new.load(old.optimizer.state_dict())
+        new.step(1)
+        found.append([p.detach().clone() for p in model.parameters()])
+    assert any(p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1 for p in found[0])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_quick_scores_of_edges_do_not_compete_with_whole_ones():
     quick = Evaluator({}, [], torch.device("cpu"), quick={"edge": {"thresholds": 5, "every": 2}})
     assert [quick.comparable(name) for name in ("edge/odsF", "edge/loss", "semseg/mIoU")] == [False, True, True]

@@ -18,12 +18,14 @@ from mtcl.models import DenseModel, EncoderDecoder, build_backbone
 from mtcl.models.decoders import Decoder
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
-from mtcl.training.balancer import FixedWeights
+from mtcl.training.aggregator import Aggregated
+from mtcl.training.balancer import Balancer, DynamicAverage, FixedWeights, Uncertainty
 from mtcl.training.ema import RunningMean
 from mtcl.training.evaluator import Evaluator
 from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, regularizer_weight
 from mtcl.training.recorder import Recorder
 from mtcl.training.runtime import autocast
+from mtcl.training.sharding import Sharded
 from mtcl.training.trainer import Trainer
 
 T = TypeVar("T")
@@ -218,6 +220,47 @@ def build_optimizers(
     return optimizer, ScheduledOptimizer(own, schedule)
 
 
+def build_balancer(
+    config: DictConfig, tasks: Mapping[str, Task], regularizer: Regularizer | None, reader: Reader, device: torch.device
+) -> Balancer:
+    """How losses become gradients. UserError for what a method can't be combined with."""
+    settings, trainer = config.balancing, config.trainer
+    method, weights = settings.method, {name: task.weight for name, task in tasks.items()}
+    if settings.contrast not in ("objective", "outside"):
+        raise UserError(f"balancing.contrast={settings.contrast} is not known; choose objective or outside")
+    if regularizer is not None and settings.contrast == "objective":
+        weights["contrast"] = 1.0  # the trainer has multiplied it by lambda
+        if method in ("uncertainty", "dwa") and config.regularizer.balance == "gradient":
+            raise UserError(
+                f"balancing.method={method} judges objectives by their losses, which regularizer.balance=gradient "
+                "rescales; use balancing.contrast=outside or regularizer.balance=fixed"
+            )
+    if method == "fixed":
+        return FixedWeights(weights)
+    if len(weights) < 2:
+        raise UserError(f"balancing.method={method} has one objective only, {next(iter(weights))}; use balancing=fixed")
+    if method == "uncertainty":
+        for name, weight in weights.items():
+            if weight == 0:
+                raise UserError(
+                    f"loss.weights.{name}=0 leaves balancing=uncertainty nothing to learn from; leave it out"
+                )
+        schedule = build_schedule(max_steps=trainer.max_steps, **plain(config.schedule))
+        return Uncertainty(weights, device, settings.lr, schedule)
+    if method == "dwa":
+        epoch = -(-(len(reader.ids) // config.data.batch_size) // trainer.accumulate)
+        return DynamicAverage(weights, device, settings.every or max(epoch, 1), settings.temperature)
+    if method == "torchjd":
+        if ranks.world() > 1:
+            raise UserError(
+                "balancing.method=torchjd trains in one process; start without torchrun or use another method"
+            )
+        if trainer.compile:
+            raise UserError("balancing.method=torchjd needs a backward pass per objective; set trainer.compile=false")
+        return Aggregated(weights, device, settings.aggregator, plain(settings.options), config.seed)
+    raise UserError(f"balancing.method={method} is not known; choose fixed, uncertainty, dwa or torchjd")
+
+
 class Run(NamedTuple):
     trainer: Trainer
     train_reader: Reader
@@ -249,6 +292,10 @@ def build_trainer(
         )
     if regularizer is not None:
         regularizer.to(device)
+    ema = None if settings.ema is None else RunningMean(model, settings.ema)
+    weights = None
+    if settings.parallel == "fsdp" and ranks.world() > 1:
+        weights = Sharded(model, device, *(() if ema is None else (ema.model,)))
     optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
     val_loader = build_eval_loader(config, val_reader, tasks, device)
     batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate, device)
@@ -256,7 +303,7 @@ def build_trainer(
         model=model,
         tasks=tasks,
         regularizer=regularizer,
-        balancer=FixedWeights({name: task.weight for name, task in tasks.items()}),
+        balancer=build_balancer(config, tasks, regularizer, train_reader, device),
         optimizer=optimizer,
         regularizer_optimizer=regularizer_optimizer,
         batches=batches,
@@ -277,7 +324,8 @@ def build_trainer(
         recompute=settings.grad_checkpointing,
         compiled=settings.compile,
         accumulate=settings.accumulate,
-        ema=None if settings.ema is None else RunningMean(model, settings.ema),
+        ema=ema,
+        weights=weights,
         max_skipped=settings.max_skipped,
         asynchronous=settings.async_checkpoints,
         keep_interval=settings.keep_interval,

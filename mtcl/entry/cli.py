@@ -1,5 +1,6 @@
 """How an entry point starts and how it fails: a user's mistake is one sentence and exit code 1."""
 
+import argparse
 import atexit
 import contextlib
 import difflib
@@ -19,16 +20,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mtcl.entry import sweeping
+from mtcl.entry.processes import REQUEUE
 from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
 from mtcl.training.preemption import Preempted
 
-REQUEUE = 75  # EX_TEMPFAIL: the exit code of a run that was told to make room; for the scheduler's list of such codes
 
-
-def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
+def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None = None) -> None:
     """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does (``-m`` sweeps,
-    too).
+    too). ``script``: a sweep's jobs are processes of it, see :mod:`mtcl.entry.sweeping`; None: they run here.
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
     keep their trace; a run that was told to make room exits with :data:`REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
@@ -38,22 +39,19 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
     ):  # torchrun: process 0 has the run's folder, Hydra's of the others goes away
         sys.argv.append(f"hydra.run.dir={_temporary_folder()}")
     wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
-    failures: list[UserError] = []
-
-    def guarded(config: DictConfig) -> None:
-        try:
-            check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
-            job(config)
-        except UserError as error:
-            if wants_trace or HydraConfig.get().mode == RunMode.MULTIRUN:
-                raise  # Hydra says which job of the sweep it was
-            failures.append(error)
-
+    task = _Task(job, script, wants_trace)
+    sweeps = script is not None and any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in sys.argv)
+    sweeping.outcomes.clear()
+    sweeping.received.clear()
     try:
-        with _hydra_raises():
-            hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(guarded)()
-        if failures:
-            raise failures[0]
+        if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("torchrun can't start a sweep; start torchrun train.py once per run, without -m")
+        with _hydra_raises(), sweeping.told_to_end() if sweeps else contextlib.nullcontext():
+            hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(task)()
+        if task.failures:
+            raise task.failures[0]
+    except sweeping.Stopped:
+        pass
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if wants_trace:
             raise
@@ -71,6 +69,72 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str) -> None:
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if wants_trace or not sweeps:
+            raise
+        print(f"error: the launcher ended with {type(error).__name__}: {sentence(error)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        if sweeping.outcomes or sweeping.received:
+            print(*sweeping.summary(), sep="\n", file=sys.stderr)
+    if code := sweeping.exit_code():
+        sys.exit(code)
+
+
+class _Task:
+    """What Hydra calls: ``job``; or of a sweep ``script``, in whatever process the launcher has pickled this to."""
+
+    def __init__(self, job: Callable[[DictConfig], None], script: Path | None, wants_trace: bool):
+        self.job, self.script, self.wants_trace = job, script, wants_trace
+        self.pid, self.folders = os.getpid(), _config_folders()
+        self.failures: list[UserError] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | ({"job": None} if self.script else {})
+
+    def __call__(self, config: DictConfig) -> object:
+        hydra_config = HydraConfig.get()
+        sweeps = hydra_config.mode == RunMode.MULTIRUN
+        try:
+            plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
+            check_config(plain)
+            if not sweeps or self.script is None:
+                return self.job(config)
+            return sweeping.run_job(
+                [sys.executable, str(self.script), *self.folders],
+                [*hydra_config.overrides.task, *map(str, filter(_is_of_runs, hydra_config.overrides.hydra))],
+                plain,
+                Path(hydra_config.runtime.output_dir),
+                hydra_config.job.num,
+                self.environment(),
+                here=os.getpid() == self.pid,
+            )
+        except (UserError, OmegaConfBaseException) as error:
+            if sweeps and self.script is not None:
+                words = tuple(hydra_config.overrides.task)
+                return sweeping.Outcome(hydra_config.job.num, words, sweeping.FAILED, sentence(error))
+            if self.wants_trace or sweeps or not isinstance(error, UserError):
+                raise  # Hydra says which job of the sweep it was
+            self.failures.append(error)
+            return None
+
+    def environment(self) -> dict[str, str]:
+        """Of a sweep's processes: ours, without what is only for Hydra here."""
+        variables = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
+        return variables | ({"HYDRA_FULL_ERROR": "1"} if self.wants_trace else {})
+
+
+def _is_of_runs(word: str) -> bool:
+    """Is this word about Hydra one for a sweep's runs, not for the sweep?"""
+    return not word.startswith(("hydra.sweep", "hydra.launcher", "hydra.mode", "hydra.run", "hydra/", "hydra.job."))
+
+
+def _config_folders() -> list[str]:
+    """The flags of the command that say where configs are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", "-cd")
+    found = parser.parse_known_args()[0].config_dir
+    return [] if found is None else ["--config-dir", found]
 
 
 @contextlib.contextmanager

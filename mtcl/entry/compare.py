@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from mtcl.entry.schema import leaves
 from mtcl.errors import UserError
@@ -130,6 +128,19 @@ def compare(
     ``against``: a run, a folder of runs that form one row, or a row's label. ``by``: config keys that alone make rows.
     """
     runs, notes = find_runs(sources)
+    return compare_runs(runs, baseline, against, by, every_metric, notes)
+
+
+def compare_runs(
+    runs: Sequence[Run],
+    baseline: Sequence[Path] = (),
+    against: str | None = None,
+    by: Sequence[str] = (),
+    every_metric: bool = False,
+    notes: Sequence[str] = (),
+) -> Comparison:
+    """As :func:`compare`, of runs that are read already; ``notes`` on what was left out."""
+    notes = list(notes)
     singles, reference_runs = split_baseline(baseline, notes)
     if against is not None:
         if reference_runs:
@@ -140,6 +151,7 @@ def compare(
     runs = [*(run for run in reference_runs if run.path.resolve() not in known), *runs]
     notes += check_same_data([*runs, *singles]) + check_same_scoring([*runs, *singles])
     rows = make_rows(runs, by, notes)
+    notes += unlike_tasks(rows)
     if singles:
         check_backbone(rows, singles)
     columns = choose_columns([*runs, *singles], every_metric, notes)
@@ -225,12 +237,32 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_config(path: Path) -> dict[str, Any]:
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Reads as OmegaConf does, thirty times as fast: 1e-3 is a number, a date is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
+        first: [(tag, known) for tag, known in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A run's config.yaml as it stands; empty if it is no mapping."""
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
+        content: Any = yaml.load(path.read_text(), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
-    return {key: value for key, value in leaves(content) if value != {}} if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Dotted key -> value of a run's config.yaml, in which everything is resolved."""
+    return {key: value for key, value in leaves(read_yaml(path)) if value != {}}
 
 
 def read_metrics(path: Path) -> dict[str, dict[str, float]]:
@@ -511,6 +543,16 @@ def check_same_scoring(runs: Sequence[Run]) -> list[str]:
     if not keys:
         return []
     return [f"warning: the runs were scored in different ways ({', '.join(keys)}): their numbers do not compare."]
+
+
+def unlike_tasks(rows: Sequence[Row]) -> list[str]:
+    """A note where rows have other tasks: no single number ranks them."""
+    sets = list(dict.fromkeys(" ".join(run.metrics) for row in rows for run in row.runs))
+    if len(sets) < 2:
+        return []
+    return [
+        f"warning: the rows have different tasks ({listed(sets)}): they compare metric by metric, nothing ranks them."
+    ]
 
 
 def check_backbone(rows: Sequence[Row], singles: Sequence[Run]) -> None:

@@ -1,5 +1,6 @@
 """What each config value must be, checked once, before anything is built."""
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -151,6 +152,13 @@ RULES: dict[str, Rule] = {
     "regularizer.options.thresholds.*": pair("near and far", _is_number).or_null(),
     "loss.weights.*": number(0).or_null(),
     "loss.options.edge.positive_weight": number(0, 1),
+    "balancing.method": TEXT,
+    "balancing.contrast": TEXT,
+    "balancing.lr": number(0),
+    "balancing.every": count(1).or_null(),
+    "balancing.temperature": POSITIVE,
+    "balancing.aggregator": TEXT,
+    "balancing.options": MAPPING.or_null(),
     "evaluation.boundaries": FLAG,
     "evaluation.quick": pair("thresholds, and every how many pictures", lambda v: _is_int(v) and v > 0).or_null(),
     "evaluation.workers": count(),
@@ -178,6 +186,7 @@ RULES: dict[str, Rule] = {
     "trainer.precision": TEXT,
     "trainer.device": TEXT,
     "trainer.channels_last": FLAG,
+    "trainer.parallel": Rule("ddp or fsdp", lambda v: v in ("ddp", "fsdp")),
     "trainer.compile": FLAG,
     "trainer.accumulate": count(1),
     "trainer.ema": number(0, 1).or_null(),
@@ -193,6 +202,7 @@ RULES: dict[str, Rule] = {
 }
 
 
+@functools.cache  # a comparison asks for a thousand runs' keys
 def rule_of(key: str) -> Rule | None:
     return next((rule for pattern, rule in RULES.items() if fnmatch(key, pattern)), None)
 

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtcl.entry import build, study_tables
 from mtcl.entry.cli import sentence
 from mtcl.entry.compare import read_json
+from mtcl.entry.processes import caught_signals, duration, ended, quoted, reason, started
 from mtcl.entry.schema import check_config
 from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
 from mtcl.errors import UserError
@@ -268,7 +269,7 @@ def execute(
                 if process.returncode == 0 and job.is_finished:
                     told = "finished"
                 else:
-                    failures.append(Failure(job, reason(job, process.returncode)))
+                    failures.append(Failure(job, reason(job.log, process.returncode)))
                     told = f"FAILED ({failures[-1].reason})"
                 left = remaining(took, [since for _, since in running.values()], len(waiting), num_parallel)
                 rest = f", about {duration(left)} left" if waiting or running else ""
@@ -277,99 +278,27 @@ def execute(
             time.sleep(POLL)
         if signals and (running or waiting):
             say(f"interrupted: ending {len(running)} run{'s' * (len(running) != 1)}")
-            end(list(running))
+            ended(list(running), signal.SIGINT, PATIENCE)
             say("the same command continues this study")
             raise KeyboardInterrupt
     return failures
 
 
 def start(job: Job, given: Sequence[str], study: Study, command: Sequence[str], root: Path) -> subprocess.Popen:
-    """The job's process, in a group of its own: a terminal's Ctrl-C reaches it through :func:`end` only."""
+    """The job's process."""
     job.folder.mkdir(parents=True, exist_ok=True)
     facts = {"study": study.name, "arm": job.arm.name, "seed": job.seed, "overrides": job.overrides, "given": given}
     write_json(job.record, {**facts, "environment": study.environment})
     words = [*command, *job.overrides, f"seed={job.seed}", f"hydra.run.dir={quoted(job.folder)}"]
     if job.checkpoint.is_file():
         words.append("resume=auto")  # of its own folder
-    with job.log.open("a") as log:
-        log.write(f"$ {shlex.join(words)}\n")
-        log.flush()
-        environment = {**os.environ, **study.environment}
-        return subprocess.Popen(
-            words,
-            cwd=root,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-
-
-def quoted(folder: Path) -> str:
-    """A path as Hydra's grammar reads it."""
-    text = str(folder)
-    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-@contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
-    """The signals that asked this process to end, in place of being ended by them.
-
-    A handler, unlike an ignored signal, is not inherited: the children hear Ctrl-C even where we do not, as in the
-    background of a shell's script.
-    """
-    received: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before[number] = signal.getsignal(number)
-        is_ignored = before[number] == signal.SIG_IGN
-        signal.signal(number, hear_nothing if is_ignored else lambda heard, frame: received.append(heard))
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def hear_nothing(number: int, frame: Any) -> None:
-    """A signal handler."""
-
-
-def end(processes: Sequence[subprocess.Popen]) -> None:
-    """Interrupt the processes as Ctrl-C would; those that do not end in time are killed with all their children."""
-    for process in processes:
-        process.send_signal(signal.SIGINT)
-    deadline = time.monotonic() + PATIENCE
-    for process in processes:
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.0))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def reason(job: Job, code: int) -> str:
-    """The last line of the log, or what is known where it says nothing."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", job.log.read_text(errors="replace")) if line.strip()]
-    ended = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{ended}: {lines[-1]}" if len(lines) > 1 or not lines[-1].startswith("$ ") else ended
+    return started(words, job.log, {**os.environ, **study.environment}, root)
 
 
 def remaining(took: Sequence[float], since: Sequence[float], num_waiting: int, num_parallel: int) -> float:
     """Seconds still to go, if every run takes as long as those so far did on average."""
     mean, now = sum(took) / len(took), time.monotonic()
     return (mean * num_waiting + sum(max(mean - (now - began), 0) for began in since)) / num_parallel
-
-
-def duration(seconds: float) -> str:
-    """
-    >>> duration(12.3), duration(130), duration(3900)
-    ('12 s', '2 min 10 s', '1 h 05 min')
-    """
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
 
 
 def failure_text(failures: Sequence[Failure]) -> str:

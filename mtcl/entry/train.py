@@ -32,6 +32,7 @@ FREE = (
     "trainer.max_steps",
     "trainer.device",
     "trainer.panels",
+    "trainer.parallel",
     "trainer.compile",
     "trainer.async_checkpoints",
     "trainer.keep_interval",

@@ -29,6 +29,7 @@ class Task(ABC):
     # Label distances up to `near` make a positive pair for the regulariser, from `far` on a negative one.
     near: ClassVar[float] = 0.0
     far: ClassVar[float] = 1.0
+    far_off: ClassVar[str] = "wrong"  # what an error map calls a pixel that is `far` from its label, or farther
     units: ClassVar[Mapping[str, str]] = {}  # metric -> unit; the others are fractions, shown in percent
     stand_in: ClassVar[str | None] = None  # for `primary` where that is not computed; lower is better
 

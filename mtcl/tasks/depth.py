@@ -32,6 +32,7 @@ class Depth(Task):
     void: ClassVar[float] = 0.0
     near: ClassVar[float] = 0.05  # |log ratio|
     far: ClassVar[float] = 0.2
+    far_off: ClassVar[str] = "22 % off"  # exp(0.2)
     units: ClassVar[Mapping[str, str]] = {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}
     farthest: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
 

@@ -42,6 +42,7 @@ class Normals(Task):
     void: ClassVar[float] = 0.0
     near: ClassVar[float] = 15.0  # degrees
     far: ClassVar[float] = 40.0
+    far_off: ClassVar[str] = "40 deg off"
     units: ClassVar[Mapping[str, str]] = {"mErr": "deg", "median": "deg", "rmse": "deg", "not_finite": ""}
     shortest: ClassVar[float] = 0.5
 

@@ -11,6 +11,7 @@ import os
 import re
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -29,6 +30,7 @@ SEAL = len(MARK) + 64  # bytes of the comment
 ZIP_HEAD, ZIP_END, ZIP_END_LENGTH = b"PK\x03\x04", b"PK\x05\x06", 22  # its last two bytes: the comment's length
 NUMBERED = re.compile(r"step_(\d+)")
 CONTINUE = "continue with resume=auto"
+LOOKS = 5  # at a lock that is held, before it counts as a run's: is_claimed() has it for a moment
 
 
 class DamagedError(UserError):
@@ -84,9 +86,7 @@ class Claim:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = path.open("w")
         try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except ImportError:
             pass
         except BlockingIOError as error:
@@ -106,6 +106,31 @@ def claim(folder: Path) -> Claim:
     UserError where another process holds it. On systems without ``fcntl`` nothing is held.
     """
     return Claim(folder)
+
+
+def is_claimed(folder: Path) -> bool:
+    """Whether a process holds ``folder``. A look disturbs no run, not even one that is starting."""
+    try:
+        with (folder / ".lock").open() as file:
+            _lock(file, shared=True)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):  # no lock there, or none on such a disk
+        pass
+    return False
+
+
+def _lock(file: IO[str], shared: bool = False) -> None:
+    """``BlockingIOError`` where somebody else has the lock."""
+    import fcntl  # not on Windows
+
+    for look in range(1, LOOKS + 1):
+        try:
+            return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if shared or look == LOOKS:
+                raise
+            time.sleep(0.02)
 
 
 # Writing

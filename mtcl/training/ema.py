@@ -3,7 +3,8 @@
 import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mtcl.models import DenseModel
 
@@ -20,8 +21,7 @@ class RunningMean:
 
     @torch.no_grad()
     def update(self, model: DenseModel) -> None:
-        mean: list[Tensor] = list(self.model.parameters())
-        now: list[Tensor] = list(model.parameters())
+        mean, now = _here(self.model), _here(model)
         if self.updates:
             torch._foreach_lerp_(mean, now, 1 - self.decay)
         else:
@@ -33,3 +33,8 @@ class RunningMean:
         """Running statistics are the model's own: to be called before the mean is used or saved."""
         for mine, its in zip(self.model.buffers(), model.buffers()):
             mine.copy_(its)
+
+
+def _here(model: nn.Module) -> list[Tensor]:
+    """The weights, or where they are shared out this process's part of each."""
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]

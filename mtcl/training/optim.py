@@ -100,6 +100,10 @@ class ScheduledOptimizer:
         own, saved = self.optimizer.param_groups, state["param_groups"]
         groups = [{**group, "params": its["params"]} for group, its in zip(own, saved, strict=True)]
         self.optimizer.load_state_dict({**state, "param_groups": groups})
+        for parameter, entry in self.optimizer.state.items():
+            for name, value in entry.items():  # laid out as by a run in another memory format: fused steps mix them up
+                if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                    entry[name] = torch.empty_like(parameter).copy_(value)
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)

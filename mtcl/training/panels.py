@@ -1,11 +1,14 @@
-"""Pictures people look at: a sample's image, its labels and predictions, each with the legend of its colours."""
+"""Pictures people look at: a sample, its labels, predictions and errors, each with the legend of its colours."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from mtcl.tasks.base import Task
+from mtcl.tasks.colours import VOID_COLOUR
 from mtcl.training.evaluator import Shown
 
 Colour = tuple[int, int, int]
@@ -14,26 +17,26 @@ PAPER: Colour = (255, 255, 255)
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 GAP = 8
 ROW = 18  # height of a line of text
+CAPTION = ROW + 4
+MIN_HEIGHT = 192
+RIGHT: Colour = (245, 243, 238)  # of an error map; in between, the darker the farther off
+WRONG: Colour = (178, 40, 16)
+KINDS = ("label", "prediction", "error")
 
 
-def draw_panel(sample: Shown, tasks: Mapping[str, Task], min_height: int = 192) -> np.ndarray:
-    """uint8 RGB picture: the image, then a column per task with label above prediction and the legend below.
+def draw_panel(sample: Shown, tasks: Mapping[str, Task]) -> np.ndarray:
+    """uint8 RGB picture: the image, then a column per task: label, prediction, error, and the legend below.
 
-    Small pictures are enlarged by a whole factor, nearest, to at least ``min_height`` pixels.
+    Small pictures are enlarged by a whole factor, nearest, to at least :data:`MIN_HEIGHT` pixels.
     """
-    zoom = max(1, -(-min_height // sample.image.shape[0]))
+    zoom = _zoom(sample)
     image = _enlarge(sample.image, zoom)
     columns = [np.concatenate([_caption("image", image.shape[1]), image, _caption(sample.id, image.shape[1])])]
     for name, task in tasks.items():
         label, prediction = sample.labels[name], sample.predictions[name]
-        columns.append(
-            _column(
-                _enlarge(task.draw(label), zoom),
-                _enlarge(task.draw(prediction), zoom),
-                task.legend([label, prediction]),
-                captions=(f"{name}: label", f"{name}: prediction"),
-            )
-        )
+        pictures = (task.draw(label), task.draw(prediction), draw_error(error_map(task, label, prediction)))
+        captioned = {f"{name}: {kind}": _enlarge(picture, zoom) for kind, picture in zip(KINDS, pictures)}
+        columns.append(_column(captioned, _legend_of(sample, name, task)))
     height = max(column.shape[0] for column in columns)
     padded = [
         cv2.copyMakeBorder(c, GAP, GAP + height - c.shape[0], GAP, GAP, cv2.BORDER_CONSTANT, value=PAPER)
@@ -42,31 +45,72 @@ def draw_panel(sample: Shown, tasks: Mapping[str, Task], min_height: int = 192) 
     return np.concatenate(padded, axis=1)
 
 
+def panel_layout(sample: Shown, tasks: Mapping[str, Task]) -> dict[str, Any]:
+    """Where :func:`draw_panel` puts what, for who wants to cut it out again; plain containers.
+
+    ``zoom``; ``size``: (height, width) of each tile in the panel; ``tiles``: ``image`` or ``task/kind`` -> (top, left);
+    ``legends``: task -> rows of text and colour.
+    """
+    zoom = _zoom(sample)
+    height, width = (zoom * length for length in sample.image.shape[:2])
+    tiles = {"image": (GAP + CAPTION, GAP)}
+    for column, name in enumerate(tasks, start=1):
+        for row, kind in enumerate(KINDS):
+            tiles[f"{name}/{kind}"] = (GAP + CAPTION + row * (height + CAPTION), GAP + column * (width + 2 * GAP))
+    legends = {name: _legend_of(sample, name, task) for name, task in tasks.items()}
+    return {"id": sample.id, "zoom": zoom, "size": (height, width), "tiles": tiles, "legends": legends}
+
+
+def error_map(task: Task, label: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """How far off each pixel is: float32 (H, W), 0 as its label, 1 ``task.far`` from it or farther, NaN where void.
+
+    Both in label layout, as in :class:`Shown`. The distance is the regulariser's, in ``task.place``'s space.
+    """
+
+    def points(array: np.ndarray) -> torch.Tensor:  # (H, W, 3)
+        return task.place(torch.from_numpy(array if array.ndim == 3 else array[..., None]))
+
+    collated = task.collated(label.transpose(2, 0, 1)[None] if label.ndim == 3 else label[None])
+    distance = (points(prediction) - points(label)).norm(dim=-1) / task.span(task.far)
+    distance = distance.nan_to_num(nan=1.0).clamp(0, 1)  # not finite is as wrong as can be
+    return torch.where(task.valid(collated)[0], distance, torch.nan).numpy()
+
+
+def draw_error(error: np.ndarray) -> np.ndarray:
+    """uint8 RGB (H, W, 3) of an :func:`error_map`: from :data:`RIGHT` to :data:`WRONG`."""
+    right, wrong = np.array(RIGHT, np.float32), np.array(WRONG, np.float32)
+    colours = right + np.nan_to_num(error)[..., None] * (wrong - right)
+    return np.where(np.isnan(error)[..., None], np.array(VOID_COLOUR), np.round(colours)).astype(np.uint8)
+
+
+def _legend_of(sample: Shown, name: str, task: Task) -> list[tuple[str, Colour]]:
+    rows = task.legend([sample.labels[name], sample.predictions[name]])
+    return [*rows, ("error: none", RIGHT), (f"error: {task.far_off}", WRONG)]
+
+
+def _zoom(sample: Shown) -> int:
+    return max(1, -(-MIN_HEIGHT // sample.image.shape[0]))
+
+
 def _enlarge(picture: np.ndarray, zoom: int) -> np.ndarray:
     return picture.repeat(zoom, axis=0).repeat(zoom, axis=1) if zoom > 1 else picture
 
 
-def _column(
-    above: np.ndarray,
-    below: np.ndarray,
-    legend: list[tuple[str, Colour]],
-    captions: tuple[str, str],
-) -> np.ndarray:
-    width = above.shape[1]
-    parts = [_caption(captions[0], width), above, _caption(captions[1], width), below, _legend(legend, width)]
-    return np.concatenate(parts)
+def _column(captioned: Mapping[str, np.ndarray], legend: list[tuple[str, Colour]]) -> np.ndarray:
+    parts = []
+    for caption, picture in captioned.items():
+        parts += [_caption(caption, picture.shape[1]), picture]
+    return np.concatenate([*parts, _legend(legend, parts[0].shape[1])])
 
 
 def _caption(text: str, width: int) -> np.ndarray:
-    strip = np.full((ROW + 4, width, 3), 255, np.uint8)
+    strip = np.full((CAPTION, width, 3), 255, np.uint8)
     cv2.putText(strip, text, (0, ROW - 4), FONT, 0.45, INK, 1, cv2.LINE_AA)
     return strip
 
 
 def _legend(rows: list[tuple[str, Colour]], width: int) -> np.ndarray:
     """Colour swatches with their text, in as many columns as fit."""
-    if not rows:
-        return np.full((1, width, 3), 255, np.uint8)
     longest = max(cv2.getTextSize(text, FONT, 0.4, 1)[0][0] for text, _ in rows)
     per_line = max(1, width // (longest + 22))
     lines = -(-len(rows) // per_line)

@@ -13,16 +13,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch.utils.tensorboard import SummaryWriter
 
 from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Metrics, Shown
-from mtcl.training.panels import draw_panel
+from mtcl.training.panels import draw_panel, panel_layout
 
 log = logging.getLogger(__name__)
+
+LAYOUT = "mtcl-layout"  # the name of a panel's text that holds its panel_layout
 
 
 class Recorder:
@@ -146,12 +149,17 @@ def _excepthook(told: threading.ExceptHookArgs) -> None:
 
 
 def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> list[np.ndarray]:
-    """One PNG per sample, ``folder/<id>.png``; the pictures themselves are returned (uint8 RGB)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """One PNG per sample, ``folder/<id>.png``, with its layout as a text of it; the pictures themselves (uint8 RGB)."""
     panels = [draw_panel(sample, tasks) for sample in shown]
     for sample, panel in zip(shown, panels):
         name = re.sub(r"[^\w.-]", "_", sample.id)
-        cv2.imwrite(str(folder / f"{name}.png"), cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))
+        layout = PngInfo()
+        layout.add_text(LAYOUT, json.dumps(panel_layout(sample, tasks)))
+
+        def write(temporary: Path, panel: np.ndarray = panel, layout: PngInfo = layout) -> None:
+            Image.fromarray(panel).save(temporary, "PNG", pnginfo=layout)
+
+        write_atomically(folder / f"{name}.png", write, durable=False)
     return panels
 
 

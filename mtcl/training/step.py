@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,27 +60,31 @@ def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
 
 
 class Compiled:
-    """``module`` through ``torch.compile``; as it is, after one warning, where that fails.
+    """``module`` through ``torch.compile``; as it is, after one warning, where that fails. All ``parts`` of one model
+    are compiled or none.
 
     The backward pass is compiled with the forward pass, not when it is first needed: there nobody could step in.
     """
 
-    def __init__(self, module: nn.Module, backend: str = "inductor"):
-        self.eager: Call = module
-        self.call: Call = torch.compile(module, backend=backend)
+    backend = "inductor"
+
+    def __init__(self, module: Call, parts: "Sequence[Compiled]" = ()):
+        self.eager, self.parts = module, parts
+        self.call: Call = torch.compile(module, backend=self.backend)
         self.works = True
 
-    def __call__(self, *args: Any) -> tuple[DenseOutput, RegularizerOutput | None]:
+    def __call__(self, *args: Any, **options: Any) -> Any:
         if not self.works:
-            return self.eager(*args)
+            return self.eager(*args, **options)
         try:
             with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
-                return self.call(*args)
+                return self.call(*args, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().split("\n")[0]
             log.warning("torch.compile failed (%s); training goes on without it, trainer.compile=false", reason)
-            self.works = False
-            return self.eager(*args)
+            for part in (self, *self.parts):
+                part.works = False
+            return self.eager(*args, **options)
 
 
 def same_everywhere(model: nn.Module) -> None:

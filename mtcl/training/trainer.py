@@ -27,7 +27,8 @@ from mtcl.training.optim import Schedule, ScheduledOptimizer
 from mtcl.training.preemption import Preempted, Stop
 from mtcl.training.recorder import Recorder, flat
 from mtcl.training.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
-from mtcl.training.step import Compiled, TrainingStep, parallel, same_everywhere, without_sync
+from mtcl.training.sharding import Weights
+from mtcl.training.step import TrainingStep, same_everywhere, without_sync
 from mtcl.training.watch import Watch, merged
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Trainer:
         clip_norm: of the model's gradient; None: no clipping. The regulariser's parameters are not counted.
         compiled: forward passes go through ``torch.compile``. ``accumulate``: batches per optimiser step.
         ema: a running mean of the model's weights, which is then what is validated.
+        weights: where the model's weights are; None: whole, in every process.
         max_skipped: so many steps in a row that are not finite end the run.
         asynchronous: checkpoints are written beside the training. ``keep_interval``: every so many steps one is kept.
     """
@@ -79,6 +81,7 @@ class Trainer:
         compiled: bool = False,
         accumulate: int = 1,
         ema: RunningMean | None = None,
+        weights: Weights | None = None,
         max_skipped: int = 10,
         asynchronous: bool = False,
         keep_interval: int | None = None,
@@ -93,8 +96,11 @@ class Trainer:
         self.optimizer, self.regularizer_optimizer = optimizer, regularizer_optimizer
         self.batches, self.evaluator, self.recorder, self.folder = batches, evaluator, recorder, folder
         self.device, self.precision, self.clip_norm = device, precision, clip_norm
-        self.wrapped = parallel(TrainingStep(model, regularizer), device)
-        self.module = Compiled(self.wrapped) if compiled else self.wrapped
+        self.weights = weights or Weights(model)
+        self.weights.adopt(optimizer.optimizer)
+        self.wrapped = self.weights.parallel(TrainingStep(model, regularizer), device)
+        self.module = self.weights.compiled(self.wrapped) if compiled else self.wrapped
+        self.trained = [*model.parameters(), *(regularizer.parameters() if regularizer is not None else ())]
         self.recompute = recompute  # the model runs parts of its forward pass again in the backward pass
         self.accumulate, self.ema, self.keep_interval = accumulate, ema, keep_interval
         self.watch, self.stop = Watch(model, max_skipped), Stop()
@@ -183,19 +189,23 @@ class Trainer:
             with nullcontext() if last else without_sync(self.wrapped):
                 values = self._add_gradients(batch, len(batches), finite, with_diagnostics and last)
             parts.append(values)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        self.balancer.finish(self.step)
+        self.weights.take_gradients()
+        grads = [p.grad for p in self.weights.parameters if p.grad is not None]
+        norm = self.weights.norm(torch.nn.utils.get_total_norm(grads))
         finite["gradient"] = norm.isfinite()
         own = [p.grad for p in self.regularizer.parameters() if p.grad is not None] if self.regularizer else []
         if own:
             finite["gradient of the regulariser"] = torch.nn.utils.get_total_norm(own).isfinite()
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.clip_norm, norm)
         skip = self.watch.look(self.step, [meta.id for batch in batches for meta in batch["meta"]], finite)
         self.optimizer.step(self.step, skip)
         self.optimizer.zero_grad()
         if self.regularizer_optimizer is not None:
             self.regularizer_optimizer.step(self.step, skip)
             self.regularizer_optimizer.zero_grad()
+        self.balancer.update(self.step, skip)
         if self.ema is not None:
             self.ema.update(self.model)
         return (
@@ -235,7 +245,7 @@ class Trainer:
         if count > 1:
             losses = {name: loss / count for name, loss in losses.items()}
         with running_statistics_kept(self.model) if self.recompute else nullcontext():
-            self.balancer.backward(losses, self.model.shared_parameters())
+            self.balancer.backward(losses, self.trained)
         return values
 
     def _contrast(
@@ -249,7 +259,7 @@ class Trainer:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrast as it enters the step, and on request its gradients beside the tasks'."""
         assert self.regularizer is not None
-        total = torch.stack([task.weight * losses[name] for name, task in self.tasks.items()]).sum()
+        total = torch.stack([self.balancer.weight(name) * losses[name] for name in self.tasks]).sum()
         taps, term = output.taps[self.regularizer.tap], contrast.loss
         if self.share is not None:
             if shares:
@@ -279,7 +289,7 @@ class Trainer:
     def evaluated(self) -> DenseModel:
         """What is validated: the model, or the running mean of its weights (``ema``)."""
         self._agree()
-        return self.model if self.ema is None else self.ema.model
+        return self.weights.evaluable(self.model if self.ema is None else self.ema.model)
 
     def _agree(self) -> None:
         """Buffers are those of process 0 everywhere, also beside the running mean."""
@@ -291,12 +301,15 @@ class Trainer:
         """Everything a resumed run needs, tensors and plain containers only."""
         regularizer, its_optimizer = self.regularizer, self.regularizer_optimizer
         return {
-            "model": self.model.state_dict(),
-            "ema": None if self.ema is None else {"model": self.ema.model.state_dict(), "updates": self.ema.updates},
+            "model": self.weights.state(self.model),
+            "ema": None
+            if self.ema is None
+            else {"model": self.weights.state(self.ema.model), "updates": self.ema.updates},
             "regularizer": None if regularizer is None else regularizer.state_dict(),
             "share": None if self.share is None else self.share.state_dict(),
+            "balancer": self.balancer.state_dict(),
             "optimizer": {
-                "model": self.optimizer.optimizer.state_dict(),
+                "model": self.weights.optimizer_state(self.optimizer.optimizer),
                 "regularizer": None if its_optimizer is None else its_optimizer.optimizer.state_dict(),
             },
             "schedule": {},  # a function of the step
@@ -308,8 +321,8 @@ class Trainer:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state`. A regulariser the checkpoint knows nothing of starts afresh."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load(state["optimizer"]["model"])
+        self.weights.load(self.model, state["model"])
+        self.weights.load_optimizer(self.optimizer, state["optimizer"]["model"])
         if self.regularizer is not None and self.regularizer_optimizer is not None:
             if state["regularizer"] is None:
                 log.warning("the checkpoint was trained without a regulariser: its projectors start afresh")
@@ -318,6 +331,7 @@ class Trainer:
                 self.regularizer_optimizer.load(state["optimizer"]["regularizer"])
         if self.share is not None and state.get("share") is not None:
             self.share.load_state_dict(state["share"])
+        self.balancer.load_state_dict(state.get("balancer"))
         if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run goes on in another folder
             self.best = state["meta"]["best"]
         self.step = state["step"]
@@ -331,9 +345,9 @@ class Trainer:
         if self.ema is not None:
             if state.get("ema") is None:
                 log.warning("the checkpoint has no running mean of the weights: it starts from its weights")
-                self.ema.model.load_state_dict(state["model"])
+                self.weights.load(self.ema.model, state["model"])
             else:
-                self.ema.model.load_state_dict(state["ema"]["model"])
+                self.weights.load(self.ema.model, state["ema"]["model"])
                 self.ema.updates = state["ema"]["updates"]
         self.watch = Watch(self.model, self.watch.limit)
         self.watch.count = state["meta"].get("skipped", 0)
@@ -341,7 +355,8 @@ class Trainer:
     def save(self, name: str) -> None:
         """Never what has seen a number that is not finite."""
         self._settle()
-        largest = torch.nn.utils.get_total_norm(list(self.model.parameters()), norm_type=math.inf)
+        parameters = [p for p in self.weights.parameters if p.numel()]
+        largest = self.weights.norm(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf))
         if not math.isfinite(largest.item()):
             raise UserError(
                 f"weights of the model were not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
@@ -375,6 +390,9 @@ class Trainer:
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if "/" in name}
             self.recorder.scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
+        if balancing := self.balancer.summary():
+            read = torch.stack([torch.as_tensor(value, device=self.device) for value in balancing.values()]).tolist()
+            self.recorder.scalars(self.step, "balancing", dict(zip(balancing, read)))
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
 
     def _settle(self) -> None:

@@ -1,0 +1,238 @@
+"""Sweeps (``train.py -m``): every job is a train.py in a process of its own, whichever of Hydra's launchers starts it.
+
+So what a run does to its process (a crash, no memory left, the kernel's SIGKILL) ends that run only. A job's folder
+follows from its words: started again, a sweep skips what is finished and continues what is not.
+"""
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from omegaconf import OmegaConf
+
+from mtcl.entry.compare import read_yaml
+from mtcl.entry.processes import REQUEUE, caught_signals, killed, quoted, reason, started
+from mtcl.entry.schema import leaves
+from mtcl.entry.study_file import bare, is_path, merged
+from mtcl.entry.train import FREE, changed_keys, described_changes
+from mtcl.errors import UserError
+from mtcl.training.checkpoint import is_claimed
+
+NAME_LENGTH = 60  # of the readable part of a job's folder
+MACHINE = ("data.root", "data.cache", "data.memory_map", "data.workers", "trainer.device")  # not in that part
+POLL = 0.1  # seconds between two looks at a running job
+FINISHED, BEFORE, ELSEWHERE, STOPPED, FAILED = "finished", "finished before", "running elsewhere", "stopped", "failed"
+
+
+def job_folder(words: Sequence[str]) -> str:
+    """The name of a job's folder: a readable part, and a hash of all its words in whatever order.
+
+    >>> job_folder(["data=nyud", "data.root=/my/data", "seed=1", "regularizer.weight=0.03"])
+    'weight-0.03_seed-1_data-nyud_f51555a1'
+    """
+    words = sorted(word for word in words if word not in ("resume=auto", "resume=null"))
+    pairs = [(bare(key), value) for key, _, value in (word.partition("=") for word in words)]
+    shown = [(key, value) for key, value in pairs if key not in MACHINE and not is_path(key, value)]
+    shown.sort(key=lambda pair: not re.fullmatch(r"[-+.\de]+", pair[1]))  # numbers are what is mostly swept
+    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in shown]
+    text = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII)[:NAME_LENGTH].strip("-_.")
+    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+    return f"{text}_{digest}".lstrip("_")
+
+
+OmegaConf.register_new_resolver("job_folder", lambda words: job_folder(list(words)), replace=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job of a sweep ended. Those of other processes and machines come back pickled: wherever one is made or
+    unpickled, it is kept in :data:`outcomes`; Hydra gives us none of them itself."""
+
+    number: int
+    words: tuple[str, ...]
+    ending: str
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        outcomes[self.number] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Outcome, astuple(self)
+
+
+outcomes: dict[int, Outcome] = {}  # of this process's sweep, by the job's number
+received: list[int] = []  # signals that told this process to end: no further job is started
+
+
+class Stopped(BaseException):
+    """The sweep was told to end and its job has; goes past Hydra, which takes exceptions for a job's own."""
+
+
+def run_job(
+    command: Sequence[str],
+    words: Sequence[str],
+    config: Mapping[str, Any],
+    folder: Path,
+    number: int,
+    environment: Mapping[str, str],
+    here: bool,
+) -> Outcome:
+    """``command words`` as a process that trains in ``folder``, unless the run is finished, or running elsewhere.
+
+    ``config``: what the words are composed to. ``here``: in the process that was started as the sweep, one job after
+    the other; then what it writes into its log (``folder``'s name and ``.log``) is shown, too.
+    """
+    told = tuple(words)
+    found = state_of(folder, config)
+    if found is not None or received:
+        print(f"{folder}: {found or STOPPED}", flush=True)
+        return Outcome(number, told, found or STOPPED)
+    resume = ["resume=auto"] if any(folder.glob("checkpoints/*.pt")) else []
+    log = folder.with_name(f"{folder.name}.log")
+    full = [*command, *merged(words, resume), f"hydra.run.dir={quoted(folder)}"]
+    with caught_signals() as signals, followed(log, here):
+        process = started(full, log, environment)
+        code = waited(process, signals)
+    received.extend(signals)
+    if received and here:
+        Outcome(number, told, STOPPED)
+        raise Stopped
+    found = state_of(folder, config)
+    if code == 0 and found == BEFORE:
+        return Outcome(number, told, FINISHED)
+    if code == REQUEUE or received:
+        return Outcome(number, told, STOPPED)
+    # Another sweep may have taken the folder while ours was starting.
+    return Outcome(number, told, found or FAILED, "" if found else f"{reason(log, code)} ({log})")
+
+
+def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """None: the run in ``folder`` is to be started or continued. ``UserError`` where it is one of another config."""
+    if is_claimed(folder):
+        return ELSEWHERE
+    if not (folder / "config.yaml").is_file():
+        return None
+    saved, now = read_yaml(folder / "config.yaml"), dict(config)
+    known = dict(leaves(saved))  # keys of later versions are no change
+    free = [key for key in FREE if key != "trainer.max_steps"]
+    keys = [key for key in changed_keys(saved, now, free=free) if key in known]
+    if keys:
+        raise UserError(
+            f"{folder} holds a run of another config ({described_changes(saved, now, keys)}); "
+            "remove it or choose another hydra.sweep.dir"
+        )
+    return BEFORE if all((folder / name).is_file() for name in ("metrics.json", "run.json")) else None
+
+
+def waited(process: subprocess.Popen, signals: list[int]) -> int:
+    """The process's exit code. Told to end, so is the process, which saves first; told twice, it is killed."""
+    parent, asked = os.getppid(), False
+    in_pool = multiprocessing.parent_process() is not None
+    try:
+        while (code := process.poll()) is None:
+            if in_pool and os.getppid() != parent and not signals:  # the sweep itself is gone
+                signals.append(signal.SIGTERM)
+            if signals and not asked:
+                process.terminate()
+                asked = True
+            elif len(signals) > 1:
+                killed(process)
+            time.sleep(POLL)
+        return code
+    finally:
+        if process.poll() is None:  # an exception out of a launcher's own signal handler
+            process.terminate()
+
+
+@contextlib.contextmanager
+def followed(log: Path, shown: bool) -> Iterator[None]:
+    """What is added to ``log`` meanwhile goes to the terminal, too."""
+    if not shown:
+        yield
+        return
+    done = threading.Event()
+    start = log.stat().st_size if log.is_file() else 0
+
+    def copy() -> None:
+        with contextlib.ExitStack() as stack:
+            file: IO[str] | None = None
+            while True:
+                last = done.wait(POLL)
+                if file is None and log.is_file():
+                    file = stack.enter_context(log.open(errors="replace", newline=""))
+                    file.seek(start)
+                if file is not None:
+                    sys.stdout.write(file.read())
+                    sys.stdout.flush()
+                if last:
+                    return
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+# The sweep as a whole
+
+
+@contextlib.contextmanager
+def told_to_end() -> Iterator[None]:
+    """A signal goes on to the processes of a launcher's pool, which end their runs; with none, or twice, it raises."""
+
+    def hear(number: int, frame: Any) -> None:
+        received.append(number)
+        pool = multiprocessing.active_children()
+        if len(received) > 1 or not pool:
+            raise Stopped
+        print("told to end: the runs save first (again: at once)", file=sys.stderr, flush=True)
+        for process in pool:
+            process.terminate()
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, hear)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def exit_code() -> int:
+    """Of the sweep: 130 or 75 where it was told to end, 1 where a run failed."""
+    endings = [outcome.ending for outcome in outcomes.values()]
+    if received:
+        return 130 if received[0] == signal.SIGINT else REQUEUE
+    return 1 if FAILED in endings else REQUEUE if STOPPED in endings else 0
+
+
+def summary() -> list[str]:
+    """A line on all jobs, one for each that failed: the words that not all jobs have, and why."""
+    found = [outcomes[number] for number in sorted(outcomes)]
+    counts = {ending: sum(one.ending == ending for one in found) for ending in (FINISHED, BEFORE, ELSEWHERE, STOPPED)}
+    failed = [one for one in found if one.ending == FAILED]
+    parts = [f"{count} {ending}" for ending, count in {**counts, FAILED: len(failed)}.items() if count]
+    lines = [f"sweep of {len(found)} run{'s' * (len(found) != 1)}: {', '.join(parts)}"]
+    common = set.intersection(*(set(one.words) for one in found)) if len(found) > 1 else set()
+    for one in failed:
+        words = " ".join(word for word in one.words if word not in common)
+        lines.append(f"error: {words or f'job {one.number}'}: {one.reason}")
+    if failed or counts[STOPPED] or received:
+        lines.append("the same command runs what is not finished")
+    return lines

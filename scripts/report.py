@@ -1,0 +1,45 @@
+"""Runs as a page to look at: the table, curves, sweeps, pictures, settings, in one HTML file that needs no network.
+
+    python scripts/report.py RUN|FOLDER ... --output FILE.html [--title TEXT]
+        [--baseline RUN|FILE ...] [--against RUN|LABEL] [--by KEY]
+
+RUN is a run folder, FOLDER holds such folders (a sweep, a study). Runs that still go or broke off are shown with what
+they have. --baseline, --against and --by are those of scripts/compare.py.
+"""
+
+import argparse
+from pathlib import Path
+
+from mtcl.atomic import disk_errors_told, write_atomically
+from mtcl.entry.page import collect, document
+from mtcl.entry.script import run
+from mtcl.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN|FOLDER")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE.html")
+    parser.add_argument("--title", help="default: the folders' names")
+    parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="RUN|FILE")
+    parser.add_argument("--against", metavar="RUN|LABEL", help="the row that the others are compared with")
+    parser.add_argument(
+        "--by", action="append", default=[], metavar="KEY", help="config key (or group) that makes rows"
+    )
+    given = parser.parse_args()
+    if given.output.is_dir():
+        raise UserError(f"--output {given.output} is a folder; give a file.")
+
+    found = collect(given.runs, given.baseline, given.against, given.by)
+    names = ", ".join(source.resolve().name for source in given.runs[:3])
+    title = given.title or names + (", ..." if len(given.runs) > 3 else "")
+    text = document(found, title)
+    with disk_errors_told(given.output):
+        write_atomically(given.output, lambda temporary: temporary.write_text(text, "utf-8"))
+    megabytes = len(text.encode()) / 1e6
+    rows = len(found.comparison.rows) if found.comparison else 0
+    print(f"{given.output}: {len(found.folders)} runs, {rows} rows, {megabytes:.1f} MB")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,44 @@
+"""Runs, newest first: state, steps done, the main metric of each task as it was last scored, age, folder.
+
+    python scripts/runs.py [FOLDER ...] [--state STATE ...] [--format text|csv|json]
+
+FOLDER: runs or folders of runs, default: outputs. Metrics: fractions as percent, metres, degrees (in CSV and JSON
+fractions). States: running (a process holds the folder), finished, interrupted (ended before its last step: resume=auto
+continues it), pruned and failed (by a search), not started (no step is logged), evaluation, broken (says why).
+"""
+
+import argparse
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from mtcl.entry.runs import STATES, as_records, as_text, list_runs
+from mtcl.entry.script import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("outputs")], metavar="FOLDER")
+    parser.add_argument("--state", action="append", choices=STATES, help="only these; may be given several times")
+    parser.add_argument("--format", choices=("text", "csv", "json"), default="text")
+    given = parser.parse_args()
+
+    runs = [one for one in list_runs(given.folders) if given.state is None or one.state in given.state]
+    if given.format == "text":
+        width = shutil.get_terminal_size((100, 24)).columns
+        print(as_text(runs, width) if runs else "no runs", end="" if runs else "\n")
+        return
+    records = as_records(runs)
+    if given.format == "json":
+        print(json.dumps(records, indent=1))
+        return
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    writer = csv.DictWriter(sys.stdout, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+
+
+if __name__ == "__main__":
+    run(main)

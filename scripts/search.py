@@ -1,0 +1,66 @@
+"""A search: Optuna proposes values for the keys of a YAML file, train.py tries them; resumable, parallel.
+
+    python scripts/search.py SEARCH.yaml [--output FOLDER] [--trials N] [--jobs J] [--baseline RUN|FILE ...]
+        [overrides ...]
+
+The overrides go to every run; they are the place for what belongs to a machine (data.root=..., backbone.weights=...;
+paths are relative to the repository). Values are chosen on data.split=tune. Each trial's run lies in FOLDER/trial_N,
+its output in FOLDER/trial_N.log, what Optuna knows in FOLDER/search.db. The same command goes on after an interruption;
+a second one, started meanwhile, helps. scripts/searches/ has files to copy from, docs/sweeps.md says what they hold.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from mtcl.entry.script import run
+from mtcl.entry.search import conduct
+from mtcl.entry.study import tasks_of_config
+from mtcl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("search", type=Path, metavar="SEARCH.yaml")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/searches/<name of the file>")
+    parser.add_argument("--trials", type=int, metavar="N", help="in all, default: as the file says")
+    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="trials at once; default: %(default)s")
+    parser.add_argument(
+        "--baseline", nargs="+", default=[], metavar="RUN|FILE", help="for a Delta, in place of runs made here"
+    )
+    parser.add_argument("overrides", nargs="*", help="of every run, as for train.py")
+    given = parser.parse_intermixed_args()
+    for option, number in (("--jobs", given.jobs), ("--trials", given.trials)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} {number}: it must be a whole number >= 1.")
+    overrides = [
+        *given.overrides,
+        *(word for word in given.baseline if "=" in word),
+    ]  # --baseline takes what follows it
+    conduct(
+        given.search,
+        given.output or Path("outputs/searches") / given.search.stem,
+        overrides,
+        command=[sys.executable, "train.py"],
+        root=ROOT,
+        tasks_of=lambda words: tasks_of_config(words, ROOT / "configs"),
+        trials=given.trials,
+        num_parallel=given.jobs,
+        baseline=[Path(word) for word in given.baseline if "=" not in word],
+        gpus=visible_gpus(),
+        say=lambda text: print(text, flush=True),
+    )
+
+
+def visible_gpus() -> list[str]:
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,730 @@
+"""From one loss per objective to gradients: learned and moving weights, TorchJD's aggregators."""
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, choices, composed
+from omegaconf import OmegaConf
+from shrunken import RESNET, shrunk
+from torch import Tensor, nn
+
+from mtcl import UserError, ranks
+from mtcl.entry import build
+from mtcl.entry.train import train
+from mtcl.training.aggregator import Aggregated, _private_randomness, aggregators
+from mtcl.training.balancer import Balancer, DynamicAverage, FixedWeights, Uncertainty
+from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
+from mtcl.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+WORDS = [*TINY, RESNET, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.panels=0"]
+THREE = "tasks.names=[depth,normals,edge]"
+WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
+NO = torch.zeros(())  # no step is skipped
+try:
+    KINDS = list(aggregators())
+except UserError:
+    KINDS = []
+torchjd = pytest.mark.skipif(not KINDS, reason="TorchJD is not installed: pip install 'mtcl[balancing]'")
+
+
+# --- A toy: a trunk that all objectives pull at, two ways; a head each
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.trunk = nn.Parameter(torch.randn(3, 4, 2, 2, generator=generator).to(memory_format=torch.channels_last))
+        self.bias = nn.Parameter(torch.randn(3, generator=generator))
+        self.heads = nn.ParameterDict({n: nn.Parameter(torch.randn(3, generator=generator)) for n in (*WEIGHTS, "d")})
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def losses(self, seed: int = 0, names: str = "abc") -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        found = {}
+        for name in "abcd":
+            x = torch.randn(5, 4, 2, 2, generator=generator)
+            target = torch.randn(5, generator=generator)
+            z = torch.einsum("nchw,kchw->nk", x, self.trunk) + self.bias
+            if name in names:
+                found[name] = ((z.tanh() @ self.heads[name]) - target).abs().mean()
+        return found
+
+    def step(self, balancer: Balancer, number: int = 0, names: str = "abc", skip: Tensor = NO) -> dict[str, Tensor]:
+        """The gradients of one step, by name."""
+        self.zero_grad(set_to_none=True)
+        balancer.backward(self.losses(number, names), self.parameters())
+        balancer.finish(number)
+        balancer.update(number, skip)
+        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+
+
+def plain(toy: Toy, number: int = 0, names: str = "abc") -> dict[str, Tensor]:
+    return toy.step(FixedWeights(WEIGHTS), number, names)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- Uncertainty
+
+
+def test_uncertainty_is_its_formula_learned_by_adam():
+    """Against autograd through the formula, and torch's Adam."""
+    toy, balancer = Toy(), Uncertainty(WEIGHTS, CPU, lr=0.1, schedule=lambda step: 1 / (step + 1))
+    s = torch.zeros(3, requires_grad=True)
+    adam = torch.optim.Adam([s], lr=0.1)
+    for number in range(4):
+        toy.zero_grad(set_to_none=True)
+        adam.zero_grad()
+        adam.param_groups[0]["lr"] = 0.1 / (number + 1)
+        losses = toy.losses(number, "abcd")  # d: no objective, counts once
+        total = losses["d"] + sum(torch.exp(-s[i]) * w * losses[n] + s[i] for i, (n, w) in enumerate(WEIGHTS.items()))
+        total.backward()
+        want = {name: p.grad.clone() for name, p in toy.named_parameters() if p.grad is not None}
+        adam.step()
+        found = toy.step(balancer, number, "abcd")
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(balancer.log_variance.detach(), s.detach())
+    assert same(toy.step(Uncertainty(WEIGHTS, CPU, 0.1, lambda step: 1.0)), plain(toy)), "it starts with the weights"
+    torch.testing.assert_close(balancer.summary()["b/weight"], 2 * torch.exp(-s[1].detach()))
+
+
+def test_uncertainty_settles_at_the_size_of_the_loss():
+    balancer = Uncertainty({"a": 2.0, "b": 1.0}, CPU, lr=0.2, schedule=lambda step: 0.99**step)
+    x = torch.ones((), requires_grad=True)
+    for step in range(300):
+        balancer.backward({"a": 4 * x, "b": 0.1 * x}, [x])
+        balancer.finish(step)
+        balancer.update(step, NO)
+    assert balancer.log_variance.exp().tolist() == pytest.approx([8.0, 0.1], rel=0.02)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
+    for balancer in (Uncertainty(WEIGHTS, CPU, 0.1, lambda step: 1.0), DynamicAverage(WEIGHTS, CPU, every=1)):
+        toy = Toy()
+        for number in range(3):
+            toy.step(balancer, number)
+        before = {name: float(value) for name, value in balancer.summary().items()}
+        if skip:
+            losses = toy.losses(3)
+            balancer.backward({name: loss * torch.nan for name, loss in losses.items()}, toy.parameters())
+            balancer.finish(3)
+            balancer.update(3, torch.ones(()))
+            balancer.every = 10  # else the window of one step closes empty
+        else:
+            toy.step(balancer, 3, "ab")
+        after = {name: float(value) for name, value in balancer.summary().items()}
+        if skip and isinstance(balancer, Uncertainty):
+            assert after == before
+        assert all(math.isfinite(value) for value in after.values())
+        if isinstance(balancer, Uncertainty):
+            assert after["c/log_variance"] == before["c/log_variance"] != 0
+            assert skip or after["a/log_variance"] != before["a/log_variance"]
+        elif not skip:
+            assert after["c/weight"] == WEIGHTS["c"], "not seen in both windows: no factor"
+            assert after["a/weight"] + after["b/weight"] / 2 == pytest.approx(2)
+
+
+# --- Dynamic weight averaging
+
+
+def test_dwa_is_its_formula():
+    """Against the paper's sums written out, windows of three steps, one of them skipped."""
+    toy, balancer = Toy(), DynamicAverage(WEIGHTS, CPU, every=3, temperature=2.0)
+    means, window, factors = [], [], dict.fromkeys(WEIGHTS, 1.0)
+    for number in range(12):
+        losses = {name: loss.item() for name, loss in toy.losses(number).items()}
+        found = toy.step(balancer, number, skip=torch.tensor(float(number == 4)))
+        want = toy.step(FixedWeights({n: WEIGHTS[n] * factors[n] for n in WEIGHTS}), number)
+        torch.testing.assert_close(found, want)
+        if number != 4:
+            window.append(losses)
+        if number % 3 == 2:
+            means.append({name: sum(seen[name] for seen in window) / len(window) for name in WEIGHTS})
+            window = []
+        if number >= 5 and number % 3 == 2:
+            rates = {name: math.exp(means[-1][name] / means[-2][name] / 2.0) for name in WEIGHTS}
+            factors = {name: 3 * rate / sum(rates.values()) for name, rate in rates.items()}
+            assert len(set(factors.values())) == 3
+    assert {n: v.item() for n, v in balancer.summary().items()} == pytest.approx(
+        {f"{n}/weight": WEIGHTS[n] * factors[n] for n in WEIGHTS}
+    )
+
+
+MOVING = {
+    "uncertainty": lambda: Uncertainty(WEIGHTS, CPU, 0.1, lambda step: 1.0),
+    "dwa": lambda: DynamicAverage(WEIGHTS, CPU, every=2),
+}
+
+
+@pytest.mark.parametrize("make", MOVING.values(), ids=MOVING)
+def test_moving_weights_follow_the_mean_over_processes_and_batches(make, monkeypatch):
+    """Two batches of a step, or two processes, weigh as their mean does; and a state continues to the bit."""
+    toy, one, batches, process = Toy(), make(), make(), make()
+    for number in range(5):
+        first, second = toy.losses(2 * number), toy.losses(2 * number + 1)
+        one.backward({name: (first[name] + second[name]) / 2 for name in first}, [])
+        one.finish(number)
+        one.update(number, NO)
+        first, second = toy.losses(2 * number), toy.losses(2 * number + 1)
+        for part in (first, second):
+            batches.backward({name: loss / 2 for name, loss in part.items()}, [])
+        batches.finish(number)
+        batches.update(number, NO)
+        with monkeypatch.context() as patch:
+            other = torch.stack([loss.detach() for loss in toy.losses(2 * number + 1).values()])
+            patch.setattr(ranks, "world", lambda: 2)
+            patch.setattr(ranks, "total", lambda x, other=other: x + other)
+            process.backward(toy.losses(2 * number), [])
+            process.finish(number)
+            process.update(number, NO)
+        for found in (batches, process):
+            torch.testing.assert_close(found.summary(), one.summary())
+    resumed = make()
+    resumed.load_state_dict(copy.deepcopy(one.state_dict()))
+    assert same(one.summary(), resumed.summary())
+    for balancer in (one, resumed):
+        toy.step(balancer, 5)
+    assert same(one.summary(), resumed.summary())
+
+
+# --- TorchJD
+
+
+def aggregated(name: str, seed: int = 0, **options) -> Aggregated:
+    needed = {"CAGrad": {"c": 0.4}, "Constant": {"weights": [1.0, 2.0, 3.0]}, "FairGrad": {"alpha": 2.0}}
+    needed |= {"Krum": {"n_byzantine": 0}, "TrimmedMean": {"trim_number": 1}}
+    try:
+        return Aggregated(WEIGHTS, CPU, name, {**needed.get(name, {}), **options}, seed)
+    except UserError as error:
+        if "pip install" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+@torchjd
+def test_the_library_names_the_aggregators():
+    assert {"PCGrad", "CAGrad", "MGDA", "NashMTL", "IMTLG", "AlignedMTL", "UPGrad"} <= set(KINDS)
+    assert not {"Aggregator", "WeightedAggregator", "GramianWeightedAggregator", "PCGradWeighting"} & set(KINDS)
+    files = [OmegaConf.load(ROOT / "configs" / "balancing" / f"{choice}.yaml") for choice in choices("balancing")]
+    named = {file.aggregator for file in files if "aggregator" in file}
+    assert len(named) == 7
+    assert named <= set(KINDS)
+
+
+@torchjd
+@pytest.mark.parametrize("name", KINDS)
+def test_every_aggregator(name, tmp_path):
+    """Heads as in a plain backward pass, the trunk moved; reproducible, resumable to the bit, and torch's generator
+    left alone."""
+    toy, balancer, again, generator = Toy(), aggregated(name), aggregated(name), torch.get_rng_state()
+    for number in range(3):
+        found = {n: g.clone() for n, g in toy.step(balancer, number).items()}
+        want = plain(toy, number)
+        assert found.keys() == want.keys() == {"trunk", "bias", "heads.a", "heads.b", "heads.c"}
+        assert all(torch.equal(found[n], want[n]) for n in want if n.startswith("heads"))
+        assert all(found[n].isfinite().all() for n in ("trunk", "bias"))
+        assert found["trunk"].stride() == toy.trunk.stride()
+        assert same(found, toy.step(again, number)), "the same once more"
+    assert any(found[n].any() for n in ("trunk", "bias"))
+    save_checkpoint(tmp_path / "a.pt", {"model": {}, "config": {}, "balancer": balancer.state_dict()})
+    resumed = aggregated(name)
+    resumed.load_state_dict(load_checkpoint(tmp_path / "a.pt")["balancer"])
+    for number in range(3, 6):
+        found = {n: g.clone() for n, g in toy.step(balancer, number).items()}
+        assert same(found, toy.step(resumed, number))
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+@torchjd
+@pytest.mark.parametrize("name", ["GradVac", "NashMTL", "PCD", "ExcessMTL"])
+def test_a_state_matters(name):
+    """... so that the test of resumption above can fail."""
+    options = {"ExcessMTL": {"n_warmup_steps": 1}, "NashMTL": {"update_weights_every": 3}}.get(name, {})
+    toy, balancer, fresh = Toy(), aggregated(name, **options), aggregated(name, **options)
+    for number in range(4):
+        toy.step(balancer, number)
+    found = {n: g.clone() for n, g in toy.step(balancer, 4).items()}
+    assert not same(found, toy.step(fresh, 4))
+
+
+@torchjd
+def test_randomness_is_of_seed_and_step():
+    toy = Toy()
+
+    def trunk(seed: int, step: int) -> Tensor:
+        balancer = aggregated("Random", seed=seed)
+        balancer.backward(toy.losses(), toy.parameters())
+        toy.zero_grad(set_to_none=True)
+        balancer.finish(step)
+        return toy.trunk.grad.clone()
+
+    first = trunk(0, 0)
+    assert torch.equal(first, trunk(0, 0))
+    assert not torch.equal(first, trunk(0, 1))
+    assert not torch.equal(first, trunk(1, 0))
+
+
+@torchjd
+def test_the_sum_is_the_plain_backward_pass():
+    """Weights, a loss that is no objective, an objective that lies outside; then the mean, times their number."""
+    toy = Toy()
+    want = {n: g.clone() for n, g in plain(toy, 3, "abcd").items()}
+    for name, factor in (("Sum", 1.0), ("Mean", 3.0)):
+        balancer = Aggregated({n: factor * w for n, w in WEIGHTS.items()}, CPU, name)
+        found = toy.step(balancer, 3, "abcd")
+        assert found.keys() == want.keys()
+        for parameter in ("trunk", "bias", "heads.d"):
+            torch.testing.assert_close(found[parameter], want[parameter])
+    assert balancer.summary()["b/weight"] == pytest.approx(2.0)  # 3 * 2 / 3
+    only = toy.step(Aggregated({"a": 1.0, "b": 2.0, "c": 0.5, "d": 1.0}, CPU, "Sum"), 3, "abcd")
+    torch.testing.assert_close(only, want)
+
+
+@torchjd
+def test_pcgrad_is_its_algorithm():
+    """Algorithm 1 of the paper, vector by vector, in the order that was drawn."""
+    toy = Toy()
+    conflicts = 0
+    for number in range(6):
+        rows = {}
+        for name, weight in WEIGHTS.items():
+            toy.zero_grad(set_to_none=True)
+            (weight * toy.losses(number)[name]).backward()
+            rows[name] = torch.cat([toy.trunk.grad.flatten(), toy.bias.grad]).double()
+        total = torch.zeros_like(rows["a"])
+        with _private_randomness(7, number, CPU):
+            for i, name in enumerate(rows):
+                mine = rows[name].clone()
+                for j in torch.randperm(3).tolist():
+                    other = list(rows.values())[j]
+                    if j != i and mine @ other < 0:
+                        conflicts += 1
+                        mine -= mine @ other / (other @ other) * other
+                total += mine
+        found = toy.step(aggregated("PCGrad", seed=7), number)
+        found = torch.cat([found["trunk"].flatten(), found["bias"]]).double()
+        torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-5)
+    assert conflicts >= 3
+
+
+@torchjd
+def test_an_objective_without_a_gradient_is_left_out():
+    """MGDA's shortest vector would otherwise be zero."""
+    toy, balancer = Toy(), aggregated("MGDA")
+    losses = toy.losses(1)
+    balancer.backward({**losses, "c": 0.0 * losses["c"]}, toy.parameters())
+    balancer.finish(1)
+    assert toy.trunk.grad.any()
+    assert list(balancer.made) == [("a", "b")]
+    assert toy.heads["c"].grad is not None
+    assert not toy.heads["c"].grad.any()
+    assert "c/weight" not in balancer.summary()
+    toy.step(balancer, 2)
+    assert list(balancer.made) == [("a", "b"), ("a", "b", "c")]
+    found = toy.step(balancer, 3, "a")
+    want = plain(toy, 3, "a")
+    assert same(found, want), "one objective alone has nothing to be balanced with"
+
+
+@torchjd
+def test_batches_of_a_step_are_averaged_before():
+    toy = Toy()
+    whole, parts = aggregated("PCGrad"), aggregated("PCGrad")
+    a, b = toy.losses(1), toy.losses(2)
+    whole.backward({n: (a[n] + b[n]) / 2 for n in a}, toy.parameters())
+    whole.finish(0)
+    want = {n: p.grad.clone() for n, p in toy.named_parameters() if p.grad is not None}
+    toy.zero_grad(set_to_none=True)
+    for losses in (toy.losses(1), toy.losses(2)):
+        parts.backward({n: loss / 2 for n, loss in losses.items()}, toy.parameters())
+    parts.finish(0)
+    torch.testing.assert_close({n: p.grad for n, p in toy.named_parameters() if p.grad is not None}, want)
+
+
+@torchjd
+def test_what_is_not_finite_never_reaches_the_aggregator():
+    toy, balancer = Toy(), aggregated("GradVac")
+    toy.step(balancer, 0)
+    before = {name: value.clone() for name, value in balancer.state_dict()["made"]["a,b,c"].items()}
+    for bad in (math.nan, math.inf):
+        losses = toy.losses(1)
+        toy.zero_grad(set_to_none=True)
+        balancer.backward({**losses, "b": bad * losses["b"]}, toy.parameters())
+        balancer.finish(1)
+        assert not toy.trunk.grad.isfinite().all()
+        losses = toy.losses(1)
+        toy.zero_grad(set_to_none=True)
+        balancer.backward({**losses, "b": losses["b"] + bad}, toy.parameters())  # with a gradient that is finite
+        balancer.finish(1)
+    after = balancer.state_dict()["made"]["a,b,c"]
+    assert before
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@torchjd
+def test_a_solver_that_fails_leaves_a_step_that_is_skipped(caplog, monkeypatch):
+    toy, balancer = Toy(), aggregated("IMTLG")
+
+    def fail(self, gramian):
+        raise RuntimeError("no solution\nat all")
+
+    monkeypatch.setattr("torchjd.aggregation.IMTLGWeighting.forward", fail)
+    found = toy.step(balancer, 4)
+    assert found["trunk"].isnan().all()
+    assert "step 4: IMTLG failed (RuntimeError: no solution)" in caplog.text
+    assert not hasattr(toy.trunk, "jac")
+
+
+@torchjd
+def test_vectors_over_objectives():
+    toy = Toy()
+    want = toy.step(FixedWeights({"a": 3.0, "b": 8.0, "c": 0.5}), 1)
+    want = {n: want[n].clone() for n in ("trunk", "bias")}
+    for weights in ({"c": 1.0, "a": 3.0, "b": 4.0}, [3.0, 4.0, 1.0]):
+        found = toy.step(aggregated("Constant", weights=weights), 1)
+        torch.testing.assert_close({n: found[n] for n in want}, want)
+    toy.step(aggregated("Constant", weights=weights), 1, "ac")  # a part of them
+
+
+@torchjd
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("PCgrad", {}, r"aggregator=PCgrad is not known; choose one of AlignedMTL, .*UPGrad"),
+        ("PCGradWeighting", {}, "is not known"),
+        ("CAGrad", {}, r"aggregator=CAGrad needs 'balancing.options=\{c: VALUE\}'"),
+        ("PCGrad", {"c": 1}, "balancing.options.c is not an option of PCGrad; it has none"),
+        ("MGDA", {"iterations": 1}, "options.iterations is not an option of MGDA; it has epsilon, max_iters"),
+        ("NashMTL", {"n_tasks": 3}, "options.n_tasks is not an option"),
+        ("Constant", {"weights": [1.0, 2.0]}, "weights=.* must have a number for each of a, b, c"),
+        ("Constant", {"weights": {"a": 1.0, "b": 1.0, "d": 1.0}}, "must have a number for each of a, b, c"),
+        ("Krum", {"n_byzantine": 3}, r"Krum with .*n_byzantine.* can't balance a, b, c: .*6 rows"),
+        ("GradDrop", {"f": "identity"}, "GradDrop with .* can't balance"),
+    ],
+)
+def test_mistakes_in_the_options(name, options, message):
+    with pytest.raises(UserError, match=message) as told:
+        Aggregated(WEIGHTS, CPU, name, options)
+    assert "\n" not in str(told.value)
+
+
+@torchjd
+def test_solvers_that_are_not_installed(monkeypatch):
+    monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"aggregator=CAGrad: .*cvxpy.*; pip install 'mtcl\[balancing\]'") as told:
+        Aggregated(WEIGHTS, CPU, "CAGrad", {"c": 0.4})
+    assert "\n" not in str(told.value)
+
+
+def test_without_torchjd(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
+    with pytest.raises(UserError, match=r"balancing.method=torchjd needs TorchJD: pip install 'mtcl\[balancing\]'"):
+        Aggregated(WEIGHTS, CPU, "UPGrad")
+
+
+# --- From a config
+
+
+def balancer_of(*words: str) -> Balancer:
+    config = composed(*words)
+    tasks = build.build_tasks(config)
+    regularizer = None if config.regularizer._target_ is None or len(tasks) < 2 else object()
+    return build.build_balancer(config, tasks, regularizer, SimpleNamespace(ids=range(50)), CPU)
+
+
+def test_methods_and_objectives():
+    tasks = ["depth", "normals", "edge"]
+    fixed = balancer_of(THREE)
+    assert type(fixed) is FixedWeights
+    assert fixed.weights == {"depth": 1.0, "normals": 10.0, "edge": 50.0}
+    assert fixed.summary() == {}, "nothing to write down"
+    dwa = balancer_of(THREE, "balancing=dwa", "data.batch_size=4", "trainer.accumulate=2")
+    assert (list(dwa.weights), dwa.every, dwa.temperature) == (tasks, 6, 2.0)
+    assert balancer_of(THREE, "balancing=dwa", "balancing.every=7").every == 7
+    words = [THREE, "balancing=uncertainty", "balancing.contrast=objective", "regularizer.balance=fixed"]
+    assert list(balancer_of(*words).weights) == [*tasks, "contrast"]
+    assert list(balancer_of(*words, "regularizer=none").weights) == tasks
+
+
+@torchjd
+def test_an_aggregator_from_the_command_line():
+    words = ["balancing=torchjd", "balancing.aggregator=MGDA", "balancing.options={max_iters: 7}"]
+    balancer = balancer_of(THREE, *words, "balancing.contrast=objective", "seed=5")
+    assert (balancer.name, balancer.options, balancer.seed) == ("MGDA", {"max_iters": 7}, 5)
+    assert list(balancer.weights) == ["depth", "normals", "edge", "contrast"]
+    assert balancer_of(THREE, "balancing=imtl_g").name == "IMTLG"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["balancing.method=pcgrad"], "method=pcgrad is not known; choose fixed, uncertainty, dwa or torchjd"),
+        (["balancing.contrast=inside"], "contrast=inside is not known; choose objective or outside"),
+        (["balancing=torchjd", "trainer.compile=true"], "set trainer.compile=false"),
+        (["balancing=dwa", "balancing.contrast=objective"], "contrast=outside or regularizer.balance=fixed"),
+        (["balancing=uncertainty", "loss.weights.edge=0"], "loss.weights.edge=0"),
+        (["balancing=dwa", "tasks=single_depth"], "has one objective only, depth; use balancing=fixed"),
+    ],
+)
+def test_what_does_not_go_together(words, message):
+    with pytest.raises(UserError, match=message) as told:
+        balancer_of(*words)
+    assert "\n" not in str(told.value)
+
+
+def test_several_processes_are_not_for_torchjd(monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    with pytest.raises(UserError, match="trains in one process"):
+        balancer_of("balancing=torchjd")
+    balancer_of("balancing=uncertainty")
+
+
+def test_train_says_it_in_one_sentence(cli, tmp_path):
+    words = ["balancing=dwa", "balancing.contrast=objective"]
+    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path / 'run'}")
+    assert result.code == 1
+    assert "regularizer.balance=fixed" in result.err
+    assert "Traceback" not in result.err
+
+
+# --- In a trainer
+
+
+def made(folder: Path, *words: str) -> Trainer:
+    config = composed(*WORDS, *words)
+    torch.manual_seed(0)
+    trainer = build.build_trainer(config, build.build_tasks(config), folder, CPU).trainer
+    trainer.model.train()
+    return trainer
+
+
+def one_step(trainer: Trainer, *batches: dict) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The gradients of model and regulariser in one step, and how many objectives reached each parameter."""
+    gradients: dict[str, Tensor] = {}
+    reached: dict[str, int] = {}
+    named = dict(trainer.model.named_parameters())
+    own = trainer.regularizer.named_parameters() if trainer.regularizer is not None else ()
+    named |= {f"regularizer.{name}": p for name, p in own}
+    finish, step = trainer.balancer.finish, trainer.optimizer.step
+
+    def look(number):
+        rows = getattr(trainer.balancer, "rows", {})
+        reached.update({name: len(rows.get(p, {})) for name, p in named.items()})
+        finish(number)
+        gradients.update({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in named.values())
+
+    trainer.balancer.finish, trainer.optimizer.step = look, lambda *args: None
+    torch.manual_seed(1)  # of dropout
+    trainer.train_step(*(batches or [next(iter(trainer.batches))]))
+    trainer.balancer.finish, trainer.optimizer.step = finish, step
+    return gradients, reached
+
+
+def assert_alike(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    """Up to rounding, of which parameters without a say (a bias before a norm) have nothing else."""
+    assert found.keys() == want.keys()
+    largest = max(gradient.abs().max().item() for gradient in want.values())
+    for name, gradient in want.items():
+        bound = 1e-4 * gradient.abs().max().item() + 1e-6 * largest
+        assert (found[name] - gradient).abs().max().item() <= bound, name
+
+
+slow = pytest.mark.slow
+MODELS = [
+    pytest.param(*row, id="-".join(row), marks=() if fast else slow)
+    for fast, *row in (
+        (True, "multi_head", "resnet18", "outside"),
+        (False, "multi_head", "resnet18", "objective"),
+        (True, "pad_net", "hrnet_w18_small", "objective"),
+        (False, "pad_net", "hrnet_w18_small", "outside"),
+        (False, "mti_net", "hrnet_w18_small", "objective"),
+        (False, "atrc", "hrnet_w18_small", "outside"),
+        (False, "invpt", "vit_small", "objective"),
+        (False, "taskprompter", "vit_base", "objective"),
+        (False, "mqtransformer", "swin_tiny", "objective"),
+        (False, "deeplab", "resnet18", "objective"),
+    )
+]
+
+
+@torchjd
+@pytest.mark.parametrize(("decoder", "backbone", "contrast"), MODELS)
+def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast, tmp_path):
+    """Of every parameter, projectors too. What is aggregated is what the losses of several objectives reach."""
+    words = [f"decoder={decoder}", f"backbone={backbone}", "data.size=[64,64]", THREE]
+    # The last word of TINY and its like do not fit other decoders.
+    config = [w for w in WORDS if not w.startswith(("decoder.", "backbone=", "++backbone", "data.size"))]
+    words = [*config, *words, *shrunk(decoder, backbone), "trainer.clip_norm=null"]
+    found = []
+    for balancing in (
+        [],
+        ["balancing=torchjd", "balancing.aggregator=Sum", f"balancing.contrast={contrast}"],
+    ):
+        composition = composed(*words, *balancing)
+        torch.manual_seed(0)
+        trainer = build.build_trainer(composition, build.build_tasks(composition), tmp_path, CPU).trainer
+        trainer.model.train()
+        found.append(one_step(trainer))
+    (want, _), (gradients, reached) = found
+    assert_alike(gradients, want)
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    shared = {names[id(p)] for p in trainer.model.shared_parameters()}
+    several = {name for name, count in reached.items() if count > 1}
+    if contrast == "outside":
+        assert several == {n for n in shared if trainer.model.get_parameter(n).requires_grad}
+        assert all(reached[n] == 0 for n in reached if n.startswith("regularizer."))
+    else:
+        assert several > {n for n in shared if trainer.model.get_parameter(n).requires_grad}
+        assert all(reached[n] == 1 for n in reached if n.startswith("regularizer."))
+
+
+@torchjd
+def test_checkpointed_blocks_give_the_same_gradients(tmp_path):
+    words = [THREE, "balancing=torchjd", "balancing.aggregator=Mean", "balancing.contrast=objective"]
+    found, statistics = [], []
+    for recompute in ("false", "true"):
+        trainer = made(tmp_path, *words, f"trainer.grad_checkpointing={recompute}")
+        found.append(one_step(trainer)[0])
+        statistics.append([b.clone() for n, b in trainer.model.named_buffers() if "running" in n])
+    assert_alike(found[1], found[0])
+    assert all(torch.equal(a, b) for a, b in zip(*statistics))
+
+
+@pytest.mark.slow
+@torchjd
+def test_accumulated_batches_are_one_batch(tmp_path):
+    words = ["regularizer=none", "tasks.names=[depth,normals]", "balancing=pcgrad"]
+    found = []
+    for more in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate=2"]):
+        trainer = made(tmp_path, *words, *more)
+        for module in trainer.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        found.append(one_step(trainer, *next(iter(trainer._batches())))[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-4)
+
+
+METHODS = {
+    "uncertainty": ["balancing=uncertainty", "balancing.lr=0.1"],
+    "dwa": ["balancing=dwa", "balancing.every=1"],
+    "contrast": ["balancing=dwa", "balancing.every=1", "balancing.contrast=objective", "regularizer.balance=fixed"],
+    "torchjd": ["balancing=torchjd", "balancing.aggregator=GradVac", "balancing.contrast=objective"],
+}
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["dwa", pytest.param("torchjd", marks=torchjd), *(pytest.param(n, marks=slow) for n in METHODS if n[0] in "uc")],
+)
+def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
+    """A step that is not finite changes nothing, clipping and the running mean of weights go on; what is restored from
+    a checkpoint goes on to the bit."""
+    words = [THREE, *METHODS[method], "trainer.ema=0.9", "schedule=constant"]
+    trainer = made(tmp_path / "a", *words)
+    batches = [batch for _, batch in zip(range(6), trainer.batches)]
+    for batch in batches[:3]:
+        trainer.train_step(batch)
+        trainer.step += 1
+
+    def state(of: Trainer) -> dict[str, Tensor]:
+        found = {f"model/{name}": p.detach().clone() for name, p in of.model.named_parameters()}
+
+        def walk(path: str, value: object) -> None:
+            for name, part in value.items() if isinstance(value, dict) else ():
+                walk(f"{path}/{name}", part)
+            if isinstance(value, Tensor):
+                found[path] = value.clone()
+
+        walk("balancer", {**of.balancer.state_dict(), **of.balancer.summary()})
+        return found
+
+    before = state(trainer)
+    bad = {**batches[3], "labels": {**batches[3]["labels"], "normals": batches[3]["labels"]["normals"] * math.nan}}
+    windows = before.get("balancer/windows")
+    trainer.train_step(bad)
+    after = state(trainer)
+    learned = [name for name in before if "norm" not in name.split("/")[-1] and windows is None]
+    for name in [n for n in before if n.startswith("model/")] + [n for n in learned if "weight" not in n]:
+        assert torch.equal(before[name], after[name]), name
+    trainer.step += 1
+    assert len(trainer.watch.settle()) == 1
+    save_checkpoint(tmp_path / "a.pt", trainer.state())
+    resumed = made(tmp_path / "b", *words)
+    resumed.restore(load_checkpoint(tmp_path / "a.pt"))
+    for batch in batches[4:]:
+        for each in (trainer, resumed):
+            each.train_step(batch)
+            each.step += 1
+    a, b = state(trainer), state(resumed)
+    assert same(a, b)
+    assert any(not torch.equal(a[name], before[name]) for name in before if name.startswith("balancer"))
+
+
+def test_another_balancing_starts_afresh(tmp_path, caplog):
+    old = made(tmp_path / "a", THREE)
+    old.train_step(next(iter(old.batches)))
+    states = [old.state()]
+    states.append({name: value for name, value in states[0].items() if name != "balancer"})  # of before the key
+    trainer = made(tmp_path / "b", THREE, "balancing=dwa")
+    for number, state in enumerate(states, start=1):
+        trainer.restore(state)
+        assert caplog.text.count("with another balancing: this one starts afresh") == number
+        old.restore(state)
+        assert caplog.text.count("afresh") == number
+
+
+def test_the_tasks_gradients_are_shown_as_they_enter(tmp_path):
+    """The contrast's share is measured beside the tasks' losses as they are weighted by now."""
+    trainer = made(tmp_path, THREE, "balancing=uncertainty")
+    batch = next(iter(trainer.batches))
+    before = trainer._add_gradients(batch, 1, {}, True)
+    trainer.balancer.factors = torch.tensor([0.5, 1.0, 1.0])
+    after = trainer._add_gradients(batch, 1, {}, True)
+    ratio = {
+        name: float(after[f"gradient/{name}/norm_task"] / before[f"gradient/{name}/norm_task"])
+        for name in trainer.tasks
+    }
+    assert ratio == pytest.approx({"depth": 0.5, "normals": 1.0, "edge": 1.0}, rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [pytest.param("torchjd", marks=[torchjd, slow]), "uncertainty"])
+def test_a_run_writes_its_weights_down(method, tmp_path):
+    train(composed(*WORDS, THREE, *METHODS[method], "trainer.max_steps=3", "trainer.val_first=false"), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    written = [line for line in lines if line["kind"] == "balancing"]
+    assert [line["step"] for line in written] == [0, 1, 2]
+    assert {f"{name}/weight" for name in ("depth", "normals", "edge")} < written[-1].keys()
+    assert written[0]["normals/weight"] != written[-1]["normals/weight"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [["balancing=uncertainty", "balancing.lr=0.3"], ["balancing=dwa", "balancing.every=1"]]
+)
+def test_two_processes_weigh_as_one(words, tmp_path):
+    """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
+    from test_ranks import TORCHRUN, started
+    from test_ranks import WORDS as RANKS
+
+    found = []
+    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
+        folder = tmp_path / name
+        folder.mkdir()
+        done = started(*command, ROOT / "tests" / "ranks_worker.py", folder, *RANKS, "data.labels=random", *words)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(torch.load(folder / "weights.pt"))
+    for name in found[0]:
+        assert torch.allclose(found[1][name], found[0][name], rtol=0, atol=2e-4), name

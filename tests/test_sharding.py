@@ -1,0 +1,145 @@
+"""Weights, gradients and moments shared out among processes (FSDP2; gloo, on a CPU)."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, composed
+from shrunken import shrunk
+from test_ranks import TORCHRUN, WORDS, check_same, started, worked
+from torch._dynamo.exc import TorchDynamoException
+
+from mtcl import UserError
+from mtcl.entry import build
+from mtcl.entry.schema import check_config
+from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.sharding import Weights, units
+from mtcl.training.step import Compiled
+
+ONE = [sys.executable]
+FSDP = "trainer.parallel=fsdp"
+# No dropped paths, which every process draws for itself; and Adam would weigh up noise.
+VIT = ["backbone=vit_small", *shrunk("multi_head", "vit_small"), "++backbone.kwargs.drop_path_rate=0", "optimizer=sgd"]
+VIT += ["regularizer.lr=1e-4"]
+LONG = ["trainer.max_steps=20"]  # of 2 (debug=tiny) the third has no rate left
+
+
+def moments_of(state: dict) -> dict[tuple[int, str], torch.Tensor]:
+    entries = state["optimizer"]["model"]["state"].items()
+    return {(index, name): value for index, entry in entries for name, value in entry.items()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.labels=random"],
+        pytest.param(["spoil=1", "trainer.ema=0.5", *LONG], marks=pytest.mark.slow),
+        pytest.param(["regularizer=mtpsl", "trainer.accumulate=2", "data.batch_size=2"], marks=pytest.mark.slow),
+        pytest.param([*VIT, "trainer.grad_checkpointing=true"], marks=pytest.mark.slow),
+        pytest.param([*VIT, "trainer.compile=true", "compiler=aot_eager"], marks=pytest.mark.slow),
+        pytest.param(["decoder=taskprompter", *VIT, *shrunk("taskprompter", "vit_small")], marks=pytest.mark.slow),
+    ],
+    ids=["contrastive", "not_finite", "accumulated", "checkpointing", "compiled", "taskprompter"],
+)
+def test_two_sharded_processes_are_one_with_the_whole_batch(words, tmp_path):
+    """... and each has half of what there is to have. Clipping is on, as everywhere."""
+    plain = [word for word in words if "compile" not in word]
+    one, two = worked(tmp_path / "one", None, *plain), worked(tmp_path / "two", TORCHRUN, *words, FSDP)
+    check_same(one, two)
+    assert one[0]["skipped"] == two[0]["skipped"] == ([1] if "spoil=1" in words else [])
+    assert one[0]["weights here"] == 1
+    assert 0.45 < two[0]["weights here"] < 0.6  # what has a first axis of 1, as positions of a ViT, is the first one's
+    assert two[0]["moments here"] in (0, two[0]["weights here"])
+    a, b = moments_of(one[1]), moments_of(two[1])
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        torch.testing.assert_close(b[key], value, rtol=1e-2, atol=1e-4, check_stride=True)
+
+
+@pytest.mark.slow
+def test_a_state_knows_nothing_of_processes(tmp_path):
+    """Continued by one process, or by two with their halves, it goes the same way, whoever left it."""
+    words = ["trainer.ema=0.5", *LONG]
+    worked(tmp_path / "one", None, *words)
+    worked(tmp_path / "two", TORCHRUN, *words, FSDP)
+    want = worked(tmp_path / "one_one", None, *words, f"from={tmp_path / 'one' / 'state.pt'}")
+    check_same(want, worked(tmp_path / "one_two", TORCHRUN, *words, FSDP, f"from={tmp_path / 'one' / 'state.pt'}"))
+    check_same(want, worked(tmp_path / "two_one", None, *words, f"from={tmp_path / 'two' / 'state.pt'}"))
+
+
+@pytest.mark.slow
+def test_train_py_with_shared_out_weights(tmp_path):
+    """Resumed in the middle it ends at the same weights, bit for bit; evaluate.py scores it as it scored itself; one
+    process goes on from it."""
+    words = [*WORDS, "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant", "trainer.ema=0.5"]
+
+    def run(folder: Path, *more: str, command: list[str] = TORCHRUN) -> str:
+        done = started(*command, "train.py", *words, FSDP, f"hydra.run.dir={folder}", *more)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    run(tmp_path / "whole")
+    run(tmp_path / "cut", "trainer.max_steps=2")
+    assert "resumed at step 2" in run(tmp_path / "cut", "resume=auto")
+    a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "cut"))
+    assert len(a["rng"]) == 2
+    for part in ("model", "regularizer"):
+        assert all(torch.equal(value, b[part][name]) for name, value in a[part].items())
+    assert all(torch.equal(value, b["ema"]["model"][name]) for name, value in a["ema"]["model"].items())
+    moments = moments_of(b)
+    assert all(torch.equal(value, moments[key]) for key, value in moments_of(a).items())
+    path = tmp_path / "cut" / "checkpoints" / "last.pt"
+    done = started(*ONE, "evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'scores'}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores, own = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scores", "cut"))
+    for task, metrics in own.items():
+        assert scores[task] == pytest.approx(metrics, rel=1e-2, abs=1e-3, nan_ok=True), task
+    assert "resumed at step 4" in run(tmp_path / "on", f"resume={path}", "trainer.max_steps=6", command=ONE)
+    assert load_checkpoint(tmp_path / "on" / "checkpoints" / "last.pt")["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("decoder", "backbone", "want"),
+    [
+        ("multi_head", "vit_small", ["backbone.net.model.blocks.0", "backbone.net.model.blocks.3"]),
+        ("invpt", "swin_tiny", ["backbone.net.layers_2.blocks.0", "decoder.stages.0", "decoder.preliminary.sal.1"]),
+        ("multi_head", "resnet18", ["backbone.net.layer4.0"]),
+        ("taskprompter", "vit_small", ["backbone.net.model.blocks.0.mlp"]),
+    ],
+)
+def test_blocks_are_units(decoder, backbone, want):
+    config = composed(f"decoder={decoder}", f"backbone={backbone}", *shrunk(decoder, backbone))
+    model = build.build_model(config, build.build_tasks(config), pretrained=False)
+    found = units(model)
+    names = [name for name, module in model.named_modules() if any(module is unit for unit in found)]
+    assert set(want) <= set(names)
+    inside = [id(p) for unit in found for p in unit.parameters()]
+    assert len(inside) == len(set(inside)), "none within another"
+    assert 5 <= len(found) <= 100 or decoder == "taskprompter"
+
+
+def test_alone_it_means_nothing(tmp_path):
+    config = composed(*TINY, FSDP)
+    trainer = build.build_trainer(config, build.build_tasks(config), tmp_path, torch.device("cpu")).trainer
+    assert type(trainer.weights) is Weights
+    with pytest.raises(UserError, match=r"trainer\.parallel=zero must be ddp or fsdp"):
+        check_config({"trainer": {"parallel": "zero"}})
+
+
+def test_one_block_that_does_not_compile_is_one_warning(monkeypatch, caplog):
+    def compiled(call, backend):
+        def fails(x):
+            raise TorchDynamoException("no")
+
+        return fails
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    parts: list[Compiled] = []
+    for _ in range(3):
+        parts.append(Compiled(lambda x: x + 1, parts=parts))
+    with caplog.at_level(logging.WARNING):
+        assert [part(1) for part in parts] == [2, 2, 2]
+    assert len(caplog.records) == 1

@@ -1,0 +1,244 @@
+"""Sweeps: folders that follow from the words, what is finished is skipped, what fails or is ended ends alone."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from omegaconf import OmegaConf
+
+from mtcl import UserError
+from mtcl.entry import sweeping
+from mtcl.entry.sweeping import Outcome, Stopped, exit_code, job_folder, run_job, summary
+from mtcl.training.checkpoint import claim
+
+# Takes the words of train.py: trouble=fail, crash (SIGKILL), hang (until SIGTERM: saves, exit code 75), taken.
+TRAIN = """
+import json, os, pathlib, signal, sys, time
+words = dict(word.split("=", 1) for word in sys.argv[1:])
+folder = pathlib.Path(words["hydra.run.dir"].strip("'"))
+with folder.with_suffix(".calls").open("a") as file:
+    file.write(words.get("resume", "fresh") + "\\n")
+folder.mkdir(parents=True, exist_ok=True)
+config = {"trainer": {"max_steps": 9}, "optimizer": {"lr": float(words["optimizer.lr"])}, "data": {"root": "/then"}}
+(folder / "config.yaml").write_text(json.dumps(config))
+(folder / "checkpoints").mkdir(exist_ok=True)
+print("training", flush=True)
+trouble = words.get("trouble")
+if trouble == "fail":
+    sys.exit("error: the loss was not finite")
+if trouble == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+if trouble == "hang" and "resume" not in words:
+    def save(*_):
+        (folder / "checkpoints" / "last.pt").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    (folder / "ready").touch()
+    time.sleep(60)
+if trouble == "taken":
+    import fcntl, subprocess
+    file = (folder / ".lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    subprocess.Popen(["sleep", words["seconds"]], pass_fds=[file.fileno()], stdout=subprocess.DEVNULL,
+                     stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+    sys.exit("error: another run is writing into it")
+(folder / "metrics.json").write_text("{}")
+(folder / "run.json").write_text("{}")
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(sweeping, "POLL", 0.01)
+    sweeping.outcomes.clear()
+    sweeping.received.clear()
+    yield
+    sweeping.outcomes.clear()
+    sweeping.received.clear()
+
+
+@pytest.fixture
+def job(tmp_path):
+    """Run one job of a sweep with a stand-in for train.py."""
+    (tmp_path / "train.py").write_text(TRAIN)
+
+    def run(*words, number=0, here=False, lr=0.1, max_steps=9):
+        words = [f"optimizer.lr={lr}", *words]
+        config = {"trainer": {"max_steps": max_steps}, "optimizer": {"lr": lr}, "data": {"root": "/now"}, "later": 1}
+        command = [sys.executable, str(tmp_path / "train.py")]
+        return run_job(command, words, config, tmp_path / f"job{number}", number, dict(os.environ), here)
+
+    return run
+
+
+def calls(tmp_path, number=0):
+    return (tmp_path / f"job{number}.calls").read_text().split()
+
+
+def test_a_folder_follows_from_the_words_in_any_order_and_is_short_and_valid():
+    words = ["seed=1", "regularizer.weight=0.03", "data.root=/my/data"]
+    assert job_folder(words) == job_folder(words[::-1]) == job_folder([*words, "resume=auto"])
+    assert job_folder(words).startswith("weight-0.03_seed-1_")
+    others = [
+        ["seed=1", "regularizer.weight=0.030", words[2]],
+        [*words[:2], "data.root=/other"],
+        [*words, "resume=a.pt"],
+    ]
+    assert len({job_folder(other) for other in [words, *others]}) == 4
+    long = [f"decoder.key{i}='a/b,{i}: ä'" for i in range(100)]
+    assert len(job_folder(long)) < 80
+    assert all(c.isascii() and (c.isalnum() or c in "_.+-") for c in job_folder(long))
+    assert job_folder([])
+
+
+def test_a_job_runs_once_and_is_skipped_when_it_is_finished(job, tmp_path, capfd):
+    assert job(here=True).ending == "finished"
+    assert "training" in capfd.readouterr().out, "its output is shown"
+    assert job().ending == "finished before", "data.root and keys of later versions are no other config"
+    assert calls(tmp_path) == ["fresh"]
+    with pytest.raises(UserError, match=r"job0 holds a run of another config \(optimizer.lr is 0.2, was 0.1\)"):
+        job(lr=0.2)
+    with pytest.raises(UserError, match=r"trainer\.max_steps is 10, was 9"):
+        job(max_steps=10)
+
+
+def test_an_interrupted_run_is_continued_and_a_running_one_left_alone(job, tmp_path):
+    (tmp_path / "job0" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "job0" / "checkpoints" / "last.pt").touch()
+    with claim(tmp_path / "job0"):
+        assert job().ending == "running elsewhere"
+    assert job("resume=a.pt").ending == "finished"
+    assert calls(tmp_path) == ["auto"]
+
+
+def test_failures_and_crashes_are_told_and_end_nothing_else(job, tmp_path):
+    assert job("trouble=fail", number=0).reason == f"exit code 1: error: the loss was not finite ({tmp_path}/job0.log)"
+    assert job("trouble=crash", number=1).reason.startswith("ended by signal 9: training")
+    assert job(number=2).ending == "finished"
+    assert exit_code() == 1
+    lines = summary()
+    assert lines[0] == "sweep of 3 runs: 1 finished, 2 failed"
+    assert lines[1].startswith("error: trouble=fail: exit code 1: error: the loss")
+    assert lines[2].startswith("error: trouble=crash: ended by signal 9")
+    assert len(lines) == 4
+
+
+def test_a_folder_that_another_sweep_took_meanwhile_is_no_failure(job):
+    assert job("trouble=taken", "seconds=3").ending == "running elsewhere"
+    assert exit_code() == 0
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_signal_lets_the_run_save_and_starts_no_other(job, tmp_path, here):
+    def interrupt():
+        while not (tmp_path / "job0" / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    if here:
+        with pytest.raises(Stopped):
+            job("trouble=hang", here=True)
+    else:  # in a launcher's pool: others of it save, too, so nothing is raised
+        assert job("trouble=hang").ending == "stopped"
+        assert job(number=1).ending == "stopped"
+        assert not (tmp_path / "job1").exists()
+    thread.join()
+    assert exit_code() == 75
+    assert (tmp_path / "job0" / "checkpoints" / "last.pt").exists()
+    assert summary()[-1] == "the same command runs what is not finished"
+    sweeping.received.clear()
+    assert job("trouble=hang").ending == "finished"
+    assert calls(tmp_path) == ["fresh", "auto"]
+
+
+def test_an_outcome_is_kept_where_it_is_unpickled():
+    sent = pickle.dumps(Outcome(3, ("a=1",), "failed", "why"))
+    sweeping.outcomes.clear()
+    assert pickle.loads(sent) == sweeping.outcomes[3]
+    assert exit_code() == 1
+
+
+# For real
+
+WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[depth,normals]", "evaluation.boundaries=false"]
+WORDS += ["trainer.panels=0", "trainer.val_first=false"]
+
+
+def sweep(folder: Path, *words: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590, **options)
+
+
+def finished(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob("*/metrics.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_a_sweep_for_real(tmp_path, launcher):
+    """One of three runs fails in every launcher; the second time only that one is tried."""
+    words = [f"hydra/launcher={launcher}", "regularizer.weight=0,0.5", "seed=0"]
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
+        words += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=9"]
+    words += ["trainer.monitor=depth/rmse,depth/none"]
+    result = sweep(tmp_path / "s", *words)
+    assert result.returncode == 1, result.stderr
+    lines = result.stderr.splitlines()
+    assert "sweep of 4 runs: 2 finished, 2 failed" in lines
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 2
+    assert all("trainer.monitor=depth/none: exit code 1: error: " in line for line in errors)
+    assert len(finished(tmp_path / "s")) == 2
+    before = {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
+    result = sweep(tmp_path / "s", *words[:-1], "trainer.monitor=depth/rmse")
+    assert result.returncode == 0, result.stderr
+    assert "sweep of 2 runs: 2 finished before" in result.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number"), [("basic", signal.SIGINT), ("basic", signal.SIGTERM), ("joblib", signal.SIGTERM)]
+)
+def test_a_sweep_that_is_told_to_end_saves_and_goes_on(tmp_path, launcher, number):
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    words = ["seed=0,1", "trainer.max_steps=60", "trainer.checkpoint_interval=null", "trainer.val_interval=null"]
+    words += [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    folder = tmp_path / "s"
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                          text=True, start_new_session=True) as process:  # fmt: skip
+        wanted = 2 if launcher == "joblib" else 1
+        while sum('"train"' in path.read_text() for path in folder.glob("*/log.jsonl")) < wanted:
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == (130 if number == signal.SIGINT else 75), err
+    assert "Traceback" not in err
+    assert len(list(folder.glob("*/checkpoints/last.pt"))) == wanted, err
+    assert not finished(folder)
+    result = sweep(folder, *words)
+    assert result.returncode == 0, result.stderr
+    assert len(finished(folder)) == 2
+    logs = [path.read_text() for path in folder.glob("*.log")]
+    assert sum("resumed at step" in log for log in logs) == wanted
+    for path in finished(folder):
+        steps = [json.loads(line)["step"] for line in (path / "log.jsonl").read_text().splitlines()]
+        assert steps == sorted(steps)
+        assert steps[-1] == 60
+        assert OmegaConf.load(path / "config.yaml").trainer.max_steps == 60
