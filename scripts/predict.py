@@ -2,9 +2,9 @@
 
     python scripts/predict.py checkpoint=PATH input=FILE|FOLDER|VIDEO|CAMERA output=FOLDER [key=value ...]
 
-checkpoint: a .pt file, a run's folder, an exported folder, or a name on the Hugging Face hub. input: a picture, a folder
-of pictures (with all below it), a video, or a camera's number (0). Written, per picture NAME, without overwriting
-anything (overwrite=true does):
+checkpoint: a .pt file, a run's folder, an exported folder, or a name on the Hugging Face hub. input: a picture, a
+folder of pictures (with all below it), a video, or a camera's number (0). Written, per picture NAME, without
+overwriting anything (overwrite=true does):
 
 FOLDER/semseg/NAME.png   classes (human_parts, sal alike): 8-bit numbers, with the colours of the panel as palette
 FOLDER/depth/NAME.png    16 bits, millimetres (65535: that or more)

@@ -3,7 +3,7 @@
 import errno
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -109,9 +109,8 @@ def pictures(source: Path, predictor: Predictor, settings: Settings) -> None:
     began, done = time.perf_counter(), 0
     waiting = [path for path in files if settings.overwrite or not is_there(settings, predictor, names[path])]
     if len(waiting) < len(files):
-        print(
-            f"{len(files) - len(waiting)} of {len(files)} pictures have been predicted before; overwrite=true does it again"
-        )
+        before = len(files) - len(waiting)
+        print(f"{before} of {len(files)} pictures have been predicted before; overwrite=true does it again")
     with tqdm(total=len(waiting), desc="predict", unit="picture", disable=len(waiting) < 2) as bar:
         for group in batched(waiting, settings.batch):
             arrays: dict[Path, np.ndarray] = {}
@@ -128,8 +127,8 @@ def pictures(source: Path, predictor: Predictor, settings: Settings) -> None:
     seconds = time.perf_counter() - began
     print(f"{done} pictures in {seconds:.1f} s ({done / max(seconds, 1e-9):.2f} per second): {settings.output}")
     if bad:
-        raise UserError(f"{len(bad)} of {len(files)} pictures could not be predicted ({', '.join(map(str, islice(bad, 3)))}...)"
-                        if len(bad) > 3 else f"not predicted: {', '.join(map(str, bad))}")  # fmt: skip
+        few = ", ".join(map(str, islice(bad, 3))) + (", ..." if len(bad) > 3 else "")
+        raise UserError(f"{len(bad)} of {len(files)} pictures could not be predicted, see above: {few}")
 
 
 def each(
@@ -231,7 +230,7 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings)
         ):
             for group in batched(islice(stream, limit), settings.batch):
                 for picture, maps in zip(group, predictor.batch(group)):
-                    panel = even(draw_predictions(picture, maps, predictor.tasks))
+                    panel = even(draw_predictions(picture, maps, predictor.tasks, legends=False))
                     if writer is None:
                         writer = opened(temporary, rate, panel.shape[:2])
                     writer.write(cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))
@@ -258,7 +257,7 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings)
     print(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}")
 
 
-def frames(capture: Any) -> Iterator[np.ndarray]:
+def frames(capture: Any) -> Generator[np.ndarray]:
     """uint8 RGB."""
     try:
         while True:

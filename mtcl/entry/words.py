@@ -8,7 +8,7 @@ from mtcl.errors import UserError
 
 
 def parse(words: Sequence[str], keys: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """key -> value as ``keys[key]`` reads it (it raises ``ValueError`` for what it does not take), of the given ones."""
+    """key -> value as ``keys[key]`` reads it (it raises ``ValueError`` for what it does not take)."""
     found: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")

@@ -43,7 +43,7 @@ def as_picture(array: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             f"a picture is uint8 (or uint16) of shape (H, W, 3), (H, W, 4) or (H, W), this array is {array.dtype} of "
             f"shape {array.shape}"
         )
-    check_pixels("this array", *array.shape[:2], max_pixels)
+    check_pixels("this array", array.shape[0], array.shape[1], max_pixels)
     array = (array >> 8).astype(np.uint8) if array.dtype == np.uint16 else array
     array = array[..., None] if array.ndim == 2 else array
     if array.shape[2] == 4:

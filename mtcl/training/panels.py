@@ -21,6 +21,7 @@ CAPTION = ROW + 4
 MIN_HEIGHT = 192
 RIGHT: Colour = (245, 243, 238)  # of an error map; in between, the darker the farther off
 WRONG: Colour = (178, 40, 16)
+WIDEST, TILES_PER_ROW = 640, 4  # of pictures without labels
 KINDS = ("label", "prediction", "error")
 
 
@@ -43,6 +44,31 @@ def draw_panel(sample: Shown, tasks: Mapping[str, Task]) -> np.ndarray:
         for c in columns
     ]
     return np.concatenate(padded, axis=1)
+
+
+def draw_predictions(
+    image: np.ndarray, predictions: Mapping[str, np.ndarray], tasks: Mapping[str, Task], legends: bool = True
+) -> np.ndarray:
+    """uint8 RGB picture without labels: the image and a tile per task (predictions in label layout), four to a row.
+
+    Tiles are at most :data:`WIDEST` pixels wide or high. Without ``legends`` the size depends on the image's alone.
+    """
+    zoom = max(1, -(-MIN_HEIGHT // image.shape[0])) if image.shape[1] < WIDEST else 1
+    factor = min(1.0, WIDEST / (zoom * max(image.shape[:2])))
+    pictures = {"image": image, **{name: tasks[name].draw(array) for name, array in predictions.items()}}
+    columns = []
+    for name, picture in pictures.items():
+        tile = _shrunk(_enlarge(picture, zoom), factor)
+        rows = tasks[name].legend([predictions[name]]) if legends and name in predictions else []
+        columns.append(_column({name: tile}, rows))
+    height, width = max(c.shape[0] for c in columns), columns[0].shape[1]
+    padded = [
+        cv2.copyMakeBorder(c, GAP, GAP + height - c.shape[0], GAP, GAP, cv2.BORDER_CONSTANT, value=PAPER)
+        for c in columns
+    ]
+    per_row = min(len(padded), TILES_PER_ROW)
+    padded += [np.full((height + 2 * GAP, width + 2 * GAP, 3), 255, np.uint8)] * (-len(padded) % per_row)
+    return np.concatenate([np.concatenate(padded[i : i + per_row], axis=1) for i in range(0, len(padded), per_row)])
 
 
 def panel_layout(sample: Shown, tasks: Mapping[str, Task]) -> dict[str, Any]:
@@ -96,6 +122,11 @@ def _enlarge(picture: np.ndarray, zoom: int) -> np.ndarray:
     return picture.repeat(zoom, axis=0).repeat(zoom, axis=1) if zoom > 1 else picture
 
 
+def _shrunk(picture: np.ndarray, factor: float) -> np.ndarray:
+    height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
+    return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA) if factor < 1 else picture
+
+
 def _column(captioned: Mapping[str, np.ndarray], legend: list[tuple[str, Colour]]) -> np.ndarray:
     parts = []
     for caption, picture in captioned.items():
@@ -111,6 +142,8 @@ def _caption(text: str, width: int) -> np.ndarray:
 
 def _legend(rows: list[tuple[str, Colour]], width: int) -> np.ndarray:
     """Colour swatches with their text, in as many columns as fit."""
+    if not rows:
+        return np.full((1, width, 3), 255, np.uint8)
     longest = max(cv2.getTextSize(text, FONT, 0.4, 1)[0][0] for text, _ in rows)
     per_line = max(1, width // (longest + 22))
     lines = -(-len(rows) // per_line)
