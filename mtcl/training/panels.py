@@ -49,7 +49,7 @@ def draw_panel(sample: Shown, tasks: Mapping[str, Task]) -> np.ndarray:
 def draw_predictions(
     image: np.ndarray, predictions: Mapping[str, np.ndarray], tasks: Mapping[str, Task], legends: bool = True
 ) -> np.ndarray:
-    """uint8 RGB picture without labels: the image and a tile per task (predictions in label layout), four to a row.
+    """uint8 RGB picture without labels: the image and a tile per task (predictions in label layout), up to four a row.
 
     Tiles are at most :data:`WIDEST` pixels wide or high. Without ``legends`` the size depends on the image's alone.
     """
@@ -66,7 +66,7 @@ def draw_predictions(
         cv2.copyMakeBorder(c, GAP, GAP + height - c.shape[0], GAP, GAP, cv2.BORDER_CONSTANT, value=PAPER)
         for c in columns
     ]
-    per_row = min(len(padded), TILES_PER_ROW)
+    per_row = -(-len(padded) // -(-len(padded) // TILES_PER_ROW))  # rows of about equal length
     padded += [np.full((height + 2 * GAP, width + 2 * GAP, 3), 255, np.uint8)] * (-len(padded) % per_row)
     return np.concatenate([np.concatenate(padded[i : i + per_row], axis=1) for i in range(0, len(padded), per_row)])
 
