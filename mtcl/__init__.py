@@ -20,9 +20,11 @@ __all__ = ["UserError", "__version__", "load"]
 def load(source: Any, **options: Any) -> "Predictor":
     """A trained model as a predictor: see :func:`mtcl.entry.loading.load` and :class:`mtcl.inference.Predictor`.
 
+    ``source``: a checkpoint, a run's folder, an exported folder, or a name on the Hugging Face hub.
+
     >>> predictor = mtcl.load("outputs/rooms/TIME")  # doctest: +SKIP
-    >>> maps = predictor("picture.jpg")  # doctest: +SKIP
-    >>> maps["depth"]  # float32 (H, W), metres  # doctest: +SKIP
+    >>> maps = predictor("picture.jpg")  # or a PIL picture, or uint8 RGB (H, W, 3)  # doctest: +SKIP
+    >>> maps["depth"]  # float32 (H, W), metres; maps["semseg"]: uint8 (H, W), classes  # doctest: +SKIP
     """
     from mtcl.entry import loading  # everything else of the package is below it
 

@@ -3,8 +3,8 @@
     python scripts/predict.py checkpoint=PATH input=FILE|FOLDER|VIDEO|CAMERA output=FOLDER [key=value ...]
 
 checkpoint: a .pt file, a run's folder, an exported folder, or a name on the Hugging Face hub. input: a picture, a
-folder of pictures (with all below it), a video, or a camera's number (0). Written, per picture NAME, without
-overwriting anything (overwrite=true does):
+folder of pictures (with all below it, but for what is hidden or was written by this script), a video, or a camera's
+number (0; until Ctrl-C). Written, per picture NAME, without replacing anything (overwrite=true does):
 
 FOLDER/semseg/NAME.png   classes (human_parts, sal alike): 8-bit numbers, with the colours of the panel as palette
 FOLDER/depth/NAME.png    16 bits, millimetres (65535: that or more)
@@ -13,16 +13,19 @@ FOLDER/edge/NAME.png     8 bits, 255 times the probability, thinned to lines (no
 FOLDER/panel/NAME.jpg    the picture with all of them in colours; panel=false leaves it out
 FOLDER/predict.json      what was done, with the classes' names and the depth's scale
 
-A video gives FOLDER/NAME.mp4, the picture and all tasks side by side (and the maps of every frame with frames=true).
+The same command again goes on where it was interrupted. A video gives FOLDER/NAME.mp4, the picture and all tasks side
+by side (and with frames=true the maps of every frame, NAME/000000 and so on).
 
 tasks=[semseg,depth]   only those            large=shrink|slide|whole   pictures much larger than those trained on
 flip=true              mean with the mirrored picture           scales=0.75,1,1.25   mean over sizes
-batch=4  device=auto|cpu|cuda  precision=auto|bf16|fp32         seconds=10   of a video or camera at most
+batch=4                pictures of one size at once             seconds=10   of a video or camera at most
+device=auto|cpu|cuda   precision=auto|bf16|fp32
 
 A file that can't be predicted is told and left out; the others are done, and the exit code is then 1.
 """
 
 import sys
+from io import TextIOWrapper
 
 from mtcl.entry.predicting import predict
 from mtcl.entry.script import run
@@ -30,6 +33,8 @@ from mtcl.entry.script import run
 
 def main() -> None:
     words = sys.argv[1:]
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     if not words or {"-h", "--help"} & set(words):
         print(__doc__)
         return

@@ -18,7 +18,8 @@ from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.runtime import choose_device
 
-WEIGHTS, FACTS = "model.safetensors", "mtcl.json"  # of an exported folder
+WEIGHTS, FACTS, CARD = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
+SHARED = (WEIGHTS, FACTS, CARD, "model.pt2", "model.onnx", "model.onnx.data")  # what goes to the hub, where it is there
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -58,11 +59,17 @@ def predictor_of(
     loaded: Loaded, device: str = "auto", tasks: Sequence[str] | None = None, precision: str = "auto", **options: Any
 ) -> Predictor:
     """See :func:`load`."""
-    for name in tasks or ():
+    wanted = list(loaded.tasks) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
+    if not wanted:
+        raise UserError(f"tasks= is empty; {loaded.saved.path} has {', '.join(loaded.tasks)}")
+    for name in wanted:
         if name not in loaded.tasks:
             raise UserError(f"{loaded.saved.path} has no task {name}; it has {', '.join(loaded.tasks)}")
-    chosen = {name: task for name, task in loaded.tasks.items() if tasks is None or name in tasks}
-    return Predictor(loaded.model, chosen, loaded.size, choose_device(device), precision, **options)
+    chosen = {name: task for name, task in loaded.tasks.items() if name in wanted}
+    try:
+        return Predictor(loaded.model, chosen, loaded.size, choose_device(device), precision, **options)
+    except UserError as error:  # a training run has keys for these
+        raise UserError(str(error).replace("trainer.", "")) from error
 
 
 def load_model(source: str | Path) -> Loaded:
@@ -109,14 +116,27 @@ def find(source: str | Path) -> Path:
     return pull(str(source)) / FACTS
 
 
-def pull(name: str, revision: str | None = None) -> Path:
-    """The folder of an exported model on the Hugging Face hub, fetched unless it lies in the hub's cache."""
+def pull(name: str, revision: str | None = None, folder: Path | None = None) -> Path:
+    """An exported model on the Hugging Face hub, fetched unless it lies in the hub's cache: the folder it is in.
+
+    ``folder``: put it there, with all formats that were published.
+    """
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"{name} is no name on the hub; give USER/NAME")
+    patterns = list(SHARED if folder else SHARED[:3])
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise UserError(f"{name}: the hub needs its library; pip install huggingface_hub") from error
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[WEIGHTS, FACTS, "README.md"]))
+        return Path(hub(name).snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=folder))
+    except UserError:
+        raise
     except Exception as error:  # the library raises many kinds
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{name} is no file or folder here, and the hub did not give it ({reason})") from error
+
+
+def hub(name: str) -> Any:
+    """The hub's library; ``name``: what it is asked for."""
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError(f"{name}: the hub needs its library; pip install 'mtcl[hub]'") from error
+    return huggingface_hub

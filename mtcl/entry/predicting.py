@@ -1,12 +1,17 @@
 """A trained model on a person's own pictures, video or camera."""
 
 import errno
+import json
+import math
+import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import cv2
@@ -14,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mtcl.atomic import disk_errors_told
+from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.entry import words as read
 from mtcl.entry.loading import Loaded, load_model, predictor_of
 from mtcl.errors import UserError
@@ -22,12 +27,14 @@ from mtcl.inference import Predictor
 from mtcl.inference.maps import DEPTH_UNIT, write_jpeg, write_map
 from mtcl.inference.pictures import SUFFIXES
 from mtcl.inference.predictor import LARGE
+from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 from mtcl.training.panels import draw_predictions
-from mtcl.training.recorder import write_json
 
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".gif")
-KEYS: dict[str, Any] = {
+VIDEOS = (
+    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".3gp"
+)  # fmt: skip
+KEYS: dict[str, Callable[[str], Any]] = {
     "checkpoint": str,
     "input": str,
     "output": Path,
@@ -41,8 +48,14 @@ KEYS: dict[str, Any] = {
     "panel": read.flag,
     "overwrite": read.flag,
     "frames": read.flag,
-    "seconds": float,
+    "seconds": read.positive,
 }
+OF_THE_PREDICTOR = ("tasks", "large", "flip", "scales", "device", "precision")
+RECORD = "predict.json"
+KINDS = {*TASK_NAMES, "panel"}  # folders of what is written
+AGAIN = "run it again: what is there stays"
+FOR_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # what ails the disk, not one name
+NO_MEMORY = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Settings(NamedTuple):
@@ -60,27 +73,30 @@ def predict(words: Sequence[str]) -> None:
     for key in ("checkpoint", "input", "output"):
         if not given.get(key):
             raise UserError(f"predict.py needs {key}=; python scripts/predict.py --help says more")
-    source = given.pop("input")
-    loaded = load_model(given.pop("checkpoint"))
-    options = {
-        key: given.pop(key) for key in ("tasks", "large", "flip", "scales", "device", "precision") if key in given
-    }
-    predictor = predictor_of(loaded, **options)
+    source, checkpoint = given.pop("input"), given.pop("checkpoint")
+    options = {key: given.pop(key) for key in OF_THE_PREDICTOR if key in given}
     settings = Settings(**given)
     if settings.output.is_file():
         raise UserError(f"output={settings.output} is a file; give a folder")
-    with disk_errors_told(settings.output / "predict.json", "run it again"):
-        settings.output.mkdir(parents=True, exist_ok=True)
-        write_json(settings.output / "predict.json", facts(loaded, predictor, source, words))
-    if source.isdecimal():
-        film(int(source), f"camera_{source}", predictor, settings)
-    elif Path(source).is_file() and Path(source).suffix.lower() in VIDEOS:
-        film(source, Path(source).stem, predictor, settings)
+    path, camera = Path(source), source.isdecimal()
+    video = path.suffix.lower() in VIDEOS and path.is_file()
+    files, unread = ([], {}) if camera or video else found(path, settings.output)
+    loaded = load_model(checkpoint)
+    predictor = predictor_of(loaded, **options)
+    record = Record(settings, source, facts(loaded, predictor))
+    if camera:
+        film(int(source), f"camera_{source}", predictor, settings, record)
+    elif video:
+        film(source, path.stem, predictor, settings, record)
     else:
-        pictures(Path(source), predictor, settings)
+        pictures(files, named(files, path), unread, predictor, settings, record)
 
 
-def facts(loaded: Loaded, predictor: Predictor, source: str, words: Sequence[str]) -> dict[str, Any]:
+# What was done
+
+
+def facts(loaded: Loaded, predictor: Predictor) -> dict[str, Any]:
+    """What the maps depend on, and what they mean."""
     tasks: dict[str, Any] = {}
     for name, task in predictor.tasks.items():
         classes = list(getattr(task, "classes", ()))
@@ -89,116 +105,199 @@ def facts(loaded: Loaded, predictor: Predictor, source: str, words: Sequence[str
         tasks["depth"] = {"metres_per_step": DEPTH_UNIT}
     if "normals" in tasks:
         tasks["normals"] = {"value": "2 v / 255 - 1", "axes": ["left", "up", "to the viewer"]}
+    if "edge" in tasks:
+        tasks["edge"] = {"value": "v / 255"}
     return {
-        "checkpoint": str(loaded.saved.path),
+        "checkpoint": str(loaded.saved.path.resolve()),
         "step": loaded.saved.step,
-        "input": source,
-        "words": list(words),
+        "large": predictor.large,
+        "flip": predictor.flip,
+        "scales": list(predictor.scales),
+        "precision": predictor.precision,
         "tasks": tasks,
     }
+
+
+class Record:
+    """``predict.json`` of an output folder, which holds the maps of one model, maybe of several inputs.
+
+    ``UserError`` where it was written for another model or with other options, unless they are to be overwritten.
+    """
+
+    def __init__(self, settings: Settings, source: str, facts: Mapping[str, Any]) -> None:
+        self.path = settings.output / RECORD
+        source = source if source.isdecimal() else str(Path(source).resolve())
+        before = {} if settings.overwrite or not self.path.exists() else self._before()
+        for key in facts.keys() & before.keys() - {"tasks"}:
+            if facts[key] != before[key]:
+                raise UserError(
+                    f"{settings.output} holds predictions with {key}={before[key]}, not {facts[key]}; choose another "
+                    "output=, or replace them with overwrite=true"
+                )
+        inputs, tasks = before.get("inputs", []), before.get("tasks", {})
+        self.is_new = source not in inputs  # then what is there is another's
+        self.content = {**facts, "tasks": tasks | facts["tasks"], "inputs": inputs + [source] * self.is_new}
+
+    def write(self) -> None:
+        text = json.dumps(self.content, indent=2) + "\n"
+        with disk_errors_told(self.path, AGAIN):
+            write_atomically(self.path, lambda temporary: temporary.write_text(text))
+
+    def _before(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text())
+            return {**content, "inputs": list(content["inputs"]), "tasks": dict(content["tasks"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.path} was not written by predict.py, or is damaged; choose another output=, or overwrite=true"
+            ) from error
 
 
 # Pictures
 
 
-def pictures(source: Path, predictor: Predictor, settings: Settings) -> None:
-    """Every picture of a file or folder; UserError at the end where some could not be done."""
-    files = found(source)
-    names = named(files, source)
-    bad: dict[Path, str] = {}
-    began, done = time.perf_counter(), 0
-    waiting = [path for path in files if settings.overwrite or not is_there(settings, predictor, names[path])]
-    if len(waiting) < len(files):
-        before = len(files) - len(waiting)
-        print(f"{before} of {len(files)} pictures have been predicted before; overwrite=true does it again")
+def pictures(
+    files: Sequence[Path],
+    names: Mapping[Path, str],
+    bad: dict[Path, str],
+    predictor: Predictor,
+    settings: Settings,
+    record: Record,
+) -> None:
+    """Predict and write all files; UserError at the end where some could not be done, or were ``bad`` before."""
+    total, began, before, done = len(files) + len(bad), time.perf_counter(), 0, 0
+    waiting = []
+    for path in files:
+        exist = [target.is_file() for target in targets(settings, predictor.tasks, names[path]).values()]
+        if settings.overwrite or not any(exist):
+            waiting.append(path)
+        elif record.is_new:
+            other = f"{settings.output} has maps of another input's {names[path]}"
+            bad[path] = f"{path}: {other}; choose another output=, or replace them with overwrite=true"
+        elif all(exist):
+            before += 1
+        else:
+            waiting.append(path)
+    record.write()
+    if before:
+        print(f"{before} of {total} pictures have been predicted before; overwrite=true does it again")
     with tqdm(total=len(waiting), desc="predict", unit="picture", disable=len(waiting) < 2) as bar:
+
+        def leave_out(path: Path, why: object) -> None:
+            bad[path] = str(why)
+            if total > 1:
+                bar.write(f"left out: {why}", file=sys.stderr)
+
+        for path, why in list(bad.items()):
+            leave_out(path, why)
         for group in batched(waiting, settings.batch):
             arrays: dict[Path, np.ndarray] = {}
             for path in group:
                 try:
                     arrays[path] = predictor.read(path)
                 except UserError as error:
-                    bad[path] = tell(bar, error)
-            for path, maps in zip(arrays, each(predictor, arrays, bad, bar), strict=True):
-                if maps is not None:
-                    write(settings, predictor.tasks, names[path], arrays[path], maps)
+                    leave_out(path, error)
+            for (path, array), maps in zip(arrays.items(), predicted(predictor, list(arrays.values()))):
+                if maps is None:
+                    leave_out(path, too_large(path, array, predictor))
+                    continue
+                try:
+                    write(settings, predictor.tasks, names[path], array, maps)
                     done += 1
+                except UserError as error:
+                    if getattr(error.__cause__, "errno", None) in FOR_ALL:
+                        raise
+                    leave_out(path, error)
             bar.update(len(group))
     seconds = time.perf_counter() - began
+    if total == 1 and bad:
+        raise UserError(*bad.values())
     print(f"{done} pictures in {seconds:.1f} s ({done / max(seconds, 1e-9):.2f} per second): {settings.output}")
     if bad:
         few = ", ".join(map(str, islice(bad, 3))) + (", ..." if len(bad) > 3 else "")
-        raise UserError(f"{len(bad)} of {len(files)} pictures could not be predicted, see above: {few}")
+        raise UserError(f"{len(bad)} of {total} pictures could not be predicted, see above: {few}")
 
 
-def each(
-    predictor: Predictor, arrays: Mapping[Path, np.ndarray], bad: dict[Path, str], bar: tqdm
-) -> Iterator[dict[str, np.ndarray] | None]:
-    """The maps of every picture; None where the device has too little memory for it."""
+def predicted(predictor: Predictor, pictures: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
+    """The maps of every picture, one by one where the memory does not suffice for all; None where not even so."""
     try:
-        yield from predictor.batch(list(arrays.values()))
-        return
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+        return [*predictor.batch(pictures)]
+    except Exception as error:
         if not out_of_memory(error):
             raise
-    for path, array in arrays.items():
-        try:
-            yield predictor(array)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            height, width = array.shape[:2]
-            bad[path] = tell(
-                bar, f"{path}: {width} x {height} pixels are too many for {predictor.device}; use large=shrink"
-            )
-            yield None
+    return [None] if len(pictures) == 1 else [predicted(predictor, [picture])[0] for picture in pictures]
 
 
-def out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "alloc" in str(error)
+def out_of_memory(error: BaseException) -> bool:
+    """Of the device or of this machine."""
+    if isinstance(error, cv2.error):
+        return error.code == cv2.Error.StsNoMem
+    told = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
+    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def tell(bar: tqdm, message: object) -> str:
-    bar.write(f"left out: {message}", file=sys.stderr)
-    return str(message)
+def too_large(what: object, picture: np.ndarray, predictor: Predictor) -> str:
+    then = "use large=shrink" if predictor.large != "shrink" else "make it smaller, or use device=cpu"
+    height, width = picture.shape[:2]
+    return f"{what}: {width} x {height} pixels are too many for the memory of {predictor.device}; {then}"
 
 
-def found(source: Path) -> list[Path]:
-    """The pictures of a folder, with all below it; a file as it is, whatever its name."""
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        if not files:
-            raise UserError(f"input={source} holds no picture ({', '.join(SUFFIXES)})")
-        return files
-    if not source.is_file():
+def found(source: Path, output: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The pictures of a folder, with all below it, and why folders could not be read. Of a file that itself, whatever
+    its name. Left out: what is hidden, the output folder and others that predict.py wrote, folders that links lead to.
+
+    ``UserError``: there is none; or the maps would lie among the pictures.
+    """
+    if not source.exists():
         raise UserError(f"input={source} does not exist; give a picture, a folder, a video or a camera's number")
-    return [source]
+    inside, place = source.resolve(), output.resolve()
+    if inside == place or any(f.parent == place and f.name in KINDS for f in (inside, *inside.parents)):
+        raise UserError(f"input={source} lies where output={output} has its maps; choose another output=")
+    if not source.is_dir():
+        return [source], {}
+    files: list[Path] = []
+    unread: dict[Path, str] = {}
+
+    def note(error: OSError) -> None:
+        unread[Path(error.filename)] = f"{error.filename} can't be read ({error.strerror})"
+
+    for name, folders, names in os.walk(source, onerror=note):
+        folder = Path(name)
+        folders[:] = [f for f in folders if not f.startswith(".") and (folder / f).resolve() != place]
+        if RECORD in names and folder != source:
+            folders.clear()
+            continue
+        paths = (folder / n for n in names if not n.startswith("."))
+        # A link that leads nowhere is told when it is read; what is no file (a pipe) is not waited for.
+        files += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or path.is_symlink())]
+    if not files and not unread:
+        raise UserError(f"input={source} holds no picture ({', '.join(SUFFIXES)})")
+    return sorted(files), unread
 
 
 def named(files: Sequence[Path], source: Path) -> dict[Path, str]:
     """Names of what is written: the path below ``source`` without its ending, with it where two would be one."""
     whole = {path: (path.relative_to(source) if source.is_dir() else Path(path.name)).as_posix() for path in files}
     bare = {path: name.removesuffix(path.suffix) for path, name in whole.items()}
-    count: dict[str, int] = {}
-    for name in bare.values():
-        count[name] = count.get(name, 0) + 1
-    return {path: name if count[name] == 1 else whole[path] for path, name in bare.items()}
+    taken = Counter([*bare.values(), *whole.values()])  # a.jpg.png is a.jpg, too, where a.jpg and a.png are
+    return {path: name if taken[name] == 1 else whole[path] for path, name in bare.items()}
 
 
-def is_there(settings: Settings, predictor: Predictor, name: str) -> bool:
-    targets = [settings.output / task / f"{name}.png" for task in predictor.tasks]
-    targets += [settings.output / "panel" / f"{name}.jpg"] * settings.panel
-    return all(path.is_file() for path in targets)
+def targets(settings: Settings, tasks: Iterable[str], name: str) -> dict[str, Path]:
+    """The files of a picture: task -> path, and ``panel``."""
+    paths = {task: settings.output / task / f"{name}.png" for task in tasks}
+    return paths | ({"panel": settings.output / "panel" / f"{name}.jpg"} if settings.panel else {})
 
 
 def write(
     settings: Settings, tasks: Mapping[str, Task], name: str, picture: np.ndarray, maps: Mapping[str, np.ndarray]
 ) -> None:
-    with disk_errors_told(settings.output / name, "run it again: what is there stays"):
-        for task, array in maps.items():
-            write_map(settings.output / task / f"{name}.png", tasks[task], array)
-        if settings.panel:
-            write_jpeg(settings.output / "panel" / f"{name}.jpg", draw_predictions(picture, maps, tasks))
+    for kind, path in targets(settings, tasks, name).items():
+        with disk_errors_told(path, AGAIN):
+            if kind == "panel":
+                write_jpeg(path, draw_predictions(picture, maps, tasks))
+            else:
+                write_map(path, tasks[kind], maps[kind])
 
 
 def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -210,57 +309,101 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 # Films
 
 
-def film(source: str | int, name: str, predictor: Predictor, settings: Settings) -> None:
-    """``output/name.mp4``: each frame with all tasks beside it. A camera goes on until Ctrl-C."""
+def film(source: str | int, name: str, predictor: Predictor, settings: Settings, record: Record) -> None:
+    """``output/name.mp4``: each frame with all tasks beside it, whole or not at all. A camera goes on until Ctrl-C."""
+    video = isinstance(source, str)
     target = settings.output / f"{name}.mp4"
+    for path in (str(source), str(target)):
+        if not _is_utf8(path):  # OpenCV falls over it
+            raise UserError(f"{path} has a name that is not UTF-8, which OpenCV can't open; rename it")
+    if video and Path(str(source)).resolve() == target.resolve():
+        raise UserError(f"{target} is the video itself; choose another output=")
     if target.exists() and not settings.overwrite:
         raise UserError(f"{target} exists already; overwrite=true writes it again")
+    _silence()
     capture = cv2.VideoCapture(source)
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    rate = rate if 1 <= rate <= 240 else 25.0
-    total = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
-    limit = None if settings.seconds is None else max(1, round(settings.seconds * rate))
-    count, began, writer = 0, time.perf_counter(), None
-    temporary = target.with_name(f".{name}.part.mp4")
-    shown = min(n for n in (total if total > 0 else None, limit, 10**9) if n is not None)
-    try:
+    rate, expected = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate = rate if 0.1 <= rate <= 240 else 25.0
+    total: int | None = expected if expected > 0 and video else None
+    if settings.seconds is not None and video:
+        total = min(max(1, round(settings.seconds * rate)), total or sys.maxsize)
+    count, began = 0, time.perf_counter()
+    with closing(frames(capture, math.inf if video else settings.seconds or math.inf)) as stream:
+        first = next(stream, None)
+        if first is None and video:
+            raise UserError(f"{source} has no frame that can be read; is it whole, and a video that OpenCV reads?")
+        if first is None:
+            raise UserError(f"camera {source} can't be opened; is it connected, free, and yours to use?")
+        record.write()
         with (
-            closing(frames(capture)) as stream,
-            tqdm(total=shown if shown < 10**9 else None, desc="predict", unit="frame") as bar,
+            disk_errors_told(target, "run it again"),
+            TemporaryDirectory(prefix=".predict-", dir=settings.output) as folder,
+            closing(Film(Path(folder) / "film.mp4", rate)) as made,
         ):
-            for group in batched(islice(stream, limit), settings.batch):
-                for picture, maps in zip(group, predictor.batch(group)):
-                    panel = even(draw_predictions(picture, maps, predictor.tasks, legends=False))
-                    if writer is None:
-                        writer = opened(temporary, rate, panel.shape[:2])
-                    writer.write(cv2.cvtColor(panel, cv2.COLOR_RGB2BGR))
-                    if settings.frames:
-                        write(settings, predictor.tasks, f"{name}/{count:06d}", picture, maps)
-                    count += 1
-                    bar.update()
-    except KeyboardInterrupt:
-        if isinstance(source, str):
-            raise
-    finally:
-        if writer is not None:
-            writer.release()
-            with disk_errors_told(target, "run it again"):
-                temporary.replace(target)
-    if count == 0:
-        what = (
-            f"camera {source} can't be opened" if isinstance(source, int) else f"{source} has no frame that can be read"
-        )
-        raise UserError(f"{what}; is it whole, and of a kind that OpenCV reads?")
-    if isinstance(source, str) and limit is None and 0 < count < total - 1:
-        print(f"{source}: only {count} of {total} frames could be read", file=sys.stderr)
+            try:
+                with tqdm(total=total, desc="predict", unit="frame") as bar:
+                    for group in batched(islice(chain([first], stream), total), settings.batch):
+                        for picture, maps in zip(group, predicted(predictor, group)):
+                            if maps is None:
+                                raise UserError(too_large(source, picture, predictor))
+                            # A camera's film is as long as it took, however fast the model is.
+                            due = 0 if video else round((time.perf_counter() - began) * rate) - made.count
+                            made.add(draw_predictions(picture, maps, predictor.tasks, legends=False), max(1, due))
+                            if settings.frames:
+                                extra = settings._replace(panel=False)
+                                write(extra, predictor.tasks, f"{name}/{count:06d}", picture, maps)
+                            count += 1
+                            bar.update()
+            except KeyboardInterrupt:
+                if video or not count:
+                    raise
+            made.close()
+            if not made.is_whole():
+                raise OSError(errno.EIO, "OpenCV did not write all of it; is there space?")
+            os.replace(made.path, target)
     seconds = time.perf_counter() - began
     print(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}")
+    if total is not None and count < 0.9 * total - 1:  # containers count roughly
+        raise UserError(f"only {count} of about {total} frames of {source} could be read; is it whole?")
 
 
-def frames(capture: Any) -> Generator[np.ndarray]:
-    """uint8 RGB."""
+class Film:
+    """A video that is written frame by frame, uint8 RGB (H, W, 3) of one size."""
+
+    def __init__(self, path: Path, rate: float):
+        self.path, self.rate, self.count = path, rate, 0
+        self.writer: cv2.VideoWriter | None = None
+
+    def add(self, picture: np.ndarray, times: int = 1) -> None:
+        height, width = picture.shape[:2]
+        # Codecs want even sides.
+        picture = cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        if self.writer is None:
+            size = (picture.shape[1], picture.shape[0])
+            self.writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
+            if not self.writer.isOpened():
+                raise OSError(errno.EIO, "OpenCV can't write such a video")
+        for _ in range(times):
+            self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        self.count += times
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.release()
+
+    def is_whole(self) -> bool:
+        """OpenCV does not say when a disk is full."""
+        written = cv2.VideoCapture(str(self.path))
+        count = int(written.get(cv2.CAP_PROP_FRAME_COUNT))
+        written.release()
+        return count == self.count
+
+
+def frames(capture: Any, seconds: float) -> Generator[np.ndarray]:
+    """uint8 RGB, for so long."""
+    began = time.perf_counter()
     try:
-        while True:
+        while time.perf_counter() - began < seconds:
             there, frame = capture.read()
             if not there:
                 return
@@ -269,14 +412,15 @@ def frames(capture: Any) -> Generator[np.ndarray]:
         capture.release()
 
 
-def even(picture: np.ndarray) -> np.ndarray:
-    """Video codecs want even sides."""
-    height, width = picture.shape[:2]
-    return cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def opened(path: Path, rate: float, size: tuple[int, int]) -> cv2.VideoWriter:
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, (size[1], size[0]))
-    if not writer.isOpened():
-        raise OSError(errno.EACCES, "no video can be written", str(path))
-    return writer
+def _silence() -> None:
+    """What OpenCV and FFmpeg would write into the progress bar."""
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

@@ -1,6 +1,7 @@
 """The words ``key=value`` of a script that has no config."""
 
 import difflib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,16 @@ def whole(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError("give a whole number from 1 on")
     return int(text)
+
+
+def positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise ValueError("give a number above 0")
+    return number
 
 
 def names(text: str) -> list[str]:

@@ -16,7 +16,7 @@ DEPTH_UNIT = 0.001  # metres of a step of a depth file
 
 def coloured(task: Task, array: np.ndarray) -> Image.Image:
     """Classes as numbers; a palette shows them in the task's colours."""
-    image = Image.fromarray(array, mode="L")
+    image = Image.fromarray(array)
     image.putpalette(task.draw(np.arange(256, dtype=np.uint8)[None]).tobytes())
     return image
 
@@ -29,12 +29,13 @@ def millimetres(task: Task, array: np.ndarray) -> Image.Image:
 
 def directions(task: Task, array: np.ndarray) -> Image.Image:
     """v stands for 2 v / 255 - 1."""
-    return Image.fromarray(np.round(255 * (array + 1) / 2).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(np.round(255 * (np.nan_to_num(array) + 1) / 2).clip(0, 255).astype(np.uint8))
 
 
 def thin_lines(task: Task, array: np.ndarray) -> Image.Image:
     """255 times the probability, where an edge is strongest across its direction; 0 elsewhere."""
-    return Image.fromarray(np.round(255 * nms(array, SAK.smoothing, SAK.radius)).clip(0, 255).astype(np.uint8))
+    thinned = nms(np.nan_to_num(array), SAK.smoothing, SAK.radius)
+    return Image.fromarray(np.round(255 * thinned).clip(0, 255).astype(np.uint8))
 
 
 FILES: dict[str, Callable[[Task, np.ndarray], Image.Image]] = {
@@ -50,7 +51,7 @@ FILES: dict[str, Callable[[Task, np.ndarray], Image.Image]] = {
 def write_map(path: Path, task: Task, array: np.ndarray) -> None:
     """One task's map (label layout) as a PNG."""
     image = FILES[task.name](task, array)
-    write_atomically(path, lambda temporary: image.save(temporary, format="PNG"), durable=False)
+    write_atomically(path, lambda temporary: image.save(temporary, format="PNG", compress_level=3), durable=False)
 
 
 def write_jpeg(path: Path, picture: np.ndarray, quality: int = 92) -> None:

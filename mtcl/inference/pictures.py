@@ -1,14 +1,19 @@
 """Any picture that people have, as the pixels a model takes."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mtcl.errors import UserError
 
 MAX_PIXELS = 50_000_000
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"
+)  # fmt: skip
+# What Pillow may take a file for, whatever its name: no formats that call other programs (EPS) or draw vectors.
+FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -18,21 +23,42 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     ``UserError``: no picture, damaged, or of more than ``max_pixels`` (found out before it is decoded).
     """
     try:
-        with Image.open(path) as picture:
-            check_pixels(path, picture.height, picture.width, max_pixels)
-            return _rgb(path, ImageOps.exif_transpose(picture))
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} has far too many pixels (the limit is {max_pixels:,}); make it smaller") from error
+        Image.init()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="PIL")  # of many pixels (the limit here is ours), of odd metadata
+            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+                return from_pillow(picture, max_pixels, str(path))
     except UserError:
         raise
+    except Image.DecompressionBombError as error:
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own is the double of that
+        raise UserError(f"{path} has more pixels than the limit of {limit:,}; make it smaller") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path} is damaged, or not a picture (it has no format that is read here)") from error
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
-    except OSError as error:
-        if isinstance(error, PermissionError | IsADirectoryError):
-            raise UserError(f"{path} can't be read ({error.strerror})") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); give a file that you may read") from error
+    except MemoryError as error:
+        raise UserError(f"{path} has too many pixels for the memory of this machine; make it smaller") from error
+    except Exception as error:  # of damaged files Pillow raises nearly anything
         raise UserError(f"{path} is damaged, or not a picture ({_line(error)})") from error
-    except (ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:  # Pillow's, of damaged files
-        raise UserError(f"{path} is damaged, or not a picture ({_line(error)})") from error
+
+
+def from_pillow(picture: Image.Image, max_pixels: int = MAX_PIXELS, what: str = "this picture") -> np.ndarray:
+    """A PIL picture of any mode as :func:`read_picture` gives it; ``what`` it is called in complaints."""
+    check_pixels(what, picture.height, picture.width, max_pixels)
+    picture.load()
+    transparent = picture.has_transparency_data
+    picture = _upright(picture)
+    if picture.mode == "I" or picture.mode.startswith("I;16"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{what} holds values of 32 bits; save it with 8 or 16 bits")
+        return as_picture(values.astype(np.uint16), max_pixels)
+    if picture.mode == "F":
+        raise UserError(f"{what} holds floating-point values; save it with 8 or 16 bits")
+    return as_picture(np.asarray(picture.convert("RGBA" if transparent else "RGB")), max_pixels)
 
 
 def as_picture(array: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -52,22 +78,19 @@ def as_picture(array: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
-def check_pixels(what: object, height: int, width: int, max_pixels: int) -> None:
+def check_pixels(what: str, height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise UserError(f"{what} has {width} x {height} pixels, more than the limit of {max_pixels:,}; make it smaller")
+    if height * width == 0:
+        raise UserError(f"{what} has {width} x {height} pixels; give a picture")
 
 
-def _rgb(path: Path, picture: Image.Image) -> np.ndarray:
-    if picture.mode in ("I", "I;16", "I;16B", "I;16L"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{path} holds values of 32 bits; save it with 8 or 16 bits")
-        return as_picture(values.astype(np.uint16))
-    if picture.mode == "F":
-        raise UserError(f"{path} holds floating-point values; save it with 8 or 16 bits")
-    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        return as_picture(np.asarray(picture.convert("RGBA")))
-    return np.array(picture.convert("RGB"))
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; where that can't be understood, as it lies."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # Pillow raises nearly anything
+        return picture
 
 
 def _line(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mtcl.data import Sample, prepare
 from mtcl.data.loading import collate
 from mtcl.errors import UserError
-from mtcl.inference.pictures import MAX_PIXELS, as_picture, read_picture
+from mtcl.inference.pictures import MAX_PIXELS, as_picture, from_pillow, read_picture
 from mtcl.models import DenseModel
 from mtcl.tasks.base import Task
 from mtcl.training.runtime import autocast
@@ -21,8 +21,8 @@ from mtcl.training.runtime import autocast
 Size = tuple[int, int]
 Picture = str | Path | np.ndarray | Image.Image
 LARGE = ("shrink", "slide", "whole")
-AS_IT_IS = 1.6  # times the area of the training frame: pictures up to that are not touched
-STRIP = 256  # rows that are decoded at once
+AS_IT_IS = 1.6  # times the area and the longer side of the training frame: pictures up to that are not touched
+STRIP = 2**24  # numbers that are decoded at once
 
 
 class Predictor:
@@ -32,7 +32,7 @@ class Predictor:
     float32 (H, W, 3), unit vectors, x to the left, y up, z to the viewer. edge: float32 (H, W), the probability, 0..1.
 
     Args:
-        size: (height, width) of the frame that the model was trained in. A picture of about that area or less is
+        size: (height, width) of the frame that the model was trained in. A picture of about that size or less is
             predicted as it is, exactly as ``evaluate.py`` does it.
         large: what becomes of larger ones. ``shrink``: to the frame, and the maps enlarged again. ``slide``: a window
             of the frame's size goes over the picture, neighbours overlap by half and are blended: finer, but slower,
@@ -40,7 +40,8 @@ class Predictor:
         flip: the mean with the mirrored picture's prediction. ``scales``: the mean over enlarged and shrunk pictures.
         max_pixels: larger pictures are refused.
 
-    Depth is right for cameras with the angle of view that the model was trained with.
+    Depth is right for cameras with the angle of view that the model was trained with. Where a larger picture is not
+    shrunk, things look nearer in it than they are, and depth is multiplied by how much larger it is.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Predictor:
     ):
         if large not in LARGE:
             raise UserError(f"large={large} is not known; choose {', '.join(LARGE)}")
-        if not scales or min(scales) < 0.1 or max(scales) > 4:
+        if not scales or not all(0.1 <= scale <= 4 for scale in scales):
             raise UserError(f"scales={list(scales)}: give factors from 0.1 to 4, such as 0.75,1,1.25")
         autocast(device, precision)  # says now if it is not known
         self.model, self.tasks, self.size, self.device = model.eval().to(device), dict(tasks), size, device
@@ -81,23 +82,30 @@ class Predictor:
         if isinstance(picture, str | Path):
             return read_picture(Path(picture), self.max_pixels)
         if isinstance(picture, Image.Image):
-            picture = np.asarray(picture.convert("RGBA" if "A" in picture.getbands() else "RGB"))
-        return as_picture(picture, self.max_pixels)
+            return from_pillow(picture, self.max_pixels)
+        if isinstance(picture, np.ndarray):
+            return as_picture(picture, self.max_pixels)
+        raise UserError(f"a picture is a file's path, a PIL picture or a NumPy array, not {type(picture).__name__}")
 
     @torch.inference_mode()
     def _predicted(self, pictures: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-        height, width = pictures[0].shape[:2]
-        if height * width <= AS_IT_IS * self.size[0] * self.size[1] or self.large == "whole":
-            return [self._decoded(raw, (height, width)) for raw in self._raw(pictures)]
+        """Of pictures of one size."""
+        height, width = size = (pictures[0].shape[0], pictures[0].shape[1])
+        (short, long), frame = sorted(size), sorted(self.size)
+        if height * width <= AS_IT_IS * frame[0] * frame[1] and long <= AS_IT_IS * frame[1]:
+            return self._decoded(self._raw(pictures), size)
+        factor = min(1.0, frame[0] / short, frame[1] / long)  # which makes it as large as those of the training
         if self.large == "shrink":
-            (short, long), frame = sorted((height, width)), sorted(self.size)
-            factor = min(frame[0] / short, frame[1] / long)
-            small = [_resized(p, factor) for p in pictures]
-            return [self._decoded(raw, (height, width)) for raw in self._raw(small)]
-        return [self._slid(picture) for picture in pictures]
+            return self._decoded(self._raw([_resized(p, factor) for p in pictures]), size)
+        if self.large == "whole":
+            return self._decoded(self._raw(pictures, 1 / factor), size)
+        return self._slid(pictures, 1 / factor)
 
-    def _raw(self, pictures: list[np.ndarray]) -> list[dict[str, Tensor]]:
-        """Task -> raw prediction float32 (C, H, W) of pictures of one size, averaged as asked for."""
+    def _raw(self, pictures: list[np.ndarray], enlarged: float = 1.0) -> dict[str, Tensor]:
+        """Task -> raw predictions float32 (B, C, H, W) of pictures of one size, averaged as asked for.
+
+        ``enlarged``: by how much, against the pictures of the training.
+        """
         sums: dict[str, Tensor] = {}
         size = pictures[0].shape[:2]
         for scale in self.scales:
@@ -106,12 +114,12 @@ class Predictor:
                 views = [np.ascontiguousarray(p[:, ::-1]) for p in scaled] if flipped else scaled
                 for name, raw in self._once(views).items():
                     raw = self.tasks[name].mirrored(raw) if flipped else raw
-                    raw = self.tasks[name].unscaled(raw, scale)
+                    raw = self.tasks[name].unscaled(raw, scale * enlarged)
                     if raw.shape[-2:] != size:
                         raw = F.interpolate(raw, size, mode="bilinear", align_corners=False, antialias=scale > 1)
                     sums[name] = sums[name] + raw if name in sums else raw
         count = len(self.scales) * (1 + self.flip)
-        return [{name: total[i] / count for name, total in sums.items()} for i in range(len(pictures))]
+        return {name: total / count for name, total in sums.items()}
 
     def _once(self, pictures: list[np.ndarray]) -> dict[str, Tensor]:
         """(B, C, H, W) of pictures of one size, in the frame that an evaluation would put them in."""
@@ -122,37 +130,43 @@ class Predictor:
         (top, left), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
         return {name: raw[name][..., top : top + height, left : left + width].float() for name in self.tasks}
 
-    def _decoded(self, raw: dict[str, Tensor], size: Size) -> dict[str, np.ndarray]:
-        """Raw maps (C, h, w), brought to ``size``, in label layout. In strips: those of a large picture are huge."""
-        found = {}
+    def _decoded(self, raw: dict[str, Tensor], size: Size) -> list[dict[str, np.ndarray]]:
+        """Raw maps (B, C, h, w), brought to ``size``, in label layout. In strips: those of a large picture are huge."""
+        found: list[dict[str, np.ndarray]] = [{} for _ in next(iter(raw.values()))]
         for name, task in self.tasks.items():
-            strips = [task.decoded(strip) for strip in _enlarged(raw[name], size)]
-            found[name] = np.concatenate(strips) if len(strips) > 1 else strips[0]
+            for maps, one in zip(found, raw[name]):
+                strips = [task.decoded(strip) for strip in _enlarged(one, size)]
+                maps[name] = np.concatenate(strips) if len(strips) > 1 else strips[0]
         return found
 
-    def _slid(self, picture: np.ndarray) -> dict[str, np.ndarray]:
-        """Windows row by row; what no later row reaches is decoded and let go."""
-        height, width = picture.shape[:2]
+    def _slid(self, pictures: list[np.ndarray], enlarged: float) -> list[dict[str, np.ndarray]]:
+        """Windows row by row, the same one of all pictures together; what no later row reaches is decoded and let go.
+
+        ``enlarged``: see :meth:`_raw`.
+        """
+        height, width = pictures[0].shape[:2]
         window = (min(self.size[0], height), min(self.size[1], width))
         tops, lefts = _starts(height, window[0]), _starts(width, window[1])
         weight = _hill(window, self.device)
-        sums: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}  # (B, C, window's height, W)
         weights = torch.zeros(window[0], width, device=self.device)
-        strips: dict[str, list[np.ndarray]] = {name: [] for name in self.tasks}
-        for number, top in enumerate(tops):
+        strips: list[dict[str, list[np.ndarray]]] = [{name: [] for name in self.tasks} for _ in pictures]
+        for top, following in zip(tops, [*tops[1:], height]):
             for left in lefts:
-                view = np.ascontiguousarray(picture[top : top + window[0], left : left + window[1]])
-                for name, raw in self._raw([view])[0].items():
+                area = (..., slice(left, left + window[1]))
+                views = [np.ascontiguousarray(p[top : top + window[0], left : left + window[1]]) for p in pictures]
+                for name, raw in self._raw(views, enlarged).items():
                     if name not in sums:
-                        sums[name] = raw.new_zeros(raw.shape[0], window[0], width)
-                    sums[name][..., left : left + window[1]] += weight * raw
-                weights[:, left : left + window[1]] += weight
-            done = (tops[number + 1] - top) if number + 1 < len(tops) else window[0]
+                        sums[name] = raw.new_zeros(*raw.shape[:3], width)
+                    sums[name][area] += weight * raw
+                weights[area] += weight
+            done = following - top
             for name, task in self.tasks.items():
-                strips[name].append(task.decoded(sums[name][:, :done] / weights[:done]))
-                sums[name] = F.pad(sums[name][:, done:], (0, 0, 0, done))
+                for parts, total in zip(strips, sums[name]):
+                    parts[name].append(task.decoded(total[:, :done] / weights[:done]))
+                sums[name] = F.pad(sums[name][:, :, done:], (0, 0, 0, done))
             weights = F.pad(weights[done:], (0, 0, 0, done))
-        return {name: np.concatenate(parts) for name, parts in strips.items()}
+        return [{name: np.concatenate(rows) for name, rows in parts.items()} for parts in strips]
 
 
 def _alike(arrays: Sequence[np.ndarray]) -> Iterator[list[np.ndarray]]:
@@ -173,27 +187,29 @@ def _resized(picture: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _enlarged(raw: Tensor, size: Size) -> Iterator[Tensor]:
-    """(C, h, w) -> strips (C, <= STRIP, W) of the map brought to ``size``, bilinear, corners not aligned."""
+    """(C, h, w) -> strips (C, rows, W) of the map brought to ``size``, bilinear, corners not aligned."""
     height, width = size
-    if raw.shape[-1] != width:
-        raw = F.interpolate(raw[None], (raw.shape[-2], width), mode="bilinear", align_corners=False)[0]
-    if raw.shape[-2] == height:
-        yield from raw.split(STRIP, dim=1)
+    rows = max(1, STRIP // (len(raw) * width))
+    if raw.shape[1:] == size:
+        yield from raw.split(rows, dim=1)
         return
-    rows = torch.arange(height, device=raw.device, dtype=torch.float64)
-    place = ((rows + 0.5) * (raw.shape[-2] / height) - 0.5).clamp(0, raw.shape[-2] - 1)
+    place = (torch.arange(height, dtype=torch.float64) + 0.5) * (raw.shape[1] / height) - 0.5
+    place = place.clamp(0, raw.shape[1] - 1)
     low = place.long()
-    part = (place - low).float()[:, None]
-    high = (low + 1).clamp(max=raw.shape[-2] - 1)
-    for i in range(0, height, STRIP):
-        strip = slice(i, i + STRIP)
-        yield torch.lerp(raw[:, low[strip]], raw[:, high[strip]], part[strip])
+    high, part = (low + 1).clamp(max=raw.shape[1] - 1), (place - low).float()[:, None].to(raw.device)
+    for i in range(0, height, rows):
+        strip = slice(i, i + rows)
+        first, last = int(low[i]), int(high[strip][-1])
+        near = raw[None, :, first : last + 1]  # the rows that this strip lies between
+        near = F.interpolate(near, (near.shape[2], width), mode="bilinear", align_corners=False)[0]
+        above, below = ((place[strip] - first).to(raw.device) for place in (low, high))
+        yield torch.lerp(near[:, above], near[:, below], part[strip])
 
 
 def _starts(length: int, window: int) -> list[int]:
     """Where windows begin so that neighbours overlap by half at least, evenly."""
     steps = -(-2 * (length - window) // window)
-    return [round(i * (length - window) / steps) for i in range(steps + 1)] if steps else [0]
+    return sorted({round(i * (length - window) / steps) for i in range(steps + 1)}) if steps else [0]
 
 
 def _hill(size: Size, device: torch.device) -> Tensor:

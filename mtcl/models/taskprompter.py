@@ -102,7 +102,7 @@ class TaskPrompter(DenseModel):
         size = (x.shape[2], x.shape[3])
         x = vit.patch_embed.norm(x.flatten(2).transpose(1, 2)) + resample(vit.pos_embed, self.grid, size)
         x = vit.norm_pre(vit.pos_drop(x))
-        tokens = torch.cat([self.prompts.to(x.dtype).expand(len(x), -1, -1), x], dim=1)  # (B, T + N, C)
+        tokens = torch.cat([self.prompts.to(x.dtype).expand(x.shape[0], -1, -1), x], dim=1)  # (B, T + N, C)
 
         sums: list[Tensor] = []
         for index in range(self.levels_after[-1] + 1):

@@ -21,7 +21,7 @@ CAPTION = ROW + 4
 MIN_HEIGHT = 192
 RIGHT: Colour = (245, 243, 238)  # of an error map; in between, the darker the farther off
 WRONG: Colour = (178, 40, 16)
-WIDEST, TILES_PER_ROW = 640, 4  # of pictures without labels
+WIDEST, NARROWEST, TILES_PER_ROW = 640, 128, 4  # of pictures without labels
 KINDS = ("label", "prediction", "error")
 
 
@@ -53,22 +53,23 @@ def draw_predictions(
 
     Tiles are at most :data:`WIDEST` pixels wide or high. Without ``legends`` the size depends on the image's alone.
     """
-    zoom = max(1, -(-MIN_HEIGHT // image.shape[0])) if image.shape[1] < WIDEST else 1
+    zoom = max(1, min(-(-MIN_HEIGHT // image.shape[0]), WIDEST // max(image.shape[:2])))
     factor = min(1.0, WIDEST / (zoom * max(image.shape[:2])))
     pictures = {"image": image, **{name: tasks[name].draw(array) for name, array in predictions.items()}}
     columns = []
     for name, picture in pictures.items():
-        tile = _shrunk(_enlarge(picture, zoom), factor)
+        tile = _bordered(_shrunk(_enlarge(picture, zoom), factor), width=NARROWEST)
         rows = tasks[name].legend([predictions[name]]) if legends and name in predictions else []
         columns.append(_column({name: tile}, rows))
-    height, width = max(c.shape[0] for c in columns), columns[0].shape[1]
-    padded = [
-        cv2.copyMakeBorder(c, GAP, GAP + height - c.shape[0], GAP, GAP, cv2.BORDER_CONSTANT, value=PAPER)
-        for c in columns
-    ]
-    per_row = -(-len(padded) // -(-len(padded) // TILES_PER_ROW))  # rows of about equal length
-    padded += [np.full((height + 2 * GAP, width + 2 * GAP, 3), 255, np.uint8)] * (-len(padded) % per_row)
-    return np.concatenate([np.concatenate(padded[i : i + per_row], axis=1) for i in range(0, len(padded), per_row)])
+    per_row = -(-len(columns) // -(-len(columns) // TILES_PER_ROW))  # rows of about equal length
+    lines = []
+    for i in range(0, len(columns), per_row):
+        row = columns[i : i + per_row]
+        height = max(column.shape[0] for column in row)
+        equal = [_bordered(column, height=height) for column in row]
+        framed = [cv2.copyMakeBorder(c, GAP, GAP, GAP, GAP, cv2.BORDER_CONSTANT, value=PAPER) for c in equal]
+        lines.append(np.concatenate(framed, axis=1))
+    return np.concatenate([_bordered(line, width=lines[0].shape[1]) for line in lines])
 
 
 def panel_layout(sample: Shown, tasks: Mapping[str, Task]) -> dict[str, Any]:
@@ -125,6 +126,12 @@ def _enlarge(picture: np.ndarray, zoom: int) -> np.ndarray:
 def _shrunk(picture: np.ndarray, factor: float) -> np.ndarray:
     height, width = (max(1, round(side * factor)) for side in picture.shape[:2])
     return cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA) if factor < 1 else picture
+
+
+def _bordered(picture: np.ndarray, height: int = 0, width: int = 0) -> np.ndarray:
+    """Paper below and to the right of it, up to that size at least."""
+    below, right = max(0, height - picture.shape[0]), max(0, width - picture.shape[1])
+    return cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_CONSTANT, value=PAPER)
 
 
 def _column(captioned: Mapping[str, np.ndarray], legend: list[tuple[str, Colour]]) -> np.ndarray:

@@ -88,7 +88,7 @@ class MQTransformer(Decoder):
         return torch.stack(parts).sum(dim=0).flatten(2).transpose(1, 2)
 
     def _encode(self, x: Tensor, index: int) -> Tensor:
-        queries = self.queries[index].expand(len(x), -1, -1)
+        queries = self.queries[index].expand(x.shape[0], -1, -1)
         queries = queries + self.drop(self.read(queries, x, query_position=self.query_position[index]))
         queries = queries + self.mix(queries)
         return queries + self.drop(self.read_mlp(queries))

@@ -1,0 +1,169 @@
+"""What the page shows for a picture: a tile per task with its legend and what can be read off it, as HTML.
+
+What comes from a file or a checkpoint (names of files, of classes) goes through :func:`esc`.
+"""
+
+import base64
+import html
+import json
+import logging
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from mtcl.entry.predicting import out_of_memory
+from mtcl.errors import UserError
+from mtcl.inference import Predictor
+from mtcl.tasks.base import Task
+
+WIDEST = 800  # pixels of a tile, the longer side
+DEEPEST = 65535  # millimetres: that or more
+TITLES = {
+    "semseg": "Classes",
+    "human_parts": "Human parts",
+    "sal": "Saliency",
+    "edge": "Edges",
+    "normals": "Surface normals",
+    "depth": "Depth",
+}
+log = logging.getLogger(__name__)
+
+
+class Named(NamedTuple):
+    """A model, and what the page calls it."""
+
+    name: str
+    predictor: Predictor
+
+
+def answer(models: Sequence[Named], path: Path) -> str:
+    """All tasks of all models for an uploaded file, or a sentence that says why not. The file is gone afterwards."""
+    where = models[0].predictor.device
+    try:
+        picture = models[0].predictor.read(path)
+        height, width = picture.shape[:2]
+        began = time.perf_counter()
+        found = [model.predictor(picture) for model in models]
+        seconds = time.perf_counter() - began
+    except UserError as error:
+        return fault(str(error).replace(f"{path.parent}/", ""))
+    except Exception as error:
+        if out_of_memory(error):
+            return fault(f"{path.name} has too many pixels for the memory of {where}; make it smaller")
+        log.exception("%s could not be predicted", path.name)
+        return fault(f"{path.name} could not be predicted; the terminal that runs this page says why")
+    finally:
+        path.unlink(missing_ok=True)
+    return results(models, picture, found, f"{path.name}, {width} x {height} pixels, {seconds:.2f} s")
+
+
+def results(models: Sequence[Named], picture: np.ndarray, found: Sequence[Mapping[str, np.ndarray]], about: str) -> str:
+    """Tiles of one model flow; those of several stand in columns beside the picture, a row per task."""
+    several = len(models) > 1
+    parts = [tile("Picture", picture_element(picture))]
+    parts += [f'<p class="model">{esc(model.name)}</p>' for model in models if several]
+    for name in found[0]:
+        for model, maps in zip(models, found):
+            parts.append(task_tile(model.predictor.tasks[name], maps[name], model.name if several else ""))
+    hint = "Point at a tile (or touch it, or use its arrow keys): every tile tells its value at that place."
+    side = f' class="tiles side" style="--columns: {len(models)}; --rows: {len(found[0]) + 1}"'
+    layout = side if several else ' class="tiles"'
+    return f'<p class="about">{esc(about)}. <span>{hint}</span></p><div{layout}>{"".join(parts)}</div>'
+
+
+def fault(message: str) -> str:
+    return f'<p class="fault" role="alert">{esc(message)}</p>'
+
+
+def picture_element(picture: np.ndarray) -> str:
+    height, width = picture.shape[:2]
+    factor = min(1.0, WIDEST / max(height, width))
+    small = cv2.resize(picture, _size(picture, factor), interpolation=cv2.INTER_AREA) if factor < 1 else picture
+    return image(small, "the picture", ".jpg", "image/jpeg")
+
+
+def task_tile(task: Task, array: np.ndarray, model: str) -> str:
+    """``array``: in label layout, of the picture's size. What is seen and what is read are the same pixels of it."""
+    small = array
+    if max(array.shape[:2]) > WIDEST:
+        size = _size(array, WIDEST / max(array.shape[:2]))
+        small = cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
+    title = TITLES[task.name]
+    alt = f"{title.lower()}, predicted" + f" by {model}" * bool(model)
+    rows = "".join(
+        f'<li><i style="background: rgb{colour}"></i>{esc(text)}</li>' for text, colour in task.legend([small])
+    )
+    legend = f'<ul class="key">{rows}</ul>' if rows else ""
+    return tile(title, image(task.draw(small), alt, ".png", "image/png"), legend, reading(task, small))
+
+
+def tile(title: str, element: str, legend: str = "", values: Mapping[str, Any] | None = None) -> str:
+    data = f" data-values='{esc(json.dumps(values))}'" if values else ""
+    return f'<figure class="tile"{data}><figcaption>{esc(title)}</figcaption>{element}{legend}</figure>'
+
+
+def image(picture: np.ndarray, alt: str, suffix: str, kind: str) -> str:
+    """uint8 RGB (H, W, 3), embedded. The frame keeps its proportions and may be pointed at."""
+    done, data = cv2.imencode(suffix, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+    if not done:
+        raise RuntimeError(f"OpenCV can't write {suffix}")
+    height, width = picture.shape[:2]
+    source = f"data:{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
+    return (
+        f'<div class="frame" tabindex="0" style="--ratio: {width / height:.4f}"><img src="{source}" alt="{esc(alt)}" '
+        f'width="{width}" height="{height}" draggable="false"><output aria-live="off"></output></div>'
+    )
+
+
+# What a pixel's value is, as whole numbers that the page puts into words (demo.js)
+
+
+def classes(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    return array, {"kind": "class", "names": list(getattr(task, "classes", ()))}
+
+
+def metres(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """Millimetres; 0 where there is no depth."""
+    steps = np.nan_to_num(1000 * array, nan=0, posinf=0, neginf=0)
+    return np.round(steps).clip(0, DEEPEST).astype("<u2"), {"kind": "metres"}
+
+
+def percent(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    return np.round(100 * array).clip(0, 100).astype(np.uint8), {"kind": "percent"}
+
+
+def directions(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """Each axis in hundredths, 100 more than it is."""
+    return np.round(100 * array + 100).clip(0, 200).astype(np.uint8), {"kind": "direction"}
+
+
+READINGS: dict[str, Callable[[Task, np.ndarray], tuple[np.ndarray, dict[str, Any]]]] = {
+    "semseg": classes,
+    "human_parts": classes,
+    "sal": classes,
+    "depth": metres,
+    "normals": directions,
+    "edge": percent,
+}
+
+
+def reading(task: Task, array: np.ndarray) -> dict[str, Any]:
+    """``data``: the values (H, W) or (H, W, 3), row by row, little-endian, deflated, base64."""
+    values, facts = READINGS[task.name](task, array)
+    data = base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes(), 6)).decode()
+    return {**facts, "size": [array.shape[1], array.shape[0]], "bytes": values.itemsize, "data": data}
+
+
+def esc(text: object) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _size(array: np.ndarray, factor: float) -> tuple[int, int]:
+    """(width, height) as OpenCV wants it."""
+    height, width = (max(1, round(side * factor)) for side in array.shape[:2])
+    return width, height

@@ -1,0 +1,472 @@
+"""A trained model as files for other programs, and to and from the Hugging Face hub."""
+
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.export import Dim
+
+import mtcl
+from mtcl.atomic import disk_errors_told
+from mtcl.data import Sample, prepare
+from mtcl.data.loading import collate
+from mtcl.entry import words as read
+from mtcl.entry.loading import CARD, FACTS, HUB_ID, SHARED, WEIGHTS, Loaded, hub, load_model, pull
+from mtcl.entry.report import shown
+from mtcl.errors import UserError
+from mtcl.models import DenseModel
+
+FORMATS = ("safetensors", "torch", "onnx")
+PROGRAM, ONNX = "model.pt2", "model.onnx"
+TOLERANCE = 1e-4  # of an exported model's outputs, times the output's largest value where that is above 1
+LEAST, MOST = 2, 256  # multiples of a side that a program is made for (1 is a rule of its own); pictures of a batch
+INPUT = "float32 (batch, 3, height, width), RGB, 0..255, not normalised"
+RAW = {  # what a raw prediction stands for
+    "semseg": "logits of the classes; the class is the argmax over channels",
+    "human_parts": "logits of the parts; the part is the argmax over channels",
+    "sal": "logits; 1 (salient) where channel 1 is the largest",
+    "depth": "metres",
+    "normals": "vectors to be normalised; x to the left, y up, z to the viewer",
+    "edge": "a logit; its sigmoid is the probability of an edge",
+}
+KEYS: dict[str, Any] = {
+    "checkpoint": str,
+    "format": read.choice(*FORMATS),
+    "output": Path,
+    "fixed": read.flag,
+    "overwrite": read.flag,
+    "push": str,
+    "pull": str,
+    "folder": Path,
+    "private": read.flag,
+}
+PURPOSES = {
+    "export": ("checkpoint", "format", "output", "fixed", "overwrite"),
+    "push": ("push", "folder", "private"),
+    "pull": ("pull", "folder", "overwrite"),
+}
+
+
+def export(words: Sequence[str]) -> None:
+    """What ``scripts/export.py`` does with its words."""
+    given = read.parse(words, KEYS)
+    purpose = next((p for p in ("push", "pull") if p in given), "export")
+    needed = ("checkpoint", "format", "output") if purpose == "export" else (purpose, "folder")
+    for key in needed:
+        if not given.get(key) or str(given[key]) == ".":
+            raise UserError(f"export.py needs {key}=; python scripts/export.py --help says more")
+    for key in given:
+        if key not in PURPOSES[purpose]:
+            raise UserError(f"{key}= makes no sense together with {needed[0]}=; leave it out")
+    if purpose == "push":
+        print(push(given["folder"], given["push"], given.get("private", False)))
+    elif purpose == "pull":
+        folder = given["folder"]
+        refuse_full(folder, given.get("overwrite", False), "folder")
+        with disk_errors_told(folder, "run it again"):
+            print(f"{given['pull']}: {pull(given['pull'], folder=folder)}")
+    else:
+        for package in ("onnx", "onnxruntime", "onnxscript") if given["format"] == "onnx" else ():
+            if find_spec(package) is None:
+                raise UserError(f"format=onnx needs the package {package}; pip install 'mtcl[export]'")
+        refuse_full(given["output"], given.get("overwrite", False), "output")
+        print(
+            export_model(load_model(given["checkpoint"]), given["format"], given["output"], given.get("fixed", False))
+        )
+
+
+def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -> str:
+    """Files of one of :data:`FORMATS` in ``folder``: all that belong together, checked, or none. What they are, in
+    words.
+
+    ``fixed``: for pictures of the training frame's size only, even where the model could be exported for others.
+    """
+    makers: dict[str, Callable[[Path], str]] = {
+        "safetensors": lambda place: write_weights(loaded, place),
+        "torch": lambda place: write_program(loaded, place, fixed, torch_program),
+        "onnx": lambda place: write_program(loaded, place, fixed, onnx_program),
+    }
+    with disk_errors_told(folder / kind, "run it again"):
+        made = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix=".export.", dir=folder))
+        try:
+            told = makers[kind](place)
+            # What says that the folder is a model comes last.
+            for path in sorted(place.iterdir(), key=lambda path: path.name == FACTS):
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                path.replace(folder / path.name)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+            if made:
+                with contextlib.suppress(OSError):  # it holds something by now
+                    folder.rmdir()
+    return f"{folder}: {told}"
+
+
+def refuse_full(folder: Path, overwrite: bool, key: str) -> None:
+    if folder.is_file():
+        raise UserError(f"{key}={folder} is a file; give a folder")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{key}={folder} holds something already; give an empty folder, or overwrite=true")
+
+
+# Weights and a card
+
+
+def write_weights(loaded: Loaded, folder: Path) -> str:
+    """What ``mtcl.load`` reads, with a card for people."""
+    weights = {name: tensor.detach().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    saved = loaded.saved
+    facts = {"mtcl": mtcl.__version__, "step": saved.step, "tasks": saved.tasks, "config": portable(saved.config)}
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
+    (folder / CARD).write_text(card(loaded))
+    count = sum(p.numel() for p in loaded.model.parameters())
+    return f"{WEIGHTS} ({count:,} parameters), {FACTS}, {CARD}; mtcl.load reads the folder"
+
+
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without paths of the machine it was trained on; a model is rebuilt without them."""
+    found: dict[str, Any] = deepcopy(dict(config))
+    for group, key in (("data", "root"), ("data", "cache")):
+        if key in found.get(group, {}):
+            found[group][key] = None
+    if found["backbone"].get("weights") not in (None, "none", "hub"):
+        found["backbone"]["weights"] = Path(str(found["backbone"]["weights"])).name
+    found["resume"] = None
+    return found
+
+
+def card(loaded: Loaded) -> str:
+    """README.md as the hub shows it."""
+    config, saved = loaded.saved.config, loaded.saved
+    height, width = loaded.size
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    tags = ["mtcl", "multi-task-learning", "dense-prediction"]
+    pipeline = "image-segmentation" if "semseg" in loaded.tasks else "image-to-image"
+    pipeline = "depth-estimation" if list(loaded.tasks) == ["depth"] else pipeline
+    name = config["name"]
+    rows = "\n".join(
+        f"| {task} | {saved.tasks[task]['channels']} | {', '.join(saved.tasks[task]['classes']) or RAW[task]} |"
+        for task in loaded.tasks
+    )
+    target = str(config["decoder"]["_target_"]).rpartition(".")[2]
+    return f"""---
+library_name: mtcl
+license: other
+pipeline_tag: {pipeline}
+tags: [{", ".join(tags)}]
+---
+
+# {name}: {", ".join(loaded.tasks)}
+
+One network, {len(loaded.tasks)} pixel-wise task{"s" * (len(loaded.tasks) > 1)}.
+Backbone {config["backbone"]["name"]} (timm), decoder {target}, {parameters:,} parameters,
+trained for {saved.step:,} steps with mtcl {mtcl.__version__}.
+
+```python
+import mtcl
+predictor = mtcl.load("FOLDER_OR_USER/MODEL")
+maps = predictor("picture.jpg")  # task -> array of the picture's height and width
+```
+
+| task | channels | classes, or what it predicts |
+| --- | ---: | --- |
+{rows}
+
+- **Training data**: {config["data"]["name"]}, the training part of its split `{config["data"].get("split")}`.
+- **Size**: frames of {height} x {width} (height x width); other sizes work, larger pictures are shrunk to about that.
+- **Normalisation** (inside the predictor): RGB on the 0..1 scale,
+  mean {rounded(loaded.model.mean)}, std {rounded(loaded.model.std)}.
+
+## Metrics
+
+{metrics(loaded)}
+
+## Licence
+
+To be filled in by who publishes this: those of the training data and of the backbone's weights hold for it, too.
+"""
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 6) for value in values]
+
+
+def metrics(loaded: Loaded) -> str:
+    """Those of the run, where the checkpoint is the run's last one."""
+    none = "Not known: there was no metrics.json of this checkpoint beside it."
+    run = loaded.saved.path.parent.parent
+    try:
+        found = json.loads((run / "metrics.json").read_text())
+        facts = json.loads((run / "run.json").read_text())
+    except (OSError, ValueError):
+        return none
+    if facts.get("step") != loaded.saved.step:
+        return none
+    rows = []
+    for name, task in loaded.tasks.items():
+        values = {metric: value for metric, value in found.get(name, {}).items() if value is not None}
+        first, _ = task.headline(values)
+        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m != "not_finite")]
+        rows += [
+            f"| {name} | {metric} | {shown(task, metric, values[metric])} |" for metric in wanted if metric in values
+        ]
+    where = f"On {facts.get('num_images')} validation pictures ({facts.get('protocol')}):"
+    return "\n".join([where, "", "| task | metric | value |", "| --- | --- | ---: |", *rows])
+
+
+# Programs
+
+
+class Whole(nn.Module):
+    """Normalisation and model in one: pictures as :data:`INPUT` -> task -> raw prediction (B, C, H, W), float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: DenseModel, tasks: Sequence[str]):
+        super().__init__()
+        self.model, self.tasks = model, list(tasks)
+        for name, values in (("mean", model.mean), ("std", model.std)):
+            self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        found = self.model.predict((image - self.mean) / self.std)
+        return {task: found[task] for task in self.tasks}
+
+
+class Shape(NamedTuple):
+    """What an exported program takes."""
+
+    size: tuple[int, int]  # of the frame it was made with
+    multiple: int  # of height and width
+    any_batch: bool
+    any_size: bool
+
+    def __str__(self) -> str:
+        height, width = self.size
+        sides = f"any height and width that are multiples of {self.multiple}, from {LEAST * self.multiple} on"
+        sides = sides if self.any_size else f"pictures of {height} x {width} only"
+        return f"{f'batches up to {MOST}' if self.any_batch else 'one picture at a time'}, {sides}"
+
+    def examples(self) -> list[tuple[int, int, int]]:
+        """(batch, height, width) that a program is checked at: two of each where it takes them."""
+        height, width = self.size
+        found = [(1, height, width)] + [(3, height, width)] * self.any_batch
+        if self.any_size:
+            sides = [max(LEAST, width // self.multiple - 1), max(LEAST, height // self.multiple // 2)]
+            found.append((2 if self.any_batch else 1, sides[0] * self.multiple, sides[1] * self.multiple))
+        return found
+
+
+Run = Callable[[Tensor], Mapping[str, Tensor]]
+Made = tuple[str, Run]  # the file's name, and how it is run
+Maker = Callable[[torch.export.ExportedProgram, Loaded, Shape, Path], Made]
+
+
+class NotForThisShape(Exception):
+    """A program that can't be made, or run, for all that its :class:`Shape` promises."""
+
+
+def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> str:
+    """The widest :class:`Shape` that the model's operations allow."""
+    model = loaded.model
+    multiple = model.backbone.multiple
+    height, width = (-(-side // multiple) * multiple for side in loaded.size)
+    reason = "as asked for" if fixed else "its operations can't be exported for other sizes"
+    if has_windows(model):
+        fixed, reason = True, "its backbone cuts pictures into windows whose number is fixed in a traced program"
+    shapes = [
+        Shape((height, width), multiple, batch, size) for batch, size in ((True, True), (True, False), (False, False))
+    ]
+    error: Exception | None = None
+    for shape in (shape for shape in shapes if not (fixed and shape.any_size)):
+        try:
+            with quietly():
+                program = traced(Whole(model, list(loaded.tasks)).eval(), shape)
+                name, run = maker(program, loaded, shape, folder)
+                worst = check(run, loaded, shape, name)
+            why = "" if shape.any_size else f" ({reason})"
+            return f"{name} takes {shape}{why}; as eager to {worst:.1e}"
+        except NotForThisShape as problem:
+            error = problem
+            for path in folder.iterdir():
+                path.unlink()
+    assert error is not None
+    raise UserError(f"this model can't be exported so: {first_line(error)}") from error
+
+
+def has_windows(model: DenseModel) -> bool:
+    """Swin and its kin; tracing them for any size takes very long and ends without one."""
+    return any(hasattr(module, "window_size") for module in model.backbone.modules())
+
+
+def traced(module: nn.Module, shape: Shape) -> torch.export.ExportedProgram:
+    height, width = shape.size
+    dynamic: dict[int, Any] = {}
+    if shape.any_batch:
+        dynamic[0] = Dim("batch", min=1, max=MOST)
+    if shape.any_size:
+        dynamic |= {2 + i: shape.multiple * Dim(n, min=LEAST, max=MOST) for i, n in enumerate(("rows", "columns"))}
+        width += shape.multiple * (height == width)  # a square would be taken for a rule
+    example = torch.zeros(2 if shape.any_batch else 1, 3, height, width)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it is traced for one size of batch only
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
+    except Exception as error:  # many kinds
+        raise NotForThisShape(first_line(error)) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def torch_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: Shape, folder: Path) -> Made:
+    path = folder / PROGRAM
+    try:
+        torch.export.save(program, path, extra_files={FACTS: json.dumps(facts_of(loaded, shape))})
+        return PROGRAM, torch.export.load(path).module()
+    except OSError:
+        raise
+    except Exception as error:  # an operation on sizes that can be traced, but not written (a ViT's: ceil)
+        raise NotForThisShape(first_line(error)) from error
+
+
+def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: Shape, folder: Path) -> Made:
+    import onnxruntime
+
+    path = folder / ONNX
+    try:
+        found = torch.onnx.export(
+            program, dynamo=True, verbose=False, input_names=["image"], output_names=list(loaded.tasks)
+        )
+        assert found is not None
+    except Exception as error:  # many kinds
+        raise NotForThisShape(first_line(error)) from error
+    found.model.metadata_props.update(
+        {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts_of(loaded, shape).items()}
+    )
+    found.save(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong comes as an exception, too
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        raise NotForThisShape(first_line(error)) from error
+
+    def run(image: Tensor) -> dict[str, Tensor]:
+        outputs = session.run(list(loaded.tasks), {"image": image.numpy()})
+        return {name: torch.from_numpy(output) for name, output in zip(loaded.tasks, outputs)}
+
+    return ONNX, run
+
+
+def facts_of(loaded: Loaded, shape: Shape) -> dict[str, Any]:
+    """What who runs a program must know; the program carries it."""
+    return {
+        "mtcl": mtcl.__version__,
+        "tasks": list(loaded.tasks),
+        "outputs": {name: RAW[name] for name in loaded.tasks},
+        "classes": {name: list(getattr(task, "classes", ())) for name, task in loaded.tasks.items()},
+        "input": f"{INPUT}; normalised inside with mean and std (on the 0..1 scale)",
+        "mean": rounded(loaded.model.mean),
+        "std": rounded(loaded.model.std),
+        "takes": str(shape),
+        "size": list(shape.size),
+        "multiple": shape.multiple,
+        "step": loaded.saved.step,
+    }
+
+
+@torch.inference_mode()
+def check(run: Run, loaded: Loaded, shape: Shape, name: str) -> float:
+    """The largest difference between the program and the model as it is evaluated; UserError beyond the tolerance."""
+    generator = np.random.default_rng(0)
+    worst = 0.0
+    for count, height, width in shape.examples():
+        pictures = generator.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+        batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, (height, width), 1)
+        raw = batch["image"].float()
+        image, _ = prepare(batch, loaded.model.mean, loaded.model.std, "cpu")
+        eager = loaded.model.predict(image)
+        try:
+            found = run(raw)
+        except Exception as error:  # of the runtime
+            raise NotForThisShape(first_line(error)) from error
+        for task in loaded.tasks:
+            if found[task].shape != eager[task].shape:
+                raise NotForThisShape(f"{task} comes out as {tuple(found[task].shape)}")
+            difference = relative(found[task], eager[task])
+            worst = max(worst, difference)
+            if not difference <= TOLERANCE:  # nor where it is not a number
+                raise UserError(
+                    f"{name} was not kept: for {count} x {height} x {width} its {task} differs from the model's by "
+                    f"{difference:.1e}, more than {TOLERANCE:.0e}"
+                )
+    return worst
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """The largest difference, over the largest value of ``b`` where that is above 1."""
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1)).item()
+
+
+def first_line(error: BaseException) -> str:
+    return re.sub(r"\x1b\[\d*m", "", str(error)).strip().split("\n")[0][:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Exporters chat a lot, and none of it is for who exports."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# The hub
+
+
+def push(folder: Path, name: str, private: bool = False) -> str:
+    """Publish an exported folder as ``name`` (user/model); its address."""
+    if not HUB_ID.fullmatch(name):
+        raise UserError(f"push={name} is no name on the hub; give USER/NAME")
+    for file in (FACTS, WEIGHTS):
+        if not (folder / file).is_file():
+            raise UserError(f"folder={folder} has no {file}; make it with export.py format=safetensors")
+    library = hub(name)
+    api = library.HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(SHARED)))
+    except Exception as error:  # the library raises many kinds
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403) or isinstance(error, library.errors.LocalTokenNotFoundError):
+            raise UserError(
+                f"push={name}: the hub asks for a token that may write there; hf auth login, or set HF_TOKEN"
+            ) from error
+        raise UserError(
+            f"push={name}: the hub did not take it ({first_line(error)}); check the connection and the name"
+        ) from error

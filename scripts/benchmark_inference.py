@@ -1,0 +1,241 @@
+"""Latency of inference: eager, compiled and ONNX Runtime, per decoder; with and without the regulariser attached.
+
+    python scripts/benchmark_inference.py [overrides ...] [--decoders NAME ...] [--size H W] [--batch N ...]
+        [--backends NAME ...] [--repeats N] [--device DEVICE] [--precision fp32|bf16] [--json OUT]
+
+Each decoder is that of an experiment in configs/ on the backbone that it was published with (EXPERIMENTS below), with
+the four tasks of NYUD-v2 and random weights; nothing is downloaded. Overrides are those of train.py and go to every
+row, e.g. backbone=resnet18. Default: all decoders, 448 x 576, batches of 1 and 16, all backends.
+
+A row is the median of some passes of ``model.predict`` (ONNX Runtime's with the normalisation inside), after a warm-up;
+the backends take turns, pass by pass, so that a drifting machine is fair to all. In single precision, unless
+--precision says otherwise (of ONNX it is always fp32). Memory is what a pass holds at its peak beyond weights and
+input: the CUDA allocator's count, or on a CPU the profiler's record of tensors.
+
+``regulariser`` compares, pass by pass in turns, the model as it is trained with regularizer=none and with the
+regulariser beside it, built from one seed: their outputs must be equal bit for bit, or the script ends with 1.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter; both are read when torch is loaded
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+from mtcl.entry import build
+from mtcl.entry.cli import sentence
+from mtcl.entry.exporting import ONNX, export_model
+from mtcl.entry.loading import Loaded, Saved
+from mtcl.entry.measuring import peak, timed
+from mtcl.entry.schema import check_config
+from mtcl.entry.script import run
+from mtcl.errors import UserError
+from mtcl.training.recorder import write_json
+from mtcl.training.runtime import autocast, choose_device, seed_everything
+from mtcl.training.step import TrainingStep
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+EXPERIMENTS = {
+    "multi_head": "nyud_multi_head_hrnet18",
+    "deeplab": "nyud_deeplab_resnet18",
+    "pad_net": "nyud_pad_net_hrnet18",
+    "mti_net": "nyud_mti_net_hrnet18",
+    "atrc": "nyud_atrc_hrnet18",
+    "invpt": "nyud_invpt_vit_base",
+    "taskprompter": "nyud_taskprompter_vit_base",
+    "mqtransformer": "pascal_mqtransformer_swin_tiny",
+}
+BACKENDS = ("eager", "compiled", "onnx")
+MIB = 2**20
+
+Pass = Callable[[], Any]
+Backend = Callable[[Tensor], Any]
+Row = dict[str, Any]
+
+
+def composed(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> DictConfig:
+    words = [f"experiment={EXPERIMENTS[decoder]}", "data=nyud", "tasks=nyud", f"data.size=[{size[0]},{size[1]}]"]
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            config = compose("train", [*words, *overrides])
+        check_config(build.plain(config))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(sentence(error)) from error
+    return config
+
+
+def built(config: DictConfig, device: torch.device, regularised: bool) -> TrainingStep:
+    """Model and regulariser, as a run of this config would begin, ready for inference."""
+    seed_everything(0)
+    tasks = build.build_tasks(config)
+    model = build.build_model(config, tasks, pretrained=False).to(device)
+    regularizer = build.build_regularizer(config, tasks, model) if regularised else None
+    return TrainingStep(model, regularizer.to(device) if regularizer is not None else None).eval()
+
+
+def in_turns(passes: Sequence[Pass], device: torch.device, repeats: int) -> list[list[float]]:
+    """Seconds of every pass, after a warm-up; they take turns, so that a drifting machine is fair to all."""
+    found: list[list[float]] = [[] for _ in passes]
+    for turn in range(-1, repeats):
+        order = list(enumerate(passes))
+        for index, work in order if turn % 2 else order[::-1]:
+            seconds = timed(work, device)[0]
+            if turn >= 0:
+                found[index].append(seconds)
+    return found
+
+
+def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -> Any:
+    """The model as scripts/export.py exports it, for this size, under ONNX Runtime; None where it can't be here."""
+    import onnxruntime
+
+    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    if provider not in onnxruntime.get_available_providers():
+        print(f"onnx: left out, this onnxruntime has no {provider}; pip install onnxruntime-gpu")
+        return None
+    tasks = build.build_tasks(config)
+    model = step.model.cpu()
+    saved = Saved(Path("random"), model.state_dict(), build.plain(config), build.described(tasks), 0)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        export_model(Loaded(model, tasks, build.data_size(config), saved), "onnx", Path(folder) / "model", fixed=True)
+        session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX, options, providers=[provider])
+    step.model.to(device)
+    return session
+
+
+def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: torch.device) -> Backend | None:
+    """What is done with a picture; None: it can't be here."""
+    if name == "eager":
+        return step.model.predict
+    if name == "compiled":
+        torch._dynamo.reset()
+        return torch.compile(step.model.predict, dynamic=False)  # each size of batch by itself
+    session = onnx_session(config, step, device)
+    return None if session is None else lambda image: session.run(None, {"image": image.cpu().numpy()})
+
+
+def compare(config: DictConfig, step: TrainingStep, image: Tensor, device: torch.device, repeats: int) -> Row:
+    """Without and with the regulariser: equal outputs, or UserError; times in turns."""
+    beside = built(config, device, regularised=True)
+    if beside.regularizer is None:
+        raise UserError("there is no regulariser in this setting; leave regularizer=none out")
+    without, with_it = step.model.predict(image), beside.model.predict(image)
+    for task in without:
+        if not torch.equal(without[task], with_it[task]):
+            raise UserError(f"{task} is not the same with the regulariser attached: this must not be")
+    seconds = in_turns([lambda: step.model.predict(image), lambda: beside.model.predict(image)], device, repeats)
+    off, on = (1e3 * statistics.median(values) for values in seconds)
+    return {"off_ms": off, "on_ms": on, "identical": True}
+
+
+def failure(backend: str, work: Pass) -> str | None:
+    """Why a pass can't be made; the first one is also where a compiler works."""
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        return "not enough memory"
+    except Exception as error:  # of a compiler, of ONNX Runtime
+        if backend == "eager":
+            raise
+        return str(error).strip().split("\n")[0][:120]
+    return None
+
+
+def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device: torch.device) -> list[Row]:
+    rows: list[Row] = []
+    step = built(config, device, regularised=False)
+    parameters = sum(p.numel() for p in step.model.parameters())
+    compared: Row = {}
+    made = {backend: backend_passes(backend, config, step, device) for backend in words.backends}
+    works = {backend: work for backend, work in made.items() if work is not None}
+    for batch in words.batch:
+        image = torch.rand(batch, 3, *words.size, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.inference_mode(), autocast(device, words.precision):
+            errors = {backend: failure(backend, partial(work, image)) for backend, work in works.items()}
+            passes = {b: partial(work, image) for b, work in works.items() if errors[b] is None}
+            seconds = dict(zip(passes, in_turns(list(passes.values()), device, words.repeats)))
+            for backend in works:
+                row: Row = {"decoder": decoder, "backbone": config.backbone.name, "parameters": parameters}
+                row |= {"size": list(words.size), "batch": batch, "backend": backend, "ms": None, "memory_mib": None}
+                if backend in passes:
+                    row["ms"] = 1e3 * statistics.median(seconds[backend])
+                    row["images_per_s"] = 1e3 * batch / row["ms"]
+                else:
+                    row["error"] = errors[backend]
+                if backend == "eager" and backend in passes:
+                    row["memory_mib"] = peak(passes[backend], device) / MIB
+                    compared = compared or compare(config, step, image, device, words.repeats)
+                rows.append(row)
+                show(row)
+    if compared:
+        rows.append({"decoder": decoder, "backend": "regulariser", "batch": words.batch[0], **compared})
+        off, on = compared["off_ms"], compared["on_ms"]
+        print(
+            f"{decoder:13} {'regulariser':10} {words.batch[0]:5}  off {off:.1f} ms, on {on:.1f} ms: outputs identical",
+            flush=True,
+        )
+    return rows
+
+
+def show(row: Row) -> None:
+    start = f"{row['decoder']:13} {row['backend']:10} {row['batch']:5}"
+    if row["ms"] is None:
+        print(f"{start}  {row['error']}", flush=True)
+        return
+    memory = "-" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
+    print(f"{start} {row['ms']:10.1f} {row['images_per_s']:9.2f} {memory:>8}  {row['backbone']}", flush=True)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+    return int(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--decoders", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
+    parser.add_argument("--size", nargs=2, type=positive, default=[448, 576], metavar=("H", "W"))
+    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 16])
+    parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
+    parser.add_argument("--repeats", type=positive, help="passes timed; default 30 on CUDA, 5 on a CPU")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    parser.add_argument("overrides", nargs="*", help="of train.py, for every row")
+    words = parser.parse_intermixed_args()  # and overrides before or between them
+    for word in words.overrides:
+        if "=" not in word:
+            raise UserError(f"{word} is not an override key=value of train.py")
+    device = choose_device(words.device)
+    words.repeats = words.repeats or (30 if device.type == "cuda" else 5)
+    configs = {name: composed(name, words.size, words.overrides) for name in words.decoders}
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{platform.machine()}, {where}, torch {torch.__version__}, {words.size[0]} x {words.size[1]}")
+    print(f"{'decoder':13} {'backend':10} {'batch':>5} {'ms':>10} {'images/s':>9} {'peak MiB':>8}  backbone")
+    rows: list[Row] = []
+    for decoder, config in configs.items():
+        rows += rows_of(decoder, config, words, device)
+        if words.json:
+            facts = {"machine": platform.machine(), "device": where, "torch": torch.__version__}
+            write_json(words.json, {**facts, "precision": words.precision, "repeats": words.repeats, "rows": rows})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""A trained model for other programs and other people.
+
+    python scripts/export.py checkpoint=PATH format=safetensors|torch|onnx output=FOLDER [fixed=true] [overwrite=true]
+    python scripts/export.py push=USER/NAME folder=FOLDER [private=true]
+    python scripts/export.py pull=USER/NAME folder=FOLDER
+
+safetensors  FOLDER/model.safetensors, mtcl.json, README.md (a model card): what mtcl.load(FOLDER) reads
+torch        FOLDER/model.pt2, a program of torch.export: torch.export.load(PATH).module()(image)
+onnx         FOLDER/model.onnx; needs pip install 'mtcl[export]'
+
+The programs take float32 RGB (B, 3, H, W) of 0..255, normalise it themselves, and give each task's raw prediction
+(B, C, H, W) by name; what the values mean is stored with them. Any batch and size where the model allows it, which is
+said at the end; fixed=true: pictures of the training frame's size only. Both are run and compared with the model
+before they are kept. Weights are those that were validated (of trainer.ema, the running mean); the regulariser is in
+none of the files.
+
+push publishes an exported folder on the Hugging Face hub, pull fetches one; both need pip install 'mtcl[hub]'.
+"""
+
+import sys
+
+from mtcl.entry.exporting import export
+from mtcl.entry.script import run
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & set(words):
+        print(__doc__)
+        return
+    export(words)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,81 @@
+"""The latency table: what it says it measured, and that it sees a regulariser that changes a prediction."""
+
+import json
+import runpy
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import ROOT, choices
+from test_cli import assert_fails
+
+from mtcl.entry import build
+
+SCRIPT = "scripts/benchmark_inference.py"
+SMALL = ["--decoders", "multi_head", "--size", "32", "64", "--repeats", "1", "--device", "cpu"]
+WORDS = ["backbone=resnet18", "decoder.width=8", "decoder.head_width=8"]
+
+
+def test_every_decoder_has_an_experiment():
+    script = runpy.run_path(str(ROOT / SCRIPT), run_name="benchmark_inference")
+    assert sorted(script["EXPERIMENTS"]) == choices("decoder")
+    assert set(script["EXPERIMENTS"].values()) <= set(choices("experiment"))
+    config = script["composed"]("mqtransformer", (64, 96), ["backbone=resnet18"])
+    assert (config.decoder._target_, config.backbone.name) == ("mtcl.models.decoders.MQTransformer", "resnet18")
+    assert (build.data_size(config), list(build.build_tasks(config))) == (
+        (64, 96),
+        ["semseg", "depth", "normals", "edge"],
+    )
+
+
+def test_rows(cli, tmp_path):
+    words = [*SMALL, "--batch", "1", "2", "--backends", "eager", "--json", str(tmp_path / "out.json"), *WORDS]
+    result = cli(SCRIPT, *words)
+    assert result.code == 0, result.err
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["repeats"] == 1
+    first, second, compared = found["rows"]
+    for row, batch in ((first, 1), (second, 2)):
+        assert (row["decoder"], row["backbone"], row["backend"]) == ("multi_head", "resnet18", "eager")
+        assert row["batch"] == batch
+        assert row["images_per_s"] == pytest.approx(1e3 * batch / row["ms"])
+    assert second["memory_mib"] > 1.5 * first["memory_mib"] > 0
+    assert compared["backend"] == "regulariser"
+    assert compared["identical"] is True
+    assert min(compared["off_ms"], compared["on_ms"]) > 0
+    assert "outputs identical" in result.out
+
+
+def test_a_regulariser_that_changes_the_model_is_found(cli, monkeypatch):
+    make = build.build_regularizer
+
+    def meddling(config, tasks, model):
+        with torch.no_grad():
+            next(model.decoder.parameters()).mul_(1.01)
+        return make(config, tasks, model)
+
+    monkeypatch.setattr(build, "build_regularizer", meddling)
+    result = cli(SCRIPT, *WORDS, *SMALL, "--batch", "1", "--backends", "eager")
+    assert_fails(result, "not the same with the regulariser attached")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("onnxruntime") or not find_spec("onnxscript"), reason="extra export not installed")
+def test_all_backends(cli, tmp_path):
+    result = cli(SCRIPT, *SMALL, "--batch", "2", "--json", str(tmp_path / "out.json"), *WORDS)
+    assert result.code == 0, result.err
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["backend"] for row in rows] == ["eager", "compiled", "onnx", "regulariser"]
+    assert all(row["ms"] > 0 for row in rows[:3]), rows
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["resnet18"], "resnet18 is not an override key=value"),
+        (["data.sise=3"], "data.sise"),
+        (["regularizer=none", "--backends", "eager", "--batch", "1", *SMALL, *WORDS], "leave regularizer=none out"),
+    ],
+)
+def test_mistakes_are_one_sentence(cli, words, sentence):
+    assert_fails(cli(SCRIPT, *words), sentence)

@@ -1,0 +1,366 @@
+"""scripts/demo.py: what the page is made of, its refusals, and the page itself in a browser."""
+
+import base64
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from browser import Browser, chromium
+from conftest import ROOT, TINY, composed
+from omegaconf import OmegaConf
+from PIL import Image
+from test_cli import assert_fails
+
+import mtcl.entry.demo as demo_module
+from mtcl import UserError, load
+from mtcl.entry import build
+from mtcl.entry.demo.answer import WIDEST, Named, answer, reading
+from mtcl.inference import Predictor
+from mtcl.tasks import NYUD40, build_task
+from mtcl.training.checkpoint import save_checkpoint
+
+NAMES = ("semseg", "depth", "normals", "edge")
+HOSTILE = "<img src=x onerror=alert(1)>\"'"
+GRADIO_SAYS = "Method not implemented."  # a warning of its own, whenever a stream ends
+
+
+class Made:
+    """Stands for a Predictor: maps that are known."""
+
+    tasks: ClassVar = {
+        name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in NAMES
+    }
+    device, max_pixels, read = torch.device("cpu"), 10**6, Predictor.read
+
+    def __init__(self, trouble: Exception | None = None):
+        self.trouble = trouble
+
+    def __call__(self, picture: np.ndarray) -> dict[str, np.ndarray]:
+        if self.trouble:
+            raise self.trouble
+        height, width = picture.shape[:2]
+        rows, columns = np.mgrid[:height, :width].astype(np.float32)
+        facing = np.zeros((height, width, 3), np.float32)
+        facing[..., 0], facing[..., 2] = -0.6, 0.8
+        classes = 9 * (columns > width / 2).astype(np.uint8)
+        return {"semseg": classes, "depth": 1 + rows / height, "normals": facing, "edge": columns / width}
+
+
+class Page(HTMLParser):
+    """The tags with their attributes, and the text, as a browser reads them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def picture(path: Path, height: int = 30, width: int = 40) -> Path:
+    colours = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
+    Image.fromarray(colours).save(path)
+    return path
+
+
+def unpacked(values: dict) -> np.ndarray:
+    data = zlib.decompress(base64.b64decode(values["data"]))
+    return np.frombuffer(data, "<u2" if values["bytes"] == 2 else np.uint8)
+
+
+# What the page is made of
+
+
+def test_a_picture_becomes_a_tile_per_task_with_its_legend_and_its_values(tmp_path):
+    path = picture(tmp_path / "room.png")
+    text = answer([Named("a", Made())], path)
+    page = Page(text)
+    alts = [image["alt"] for image in page.all("img")]
+    assert alts == ["the picture", *(f"{n}, predicted" for n in ("classes", "depth", "surface normals", "edges"))]
+    assert "room.png, 40 x 30 pixels" in page.text
+    for word in (NYUD40[0], NYUD40[9], "10 m", "to the viewer", "no edge"):
+        assert word in page.text
+    found = {v["kind"]: v for f in page.all("figure") if "data-values" in f for v in [json.loads(f["data-values"])]}
+    assert set(found) == {"class", "metres", "direction", "percent"}
+    depth = unpacked(found["metres"]).reshape(30, 40)
+    assert found["metres"]["size"] == [40, 30]
+    assert np.array_equal(depth[:, 0], np.round(1000 + 1000 * np.arange(30) / 30))
+    assert np.array_equal(unpacked(found["direction"]).reshape(30, 40, 3)[0, 0], [40, 100, 180])
+    assert not path.exists()  # nothing is kept
+
+
+def test_what_is_seen_of_a_large_picture_is_what_is_read(tmp_path):
+    page = Page(answer([Named("a", Made())], picture(tmp_path / "large.png", 500, 2 * WIDEST)))
+    figure = page.all("figure")[1]
+    values = json.loads(figure["data-values"])
+    data = base64.b64decode(page.all("img")[1]["src"].partition(",")[2])
+    shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert shown.shape == (250, WIDEST, 3)
+    assert values["size"] == [WIDEST, 250]
+    assert set(unpacked(values)) == {0, 9}  # no class between two is made up
+    assert np.array_equal(Made.tasks["semseg"].draw(unpacked(values).reshape(250, WIDEST)), shown)
+
+
+def test_a_depth_that_is_no_number_or_beyond_the_scale_is_told_as_such():
+    array = np.array([[np.nan, np.inf, 0, 1.2345, 99]], np.float32)
+    assert unpacked(reading(Made.tasks["depth"], array)).tolist() == [0, 0, 0, 1234, 65535]
+
+
+def test_two_models_stand_beside_each_other(tmp_path):
+    page = Page(answer([Named("first.pt", Made()), Named(HOSTILE, Made())], picture(tmp_path / "a.png")))
+    alts = [image["alt"] for image in page.all("img")]
+    assert alts[1:4] == [
+        "classes, predicted by first.pt",
+        f"classes, predicted by {HOSTILE}",
+        "depth, predicted by first.pt",
+    ]
+    assert len(alts) == 1 + 2 * len(NAMES)
+    assert page.text.count("first.pt") == page.text.count(HOSTILE) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"hello", "damaged, or not a picture"), (b"\x89PNG\r\n\x1a\n123", "damaged"), (None, "limit of 1,000,000")],
+)
+def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_path, content, said):
+    path = tmp_path / f"bad {HOSTILE.replace('/', '')}.png"
+    if content is None:
+        Image.new("1", (20000, 20000)).save(path)
+    else:
+        path.write_bytes(content)
+    text = answer([Named("a", Made())], path)
+    page = Page(text)
+    assert page.text.startswith(path.name)
+    assert said in page.text
+    assert str(tmp_path) not in page.text
+    assert [tag for tag, _ in page.tags] == ["p"]
+    assert page.all("p")[0]["role"] == "alert"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "too many pixels for the memory"), (ValueError("x"), "terminal")],
+)
+def test_trouble_in_the_model_is_a_sentence(tmp_path, trouble, said):
+    path = picture(tmp_path / "a.png")
+    assert said in Page(answer([Named("a", Made(trouble))], path)).text
+    assert not path.exists()
+
+
+# Refusals, before a model is loaded
+
+
+def test_words_that_do_not_fit_are_told(cli):
+    assert_fails(cli("scripts/demo.py", "port=7860"), "needs checkpoint=")
+    assert_fails(cli("scripts/demo.py", "chekpoint=a.pt"), "did you mean checkpoint=?")
+    assert_fails(cli("scripts/demo.py", "checkpoint=a.pt", "port=x"), "port=x")
+
+
+def test_without_gradio_the_package_to_install_is_told(cli, monkeypatch):
+    monkeypatch.setattr(demo_module, "find_spec", lambda name: None)
+    assert_fails(cli("scripts/demo.py", "checkpoint=a.pt"), "pip install 'mtcl[demo]'")
+
+
+def test_a_port_in_use_or_impossible_and_a_foreign_host_are_told():
+    with demo_module.opened("127.0.0.1", 0) as door:
+        port = door.getsockname()[1]
+        with pytest.raises(UserError, match=f"port={port} is in use on 127.0.0.1; give another"):
+            demo_module.opened("127.0.0.1", port)
+    for host, number, said in (
+        ("127.0.0.1", 70000, "up to 65535"),
+        ("192.0.2.1", 0, "host=192.0.2.1"),
+        ("no host", 0, "no address or name"),
+    ):
+        with pytest.raises(UserError, match=said):
+            demo_module.opened(host, number)
+
+
+def test_models_without_a_common_task_are_told(monkeypatch):
+    class One:
+        def __init__(self, *tasks):
+            self.tasks = dict.fromkeys(tasks)
+
+    loaded = {"a.pt": One("depth", "edge"), "b.pt": One("semseg"), "c.pt": One("edge", "semseg")}
+    monkeypatch.setattr(demo_module, "load_model", loaded.get)
+    monkeypatch.setattr(demo_module, "predictor_of", lambda one, tasks: tasks)
+    with pytest.raises(UserError, match=r"no task in common \(a.pt: depth, edge; b.pt: semseg\)"):
+        demo_module.load(["a.pt", "b.pt"], {})
+    assert demo_module.load(["a.pt", "c.pt"], {}) == [("a.pt", ["edge"]), ("c.pt", ["edge"])]
+
+
+# In a browser
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        return door.getsockname()[1]
+
+
+def checkpoint(path: Path, seed: int) -> None:
+    """Of a tiny model with random weights."""
+    torch.manual_seed(seed)
+    config = composed("data=rooms", *TINY)
+    tasks = build.build_tasks(config)
+    model = build.build_model(config, tasks, pretrained=False)
+    content = {"model": model.state_dict(), "config": OmegaConf.to_container(config), "step": 1}
+    save_checkpoint(path, {**content, "meta": {"tasks": build.described(tasks)}})
+
+
+def wait(browser: Browser, expression: str, seconds: float = 120):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if found := browser.js(expression):
+            return found
+        time.sleep(0.1)
+    raise AssertionError(f"never came true: {expression}\n{browser.js('document.body.innerText')}")
+
+
+def visit(browser: Browser, url: str, ready: str, width: int = 1280, dark: bool = False) -> None:
+    browser.size(width)
+    browser.prefer(dark)
+    browser.requests.clear()
+    browser.complaints.clear()
+    browser.ask("Page.navigate", url=url)
+    wait(browser, ready)
+
+
+def upload(browser: Browser, path: Path) -> None:
+    """As if chosen in the file dialogue; what was found before is taken off the page first."""
+    browser.js("document.querySelectorAll('#found .about, #found .tiles, #found .fault').forEach(e => e.remove())")
+    root = browser.ask("DOM.getDocument")["root"]["nodeId"]
+    found = browser.ask("DOM.querySelector", nodeId=root, selector="#drop input[type=file]")["nodeId"]
+    browser.ask("DOM.setFileInputFiles", nodeId=found, files=[str(path)])
+
+
+def tell(browser: Browser, number: int, x: float, y: float) -> list[str]:
+    """What every tile tells of the place of tile ``number`` that the mouse is moved to."""
+    browser.move(*browser.where("#found .frame", number, x=x, y=y))
+    wait(browser, "[...document.querySelectorAll('#found .tile output')].slice(1).every(o => o.textContent)")
+    return browser.js("[...document.querySelectorAll('#found .tile output')].map(o => o.textContent)")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """(url, the folder that holds its uploads, checkpoint, process) of a page of two tiny models."""
+    if find_spec("gradio") is None:
+        pytest.skip("Gradio is not installed (pip install 'mtcl[demo]')")
+    if chromium() is None:
+        pytest.skip("there is no Chromium here (Debian: apt install chromium)")
+    folder = tmp_path_factory.mktemp("demo")
+    for name in ("a", "b"):
+        checkpoint(folder / f"{name}.pt", seed=ord(name))
+    (folder / "tmp").mkdir()
+    port = free_port()
+    words = [f"checkpoint={folder / 'a.pt'}", f"compare={folder / 'b.pt'}", f"port={port}", "device=cpu", "max_mb=1"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts/demo.py"), *words], env=environment, stdout=log, stderr=log
+        )
+    until = time.monotonic() + 300
+    while f"http://127.0.0.1:{port}" not in (folder / "log").read_text():
+        assert process.poll() is None, (folder / "log").read_text()
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    yield f"http://127.0.0.1:{port}/", folder, process
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory, served):
+    opened = Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.mark.slow
+def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
+    """One walk through the page: starting it takes most of the time."""
+    url, folder, process = served
+    tiles = "document.querySelectorAll('#found .tile').length"
+    visit(browser, url, "!!document.querySelector('#drop input[type=file]')")
+    upload(browser, picture(tmp_path / "room.png", 30, 40))
+    wait(browser, tiles)
+    names = browser.js("[...document.querySelectorAll('#found .model')].map(e => e.textContent)")
+    assert names == [str(folder / "a.pt"), str(folder / "b.pt")]
+    alts = browser.js("[...document.querySelectorAll('#found img')].map(i => i.alt)")
+    assert f"depth, predicted by {folder / 'a.pt'}" in alts
+    assert browser.js("[...document.querySelectorAll('#found img')].every(i => i.complete && i.naturalWidth === 40)")
+
+    # Hovering tells what the model predicts at that place, of both models.
+    known = [load(folder / f"{name}.pt", device="cpu")(tmp_path / "room.png") for name in ("a", "b")]
+    number = alts.index(f"depth, predicted by {folder / 'a.pt'}")
+    for x, y in ((0.26, 0.35), (0.74, 0.62)):
+        row, column = int(y * 30), int(x * 40)
+        told = tell(browser, number, x, y)
+        for offset, maps in enumerate(known):
+            metres = float(maps["depth"][row, column])
+            wanted = f"{round(1000 * metres) / 1000:.2f} m" if round(1000 * metres) else "no depth"
+            said = told[number + offset]
+            assert said == wanted or abs(float(said.split()[0]) - metres) < 0.011  # a half may be rounded either way
+            assert told[1 + offset] == load_classes(folder)[maps["semseg"][row, column]]
+    browser.move(2, 2)
+    wait(browser, "[...document.querySelectorAll('#found output')].every(o => !o.textContent)")
+    browser.js("document.querySelector('#found .frame').focus()")
+    browser.key("ArrowRight")
+    wait(browser, "!!document.querySelectorAll('#found output')[1].textContent")
+
+    for width in (320, 1280):
+        browser.size(width)
+        browser.settle()
+        assert browser.js("document.documentElement.scrollWidth") <= width
+
+    # What is no picture, and what is too much of one, is told; then the next one works.
+    for name, content in (("text.jpg", b"hello"), ("broken.png", (tmp_path / "room.png").read_bytes()[:200])):
+        (tmp_path / name).write_bytes(content)
+        upload(browser, tmp_path / name)
+        said = wait(browser, "(document.querySelector('#found .fault') || {}).textContent")
+        assert said.startswith(f"{name} is damaged, or not a picture")
+    assert [c for c in browser.complaints if GRADIO_SAYS not in c] == []
+    (tmp_path / "big.png").write_bytes((tmp_path / "room.png").read_bytes() + bytes(2**21))
+    upload(browser, tmp_path / "big.png")
+    wait(browser, "document.body.innerText.includes('maximum allowed size')")
+    browser.requests, asked = [], browser.requests
+    upload(browser, picture(tmp_path / "next.png", 1, 1))
+    wait(browser, tiles)
+
+    # A page elsewhere, under a name that leads here, gets nothing.
+    with pytest.raises(HTTPError, match="400"):
+        urlopen(Request(url, headers={"Host": "elsewhere.example"}))
+    outside = [u for u in asked + browser.requests if not u.startswith((url, "data:", "blob:"))]
+    assert outside == []
+    kept = [path for path in (folder / "tmp").rglob("*") if path.suffix in (".png", ".jpg") and "big" not in path.name]
+    assert kept == []
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) in (0, 130)
+    assert list((folder / "tmp").glob("mtcl_demo_*")) == []
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def load_classes(folder: Path) -> list[str]:
+    return torch.load(folder / "a.pt", weights_only=True)["meta"]["tasks"]["semseg"]["classes"]

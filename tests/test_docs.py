@@ -1,0 +1,163 @@
+"""What documents tell people to type: every command is checked, those that need nothing but this machine are run."""
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY
+from hydra import compose, initialize_config_dir
+
+from mtcl.entry import build
+from mtcl.entry.schema import check_config
+
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GENERATED = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)  # made by commands of their own; dear ones
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`((?:python|torchrun|make) [^`]+)`")
+# What stands for something else: a folder of data, of runs, a file of weights.
+STANDS_FOR = re.compile(
+    r"\$\w+|\b(?:PATH|FILE|DIR|FOLDER|RUN|OTHER|TIME|SINGLES|NAME|METHOD|OUTPUT|VALUE|USER)\b|<\w+>|\.\.\."
+)
+FAR_AWAY = re.compile(
+    r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|CAMERA"
+)
+LONG = re.compile(r"scripts/(search|study|demo|model_table)\.py")  # they have tests of their own
+
+
+def commands(document: Path) -> list[str]:
+    text = GENERATED.sub("", document.read_text())
+    found = [
+        line for kind, block in BLOCK.findall(text) if kind == "sh" for line in block.replace("\\\n", " ").split("\n")
+    ]
+    found += INLINE.findall(BLOCK.sub("", text))
+    return [
+        command
+        for command in (line.split(" #")[0].strip() for line in found)
+        if command and not command.startswith("#")
+    ]
+
+
+def split(command: str) -> tuple[str, list[str]]:
+    """The script, and the words behind it."""
+    words = [word for word in shlex.split(command.split(";")[0].split("&&")[0]) if word not in ("srun", "nohup")]
+    for i, word in enumerate(words):
+        if word.endswith(".py"):
+            return word, words[i + 1 :]
+    return words[0], words[1:]
+
+
+ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]
+
+
+@functools.cache
+def told_by(script: str) -> str:
+    """What ``--help`` says, with the file's own text: keys are in either."""
+    done = subprocess.run(
+        [sys.executable, ROOT / script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{script} --help: {done.stderr}"
+    return done.stdout
+
+
+def first_of_sweep(word: str) -> str:
+    """``a=1,2`` -> ``a=1``, but not ``a=[1,2]``."""
+    key, _, value = word.partition("=")
+    return word if value.startswith(("[", "{", "'")) else f"{key}={value.split(',')[0]}"
+
+
+@pytest.mark.parametrize(("document", "command"), ALL, ids=[f"{d.stem}-{i}" for i, (d, _) in enumerate(ALL)])
+def test_what_a_command_names_is_there(document, command):
+    script, words = split(command)
+    if script in ("train.py", "evaluate.py"):
+        flags = ("-m", "--multirun", "--cfg", "job", "-h", "--help")
+        overrides = [
+            first_of_sweep(word) for word in words if word not in flags and "=" in word and not word.startswith("hydra")
+        ]
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = compose(Path(script).stem, overrides)
+        if script == "train.py":
+            check_config(build.plain(config))
+    elif script.startswith("scripts/"):
+        assert (ROOT / script).is_file(), f"{document.name}: {script} is gone"
+        for word in words:
+            if word.startswith("--"):
+                assert word.split("=")[0] in told_by(script), f"{script} has no {word}"
+    elif script == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[0] in targets
+    elif script == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        asked = re.findall(r"\[([\w,]+)\]", command)
+        assert all(name in extras for group in asked for name in group.split(","))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with outputs/rooms/sweep of two runs, outputs/rooms/TIME, RUN and OTHER, a picture."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("docs")
+    for path, seed in (("outputs/rooms/sweep/a", 0), ("outputs/rooms/sweep/b", 1)):
+        run_in(folder, [str(ROOT / "train.py"), *TINY, f"seed={seed}", f"hydra.run.dir={path}", "trainer.panels=1"])
+    for link in ("RUN", "OTHER", "outputs/rooms/TIME", "outputs/rooms/run"):
+        (folder / link).symlink_to(folder / "outputs/rooms/sweep/a")
+    Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(folder / "picture.jpg")
+    return folder
+
+
+def run_in(folder: Path, words: list[str]) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, f"{shlex.join(map(str, words))}\n{done.stderr[-2000:]}"
+    return done
+
+
+def runnable(command: str) -> bool:
+    command = re.sub(r"\bRUN\b|\bOTHER\b|outputs/rooms/TIME", "", command)
+    script, words = split(command)
+    alone = script.endswith(".py") and not STANDS_FOR.search(command) and not FAR_AWAY.search(command)
+    return alone and not LONG.search(command) and not {"resume=auto"} & set(words)
+
+
+HERE = sorted({command for _, command in ALL if runnable(command)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", HERE)
+def test_a_command_that_needs_nothing_else_runs(command, place):
+    script, words = split(command)
+    if script == "train.py":
+        words = [*TINY, *(first_of_sweep(word) for word in words if word != "-m")]
+        words += [] if "--cfg" in words else [f"hydra.run.dir=outputs/typed/{abs(hash(command))}"]
+    run_in(place, [str(ROOT / script), *words])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS[1:] if "```python" in d.read_text()], ids=lambda d: d.stem)
+def test_blocks_of_python_run(document):
+    """In their order, one after the other."""
+    names: dict = {"__name__": "document"}
+    for kind, block in BLOCK.findall(document.read_text()):
+        if kind == "python":
+            exec(compile(block, str(document), "exec"), names)
+
+
+def test_documents_point_at_what_is_there():
+    """Links between files, and files of the project that are named in code."""
+    for document in DOCUMENTS:
+        text = document.read_text()
+        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        for name in re.findall(
+            r"`((?:mtcl|scripts|tests|configs|docs)/[\w/.-]+\.(?:py|yaml|md))`", GENERATED.sub("", text)
+        ):
+            assert STANDS_FOR.search(name) or (ROOT / name).exists(), f"{document.name} names {name}"

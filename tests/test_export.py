@@ -1,0 +1,356 @@
+"""What is exported is the model, all of it and nothing else."""
+
+import json
+import shutil
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, composed
+from safetensors.torch import load_file
+from shrunken import shrunk
+from test_cli import assert_fails
+
+import mtcl
+from mtcl import UserError
+from mtcl.entry import build, exporting
+from mtcl.entry.exporting import FACTS, ONNX, PROGRAM, WEIGHTS, export_model, portable, push
+from mtcl.entry.loading import CARD, Loaded, Saved, load_model, pull
+from mtcl.entry.train import train
+from mtcl.training.checkpoint import load_checkpoint
+
+SCRIPT = "scripts/export.py"
+needs_onnx = pytest.mark.skipif(
+    not all(find_spec(name) for name in ("onnx", "onnxruntime", "onnxscript")), reason="extra export not installed"
+)
+needs_hub = pytest.mark.skipif(not find_spec("huggingface_hub"), reason="extra hub not installed")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with the regulariser and a running mean of the weights, two tasks."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(
+        composed(*TINY, "data.size=[64,96]", "tasks.names=[semseg,depth]", "trainer.ema=0.5", "trainer.max_steps=3"),
+        folder,
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "model"
+    export_model(load_model(trained), "safetensors", folder)
+    return folder
+
+
+def random_model(decoder: str, backbone: str) -> Loaded:
+    words = ["tasks.names=[semseg,depth]", "data.size=[64,96]", f"backbone={backbone}", f"decoder={decoder}"]
+    config = composed(*words, *shrunk(decoder, backbone))
+    torch.manual_seed(0)
+    tasks = build.build_tasks(config)
+    model = build.build_model(config, tasks, pretrained=False).eval()
+    saved = Saved(mtcl.__file__, model.state_dict(), build.plain(config), build.described(tasks), 7)
+    return Loaded(model, tasks, (64, 96), saved)
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+# --- Weights and card
+
+
+def test_predictions_are_those_of_the_checkpoint(trained, folder):
+    want = mtcl.load(trained / "checkpoints" / "last.pt", device="cpu")(picture(40, 70))
+    got = mtcl.load(folder, device="cpu")(picture(40, 70))
+    assert list(got) == list(want) == ["semseg", "depth"]
+    for task in want:
+        assert np.array_equal(got[task], want[task])
+
+
+def test_the_weights_are_the_running_mean_and_the_model_alone(trained, folder):
+    state = load_checkpoint(trained / "checkpoints" / "last.pt")
+    assert state["regularizer"]  # there is something to leave out
+    assert any(not torch.equal(t, state["model"][n]) for n, t in state["ema"]["model"].items())
+    found = load_file(folder / WEIGHTS)
+    assert found.keys() == state["ema"]["model"].keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state["ema"]["model"].items())
+
+
+def test_the_card(trained, folder):
+    text = (folder / CARD).read_text()
+    assert text.startswith("---\nlibrary_name: mtcl\nlicense: other\n")
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert f"| depth | rmse | {metrics['depth']['rmse']:.4f} m |" in text
+    assert "64 x 96" in text
+    assert "3 steps" in text
+
+
+def test_the_card_does_not_take_metrics_of_another_step(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | {"step": 99}))
+    assert "Not known" in exporting.card(load_model(run))
+
+
+def test_no_path_of_the_machine_is_published(folder):
+    config = composed(*TINY)
+    found = portable(build.plain(config) | {"resume": "/home/me/x.pt"})
+    assert found["resume"] is None
+    plain = build.plain(config)
+    plain["data"] |= {"root": "/home/me/data", "cache": "/home/me/cache"}
+    plain["backbone"] |= {"weights": "/home/me/w.safetensors"}
+    assert "/home/me" not in json.dumps(portable(plain))
+    assert plain["data"]["root"] == "/home/me/data"  # left as it was
+    assert str(folder.parent) not in (folder / FACTS).read_text()
+
+
+# --- Programs
+
+
+def differences(program, predictor, size) -> tuple[float, float]:
+    """Of a program and the checkpoint's predictor: metres, and the part of pixels of another class."""
+    found = program.module()(torch.from_numpy(picture(*size)).permute(2, 0, 1)[None].float())
+    want = predictor(picture(*size))
+    decoded = {name: predictor.tasks[name].decoded(found[name][0].detach()) for name in want}
+    return np.abs(decoded["depth"] - want["depth"]).max(), (decoded["semseg"] != want["semseg"]).mean()
+
+
+def test_a_torch_program(cli, trained, tmp_path):
+    result = cli(SCRIPT, f"checkpoint={trained}", "format=torch", f"output={tmp_path}/out", "fixed=true")
+    assert result.code == 0, result.err
+    assert "batches up to 256, pictures of 64 x 96 only (as asked for)" in result.out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [PROGRAM]
+    extra = {FACTS: ""}
+    program = torch.export.load(tmp_path / "out" / PROGRAM, extra_files=extra)
+    model = load_model(trained).model
+    # Model weights only, by name and size.
+    assert {f"model.{name}" for name in model.state_dict()} == set(program.state_dict)
+    assert sum(t.numel() for t in program.parameters()) == sum(p.numel() for p in model.parameters())
+    facts = json.loads(extra[FACTS])
+    assert facts["tasks"] == ["semseg", "depth"]
+    assert facts["multiple"] == 32
+    assert max(differences(program, mtcl.load(trained, device="cpu"), (64, 96))) < 1e-4
+
+
+@pytest.mark.slow
+def test_a_torch_program_of_any_size(trained, tmp_path):
+    told = export_model(load_model(trained), "torch", tmp_path / "out")
+    assert "any height and width that are multiples of 32, from 64 on" in told
+    program = torch.export.load(tmp_path / "out" / PROGRAM)
+    predictor = mtcl.load(trained, device="cpu")
+    predictor.size = (64, 64)  # smaller pictures are put into the training frame
+    for size in ((64, 96), (96, 64), (64, 64)):
+        assert max(differences(program, predictor, size)) < 1e-4
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_an_onnx_file(cli, trained, tmp_path):
+    import onnx
+    import onnxruntime
+
+    result = cli(SCRIPT, f"checkpoint={trained}", "format=onnx", f"output={tmp_path}/out")
+    assert result.code == 0, result.err
+    path = tmp_path / "out" / ONNX
+    assert [path] == list((tmp_path / "out").iterdir())
+    file = onnx.load(path)
+    onnx.checker.check_model(file)
+    # Not more numbers than the model's own, the constants of shapes and of the normalisation aside.
+    model = load_model(trained).model
+    count = sum(int(np.prod(weight.dims)) for weight in file.graph.initializer)
+    assert count < 1.01 * sum(t.numel() for t in model.state_dict().values()) + 100
+    regularizer = load_checkpoint(trained / "checkpoints" / "last.pt")["regularizer"]
+    names = {weight.name for weight in file.graph.initializer}
+    assert not any(name.endswith(part) for part in regularizer for name in names)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    assert json.loads(facts["tasks"]) == ["semseg", "depth"] == [o.name for o in session.get_outputs()]
+    assert json.loads(facts["mean"]) == pytest.approx(model.mean)
+    assert json.loads(facts["std"]) == pytest.approx(model.std)
+    assert json.loads(facts["classes"])["semseg"][0]
+    predictor = mtcl.load(trained, device="cpu")
+    predictor.size = (64, 64)  # smaller pictures are put into the training frame
+    for size in ((64, 96), (96, 64), (64, 64)):
+        raw = np.stack([picture(*size)] * 2).transpose(0, 3, 1, 2).astype(np.float32)
+        (depth,) = session.run(["depth"], {"image": raw})
+        want = predictor(picture(*size))["depth"]
+        assert np.abs(predictor.tasks["depth"].decoded(torch.from_numpy(depth[1])) - want).max() < 1e-4
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize("decoder", ["atrc", "deeplab", "invpt", "mqtransformer", "mti_net", "multi_head", "pad_net"])
+def test_every_decoder_becomes_onnx(decoder, tmp_path):
+    export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out", fixed=True)
+    assert (tmp_path / "out" / ONNX).is_file()
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize(("decoder", "backbone"), [("taskprompter", "vit_small"), ("multi_head", "swin_tiny")])
+def test_transformers_become_onnx(decoder, backbone, tmp_path):
+    told = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out", fixed=decoder == "taskprompter")
+    assert "pictures of 64 x 96 only" in told
+    assert ("windows" in told) == (backbone == "swin_tiny")
+
+
+def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
+    """A program whose outputs are a little off."""
+    loaded = load_model(trained)
+    run = exporting.Whole.forward
+
+    def off(self, image):
+        return {task: raw + (3e-3 if task == "depth" else 0) for task, raw in run(self, image).items()}
+
+    monkeypatch.setattr(exporting.Whole, "forward", off)
+    with pytest.raises(
+        UserError, match=r"model.pt2 was not kept: for 1 x 64 x 96 its depth differs .* by [123]\.\de-03"
+    ):
+        export_model(loaded, "torch", tmp_path / "out", fixed=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_are_no_numbers_are_not_kept(trained, tmp_path, monkeypatch):
+    run = exporting.Whole.forward
+    monkeypatch.setattr(exporting.Whole, "forward", lambda s, x: {t: r * torch.nan for t, r in run(s, x).items()})
+    with pytest.raises(UserError, match="was not kept"):
+        export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
+
+
+# --- Mistakes
+
+
+def test_a_full_folder_is_left_alone(cli, trained, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    words = [f"checkpoint={trained}", "format=safetensors", f"output={tmp_path}"]
+    assert_fails(cli(SCRIPT, *words), "holds something already", "overwrite=true")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert cli(SCRIPT, *words, "overwrite=true").code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", WEIGHTS, FACTS, CARD}
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["format=onnx", "output=x"], "needs checkpoint="),
+        (["checkpoint=x.pt", "output=x"], "needs format="),
+        (["checkpoint=x.pt", "format=onx", "output=x"], "choose safetensors, torch, onnx"),
+        (["checkpoint=missing.pt", "format=torch", "output=x"], "missing.pt does not exist"),
+        (["push=me/model"], "needs folder="),
+        (["push=me/model", "folder=x", "fixed=true"], "fixed= makes no sense"),
+        (["push=me", "folder=x"], "give USER/NAME"),
+    ],
+)
+def test_mistakes_are_one_sentence(cli, words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_fails(cli(SCRIPT, *words), sentence)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_onnx(cli, trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
+    words = [f"checkpoint={trained}", "format=onnx", f"output={tmp_path}/out"]
+    assert_fails(cli(SCRIPT, *words), "pip install 'mtcl[export]'")
+    assert not (tmp_path / "out").exists()
+
+
+def test_help(cli):
+    result = cli(SCRIPT, "--help")
+    assert result.code == 0
+    assert "safetensors|torch|onnx" in result.out
+
+
+# --- The hub, whose place a folder takes
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The network calls of the hub's library, onto a folder; ``server.error``: raised by each of them."""
+    import huggingface_hub
+
+    class Server:
+        root = tmp_path / "hub"
+        error: Exception | None = None
+
+        def create_repo(self, name, private, exist_ok):
+            if self.error:
+                raise self.error
+            (self.root / name).mkdir(parents=True, exist_ok=exist_ok)
+
+        def upload_folder(self, repo_id, folder_path, allow_patterns):
+            for path in huggingface_hub.utils.filter_repo_objects(
+                [p.relative_to(folder_path).as_posix() for p in folder_path.rglob("*") if p.is_file()],
+                allow_patterns=allow_patterns,
+            ):
+                shutil.copy(folder_path / path, self.root / repo_id / path)
+            return f"https://huggingface.co/{repo_id}"
+
+        def download(self, name, revision, allow_patterns, local_dir):
+            if self.error:
+                raise self.error
+            to = local_dir or tmp_path / "cache" / name
+            to.mkdir(parents=True, exist_ok=True)
+            for path in (self.root / name).iterdir():
+                if path.name in allow_patterns:
+                    shutil.copy(path, to)
+            return str(to)
+
+    server = Server()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: server)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", server.download)
+    return server
+
+
+@needs_hub
+def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = tmp_path / "published"
+    shutil.copytree(folder, published)
+    (published / "secret.txt").write_text("not for everybody")
+    result = cli(SCRIPT, "push=me/model", f"folder={published}")
+    assert result.code == 0, result.err
+    assert "https://huggingface.co/me/model" in result.out
+    assert {path.name for path in (server.root / "me" / "model").iterdir()} == {WEIGHTS, FACTS, CARD}
+
+    want = mtcl.load(folder, device="cpu")(picture(32, 64))
+    got = mtcl.load("me/model", device="cpu")(picture(32, 64))
+    assert np.array_equal(got["depth"], want["depth"])
+
+    result = cli(SCRIPT, "pull=me/model", "folder=here")
+    assert result.code == 0, result.err
+    assert (tmp_path / "here" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert_fails(cli(SCRIPT, "pull=me/model", "folder=here"), "holds something already")
+
+
+@needs_hub
+def test_the_hub_without_connection_or_token(server, folder, tmp_path):
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    server.error = ConnectionError("Name or service not known\nand a long trace")
+    with pytest.raises(UserError, match=r"did not take it \(Name or service not known\); check the connection"):
+        push(folder, "me/model")
+    with pytest.raises(UserError, match=r"the hub did not give it \(Name or service not known\)"):
+        pull("me/model")
+    server.error = LocalTokenNotFoundError("no token")
+    with pytest.raises(UserError, match="hf auth login"):
+        push(folder, "me/model")
+    with pytest.raises(UserError, match=f"has no {FACTS}"):
+        push(tmp_path, "me/model")
+
+
+@needs_hub
+def test_the_library_is_called_as_it_is(monkeypatch, folder):
+    """The real library's own functions, with its network closed: no wrong argument, a sentence at the end."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_none")
+    with pytest.raises(UserError, match=r"did not take it \(.*offline"):
+        push(folder, "me/model")
+    with pytest.raises(UserError, match="the hub did not give it"):
+        pull("me/no-such-model")

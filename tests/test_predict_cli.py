@@ -1,0 +1,449 @@
+"""scripts/predict.py as users type it: what it writes, what it leaves out, how it fails."""
+
+import errno
+import json
+import os
+import resource
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, composed
+from PIL import Image
+
+import mtcl
+from mtcl.entry import predicting
+from mtcl.entry.train import train
+from mtcl.inference.predictor import Predictor
+from mtcl.metrics.boundaries.suppression import SAK, nms
+
+SCRIPT = "scripts/predict.py"
+TASKS = ("semseg", "human_parts", "sal", "depth", "normals", "edge")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    train(composed(*TINY), folder)
+    return folder
+
+
+@pytest.fixture
+def predict(cli, run, tmp_path):
+    def with_words(source, *words: str, output="out"):
+        return cli(SCRIPT, f"checkpoint={run}", f"input={source}", f"output={tmp_path / output}", "device=cpu", *words)
+
+    return with_words
+
+
+def picture(seed: int = 0, height: int = 24, width: int = 40) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def put(path: Path, seed: int = 0, **size) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture(seed, **size)).save(path, format="PNG")
+    return path
+
+
+def video(path: Path, count: int = 5, rate: float = 29.97) -> Path:
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), rate, (64, 32))
+    for i in range(count):
+        writer.write(np.full((32, 64, 3), 8 * i, np.uint8))
+    writer.release()
+    return path
+
+
+def written(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def maps_of(*names: str, tasks=TASKS) -> set[str]:
+    return {f"{task}/{n}.png" for task in tasks for n in names} | {f"panel/{n}.jpg" for n in names} | {"predict.json"}
+
+
+def fails(result, *words: str) -> None:
+    """Exit code 1 and one sentence that has these words in it."""
+    assert result.code == 1, result
+    assert "Traceback" not in result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def test_maps_are_read_back(predict, run, tmp_path):
+    result = predict(put(tmp_path / "a.png"))
+    assert result.code == 0, result.err
+    out = tmp_path / "out"
+    assert written(out) == maps_of("a")
+    expected = mtcl.load(run)(tmp_path / "a.png")
+    facts = json.loads((out / "predict.json").read_text())
+    found = {task: np.asarray(Image.open(out / task / "a.png")) for task in TASKS}
+    for task in ("semseg", "human_parts", "sal"):
+        assert np.array_equal(found[task], expected[task])
+        assert np.array_equal(found[task].dtype, np.uint8)
+        classes = facts["tasks"][task]["classes"]
+        colours = np.asarray(Image.open(out / task / "a.png").convert("RGB"))
+        assert np.array_equal(colours, mtcl.load(run).tasks[task].draw(expected[task]))
+        assert len(classes) > found[task].max()
+    scale = facts["tasks"]["depth"]["metres_per_step"]
+    assert found["depth"].dtype == np.uint16
+    assert np.array_equal(cv2.imread(str(out / "depth/a.png"), cv2.IMREAD_UNCHANGED), found["depth"])
+    assert np.abs(found["depth"] * scale - expected["depth"]).max() <= 0.0005 + 1e-6
+    assert expected["depth"].max() > 0.01
+    assert np.abs(found["normals"] / 127.5 - 1 - expected["normals"]).max() <= 0.5 / 127.5 + 1e-6
+    thin = nms(expected["edge"], SAK.smoothing, SAK.radius)
+    assert np.abs(found["edge"] / 255 - thin).max() <= 0.5 / 255 + 1e-6
+    assert (found["edge"] > 0).any()
+    assert cv2.imread(str(out / "panel/a.jpg")).shape[2] == 3
+    assert facts["inputs"] == [str(tmp_path / "a.png")]
+    assert (facts["step"], facts["large"], facts["scales"]) == (2, "shrink", [1.0])
+
+
+def test_a_folder_with_everything_in_it(predict, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a.png", "b/a.png", "b/c/ünï ✓ 100%d.jpg", "x.png", "x.jpg", "x.jpg.png", "B.JPG"):
+        put(folder / name)
+    put(folder / ".hidden.png")
+    put(folder / ".thumbs/d.png")
+    (folder / "notes.txt").write_text("no picture")
+    (folder / "text.jpg").write_text("hello")
+    (folder / "empty.png").touch()
+    (folder / "cut.png").write_bytes(put(folder / "whole.png").read_bytes()[:-200])
+    (folder / "loop").symlink_to(folder)
+    (folder / "itself.jpg").symlink_to("itself.jpg")
+    os.mkfifo(folder / "pipe.jpg")
+    result = predict(folder, "batch=3")
+    bad = ("text.jpg", "empty.png", "cut.png", "itself.jpg")
+    fails(result, "4 of 12 pictures", "see above")
+    for name in bad:
+        assert f"left out: {folder / name}" in result.err
+    names = ("a", "b/a", "b/c/ünï ✓ 100%d", "x.png", "x.jpg", "x.jpg.png", "B", "whole")
+    assert written(out) == maps_of(*names)
+    assert "8 pictures in" in result.out
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    put(folder / "new.png", seed=7)
+    again = predict(folder)
+    fails(again, "4 of 13 pictures")
+    assert "8 of 13 pictures have been predicted before" in again.out
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert (out / "edge/new.png").is_file()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="names are Unicode there")
+def test_a_name_that_is_not_unicode(predict, tmp_path):
+    folder = tmp_path / "in"
+    put(folder / "a.png")
+    os.rename(os.fsencode(folder / "a.png"), os.fsencode(folder) + b"/\xff\xfe.png")
+    assert predict(folder, "tasks=[depth]", "panel=false").code == 0
+    assert os.listdir(os.fsencode(tmp_path / "out/depth")) == [b"\xff\xfe.png"]
+    os.rename(os.fsencode(folder) + b"/\xff\xfe.png", os.fsencode(folder) + b"/\xff.mp4")
+    fails(predict(os.fsdecode(os.fsencode(folder) + b"/\xff.mp4")), "not UTF-8")  # OpenCV would crash
+
+
+def test_names_of_many_kinds_stay_apart(tmp_path):
+    files = [tmp_path / n for n in ("a.jpg", "a.png", "a.jpg.png", "a.b.png", "a.b.jpg", "c.jpg", "d/a.jpg")]
+    names = predicting.named(files, tmp_path)
+    assert len(set(names.values())) == len(files)
+    assert names[tmp_path / "c.jpg"] == "c"
+
+
+def test_words_of_the_command(predict, tmp_path, monkeypatch):
+    put(tmp_path / "in/a.png", height=150, width=90)
+    put(tmp_path / "in/b.png", height=24, width=40)
+    seen = []
+    batch = Predictor.batch
+
+    def watched(self, pictures):
+        seen.append((len(pictures), self.large, self.flip, self.scales, self.precision, list(self.tasks)))
+        return batch(self, pictures)
+
+    monkeypatch.setattr(Predictor, "batch", watched)
+    words = (
+        "large=slide",
+        "flip=true",
+        "scales=0.5,1",
+        "batch=2",
+        "precision=bf16",
+        "tasks=[depth,sal]",
+        "panel=false",
+    )
+    result = predict(tmp_path / "in", *words)
+    assert result.code == 0, result.err
+    assert seen == [(2, "slide", True, (0.5, 1.0), "bf16", ["sal", "depth"])]
+    assert written(tmp_path / "out") == maps_of("a", "b", tasks=("sal", "depth")) - {"panel/a.jpg", "panel/b.jpg"}
+    assert Image.open(tmp_path / "out/depth/a.png").size == (90, 150)
+
+
+def test_wrong_words(cli, predict, run, tmp_path):
+    put(tmp_path / "a.png")
+    for words, told in [
+        (["larg=slide"], "did you mean large=?"),
+        (["large=huge"], "choose shrink, slide, whole"),
+        (["flip=yes"], "true or false"),
+        (["batch=0"], "whole number"),
+        (["scales=a"], "numbers"),
+        (["scales=9"], "0.1 to 4"),
+        (["seconds=-1"], "above 0"),
+        (["seconds=nan"], "above 0"),
+        (["tasks=[flow]"], "has no task flow"),
+        (["tasks=[]"], "empty"),
+        (["flip"], "key=value"),
+    ]:
+        fails(predict(tmp_path / "a.png", *words), told)
+    fails(predict(tmp_path / "none.png"), "none.png does not exist")
+    fails(predict(tmp_path / "none.mp4"), "none.mp4 does not exist")
+    (tmp_path / "empty").mkdir()
+    fails(predict(tmp_path / "empty"), "holds no picture")
+    fails(predict(tmp_path / "a.png", output="a.png"), "is a file")
+    assert not (tmp_path / "out").exists()
+    fails(cli(SCRIPT, "input=a", "output=b"), "needs checkpoint=")
+    fails(
+        cli(SCRIPT, "checkpoint=none.pt", f"input={tmp_path}/a.png", f"output={tmp_path}/out"), "none.pt does not exist"
+    )
+    assert "large=shrink|slide|whole" in cli(SCRIPT, "--help").out
+
+
+def test_a_single_bad_file_is_told_once(predict, tmp_path):
+    (tmp_path / "a.jpg").write_text("hello")
+    result = predict(tmp_path / "a.jpg")
+    fails(result, "a.jpg is damaged, or not a picture")
+    assert result.err.count("a.jpg") == 1
+
+
+def test_what_is_there_stays_unless_it_is_to_be_replaced(predict, tmp_path):
+    put(tmp_path / "one/a.png", seed=1)
+    put(tmp_path / "two/a.png", seed=2)
+    put(tmp_path / "two/b.png", seed=3)
+    assert predict(tmp_path / "one").code == 0
+    depth = tmp_path / "out/depth/a.png"
+    before = depth.read_bytes()
+    result = predict(tmp_path / "two", "tasks=[depth,edge]")  # another picture of the same name
+    fails(result, "1 of 2 pictures")
+    assert "another input" in result.err
+    assert depth.read_bytes() == before
+    assert (tmp_path / "out/depth/b.png").is_file()
+    facts = json.loads((tmp_path / "out/predict.json").read_text())
+    assert facts["inputs"] == [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert set(facts["tasks"]) == set(TASKS)
+    fails(predict(tmp_path / "one", "flip=true"), "flip=False, not True", "overwrite=true")
+    assert depth.read_bytes() == before
+    assert predict(tmp_path / "two", "overwrite=true").code == 0
+    assert depth.read_bytes() != before
+    (tmp_path / "out/predict.json").write_text("{}")
+    fails(predict(tmp_path / "one"), "predict.json was not written by predict.py")
+
+
+def test_an_output_inside_the_input_is_not_predicted_the_next_time(predict, tmp_path):
+    put(tmp_path / "in/a.png")
+    for output in ("in/out", "in/out", "in/other"):
+        result = predict(tmp_path / "in", "tasks=[sal]", output=output)
+        assert result.code == 0, result.err
+        assert written(tmp_path / output) == maps_of("a", tasks=["sal"])
+
+
+def test_maps_never_replace_pictures(predict, tmp_path):
+    path = put(tmp_path / "in/depth/a.png")
+    before = path.read_bytes()
+    for source in (tmp_path / "in", path, path.parent):
+        fails(predict(source, output="in"), "choose another output=")
+    assert path.read_bytes() == before
+    assert written(tmp_path / "in") == {"depth/a.png"}
+    put(tmp_path / "in/fine/b.png")
+    assert predict(tmp_path / "in/fine", "tasks=[sal]", output="in").code == 0
+
+
+def test_no_rights(predict, tmp_path, monkeypatch):
+    put(tmp_path / "in/a.png")
+    put(tmp_path / "in/b.png")
+    write_map = predicting.write_map
+
+    def refuse(path, task, array):
+        if path.name == "b.png":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_map(path, task, array)
+
+    monkeypatch.setattr(predicting, "write_map", refuse)
+    fails(predict(tmp_path / "in"), "no space left", "free some")
+    assert written(tmp_path / "out") == maps_of("a")
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    fails(predict(tmp_path / "in", output="file/out"), "file")
+
+
+def test_a_name_that_the_disk_does_not_take_leaves_the_others(predict, tmp_path):
+    put(tmp_path / "in" / f"{'x' * 245}.png")
+    put(tmp_path / "in/y.png")
+    result = predict(tmp_path / "in")
+    fails(result, "1 of 2 pictures")
+    assert "File name too long" in result.err
+    assert written(tmp_path / "out") == maps_of("y")
+
+
+def test_what_is_done_stays_after_ctrl_c(predict, tmp_path, monkeypatch):
+    for name in "abc":
+        put(tmp_path / f"in/{name}.png")
+    read, seen = Predictor.read, []
+
+    def interrupted(self, path):
+        if isinstance(path, Path) and path.name == "b.png" and not seen:
+            seen.append(path)
+            raise KeyboardInterrupt
+        return read(self, path)
+
+    monkeypatch.setattr(Predictor, "read", interrupted)
+    result = predict(tmp_path / "in")
+    assert result.code == 130
+    assert "Traceback" not in result.err
+    assert written(tmp_path / "out") == maps_of("a")
+    result = predict(tmp_path / "in")
+    assert result.code == 0
+    assert "1 of 3 pictures have been predicted before" in result.out
+    assert written(tmp_path / "out") == maps_of("a", "b", "c")
+
+
+def test_too_little_memory(predict, tmp_path, monkeypatch):
+    put(tmp_path / "in/a.png", height=20)
+    put(tmp_path / "in/big.png", height=32)
+    put(tmp_path / "in/c.png", height=20)
+    inner = Predictor._predicted
+    monkeypatch.setattr(Predictor, "_predicted", lambda self, pictures: (
+        torch.empty(10**15) if len(pictures) > 1 or len(pictures[0]) == 32 else inner(self, pictures)
+    ))  # fmt: skip
+    result = predict(tmp_path / "in", "batch=3")
+    fails(result, "1 of 3 pictures", "big.png")
+    assert "40 x 32 pixels are too many for the memory of cpu" in result.err
+    assert written(tmp_path / "out") == maps_of("a", "c")
+
+
+def test_only_a_lack_of_memory_is_one():
+    with pytest.raises(RuntimeError) as cpu:
+        torch.empty(10**15)
+    with pytest.raises(cv2.error) as resize:
+        cv2.resize(np.zeros((9, 9, 3), np.uint8), (2**21, 2**20))
+    for error in (cpu.value, resize.value, torch.OutOfMemoryError("x"), MemoryError()):
+        assert predicting.out_of_memory(error), error
+    with pytest.raises(cv2.error) as other:
+        cv2.resize(np.zeros((0, 0), np.uint8), (3, 3))
+    for error in (other.value, RuntimeError("an illegal allocation of ids"), ValueError("DefaultCPUAllocator")):
+        assert not predicting.out_of_memory(error), error
+
+
+# Films
+
+
+def test_a_video(predict, run, tmp_path):
+    source = video(tmp_path / "film.mp4")
+    result = predict(source, "batch=2", "frames=true", "tasks=[depth,sal]")
+    assert result.code == 0, result.err
+    out = tmp_path / "out"
+    frames = {f"{task}/film/{i:06d}.png" for task in ("depth", "sal") for i in range(5)}
+    assert written(out) == frames | {"film.mp4", "predict.json"}
+    made = cv2.VideoCapture(str(out / "film.mp4"))
+    assert made.get(cv2.CAP_PROP_FPS) == pytest.approx(29.97, abs=0.01)
+    assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 5
+    tiles = [made.read()[1] for _ in range(5)]
+    assert [tile.shape for tile in tiles] == [tiles[0].shape] * 5
+    assert tiles[4].mean() > tiles[0].mean() + 1  # the picture is in it
+    assert "5 frames in" in result.out
+    assert "frames/s" in result.out
+    assert "100%" in result.err
+    capture = cv2.VideoCapture(str(source))
+    first = mtcl.load(run)(cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB))
+    found = np.asarray(Image.open(out / "depth/film/000000.png"))
+    assert np.abs(found / 1000 - first["depth"]).max() < 0.001
+    before = (out / "film.mp4").read_bytes()
+    fails(predict(source, "tasks=[depth,sal]"), "film.mp4 exists already")
+    assert (out / "film.mp4").read_bytes() == before
+    fails(predict(source, "overwrite=true", output="."), "is the video itself")
+    assert cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FRAME_COUNT) == 5
+
+
+def test_the_beginning_of_a_video(predict, tmp_path):
+    result = predict(video(tmp_path / "film.avi", 20, rate=10), "seconds=0.5", "tasks=[sal]")
+    assert result.code == 0, result.err
+    assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
+
+
+def test_videos_that_are_none(predict, tmp_path):
+    whole = video(tmp_path / "whole.mp4", 1).read_bytes()
+    for name, content in [("text.mp4", b"hello"), ("empty.mp4", b""), ("cut.mp4", whole[: len(whole) // 2])]:
+        (tmp_path / name).write_bytes(content)
+        result = predict(tmp_path / name)
+        fails(result, name, "no frame that can be read")
+        assert "[ WARN" not in result.err, "OpenCV's own"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_video_that_ends_early(predict, tmp_path, monkeypatch):
+    source, frames = video(tmp_path / "film.mp4", 20), predicting.frames
+    monkeypatch.setattr(predicting, "frames", lambda *a: (f for f, _ in zip(frames(*a), range(3))))
+    fails(predict(source, "tasks=[sal]"), "only 3 of about 20 frames")
+    assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
+def test_half_a_video_is_not_left(predict, tmp_path, monkeypatch, error):
+    draw, seen = predicting.draw_predictions, []
+
+    def failing(*args, **kwargs):
+        seen.append(1)
+        if len(seen) == 3:
+            raise error("a reason")
+        return draw(*args, **kwargs)
+
+    monkeypatch.setattr(predicting, "draw_predictions", failing)
+    source = video(tmp_path / "film.mp4")
+    if error is ValueError:
+        with pytest.raises(ValueError, match="a reason"):
+            predict(source)
+    else:
+        assert predict(source).code == (130 if error is KeyboardInterrupt else 1)
+    assert os.listdir(tmp_path / "out") == ["predict.json"]
+
+
+def test_a_disk_that_is_full_in_a_video(predict, tmp_path):
+    source = video(tmp_path / "film.mp4", 30)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        result = predict(source)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    fails(result, "film.mp4 can't be written")
+    assert os.listdir(tmp_path / "out") == ["predict.json"]
+
+
+class Camera:
+    """Two frames per second, for ever; then Ctrl-C."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def get(self, what):
+        return 10.0 if what == cv2.CAP_PROP_FPS else -1.0
+
+    def read(self):
+        self.count -= 1
+        if self.count < 0:
+            raise KeyboardInterrupt
+        predicting.time.sleep(0.2)
+        return True, np.full((32, 64, 3), 100, np.uint8)
+
+    def release(self):
+        pass
+
+
+def test_a_camera(predict, tmp_path, monkeypatch):
+    fails(predict("77"), "camera 77 can't be opened")
+    capture = cv2.VideoCapture
+    monkeypatch.setattr(cv2, "VideoCapture", lambda source: Camera(4) if source == 0 else capture(source))
+    result = predict("0", "tasks=[sal]")
+    assert result.code == 0, result.err
+    assert "4 frames in" in result.out
+    assert capture(str(tmp_path / "out/camera_0.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) >= 6, "as long as it took"
+    monkeypatch.setattr(cv2, "VideoCapture", lambda source: Camera(10**6) if source == 1 else capture(source))
+    assert predict("1", "tasks=[sal]", "seconds=0.5").code == 0
