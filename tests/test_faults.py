@@ -238,8 +238,13 @@ def command(folder: Path, *words: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *WORDS, f"hydra.run.dir={folder}", *words]
 
 
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the driver: sums of two threads round otherwise
+
+
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(folder, *words), cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command(folder, *words), cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=600
+    )
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -271,7 +276,8 @@ def test_a_full_file_system_costs_nothing_that_was_written(whole, tmp_path):
 def test_a_folder_removed_in_mid_run_is_made_anew(whole, tmp_path):
     folder = tmp_path / "run"
     words = command(folder, "trainer.checkpoint_interval=2")
-    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, cwd=ROOT, env=ONE_THREAD, stdout=pipe, stderr=pipe, text=True) as process:
         while not (folder / "checkpoints" / "previous.pt").exists() and process.poll() is None:
             pass
         shutil.rmtree(folder, ignore_errors=True)
