@@ -2,6 +2,7 @@
 
 import logging
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,9 @@ from omegaconf import DictConfig
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=resnet18"]
 TINY += ["decoder.width=16", "decoder.head_width=8"]
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; tests send it to themselves
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 

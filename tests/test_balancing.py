@@ -716,15 +716,11 @@ def test_a_run_writes_its_weights_down(method, tmp_path):
 )
 def test_two_processes_weigh_as_one(words, tmp_path):
     """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
-    from test_ranks import TORCHRUN, started
-    from test_ranks import WORDS as RANKS
+    from test_ranks import TORCHRUN, weights_of, worked
 
-    found = []
-    for name, command in (("one", [sys.executable]), ("two", TORCHRUN)):
-        folder = tmp_path / name
-        folder.mkdir()
-        done = started(*command, ROOT / "tests" / "ranks_worker.py", folder, *RANKS, "data.labels=random", *words)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found.append(torch.load(folder / "weights.pt"))
-    for name in found[0]:
-        assert torch.allclose(found[1][name], found[0][name], rtol=0, atol=2e-4), name
+    words = ["data.labels=random", *words]
+    (_, one), (_, two) = worked(tmp_path / "one", None, *words), worked(tmp_path / "two", TORCHRUN, *words)
+    weights, others = weights_of(one), weights_of(two)
+    assert weights.keys() == others.keys()
+    for name in weights:
+        assert torch.allclose(others[name], weights[name], rtol=0, atol=2e-4), name

@@ -465,6 +465,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_script_scores_png_and_mat(folder):
     done = script(folder, "--thresholds", "9")
     assert done.returncode == 0, done.stderr

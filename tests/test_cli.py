@@ -200,6 +200,7 @@ def test_damage_in_the_middle_of_training_is_one_sentence_and_damage_of_the_cach
     assert_fails(result, str(path), "truncated or damaged")
 
 
+@pytest.mark.slow
 def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path):
     words = ["tasks=single_edge", "trainer.max_steps=2", "trainer.val_interval=1"]
     validations = {}

@@ -190,6 +190,7 @@ def test_accumulated_batches_are_one_batch(tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_accumulates_on(tmp_path):
     words = [
         *WORDS,
@@ -205,6 +206,7 @@ def test_a_resumed_run_accumulates_on(tmp_path):
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
 
 
+@pytest.mark.slow
 def test_a_running_mean_of_the_weights(tmp_path, cli):
     """Against the formula; it is what is validated, resumed and scored."""
     trainer = made(tmp_path, "trainer.ema=0.9")

@@ -535,6 +535,7 @@ def _derive(root: Path, cache: Path, start: Barrier, result: Path) -> None:
     result.write_text(_digest(reader))
 
 
+@pytest.mark.slow
 def test_several_processes_fill_one_cache_at_once(shared, tmp_path: Path, opened: Counter, caplog) -> None:
     root, _ = shared
     context = multiprocessing.get_context("spawn")

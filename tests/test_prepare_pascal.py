@@ -218,6 +218,7 @@ def test_a_full_disk_says_that_the_command_goes_on(
         check_picture(out, shown, labelled=shown.voc is not None)
 
 
+@pytest.mark.slow
 def test_what_a_worker_process_can_not_write_is_told_too(kit: Devkit, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError):

@@ -519,6 +519,7 @@ def test_a_heading_sorts_by_click_and_by_key(browser, swept):
     quiet(browser)
 
 
+@pytest.mark.slow
 def test_a_name_switches_its_curve(browser, swept):
     browser.open(swept)
     drawn = "document.querySelectorAll('#curve-charts figure')[0].querySelectorAll('svg path[stroke-width]').length"
@@ -534,6 +535,7 @@ def test_a_name_switches_its_curve(browser, swept):
     quiet(browser)
 
 
+@pytest.mark.slow
 def test_pointing_at_a_chart_and_its_arrow_keys_tell_values(browser, swept):
     browser.open(swept)
     tip = "document.querySelector('#curve-charts .tip')"
@@ -559,6 +561,7 @@ def test_pointing_at_a_chart_and_its_arrow_keys_tell_values(browser, swept):
     quiet(browser)
 
 
+@pytest.mark.slow
 def test_a_tile_opens_large_and_keys_walk_and_close_it(browser, swept):
     browser.open(swept)
     browser.click("#wall .tile")
@@ -585,6 +588,7 @@ def test_a_tile_opens_large_and_keys_walk_and_close_it(browser, swept):
     quiet(browser)
 
 
+@pytest.mark.slow
 def test_the_slider_moves_by_key_and_by_click_and_takes_other_sides(browser, swept):
     browser.open(swept)
     cut_at = "getComputedStyle(document.querySelector('.slider .over')).clipPath"
@@ -602,6 +606,7 @@ def test_the_slider_moves_by_key_and_by_click_and_takes_other_sides(browser, swe
     quiet(browser)
 
 
+@pytest.mark.slow
 def test_colours_follow_the_system_and_the_button(browser, swept):
     paper = "getComputedStyle(document.body).backgroundColor"
     browser.open(swept)
@@ -618,6 +623,7 @@ def test_colours_follow_the_system_and_the_button(browser, swept):
     quiet(browser)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dark", [False, True])
 def test_every_text_has_enough_contrast(browser, swept, dark):
     """WCAG's 4.5 : 1 of all text that is shown, against the paper that lies below it."""
@@ -626,6 +632,7 @@ def test_every_text_has_enough_contrast(browser, swept, dark):
     assert worst[0] >= 4.5, worst
 
 
+@pytest.mark.slow
 def test_a_phone_needs_no_sideways_scrolling_and_all_has_names(browser, swept):
     browser.open(swept, width=320, height=640)
     assert browser.js("document.documentElement.scrollWidth") == 320
@@ -639,6 +646,7 @@ def test_a_phone_needs_no_sideways_scrolling_and_all_has_names(browser, swept):
     quiet(browser)
 
 
+@pytest.mark.slow
 def test_the_tab_key_reaches_things_and_shows_where_it_is(browser, swept):
     browser.open(swept)
     seen = set()
@@ -650,6 +658,7 @@ def test_the_tab_key_reaches_things_and_shows_where_it_is(browser, swept):
     assert {"A", "BUTTON", "svg"} <= seen
 
 
+@pytest.mark.slow
 def test_overlapping_labels_of_axes_do_not_occur(browser, swept):
     for width in (320, 1280):
         browser.open(swept, width=width)
@@ -657,6 +666,7 @@ def test_overlapping_labels_of_axes_do_not_occur(browser, swept):
         assert crossed == []
 
 
+@pytest.mark.slow
 def test_hostile_runs_do_nothing_in_a_browser(browser, tmp_path):
     folder = tmp_path / "s"
     for i in range(2):
@@ -675,6 +685,7 @@ def test_hostile_runs_do_nothing_in_a_browser(browser, tmp_path):
     quiet(browser)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_runs_make_a_page_without_empty_promises(browser, tmp_path, count):
     for i in range(count):

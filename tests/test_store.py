@@ -209,6 +209,7 @@ def fill(folder: Path, source: Path) -> int:
     return make.calls
 
 
+@pytest.mark.slow
 def test_processes_that_fill_one_store_at_once_leave_only_whole_entries(tmp_path: Path, source: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         calls = pool.starmap(fill, [(tmp_path / "cache", source)] * 2)
