@@ -7,7 +7,7 @@ Each decoder is that of an experiment in configs/ on the backbone that it was pu
 the four tasks of NYUD-v2 and random weights; nothing is downloaded. Overrides are those of train.py and go to every
 row, e.g. backbone=resnet18. Default: all decoders, 448 x 576, batches of 1 and 16, all backends.
 
-A row is the median of some passes of ``model.predict`` (ONNX Runtime's with the normalisation inside), after a warm-up;
+A row is the median of some passes of ``model.predict`` (ONNX Runtime's with the normalisation inside), after a first one;
 the backends take turns, pass by pass, so that a drifting machine is fair to all. In single precision, unless
 --precision says otherwise (of ONNX it is always fp32). Memory is what a pass holds at its peak beyond weights and
 input: the CUDA allocator's count, or on a CPU the profiler's record of tensors.
@@ -88,14 +88,12 @@ def built(config: DictConfig, device: torch.device, regularised: bool) -> Traini
 
 
 def in_turns(passes: Sequence[Pass], device: torch.device, repeats: int) -> list[list[float]]:
-    """Seconds of every pass, after a warm-up; they take turns, so that a drifting machine is fair to all."""
+    """Seconds of every pass; they take turns, so that a drifting machine is fair to all. Each was made once before."""
     found: list[list[float]] = [[] for _ in passes]
-    for turn in range(-1, repeats):
+    for turn in range(repeats):
         order = list(enumerate(passes))
         for index, work in order if turn % 2 else order[::-1]:
-            seconds = timed(work, device)[0]
-            if turn >= 0:
-                found[index].append(seconds)
+            found[index].append(timed(work, device)[0])
     return found
 
 
