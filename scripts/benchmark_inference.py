@@ -1,16 +1,16 @@
 """Latency of inference: eager, compiled and ONNX Runtime, per decoder; with and without the regulariser attached.
 
     python scripts/benchmark_inference.py [overrides ...] [--decoders NAME ...] [--size H W] [--batch N ...]
-        [--backends NAME ...] [--repeats N] [--device DEVICE] [--precision fp32|bf16] [--json OUT]
+        [--backends NAME ...] [--repeats N] [--seconds N] [--device DEVICE] [--precision fp32|bf16] [--json OUT]
 
 Each decoder is that of an experiment in configs/ on the backbone that it was published with (EXPERIMENTS below), with
 the four tasks of NYUD-v2 and random weights; nothing is downloaded. Overrides are those of train.py and go to every
 row, e.g. backbone=resnet18. Default: all decoders, 448 x 576, batches of 1 and 16, all backends.
 
-A row is the median of some passes of ``model.predict`` (ONNX Runtime's with the normalisation inside), after a first one;
-the backends take turns, pass by pass, so that a drifting machine is fair to all. In single precision, unless
---precision says otherwise (of ONNX it is always fp32). Memory is what a pass holds at its peak beyond weights and
-input: the CUDA allocator's count, or on a CPU the profiler's record of tensors.
+A row is the median of some passes (--repeats, --seconds) of ``model.predict`` (ONNX Runtime's with normalisation
+inside), after a first one; the backends take turns, pass by pass, so that a drifting machine is fair to all. In single
+precision, unless --precision says otherwise (of ONNX it is always fp32). Memory is what a pass holds at its peak beyond
+weights and input: the CUDA allocator's count, or on a CPU the profiler's record of tensors.
 
 ``regulariser`` compares, pass by pass in turns, the model as it is trained with regularizer=none and with the
 regulariser beside it, built from one seed: their outputs must be equal bit for bit, or the script ends with 1.
@@ -21,6 +21,7 @@ import os
 import platform
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -87,13 +88,16 @@ def built(config: DictConfig, device: torch.device, regularised: bool) -> Traini
     return TrainingStep(model, regularizer.to(device) if regularizer is not None else None).eval()
 
 
-def in_turns(passes: Sequence[Pass], device: torch.device, repeats: int) -> list[list[float]]:
+def in_turns(passes: Sequence[Pass], device: torch.device, words: argparse.Namespace) -> list[list[float]]:
     """Seconds of every pass; they take turns, so that a drifting machine is fair to all. Each was made once before."""
     found: list[list[float]] = [[] for _ in passes]
-    for turn in range(repeats):
+    began = time.perf_counter()
+    for turn in range(words.repeats):
         order = list(enumerate(passes))
         for index, work in order if turn % 2 else order[::-1]:
             found[index].append(timed(work, device)[0])
+        if time.perf_counter() - began > words.seconds:
+            break
     return found
 
 
@@ -128,7 +132,9 @@ def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: to
     return None if session is None else lambda image: session.run(None, {"image": image.cpu().numpy()})
 
 
-def compare(config: DictConfig, step: TrainingStep, image: Tensor, device: torch.device, repeats: int) -> Row:
+def compare(
+    config: DictConfig, step: TrainingStep, image: Tensor, device: torch.device, words: argparse.Namespace
+) -> Row:
     """Without and with the regulariser: equal outputs, or UserError; times in turns."""
     beside = built(config, device, regularised=True)
     if beside.regularizer is None:
@@ -137,7 +143,7 @@ def compare(config: DictConfig, step: TrainingStep, image: Tensor, device: torch
     for task in without:
         if not torch.equal(without[task], with_it[task]):
             raise UserError(f"{task} is not the same with the regulariser attached: this must not be")
-    seconds = in_turns([lambda: step.model.predict(image), lambda: beside.model.predict(image)], device, repeats)
+    seconds = in_turns([lambda: step.model.predict(image), lambda: beside.model.predict(image)], device, words)
     off, on = (1e3 * statistics.median(values) for values in seconds)
     return {"off_ms": off, "on_ms": on, "identical": True}
 
@@ -167,18 +173,19 @@ def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device:
         with torch.inference_mode(), autocast(device, words.precision):
             errors = {backend: failure(backend, partial(work, image)) for backend, work in works.items()}
             passes = {b: partial(work, image) for b, work in works.items() if errors[b] is None}
-            seconds = dict(zip(passes, in_turns(list(passes.values()), device, words.repeats)))
+            seconds = dict(zip(passes, in_turns(list(passes.values()), device, words)))
             for backend in works:
                 row: Row = {"decoder": decoder, "backbone": config.backbone.name, "parameters": parameters}
                 row |= {"size": list(words.size), "batch": batch, "backend": backend, "ms": None, "memory_mib": None}
                 if backend in passes:
                     row["ms"] = 1e3 * statistics.median(seconds[backend])
+                    row["repeats"] = len(seconds[backend])
                     row["images_per_s"] = 1e3 * batch / row["ms"]
                 else:
                     row["error"] = errors[backend]
                 if backend == "eager" and backend in passes:
                     row["memory_mib"] = peak(passes[backend], device) / MIB
-                    compared = compared or compare(config, step, image, device, words.repeats)
+                    compared = compared or compare(config, step, image, device, words)
                 rows.append(row)
                 show(row)
     if compared:
@@ -213,6 +220,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=positive, default=[1, 16])
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--repeats", type=positive, help="passes timed; default 30 on CUDA, 5 on a CPU")
+    parser.add_argument("--seconds", type=positive, default=30, help="no further pass of a row's after so many")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
@@ -232,7 +240,7 @@ def main() -> None:
         rows += rows_of(decoder, config, words, device)
         if words.json:
             facts = {"machine": platform.machine(), "device": where, "torch": torch.__version__}
-            write_json(words.json, {**facts, "precision": words.precision, "repeats": words.repeats, "rows": rows})
+            write_json(words.json, {**facts, "precision": words.precision, "rows": rows})
 
 
 if __name__ == "__main__":

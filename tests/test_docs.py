@@ -1,6 +1,5 @@
 """What documents tell people to type: every command is checked, those that need nothing but this machine are run."""
 
-import functools
 import os
 import re
 import shlex
@@ -10,15 +9,17 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
-from hydra import compose, initialize_config_dir
+import yaml
+from conftest import ROOT, TINY, choices, composed
 
-from mtcl.entry import build
+from mtcl.entry import build, demo, exporting, predicting
+from mtcl.entry import words as read
 from mtcl.entry.schema import check_config
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)  # made by commands of their own; dear ones
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+CODE = re.compile(r"`([^`\n]+)`")
 INLINE = re.compile(r"`((?:python|torchrun|make) [^`]+)`")
 # What stands for something else: a folder of data, of runs, a file of weights.
 STANDS_FOR = re.compile(
@@ -28,12 +29,16 @@ FAR_AWAY = re.compile(
     r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|CAMERA"
 )
 LONG = re.compile(r"scripts/(search|study|demo|model_table)\.py")  # they have tests of their own
+KEYS = {"scripts/predict.py": predicting.KEYS, "scripts/export.py": exporting.KEYS, "scripts/demo.py": demo.KEYS}
 
 
 def commands(document: Path) -> list[str]:
     text = GENERATED.sub("", document.read_text())
     found = [
-        line for kind, block in BLOCK.findall(text) if kind == "sh" for line in block.replace("\\\n", " ").split("\n")
+        line
+        for kind, block in BLOCK.findall(text)
+        if kind in ("sh", "bash")
+        for line in block.replace("\\\n", " ").split("\n")
     ]
     found += INLINE.findall(BLOCK.sub("", text))
     return [
@@ -55,14 +60,43 @@ def split(command: str) -> tuple[str, list[str]]:
 ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]
 
 
-@functools.cache
-def told_by(script: str) -> str:
-    """What ``--help`` says, with the file's own text: keys are in either."""
-    done = subprocess.run(
-        [sys.executable, ROOT / script, "--help"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{script} --help: {done.stderr}"
-    return done.stdout
+HELP: dict[str, str] = {}
+
+
+@pytest.fixture
+def told_by(cli):
+    """What a script's ``--help`` says."""
+
+    def told(script: str) -> str:
+        if script not in HELP:
+            result = cli(script, "--help")
+            assert result.code == 0, f"{script} --help: {result.err}"
+            HELP[script] = result.out
+        return HELP[script]
+
+    return told
+
+
+GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
+
+
+def known_keys() -> set[str]:
+    """All keys of all configs, and what they lie in."""
+    keys: set[str] = set()
+
+    def add(prefix: str, value: object) -> None:
+        keys.add(prefix)
+        for key, inner in value.items() if isinstance(value, dict) else ():
+            add(f"{prefix}.{key}".strip("."), inner)
+
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        text = path.read_text()
+        inside = "" if "@package _global_" in text or path.parent.name == "configs" else path.parent.name
+        add(inside, yaml.safe_load(text) or {})
+    return keys | set(GROUPS)
+
+
+KNOWN = known_keys()
 
 
 def first_of_sweep(word: str) -> str:
@@ -72,22 +106,26 @@ def first_of_sweep(word: str) -> str:
 
 
 @pytest.mark.parametrize(("document", "command"), ALL, ids=[f"{d.stem}-{i}" for i, (d, _) in enumerate(ALL)])
-def test_what_a_command_names_is_there(document, command):
+def test_what_a_command_names_is_there(document, command, told_by):
     script, words = split(command)
     if script in ("train.py", "evaluate.py"):
         flags = ("-m", "--multirun", "--cfg", "job", "-h", "--help")
         overrides = [
             first_of_sweep(word) for word in words if word not in flags and "=" in word and not word.startswith("hydra")
         ]
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            config = compose(Path(script).stem, overrides)
+        config = composed(*overrides, name=Path(script).stem)
         if script == "train.py":
             check_config(build.plain(config))
     elif script.startswith("scripts/"):
         assert (ROOT / script).is_file(), f"{document.name}: {script} is gone"
         for word in words:
+            key, equals, _ = word.partition("=")
             if word.startswith("--"):
-                assert word.split("=")[0] in told_by(script), f"{script} has no {word}"
+                assert key in told_by(script), f"{script} has no {word}"
+            elif script in KEYS:
+                read.parse([STANDS_FOR.sub("x", word).replace("x|x|x|x", "x")], KEYS[script])
+            elif equals:
+                assert key in KNOWN or f"{key}=" in told_by(script), f"{script} has no {key}="
     elif script == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[0] in targets
@@ -95,6 +133,18 @@ def test_what_a_command_names_is_there(document, command):
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         asked = re.findall(r"\[([\w,]+)\]", command)
         assert all(name in extras for group in asked for name in group.split(","))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: d.stem)
+def test_keys_and_choices_in_the_text_are_there(document):
+    """``trainer.ema`` and ``decoder=invpt``, wherever they stand as code."""
+    for code in CODE.findall(BLOCK.sub("", document.read_text())):
+        for word in re.split(r"[\s,]+", code):
+            key, equals, value = word.partition("=")
+            if re.fullmatch(r"[a-z_]+(\.[a-z_0-9]+)*", key) and key.split(".")[0] in GROUPS and "." in key:
+                assert key in KNOWN or key.endswith((".md", ".py")), f"{document.name}: there is no key {key}"
+            if key in GROUPS and equals and re.fullmatch(r"\w+", value) and not STANDS_FOR.search(value):
+                assert value in choices(key), f"{document.name}: there is no {word}"
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +193,11 @@ def test_a_command_that_needs_nothing_else_runs(command, place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS[1:] if "```python" in d.read_text()], ids=lambda d: d.stem)
-def test_blocks_of_python_run(document):
-    """In their order, one after the other."""
+def test_blocks_of_python_run(document, place, monkeypatch):
+    """In their order, one after the other, where there are a run and a picture."""
+    monkeypatch.chdir(place)
+    if document.stem == "export":
+        run_in(place, [str(ROOT / "scripts/export.py"), "checkpoint=outputs/rooms/TIME", "format=onnx", "output=onnx"])
     names: dict = {"__name__": "document"}
     for kind, block in BLOCK.findall(document.read_text()):
         if kind == "python":

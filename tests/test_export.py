@@ -70,6 +70,14 @@ def test_predictions_are_those_of_the_checkpoint(trained, folder):
         assert np.array_equal(got[task], want[task])
 
 
+def test_an_exported_folder_is_scored_like_its_checkpoint(cli, trained, folder, tmp_path):
+    for name, source in (("folder", folder), ("run", trained)):
+        result = cli("evaluate.py", f"checkpoint={source}", f"hydra.run.dir={tmp_path}/{name}", "trainer.device=cpu")
+        assert result.code == 0, result.err
+    found = [json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "folder", tmp_path / "run")]
+    assert found[0] == found[1] == json.loads((trained / "metrics.json").read_text())
+
+
 def test_the_weights_are_the_running_mean_and_the_model_alone(trained, folder):
     state = load_checkpoint(trained / "checkpoints" / "last.pt")
     assert state["regularizer"]  # there is something to leave out
@@ -211,6 +219,19 @@ def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
         UserError, match=r"model.pt2 was not kept: for 1 x 64 x 96 its depth differs .* by [123]\.\de-03"
     ):
         export_model(loaded, "torch", tmp_path / "out", fixed=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_none_of_the_models_weights_is_not_exported(trained, tmp_path, monkeypatch):
+    made = exporting.Whole.__init__
+
+    def with_projector(self, model, tasks):
+        made(self, model, tasks)
+        self.projector = torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(exporting.Whole, "__init__", with_projector)
+    with pytest.raises(UserError, match=r"projector\.bias, which is none of its weights"):
+        export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mtcl.data import Reader
 from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry import build
+from mtcl.entry.loading import fill, read_saved
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task
-from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.recorder import write_json, write_panels
 from mtcl.training.runtime import choose_device, seed_everything
@@ -49,34 +49,29 @@ def score_checkpoint(
     config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
 ) -> dict[str, dict[str, float]]:
     """Everything is rebuilt from the checkpoint, then the command's overrides apply."""
-    path = Path(config.checkpoint)
-    state = load_checkpoint(path)
+    saved = read_saved(config.checkpoint)
     check_free(folder)
-    saved = state["meta"]["tasks"]
-    settings = OmegaConf.create(state["config"])
-    settings.tasks.names = list(saved)  # whatever another dataset would offer
+    settings = OmegaConf.create(dict(saved.config))
+    settings.tasks.names = list(saved.tasks)  # whatever another dataset would offer
     settings.trainer.device = "auto"  # the machine it was trained on is not this one
     if "evaluation" not in settings:
         settings.evaluation = OmegaConf.create(build.plain(config.evaluation))
     settings = overridden(settings, config, overrides, groups)
     tasks = build.build_tasks(settings)
-    build.check_tasks(saved, tasks, path)
+    build.check_tasks(dict(saved.tasks), tasks, saved.path)
     device = choose_device(settings.trainer.device)
     seed_everything(settings.seed, settings.trainer.deterministic)
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
     reader = build.build_reader(settings, "val", tasks)
     model = build.build_model(settings, tasks, pretrained=False)
-    try:
-        model.load_state_dict(state["ema"]["model"] if state.get("ema") else state["model"])  # what was validated
-    except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit the model that its own config describes") from error
+    fill(model, saved)
     evaluator = build_evaluator(settings, reader, tasks, device)
     evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
     facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
-    facts |= {"checkpoint": str(path), "step": state["step"]}
-    told = f"{path} on {evaluation.num_images} pictures of {settings.data.name}"
-    report(folder, evaluation, tasks, facts, f"step {state['step']}", told)
+    facts |= {"checkpoint": str(saved.path), "step": saved.step}
+    told = f"{saved.path} on {evaluation.num_images} pictures of {settings.data.name}"
+    report(folder, evaluation, tasks, facts, f"step {saved.step}", told)
     if writer is not None:
         log.info("its predictions are in %s; score them with predictions=%s", given, given)
     return evaluation.metrics
@@ -147,7 +142,7 @@ def dataset_of(words: Sequence[str], configs: Path) -> str | None:
     if not found or any(word.startswith("data=") for word in words):
         return None
     try:
-        name = str(load_checkpoint(found[-1].strip("'\""))["config"]["data"]["name"])
+        name = str(read_saved(found[-1].strip("'\"")).config["data"]["name"])
     except (UserError, KeyError):
         return None
     return f"data={name}" if (configs / "data" / f"{name}.yaml").is_file() else None

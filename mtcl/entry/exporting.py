@@ -301,16 +301,25 @@ def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> st
         try:
             with quietly():
                 program = traced(Whole(model, list(loaded.tasks)).eval(), shape)
+                count = own_parameters(program, model)
                 name, run = maker(program, loaded, shape, folder)
                 worst = check(run, loaded, shape, name)
             why = "" if shape.any_size else f" ({reason})"
-            return f"{name} takes {shape}{why}; as eager to {worst:.1e}"
+            return f"{name} takes {shape}{why}; as eager to {worst:.1e}; {count:,} parameters, all of them the model's"
         except NotForThisShape as problem:
             error = problem
             for path in folder.iterdir():
                 path.unlink()
     assert error is not None
     raise UserError(f"this model can't be exported so: {first_line(error)}") from error
+
+
+def own_parameters(program: torch.export.ExportedProgram, model: DenseModel) -> int:
+    """How many numbers were trained; ``UserError`` where some are not the model's (a regulariser's)."""
+    strangers = set(program.state_dict) - {f"model.{name}" for name in model.state_dict()}
+    if strangers:
+        raise UserError(f"this model brings along {min(strangers)}, which is none of its weights; nothing was kept")
+    return sum(parameter.numel() for parameter in program.parameters())
 
 
 def has_windows(model: DenseModel) -> bool:

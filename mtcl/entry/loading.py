@@ -80,14 +80,20 @@ def load_model(source: str | Path) -> Loaded:
     tasks = build.build_tasks(config)
     build.check_tasks(dict(saved.tasks), tasks, saved.path)
     model = build.build_model(config, tasks, pretrained=False)
+    fill(model, saved)
+    return Loaded(model.eval(), tasks, build.data_size(config), saved)
+
+
+def fill(model: DenseModel, saved: Saved) -> None:
+    """The saved weights into ``model``; ``UserError`` where they don't fit."""
     try:
         model.load_state_dict(saved.weights)
     except RuntimeError as error:
         raise UserError(f"the weights in {saved.path} do not fit the model that its own config describes") from error
-    return Loaded(model.eval(), tasks, build.data_size(config), saved)
 
 
 def read_saved(source: str | Path) -> Saved:
+    """``source``: see :func:`load`."""
     path = find(source)
     if path.suffix != ".json":
         state = load_checkpoint(path)
