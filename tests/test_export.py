@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -362,6 +363,14 @@ def test_the_hub_without_connection_or_token(server, folder, tmp_path):
         push(folder, "me/model")
     with pytest.raises(UserError, match=f"has no {FACTS}"):
         push(tmp_path, "me/model")
+
+
+def test_without_the_hubs_library(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"me/model is no file or folder here; .* pip install 'mtcl\[hub\]'"):
+        mtcl.load("me/model")
+    with pytest.raises(UserError, match=r"push=me/model; .* pip install 'mtcl\[hub\]'"):
+        push(folder, "me/model")
 
 
 @needs_hub

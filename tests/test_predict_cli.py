@@ -319,6 +319,44 @@ def test_too_little_memory(predict, tmp_path, monkeypatch):
     assert written(tmp_path / "out") == maps_of("a", "c")
 
 
+def test_too_little_memory_to_write(predict, tmp_path, monkeypatch):
+    for name in "abc":
+        put(tmp_path / f"in/{name}.png")
+    write_map = predicting.write_map
+
+    def heavy(path, task, array):
+        if path.name == "b.png" and task.name == "edge":
+            raise MemoryError
+        write_map(path, task, array)
+
+    monkeypatch.setattr(predicting, "write_map", heavy)
+    fails(predict(tmp_path / "in"), "1 of 3 pictures", "b.png")
+    assert maps_of("a", "c") <= written(tmp_path / "out")
+    monkeypatch.undo()
+    assert predict(tmp_path / "in").code == 0  # b's are not whole, so they are made again
+    assert written(tmp_path / "out") == maps_of("a", "b", "c")
+
+
+def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
+    """However slow the disk is, the model waits for it."""
+    for i in range(12):
+        put(tmp_path / f"in/{i}.png")
+    write, most, now = predicting.write, [], []
+
+    def slow(settings, tasks, name, *rest):
+        now.append(name)
+        most.append(len(now))
+        predicting.time.sleep(0.05)
+        write(settings, tasks, name, *rest)
+        now.remove(name)
+
+    monkeypatch.setattr(predicting, "write", slow)
+    monkeypatch.setattr(predicting, "UNWRITTEN", 2 * 24 * 40)
+    assert predict(tmp_path / "in").code == 0
+    assert 1 < max(most) <= 3
+    assert written(tmp_path / "out") == maps_of(*map(str, range(12)))
+
+
 def test_only_a_lack_of_memory_is_one():
     with pytest.raises(RuntimeError) as cpu:
         torch.empty(10**15)

@@ -465,7 +465,7 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     for file in (FACTS, WEIGHTS):
         if not (folder / file).is_file():
             raise UserError(f"folder={folder} has no {file}; make it with export.py format=safetensors")
-    library = hub(name)
+    library = hub(f"push={name}")
     api = library.HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)

@@ -131,7 +131,8 @@ def pull(name: str, revision: str | None = None, folder: Path | None = None) -> 
         raise UserError(f"{name} is no name on the hub; give USER/NAME")
     patterns = list(SHARED if folder else SHARED[:3])
     try:
-        return Path(hub(name).snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=folder))
+        library = hub(f"pull={name}" if folder else f"{name} is no file or folder here")
+        return Path(library.snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=folder))
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds
@@ -139,10 +140,10 @@ def pull(name: str, revision: str | None = None, folder: Path | None = None) -> 
         raise UserError(f"{name} is no file or folder here, and the hub did not give it ({reason})") from error
 
 
-def hub(name: str) -> Any:
-    """The hub's library; ``name``: what it is asked for."""
+def hub(what: str) -> Any:
+    """The hub's library; ``what``: how a complaint that it is missing begins."""
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(f"{name}: the hub needs its library; pip install 'mtcl[hub]'") from error
+        raise UserError(f"{what}; models on the Hugging Face hub need pip install 'mtcl[hub]'") from error
     return huggingface_hub

@@ -6,8 +6,9 @@ import math
 import os
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice
 from pathlib import Path
@@ -55,6 +56,7 @@ RECORD = "predict.json"
 KINDS = {*TASK_NAMES, "panel"}  # folders of what is written
 AGAIN = "run it again: what is there stays"
 FOR_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # what ails the disk, not one name
+WRITERS, UNWRITTEN = 4, 2**24  # threads that write maps; pixels of pictures whose maps wait for them
 NO_MEMORY = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -164,7 +166,10 @@ def pictures(
     settings: Settings,
     record: Record,
 ) -> None:
-    """Predict and write all files; UserError at the end where some could not be done, or were ``bad`` before."""
+    """Predict and write all files; UserError at the end where some could not be done, or were ``bad`` before.
+
+    Pictures are read ahead and maps written behind, by threads, while the model works.
+    """
     total, began, before, done = len(files) + len(bad), time.perf_counter(), 0, 0
     waiting = []
     for path in files:
@@ -181,34 +186,55 @@ def pictures(
     record.write()
     if before:
         print(f"{before} of {total} pictures have been predicted before; overwrite=true does it again")
-    with tqdm(total=len(waiting), desc="predict", unit="picture", disable=len(waiting) < 2) as bar:
+    writing: deque[tuple[Path, np.ndarray, Future[None]]] = deque()
+    with (
+        tqdm(total=len(waiting), desc="predict", unit="picture", disable=len(waiting) < 2) as bar,
+        ThreadPoolExecutor(1) as reader,
+        ThreadPoolExecutor(WRITERS) as writers,
+    ):
 
         def leave_out(path: Path, why: object) -> None:
             bad[path] = str(why)
             if total > 1:
                 bar.write(f"left out: {why}", file=sys.stderr)
 
-        for path, why in list(bad.items()):
-            leave_out(path, why)
-        for group in batched(waiting, settings.batch):
-            arrays: dict[Path, np.ndarray] = {}
-            for path in group:
+        def settle(pixels: int) -> None:
+            """Wait until the maps of no more than so many pixels are unwritten."""
+            nonlocal done
+            while writing and sum(array.shape[0] * array.shape[1] for _, array, _ in writing) > pixels:
+                path, array, future = writing.popleft()
                 try:
-                    arrays[path] = predictor.read(path)
-                except UserError as error:
-                    leave_out(path, error)
-            for (path, array), maps in zip(arrays.items(), predicted(predictor, list(arrays.values()))):
-                if maps is None:
-                    leave_out(path, too_large(path, array, predictor))
-                    continue
-                try:
-                    write(settings, predictor.tasks, names[path], array, maps)
+                    future.result()
                     done += 1
                 except UserError as error:
                     if getattr(error.__cause__, "errno", None) in FOR_ALL:
                         raise
                     leave_out(path, error)
-            bar.update(len(group))
+                except Exception as error:
+                    if not out_of_memory(error):
+                        raise
+                    leave_out(path, too_large(path, array, predictor))
+                bar.update()
+
+        for path, why in list(bad.items()):
+            leave_out(path, why)
+        for group in read_ahead(reader, predictor, batched(waiting, settings.batch)):
+            arrays: dict[Path, np.ndarray] = {}
+            for path, picture in group:
+                try:
+                    arrays[path] = picture.result()
+                except UserError as error:
+                    leave_out(path, error)
+                    bar.update()
+            for (path, array), maps in zip(arrays.items(), predicted(predictor, list(arrays.values()))):
+                if maps is None:
+                    leave_out(path, too_large(path, array, predictor))
+                    bar.update()
+                    continue
+                settle(UNWRITTEN)
+                future = writers.submit(write, settings, predictor.tasks, names[path], array, maps)
+                writing.append((path, array, future))
+        settle(-1)
     seconds = time.perf_counter() - began
     if total == 1 and bad:
         raise UserError(*bad.values())
@@ -216,6 +242,20 @@ def pictures(
     if bad:
         few = ", ".join(map(str, islice(bad, 3))) + (", ..." if len(bad) > 3 else "")
         raise UserError(f"{len(bad)} of {total} pictures could not be predicted, see above: {few}")
+
+
+def read_ahead(
+    reader: ThreadPoolExecutor, predictor: Predictor, groups: Iterable[Sequence[Path]]
+) -> Iterator[list[tuple[Path, Future[np.ndarray]]]]:
+    """Paths with their pictures to come; the next group is read while one is in use."""
+    before = None
+    for group in groups:
+        now = [(path, reader.submit(predictor.read, path)) for path in group]
+        if before is not None:
+            yield before
+        before = now
+    if before is not None:
+        yield before
 
 
 def predicted(predictor: Predictor, pictures: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
