@@ -23,6 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,16 +31,18 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter; both are read when torch is loaded
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtcl.entry import build
 from mtcl.entry.cli import sentence
-from mtcl.entry.exporting import ONNX, export_model
+from mtcl.entry.exporting import ONNX, clouds, export_model
 from mtcl.entry.loading import Loaded, Saved
 from mtcl.entry.measuring import peak, timed
 from mtcl.entry.schema import check_config
@@ -84,8 +87,25 @@ def built(config: DictConfig, device: torch.device, regularised: bool) -> Traini
     seed_everything(0)
     tasks = build.build_tasks(config)
     model = build.build_model(config, tasks, pretrained=False).to(device)
+    normalise(model, pictures(2, build.data_size(config), device))
     regularizer = build.build_regularizer(config, tasks, model) if regularised else None
     return TrainingStep(model, regularizer.to(device) if regularizer is not None else None).eval()
+
+
+def pictures(count: int, size: Sequence[int], device: torch.device) -> Tensor:
+    """About as a model sees photographs."""
+    return (torch.from_numpy(np.stack(clouds(count, *size))).permute(0, 3, 1, 2).float().to(device) - 120) / 60
+
+
+@torch.no_grad()
+def normalise(model: nn.Module, image: Tensor) -> None:
+    """Batch norms with the statistics of pictures, as trained ones have; else values grow from layer to layer until
+    the last digits of single precision, which backends differ in, count.
+    """
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+    model.train()(image)
 
 
 def in_turns(passes: Sequence[Pass], device: torch.device, words: argparse.Namespace) -> list[list[float]]:
@@ -110,14 +130,13 @@ def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -
         print(f"onnx: left out, this onnxruntime has no {provider}; pip install onnxruntime-gpu")
         return None
     tasks = build.build_tasks(config)
-    model = step.model.cpu()
+    model = deepcopy(step.model).cpu()
     saved = Saved(Path("random"), model.state_dict(), build.plain(config), build.described(tasks), 0)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         export_model(Loaded(model, tasks, build.data_size(config), saved), "onnx", Path(folder) / "model", fixed=True)
         session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX, options, providers=[provider])
-    step.model.to(device)
     return session
 
 
@@ -128,8 +147,15 @@ def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: to
     if name == "compiled":
         torch._dynamo.reset()
         return torch.compile(step.model.predict, dynamic=False)  # each size of batch by itself
-    session = onnx_session(config, step, device)
+    try:
+        session = onnx_session(config, step, device)
+    except UserError as error:
+        return partial(refuse, str(error))
     return None if session is None else lambda image: session.run(None, {"image": image.cpu().numpy()})
+
+
+def refuse(why: str, image: Tensor) -> None:
+    raise RuntimeError(why)
 
 
 def compare(
@@ -169,7 +195,7 @@ def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device:
     made = {backend: backend_passes(backend, config, step, device) for backend in words.backends}
     works = {backend: work for backend, work in made.items() if work is not None}
     for batch in words.batch:
-        image = torch.rand(batch, 3, *words.size, generator=torch.Generator().manual_seed(0)).to(device)
+        image = pictures(batch, words.size, device)
         with torch.inference_mode(), autocast(device, words.precision):
             errors = {backend: failure(backend, partial(work, image)) for backend, work in works.items()}
             passes = {b: partial(work, image) for b, work in works.items() if errors[b] is None}
