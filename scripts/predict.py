@@ -9,12 +9,12 @@ number (0; until Ctrl-C). Written, per picture NAME, without replacing anything 
 FOLDER/semseg/NAME.png   classes (human_parts, sal alike): 8-bit numbers, with the colours of the panel as palette
 FOLDER/depth/NAME.png    16 bits, millimetres (65535: that or more)
 FOLDER/normals/NAME.png  3 x 8 bits: v stands for 2 v / 255 - 1; red: left, green: up, blue: to the viewer
-FOLDER/edge/NAME.png     8 bits, 255 times the probability, thinned to lines (non-maximum suppression)
+FOLDER/edge/NAME.png     8 bits, 255 times the probability, smoothed and thinned to lines (non-maximum suppression)
 FOLDER/panel/NAME.jpg    the picture with all of them in colours; panel=false leaves it out
 FOLDER/predict.json      what was done, with the classes' names and the depth's scale
 
-The same command again goes on where it was interrupted. A video gives FOLDER/NAME.mp4, the picture and all tasks side
-by side (and with frames=true the maps of every frame, NAME/000000 and so on).
+The same command again goes on where it was interrupted (a video starts afresh). A video gives FOLDER/NAME.mp4, the
+picture and all tasks side by side (and with frames=true the maps of every frame, NAME/000000 and so on).
 
 tasks=[semseg,depth]   only those            large=shrink|slide|whole   pictures much larger than those trained on
 flip=true              mean with the mirrored picture           scales=0.75,1,1.25   mean over sizes

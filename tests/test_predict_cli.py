@@ -99,7 +99,7 @@ def test_maps_are_read_back(predict, run, tmp_path):
     assert np.abs(found["edge"] / 255 - thin).max() <= 0.5 / 255 + 1e-6
     assert (found["edge"] > 0).any()
     assert cv2.imread(str(out / "panel/a.jpg")).shape[2] == 3
-    assert facts["inputs"] == [str(tmp_path / "a.png")]
+    assert facts["inputs"] == {str(tmp_path / "a.png"): ["a"]}
     assert (facts["step"], facts["large"], facts["scales"]) == (2, "shrink", [1.0])
 
 
@@ -192,6 +192,7 @@ def test_wrong_words(cli, predict, run, tmp_path):
         (["tasks=[flow]"], "has no task flow"),
         (["tasks=[]"], "empty"),
         (["flip"], "key=value"),
+        (["output="], "output=: give a path"),
     ]:
         fails(predict(tmp_path / "a.png", *words), told)
     fails(predict(tmp_path / "none.png"), "none.png does not exist")
@@ -227,14 +228,48 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(predict, tmp_path):
     assert depth.read_bytes() == before
     assert (tmp_path / "out/depth/b.png").is_file()
     facts = json.loads((tmp_path / "out/predict.json").read_text())
-    assert facts["inputs"] == [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert facts["inputs"] == {str(tmp_path / "one"): ["a"], str(tmp_path / "two"): ["b"]}
     assert set(facts["tasks"]) == set(TASKS)
+    for _ in range(2):  # what was refused is not taken for done the next time
+        fails(predict(tmp_path / "two"), "1 of 2 pictures")
+        assert depth.read_bytes() == before
     fails(predict(tmp_path / "one", "flip=true"), "flip=False, not True", "overwrite=true")
     assert depth.read_bytes() == before
     assert predict(tmp_path / "two", "overwrite=true").code == 0
     assert depth.read_bytes() != before
+    facts = json.loads((tmp_path / "out/predict.json").read_text())
+    assert facts["inputs"] == {str(tmp_path / "one"): [], str(tmp_path / "two"): ["a", "b"]}
     (tmp_path / "out/predict.json").write_text("{}")
     fails(predict(tmp_path / "one"), "predict.json was not written by predict.py")
+    assert predict(tmp_path / "two", "overwrite=true").code == 0
+
+
+def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
+    for name in "abc":
+        put(tmp_path / f"in/{name}.png")
+    put(tmp_path / "more/d.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("kept")
+    assert predict(tmp_path / "in").code == predict(tmp_path / "more").code == 0
+    write, seen = predicting.write, []
+
+    def interrupted(*words):
+        seen.append(words)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        write(*words)
+
+    monkeypatch.setattr(predicting, "write", interrupted)
+    monkeypatch.setattr(predicting, "UNWRITTEN", -1)
+    words = ("flip=true", "tasks=[depth]")
+    assert predict(tmp_path / "in", *words, "overwrite=true").code == 130
+    assert written(tmp_path / "out") <= maps_of("a", "b", "c", tasks=["depth"]) | {"mine.txt"}
+    monkeypatch.undo()
+    result = predict(tmp_path / "in", *words)
+    assert result.code == 0, result.err
+    assert written(tmp_path / "out") == maps_of("a", "b", "c", tasks=["depth"]) | {"mine.txt"}
+    facts = json.loads((tmp_path / "out/predict.json").read_text())
+    assert (facts["flip"], list(facts["tasks"]), list(facts["inputs"])) == (True, ["depth"], [str(tmp_path / "in")])
 
 
 def test_an_output_inside_the_input_is_not_predicted_the_next_time(predict, tmp_path):
@@ -256,45 +291,54 @@ def test_maps_never_replace_pictures(predict, tmp_path):
     assert predict(tmp_path / "in/fine", "tasks=[sal]", output="in").code == 0
 
 
-def test_no_rights(predict, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "told"), [(errno.ENOSPC, ["no space left", "free some"]), (errno.EACCES, ["out/semseg can't be written"])]
+)
+def test_no_space_or_no_rights(predict, tmp_path, monkeypatch, code, told):
     put(tmp_path / "in/a.png")
     put(tmp_path / "in/b.png")
     write_map = predicting.write_map
 
     def refuse(path, task, array):
         if path.name == "b.png":
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+            raise OSError(code, os.strerror(code), str(path))
         write_map(path, task, array)
 
     monkeypatch.setattr(predicting, "write_map", refuse)
-    fails(predict(tmp_path / "in"), "no space left", "free some")
+    fails(predict(tmp_path / "in"), *told)
     assert written(tmp_path / "out") == maps_of("a")
-    monkeypatch.undo()
+
+
+def test_an_output_below_a_file(predict, tmp_path):
     (tmp_path / "file").touch()
-    fails(predict(tmp_path / "in", output="file/out"), "file")
+    fails(predict(put(tmp_path / "a.png"), output="file/out"), "Not a directory")
 
 
 def test_a_name_that_the_disk_does_not_take_leaves_the_others(predict, tmp_path):
     put(tmp_path / "in" / f"{'x' * 245}.png")
+    for suffix in ("png", "jpg"):  # whose maps would be .png.png
+        put(tmp_path / "in" / f"{'z' * 251}.{suffix}")
     put(tmp_path / "in/y.png")
     result = predict(tmp_path / "in")
-    fails(result, "1 of 2 pictures")
+    fails(result, "3 of 4 pictures")
     assert "File name too long" in result.err
     assert written(tmp_path / "out") == maps_of("y")
 
 
-def test_what_is_done_stays_after_ctrl_c(predict, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["read", "_predicted"])  # of the thread that reads, and the main one
+def test_what_is_done_stays_after_ctrl_c(predict, tmp_path, monkeypatch, method):
     for name in "abc":
         put(tmp_path / f"in/{name}.png")
-    read, seen = Predictor.read, []
+    work, seen = getattr(Predictor, method), []
 
-    def interrupted(self, path):
-        if isinstance(path, Path) and path.name == "b.png" and not seen:
-            seen.append(path)
-            raise KeyboardInterrupt
-        return read(self, path)
+    def interrupted(self, given):
+        if not isinstance(given, np.ndarray):
+            seen.append(given)
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+        return work(self, given)
 
-    monkeypatch.setattr(Predictor, "read", interrupted)
+    monkeypatch.setattr(Predictor, method, interrupted)
     result = predict(tmp_path / "in")
     assert result.code == 130
     assert "Traceback" not in result.err
@@ -341,19 +385,23 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
     """However slow the disk is, the model waits for it."""
     for i in range(12):
         put(tmp_path / f"in/{i}.png")
-    write, most, now = predicting.write, [], []
+    write, work, most, waiting = predicting.write, Predictor._predicted, [], []
 
-    def slow(settings, tasks, name, *rest):
-        now.append(name)
-        most.append(len(now))
-        predicting.time.sleep(0.05)
-        write(settings, tasks, name, *rest)
-        now.remove(name)
+    def counted(self, pictures):
+        waiting.extend(pictures)
+        most.append(len(waiting))
+        return work(self, pictures)
 
+    def slow(*words):
+        predicting.time.sleep(0.2)
+        write(*words)
+        waiting.pop()
+
+    monkeypatch.setattr(Predictor, "_predicted", counted)
     monkeypatch.setattr(predicting, "write", slow)
     monkeypatch.setattr(predicting, "UNWRITTEN", 2 * 24 * 40)
     assert predict(tmp_path / "in").code == 0
-    assert 1 < max(most) <= 3
+    assert max(most) <= 4  # two wait, one more is written, the next one is predicted
     assert written(tmp_path / "out") == maps_of(*map(str, range(12)))
 
 

@@ -80,6 +80,11 @@ def decoded(raw: dict[str, Tensor]) -> dict[str, np.ndarray]:
     return {name: TASKS[name].decoded(raw[name]) for name in TASKS}
 
 
+def blendable(name: str, raw: Tensor) -> Tensor:
+    """Normals of length 1: longer ones would count more."""
+    return raw / raw.norm(dim=0).clamp_min(1e-12) if name == "normals" else raw
+
+
 def raw_of(model: Synthetic, view: np.ndarray, frame) -> dict[str, Tensor]:
     """Raw maps (C, H, W) of a picture in the middle of a frame: the long way round."""
     height, width = view.shape[:2]
@@ -179,8 +184,6 @@ def test_all_kinds_of_pictures(run, ours, tmp_path):
     Image.fromarray(array).save(tmp_path / "a.png")
     for given_ in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(array), array[:, ::-1][:, ::-1]):
         same(ours(given_), ours(array))
-    exif = Image.Exif()
-    exif[0x0112] = 6
     lying = Image.fromarray(np.rot90(array, 1).copy())
     lying.getexif()[0x0112] = 6
     same(ours(lying), ours(array))
@@ -314,7 +317,8 @@ def test_shrunk_pictures():
     array = np.round(ramp).astype(np.uint8)
     ours = predictor()
     found, whole = ours(array), decoded(raw_of(Synthetic(), array, FRAME))
-    assert ours.model.frames == [(1, 3, 64, 64)] or max(ours.model.frames[0][2:]) <= 64
+    assert len(ours.model.frames) == 1
+    assert max(ours.model.frames[0][2:]) <= 64
     for name in ("depth", "edge"):
         assert np.abs(found[name] - whole[name]).max() < 0.1, name
 
@@ -346,7 +350,7 @@ def slid(model: Synthetic, array: np.ndarray, frame) -> dict[str, np.ndarray]:
             area = (..., slice(top, top + h), slice(left, left + w))
             weights[area] += weight
             for name, raw in raw_of(model, array[top : top + h, left : left + w], frame).items():
-                sums[name][area] += weight * raw
+                sums[name][area] += weight * blendable(name, raw)
     enlarged = max(max(height, width) / max(frame), min(height, width) / min(frame), 1)
     sums["depth"] *= enlarged
     return decoded({n: (s / weights).float() for n, s in sums.items()})
@@ -407,7 +411,7 @@ def test_the_mean_with_the_mirrored_picture():
     straight = raw_of(model, array, FRAME)
     mirrored = {n: raw.flip(-1) for n, raw in raw_of(model, array[:, ::-1].copy(), FRAME).items()}
     mirrored["normals"] = mirrored["normals"] * torch.tensor([-1.0, 1.0, 1.0])[:, None, None]
-    expected = decoded({n: (straight[n] + mirrored[n]) / 2 for n in TASKS})
+    expected = decoded({n: (blendable(n, straight[n]) + blendable(n, mirrored[n])) / 2 for n in TASKS})
     same(predictor(0.02, flip=True)(array), expected, atol=1e-5)
     assert np.abs(expected["normals"] - decoded(straight)["normals"]).max() > 0.1
 

@@ -47,12 +47,12 @@ RAW = {  # what a raw prediction stands for
 KEYS: dict[str, Any] = {
     "checkpoint": str,
     "format": read.choice(*FORMATS),
-    "output": Path,
+    "output": read.path,
     "fixed": read.flag,
     "overwrite": read.flag,
     "push": str,
     "pull": str,
-    "folder": Path,
+    "folder": read.path,
     "private": read.flag,
 }
 PURPOSES = {
@@ -68,7 +68,7 @@ def export(words: Sequence[str]) -> None:
     purpose = next((p for p in ("push", "pull") if p in given), "export")
     needed = ("checkpoint", "format", "output") if purpose == "export" else (purpose, "folder")
     for key in needed:
-        if not given.get(key) or str(given[key]) == ".":
+        if not given.get(key):
             raise UserError(f"export.py needs {key}=; python scripts/export.py --help says more")
     for key in given:
         if key not in PURPOSES[purpose]:

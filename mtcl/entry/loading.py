@@ -98,15 +98,28 @@ def read_saved(source: str | Path) -> Saved:
     if path.suffix != ".json":
         state = load_checkpoint(path)
         weights = state["ema"]["model"] if state.get("ema") else state["model"]  # what was validated
-        return Saved(path, weights, state["config"], state["meta"]["tasks"], state["step"])
+        return whole(Saved(path, weights, state["config"], state.get("meta", {}).get("tasks"), state.get("step", 0)))
     try:
         facts = json.loads(path.read_text())
         weights = load_file(path.with_name(WEIGHTS))
-        return Saved(path.parent, weights, facts["config"], facts["tasks"], facts["step"])
+        saved = Saved(path.parent, weights, facts["config"], facts["tasks"], facts["step"])
     except FileNotFoundError as error:
-        raise UserError(f"{path.parent} has no {WEIGHTS}; export the model again") from error
+        raise UserError(
+            f"{path.parent} has no {Path(error.filename or WEIGHTS).name}; export the model again"
+        ) from error
     except Exception as error:  # of JSON, of safetensors, of missing keys
         raise UserError(f"{path.parent} is damaged, or no exported model ({error}); export it again") from error
+    return whole(saved)
+
+
+def whole(saved: Saved) -> Saved:
+    """``UserError`` where it was not mtcl that wrote it."""
+    groups = ("backbone", "decoder", "tasks", "data", "trainer")
+    if not isinstance(saved.config, dict) or not all(isinstance(saved.config.get(g), dict) for g in groups):
+        raise UserError(f"{saved.path} is no model of mtcl: its config has not all of {', '.join(groups)}")
+    if not isinstance(saved.tasks, dict) or not saved.tasks:
+        raise UserError(f"{saved.path} is no model of mtcl: it does not say which tasks it has")
+    return saved
 
 
 def find(source: str | Path) -> Path:

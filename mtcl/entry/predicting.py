@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -38,7 +39,7 @@ VIDEOS = (
 KEYS: dict[str, Callable[[str], Any]] = {
     "checkpoint": str,
     "input": str,
-    "output": Path,
+    "output": read.path,
     "tasks": read.names,
     "large": read.choice(*LARGE),
     "flip": read.flag,
@@ -81,7 +82,7 @@ def predict(words: Sequence[str]) -> None:
     if settings.output.is_file():
         raise UserError(f"output={settings.output} is a file; give a folder")
     path, camera = Path(source), source.isdecimal()
-    video = path.suffix.lower() in VIDEOS and path.is_file()
+    video = path.suffix.lower() in VIDEOS and os.path.isfile(path)
     files, unread = ([], {}) if camera or video else found(path, settings.output)
     loaded = load_model(checkpoint)
     predictor = predictor_of(loaded, **options)
@@ -121,35 +122,67 @@ def facts(loaded: Loaded, predictor: Predictor) -> dict[str, Any]:
 
 
 class Record:
-    """``predict.json`` of an output folder, which holds the maps of one model, maybe of several inputs.
+    """``predict.json`` of an output folder: the maps of one model, and which of them belong to which input.
 
-    ``UserError`` where it was written for another model or with other options, unless they are to be overwritten.
+    Names are those of :func:`named`; a video's is ``NAME.mp4``, and ``NAME/`` for the maps of its frames. ``UserError``
+    where it was written for another model or with other options, unless they are to be overwritten.
     """
 
     def __init__(self, settings: Settings, source: str, facts: Mapping[str, Any]) -> None:
-        self.path = settings.output / RECORD
-        source = source if source.isdecimal() else str(Path(source).resolve())
-        before = {} if settings.overwrite or not self.path.exists() else self._before()
-        for key in facts.keys() & before.keys() - {"tasks"}:
-            if facts[key] != before[key]:
-                raise UserError(
-                    f"{settings.output} holds predictions with {key}={before[key]}, not {facts[key]}; choose another "
-                    "output=, or replace them with overwrite=true"
-                )
-        inputs, tasks = before.get("inputs", []), before.get("tasks", {})
-        self.is_new = source not in inputs  # then what is there is another's
-        self.content = {**facts, "tasks": tasks | facts["tasks"], "inputs": inputs + [source] * self.is_new}
+        self.path, self.facts, self.overwrite = settings.output / RECORD, facts, settings.overwrite
+        self.source = source if source.isdecimal() else str(Path(source).resolve())
+        self.before = self._before() if self.path.exists() else {"inputs": {}, "tasks": {}}
+        others = [key for key in facts if key in self.before and key != "tasks" and facts[key] != self.before[key]]
+        if others and not self.overwrite:
+            key = others[0]
+            raise UserError(
+                f"{settings.output} holds predictions with {key}={self.before[key]}, not {facts[key]}; choose another "
+                "output=, or replace them with overwrite=true"
+            )
+        self.is_stale = bool(others)  # all that is there goes before anything is written
+        self.own = set(self.before["inputs"].get(self.source, []))
+        self.taken = {n for source, names in self.before["inputs"].items() if source != self.source for n in names}
+        self.folders = tuple(name for name in self.taken if name.endswith("/"))
 
-    def write(self) -> None:
-        text = json.dumps(self.content, indent=2) + "\n"
+    def is_foreign(self, name: str, is_there: bool) -> bool:
+        """Whether these maps are another input's, or nobody's that is known."""
+        if self.overwrite:
+            return False
+        inside = name.endswith("/") and any(other.startswith(name) for other in self.taken)
+        return inside or name in self.taken or name.startswith(self.folders) or (is_there and name not in self.own)
+
+    def begin(self, names: Iterable[str]) -> None:
+        """These names are this input's from now on."""
+        new = set(names)
+        inputs = {source: [n for n in found if n not in new] for source, found in self.before["inputs"].items()}
         with disk_errors_told(self.path, AGAIN):
+            if self.is_stale:
+                self._clear()
+                inputs, self.own = {}, set()
+            inputs[self.source] = sorted(self.own | new)
+            tasks = self.facts["tasks"] if self.is_stale else self.before["tasks"] | self.facts["tasks"]
+            text = json.dumps({**self.facts, "tasks": tasks, "inputs": inputs}, indent=2) + "\n"
             write_atomically(self.path, lambda temporary: temporary.write_text(text))
+
+    def _clear(self) -> None:
+        """Of the model before; its record goes last, so that what is left is known."""
+        folder = self.path.parent
+        for name in self.taken | self.own:
+            if name.endswith(".mp4"):
+                (folder / name).unlink(missing_ok=True)
+            for kind in KINDS:
+                if name.endswith("/"):
+                    shutil.rmtree(folder / kind / name, ignore_errors=True)
+                else:
+                    (folder / kind / f"{name}{'.jpg' if kind == 'panel' else '.png'}").unlink(missing_ok=True)
 
     def _before(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text())
-            return {**content, "inputs": list(content["inputs"]), "tasks": dict(content["tasks"])}
+            return {**content, "inputs": dict(content["inputs"]), "tasks": dict(content["tasks"])}
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if self.overwrite:
+                return {"inputs": {}, "tasks": {}}
             raise UserError(
                 f"{self.path} was not written by predict.py, or is damaged; choose another output=, or overwrite=true"
             ) from error
@@ -173,17 +206,14 @@ def pictures(
     total, began, before, done = len(files) + len(bad), time.perf_counter(), 0, 0
     waiting = []
     for path in files:
-        exist = [target.is_file() for target in targets(settings, predictor.tasks, names[path]).values()]
-        if settings.overwrite or not any(exist):
-            waiting.append(path)
-        elif record.is_new:
-            other = f"{settings.output} has maps of another input's {names[path]}"
-            bad[path] = f"{path}: {other}; choose another output=, or replace them with overwrite=true"
-        elif all(exist):
+        exist = [os.path.isfile(target) for target in targets(settings, predictor.tasks, names[path]).values()]
+        if record.is_foreign(names[path], any(exist)):
+            bad[path] = f"{path}: {others(settings, names[path])}"
+        elif all(exist) and not settings.overwrite:
             before += 1
         else:
             waiting.append(path)
-    record.write()
+    record.begin(names[path] for path in files if path not in bad)
     if before:
         print(f"{before} of {total} pictures have been predicted before; overwrite=true does it again")
     writing: deque[tuple[Path, np.ndarray, Future[None]]] = deque()
@@ -199,9 +229,9 @@ def pictures(
                 bar.write(f"left out: {why}", file=sys.stderr)
 
         def settle(pixels: int) -> None:
-            """Wait until the maps of no more than so many pixels are unwritten."""
+            """Account for what is written; wait until the maps of no more than so many pixels are not."""
             nonlocal done
-            while writing and sum(array.shape[0] * array.shape[1] for _, array, _ in writing) > pixels:
+            while writing and (writing[0][2].done() or sum(a.shape[0] * a.shape[1] for _, a, _ in writing) > pixels):
                 path, array, future = writing.popleft()
                 try:
                     future.result()
@@ -213,28 +243,37 @@ def pictures(
                 except Exception as error:
                     if not out_of_memory(error):
                         raise
-                    leave_out(path, too_large(path, array, predictor))
+                    what = f"{path}: {array.shape[1]} x {array.shape[0]} pixels"
+                    leave_out(path, f"{what} are too many for the memory of this machine; make it smaller")
                 bar.update()
 
         for path, why in list(bad.items()):
             leave_out(path, why)
-        for group in read_ahead(reader, predictor, batched(waiting, settings.batch)):
-            arrays: dict[Path, np.ndarray] = {}
-            for path, picture in group:
-                try:
-                    arrays[path] = picture.result()
-                except UserError as error:
-                    leave_out(path, error)
-                    bar.update()
-            for (path, array), maps in zip(arrays.items(), predicted(predictor, list(arrays.values()))):
-                if maps is None:
-                    leave_out(path, too_large(path, array, predictor))
-                    bar.update()
-                    continue
-                settle(UNWRITTEN)
-                future = writers.submit(write, settings, predictor.tasks, names[path], array, maps)
-                writing.append((path, array, future))
-        settle(-1)
+        try:
+            for group in read_ahead(reader, predictor, batched(waiting, settings.batch)):
+                arrays: dict[Path, np.ndarray] = {}
+                for path, picture in group:
+                    try:
+                        arrays[path] = picture.result()
+                    except UserError as error:
+                        leave_out(path, error)
+                        bar.update()
+                results = deque(predicted(predictor, list(arrays.values())))
+                for path, array in arrays.items():
+                    maps = results.popleft()  # written, it can go
+                    if maps is None:
+                        leave_out(path, too_large(path, array, predictor))
+                        bar.update()
+                        continue
+                    settle(UNWRITTEN)
+                    future = writers.submit(write, settings, predictor.tasks, names[path], array, maps)
+                    writing.append((path, array, future))
+            settle(-1)
+        except BaseException as error:
+            reader.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, UserError):  # the disk's; else what is predicted is written
+                writers.shutdown(wait=False, cancel_futures=True)
+            raise
     seconds = time.perf_counter() - began
     if total == 1 and bad:
         raise UserError(*bad.values())
@@ -288,7 +327,7 @@ def found(source: Path, output: Path) -> tuple[list[Path], dict[Path, str]]:
 
     ``UserError``: there is none; or the maps would lie among the pictures.
     """
-    if not source.exists():
+    if not os.path.exists(source):
         raise UserError(f"input={source} does not exist; give a picture, a folder, a video or a camera's number")
     inside, place = source.resolve(), output.resolve()
     if inside == place or any(f.parent == place and f.name in KINDS for f in (inside, *inside.parents)):
@@ -321,6 +360,13 @@ def named(files: Sequence[Path], source: Path) -> dict[Path, str]:
     bare = {path: name.removesuffix(path.suffix) for path, name in whole.items()}
     taken = Counter([*bare.values(), *whole.values()])  # a.jpg.png is a.jpg, too, where a.jpg and a.png are
     return {path: name if taken[name] == 1 else whole[path] for path, name in bare.items()}
+
+
+def others(settings: Settings, name: str) -> str:
+    return (
+        f"{settings.output} has maps of another input's {name}; choose another output=, or replace them with "
+        "overwrite=true"
+    )
 
 
 def targets(settings: Settings, tasks: Iterable[str], name: str) -> dict[str, Path]:
@@ -360,6 +406,9 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
         raise UserError(f"{target} is the video itself; choose another output=")
     if target.exists() and not settings.overwrite:
         raise UserError(f"{target} exists already; overwrite=true writes it again")
+    folders = [settings.output / task / name for task in predictor.tasks] if settings.frames else []
+    if folders and record.is_foreign(f"{name}/", any(folder.exists() for folder in folders)):
+        raise UserError(others(settings, f"{name}/"))
     _silence()
     capture = cv2.VideoCapture(source)
     rate, expected = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
@@ -374,7 +423,7 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
             raise UserError(f"{source} has no frame that can be read; is it whole, and a video that OpenCV reads?")
         if first is None:
             raise UserError(f"camera {source} can't be opened; is it connected, free, and yours to use?")
-        record.write()
+        record.begin([f"{name}.mp4", *[f"{name}/"] * settings.frames])
         with (
             disk_errors_told(target, "run it again"),
             TemporaryDirectory(prefix=".predict-", dir=settings.output) as folder,
@@ -403,7 +452,7 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
             os.replace(made.path, target)
     seconds = time.perf_counter() - began
     print(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}")
-    if total is not None and count < 0.9 * total - 1:  # containers count roughly
+    if total is not None and expected > 0 and count < 0.9 * total - 1:  # containers count roughly
         raise UserError(f"only {count} of about {total} frames of {source} could be read; is it whole?")
 
 
@@ -425,7 +474,7 @@ class Film:
                 raise OSError(errno.EIO, "OpenCV can't write such a video")
         for _ in range(times):
             self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
-        self.count += times
+            self.count += 1
 
     def close(self) -> None:
         if self.writer is not None:
@@ -436,7 +485,7 @@ class Film:
         written = cv2.VideoCapture(str(self.path))
         count = int(written.get(cv2.CAP_PROP_FRAME_COUNT))
         written.release()
-        return count == self.count
+        return count >= self.count  # Ctrl-C may come between a frame and its count
 
 
 def frames(capture: Any, seconds: float) -> Generator[np.ndarray]:

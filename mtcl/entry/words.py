@@ -3,6 +3,7 @@
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mtcl.errors import UserError
@@ -22,6 +23,12 @@ def parse(words: Sequence[str], keys: Mapping[str, Callable[[str], Any]]) -> dic
         except ValueError as error:
             raise UserError(f"{word}: {error}") from error
     return found
+
+
+def path(text: str) -> Path:
+    if not text:
+        raise ValueError("give a path")
+    return Path(text)
 
 
 def flag(text: str) -> bool:

@@ -48,7 +48,10 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def from_pillow(picture: Image.Image, max_pixels: int = MAX_PIXELS, what: str = "this picture") -> np.ndarray:
     """A PIL picture of any mode as :func:`read_picture` gives it; ``what`` it is called in complaints."""
     check_pixels(what, picture.height, picture.width, max_pixels)
-    picture.load()
+    try:
+        picture.load()
+    except OSError as error:
+        raise UserError(f"{what} is damaged, or not a picture ({_line(error)})") from error
     transparent = picture.has_transparency_data
     picture = _upright(picture)
     if picture.mode == "I" or picture.mode.startswith("I;16"):

@@ -40,8 +40,9 @@ class Predictor:
         flip: the mean with the mirrored picture's prediction. ``scales``: the mean over enlarged and shrunk pictures.
         max_pixels: larger pictures are refused.
 
-    Depth is right for cameras with the angle of view that the model was trained with. Where a larger picture is not
-    shrunk, things look nearer in it than they are, and depth is multiplied by how much larger it is.
+    Depth is right for pictures of about the frame's size, from cameras with the angle of view that the model was
+    trained with. Where a larger picture is not shrunk, things look nearer in it than they are, and depth is multiplied
+    by how much larger it is; smaller ones are not enlarged, as an evaluation would not, and things look farther away.
     """
 
     def __init__(
@@ -53,11 +54,12 @@ class Predictor:
         precision: str = "auto",
         large: str = "shrink",
         flip: bool = False,
-        scales: Sequence[float] = (1.0,),
+        scales: Sequence[float] | float = (1.0,),
         max_pixels: int = MAX_PIXELS,
     ):
         if large not in LARGE:
             raise UserError(f"large={large} is not known; choose {', '.join(LARGE)}")
+        scales = (scales,) if isinstance(scales, int | float) else scales
         if not scales or not all(0.1 <= scale <= 4 for scale in scales):
             raise UserError(f"scales={list(scales)}: give factors from 0.1 to 4, such as 0.75,1,1.25")
         autocast(device, precision)  # says now if it is not known
@@ -107,7 +109,7 @@ class Predictor:
         ``enlarged``: by how much, against the pictures of the training.
         """
         sums: dict[str, Tensor] = {}
-        size = pictures[0].shape[:2]
+        size, count = pictures[0].shape[:2], len(self.scales) * (1 + self.flip)
         for scale in self.scales:
             scaled = [_resized(p, scale) for p in pictures] if scale != 1 else pictures
             for flipped in (False, True)[: 1 + self.flip]:
@@ -115,10 +117,10 @@ class Predictor:
                 for name, raw in self._once(views).items():
                     raw = self.tasks[name].mirrored(raw) if flipped else raw
                     raw = self.tasks[name].unscaled(raw, scale * enlarged)
+                    raw = self.tasks[name].blendable(raw) if count > 1 else raw
                     if raw.shape[-2:] != size:
                         raw = F.interpolate(raw, size, mode="bilinear", align_corners=False, antialias=scale > 1)
                     sums[name] = sums[name] + raw if name in sums else raw
-        count = len(self.scales) * (1 + self.flip)
         return {name: total / count for name, total in sums.items()}
 
     def _once(self, pictures: list[np.ndarray]) -> dict[str, Tensor]:
@@ -134,7 +136,8 @@ class Predictor:
         """Raw maps (B, C, h, w), brought to ``size``, in label layout. In strips: those of a large picture are huge."""
         found: list[dict[str, np.ndarray]] = [{} for _ in next(iter(raw.values()))]
         for name, task in self.tasks.items():
-            for maps, one in zip(found, raw[name]):
+            several = raw[name] if raw[name].shape[-2:] == size else task.blendable(raw[name])
+            for maps, one in zip(found, several):
                 strips = [task.decoded(strip) for strip in _enlarged(one, size)]
                 maps[name] = np.concatenate(strips) if len(strips) > 1 else strips[0]
         return found
@@ -155,7 +158,8 @@ class Predictor:
             for left in lefts:
                 area = (..., slice(left, left + window[1]))
                 views = [np.ascontiguousarray(p[top : top + window[0], left : left + window[1]]) for p in pictures]
-                for name, raw in self._raw(views, enlarged).items():
+                for name, found in self._raw(views, enlarged).items():
+                    raw = self.tasks[name].blendable(found)
                     if name not in sums:
                         sums[name] = raw.new_zeros(*raw.shape[:3], width)
                     sums[name][area] += weight * raw

@@ -111,6 +111,10 @@ class Task(ABC):
         """What was predicted for a mirrored picture, for the picture."""
         return prediction.flip(-1)
 
+    def blendable(self, prediction: Tensor) -> Tensor:
+        """A prediction as it may be averaged with others of the same pixels."""
+        return prediction
+
     def unscaled(self, prediction: Tensor, factor: float) -> Tensor:
         """What was predicted for a picture enlarged by ``factor``, as values for the picture (of unchanged size)."""
         return prediction

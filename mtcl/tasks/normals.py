@@ -115,6 +115,10 @@ class Normals(Task):
     def mirrored(self, prediction: Tensor) -> Tensor:
         return prediction.flip(-1) * prediction.new_tensor([-1.0, 1.0, 1.0])[:, None, None]
 
+    def blendable(self, prediction: Tensor) -> Tensor:
+        """Of length 1: the loss leaves the length free, and the longest would count most."""
+        return F.normalize(prediction.float(), dim=-3)
+
     def finished(self, label: np.ndarray) -> np.ndarray:
         """Decoded, and void or a unit; see the class."""
         planes = _decoded(label) if label.dtype == np.uint8 else label.transpose(2, 0, 1)
