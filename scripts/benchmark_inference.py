@@ -9,8 +9,9 @@ row, e.g. backbone=resnet18. Default: all decoders, 448 x 576, batches of 1 and 
 
 A row is the median of some passes (--repeats, --seconds) of ``model.predict`` (ONNX Runtime's with normalisation
 inside), after a first one; the backends take turns, pass by pass, so that a drifting machine is fair to all. In single
-precision, unless --precision says otherwise (of ONNX it is always fp32). Memory is what a pass holds at its peak beyond
-weights and input: the CUDA allocator's count, or on a CPU the profiler's record of tensors.
+precision, unless --precision says otherwise (of ONNX it is always fp32, and on CUDA with the copies from and to the
+host). Memory is what a pass holds at its peak beyond weights and input: the CUDA allocator's count, or on a CPU the
+profiler's record of tensors.
 
 ``regulariser`` compares, pass by pass in turns, the model as it is trained with regularizer=none and with the
 regulariser beside it, built from one seed: their outputs must be equal bit for bit, or the script ends with 1.
@@ -45,6 +46,7 @@ from mtcl.entry.cli import sentence
 from mtcl.entry.exporting import ONNX, clouds, export_model
 from mtcl.entry.loading import Loaded, Saved
 from mtcl.entry.measuring import peak, timed
+from mtcl.entry.predicting import out_of_memory
 from mtcl.entry.schema import check_config
 from mtcl.entry.script import run
 from mtcl.errors import UserError
@@ -67,7 +69,7 @@ BACKENDS = ("eager", "compiled", "onnx")
 MIB = 2**20
 
 Pass = Callable[[], Any]
-Backend = Callable[[Tensor], Any]
+Backend = Callable[[Tensor], Pass]  # of a picture
 Row = dict[str, Any]
 
 
@@ -141,28 +143,31 @@ def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -
 
 
 def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: torch.device) -> Backend | None:
-    """What is done with a picture; None: it can't be here."""
+    """None: it can't be here."""
     if name == "eager":
-        return step.model.predict
+        return lambda image: partial(step.model.predict, image)
     if name == "compiled":
         torch._dynamo.reset()
-        return torch.compile(step.model.predict, dynamic=False)  # each size of batch by itself
+        work = torch.compile(step.model.predict, dynamic=False)  # each size of batch by itself
+        return lambda image: partial(work, image)
     try:
         session = onnx_session(config, step, device)
     except UserError as error:
-        return partial(refuse, str(error))
-    return None if session is None else lambda image: session.run(None, {"image": image.cpu().numpy()})
+        why = str(error)
+        return lambda image: partial(refuse, why)
+    if session is None:
+        return None
+    return lambda image: partial(session.run, None, {"image": (image.cpu() * 60 + 120).numpy()})  # 0..255
 
 
-def refuse(why: str, image: Tensor) -> None:
+def refuse(why: str) -> None:
     raise RuntimeError(why)
 
 
 def compare(
-    config: DictConfig, step: TrainingStep, image: Tensor, device: torch.device, words: argparse.Namespace
+    step: TrainingStep, beside: TrainingStep, image: Tensor, device: torch.device, words: argparse.Namespace
 ) -> Row:
     """Without and with the regulariser: equal outputs, or UserError; times in turns."""
-    beside = built(config, device, regularised=True)
     if beside.regularizer is None:
         raise UserError("there is no regulariser in this setting; leave regularizer=none out")
     without, with_it = step.model.predict(image), beside.model.predict(image)
@@ -171,16 +176,16 @@ def compare(
             raise UserError(f"{task} is not the same with the regulariser attached: this must not be")
     seconds = in_turns([lambda: step.model.predict(image), lambda: beside.model.predict(image)], device, words)
     off, on = (1e3 * statistics.median(values) for values in seconds)
-    return {"off_ms": off, "on_ms": on, "identical": True}
+    return {"batch": len(image), "off_ms": off, "on_ms": on, "identical": True}
 
 
 def failure(backend: str, work: Pass) -> str | None:
     """Why a pass can't be made; the first one is also where a compiler works."""
     try:
         work()
-    except torch.OutOfMemoryError:
-        return "not enough memory"
     except Exception as error:  # of a compiler, of ONNX Runtime
+        if out_of_memory(error):
+            return "not enough memory"
         if backend == "eager":
             raise
         return str(error).strip().split("\n")[0][:120]
@@ -189,7 +194,7 @@ def failure(backend: str, work: Pass) -> str | None:
 
 def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device: torch.device) -> list[Row]:
     rows: list[Row] = []
-    step = built(config, device, regularised=False)
+    step, beside = (built(config, device, regularised=on) for on in (False, True))
     parameters = sum(p.numel() for p in step.model.parameters())
     compared: Row = {}
     made = {backend: backend_passes(backend, config, step, device) for backend in words.backends}
@@ -197,8 +202,9 @@ def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device:
     for batch in words.batch:
         image = pictures(batch, words.size, device)
         with torch.inference_mode(), autocast(device, words.precision):
-            errors = {backend: failure(backend, partial(work, image)) for backend, work in works.items()}
-            passes = {b: partial(work, image) for b, work in works.items() if errors[b] is None}
+            passes = {backend: work(image) for backend, work in works.items()}
+            errors = {backend: failure(backend, work) for backend, work in passes.items()}
+            passes = {backend: work for backend, work in passes.items() if errors[backend] is None}
             seconds = dict(zip(passes, in_turns(list(passes.values()), device, words)))
             for backend in works:
                 row: Row = {"decoder": decoder, "backbone": config.backbone.name, "parameters": parameters}
@@ -211,14 +217,14 @@ def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device:
                     row["error"] = errors[backend]
                 if backend == "eager" and backend in passes:
                     row["memory_mib"] = peak(passes[backend], device) / MIB
-                    compared = compared or compare(config, step, image, device, words)
+                    compared = compared or compare(step, beside, image, device, words)
                 rows.append(row)
                 show(row)
     if compared:
-        rows.append({"decoder": decoder, "backend": "regulariser", "batch": words.batch[0], **compared})
-        off, on = compared["off_ms"], compared["on_ms"]
+        rows.append({"decoder": decoder, "backend": "regulariser", **compared})
+        off, on, batch = compared["off_ms"], compared["on_ms"], compared["batch"]
         print(
-            f"{decoder:13} {'regulariser':10} {words.batch[0]:5}  off {off:.1f} ms, on {on:.1f} ms: outputs identical",
+            f"{decoder:13} {'regulariser':10} {batch:5}  off {off:.1f} ms, on {on:.1f} ms: outputs identical",
             flush=True,
         )
     return rows
@@ -246,7 +252,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=positive, default=[1, 16])
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     parser.add_argument("--repeats", type=positive, help="passes timed; default 30 on CUDA, 5 on a CPU")
-    parser.add_argument("--seconds", type=positive, default=30, help="no further pass of a row's after so many")
+    parser.add_argument("--seconds", type=positive, default=30, help="no further passes with a batch after so many")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--json", type=Path, help="write the numbers there, too")

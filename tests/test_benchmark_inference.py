@@ -45,6 +45,13 @@ def test_rows(cli, tmp_path):
     assert "outputs identical" in result.out
 
 
+def test_half_precision(cli):
+    words = [*SMALL, "--batch", "1", "--backends", "eager", "--precision", "bf16", *WORDS]
+    result = cli(SCRIPT, *words)
+    assert result.code == 0, result.err
+    assert "outputs identical" in result.out
+
+
 def test_a_regulariser_that_changes_the_model_is_found(cli, monkeypatch):
     make = build.build_regularizer
 

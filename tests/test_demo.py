@@ -193,7 +193,7 @@ def test_a_port_in_use_or_impossible_and_a_foreign_host_are_told():
     for host, number, said in (
         ("127.0.0.1", 70000, "up to 65535"),
         ("192.0.2.1", 0, "host=192.0.2.1"),
-        ("no host", 0, "no address or name"),
+        ("no host", 0, "no IPv4 address"),
     ):
         with pytest.raises(UserError, match=said):
             demo_module.opened(host, number)

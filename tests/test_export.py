@@ -1,9 +1,13 @@
 """What is exported is the model, all of it and nothing else."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,7 +98,7 @@ def test_the_card(trained, folder):
     metrics = json.loads((trained / "metrics.json").read_text())
     assert f"| depth | rmse | {metrics['depth']['rmse']:.4f} m |" in text
     assert "64 x 96" in text
-    assert "3 steps" in text
+    assert "step 3 of its training" in text
 
 
 def test_the_card_does_not_take_metrics_of_another_step(trained, tmp_path):
@@ -107,14 +111,58 @@ def test_the_card_does_not_take_metrics_of_another_step(trained, tmp_path):
 
 def test_no_path_of_the_machine_is_published(folder):
     config = composed(*TINY)
-    found = portable(build.plain(config) | {"resume": "/home/me/x.pt"})
+    found = portable(build.plain(config) | {"resume": "/home/me/x.pt"}, [])
     assert found["resume"] is None
     plain = build.plain(config)
-    plain["data"] |= {"root": "/home/me/data", "cache": "/home/me/cache"}
+    plain["data"] |= {"root": "/home/me/data", "cache": "/home/me/cache", "labels": "/home/me/labels.json"}
     plain["backbone"] |= {"weights": "/home/me/w.safetensors"}
-    assert "/home/me" not in json.dumps(portable(plain))
+    assert "/home/me" not in json.dumps(portable(plain, []))
     assert plain["data"]["root"] == "/home/me/data"  # left as it was
+    assert portable(plain, [])["data"]["labels"] == "labels.json"
     assert str(folder.parent) not in (folder / FACTS).read_text()
+
+
+def test_a_genotype_of_a_file_travels_along(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({t: dict.fromkeys(("semseg", "depth"), "local") for t in ("semseg", "depth")}))
+    config = composed("tasks.names=[semseg,depth]", "decoder=atrc", f"decoder.genotype={path}")
+    found = portable(build.plain(config), ["semseg", "depth"])
+    assert found["decoder"]["genotype"]["depth"] == {"semseg": "local", "depth": "local"}
+
+
+def test_another_model_replaces_all_that_was_exported(trained, folder, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(folder, out)
+    (out / "notes.txt").write_text("kept")
+    (out / ONNX).write_bytes(b"of an earlier checkpoint")
+    export_model(load_model(trained), "safetensors", out)
+    assert {path.name for path in out.iterdir()} == {WEIGHTS, FACTS, CARD, "notes.txt"}
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_full_disk(trained, tmp_path, monkeypatch, kind):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="no space left on the disk"):
+        export_model(load_model(trained), kind, tmp_path / "out", fixed=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_facts_that_mtcl_did_not_write(folder, tmp_path):
+    for name, content in (("a", {"config": {}}), ("b", {"config": None}), ("c", {"tasks": []})):
+        shutil.copytree(folder, tmp_path / name)
+        facts = json.loads((folder / FACTS).read_text())
+        (tmp_path / name / FACTS).write_text(json.dumps(facts | content))
+        with pytest.raises(UserError, match=f"{name} is no model of mtcl"):
+            mtcl.load(tmp_path / name)
+
+
+def test_data_that_an_exported_model_does_not_know_the_place_of():
+    config = composed("data=nyud", "data.root=null", "tasks.names=[depth]")
+    with pytest.raises(UserError, match="data=nyud needs"):
+        build.build_reader(config, "val", build.build_tasks(config))
 
 
 # --- Programs
@@ -302,7 +350,11 @@ def server(tmp_path, monkeypatch):
         def create_repo(self, name, private, exist_ok):
             if self.error:
                 raise self.error
+            self.public = not private or (self.root / name).exists()  # what is there stays as it is
             (self.root / name).mkdir(parents=True, exist_ok=exist_ok)
+
+        def repo_info(self, name):
+            return SimpleNamespace(private=not self.public)
 
         def upload_folder(self, repo_id, folder_path, allow_patterns):
             for path in huggingface_hub.utils.filter_repo_objects(
@@ -313,6 +365,8 @@ def server(tmp_path, monkeypatch):
             return f"https://huggingface.co/{repo_id}"
 
         def download(self, name, revision, allow_patterns, local_dir):
+            if self.error and local_dir and any(local_dir.iterdir()):
+                return str(local_dir)  # a warning is all that the library has for this
             if self.error:
                 raise self.error
             to = local_dir or tmp_path / "cache" / name
@@ -347,6 +401,16 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
     assert result.code == 0, result.err
     assert (tmp_path / "here" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
     assert_fails(cli(SCRIPT, "pull=me/model", "folder=here"), "holds something already")
+    server.error = ConnectionError("no network")
+    assert_fails(cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true"), "did not give it (no network)")
+    server.error = None
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS, FACTS, CARD}
+    assert cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true").code == 0
+    assert_fails(cli(SCRIPT, "push=me/model", f"folder={published}", "private=true"), "is there already, and public")
+    assert cli(SCRIPT, "push=me/secret", f"folder={published}", "private=true").code == 0
+    (server.root / "me/model" / FACTS).unlink()
+    with pytest.raises(UserError, match="me/model on the hub is no model of mtcl"):
+        pull("me/model", folder=tmp_path / "there")
 
 
 @needs_hub

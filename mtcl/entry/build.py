@@ -98,6 +98,8 @@ def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit
     options = {"part": part, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
     accepted = inspect.signature(reader).parameters
     if "root" in accepted:
+        if data.root is None:
+            raise UserError(f"data={data.name} needs data.root=FOLDER, where its files are")
         options["root"] = data.root
     elif data.root is not None:
         raise UserError(f"data.root={data.root} makes no sense with data={data.name}, which needs no files")

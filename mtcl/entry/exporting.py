@@ -1,6 +1,7 @@
 """A trained model as files for other programs, and to and from the Hugging Face hub."""
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -8,7 +9,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -30,19 +31,18 @@ from mtcl.entry.loading import CARD, FACTS, HUB_ID, SHARED, WEIGHTS, Loaded, hub
 from mtcl.entry.report import shown
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
+from mtcl.models.decoders.atrc import read_genotype
 
 FORMATS = ("safetensors", "torch", "onnx")
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 TOLERANCE = 1e-4  # of an exported model's outputs, times the output's largest value where that is above 1
 LEAST, MOST = 2, 256  # multiples of a side that a program is made for (1 is a rule of its own); pictures of a batch
 INPUT = "float32 (batch, 3, height, width), RGB, 0..255, not normalised"
-RAW = {  # what a raw prediction stands for
-    "semseg": "logits of the classes; the class is the argmax over channels",
-    "human_parts": "logits of the parts; the part is the argmax over channels",
-    "sal": "logits; 1 (salient) where channel 1 is the largest",
-    "depth": "metres",
-    "normals": "vectors to be normalised; x to the left, y up, z to the viewer",
-    "edge": "a logit; its sigmoid is the probability of an edge",
+RAW = {  # what a raw prediction stands for, by a task's kind
+    "class": "logits of the classes; the class is the argmax over channels",
+    "metres": "metres",
+    "direction": "vectors to be normalised; x to the left, y up, z to the viewer",
+    "probability": "a logit; its sigmoid is the probability",
 }
 KEYS: dict[str, Any] = {
     "checkpoint": str,
@@ -107,6 +107,8 @@ def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -
         place = Path(tempfile.mkdtemp(prefix=".export.", dir=folder))
         try:
             told = makers[kind](place)
+            for name in SHARED:  # of another model, maybe
+                (folder / name).unlink(missing_ok=True)
             # What says that the folder is a model comes last.
             for path in sorted(place.iterdir(), key=lambda path: path.name == FACTS):
                 with path.open("rb+") as file:
@@ -133,21 +135,31 @@ def refuse_full(folder: Path, overwrite: bool, key: str) -> None:
 def write_weights(loaded: Loaded, folder: Path) -> str:
     """What ``mtcl.load`` reads, with a card for people."""
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file hides the disk's errors
     saved = loaded.saved
-    facts = {"mtcl": mtcl.__version__, "step": saved.step, "tasks": saved.tasks, "config": portable(saved.config)}
+    facts = {
+        "mtcl": mtcl.__version__,
+        "step": saved.step,
+        "tasks": saved.tasks,
+        "config": portable(saved.config, saved.tasks),
+    }
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     (folder / CARD).write_text(card(loaded))
     count = sum(p.numel() for p in loaded.model.parameters())
     return f"{WEIGHTS} ({count:,} parameters), {FACTS}, {CARD}; mtcl.load reads the folder"
 
 
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+def portable(config: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
     """The config without paths of the machine it was trained on; a model is rebuilt without them."""
     found: dict[str, Any] = deepcopy(dict(config))
     for group, key in (("data", "root"), ("data", "cache")):
         if key in found.get(group, {}):
             found[group][key] = None
+    genotype = found["decoder"].get("genotype")
+    if isinstance(genotype, str) and Path(genotype).is_file():
+        found["decoder"]["genotype"] = read_genotype(genotype, tasks)
+    if isinstance(found["data"].get("labels"), str):
+        found["data"]["labels"] = Path(found["data"]["labels"]).name
     if found["backbone"].get("weights") not in (None, "none", "hub"):
         found["backbone"]["weights"] = Path(str(found["backbone"]["weights"])).name
     found["resume"] = None
@@ -164,8 +176,8 @@ def card(loaded: Loaded) -> str:
     pipeline = "depth-estimation" if list(loaded.tasks) == ["depth"] else pipeline
     name = config["name"]
     rows = "\n".join(
-        f"| {task} | {saved.tasks[task]['channels']} | {', '.join(saved.tasks[task]['classes']) or RAW[task]} |"
-        for task in loaded.tasks
+        f"| {name} | {task.channels} | {', '.join(saved.tasks[name]['classes']) or RAW[task.kind]} |"
+        for name, task in loaded.tasks.items()
     )
     target = str(config["decoder"]["_target_"]).rpartition(".")[2]
     return f"""---
@@ -179,7 +191,7 @@ tags: [{", ".join(tags)}]
 
 One network, {len(loaded.tasks)} pixel-wise task{"s" * (len(loaded.tasks) > 1)}.
 Backbone {config["backbone"]["name"]} (timm), decoder {target}, {parameters:,} parameters,
-trained for {saved.step:,} steps with mtcl {mtcl.__version__}.
+step {saved.step:,} of its training. Exported with mtcl {mtcl.__version__}.
 
 ```python
 import mtcl
@@ -351,12 +363,12 @@ def traced(module: nn.Module, shape: Shape) -> torch.export.ExportedProgram:
 def torch_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: Shape, folder: Path) -> Made:
     path = folder / PROGRAM
     try:
-        torch.export.save(program, path, extra_files={FACTS: json.dumps(facts_of(loaded, shape))})
-        return PROGRAM, torch.export.load(path).module()
-    except OSError:
-        raise
+        buffer = io.BytesIO()  # written to the disk, it would hide the disk's errors
+        torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts_of(loaded, shape))})
     except Exception as error:  # an operation on sizes that can be traced, but not written (a ViT's: ceil)
         raise NotForThisShape(first_line(error)) from error
+    path.write_bytes(buffer.getbuffer())
+    return PROGRAM, torch.export.load(path).module()
 
 
 def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: Shape, folder: Path) -> Made:
@@ -394,7 +406,7 @@ def facts_of(loaded: Loaded, shape: Shape) -> dict[str, Any]:
     return {
         "mtcl": mtcl.__version__,
         "tasks": list(loaded.tasks),
-        "outputs": {name: RAW[name] for name in loaded.tasks},
+        "outputs": {name: RAW[task.kind] for name, task in loaded.tasks.items()},
         "classes": {name: list(getattr(task, "classes", ())) for name, task in loaded.tasks.items()},
         "input": f"{INPUT}; normalised inside with mean and std (on the 0..1 scale)",
         "mean": rounded(loaded.model.mean),
@@ -479,7 +491,11 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     api = library.HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise UserError(f"push={name} is there already, and public; make it private on the hub, or choose another")
         return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(SHARED)))
+    except UserError:
+        raise
     except Exception as error:  # the library raises many kinds
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403) or isinstance(error, library.errors.LocalTokenNotFoundError):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,15 +143,27 @@ def pull(name: str, revision: str | None = None, folder: Path | None = None) -> 
     """
     if not HUB_ID.fullmatch(name):
         raise UserError(f"{name} is no name on the hub; give USER/NAME")
-    patterns = list(SHARED if folder else SHARED[:3])
+    if folder is None:
+        return _fetched(name, revision, SHARED[:3], None, f"{name} is no file or folder here")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pull.", dir=folder) as place:  # one that holds files hides a failure
+        for path in _fetched(name, revision, SHARED, Path(place), f"pull={name}").iterdir():
+            if path.is_file():
+                path.replace(folder / path.name)
+    return folder
+
+
+def _fetched(name: str, revision: str | None, files: Sequence[str], place: Path | None, what: str) -> Path:
+    """``what``: how a complaint begins."""
+    library = hub(what)
     try:
-        library = hub(f"pull={name}" if folder else f"{name} is no file or folder here")
-        return Path(library.snapshot_download(name, revision=revision, allow_patterns=patterns, local_dir=folder))
-    except UserError:
-        raise
+        found = library.snapshot_download(name, revision=revision, allow_patterns=list(files), local_dir=place)
     except Exception as error:  # the library raises many kinds
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{name} is no file or folder here, and the hub did not give it ({reason})") from error
+        raise UserError(f"{what}, and the hub did not give it ({reason})") from error
+    if not (Path(found) / FACTS).is_file():
+        raise UserError(f"{name} on the hub is no model of mtcl: it has no {FACTS}")
+    return Path(found)
 
 
 def hub(what: str) -> Any:

@@ -33,24 +33,22 @@ def directions(task: Task, array: np.ndarray) -> Image.Image:
 
 
 def thin_lines(task: Task, array: np.ndarray) -> Image.Image:
-    """255 times the probability, where an edge is strongest across its direction; 0 elsewhere."""
+    """255 times the smoothed probability, where it is largest across the edge's direction; 0 elsewhere."""
     thinned = nms(np.nan_to_num(array), SAK.smoothing, SAK.radius)
     return Image.fromarray(np.round(255 * thinned).clip(0, 255).astype(np.uint8))
 
 
 FILES: dict[str, Callable[[Task, np.ndarray], Image.Image]] = {
-    "semseg": coloured,
-    "human_parts": coloured,
-    "sal": coloured,
-    "depth": millimetres,
-    "normals": directions,
-    "edge": thin_lines,
+    "class": coloured,
+    "metres": millimetres,
+    "direction": directions,
+    "probability": thin_lines,
 }
 
 
 def write_map(path: Path, task: Task, array: np.ndarray) -> None:
     """One task's map (label layout) as a PNG."""
-    image = FILES[task.name](task, array)
+    image = FILES[task.kind](task, array)
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", compress_level=3), durable=False)
 
 

@@ -25,6 +25,7 @@ class Task(ABC):
     higher_is_better: bool
     weight: float  # the field's loss weight
 
+    kind: ClassVar[str]  # what a prediction's pixel is: class, metres, direction, probability
     void: ClassVar[float] = 255.0  # the value of an invalid pixel, and of padding
     # Label distances up to `near` make a positive pair for the regulariser, from `far` on a negative one.
     near: ClassVar[float] = 0.0

@@ -28,6 +28,7 @@ def differ(a: Tensor, b: Tensor) -> Tensor:
 class ClassTask(Task):
     """Arrays uint8 (H, W), batches int64 (B, H, W), predictions logits (B, classes, H, W); 255 is void."""
 
+    kind: ClassVar[str] = "class"
     units: ClassVar[Mapping[str, str]] = {"not_finite": ""}
 
     @property

@@ -29,6 +29,7 @@ class Depth(Task):
     higher_is_better: bool = False
     weight: float = 1.0
 
+    kind: ClassVar[str] = "metres"
     void: ClassVar[float] = 0.0
     near: ClassVar[float] = 0.05  # |log ratio|
     far: ClassVar[float] = 0.2

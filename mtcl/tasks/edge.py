@@ -28,6 +28,7 @@ class Edge(Task):
     higher_is_better: bool = True
     weight: float = 50.0
 
+    kind: ClassVar[str] = "probability"
     units: ClassVar[Mapping[str, str]] = {"loss": "", "threshold": "", "not_finite": ""}
     stand_in: ClassVar[str | None] = "loss"
     void_colour: ClassVar[RGB] = (222, 205, 170)  # the shared near-black would look like a line

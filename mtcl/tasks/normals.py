@@ -39,6 +39,7 @@ class Normals(Task):
     higher_is_better: bool = False
     weight: float = 10.0
 
+    kind: ClassVar[str] = "direction"
     void: ClassVar[float] = 0.0
     near: ClassVar[float] = 15.0  # degrees
     far: ClassVar[float] = 40.0

@@ -65,7 +65,7 @@ def opened(host: str, port: int) -> socket.socket:
         address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4]
         return socket.create_server(address)
     except socket.gaierror as error:
-        raise UserError(f"host={host} is no address or name that is known here") from error
+        raise UserError(f"host={host} is no IPv4 address, or a name that is not known here") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"port={port} is in use on {host}; give another, such as port={port + 1}") from error
@@ -117,7 +117,8 @@ def application(models: Sequence[Named], host: str, port: int, max_mb: int) -> A
     limits = f"up to {max_mb} MB and {models[0].predictor.max_pixels / 1e6:.3g} million pixels"
     names = " and ".join(f"<b>{esc(model.name)}</b>" for model in models)
     lead = f"Predicted by {names} on {models[0].predictor.device} of this machine. Nothing is kept or sent elsewhere."
-    with gr.Blocks(title="mtcl: all tasks of a picture", analytics_enabled=False) as blocks:
+    # What was read goes at once (answer), what never was after a while.
+    with gr.Blocks(title="mtcl: all tasks of a picture", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
         gr.HTML(f"<h1>All tasks of a picture</h1><p>{lead}</p>", js_on_load=None, elem_id="head")
         picture: Any = gr.Image(
             type="filepath",

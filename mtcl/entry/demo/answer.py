@@ -51,6 +51,8 @@ def answer(models: Sequence[Named], path: Path) -> str:
         found = [model.predictor(picture) for model in models]
         seconds = time.perf_counter() - began
     except UserError as error:
+        if not path.exists():  # Gradio keeps equal files once
+            return fault(f"{path.name} is gone: it has just been predicted for another page; choose it again")
         return fault(str(error).replace(f"{path.parent}/", ""))
     except Exception as error:
         if out_of_memory(error):
@@ -93,7 +95,7 @@ def task_tile(task: Task, array: np.ndarray, model: str) -> str:
     if max(array.shape[:2]) > WIDEST:
         size = _size(array, WIDEST / max(array.shape[:2]))
         small = cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
-    title = TITLES[task.name]
+    title = TITLES.get(task.name, task.name)
     alt = f"{title.lower()}, predicted" + f" by {model}" * bool(model)
     rows = "".join(
         f'<li><i style="background: rgb{colour}"></i>{esc(text)}</li>' for text, colour in task.legend([small])
@@ -143,18 +145,16 @@ def directions(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any
 
 
 READINGS: dict[str, Callable[[Task, np.ndarray], tuple[np.ndarray, dict[str, Any]]]] = {
-    "semseg": classes,
-    "human_parts": classes,
-    "sal": classes,
-    "depth": metres,
-    "normals": directions,
-    "edge": percent,
+    "class": classes,
+    "metres": metres,
+    "direction": directions,
+    "probability": percent,
 }
 
 
 def reading(task: Task, array: np.ndarray) -> dict[str, Any]:
     """``data``: the values (H, W) or (H, W, 3), row by row, little-endian, deflated, base64."""
-    values, facts = READINGS[task.name](task, array)
+    values, facts = READINGS[task.kind](task, array)
     data = base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes(), 6)).decode()
     return {**facts, "size": [array.shape[1], array.shape[0]], "bytes": values.itemsize, "data": data}
 
