@@ -8,9 +8,12 @@ import sys
 import tomllib
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
 import yaml
 from conftest import ROOT, TINY, choices, composed
+from PIL import Image
 
 from mtcl.entry import build, demo, exporting, predicting
 from mtcl.entry import words as read
@@ -23,10 +26,10 @@ CODE = re.compile(r"`([^`\n]+)`")
 INLINE = re.compile(r"`((?:python|torchrun|make) [^`]+)`")
 # What stands for something else: a folder of data, of runs, a file of weights.
 STANDS_FOR = re.compile(
-    r"\$\w+|\b(?:PATH|FILE|DIR|FOLDER|RUN|OTHER|TIME|SINGLES|NAME|METHOD|OUTPUT|VALUE|USER)\b|<\w+>|\.\.\."
+    r"\$\w+|\b(?:PATH|FILE|DIR|FOLDER|ROOT|RUN|OTHER|TIME\w*|SINGLES|NAME|METHOD|OUTPUT|VALUE|USER)\b|<\w+>|\.\.\."
 )
 FAR_AWAY = re.compile(
-    r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|CAMERA"
+    r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|input=0|nyud_small_cpu|outputs/singles"
 )
 LONG = re.compile(r"scripts/(search|study|demo|model_table)\.py")  # they have tests of their own
 KEYS = {"scripts/predict.py": predicting.KEYS, "scripts/export.py": exporting.KEYS, "scripts/demo.py": demo.KEYS}
@@ -150,15 +153,18 @@ def test_keys_and_choices_in_the_text_are_there(document):
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with outputs/rooms/sweep of two runs, outputs/rooms/TIME, RUN and OTHER, a picture."""
-    import numpy as np
-    from PIL import Image
-
     folder = tmp_path_factory.mktemp("docs")
     for path, seed in (("outputs/rooms/sweep/a", 0), ("outputs/rooms/sweep/b", 1)):
         run_in(folder, [str(ROOT / "train.py"), *TINY, f"seed={seed}", f"hydra.run.dir={path}", "trainer.panels=1"])
     for link in ("RUN", "OTHER", "outputs/rooms/TIME", "outputs/rooms/run"):
         (folder / link).symlink_to(folder / "outputs/rooms/sweep/a")
-    Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(folder / "picture.jpg")
+    (folder / "pictures").mkdir()
+    for name in ("picture", "pictures/a", "pictures/b"):
+        Image.fromarray(np.full((40, 60, 3), 128, np.uint8)).save(folder / f"{name}.jpg")
+    film = cv2.VideoWriter(str(folder / "walk.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 25, (64, 32))
+    for _ in range(3):
+        film.write(np.full((32, 64, 3), 128, np.uint8))
+    film.release()
     return folder
 
 
@@ -197,7 +203,16 @@ def test_blocks_of_python_run(document, place, monkeypatch):
     """In their order, one after the other, where there are a run and a picture."""
     monkeypatch.chdir(place)
     if document.stem == "export":
-        run_in(place, [str(ROOT / "scripts/export.py"), "checkpoint=outputs/rooms/TIME", "format=onnx", "output=onnx"])
+        run_in(
+            place,
+            [
+                str(ROOT / "scripts/export.py"),
+                "checkpoint=outputs/rooms/TIME",
+                "format=onnx",
+                "output=onnx",
+                "overwrite=true",
+            ],
+        )
     names: dict = {"__name__": "document"}
     for kind, block in BLOCK.findall(document.read_text()):
         if kind == "python":
@@ -208,8 +223,13 @@ def test_documents_point_at_what_is_there():
     """Links between files, and files of the project that are named in code."""
     for document in DOCUMENTS:
         text = document.read_text()
-        for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
+            there = document.parent / target if target else document
+            assert there.exists(), f"{document.name} links to {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+                assert anchor in anchors, f"{document.name} links to {target}#{anchor}"
         for name in re.findall(
             r"`((?:mtcl|scripts|tests|configs|docs)/[\w/.-]+\.(?:py|yaml|md))`", GENERATED.sub("", text)
         ):
