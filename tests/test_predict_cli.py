@@ -239,9 +239,12 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(predict, tmp_path):
     assert depth.read_bytes() != before
     facts = json.loads((tmp_path / "out/predict.json").read_text())
     assert facts["inputs"] == {str(tmp_path / "one"): [], str(tmp_path / "two"): ["a", "b"]}
-    (tmp_path / "out/predict.json").write_text("{}")
-    fails(predict(tmp_path / "one"), "predict.json was not written by predict.py")
-    assert predict(tmp_path / "two", "overwrite=true").code == 0
+    elsewhere = put(tmp_path / "mine.png")
+    for content in ("{}", json.dumps(facts | {"flip": True, "inputs": {"x": ["../../mine"]}})):
+        (tmp_path / "out/predict.json").write_text(content)
+        fails(predict(tmp_path / "one"), "predict.json was not written by predict.py")
+        assert predict(tmp_path / "two", "overwrite=true").code == 0
+    assert elsewhere.is_file()
 
 
 def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):

@@ -179,8 +179,11 @@ class Record:
     def _before(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text())
-            return {**content, "inputs": dict(content["inputs"]), "tasks": dict(content["tasks"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            inputs = {source: list(names) for source, names in content["inputs"].items()}
+            if any(Path(name).is_absolute() or ".." in Path(name).parts for names in inputs.values() for name in names):
+                raise ValueError("these names lead elsewhere")  # and may be deleted
+            return {**content, "inputs": inputs, "tasks": dict(content["tasks"])}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if self.overwrite:
                 return {"inputs": {}, "tasks": {}}
             raise UserError(
