@@ -105,7 +105,7 @@ KNOWN = known_keys()
 def first_of_sweep(word: str) -> str:
     """``a=1,2`` -> ``a=1``, but not ``a=[1,2]``."""
     key, _, value = word.partition("=")
-    return word if value.startswith(("[", "{", "'")) else f"{key}={value.split(',')[0]}"
+    return word if not value or value.startswith(("[", "{", "'")) else f"{key}={value.split(',')[0]}"
 
 
 @pytest.mark.parametrize(("document", "command"), ALL, ids=[f"{d.stem}-{i}" for i, (d, _) in enumerate(ALL)])

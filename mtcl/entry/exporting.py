@@ -306,8 +306,10 @@ def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> st
     reason = "as asked for" if fixed else "its operations can't be exported for other sizes"
     if has_windows(model):
         fixed, reason = True, "its backbone cuts pictures into windows whose number is fixed in a traced program"
+    least = (max(height, LEAST * multiple), max(width, LEAST * multiple))
     shapes = [
-        Shape((height, width), multiple, batch, size) for batch, size in ((True, True), (True, False), (False, False))
+        Shape(least if size else (height, width), multiple, batch, size)
+        for batch, size in ((True, True), (True, False), (False, False))
     ]
     error: Exception | None = None
     for shape in (shape for shape in shapes if not (fixed and shape.any_size)):
