@@ -242,7 +242,8 @@ def test_an_onnx_file(cli, trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", ["atrc", "deeplab", "invpt", "mqtransformer", "mti_net", "multi_head", "pad_net"])
 def test_every_decoder_becomes_onnx(decoder, tmp_path):
-    export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out", fixed=True)
+    told = export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out")
+    assert "batches up to 256, any height and width that are multiples of 32, from 64 on" in told
     assert (tmp_path / "out" / ONNX).is_file()
 
 
@@ -250,9 +251,19 @@ def test_every_decoder_becomes_onnx(decoder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("decoder", "backbone"), [("taskprompter", "vit_small"), ("multi_head", "swin_tiny")])
 def test_transformers_become_onnx(decoder, backbone, tmp_path):
-    told = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out", fixed=decoder == "taskprompter")
-    assert "pictures of 64 x 96 only" in told
-    assert ("windows" in told) == (backbone == "swin_tiny")
+    told = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out")
+    windows = backbone == "swin_tiny"
+    assert ("pictures of 64 x 96 only (its backbone cuts pictures into windows" in told) == windows
+    assert ("any height and width that are multiples of 16, from 32 on" in told) == (not windows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("decoder", "backbone", "takes"),
+    [("invpt", "resnet18", "from 128 on"), ("multi_head", "vit_small", "pictures of 64 x 96 only")],
+)
+def test_torch_programs_that_take_less(decoder, backbone, takes, tmp_path):
+    assert takes in export_model(random_model(decoder, backbone), "torch", tmp_path / "out")
 
 
 def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):

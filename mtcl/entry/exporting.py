@@ -36,7 +36,8 @@ from mtcl.models.decoders.atrc import read_genotype
 FORMATS = ("safetensors", "torch", "onnx")
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 TOLERANCE = 1e-4  # of an exported model's outputs, times the output's largest value where that is above 1
-LEAST, MOST = 2, 256  # multiples of a side that a program is made for (1 is a rule of its own); pictures of a batch
+LEAST, MOST = 2, 256  # multiples of a side that a program is made for (1 is a rule of its own); MOST: of a batch, too
+TRACED = 6  # as many at least: where a map has one row or column, a tracer takes that for a rule
 INPUT = "float32 (batch, 3, height, width), RGB, 0..255, not normalised"
 RAW = {  # what a raw prediction stands for, by a task's kind
     "class": "logits of the classes; the class is the argmax over channels",
@@ -272,20 +273,24 @@ class Shape(NamedTuple):
     multiple: int  # of height and width
     any_batch: bool
     any_size: bool
+    least: int = LEAST  # multiples of a side
 
     def __str__(self) -> str:
         height, width = self.size
-        sides = f"any height and width that are multiples of {self.multiple}, from {LEAST * self.multiple} on"
+        sides = f"any height and width that are multiples of {self.multiple}, from {self.least * self.multiple} on"
         sides = sides if self.any_size else f"pictures of {height} x {width} only"
         return f"{f'batches up to {MOST}' if self.any_batch else 'one picture at a time'}, {sides}"
 
     def examples(self) -> list[tuple[int, int, int]]:
-        """(batch, height, width) that a program is checked at: two of each where it takes them."""
+        """(batch, height, width) that a program is checked at: several of each where it takes them."""
         height, width = self.size
         found = [(1, height, width)] + [(3, height, width)] * self.any_batch
         if self.any_size:
-            sides = [max(LEAST, width // self.multiple - 1), max(LEAST, height // self.multiple // 2)]
-            found.append((2 if self.any_batch else 1, sides[0] * self.multiple, sides[1] * self.multiple))
+            for sides in (
+                (max(self.least, width // self.multiple - 1), max(self.least, height // self.multiple // 2)),
+                (self.least, self.least),
+            ):
+                found.append((2 if self.any_batch else 1, sides[0] * self.multiple, sides[1] * self.multiple))
         return found
 
 
@@ -306,11 +311,9 @@ def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> st
     reason = "as asked for" if fixed else "its operations can't be exported for other sizes"
     if has_windows(model):
         fixed, reason = True, "its backbone cuts pictures into windows whose number is fixed in a traced program"
-    least = (max(height, LEAST * multiple), max(width, LEAST * multiple))
-    shapes = [
-        Shape(least if size else (height, width), multiple, batch, size)
-        for batch, size in ((True, True), (True, False), (False, False))
-    ]
+    roomy = (max(height, TRACED * multiple), max(width, TRACED * multiple))
+    shapes = [Shape(roomy, multiple, True, True, least) for least in (LEAST, 2 * LEAST)]
+    shapes += [Shape((height, width), multiple, batch, False) for batch in (True, False)]
     error: Exception | None = None
     for shape in (shape for shape in shapes if not (fixed and shape.any_size)):
         try:
@@ -348,7 +351,9 @@ def traced(module: nn.Module, shape: Shape) -> torch.export.ExportedProgram:
     if shape.any_batch:
         dynamic[0] = Dim("batch", min=1, max=MOST)
     if shape.any_size:
-        dynamic |= {2 + i: shape.multiple * Dim(n, min=LEAST, max=MOST) for i, n in enumerate(("rows", "columns"))}
+        dynamic |= {
+            2 + i: shape.multiple * Dim(n, min=shape.least, max=MOST) for i, n in enumerate(("rows", "columns"))
+        }
         width += shape.multiple * (height == width)  # a square would be taken for a rule
     example = torch.zeros(2 if shape.any_batch else 1, 3, height, width)
     fast = torch.backends.mha.get_fastpath_enabled()
