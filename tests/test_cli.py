@@ -96,6 +96,7 @@ def test_task_subsets(cli, tmp_path, words):
         assert "the regulariser is off" in result.out
 
 
+@pytest.mark.slow
 def test_resume_auto_looks_in_its_folder_then_among_its_siblings(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [*TINY, "name=mine", "resume=auto"]
@@ -181,6 +182,7 @@ def test_pascal_is_trained_and_evaluated(cli, tmp_path):
     assert a == b
 
 
+@pytest.mark.slow
 def test_damage_in_the_middle_of_training_is_one_sentence_and_damage_of_the_cache_is_mended(cli, tmp_path):
     root = tiny_nyud(tmp_path / "data")
     words = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", f"data.cache={tmp_path}/cache"]

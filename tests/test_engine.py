@@ -252,6 +252,7 @@ def test_compiled_steps_learn_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_done_without(where, tmp_path, caplog, monkeypatch):
     def broken(graph, inputs):
         raise RuntimeError("no compiler here")

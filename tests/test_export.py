@@ -75,6 +75,7 @@ def test_predictions_are_those_of_the_checkpoint(trained, folder):
         assert np.array_equal(got[task], want[task])
 
 
+@pytest.mark.slow
 def test_an_exported_folder_is_scored_like_its_checkpoint(cli, trained, folder, tmp_path):
     for name, source in (("folder", folder), ("run", trained)):
         result = cli("evaluate.py", f"checkpoint={source}", f"hydra.run.dir={tmp_path}/{name}", "trainer.device=cpu")

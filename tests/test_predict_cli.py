@@ -384,6 +384,7 @@ def test_too_little_memory_to_write(predict, tmp_path, monkeypatch):
     assert written(tmp_path / "out") == maps_of("a", "b", "c")
 
 
+@pytest.mark.slow
 def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
     """However slow the disk is, the model waits for it."""
     for i in range(12):

@@ -140,7 +140,7 @@ def evaluated(run, arrays, batch: int) -> list[dict[str, np.ndarray]]:
     return [{n: tasks[n].decoded(r) for n, r in kept[id].items()} for id in reader.ids]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_bit_equal_to_an_evaluation(run, ours, batch):
     sizes = [(32, 64)] * 3 + [(30, 60)] * 2 + [(40, 70)] + [(64, 40)] * 3 + [(10, 12), (1, 1), (1, 40), (33, 1)]
     arrays = [picture(*size, seed=i) for i, size in enumerate(sizes)]

@@ -54,6 +54,7 @@ def test_same_seed_same_losses_and_weights_other_seed_others(tmp_path):
     assert losses(tmp_path / "a") != losses(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(tmp_path):
     a, b = run(tmp_path / "a"), run(tmp_path / "b", "data.workers=2")
     assert_equal_state(a["model"], b["model"])
