@@ -282,6 +282,7 @@ def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_pa
         assert all(loss is None or loss > 0 for loss in losses)
 
 
+@pytest.mark.slow
 def test_a_seed_of_labels_and_a_rule_for_normals_reach_the_data(cli, tmp_path):
     losses = []
     for words in ([], ["data.labels=random"], ["data.labels=random", "data.labels_seed=1"]):

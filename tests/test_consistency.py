@@ -243,6 +243,7 @@ def call(cli, *words) -> Result:
     return cli("scripts/consistency.py", *words, "trainer.device=cpu")
 
 
+@pytest.mark.slow
 def test_two_arms_give_pictures_and_numbers(cli, runs, tmp_path):
     words = [f"checkpoint={runs['with']}", f"compare={runs['without']}", "target=all", "frames=3"]
     result = call(cli, *words, f"output={tmp_path}/a")

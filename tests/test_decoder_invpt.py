@@ -322,6 +322,7 @@ def published(tasks, size, name="vit_large_patch16_384", **options):
     return found.parameters / 1e6, found.multiply_adds / 1e9
 
 
+@pytest.mark.slow
 def test_published_size():
     """423 M parameters, 669 G multiply-adds: of convolutions and matrix products, those of the attention included."""
     parameters, operations = published(PASCAL, (512, 512))

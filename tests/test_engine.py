@@ -125,7 +125,7 @@ def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_after_its_step(name, tmp_path, monkeypatch):
     """... and the same command with resume=auto ends where an undisturbed run does."""
     words = [*WORDS, "trainer.max_steps=6"]

@@ -148,6 +148,7 @@ def test_other_choices_train(tmp_path, words):
     assert all(math.isfinite(value) for record in history for value in record.values() if isinstance(value, float))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_run(tmp_path):
     """Losses, weights and running statistics, but for rounding; a backbone that knows no such thing is named."""
     a, b = run(tmp_path / "a"), run(tmp_path / "b", "trainer.grad_checkpointing=true")

@@ -67,11 +67,12 @@ def check_same(one: tuple[dict, dict], two: tuple[dict, dict]) -> None:
     "words",
     [
         ["data.labels=random"],
-        pytest.param(["regularizer=mtpsl"], marks=pytest.mark.slow),
-        pytest.param(COMPILED, marks=pytest.mark.slow),
+        ["regularizer=mtpsl"],
+        COMPILED,
     ],
     ids=["contrastive", "mtpsl", "compiled"],
 )
+@pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(words, tmp_path):
     """Partial labels: the processes have different numbers of valid pixels, of anchors, of pictures without a label."""
     plain = [word for word in words if "compile" not in word]
