@@ -261,7 +261,7 @@ def main() -> None:
     for word in words.overrides:
         if "=" not in word:
             raise UserError(f"{word} is not an override key=value of train.py")
-    device = choose_device(words.device)
+    device = choose_device(words.device, "--device")
     words.repeats = words.repeats or (30 if device.type == "cuda" else 5)
     configs = {name: composed(name, words.size, words.overrides) for name in words.decoders}
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

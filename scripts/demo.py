@@ -13,19 +13,8 @@ One picture is predicted at a time. Pictures are not kept; nothing is sent elsew
 Needs Gradio: pip install 'mtcl[demo]'.
 """
 
-import sys
-
 from mtcl.entry.demo import demo
-from mtcl.entry.script import run
-
-
-def main() -> None:
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    demo(words)
-
+from mtcl.entry.script import run_words
 
 if __name__ == "__main__":
-    run(main)
+    run_words(demo, __doc__)

@@ -17,19 +17,8 @@ none of the files.
 push publishes an exported folder on the Hugging Face hub, pull fetches one; both need pip install 'mtcl[hub]'.
 """
 
-import sys
-
 from mtcl.entry.exporting import export
-from mtcl.entry.script import run
-
-
-def main() -> None:
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    export(words)
-
+from mtcl.entry.script import run_words
 
 if __name__ == "__main__":
-    run(main)
+    run_words(export, __doc__)

@@ -24,22 +24,8 @@ device=auto|cpu|cuda   precision=auto|bf16|fp32
 A file that can't be predicted is told and left out; the others are done, and the exit code is then 1.
 """
 
-import sys
-from io import TextIOWrapper
-
 from mtcl.entry.predicting import predict
-from mtcl.entry.script import run
-
-
-def main() -> None:
-    words = sys.argv[1:]
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    if not words or {"-h", "--help"} & set(words):
-        print(__doc__)
-        return
-    predict(words)
-
+from mtcl.entry.script import run_words
 
 if __name__ == "__main__":
-    run(main)
+    run_words(predict, __doc__)

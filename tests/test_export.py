@@ -112,13 +112,17 @@ def test_the_card_does_not_take_metrics_of_another_step(trained, tmp_path):
 
 def test_no_path_of_the_machine_is_published(folder):
     config = composed(*TINY)
-    found = portable(build.plain(config) | {"resume": "/home/me/x.pt"}, [])
+    found = portable(build.plain(config) | {"resume": "/elsewhere/me/x.pt"}, [])
     assert found["resume"] is None
     plain = build.plain(config)
-    plain["data"] |= {"root": "/home/me/data", "cache": "/home/me/cache", "labels": "/home/me/labels.json"}
-    plain["backbone"] |= {"weights": "/home/me/w.safetensors"}
-    assert "/home/me" not in json.dumps(portable(plain, []))
-    assert plain["data"]["root"] == "/home/me/data"  # left as it was
+    plain["data"] |= {
+        "root": "/elsewhere/me/data",
+        "cache": "/elsewhere/me/cache",
+        "labels": "/elsewhere/me/labels.json",
+    }
+    plain["backbone"] |= {"weights": "/elsewhere/me/w.safetensors"}
+    assert "/elsewhere/me" not in json.dumps(portable(plain, []))
+    assert plain["data"]["root"] == "/elsewhere/me/data"  # left as it was
     assert portable(plain, [])["data"]["labels"] == "labels.json"
     assert str(folder.parent) not in (folder / FACTS).read_text()
 
@@ -265,6 +269,19 @@ def test_transformers_become_onnx(decoder, backbone, tmp_path):
 )
 def test_torch_programs_that_take_less(decoder, backbone, takes, tmp_path):
     assert takes in export_model(random_model(decoder, backbone), "torch", tmp_path / "out")
+
+
+def test_a_model_for_one_picture_at_a_time(trained, tmp_path, monkeypatch):
+    run = exporting.Whole.forward
+
+    def alone(self, image):
+        if image.shape[0] != 1:
+            raise ValueError("one picture only")
+        return run(self, image)
+
+    monkeypatch.setattr(exporting.Whole, "forward", alone)
+    told = export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
+    assert "one picture at a time, pictures of 64 x 96 only" in told
 
 
 def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
@@ -420,6 +437,9 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
     assert cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true").code == 0
     assert_fails(cli(SCRIPT, "push=me/model", f"folder={published}", "private=true"), "is there already, and public")
     assert cli(SCRIPT, "push=me/secret", f"folder={published}", "private=true").code == 0
+    (tmp_path / "here" / ONNX).write_bytes(b"of another model")
+    assert cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true").code == 0
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS, FACTS, CARD}
     (server.root / "me/model" / FACTS).unlink()
     with pytest.raises(UserError, match="me/model on the hub is no model of mtcl"):
         pull("me/model", folder=tmp_path / "there")

@@ -468,6 +468,21 @@ def test_videos_that_are_none(predict, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_frames_of_a_film_and_pictures_of_a_folder_do_not_mix(predict, tmp_path):
+    put(tmp_path / "in/film/000000.png")
+    assert predict(tmp_path / "in", "tasks=[sal]").code == 0
+    before = (tmp_path / "out/sal/film/000000.png").read_bytes()
+    source = video(tmp_path / "film.mp4")
+    fails(predict(source, "tasks=[sal]", "frames=true"), "maps of another input's film/", "choose another output=")
+    assert (tmp_path / "out/sal/film/000000.png").read_bytes() == before
+    assert predict(source, "tasks=[sal]").code == 0  # alone it has a name of its own
+
+    assert predict(source, "tasks=[sal]", "frames=true", output="other").code == 0
+    fails(predict(tmp_path / "in", "tasks=[sal]", output="other"), "another input's film/000000")
+    assert predict(tmp_path / "in", "tasks=[sal]", "flip=true", "overwrite=true", output="other").code == 0
+    assert written(tmp_path / "other") == maps_of("film/000000", tasks=["sal"])  # the film's are gone
+
+
 def test_a_video_that_ends_early(predict, tmp_path, monkeypatch):
     source, frames = video(tmp_path / "film.mp4", 20), predicting.frames
     monkeypatch.setattr(predicting, "frames", lambda *a: (f for f, _ in zip(frames(*a), range(3))))

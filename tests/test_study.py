@@ -53,7 +53,7 @@ tasks = words.get("tasks.names", "[semseg,depth]").strip("[]").split(",")
 gain = float(words.get("gain", 0))
 values = {"semseg": {"mIoU": 0.3 + seed / 100 + gain, "IoU/wall": 0.5}, "depth": {"rmse": 0.8 - seed / 50 - gain}}
 facts = {"seed": seed, "step": 9, "split": "tune", "num_images": 5, "data_fingerprint": "8d9e", "device": "cpu",
-         "commit": "e51845271362f65d", "clean": True, "versions": {"torch": "2"}, "command": "/home/me/train.py",
+         "commit": "e51845271362f65d", "clean": True, "versions": {"torch": "2"}, "command": "/elsewhere/me/train.py",
          "overrides": sys.argv[1:-2]}
 (folder / "run.json").write_text(json.dumps(facts))
 (folder / "metrics.json").write_text(json.dumps({task: values[task] for task in tasks}))
@@ -512,12 +512,12 @@ def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
 
 def test_results_are_small_files_without_a_machines_paths_and_give_the_same_table(run, study_file, tmp_path):
     kept = tmp_path / "results" / "made_up"
-    run("data.root=/home/me/data", "backbone.weights=/home/me/w.pt", results=kept)
+    run("data.root=/elsewhere/me/data", "backbone.weights=/elsewhere/me/w.pt", results=kept)
     names = sorted(path.name for path in kept.iterdir())
     assert len(names) == 11
     assert names[:3] == ["off_seed1.json", "off_seed2.json", "off_seed3.json"]
     for path in kept.iterdir():
-        assert "/home" not in path.read_text()
+        assert "/elsewhere" not in path.read_text()
         assert "IoU/" not in path.read_text()
     one = json.loads((kept / "on_seed3.json").read_text())
     assert one["overrides"] == ["trainer.max_steps=9", "gain=0.1", "backbone.weights=w.pt"]

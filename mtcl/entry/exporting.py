@@ -4,10 +4,7 @@ import contextlib
 import io
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -27,7 +24,7 @@ from mtcl.atomic import disk_errors_told
 from mtcl.data import Sample, prepare
 from mtcl.data.loading import collate
 from mtcl.entry import words as read
-from mtcl.entry.loading import CARD, FACTS, HUB_ID, SHARED, WEIGHTS, Loaded, hub, load_model, pull
+from mtcl.entry.loading import CARD, FACTS, HUB_ID, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
 from mtcl.entry.report import shown
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
@@ -102,24 +99,8 @@ def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -
         "torch": lambda place: write_program(loaded, place, fixed, torch_program),
         "onnx": lambda place: write_program(loaded, place, fixed, onnx_program),
     }
-    with disk_errors_told(folder / kind, "run it again"):
-        made = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        place = Path(tempfile.mkdtemp(prefix=".export.", dir=folder))
-        try:
-            told = makers[kind](place)
-            for name in SHARED:  # of another model, maybe
-                (folder / name).unlink(missing_ok=True)
-            # What says that the folder is a model comes last.
-            for path in sorted(place.iterdir(), key=lambda path: path.name == FACTS):
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-                path.replace(folder / path.name)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-            if made:
-                with contextlib.suppress(OSError):  # it holds something by now
-                    folder.rmdir()
+    with disk_errors_told(folder / kind, "run it again"), put_into(folder) as place:
+        told = makers[kind](place)
     return f"{folder}: {told}"
 
 

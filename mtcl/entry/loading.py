@@ -1,9 +1,12 @@
 """From what was saved or published to a model in working order."""
 
+import contextlib
 import json
+import os
 import re
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,10 +70,7 @@ def predictor_of(
         if name not in loaded.tasks:
             raise UserError(f"{loaded.saved.path} has no task {name}; it has {', '.join(loaded.tasks)}")
     chosen = {name: task for name, task in loaded.tasks.items() if name in wanted}
-    try:
-        return Predictor(loaded.model, chosen, loaded.size, choose_device(device), precision, **options)
-    except UserError as error:  # a training run has keys for these
-        raise UserError(str(error).replace("trainer.", "")) from error
+    return Predictor(loaded.model, chosen, loaded.size, choose_device(device, "device"), precision, **options)
 
 
 def load_model(source: str | Path) -> Loaded:
@@ -145,12 +145,34 @@ def pull(name: str, revision: str | None = None, folder: Path | None = None) -> 
         raise UserError(f"{name} is no name on the hub; give USER/NAME")
     if folder is None:
         return _fetched(name, revision, SHARED[:3], None, f"{name} is no file or folder here")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pull.", dir=folder) as place:  # one that holds files hides a failure
-        for path in _fetched(name, revision, SHARED, Path(place), f"pull={name}").iterdir():
-            if path.is_file():
-                path.replace(folder / path.name)
+    with put_into(folder) as place:  # a folder that holds files would hide a failure
+        _fetched(name, revision, SHARED, place, f"pull={name}")
     return folder
+
+
+@contextlib.contextmanager
+def put_into(folder: Path) -> Iterator[Path]:
+    """A place for files that belong together. All of them go into ``folder`` in the end, in place of an earlier model's
+    in any format, or none.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
+    try:
+        yield place
+        for name in SHARED:
+            (folder / name).unlink(missing_ok=True)
+        # What says that the folder is a model comes last.
+        for path in sorted((place / name for name in SHARED), key=lambda path: path.name == FACTS):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+                path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        if made:
+            with contextlib.suppress(OSError):  # it holds something by now
+                folder.rmdir()
 
 
 def _fetched(name: str, revision: str | None, files: Sequence[str], place: Path | None, what: str) -> Path:

@@ -26,7 +26,7 @@ from mtcl.entry import words as read
 from mtcl.entry.loading import Loaded, load_model, predictor_of
 from mtcl.errors import UserError
 from mtcl.inference import Predictor
-from mtcl.inference.maps import DEPTH_UNIT, write_jpeg, write_map
+from mtcl.inference.maps import meaning, write_jpeg, write_map
 from mtcl.inference.pictures import SUFFIXES
 from mtcl.inference.predictor import LARGE
 from mtcl.tasks import TASK_NAMES
@@ -100,16 +100,6 @@ def predict(words: Sequence[str]) -> None:
 
 def facts(loaded: Loaded, predictor: Predictor) -> dict[str, Any]:
     """What the maps depend on, and what they mean."""
-    tasks: dict[str, Any] = {}
-    for name, task in predictor.tasks.items():
-        classes = list(getattr(task, "classes", ()))
-        tasks[name] = {"classes": classes} if classes else {}
-    if "depth" in tasks:
-        tasks["depth"] = {"metres_per_step": DEPTH_UNIT}
-    if "normals" in tasks:
-        tasks["normals"] = {"value": "2 v / 255 - 1", "axes": ["left", "up", "to the viewer"]}
-    if "edge" in tasks:
-        tasks["edge"] = {"value": "v / 255"}
     return {
         "checkpoint": str(loaded.saved.path.resolve()),
         "step": loaded.saved.step,
@@ -117,7 +107,7 @@ def facts(loaded: Loaded, predictor: Predictor) -> dict[str, Any]:
         "flip": predictor.flip,
         "scales": list(predictor.scales),
         "precision": predictor.precision,
-        "tasks": tasks,
+        "tasks": {name: meaning(task) for name, task in predictor.tasks.items()},
     }
 
 

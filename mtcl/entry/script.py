@@ -3,6 +3,7 @@
 import errno
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 from mtcl.errors import UserError
 
@@ -25,3 +26,14 @@ def run(main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def run_words(work: Callable[[list[str]], object], text: str | None) -> None:
+    """``work`` of the command's words, or, where there are none or help is asked for, the script's own ``text``."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    words = sys.argv[1:]
+    if not words or {"-h", "--help"} & set(words):
+        print(text)
+    else:
+        run(lambda: work(words))

@@ -46,6 +46,18 @@ FILES: dict[str, Callable[[Task, np.ndarray], Image.Image]] = {
 }
 
 
+MEANINGS: dict[str, dict[str, object]] = {
+    "metres": {"metres_per_step": DEPTH_UNIT},
+    "direction": {"value": "2 v / 255 - 1", "axes": ["left", "up", "to the viewer"]},
+    "probability": {"value": "v / 255"},
+}
+
+
+def meaning(task: Task) -> dict[str, object]:
+    """What the values of a task's files stand for."""
+    return {"classes": list(getattr(task, "classes", ()))} if task.kind == "class" else MEANINGS[task.kind]
+
+
 def write_map(path: Path, task: Task, array: np.ndarray) -> None:
     """One task's map (label layout) as a PNG."""
     image = FILES[task.kind](task, array)

@@ -62,7 +62,7 @@ class Predictor:
         scales = (scales,) if isinstance(scales, int | float) else scales
         if not scales or not all(0.1 <= scale <= 4 for scale in scales):
             raise UserError(f"scales={list(scales)}: give factors from 0.1 to 4, such as 0.75,1,1.25")
-        autocast(device, precision)  # says now if it is not known
+        autocast(device, precision, "precision")  # says now if it is not known
         self.model, self.tasks, self.size, self.device = model.eval().to(device), dict(tasks), size, device
         self.precision, self.large, self.flip = precision, large, flip
         self.scales, self.max_pixels = tuple(scales), max_pixels

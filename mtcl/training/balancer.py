@@ -61,8 +61,8 @@ class Balancer(ABC):
     def _state(self) -> dict[str, Any]:
         return {}
 
-    def _load(self, state: Mapping[str, Any]) -> None:
-        raise NotImplementedError  # has no state
+    def _load(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """What :meth:`_state` gave."""
 
 
 class FixedWeights(Balancer):

@@ -11,12 +11,15 @@ from torch import nn
 from mtcl.errors import UserError
 
 
-def choose_device(name: str) -> torch.device:
-    """``auto`` (CUDA where there is one), ``cpu`` or ``cuda``; of several processes on one machine each has its own."""
+def choose_device(name: str, key: str = "trainer.device") -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu`` or ``cuda``; of several processes on one machine each has its own.
+
+    ``key``: what a user calls it.
+    """
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"trainer.device={name} is not known; choose auto, cpu or cuda")
+        raise UserError(f"{key}={name} is not known; choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("trainer.device=cuda, but PyTorch sees no CUDA device; use trainer.device=cpu or auto")
+        raise UserError(f"{key}=cuda, but PyTorch sees no CUDA device; use {key}=cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
@@ -34,10 +37,10 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """``auto``: bf16 on a CUDA device that has it, fp32 elsewhere; ``bf16``; ``fp32``."""
+def autocast(device: torch.device, precision: str, key: str = "trainer.precision") -> contextlib.AbstractContextManager:
+    """``auto``: bf16 on a CUDA device that has it, fp32 elsewhere; ``bf16``; ``fp32``. ``key``: as users call it."""
     if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"trainer.precision={precision} is not known; choose auto, bf16 or fp32")
+        raise UserError(f"{key}={precision} is not known; choose auto, bf16 or fp32")
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" or (precision == "auto" and native):
         return torch.autocast(device.type, dtype=torch.bfloat16)
