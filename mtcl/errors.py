@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and how text from elsewhere is shown."""
 
 
 class UserError(Exception):
@@ -6,3 +6,15 @@ class UserError(Exception):
 
     Raised wherever the mistake is found. Only the entry points catch it: they print the sentence and exit with 1.
     """
+
+
+def printable(text: str) -> str:
+    r"""Replace characters that control a terminal by their escapes, such as ``\x1b``; keep every other alphabet.
+
+    Names of files and texts in files of strangers may hold escape codes, line breaks or marks that turn the direction
+    of writing; printed as they are, they could hide or forge what a command says.
+
+    >>> printable("a\x1b[31mb\u202e"), printable("für/深度 7")
+    ('a\\x1b[31mb\\u202e', 'für/深度 7')
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
