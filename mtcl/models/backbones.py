@@ -15,6 +15,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from mtcl.errors import UserError
+from mtcl.models.backbone_options import check_backbone_kwargs
 
 RGB = tuple[float, float, float]
 
@@ -90,9 +91,11 @@ def build_backbone(
     ``weights``: None (random), ``"hub"`` (timm's own, fetched) or a .safetensors / .pth file whose names are those
     of the whole timm model. ``mean``/``std`` (RGB, 0..1 scale) override timm's. ``out_indices``: which of timm's
     feature levels; by default those of stride 4 and coarser, and four evenly spaced blocks of a model with one
-    resolution (ViT). ``kwargs`` go to ``timm.create_model``. Raises UserError for an unknown name, an unreachable
-    hub, weights that do not fit: never falls back to a random start.
+    resolution (ViT). ``kwargs`` go to ``timm.create_model``, architecture arguments only
+    (:mod:`mtcl.models.backbone_options`). Raises UserError for an unknown name, an unreachable hub, weights that do not
+    fit: never falls back to a random start.
     """
+    check_backbone_kwargs(kwargs)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
@@ -146,7 +149,7 @@ def _any_size(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             return candidate
     raise UserError(
         f"backbone {name} takes pictures of its own size only; choose another, or fix the size: "
-        "backbone.kwargs.img_size=[H,W] (both multiples of 32, equal to data.size)"
+        "'++backbone.kwargs={img_size:[H,W]}' (both multiples of 32, equal to data.size)"
     )
 
 
