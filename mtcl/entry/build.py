@@ -16,6 +16,7 @@ from mtcl.data import Augment, Reader, eval_loader, partly_labelled, train_loade
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder, build_backbone
 from mtcl.models.decoders import Decoder
+from mtcl.models.decoders.atrc import is_named_genotype, read_genotype_file
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 from mtcl.training.aggregator import Aggregated
@@ -175,6 +176,13 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(memory_format=layout)
+
+
+def inline_files(config: DictConfig) -> None:
+    """Replace the path of a genotype's file in ``config`` by what the file says: what is saved stands on its own."""
+    genotype = config.decoder.get("genotype")
+    if isinstance(genotype, str) and not is_named_genotype(genotype):
+        OmegaConf.update(config, "decoder.genotype", read_genotype_file(genotype), force_add=True)
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:

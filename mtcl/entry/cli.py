@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.entry import sweeping
+from mtcl.entry.build import inline_files
 from mtcl.entry.processes import REQUEUE
 from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
@@ -96,8 +97,9 @@ class _Task:
         hydra_config = HydraConfig.get()
         sweeps = hydra_config.mode == RunMode.MULTIRUN
         try:
-            plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-            check_config(plain)
+            check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
+            inline_files(config)
+            plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
             if not sweeps or self.script is None:
                 return self.job(config)
             return sweeping.run_job(

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mtcl.data import Reader
 from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry import build
-from mtcl.entry.loading import fill, read_saved
+from mtcl.entry.loading import Saved, read_saved, rebuild, restore_config
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task
@@ -51,11 +51,7 @@ def score_checkpoint(
     """Everything is rebuilt from the checkpoint, then the command's overrides apply."""
     saved = read_saved(config.checkpoint)
     check_free(folder)
-    settings = OmegaConf.create(dict(saved.config))
-    settings.tasks.names = list(saved.tasks)  # whatever another dataset would offer
-    settings.trainer.device = "auto"  # the machine it was trained on is not this one
-    if "evaluation" not in settings:
-        settings.evaluation = OmegaConf.create(build.plain(config.evaluation))
+    settings = adapt(saved, config)
     settings = overridden(settings, config, overrides, groups)
     tasks = build.build_tasks(settings)
     build.check_tasks(dict(saved.tasks), tasks, saved.path)
@@ -64,8 +60,7 @@ def score_checkpoint(
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
     reader = build.build_reader(settings, "val", tasks)
-    model = build.build_model(settings, tasks, pretrained=False)
-    fill(model, saved)
+    model = rebuild(settings, tasks, saved)
     evaluator = build_evaluator(settings, reader, tasks, device)
     evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
     facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
@@ -75,6 +70,15 @@ def score_checkpoint(
     if writer is not None:
         log.info("its predictions are in %s; score them with predictions=%s", given, given)
     return evaluation.metrics
+
+
+def adapt(saved: Saved, composed: DictConfig) -> DictConfig:
+    """Return the saved config for an evaluation here: device, cache and keys younger than it are this machine's."""
+    settings = restore_config(saved)
+    for group in ("data", "loss", "trainer", "evaluation"):
+        settings[group] = {**build.plain(composed[group]), **build.plain(settings.get(group, {}))}
+    settings.trainer.device = "auto"  # the machine it was trained on is not this one
+    return settings
 
 
 def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def train(
     ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look. ``overrides``: the words of
     the command, for the record.
     """
+    build.inline_files(config)
     device = choose_device(config.trainer.device)
     ranks.join(device)
     if ranks.rank() > 0:
@@ -170,17 +171,20 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
 def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: DictConfig) -> None:
     try:
         trainer.restore(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of torch and of ours, for parts of other names, shapes or kinds
         changed = differences(state["config"], build.plain(config), ("backbone.", "decoder.", "regularizer."))
         raise UserError(f"checkpoint {path} does not fit this run: {changed or error}") from error
 
 
 def check_optimizer(state: dict[str, Any], config: DictConfig, path: Path) -> None:
-    if not state["optimizer"]:
+    if not state.get("optimizer"):
         raise UserError(
             f"checkpoint {path} was imported: it has weights only, which evaluate.py scores; nothing to resume"
         )
-    before, now = state["config"]["optimizer"]["name"], config.optimizer.name
+    group, now = state["config"].get("optimizer"), config.optimizer.name
+    before = group.get("name") if isinstance(group, Mapping) else None
     if before != now:
         raise UserError(f"checkpoint {path} was trained with optimizer={before}, not {now}; its moments do not fit")
 
