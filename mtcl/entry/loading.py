@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mtcl.entry import build
 from mtcl.entry.stored_config import check_stored_config, check_stored_tasks
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
 from mtcl.models import DenseModel
 from mtcl.models.weights import check_weights
@@ -80,7 +80,8 @@ def load_model(source: str | Path) -> Loaded:
     """Rebuild the model in ``source``, see :func:`load`; nothing in there is run as code, read or fetched."""
     saved = read_saved(source)
     config = restore_config(saved)
-    tasks = build.build_tasks(config)
+    with refusals_named(saved.path):
+        tasks = build.build_tasks(config)
     build.check_tasks(dict(saved.tasks), tasks, saved.path)
     model = rebuild(config, tasks, saved)
     return Loaded(model.eval(), tasks, build.data_size(config), saved)
@@ -98,18 +99,27 @@ def rebuild(config: DictConfig, tasks: Mapping[str, Task], saved: Saved) -> Dens
 
     Its shapes are compared first: a config that describes more than the file holds allocates nothing.
     """
-    try:
-        with torch.device("meta"):
-            outline = build.build_model(config, tasks, pretrained=False)
-        check_weights(saved.weights, outline.state_dict(), saved.path)
+    with refusals_named(saved.path), torch.device("meta"):
+        outline = build.build_model(config, tasks, pretrained=False)
+    check_weights(saved.weights, outline.state_dict(), saved.path)
+    with refusals_named(saved.path):
         model = build.build_model(config, tasks, pretrained=False)
-        model.load_state_dict(saved.weights)
-    except UserError:
-        raise
-    except Exception as error:  # whatever timm, torch and the decoders raise for values that do not go together
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"the config stored in {saved.path} describes no model that can be built ({reason})") from error
+    model.load_state_dict(saved.weights)
     return model
+
+
+@contextlib.contextmanager
+def refusals_named(path: Path) -> Iterator[None]:
+    """Convert what building from a stored config raises to a ``UserError`` that names the file it is stored in.
+
+    Values that fit their rules one by one may still not go together; timm, torch and the decoders raise many kinds.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        first_line = printable((reason.splitlines() or [""])[0])
+        raise UserError(f"the config stored in {path} describes no model that can be built: {first_line}") from error
 
 
 def read_saved(source: str | Path) -> Saved:

@@ -10,6 +10,7 @@ from typing import Any
 
 from mtcl.errors import UserError
 from mtcl.models.backbone_options import check_backbone_kwargs
+from mtcl.tasks import TASK_NAMES
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ TEXT = Rule("text", lambda v: isinstance(v, str))
 MAPPING = Rule("a mapping {key: value}", lambda v: isinstance(v, dict))
 LONGEST_SIDE = 16384
 SIZE = pair(f"height and width in pixels, at most {LONGEST_SIDE}", lambda v: _is_int(v) and 0 < v <= LONGEST_SIDE)
-COLOUR = Rule("a list of three numbers", lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v)))
-SPREAD = Rule("a list of three numbers > 0", lambda v: COLOUR.holds(v) and min(v) > 0)
+COLOUR = Rule(
+    "a list of three numbers on the 0..1 scale, from -10 to 10",
+    lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and abs(x) <= 10 for x in v),
+)
+SPREAD = Rule(
+    "a list of three numbers on the 0..1 scale, from 0.001 to 10", lambda v: COLOUR.holds(v) and min(v) >= 0.001
+)
 WIDTH = count(1, 100_000)  # of feature maps
 BLOCKS = count(1, 128)
 SEED = count(0, 2**32 - 1)
@@ -167,8 +173,8 @@ RULES: dict[str, Rule] = {
     "regularizer.options.num_sources": count(1),
     "regularizer.options.source_rule": TEXT,
     "regularizer.options.image_weight": number(0),
-    "regularizer.options.thresholds.*": pair("near and far", _is_number).or_null(),
-    "loss.weights.*": number(0).or_null(),
+    **{f"regularizer.options.thresholds.{task}": pair("near and far", _is_number).or_null() for task in TASK_NAMES},
+    **{f"loss.weights.{task}": number(0).or_null() for task in TASK_NAMES},
     "loss.options.edge.positive_weight": number(0, 1),
     "balancing.method": TEXT,
     "balancing.contrast": TEXT,
