@@ -1,5 +1,6 @@
 """Backbones of every family, weights from files, the multi-task baseline, and what a model promises."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -296,6 +297,11 @@ def bad_file(what, folder):
             "nothing inside": {"state_dict": {}},
             "another family": make_whole("mobile").state_dict(),
             "a prefix of its own": {f"encoder.{k}": v for k, v in make_whole("cnn").state_dict().items()},
+            **{
+                f"of {kind}": {k: v.to(kind) if v.dim() == 4 else v for k, v in make_whole("cnn").state_dict().items()}
+                for kind in (torch.int8, torch.complex64)
+            },
+            "not finite": {k: v * math.inf if v.dim() == 4 else v for k, v in make_whole("cnn").state_dict().items()},
             "one tensor missing": {
                 k: v for k, v in make_whole("cnn").state_dict().items() if k != "layer3.0.bn1.weight"
             },
@@ -323,6 +329,9 @@ BAD_FILES = {
     "another family": "lacks",
     "a prefix of its own": "lacks",
     "one tensor missing": "lacks 1 of",
+    "of torch.int8": "numbers of type torch.int8",
+    "of torch.complex64": "numbers of type torch.complex64",
+    "not finite": "NaN or infinite",
 }
 
 

@@ -387,7 +387,7 @@ def mutate_checkpoints(count: int):
             value = data.draw(st.one_of(st.just(...), _VALUES))
             try:
                 content = _mutate(content, path, value)
-            except (KeyError, TypeError):  # an earlier change took its parent away
+            except (KeyError, TypeError, ValueError):  # an earlier change took its parent away
                 continue
         check_mutation({"model": state["model"], **content}, tmp_path)
 

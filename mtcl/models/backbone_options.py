@@ -55,7 +55,7 @@ def check_backbone_kwargs(kwargs: Any) -> None:
         raise UserError(f"backbone.kwargs={kwargs!r} must be a mapping {{argument: value}}, or null")
     for name, value in kwargs.items():
         if name not in ARCHITECTURE:
-            close = difflib.get_close_matches(str(name), ARCHITECTURE, n=1)
+            close = difflib.get_close_matches(str(name), ARCHITECTURE, n=1, cutoff=0.75)
             hint = f"did you mean {close[0]}?" if close else "weights come from backbone.weights only"
             raise UserError(f"backbone.kwargs.{name} is not an architecture argument that may be set; {hint}")
         largest = DEEPEST if BLOCKS.match(name) and not isinstance(value, Mapping) else LARGEST

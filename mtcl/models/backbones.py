@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.backbone_options import check_backbone_kwargs
+from mtcl.models.weights import check_numbers
 
 RGB = tuple[float, float, float]
 
@@ -232,6 +233,9 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
     ]
     if wrong:
         raise UserError(f"backbone.weights={path} does not fit backbone {name}: {'; '.join(wrong[:3])}")
+    for key, value in found.items():
+        if value is not None:
+            check_numbers(key, value, own[key], f"backbone.weights={path}")
     # A deeper sibling's file (resnet34 for resnet18) has all these names and shapes, and further blocks of their kind.
     known = {key.replace(".", "_") for key in whole.state_dict()}
     kinds = {re.sub(r"\d+", "#", key) for key in known}

@@ -32,9 +32,21 @@ def check_weights(weights: Any, expected: Mapping[str, Tensor], source: str | Pa
             raise UserError(f"{misfit}: {name} is no plain tensor")
         if tensor.shape != model.shape:
             raise UserError(f"{misfit}: {name} is {tuple(tensor.shape)} instead of {tuple(model.shape)}")
-        if tensor.is_floating_point() != model.is_floating_point() or tensor.is_complex():
-            raise UserError(f"{misfit}: {name} has numbers of type {tensor.dtype}, not {model.dtype}")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"the weights in {source} are damaged: {name} has values that are NaN or infinite")
-        if name.endswith("running_var") and bool((tensor < 0).any()):
-            raise UserError(f"the weights in {source} are damaged: {name} has negative variances")
+        check_numbers(name, tensor, model, source)
+
+
+def check_numbers(name: str, tensor: Tensor, model: Tensor, source: str | Path) -> None:
+    """Raise ``UserError`` where the numbers of a tensor can't take the place of the model's.
+
+    They are cast in silence otherwise (int8, complex), or every prediction would be NaN.
+    """
+    if tensor.is_floating_point() != model.is_floating_point() or tensor.is_complex():
+        raise UserError(
+            f"the weights in {source} do not fit: {name} has numbers of type {tensor.dtype}, not {model.dtype}"
+        )
+    if tensor.is_meta:  # has a shape and no numbers
+        return
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"the weights in {source} are damaged: {name} has values that are NaN or infinite")
+    if name.endswith("running_var") and bool((tensor < 0).any()):
+        raise UserError(f"the weights in {source} are damaged: {name} has negative variances")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtcl.errors import UserError
+from mtcl.models.weights import check_numbers
 
 State = dict[str, Tensor]
 
@@ -112,6 +113,8 @@ def fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], method: str) -> 
     ]
     if wrong:
         raise UserError(f"{len(wrong)} tensors have another shape in the model of the config: {'; '.join(wrong[:3])}")
+    for name, tensor in state.items():
+        check_numbers(name, tensor, own[name], f"the checkpoint of {method}")
 
 
 def _pattern(theirs: str, tasks: Sequence[str]) -> re.Pattern[str]:
