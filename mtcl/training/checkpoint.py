@@ -4,7 +4,6 @@ A file is what ``torch.save`` writes, a zip archive, with the SHA-256 of all bef
 ``torch.load`` reads it, too. Files without the comment, of before it or of ``torch.save`` alone, are read unchecked.
 """
 
-import contextlib
 import copy
 import hashlib
 import logging
@@ -394,9 +393,13 @@ def _check_archive(path: Path) -> None:
     """Raise ``DamagedError`` where a zip archive's members are compressed: torch stores them as they are, a small file
     could hold more than the memory.
     """
-    with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:  # torch says what it is
-        if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-            raise DamagedError(path, "its members are compressed")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except Exception:  # of many kinds for bytes that are none; torch says what the file is
+        return
+    if compressed:
+        raise DamagedError(path, "its members are compressed")
 
 
 def damage(path: Path) -> str | None:
