@@ -403,12 +403,13 @@ regularizer=contrastive   42.70 ± 0.99   0.5990 ± 0.0127   +3.62 ± 0.18      
 regularizer=contrastive minus regularizer=none, paired over seeds
                           difference        95 % interval   pairs   excludes zero
 ---------------------------------------------------------------------------------
-semseg mIoU ↑ (points)         +2.20       [-0.34, +4.74]       2              no
-depth rmse ↓ (m)             -0.0110   [-0.0237, +0.0017]       2              no
-Delta_on/off ↑ (points)        +3.62       [-0.56, +7.80]       2              no
+semseg mIoU ↑ (points)         +2.20       [-0.34, +4.74]       2   too few pairs
+depth rmse ↓ (m)             -0.0110   [-0.0237, +0.0017]       2   too few pairs
+Delta_on/off ↑ (points)        +3.62       [-0.56, +7.80]       2   too few pairs
 
 Mean ± standard deviation (n - 1) over seeds.
-3 intervals of Student's t, not corrected for their number; none excludes zero.
+No verdict below 3 pairs: of two, one outlier makes any interval.
+3 intervals of Student's t, not corrected for their number (--holm does).
 4 runs, 500 pictures of split standard, data 8d9e, on cpu, commit e518452713.
 Delta_on/off = (100/T) sum_t s_t (M_t - B_t) / B_t over semseg mIoU, depth rmse; B: mean of regularizer=none.
 """
@@ -449,7 +450,7 @@ def test_latex_begins_with_this(arms, singles):
     text = render(compare([arms], [singles]), "latex")
     assert text.startswith(LATEX)
     assert text.count("{") == text.count("}")
-    assert "semseg mIoU $\\uparrow$ (points) & +2.20 & [$-$0.34, +4.74] & 2 & no \\\\" in text
+    assert "semseg mIoU $\\uparrow$ (points) & +2.20 & [$-$0.34, +4.74] & 2 & too few pairs \\\\" in text
 
 
 def test_latex_escapes_what_names_may_hold(tmp_path):
@@ -590,7 +591,8 @@ def test_unknown_keys_and_labels_are_refused(tmp_path, arms):
     refused("--against foo is neither a row nor a run; choose one of: regularizer=none; reg", [arms], against="foo")
     refused("--against regularizer fits several", [arms], against="regularizer")
     (arms / "0" / "config.yaml").write_text("a: [")
-    refused("config.yaml is not a readable YAML", [arms])
+    refused("config.yaml is not a readable YAML", [arms / "0"])
+    assert any("left out: " in note and "config.yaml is not a readable YAML" in note for note in compare([arms]).notes)
 
 
 # The command

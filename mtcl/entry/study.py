@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.entry import build, study_tables
 from mtcl.entry.cli import sentence
-from mtcl.entry.compare import read_json
 from mtcl.entry.processes import caught_signals, duration, ended, quoted, reason, started
+from mtcl.entry.run_files import TEXTS, VARIABLES, check_types, read_object, read_record
 from mtcl.entry.schema import check_config
 from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
 from mtcl.errors import UserError
@@ -182,9 +182,9 @@ def check_same(job: Job, environment: Mapping[str, str]) -> None:
         return
     ending = "remove the folder or choose another --output"
     if job.record.is_file():
-        before = read_json(job.record)
+        before = read_job(job.record)
     elif (job.folder / "run.json").is_file():
-        before = {"overrides": read_json(job.folder / "run.json").get("overrides", []), "environment": environment}
+        before = {"overrides": read_record(job.folder / "run.json").get("overrides", []), "environment": environment}
     else:
         raise UserError(f"{job.folder} holds a run that this study did not make; {ending}.")
     then, now = (as_dict(portable(words)) for words in (before.get("overrides", []), job.overrides))
@@ -203,7 +203,14 @@ def as_dict(overrides: Sequence[str]) -> dict[str, str]:
 def given_before(output: Path) -> list[str]:
     """The words given to the command that made the newest run in ``output``."""
     records = sorted(output.glob("*/seed_*.json"), key=lambda path: path.stat().st_mtime)
-    return list(read_json(records[-1]).get("given", [])) if records else []
+    return list(read_job(records[-1]).get("given", [])) if records else []
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """What :func:`start` wrote of a job."""
+    content = read_object(path)
+    check_types(path, content, {"overrides": TEXTS, "given": TEXTS, "environment": VARIABLES})
+    return content
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtcl.entry.columns import Column
 from mtcl.entry.compare import (
-    Column,
     Comparison,
     Row,
     Run,
@@ -26,15 +26,25 @@ from mtcl.entry.compare import (
     is_primary,
     listed,
     missing_values,
-    parsed_metrics,
     provenance,
-    read_config,
-    read_json,
 )
-from mtcl.entry.schema import leaves
-from mtcl.entry.study_file import MACHINE, Arm, Study, is_path, portable
+from mtcl.entry.run_files import (
+    COUNTING,
+    TEXT,
+    TEXTS,
+    VARIABLES,
+    check_record,
+    check_types,
+    parse_metrics,
+    read_config,
+    read_object,
+    read_record,
+)
+from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.study_file import NAME, Arm, Study, is_of_machine, is_path, portable
 from mtcl.entry.tables import (
     NONE,
+    TOO_FEW,
     Grid,
     aligned,
     cell,
@@ -48,8 +58,8 @@ from mtcl.entry.tables import (
     render,
     unit_of_difference,
 )
-from mtcl.errors import UserError
-from mtcl.metrics.delta import Paired, delta_mtl, paired_difference, smallest_effect
+from mtcl.errors import UserError, printable
+from mtcl.metrics.delta import ENOUGH_PAIRS, Paired, delta_mtl, paired_difference, smallest_effect
 from mtcl.training.recorder import write_text
 
 DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the table of means
@@ -68,9 +78,11 @@ class Effect:
     smallest: float
 
     def side(self, column: Column) -> str:
-        """Where the interval lies: wholly better, wholly worse, contains 0; "-" without one."""
+        """Where the interval lies: wholly better, wholly worse, contains 0; too few pairs; "-" without one."""
         if math.isnan(self.paired.low):
             return NONE
+        if not self.paired.is_enough:
+            return TOO_FEW
         if not self.paired.excludes_zero:
             return CONTAINS
         return "wholly better" if (self.paired.mean > 0) == column.higher_is_better else "wholly worse"
@@ -102,18 +114,23 @@ class Report:
 
 def record(study: Study, arm: Arm, seed: int, overrides: Sequence[str], folder: Path) -> Record:
     """One finished run in small: without single classes and without anything of its machine but the device's name."""
-    facts = {key: value for key, value in read_json(folder / "run.json").items() if key not in LEFT_OUT}
-    metrics = read_json(folder / "metrics.json")
-    parsed_metrics(folder / "metrics.json", metrics)  # says what is wrong with the file while we know its path
+    facts = {key: value for key, value in read_record(folder / "run.json").items() if key not in LEFT_OUT}
+    metrics = read_object(folder / "metrics.json")
+    parse_metrics(folder / "metrics.json", metrics)  # says what is wrong with the file while we know its path
     return {
         "study": study.name,
         "arm": arm.name,
         "seed": seed,
         "overrides": portable(overrides),
-        "metrics": {t: {m: v for m, v in of.items() if not m.startswith("IoU/")} for t, of in metrics.items()},
+        "metrics": {task: without_classes(values) for task, values in metrics.items()},
         "config": portable_config(folder / "config.yaml"),
         "run": facts,
     }
+
+
+def without_classes(values: Any) -> Any:
+    """A task's metrics without those of single classes."""
+    return {m: v for m, v in values.items() if not m.startswith("IoU/")} if isinstance(values, dict) else values
 
 
 def portable_config(path: Path) -> dict[str, Any]:
@@ -122,7 +139,7 @@ def portable_config(path: Path) -> dict[str, Any]:
     return {
         key: Path(value).name if isinstance(value, str) and is_path(key, value) else value
         for key, value in content.items()
-        if key not in MACHINE
+        if not is_of_machine(key)
     }
 
 
@@ -147,10 +164,10 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
         ],
     }
     files = {"study.json": definition, **{f"{r['arm']}_seed{r['seed']}.json": r for r in records}}
-    if (folder / "study.json").is_file() and (other := read_json(folder / "study.json").get("name")) != study.name:
+    if (folder / "study.json").is_file() and (other := read_object(folder / "study.json").get("name")) != study.name:
         raise UserError(f"{folder} holds the results of the study {other}, not of {study.name}; choose another folder.")
     for path in folder.glob("*_seed*.json"):
-        if path.name not in files and read_json(path).get("study") == study.name:
+        if path.name not in files and read_object(path).get("study") == study.name:
             path.unlink()
     for name, content in files.items():
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -159,25 +176,62 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
 
 def read_results(folder: Path) -> tuple[Study, list[Record], str]:
     """The study, its records and its command, from the files that :func:`write_results` wrote."""
-    known = read_json(folder / "study.json")
+    path = folder / "study.json"
+    known = read_object(path)
+    check_types(path, known, STUDY_CHECKS)
     try:
-        arms = tuple(
-            Arm(
-                arm["name"],
-                tuple(arm["overrides"]),
-                tuple(arm["seeds"]),
-                tuple(arm["against"]),
-                arm["label"],
-                arm["note"],
-                arm["task"],
-            )
-            for arm in known["arms"]
-        )
+        arms = tuple(read_arm(path, arm) for arm in known["arms"])
         study = Study(known["name"], tuple(known["overrides"]), arms, environment=known["environment"])
         files = [folder / f"{arm.name}_seed{seed}.json" for arm in arms for seed in arm.seeds]
-        return study, [read_json(file) for file in files if file.is_file()], known["command"]
+        return study, [read_result(file, study) for file in files if file.is_file()], known["command"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'study.json'} is not of scripts/study.py: {error!r} is amiss.") from error
+        raise UserError(f"{path} is not of scripts/study.py: {error!r} is amiss.") from error
+
+
+STUDY_CHECKS = {
+    "name": TEXT,
+    "command": TEXT,
+    "overrides": TEXTS,
+    "environment": VARIABLES,
+    "arms": ("a list of mappings", lambda v: isinstance(v, list) and all(isinstance(arm, dict) for arm in v)),
+}
+ARM_CHECKS = {
+    "name": ("the name of a file", lambda v: isinstance(v, str) and bool(NAME.fullmatch(v))),
+    "overrides": TEXTS,
+    "seeds": ("a list of whole numbers >= 0", lambda v: isinstance(v, list) and all(map(COUNTING[1], v))),
+    "against": TEXTS,
+    **dict.fromkeys(("label", "note", "task"), TEXT),
+}
+RESULT_CHECKS = {
+    "arm": TEXT,
+    "seed": COUNTING,
+    "metrics": ("a mapping {task: {metric: value}}", lambda v: isinstance(v, dict)),
+    **dict.fromkeys(("run", "config"), ("a mapping {key: value}", lambda v: isinstance(v, dict))),
+}
+
+
+def read_arm(path: Path, arm: Mapping[str, Any]) -> Arm:
+    """The arm of a study that a ``study.json`` describes."""
+    check_types(path, arm, ARM_CHECKS)
+    return Arm(
+        arm["name"],
+        tuple(arm["overrides"]),
+        tuple(arm["seeds"]),
+        tuple(arm["against"]),
+        arm["label"],
+        arm["note"],
+        arm["task"],
+    )
+
+
+def read_result(path: Path, study: Study) -> Record:
+    """One run's record, of an arm of ``study``."""
+    content = read_object(path)
+    check_types(path, content, RESULT_CHECKS)
+    absent = [key for key in ("arm", "seed", "metrics", "run") if content.get(key) is None]
+    if absent or content["arm"] not in [arm.name for arm in study.arms]:
+        raise UserError(f"{path} is not of scripts/study.py: {absent[0] if absent else content['arm']} is amiss.")
+    return content | {"run": check_record(path, content["run"])}
 
 
 # Numbers
@@ -190,7 +244,7 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         path = Path(one["arm"]) / f"seed_{one['seed']}"
         facts = {"seed": one["seed"], **one["run"]}
         scoring = leaves({"evaluation": facts["evaluation"]}) if isinstance(facts.get("evaluation"), dict) else ()
-        runs[one["arm"]][one["seed"]] = Run(path, parsed_metrics(path, one["metrics"]), facts, dict(scoring))
+        runs[one["arm"]][one["seed"]] = Run(path, parse_metrics(path, one["metrics"]), facts, dict(scoring))
     missing = [f"{a.name} seed {seed}" for a in study.arms for seed in a.seeds if seed not in runs[a.name]]
     found = [run for of_arm in runs.values() for run in of_arm.values()]
     notes = check_same_data(found) + check_same_scoring(found) + check_same_settings(study, records)
@@ -215,7 +269,7 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         add_delta_mtl(shown, base, tasks, columns, notes)
         shown = [base, *shown]
     notes += missing_values(shown, columns)
-    return Report(study, columns, shown, effects, missing, [*about(found), *notes])
+    return Report(study, columns, shown, effects, missing, [*map(printable, [*about(found), *notes])])
 
 
 def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
@@ -223,7 +277,7 @@ def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
     notes = []
     for arm in study.arms:
         configs = [one["config"] for one in records if one["arm"] == arm.name and one.get("config")]
-        keys = sorted({key for config in configs for key in {**config, **configs[0]}})
+        keys = sorted({key for config in configs for key in config if role_of(key) == "result"})
         differing = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
         if differing:
             notes.append(f"warning: the runs of {arm.name} were made by different settings: {listed(differing)}.")
@@ -309,10 +363,11 @@ EFFECT_HEAD = ["difference in", "mean", "95 % interval", "verdict", "pairs", "sm
 
 def verdicts(one: Effects) -> str:
     """One sentence on where the intervals of one arm lie."""
-    sides: dict[str, list[str]] = {side: [] for side in ("wholly better", "wholly worse", CONTAINS, NONE)}
+    sides: dict[str, list[str]] = {side: [] for side in ("wholly better", "wholly worse", CONTAINS, TOO_FEW, NONE)}
     for column, effect in one.columns.items():
         sides[effect.side(column)].append(column.task or column.metric)
     words = {"wholly better": "is wholly better for", "wholly worse": "is wholly worse for", NONE: "is not known for"}
+    words[TOO_FEW] = f"is of fewer than {ENOUGH_PAIRS} pairs, which decide nothing, for"
     told = [f"{words.get(side, f'{side} for')} {', '.join(names)}" for side, names in sides.items() if names]
     return f"{one.row.label} against {one.reference.label}: the interval {'; '.join(told)}."
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.errors import UserError
+from mtcl.safe_files import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -111,16 +112,16 @@ def claim(folder: Path) -> Claim:
 def is_claimed(folder: Path) -> bool:
     """Whether a process holds ``folder``. A look disturbs no run, not even one that is starting."""
     try:
-        with (folder / ".lock").open() as file:
+        with open_regular(folder / ".lock") as file:
             _lock(file, shared=True)
     except BlockingIOError:
         return True
-    except (ImportError, OSError):  # no lock there, or none on such a disk
+    except (ImportError, OSError, UserError):  # no lock there, or none on such a disk
         pass
     return False
 
 
-def _lock(file: IO[str], shared: bool = False) -> None:
+def _lock(file: IO[Any], shared: bool = False) -> None:
     """``BlockingIOError`` where somebody else has the lock."""
     import fcntl  # not on Windows
 
