@@ -173,13 +173,10 @@ def corrected(differences: Sequence[Difference]) -> list[Difference]:
 
 def weight_zero(rows: Sequence[Row]) -> list[str]:
     """A note where a row of weight 0 stands for the regulariser off."""
-    zero = [row for row in rows if not row.is_baseline and len(rows) > 1 for run in row.runs[:1]
-            if is_off(run) and run.config[REGULARIZER] is not None]  # fmt: skip
-    return (
-        [f"regularizer.weight=0 trains as regularizer=none does: {zero[0].label} is the regulariser off."]
-        if zero
-        else []
-    )
+    zero = [row.label for row in rows if is_off(row.runs[0]) and row.runs[0].config[REGULARIZER] is not None]
+    if not zero or len(rows) < 2:
+        return []
+    return [f"{listed(zero)}: the regulariser is off; a weight of 0 trains bit for bit as regularizer=none does."]
 
 
 # Reading
@@ -352,8 +349,8 @@ def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[
     identities = [projected(run, by, runs) if by else identity(run) for run in runs]
     groups: dict[str, list[int]] = {}
     for index, known in enumerate(identities):
-        alike = known if by or not is_off(runs[index]) else without_regularizer(known)
-        key = json.dumps(alike, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
+        told = known if by else alike(runs[index])
+        key = json.dumps(told, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
         groups.setdefault(key, []).append(index)
     first = [members[0] for members in groups.values()]
     named = [index for index in first if identities[index]]
@@ -381,8 +378,9 @@ def is_off(run: Run) -> bool:
     return run.config[REGULARIZER] is None or (run.config.get(WEIGHT) == 0 and not counted)
 
 
-def without_regularizer(known: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in known.items() if not key.startswith("regularizer.")}
+def alike(run: Run) -> dict[str, Any]:
+    """A run's :func:`identity`, without the regulariser's settings where it is off."""
+    return {key: value for key, value in identity(run).items() if not (is_off(run) and key.startswith("regularizer."))}
 
 
 def without_repeats(row: Row, notes: list[str]) -> Row:
@@ -666,12 +664,7 @@ def baseline_row(singles: Sequence[Run], columns: Sequence[Column]) -> Row:
     for task in TASK_NAMES:
         of_task = [run for run in singles if task in run.metrics]
         for run in of_task[1:]:
-            pair = [
-                without_regularizer(known) if is_off(one) else known
-                for one in (of_task[0], run)
-                for known in [identity(one)]
-            ]
-            keys = differing_keys(pair)
+            keys = differing_keys([alike(of_task[0]), alike(run)])
             if keys:
                 raise UserError(
                     f"{of_task[0].path} and {run.path} are both baselines of {task}, but differ in {listed(keys)}; "

@@ -159,7 +159,7 @@ def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
                 f"among {', '.join(TASK_NAMES)}."
             )
         named = values if isinstance(values, dict) else {primaries(task)[0]: values}
-        metrics[task] = {printable(name): _number(path, task, name, value) for name, value in named.items()}
+        metrics[task] = {name: _number(path, task, name, v) for name, v in zip(map(printable, named), named.values())}
     if not metrics:
         raise UserError(f"{path} holds no task.")
     return {task: metrics[task] for task in TASK_NAMES if task in metrics}

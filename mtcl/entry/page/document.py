@@ -111,8 +111,13 @@ def embedded(content: Any) -> str:
 
 def name(text: str) -> str:
     """Words of a user: their direction is their own, and they may be broken where their parts end."""
-    breakable = re.sub("([,/_])", r"\1<wbr>", esc(text))
+    breakable = re.sub("([,/_=])", r"\1<wbr>", esc(text))
     return f'<bdi class="name">{breakable}</bdi>'
+
+
+def breakable(heading: str) -> str:
+    """A column's heading as markup; it breaks at spaces and underscores only, never inside a word."""
+    return re.sub("(_+)", r"\1<wbr>", esc(heading))
 
 
 def section(anchor: str, title: str, body: str) -> str:
@@ -186,7 +191,7 @@ def main_table(found: Comparison, ranked: bool) -> str:
     heads = ['<th scope="col" aria-sort="none"><button type="button" class="sort">row</button></th>']
     for column in found.columns:
         lines = [column.task, heading(column)] if column.task else [heading(column)]
-        text = "<br>".join(map(esc, lines))
+        text = "<br>".join(map(breakable, lines))
         heads.append(f'<th scope="col" aria-sort="none"><button type="button" class="sort">{text}</button></th>')
     heads.append('<th scope="col" aria-sort="none"><button type="button" class="sort">seeds</button></th>')
     scored = [", ".join(dict.fromkeys(map(scored_on, row.runs))) for row in found.rows]
@@ -234,7 +239,7 @@ def difference_table(found: Comparison) -> str:
     columns = [c for c in found.columns if any(c in one.columns for one in found.differences)]
     references = dict.fromkeys(one.reference.label for one in found.differences)
     of_one = len(references) == 1
-    head = ["row", *(f"{esc(c.task)}<br>{esc(unit_heading(c))}" for c in columns), "pairs"]
+    head = ["row", *(f"{breakable(c.task)}<br>{breakable(unit_heading(c))}" for c in columns), "pairs"]
     body = []
     for one in found.differences:
         cells = []

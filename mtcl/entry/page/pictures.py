@@ -113,8 +113,11 @@ def picture_of(
         for task in tasks_of(tiles):
             if task not in entry["tasks"]:
                 label = encoded(tiles[f"{task}/label"], side)
-                entry["tasks"][task] = {"label": label, "legend": layout["legends"].get(task, [])}
+                entry["tasks"][task] = {"label": label, "legend": []}
                 size += len(label)
+            legend = entry["tasks"][task]["legend"]
+            legend += [row for row in layout["legends"].get(task, []) if row not in legend]  # a class of this line only
+            legend.sort(key=lambda row: row[0] == "void" or row[0].startswith("error: "))
             own[task] = {kind: encoded(tiles[f"{task}/{kind}"], side) for kind in KINDS[1:]}
             size += sum(map(len, own[task].values()))
         entry["lines"][index] = own
