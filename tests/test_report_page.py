@@ -145,7 +145,7 @@ def test_the_table_is_that_of_compare_with_the_best_marked(tmp_path):
     page = page_of(sweep(tmp_path / "sweep", panels=0, log=False))
     found = collect([tmp_path / "sweep"]).comparison
     rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', page[page.index('id="table"') :])[:3]
-    assert ["regularizer.weight=0.3" in row for row in rows] == [False, False, True]
+    assert ["regularizer.weight=<wbr>0.3" in row for row in rows] == [False, False, True]
     assert [column.metric for column in found.columns if not column.task] == ["Delta_on/off"]
     for row, line in zip(rows, found.rows):
         for column in (column for column in found.columns if column.task):
@@ -259,6 +259,32 @@ def test_the_wall_is_the_same_pictures_down_the_rows_and_keeps_its_budget(tmp_pa
     smaller, _ = build_wall(found.lines)
     assert len(smaller.content) == 1
     assert any("1 of 2 pictures are here" in note for note in smaller.notes)
+
+
+def test_the_legend_of_a_task_has_the_classes_of_all_rows_and_the_void_last(tmp_path):
+    """A class that one row alone predicts is in it, too."""
+    for i, value in enumerate((1, 2)):
+        run = write_run(tmp_path / "s" / str(i), 0, {"optimizer.lr": i / 10}, panels=0, log=False)
+        sample = shown("room", 0)
+        sample.labels["semseg"][:] = 255
+        sample.predictions["semseg"][:] = value
+        write_panels(run / "panels", [sample], TASKS)
+    wall, _ = build_wall(collect([tmp_path / "s"]).lines)
+    names = [text for text, _ in wall.content[0]["tasks"]["semseg"]["legend"]]
+    assert [name for name in names if not name.startswith("error")] == [VOC21[1], VOC21[2], "void"]
+    assert names[-2:] == ["error: none", f"error: {TASKS['semseg'].far_off}"]
+
+
+def test_below_three_pairs_there_is_no_verdict_and_holm_is_named(tmp_path):
+    page = page_of(sweep(tmp_path / "two", panels=0, log=False))
+    assert "too few pairs" in page
+    assert not re.search('class="verdict (better|worse)"', page)
+    sweep(tmp_path / "three", weights=(0.0, 0.3, 3.0), seeds=range(3), panels=0, log=False)
+    page = page_of(tmp_path / "three")
+    assert "too few pairs" not in page
+    assert 'class="verdict better"' in page
+    assert "Holm's method" not in page
+    assert "by Holm's method, is below 0.05" in page_of(tmp_path / "three", holm=True)
 
 
 def test_another_picture_of_the_same_name_is_left_out_and_told(tmp_path):
@@ -632,6 +658,39 @@ def test_every_text_has_enough_contrast(browser, swept, dark):
     browser.open(swept, dark=dark)
     worst = browser.js(CONTRAST)
     assert worst[0] >= 4.5, worst
+
+
+BROKEN = """[...document.querySelectorAll("thead th")].flatMap((head) => {
+  const texts = document.createTreeWalker(head, NodeFilter.SHOW_TEXT), broken = [];
+  while (texts.nextNode()) {
+    for (const word of texts.currentNode.data.matchAll(/[^\\s_]+_*/g)) {
+      const range = document.createRange();
+      range.setStart(texts.currentNode, word.index);
+      range.setEnd(texts.currentNode, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1) broken.push(word[0]);
+    }
+  }
+  return broken;
+})"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 320])
+def test_headings_break_between_words_only_and_the_pictures_have_a_legend(browser, tmp_path, width):
+    """With six tasks in the table, as many as there are."""
+    sweep(tmp_path / "s")
+    for path in tmp_path.glob("s/*/metrics.json"):
+        metrics = json.loads(path.read_text())
+        write_json(path, metrics | {"human_parts": {"mIoU": 0.5}, "sal": {"maxF": 0.8}})
+    (tmp_path / "page.html").write_text(page_of(tmp_path / "s"), "utf-8")
+    browser.open(tmp_path / "page.html", width=width)
+    assert browser.js(BROKEN) == []
+    legend = browser.js("[...document.querySelectorAll('#wall .legends > div')].map(e => e.textContent)")
+    assert [text.startswith(task) for text, task in zip(legend, TASKS)] == [True] * len(TASKS)
+    assert VOC21[1] in legend[0]
+    assert "error" not in "".join(legend)
+    assert VOC21[1] in browser.js("document.querySelector('#slider .legends').textContent")
+    assert browser.js("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.slow

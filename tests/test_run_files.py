@@ -1,6 +1,8 @@
 """Run folders that others wrote, edited or damaged: every reader gives a result or one sentence, and none waits."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -10,14 +12,16 @@ from hypothesis import strategies as st
 from test_compare import ON, VALUES, write_run
 
 from mtcl import UserError
-from mtcl.entry.compare import compare
+from mtcl.entry.compare import compare, read_run
 from mtcl.entry.page import collect, document
-from mtcl.entry.runs import as_records, as_text, list_runs
+from mtcl.entry.run_files import read_config, read_metrics, read_record
+from mtcl.entry.runs import as_records, as_text, list_runs, look
 from mtcl.entry.study_file import Arm, Study
-from mtcl.entry.study_tables import as_json, as_markdown, record, report
+from mtcl.entry.study_tables import as_json, as_markdown, read_results, record, report, write_results
 from mtcl.entry.sweeping import state_of
 from mtcl.entry.tables import FORMATS, csv_text, render
 from mtcl.training.recorder import DAMAGED, Recorder
+from mtcl.training.run_log import read_tail
 
 NAMES = ("metrics.json", "run.json", "config.yaml", "log.jsonl")
 LIMIT = 5.0  # seconds
@@ -230,3 +234,120 @@ def test_damaged_run_folders_give_a_sentence_or_a_result(beside, files):
 @given(files=damaged_files())
 def test_a_thousand_damaged_run_folders_give_a_sentence_or_a_result(beside, files):
     check_damaged(beside, files)
+
+
+# Single readers
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("run.json", '{"seed": [0]}', r"run.json has \[0\] for seed; it must be a whole number >= 0"),
+        ("run.json", '{"seed": -1}', "has -1 for seed"),
+        ("run.json", '{"step": "x"}', "has 'x' for step; it must be a whole number"),
+        ("run.json", '{"step": true}', "has True for step"),
+        ("run.json", '{"checkpoint": 5}', "has 5 for checkpoint; it must be text"),
+        ("run.json", '{"overrides": [1]}', "a list of texts"),
+        ("run.json", '{"evaluation": []}', "has .. for evaluation"),
+        ("run.json", '{"num_images": 1%s}' % ("0" * 400), "whole number of 401 digits"),
+        ("run.json", "[" * 100_000, "nested deeper"),
+        ("metrics.json", '{"depth": {"rmse": Infinity}}', "has inf for depth/rmse; it must be a finite number"),
+        ("metrics.json", '{"depth": {"rmse": 1e308}}', "1e.308 for depth/rmse"),
+        ("metrics.json", '{"depth": {"not_finite": -1}}', "it must be 0 or more"),
+        ("config.yaml", "seed: [0]", "for seed; it must be a whole number"),
+        ("config.yaml", "trainer: {max_steps: x}", "has 'x' for trainer.max_steps"),
+        ("config.yaml", "[" * 50_000, "nested deeper"),
+        ("config.yaml", "a: &a [*a]", "has an alias"),
+        ("config.yaml", "a: {b: !!set {c}}", "has a value of type set for b"),
+        ("config.yaml", "a: 1%s" % ("0" * 30), "of more than 18 digits for a"),
+        ("config.yaml", "- 1", "must hold a mapping, not a list"),
+        ("config.yaml", "!!python/name:os.system", "not a readable YAML"),
+    ],
+)
+def test_a_value_of_another_type_is_one_sentence(tmp_path, name, content, match):
+    """The file, the key, the value, what it must be."""
+    read = {"run.json": read_record, "metrics.json": read_metrics, "config.yaml": read_config}[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=match):
+        read(tmp_path / name)
+    run = write_run(tmp_path / "run")
+    (run / name).write_text(content)
+    assert look(run).state == "broken"
+    with pytest.raises(UserError, match=match):
+        compare([run])
+    write_run(tmp_path / "other", 1)
+    found = compare([tmp_path / "run", tmp_path / "other"])
+    assert [one.path.name for row in found.rows for one in row.runs] == ["other"]
+    assert any(note.startswith("warning: left out: ") and name in note for note in found.notes)
+
+
+def test_an_evaluation_reads_no_file_but_its_runs_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text("optimizer: {lr: 0.5}")
+    for i, checkpoint in enumerate(("x", "a/b.pt", "checkpoints/x.pt", "a\0b/checkpoints/x", "")):
+        run = write_run(tmp_path / f"run{i}", facts={"checkpoint": checkpoint})
+        (run / "config.yaml").unlink()
+        assert ("optimizer.lr" in read_run(run).config) == (checkpoint == "checkpoints/x.pt")
+
+
+def within(seconds: float):
+    def stop(number, frame):
+        raise TimeoutError("it waits")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@pytest.mark.parametrize("name", [*NAMES, ".lock", "panels/a.png", "../a.json"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "loop"])
+def test_no_fifo_folder_or_loop_in_place_of_a_file_makes_a_reader_wait_or_fail(tmp_path, name, kind):
+    write_run(tmp_path / "runs" / "intact", 0)
+    run = write_run(tmp_path / "runs" / "a", 1)
+    (run / "log.jsonl").write_text(INTACT["log.jsonl"])
+    path = (run / name).resolve()
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    {"fifo": lambda: os.mkfifo(path), "folder": path.mkdir, "loop": lambda: path.symlink_to(path)}[kind]()
+    handler = signal.getsignal(signal.SIGALRM)
+    within(LIMIT)
+    try:
+        read_everything(run)
+        if name == "log.jsonl":
+            with pytest.raises(UserError, match=r"log\.jsonl"):
+                Recorder(run, start_step=5).scalars(5, "train", {})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    if name in NAMES[:3]:
+        assert look(run).state == "broken"
+
+
+def test_bad_lines_of_a_log_are_set_aside_when_the_run_goes_on(tmp_path, caplog):
+    bad = [b"\0" * 100 + b"\n", b"[1]\n", b'{"step": "x", "kind": "val"}\n', b"\xff\xfe\n", b'{"step": 1, "ki']
+    good = [json.dumps({"step": step, "kind": "train", "depth": 1.0}).encode() + b"\n" for step in range(4)]
+    (tmp_path / "log.jsonl").write_bytes(b"".join([good[0], bad[0], good[1], *bad[1:4], good[2], good[3], bad[4]]))
+    lines, _ = read_tail(tmp_path / "log.jsonl", 1 << 16)
+    assert sum(line.record is None for line in lines) == 5
+    recorder = Recorder(tmp_path, start_step=3)
+    recorder.scalars(3, "train", {"depth": 2.0})
+    recorder.close()
+    assert (tmp_path / "log.jsonl").read_bytes().startswith(b"".join(good[:3]))
+    assert [json.loads(line)["depth"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 1, 1, 2]
+    assert (tmp_path / DAMAGED).read_bytes() == b"".join(bad) + b"\n"
+    (warning,) = [one.getMessage() for one in caplog.records if "damaged" in one.getMessage()]
+    assert "5 damaged lines: moved to log.damaged.jsonl" in warning
+    Recorder(tmp_path, start_step=4)._keep_earlier_records()
+    assert len([one for one in caplog.records if "damaged" in one.getMessage()]) == 1
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[1]", b'{"arms": 5}', b'{"arms": [{"name": "../x"}]}', b"[" * 90_000])
+def test_a_damaged_study_is_one_sentence(tmp_path, content):
+    study = Study("x", (), (Arm("a", (), (1,), label="a"),))
+    made = record(study, study.arms[0], 1, (), write_run(tmp_path / "run", 1))
+    for name in ("study.json", "a_seed1.json"):
+        folder = tmp_path / name
+        write_results(folder, study, [made], "x")
+        assert len(read_results(folder)[1]) == 1
+        (folder / name).write_bytes(content)
+        with pytest.raises(UserError, match=name):
+            read_results(folder)
