@@ -163,12 +163,18 @@ def compare_runs(
 
 def corrected(differences: Sequence[Difference]) -> list[Difference]:
     """The same differences with Holm's p-values of all intervals that may have a verdict."""
-    places = [(i, c) for i, one in enumerate(differences) for c, pair in one.columns.items() if pair.is_enough]
-    values = adjust_by_holm([differences[i].columns[c].p_value for i, c in places])
-    adjusted: list[dict[Column, float]] = [{} for _ in differences]
-    for (i, column), value in zip(places, values):
+    values = holm_values([one.columns for one in differences])
+    return [replace(one, adjusted=of_one) for one, of_one in zip(differences, values)]
+
+
+def holm_values(blocks: Sequence[Mapping[Column, Paired]]) -> list[dict[Column, float]]:
+    """Holm's p-values over all blocks together, of the differences with pairs enough for a verdict."""
+    tested = [(i, column) for i, block in enumerate(blocks) for column, pair in block.items() if pair.is_enough]
+    values = adjust_by_holm([blocks[i][column].p_value for i, column in tested])
+    adjusted: list[dict[Column, float]] = [{} for _ in blocks]
+    for (i, column), value in zip(tested, values):
         adjusted[i][column] = value
-    return [replace(one, adjusted=own) for one, own in zip(differences, adjusted)]
+    return adjusted
 
 
 def weight_zero(rows: Sequence[Row]) -> list[str]:
@@ -349,8 +355,8 @@ def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[
     identities = [projected(run, by, runs) if by else identity(run) for run in runs]
     groups: dict[str, list[int]] = {}
     for index, known in enumerate(identities):
-        told = known if by else alike(runs[index])
-        key = json.dumps(told, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
+        decisive = known if by else alike(runs[index])
+        key = json.dumps(decisive, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
         groups.setdefault(key, []).append(index)
     first = [members[0] for members in groups.values()]
     named = [index for index in first if identities[index]]
@@ -380,7 +386,8 @@ def is_off(run: Run) -> bool:
 
 def alike(run: Run) -> dict[str, Any]:
     """A run's :func:`identity`, without the regulariser's settings where it is off."""
-    return {key: value for key, value in identity(run).items() if not (is_off(run) and key.startswith("regularizer."))}
+    off = is_off(run)
+    return {key: value for key, value in identity(run).items() if not (off and key.startswith("regularizer."))}
 
 
 def without_repeats(row: Row, notes: list[str]) -> Row:

@@ -86,6 +86,7 @@ def conduct(
     only: Sequence[str] = (),
     results: Path | None = None,
     table_only: bool = False,
+    holm: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Failure]:
     """Run what is not finished of the study in ``path``, write and show its table; the runs that failed.
@@ -93,8 +94,8 @@ def conduct(
     ``given``: overrides of every run, on top of the file's. ``command``: what trains, started in ``root`` with the
     overrides as words. ``tasks_of``: the tasks of a run with these overrides, ``UserError`` if train.py would refuse
     them. ``only``: the arms (with ``singles``, all of theirs) to run; the table is of all that is there. ``results``:
-    a folder for one small JSON per run. ``UserError`` before anything is started where an earlier run in ``output``
-    was made by other overrides.
+    a folder for one small JSON per run. ``holm``: verdicts by corrected p-values. ``UserError`` before anything is
+    started where an earlier run in ``output`` was made by other overrides.
     """
     check_overrides("the command", given)
     study = read_study(path)
@@ -129,7 +130,7 @@ def conduct(
     if not records:
         say("no run has finished: there is no table")
         return failures
-    report = study_tables.report(study, records)
+    report = study_tables.report(study, records, holm)
     say("\n" + study_tables.as_text(report))
     how = shown_command(path, study.name, given, root)
     write_text(output / "study.md", study_tables.as_markdown(report, how))

@@ -7,7 +7,7 @@ import json
 import math
 import textwrap
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mtcl.entry.compare import (
     choose_columns,
     difference,
     fill,
+    holm_values,
     is_primary,
     listed,
     missing_values,
@@ -43,10 +44,12 @@ from mtcl.entry.run_files import (
 from mtcl.entry.schema import leaves, role_of
 from mtcl.entry.study_file import NAME, Arm, Study, is_of_machine, is_path, portable
 from mtcl.entry.tables import (
+    ALPHA,
     NONE,
     TOO_FEW,
     Grid,
     aligned,
+    better_or_worse,
     cell,
     closing,
     code,
@@ -66,6 +69,7 @@ DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the 
 OTHER_DELTA = Column("", "Delta", True, "%")  # against its others
 LEFT_OUT = ("command", "overrides")  # of run.json: they may name folders of one machine
 CONTAINS = "contains 0"
+UNDECIDED = "not below 0.05"  # of a corrected p-value
 
 Record = dict[str, Any]
 
@@ -76,16 +80,22 @@ class Effect:
 
     paired: Paired
     smallest: float
+    adjusted: float | None = None  # p-value by Holm's method, where asked for
 
     def side(self, column: Column) -> str:
-        """Where the interval lies: wholly better, wholly worse, contains 0; too few pairs; "-" without one."""
+        """Where the interval lies: wholly better, wholly worse, contains 0; too few pairs; "-" without one.
+
+        With Holm's p-values: better, worse, not below 0.05.
+        """
         if math.isnan(self.paired.low):
             return NONE
         if not self.paired.is_enough:
             return TOO_FEW
+        if self.adjusted is not None:
+            return UNDECIDED if self.adjusted >= ALPHA else better_or_worse(column, self.paired.mean)
         if not self.paired.excludes_zero:
             return CONTAINS
-        return "wholly better" if (self.paired.mean > 0) == column.higher_is_better else "wholly worse"
+        return f"wholly {better_or_worse(column, self.paired.mean)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +247,11 @@ def read_result(path: Path, study: Study) -> Record:
 # Numbers
 
 
-def report(study: Study, records: Sequence[Record]) -> Report:
-    """Everything the tables show, from the records of the finished runs; ``UserError`` if they do not compare."""
+def report(study: Study, records: Sequence[Record], holm: bool = False) -> Report:
+    """Everything the tables show, from the records of the finished runs; ``UserError`` if they do not compare.
+
+    ``holm``: verdicts by p-values corrected for the number of intervals.
+    """
     runs: dict[str, dict[int, Run]] = {arm.name: {} for arm in study.arms}
     for one in records:
         path = Path(one["arm"]) / f"seed_{one['seed']}"
@@ -260,6 +273,7 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         for i, other in enumerate(arm.against):
             if arm.name in rows and other in rows:
                 effects += effects_of(rows[arm.name], rows[other], tasks, OTHER_DELTA if i else DELTA, notes)
+    effects = corrected(effects) if holm else effects
     if any(DELTA in row.values for row in rows.values()):
         columns.append(DELTA)
     singles = [run for arm in study.arms if arm.task for run in runs[arm.name].values()]
@@ -270,6 +284,15 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         shown = [base, *shown]
     notes += missing_values(shown, columns)
     return Report(study, columns, shown, effects, missing, [*map(printable, [*about(found), *notes])])
+
+
+def corrected(effects: Sequence[Effects]) -> list[Effects]:
+    """The same effects with Holm's p-values of all intervals that may have a verdict."""
+    values = holm_values([{column: effect.paired for column, effect in one.columns.items()} for one in effects])
+    return [
+        replace(one, columns={c: replace(effect, adjusted=of_one.get(c)) for c, effect in one.columns.items()})
+        for one, of_one in zip(effects, values)
+    ]
 
 
 def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
@@ -354,6 +377,8 @@ def effect_grid(one: Effects) -> Grid:
         name = f"{column.task} {column.metric} {arrow}".strip() + (f" ({unit if column.task else '%'})" if unit else "")
         difference = figure(column, found.mean, signed=True)
         smallest = figure(column, effect.smallest).lstrip("+")
+        if effect.adjusted is not None:
+            smallest += f" (p {effect.adjusted:.3g})"
         lines.append([name, difference, interval(column, found), effect.side(column), str(found.pairs), smallest])
     return lines
 
@@ -361,14 +386,24 @@ def effect_grid(one: Effects) -> Grid:
 EFFECT_HEAD = ["difference in", "mean", "95 % interval", "verdict", "pairs", "smallest visible"]
 
 
+VERDICTS = {
+    "wholly better": "is wholly better for",
+    "wholly worse": "is wholly worse for",
+    "better": "with Holm's correction is better for",
+    "worse": "with Holm's correction is worse for",
+    CONTAINS: f"{CONTAINS} for",
+    UNDECIDED: "with Holm's correction decides nothing for",
+    TOO_FEW: f"is of fewer than {ENOUGH_PAIRS} pairs, which decide nothing, for",
+    NONE: "is not known for",
+}
+
+
 def verdicts(one: Effects) -> str:
     """One sentence on where the intervals of one arm lie."""
-    sides: dict[str, list[str]] = {side: [] for side in ("wholly better", "wholly worse", CONTAINS, TOO_FEW, NONE)}
+    sides: dict[str, list[str]] = {side: [] for side in VERDICTS}
     for column, effect in one.columns.items():
         sides[effect.side(column)].append(column.task or column.metric)
-    words = {"wholly better": "is wholly better for", "wholly worse": "is wholly worse for", NONE: "is not known for"}
-    words[TOO_FEW] = f"is of fewer than {ENOUGH_PAIRS} pairs, which decide nothing, for"
-    told = [f"{words.get(side, f'{side} for')} {', '.join(names)}" for side, names in sides.items() if names]
+    told = [f"{VERDICTS[side]} {', '.join(names)}" for side, names in sides.items() if names]
     return f"{one.row.label} against {one.reference.label}: the interval {'; '.join(told)}."
 
 
@@ -383,9 +418,11 @@ def explanations(report: Report) -> list[str]:
                 "the run of the same seed of the (first) arm it is compared with."
             )
         count = sum(not math.isnan(e.paired.low) for one in report.effects for e in one.columns.values())
-        lines.append(
-            f"Intervals are Student's t over pairs of equal seeds, {count} in all, not corrected for their number."
-        )
+        tested = sum(e.adjusted is not None for one in report.effects for e in one.columns.values())
+        correction = "not corrected for their number"
+        if tested:
+            correction += f"; verdicts and p by Holm's method for the {tested} of {ENOUGH_PAIRS} pairs or more"
+        lines.append(f"Intervals are Student's t over pairs of equal seeds, {count} in all, {correction}.")
         lines.append(
             "Smallest visible: the true difference that a paired t test (two-sided, 5 %) of as many pairs with this "
             "spread finds four times in five, (t_0.975 + t_0.80) s / sqrt(n)."
@@ -471,6 +508,7 @@ def as_json(report: Report) -> Mapping[str, Any]:
                         **effect.paired._asdict(),
                         "smallest_effect": effect.smallest,
                         "interval": effect.side(column),
+                        **({} if effect.adjusted is None else {"p_holm": effect.adjusted}),
                     }
                     for column, effect in one.columns.items()
                 },

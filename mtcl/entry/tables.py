@@ -100,7 +100,11 @@ def verdict(column: Column, found: Paired, adjusted: float | None = None) -> str
         return TOO_FEW
     if not (found.excludes_zero if adjusted is None else adjusted < ALPHA):
         return "no"
-    return "yes, better" if (found.mean > 0) == column.higher_is_better else "yes, worse"
+    return f"yes, {better_or_worse(column, found.mean)}"
+
+
+def better_or_worse(column: Column, difference: float) -> str:
+    return "better" if (difference > 0) == column.higher_is_better else "worse"
 
 
 def difference_grid(one: Difference) -> Grid:
