@@ -334,6 +334,22 @@ def test_p_values_are_those_of_scipys_paired_test():
     assert paired_difference(a, a).p_value == 1
 
 
+def test_rows_without_a_metric_in_common_are_not_paired_and_that_is_said(tmp_path):
+    paths = [write_run(tmp_path / "a", 0, two_tasks(0.4, None)), write_run(tmp_path / "b", 0, two_tasks(None, 0.6), ON)]
+    found = compare(paths)
+    assert found.differences == []
+    assert any("no metric with values in both" in note for note in found.notes)
+    assert all(render(found, format) for format in FORMATS)
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-300, 1e12, -1e12, 0.0])
+def test_numbers_at_the_ends_of_what_a_file_may_hold_give_a_table(tmp_path, value):
+    for seed in range(3):
+        write_run(tmp_path / f"a{seed}", seed, {"depth": {"rmse": value}, "normals": {"mErr": 1.0}})
+        write_run(tmp_path / f"b{seed}", seed, {"depth": {"rmse": 1e12}, "normals": {"mErr": value}}, ON)
+    assert all(render(compare([tmp_path], holm=True), format) for format in FORMATS)
+
+
 def test_by_makes_rows_of_one_key_and_tells_what_else_differs(tmp_path):
     paths = [
         write_run(tmp_path / str(i), i, config={"optimizer.lr": lr, "loss.w": i})

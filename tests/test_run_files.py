@@ -216,7 +216,7 @@ def check_resumed(folder: Path) -> None:
 def beside(tmp_path_factory):
     """A folder with an intact run, and room for another one."""
     folder = tmp_path_factory.mktemp("runs")
-    write_run(folder / "intact", 0, config={"backbone.name": "resnet18"})
+    write_run(folder / "intact", 1)  # off, of the same seed: a pair
     return folder / "a"
 
 

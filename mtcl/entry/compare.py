@@ -777,4 +777,7 @@ def difference(row: Row, reference: Row, columns: Sequence[Column], notes: list[
             notes.append(f"Seed {listed(alone, 10)} of {label} has no partner in {other}.")
     shared = [column for column in columns if column in row.values and column in reference.values]
     paired = {column: paired_difference(row.values[column], reference.values[column]) for column in shared}
-    return Difference(row, reference, {column: found for column, found in paired.items() if found.pairs})
+    known = {column: found for column, found in paired.items() if found.pairs}
+    if not known:
+        notes.append(f"{row.label} and {reference.label} have no metric with values in both, so nothing is paired.")
+    return Difference(row, reference, known) if known else None
