@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtcl.entry.run_files import parse_metrics, read_object, read_record
 from mtcl.entry.study_tables import as_markdown, means_table, read_results, report
 from mtcl.errors import UserError
 from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
@@ -125,10 +126,12 @@ def add(name: str, label: str, command: str, run: Path) -> None:
     """Put a run's figures into a table's JSON, in place of an earlier row of that label."""
     path = RESULTS / f"{name}.json"
     content = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    facts = json.loads((run / "run.json").read_text())
+    facts = read_record(run / "run.json")
     for key in ("command", "overrides"):  # they may name folders of one machine; ``command`` says it in general
         facts.pop(key, None)
-    row = {"label": label, "command": command, "metrics": json.loads((run / "metrics.json").read_text()), "run": facts}
+    scores = read_object(run / "metrics.json")
+    parse_metrics(run / "metrics.json", scores)
+    row = {"label": label, "command": command, "metrics": scores, "run": facts}
     rows = [row if old["label"] == label else old for old in content["rows"]]
     content["rows"] = rows if row in rows else [*rows, row]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from typing import Any
 
 from mtcl.errors import UserError
@@ -224,6 +224,45 @@ RULES: dict[str, Rule] = {
     "trainer.val_first": FLAG,
     "trainer.dry_run": FLAG,
 }
+
+
+# What a key's value bears on; the first pattern that fits a key counts.
+#   seed     which of many equal runs it is: the runs of one row differ in it
+#   machine  where it runs: folders, device, workers
+#   engine   how it is computed and what is done about faults: time and memory, of a result at most the rounding
+#   record   what is written down of it, and how often
+#   result   what is learned or measured: runs that differ in it are rows of their own
+ROLES: dict[str, str] = {
+    "seed": "seed",
+    **dict.fromkeys(("name", "resume", "checkpoint", "predictions", "save_predictions"), "record"),
+    **dict.fromkeys(
+        (f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size")), "machine"
+    ),
+    "data.*": "result",
+    "tasks.*": "result",
+    "backbone.*": "result",
+    "decoder.*": "result",
+    "regularizer.*": "result",
+    "loss.*": "result",
+    "balancing.*": "result",
+    "evaluation.workers": "machine",
+    "evaluation.quick": "record",
+    "evaluation.*": "result",
+    "optimizer.*": "result",
+    "schedule.*": "result",
+    "trainer.device": "machine",
+    **dict.fromkeys((f"trainer.{key}" for key in ("parallel", "compile", "channels_last", "deterministic")), "engine"),
+    **dict.fromkeys((f"trainer.{key}" for key in ("grad_checkpointing", "max_skipped", "unreadable")), "engine"),
+    **dict.fromkeys((f"trainer.{key}" for key in ("panels", "val_first", "monitor", "async_checkpoints")), "record"),
+    **dict.fromkeys((f"trainer.{key}_interval" for key in ("val", "log", "checkpoint", "keep")), "record"),
+    "trainer.*": "result",
+}
+
+
+@functools.cache
+def role_of(key: str) -> str:
+    """Return a config key's role; of a key that is not listed (of another version) ``result``."""
+    return next((role for pattern, role in ROLES.items() if fnmatchcase(key, pattern)), "result")
 
 
 @functools.cache  # a comparison asks for a thousand runs' keys

@@ -21,37 +21,60 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from mtcl.entry.compare import read_yaml
 from mtcl.entry.processes import REQUEUE, caught_signals, killed, quoted, reason, started
-from mtcl.entry.schema import leaves
+from mtcl.entry.run_files import CONFIG, read_config_tree
+from mtcl.entry.schema import leaves, role_of
 from mtcl.entry.study_file import bare, is_path, merged
-from mtcl.entry.train import FREE, changed_keys, described_changes
+from mtcl.entry.train import changed_keys, described_changes
 from mtcl.errors import UserError
 from mtcl.training.checkpoint import is_claimed
 
-NAME_LENGTH = 60  # of the readable part of a job's folder
-MACHINE = ("data.root", "data.cache", "data.memory_map", "data.workers", "trainer.device")  # not in that part
+NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
+FOLDERS = ("data.root", "data.cache")  # not in that part
 POLL = 0.1  # seconds between two looks at a running job
 FINISHED, BEFORE, ELSEWHERE, STOPPED, FAILED = "finished", "finished before", "running elsewhere", "stopped", "failed"
 
 
-def job_folder(words: Sequence[str]) -> str:
-    """The name of a job's folder: a readable part, and a hash of all its words in whatever order.
+def job_folder(words: Sequence[str], folder: str | Path | None = None) -> str:
+    """Name a job's folder: a readable part, and a hash of all its words in whatever order.
+
+    The words that sweeps mostly differ in come first: numbers, then tasks; those of the machine come last. Where
+    ``folder``, the sweep's, has one of that hash already (an earlier version called it otherwise), it keeps its name.
 
     >>> job_folder(["data=nyud", "data.root=/my/data", "seed=1", "regularizer.weight=0.03"])
     'weight-0.03_seed-1_data-nyud_f51555a1'
+    >>> job_folder(["data=nyud", "tasks.names=[semseg,depth]"])
+    'tasks-semseg-depth_data-nyud_97bf6389'
     """
     words = sorted(word for word in words if word not in ("resume=auto", "resume=null"))
+    digest = hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    if folder is not None and len(earlier := list(Path(folder).glob(f"*_{digest}/"))) == 1:
+        return earlier[0].name
     pairs = [(bare(key), value) for key, _, value in (word.partition("=") for word in words)]
-    shown = [(key, value) for key, value in pairs if key not in MACHINE and not is_path(key, value)]
-    shown.sort(key=lambda pair: not re.fullmatch(r"[-+.\de]+", pair[1]))  # numbers are what is mostly swept
-    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in shown]
-    text = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII)[:NAME_LENGTH].strip("-_.")
-    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+    shown = [(key, value) for key, value in pairs if key not in FOLDERS and not is_path(key, value)]
+    shown.sort(key=_order)
+    parts = [_readable(f"{_short(key)}-{value.strip('[]')}")[:PART_LENGTH] for key, value in shown]
+    text = _readable("_".join(parts))[:NAME_LENGTH].strip("-_.")
     return f"{text}_{digest}".lstrip("_")
 
 
-OmegaConf.register_new_resolver("job_folder", lambda words: job_folder(list(words)), replace=True)
+def _short(key: str) -> str:
+    """The last part of a key; ``tasks`` of ``tasks.names``, which is no name of its own."""
+    return key.removesuffix(".names").rpartition(".")[2]
+
+
+def _order(pair: tuple[str, str]) -> int:
+    key, value = pair
+    if role_of(key) not in ("result", "seed"):
+        return 3
+    return 0 if re.fullmatch(r"[-+.\de]+", value) else 1 if key.partition(".")[0] == "tasks" else 2
+
+
+def _readable(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).rstrip("-")
+
+
+OmegaConf.register_new_resolver("job_folder", lambda words, folder=None: job_folder(list(words), folder), replace=True)
 
 
 @dataclass(frozen=True)
@@ -121,12 +144,11 @@ def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     """None: the run in ``folder`` is to be started or continued. ``UserError`` where it is one of another config."""
     if is_claimed(folder):
         return ELSEWHERE
-    if not (folder / "config.yaml").is_file():
+    if not os.path.lexists(folder / CONFIG):
         return None
-    saved, now = read_yaml(folder / "config.yaml"), dict(config)
+    saved, now = read_config_tree(folder / CONFIG), dict(config)
     known = dict(leaves(saved))  # keys of later versions are no change
-    free = [key for key in FREE if key != "trainer.max_steps"]
-    keys = [key for key in changed_keys(saved, now, free=free) if key in known]
+    keys = [key for key in changed_keys(saved, now, max_steps=True) if key in known]
     if keys:
         raise UserError(
             f"{folder} holds a run of another config ({described_changes(saved, now, keys)}); "

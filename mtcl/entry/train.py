@@ -15,7 +15,7 @@ from mtcl.atomic import remove_leftovers
 from mtcl.data.loading import WORKER_DIED, worker_sentence
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
-from mtcl.entry.schema import leaves
+from mtcl.entry.schema import leaves, role_of
 from mtcl.errors import UserError
 from mtcl.training.checkpoint import Found, claim, load_checkpoint, newest_intact
 from mtcl.training.recorder import write_json, write_text
@@ -25,24 +25,15 @@ from mtcl.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-# Keys in which an interrupted run may differ from the one that continues it.
-FREE = (
-    "resume",
-    "name",
-    "trainer.max_steps",
-    "trainer.device",
-    "trainer.panels",
-    "trainer.parallel",
-    "trainer.compile",
-    "trainer.async_checkpoints",
-    "trainer.keep_interval",
-    "trainer.max_skipped",
-    "trainer.unreadable",
-    "data.workers",
-    "data.root",
-    "data.cache",
-    "data.memory_map",
-)
+# Keys that change the arithmetic or the meaning of best.pt though not the experiment: a resumed run tells of them.
+TOLD = ("trainer.channels_last", "trainer.deterministic", "trainer.monitor")
+
+
+def is_free(key: str) -> bool:
+    """May an interrupted run differ in this key from the one that continues it?"""
+    return key == "trainer.max_steps" or (role_of(key) in ("machine", "engine", "record") and key not in TOLD)
+
+
 # Those, beside the seed, that the order of the pictures depends on.
 ORDER = ("trainer.accumulate", "data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
 
@@ -196,8 +187,7 @@ def tell_of_resuming(found: Found, config: DictConfig) -> None:
     log.info("resumed at step %d from %s", found.content["step"], found.path)
     saved, now = found.content["config"], build.plain(config)
     known = dict(leaves(saved))  # keys of later versions are no change
-    free = [key for key in FREE if key != "trainer.max_steps"]
-    keys = [key for key in changed_keys(saved, now, free=free) if key in known]
+    keys = [key for key in changed_keys(saved, now, max_steps=True) if key in known]
     if keys:
         shuffled = any(key == "seed" or key.startswith(ORDER) for key in keys)
         order = "; pictures come in another order from here on" if shuffled else ""
@@ -205,11 +195,12 @@ def tell_of_resuming(found: Found, config: DictConfig) -> None:
 
 
 def changed_keys(
-    saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), free: Sequence[str] = FREE
+    saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
 ) -> list[str]:
-    """The keys below ``prefixes`` that differ, but for those that may."""
+    """The keys below ``prefixes`` that differ, but for those that may; ``max_steps``: that one, too, if it does."""
     before, after = dict(leaves(saved)), dict(leaves(now))
-    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes)) and key not in free]
+    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes))]
+    keys = [key for key in keys if not is_free(key) or (max_steps and key == "trainer.max_steps")]
     # A model's own mean and std were filled in when it was saved.
     keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and after.get(key) is None)]
     return [key for key in keys if before.get(key) != after.get(key)]

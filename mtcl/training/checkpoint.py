@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.errors import UserError
-from mtcl.safe_files import check_depth
+from mtcl.safe_files import check_depth, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +115,11 @@ def claim(folder: Path) -> Claim:
 def is_claimed(folder: Path) -> bool:
     """Whether a process holds ``folder``. A look disturbs no run, not even one that is starting."""
     try:
-        with _open_lock(folder / ".lock", os.O_RDONLY) as file:
+        with open_regular(folder / ".lock") as file:
             _lock(file, shared=True)
     except BlockingIOError:
         return True
-    except (ImportError, OSError):  # no lock there, or none on such a disk
+    except (ImportError, OSError, UserError):  # no lock there, or none on such a disk
         pass
     return False
 
@@ -130,7 +130,7 @@ def _open_lock(path: Path, flags: int) -> IO[str]:
     return os.fdopen(os.open(path, flags | guards, 0o666), "r+" if flags & os.O_RDWR else "r")
 
 
-def _lock(file: IO[str], shared: bool = False) -> None:
+def _lock(file: IO[Any], shared: bool = False) -> None:
     """``BlockingIOError`` where somebody else has the lock."""
     import fcntl  # not on Windows
 
