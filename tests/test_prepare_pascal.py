@@ -389,6 +389,16 @@ def test_missing_files_are_counted_and_the_first_three_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_in_place_of_an_id_is_refused_and_nothing_is_written(kit: Devkit, tmp_path: Path) -> None:
+    voc = tmp_path / "VOC2010"
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    for part in ("train", "val"):
+        (voc / "ImageSets" / "Main" / f"{part}.txt").write_text("../../../x\n")
+    with pytest.raises(UserError, match="which is no id"):
+        prepare_pascal(voc, kit.context, tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_years_lists_are_refused(kit: Devkit, tmp_path: Path) -> None:
     write_list(kit.voc / "ImageSets" / "Main" / "train.txt", [*TRAIN, "2011_000001"])
     sentence = message(kit, tmp_path / "out")

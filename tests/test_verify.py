@@ -201,6 +201,13 @@ def test_a_list_that_is_missing_or_empty_is_damage(archive: Path) -> None:
         verify(archive)
 
 
+def test_a_path_in_place_of_an_id_is_damage_and_never_followed(archive: Path) -> None:
+    write_list(archive / "gt_sets" / "train.txt", ["0001", "../../x"])
+    found = verify(archive)
+    (row,) = [row for row in found.damages if row.check == "list train"]
+    assert "lists '../../x', which is no id" in row.details[0]
+
+
 def test_training_pictures_in_the_validation_list_are_named(archive: Path) -> None:
     write_list(archive / "gt_sets" / "val.txt", [*ids(6, 101), "0004", "0005"])
     assert "0004, 0005" in damages(verify(archive))["lists train and val"]

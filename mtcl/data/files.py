@@ -1,5 +1,7 @@
 """Single files as arrays: pictures, label images, .npy and .mat, each complaint naming the file."""
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_ID = re.compile(r"[^./\\:][^/\\:]{0,199}")
+NO_ID = "which is no id: an id is the name of its files without their ending, never a path"
 
 
 def read_bytes(path: Path) -> bytes:
@@ -99,10 +103,21 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); {what} holds one id per line.") from error
     if not ids:
         raise UserError(f"{path} lists no picture; {what} must hold one id per line.")
+    if (strange := strange_ids(ids)) is not None:
+        raise UserError(f"{path} lists {printable(strange[:80])!r}, {NO_ID}; mend {what}.")
     if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise UserError(f"{path} lists {twice} more than once; take out the repeated lines.")
     return ids
+
+
+def strange_ids(ids: Iterable[str]) -> str | None:
+    """Return the first of ``ids`` that is no plain file name, None where all are.
+
+    Ids are joined to folders, for reading and for writing: a path in their place would leave the folder.
+    """
+    return next((name for name in ids if not _ID.fullmatch(name) or not name.isprintable()), None)
 
 
 def as_depth(array: np.ndarray, path: Path) -> np.ndarray:

@@ -37,11 +37,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_atomically
-from mtcl.data.files import form, read_bytes, read_mat, read_npy
+from mtcl.data.files import NO_ID, form, read_bytes, read_mat, read_npy, strange_ids
 from mtcl.data.reader import entries
 from mtcl.data.sample import Batch, Reader, SampleMeta
 from mtcl.data.transforms import finish
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
@@ -261,7 +261,10 @@ class PredictionWriter:
             raise UserError(f"save_predictions={folder} lies in the dataset {data_root}; give a folder outside.")
 
     def write(self, id: str, predictions: Mapping[str, Tensor]) -> None:
-        """One file per task of the un-padded raw predictions (C, H, W); ``UserError``: NaN that 8 bits can't hold."""
+        """One file per task of the un-padded raw predictions (C, H, W); ``UserError``: NaN that 8 bits can't hold, or
+        an id that would lead out of the folder (a dataset of one's own)."""
+        if strange_ids([id]) is not None:
+            raise UserError(f"save_predictions: the dataset has {printable(id[:80])!r}, {NO_ID}.")
         for name, maps in self.formats.items():
             path = self.folder / name / f"{id}{maps.suffixes[0]}"
             if path.suffix == ".png" and predictions[name].isnan().any():
