@@ -43,7 +43,7 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
                 f"{path} has {state.st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
             )
         try:
-            content = file.read(max_bytes + 1)
+            content = file.read(min(max_bytes, max(state.st_size, 1 << 20)) + 1)  # not room for the largest
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror})") from error
     if len(content) > max_bytes:

@@ -32,12 +32,11 @@ from typing import ClassVar
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_atomically
-from mtcl.data.files import NO_ID, form, read_bytes, read_mat, read_npy, strange_ids
+from mtcl.data.files import NO_ID, form, read_bytes, read_mat, read_npy, read_png, strange_ids
 from mtcl.data.reader import entries
 from mtcl.data.sample import Batch, Reader, SampleMeta
 from mtcl.data.transforms import finish
@@ -341,11 +340,7 @@ def _read_png(path: Path, task: Task, kinds: Sequence[int]) -> np.ndarray:
             f"{path} is a picture of {bits} bits and {_CHANNELS.get(kind, 'no known kind')}, but maps of {task.name} "
             f"are 8-bit pictures of {_CHANNELS[kinds[0]]}; write them so."
         )
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return np.array(picture)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is not a readable picture (truncated or damaged); write it again.") from error
+    return read_png(path, data)
 
 
 def _logits(above: float) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mtcl.data.files import read_lines, unreadable
+from mtcl.data.files import read_bytes, read_lines, unreadable
 from mtcl.data.sample import Sample
 from mtcl.data.store import ArrayStore, Stored
 from mtcl.data.transforms import nearest
@@ -132,7 +132,7 @@ class FileReader(ABC):
         wherever they lie.
         """
         if kind not in self._places:
-            sums = [zlib.crc32(path.read_bytes()) if path.is_file() else 0 for path in self._probes(kind)]
+            sums = [zlib.crc32(read_bytes(path)) if path.is_file() else 0 for path in self._probes(kind)]
             known = repr((RULES, self.settings(), self.resize, sums))
             self._places[kind] = f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
         return self._places[kind]

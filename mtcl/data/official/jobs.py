@@ -10,6 +10,7 @@ import numpy as np
 
 from mtcl.atomic import write_atomically
 from mtcl.errors import UserError
+from mtcl.safe_files import read_json
 
 STAMP = "prepared.json"
 
@@ -19,9 +20,11 @@ def begin(destination: Path, settings: Mapping[str, Any]) -> None:
     stamp = destination / STAMP
     if stamp.is_file():
         try:
-            before = json.loads(stamp.read_text())
-        except ValueError as error:
+            before = read_json(stamp)
+        except UserError as error:
             raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.") from error
+        if not isinstance(before, dict):
+            raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.")
         if before != settings:
             changed = sorted(k for k in {**before, **settings} if before.get(k) != settings.get(k))
             raise UserError(
