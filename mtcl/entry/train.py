@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtcl import ranks
 from mtcl.atomic import remove_leftovers
-from mtcl.data.loading import WORKER_DIED, worker_sentence
+from mtcl.data.loading import worker_sentence
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
 from mtcl.entry.schema import leaves
@@ -125,8 +125,8 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
             "trainer.accumulate as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
         ) from error
     except RuntimeError as error:
-        if WORKER_DIED in str(error):  # torch raises that wherever the main thread happens to be
-            raise UserError(worker_sentence(error)) from error
+        if (sentence := worker_sentence(error)) is not None:  # torch raises that wherever the main thread happens to be
+            raise UserError(sentence) from error
         operation, known, _ = str(error).partition(" does not have a deterministic implementation")
         if not known:
             raise
