@@ -31,7 +31,7 @@ FREE: tuple[str, ...] = (
     *(f"trainer.{key}" for key in ("device", "panels", "log_interval", "val_interval", "checkpoint_interval")),
     *("trainer.val_first", "trainer.monitor", "evaluation.workers", "evaluation.quick"),
 )
-THRESHOLD = "threshold"  # of odsF: neither good nor bad
+UNJUDGED = ("threshold", "absent_classes")  # of odsF, of the labels: neither good nor bad
 COUNT = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
 SAME_DATA = ("split", "num_images", "data_fingerprint")  # what the runs of one table must have in common
 OFF = "regularizer._target_"  # null where the regulariser is off
@@ -322,7 +322,7 @@ def choose_columns(runs: Sequence[Run], every_metric: bool, notes: list[str]) ->
             m
             for run in of_task
             for m, value in run.metrics[task].items()
-            if m not in (primary, THRESHOLD) and (m != COUNT or value)
+            if m not in (primary, *UNJUDGED) and (m != COUNT or value)
         ]
         shown = [primary, *dict.fromkeys(others)] if every_metric else [primary]
         columns += [column_of(task, metric) for metric in shown]

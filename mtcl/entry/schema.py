@@ -74,6 +74,7 @@ RULES: dict[str, Rule] = {
     "data.cache": TEXT.or_null(),
     "data.memory_map": FLAG,
     "data.normals_valid": TEXT,
+    "data.strict": FLAG,
     "data.labels": TEXT,
     "data.labels_seed": count(),
     "data.options.num_classes": count(1),
