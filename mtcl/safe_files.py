@@ -34,10 +34,11 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from error
+    state = os.fstat(descriptor)
+    if not stat.S_ISREG(state.st_mode):  # of a folder Python would make no file object
+        os.close(descriptor)
+        raise UserError(f"{path} is not a regular file (a folder, FIFO, socket or device); give a file")
     with open(descriptor, "rb") as file:
-        state = os.fstat(file.fileno())
-        if not stat.S_ISREG(state.st_mode):
-            raise UserError(f"{path} is not a regular file (a folder, FIFO, socket or device); give a file")
         if state.st_size > max_bytes:
             raise UserError(
                 f"{path} has {state.st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
