@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
@@ -18,6 +18,22 @@ from mtcl.errors import UserError
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 40
 MAX_DIGITS = 18  # of an integer: what fits 64 bits
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading bytes, without waiting for a writer of a FIFO; links are followed.
+
+    Raises:
+        UserError: it does not exist, can't be read, or is a folder, a FIFO, a socket or a device.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is not a regular file (a folder, FIFO, socket or device); give a file")
+    return open(descriptor, "rb")
 
 
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
@@ -30,21 +46,12 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     Raises:
         UserError: it does not exist, can't be read, is larger, or is a folder, a FIFO, a socket or a device.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from error
-    state = os.fstat(descriptor)
-    if not stat.S_ISREG(state.st_mode):  # of a folder Python would make no file object
-        os.close(descriptor)
-        raise UserError(f"{path} is not a regular file (a folder, FIFO, socket or device); give a file")
-    with open(descriptor, "rb") as file:
-        if state.st_size > max_bytes:
-            raise UserError(
-                f"{path} has {state.st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
-            )
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UserError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that such a file may have")
         try:
-            content = file.read(min(max_bytes, max(state.st_size, 1 << 20)) + 1)  # not room for the largest
+            content = file.read(max_bytes + 1)
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror})") from error
     if len(content) > max_bytes:

@@ -1,6 +1,7 @@
 """Single files as arrays: pictures, label images, .npy and .mat, each complaint naming the file."""
 
 import io
+import os
 import re
 import struct
 import warnings
@@ -32,7 +33,13 @@ NO_ID = "which is no id: an id is the name of its files without their ending, ne
 def read_bytes(path: Path) -> bytes:
     """Return the whole of a regular file of up to :data:`MAX_BYTES`; a FIFO or device is refused, not waited for."""
     try:
-        return safe_files.read_bytes(path, MAX_BYTES)
+        with safe_files.open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise UserError(f"{path} has {size:,} bytes, more than the {MAX_BYTES:,} that such a file may have.")
+            return file.read()
+    except OSError as error:
+        raise unreadable(path, error) from error
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise unreadable(path, error.__cause__) from error
