@@ -9,7 +9,7 @@ from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 OPTIONS: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
 TASKS = {name: build_task(name, **OPTIONS.get(name, {})) for name in TASK_NAMES}
 LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "log_rmse", "mErr", "median", "loss", "not_finite")
-THRESHOLD = "threshold"  # of odsF: neither good nor bad
+UNJUDGED = ("threshold", "absent_classes")  # of odsF, of the labels: neither good nor bad
 COUNT = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from mtcl.entry.columns import COUNT, THRESHOLD, Column, column_of, primaries
+from mtcl.entry.columns import COUNT, UNJUDGED, Column, column_of, primaries
 from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
 from mtcl.entry.schema import leaves, role_of
 from mtcl.errors import UserError, printable
@@ -309,7 +309,7 @@ def choose_columns(runs: Sequence[Run], every_metric: bool, notes: list[str]) ->
             m
             for run in of_task
             for m, value in run.metrics[task].items()
-            if m not in (primary, THRESHOLD) and (m != COUNT or value)
+            if m not in (primary, *UNJUDGED) and (m != COUNT or value)
         ]
         shown = [primary, *dict.fromkeys(others)] if every_metric else [primary]
         columns += [column_of(task, metric) for metric in shown]

@@ -10,6 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mtcl.data import Reader
+from mtcl.data.plausibility import check_labels, check_maps, settle
 from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry import build
 from mtcl.entry.loading import Saved, read_saved, rebuild, restore_config
@@ -60,11 +61,12 @@ def score_checkpoint(
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
     reader = build.build_reader(settings, "val", tasks)
+    warnings = settle(check_labels(reader, tasks, "validation"), settings.data.get("strict", False))
     model = rebuild(settings, tasks, saved)
     evaluator = build_evaluator(settings, reader, tasks, device)
     evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
     facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
-    facts |= {"checkpoint": str(saved.path), "step": saved.step}
+    facts |= {"checkpoint": str(saved.path), "step": saved.step, "warnings": warnings}
     told = f"{saved.path} on {evaluation.num_images} pictures of {settings.data.name}"
     report(folder, evaluation, tasks, facts, f"step {saved.step}", told)
     if writer is not None:
@@ -104,10 +106,12 @@ def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> di
     # Both lists are shorter than that of the dataset: human parts alone keep to pictures with persons.
     shortened = config.data.limit is not None or list(tasks) == ["human_parts"]
     saved = SavedPredictions(maps, tasks, reader, device, may_hold_more=shortened)
+    doubts = check_labels(reader, tasks, "validation") + check_maps(saved, reader, tasks)
+    warnings = settle(doubts, config.data.get("strict", False))
     evaluation = build_evaluator(config, reader, tasks, device).score(saved.predict)
     facts = run_facts(config, reader, evaluation.num_images, device, overrides)
     facts = {key: value for key, value in facts.items() if key not in OF_A_MODEL}
-    facts |= {"predictions": str(maps), "predictions_fingerprint": saved.fingerprint()}
+    facts |= {"predictions": str(maps), "predictions_fingerprint": saved.fingerprint(), "warnings": warnings}
     told = f"{maps} on {evaluation.num_images} pictures of {config.data.name}"
     report(folder, evaluation, tasks, facts, "saved maps", told)
     return evaluation.metrics

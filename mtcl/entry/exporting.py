@@ -25,7 +25,7 @@ from mtcl.data import Sample, prepare
 from mtcl.data.loading import collate
 from mtcl.entry import words as read
 from mtcl.entry.loading import CARD, FACTS, HUB_ID, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
-from mtcl.entry.report import shown
+from mtcl.entry.report import COUNTS, shown
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
 from mtcl.models.decoders.atrc import read_genotype
@@ -219,7 +219,7 @@ def metrics(loaded: Loaded) -> str:
     for name, task in loaded.tasks.items():
         values = {metric: value for metric, value in found.get(name, {}).items() if value is not None}
         first, _ = task.headline(values)
-        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m != "not_finite")]
+        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m not in COUNTS)]
         rows += [
             f"| {name} | {metric} | {shown(task, metric, values[metric])} |" for metric in wanted if metric in values
         ]

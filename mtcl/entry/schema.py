@@ -93,6 +93,7 @@ RULES: dict[str, Rule] = {
     "data.cache": TEXT.or_null(),
     "data.memory_map": FLAG,
     "data.normals_valid": TEXT,
+    "data.strict": FLAG,
     "data.labels": TEXT,
     "data.labels_seed": SEED,
     "data.options.num_classes": count(1, 65535),
@@ -236,7 +237,7 @@ ROLES: dict[str, str] = {
     "seed": "seed",
     **dict.fromkeys(("name", "resume", "checkpoint", "predictions", "save_predictions"), "record"),
     **dict.fromkeys(
-        (f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size")), "machine"
+        (f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size", "strict")), "machine"
     ),
     "data.*": "result",
     "tasks.*": "result",

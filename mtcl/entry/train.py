@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtcl import ranks
 from mtcl.atomic import remove_leftovers
-from mtcl.data.loading import WORKER_DIED, worker_sentence
+from mtcl.data.loading import worker_sentence
+from mtcl.data.plausibility import check_labels, check_trained, settle
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
 from mtcl.entry.schema import leaves, role_of
@@ -79,8 +80,9 @@ def train(
         if found is not None:
             tell_of_resuming(found, config)
         announce(config, run, fresh=state is None)
+        warnings = check_data(config, run)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        return finish(config, run, folder, overrides)
+        return finish(config, run, folder, overrides, warnings)
 
 
 def announce(config: DictConfig, run: build.Run, fresh: bool) -> None:
@@ -117,8 +119,8 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
             "trainer.accumulate as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
         ) from error
     except RuntimeError as error:
-        if WORKER_DIED in str(error):  # torch raises that wherever the main thread happens to be
-            raise UserError(worker_sentence(error)) from error
+        if (sentence := worker_sentence(error)) is not None:  # torch raises that wherever the main thread happens to be
+            raise UserError(sentence) from error
         operation, known, _ = str(error).partition(" does not have a deterministic implementation")
         if not known:
             raise
@@ -128,7 +130,17 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
+def check_data(config: DictConfig, run: build.Run) -> list[str]:
+    """Look at the labels of both lists; the sentences, which are logged, or an error with ``data.strict``."""
+    doubts = check_trained(run.train_reader, run.trainer.tasks)
+    for reader, part in ((run.train_reader, "training"), (run.val_reader, "validation")):
+        doubts += check_labels(reader, run.trainer.tasks, part)
+    return settle(doubts, config.data.get("strict", False))
+
+
+def finish(
+    config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str], warnings: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Train to the end, write metrics.json and run.json, tell the table; the metrics."""
     trainer = run.trainer
     began = time.perf_counter()
@@ -140,12 +152,14 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
     seconds = time.perf_counter() - began
     facts = run_facts(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
     facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.watch.count}
-    facts |= {"processes": ranks.world(), "unreadable": len(trainer.unreadable)}
+    facts |= {"processes": ranks.world(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
     write_json(folder / "run.json", facts)
     write_json(folder / "metrics.json", evaluation.metrics)
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}
     table = format_table(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
+    for text in warnings:  # they were logged at the start, far up
+        log.warning("%s", text)
     if config.trainer.dry_run:
         log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.memory())
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
