@@ -24,7 +24,7 @@ def curves(arm: Path, first: int) -> dict[str, dict[str, dict[int, float]]]:
     """loss -> run -> step -> value."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted(arm.glob("*/log.jsonl")):
-        for line in path.read_text().splitlines():
+        for line in path.read_text("utf-8").splitlines():
             record = json.loads(line)
             if record["kind"] == "train" and record["step"] >= first:
                 for name, value in record.items():

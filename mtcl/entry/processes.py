@@ -19,7 +19,7 @@ def started(
 ) -> subprocess.Popen:
     """A process that writes into ``log``, in a group of its own: a terminal's Ctrl-C reaches it through us only."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(f"$ {shlex.join(words)}\n")
         file.flush()
         return subprocess.Popen(
@@ -57,7 +57,7 @@ def killed(process: subprocess.Popen) -> None:
 
 def reason(log: Path, code: int) -> str:
     """How a process ended: the last line of its log, or what is known where that says nothing."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
+    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text("utf-8", "replace")) if line.strip()]
     how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{how}: {lines[-1]}" if lines and not lines[-1].startswith("$ ") else how
 

@@ -69,7 +69,7 @@ class Search:
 def read_search(path: Path) -> Search:
     """The search in ``path``; ``UserError`` naming file and key for whatever is wrong with it."""
     try:
-        content = yaml.load(path.read_text(), yaml.BaseLoader)  # every value as the text that stands there
+        content = yaml.load(path.read_text("utf-8"), yaml.BaseLoader)  # every value as the text that stands there
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
     known = _mapping(path, "the file", content, KEYS)

@@ -81,7 +81,7 @@ class _Loader(yaml.BaseLoader):
 def read_study(path: Path) -> Study:
     """The study in ``path``; ``UserError`` naming file and key for whatever is wrong with it."""
     try:
-        with path.open() as file:
+        with path.open(encoding="utf-8") as file:
             content = yaml.load(file, _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error

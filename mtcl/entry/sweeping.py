@@ -23,9 +23,8 @@ from omegaconf import OmegaConf
 
 from mtcl.entry.compare import read_yaml
 from mtcl.entry.processes import REQUEUE, caught_signals, killed, quoted, reason, started
-from mtcl.entry.schema import leaves
 from mtcl.entry.study_file import bare, is_path, merged
-from mtcl.entry.train import FREE, changed_keys, described_changes
+from mtcl.entry.train import changed_meanings, described_changes
 from mtcl.errors import UserError
 from mtcl.training.checkpoint import is_claimed
 
@@ -124,10 +123,7 @@ def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     if not (folder / "config.yaml").is_file():
         return None
     saved, now = read_yaml(folder / "config.yaml"), dict(config)
-    known = dict(leaves(saved))  # keys of later versions are no change
-    free = [key for key in FREE if key != "trainer.max_steps"]
-    keys = [key for key in changed_keys(saved, now, free=free) if key in known]
-    if keys:
+    if keys := changed_meanings(saved, now):
         raise UserError(
             f"{folder} holds a run of another config ({described_changes(saved, now, keys)}); "
             "remove it or choose another hydra.sweep.dir"
@@ -170,7 +166,7 @@ def followed(log: Path, shown: bool) -> Iterator[None]:
             while True:
                 last = done.wait(POLL)
                 if file is None and log.is_file():
-                    file = stack.enter_context(log.open(errors="replace", newline=""))
+                    file = stack.enter_context(log.open(encoding="utf-8", errors="replace", newline=""))
                     file.seek(start)
                 if file is not None:
                     sys.stdout.write(file.read())

@@ -165,7 +165,7 @@ def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]
 
 def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
-        temporary.write_text(text)
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     with disk_errors_told(path):
         write_atomically(path, write)
@@ -196,5 +196,5 @@ def _is_before(record: Mapping[str, Any], start_step: int) -> bool:
 
 def _lines(path: Path) -> list[str]:
     """The whole lines: a run that was killed while writing leaves a part of one at the end."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     return [line for line in lines if line.endswith("\n")]

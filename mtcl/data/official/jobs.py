@@ -19,7 +19,7 @@ def begin(destination: Path, settings: Mapping[str, Any]) -> None:
     stamp = destination / STAMP
     if stamp.is_file():
         try:
-            before = json.loads(stamp.read_text())
+            before = json.loads(stamp.read_text("utf-8"))
         except ValueError as error:
             raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.") from error
         if before != settings:
@@ -30,7 +30,7 @@ def begin(destination: Path, settings: Mapping[str, Any]) -> None:
         return
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} is not empty and was not begun by this command; give a new folder.")
-    write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
 
 
 def write_picture(path: Path, array: np.ndarray) -> None:
@@ -52,7 +52,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """Lines of text, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines)))
+    write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
 
 
 def tune_lists(train_ids: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -127,7 +127,7 @@ def _notes(root: Path, facts: Facts) -> tuple[str, ...]:
     notes = list(facts.notes)
     stamp = root / STAMP
     if stamp.is_file():
-        size = json.loads(stamp.read_text()).get("size")
+        size = json.loads(stamp.read_text("utf-8")).get("size")
         told = "" if size is None else f": size {size}"
         notes.append(f"written by one of mtcl's prepare scripts ({STAMP}{told})")
     return tuple(notes)

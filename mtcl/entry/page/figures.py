@@ -106,7 +106,7 @@ def read_log(path: Path) -> tuple[Curves, list[str]]:
     try:
         if path.stat().st_size > MOST_BYTES:
             return {}, [f"Its log.jsonl is larger than {MOST_BYTES // 2**20} MB and is not read."]
-        with path.open(errors="replace") as file:
+        with path.open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 bad += not take(line, curves)
     except OSError as error:
