@@ -24,7 +24,7 @@ from mtcl.entry import sweeping
 from mtcl.entry.overrides import complaint, expand_home, readable
 from mtcl.entry.processes import REQUEUE
 from mtcl.entry.schema import RULES, check_config
-from mtcl.entry.terminal import complain, outlasting_output
+from mtcl.entry.terminal import complain, outlasting_output, speak_utf8
 from mtcl.errors import UserError, printable
 from mtcl.training.preemption import Preempted
 
@@ -42,6 +42,7 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: 
     keep their trace; a run that was told to make room exits with :data:`REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
     Where nobody reads the output any longer, the work goes on.
     """
+    speak_utf8()
     with outlasting_output():
         _launch(job, configs, name, script)
 

@@ -5,7 +5,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from mtcl.entry.terminal import Printable, complain, outlasting_output
+from mtcl.entry.terminal import Printable, complain, outlasting_output, speak_utf8
 from mtcl.entry.words import with_home
 from mtcl.errors import UserError
 
@@ -16,6 +16,7 @@ def run(main: Callable[[], object]) -> None:
     A UserError, or a disk that refuses, is one sentence and exit code 1. Where nobody reads the output any longer, the
     work goes on.
     """
+    speak_utf8()
     sys.argv[1:] = map(with_home, sys.argv[1:])
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(Printable())

@@ -49,6 +49,14 @@ class Outlasting:
                 os.close(nowhere)
 
 
+def speak_utf8() -> None:
+    """Start the command again in Python's UTF-8 mode where the locale knows ASCII only: else a path with other letters
+    could neither be opened nor written down. Python itself does so in the locale C, unless it is told not to."""
+    if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"  # of processes that are started later
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 @contextlib.contextmanager
 def outlasting_output() -> Iterator[None]:
     """Let the command outlast whoever reads its output; write what the terminal's alphabet lacks as escapes."""

@@ -43,11 +43,19 @@ class Recorder:
         self.told: set[str] = set()
 
     @cached_property
-    def writer(self) -> SummaryWriter:
+    def writer(self) -> "SummaryWriter | NoCurves":
         self.folder.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(self.log) if _is_before(json.loads(line), self.start_step)]
         write_text(self.log, "".join(kept))
-        return _summary_writer(self.folder, self.start_step + 1 if self.start_step else None)
+        return self._curves(self.start_step + 1 if self.start_step else None)
+
+    def _curves(self, purge_step: int | None = None) -> "SummaryWriter | NoCurves":
+        """TensorBoard's writer; a silent one where the folder is none for it."""
+        try:
+            return _summary_writer(self.folder, purge_step)
+        except (OSError, UnicodeError) as error:  # a name that is not UTF-8
+            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
+            return NoCurves()
 
     def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name, NaN where nothing was seen."""
@@ -97,7 +105,7 @@ class Recorder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log.touch()
                 self.told.discard("vanished")
-                self.__dict__["writer"] = _summary_writer(self.folder)
+                self.__dict__["writer"] = self._curves()
 
     def _append(self, *lines: str) -> None:
         """Add lines to the log, behind those that wait; whole or not at all."""
@@ -122,13 +130,27 @@ class Recorder:
     def _curves_may_fail(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            self._tell(f"TensorBoard's curves are not written ({error.strerror or error})", once="curves")
+        except (OSError, UnicodeError) as error:
+            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
 
     def _tell(self, message: str, once: str) -> None:
         if once not in self.told:
             log.warning("%s", message)
         self.told.add(once)
+
+
+class NoCurves:
+    """Takes what TensorBoard's writer takes, and writes nothing."""
+
+    def add_scalar(self, *_: Any, **__: Any) -> None: ...
+
+    def add_image(self, *_: Any, **__: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _summary_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
