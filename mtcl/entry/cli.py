@@ -24,7 +24,7 @@ from mtcl.entry import sweeping
 from mtcl.entry.overrides import complaint, expand_home, readable
 from mtcl.entry.processes import REQUEUE
 from mtcl.entry.schema import RULES, check_config
-from mtcl.entry.terminal import complain, outlasting_output, speak_utf8
+from mtcl.entry.terminal import FULL, complain, outlasting_output, speak_utf8
 from mtcl.errors import UserError, printable
 from mtcl.training.preemption import Preempted
 
@@ -43,7 +43,7 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: 
     Where nobody reads the output any longer, the work goes on.
     """
     speak_utf8()
-    with outlasting_output():
+    with outlasting_output(also=FULL):  # a run's numbers are in its folder
         _launch(job, configs, name, script)
 
 

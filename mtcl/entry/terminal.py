@@ -5,24 +5,28 @@ import errno
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from typing import Any, TextIO
 
 from mtcl.errors import printable
 
-GONE = (errno.EPIPE, errno.EIO)  # of a pipe that nobody reads any longer, of a terminal that was closed
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Outlasting:
     """A stream whose reader may go: what is written from then on is dropped, and the work goes on.
 
     Everything else is the wrapped stream's.
+
+    Args:
+        stream: the standard output, or that of errors.
+        also: errors of the system on which it is given up, besides those of a closed pipe or terminal.
     """
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: TextIO, also: Sequence[int] = ()):
         self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._gone = (errno.EPIPE, *((errno.EIO,) if stream.isatty() else ()), *also)
 
     def write(self, text: str) -> int:
         with self._may_be_gone():
@@ -41,7 +45,7 @@ class Outlasting:
         try:
             yield
         except OSError as error:
-            if error.errno not in GONE or (error.errno == errno.EIO and not self._is_terminal):
+            if error.errno not in self._gone:
                 raise
             with contextlib.suppress(OSError, ValueError):  # a stream of a test has no number
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -58,13 +62,17 @@ def speak_utf8() -> None:
 
 
 @contextlib.contextmanager
-def outlasting_output() -> Iterator[None]:
-    """Let the command outlast whoever reads its output; write what the terminal's alphabet lacks as escapes."""
+def outlasting_output(also: Sequence[int] = ()) -> Iterator[None]:
+    """Let the command outlast whoever reads its output; write what the terminal's alphabet lacks as escapes.
+
+    ``also``: see :class:`Outlasting`.
+    """
     before = sys.stdout, sys.stderr
-    for stream in before:
+    streams = [_opened(1) if sys.stdout is None else sys.stdout, _opened(2) if sys.stderr is None else sys.stderr]
+    for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (stream and Outlasting(stream) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (Outlasting(stream, also) for stream in streams)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -72,6 +80,17 @@ def outlasting_output() -> Iterator[None]:
             if isinstance(stream, Outlasting):
                 stream.flush()
         sys.stdout, sys.stderr = before
+
+
+def _opened(number: int) -> TextIO:
+    """A stream to nowhere for one that was closed before the start; else a file that is opened next has its number, and
+    takes in what a library prints."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.fstat(number)
+    except OSError:
+        os.dup2(nowhere, number)
+    return os.fdopen(nowhere, "w", encoding="utf-8")
 
 
 class Printable(logging.Formatter):
