@@ -12,9 +12,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from mtcl.data import Reader
 from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry import build
-from mtcl.entry.loading import fill, read_saved
+from mtcl.entry.loading import Saved, fill, read_saved
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
+from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.recorder import write_json, write_panels
@@ -48,7 +49,7 @@ def evaluate(
 def score_checkpoint(
     config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Everything is rebuilt from the checkpoint, then the command's overrides apply."""
+    """Everything is rebuilt from the checkpoint, then the command's overrides apply; ``tasks.names`` may be fewer."""
     saved = read_saved(config.checkpoint)
     check_free(folder)
     settings = OmegaConf.create(dict(saved.config))
@@ -57,14 +58,13 @@ def score_checkpoint(
     if "evaluation" not in settings:
         settings.evaluation = OmegaConf.create(build.plain(config.evaluation))
     settings = overridden(settings, config, overrides, groups)
-    tasks = build.build_tasks(settings)
-    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+    tasks = chosen_tasks(settings, saved)
     device = choose_device(settings.trainer.device)
     seed_everything(settings.seed, settings.trainer.deterministic)
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
     reader = build.build_reader(settings, "val", tasks)
-    model = build.build_model(settings, tasks, pretrained=False)
+    model = build.build_model(settings, tasks_of_model(saved), pretrained=False)
     fill(model, saved)
     evaluator = build_evaluator(settings, reader, tasks, device)
     evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
@@ -75,6 +75,28 @@ def score_checkpoint(
     if writer is not None:
         log.info("its predictions are in %s; score them with predictions=%s", given, given)
     return evaluation.metrics
+
+
+def tasks_of_model(saved: Saved) -> dict[str, Task]:
+    """All tasks that a checkpoint's model predicts, on the data that it was trained on."""
+    config = OmegaConf.create(dict(saved.config))
+    config.tasks.names = list(saved.tasks)
+    tasks = build.build_tasks(config)
+    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+    return tasks
+
+
+def chosen_tasks(settings: DictConfig, saved: Saved) -> dict[str, Task]:
+    """The tasks to score: those that ``settings`` name, all of the checkpoint's. ``UserError`` where it lacks one."""
+    names = settings.tasks.names
+    for name in names if names != "auto" else ():
+        if name in TASK_NAMES and name not in saved.tasks:
+            raise UserError(f"{saved.path} has no task {name} to score (tasks.names); it has {', '.join(saved.tasks)}")
+    if names == "auto":
+        settings.tasks.names = list(saved.tasks)
+    tasks = build.build_tasks(settings)
+    build.check_tasks({name: saved.tasks[name] for name in tasks}, tasks, saved.path)
+    return tasks
 
 
 def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
