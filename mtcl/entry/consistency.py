@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from tqdm import tqdm
 
 from mtcl.contrastive import Contrastive
 from mtcl.contrastive.consistency import Tally, label_pairs, means, shared_histograms, squared_distances, tally
@@ -268,7 +269,7 @@ def collect(
     ids: list[str] = []
     places, labels, valid = [], [], []
     features: list[list[dict[str, Tensor]]] = [[] for _ in arms]
-    for batch in batches:
+    for batch in tqdm(batches, desc="frames", leave=False):
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         pixels, in_picture = positions(batch)
         ids += [sample.id for sample in batch["meta"]]
@@ -296,7 +297,7 @@ def chunks(
     samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
 ) -> Iterator[tuple[slice, Pairs]]:
     """Some frames at a time, with the pairs by each task's labels."""
-    for start in range(0, len(samples.ids), CHUNK):
+    for start in tqdm(range(0, len(samples.ids), CHUNK), desc="pairs", leave=False):
         rows = slice(start, start + CHUNK)
         pairs = {}
         for name, task in tasks.items():

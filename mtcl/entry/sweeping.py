@@ -21,11 +21,14 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from mtcl.entry.compare import read_yaml
-from mtcl.entry.processes import REQUEUE, caught_signals, killed, quoted, reason, started
+from mtcl.entry.compare import column_of, primaries, read_yaml
+from mtcl.entry.processes import REQUEUE, caught_signals, duration, killed, quoted, reason, started
 from mtcl.entry.study_file import bare, is_path, merged
+from mtcl.entry.tables import figure
 from mtcl.entry.train import changed_meanings, described_changes
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
+from mtcl.safe_files import read_json
+from mtcl.tasks import TASK_NAMES
 from mtcl.training.checkpoint import is_claimed
 
 NAME_LENGTH = 60  # of the readable part of a job's folder
@@ -95,25 +98,45 @@ def run_job(
     told = tuple(words)
     found = state_of(folder, config)
     if found is not None or received:
-        print(f"{folder}: {found or STOPPED}", flush=True)
+        say(number, folder, f"{found or STOPPED}{score(folder)}")
         return Outcome(number, told, found or STOPPED)
     resume = ["resume=auto"] if any(folder.glob("checkpoints/*.pt")) else []
     log = folder.with_name(f"{folder.name}.log")
     full = [*command, *merged(words, resume), f"hydra.run.dir={quoted(folder)}"]
+    say(number, folder, f"{'continued' if resume else 'started'}, log {log}")
+    began = time.monotonic()
     with caught_signals() as signals, followed(log, here):
         process = started(full, log, environment)
         code = waited(process, signals)
     received.extend(signals)
-    if received and here:
-        Outcome(number, told, STOPPED)
-        raise Stopped
     found = state_of(folder, config)
     if code == 0 and found == BEFORE:
-        return Outcome(number, told, FINISHED)
-    if code == REQUEUE or received:
-        return Outcome(number, told, STOPPED)
-    # Another sweep may have taken the folder while ours was starting.
-    return Outcome(number, told, found or FAILED, "" if found else f"{reason(log, code)} ({log})")
+        ending, why = FINISHED, ""
+    elif code == REQUEUE or received:
+        ending, why = STOPPED, ""
+    else:  # another sweep may have taken the folder while ours was starting
+        ending, why = found or FAILED, "" if found else f"{reason(log, code)} ({log})"
+    say(number, folder, f"{ending} after {duration(time.monotonic() - began)}{score(folder)}{why and f': {why}'}")
+    outcome = Outcome(number, told, ending, why)
+    if received and here:
+        raise Stopped
+    return outcome
+
+
+def say(number: int, folder: Path, text: str) -> None:
+    """Write a line on a job to the standard error."""
+    print(printable(f"[{number + 1}] {folder.name}: {text}"), file=sys.stderr, flush=True)
+
+
+def score(folder: Path) -> str:
+    """The first task's main metric as the run's end scored it, for a line; "" where it did not."""
+    try:
+        metrics = read_json(folder / "metrics.json")
+        task = next(name for name in TASK_NAMES if name in metrics)
+        metric = next(name for name in primaries(task) if name in metrics[task])
+        return f", {task} {metric} {figure(column_of(task, metric), metrics[task][metric])}"
+    except (UserError, StopIteration, TypeError):
+        return ""
 
 
 def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
