@@ -128,7 +128,12 @@ def add(name: str, label: str, command: str, run: Path) -> None:
     facts = json.loads((run / "run.json").read_text("utf-8"))
     for key in ("command", "overrides"):  # they may name folders of one machine; ``command`` says it in general
         facts.pop(key, None)
-    row = {"label": label, "command": command, "metrics": json.loads((run / "metrics.json").read_text("utf-8")), "run": facts}
+    row = {
+        "label": label,
+        "command": command,
+        "metrics": json.loads((run / "metrics.json").read_text("utf-8")),
+        "run": facts,
+    }
     rows = [row if old["label"] == label else old for old in content["rows"]]
     content["rows"] = rows if row in rows else [*rows, row]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -29,8 +29,8 @@ from mtcl.errors import UserError, printable
 from mtcl.training.preemption import Preempted
 
 # Of writing: what a folder or a disk refuses.
-OF_FOLDERS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ENOTDIR)
-OF_FOLDERS += (errno.ELOOP, errno.EEXIST)
+OF_FOLDERS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+OF_FOLDERS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
 OFTEN_MEANT = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
 
 

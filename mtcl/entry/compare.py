@@ -229,7 +229,7 @@ def read_run(path: Path) -> Run:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable JSON file: {error}.") from error
     if not isinstance(content, dict):
@@ -254,7 +254,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(path: Path) -> dict[str, Any]:
     """A run's config.yaml as it stands; empty if it is no mapping."""
     try:
-        content: Any = yaml.load(path.read_text(), _Loader)
+        content: Any = yaml.load(path.read_text("utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
     return content if isinstance(content, dict) else {}

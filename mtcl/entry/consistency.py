@@ -269,7 +269,8 @@ def collect(
     ids: list[str] = []
     places, labels, valid = [], [], []
     features: list[list[dict[str, Tensor]]] = [[] for _ in arms]
-    for batch in tqdm(batches, desc="frames", leave=False):
+    shown: Any = tqdm(batches, desc="frames", leave=False)
+    for batch in shown:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         pixels, in_picture = positions(batch)
         ids += [sample.id for sample in batch["meta"]]

@@ -101,7 +101,7 @@ def read_saved(source: str | Path) -> Saved:
         weights = state["ema"]["model"] if state.get("ema") else state["model"]  # what was validated
         return whole(Saved(path, weights, state["config"], state.get("meta", {}).get("tasks"), state.get("step", 0)))
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text("utf-8"))
         weights = load_file(path.with_name(WEIGHTS))
         saved = Saved(path.parent, weights, facts["config"], facts["tasks"], facts["step"])
     except FileNotFoundError as error:

@@ -16,8 +16,8 @@ from mtcl.entry.processes import quoted
 from mtcl.entry.words import with_home
 
 # Keys whose value is a path, or a part of one; or a word such as auto, hub, one.
-PATHS = ("data.root", "data.cache", "data.labels", "backbone.weights", "resume", "checkpoint", "predictions")
-PATHS += ("save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir")
+PATHS: tuple[str, ...] = ("data.root", "data.cache", "data.labels", "backbone.weights", "resume", "checkpoint")
+PATHS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir")
 VALUED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 SIGNS = re.compile(r"[^\w ./:$%*@?|+,-]|[^\x00-\x7f]")  # of those that Hydra's grammar takes only in quotes
 

@@ -51,7 +51,9 @@ COLOUR = Rule("a list of three numbers", lambda v: isinstance(v, list) and len(v
 POSITIVE = Rule("a number > 0", lambda v: _is_number(v) and v > 0)
 NAMES = Rule(
     "auto or a list of different names",
-    lambda v: v == "auto" or (isinstance(v, list) and all(isinstance(name, str) for name in v) and len(set(v)) == len(v)),
+    lambda v: (
+        v == "auto" or (isinstance(v, list) and all(isinstance(name, str) for name in v) and len(set(v)) == len(v))
+    ),
 )
 LEVELS = Rule("a list of whole numbers", lambda v: isinstance(v, list) and bool(v) and all(map(_is_int, v)))
 

@@ -134,7 +134,8 @@ def score(folder: Path) -> str:
         metrics = read_json(folder / "metrics.json")
         task = next(name for name in TASK_NAMES if name in metrics)
         metric = next(name for name in primaries(task) if name in metrics[task])
-        return f", {task} {metric} {figure(column_of(task, metric), metrics[task][metric])}"
+        column = column_of(task, metric)
+        return f", {task} {metric} {figure(column, metrics[task][metric])} {column.unit}".rstrip()
     except (UserError, StopIteration, TypeError):
         return ""
 

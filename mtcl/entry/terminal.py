@@ -72,7 +72,7 @@ def outlasting_output(also: Sequence[int] = ()) -> Iterator[None]:
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (Outlasting(stream, also) for stream in streams)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (Outlasting(stream, also) for stream in streams)
     try:
         yield
     finally:
