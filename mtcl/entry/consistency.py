@@ -1,7 +1,7 @@
 """The consistency picture: what a checkpoint's task features say of the pixels that each task's labels call alike."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,7 +269,7 @@ def collect(
     ids: list[str] = []
     places, labels, valid = [], [], []
     features: list[list[dict[str, Tensor]]] = [[] for _ in arms]
-    shown: Any = tqdm(batches, desc="frames", leave=False)
+    shown: Iterable[Batch] = tqdm(batches, desc="frames", leave=False)
     for batch in shown:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         pixels, in_picture = positions(batch)
