@@ -53,7 +53,7 @@ def main() -> None:
         return
     if given.output.is_dir():
         raise UserError(f"--output {given.output} is a folder; give a file.")
-    write_atomically(given.output, lambda temporary: temporary.write_text(text))
+    write_atomically(given.output, lambda temporary: temporary.write_text(text, "utf-8"))
     print(f"{given.output}: {len(comparison.rows)} rows ({format})")
 
 

@@ -17,7 +17,7 @@ import torch
 
 from mtcl.data.files import read_bytes
 from mtcl.data.sample import Reader, Sample
-from mtcl.errors import UserError
+from mtcl.errors import UserError, why_unreadable
 from mtcl.safe_files import parse_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
@@ -156,8 +156,7 @@ def _content(path: Path) -> Any:
         if path.suffix == ".npy":
             return _unpickled_npy(data)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} can't be read as a mapping of labels ({type(error).__name__}: {reason}).") from error
+        raise UserError(f"{path} can't be read as a mapping of labels ({why_unreadable(error)}).") from error
     raise _unknown_form(path)
 
 

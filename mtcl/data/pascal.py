@@ -173,7 +173,7 @@ class PascalContext(FileReader):
             told = {name: [shown, *_stamp(path)] for name, shown, path in zip(names, found, paths)}
             text = json.dumps({**_told(memory), **told})  # what another process added stays
             with contextlib.suppress(OSError):  # a full disk: the search is made again
-                write_atomically(memory, lambda temporary: temporary.write_text(text))
+                write_atomically(memory, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def _context(path: Path) -> np.ndarray:

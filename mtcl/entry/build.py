@@ -223,7 +223,7 @@ def build_optimizers(
 ) -> tuple[ScheduledOptimizer, ScheduledOptimizer | None]:
     """The model's optimiser and the projectors', both on the config's schedule."""
     schedule = build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
-    optimizer = ScheduledOptimizer(build_optimizer(model, **plain(config.optimizer)), schedule)
+    optimizer = ScheduledOptimizer(construct(build_optimizer, "optimizer", model, **plain(config.optimizer)), schedule)
     if regularizer is None:
         return optimizer, None
     own = regularizer.build_optimizer(config.regularizer.lr, config.regularizer.weight_decay)

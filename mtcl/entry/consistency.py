@@ -1,7 +1,7 @@
 """The consistency picture: what a checkpoint's task features say of the pixels that each task's labels call alike."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from tqdm import tqdm
 
 from mtcl.contrastive import Contrastive
 from mtcl.contrastive.consistency import Tally, label_pairs, means, shared_histograms, squared_distances, tally
@@ -265,7 +266,8 @@ def collect(
     ids: list[str] = []
     places, labels, valid = [], [], []
     features: list[list[dict[str, Tensor]]] = [[] for _ in arms]
-    for batch in batches:
+    shown: Iterable[Batch] = tqdm(batches, desc="frames", leave=False)
+    for batch in shown:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         pixels, in_picture = positions(batch)
         ids += [sample.id for sample in batch["meta"]]
@@ -293,7 +295,7 @@ def chunks(
     samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
 ) -> Iterator[tuple[slice, Pairs]]:
     """Some frames at a time, with the pairs by each task's labels."""
-    for start in range(0, len(samples.ids), CHUNK):
+    for start in tqdm(range(0, len(samples.ids), CHUNK), desc="pairs", leave=False):
         rows = slice(start, start + CHUNK)
         pairs = {}
         for name, task in tasks.items():

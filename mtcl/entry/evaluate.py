@@ -16,6 +16,7 @@ from mtcl.entry import build
 from mtcl.entry.loading import Saved, read_saved, rebuild, restore_config
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
+from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.recorder import write_json, write_panels
@@ -49,20 +50,19 @@ def evaluate(
 def score_checkpoint(
     config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Everything is rebuilt from the checkpoint, then the command's overrides apply."""
+    """Everything is rebuilt from the checkpoint, then the command's overrides apply; ``tasks.names`` may be fewer."""
     saved = read_saved(config.checkpoint)
     check_free(folder)
     settings = adapt(saved, config)
     settings = overridden(settings, config, overrides, groups)
-    tasks = build.build_tasks(settings)
-    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+    tasks = chosen_tasks(settings, saved)
     device = choose_device(settings.trainer.device)
     seed_everything(settings.seed, settings.trainer.deterministic)
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
     reader = build.build_reader(settings, "val", tasks)
     warnings = settle(check_labels(reader, tasks, "validation"), settings.data.get("strict", False))
-    model = rebuild(settings, tasks, saved)
+    model = rebuild(settings, tasks_of_model(saved), saved)
     evaluator = build_evaluator(settings, reader, tasks, device)
     evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
     facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
@@ -81,6 +81,26 @@ def adapt(saved: Saved, composed: DictConfig) -> DictConfig:
         settings[group] = {**build.plain(composed[group]), **build.plain(settings.get(group, {}))}
     settings.trainer.device = "auto"  # the machine it was trained on is not this one
     return settings
+
+
+def tasks_of_model(saved: Saved) -> dict[str, Task]:
+    """All tasks that a checkpoint's model predicts, on the data that it was trained on."""
+    tasks = build.build_tasks(restore_config(saved))
+    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+    return tasks
+
+
+def chosen_tasks(settings: DictConfig, saved: Saved) -> dict[str, Task]:
+    """The tasks to score: those that ``settings`` name, all of the checkpoint's. ``UserError`` where it lacks one."""
+    names = settings.tasks.names
+    for name in names if names != "auto" else ():
+        if name in TASK_NAMES and name not in saved.tasks:
+            raise UserError(f"{saved.path} has no task {name} to score (tasks.names); it has {', '.join(saved.tasks)}")
+    if names == "auto":
+        settings.tasks.names = list(saved.tasks)
+    tasks = build.build_tasks(settings)
+    build.check_tasks({name: saved.tasks[name] for name in tasks}, tasks, saved.path)
+    return tasks
 
 
 def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:

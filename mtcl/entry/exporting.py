@@ -125,8 +125,8 @@ def write_weights(loaded: Loaded, folder: Path) -> str:
         "tasks": saved.tasks,
         "config": portable(saved.config, saved.tasks),
     }
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / CARD).write_text(card(loaded))
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    (folder / CARD).write_text(card(loaded), "utf-8")
     count = sum(p.numel() for p in loaded.model.parameters())
     return f"{WEIGHTS} ({count:,} parameters), {FACTS}, {CARD}; mtcl.load reads the folder"
 
@@ -209,8 +209,8 @@ def metrics(loaded: Loaded) -> str:
     none = "Not known: there was no metrics.json of this checkpoint beside it."
     run = loaded.saved.path.parent.parent
     try:
-        found = json.loads((run / "metrics.json").read_text())
-        facts = json.loads((run / "run.json").read_text())
+        found = json.loads((run / "metrics.json").read_text("utf-8"))
+        facts = json.loads((run / "run.json").read_text("utf-8"))
     except (OSError, ValueError):
         return none
     if facts.get("step") != loaded.saved.step:

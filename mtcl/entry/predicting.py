@@ -152,7 +152,7 @@ class Record:
             inputs[self.source] = sorted(self.own | new)
             tasks = self.facts["tasks"] if self.is_stale else self.before["tasks"] | self.facts["tasks"]
             text = json.dumps({**self.facts, "tasks": tasks, "inputs": inputs}, indent=2) + "\n"
-            write_atomically(self.path, lambda temporary: temporary.write_text(text))
+            write_atomically(self.path, lambda temporary: temporary.write_text(text, "utf-8"))
 
     def _clear(self) -> None:
         """Of the model before; its record goes last, so that what is left is known."""
@@ -168,7 +168,7 @@ class Record:
 
     def _before(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.path.read_text())
+            content = json.loads(self.path.read_text("utf-8"))
             inputs = {source: list(names) for source, names in content["inputs"].items()}
             if any(Path(name).is_absolute() or ".." in Path(name).parts for names in inputs.values() for name in names):
                 raise ValueError("these names lead elsewhere")  # and may be deleted

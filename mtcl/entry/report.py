@@ -24,7 +24,8 @@ COUNTS = {"not_finite": "pixels", "absent_classes": "classes"}  # metrics that c
 
 
 def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
-    """A row per task and metric, the headline first (marked *), a column per heading; fractions in percent.
+    """A row per task and metric, the headline first (marked *, said below), a column per heading; fractions in
+    percent.
 
     Without the single classes' IoU, without counts of what was not finite where there was nothing of it, and without a
     second mIoU where every class occurs in the labels.
@@ -49,7 +50,8 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
         left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths))
         return "  ".join([left, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:]))])
 
-    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])])
+    note = "* the task's main metric, which compare.py, runs.py and Delta_MTL take"
+    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:]), note])
 
 
 def shown(task: Task, metric: str, value: float) -> str:
@@ -100,7 +102,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", *words], cwd=Path(mtcl.__file__).parent, capture_output=True, text=True, check=True
+            ["git", *words], cwd=Path(mtcl.__file__).parent, capture_output=True, encoding="utf-8", check=True
         )
         return done.stdout.strip()
 

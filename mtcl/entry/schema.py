@@ -65,8 +65,10 @@ BLOCKS = count(1, 128)
 SEED = count(0, 2**32 - 1)
 POSITIVE = Rule("a number > 0", lambda v: _is_number(v) and v > 0)
 NAMES = Rule(
-    "auto or a list of names",
-    lambda v: v == "auto" or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "auto or a list of different names",
+    lambda v: (
+        v == "auto" or (isinstance(v, list) and all(isinstance(name, str) for name in v) and len(set(v)) == len(v))
+    ),
 )
 LEVELS = Rule(
     "a list of up to 128 whole numbers", lambda v: isinstance(v, list) and 0 < len(v) <= 128 and all(map(_is_int, v))
@@ -198,6 +200,9 @@ RULES: dict[str, Rule] = {
     "optimizer.backbone_lr": number(0).or_null(),
     "optimizer.weight_decay": number(0),
     "optimizer.momentum": number(0, 1),
+    "optimizer.betas": pair("of the two running means, from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "optimizer.eps": POSITIVE,
+    "optimizer.nesterov": FLAG,
     "schedule.name": TEXT,
     "schedule.power": number(0),
     "schedule.warmup_steps": count(),

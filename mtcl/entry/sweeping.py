@@ -21,12 +21,14 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from mtcl.entry.processes import REQUEUE, caught_signals, killed, quoted, reason, started
-from mtcl.entry.run_files import CONFIG, read_config_tree
-from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.columns import column_of, primaries
+from mtcl.entry.processes import REQUEUE, caught_signals, duration, killed, quoted, reason, started
+from mtcl.entry.run_files import CONFIG, METRICS, read_config_tree, read_metrics
+from mtcl.entry.schema import role_of
 from mtcl.entry.study_file import bare, is_path, merged
-from mtcl.entry.train import changed_keys, described_changes
-from mtcl.errors import UserError
+from mtcl.entry.tables import figure
+from mtcl.entry.train import changed_meanings, described_changes
+from mtcl.errors import UserError, printable
 from mtcl.training.checkpoint import is_claimed
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
@@ -119,25 +121,45 @@ def run_job(
     told = tuple(words)
     found = state_of(folder, config)
     if found is not None or received:
-        print(f"{folder}: {found or STOPPED}", flush=True)
+        say(number, folder, f"{found or STOPPED}{score(folder)}")
         return Outcome(number, told, found or STOPPED)
     resume = ["resume=auto"] if any(folder.glob("checkpoints/*.pt")) else []
     log = folder.with_name(f"{folder.name}.log")
     full = [*command, *merged(words, resume), f"hydra.run.dir={quoted(folder)}"]
+    say(number, folder, f"{'continued' if resume else 'started'}, log {log}")
+    began = time.monotonic()
     with caught_signals() as signals, followed(log, here):
         process = started(full, log, environment)
         code = waited(process, signals)
     received.extend(signals)
-    if received and here:
-        Outcome(number, told, STOPPED)
-        raise Stopped
     found = state_of(folder, config)
     if code == 0 and found == BEFORE:
-        return Outcome(number, told, FINISHED)
-    if code == REQUEUE or received:
-        return Outcome(number, told, STOPPED)
-    # Another sweep may have taken the folder while ours was starting.
-    return Outcome(number, told, found or FAILED, "" if found else f"{reason(log, code)} ({log})")
+        ending, why = FINISHED, ""
+    elif code == REQUEUE or received:
+        ending, why = STOPPED, ""
+    else:  # another sweep may have taken the folder while ours was starting
+        ending, why = found or FAILED, "" if found else f"{reason(log, code)} ({log})"
+    say(number, folder, f"{ending} after {duration(time.monotonic() - began)}{score(folder)}{why and f': {why}'}")
+    outcome = Outcome(number, told, ending, why)
+    if received and here:
+        raise Stopped
+    return outcome
+
+
+def say(number: int, folder: Path, text: str) -> None:
+    """Write a line on a job to the standard error."""
+    print(printable(f"[{number + 1}] {folder.name}: {text}"), file=sys.stderr, flush=True)
+
+
+def score(folder: Path) -> str:
+    """The first task's main metric as the run's end scored it, for a line; "" where it did not."""
+    try:
+        task, values = next(iter(read_metrics(folder / METRICS).items()))
+        metric = next(name for name in primaries(task) if name in values)
+    except (UserError, StopIteration):
+        return ""
+    column = column_of(task, metric)
+    return f", {task} {metric} {figure(column, values[metric])} {column.unit}".rstrip()
 
 
 def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
@@ -147,9 +169,7 @@ def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     if not os.path.lexists(folder / CONFIG):
         return None
     saved, now = read_config_tree(folder / CONFIG), dict(config)
-    known = dict(leaves(saved))  # keys of later versions are no change
-    keys = [key for key in changed_keys(saved, now, max_steps=True) if key in known]
-    if keys:
+    if keys := changed_meanings(saved, now):
         raise UserError(
             f"{folder} holds a run of another config ({described_changes(saved, now, keys)}); "
             "remove it or choose another hydra.sweep.dir"
@@ -192,7 +212,7 @@ def followed(log: Path, shown: bool) -> Iterator[None]:
             while True:
                 last = done.wait(POLL)
                 if file is None and log.is_file():
-                    file = stack.enter_context(log.open(errors="replace", newline=""))
+                    file = stack.enter_context(log.open(encoding="utf-8", errors="replace", newline=""))
                     file.seek(start)
                 if file is not None:
                     sys.stdout.write(file.read())

@@ -63,6 +63,7 @@ def train(
     if state is not None and path is not None:
         build.check_tasks(state["meta"]["tasks"], tasks, path)
         check_optimizer(state, config, path)
+        check_steps(state, config, path)
     start = 0 if state is None else state["step"]
     run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
     if ranks.rank() > 0:
@@ -117,6 +118,13 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
         raise UserError(
             f"{device} has too little memory ({str(error).splitlines()[0]}); lower data.batch_size (and raise "
             "trainer.accumulate as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
+        ) from error
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel when training"):
+            raise
+        raise UserError(
+            f"a batch norm gets a single value per channel ({str(error).rpartition('Size')[2].strip('()')}), which has "
+            "no spread; raise data.batch_size to 2 per process or more (trainer.accumulate does not help), or data.size"
         ) from error
     except RuntimeError as error:
         if (sentence := worker_sentence(error)) is not None:  # torch raises that wherever the main thread happens to be
@@ -194,15 +202,23 @@ def check_optimizer(state: dict[str, Any], config: DictConfig, path: Path) -> No
         raise UserError(f"checkpoint {path} was trained with optimizer={before}, not {now}; its moments do not fit")
 
 
+def check_steps(state: dict[str, Any], config: DictConfig, path: Path) -> None:
+    """``UserError`` where the run has taken more steps than it is to take in all."""
+    done, wanted = state["step"], config.trainer.max_steps
+    if done > wanted and not config.trainer.dry_run:
+        raise UserError(
+            f"checkpoint {path} is at step {done}, behind trainer.max_steps={wanted}; give trainer.max_steps of {done} "
+            "or more, or resume an earlier one"
+        )
+
+
 def tell_of_resuming(found: Found, config: DictConfig) -> None:
     """From where, what is damaged, and what is not as it was."""
     for error in found.passed_over:
         log.warning("checkpoint %s is damaged (%s): it is passed over", error.path, error.why)
     log.info("resumed at step %d from %s", found.content["step"], found.path)
     saved, now = found.content["config"], build.plain(config)
-    known = dict(leaves(saved))  # keys of later versions are no change
-    keys = [key for key in changed_keys(saved, now, max_steps=True) if key in known]
-    if keys:
+    if keys := changed_meanings(saved, now):
         shuffled = any(key == "seed" or key.startswith(ORDER) for key in keys)
         order = "; pictures come in another order from here on" if shuffled else ""
         log.warning("this run is not the one of its checkpoint: %s%s", described_changes(saved, now, keys), order)
@@ -218,6 +234,12 @@ def changed_keys(
     # A model's own mean and std were filled in when it was saved.
     keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and after.get(key) is None)]
     return [key for key in keys if before.get(key) != after.get(key)]
+
+
+def changed_meanings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys whose change makes another run; those that the saved run's version did not have make none."""
+    known = dict(leaves(saved))
+    return [key for key in changed_keys(saved, now, max_steps=True) if key in known]
 
 
 def described_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
@@ -268,6 +290,7 @@ def find_twin(config: DictConfig, siblings: Path | None) -> Found | None:
             continue
         if found is None or found.content["step"] >= config.trainer.max_steps:
             continue
-        if not differences(found.content["config"], build.plain(config)):
+        known = dict(leaves(found.content["config"]))
+        if not [key for key in changed_keys(found.content["config"], build.plain(config)) if key in known]:
             return found
     return None

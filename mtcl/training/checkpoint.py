@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mtcl.atomic import disk_errors_told, write_atomically
-from mtcl.errors import UserError
+from mtcl.errors import UserError, why_unreadable
 from mtcl.safe_files import check_depth, open_regular
 
 log = logging.getLogger(__name__)
@@ -343,8 +343,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        why = f"{type(error).__name__}: {reason}"
+        why = why_unreadable(error)
         raise DamagedError(path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?") from error
     if not isinstance(content, dict) or "model" not in content or "config" not in content:
         raise UserError(f"{path} is not a checkpoint of mtcl: it has no model and config")

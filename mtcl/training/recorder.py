@@ -45,10 +45,18 @@ class Recorder:
         self.told: set[str] = set()
 
     @cached_property
-    def writer(self) -> SummaryWriter:
+    def writer(self) -> "SummaryWriter | NoCurves":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep_earlier_records()
-        return _summary_writer(self.folder, self.start_step + 1 if self.start_step else None)
+        return self._curves(self.start_step + 1 if self.start_step else None)
+
+    def _curves(self, purge_step: int | None = None) -> "SummaryWriter | NoCurves":
+        """TensorBoard's writer; a silent one where the folder is none for it."""
+        try:
+            return _summary_writer(self.folder, purge_step)
+        except (OSError, UnicodeError) as error:  # a name that is not UTF-8
+            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
+            return NoCurves()
 
     def _keep_earlier_records(self) -> None:
         """Rewrite the log with the records before ``start_step``; move damaged lines into a file beside it."""
@@ -121,7 +129,7 @@ class Recorder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log.touch()
                 self.told.discard("vanished")
-                self.__dict__["writer"] = _summary_writer(self.folder)
+                self.__dict__["writer"] = self._curves()
 
     def _append(self, *lines: str) -> None:
         """Add lines to the log, behind those that wait; whole or not at all."""
@@ -146,8 +154,8 @@ class Recorder:
     def _curves_may_fail(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            self._tell(f"TensorBoard's curves are not written ({error.strerror or error})", once="curves")
+        except (OSError, UnicodeError) as error:
+            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
 
     def _tell(self, message: str, once: str) -> None:
         if once not in self.told:
@@ -158,6 +166,20 @@ class Recorder:
 def _open_to_append(path: Path) -> int:
     """Open a file to append to; ``OSError`` for a FIFO without a reader, which would block otherwise."""
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+class NoCurves:
+    """Takes what TensorBoard's writer takes, and writes nothing."""
+
+    def add_scalar(self, *_: Any, **__: Any) -> None: ...
+
+    def add_image(self, *_: Any, **__: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _summary_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
@@ -194,7 +216,7 @@ def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]
 
 def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
-        temporary.write_text(text)
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     with disk_errors_told(path):
         write_atomically(path, write)

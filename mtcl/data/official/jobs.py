@@ -34,7 +34,7 @@ def begin(destination: Path, settings: Mapping[str, Any]) -> None:
         return
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} is not empty and was not begun by this command; give a new folder.")
-    write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
 
 
 def write_picture(path: Path, array: np.ndarray) -> None:
@@ -56,7 +56,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """Lines of text, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines)))
+    write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
 
 
 def tune_lists(train_ids: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, why_unreadable
 from mtcl.models.weights import check_numbers
 
 State = dict[str, Tensor]
@@ -58,8 +58,7 @@ def read_published(path: Path) -> tuple[State, int]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path} can't be read as a checkpoint ({why_unreadable(error)})") from error
     content = content if isinstance(content, dict) else {}
     state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
