@@ -349,7 +349,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a checkpoint of mtcl: it has no model and config")
     if content.get("format") != FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {str(content.get('format'))[:20]}, this version of mtcl reads {FORMAT}"
+            f"checkpoint {path} has format {str(content.get('format'))[:9]}, this version of mtcl reads format {FORMAT}"
         )
     check_content(content, path)
     return content
