@@ -19,6 +19,7 @@ from typing import Any
 
 from mtcl.entry import words as read
 from mtcl.entry.demo.answer import Named, answer, esc
+from mtcl.entry.demo.guard import Guard, is_upload, patient_protocol
 from mtcl.entry.loading import load_model, predictor_of
 from mtcl.errors import UserError
 from mtcl.inference.predictor import LARGE
@@ -92,12 +93,14 @@ def serve(models: Sequence[Named], door: socket.socket, max_mb: int) -> None:
         import uvicorn
 
         host, port = door.getsockname()[:2]
-        app = application(models, host, port, max_mb)
+        app = application(models, host, port, max_mb, Path(folder))
         if not ipaddress.ip_address(host).is_loopback:
             print(f"host={host}: whoever reaches this machine over its network can open this page and use the model.")
         print(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}   (Ctrl-C ends it)", flush=True)
         # Pages still open when it ends are cut off, which uvicorn would tell as errors, with traces.
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=SECONDS_TO_END)
+        config = uvicorn.Config(
+            app, http=patient_protocol(), log_level="critical", timeout_graceful_shutdown=SECONDS_TO_END
+        )
         uvicorn.Server(config).run(sockets=[door])
     except KeyboardInterrupt:
         pass
@@ -105,14 +108,18 @@ def serve(models: Sequence[Named], door: socket.socket, max_mb: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def application(models: Sequence[Named], host: str, port: int, max_mb: int) -> Any:
-    """The page as an ASGI application."""
+def application(models: Sequence[Named], host: str, port: int, max_mb: int, folder: Path) -> Any:
+    """The page as an ASGI application; ``folder`` is where Gradio puts uploads."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     def shown(path: str | None) -> Any:
-        return (gr.skip(), gr.skip()) if path is None else (None, answer(models, Path(path)))
+        if path is None:
+            return gr.skip(), gr.skip()
+        if not is_upload(folder, path):  # the guard lets no other through; but the file is removed here
+            raise ValueError("no file that was uploaded here")
+        return None, answer(models, Path(path))
 
     limits = f"up to {max_mb} MB and {models[0].predictor.max_pixels / 1e6:.3g} million pixels"
     names = " and ".join(f"<b>{esc(model.name)}</b>" for model in models)
@@ -135,6 +142,7 @@ def application(models: Sequence[Named], host: str, port: int, max_mb: int) -> A
         picture.upload(shown, picture, [picture, found], show_progress_on=found, api_visibility="private")
     blocks.queue(default_concurrency_limit=1, max_size=WAITING, api_open=False)
     app = FastAPI(openapi_url=None)
+    app.add_middleware(Guard, folder=folder, max_mb=max_mb)
     if ipaddress.ip_address(host).is_loopback:  # a foreign page whose name leads here has no say
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", host])
     system = ["system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"]
