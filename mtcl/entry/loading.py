@@ -24,6 +24,7 @@ from mtcl.training.runtime import choose_device
 
 WEIGHTS, FACTS, CARD = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
 SHARED = (WEIGHTS, FACTS, CARD, "model.pt2", "model.onnx", "model.onnx.data")  # what goes to the hub, where it is there
+RECIPE = "recipe.py"  # beside a program; code of strangers is never fetched
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -160,10 +161,10 @@ def put_into(folder: Path) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
     try:
         yield place
-        for name in SHARED:
+        for name in (*SHARED, RECIPE):
             (folder / name).unlink(missing_ok=True)
         # What says that the folder is a model comes last.
-        for path in sorted((place / name for name in SHARED), key=lambda path: path.name == FACTS):
+        for path in sorted((place / name for name in (*SHARED, RECIPE)), key=lambda path: path.name == FACTS):
             if path.is_file():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())

@@ -91,6 +91,10 @@ class Depth(Task):
     def unscaled(self, prediction: Tensor, factor: float) -> Tensor:
         return prediction * factor
 
+    def blendable(self, prediction: Tensor) -> Tensor:
+        """Clamped to 0, as every prediction is scored."""
+        return prediction.clamp(min=0)
+
 
 def _log(depth: Tensor) -> Tensor:
     """A void 0 stays finite."""
