@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY, composed
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from test_cli import assert_fails
 import mtcl
 from mtcl import UserError
 from mtcl.entry import build, exporting
+from mtcl.entry.card import BIBTEX, card
 from mtcl.entry.exporting import FACTS, ONNX, PROGRAM, WEIGHTS, export_model, portable, push
 from mtcl.entry.loading import CARD, RECIPE, Loaded, Saved, load_model, predictor_of, pull
 from mtcl.entry.train import train
@@ -104,16 +106,49 @@ def test_the_card(trained, folder):
     assert text.startswith("---\nlibrary_name: mtcl\nlicense: other\n")
     metrics = json.loads((trained / "metrics.json").read_text())
     assert f"| depth | rmse | {metrics['depth']['rmse']:.4f} m |" in text
-    assert "64 x 96" in text
-    assert "step 3 of its training" in text
+    for part in ("64 x 96", "step 3 of its training", "pip install 'mtcl[hub]'", "arxiv.org/abs/2307.07934"):
+        assert part in text
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    for author in cited["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in BIBTEX
+    for part in (cited["title"], cited["collection-title"], str(cited["year"]), cited["identifiers"][0]["value"]):
+        assert f"{{{part}}}" in BIBTEX
+    assert BIBTEX in text
 
 
-def test_the_card_does_not_take_metrics_of_another_step(trained, tmp_path):
+@needs_hub
+def test_the_cards_front_matter_is_the_hubs(trained, tmp_path):
+    from huggingface_hub import ModelCard
+
+    loaded = load_model(trained)
+    data = ModelCard(card(loaded)).data  # raises where it can't be understood
+    assert data.library_name == "mtcl"
+    assert data.pipeline_tag == "image-segmentation"
+    assert data.datasets is data.base_model is None  # rooms are made here, and the weights were random
+    metrics = json.loads((trained / "metrics.json").read_text())
+    found = {(result.task_name, result.metric_type): result for result in data.eval_results}
+    assert found["depth", "rmse"].metric_value == metrics["depth"]["rmse"]
+    assert found["semseg", "mIoU"].dataset_name == "rooms"
+    config = {**loaded.saved.config, "name": "a: |b`<i>\n# c"}
+    config |= {"data": {**config["data"], "name": "nyud"}, "backbone": {**config["backbone"], "weights": "hub"}}
+    text = card(loaded._replace(saved=loaded.saved._replace(config=config)))
+    data = ModelCard(text).data
+    assert data.datasets == ["nyu_depth_v2"]
+    assert data.base_model == "timm/resnet18.a1_in1k"
+    assert "\n# c" not in text.partition("\n---\n")[2]
+    assert "<i>" not in text.partition("\n---\n")[2]
+
+
+def test_the_card_does_not_take_metrics_of_another_step_or_of_damaged_files(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(facts | {"step": 99}))
-    assert "Not known" in exporting.card(load_model(run))
+    for content in ({**facts, "step": 99}, [1], {**facts, "step": None}):
+        (run / "run.json").write_text(json.dumps(content))
+        assert "Not known" in card(load_model(run))
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "metrics.json").write_text('{"depth": [1], "semseg": {"mIoU": "x", "pixel_accuracy": NaN}}')
+    assert "Not known" in card(load_model(run))
 
 
 def test_no_path_of_the_machine_is_published(folder):

@@ -24,8 +24,8 @@ from mtcl.atomic import disk_errors_told
 from mtcl.data import Sample, prepare
 from mtcl.data.loading import collate
 from mtcl.entry import words as read
+from mtcl.entry.card import RAW, card, rounded
 from mtcl.entry.loading import CARD, FACTS, HUB_ID, RECIPE, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
-from mtcl.entry.report import shown
 from mtcl.errors import UserError
 from mtcl.inference import recipe
 from mtcl.inference.predictor import AS_IT_IS, ROUNDING
@@ -39,12 +39,6 @@ TOLERANCE = 1e-4  # of an exported model's outputs, times the output's largest v
 MOST = 256  # multiples of a side that a program is made for; of a batch, too
 TRACED = 6  # as many at least: where a map has one row or column, a tracer takes that for a rule
 INPUT = "float32 (batch, 3, height, width), RGB, 0..255, not normalised"
-RAW = {  # what a raw prediction stands for, by a task's kind
-    "class": "logits of the classes; the class is the argmax over channels",
-    "metres": "metres, negative ones clipped to 0",
-    "direction": "vectors to be normalised; x to the left, y up, z to the viewer",
-    "probability": "a logit; its sigmoid is the probability",
-}
 UNITS = {"metres": "m", "probability": "1"}  # by a task's kind; of the outputs decoded
 KEYS: dict[str, Any] = {
     "checkpoint": str,
@@ -145,85 +139,6 @@ def portable(config: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
         found["backbone"]["weights"] = Path(str(found["backbone"]["weights"])).name
     found["resume"] = None
     return found
-
-
-def card(loaded: Loaded) -> str:
-    """README.md as the hub shows it."""
-    config, saved = loaded.saved.config, loaded.saved
-    height, width = loaded.size
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    tags = ["mtcl", "multi-task-learning", "dense-prediction"]
-    pipeline = "image-segmentation" if "semseg" in loaded.tasks else "image-to-image"
-    pipeline = "depth-estimation" if list(loaded.tasks) == ["depth"] else pipeline
-    name = config["name"]
-    rows = "\n".join(
-        f"| {name} | {task.channels} | {', '.join(saved.tasks[name]['classes']) or RAW[task.kind]} |"
-        for name, task in loaded.tasks.items()
-    )
-    target = str(config["decoder"]["_target_"]).rpartition(".")[2]
-    return f"""---
-library_name: mtcl
-license: other
-pipeline_tag: {pipeline}
-tags: [{", ".join(tags)}]
----
-
-# {name}: {", ".join(loaded.tasks)}
-
-One network, {len(loaded.tasks)} pixel-wise task{"s" * (len(loaded.tasks) > 1)}.
-Backbone {config["backbone"]["name"]} (timm), decoder {target}, {parameters:,} parameters,
-step {saved.step:,} of its training. Exported with mtcl {mtcl.__version__}.
-
-```python
-import mtcl
-predictor = mtcl.load("FOLDER_OR_USER/MODEL")
-maps = predictor("picture.jpg")  # task -> array of the picture's height and width
-```
-
-| task | channels | classes, or what it predicts |
-| --- | ---: | --- |
-{rows}
-
-- **Training data**: {config["data"]["name"]}, the training part of its split `{config["data"].get("split")}`.
-- **Size**: frames of {height} x {width} (height x width); other sizes work, larger pictures are shrunk to about that.
-- **Normalisation** (inside the predictor): RGB on the 0..1 scale,
-  mean {rounded(loaded.model.mean)}, std {rounded(loaded.model.std)}.
-
-## Metrics
-
-{metrics(loaded)}
-
-## Licence
-
-To be filled in by who publishes this: those of the training data and of the backbone's weights hold for it, too.
-"""
-
-
-def rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 6) for value in values]
-
-
-def metrics(loaded: Loaded) -> str:
-    """Those of the run, where the checkpoint is the run's last one."""
-    none = "Not known: there was no metrics.json of this checkpoint beside it."
-    run = loaded.saved.path.parent.parent
-    try:
-        found = json.loads((run / "metrics.json").read_text())
-        facts = json.loads((run / "run.json").read_text())
-    except (OSError, ValueError):
-        return none
-    if facts.get("step") != loaded.saved.step:
-        return none
-    rows = []
-    for name, task in loaded.tasks.items():
-        values = {metric: value for metric, value in found.get(name, {}).items() if value is not None}
-        first, _ = task.headline(values)
-        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m != "not_finite")]
-        rows += [
-            f"| {name} | {metric} | {shown(task, metric, values[metric])} |" for metric in wanted if metric in values
-        ]
-    where = f"On {facts.get('num_images')} validation pictures ({facts.get('protocol')}):"
-    return "\n".join([where, "", "| task | metric | value |", "| --- | --- | ---: |", *rows])
 
 
 # Programs
