@@ -31,10 +31,11 @@ import mtcl.entry.demo as demo_module
 import mtcl.entry.demo.guard as guard_module
 from mtcl import UserError, load
 from mtcl.entry import build
-from mtcl.entry.demo.answer import WIDEST, Named, answer, reading
+from mtcl.entry.demo.answer import WIDEST, Named, answer, reading, task_tile
 from mtcl.entry.demo.guard import Guard, is_upload
 from mtcl.inference import Predictor
 from mtcl.tasks import NYUD40, build_task
+from mtcl.tasks.colours import VOID_COLOUR
 from mtcl.training.checkpoint import save_checkpoint
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -129,7 +130,13 @@ def test_what_is_seen_of_a_large_picture_is_what_is_read(tmp_path):
 
 def test_a_depth_that_is_no_number_or_beyond_the_scale_is_told_as_such():
     array = np.array([[np.nan, np.inf, 0, 1.2345, 99]], np.float32)
-    assert unpacked(reading(Made.tasks["depth"], array)).tolist() == [0, 0, 0, 1234, 65535]
+    assert unpacked(reading(Made.tasks["depth"], array)).tolist() == [0, 0, 1, 1234, 65535]
+    text = task_tile(Made.tasks["depth"], array, "")
+    assert "0 m or less" in Page(text).text
+    data = base64.b64decode(Page(text).all("img")[0]["src"].partition(",")[2])
+    shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[0, :, ::-1]
+    assert (shown[2] != VOID_COLOUR).any()
+    assert (shown[:2] == VOID_COLOUR).all()
 
 
 def test_two_models_stand_beside_each_other(tmp_path):
@@ -443,7 +450,7 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
         told = tell(browser, number, x, y)
         for offset, maps in enumerate(known):
             metres = float(maps["depth"][row, column])
-            wanted = f"{round(1000 * metres) / 1000:.2f} m" if round(1000 * metres) else "no depth"
+            wanted = f"{max(1, round(1000 * metres)) / 1000:.2f} m"
             said = told[number + offset]
             assert said == wanted or abs(float(said.split()[0]) - metres) < 0.011  # a half may be rounded either way
             assert told[1 + offset] == load_classes(folder)[maps["semseg"][row, column]]

@@ -95,13 +95,14 @@ def task_tile(task: Task, array: np.ndarray, model: str) -> str:
     if max(array.shape[:2]) > WIDEST:
         size = _size(array, WIDEST / max(array.shape[:2]))
         small = cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
+    drawn = task.drawable(small)
     title = TITLES.get(task.name, task.name)
     alt = f"{title.lower()}, predicted" + f" by {model}" * bool(model)
     rows = "".join(
-        f'<li><i style="background: rgb{colour}"></i>{esc(text)}</li>' for text, colour in task.legend([small])
+        f'<li><i style="background: rgb{colour}"></i>{esc(text)}</li>' for text, colour in task.legend([drawn])
     )
     legend = f'<ul class="key">{rows}</ul>' if rows else ""
-    return tile(title, image(task.draw(small), alt, ".png", "image/png"), legend, reading(task, small))
+    return tile(title, image(task.draw(drawn), alt, ".png", "image/png"), legend, reading(task, small))
 
 
 def tile(title: str, element: str, legend: str = "", values: Mapping[str, Any] | None = None) -> str:
@@ -130,9 +131,9 @@ def classes(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def metres(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """Millimetres; 0 where there is no depth."""
-    steps = np.nan_to_num(1000 * array, nan=0, posinf=0, neginf=0)
-    return np.round(steps).clip(0, DEEPEST).astype("<u2"), {"kind": "metres"}
+    """Millimetres from 1 on; 0 where it is no number."""
+    steps = np.round(np.nan_to_num(1000 * array, nan=0, posinf=0, neginf=0)).clip(1, DEEPEST)
+    return np.where(np.isfinite(array), steps, 0).astype("<u2"), {"kind": "metres"}
 
 
 def percent(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
