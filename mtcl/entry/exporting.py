@@ -26,7 +26,7 @@ from mtcl.data.loading import collate
 from mtcl.entry import words as read
 from mtcl.entry.card import RAW, card, rounded
 from mtcl.entry.loading import CARD, FACTS, HUB_ID, RECIPE, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 from mtcl.inference import recipe
 from mtcl.inference.predictor import AS_IT_IS, ROUNDING
 from mtcl.models import DenseModel
@@ -70,20 +70,19 @@ def export(words: Sequence[str]) -> None:
         if key not in PURPOSES[purpose]:
             raise UserError(f"{key}= makes no sense together with {needed[0]}=; leave it out")
     if purpose == "push":
-        print(push(given["folder"], given["push"], given.get("private", False)))
+        print(printable(push(given["folder"], given["push"], given.get("private", False))))
     elif purpose == "pull":
         folder = given["folder"]
         refuse_full(folder, given.get("overwrite", False), "folder")
         with disk_errors_told(folder, "run it again"):
-            print(f"{given['pull']}: {pull(given['pull'], folder=folder)}")
+            print(printable(f"{given['pull']}: {pull(given['pull'], folder=folder)}"))
     else:
         for package in ("onnx", "onnxruntime", "onnxscript") if given["format"] == "onnx" else ():
             if find_spec(package) is None:
                 raise UserError(f"format=onnx needs the package {package}; pip install 'mtcl[export]'")
         refuse_full(given["output"], given.get("overwrite", False), "output")
-        print(
-            export_model(load_model(given["checkpoint"]), given["format"], given["output"], given.get("fixed", False))
-        )
+        loaded = load_model(given["checkpoint"])
+        print(printable(export_model(loaded, given["format"], given["output"], given.get("fixed", False))))
 
 
 def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -> str:
@@ -118,8 +117,8 @@ def write_weights(loaded: Loaded, folder: Path) -> str:
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file hides the disk's errors
     saved = loaded.saved
     facts = {**facts_of(loaded), "tasks": saved.tasks, "config": portable(saved.config, saved.tasks)}
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
-    (folder / CARD).write_text(card(loaded))
+    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    (folder / CARD).write_text(card(loaded), "utf-8")
     count = sum(p.numel() for p in loaded.model.parameters())
     return f"{WEIGHTS} ({count:,} parameters), {FACTS}, {CARD}; mtcl.load reads the folder"
 
