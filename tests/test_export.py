@@ -25,7 +25,7 @@ from mtcl import UserError
 from mtcl.entry import build, exporting
 from mtcl.entry.card import BIBTEX, card
 from mtcl.entry.exporting import FACTS, ONNX, PROGRAM, WEIGHTS, export_model, portable, push
-from mtcl.entry.loading import CARD, RECIPE, Loaded, Saved, load_model, predictor_of, pull
+from mtcl.entry.loading import CARD, RECIPE, SHARED, Loaded, Saved, load_model, predictor_of, pull
 from mtcl.entry.train import train
 from mtcl.inference import recipe
 from mtcl.training.checkpoint import load_checkpoint
@@ -554,6 +554,40 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
     (server.root / "me/model" / FACTS).unlink()
     with pytest.raises(UserError, match="me/model on the hub is no model of mtcl"):
         pull("me/model", folder=tmp_path / "there")
+
+
+@needs_hub
+def test_of_a_hostile_snapshot_only_the_models_own_files_are_taken(folder, tmp_path, monkeypatch):
+    """Links, folders, code and names that lead outside, all offered at once."""
+    (tmp_path / "mine.txt").write_text("mine")
+    out = tmp_path / "out"
+    offered = {}
+
+    def download(name, revision, allow_patterns, local_dir):
+        assert set(allow_patterns) == set(SHARED)
+        for file in (WEIGHTS, FACTS, CARD):
+            shutil.copy(folder / file, local_dir / file)
+        for file, make in offered.items():
+            (local_dir / file).unlink(missing_ok=True)
+            make(local_dir / file)
+        return str(local_dir)
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    offered |= {"recipe.py": lambda p: p.write_text("evil"), "../../../x": lambda p: None, "setup.py": Path.touch}
+    pull("me/model", folder=out)
+    assert {path.name for path in out.iterdir()} == {WEIGHTS, FACTS, CARD}
+    before = (out / WEIGHTS).read_bytes()
+    for name in SHARED:
+        target = folder / FACTS if name == FACTS else tmp_path / "mine.txt"
+        for make in (lambda p, target=target: p.symlink_to(target), Path.mkdir)[: 1 if name == FACTS else 2]:
+            offered.clear()
+            offered[name] = make
+            with pytest.raises(UserError, match=f"{name} of what was to go into .* is a link or no file"):
+                pull("me/model", folder=out)
+            assert (out / WEIGHTS).read_bytes() == before
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 @needs_hub

@@ -96,7 +96,7 @@ def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -
         "torch": lambda place: write_program(loaded, place, fixed, torch_program),
         "onnx": lambda place: write_program(loaded, place, fixed, onnx_program),
     }
-    with disk_errors_told(folder / kind, "run it again"), put_into(folder) as place:
+    with disk_errors_told(folder / kind, "run it again"), put_into(folder, (*SHARED, RECIPE)) as place:
         told = makers[kind](place)
     return f"{folder}: {told}"
 
