@@ -31,7 +31,7 @@ import mtcl.entry.demo as demo_module
 import mtcl.entry.demo.guard as guard_module
 from mtcl import UserError, load
 from mtcl.entry import build
-from mtcl.entry.demo.answer import WIDEST, Named, answer, reading, task_tile
+from mtcl.entry.demo.answer import WIDEST, Named, answer, answer_image, example_image, reading, task_tile
 from mtcl.entry.demo.guard import Guard, is_upload
 from mtcl.inference import Predictor
 from mtcl.tasks import NYUD40, build_task
@@ -181,6 +181,15 @@ def test_trouble_in_the_model_is_a_sentence(tmp_path, trouble, said):
     assert not path.exists()
 
 
+def test_the_example_is_a_rendered_room_of_about_the_training_frame():
+    image = example_image((96, 128))
+    assert image.shape == (96, 128, 3)
+    assert image.dtype == np.uint8
+    assert image.std() > 20
+    text = answer_image([Named("a", Made())], image, "the example")
+    assert len(Page(text).all("figure")) == 1 + len(NAMES)
+
+
 # Refusals, before a model is loaded
 
 
@@ -289,7 +298,7 @@ def test_only_a_file_that_was_uploaded_is_read_and_removed(guard, tmp_path, meta
         call = json.dumps({"data": [file], "fn_index": 0, "session_hash": "s"}).encode()
         assert asked(guard, "POST", "/gradio_api/queue/join", call) in (400, 403), path
         assert not is_upload(folder, path) if isinstance(path, str | Path) else True
-    for content in (b"{}", b"[" * 50_000, b"9" * 500, b'{"data": [1, 2]}', b"\xff"):
+    for content in (b"{}", b"[" * 50_000, b"9" * 500, b'{"data": [1, 2]}', b'{"data": {}}', b"\xff"):
         assert asked(guard, "POST", "/gradio_api/queue/join", content) == 400
     assert guard.passed == b""
     # What is passed on names the file and nothing else: no address to fetch.
@@ -434,6 +443,10 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
     url, folder, process = served
     tiles = "document.querySelectorAll('#found .tile').length"
     visit(browser, url, "!!document.querySelector('#drop input[type=file]')")
+    assert wait(browser, "document.querySelector('#example img').naturalWidth") == 64  # of the training frame's size
+    browser.click("#example button")
+    wait(browser, tiles)
+    assert browser.js("document.querySelector('#found .about').textContent").startswith("the example, a rendered room")
     upload(browser, picture(tmp_path / "room.png", 30, 40))
     wait(browser, tiles)
     names = browser.js("[...document.querySelectorAll('#found .model')].map(e => e.textContent)")

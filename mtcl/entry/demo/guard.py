@@ -103,16 +103,17 @@ class Guard:
             raise Refused(403, "not served")
 
     def checked_call(self, content: bytes) -> bytes:
-        """A request for a prediction with nothing in it but one uploaded file; :class:`Refused` for any other."""
+        """A request for a prediction with nothing in it but an uploaded file, or none; :class:`Refused` otherwise."""
         try:
             call = parse_json(content, "the request")
-            (file,) = call["data"]
-            path = file and file["path"]
-            if not (path is None or (isinstance(path, str) and is_upload(self.folder, path))):
-                raise Refused(403, "no file that was uploaded here")
-            data = path and {"path": path, "meta": {"_type": "gradio.FileData"}}
+            data = []
+            for file in call["data"][:1]:  # none for the example
+                path = file and file["path"]
+                if not (path is None or (isinstance(path, str) and is_upload(self.folder, path))):
+                    raise Refused(403, "no file that was uploaded here")
+                data.append(path and {"path": path, "meta": {"_type": "gradio.FileData"}})
             kept = {key: call.get(key) for key in ("fn_index", "session_hash", "trigger_id")}
-            return json.dumps({"data": [data], **kept}).encode()
+            return json.dumps({"data": data, **kept}).encode()
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Refused(400, "no request of this page") from error
 
