@@ -446,7 +446,7 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
     assert wait(browser, "document.querySelector('#example img').naturalWidth") == 64  # of the training frame's size
     browser.click("#example button")
     wait(browser, tiles)
-    assert browser.js("document.querySelector('#found .about').textContent").startswith("the example, a rendered room")
+    assert browser.js("document.querySelector('#found .about').textContent").startswith("Example, a rendered room")
     upload(browser, picture(tmp_path / "room.png", 30, 40))
     wait(browser, tiles)
     names = browser.js("[...document.querySelectorAll('#found .model')].map(e => e.textContent)")

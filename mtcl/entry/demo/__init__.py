@@ -140,13 +140,13 @@ def application(models: Sequence[Named], host: str, port: int, max_mb: int, fold
                 elem_id="drop",
             )
             with gr.Column(scale=1, min_width=200, elem_id="example"):
-                gr.HTML(image(example, "a rendered room", ".jpg", "image/jpeg"), js_on_load=None)
+                gr.HTML(image(example, "a rendered room", ".jpg", "image/jpeg"), js_on_load=None, padding=False)
                 button = gr.Button("Try this example", size="sm")
         # The file as it was uploaded: what is no picture is told by us. No subclass: Gradio writes a .pyi for each.
         picture.preprocess = lambda payload: payload.path if payload else None
         found = gr.HTML("", js_on_load=asset("demo.js"), elem_id="found", apply_default_css=False)
         button.click(
-            lambda: answer_image(models, example, "the example, a rendered room"),
+            lambda: answer_image(models, example, "Example, a rendered room"),
             outputs=found,
             show_progress_on=found,
             concurrency_id="model",
