@@ -1,5 +1,6 @@
 """scripts/demo.py: what the page is made of, its refusals, and the page itself in a browser."""
 
+import asyncio
 import base64
 import json
 import os
@@ -27,11 +28,14 @@ from PIL import Image
 from test_cli import assert_fails
 
 import mtcl.entry.demo as demo_module
+import mtcl.entry.demo.guard as guard_module
 from mtcl import UserError, load
 from mtcl.entry import build
-from mtcl.entry.demo.answer import WIDEST, Named, answer, reading
+from mtcl.entry.demo.answer import WIDEST, Named, answer, answer_image, example_image, reading, task_tile
+from mtcl.entry.demo.guard import Guard, is_upload
 from mtcl.inference import Predictor
 from mtcl.tasks import NYUD40, build_task
+from mtcl.tasks.colours import VOID_COLOUR
 from mtcl.training.checkpoint import save_checkpoint
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -126,7 +130,13 @@ def test_what_is_seen_of_a_large_picture_is_what_is_read(tmp_path):
 
 def test_a_depth_that_is_no_number_or_beyond_the_scale_is_told_as_such():
     array = np.array([[np.nan, np.inf, 0, 1.2345, 99]], np.float32)
-    assert unpacked(reading(Made.tasks["depth"], array)).tolist() == [0, 0, 0, 1234, 65535]
+    assert unpacked(reading(Made.tasks["depth"], array)).tolist() == [0, 0, 1, 1234, 65535]
+    text = task_tile(Made.tasks["depth"], array, "")
+    assert "0 m or less" in Page(text).text
+    data = base64.b64decode(Page(text).all("img")[0]["src"].partition(",")[2])
+    shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[0, :, ::-1]
+    assert (shown[2] != VOID_COLOUR).any()
+    assert (shown[:2] == VOID_COLOUR).all()
 
 
 def test_two_models_stand_beside_each_other(tmp_path):
@@ -171,6 +181,15 @@ def test_trouble_in_the_model_is_a_sentence(tmp_path, trouble, said):
     assert not path.exists()
 
 
+def test_the_example_is_a_rendered_room_of_about_the_training_frame():
+    image = example_image((96, 128))
+    assert image.shape == (96, 128, 3)
+    assert image.dtype == np.uint8
+    assert image.std() > 20
+    text = answer_image([Named("a", Made())], image, "the example")
+    assert len(Page(text).all("figure")) == 1 + len(NAMES)
+
+
 # Refusals, before a model is loaded
 
 
@@ -210,6 +229,126 @@ def test_models_without_a_common_task_are_told(monkeypatch):
     with pytest.raises(UserError, match=r"no task in common \(a.pt: depth, edge; b.pt: semseg\)"):
         demo_module.load(["a.pt", "b.pt"], {})
     assert demo_module.load(["a.pt", "c.pt"], {}) == [("a.pt", ["edge"]), ("c.pt", ["edge"])]
+
+
+# What other pages and programs ask of it
+
+
+def asked(guard: Guard, method: str, path: str, body: bytes = b"", **headers: str) -> int:
+    """The status that a request is answered with; 200 is the application's behind the guard."""
+    sent: list[dict] = []
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+    names = {"host": "127.0.0.1:7860", **headers}
+    scope = {"type": "http", "method": method, "path": path}
+    scope["headers"] = [(key.encode(), value.encode()) for key, value in names.items()]
+
+    async def receive():
+        if parts:
+            return parts.pop()
+        await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(guard(scope, receive, send))
+    assert [m["type"] for m in sent] == ["http.response.start", "http.response.body"]
+    return sent[0]["status"]
+
+
+@pytest.fixture
+def guard(tmp_path):
+    """In front of an application that reads the request and takes everything; ``guard.passed``: what it was sent."""
+    folder = tmp_path / "uploads"
+    (folder / "0a").mkdir(parents=True)
+    (folder / "0a" / "room.png").write_bytes(b"image")
+    (tmp_path / "secret.png").write_bytes(b"image")
+    (folder / "0a" / "link.png").symlink_to(tmp_path / "secret.png")
+    os.mkfifo(folder / "0a" / "pipe.png")
+
+    async def app(scope, receive, send):
+        more = scope["method"] == "POST"
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                (folder / "tmp1").write_bytes(b"half")
+                raise ConnectionError
+            guard.passed += message["body"]
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body"})
+
+    guard = Guard(app, folder, max_mb=1)
+    guard.passed = b""
+    return guard
+
+
+@pytest.mark.parametrize("meta", [{}, {"_type": "gradio.FileData"}])
+def test_only_a_file_that_was_uploaded_is_read_and_removed(guard, tmp_path, meta):
+    folder = guard.folder
+    for path in (
+        *(
+            tmp_path / "secret.png",
+            folder / ".." / "secret.png",
+            folder / "0a" / "link.png",
+            folder / "0a" / "pipe.png",
+        ),
+        *(folder, "/dev/zero", "http://127.0.0.1:9/x.png", "a\0b", "", ["x"], 5),
+    ):
+        file = {"path": str(path) if isinstance(path, Path) else path, "meta": meta}
+        call = json.dumps({"data": [file], "fn_index": 0, "session_hash": "s"}).encode()
+        assert asked(guard, "POST", "/gradio_api/queue/join", call) in (400, 403), path
+        assert not is_upload(folder, path) if isinstance(path, str | Path) else True
+    for content in (b"{}", b"[" * 50_000, b"9" * 500, b'{"data": [1, 2]}', b'{"data": {}}', b"\xff"):
+        assert asked(guard, "POST", "/gradio_api/queue/join", content) == 400
+    assert guard.passed == b""
+    # What is passed on names the file and nothing else: no address to fetch.
+    file = {"path": str(folder / "0a" / "room.png"), "url": "http://127.0.0.1:9/", "is_stream": True, "meta": meta}
+    call = json.dumps({"data": [file], "fn_index": 0, "session_hash": "s", "event_data": {"a": 1}}).encode()
+    assert asked(guard, "POST", "/gradio_api/queue/join", call) == 200
+    wanted = {"path": file["path"], "meta": {"_type": "gradio.FileData"}}
+    assert json.loads(guard.passed) == {"data": [wanted], "fn_index": 0, "session_hash": "s", "trigger_id": None}
+
+
+def test_only_what_the_page_itself_asks_for_is_served(guard, tmp_path):
+    room = guard.folder / "0a" / "room.png"
+    for path in ("/", "/config", "/assets/index.js", "/gradio_api/heartbeat/ab1", f"/gradio_api/file={room}"):
+        assert asked(guard, "GET", path) == 200
+        assert asked(guard, "GET", path, origin="http://127.0.0.1:7860") == 200
+        for origin in ("http://elsewhere.example", "null", "http://127.0.0.1"):
+            assert asked(guard, "GET", path, origin=origin) == 403
+    for path in (
+        *(
+            f"/gradio_api/file={tmp_path}/secret.png",
+            "/gradio_api/file=http://127.0.0.1/",
+            "/gradio_api/proxy=http://x/",
+        ),
+        *(f"/gradio_api/file={guard.folder}/0a/pipe.png", "/gradio_api/file//etc/passwd", "//etc/passwd", "/docs"),
+    ):
+        assert asked(guard, "GET", path) == 403
+    for path in ("/gradio_api/run/predict", "/gradio_api/component_server", "/gradio_api/process_recording", "/"):
+        assert asked(guard, "POST", path) == 403
+    assert asked(guard, "DELETE", "/") == 403
+
+
+def test_uploads_are_bounded_in_size_time_and_number(guard, monkeypatch):
+    upload = "/gradio_api/upload"
+    assert asked(guard, "POST", upload, bytes(2**20)) == 200
+    assert asked(guard, "POST", upload, bytes(2**21)) == 413
+    assert not (guard.folder / "tmp1").exists()  # what was cut off is gone
+    monkeypatch.setattr(guard_module, "SILENT_SECONDS", 0)
+    assert asked(guard, "POST", upload) == 408
+    guard.uploads = guard_module.UPLOADS
+    assert asked(guard, "POST", upload) == 503
+
+
+def test_uploads_that_nobody_reads_make_room(tmp_path):
+    for number, (age, size) in enumerate([(700, 1), (60, 400), (30, 400), (1, 400)]):
+        path = tmp_path / f"{number}" / "a.png"
+        path.parent.mkdir()
+        path.write_bytes(bytes(size))
+        os.utime(path, (time.time() - age,) * 2)
+    guard_module.make_room(tmp_path, 800)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
 # In a browser
@@ -304,6 +443,10 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
     url, folder, process = served
     tiles = "document.querySelectorAll('#found .tile').length"
     visit(browser, url, "!!document.querySelector('#drop input[type=file]')")
+    assert wait(browser, "document.querySelector('#example img').naturalWidth") == 64  # of the training frame's size
+    browser.click("#example button")
+    wait(browser, tiles)
+    assert browser.js("document.querySelector('#found .about').textContent").startswith("Example, a rendered room")
     upload(browser, picture(tmp_path / "room.png", 30, 40))
     wait(browser, tiles)
     names = browser.js("[...document.querySelectorAll('#found .model')].map(e => e.textContent)")
@@ -320,7 +463,7 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
         told = tell(browser, number, x, y)
         for offset, maps in enumerate(known):
             metres = float(maps["depth"][row, column])
-            wanted = f"{round(1000 * metres) / 1000:.2f} m" if round(1000 * metres) else "no depth"
+            wanted = f"{max(1, round(1000 * metres)) / 1000:.2f} m"
             said = told[number + offset]
             assert said == wanted or abs(float(said.split()[0]) - metres) < 0.011  # a half may be rounded either way
             assert told[1 + offset] == load_classes(folder)[maps["semseg"][row, column]]
@@ -349,12 +492,22 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
     upload(browser, picture(tmp_path / "next.png", 1, 1))
     wait(browser, tiles)
 
-    # A page elsewhere, under a name that leads here, gets nothing.
+    # A page elsewhere, under a name that leads here or not, gets nothing; no file but an upload is read or removed.
     with pytest.raises(HTTPError, match="400"):
         urlopen(Request(url, headers={"Host": "elsewhere.example"}))
+    with pytest.raises(HTTPError, match="403"):
+        urlopen(Request(url, headers={"Origin": "http://elsewhere.example"}))
+    for path, meta in ((tmp_path / "room.png", {}), (tmp_path / "room.png", {"_type": "gradio.FileData"})):
+        call = {"data": [{"path": str(path), "meta": meta}], "fn_index": 0, "session_hash": "s"}
+        headers = {"Content-Type": "application/json"}
+        with pytest.raises(HTTPError, match="403"):
+            urlopen(Request(f"{url}gradio_api/queue/join", json.dumps(call).encode(), headers))
+        assert path.exists()
     outside = [u for u in asked + browser.requests if not u.startswith((url, "data:", "blob:"))]
     assert outside == []
-    kept = [path for path in (folder / "tmp").rglob("*") if path.suffix in (".png", ".jpg") and "big" not in path.name]
+    kept = [
+        path for path in (folder / "tmp").rglob("*") if path.suffix in (".png", ".jpg") or path.name.startswith("tmp")
+    ]
     assert kept == []
     process.send_signal(signal.SIGINT)
     assert process.wait(60) in (0, 130)

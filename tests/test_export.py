@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 from importlib.util import find_spec
@@ -12,7 +13,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, composed
+import yaml
+from conftest import ROOT, TINY, composed
+from PIL import Image
 from safetensors.torch import load_file
 from shrunken import shrunk
 from test_cli import assert_fails
@@ -20,9 +23,11 @@ from test_cli import assert_fails
 import mtcl
 from mtcl import UserError
 from mtcl.entry import build, exporting
+from mtcl.entry.card import BIBTEX, card
 from mtcl.entry.exporting import FACTS, ONNX, PROGRAM, WEIGHTS, export_model, portable, push
-from mtcl.entry.loading import CARD, Loaded, Saved, load_model, pull
+from mtcl.entry.loading import CARD, RECIPE, SHARED, Loaded, Saved, load_model, predictor_of, pull
 from mtcl.entry.train import train
+from mtcl.inference import recipe
 from mtcl.training.checkpoint import load_checkpoint
 
 SCRIPT = "scripts/export.py"
@@ -50,14 +55,17 @@ def folder(trained, tmp_path_factory):
     return folder
 
 
-def random_model(decoder: str, backbone: str) -> Loaded:
-    words = ["tasks.names=[semseg,depth]", "data.size=[64,96]", f"backbone={backbone}", f"decoder={decoder}"]
+ALL_TASKS = "[semseg,human_parts,sal,depth,normals,edge]"
+
+
+def random_model(decoder: str, backbone: str, names: str = "[semseg,depth]", size=(64, 96)) -> Loaded:
+    words = [f"tasks.names={names}", f"data.size={list(size)}", f"backbone={backbone}", f"decoder={decoder}"]
     config = composed(*words, *shrunk(decoder, backbone))
     torch.manual_seed(0)
     tasks = build.build_tasks(config)
     model = build.build_model(config, tasks, pretrained=False).eval()
     saved = Saved(mtcl.__file__, model.state_dict(), build.plain(config), build.described(tasks), 7)
-    return Loaded(model, tasks, (64, 96), saved)
+    return Loaded(model, tasks, size, saved)
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -98,16 +106,49 @@ def test_the_card(trained, folder):
     assert text.startswith("---\nlibrary_name: mtcl\nlicense: other\n")
     metrics = json.loads((trained / "metrics.json").read_text())
     assert f"| depth | rmse | {metrics['depth']['rmse']:.4f} m |" in text
-    assert "64 x 96" in text
-    assert "step 3 of its training" in text
+    for part in ("64 x 96", "step 3 of its training", "pip install 'mtcl[hub]'", "arxiv.org/abs/2307.07934"):
+        assert part in text
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    for author in cited["authors"]:
+        assert f"{author['family-names']}, {author['given-names']}" in BIBTEX
+    for part in (cited["title"], cited["collection-title"], str(cited["year"]), cited["identifiers"][0]["value"]):
+        assert f"{{{part}}}" in BIBTEX
+    assert BIBTEX in text
 
 
-def test_the_card_does_not_take_metrics_of_another_step(trained, tmp_path):
+@needs_hub
+def test_the_cards_front_matter_is_the_hubs(trained, tmp_path):
+    from huggingface_hub import ModelCard
+
+    loaded = load_model(trained)
+    data = ModelCard(card(loaded)).data  # raises where it can't be understood
+    assert data.library_name == "mtcl"
+    assert data.pipeline_tag == "image-segmentation"
+    assert data.datasets is data.base_model is None  # rooms are made here, and the weights were random
+    metrics = json.loads((trained / "metrics.json").read_text())
+    found = {(result.task_name, result.metric_type): result for result in data.eval_results}
+    assert found["depth", "rmse"].metric_value == metrics["depth"]["rmse"]
+    assert found["semseg", "mIoU"].dataset_name == "rooms"
+    config = {**loaded.saved.config, "name": "a: |b`<i>\n# c"}
+    config |= {"data": {**config["data"], "name": "nyud"}, "backbone": {**config["backbone"], "weights": "hub"}}
+    text = card(loaded._replace(saved=loaded.saved._replace(config=config)))
+    data = ModelCard(text).data
+    assert data.datasets == ["nyu_depth_v2"]
+    assert data.base_model == "timm/resnet18.a1_in1k"
+    assert "\n# c" not in text.partition("\n---\n")[2]
+    assert "<i>" not in text.partition("\n---\n")[2]
+
+
+def test_the_card_does_not_take_metrics_of_another_step_or_of_damaged_files(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     facts = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps(facts | {"step": 99}))
-    assert "Not known" in exporting.card(load_model(run))
+    for content in ({**facts, "step": 99}, [1], {**facts, "step": None}):
+        (run / "run.json").write_text(json.dumps(content))
+        assert "Not known" in card(load_model(run))
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "metrics.json").write_text('{"depth": [1], "semseg": {"mIoU": "x", "pixel_accuracy": NaN}}')
+    assert "Not known" in card(load_model(run))
 
 
 def test_no_path_of_the_machine_is_published(folder):
@@ -173,19 +214,54 @@ def test_data_that_an_exported_model_does_not_know_the_place_of():
 # --- Programs
 
 
-def differences(program, predictor, size) -> tuple[float, float]:
-    """Of a program and the checkpoint's predictor: metres, and the part of pixels of another class."""
-    found = program.module()(torch.from_numpy(picture(*size)).permute(2, 0, 1)[None].float())
-    want = predictor(picture(*size))
-    decoded = {name: predictor.tasks[name].decoded(found[name][0].detach()) for name in want}
-    return np.abs(decoded["depth"] - want["depth"]).max(), (decoded["semseg"] != want["semseg"]).mean()
+def recipe_block() -> str:
+    """The document's own lines."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/export.md").read_text(), re.DOTALL)
+    return block
+
+
+def check_recipe(loaded: Loaded, program: Path, folder: Path, sizes) -> None:
+    """What docs/export.md says to do with a program gives what mtcl.load gives, for every task and size."""
+    predictor = predictor_of(loaded, device="cpu")
+    clipped = 0
+    block = recipe_block().replace("onnx/model.onnx", str(program)).replace("picture.jpg", str(folder / "picture.png"))
+    for height, width in sizes:
+        (image,) = exporting.clouds(1, height, width)
+        Image.fromarray(image).save(folder / "picture.png")
+        names: dict = {}
+        exec(compile(block, "export.md", "exec"), names)
+        maps, want = names["maps"], predictor(image)
+        assert list(maps) == list(want) == list(loaded.tasks)
+        for name, wanted in want.items():
+            assert maps[name].shape == wanted.shape, (name, height, width)
+            assert maps[name].dtype == wanted.dtype
+            if wanted.dtype == np.uint8:
+                assert (maps[name] != wanted).mean() < 1e-3, (name, height, width)
+            else:
+                assert np.abs(maps[name] - wanted).max() < 1e-3, (name, height, width)
+        clipped += 0 < (want["depth"] == 0).mean() < 1
+    assert clipped
+
+
+def with_negative_depth(loaded: Loaded) -> Loaded:
+    """Half of it, roughly."""
+    biases = [p for n, p in loaded.model.named_parameters() if "depth" in n and n.endswith("bias") and p.shape == (1,)]
+    (image,) = exporting.clouds(1, 40, 70)
+    with torch.no_grad():
+        biases[-1] += 1 - np.median(predictor_of(loaded, device="cpu")(image)["depth"])
+        biases[-1] -= float(np.median(predictor_of(loaded, device="cpu")(image)["depth"]))
+    return loaded
+
+
+SIZES = [(64, 96), (40, 70), (50, 130), (96, 64), (203, 311)]  # the last is shrunk
+FIT_ONE_SIZE = [(64, 96), (40, 70), (203, 311)]
 
 
 def test_a_torch_program(cli, trained, tmp_path):
     result = cli(SCRIPT, f"checkpoint={trained}", "format=torch", f"output={tmp_path}/out", "fixed=true")
     assert result.code == 0, result.err
     assert "batches up to 256, pictures of 64 x 96 only (as asked for)" in result.out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == [PROGRAM]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {PROGRAM, RECIPE}
     extra = {FACTS: ""}
     program = torch.export.load(tmp_path / "out" / PROGRAM, extra_files=extra)
     model = load_model(trained).model
@@ -195,18 +271,49 @@ def test_a_torch_program(cli, trained, tmp_path):
     facts = json.loads(extra[FACTS])
     assert facts["tasks"] == ["semseg", "depth"]
     assert facts["multiple"] == 32
-    assert max(differences(program, mtcl.load(trained, device="cpu"), (64, 96))) < 1e-4
+    assert facts["size"] == facts["frame"] == [64, 96]
+    assert facts["units"]["depth"] == "m"
+
+
+@pytest.mark.parametrize("any_size", [True, False])
+def test_the_recipe_of_the_document_gives_the_scored_model(tmp_path, monkeypatch, any_size):
+    """With the program before it is traced."""
+    loaded = with_negative_depth(random_model("multi_head", "resnet18", names=ALL_TASKS, size=(60, 100)))
+    whole = exporting.Whole(loaded.model, loaded.tasks)
+    facts = json.loads(json.dumps(exporting.facts_of_program(loaded, exporting.Shape((64, 128), 32, True, any_size))))
+
+    @torch.inference_mode()
+    def run(image):
+        assert list(image.shape[2:]) == facts["frame"] or any_size
+        return {name: raw.numpy() for name, raw in whole(torch.from_numpy(image)).items()}
+
+    monkeypatch.setattr(recipe, "open_program", lambda path: (run, facts))
+    check_recipe(loaded, tmp_path / ONNX, tmp_path, SIZES if any_size else FIT_ONE_SIZE)
 
 
 @pytest.mark.slow
-def test_a_torch_program_of_any_size(trained, tmp_path):
-    told = export_model(load_model(trained), "torch", tmp_path / "out")
-    assert "any height and width that are multiples of 32, from 64 on" in told
-    program = torch.export.load(tmp_path / "out" / PROGRAM)
-    predictor = mtcl.load(trained, device="cpu")
-    predictor.size = (64, 64)  # smaller pictures are put into the training frame
-    for size in ((64, 96), (96, 64), (64, 64)):
-        assert max(differences(program, predictor, size)) < 1e-4
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_torch_program_used_as_the_document_says_is_the_scored_model(tmp_path, fixed):
+    loaded = with_negative_depth(random_model("multi_head", "resnet18", names=ALL_TASKS))
+    told = export_model(loaded, "torch", tmp_path / "out", fixed)
+    assert fixed or "any height and width that are multiples of 32, from 64 x 96 on" in told
+    check_recipe(loaded, tmp_path / "out" / PROGRAM, tmp_path, FIT_ONE_SIZE if fixed else SIZES)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("decoder", "backbone", "size"),
+    [
+        ("multi_head", "resnet18", (64, 96)),
+        ("invpt", "resnet18", (60, 100)),
+        ("multi_head", "vit_small_dinov2", (64, 96)),
+    ],
+)
+def test_an_onnx_file_used_as_the_document_says_is_the_scored_model(tmp_path, decoder, backbone, size):
+    loaded = with_negative_depth(random_model(decoder, backbone, names=ALL_TASKS, size=size))
+    told = export_model(loaded, "onnx", tmp_path / "out")
+    check_recipe(loaded, tmp_path / "out" / ONNX, tmp_path, FIT_ONE_SIZE if " only " in told else SIZES)
 
 
 @needs_onnx
@@ -218,7 +325,7 @@ def test_an_onnx_file(cli, trained, tmp_path):
     result = cli(SCRIPT, f"checkpoint={trained}", "format=onnx", f"output={tmp_path}/out")
     assert result.code == 0, result.err
     path = tmp_path / "out" / ONNX
-    assert [path] == list((tmp_path / "out").iterdir())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {ONNX, RECIPE}
     file = onnx.load(path)
     onnx.checker.check_model(file)
     # Not more numbers than the model's own, the constants of shapes and of the normalisation aside.
@@ -234,13 +341,12 @@ def test_an_onnx_file(cli, trained, tmp_path):
     assert json.loads(facts["mean"]) == pytest.approx(model.mean)
     assert json.loads(facts["std"]) == pytest.approx(model.std)
     assert json.loads(facts["classes"])["semseg"][0]
-    predictor = mtcl.load(trained, device="cpu")
-    predictor.size = (64, 64)  # smaller pictures are put into the training frame
-    for size in ((64, 96), (96, 64), (64, 64)):
-        raw = np.stack([picture(*size)] * 2).transpose(0, 3, 1, 2).astype(np.float32)
-        (depth,) = session.run(["depth"], {"image": raw})
-        want = predictor(picture(*size))["depth"]
-        assert np.abs(predictor.tasks["depth"].decoded(torch.from_numpy(depth[1])) - want).max() < 1e-4
+    assert json.loads(facts[FACTS])["size"] == json.loads(facts["size"]) == [64, 96]
+    raw = np.stack(exporting.clouds(3, 96, 160)).transpose(0, 3, 1, 2).astype(np.float32)
+    (several,) = session.run(["depth"], {"image": raw})
+    (alone,) = session.run(["depth"], {"image": raw[2:]})
+    assert np.abs(several[2] - alone[0]).max() < 1e-4
+    assert several.min() >= 0
 
 
 @needs_onnx
@@ -248,7 +354,7 @@ def test_an_onnx_file(cli, trained, tmp_path):
 @pytest.mark.parametrize("decoder", ["atrc", "deeplab", "invpt", "mqtransformer", "mti_net", "multi_head", "pad_net"])
 def test_every_decoder_becomes_onnx(decoder, tmp_path):
     told = export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out")
-    assert "batches up to 256, any height and width that are multiples of 32, from 64 on" in told
+    assert "batches up to 256, any height and width that are multiples of 32, from 64 x 96 on" in told
     assert (tmp_path / "out" / ONNX).is_file()
 
 
@@ -259,16 +365,21 @@ def test_transformers_become_onnx(decoder, backbone, tmp_path):
     told = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out")
     windows = backbone == "swin_tiny"
     assert ("pictures of 64 x 96 only (its backbone cuts pictures into windows" in told) == windows
-    assert ("any height and width that are multiples of 16, from 32 on" in told) == (not windows)
+    assert ("any height and width that are multiples of 16, from 64 x 96 on" in told) == (not windows)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("decoder", "backbone", "takes"),
-    [("invpt", "resnet18", "from 128 on"), ("multi_head", "vit_small", "pictures of 64 x 96 only")],
+    ("decoder", "backbone", "size", "takes"),
+    [
+        ("invpt", "resnet18", (64, 96), "pictures of 64 x 96 only"),
+        ("invpt", "resnet18", (128, 160), "from 128 x 160 on"),
+        ("multi_head", "resnet18", (32, 64), "pictures of 32 x 64 only (a side of its training frame"),
+        ("multi_head", "vit_small", (64, 96), "pictures of 64 x 96 only"),
+    ],
 )
-def test_torch_programs_that_take_less(decoder, backbone, takes, tmp_path):
-    assert takes in export_model(random_model(decoder, backbone), "torch", tmp_path / "out")
+def test_torch_programs_that_take_less(decoder, backbone, size, takes, tmp_path):
+    assert takes in export_model(random_model(decoder, backbone, size=size), "torch", tmp_path / "out")
 
 
 def test_a_model_for_one_picture_at_a_time(trained, tmp_path, monkeypatch):
@@ -443,6 +554,40 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
     (server.root / "me/model" / FACTS).unlink()
     with pytest.raises(UserError, match="me/model on the hub is no model of mtcl"):
         pull("me/model", folder=tmp_path / "there")
+
+
+@needs_hub
+def test_of_a_hostile_snapshot_only_the_models_own_files_are_taken(folder, tmp_path, monkeypatch):
+    """Links, folders, code and names that lead outside, all offered at once."""
+    (tmp_path / "mine.txt").write_text("mine")
+    out = tmp_path / "out"
+    offered = {}
+
+    def download(name, revision, allow_patterns, local_dir):
+        assert set(allow_patterns) == set(SHARED)
+        for file in (WEIGHTS, FACTS, CARD):
+            shutil.copy(folder / file, local_dir / file)
+        for file, make in offered.items():
+            (local_dir / file).unlink(missing_ok=True)
+            make(local_dir / file)
+        return str(local_dir)
+
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    offered |= {"recipe.py": lambda p: p.write_text("evil"), "../../../x": lambda p: None, "setup.py": Path.touch}
+    pull("me/model", folder=out)
+    assert {path.name for path in out.iterdir()} == {WEIGHTS, FACTS, CARD}
+    before = (out / WEIGHTS).read_bytes()
+    for name in SHARED:
+        target = folder / FACTS if name == FACTS else tmp_path / "mine.txt"
+        for make in (lambda p, target=target: p.symlink_to(target), Path.mkdir)[: 1 if name == FACTS else 2]:
+            offered.clear()
+            offered[name] = make
+            with pytest.raises(UserError, match=f"{name} of what was to go into .* is a link or no file"):
+                pull("me/model", folder=out)
+            assert (out / WEIGHTS).read_bytes() == before
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 @needs_hub

@@ -2,8 +2,10 @@
 
 import errno
 import json
+import math
 import os
 import resource
+import socket
 from pathlib import Path
 
 import cv2
@@ -206,6 +208,61 @@ def test_wrong_words(cli, predict, run, tmp_path):
         cli(SCRIPT, "checkpoint=none.pt", f"input={tmp_path}/a.png", f"output={tmp_path}/out"), "none.pt does not exist"
     )
     assert "large=shrink|slide|whole" in cli(SCRIPT, "--help").out
+
+
+def test_what_is_no_file_is_not_waited_for_and_names_do_not_reach_the_terminal_raw(predict, tmp_path):
+    """FIFOs, devices, sockets, folders and loops named as images; names with escape codes and line breaks."""
+    folder = tmp_path / "in"
+    put(folder / "ok.png")
+    put(folder / "\x1b[31mred\nerror: forged\u202e.png")
+    (folder / "bad\x1b[2J.png").write_text("x")
+    (folder / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    os.mkfifo(folder / "own.png")
+    (folder / "pipe.png").symlink_to(tmp_path / "fifo")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "loop.png").symlink_to("loop.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = os.getcwd()
+        os.chdir(folder)  # such a name is short
+        listening.bind("sock.png")
+        os.chdir(here)
+        result = predict(folder)
+    fails(result, "4 of 6 pictures could not be predicted")
+    left = [line for line in result.err.replace("\r", "\n").split("\n") if line.startswith("left out:")]
+    assert len(left) == 4
+    assert {Path(line.split(" is ")[0].split(" can't ")[0]).name for line in left} == {
+        *("bad\\x1b[2J.png", "loop.png", "pipe.png", "zero.png")
+    }
+    assert "\x1b" not in "".join(left)
+    assert len(written(tmp_path / "out" / "depth")) == 2
+    assert json.loads((tmp_path / "out" / "predict.json").read_text())["inputs"]
+    for source in (tmp_path / "fifo", "/dev/zero"):
+        fails(predict(source, output="other"), f"{source} is not a regular file")
+    for name in ("pipe.mp4", "zero.avi"):
+        (tmp_path / name).symlink_to(tmp_path / "fifo" if name == "pipe.mp4" else "/dev/zero")
+        fails(predict(tmp_path / name, output="other"), f"{name} is not a regular file")
+    fails(predict("99999999999999999999", output="other"), "a camera's number is at most 999")
+
+
+def test_maps_are_not_written_or_removed_through_links(predict, tmp_path):
+    put(tmp_path / "in" / "sub" / "a.png")
+    mine = put(tmp_path / "mine" / "a.png")
+    content = mine.read_bytes()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "real")  # of the output folder itself it is the user's choice
+    assert predict(tmp_path / "in", "panel=false", "tasks=[depth]").code == 0
+    (tmp_path / "real" / "depth" / "sub" / "a.png").unlink()
+    (tmp_path / "real" / "depth" / "sub").rmdir()
+    (tmp_path / "real" / "depth" / "sub").symlink_to(tmp_path / "mine")
+    words = ("panel=false", "tasks=[depth]", "overwrite=true", "flip=true")
+    fails(predict(tmp_path / "in", *words), "leads out of output=")
+    assert mine.read_bytes() == content
+    (tmp_path / "real" / "depth" / "sub").unlink()
+    (tmp_path / "real" / "depth").rmdir()
+    (tmp_path / "real" / "depth").symlink_to(tmp_path / "mine")
+    fails(predict(tmp_path / "in", *words), "holds the link depth to ")
+    assert mine.read_bytes() == content
 
 
 def test_a_single_bad_file_is_told_once(predict, tmp_path):
@@ -481,6 +538,33 @@ def test_frames_of_a_film_and_pictures_of_a_folder_do_not_mix(predict, tmp_path)
     fails(predict(tmp_path / "in", "tasks=[sal]", output="other"), "another input's film/000000")
     assert predict(tmp_path / "in", "tasks=[sal]", "flip=true", "overwrite=true", output="other").code == 0
     assert written(tmp_path / "other") == maps_of("film/000000", tasks=["sal"])  # the film's are gone
+
+
+def test_a_video_whose_length_is_wrong_in_its_header_is_read_to_its_end(predict, tmp_path, monkeypatch):
+    real = cv2.VideoCapture
+
+    class Lying:
+        says: float = 0
+
+        def __init__(self, source):
+            self.capture = real(source)
+            self.lies = str(source).endswith("walk.mp4") and "out" not in str(source)
+
+        def get(self, what):
+            return self.says if self.lies and what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
+
+        def __getattr__(self, name):
+            return getattr(self.capture, name)
+
+    monkeypatch.setattr(cv2, "VideoCapture", Lying)
+    video(tmp_path / "walk.mp4", 5)
+    for says in (2, math.nan, -1e18, math.inf):
+        Lying.says = says
+        result = predict(tmp_path / "walk.mp4", "tasks=[depth]", "overwrite=true")
+        assert result.code == 0, result.err
+        assert "5 frames in" in result.out
+    Lying.says = 1e6
+    fails(predict(tmp_path / "walk.mp4", "tasks=[depth]", "overwrite=true"), "only 5 of about 1000000 frames")
 
 
 def test_a_video_that_ends_early(predict, tmp_path, monkeypatch):

@@ -475,3 +475,16 @@ def test_depth_colours_have_one_range():
 def test_legend_of_normals():
     rows = make_task("normals").legend([make_array("normals")[1:]])
     assert rows == [("left", (255, 128, 128)), ("up", (128, 255, 128)), ("to the viewer", (128, 128, 255))]
+
+
+def test_a_predicted_depth_that_was_clipped_is_near_and_not_void():
+    task = make_task("depth")
+    prediction = task.decoded(torch.tensor([[[-1.0, 0.0, 2.0, math.nan]]]))
+    colours = task.draw(task.drawable(prediction))[0]
+    nearest = task.draw(np.float32([[0.001]]))[0, 0]
+    assert (colours[:2] == nearest).all()
+    legend = dict(task.legend([task.drawable(prediction)]))
+    assert legend["0 m or less"] == tuple(nearest.tolist())
+    assert "void" not in legend
+    np.testing.assert_array_equal(colours[3], task.draw(np.float32([[0]]))[0, 0])  # no number, as a label's void
+    assert "0 m or less" not in dict(task.legend([np.float32([[0, 1]])]))

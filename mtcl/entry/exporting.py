@@ -24,24 +24,22 @@ from mtcl.atomic import disk_errors_told
 from mtcl.data import Sample, prepare
 from mtcl.data.loading import collate
 from mtcl.entry import words as read
-from mtcl.entry.loading import CARD, FACTS, HUB_ID, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
-from mtcl.entry.report import COUNTS, shown
-from mtcl.errors import UserError
+from mtcl.entry.card import RAW, card, rounded
+from mtcl.entry.loading import CARD, FACTS, HUB_ID, RECIPE, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
+from mtcl.errors import UserError, printable
+from mtcl.inference import recipe
+from mtcl.inference.predictor import AS_IT_IS, ROUNDING
 from mtcl.models import DenseModel
 from mtcl.models.decoders.atrc import read_genotype
+from mtcl.tasks.base import Task
 
 FORMATS = ("safetensors", "torch", "onnx")
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 TOLERANCE = 1e-4  # of an exported model's outputs, times the output's largest value where that is above 1
-LEAST, MOST = 2, 256  # multiples of a side that a program is made for (1 is a rule of its own); MOST: of a batch, too
+MOST = 256  # multiples of a side that a program is made for; of a batch, too
 TRACED = 6  # as many at least: where a map has one row or column, a tracer takes that for a rule
 INPUT = "float32 (batch, 3, height, width), RGB, 0..255, not normalised"
-RAW = {  # what a raw prediction stands for, by a task's kind
-    "class": "logits of the classes; the class is the argmax over channels",
-    "metres": "metres",
-    "direction": "vectors to be normalised; x to the left, y up, z to the viewer",
-    "probability": "a logit; its sigmoid is the probability",
-}
+UNITS = {"metres": "m", "probability": "1"}  # by a task's kind; of the outputs decoded
 KEYS: dict[str, Any] = {
     "checkpoint": str,
     "format": read.choice(*FORMATS),
@@ -72,20 +70,19 @@ def export(words: Sequence[str]) -> None:
         if key not in PURPOSES[purpose]:
             raise UserError(f"{key}= makes no sense together with {needed[0]}=; leave it out")
     if purpose == "push":
-        print(push(given["folder"], given["push"], given.get("private", False)))
+        print(printable(push(given["folder"], given["push"], given.get("private", False))))
     elif purpose == "pull":
         folder = given["folder"]
         refuse_full(folder, given.get("overwrite", False), "folder")
         with disk_errors_told(folder, "run it again"):
-            print(f"{given['pull']}: {pull(given['pull'], folder=folder)}")
+            print(printable(f"{given['pull']}: {pull(given['pull'], folder=folder)}"))
     else:
         for package in ("onnx", "onnxruntime", "onnxscript") if given["format"] == "onnx" else ():
             if find_spec(package) is None:
                 raise UserError(f"format=onnx needs the package {package}; pip install 'mtcl[export]'")
         refuse_full(given["output"], given.get("overwrite", False), "output")
-        print(
-            export_model(load_model(given["checkpoint"]), given["format"], given["output"], given.get("fixed", False))
-        )
+        loaded = load_model(given["checkpoint"])
+        print(printable(export_model(loaded, given["format"], given["output"], given.get("fixed", False))))
 
 
 def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -> str:
@@ -99,7 +96,7 @@ def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -
         "torch": lambda place: write_program(loaded, place, fixed, torch_program),
         "onnx": lambda place: write_program(loaded, place, fixed, onnx_program),
     }
-    with disk_errors_told(folder / kind, "run it again"), put_into(folder) as place:
+    with disk_errors_told(folder / kind, "run it again"), put_into(folder, (*SHARED, RECIPE)) as place:
         told = makers[kind](place)
     return f"{folder}: {told}"
 
@@ -119,12 +116,7 @@ def write_weights(loaded: Loaded, folder: Path) -> str:
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file hides the disk's errors
     saved = loaded.saved
-    facts = {
-        "mtcl": mtcl.__version__,
-        "step": saved.step,
-        "tasks": saved.tasks,
-        "config": portable(saved.config, saved.tasks),
-    }
+    facts = {**facts_of(loaded), "tasks": saved.tasks, "config": portable(saved.config, saved.tasks)}
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(card(loaded), "utf-8")
     count = sum(p.numel() for p in loaded.model.parameters())
@@ -148,130 +140,53 @@ def portable(config: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
     return found
 
 
-def card(loaded: Loaded) -> str:
-    """README.md as the hub shows it."""
-    config, saved = loaded.saved.config, loaded.saved
-    height, width = loaded.size
-    parameters = sum(p.numel() for p in loaded.model.parameters())
-    tags = ["mtcl", "multi-task-learning", "dense-prediction"]
-    pipeline = "image-segmentation" if "semseg" in loaded.tasks else "image-to-image"
-    pipeline = "depth-estimation" if list(loaded.tasks) == ["depth"] else pipeline
-    name = config["name"]
-    rows = "\n".join(
-        f"| {name} | {task.channels} | {', '.join(saved.tasks[name]['classes']) or RAW[task.kind]} |"
-        for name, task in loaded.tasks.items()
-    )
-    target = str(config["decoder"]["_target_"]).rpartition(".")[2]
-    return f"""---
-library_name: mtcl
-license: other
-pipeline_tag: {pipeline}
-tags: [{", ".join(tags)}]
----
-
-# {name}: {", ".join(loaded.tasks)}
-
-One network, {len(loaded.tasks)} pixel-wise task{"s" * (len(loaded.tasks) > 1)}.
-Backbone {config["backbone"]["name"]} (timm), decoder {target}, {parameters:,} parameters,
-step {saved.step:,} of its training. Exported with mtcl {mtcl.__version__}.
-
-```python
-import mtcl
-predictor = mtcl.load("FOLDER_OR_USER/MODEL")
-maps = predictor("picture.jpg")  # task -> array of the picture's height and width
-```
-
-| task | channels | classes, or what it predicts |
-| --- | ---: | --- |
-{rows}
-
-- **Training data**: {config["data"]["name"]}, the training part of its split `{config["data"].get("split")}`.
-- **Size**: frames of {height} x {width} (height x width); other sizes work, larger pictures are shrunk to about that.
-- **Normalisation** (inside the predictor): RGB on the 0..1 scale,
-  mean {rounded(loaded.model.mean)}, std {rounded(loaded.model.std)}.
-
-## Metrics
-
-{metrics(loaded)}
-
-## Licence
-
-To be filled in by who publishes this: those of the training data and of the backbone's weights hold for it, too.
-"""
-
-
-def rounded(values: Sequence[float]) -> list[float]:
-    return [round(value, 6) for value in values]
-
-
-def metrics(loaded: Loaded) -> str:
-    """Those of the run, where the checkpoint is the run's last one."""
-    none = "Not known: there was no metrics.json of this checkpoint beside it."
-    run = loaded.saved.path.parent.parent
-    try:
-        found = json.loads((run / "metrics.json").read_text("utf-8"))
-        facts = json.loads((run / "run.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return none
-    if facts.get("step") != loaded.saved.step:
-        return none
-    rows = []
-    for name, task in loaded.tasks.items():
-        values = {metric: value for metric, value in found.get(name, {}).items() if value is not None}
-        first, _ = task.headline(values)
-        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m not in COUNTS)]
-        rows += [
-            f"| {name} | {metric} | {shown(task, metric, values[metric])} |" for metric in wanted if metric in values
-        ]
-    where = f"On {facts.get('num_images')} validation pictures ({facts.get('protocol')}):"
-    return "\n".join([where, "", "| task | metric | value |", "| --- | --- | ---: |", *rows])
-
-
 # Programs
 
 
 class Whole(nn.Module):
-    """Normalisation and model in one: pictures as :data:`INPUT` -> task -> raw prediction (B, C, H, W), float32."""
+    """Normalisation, model, and depth clipped at 0: pictures as :data:`INPUT` -> task -> prediction (B, C, H, W),
+    float32."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: DenseModel, tasks: Sequence[str]):
+    def __init__(self, model: DenseModel, tasks: Mapping[str, Task]):
         super().__init__()
-        self.model, self.tasks = model, list(tasks)
+        self.model, self.tasks = model, dict(tasks)
         for name, values in (("mean", model.mean), ("std", model.std)):
             self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         found = self.model.predict((image - self.mean) / self.std)
-        return {task: found[task] for task in self.tasks}
+        return {name: as_scored(task, found[name]) for name, task in self.tasks.items()}
+
+
+def as_scored(task: Task, raw: Tensor) -> Tensor:
+    """Clip what every metric and ``mtcl.load`` clip."""
+    return raw.clamp(min=0) if task.kind == "metres" else raw
 
 
 class Shape(NamedTuple):
     """What an exported program takes."""
 
-    size: tuple[int, int]  # of the frame it was made with
+    frame: tuple[int, int]  # (height, width) of pictures up to the training frame's size; no smaller input is needed
     multiple: int  # of height and width
     any_batch: bool
     any_size: bool
-    least: int = LEAST  # multiples of a side
 
     def __str__(self) -> str:
-        height, width = self.size
-        sides = f"any height and width that are multiples of {self.multiple}, from {self.least * self.multiple} on"
+        height, width = self.frame
+        sides = f"any height and width that are multiples of {self.multiple}, from {height} x {width} on"
         sides = sides if self.any_size else f"pictures of {height} x {width} only"
         return f"{f'batches up to {MOST}' if self.any_batch else 'one picture at a time'}, {sides}"
 
     def examples(self) -> list[tuple[int, int, int]]:
         """(batch, height, width) that a program is checked at: several of each where it takes them."""
-        height, width = self.size
+        height, width = self.frame
         found = [(1, height, width)] + [(3, height, width)] * self.any_batch
         if self.any_size:
-            for sides in (
-                (max(self.least, width // self.multiple - 1), max(self.least, height // self.multiple // 2)),
-                (self.least, self.least),
-            ):
-                found.append((2 if self.any_batch else 1, sides[0] * self.multiple, sides[1] * self.multiple))
+            count, square = (2 if self.any_batch else 1), max(self.frame)
+            found += [(count, height + self.multiple, width + 2 * self.multiple), (count, square, square)]
         return found
 
 
@@ -288,21 +203,25 @@ def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> st
     """The widest :class:`Shape` that the model's operations allow."""
     model = loaded.model
     multiple = model.backbone.multiple
-    height, width = (-(-side // multiple) * multiple for side in loaded.size)
+    least = tuple(recipe.round_up(side, multiple) for side in loaded.size)
     reason = "as asked for" if fixed else "its operations can't be exported for other sizes"
     if has_windows(model):
         fixed, reason = True, "its backbone cuts pictures into windows whose number is fixed in a traced program"
-    roomy = (max(height, TRACED * multiple), max(width, TRACED * multiple))
-    shapes = [Shape(roomy, multiple, True, True, least) for least in (LEAST, 2 * LEAST)]
-    shapes += [Shape((height, width), multiple, batch, False) for batch in (True, False)]
+    elif min(least) == multiple:
+        fixed, reason = True, f"a side of its training frame is a single {multiple}, which a tracer takes for a rule"
+    # A picture of the training frame's size is rounded up before the backbone's multiple is.
+    frame = tuple(recipe.round_up(recipe.round_up(side, ROUNDING), multiple) for side in loaded.size)
+    shapes = [Shape((least[0], least[1]), multiple, True, True)] * (not fixed)
+    shapes += [Shape((frame[0], frame[1]), multiple, batch, False) for batch in (True, False)]
     error: Exception | None = None
-    for shape in (shape for shape in shapes if not (fixed and shape.any_size)):
+    for shape in shapes:
         try:
             with quietly():
-                program = traced(Whole(model, list(loaded.tasks)).eval(), shape)
+                program = traced(Whole(model, loaded.tasks).eval(), shape)
                 count = own_parameters(program, model)
                 name, run = maker(program, loaded, shape, folder)
                 worst = check(run, loaded, shape, name)
+            (folder / RECIPE).write_text(Path(recipe.__file__).read_text("utf-8"), "utf-8")
             why = "" if shape.any_size else f" ({reason})"
             return f"{name} takes {shape}{why}; as eager to {worst:.1e}; {count:,} parameters, all of them the model's"
         except NotForThisShape as problem:
@@ -327,14 +246,15 @@ def has_windows(model: DenseModel) -> bool:
 
 
 def traced(module: nn.Module, shape: Shape) -> torch.export.ExportedProgram:
-    height, width = shape.size
+    height, width = shape.frame
     dynamic: dict[int, Any] = {}
     if shape.any_batch:
         dynamic[0] = Dim("batch", min=1, max=MOST)
     if shape.any_size:
-        dynamic |= {
-            2 + i: shape.multiple * Dim(n, min=shape.least, max=MOST) for i, n in enumerate(("rows", "columns"))
-        }
+        names = ("rows", "columns")
+        for i, (name, side) in enumerate(zip(names, shape.frame)):
+            dynamic[2 + i] = shape.multiple * Dim(name, min=side // shape.multiple, max=MOST)
+        height, width = (max(side, TRACED * shape.multiple) for side in shape.frame)
         width += shape.multiple * (height == width)  # a square would be taken for a rule
     example = torch.zeros(2 if shape.any_batch else 1, 3, height, width)
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -350,9 +270,10 @@ def traced(module: nn.Module, shape: Shape) -> torch.export.ExportedProgram:
 
 def torch_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: Shape, folder: Path) -> Made:
     path = folder / PROGRAM
+    facts = facts_of_program(loaded, shape)
     try:
         buffer = io.BytesIO()  # written to the disk, it would hide the disk's errors
-        torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts_of(loaded, shape))})
+        torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
     except Exception as error:  # an operation on sizes that can be traced, but not written (a ViT's: ceil)
         raise NotForThisShape(first_line(error)) from error
     path.write_bytes(buffer.getbuffer())
@@ -370,9 +291,9 @@ def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: S
         assert found is not None
     except Exception as error:  # many kinds
         raise NotForThisShape(first_line(error)) from error
-    found.model.metadata_props.update(
-        {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts_of(loaded, shape).items()}
-    )
+    facts = facts_of_program(loaded, shape)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    found.model.metadata_props.update({**texts, FACTS: json.dumps(facts)})
     found.save(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong comes as an exception, too
@@ -389,33 +310,49 @@ def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: S
     return ONNX, run
 
 
-def facts_of(loaded: Loaded, shape: Shape) -> dict[str, Any]:
-    """What who runs a program must know; the program carries it."""
+def facts_of(loaded: Loaded) -> dict[str, Any]:
+    """Describe what the model takes and gives: who uses a program needs it, and an exported folder has it, too."""
     return {
         "mtcl": mtcl.__version__,
-        "tasks": list(loaded.tasks),
-        "outputs": {name: RAW[task.kind] for name, task in loaded.tasks.items()},
+        "step": loaded.saved.step,
         "classes": {name: list(getattr(task, "classes", ())) for name, task in loaded.tasks.items()},
-        "input": f"{INPUT}; normalised inside with mean and std (on the 0..1 scale)",
+        "kinds": {name: task.kind for name, task in loaded.tasks.items()},
+        "outputs": {name: RAW[task.kind] for name, task in loaded.tasks.items()},
+        "units": {name: UNITS.get(task.kind, "") for name, task in loaded.tasks.items()},
         "mean": rounded(loaded.model.mean),
         "std": rounded(loaded.model.std),
+        "size": list(loaded.size),
+        "rounding": ROUNDING,
+        "multiple": loaded.model.backbone.multiple,
+        "as_it_is": AS_IT_IS,
+    }
+
+
+def facts_of_program(loaded: Loaded, shape: Shape) -> dict[str, Any]:
+    """Describe the program's input and outputs."""
+    return {
+        **facts_of(loaded),
+        "tasks": list(loaded.tasks),
+        "input": f"{INPUT}; normalised inside with mean and std (on the 0..1 scale)",
         "takes": str(shape),
-        "size": list(shape.size),
-        "multiple": shape.multiple,
-        "step": loaded.saved.step,
+        "frame": list(shape.frame),
+        "any_size": shape.any_size,
+        "any_batch": shape.any_batch,
     }
 
 
 @torch.inference_mode()
 def check(run: Run, loaded: Loaded, shape: Shape, name: str) -> float:
-    """The largest difference between the program and the model as it is evaluated; UserError beyond the tolerance."""
+    """The largest difference between the program and the model as it is evaluated; beyond the tolerance the program is
+    :class:`NotForThisShape`."""
     worst = 0.0
     for count, height, width in shape.examples():
         pictures = clouds(count, height, width)
         batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, (height, width), 1)
         raw = batch["image"].float()
         image, _ = prepare(batch, loaded.model.mean, loaded.model.std, "cpu")
-        eager = loaded.model.predict(image)
+        raw_eager = loaded.model.predict(image)
+        eager = {name: as_scored(task, raw_eager[name]) for name, task in loaded.tasks.items()}
         try:
             found = run(raw)
         except Exception as error:  # of the runtime
@@ -426,7 +363,7 @@ def check(run: Run, loaded: Loaded, shape: Shape, name: str) -> float:
             difference = relative(found[task], eager[task])
             worst = max(worst, difference)
             if not difference <= TOLERANCE:  # nor where it is not a number
-                raise UserError(
+                raise NotForThisShape(
                     f"{name} was not kept: for {count} x {height} x {width} its {task} differs from the model's by "
                     f"{difference:.1e}, more than {TOLERANCE:.0e}"
                 )

@@ -27,6 +27,7 @@ from mtcl.training.runtime import choose_device
 
 WEIGHTS, FACTS, CARD = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
 SHARED = (WEIGHTS, FACTS, CARD, "model.pt2", "model.onnx", "model.onnx.data")  # what goes to the hub, where it is there
+RECIPE = "recipe.py"  # beside a program; code of strangers is never fetched
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -187,23 +188,26 @@ def pull(name: str, revision: str | None = None, folder: Path | None = None) -> 
 
 
 @contextlib.contextmanager
-def put_into(folder: Path) -> Iterator[Path]:
-    """A place for files that belong together. All of them go into ``folder`` in the end, in place of an earlier model's
-    in any format, or none.
+def put_into(folder: Path, names: Sequence[str] = SHARED) -> Iterator[Path]:
+    """A place for files that belong together. Those of these ``names`` go into ``folder`` in the end, in place of an
+    earlier model's in any format, or none. ``UserError`` where one is a link or no file.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
     try:
         yield place
-        for name in SHARED:
+        paths = [place / name for name in names if os.path.lexists(place / name)]
+        for path in paths:
+            if path.is_symlink() or not path.is_file():
+                raise UserError(f"{path.name} of what was to go into {folder} is a link or no file; nothing was taken")
+        for name in (*SHARED, RECIPE):
             (folder / name).unlink(missing_ok=True)
         # What says that the folder is a model comes last.
-        for path in sorted((place / name for name in SHARED), key=lambda path: path.name == FACTS):
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-                path.replace(folder / path.name)
+        for path in sorted(paths, key=lambda path: path.name == FACTS):
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
+            path.replace(folder / path.name)
     finally:
         shutil.rmtree(place, ignore_errors=True)
         if made:

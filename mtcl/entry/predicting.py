@@ -24,11 +24,12 @@ from tqdm import tqdm
 from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.entry import words as read
 from mtcl.entry.loading import Loaded, load_model, predictor_of
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
 from mtcl.inference.maps import meaning, write_jpeg, write_map
 from mtcl.inference.pictures import SUFFIXES
 from mtcl.inference.predictor import LARGE
+from mtcl.safe_files import open_regular, read_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 from mtcl.training.panels import draw_predictions
@@ -54,6 +55,7 @@ KEYS: dict[str, Callable[[str], Any]] = {
 }
 OF_THE_PREDICTOR = ("tasks", "large", "flip", "scales", "device", "precision")
 RECORD = "predict.json"
+MOST_CAMERAS = 999
 KINDS = {*TASK_NAMES, "panel"}  # folders of what is written
 AGAIN = "run it again: what is there stays"
 FOR_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # what ails the disk, not one name
@@ -81,18 +83,40 @@ def predict(words: Sequence[str]) -> None:
     settings = Settings(**given)
     if settings.output.is_file():
         raise UserError(f"output={settings.output} is a file; give a folder")
+    refuse_links(settings.output)
     path, camera = Path(source), source.isdecimal()
-    video = path.suffix.lower() in VIDEOS and os.path.isfile(path)
+    video = path.suffix.lower() in VIDEOS and not os.path.isdir(path) and os.path.exists(path)
+    if video:
+        open_regular(path).close()  # OpenCV would wait for a FIFO
     files, unread = ([], {}) if camera or video else found(path, settings.output)
+    if camera and int(source) > MOST_CAMERAS:
+        raise UserError(
+            f"input={source}: a camera's number is at most {MOST_CAMERAS}; for a file of that name, ./{source}"
+        )
     loaded = load_model(checkpoint)
     predictor = predictor_of(loaded, **options)
     record = Record(settings, source, facts(loaded, predictor))
     if camera:
-        film(int(source), f"camera_{source}", predictor, settings, record)
+        film(int(source), f"camera_{int(source)}", predictor, settings, record)
     elif video:
         film(source, path.stem, predictor, settings, record)
     else:
         pictures(files, named(files, path), unread, predictor, settings, record)
+
+
+def refuse_links(output: Path) -> None:
+    """Raise ``UserError`` where what is written below ``output`` would lie, or be replaced, elsewhere."""
+    for name in sorted({*KINDS, RECORD}):
+        if (output / name).is_symlink():
+            raise UserError(
+                f"output={output} holds the link {name} to {os.readlink(output / name)}; maps are written into folders "
+                "of their own only: remove the link, or choose another output="
+            )
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Tell whether a file to be written lies below ``folder`` once links are resolved."""
+    return path.parent.resolve().is_relative_to(folder.resolve())
 
 
 # What was done
@@ -158,6 +182,8 @@ class Record:
         """Of the model before; its record goes last, so that what is left is known."""
         folder = self.path.parent
         for name in self.taken | self.own:
+            if not all(is_inside(folder, folder / kind / name) for kind in KINDS):
+                continue
             if name.endswith(".mp4"):
                 (folder / name).unlink(missing_ok=True)
             for kind in KINDS:
@@ -168,12 +194,12 @@ class Record:
 
     def _before(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.path.read_text("utf-8"))
+            content = read_json(self.path)
             inputs = {source: list(names) for source, names in content["inputs"].items()}
             if any(Path(name).is_absolute() or ".." in Path(name).parts for names in inputs.values() for name in names):
                 raise ValueError("these names lead elsewhere")  # and may be deleted
             return {**content, "inputs": inputs, "tasks": dict(content["tasks"])}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if self.overwrite:
                 return {"inputs": {}, "tasks": {}}
             raise UserError(
@@ -219,7 +245,7 @@ def pictures(
         def leave_out(path: Path, why: object) -> None:
             bad[path] = str(why)
             if total > 1:
-                bar.write(f"left out: {why}", file=sys.stderr)
+                bar.write(printable(f"left out: {why}"), file=sys.stderr)
 
         def settle(pixels: int) -> None:
             """Account for what is written; wait until the maps of no more than so many pixels are not."""
@@ -270,7 +296,8 @@ def pictures(
     seconds = time.perf_counter() - began
     if total == 1 and bad:
         raise UserError(*bad.values())
-    print(f"{done} pictures in {seconds:.1f} s ({done / max(seconds, 1e-9):.2f} per second): {settings.output}")
+    rate = f"{done / max(seconds, 1e-9):.2f} per second"
+    print(printable(f"{done} pictures in {seconds:.1f} s ({rate}): {settings.output}"))
     if bad:
         few = ", ".join(map(str, islice(bad, 3))) + (", ..." if len(bad) > 3 else "")
         raise UserError(f"{len(bad)} of {total} pictures could not be predicted, see above: {few}")
@@ -372,6 +399,8 @@ def write(
     settings: Settings, tasks: Mapping[str, Task], name: str, picture: np.ndarray, maps: Mapping[str, np.ndarray]
 ) -> None:
     for kind, path in targets(settings, tasks, name).items():
+        if not is_inside(settings.output, path):
+            raise UserError(f"{path.parent} leads out of output={settings.output}; remove the link, or choose another")
         with disk_errors_told(path, AGAIN):
             if kind == "panel":
                 write_jpeg(path, draw_predictions(picture, maps, tasks))
@@ -404,11 +433,12 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
         raise UserError(others(settings, f"{name}/"))
     _silence()
     capture = cv2.VideoCapture(source)
-    rate, expected = capture.get(cv2.CAP_PROP_FPS), int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    rate, expected = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     rate = rate if 0.1 <= rate <= 240 else 25.0
-    total: int | None = expected if expected > 0 and video else None
-    if settings.seconds is not None and video:
-        total = min(max(1, round(settings.seconds * rate)), total or sys.maxsize)
+    # What a container says of its length may be wrong: the frames that are there are read.
+    total = int(expected) if video and 0 < expected < sys.maxsize else None
+    limit = max(1, round(settings.seconds * rate)) if settings.seconds is not None and video else None
+    total = min(limit, total or limit) if limit is not None else total
     count, began = 0, time.perf_counter()
     with closing(frames(capture, math.inf if video else settings.seconds or math.inf)) as stream:
         first = next(stream, None)
@@ -424,7 +454,7 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
         ):
             try:
                 with tqdm(total=total, desc="predict", unit="frame") as bar:
-                    for group in batched(islice(chain([first], stream), total), settings.batch):
+                    for group in batched(islice(chain([first], stream), limit), settings.batch):
                         for picture, maps in zip(group, predicted(predictor, group)):
                             if maps is None:
                                 raise UserError(too_large(source, picture, predictor))
@@ -444,7 +474,7 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
                 raise OSError(errno.EIO, "OpenCV did not write all of it; is there space?")
             os.replace(made.path, target)
     seconds = time.perf_counter() - began
-    print(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}")
+    print(printable(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}"))
     if total is not None and expected > 0 and count < 0.9 * total - 1:  # containers count roughly
         raise UserError(f"only {count} of about {total} frames of {source} could be read; is it whole?")
 

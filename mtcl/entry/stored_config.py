@@ -23,6 +23,7 @@ MOST_CHANNELS = 100_000  # of a task
 # Where the machine of the training had its files. Reading images from data.root is what evaluate.py is asked for; the
 # others are the reader's own to say.
 PATHS = ("data.cache", "backbone.weights", "resume", "checkpoint", "predictions", "save_predictions")
+NO_PATHS = ("none", "hub")  # values of backbone.weights that say how training began
 LABELS = ("full", "one", "random")  # of data.labels; anything else is a path
 DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
     "backbone": {"weights": None, "mean": None, "std": None, "out_indices": None, "kwargs": None},
@@ -95,7 +96,7 @@ def drop_paths(config: dict[str, Any]) -> None:
     for key in PATHS:
         group, _, name = key.rpartition(".")
         part = config.get(group) if group else config
-        if isinstance(part, dict) and part.get(name) is not None:
+        if isinstance(part, dict) and part.get(name) not in (None, *NO_PATHS):
             del part[name]
     data = config.get("data")
     if isinstance(data, dict) and isinstance(data.get("labels"), str) and data["labels"] not in LABELS:

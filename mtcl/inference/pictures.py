@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mtcl.errors import UserError
+from mtcl.safe_files import open_regular
 
 MAX_PIXELS = 50_000_000
 SUFFIXES = (
@@ -26,7 +27,8 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         Image.init()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="PIL")  # of many pixels (the limit here is ours), of odd metadata
-            with Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN]) as picture:
+            formats = [name for name in FORMATS if name in Image.OPEN]
+            with open_regular(path) as file, Image.open(file, formats=formats) as picture:
                 return from_pillow(picture, max_pixels, str(path))
     except UserError:
         raise
@@ -35,10 +37,6 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise UserError(f"{path} has more pixels than the limit of {limit:,}; make it smaller") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{path} is damaged, or not a picture (it has no format that is read here)") from error
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); give a file that you may read") from error
     except MemoryError as error:
         raise UserError(f"{path} has too many pixels for the memory of this machine; make it smaller") from error
     except Exception as error:  # of damaged files Pillow raises nearly anything

@@ -22,6 +22,7 @@ Size = tuple[int, int]
 Picture = str | Path | np.ndarray | Image.Image
 LARGE = ("shrink", "slide", "whole")
 AS_IT_IS = 1.6  # times the area and the longer side of the training frame: pictures up to that are not touched
+ROUNDING = 32  # a picture's sides are rounded up to it where it is larger than the frame, as in an evaluation
 STRIP = 2**24  # numbers that are decoded at once
 
 
@@ -125,7 +126,7 @@ class Predictor:
 
     def _once(self, pictures: list[np.ndarray]) -> dict[str, Tensor]:
         """(B, C, H, W) of pictures of one size, in the frame that an evaluation would put them in."""
-        batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, self.size, 32)
+        batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, self.size, ROUNDING)
         image, _ = prepare(batch, self.model.mean, self.model.std, self.device)
         with autocast(self.device, self.precision):
             raw = self.model.predict(image)

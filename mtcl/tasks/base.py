@@ -107,6 +107,10 @@ class Task(ABC):
         """A label without a valid pixel, in the layout of the data pipeline."""
         return np.full((height, width), self.void, np.uint8)
 
+    def drawable(self, prediction: np.ndarray) -> np.ndarray:
+        """Return a decoded prediction as :meth:`draw` and :meth:`legend` take it: nothing finite in it is void."""
+        return prediction
+
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, tuple[int, int, int]]]:
         """(text, colour) rows that explain the colours of the given arrays (label layout)."""
         return []

@@ -36,6 +36,7 @@ class Depth(Task):
     far_off: ClassVar[str] = "22 % off"  # exp(0.2)
     units: ClassVar[Mapping[str, str]] = {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}
     implausible: ClassVar[float] = 100.0  # metres: a median beyond it is of another unit
+    clipped: ClassVar[float] = 1e-6  # metres: what stands for a prediction of 0 or less in pictures, where 0 is void
     farthest: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
 
     @cached_property
@@ -77,9 +78,15 @@ class Depth(Task):
         turbo = cv2.applyColorMap(index, cv2.COLORMAP_TURBO)[..., ::-1]
         return np.where(valid[..., None], turbo, np.array(VOID_COLOUR, np.uint8))
 
+    def drawable(self, prediction: np.ndarray) -> np.ndarray:
+        """What was clipped gets the nearest colour; what is no number stays void."""
+        return np.maximum(prediction, np.float32(self.clipped))
+
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
-        ticks = np.array([[1, 2, 3, 4, 6, 8, self.farthest]], np.float32)
-        rows = [(f"{tick:g} m", rgb(colour)) for tick, colour in zip(ticks[0], self.draw(ticks)[0])]
+        ticks = np.array([[self.clipped, 1, 2, 3, 4, 6, 8, self.farthest]], np.float32)
+        texts = ["0 m or less", *(f"{tick:g} m" for tick in ticks[0, 1:])]
+        rows = [(text, rgb(colour)) for text, colour in zip(texts, self.draw(ticks)[0])]
+        rows = rows if any((array == ticks[0, 0]).any() for array in arrays) else rows[1:]
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).any() for array in arrays)
 
     def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
@@ -99,6 +106,10 @@ class Depth(Task):
 
     def unscaled(self, prediction: Tensor, factor: float) -> Tensor:
         return prediction * factor
+
+    def blendable(self, prediction: Tensor) -> Tensor:
+        """Clamped to 0, as every prediction is scored."""
+        return prediction.clamp(min=0)
 
 
 def _log(depth: Tensor) -> Tensor:

@@ -35,7 +35,11 @@ def draw_panel(sample: Shown, tasks: Mapping[str, Task]) -> np.ndarray:
     columns = [np.concatenate([_caption("image", image.shape[1]), image, _caption(sample.id, image.shape[1])])]
     for name, task in tasks.items():
         label, prediction = sample.labels[name], sample.predictions[name]
-        pictures = (task.draw(label), task.draw(prediction), draw_error(error_map(task, label, prediction)))
+        pictures = (
+            task.draw(label),
+            task.draw(task.drawable(prediction)),
+            draw_error(error_map(task, label, prediction)),
+        )
         captioned = {f"{name}: {kind}": _enlarge(picture, zoom) for kind, picture in zip(KINDS, pictures)}
         columns.append(_column(captioned, _legend_of(sample, name, task)))
     height = max(column.shape[0] for column in columns)
@@ -55,11 +59,12 @@ def draw_predictions(
     """
     zoom = max(1, min(-(-MIN_HEIGHT // image.shape[0]), WIDEST // max(image.shape[:2])))
     factor = min(1.0, WIDEST / (zoom * max(image.shape[:2])))
-    pictures = {"image": image, **{name: tasks[name].draw(array) for name, array in predictions.items()}}
+    shown = {name: tasks[name].drawable(array) for name, array in predictions.items()}
+    pictures = {"image": image, **{name: tasks[name].draw(array) for name, array in shown.items()}}
     columns = []
     for name, picture in pictures.items():
         tile = _bordered(_shrunk(_enlarge(picture, zoom), factor), width=NARROWEST)
-        rows = tasks[name].legend([predictions[name]]) if legends and name in predictions else []
+        rows = tasks[name].legend([shown[name]]) if legends and name in shown else []
         columns.append(_column({name: tile}, rows))
     per_row = -(-len(columns) // -(-len(columns) // TILES_PER_ROW))  # rows of about equal length
     lines = []
@@ -111,7 +116,7 @@ def draw_error(error: np.ndarray) -> np.ndarray:
 
 
 def _legend_of(sample: Shown, name: str, task: Task) -> list[tuple[str, Colour]]:
-    rows = task.legend([sample.labels[name], sample.predictions[name]])
+    rows = task.legend([sample.labels[name], task.drawable(sample.predictions[name])])
     return [*rows, ("error: none", RIGHT), (f"error: {task.far_off}", WRONG)]
 
 

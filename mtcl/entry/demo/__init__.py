@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from mtcl.entry import words as read
-from mtcl.entry.demo.answer import Named, answer, esc
+from mtcl.entry.demo.answer import Named, answer, answer_image, esc, example_image, image
+from mtcl.entry.demo.guard import Guard, is_upload, patient_protocol
 from mtcl.entry.loading import load_model, predictor_of
 from mtcl.errors import UserError
 from mtcl.inference.predictor import LARGE
@@ -92,12 +93,14 @@ def serve(models: Sequence[Named], door: socket.socket, max_mb: int) -> None:
         import uvicorn
 
         host, port = door.getsockname()[:2]
-        app = application(models, host, port, max_mb)
+        app = application(models, host, port, max_mb, Path(folder))
         if not ipaddress.ip_address(host).is_loopback:
             print(f"host={host}: whoever reaches this machine over its network can open this page and use the model.")
         print(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}   (Ctrl-C ends it)", flush=True)
         # Pages still open when it ends are cut off, which uvicorn would tell as errors, with traces.
-        config = uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=SECONDS_TO_END)
+        config = uvicorn.Config(
+            app, http=patient_protocol(), log_level="critical", timeout_graceful_shutdown=SECONDS_TO_END
+        )
         uvicorn.Server(config).run(sockets=[door])
     except KeyboardInterrupt:
         pass
@@ -105,36 +108,56 @@ def serve(models: Sequence[Named], door: socket.socket, max_mb: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def application(models: Sequence[Named], host: str, port: int, max_mb: int) -> Any:
-    """The page as an ASGI application."""
+def application(models: Sequence[Named], host: str, port: int, max_mb: int, folder: Path) -> Any:
+    """The page as an ASGI application; ``folder`` is where Gradio puts uploads."""
     import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     def shown(path: str | None) -> Any:
-        return (gr.skip(), gr.skip()) if path is None else (None, answer(models, Path(path)))
+        if path is None:
+            return gr.skip(), gr.skip()
+        if not is_upload(folder, path):  # the guard lets no other through; but the file is removed here
+            raise ValueError("no file that was uploaded here")
+        return None, answer(models, Path(path))
 
+    example = example_image(models[0].predictor.size)
     limits = f"up to {max_mb} MB and {models[0].predictor.max_pixels / 1e6:.3g} million pixels"
     names = " and ".join(f"<b>{esc(model.name)}</b>" for model in models)
     lead = f"Predicted by {names} on {models[0].predictor.device} of this machine. Nothing is kept or sent elsewhere."
     # What was read goes at once (answer), what never was after a while.
     with gr.Blocks(title="mtcl: all tasks of a picture", analytics_enabled=False, delete_cache=(60, 600)) as blocks:
         gr.HTML(f"<h1>All tasks of a picture</h1><p>{lead}</p>", js_on_load=None, elem_id="head")
-        picture: Any = gr.Image(
-            type="filepath",
-            sources=["upload", "clipboard"],
-            height=170,
-            show_label=False,
-            buttons=[],
-            placeholder=f"Drop a picture here, or click to choose one\n({limits})",
-            elem_id="drop",
-        )
+        with gr.Row(equal_height=True):
+            picture: Any = gr.Image(
+                type="filepath",
+                sources=["upload", "clipboard"],
+                height=170,
+                scale=4,
+                show_label=False,
+                buttons=[],
+                placeholder=f"Drop a picture here, or click to choose one\n({limits})",
+                elem_id="drop",
+            )
+            with gr.Column(scale=1, min_width=200, elem_id="example"):
+                gr.HTML(image(example, "a rendered room", ".jpg", "image/jpeg"), js_on_load=None, padding=False)
+                button = gr.Button("Try this example", size="sm")
         # The file as it was uploaded: what is no picture is told by us. No subclass: Gradio writes a .pyi for each.
         picture.preprocess = lambda payload: payload.path if payload else None
         found = gr.HTML("", js_on_load=asset("demo.js"), elem_id="found", apply_default_css=False)
-        picture.upload(shown, picture, [picture, found], show_progress_on=found, api_visibility="private")
+        button.click(
+            lambda: answer_image(models, example, "Example, a rendered room"),
+            outputs=found,
+            show_progress_on=found,
+            concurrency_id="model",
+            api_visibility="private",
+        )
+        picture.upload(
+            shown, picture, [picture, found], show_progress_on=found, concurrency_id="model", api_visibility="private"
+        )
     blocks.queue(default_concurrency_limit=1, max_size=WAITING, api_open=False)
     app = FastAPI(openapi_url=None)
+    app.add_middleware(Guard, folder=folder, max_mb=max_mb)
     if ipaddress.ip_address(host).is_loopback:  # a foreign page whose name leads here has no say
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", host])
     system = ["system-ui", "Segoe UI", "Roboto", "Liberation Sans", "sans-serif"]

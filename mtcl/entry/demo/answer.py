@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
+from mtcl.data.rooms.render import render
 from mtcl.entry.predicting import out_of_memory
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
 from mtcl.tasks.base import Task
 
 WIDEST = 800  # pixels of a tile, the longer side
 DEEPEST = 65535  # millimetres: that or more
+EXAMPLE = 3  # the seed of the example's room
 TITLES = {
     "semseg": "Classes",
     "human_parts": "Human parts",
@@ -43,25 +45,40 @@ class Named(NamedTuple):
 
 def answer(models: Sequence[Named], path: Path) -> str:
     """All tasks of all models for an uploaded file, or a sentence that says why not. The file is gone afterwards."""
-    where = models[0].predictor.device
     try:
         picture = models[0].predictor.read(path)
-        height, width = picture.shape[:2]
-        began = time.perf_counter()
-        found = [model.predictor(picture) for model in models]
-        seconds = time.perf_counter() - began
     except UserError as error:
         if not path.exists():  # Gradio keeps equal files once
             return fault(f"{path.name} is gone: it has just been predicted for another page; choose it again")
         return fault(str(error).replace(f"{path.parent}/", ""))
-    except Exception as error:
-        if out_of_memory(error):
-            return fault(f"{path.name} has too many pixels for the memory of {where}; make it smaller")
-        log.exception("%s could not be predicted", path.name)
-        return fault(f"{path.name} could not be predicted; the terminal that runs this page says why")
     finally:
         path.unlink(missing_ok=True)
-    return results(models, picture, found, f"{path.name}, {width} x {height} pixels, {seconds:.2f} s")
+    return answer_image(models, picture, path.name)
+
+
+def answer_image(models: Sequence[Named], picture: np.ndarray, name: str) -> str:
+    """All tasks of all models for an image uint8 RGB (H, W, 3), or a sentence that says why not."""
+    height, width = picture.shape[:2]
+    began = time.perf_counter()
+    try:
+        found = [model.predictor(picture) for model in models]
+    except UserError as error:
+        return fault(str(error))
+    except Exception as error:
+        if out_of_memory(error):
+            where = models[0].predictor.device
+            return fault(f"{name} has too many pixels for the memory of {where}; make it smaller")
+        log.exception("%s could not be predicted", printable(name))
+        return fault(f"{name} could not be predicted; the terminal that runs this page says why")
+    seconds = time.perf_counter() - began
+    return results(models, picture, found, f"{name}, {width} x {height} pixels, {seconds:.2f} s")
+
+
+def example_image(size: tuple[int, int]) -> np.ndarray:
+    """Render a room of the procedural dataset in about the frame that a model was trained in: uint8 RGB (H, W, 3)."""
+    factor = min(1.0, WIDEST / max(size))
+    height, width = (max(32, round(side * factor)) for side in size)
+    return render(EXAMPLE, 0, height, width)["image"]
 
 
 def results(models: Sequence[Named], picture: np.ndarray, found: Sequence[Mapping[str, np.ndarray]], about: str) -> str:
@@ -95,13 +112,14 @@ def task_tile(task: Task, array: np.ndarray, model: str) -> str:
     if max(array.shape[:2]) > WIDEST:
         size = _size(array, WIDEST / max(array.shape[:2]))
         small = cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
+    drawn = task.drawable(small)
     title = TITLES.get(task.name, task.name)
     alt = f"{title.lower()}, predicted" + f" by {model}" * bool(model)
     rows = "".join(
-        f'<li><i style="background: rgb{colour}"></i>{esc(text)}</li>' for text, colour in task.legend([small])
+        f'<li><i style="background: rgb{colour}"></i>{esc(text)}</li>' for text, colour in task.legend([drawn])
     )
     legend = f'<ul class="key">{rows}</ul>' if rows else ""
-    return tile(title, image(task.draw(small), alt, ".png", "image/png"), legend, reading(task, small))
+    return tile(title, image(task.draw(drawn), alt, ".png", "image/png"), legend, reading(task, small))
 
 
 def tile(title: str, element: str, legend: str = "", values: Mapping[str, Any] | None = None) -> str:
@@ -130,9 +148,9 @@ def classes(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def metres(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
-    """Millimetres; 0 where there is no depth."""
-    steps = np.nan_to_num(1000 * array, nan=0, posinf=0, neginf=0)
-    return np.round(steps).clip(0, DEEPEST).astype("<u2"), {"kind": "metres"}
+    """Millimetres from 1 on; 0 where it is no number."""
+    steps = np.round(np.nan_to_num(1000 * array, nan=0, posinf=0, neginf=0)).clip(1, DEEPEST)
+    return np.where(np.isfinite(array), steps, 0).astype("<u2"), {"kind": "metres"}
 
 
 def percent(task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:

@@ -1,0 +1,188 @@
+"""The model card of an exported folder: README.md as the Hugging Face hub shows and reads it."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import timm
+import yaml
+
+import mtcl
+from mtcl.entry.loading import Loaded
+from mtcl.entry.report import COUNTS, shown
+from mtcl.errors import UserError, printable
+from mtcl.safe_files import read_json
+
+RAW = {  # what a raw prediction stands for, by a task's kind
+    "class": "logits of the classes; the class is the argmax over channels",
+    "metres": "metres, negative ones clipped to 0",
+    "direction": "vectors to be normalised; x to the left, y up, z to the viewer",
+    "probability": "a logit; its sigmoid is the probability",
+}
+DATASETS = {  # by data.name: the hub's name and people's
+    "nyud": ("nyu_depth_v2", "NYUD-v2"),
+    "nyud_small": ("nyu_depth_v2", "NYUD-v2, small edition"),
+    "pascal": ("pascal_context", "PASCAL-Context"),
+}
+PAPER = "https://arxiv.org/abs/2307.07934"
+BIBTEX = """@inproceedings{yang2023contrastive,
+  title     = {Contrastive Multi-Task Dense Prediction},
+  author    = {Yang, Siwei and Ye, Hanrong and Xu, Dan},
+  booktitle = {Proceedings of the AAAI Conference on Artificial Intelligence},
+  year      = {2023},
+  note      = {arXiv:2307.07934}
+}"""
+
+
+class Score(NamedTuple):
+    task: str
+    metric: str
+    value: float
+    text: str  # with its unit
+
+
+def card(loaded: Loaded) -> str:
+    """Write the card's text: what the model is, how to use it, what it scored."""
+    config, saved = loaded.saved.config, loaded.saved
+    data = config["data"]
+    height, width = loaded.size
+    parameters = sum(p.numel() for p in loaded.model.parameters())
+    name = cell(config.get("name") or data["name"])
+    scores, scored_on = read_scores(loaded)
+    front = yaml.safe_dump(front_matter(loaded, name, scores), sort_keys=False, allow_unicode=True)
+    rows = "\n".join(
+        f"| {key} | {task.channels} | {cell(', '.join(getattr(task, 'classes', ())) or RAW[task.kind])} |"
+        for key, task in loaded.tasks.items()
+    )
+    target = str(config["decoder"]["_target_"]).rpartition(".")[2]
+    return f"""---
+{front}---
+
+# {name}: {", ".join(loaded.tasks)}
+
+One network, {len(loaded.tasks)} pixel-wise task{"s" * (len(loaded.tasks) > 1)}.
+Backbone {cell(config["backbone"]["name"])} (timm), decoder {cell(target)}, {parameters:,} parameters,
+step {saved.step:,} of its training. Exported with mtcl {mtcl.__version__}.
+
+```sh
+pip install 'mtcl[hub]'
+```
+
+```python
+import mtcl
+predictor = mtcl.load("FOLDER_OR_USER/MODEL")
+maps = predictor("picture.jpg")  # task -> array of the picture's height and width
+```
+
+| task | channels | classes, or what it predicts |
+| --- | ---: | --- |
+{rows}
+
+- **Training data**: {cell(data["name"])}, the training part of its split `{cell(data.get("split"))}`.
+- **Size**: frames of {height} x {width} (height x width); other sizes work, larger pictures are shrunk to about that.
+- **Normalisation** (inside the predictor): RGB on the 0..1 scale,
+  mean {rounded(loaded.model.mean)}, std {rounded(loaded.model.std)}.
+
+## Metrics
+
+{format_scores(scores, scored_on)}
+
+## Licence
+
+To be filled in by who publishes this: those of the training data and of the backbone's weights hold for it, too.
+
+## Citation
+
+mtcl implements the method of [Contrastive Multi-Task Dense Prediction]({PAPER}):
+
+```bibtex
+{BIBTEX}
+```
+"""
+
+
+def front_matter(loaded: Loaded, name: str, scores: Sequence[Score]) -> dict[str, Any]:
+    """Describe the model as the hub's own fields."""
+    config = loaded.saved.config
+    has_classes = any(task.kind == "class" for task in loaded.tasks.values())
+    pipeline = "image-segmentation" if has_classes else "image-to-image"
+    pipeline = "depth-estimation" if list(loaded.tasks) == ["depth"] else pipeline
+    front: dict[str, Any] = {
+        "library_name": "mtcl",
+        "license": "other",
+        "pipeline_tag": pipeline,
+        "tags": ["mtcl", "multi-task-learning", "dense-prediction", *loaded.tasks, "arxiv:2307.07934"],
+    }
+    dataset = DATASETS.get(config["data"]["name"])
+    if dataset is not None:
+        front["datasets"] = [dataset[0]]
+    base = find_base_model(loaded)
+    if base is not None:
+        front["base_model"] = base
+    if scores:
+        kind, title = dataset or (cell(config["data"]["name"]),) * 2
+        results = [
+            {
+                "task": {"type": pipeline, "name": task},
+                "dataset": {"type": kind, "name": title},
+                "metrics": [
+                    {"type": score.metric, "name": f"{score.metric} ({score.text})", "value": score.value}
+                    for score in scores
+                    if score.task == task
+                ],
+            }
+            for task in dict.fromkeys(score.task for score in scores)
+        ]
+        front["model-index"] = [{"name": name, "results": results}]
+    return front
+
+
+def find_base_model(loaded: Loaded) -> str | None:
+    """Name the model on the hub whose weights the backbone began with; None where it did not."""
+    backbone = loaded.saved.config["backbone"]
+    if backbone.get("weights") != "hub":
+        return None
+    known = timm.get_pretrained_cfg(str(backbone["name"]), allow_unregistered=True)
+    return getattr(known, "hf_hub_id", None)
+
+
+def read_scores(loaded: Loaded) -> tuple[list[Score], str]:
+    """Read the metrics of the run, where the checkpoint is the run's last one, and say what they were computed on."""
+    run = loaded.saved.path.parent.parent
+    try:
+        found, facts = read_json(run / "metrics.json"), read_json(run / "run.json")
+    except UserError:
+        return [], ""
+    if not isinstance(found, dict) or not isinstance(facts, dict) or facts.get("step") != loaded.saved.step:
+        return [], ""
+    scores = []
+    for name, task in loaded.tasks.items():
+        metrics = found.get(name)
+        values = {key: value for key, value in metrics.items() if is_number(value)} if isinstance(metrics, dict) else {}
+        first, _ = task.headline(values)
+        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m not in COUNTS)]
+        scores += [Score(name, m, values[m], shown(task, m, values[m])) for m in wanted if m in values]
+    return scores, f"{cell(facts.get('num_images'))} validation pictures ({cell(facts.get('protocol'))})"
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a metric was computed."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def format_scores(scores: Sequence[Score], scored_on: str) -> str:
+    """Write metrics as a table."""
+    if not scores:
+        return "Not known: there was no metrics.json of this checkpoint beside it."
+    rows = [f"| {score.task} | {cell(score.metric)} | {score.text} |" for score in scores]
+    return "\n".join([f"On {scored_on}:", "", "| task | metric | value |", "| --- | --- | ---: |", *rows])
+
+
+def cell(text: Any) -> str:
+    """Write text of a config or a file into Markdown: nothing of it is markup."""
+    return printable(str(text)).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Round what is written for people and programs."""
+    return [round(value, 6) for value in values]
