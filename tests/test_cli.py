@@ -265,6 +265,10 @@ def test_the_table_leaves_out_what_nobody_reads():
     del earlier["edge"]["not_finite"], metrics["edge"]["not_finite"]
     late = {"semseg": metrics["semseg"], "edge": {**metrics["edge"], "not_finite": 0.0}}
     assert "not_finite" not in format_table({"edge": tasks["edge"]}, {"untrained": earlier, "step 9": late})
+    for absent, shown in ((0.0, False), (3.0, True)):  # the second mIoU only where a class is absent
+        values = {"mIoU": 0.5, "mIoU_present": 0.75, "absent_classes": absent}
+        table = format_table({"semseg": tasks["semseg"]}, {"step 9": {"semseg": values}})
+        assert ("absent_classes  3 classes" in table, "75.00 %" in table) == (shown, shown), table
 
 
 def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_path):

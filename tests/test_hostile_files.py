@@ -155,6 +155,13 @@ def object_mat(path: Path) -> None:
     scipy.io.savemat(path, {"depth": np.array([[1, "a"]], object)})
 
 
+def unknown_kind(path: Path) -> None:
+    """scipy looks up what it knows of a kind by its number, also far beyond its table."""
+    scipy.io.savemat(path, {"depth": np.ones((4, 5))})
+    data = path.read_bytes()
+    path.write_bytes(data.replace(struct.pack("<II", 9, 160), struct.pack("<II", 0x6309, 160)))
+
+
 CASES: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], str]] = {
     "PNG of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 0)), files.read_values, "40000x40000 pixels"),
     "palette of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 3)), files.read_values, "40000x40000 pixels"),
@@ -168,6 +175,7 @@ CASES: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], 
     "npz called npy": ("a.npy", holding(npz()), files.read_npy, "a label is one array"),
     "mat of objects": ("a.mat", object_mat, depth_of, "depth is one floating-point array"),
     "mat nested 5,000 deep": ("a.mat", holding(nested(5000)), depth_of, "nested deeper than"),
+    "mat of an unknown kind": ("a.mat", unknown_kind, depth_of, "not a readable .mat file .*kind 25353"),
     "mat of 3 GB in 3 MB": ("a.mat", None, depth_of, "unpacks to more than"),  # type: ignore[dict-item]
     "external link": ("a.mat", hdf5(external_link), depth_of, "link to another place"),
     "soft link": ("a.mat", hdf5(soft_link), depth_of, "link to another place"),

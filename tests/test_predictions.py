@@ -15,7 +15,7 @@ from PIL import Image
 from test_cli import assert_fails, tiny_nyud
 
 from mtcl import UserError
-from mtcl.data import Sample, SampleMeta, eval_loader
+from mtcl.data import NYUD, Sample, SampleMeta, eval_loader
 from mtcl.data.predictions import FORMATS, PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry.train import train
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
@@ -315,6 +315,19 @@ def test_missing_extra_and_double_maps_are_told(tmp_path):
     message = told(tmp_path, ["normals"], "a")
     assert "a.npy" in message
     assert "a.png" in message
+
+
+def test_maps_of_other_endings_are_named(tmp_path):
+    for id in "ab":
+        write_png(tmp_path / "maps" / "edge" / f"{id}.png", np.zeros(SIZE, np.uint8))
+        (tmp_path / "maps" / "edge" / f"{id}.png").rename(tmp_path / "maps" / "edge" / f"{id}.PNG")
+    (tmp_path / "maps" / "edge" / "a.npz").write_bytes(b"")
+    with pytest.raises(UserError, match=r"has no map \(\.png\) of 2 .* \(of them there are 2 \.PNG, 1 \.npz, which"):
+        saved(tmp_path / "maps", ["edge"])
+    root = tiny_nyud(tmp_path / "NYUDv2")
+    (root / "edge" / "b.png").rename(root / "edge" / "b.PNG")
+    with pytest.raises(UserError, match=r"first edge/b\.png \(of them there are 1 \.PNG, which are not read\)"):
+        NYUD(root, "train", ["edge"])
 
 
 def test_other_files_beside_the_maps_are_left_alone(tmp_path):

@@ -26,6 +26,7 @@ MAX_BYTES = 1 << 30  # of a file, or of what a packed one unpacks to
 MAX_PIXELS = 50_000_000
 MAX_NESTED = 100  # PASCAL-Part has 7
 _MATRIX, _PACKED = 14, 15  # kinds of elements of a .mat of format 5
+_KINDS = frozenset({*range(1, 8), 9, 12, 13, _MATRIX, _PACKED, 16, 17, 18})
 _ID = re.compile(r"[^./\\:][^/\\:]{0,199}")
 NO_ID = "which is no id: an id is the name of its files without their ending, never a path"
 
@@ -185,7 +186,7 @@ def _unpacked(path: Path, data: bytes) -> bytes:
             part = inflater.decompress(part[8:], MAX_BYTES - size)
             if inflater.unconsumed_tail:
                 raise UserError(f"{path} unpacks to more than the {MAX_BYTES:,} bytes that such a file may have.")
-        if _is_deep(part, order):
+        if _nesting(part, order) > MAX_NESTED:
             raise UserError(f"{path} holds structures nested deeper than {MAX_NESTED} levels; simplify them.")
         parts.append(part)
         size += len(part)
@@ -193,21 +194,25 @@ def _unpacked(path: Path, data: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _is_deep(part: bytes, order: str) -> bool:
-    """Whether the arrays of one variable are nested deeper than :data:`MAX_NESTED`."""
-    ends, place = [len(part)], 0
-    while place + 8 <= len(part):
+def _nesting(part: bytes, order: str) -> int:
+    """How deep the arrays of one variable are nested, at most a little beyond :data:`MAX_NESTED`.
+
+    ``ValueError``: an element of a kind that there is not, by whose number scipy would look up memory that is not its.
+    """
+    ends, place, deepest = [len(part)], 0, 0
+    while place + 8 <= len(part) and deepest <= MAX_NESTED:
         while len(ends) > 1 and place >= ends[-1]:
             ends.pop()
         kind, length = struct.unpack_from(f"{order}II", part, place)
+        if kind & 0xFFFF not in _KINDS:
+            raise ValueError(f"it has an element of the kind {kind & 0xFFFF}")
         place += 8
-        if kind == _MATRIX and length:
+        if kind == _MATRIX:
             ends.append(place + length)
-            if len(ends) > MAX_NESTED:
-                return True
+            deepest = max(deepest, len(ends) - 1)
         elif kind < 2**16:  # else the values are in the second half of the tag
             place += length + -length % 8
-    return False
+    return deepest
 
 
 def read_lines(path: Path, what: str) -> list[str]:

@@ -201,7 +201,7 @@ def described_others(folder: Path, stems: Set[str]) -> str:
     """
     suffixes = Counter(path.suffix for path in entries(folder) if path.stem in stems)
     listed = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in suffixes.most_common(3))
-    return f" (of them there are {printable(listed)}, which is not read)" if suffixes else ""
+    return f" (of them there are {printable(listed)}, which are not read)" if suffixes else ""
 
 
 def find_root(given: Path, names: Sequence[str], lists: str, what: str, layout: str) -> Path:
