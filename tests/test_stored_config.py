@@ -8,6 +8,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import composed
@@ -251,6 +252,16 @@ def test_odd_weights_are_refused_in_a_sentence(kind, state, tmp_path):
     weights = {**state["model"], variance: -state["model"][variance]}
     with pytest.raises(UserError, match="negative variances"):
         load_model_of({**state, "model": weights}, tmp_path)
+
+
+def test_predictions_that_overflow_are_told_once(state, tmp_path, caplog):
+    """Every weight is finite, what is computed with them is not."""
+    weights = {key: w * 1e30 if key.endswith("weight") else w for key, w in state["model"].items()}
+    save_checkpoint(tmp_path / "odd.pt", {**state, "model": weights})
+    predictor = mtcl.load(tmp_path / "odd.pt", device="cpu", tasks="depth")
+    for _ in range(2):
+        predictor(np.full((20, 30, 3), 128, np.uint8))
+    assert caplog.text.count("prediction of depth is not finite") == 1
 
 
 def test_half_precision_weights_are_read(state, tmp_path):

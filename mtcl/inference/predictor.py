@@ -1,5 +1,6 @@
 """A trained model, ready for any picture."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from mtcl.inference.pictures import MAX_PIXELS, as_picture, from_pillow, read_pi
 from mtcl.models import DenseModel
 from mtcl.tasks.base import Task
 from mtcl.training.runtime import autocast
+
+log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 Picture = str | Path | np.ndarray | Image.Image
@@ -67,6 +70,7 @@ class Predictor:
         self.model, self.tasks, self.size, self.device = model.eval().to(device), dict(tasks), size, device
         self.precision, self.large, self.flip = precision, large, flip
         self.scales, self.max_pixels = tuple(scales), max_pixels
+        self.overflowed: set[str] = set()  # tasks with predictions that were not finite
 
     def __call__(self, picture: Picture) -> dict[str, np.ndarray]:
         """All tasks of a picture: a file's path, a PIL picture, or an array uint8 RGB (H, W, 3)."""
@@ -131,7 +135,20 @@ class Predictor:
         with autocast(self.device, self.precision):
             raw = self.model.predict(image)
         (top, left), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
-        return {name: raw[name][..., top : top + height, left : left + width].float() for name in self.tasks}
+        maps = {name: raw[name][..., top : top + height, left : left + width].float() for name in self.tasks}
+        self._warn_of_overflow(maps)
+        return maps
+
+    def _warn_of_overflow(self, maps: Mapping[str, Tensor]) -> None:
+        """Warn once per task of predictions that are NaN or infinite: files and panels would show them as ordinary."""
+        for name, raw in maps.items():
+            if name not in self.overflowed and not bool(torch.isfinite(raw).all()):
+                self.overflowed.add(name)
+                log.warning(
+                    "the model's prediction of %s is not finite in places: these pixels mean nothing (are the weights "
+                    "damaged, or does precision=fp32 help?)",
+                    name,
+                )
 
     def _decoded(self, raw: dict[str, Tensor], size: Size) -> list[dict[str, np.ndarray]]:
         """Raw maps (B, C, h, w), brought to ``size``, in label layout. In strips: those of a large picture are huge."""
