@@ -1,4 +1,4 @@
-"""Evaluate: python evaluate.py checkpoint=PATH [save_predictions=DIR] [key=value ...]   (see configs/evaluate.yaml),
+"""Evaluate: python evaluate.py [checkpoint=]PATH [save_predictions=DIR] [key=value ...]   (see configs/evaluate.yaml),
 or, of maps that any code has saved: python evaluate.py predictions=DIR data=NAME [data.root=PATH] [key=value ...]."""
 
 import sys
@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from mtcl.entry.cli import launch
 from mtcl.entry.evaluate import dataset_of, evaluate
+from mtcl.entry.overrides import named_checkpoint, readable
 
 CONFIGS = Path(__file__).with_name("configs")
 
@@ -21,6 +22,7 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[1:] = readable(named_checkpoint(sys.argv[1:]))
     own_data = dataset_of(sys.argv[1:], CONFIGS)
     if own_data:
         sys.argv.append(own_data)

@@ -20,6 +20,22 @@ MAX_DEPTH = 40
 MAX_DIGITS = 18  # of an integer: what fits 64 bits
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading bytes, without waiting for a writer of a FIFO; links are followed.
+
+    Raises:
+        UserError: it does not exist, can't be read, or is a folder, a FIFO, a socket or a device.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path} is not a regular file (a folder, FIFO, socket or device); give a file")
+    return open(descriptor, "rb")
+
+
 def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file.
 
@@ -31,11 +47,9 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
         UserError: it does not exist, can't be read, is larger, or is a folder, a FIFO, a socket or a device.
     """
     with open_regular(path) as file:
-        state = os.fstat(file.fileno())
-        if state.st_size > max_bytes:
-            raise UserError(
-                f"{path} has {state.st_size:,} bytes, more than the {max_bytes:,} that such a file may have"
-            )
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise UserError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that such a file may have")
         try:
             content = file.read(max_bytes + 1)
         except OSError as error:
@@ -43,24 +57,6 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
     if len(content) > max_bytes:
         raise UserError(f"{path} has more than the {max_bytes:,} bytes that such a file may have")
     return content
-
-
-def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading; links are followed.
-
-    Raises:
-        UserError: it does not exist, can't be read, or is a folder, a FIFO, a socket or a device.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({getattr(error, 'strerror', None) or error})") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path} is not a regular file (a folder, FIFO, socket or device); give a file")
-    return open(descriptor, "rb")
 
 
 def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:

@@ -77,7 +77,7 @@ def make_archive(root: Path, count: int) -> None:
         codes = np.round((sample.labels["normals"] + 1) * 127.5).astype(np.uint8)
         cv2.imwrite(str(root / f"normals/{name}.png"), codes[..., ::-1])
         cv2.imwrite(str(root / f"edge/{name}.png"), sample.labels["edge"] * np.uint8(255))
-    (root / "gt_sets" / "train.txt").write_text("\n".join(reader.ids))
+    (root / "gt_sets" / "train.txt").write_text("\n".join(reader.ids), "utf-8")
 
 
 def batches_of(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> Callable[[], int]:
@@ -274,7 +274,7 @@ def main() -> None:
             percent = 100 * found["waiting"]
             print(f"a training step waits for data {percent:.1f} % of its time (loader workers: {words.workers})")
     if words.json:
-        words.json.write_text(json.dumps(found, indent=2) + "\n")
+        words.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

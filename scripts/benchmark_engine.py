@@ -185,7 +185,7 @@ def main() -> None:
             raise UserError(sentence(error)) from error
         gc.collect()
     if given.json:
-        given.json.write_text(json.dumps(found, indent=2) + "\n")
+        given.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -223,7 +223,7 @@ def main() -> None:
         show(name, words.images, sum(rows[t].ours for t in tasks), sum(rows[t].field for t in tasks))
     if words.json:
         found = {task: {"ours": row.ours, "field": row.field} for task, row in rows.items()}
-        words.json.write_text(json.dumps(found, indent=2) + "\n")
+        words.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 def show(name: str, images: int, ours: float, field: float) -> None:

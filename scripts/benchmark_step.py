@@ -481,7 +481,7 @@ def main() -> None:
         except HydraException as error:
             raise UserError(sentence(error)) from error
     if words.json:
-        words.json.write_text(json.dumps(found, indent=2) + "\n")
+        words.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ equal seeds share pictures and draws, so ``apart`` is then rather below ``expect
 """
 
 import argparse
-import json
 import math
 from pathlib import Path
 
@@ -18,14 +17,14 @@ import numpy as np
 
 from mtcl.entry.script import run
 from mtcl.errors import UserError
+from mtcl.training.run_log import read_lines
 
 
 def curves(arm: Path, first: int) -> dict[str, dict[str, dict[int, float]]]:
     """loss -> run -> step -> value."""
     found: dict[str, dict[str, dict[int, float]]] = {}
     for path in sorted(arm.glob("*/log.jsonl")):
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
+        for record in (line.record for line in read_lines(path) if line.record is not None):
             if record["kind"] == "train" and record["step"] >= first:
                 for name, value in record.items():
                     if name not in ("step", "kind", "lr") and value is not None:

@@ -110,7 +110,7 @@ def main() -> None:
     best = np.sum([best_of_image(c) for c in counts], axis=0)
     result = scores(np.sum(counts, axis=0), best, np.array(preset.thresholds), preset.interpolate)._asdict()
     values = {name: None if np.isnan(value) else value for name, value in result.items()}
-    write_atomically(given.json, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
+    write_atomically(given.json, lambda path: path.write_text(json.dumps(values, indent=2) + "\n", "utf-8"))
     print(f"{len(found)} images, preset {given.preset}, {len(preset.thresholds)} thresholds, max-dist {given.max_dist}")
     for name, value in result.items():
         print(f"{name:>10}  {value:.4f}")

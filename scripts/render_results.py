@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtcl.entry.run_files import parse_metrics, read_object, read_record
 from mtcl.entry.study_tables import as_markdown, means_table, read_results, report
 from mtcl.errors import UserError
 from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
@@ -101,7 +102,7 @@ def shown(name: str, means_only: bool = False) -> str:
     if path.is_file() and folder.is_dir():
         raise SystemExit(f"{path.relative_to(ROOT)} and a folder of that name both exist; keep one")
     if path.is_file():
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
         return output(content) if "printed" in content else table(content)
     if not (folder / "study.json").is_file():
         raise SystemExit(
@@ -124,21 +125,23 @@ def study_markdown(folder: Path, means_only: bool) -> str:
 def add(name: str, label: str, command: str, run: Path) -> None:
     """Put a run's figures into a table's JSON, in place of an earlier row of that label."""
     path = RESULTS / f"{name}.json"
-    content = json.loads(path.read_text()) if path.is_file() else {"rows": []}
-    facts = json.loads((run / "run.json").read_text())
+    content = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": []}
+    facts = read_record(run / "run.json")
     for key in ("command", "overrides"):  # they may name folders of one machine; ``command`` says it in general
         facts.pop(key, None)
-    row = {"label": label, "command": command, "metrics": json.loads((run / "metrics.json").read_text()), "run": facts}
+    scores = read_object(run / "metrics.json")
+    parse_metrics(run / "metrics.json", scores)
+    row = {"label": label, "command": command, "metrics": scores, "run": facts}
     rows = [row if old["label"] == label else old for old in content["rows"]]
     content["rows"] = rows if row in rows else [*rows, row]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def add_output(name: str, command: str, file: Path) -> None:
     """Keep what a command printed as a table's JSON."""
-    content = {"command": command, "printed": file.read_text().rstrip("\n").split("\n")}
-    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    content = {"command": command, "printed": file.read_text("utf-8").rstrip("\n").split("\n")}
+    (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def main() -> int:
@@ -157,12 +160,12 @@ def main() -> int:
     for document in DOCUMENTS:
         if not document.is_file():
             continue
-        text = document.read_text()
+        text = document.read_text("utf-8")
         new = rendered(text)
         if new != text:
             stale.append(str(document.relative_to(ROOT)))
             if not arguments.check:
-                document.write_text(new)
+                document.write_text(new, "utf-8")
     if arguments.check and stale:
         print(f"out of date: {', '.join(stale)}; run python scripts/render_results.py", file=sys.stderr)
         return 1

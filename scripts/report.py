@@ -1,10 +1,10 @@
 """Runs as a page to look at: the table, curves, sweeps, pictures, settings, in one HTML file that needs no network.
 
     python scripts/report.py RUN|FOLDER ... --output FILE.html [--title TEXT]
-        [--baseline RUN|FILE ...] [--against RUN|LABEL] [--by KEY]
+        [--baseline RUN|FILE ...] [--against RUN|LABEL] [--by KEY] [--holm]
 
 RUN is a run folder, FOLDER holds such folders (a sweep, a study). Runs that still go or broke off are shown with what
-they have. --baseline, --against and --by are those of scripts/compare.py.
+they have. --baseline, --against, --by and --holm are those of scripts/compare.py.
 """
 
 import argparse
@@ -26,11 +26,12 @@ def main() -> None:
     parser.add_argument(
         "--by", action="append", default=[], metavar="KEY", help="config key (or group) that makes rows"
     )
+    parser.add_argument("--holm", action="store_true", help="correct p-values for the number of comparisons (Holm)")
     given = parser.parse_args()
     if given.output.is_dir():
         raise UserError(f"--output {given.output} is a folder; give a file.")
 
-    found = collect(given.runs, given.baseline, given.against, given.by)
+    found = collect(given.runs, given.baseline, given.against, given.by, given.holm)
     names = ", ".join(source.resolve().name for source in given.runs[:3])
     title = given.title or names + (", ..." if len(given.runs) > 3 else "")
     text = document(found, title)

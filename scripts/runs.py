@@ -3,12 +3,12 @@
     python scripts/runs.py [FOLDER ...] [--state STATE ...] [--format text|csv|json]
 
 FOLDER: runs or folders of runs, default: outputs. Metrics: fractions as percent, metres, degrees (in CSV and JSON
-fractions). States: running (a process holds the folder), finished, interrupted (ended before its last step: resume=auto
-continues it), pruned and failed (by a search), not started (no step is logged), evaluation, broken (says why).
+fractions). In a terminal, long folder names are shortened to its width. States: running (a process holds the folder),
+finished, interrupted (ended before its last step: resume=auto continues it), pruned and failed (by a search), not
+started (no step is logged), evaluation, broken (says why).
 """
 
 import argparse
-import csv
 import json
 import shutil
 import sys
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from mtcl.entry.runs import STATES, as_records, as_text, list_runs
 from mtcl.entry.script import run
+from mtcl.entry.tables import csv_text
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
 
     runs = [one for one in list_runs(given.folders) if given.state is None or one.state in given.state]
     if given.format == "text":
-        width = shutil.get_terminal_size((100, 24)).columns
+        width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
         print(as_text(runs, width) if runs else "no runs", end="" if runs else "\n")
         return
     records = as_records(runs)
@@ -35,9 +36,7 @@ def main() -> None:
         print(json.dumps(records, indent=1))
         return
     keys = list(dict.fromkeys(key for record in records for key in record))
-    writer = csv.DictWriter(sys.stdout, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    print(csv_text([keys, *([record.get(key) for key in keys] for record in records)]), end="")
 
 
 if __name__ == "__main__":

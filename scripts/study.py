@@ -1,7 +1,7 @@
 """A study: a grid of runs of train.py from one YAML file, several at once, resumable; then its table.
 
     python scripts/study.py STUDY.yaml --output FOLDER [--jobs N] [--results docs/results/NAME] [--only ARM ...]
-        [--table-only] [overrides ...]
+        [--table-only] [--holm] [overrides ...]
 
 The overrides go to every run; they are the place for what belongs to a machine (data.root=..., backbone.weights=...;
 paths are relative to the repository). Each run lies in FOLDER/ARM/seed_S, its output in FOLDER/ARM/seed_S.log. The same
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="write a small JSON per run there, for the docs")
     parser.add_argument("--only", nargs="+", default=[], metavar="ARM", help="run these arms only (singles: all those)")
     parser.add_argument("--table-only", action="store_true", help="run nothing")
+    parser.add_argument("--holm", action="store_true", help="correct p-values for the number of comparisons (Holm)")
     parser.add_argument("overrides", nargs="*", help="of every run, as for train.py")
     given = parser.parse_intermixed_args()
     if given.jobs < 1:
@@ -45,6 +46,7 @@ def main() -> None:
         only=only,
         results=given.results,
         table_only=given.table_only,
+        holm=given.holm,
         say=lambda text: print(text, flush=True),
     )
     if failures:

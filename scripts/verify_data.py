@@ -34,8 +34,12 @@ def main() -> None:
         print(*(f"{share:.5f}" for share in result.shares), sep=", ")
         return
     print(report(result))
-    write_sheet(sheet, result.parts, result.tasks, f"{FACTS[dataset].title}: {root.name}")
-    print(f"contact sheet: {sheet}")
+    try:
+        write_sheet(sheet, result.parts, result.tasks, f"{FACTS[dataset].title}: {root.name}")
+        print(f"contact sheet: {sheet}")
+    except OSError as error:  # the checks are done, and count
+        reason = error.strerror or error
+        print(f"no contact sheet: {sheet} can't be written ({reason}); give another place, --sheet FILE.png")
     if result.damages:
         first = result.damages[0]
         told = first.details[0] if first.details else f"{first.check}: {first.found}, expected {first.expected}."

@@ -254,7 +254,11 @@ def test_scores_take_the_best_of_the_set_and_of_each_image():
     assert scores(one + two, best, np.array([0.3, 0.6]), interpolate=True).odsF >= result.odsF
 
 
-def test_scores_without_any_boundary_are_nan():
+def test_scores_without_any_true_boundary_are_nan():
+    predicted = np.array([[0, 0, 0, 7], [0, 0, 0, 5], [0, 0, 0, 1]])
+    assert np.isnan(scores(predicted, np.array([0, 0, 0, 7]), even_thresholds(3), True)).all()
+    missed = np.array([[0, 4, 0, 0]])
+    assert scores(missed, missed[0], even_thresholds(1), True).odsF == 0
     assert np.isnan(scores(np.zeros((3, 4), np.int64), np.zeros(4, np.int64), even_thresholds(3), True)).all()
 
 

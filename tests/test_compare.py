@@ -13,12 +13,12 @@ from conftest import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from scipy import integrate
+from scipy import integrate, stats
 
 from mtcl import UserError
 from mtcl.entry.compare import compare, is_on_off, natural, read_run
-from mtcl.entry.tables import render
-from mtcl.metrics.delta import delta_mtl, paired_difference, summary
+from mtcl.entry.tables import FORMATS, render
+from mtcl.metrics.delta import adjust_by_holm, delta_mtl, paired_difference, summary
 
 # Rows of the README of robotyingtang/PRISM-VFM, ViT-B (published_results.md C.1, C.2), and the Delta_MTL printed there.
 NYUD = ("semseg", "depth", "normals", "edge")
@@ -230,6 +230,126 @@ def test_the_order_is_the_given_one_and_ten_comes_after_nine(tmp_path):
     assert natural(Path("a/9/x")) < natural(Path("a/10/x"))
 
 
+def test_runs_that_differ_in_how_they_ran_and_what_they_wrote_are_one_row(tmp_path):
+    """Each key alone, against a run without it."""
+    keys = {"trainer.keep_interval": 10, "trainer.compile": True, "trainer.parallel": "fsdp", "data.workers": 7}
+    keys |= {"trainer.async_checkpoints": False, "trainer.unreadable": "skip", "trainer.max_skipped": 3}
+    keys |= {"trainer.panels": 0, "trainer.device": "cuda", "trainer.grad_checkpointing": True, "data.root": "/y"}
+    write_run(tmp_path / "s" / "0", 0)
+    for seed, (key, value) in enumerate(keys.items(), start=1):
+        write_run(tmp_path / "s" / str(seed), seed, config={key: value})
+    (row,) = compare([tmp_path / "s"]).rows
+    assert row.num_seeds == len(keys) + 1
+    for key, value in {
+        "data.batch_size": 4,
+        "trainer.accumulate": 2,
+        "trainer.precision": "bf16",
+        "new.key": 1,
+    }.items():
+        write_run(tmp_path / key, 0, config={key: value})
+        assert len(compare([tmp_path / "s", tmp_path / key]).rows) == 2, key
+
+
+def weights_sweep(folder, weights=(0.1, 0.5, 0.0, 1.0), seeds=range(3), gains=None):
+    """A sweep of the README: runs of a weight and a seed, in the order in which the command names them."""
+    for number, (weight, seed) in enumerate(itertools.product(weights, seeds)):
+        gain = (gains or {}).get(weight, weight / 10)
+        metrics = two_tasks(0.4 + gain + seed / 100 + gain * seed / 50, 0.6)
+        write_run(folder / str(number), seed, metrics, ON | {"regularizer.weight": weight})
+    return folder
+
+
+def test_weight_zero_is_off_and_the_reference_of_all_rows_which_stand_in_the_order_of_their_weights(tmp_path):
+    found = compare([weights_sweep(tmp_path / "s")])
+    labels = [f"regularizer.weight={weight}" for weight in ("0", "0.1", "0.5", "1")]
+    assert [row.label for row in found.rows] == labels
+    assert [(one.row.label, one.reference.label) for one in found.differences] == [(n, labels[0]) for n in labels[1:]]
+    assert found.columns[-1].metric == "Delta_on/off"
+    assert any(f"{labels[0]}: the regulariser is off" in note for note in found.notes)
+
+
+def test_none_and_weight_zero_are_one_row_and_a_seed_in_both_counts_once(tmp_path):
+    weights_sweep(tmp_path / "s", (0.0, 0.5), (0, 1))
+    other = write_run(
+        tmp_path / "s" / "other", 0, two_tasks(0.4, 0.6), ON | {"regularizer.weight": 0, "regularizer.x": 1}
+    )
+    none = write_run(tmp_path / "s" / "z", 2, two_tasks(0.4, 0.6))
+    found = compare([tmp_path / "s"])
+    assert [len(row.runs) for row in found.rows] == [3, 2]
+    assert none in [run.path for run in found.rows[0].runs]
+    assert any(note.startswith(f"warning: {other} is left out: its regulariser is off") for note in found.notes)
+    balanced = {"balancing.contrast": "objective", "balancing.method": "dwa"}
+    counted = write_run(tmp_path / "dwa", 0, config=ON | {"regularizer.weight": 0} | balanced)
+    assert len(compare([counted, write_run(tmp_path / "none", 1, config=balanced)]).rows) == 2
+
+
+def test_two_pairs_get_no_verdict_and_three_do(tmp_path):
+    two = compare([weights_sweep(tmp_path / "two", (0.0, 0.1), (0, 1), {0.1: -0.05})])
+    (one,) = two.differences
+    assert one.columns[two.columns[0]].excludes_zero
+    text = render(two, "text")
+    assert "worse" not in text
+    assert "No verdict below 3 pairs" in text
+    assert next(line.split()[-3:] for line in text.splitlines() if "points" in line) == ["too", "few", "pairs"]
+    three = render(compare([weights_sweep(tmp_path / "three", (0.0, 0.1), range(3), {0.1: -0.05})]), "text")
+    assert "yes, worse" in three
+    assert "No verdict below" not in three
+
+
+def test_holm_takes_verdicts_back_and_says_so(tmp_path):
+    """Four differences of semseg, of which each would be clear alone at p of about 0.03."""
+    weights = (0.0, 0.1, 0.2, 0.3, 0.4)
+    spread = {0: -0.006, 1: 0.0, 2: 0.006}
+    for number, (weight, seed) in enumerate(itertools.product(weights, range(3))):
+        value = 0.4 + (weight > 0) * (0.018 + spread[seed] * (1 + weight))
+        write_run(tmp_path / "s" / str(number), seed, two_tasks(value, 0.6), ON | {"regularizer.weight": weight})
+    plain, holm = compare([tmp_path / "s"]), compare([tmp_path / "s"], holm=True)
+    semseg = plain.columns[0]
+    values = [one.columns[semseg].p_value for one in plain.differences]
+    assert all(value < 0.05 for value in values[:1])
+    assert "yes, better" in render(plain, "text")
+    text = render(holm, "text")
+    assert "yes, better" not in text
+    assert "p (Holm)" in text
+    assert "corrected for their number (12) by Holm's method: none is below 0.05" in text
+    assert all(one.adjusted[semseg] >= value for one, value in zip(holm.differences, values))
+    head, *lines = csv.reader(io.StringIO(render(holm, "csv")))
+    assert float(dict(zip(head, lines[1]))["semseg/mIoU p (Holm)"]) == holm.differences[0].adjusted[semseg]
+
+
+@given(st.lists(st.floats(0, 1), max_size=6))
+def test_holms_values_are_those_of_the_definition(values):
+    adjusted, order = adjust_by_holm(values), sorted(values)
+    for value, found in zip(values, adjusted):
+        rank = max(i for i, other in enumerate(order) if other == value)
+        expected = max((min(1, (len(values) - i) * order[i]) for i in range(rank + 1)), default=0)
+        first = order.index(value)
+        assert min(1, max((len(values) - i) * order[i] for i in range(first + 1))) - 1e-12 <= found <= expected + 1e-12
+
+
+def test_p_values_are_those_of_scipys_paired_test():
+    a, b = {0: 1.0, 1: 2.5, 2: 2.0, 3: 4.0}, {0: 0.5, 1: 1.0, 2: 2.5, 3: 2.0}
+    expected = stats.ttest_rel(list(a.values()), list(b.values())).pvalue
+    assert paired_difference(a, b).p_value == pytest.approx(expected)
+    assert paired_difference(a, a).p_value == 1
+
+
+def test_rows_without_a_metric_in_common_are_not_paired_and_that_is_said(tmp_path):
+    paths = [write_run(tmp_path / "a", 0, two_tasks(0.4, None)), write_run(tmp_path / "b", 0, two_tasks(None, 0.6), ON)]
+    found = compare(paths)
+    assert found.differences == []
+    assert any("no metric with values in both" in note for note in found.notes)
+    assert all(render(found, format) for format in FORMATS)
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-300, 1e12, -1e12, 0.0])
+def test_numbers_at_the_ends_of_what_a_file_may_hold_give_a_table(tmp_path, value):
+    for seed in range(3):
+        write_run(tmp_path / f"a{seed}", seed, {"depth": {"rmse": value}, "normals": {"mErr": 1.0}})
+        write_run(tmp_path / f"b{seed}", seed, {"depth": {"rmse": 1e12}, "normals": {"mErr": value}}, ON)
+    assert all(render(compare([tmp_path], holm=True), format) for format in FORMATS)
+
+
 def test_by_makes_rows_of_one_key_and_tells_what_else_differs(tmp_path):
     paths = [
         write_run(tmp_path / str(i), i, config={"optimizer.lr": lr, "loss.w": i})
@@ -403,12 +523,13 @@ regularizer=contrastive   42.70 ± 0.99   0.5990 ± 0.0127   +3.62 ± 0.18      
 regularizer=contrastive minus regularizer=none, paired over seeds
                           difference        95 % interval   pairs   excludes zero
 ---------------------------------------------------------------------------------
-semseg mIoU ↑ (points)         +2.20       [-0.34, +4.74]       2              no
-depth rmse ↓ (m)             -0.0110   [-0.0237, +0.0017]       2              no
-Delta_on/off ↑ (points)        +3.62       [-0.56, +7.80]       2              no
+semseg mIoU ↑ (points)         +2.20       [-0.34, +4.74]       2   too few pairs
+depth rmse ↓ (m)             -0.0110   [-0.0237, +0.0017]       2   too few pairs
+Delta_on/off ↑ (points)        +3.62       [-0.56, +7.80]       2   too few pairs
 
 Mean ± standard deviation (n - 1) over seeds.
-3 intervals of Student's t, not corrected for their number; none excludes zero.
+No verdict below 3 pairs: of two, one outlier makes any interval.
+3 intervals of Student's t, not corrected for their number (--holm does).
 4 runs, 500 pictures of split standard, data 8d9e, on cpu, commit e518452713.
 Delta_on/off = (100/T) sum_t s_t (M_t - B_t) / B_t over semseg mIoU, depth rmse; B: mean of regularizer=none.
 """
@@ -449,7 +570,7 @@ def test_latex_begins_with_this(arms, singles):
     text = render(compare([arms], [singles]), "latex")
     assert text.startswith(LATEX)
     assert text.count("{") == text.count("}")
-    assert "semseg mIoU $\\uparrow$ (points) & +2.20 & [$-$0.34, +4.74] & 2 & no \\\\" in text
+    assert "semseg mIoU $\\uparrow$ (points) & +2.20 & [$-$0.34, +4.74] & 2 & too few pairs \\\\" in text
 
 
 def test_latex_escapes_what_names_may_hold(tmp_path):
@@ -468,6 +589,17 @@ def test_csv_has_a_line_per_row_in_full_precision_as_fractions(arms):
     assert float(on_cells["depth/rmse difference"]) == pytest.approx(-0.011)
     assert on_cells["depth/rmse pairs"] == "2"
     assert off_cells["against"] == off_cells["depth/rmse low"] == ""
+
+
+def test_texts_that_a_spreadsheet_would_compute_are_marked_and_control_characters_escaped(tmp_path):
+    names = ("=1+1", "@x", "+a", "-a", "x\x1b[31m")
+    paths = [write_run(tmp_path / str(i), facts={"predictions": name}) for i, name in enumerate(names)]
+    for path in paths:
+        (path / "config.yaml").unlink()
+    found = compare(paths)
+    lines = list(csv.reader(io.StringIO(render(found, "csv"))))[1:]
+    assert [line[0] for line in lines] == ["'=1+1", "'@x", "'+a", "'-a", r"x\x1b[31m"]
+    assert "\x1b" not in "".join(render(found, format) for format in FORMATS)
 
 
 def test_all_metrics_turn_the_table_and_leave_delta_to_the_primary_ones(arms):
@@ -590,7 +722,8 @@ def test_unknown_keys_and_labels_are_refused(tmp_path, arms):
     refused("--against foo is neither a row nor a run; choose one of: regularizer=none; reg", [arms], against="foo")
     refused("--against regularizer fits several", [arms], against="regularizer")
     (arms / "0" / "config.yaml").write_text("a: [")
-    refused("config.yaml is not a readable YAML", [arms])
+    refused("config.yaml is not a readable YAML", [arms / "0"])
+    assert any("left out: " in note and "config.yaml is not a readable YAML" in note for note in compare([arms]).notes)
 
 
 # The command

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from shrunken import shrunk
 
 from mtcl.contrastive import Contrastive
 from mtcl.entry import build
-from mtcl.entry.schema import check_config, leaves, rule_of
+from mtcl.entry.schema import ROLES, RULES, check_config, leaves, role_of, rule_of
 from mtcl.entry.train import train
 from mtcl.models.backbones import Backbone, build_backbone
 
@@ -80,6 +81,22 @@ def test_every_value_of_every_config_has_a_rule(group, choice):
     plain = OmegaConf.to_container(composed(word(group, choice)), resolve=True)
     check_config(plain)
     assert not [key for key, _ in leaves(plain) if rule_of(key) is None and not key.endswith("_target_")]
+
+
+@pytest.mark.parametrize(("group", "choice"), [("trainer", "default"), ("data", "nyud"), ("regularizer", "mtpsl")])
+def test_every_value_of_a_config_has_a_role(group, choice):
+    plain = OmegaConf.to_container(composed(word(group, choice)), resolve=True)
+    assert not [key for key, _ in leaves(plain) if not any(fnmatch(key, pattern) for pattern in ROLES)]
+
+
+def test_every_key_with_a_rule_has_a_role_and_every_role_a_key():
+    for key in RULES:
+        assert any(fnmatch(key, pattern) for pattern in ROLES), key
+    used = {next(pattern for pattern in ROLES if fnmatch(key, pattern)) for key in RULES}
+    assert set(ROLES) == used
+    assert set(ROLES.values()) == {"seed", "machine", "engine", "record", "result"}
+    roles = {key: role_of(key) for key in ("data.root", "data.batch_size", "trainer.compile", "trainer.panels", "x.y")}
+    assert list(roles.values()) == ["machine", "result", "engine", "record", "result"]
 
 
 def test_every_group_is_tested():

@@ -1,6 +1,9 @@
 """Order, randomness, frames and errors of the loaders, and the step onto the device."""
 
+import os
+import resource
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -155,6 +158,28 @@ def test_a_readers_error_arrives_with_its_own_sentence(workers: int) -> None:
         train_loader(reader, TASKS, AUGMENT, 6, 0, workers),
     ):
         assert complaint(loader) == "picture 0003 is damaged; mend it."
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files can't be counted here")
+@pytest.mark.parametrize("spare", [2, 6, 9, 14, 20])
+def test_too_few_open_files_for_workers_are_one_sentence_and_never_a_wait(spare: int) -> None:
+    """Limits that fail when workers start, when they send a batch, and when it is received."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    loader = train_loader(READER, TASKS, AUGMENT, 2, 0, workers=2)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + spare, hard))
+    try:
+        with pytest.raises(UserError, match=r"too many open files .*ulimit -n|open files .*fewer data\.workers"):
+            list(islice(loader, 1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_batch_that_can_not_be_sent_is_told_by_its_worker() -> None:
+    """A lambda can't be sent; Python's queue would print a trace and the other side wait for ever."""
+    loader = eval_loader(READER, TASKS, None, 2, workers=1)
+    loader.collate_fn = lambda samples: lambda: None
+    with pytest.raises(UserError, match=r"can't send its batch .*data\.workers=0"):
+        next(iter(loader))
 
 
 def test_impossible_batches_and_seeds_are_named() -> None:

@@ -67,7 +67,9 @@ def expected_segmentation(p, y):
         union = ((guess == c) | (truth == c)).sum()
         iou.append(((guess == c) & (truth == c)).sum() / union if union else 0.0)
     names = {f"IoU/{c}": value for c, value in enumerate(iou)}
-    return {"mIoU": np.mean(iou), "pixel_accuracy": (guess == truth).mean(), **names}
+    present = [c for c in range(CLASSES) if (truth == c).any()]
+    second = {"mIoU_present": np.mean([iou[c] for c in present]), "absent_classes": CLASSES - len(present)}
+    return {"mIoU": np.mean(iou), **second, "pixel_accuracy": (guess == truth).mean(), **names}
 
 
 def ratio(a, b):
@@ -99,7 +101,7 @@ def expected_saliency(p, y, protocol="field"):
             precision, recall, beta2 = np.mean(precisions), np.mean(recalls), 1
         best_f = max(best_f, ratio((1 + beta2) * precision * recall, beta2 * precision + recall))
         best_iou = max(best_iou, np.mean(ious))
-    return {"maxF": best_f, "mIoU": best_iou}
+    return {"maxF": best_f if (y == 1).any() else math.nan, "mIoU": best_iou}
 
 
 def expected_depth(p, y, protocol="field", max_depth=math.inf):
@@ -151,7 +153,9 @@ def agrees(task, found, p, y, not_finite=0, **options):
         wanted["not_finite"] = not_finite
     assert set(found) == set(wanted)
     for name, value in wanted.items():
-        assert found[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float | int) else value), name
+        assert found[name] == (
+            pytest.approx(value, rel=1e-6, nan_ok=True) if isinstance(value, float | int) else value
+        ), name
     return True
 
 
@@ -241,6 +245,25 @@ def test_two_processes_count_as_one(tmp_path):
                 exact = state.dtype == torch.int64
                 assert torch.allclose(state, getattr(alone, name), rtol=0 if exact else 1e-13, atol=0), (task, name)
             assert numbers == pytest.approx(values(alone), rel=1e-12)
+
+
+@pytest.mark.parametrize("task", ["semseg", "human_parts"])
+def test_perfect_predictions_of_a_list_without_some_classes_reach_one_in_the_second_miou(task):
+    label = torch.tensor([[[0, 0, 2, 255]]])
+    metric = fresh(task)
+    metric.update(torch.nn.functional.one_hot(label.clamp(max=CLASSES - 1), CLASSES).permute(0, 3, 1, 2).float(), label)
+    found = values(metric)
+    assert found["mIoU"] == pytest.approx(2 / CLASSES)  # the field's
+    assert (found["mIoU_present"], found["absent_classes"]) == (1, CLASSES - 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"protocol": "invpt"}, {"protocol": "mtinet"}])
+def test_a_list_without_a_salient_pixel_has_no_f_measure(options):
+    metric = fresh("sal", **options)
+    metric.update(torch.randn(2, 2, 4, 5), torch.zeros(2, 4, 5, dtype=torch.long))
+    assert math.isnan(values(metric)["maxF"])
+    metric.update(torch.randn(1, 2, 4, 5), torch.ones(1, 4, 5, dtype=torch.long))
+    assert not math.isnan(values(metric)["maxF"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -431,7 +454,9 @@ def test_class_that_never_occurs_counts_as_zero():
     metric.update(one_hot(torch.tensor([[[0, 1, 1, 4]]])), y)
     assert metric.iou_per_class().tolist() == [1, 0.5, 0, 0, 0]
     names = {"IoU/wall": 1, "IoU/floor mat": 0.5, "IoU/a": 0, "IoU/b": 0, "IoU/c": 0, "not_finite": 0}
-    assert values(metric) == pytest.approx({"mIoU": 1.5 / 5, "pixel_accuracy": 2 / 3, **names})
+    assert values(metric) == pytest.approx(
+        {"mIoU": 1.5 / 5, "mIoU_present": 0.5, "absent_classes": 2, "pixel_accuracy": 2 / 3, **names}
+    )
     assert metric.confusion.dtype == torch.int64
     assert metric.confusion.nonzero().tolist() == [[0, 0], [1, 1], [2, 1]]  # (label, prediction)
 
@@ -518,10 +543,10 @@ def test_saliency_of_no_salient_pixel(protocol):
     metric = fresh("sal", protocol=protocol)
     nobody = torch.tensor([8.0, -8.0]).view(1, 2, 1, 1).expand(1, 2, 3, 3)  # below every threshold that bites
     metric.update(nobody, torch.zeros(1, 3, 3, dtype=torch.int64))
-    assert values(metric) == {"maxF": 0, "mIoU": 1, "not_finite": 0}  # the two agree
+    assert values(metric) == pytest.approx({"maxF": math.nan, "mIoU": 1, "not_finite": 0}, nan_ok=True)  # the two agree
     metric.update(-nobody, torch.zeros(1, 3, 3, dtype=torch.int64))
     wanted = 1 if protocol == "invpt" else 0.5  # its upper thresholds are never reached
-    assert values(metric) == {"maxF": 0, "mIoU": wanted, "not_finite": 0}
+    assert values(metric) == pytest.approx({"maxF": math.nan, "mIoU": wanted, "not_finite": 0}, nan_ok=True)
 
 
 def test_salient_pixels_and_an_empty_prediction_score_zero():

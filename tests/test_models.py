@@ -1,5 +1,6 @@
 """Backbones of every family, weights from files, the multi-task baseline, and what a model promises."""
 
+import math
 import pickle
 from pathlib import Path
 
@@ -296,6 +297,11 @@ def bad_file(what, folder):
             "nothing inside": {"state_dict": {}},
             "another family": make_whole("mobile").state_dict(),
             "a prefix of its own": {f"encoder.{k}": v for k, v in make_whole("cnn").state_dict().items()},
+            **{
+                f"of {kind}": {k: v.to(kind) if v.dim() == 4 else v for k, v in make_whole("cnn").state_dict().items()}
+                for kind in (torch.int8, torch.complex64)
+            },
+            "not finite": {k: v * math.inf if v.dim() == 4 else v for k, v in make_whole("cnn").state_dict().items()},
             "one tensor missing": {
                 k: v for k, v in make_whole("cnn").state_dict().items() if k != "layer3.0.bn1.weight"
             },
@@ -323,6 +329,9 @@ BAD_FILES = {
     "another family": "lacks",
     "a prefix of its own": "lacks",
     "one tensor missing": "lacks 1 of",
+    "of torch.int8": "numbers of type torch.int8",
+    "of torch.complex64": "numbers of type torch.complex64",
+    "not finite": "NaN or infinite",
 }
 
 
@@ -431,16 +440,41 @@ def test_a_known_tag_is_accepted():
 
 
 def test_a_model_of_a_fixed_size():
-    with pytest.raises(UserError, match=r"its own size only.*backbone\.kwargs\.img_size"):
+    with pytest.raises(UserError, match=r"its own size only.*backbone\.kwargs=\{img_size"):
         build_backbone("mixer_s16_224")
     backbone = build_backbone("mixer_s16_224", kwargs={"img_size": (32, 64)})
     assert [tuple(f.shape) for f in backbone(make_image(2, 3, 32, 64))] == [(2, 512, 2, 4)] * 4
 
 
-@pytest.mark.parametrize("options", [{"kwargs": {"no_such": 1}}, {"out_indices": (1, 99)}])
+@pytest.mark.parametrize("options", [{"kwargs": {"window_size": 7}}, {"out_indices": (1, 99)}])
 def test_options_that_timm_refuses(options):
     with pytest.raises(UserError, match="backbone test_resnet with kwargs"):
         build_backbone("test_resnet", **options)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"pretrained": True},
+        {"checkpoint_path": "weights.pth"},
+        {"pretrained_cfg": {"url": "http://127.0.0.1:9/x", "architecture": "mobilenetv2_100"}},
+        {"pretrained_cfg_overlay": {"url": "http://127.0.0.1:9/.bashrc", "source": "url", "hf_hub_id": None}},
+        {"cache_dir": "folder"},
+        {"feature_cls": "fx"},
+        {"scriptable": True},
+        {"num_classes": 5},
+        {"norm_layer": "../../x"},
+        {"embed_dim": 10**9},
+        {"depths": [[[[1]]]]},
+        {"stage1": {"a/b": 1}},
+        {5: 1},
+    ],
+    ids=str,
+)
+def test_only_architecture_arguments_reach_timm(kwargs, monkeypatch):
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(UserError, match=rf"backbone\.kwargs\.{next(iter(kwargs))}[ =]"):
+        build_backbone("mobilenetv2_100", kwargs=kwargs)
 
 
 # --- The decoder

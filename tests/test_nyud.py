@@ -15,6 +15,7 @@ from PIL import Image
 
 from mtcl import UserError
 from mtcl.data import NYUD, Augment, finish, train_loader
+from mtcl.data.predictions import PredictionWriter
 from mtcl.data.reader import resized_edges, resized_image, same_aspect
 from mtcl.data.transforms import nearest
 from mtcl.tasks import NYUD40, build_task
@@ -543,3 +544,20 @@ def test_real_frames(real_frames: Path) -> None:
         assert 0 < sample.labels["edge"].mean() < 0.2
         floor = normals[classes == NYUD40.index("floor")]
         assert not len(floor) or floor[:, 1].mean() > 0.5  # up
+
+
+PATHS = ["../../../x", "/tmp/x", "a/b", "..", ".hidden", "a\\b", "C:x", "a\x1b[31m", "x" * 201]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_in_place_of_an_id_is_refused_when_read(tmp_path: Path, path: str) -> None:
+    root = write_archive(tmp_path / "deep" / "est" / "NYUDv2")
+    (root / "gt_sets" / "train.txt").write_text(f"0001\n{path}\n")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"train\.txt lists .* no id") as error:
+        NYUD(root, "train", TASKS, cache=tmp_path / "cache")
+    assert str(error.value).isprintable()
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(UserError, match="no id"):
+        PredictionWriter(tmp_path / "maps", {"depth": build_task("depth")}, None).write(path, {})
+    assert sorted(tmp_path.rglob("*")) == before

@@ -31,7 +31,7 @@ from pascal_miniature import (
 from mtcl import UserError
 from mtcl.data import files
 from mtcl.data.official import pascal
-from mtcl.data.official.jobs import STAMP, tune_lists
+from mtcl.data.official.jobs import STAMP, begin, tune_lists
 from mtcl.data.official.pascal import VOC_OF_CONTEXT, prepare_pascal
 from mtcl.data.pascal import TASKS, PascalContext
 from mtcl.data.pascal_classes import CONTEXT_OF_VOC
@@ -389,6 +389,16 @@ def test_missing_files_are_counted_and_the_first_three_named(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_path_in_place_of_an_id_is_refused_and_nothing_is_written(kit: Devkit, tmp_path: Path) -> None:
+    voc = tmp_path / "VOC2010"
+    (voc / "ImageSets" / "Main").mkdir(parents=True)
+    for part in ("train", "val"):
+        (voc / "ImageSets" / "Main" / f"{part}.txt").write_text("../../../x\n")
+    with pytest.raises(UserError, match="which is no id"):
+        prepare_pascal(voc, kit.context, tmp_path / "out", workers=0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_years_lists_are_refused(kit: Devkit, tmp_path: Path) -> None:
     write_list(kit.voc / "ImageSets" / "Main" / "train.txt", [*TRAIN, "2011_000001"])
     sentence = message(kit, tmp_path / "out")
@@ -479,6 +489,14 @@ def test_a_folder_of_something_else_is_left_alone(kit: Devkit, tmp_path: Path) -
     assert f"{tmp_path / 'out'} is not empty" in message(kit, tmp_path / "out")
     assert mine.read_text() == "mine"
     assert list(mine.parent.iterdir()) == [mine]
+
+
+def test_a_run_killed_while_it_began_can_be_started_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / f".{STAMP}.0123456789ab.tmp").write_text("{")
+    begin(out, {"made": "anything"})
+    assert [path.name for path in out.iterdir()] == [STAMP]
 
 
 def test_a_result_of_other_releases_is_not_mixed_with_these(kit: Devkit, tmp_path: Path) -> None:

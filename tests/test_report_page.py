@@ -20,6 +20,7 @@ from mtcl.entry.page import collect, document
 from mtcl.entry.page import pictures as pictures_module
 from mtcl.entry.page.figures import POINTS, swept_keys, thinned
 from mtcl.entry.page.pictures import build_wall, cut
+from mtcl.errors import printable
 from mtcl.tasks import VOC21, build_task
 from mtcl.training.evaluator import Shown
 from mtcl.training.panels import RIGHT, WRONG, draw_error, error_map, panel_layout
@@ -144,14 +145,15 @@ def test_the_table_is_that_of_compare_with_the_best_marked(tmp_path):
     page = page_of(sweep(tmp_path / "sweep", panels=0, log=False))
     found = collect([tmp_path / "sweep"]).comparison
     rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', page[page.index('id="table"') :])[:3]
-    assert ["regularizer.weight=0.3" in row for row in rows] == [False, False, True]
+    assert ["regularizer.weight=<wbr>0.3" in row for row in rows] == [False, False, True]
+    assert [column.metric for column in found.columns if not column.task] == ["Delta_on/off"]
     for row, line in zip(rows, found.rows):
-        for column in found.columns:
+        for column in (column for column in found.columns if column.task):
             scale = 100 if column.unit == "%" else 1
             digits = 4 if column.unit == "m" else 2
             assert f"{line.cell(column).mean * scale:.{digits}f}" in row
             assert f"± {line.cell(column).std * scale:.{digits}f}" in row
-    assert [row.count("(best)") for row in rows] == [0, 0, 4]
+    assert [row.count("(best)") for row in rows] == [0, 0, 5]
     assert data_of(page)["cells"][0][0][0] == pytest.approx(found.rows[0].cell(found.columns[0]).mean, rel=1e-4)
 
 
@@ -259,6 +261,32 @@ def test_the_wall_is_the_same_pictures_down_the_rows_and_keeps_its_budget(tmp_pa
     assert any("1 of 2 pictures are here" in note for note in smaller.notes)
 
 
+def test_the_legend_of_a_task_has_the_classes_of_all_rows_and_the_void_last(tmp_path):
+    """A class that one row alone predicts is in it, too."""
+    for i, value in enumerate((1, 2)):
+        run = write_run(tmp_path / "s" / str(i), 0, {"optimizer.lr": i / 10}, panels=0, log=False)
+        sample = shown("room", 0)
+        sample.labels["semseg"][:] = 255
+        sample.predictions["semseg"][:] = value
+        write_panels(run / "panels", [sample], TASKS)
+    wall, _ = build_wall(collect([tmp_path / "s"]).lines)
+    names = [text for text, _ in wall.content[0]["tasks"]["semseg"]["legend"]]
+    assert [name for name in names if not name.startswith("error")] == [VOC21[1], VOC21[2], "void"]
+    assert names[-2:] == ["error: none", f"error: {TASKS['semseg'].far_off}"]
+
+
+def test_below_three_pairs_there_is_no_verdict_and_holm_is_named(tmp_path):
+    page = page_of(sweep(tmp_path / "two", panels=0, log=False))
+    assert "too few pairs" in page
+    assert not re.search('class="verdict (better|worse)"', page)
+    sweep(tmp_path / "three", weights=(0.0, 0.3, 3.0), seeds=range(3), panels=0, log=False)
+    page = page_of(tmp_path / "three")
+    assert "too few pairs" not in page
+    assert 'class="verdict better"' in page
+    assert "Holm's method" not in page
+    assert "by Holm's method, is below 0.05" in page_of(tmp_path / "three", holm=True)
+
+
 def test_another_picture_of_the_same_name_is_left_out_and_told(tmp_path):
     sweep(tmp_path / "s", weights=(0.0, 0.1), seeds=(0,), log=False)
     other = shown("room 0", 0)._replace(image=np.zeros((48, 64, 3), np.uint8))
@@ -357,7 +385,7 @@ def test_hostile_names_settings_and_files_are_text(tmp_path):
     assert not [tag for tag, _ in reader.tags if tag in ("img", "iframe", "link", "object")]
     assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
     assert "\u2028" not in page[page.index('id="data"') :]
-    assert any(HOSTILE in row["label"] for row in data_of(page)["rows"])
+    assert any(printable(HOSTILE) in row["label"] for row in data_of(page)["rows"])
     policy = next(a["content"] for tag, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:;")
     assert "unsafe" not in policy
@@ -630,6 +658,39 @@ def test_every_text_has_enough_contrast(browser, swept, dark):
     browser.open(swept, dark=dark)
     worst = browser.js(CONTRAST)
     assert worst[0] >= 4.5, worst
+
+
+BROKEN = """[...document.querySelectorAll("thead th")].flatMap((head) => {
+  const texts = document.createTreeWalker(head, NodeFilter.SHOW_TEXT), broken = [];
+  while (texts.nextNode()) {
+    for (const word of texts.currentNode.data.matchAll(/[^\\s_]+_*/g)) {
+      const range = document.createRange();
+      range.setStart(texts.currentNode, word.index);
+      range.setEnd(texts.currentNode, word.index + word[0].length);
+      if (new Set([...range.getClientRects()].map((box) => Math.round(box.top))).size > 1) broken.push(word[0]);
+    }
+  }
+  return broken;
+})"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 320])
+def test_headings_break_between_words_only_and_the_pictures_have_a_legend(browser, tmp_path, width):
+    """With six tasks in the table, as many as there are."""
+    sweep(tmp_path / "s")
+    for path in tmp_path.glob("s/*/metrics.json"):
+        metrics = json.loads(path.read_text())
+        write_json(path, metrics | {"human_parts": {"mIoU": 0.5}, "sal": {"maxF": 0.8}})
+    (tmp_path / "page.html").write_text(page_of(tmp_path / "s"), "utf-8")
+    browser.open(tmp_path / "page.html", width=width)
+    assert browser.js(BROKEN) == []
+    legend = browser.js("[...document.querySelectorAll('#wall .legends > div')].map(e => e.textContent)")
+    assert [text.startswith(task) for text, task in zip(legend, TASKS)] == [True] * len(TASKS)
+    assert VOC21[1] in legend[0]
+    assert "error" not in "".join(legend)
+    assert VOC21[1] in browser.js("document.querySelector('#slider .legends').textContent")
+    assert browser.js("document.documentElement.scrollWidth") <= width
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_looking_makes_no_run_fail_that_is_starting(begun):
 
 
 def test_a_long_log_is_read_from_its_end(begun):
-    log(begun, *((step, "train", {"filling": "x" * 200}) for step in range(60, 60 + 2000)))
+    log(begun, *((step, "train", {"x" * 200: 1.0}) for step in range(60, 60 + 2000)))
     run = look(begun)
     assert (run.step, run.headline("depth")[1]) == (2060, 0.7)
     with (begun / "log.jsonl").open("a") as file:
@@ -125,6 +125,21 @@ def test_the_command(cli, tmp_path, begun):
     result = cli("scripts/runs.py", str(tmp_path / "nowhere"))
     assert (result.code, result.err.count("\n")) == (1, 1)
     assert "nowhere is not a folder" in result.err
+
+
+def test_names_are_whole_in_a_pipe_and_odd_ones_harmless(cli, tmp_path, monkeypatch):
+    long = write_run(tmp_path / "runs" / ("long_" * 40))
+    write_run(tmp_path / "runs" / "=1+1\x1b]0;x\x07\n")
+    (tmp_path / "runs" / "bad").mkdir()
+    (tmp_path / "runs" / "bad" / "metrics.json").write_bytes(b"\0")
+    text = cli("scripts/runs.py", str(tmp_path / "runs")).out
+    assert str(long) in text
+    assert "\x1b" not in text
+    assert "3 runs: 2 finished, 1 broken" in text, "one bad run hides no other"
+    monkeypatch.chdir(tmp_path / "runs")
+    rows = list(csv.DictReader(io.StringIO(cli("scripts/runs.py", "=1+1\x1b]0;x\x07\n", "--format", "csv").out)))
+    assert [row["folder"] for row in rows] == ["'" + r"=1+1\x1b]0;x\x07\n"]
+    assert rows[0]["normals/mErr"] == "20.0"
 
 
 @pytest.mark.slow

@@ -427,6 +427,19 @@ def test_intervals_are_those_of_a_paired_t_test(records):
     ]
 
 
+def test_two_pairs_get_no_verdict_and_holm_corrects_those_of_more(records):
+    (few,) = report(STUDY, [one for one in records if one["seed"] < 2], holm=True).effects
+    assert {effect.side(column) for column, effect in few.columns.items()} == {"too few pairs"}
+    assert "fewer than 3 pairs" in as_text(report(STUDY, [one for one in records if one["seed"] < 2]))
+    found = report(STUDY, records, holm=True)
+    (effects,) = found.effects
+    values = [effect.paired.p_value for effect in effects.columns.values()]
+    assert next(iter(effects.columns.values())).adjusted == pytest.approx(3 * min(values))
+    assert [effect.side(column) for column, effect in effects.columns.items()][1:] == ["not below 0.05"] * 2
+    assert "by Holm's method for the 3 of 3 pairs or more" in " ".join(as_text(found).split())
+    assert as_json(found)["differences"][0]["metrics"]["semseg/mIoU"]["p_holm"] == pytest.approx(3 * min(values))
+
+
 def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
     found = report(STUDY, records)
     deltas = [

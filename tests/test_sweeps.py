@@ -94,9 +94,25 @@ def test_a_folder_follows_from_the_words_in_any_order_and_is_short_and_valid():
     ]
     assert len({job_folder(other) for other in [words, *others]}) == 4
     long = [f"decoder.key{i}='a/b,{i}: ä'" for i in range(100)]
-    assert len(job_folder(long)) < 80
+    assert len(job_folder(long)) < 120
     assert all(c.isascii() and (c.isalnum() or c in "_.+-") for c in job_folder(long))
     assert job_folder([])
+
+
+def test_folders_of_other_tasks_differ_in_their_readable_part_and_keep_an_earlier_name(tmp_path):
+    common = ["data=nyud_small", "data.size=[448,576]", "experiment=nyud_mti_net_hrnet18", "trainer.max_steps=40000"]
+    common += ["backbone.weights=/weights/x.safetensors", "data.labels=one", "loss.weights.depth=0.5", "data.workers=3"]
+    tasks = ("[semseg,depth]", "[semseg,depth,normals]", "[semseg,depth,normals,edge]")
+    names = [job_folder([*common, f"tasks.names={names}", "seed=0"]) for names in tasks]
+    assert len({name.rpartition("_")[0] for name in names}) == 3
+    assert "tasks-semseg-depth_" in names[0]
+    compiled = [job_folder([*common[:1], f"trainer.compile={flag}"]) for flag in ("true", "false")]
+    assert len({name.rpartition("_")[0] for name in compiled}) == 2
+    earlier = tmp_path / f"called_otherwise_{names[0][-8:]}"
+    earlier.mkdir()
+    (tmp_path / f"{earlier.name}.log").touch()
+    assert job_folder([*common, f"tasks.names={tasks[0]}", "seed=0"], tmp_path) == earlier.name
+    assert job_folder([*common, f"tasks.names={tasks[1]}", "seed=0"], tmp_path) == names[1]
 
 
 def test_a_job_runs_once_and_is_skipped_when_it_is_finished(job, tmp_path, capfd):

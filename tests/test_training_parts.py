@@ -130,11 +130,17 @@ def test_optimizer_groups(backbone_lr):
 )
 def test_optimizers_by_name(name, kind):
     model = Tiny()
-    optimizer = build_optimizer(model, name, lr=0.01, backbone_lr=0.002, weight_decay=0.1, momentum=0.7)
+    own = {"momentum": 0.7, "nesterov": True, "betas": [0.5, 0.9], "eps": 1e-6}
+    optimizer = build_optimizer(model, name, lr=0.01, backbone_lr=0.002, weight_decay=0.1, **own)
     assert type(optimizer) is kind
+    default, plain = kind([torch.zeros(1)], lr=0.01).defaults, build_optimizer(model, name, lr=0.01).defaults
+    assert all(plain[key] == default[key] for key in ("eps", "betas") if key in default), "torch's, as it was"
+    if name != "sgd":
+        assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.5, 0.9), 1e-6)}
     assert len(settings_of(optimizer, model)) == 6
     if name == "sgd":
-        assert {group["momentum"] for group in optimizer.param_groups} == {0.7}
+        assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(0.7, True)}
+        assert not plain["nesterov"]
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
     model(torch.randn(2, 3, 5, 5)).predictions["a"].square().sum().backward()
     optimizer.step()

@@ -136,6 +136,16 @@ def test_the_script_exits_with_one_sentence_about_damage(
     assert (tmp_path / "sheet.png").is_file()  # drawn all the same
 
 
+def test_results_are_told_where_no_sheet_can_be_written(
+    sound: Path, tmp_path: Path, cli: Callable[..., Result]
+) -> None:
+    (tmp_path / "file").write_text("")
+    done = cli(str(ROOT / SCRIPT), str(sound), "--workers", "0", "--sheet", str(tmp_path / "file" / "sheet.png"))
+    assert done.code == 0, done.err
+    assert "0 damages" in done.out
+    assert re.search(r"no contact sheet: .*sheet\.png can't be written", done.out)
+
+
 def test_the_sheet_never_lies_in_the_dataset(sound: Path, cli: Callable[..., Result]) -> None:
     done = cli(str(ROOT / SCRIPT), str(sound), "--sheet", str(sound / "sheet.png"))
     assert done.code == 1
@@ -199,6 +209,13 @@ def test_a_list_that_is_missing_or_empty_is_damage(archive: Path) -> None:
     (archive / "gt_sets" / "train.txt").write_text("\n")
     with pytest.raises(UserError, match="gt_sets"):
         verify(archive)
+
+
+def test_a_path_in_place_of_an_id_is_damage_and_never_followed(archive: Path) -> None:
+    write_list(archive / "gt_sets" / "train.txt", ["0001", "../../x"])
+    found = verify(archive)
+    (row,) = [row for row in found.damages if row.check == "list train"]
+    assert "lists '../../x', which is no id" in row.details[0]
 
 
 def test_training_pictures_in_the_validation_list_are_named(archive: Path) -> None:
@@ -291,6 +308,17 @@ def test_normals_with_other_axes_are_found(archive: Path, axes: tuple[float, ...
 
     change(archive / "normals", turned)
     assert check in damages(verify(archive))
+
+
+def test_few_pictures_are_too_few_to_tell_the_axes_of_normals(archive: Path) -> None:
+    change(archive / "normals", lambda array: np.stack([255 - array[..., i] for i in range(3)], axis=-1))
+    checks = ("normals to the viewer", "normals of floors", "normals of side walls")
+    few = verify(archive, limit=2)
+    for check in checks:
+        assert row(few, check).verdict == "deviation"
+        assert "too few to tell" in row(few, check).details[0]
+    assert set(checks) <= set(damages(verify(archive)))
+    assert judge._axis_row("", "", "", False, False, 16, "").verdict == "deviation"  # no other axis fits better
 
 
 def test_labels_of_another_size_are_a_deviation_and_of_another_shape_damage(archive: Path) -> None:

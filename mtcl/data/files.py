@@ -1,5 +1,12 @@
 """Single files as arrays: pictures, label images, .npy and .mat, each complaint naming the file."""
 
+import io
+import os
+import re
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +16,34 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from mtcl.errors import UserError
+from mtcl import safe_files
+from mtcl.errors import UserError, printable
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+MAX_BYTES = 1 << 30  # of a file, or of what a packed one unpacks to
+MAX_PIXELS = 50_000_000
+MAX_NESTED = 100  # PASCAL-Part has 7
+_MATRIX, _PACKED = 14, 15  # kinds of elements of a .mat of format 5
+_ID = re.compile(r"[^./\\:][^/\\:]{0,199}")
+NO_ID = "which is no id: an id is the name of its files without their ending, never a path"
 
 
 def read_bytes(path: Path) -> bytes:
-    """The whole file."""
+    """Return the whole of a regular file of up to :data:`MAX_BYTES`; a FIFO or device is refused, not waited for."""
     try:
-        return path.read_bytes()
+        with safe_files.open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise UserError(f"{path} has {size:,} bytes, more than the {MAX_BYTES:,} that such a file may have.")
+            return file.read()
     except OSError as error:
         raise unreadable(path, error) from error
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise unreadable(path, error.__cause__) from error
+        raise
 
 
 def read_image(path: Path) -> np.ndarray:
@@ -35,17 +57,43 @@ def read_values(path: Path) -> np.ndarray:
     data = read_bytes(path)
     bits, kind = (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else (8, 0)
     if kind == 3:  # OpenCV would give the colours of the palette
-        try:
-            with Image.open(path) as picture:
-                return np.array(picture)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise _damaged(path) from error
+        return read_png(path, data)
     pixels = _decoded(path, data, cv2.IMREAD_UNCHANGED)
     if bits in (2, 4):  # OpenCV has spread the levels over 0..255
         raise UserError(f"{path} is a grey picture of {bits} bits; save this label with 8 bits.")
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
         raise UserError(f"{path} holds {form(pixels)}, but this label is an 8-bit picture of 1 channel.")
     return pixels
+
+
+def read_png(path: Path, data: bytes) -> np.ndarray:
+    """Decode ``data``, a PNG that was read from ``path``, as it is stored: of a palette the indices."""
+    check_pixels(path, data)
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
+            return np.array(picture)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise _damaged(path) from error
+
+
+def check_pixels(path: Path, data: bytes) -> None:
+    """Raise ``UserError`` where a PNG or JPEG says that it has more than :data:`MAX_PIXELS`; nothing is decoded."""
+    if data.startswith(_PNG):
+        width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
+    else:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                with Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
+                    width, height = picture.size
+        except Image.DecompressionBombError as error:
+            raise UserError(f"{path} has more than the {MAX_PIXELS:,} pixels that an image may have.") from error
+        except Exception as error:  # of damaged bytes Pillow raises nearly anything
+            raise _damaged(path) from error
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path} has {height}x{width} pixels (height x width), more than the {MAX_PIXELS:,} that an image may have."
+        )
 
 
 def read_colours(path: Path) -> np.ndarray:
@@ -58,10 +106,9 @@ def read_colours(path: Path) -> np.ndarray:
 
 def read_npy(path: Path) -> np.ndarray:
     """The array of a .npy file; pickled objects are refused."""
+    data = read_bytes(path)
     try:
-        array = np.load(path, allow_pickle=False)
-    except FileNotFoundError as error:
-        raise unreadable(path, error) from error
+        array = np.load(io.BytesIO(data), allow_pickle=False)
     except Exception as error:  # NumPy raises whatever the damaged header leads to, MemoryError among it
         raise UserError(f"{path} is not a readable .npy file ({error}); unpack it again.") from error
     if not isinstance(array, np.ndarray):
@@ -71,24 +118,96 @@ def read_npy(path: Path) -> np.ndarray:
 
 def read_mat(path: Path, key: str) -> np.ndarray:
     """The variable ``key`` of a MATLAB file, format 5 (with its structures) or 7.3 (HDF5, plain arrays only)."""
-    with_hdf5 = _is_hdf5(path)
+    data = read_bytes(path)
     try:
-        if with_hdf5:
-            with h5py.File(path, "r") as file:
-                if key not in file:
-                    raise _lacks(path, key, list(file))
-                found = file[key]
-                if not isinstance(found, h5py.Dataset) or found.dtype == h5py.ref_dtype:
-                    raise UserError(f"{key} in {path} is a structure in MATLAB's format 7.3; save it again with -v7.")
+        if _is_hdf5(data):
+            with h5py.File(io.BytesIO(data), "r") as file:
+                found = read_dataset(file, key, path)
                 return np.ascontiguousarray(found[()].T)  # MATLAB stores columns first
-        content = scipy.io.loadmat(path, variable_names=[key])
+        data = _unpacked(path, data)
+        content = scipy.io.loadmat(io.BytesIO(data), variable_names=[key])
         if key not in content:
-            raise _lacks(path, key, [name for name, *_ in scipy.io.whosmat(path)])
+            raise _lacks(path, key, [name for name, *_ in scipy.io.whosmat(io.BytesIO(data))])
     except UserError:
         raise
     except Exception as error:  # scipy raises whatever the damaged bytes lead to
         raise UserError(f"{path} is not a readable .mat file ({error}); unpack it again.") from error
     return content[key]
+
+
+def read_dataset(file: h5py.File, key: str, path: Path, max_bytes: int = MAX_BYTES) -> h5py.Dataset:
+    """Return an array of an HDF5 file, unread; it must lie in this file.
+
+    HDF5 can point to other files (external links, external storage, virtual datasets): so a stranger's could read any
+    file of this machine.
+
+    Args:
+        file: the open file.
+        key: the name of the array.
+        path: where the file lies, for the message.
+        max_bytes: the largest size of the array.
+
+    Raises:
+        UserError: there is no such array, it lies elsewhere, or is larger.
+    """
+    link = file.get(key, getlink=True)
+    if link is None:
+        raise _lacks(path, key, list(file))
+    if not isinstance(link, h5py.HardLink):
+        raise UserError(f"{key} in {path} is a link to another place, which is not followed; save the array itself.")
+    found = file[key]
+    if not isinstance(found, h5py.Dataset) or found.dtype == h5py.ref_dtype:
+        raise UserError(f"{key} in {path} is a structure in MATLAB's format 7.3; save it again with -v7.")
+    if found.external or found.is_virtual:
+        raise UserError(f"{key} in {path} lies in other files, which are not read; save the array itself.")
+    if found.nbytes > max_bytes:
+        raise UserError(f"{key} in {path} has {found.nbytes:,} bytes, more than the {max_bytes:,} that it may have.")
+    return found
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    """A .mat of format 5 with its variables unpacked; others as they are.
+
+    ``UserError``: they unpack to more than :data:`MAX_BYTES`, or are nested deeper than :data:`MAX_NESTED` (scipy reads
+    them by recursion in C, which ends the process).
+    """
+    if len(data) < 128 or 0 in data[:4]:  # format 4 has no packed variables and no structures
+        return data
+    order = ">" if data[126:128] == b"MI" else "<"
+    parts, size, place = [data[:128]], 0, 128
+    while place < len(data):
+        kind, length = struct.unpack(f"{order}II", data[place : place + 8])
+        part = data[place : place + 8 + length]
+        if len(part) < 8 + length:
+            raise ValueError("it is truncated")
+        if kind == _PACKED:
+            inflater = zlib.decompressobj()
+            part = inflater.decompress(part[8:], MAX_BYTES - size)
+            if inflater.unconsumed_tail:
+                raise UserError(f"{path} unpacks to more than the {MAX_BYTES:,} bytes that such a file may have.")
+        if _is_deep(part, order):
+            raise UserError(f"{path} holds structures nested deeper than {MAX_NESTED} levels; simplify them.")
+        parts.append(part)
+        size += len(part)
+        place += 8 + length
+    return b"".join(parts)
+
+
+def _is_deep(part: bytes, order: str) -> bool:
+    """Whether the arrays of one variable are nested deeper than :data:`MAX_NESTED`."""
+    ends, place = [len(part)], 0
+    while place + 8 <= len(part):
+        while len(ends) > 1 and place >= ends[-1]:
+            ends.pop()
+        kind, length = struct.unpack_from(f"{order}II", part, place)
+        place += 8
+        if kind == _MATRIX and length:
+            ends.append(place + length)
+            if len(ends) > MAX_NESTED:
+                return True
+        elif kind < 2**16:  # else the values are in the second half of the tag
+            place += length + -length % 8
+    return False
 
 
 def read_lines(path: Path, what: str) -> list[str]:
@@ -99,22 +218,33 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); {what} holds one id per line.") from error
     if not ids:
         raise UserError(f"{path} lists no picture; {what} must hold one id per line.")
+    if (strange := strange_ids(ids)) is not None:
+        raise UserError(f"{path} lists {printable(strange[:80])!r}, {NO_ID}; mend {what}.")
     if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
+        seen: set[str] = set()
+        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise UserError(f"{path} lists {twice} more than once; take out the repeated lines.")
     return ids
 
 
+def strange_ids(ids: Iterable[str]) -> str | None:
+    """Return the first of ``ids`` that is no plain file name, None where all are.
+
+    Ids are joined to folders, for reading and for writing: a path in their place would leave the folder.
+    """
+    return next((name for name in ids if not _ID.fullmatch(name) or not name.isprintable()), None)
+
+
 def as_depth(array: np.ndarray, path: Path) -> np.ndarray:
     """Depth as float32 (H, W) in metres; 0 where there is no finite positive value."""
-    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
         raise UserError(f"{path} holds {form(array)}, but depth is one floating-point array (height, width) in metres.")
     return np.where(np.isfinite(array) & (array > 0), array, 0).astype(np.float32)
 
 
 def as_normals(array: np.ndarray, path: Path) -> np.ndarray:
     """Normal vectors as float32 (H, W, 3), zero where one is not finite."""
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind != "f":
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind != "f" or not array.size:
         raise UserError(f"{path} holds {form(array)}, but normals are floating-point vectors (height, width, 3).")
     finite = np.isfinite(array).all(axis=2, keepdims=True)
     return np.where(finite, array, 0).astype(np.float32)
@@ -136,7 +266,7 @@ def as_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
 
 def as_edges(array: np.ndarray, path: Path) -> np.ndarray:
     """Edges as uint8 (H, W) in {0, 1}: 1 above half of the range, which is 0..255 or 0..1."""
-    if array.ndim != 2 or array.dtype.kind not in "ufib" or not np.isfinite(array).all():
+    if array.ndim != 2 or not array.size or array.dtype.kind not in "ufib" or not np.isfinite(array).all():
         raise UserError(f"{path} holds {form(array)}, but edges are one array (height, width) of numbers.")
     return (array > (127.5 if array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
 
@@ -157,6 +287,8 @@ def _decoded(path: Path, data: bytes, flag: int) -> np.ndarray:
     # OpenCV fills what a truncated file lacks with grey, and only prints a warning.
     whole = b"IEND" in data[-4096:] if data.startswith(_PNG) else b"\xff\xd9" in data[-4096:]
     known = data.startswith((_PNG, _JPEG))
+    if known and whole:
+        check_pixels(path, data)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if known and whole else None
     if pixels is None:
         raise _damaged(path)
@@ -172,10 +304,5 @@ def _lacks(path: Path, key: str, there: list[str]) -> UserError:
     return UserError(f"{path} has no variable {key}; it holds {', '.join(there) or 'nothing'}.")
 
 
-def _is_hdf5(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            start = file.read(520)
-    except OSError as error:
-        raise unreadable(path, error) from error
-    return start.startswith(_HDF5) or start[512:].startswith(_HDF5) or start.startswith(b"MATLAB 7.3")
+def _is_hdf5(data: bytes) -> bool:
+    return data.startswith((_HDF5, b"MATLAB 7.3")) or data[512:520] == _HDF5

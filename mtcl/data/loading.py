@@ -5,12 +5,15 @@ generator lives in a worker or in the process, so the number of workers, a resum
 torch's global generator change nothing.
 """
 
+import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from multiprocessing.queues import Queue
 from typing import Any
 
 import cv2
@@ -25,6 +28,12 @@ from mtcl.errors import UserError
 from mtcl.tasks.base import Task
 
 WORKER_DIED = "DataLoader worker"  # in what torch raises then
+LOST_BATCH = "a process that reads data can't send its batch"
+TOO_FEW_FILES = (
+    "too many open files for the processes that read data; raise the limit (ulimit -n 4096), or use fewer data.workers "
+    "(0: none)"
+)
+_NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class SampleDataset(Dataset[Sample | UserError]):
@@ -221,19 +230,21 @@ class _Loader(DataLoader):
         super().__init__(dataset, worker_init_fn=_in_worker, generator=torch.Generator(), **kwargs)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return self._told(map(_raised, super().__iter__()))
+        return self._told()
 
-    def _told(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if WORKER_DIED not in str(error):
-                    raise
-                raise UserError(worker_sentence(error)) from error
-            yield batch
+    def _told(self) -> Iterator[Batch]:
+        try:
+            yield from map(_raised, super().__iter__())
+        except RuntimeError as error:
+            if (sentence := worker_sentence(error)) is None:
+                raise
+            raise UserError(sentence) from error
+        except (OSError, EOFError) as error:
+            if getattr(error, "errno", None) in _NO_FILES:
+                raise UserError(TOO_FEW_FILES) from error
+            if self.num_workers and isinstance(error, EOFError | ConnectionError):  # its batch was on its way
+                raise UserError(worker_sentence(RuntimeError(f"{WORKER_DIED} is gone"))) from error
+            raise
 
 
 def _raised(batch: Batch | UserError) -> Batch:
@@ -269,6 +280,7 @@ def _in_worker(worker: int) -> None:
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
+    _end_on_lost_batches()
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -281,11 +293,38 @@ def _in_worker(worker: int) -> None:
     threading.Thread(target=obey, daemon=True).start()
 
 
-def worker_sentence(error: RuntimeError) -> str:
-    """For the user, of torch's error."""
+def _end_on_lost_batches() -> None:
+    """Answer with a sentence where a worker can't send a batch, for want of open files or of shared memory.
+
+    Python's queue would only print a trace, and the process that waits for the batch would wait for ever; the thread
+    that hands over open files would try again without end, and fill the log.
+    """
+
+    def answer(queue: Queue, error: Exception, item: tuple[int, Any]) -> None:
+        lacks_files = getattr(error, "errno", None) in _NO_FILES or os.strerror(errno.EMFILE) in str(error)
+        remedy = "give it more shared memory (docker run --shm-size=8g, a larger /dev/shm), or use data.workers=0"
+        reason = TOO_FEW_FILES if lacks_files else f"{LOST_BATCH} ({str(error).splitlines()[0]}); {remedy}"
+        queue.put((item[0], UserError(reason)))
+
+    def end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if getattr(error, "errno", None) in _NO_FILES:
+            os._exit(1)
+        sys.__excepthook__(kind, error, trace)
+
+    Queue._on_queue_feeder_error = answer  # type: ignore[attr-defined]
+    sys.excepthook = end
+
+
+def worker_sentence(error: RuntimeError) -> str | None:
+    """What to tell the user of an error of torch's loader; None where it is none."""
+    text = str(error)
+    if "Too many open files" in text or "ancdata" in text:
+        return TOO_FEW_FILES
+    if WORKER_DIED not in text:
+        return None
     return (
-        f"a process that reads data was killed, maybe for want of memory ({str(error).splitlines()[0]}); "
-        "choose fewer data.workers, or a smaller data.batch_size"
+        f"a process that reads data was killed, maybe for want of memory, of shared memory (/dev/shm) or of open files "
+        f"({text.splitlines()[0]}); choose fewer data.workers, or a smaller data.batch_size"
     )
 
 

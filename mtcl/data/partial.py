@@ -6,7 +6,6 @@ The setting of MTPSL (Li et al., CVPR 2022), DiffusionMTL and hierarchical task 
 import codecs
 import hashlib
 import io
-import json
 import pickle
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -18,7 +17,8 @@ import torch
 
 from mtcl.data.files import read_bytes
 from mtcl.data.sample import Reader, Sample
-from mtcl.errors import UserError
+from mtcl.errors import UserError, why_unreadable
+from mtcl.safe_files import parse_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
@@ -147,17 +147,16 @@ def _flagged(path: Path, columns: Sequence[str], row: Sequence[float]) -> frozen
 
 def _content(path: Path) -> Any:
     data = read_bytes(path)
+    if path.suffix == ".json":
+        return parse_json(data, path)
     try:
-        if path.suffix == ".json":
-            return json.loads(data)
         if path.suffix == ".pth":
             with torch.serialization.safe_globals(_STRINGS):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if path.suffix == ".npy":
             return _unpickled_npy(data)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} can't be read as a mapping of labels ({type(error).__name__}: {reason}).") from error
+        raise UserError(f"{path} can't be read as a mapping of labels ({why_unreadable(error)}).") from error
     raise _unknown_form(path)
 
 

@@ -173,7 +173,7 @@ class PascalContext(FileReader):
             told = {name: [shown, *_stamp(path)] for name, shown, path in zip(names, found, paths)}
             text = json.dumps({**_told(memory), **told})  # what another process added stays
             with contextlib.suppress(OSError):  # a full disk: the search is made again
-                write_atomically(memory, lambda temporary: temporary.write_text(text))
+                write_atomically(memory, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def _context(path: Path) -> np.ndarray:
@@ -217,7 +217,7 @@ def _told(path: Path) -> dict[str, list[Any]]:
 def _json_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; empty if it is missing or damaged."""
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        content = json.loads(files.read_bytes(path))  # times in nanoseconds have more digits than read_json takes
+    except (UserError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

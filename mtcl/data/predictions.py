@@ -24,7 +24,7 @@ import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -32,16 +32,15 @@ from typing import ClassVar
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_atomically
-from mtcl.data.files import form, read_bytes, read_mat, read_npy
-from mtcl.data.reader import entries
+from mtcl.data.files import NO_ID, form, read_bytes, read_mat, read_npy, read_png, strange_ids
+from mtcl.data.reader import described_others, entries
 from mtcl.data.sample import Batch, Reader, SampleMeta
 from mtcl.data.transforms import finish
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
@@ -83,9 +82,11 @@ class ClassMaps(MapFormat):
         values = _read_png(path, self.task, (_GREY, _PALETTE))
         highest = int(values.max(initial=0))
         if highest >= self.task.channels:
+            one_more = " (not 1 for the first class, as in label files)" if highest == self.task.channels else ""
             raise UserError(
                 f"{path} holds the class {highest}, but the {self.task.channels} classes of {self.task.name} are "
-                f"numbered 0 to {self.task.channels - 1}, as argmax gives them; write such maps, without a void."
+                f"numbered 0 to {self.task.channels - 1}, as argmax gives them{one_more}; write such maps, without "
+                "a void."
             )
         return values
 
@@ -98,18 +99,27 @@ class ClassMaps(MapFormat):
         return self.task.decoded(prediction)
 
 
-class SaliencyMaps(MapFormat):
+@dataclass(frozen=True)
+class ProbabilityMaps(MapFormat):
+    """Probabilities in 8 bits. ``binary``: the files hold 0 and 1, as label files may, in place of 0 and 255."""
+
+    binary: bool = False
+
+    suffixes = (".png",)
+
+    def load(self, path: Path) -> np.ndarray:
+        values = _read_png(path, self.task, (_GREY,))
+        return values * np.uint8(255) if self.binary else values
+
+
+class SaliencyMaps(ProbabilityMaps):
     """Probabilities v / 255, as two logits.
 
     Their softmax is larger by a thousandth of a step of 1 / 255, so that rounding can't push a map's pixel below a
     threshold that v / 255 reaches.
     """
 
-    suffixes = (".png",)
     above: ClassVar[float] = 2**-10  # of a step
-
-    def load(self, path: Path) -> np.ndarray:
-        return _read_png(path, self.task, (_GREY,))
 
     def raw(self, values: Tensor) -> Tensor:
         logit = _logits(self.above).to(values.device)[values.long()]
@@ -119,14 +129,10 @@ class SaliencyMaps(MapFormat):
         return _truncated(prediction.float().softmax(dim=0)[1])
 
 
-class EdgeMaps(MapFormat):
+class EdgeMaps(ProbabilityMaps):
     """Truncated probabilities, as the logit of the middle (v + 0.5) / 255 of what v stands for; 255 as certainty."""
 
-    suffixes = (".png",)
     above: ClassVar[float] = 0.5
-
-    def load(self, path: Path) -> np.ndarray:
-        return _read_png(path, self.task, (_GREY,))
 
     def raw(self, values: Tensor) -> Tensor:
         return _logits(self.above).to(values.device)[values.long()].unsqueeze(1)
@@ -216,6 +222,14 @@ class SavedPredictions:
                     f"{len(reader.ids)}: {_few(more)}; take them out or choose their list (data=, data.split=)."
                 )
             _check_missing(folder / name, self.formats[name], paths, reader)
+        self.doubts: list[str] = []  # for the user, of how the maps are taken
+        for name, maps in self.formats.items():
+            wanted = [path for id, path in self.paths[name].items() if id in listed]
+            if isinstance(maps, ProbabilityMaps) and _is_binary(maps, wanted):
+                self.formats[name] = replace(maps, binary=True)
+                self.doubts.append(
+                    f"the maps of {name} in {folder / name} hold 0 and 1 only and are read so; probabilities are 0..255"
+                )
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Task -> raw predictions float32 (B, C, H, W) in the batch's frame, arbitrary in its padding and where a
@@ -261,7 +275,10 @@ class PredictionWriter:
             raise UserError(f"save_predictions={folder} lies in the dataset {data_root}; give a folder outside.")
 
     def write(self, id: str, predictions: Mapping[str, Tensor]) -> None:
-        """One file per task of the un-padded raw predictions (C, H, W); ``UserError``: NaN that 8 bits can't hold."""
+        """One file per task of the un-padded raw predictions (C, H, W); ``UserError``: NaN that 8 bits can't hold, or
+        an id that would lead out of the folder (a dataset of one's own)."""
+        if strange_ids([id]) is not None:
+            raise UserError(f"save_predictions: the dataset has {printable(id[:80])!r}, {NO_ID}.")
         for name, maps in self.formats.items():
             path = self.folder / name / f"{id}{maps.suffixes[0]}"
             if path.suffix == ".png" and predictions[name].isnan().any():
@@ -303,6 +320,16 @@ def found_maps(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     return paths
 
 
+def _is_binary(maps: MapFormat, paths: Sequence[Path]) -> bool:
+    """Whether maps hold 0 and 1 only, and both; the first that holds more ends the search."""
+    highest = 0
+    for path in paths:
+        highest = max(highest, int(maps.load(path).max(initial=0)))
+        if highest > 1:
+            return False
+    return highest == 1
+
+
 def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], reader: Reader) -> None:
     """``UserError`` if a picture has a label of the task, but no map; names the first three of them."""
     missing = [index for index, id in enumerate(reader.ids) if id not in paths]
@@ -314,15 +341,21 @@ def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], rea
         if len(labelled) == _NAMED:  # the others need not be read
             break
     if labelled:
+        others = described_others(folder, {reader.ids[index] for index in missing})
         raise UserError(
             f"{folder} has no map ({', '.join(maps.suffixes)}) of {len(missing)} of the {len(reader.ids)} pictures, "
-            f"among them {', '.join(labelled)}; add them or choose the list they were made for (data=, data.split=)."
+            f"among them {', '.join(labelled)}{others}; add them or choose the list they were made for (data=, "
+            "data.split=)."
         )
 
 
 def _is_labelled(reader: Reader, index: int, task: Task) -> bool:
     """Has a picture any valid pixel of a task?"""
-    label = finish(reader.read(index), {task.name: task}).labels[task.name]
+    return has_label(task, finish(reader.read(index), {task.name: task}).labels[task.name])
+
+
+def has_label(task: Task, label: np.ndarray) -> bool:
+    """Tell whether a label (layout of the data pipeline, finished) has any valid pixel."""
     planes = label if label.ndim == 2 else label.transpose(2, 0, 1)
     return bool(task.valid(task.collated(np.ascontiguousarray(planes[None]))).any())
 
@@ -338,11 +371,7 @@ def _read_png(path: Path, task: Task, kinds: Sequence[int]) -> np.ndarray:
             f"{path} is a picture of {bits} bits and {_CHANNELS.get(kind, 'no known kind')}, but maps of {task.name} "
             f"are 8-bit pictures of {_CHANNELS[kinds[0]]}; write them so."
         )
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            return np.array(picture)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is not a readable picture (truncated or damaged); write it again.") from error
+    return read_png(path, data)
 
 
 def _logits(above: float) -> Tensor:

@@ -3,18 +3,19 @@
 import hashlib
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from mtcl.data.files import read_lines, unreadable
+from mtcl.data.files import read_bytes, read_lines, unreadable
 from mtcl.data.sample import Sample
 from mtcl.data.store import ArrayStore, Stored
 from mtcl.data.transforms import nearest
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 
 IMAGE = "image"  # the kind of array beside the tasks'
 RULES = 1  # raised whenever files are decoded in another way: the cache begins anew
@@ -115,8 +116,10 @@ class FileReader(ABC):
                         missing.append(str(path.relative_to(self.root)))
         if missing:
             missing = list(dict.fromkeys(missing))
+            first = self.root / missing[0]
+            others = described_others(first.parent, {Path(path).stem for path in missing})
             raise UserError(
-                f"{self.root} lacks {len(missing)} files of the tasks used, first {', '.join(missing[:3])}; "
+                f"{self.root} lacks {len(missing)} files of the tasks used, first {', '.join(missing[:3])}{others}; "
                 f"unpack the whole archive there (expected: {layout})."
             )
 
@@ -132,7 +135,7 @@ class FileReader(ABC):
         wherever they lie.
         """
         if kind not in self._places:
-            sums = [zlib.crc32(path.read_bytes()) if path.is_file() else 0 for path in self._probes(kind)]
+            sums = [zlib.crc32(read_bytes(path)) if path.is_file() else 0 for path in self._probes(kind)]
             known = repr((RULES, self.settings(), self.resize, sums))
             self._places[kind] = f"{kind}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
         return self._places[kind]
@@ -187,6 +190,18 @@ def entries(folder: Path) -> list[Path]:
         return list(folder.iterdir()) if folder.is_dir() else []
     except OSError as error:
         raise unreadable(folder, error) from error
+
+
+def described_others(folder: Path, stems: Set[str]) -> str:
+    """What ``folder`` holds of files of other endings, to be added to a complaint; empty where there are none.
+
+    Args:
+        folder: where files are missing.
+        stems: the names of the missing files, without their ending.
+    """
+    suffixes = Counter(path.suffix for path in entries(folder) if path.stem in stems)
+    listed = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in suffixes.most_common(3))
+    return f" (of them there are {printable(listed)}, which is not read)" if suffixes else ""
 
 
 def find_root(given: Path, names: Sequence[str], lists: str, what: str, layout: str) -> Path:

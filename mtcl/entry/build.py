@@ -16,6 +16,7 @@ from mtcl.data import Augment, Reader, eval_loader, partly_labelled, train_loade
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder, build_backbone
 from mtcl.models.decoders import Decoder
+from mtcl.models.decoders.atrc import is_named_genotype, read_genotype_file
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 from mtcl.training.aggregator import Aggregated
@@ -177,6 +178,13 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     return model.to(memory_format=layout)
 
 
+def inline_files(config: DictConfig) -> None:
+    """Replace the path of a genotype's file in ``config`` by what the file says: what is saved stands on its own."""
+    genotype = config.decoder.get("genotype")
+    if isinstance(genotype, str) and not is_named_genotype(genotype):
+        OmegaConf.update(config, "decoder.genotype", read_genotype_file(genotype), force_add=True)
+
+
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
     settings = config.regularizer
     if settings._target_ is None or len(tasks) < 2:  # one task has no other to contrast with
@@ -215,7 +223,7 @@ def build_optimizers(
 ) -> tuple[ScheduledOptimizer, ScheduledOptimizer | None]:
     """The model's optimiser and the projectors', both on the config's schedule."""
     schedule = build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
-    optimizer = ScheduledOptimizer(build_optimizer(model, **plain(config.optimizer)), schedule)
+    optimizer = ScheduledOptimizer(construct(build_optimizer, "optimizer", model, **plain(config.optimizer)), schedule)
     if regularizer is None:
         return optimizer, None
     own = regularizer.build_optimizer(config.regularizer.lr, config.regularizer.weight_decay)

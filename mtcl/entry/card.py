@@ -9,7 +9,7 @@ import yaml
 
 import mtcl
 from mtcl.entry.loading import Loaded
-from mtcl.entry.report import shown
+from mtcl.entry.report import COUNTS, shown
 from mtcl.errors import UserError, printable
 from mtcl.safe_files import read_json
 
@@ -160,7 +160,7 @@ def read_scores(loaded: Loaded) -> tuple[list[Score], str]:
         metrics = found.get(name)
         values = {key: value for key, value in metrics.items() if is_number(value)} if isinstance(metrics, dict) else {}
         first, _ = task.headline(values)
-        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m != "not_finite")]
+        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m not in COUNTS)]
         scores += [Score(name, m, values[m], shown(task, m, values[m])) for m in wanted if m in values]
     return scores, f"{cell(facts.get('num_images'))} validation pictures ({cell(facts.get('protocol'))})"
 

@@ -15,16 +15,24 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.entry import sweeping
+from mtcl.entry.build import inline_files
+from mtcl.entry.overrides import complaint, expand_home, readable
 from mtcl.entry.processes import REQUEUE
-from mtcl.entry.schema import check_config
-from mtcl.errors import UserError
+from mtcl.entry.schema import RULES, check_config
+from mtcl.entry.terminal import FULL, complain, outlasting_output, speak_utf8
+from mtcl.errors import UserError, printable
 from mtcl.training.preemption import Preempted
+
+# Of writing: what a folder or a disk refuses.
+OF_FOLDERS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+OF_FOLDERS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
+OFTEN_MEANT = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
 
 
 def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None = None) -> None:
@@ -33,14 +41,23 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: 
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
     keep their trace; a run that was told to make room exits with :data:`REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
+    Where nobody reads the output any longer, the work goes on.
     """
+    speak_utf8()
+    with outlasting_output(also=FULL):  # a run's numbers are in its folder
+        _launch(job, configs, name, script)
+
+
+def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None) -> None:
     if (
         int(os.environ.get("RANK", "0")) > 0
     ):  # torchrun: process 0 has the run's folder, Hydra's of the others goes away
         sys.argv.append(f"hydra.run.dir={_temporary_folder()}")
     wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     task = _Task(job, script, wants_trace)
-    sweeps = script is not None and any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in sys.argv)
+    multirun = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in sys.argv)
+    sweeps = script is not None and multirun
+    sys.argv[1:] = readable(sys.argv[1:], sweeps=multirun)
     sweeping.outcomes.clear()
     sweeping.received.clear()
     try:
@@ -48,20 +65,20 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: 
             raise UserError("torchrun can't start a sweep; start torchrun train.py once per run, without -m")
         with _hydra_raises(), sweeping.told_to_end() if sweeps else contextlib.nullcontext():
             hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(task)()
-        if task.failures:
-            raise task.failures[0]
+        if task.ending is not None:
+            raise task.ending
     except sweeping.Stopped:
         pass
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if wants_trace:
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        complain(sentence(error))
         sys.exit(1)
     except OSError as error:
-        if wants_trace or error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC):
+        if wants_trace or error.errno not in OF_FOLDERS:
             raise
         where = error.filename or "the run folder"
-        print(f"error: {where} can't be written ({error.strerror}); choose another hydra.run.dir", file=sys.stderr)
+        complain(f"{shortened(where)} can't be written ({error.strerror}); choose another hydra.run.dir")
         sys.exit(1)
     except Preempted as stopped:
         print(f"{stopped}, its state is saved; the same command with resume=auto goes on from there", file=sys.stderr)
@@ -72,11 +89,11 @@ def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: 
     except Exception as error:
         if wants_trace or not sweeps:
             raise
-        print(f"error: the launcher ended with {type(error).__name__}: {sentence(error)}", file=sys.stderr)
+        complain(f"the launcher ended with {type(error).__name__}: {sentence(error)}")
         sys.exit(1)
     finally:
         if sweeping.outcomes or sweeping.received:
-            print(*sweeping.summary(), sep="\n", file=sys.stderr)
+            print(*map(printable, sweeping.summary()), sep="\n", file=sys.stderr)
     if code := sweeping.exit_code():
         sys.exit(code)
 
@@ -87,7 +104,7 @@ class _Task:
     def __init__(self, job: Callable[[DictConfig], None], script: Path | None, wants_trace: bool):
         self.job, self.script, self.wants_trace = job, script, wants_trace
         self.pid, self.folders = os.getpid(), _config_folders()
-        self.failures: list[UserError] = []
+        self.ending: Exception | None = None  # of a single run; Hydra would print before it
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"job": None} if self.script else {})
@@ -96,8 +113,10 @@ class _Task:
         hydra_config = HydraConfig.get()
         sweeps = hydra_config.mode == RunMode.MULTIRUN
         try:
-            plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
-            check_config(plain)
+            expand_home(config)
+            check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
+            inline_files(config)
+            plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
             if not sweeps or self.script is None:
                 return self.job(config)
             return sweeping.run_job(
@@ -109,13 +128,13 @@ class _Task:
                 self.environment(),
                 here=os.getpid() == self.pid,
             )
-        except (UserError, OmegaConfBaseException) as error:
-            if sweeps and self.script is not None:
+        except (UserError, OmegaConfBaseException, OSError, Preempted) as error:
+            if sweeps and self.script is not None and isinstance(error, UserError | OmegaConfBaseException):
                 words = tuple(hydra_config.overrides.task)
                 return sweeping.Outcome(hydra_config.job.num, words, sweeping.FAILED, sentence(error))
-            if self.wants_trace or sweeps or not isinstance(error, UserError):
+            if self.wants_trace or sweeps:
                 raise  # Hydra says which job of the sweep it was
-            self.failures.append(error)
+            self.ending = error
             return None
 
     def environment(self) -> dict[str, str]:
@@ -161,17 +180,45 @@ def sentence(error: BaseException) -> str:
     """A config error in one line: the key or choice, and what there is instead."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        return f"{group}={choice} is not known; choose one of {', '.join(error.options)}"
+        other = f", or backbone.name={choice}, as timm calls it" if group == "backbone" and _is_of_timm(choice) else ""
+        return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
     cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return complaint(error.override, str(cause or error).strip().split("\n")[0])
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.key:
         key = str(cause.full_key)
         parent, known = key.rpartition(".")[0], _keys(cause)
         close = difflib.get_close_matches(str(cause.key), known, n=1)
         if close:
             return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
+        if meant := _keys_named(str(cause.key)):
+            return f"there is no config key {key}; did you mean {' or '.join(meant)}?"
         return f"there is no config key {key}; {parent or 'the config'} has {', '.join(known)}"
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text.split(" full_key:")[0].split(" Set the environment variable")[0]
+
+
+def shortened(path: object, length: int = 200) -> str:
+    """A path of any length as a sentence can hold it."""
+    text = str(path)
+    return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]} ({len(text)} characters)"
+
+
+def _is_of_timm(name: str) -> bool:
+    import timm  # takes a moment
+
+    return bool(timm.is_model(name))
+
+
+def _keys_named(name: str) -> list[str]:
+    """The keys of any group with this name, or one much like it; at most three, the most used first."""
+    by_name: dict[str, list[str]] = {}
+    for key in RULES:
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
+    group = {key: key.partition(".")[0] for key in by_name[close[0]]} if close else {}
+    order = {name: place for place, name in enumerate(OFTEN_MEANT)}
+    return sorted(group, key=lambda key: (key.count("."), order.get(group[key], len(order))))[:3]
 
 
 def _keys(error: OmegaConfBaseException) -> list[str]:

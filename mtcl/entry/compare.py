@@ -7,34 +7,23 @@ import difflib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
+from mtcl.entry.columns import COUNT, UNJUDGED, Column, column_of, primaries
+from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
+from mtcl.entry.schema import leaves, role_of
+from mtcl.errors import UserError, printable
+from mtcl.metrics.delta import Paired, Summary, adjust_by_holm, delta_mtl, paired_difference, summary
+from mtcl.tasks import TASK_NAMES
 
-from mtcl.entry.schema import leaves
-from mtcl.errors import UserError
-from mtcl.metrics.delta import Paired, Summary, delta_mtl, paired_difference, summary
-from mtcl.tasks import NYUD40, TASK_NAMES, build_task
-
-# Primary metrics and units do not depend on the classes.
-OPTIONS: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
-TASKS = {name: build_task(name, **OPTIONS.get(name, {})) for name in TASK_NAMES}
-LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "log_rmse", "mErr", "median", "loss", "not_finite")
-# Keys that change neither what is learned nor what is measured; runs of one row may differ in them.
-FREE: tuple[str, ...] = (
-    *("seed", "name", "resume"),
-    *(f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size")),
-    *(f"trainer.{key}" for key in ("device", "panels", "log_interval", "val_interval", "checkpoint_interval")),
-    *("trainer.val_first", "trainer.monitor", "evaluation.workers", "evaluation.quick"),
-)
-THRESHOLD = "threshold"  # of odsF: neither good nor bad
-COUNT = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
 SAME_DATA = ("split", "num_images", "data_fingerprint")  # what the runs of one table must have in common
-OFF = "regularizer._target_"  # null where the regulariser is off
+REGULARIZER = "regularizer._target_"  # null where the regulariser is off
+WEIGHT = "regularizer.weight"  # 0 is off, too
 SINGLE_TASK = "single-task"  # the label of the baselines' row
 MOST_KEYS = 3  # in a row's name
 
@@ -59,22 +48,10 @@ class Run:
     @property
     def name(self) -> str:
         """Of the predictions it scores, if it does, else of its folder or file."""
-        path = Path(self.facts.get("predictions", self.path))
-        return path.stem if path.suffix == ".json" else path.resolve().name
-
-
-@dataclass(frozen=True)
-class Column:
-    """One metric of one task, or a Delta (``task`` is empty, values are in percent already)."""
-
-    task: str
-    metric: str
-    higher_is_better: bool
-    unit: str  # %, m, deg, pixels or none; a fraction is shown in %
-
-    @property
-    def key(self) -> str:
-        return f"{self.task}/{self.metric}" if self.task else self.metric
+        if "predictions" in self.facts:
+            path = PurePath(self.facts["predictions"])
+            return (path.stem if path.suffix == ".json" else path.name) or str(path)
+        return self.path.stem if self.path.suffix == ".json" else self.path.resolve().name
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,11 +75,15 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """``row`` minus ``reference`` over the seeds of both, column by column."""
+    """``row`` minus ``reference`` over the seeds of both, column by column.
+
+    ``adjusted``: Holm's p-values over all intervals of the comparison; None where they are not asked for.
+    """
 
     row: Row
     reference: Row
     columns: dict[Column, Paired]
+    adjusted: Mapping[Column, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +102,16 @@ def compare(
     against: str | None = None,
     by: Sequence[str] = (),
     every_metric: bool = False,
+    holm: bool = False,
 ) -> Comparison:
     """The table of all runs in ``sources``; ``UserError`` where they cannot stand in one.
 
     ``baseline``: single-task runs or a file of their values, for Delta_MTL; or one multi-task row, which is the same as
     ``against``: a run, a folder of runs that form one row, or a row's label. ``by``: config keys that alone make rows.
+    ``holm``: verdicts by p-values corrected for the number of intervals.
     """
     runs, notes = find_runs(sources)
-    return compare_runs(runs, baseline, against, by, every_metric, notes)
+    return compare_runs(runs, baseline, against, by, every_metric, notes, holm)
 
 
 def compare_runs(
@@ -138,6 +121,7 @@ def compare_runs(
     by: Sequence[str] = (),
     every_metric: bool = False,
     notes: Sequence[str] = (),
+    holm: bool = False,
 ) -> Comparison:
     """As :func:`compare`, of runs that are read already; ``notes`` on what was left out."""
     notes = list(notes)
@@ -145,7 +129,7 @@ def compare_runs(
     if against is not None:
         if reference_runs:
             raise UserError("Give either --against or a multi-task run as --baseline, not both.")
-        if Path(against).exists():
+        if os.path.exists(against):
             reference_runs = find_runs([Path(against)])[0]
     known = {run.path.resolve() for run in runs}
     runs = [*(run for run in reference_runs if run.path.resolve() not in known), *runs]
@@ -171,145 +155,148 @@ def compare_runs(
         others = [row for row in rows if row is not reference and not row.is_baseline]
         differences = [d for row in others if (d := difference(row, reference, columns, notes)) is not None]
     notes += missing_values(rows, columns)
-    return Comparison(columns, rows, differences, [provenance([*runs, *singles]), *notes])
+    if holm:
+        differences = corrected(differences)
+    notes = [provenance([*runs, *singles]), *weight_zero(rows), *notes]
+    return Comparison(columns, rows, differences, [*map(printable, notes)])
+
+
+def corrected(differences: Sequence[Difference]) -> list[Difference]:
+    """The same differences with Holm's p-values of all intervals that may have a verdict."""
+    values = holm_values([one.columns for one in differences])
+    return [replace(one, adjusted=of_one) for one, of_one in zip(differences, values)]
+
+
+def holm_values(blocks: Sequence[Mapping[Column, Paired]]) -> list[dict[Column, float]]:
+    """Holm's p-values over all blocks together, of the differences with pairs enough for a verdict."""
+    tested = [(i, column) for i, block in enumerate(blocks) for column, pair in block.items() if pair.is_enough]
+    values = adjust_by_holm([blocks[i][column].p_value for i, column in tested])
+    adjusted: list[dict[Column, float]] = [{} for _ in blocks]
+    for (i, column), value in zip(tested, values):
+        adjusted[i][column] = value
+    return adjusted
+
+
+def weight_zero(rows: Sequence[Row]) -> list[str]:
+    """A note where a row of weight 0 stands for the regulariser off."""
+    zero = [row.label for row in rows if is_off(row.runs[0]) and row.runs[0].config[REGULARIZER] is not None]
+    if not zero or len(rows) < 2:
+        return []
+    return [f"{listed(zero)}: the regulariser is off; a weight of 0 trains bit for bit as regularizer=none does."]
 
 
 # Reading
 
 
 def find_runs(sources: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """Every run at or below ``sources``, each once, in the given order; and notes of what was left out."""
-    found: dict[Path, Run] = {}
-    notes = []
+    """Read every run at or below ``sources``, each once; return them and notes on what was left out.
+
+    The sources keep their order; runs of one source come in the order of the settings in which they differ.
+
+    Raises:
+        UserError: there is no run in a source, or none that can be read, or the only source is such a run.
+    """
+    paths: set[Path] = set()
+    runs: list[Run] = []
+    notes: list[str] = []
+    errors: list[UserError] = []
     for source in sources:
-        if not source.exists():
-            raise UserError(f"{source} does not exist; give run folders (with a metrics.json) or folders of runs.")
-        if source.is_file() or (source / "metrics.json").is_file():
-            folders, unfinished = [source], []
-        else:
-            folders = sorted((path.parent for path in source.rglob("metrics.json")), key=natural)
-            configs = sorted((path.parent for path in source.rglob("config.yaml")), key=natural)
-            unfinished = [folder for folder in configs if not (folder / "metrics.json").is_file()]
-        if unfinished and not folders:
-            raise UserError(
-                f"{unfinished[0]} is an unfinished run: it has a config.yaml, but no metrics.json; "
-                "continue it with resume=auto or leave it out."
-            )
-        if not folders:
-            raise UserError(f"There is no run in {source}: no metrics.json in it or below it.")
-        if unfinished:
-            told = ", ".join(str(folder.relative_to(source)) for folder in unfinished)
-            notes.append(f"warning: {source} holds unfinished runs, left out here (no metrics.json): {told}.")
-        for folder in folders:
-            path = folder.parent if folder.name == "metrics.json" else folder
-            if path.resolve() not in found:
-                found[path.resolve()] = read_run(path)
-    return list(found.values()), notes
+        is_run, folders = run_folders(source, notes)
+        found = []
+        for path in folders:
+            resolved = path.resolve()
+            if resolved in paths:
+                continue
+            paths.add(resolved)
+            try:
+                found.append(read_run(path))
+            except UserError as error:
+                if is_run and len(sources) == 1:
+                    raise
+                errors.append(error)
+        runs += natural_order(found)
+    if errors and not runs:
+        raise errors[0]
+    return runs, [*notes, *(f"warning: left out: {error}" for error in errors)]
 
 
-def natural(path: Path) -> list[tuple[int, int | str]]:
+def run_folders(source: Path, notes: list[str]) -> tuple[bool, list[Path]]:
+    """Return whether ``source`` itself is a run, and the runs at or below it; add a note on unfinished ones."""
+    if not os.path.exists(source):
+        raise UserError(f"{source} does not exist; give run folders (with a metrics.json) or folders of runs.")
+    if source.is_file():
+        return True, [source.parent if source.name == METRICS else source]
+    if (source / METRICS).is_file():
+        return True, [source]
+    folders = sorted((path.parent for path in source.rglob(METRICS)), key=natural)
+    configs = sorted((path.parent for path in source.rglob(CONFIG)), key=natural)
+    unfinished = [folder for folder in configs if not os.path.lexists(folder / METRICS)]
+    if unfinished and not folders:
+        raise UserError(
+            f"{unfinished[0]} is an unfinished run: it has a config.yaml, but no metrics.json; "
+            "continue it with resume=auto or leave it out."
+        )
+    if not folders:
+        raise UserError(f"There is no run in {source}: no metrics.json in it or below it.")
+    if unfinished:
+        names = ", ".join(str(folder.relative_to(source)) for folder in unfinished)
+        notes.append(f"warning: {source} holds unfinished runs, left out here (no metrics.json): {names}.")
+    return folders == [source], folders
+
+
+def natural(path: PurePath | str) -> list[tuple[int, int | str]]:
     """A key that sorts 10 after 9: Hydra counts the runs of a sweep."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+|/)", str(path))]
+    parts = re.split(r"(\d+|/)", str(path))
+    return [(0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part) for part in parts]
+
+
+def natural_order(runs: Sequence[Run]) -> list[Run]:
+    """Sort runs by the settings in which they differ: off first, numbers by size, text with 10 after 9."""
+    settings = {id(run): identity(run) for run in runs}
+    keys = differing_keys([known for known in settings.values() if known] or [{}])
+
+    def key(run: Run) -> tuple[Any, ...]:
+        off = is_off(run)
+        values = [(0,) if off and k.startswith("regularizer.") else _rank(settings[id(run)].get(k)) for k in keys]
+        return not settings[id(run)], values, natural(run.path)
+
+    return sorted(runs, key=key)
+
+
+def _rank(value: Any) -> tuple[Any, ...]:
+    """A sort key for a config value of any type: null, then numbers, text, lists, the rest."""
+    if value is None:
+        return (0,)
+    if isinstance(value, int | float):
+        return 1, value
+    if isinstance(value, str):
+        return 2, natural(value)
+    return (3, len(value), natural(json.dumps(value))) if isinstance(value, list) else (4, json.dumps(value))
 
 
 def read_run(path: Path) -> Run:
     """A run folder, or a single JSON file of metrics, about whose origin nothing is known."""
     if path.is_file():
         return Run(path, read_metrics(path))
-    facts = read_json(path / "run.json") if (path / "run.json").is_file() else {}
-    config = path / "config.yaml"
-    if not config.is_file() and "checkpoint" in facts:  # an evaluation: as its run was trained
-        config = Path(facts["checkpoint"]).parent.parent / "config.yaml"
-    known = read_config(config) if config.is_file() else {}
-    if isinstance(facts.get("evaluation"), dict):  # how it was scored, whatever the training run would have done
+    facts = read_record(path / RECORD) if os.path.lexists(path / RECORD) else {}
+    config = path / CONFIG
+    if not os.path.lexists(config) and "checkpoint" in facts:  # an evaluation: as its run was trained
+        config = config_of_checkpoint(facts["checkpoint"]) or config
+    known = read_config(config) if os.path.lexists(config) else {}
+    if "evaluation" in facts:  # how it was scored, whatever the training run would have done
         known = {key: value for key, value in known.items() if not key.startswith("evaluation.")}
         known |= leaves({"evaluation": facts["evaluation"]})
-    return Run(path, read_metrics(path / "metrics.json"), facts, known)
+    return Run(path, read_metrics(path / METRICS), facts, known)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a readable JSON file: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
-    return content
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads as OmegaConf does, thirty times as fast: 1e-3 is a number, a date is text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
-        first: [(tag, known) for tag, known in resolvers if not tag.endswith(":timestamp")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A run's config.yaml as it stands; empty if it is no mapping."""
-    try:
-        content: Any = yaml.load(path.read_text(), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
-    return content if isinstance(content, dict) else {}
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Dotted key -> value of a run's config.yaml, in which everything is resolved."""
-    return {key: value for key, value in leaves(read_yaml(path)) if value != {}}
-
-
-def read_metrics(path: Path) -> dict[str, dict[str, float]]:
-    """``{task: {metric: number or null}}``, or ``{task: number}`` for its primary metric; null becomes NaN."""
-    return parsed_metrics(path, read_json(path))
-
-
-def parsed_metrics(path: Path, content: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """``content`` of a file ``path``, read as :func:`read_metrics` does."""
-    metrics = {}
-    for task, values in content.items():
-        if task not in TASKS:
-            raise UserError(
-                f"{path} has {task!r} in place of a task; it must be {{task: {{metric: value}}}} with tasks among "
-                f"{', '.join(TASK_NAMES)}."
-            )
-        given = values if isinstance(values, dict) else {primaries(task)[0]: values}
-        metrics[task] = {name: number(path, column_of(task, name), value) for name, value in given.items()}
-    if not metrics:
-        raise UserError(f"{path} holds no task.")
-    return {task: metrics[task] for task in TASK_NAMES if task in metrics}
-
-
-def number(path: Path, column: Column, value: Any) -> float:
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(f"{path} has {value!r} for {column.key}; it must be a number or null.")
-    if column.metric in primaries(column.task) and column.unit == "%" and value > 1:
-        raise UserError(
-            f"{path} has {value:g} for {column.key}; files hold fractions, for percent write {value / 100:g}."
-        )
-    return float(value) if math.isfinite(value) else math.nan
+def config_of_checkpoint(text: str) -> Path | None:
+    """The config.yaml of the run that a checkpoint lies in, ``RUN/checkpoints/NAME.pt``; None where there is none."""
+    checkpoint = Path(text)
+    config = checkpoint.parent.parent / CONFIG
+    return config if checkpoint.parent.name == "checkpoints" and os.path.isfile(config) else None
 
 
 # What is shown of a task
-
-
-def primaries(task: str) -> tuple[str, ...]:
-    """The metrics that may stand for a task, best first: edges have odsF only where boundaries were matched."""
-    own = TASKS[task].primary
-    return tuple(dict.fromkeys(("odsF", own, "loss"))) if task == "edge" else (own,)
-
-
-def column_of(task: str, metric: str) -> Column:
-    unit = "pixels" if metric == COUNT else TASKS[task].units.get(metric, "%")
-    return Column(task, metric, metric not in LOWER_IS_BETTER, unit)
 
 
 def choose_columns(runs: Sequence[Run], every_metric: bool, notes: list[str]) -> list[Column]:
@@ -322,7 +309,7 @@ def choose_columns(runs: Sequence[Run], every_metric: bool, notes: list[str]) ->
             m
             for run in of_task
             for m, value in run.metrics[task].items()
-            if m not in (primary, THRESHOLD) and (m != COUNT or value)
+            if m not in (primary, *UNJUDGED) and (m != COUNT or value)
         ]
         shown = [primary, *dict.fromkeys(others)] if every_metric else [primary]
         columns += [column_of(task, metric) for metric in shown]
@@ -362,19 +349,23 @@ def fill(row: Row, columns: Iterable[Column]) -> None:
 def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[Row]:
     """Runs that differ in nothing but the seed make a row, named by what tells it from the others.
 
-    With ``by``, these keys alone count. A run about whose config nothing is known is a row of its own.
+    With ``by``, these keys alone count. A run about whose config nothing is known is a row of its own. Runs with the
+    regulariser off are alike whatever its settings are.
     """
     identities = [projected(run, by, runs) if by else identity(run) for run in runs]
     groups: dict[str, list[int]] = {}
     for index, known in enumerate(identities):
-        key = json.dumps(known, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
+        decisive = known if by else alike(runs[index])
+        key = json.dumps(decisive, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
         groups.setdefault(key, []).append(index)
     first = [members[0] for members in groups.values()]
     named = [index for index in first if identities[index]]
     texts = labels([identities[i] for i in named], [choices(runs[i]) for i in named], bool(by), notes)
     told = dict(zip(named, texts))
-    names = {index: told.get(index) or folder_name(runs[index], runs) for index in first}
+    names = {index: printable(told.get(index) or folder_name(runs[index], runs)) for index in first}
     rows = [Row(names[members[0]], tuple(runs[i] for i in members)) for members in groups.values()]
+    if not by:
+        rows = [without_repeats(row, notes) for row in rows]
     for row in rows:
         check_seeds(row)
         if by and (differing := differing_keys([identity(run) for run in row.runs])):
@@ -382,12 +373,43 @@ def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[
     return rows
 
 
+def is_off(run: Run) -> bool:
+    """Is the regulariser off: none, or of weight 0, which trains bit for bit the same?
+
+    A method of balancing that counts the contrast among its objectives does so with a weight of 0, too.
+    """
+    if REGULARIZER not in run.config:
+        return False
+    counted = run.config.get("balancing.contrast") == "objective" and run.config.get("balancing.method") != "fixed"
+    return run.config[REGULARIZER] is None or (run.config.get(WEIGHT) == 0 and not counted)
+
+
+def alike(run: Run) -> dict[str, Any]:
+    """A run's :func:`identity`, without the regulariser's settings where it is off."""
+    off = is_off(run)
+    return {key: value for key, value in identity(run).items() if not (off and key.startswith("regularizer."))}
+
+
+def without_repeats(row: Row, notes: list[str]) -> Row:
+    """Leave out runs with the regulariser off that repeat another's seed with other settings of the regulariser."""
+    kept: list[Run] = []
+    for run in row.runs:
+        same = next((one for one in kept if run.seed is not None and one.seed == run.seed), None)
+        if same is None or identity(same) == identity(run):
+            kept.append(run)
+            continue
+        notes.append(
+            f"warning: {run.path} is left out: its regulariser is off, as that of {same.path} with the same seed."
+        )
+    return Row(row.label, tuple(kept))
+
+
 def identity(run: Run) -> dict[str, Any]:
     """What, besides the seed, decides a run's numbers; empty where nothing is known."""
-    known = {key: value for key, value in run.config.items() if key not in FREE}
+    known = {key: value for key, value in run.config.items() if role_of(key) == "result"}
     if known:
         known["tasks.names"] = list(run.metrics)  # what "auto" stood for
-        step, checkpoint = run.facts.get("step"), Path(run.facts.get("checkpoint", "last.pt")).name
+        step, checkpoint = run.facts.get("step"), PurePath(run.facts.get("checkpoint", "last.pt")).name
         finished = checkpoint != "last.pt" or step in (None, run.config.get("trainer.max_steps"))
         known |= {"checkpoint": checkpoint, "step": "last" if finished else step}
     return known
@@ -538,7 +560,9 @@ def check_same_data(runs: Sequence[Run]) -> list[str]:
 
 def check_same_scoring(runs: Sequence[Run]) -> list[str]:
     """A note where the numbers of two runs are not the same numbers."""
-    ways = [{k: v for k, v in run.config.items() if k.startswith("evaluation.") and k not in FREE} for run in runs]
+    ways = [
+        {k: v for k, v in run.config.items() if k.startswith("evaluation.") and role_of(k) == "result"} for run in runs
+    ]
     keys = differing_keys([way for way in ways if way] or [{}])
     if not keys:
         return []
@@ -647,7 +671,7 @@ def baseline_row(singles: Sequence[Run], columns: Sequence[Column]) -> Row:
     for task in TASK_NAMES:
         of_task = [run for run in singles if task in run.metrics]
         for run in of_task[1:]:
-            keys = differing_keys([identity(of_task[0]), identity(run)])
+            keys = differing_keys([alike(of_task[0]), alike(run)])
             if keys:
                 raise UserError(
                     f"{of_task[0].path} and {run.path} are both baselines of {task}, but differ in {listed(keys)}; "
@@ -660,7 +684,7 @@ def baseline_row(singles: Sequence[Run], columns: Sequence[Column]) -> Row:
 
 
 def choose_reference(rows: Sequence[Row], runs: Sequence[Run], against: str | None, notes: list[str]) -> Row | None:
-    """The row that others are compared with: as asked for; else the one without regulariser, or the first of two."""
+    """The row that others are compared with: as asked for; else the only one that is off, or the first of two."""
     own = [row for row in rows if not row.is_baseline]
     if runs:
         paths = {run.path.resolve() for run in runs}
@@ -678,8 +702,8 @@ def choose_reference(rows: Sequence[Row], runs: Sequence[Run], against: str | No
             problem = "fits several rows" if found else "is neither a row nor a run"
             raise UserError(f"--against {against} {problem}; choose one of: {'; '.join(row.label for row in own)}.")
         return found[0]
-    off = [row for row in own if is_on_off(row, own)]
-    if len(own) > 1 and off:
+    off = [row for row in own if is_off(row.runs[0])]
+    if len(own) > 1 and len(off) == 1:
         return off[0]
     if len(own) == 2 and set(own[0].values) & set(own[1].values):
         return own[0]
@@ -691,11 +715,11 @@ def choose_reference(rows: Sequence[Row], runs: Sequence[Run], against: str | No
 def is_on_off(reference: Row, rows: Sequence[Row]) -> bool:
     """Is the regulariser off in ``reference`` and on in all other rows, which differ in nothing else?"""
     others = [row.runs[0] for row in rows if row is not reference and not row.is_baseline]
-    if reference.is_baseline or not others or reference.runs[0].config.get(OFF, "") is not None:
+    if reference.is_baseline or not others or not is_off(reference.runs[0]):
         return False
     keys = [differing_keys([identity(reference.runs[0]), identity(run)]) for run in others]
     only = all(key.startswith("regularizer.") for found in keys for key in found)
-    return only and all(run.config.get(OFF) is not None for run in others)
+    return only and not any(map(is_off, others)) and all(run.config.get(REGULARIZER) is not None for run in others)
 
 
 def delta_name(reference: Row, rows: Sequence[Row]) -> str:
@@ -753,4 +777,7 @@ def difference(row: Row, reference: Row, columns: Sequence[Column], notes: list[
             notes.append(f"Seed {listed(alone, 10)} of {label} has no partner in {other}.")
     shared = [column for column in columns if column in row.values and column in reference.values]
     paired = {column: paired_difference(row.values[column], reference.values[column]) for column in shared}
-    return Difference(row, reference, {column: found for column, found in paired.items() if found.pairs})
+    known = {column: found for column, found in paired.items() if found.pairs}
+    if not known:
+        notes.append(f"{row.label} and {reference.label} have no metric with values in both, so nothing is paired.")
+    return Difference(row, reference, known) if known else None

@@ -1,7 +1,7 @@
 """The consistency picture: what a checkpoint's task features say of the pixels that each task's labels call alike."""
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
+from tqdm import tqdm
 
 from mtcl.contrastive import Contrastive
 from mtcl.contrastive.consistency import Tally, label_pairs, means, shared_histograms, squared_distances, tally
@@ -22,7 +23,8 @@ from mtcl.data.sample import Batch
 from mtcl.entry import build
 from mtcl.entry.cli import sentence
 from mtcl.entry.consistency_figures import draw_distances, draw_separation
-from mtcl.entry.evaluate import dataset_of, overridden
+from mtcl.entry.evaluate import adapt, dataset_of, overridden
+from mtcl.entry.loading import of_checkpoint, rebuild, restore_config
 from mtcl.entry.report import run_facts
 from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
@@ -103,12 +105,12 @@ def consistency(options: Options, overrides: Sequence[str], configs: Path) -> di
     state = load_checkpoint(options.checkpoint)
     settings = restored(state, options.checkpoint, overrides, configs)
     tasks = build.build_tasks(settings)
-    build.check_tasks(state["meta"]["tasks"], tasks, options.checkpoint)
+    build.check_tasks(of_checkpoint(options.checkpoint, state).tasks, tasks, options.checkpoint)
     targets = choose_targets(options.target, list(tasks))
     arms = [load_arm(options.checkpoint, state, tasks)]
     if options.compare is not None:
         other = load_checkpoint(options.compare)
-        build.check_tasks(other["meta"]["tasks"], tasks, options.compare)
+        build.check_tasks(of_checkpoint(options.compare, other).tasks, tasks, options.compare)
         arms.append(load_arm(options.compare, other, tasks))
     tap = common_tap(arms, settings)
     device = choose_device(settings.trainer.device)
@@ -147,11 +149,7 @@ def restored(state: Mapping[str, Any], path: Path, overrides: Sequence[str], con
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(sentence(error)) from error
     groups = [key for key in composed.hydra.runtime.choices if not key.startswith("hydra/")]
-    settings = OmegaConf.create(state["config"])
-    settings.tasks.names = list(state["meta"]["tasks"])  # whatever another dataset would offer
-    settings.trainer.device = "auto"  # the machine it was trained on is not this one
-    if "evaluation" not in settings:
-        settings.evaluation = OmegaConf.create(build.plain(composed.evaluation))
+    settings = adapt(of_checkpoint(path, state), composed)
     for word in words:
         if word.lstrip("+").startswith("regularizer"):
             raise UserError(f"{word}: the regulariser is looked at as it was trained; leave this out")
@@ -170,23 +168,23 @@ def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
 
 def load_arm(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) -> Arm:
     """The model, and the projectors if there are some, with the checkpoint's weights."""
-    settings = OmegaConf.create(state["config"])
-    model = build.build_model(settings, tasks, pretrained=False)
+    saved = of_checkpoint(path, {**state, "ema": None})
+    settings = restore_config(saved)
+    model = rebuild(settings, tasks, saved)
     fresh = build.build_regularizer(settings, tasks, model)
-    regularizer = None if state["regularizer"] is None else build.build_regularizer(settings, tasks, model)
-    try:
-        model.load_state_dict(state["model"])
-        if regularizer is not None:
+    regularizer = None if state.get("regularizer") is None else build.build_regularizer(settings, tasks, model)
+    if regularizer is not None:
+        try:
             regularizer.load_state_dict(state["regularizer"])
-    except RuntimeError as error:
-        raise UserError(f"the weights in {path} do not fit what its own config describes") from error
+        except Exception as error:  # names, shapes, or no tensors at all
+            raise UserError(f"the projectors in {path} do not fit what its own config describes") from error
     name = "no regulariser"
     if regularizer is not None:
         name = f"{type(regularizer).__name__.lower()}, weight {settings.regularizer.weight:g}"
     if not isinstance(regularizer, Contrastive) or not isinstance(fresh, Contrastive):
-        return Arm(path, state["step"], name, model.eval(), None, {task: [] for task in tasks})
+        return Arm(path, saved.step, name, model.eval(), None, {task: [] for task in tasks})
     widths = model.tap_channels[regularizer.tap]
-    return Arm(path, state["step"], name, model.eval(), regularizer, trained_projectors(regularizer, fresh, widths))
+    return Arm(path, saved.step, name, model.eval(), regularizer, trained_projectors(regularizer, fresh, widths))
 
 
 @torch.inference_mode()
@@ -268,7 +266,8 @@ def collect(
     ids: list[str] = []
     places, labels, valid = [], [], []
     features: list[list[dict[str, Tensor]]] = [[] for _ in arms]
-    for batch in batches:
+    shown: Iterable[Batch] = tqdm(batches, desc="frames", leave=False)
+    for batch in shown:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         pixels, in_picture = positions(batch)
         ids += [sample.id for sample in batch["meta"]]
@@ -296,7 +295,7 @@ def chunks(
     samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
 ) -> Iterator[tuple[slice, Pairs]]:
     """Some frames at a time, with the pairs by each task's labels."""
-    for start in range(0, len(samples.ids), CHUNK):
+    for start in tqdm(range(0, len(samples.ids), CHUNK), desc="pairs", leave=False):
         rows = slice(start, start + CHUNK)
         pairs = {}
         for name, task in tasks.items():

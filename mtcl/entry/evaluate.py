@@ -10,11 +10,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mtcl.data import Reader
+from mtcl.data.plausibility import check_labels, check_maps, settle
 from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry import build
-from mtcl.entry.loading import fill, read_saved
+from mtcl.entry.loading import Saved, read_saved, rebuild, restore_config
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
+from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Evaluation, Evaluator
 from mtcl.training.recorder import write_json, write_panels
@@ -48,33 +50,57 @@ def evaluate(
 def score_checkpoint(
     config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Everything is rebuilt from the checkpoint, then the command's overrides apply."""
+    """Everything is rebuilt from the checkpoint, then the command's overrides apply; ``tasks.names`` may be fewer."""
     saved = read_saved(config.checkpoint)
     check_free(folder)
-    settings = OmegaConf.create(dict(saved.config))
-    settings.tasks.names = list(saved.tasks)  # whatever another dataset would offer
-    settings.trainer.device = "auto"  # the machine it was trained on is not this one
-    if "evaluation" not in settings:
-        settings.evaluation = OmegaConf.create(build.plain(config.evaluation))
+    settings = adapt(saved, config)
     settings = overridden(settings, config, overrides, groups)
-    tasks = build.build_tasks(settings)
-    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+    tasks = chosen_tasks(settings, saved)
     device = choose_device(settings.trainer.device)
     seed_everything(settings.seed, settings.trainer.deterministic)
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
     reader = build.build_reader(settings, "val", tasks)
-    model = build.build_model(settings, tasks, pretrained=False)
-    fill(model, saved)
+    warnings = settle(check_labels(reader, tasks, "validation"), settings.data.get("strict", False))
+    model = rebuild(settings, tasks_of_model(saved), saved)
     evaluator = build_evaluator(settings, reader, tasks, device)
     evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
     facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
-    facts |= {"checkpoint": str(saved.path), "step": saved.step}
+    facts |= {"checkpoint": str(saved.path), "step": saved.step, "warnings": warnings}
     told = f"{saved.path} on {evaluation.num_images} pictures of {settings.data.name}"
     report(folder, evaluation, tasks, facts, f"step {saved.step}", told)
     if writer is not None:
         log.info("its predictions are in %s; score them with predictions=%s", given, given)
     return evaluation.metrics
+
+
+def adapt(saved: Saved, composed: DictConfig) -> DictConfig:
+    """Return the saved config for an evaluation here: device, cache and keys younger than it are this machine's."""
+    settings = restore_config(saved)
+    for group in ("data", "loss", "trainer", "evaluation"):
+        settings[group] = {**build.plain(composed[group]), **build.plain(settings.get(group, {}))}
+    settings.trainer.device = "auto"  # the machine it was trained on is not this one
+    return settings
+
+
+def tasks_of_model(saved: Saved) -> dict[str, Task]:
+    """All tasks that a checkpoint's model predicts, on the data that it was trained on."""
+    tasks = build.build_tasks(restore_config(saved))
+    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+    return tasks
+
+
+def chosen_tasks(settings: DictConfig, saved: Saved) -> dict[str, Task]:
+    """The tasks to score: those that ``settings`` name, all of the checkpoint's. ``UserError`` where it lacks one."""
+    names = settings.tasks.names
+    for name in names if names != "auto" else ():
+        if name in TASK_NAMES and name not in saved.tasks:
+            raise UserError(f"{saved.path} has no task {name} to score (tasks.names); it has {', '.join(saved.tasks)}")
+    if names == "auto":
+        settings.tasks.names = list(saved.tasks)
+    tasks = build.build_tasks(settings)
+    build.check_tasks({name: saved.tasks[name] for name in tasks}, tasks, saved.path)
+    return tasks
 
 
 def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
@@ -100,10 +126,12 @@ def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> di
     # Both lists are shorter than that of the dataset: human parts alone keep to pictures with persons.
     shortened = config.data.limit is not None or list(tasks) == ["human_parts"]
     saved = SavedPredictions(maps, tasks, reader, device, may_hold_more=shortened)
+    doubts = check_labels(reader, tasks, "validation") + check_maps(saved, reader, tasks)
+    warnings = settle(doubts, config.data.get("strict", False))
     evaluation = build_evaluator(config, reader, tasks, device).score(saved.predict)
     facts = run_facts(config, reader, evaluation.num_images, device, overrides)
     facts = {key: value for key, value in facts.items() if key not in OF_A_MODEL}
-    facts |= {"predictions": str(maps), "predictions_fingerprint": saved.fingerprint()}
+    facts |= {"predictions": str(maps), "predictions_fingerprint": saved.fingerprint(), "warnings": warnings}
     told = f"{maps} on {evaluation.num_images} pictures of {config.data.name}"
     report(folder, evaluation, tasks, facts, "saved maps", told)
     return evaluation.metrics

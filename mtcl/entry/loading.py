@@ -1,7 +1,6 @@
 """From what was saved or published to a model in working order."""
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -10,14 +9,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+import torch
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mtcl.entry import build
-from mtcl.errors import UserError
+from mtcl.entry.stored_config import check_stored_config, check_stored_tasks
+from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
 from mtcl.models import DenseModel
+from mtcl.models.weights import check_weights
+from mtcl.safe_files import read_json
 from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.runtime import choose_device
@@ -75,53 +78,86 @@ def predictor_of(
 
 
 def load_model(source: str | Path) -> Loaded:
-    """Rebuilt from what was saved with it; nothing in there is run as code."""
+    """Rebuild the model in ``source``, see :func:`load`; nothing in there is run as code, read or fetched."""
     saved = read_saved(source)
-    config = OmegaConf.create(dict(saved.config))
-    config.tasks.names = list(saved.tasks)
-    tasks = build.build_tasks(config)
+    config = restore_config(saved)
+    with refusals_named(saved.path):
+        tasks = build.build_tasks(config)
     build.check_tasks(dict(saved.tasks), tasks, saved.path)
-    model = build.build_model(config, tasks, pretrained=False)
-    fill(model, saved)
+    model = rebuild(config, tasks, saved)
     return Loaded(model.eval(), tasks, build.data_size(config), saved)
 
 
-def fill(model: DenseModel, saved: Saved) -> None:
-    """The saved weights into ``model``; ``UserError`` where they don't fit."""
+def restore_config(saved: Saved) -> DictConfig:
+    """Return the config of a saved model with its own tasks, whatever another version of its dataset would offer."""
+    config = OmegaConf.create(dict(saved.config))
+    config.tasks.names = list(saved.tasks)
+    return config
+
+
+def rebuild(config: DictConfig, tasks: Mapping[str, Task], saved: Saved) -> DenseModel:
+    """Build the model that ``config`` describes and fill in the saved weights.
+
+    Its shapes are compared first: a config that describes more than the file holds allocates nothing.
+    """
+    with refusals_named(saved.path), torch.device("meta"):
+        outline = build.build_model(config, tasks, pretrained=False)
+    check_weights(saved.weights, outline.state_dict(), saved.path)
+    with refusals_named(saved.path):
+        model = build.build_model(config, tasks, pretrained=False)
+    model.load_state_dict(saved.weights)
+    return model
+
+
+@contextlib.contextmanager
+def refusals_named(path: Path) -> Iterator[None]:
+    """Convert what building from a stored config raises to a ``UserError`` that names the file it is stored in.
+
+    Values that fit their rules one by one may still not go together; timm, torch and the decoders raise many kinds.
+    """
     try:
-        model.load_state_dict(saved.weights)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {saved.path} do not fit the model that its own config describes") from error
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        first_line = printable((reason.splitlines() or [""])[0])
+        raise UserError(f"the config stored in {path} describes no model that can be built: {first_line}") from error
 
 
 def read_saved(source: str | Path) -> Saved:
-    """``source``: see :func:`load`."""
+    """Read what a model is rebuilt from; ``source``: see :func:`load`. The config has passed the schema."""
     path = find(source)
     if path.suffix != ".json":
-        state = load_checkpoint(path)
-        weights = state["ema"]["model"] if state.get("ema") else state["model"]  # what was validated
-        return whole(Saved(path, weights, state["config"], state.get("meta", {}).get("tasks"), state.get("step", 0)))
+        return of_checkpoint(path, load_checkpoint(path))
+    if path.name != FACTS:
+        raise UserError(f"{path} is neither a checkpoint (.pt) nor an exported folder; give one of these")
+    facts = read_json(path)
+    missing = [key for key in ("config", "tasks", "step") if not isinstance(facts, dict) or key not in facts]
+    if missing:
+        raise UserError(f"{path} is damaged, or of no exported model: it has no {missing[0]}; export the model again")
+    file = path.with_name(WEIGHTS)
+    if not file.is_file():
+        raise UserError(f"{path.parent} has no {WEIGHTS}; export the model again")
     try:
-        facts = json.loads(path.read_text())
-        weights = load_file(path.with_name(WEIGHTS))
-        saved = Saved(path.parent, weights, facts["config"], facts["tasks"], facts["step"])
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{path.parent} has no {Path(error.filename or WEIGHTS).name}; export the model again"
-        ) from error
-    except Exception as error:  # of JSON, of safetensors, of missing keys
-        raise UserError(f"{path.parent} is damaged, or no exported model ({error}); export it again") from error
-    return whole(saved)
+        weights = load_file(file)
+    except Exception as error:  # of safetensors, of the disk
+        raise UserError(f"{file} is damaged, or holds no weights ({error}); export the model again") from error
+    return checked(Saved(path.parent, weights, facts["config"], facts["tasks"], facts["step"]))
 
 
-def whole(saved: Saved) -> Saved:
-    """``UserError`` where it was not mtcl that wrote it."""
-    groups = ("backbone", "decoder", "tasks", "data", "trainer")
-    if not isinstance(saved.config, dict) or not all(isinstance(saved.config.get(g), dict) for g in groups):
-        raise UserError(f"{saved.path} is no model of mtcl: its config has not all of {', '.join(groups)}")
-    if not isinstance(saved.tasks, dict) or not saved.tasks:
-        raise UserError(f"{saved.path} is no model of mtcl: it does not say which tasks it has")
-    return saved
+def of_checkpoint(path: Path, state: Mapping[str, Any]) -> Saved:
+    """Take from a checkpoint what a model is rebuilt from: the running mean of the weights where there is one, as that
+    was validated.
+    """
+    weights = state["ema"]["model"] if state.get("ema") else state["model"]
+    return checked(Saved(path, weights, state["config"], state.get("meta", {}).get("tasks"), state.get("step", 0)))
+
+
+def checked(saved: Saved) -> Saved:
+    """Return ``saved`` with its config and tasks checked, see :mod:`mtcl.entry.stored_config`."""
+    if type(saved.step) is not int or saved.step < 0:
+        raise UserError(f"{saved.path} does not say at which step it was written")
+    config, tasks = check_stored_config(saved.config, saved.path), check_stored_tasks(saved.tasks, saved.path)
+    return saved._replace(config=config, tasks=tasks)
 
 
 def find(source: str | Path) -> Path:

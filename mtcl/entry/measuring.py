@@ -42,7 +42,7 @@ def peak(work: Callable[[], object], device: torch.device) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         trace = Path(scratch) / "trace.json"
         profiled.export_chrome_trace(str(trace))
-        events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        events = [e for e in json.loads(trace.read_text("utf-8"))["traceEvents"] if e.get("name") == "[memory]"]
     alive = most = 0
     for event in sorted(events, key=lambda event: event["ts"]):
         alive += event["args"]["Bytes"]

@@ -19,7 +19,7 @@ def started(
 ) -> subprocess.Popen:
     """A process that writes into ``log``, in a group of its own: a terminal's Ctrl-C reaches it through us only."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file:
+    with log.open("a", encoding="utf-8", errors="surrogateescape") as file:
         file.write(f"$ {shlex.join(words)}\n")
         file.flush()
         return subprocess.Popen(
@@ -57,15 +57,26 @@ def killed(process: subprocess.Popen) -> None:
 
 def reason(log: Path, code: int) -> str:
     """How a process ended: the last line of its log, or what is known where that says nothing."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text(errors="replace")) if line.strip()]
+    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text("utf-8", "replace")) if line.strip()]
     how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
     return f"{how}: {lines[-1]}" if lines and not lines[-1].startswith("$ ") else how
 
 
-def quoted(folder: Path) -> str:
-    """A path as Hydra's grammar reads it."""
+def quoted(folder: str | Path) -> str:
+    r"""A path as Hydra's grammar reads it, where a backslash is escaped only before a quote.
+
+    >>> print(quoted("/a/b-1"), quoted("/a=b"), quoted("it's"), quoted("a\\b"))
+    /a/b-1 '/a=b' 'it\'s' 'a\b'
+    """
     text = str(folder)
-    return text if re.fullmatch(r"[\w./-]+", text) else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if re.fullmatch(r"[\w./-]+", text, re.ASCII) and not _is_no_text(text):
+        return text
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def _is_no_text(text: str) -> bool:
+    """Does Hydra read a number, a truth value or null?"""
+    return bool(re.fullmatch(r"true|false|null|nan|inf|[-+]?[\d_.]+(e[-+]?\d+)?", text, re.IGNORECASE))
 
 
 @contextlib.contextmanager

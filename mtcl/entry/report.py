@@ -20,11 +20,15 @@ from mtcl.training.evaluator import Metrics
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
 
+COUNTS = {"not_finite": "pixels", "absent_classes": "classes"}  # metrics that count
+
 
 def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
-    """A row per task and metric, the headline first (marked *), a column per heading; fractions in percent.
+    """A row per task and metric, the headline first (marked *, said below), a column per heading; fractions in
+    percent.
 
-    Without the single classes' IoU, and without counts of what was not finite where there was nothing of it.
+    Without the single classes' IoU, without counts of what was not finite where there was nothing of it, and without a
+    second mIoU where every class occurs in the labels.
     """
     rows = [("task", "metric", *columns)]
     for name, task in tasks.items():
@@ -32,7 +36,11 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
         headline, _ = task.headline(found)
         for metric in [headline, *(m for m in found if m != headline)]:
             values = [column[name].get(metric, math.nan) for column in columns.values()]
-            if metric.startswith("IoU/") or (metric == "not_finite" and not any(v > 0 for v in values)):
+            if metric.startswith("IoU/") or (metric in COUNTS and not any(v > 0 for v in values)):
+                continue
+            if metric == "mIoU_present" and not any(
+                column[name].get("absent_classes", 0) > 0 for column in columns.values()
+            ):
                 continue
             mark = "*" if metric == headline else ""
             rows.append((name, metric + mark, *(shown(task, metric, value) for value in values)))
@@ -42,7 +50,8 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
         left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths))
         return "  ".join([left, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:]))])
 
-    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])])
+    note = "* the task's main metric, which compare.py, runs.py and Delta_MTL take"
+    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:]), note])
 
 
 def shown(task: Task, metric: str, value: float) -> str:
@@ -50,8 +59,8 @@ def shown(task: Task, metric: str, value: float) -> str:
     unit = task.units.get(metric, "%")
     if math.isnan(value):
         return "-"
-    if metric == "not_finite":
-        return f"{value:.0f} pixels"
+    if metric in COUNTS:
+        return f"{value:.0f} {COUNTS[metric]}"
     return f"{value * 100:.2f} %" if unit == "%" else f"{value:.4f} {unit}".rstrip()
 
 
@@ -93,7 +102,7 @@ def _commit() -> tuple[str | None, bool | None]:
 
     def git(*words: str) -> str:
         done = subprocess.run(
-            ["git", *words], cwd=Path(mtcl.__file__).parent, capture_output=True, text=True, check=True
+            ["git", *words], cwd=Path(mtcl.__file__).parent, capture_output=True, encoding="utf-8", check=True
         )
         return done.stdout.strip()
 

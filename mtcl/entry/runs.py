@@ -1,22 +1,23 @@
 """What run folders hold: how far each run is, and its numbers. Reads only, and disturbs no run that is going on."""
 
-import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.compare import column_of, parsed_metrics, primaries, read_json, read_yaml
+from mtcl.entry.columns import column_of, primaries
+from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_object, read_record
 from mtcl.entry.tables import figure
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 from mtcl.tasks import TASK_NAMES
+from mtcl.training import run_log
 from mtcl.training.checkpoint import is_claimed
 
 STATES = ("running", "finished", "interrupted", "pruned", "failed", "not started", "evaluation", "broken")
-SIGNS = ("metrics.json", "config.yaml", "log.jsonl")  # any of these makes a folder a run's
+SIGNS = (METRICS, CONFIG, run_log.NAME)  # any of these makes a folder a run's
 INSIDE = ("checkpoints", "panels")  # parts of a run's folder
 TAIL = (1 << 16, 1 << 20)  # bytes at the end of a log that are looked at, and where they hold no validation
 SHORT = {"human_parts": "parts"}
@@ -61,51 +62,55 @@ def run_folders(source: Path) -> Iterator[Path]:
 
 def look(folder: Path) -> RunState:
     """A run's state; "broken" with a reason where its files can't be read."""
-    changed = max((path.stat().st_mtime for name in SIGNS if (path := folder / name).exists()), default=0.0)
+    changed = 0.0
     try:
+        changed = max(
+            (os.lstat(folder / name).st_mtime for name in SIGNS if os.path.lexists(folder / name)), default=0.0
+        )
         return _state(folder, changed)
-    except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        return RunState(folder, "broken", changed=changed, note=why)
+    except UserError as error:
+        return RunState(folder, "broken", changed=changed, note=str(error))
+    except OSError as error:  # a folder that vanishes, or may not be read
+        return RunState(folder, "broken", changed=changed, note=f"{folder} can't be read ({error.strerror or error})")
 
 
 def _state(folder: Path, changed: float) -> RunState:
     claimed = is_claimed(folder)  # first: a run writes its metrics before it lets go
-    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    asked = config.get("trainer", {}).get("max_steps")
-    done = folder / "metrics.json"
-    facts = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
-    if done.is_file() and not claimed:
-        metrics = parsed_metrics(done, read_json(done))
+    config = _if_there(read_config, folder / CONFIG)
+    asked = config.get("trainer.max_steps")
+    facts = _if_there(read_record, folder / RECORD)
+    if os.path.lexists(folder / METRICS) and not claimed:
+        metrics = read_metrics(folder / METRICS)
         if not config and ("checkpoint" in facts or "predictions" in facts):
             return RunState(folder, "evaluation", facts.get("step"), None, metrics, changed)
         step = facts.get("step")
-        if None in (step, asked) or step >= asked or config["trainer"].get("dry_run"):
+        if step is None or asked is None or step >= asked or config.get("trainer.dry_run"):
             return RunState(folder, "finished", step, step if asked is None else asked, metrics, changed)
-    step, metrics = read_log(folder / "log.jsonl")
-    step = max(step, facts.get("step") or 0)
-    record = folder.with_name(f"{folder.name}.json")  # of a search
-    ended = read_json(record) if record.is_file() else {}
+    step, metrics = read_log(folder / run_log.NAME)
+    step = max(step, facts.get("step", 0))
+    ended = _if_there(read_object, folder.with_name(f"{folder.name}.json")) if folder.name else {}  # of a search
     state = "running" if claimed else "interrupted" if step else "not started"
     if not claimed and ended.get("state") in ("pruned", "failed"):
         state = ended["state"]
     return RunState(folder, state, step, asked, metrics, changed, str(ended.get("reason") or ""))
 
 
+def _if_there(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """What ``read`` makes of a file; empty where there is none."""
+    return read(path) if os.path.lexists(path) else {}
+
+
 def read_log(path: Path) -> tuple[int, dict[str, dict[str, float]]]:
-    """Steps done and the last validation of a ``log.jsonl``; 0 and {} where there is none."""
+    """Steps done and the last validation of a ``log.jsonl`` without its damaged lines; 0 and {} where there is none."""
     step, metrics = 0, {}
-    size = path.stat().st_size if path.is_file() else 0
-    for length in TAIL if size else ():
-        with path.open("rb") as file:
-            file.seek(max(size - length, 0))
-            lines = file.read(length).split(b"\n")
-        records = [json.loads(line) for line in lines[int(size > length) : -1]]  # the last is empty, or half a line
+    for length in TAIL:
+        lines, is_all = run_log.read_tail(path, length)
+        records = [line.record for line in lines if line.record is not None]
         step = max((one["step"] + (one["kind"] == "train") for one in records), default=0)
         if validations := [one for one in records if one["kind"] == "val"]:
             metrics = nested(validations[-1])
             break
-        if length >= size:
+        if is_all:
             break
     return step, metrics
 
@@ -131,7 +136,7 @@ def grid(runs: Sequence[RunState], now: float) -> list[list[str]]:
         of = "" if run.asked is None else f"/{run.asked}"
         steps = "-" if run.step is None else f"{run.step}{of}"
         cells = [short_figure(task, *run.headline(task)) for task in tasks]
-        lines.append([run.state, steps, age(now - run.changed), *cells, str(run.folder)])
+        lines.append([run.state, steps, age(now - run.changed), *cells, printable(str(run.folder))])
     return lines
 
 
@@ -162,16 +167,19 @@ def age(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s"
 
 
-def as_text(runs: Sequence[RunState], width: int) -> str:
-    """A table of at most ``width`` columns: what is too long of a folder's name is left out of its middle."""
+def as_text(runs: Sequence[RunState], width: int | None) -> str:
+    """A table of at most ``width`` columns: what is too long of a folder's name is left out of its middle.
+
+    ``width`` None: names are whole, as programs need them.
+    """
     lines = grid(runs, time.time())
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    room = max(width - sum(w + 2 for w in widths[:-1]), 16)
+    room = widths[-1] if width is None else max(width - sum(w + 2 for w in widths[:-1]), 16)
     text = []
     for line in lines:
         cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line[:-1], widths))]
         text.append("  ".join([*cells, shortened(line[-1], room)]))
-    text += [f"{shortened(str(run.folder), room)}: {run.note}" for run in runs if run.note]
+    text += [f"{shortened(printable(str(run.folder)), room)}: {printable(run.note)}" for run in runs if run.note]
     counts = {state: sum(run.state == state for run in runs) for state in STATES}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     return "\n".join([*text, f"{len(runs)} run{'s' * (len(runs) != 1)}: {told}"]) + "\n"

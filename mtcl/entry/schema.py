@@ -1,13 +1,16 @@
 """What each config value must be, checked once, before anything is built."""
 
+import difflib
 import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from typing import Any
 
 from mtcl.errors import UserError
+from mtcl.models.backbone_options import check_backbone_kwargs
+from mtcl.tasks import TASK_NAMES
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,10 @@ def number(low: float = -math.inf, high: float = math.inf) -> Rule:
     return Rule(f"a number{bounds}", lambda v: _is_number(v) and low <= v <= high)
 
 
-def count(low: int = 0) -> Rule:
-    return Rule(f"a whole number >= {low}", lambda v: _is_int(v) and v >= low)
+def count(low: int = 0, high: int | None = None) -> Rule:
+    """Return the rule of a whole number; without ``high`` up to 10^12, where floats still count exactly."""
+    bounds = f">= {low}" if high is None else f"from {low} to {high}"
+    return Rule(f"a whole number {bounds}", lambda v: _is_int(v) and low <= v <= (10**12 if high is None else high))
 
 
 def pair(of: str, holds: Callable[[Any], bool]) -> Rule:
@@ -46,24 +51,40 @@ def pair(of: str, holds: Callable[[Any], bool]) -> Rule:
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("text", lambda v: isinstance(v, str))
 MAPPING = Rule("a mapping {key: value}", lambda v: isinstance(v, dict))
-SIZE = pair("height and width in pixels", lambda v: _is_int(v) and v > 0)
-COLOUR = Rule("a list of three numbers", lambda v: isinstance(v, list) and len(v) == 3 and all(map(_is_number, v)))
+LONGEST_SIDE = 16384
+SIZE = pair(f"height and width in pixels, at most {LONGEST_SIDE}", lambda v: _is_int(v) and 0 < v <= LONGEST_SIDE)
+COLOUR = Rule(
+    "a list of three numbers on the 0..1 scale, from -10 to 10",
+    lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and abs(x) <= 10 for x in v),
+)
+SPREAD = Rule(
+    "a list of three numbers on the 0..1 scale, from 0.001 to 10", lambda v: COLOUR.holds(v) and min(v) >= 0.001
+)
+WIDTH = count(1, 100_000)  # of feature maps
+BLOCKS = count(1, 128)
+SEED = count(0, 2**32 - 1)
 POSITIVE = Rule("a number > 0", lambda v: _is_number(v) and v > 0)
 NAMES = Rule(
-    "auto or a list of names",
-    lambda v: v == "auto" or (isinstance(v, list) and all(isinstance(name, str) for name in v)),
+    "auto or a list of different names",
+    lambda v: (
+        v == "auto" or (isinstance(v, list) and all(isinstance(name, str) for name in v) and len(set(v)) == len(v))
+    ),
 )
-LEVELS = Rule("a list of whole numbers", lambda v: isinstance(v, list) and bool(v) and all(map(_is_int, v)))
+LEVELS = Rule(
+    "a list of up to 128 whole numbers", lambda v: isinstance(v, list) and 0 < len(v) <= 128 and all(map(_is_int, v))
+)
+TARGET = Rule("a class of mtcl", lambda v: isinstance(v, str) and v.startswith("mtcl."))
 
 # The first pattern that fits a key counts.
 RULES: dict[str, Rule] = {
     "name": TEXT,
-    "seed": count(),
+    "seed": SEED,
     "resume": TEXT.or_null(),
     "checkpoint": TEXT.or_null(),
     "predictions": TEXT.or_null(),
     "save_predictions": TEXT.or_null(),
     "data.name": TEXT,
+    "data._target_": TARGET,
     "data.root": TEXT.or_null(),
     "data.split": TEXT,
     "data.size": SIZE,
@@ -74,12 +95,13 @@ RULES: dict[str, Rule] = {
     "data.cache": TEXT.or_null(),
     "data.memory_map": FLAG,
     "data.normals_valid": TEXT,
+    "data.strict": FLAG,
     "data.labels": TEXT,
-    "data.labels_seed": count(),
-    "data.options.num_classes": count(1),
+    "data.labels_seed": SEED,
+    "data.options.num_classes": count(1, 65535),
     "data.options.resize": SIZE.or_null(),
     "data.options.length": pair("pictures to train and to validate on", lambda v: _is_int(v) and v > 0),
-    "data.options.seed": count(),
+    "data.options.seed": SEED,
     "data.augment.scale": pair("from and to", lambda v: _is_number(v) and v > 0),
     "data.augment.flip": number(0, 1),
     "data.augment.photometric": FLAG,
@@ -89,35 +111,40 @@ RULES: dict[str, Rule] = {
     "backbone.name": TEXT,
     "backbone.weights": TEXT.or_null(),
     "backbone.mean": COLOUR.or_null(),
-    "backbone.std": COLOUR.or_null(),
+    "backbone.std": SPREAD.or_null(),
     "backbone.out_indices": LEVELS.or_null(),
     "backbone.kwargs": MAPPING.or_null(),
-    "decoder.width": count(1),
-    "decoder.head_width": count(1),
-    "decoder.depth": count(1),
-    "decoder.stride": count(1),
-    "decoder.prediction_width": count(1),
-    "decoder.heads": count(1),
-    "decoder.mlp_ratio": POSITIVE,
-    "decoder.downsample": count(1).or_null(),
+    "decoder._target_": TARGET,
+    "decoder.width": WIDTH,
+    "decoder.head_width": WIDTH,
+    "decoder.depth": BLOCKS,
+    "decoder.stride": WIDTH,
+    "decoder.prediction_width": WIDTH,
+    "decoder.heads": WIDTH,
+    "decoder.mlp_ratio": number(0.001, 1000),
+    "decoder.downsample": WIDTH.or_null(),
     "decoder.aggregate_first": FLAG,
-    "decoder.rates": Rule("dilations >= 1", lambda v: isinstance(v, list) and all(_is_int(r) and r > 0 for r in v)),
-    "decoder.skip_width": count(),
-    "decoder.trunk_width": count(1).or_null(),
-    "decoder.pyramid_width": count(1).or_null(),
+    "decoder.rates": Rule(
+        "a list of up to 32 dilations from 1 to 1000",
+        lambda v: isinstance(v, list) and len(v) <= 32 and all(_is_int(r) and 0 < r <= 1000 for r in v),
+    ),
+    "decoder.skip_width": count(0, 100_000),
+    "decoder.trunk_width": WIDTH.or_null(),
+    "decoder.pyramid_width": WIDTH.or_null(),
     "decoder.size": SIZE,
-    "decoder.windows": count(1),
+    "decoder.windows": WIDTH,
     "decoder.cross_task": FLAG,
-    "decoder.queries": count(1),
+    "decoder.queries": WIDTH,
     "decoder.drop_path": number(0, 1),
     "decoder.query_drop_path": number(0, 1),
     "decoder.genotype": Rule("text or a mapping {target: {source: kind}}", lambda v: isinstance(v, str | dict)),
     "decoder.kinds": MAPPING.or_null(),
-    "decoder.reduction": count(1),
-    "decoder.context_reduction": count(1),
-    "decoder.window": count(1),
+    "decoder.reduction": WIDTH,
+    "decoder.context_reduction": WIDTH,
+    "decoder.window": WIDTH,
     "decoder.dropout": number(0, 1),
-    "decoder.widest": count(1),
+    "decoder.widest": WIDTH,
+    "regularizer._target_": TARGET.or_null(),
     "regularizer.weight": number(0),
     "regularizer.warmup_steps": count(),
     "regularizer.lr": number(0),
@@ -149,8 +176,8 @@ RULES: dict[str, Rule] = {
     "regularizer.options.num_sources": count(1),
     "regularizer.options.source_rule": TEXT,
     "regularizer.options.image_weight": number(0),
-    "regularizer.options.thresholds.*": pair("near and far", _is_number).or_null(),
-    "loss.weights.*": number(0).or_null(),
+    **{f"regularizer.options.thresholds.{task}": pair("near and far", _is_number).or_null() for task in TASK_NAMES},
+    **{f"loss.weights.{task}": number(0).or_null() for task in TASK_NAMES},
     "loss.options.edge.positive_weight": number(0, 1),
     "balancing.method": TEXT,
     "balancing.contrast": TEXT,
@@ -173,6 +200,9 @@ RULES: dict[str, Rule] = {
     "optimizer.backbone_lr": number(0).or_null(),
     "optimizer.weight_decay": number(0),
     "optimizer.momentum": number(0, 1),
+    "optimizer.betas": pair("of the two running means, from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "optimizer.eps": POSITIVE,
+    "optimizer.nesterov": FLAG,
     "schedule.name": TEXT,
     "schedule.power": number(0),
     "schedule.warmup_steps": count(),
@@ -202,6 +232,45 @@ RULES: dict[str, Rule] = {
 }
 
 
+# What a key's value bears on; the first pattern that fits a key counts.
+#   seed     which of many equal runs it is: the runs of one row differ in it
+#   machine  where it runs: folders, device, workers
+#   engine   how it is computed and what is done about faults: time and memory, of a result at most the rounding
+#   record   what is written down of it, and how often
+#   result   what is learned or measured: runs that differ in it are rows of their own
+ROLES: dict[str, str] = {
+    "seed": "seed",
+    **dict.fromkeys(("name", "resume", "checkpoint", "predictions", "save_predictions"), "record"),
+    **dict.fromkeys(
+        (f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size", "strict")), "machine"
+    ),
+    "data.*": "result",
+    "tasks.*": "result",
+    "backbone.*": "result",
+    "decoder.*": "result",
+    "regularizer.*": "result",
+    "loss.*": "result",
+    "balancing.*": "result",
+    "evaluation.workers": "machine",
+    "evaluation.quick": "record",
+    "evaluation.*": "result",
+    "optimizer.*": "result",
+    "schedule.*": "result",
+    "trainer.device": "machine",
+    **dict.fromkeys((f"trainer.{key}" for key in ("parallel", "compile", "channels_last", "deterministic")), "engine"),
+    **dict.fromkeys((f"trainer.{key}" for key in ("grad_checkpointing", "max_skipped", "unreadable")), "engine"),
+    **dict.fromkeys((f"trainer.{key}" for key in ("panels", "val_first", "monitor", "async_checkpoints")), "record"),
+    **dict.fromkeys((f"trainer.{key}_interval" for key in ("val", "log", "checkpoint", "keep")), "record"),
+    "trainer.*": "result",
+}
+
+
+@functools.cache
+def role_of(key: str) -> str:
+    """Return a config key's role; of a key that is not listed (of another version) ``result``."""
+    return next((role for pattern, role in ROLES.items() if fnmatchcase(key, pattern)), "result")
+
+
 @functools.cache  # a comparison asks for a thousand runs' keys
 def rule_of(key: str) -> Rule | None:
     return next((rule for pattern, rule in RULES.items() if fnmatch(key, pattern)), None)
@@ -218,8 +287,34 @@ def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def check_config(config: dict[str, Any]) -> None:
-    """UserError for the first value of a plain config that is not what it must be."""
+    """Raise ``UserError`` for the first key of a plain config that is unknown or has a wrong value."""
     for key, value in leaves(config):
         rule = rule_of(key)
-        if rule is not None and not (rule.holds(value) or (value is None and rule.nullable)):
-            raise UserError(f"{key}={'null' if value is None else value} must be {rule.words}")
+        if rule is None:
+            raise UserError(describe_unknown_key(key, value))
+        if not (rule.holds(value) or (value is None and rule.nullable)):
+            raise UserError(f"{key}={'null' if value is None else short(value)} must be {rule.words}")
+    check_backbone_kwargs((config.get("backbone") or {}).get("kwargs"))
+
+
+def describe_unknown_key(key: str, value: Any) -> str:
+    """Return a sentence on a key without a rule, with the nearest one that has one."""
+    if any(pattern.startswith(f"{key}.") for pattern in RULES):
+        return f"{key}={short(value)} must be a mapping with the keys of that group"
+    group, _, name = key.rpartition(".")
+    siblings = {known.rpartition(".")[2]: known for known in RULES if known.rpartition(".")[0] == group}
+    anywhere = {known.rpartition(".")[2]: known for known in RULES}
+    for candidates in (siblings, anywhere):
+        if close := difflib.get_close_matches(name, candidates, n=1):
+            return f"there is no config key {key}; did you mean {candidates[close[0]]}?"
+    hint = f"{group} has {', '.join(siblings)}" if group and siblings else "python train.py --cfg job shows all keys"
+    return f"there is no config key {key}; {hint}"
+
+
+def short(value: Any) -> str:
+    """Return a value as text for a message, cut where it is long."""
+    try:
+        text = str(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits
+        return f"(a {type(value).__name__})"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,39 +1,46 @@
 """How a script ends: a user's mistake is one sentence and exit code 1, as in train.py."""
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
-from io import TextIOWrapper
 
+from mtcl.entry.terminal import Printable, complain, outlasting_output, speak_utf8
+from mtcl.entry.words import with_home
 from mtcl.errors import UserError
 
 
 def run(main: Callable[[], object]) -> None:
-    """``main()``, from under ``if __name__ == "__main__":``."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        where = error.filename or "the output"
-        print(
-            f"error: {where}: {error.strerror}; make room and rights there, or choose another folder", file=sys.stderr
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    """``main()``, from under ``if __name__ == "__main__":``, with ``~`` in the command's words replaced.
+
+    A UserError, or a disk that refuses, is one sentence and exit code 1. Where nobody reads the output any longer, the
+    work goes on.
+    """
+    speak_utf8()
+    sys.argv[1:] = map(with_home, sys.argv[1:])
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(Printable())
+    with outlasting_output():
+        try:
+            main()
+        except UserError as error:
+            complain(str(error))
+            sys.exit(1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                raise
+            where = error.filename or "the output"
+            complain(f"{where}: {error.strerror}; make room and rights there, or choose another folder")
+            sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
 
 def run_words(work: Callable[[list[str]], object], text: str | None) -> None:
     """``work`` of the command's words, or, where there are none or help is asked for, the script's own ``text``."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):
-        print(text)
+        run(lambda: print(text))
     else:
-        run(lambda: work(words))
+        run(lambda: work(sys.argv[1:]))

@@ -4,7 +4,6 @@ What is known of the trials lies in ``search.db`` beside their folders; several 
 """
 
 import contextlib
-import json
 import math
 import os
 import re
@@ -20,23 +19,23 @@ from typing import Any
 
 import numpy as np
 
+from mtcl.entry.columns import column_of, primaries
 from mtcl.entry.compare import (
     Run,
     check_same_data,
-    column_of,
     find_runs,
-    primaries,
-    read_json,
     read_run,
     split_baseline,
 )
 from mtcl.entry.processes import REQUEUE, caught_signals, duration, ended, quoted, reason, started
+from mtcl.entry.run_files import read_object
 from mtcl.entry.runs import nested
 from mtcl.entry.search_file import DELTAS, DIGITS, Range, Search, read_search
 from mtcl.entry.study_file import OWN, check_overrides, merged
 from mtcl.entry.tables import aligned, figure
 from mtcl.errors import UserError
 from mtcl.metrics.delta import delta_mtl
+from mtcl.training import run_log
 from mtcl.training.checkpoint import claim, is_claimed
 from mtcl.training.recorder import write_json
 
@@ -396,17 +395,17 @@ def watch(search: Search, job: Job, base: Sequence[Run], say: Callable[[str], No
 
 def new_validations(search: Search, job: Job, base: Sequence[Run]) -> Iterator[tuple[int, float]]:
     """Step and objective of each validation that the run has logged since the last call."""
-    path = job.folder / "log.jsonl"
+    path = job.folder / run_log.NAME
     if not path.is_file():
         return
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size < job.seen:  # a resumed run drops what comes anew
-            job.seen = 0
-        file.seek(job.seen)
-        lines = file.read().split(b"\n")[:-1]
-    job.seen += sum(len(line) + 1 for line in lines)
-    for record in map(json.loads, lines):
-        if record["kind"] == "val" and record["step"] > job.reported:
+    if path.stat().st_size < job.seen:  # a resumed run drops what comes anew
+        job.seen = 0
+    for line in run_log.read_lines(path, job.seen):
+        if line.is_cut:  # it is being written
+            return
+        job.seen += len(line.data)
+        record = line.record or {}
+        if record.get("kind") == "val" and record["step"] > job.reported:
             job.reported = record["step"]
             with contextlib.suppress(UserError):  # a value that is missing now may be there at the end
                 yield job.reported, score(search, nested(record), base)
@@ -442,7 +441,7 @@ def tell(
         job.trial.set_user_attr("reason", why)
     storage.study.tell(job.trial, value, state=state)
     ending = {states.COMPLETE: "finished", states.PRUNED: "pruned", states.FAIL: "failed"}[state]
-    write_json(job.record, read_json(job.record) | {"state": ending, "value": value, "reason": why})
+    write_json(job.record, read_object(job.record) | {"state": ending, "value": value, "reason": why})
 
 
 def score(search: Search, metrics: Mapping[str, Mapping[str, float]], base: Sequence[Run]) -> float:

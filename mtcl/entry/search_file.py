@@ -8,9 +8,10 @@ from typing import Any
 
 import yaml
 
-from mtcl.entry.compare import Column, column_of
+from mtcl.entry.columns import Column, column_of
 from mtcl.entry.study_file import OWN, check_overrides
 from mtcl.errors import UserError
+from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
 
 KEYS = ("name", "overrides", "space", "objective", "seed", "trials", "pruning", "environment")
@@ -69,8 +70,9 @@ class Search:
 def read_search(path: Path) -> Search:
     """The search in ``path``; ``UserError`` naming file and key for whatever is wrong with it."""
     try:
-        content = yaml.load(path.read_text(), yaml.BaseLoader)  # every value as the text that stands there
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(read_text(path), yaml.BaseLoader)  # every value as the text that stands there
+        check_depth(content, path)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
     known = _mapping(path, "the file", content, KEYS)
     overrides = known.get("overrides", [])

@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.entry import build, study_tables
 from mtcl.entry.cli import sentence
-from mtcl.entry.compare import read_json
 from mtcl.entry.processes import caught_signals, duration, ended, quoted, reason, started
+from mtcl.entry.run_files import TEXTS, VARIABLES, check_types, read_object, read_record
 from mtcl.entry.schema import check_config
 from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
 from mtcl.errors import UserError
@@ -86,6 +86,7 @@ def conduct(
     only: Sequence[str] = (),
     results: Path | None = None,
     table_only: bool = False,
+    holm: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Failure]:
     """Run what is not finished of the study in ``path``, write and show its table; the runs that failed.
@@ -93,8 +94,8 @@ def conduct(
     ``given``: overrides of every run, on top of the file's. ``command``: what trains, started in ``root`` with the
     overrides as words. ``tasks_of``: the tasks of a run with these overrides, ``UserError`` if train.py would refuse
     them. ``only``: the arms (with ``singles``, all of theirs) to run; the table is of all that is there. ``results``:
-    a folder for one small JSON per run. ``UserError`` before anything is started where an earlier run in ``output``
-    was made by other overrides.
+    a folder for one small JSON per run. ``holm``: verdicts by corrected p-values. ``UserError`` before anything is
+    started where an earlier run in ``output`` was made by other overrides.
     """
     check_overrides("the command", given)
     study = read_study(path)
@@ -129,7 +130,7 @@ def conduct(
     if not records:
         say("no run has finished: there is no table")
         return failures
-    report = study_tables.report(study, records)
+    report = study_tables.report(study, records, holm)
     say("\n" + study_tables.as_text(report))
     how = shown_command(path, study.name, given, root)
     write_text(output / "study.md", study_tables.as_markdown(report, how))
@@ -182,9 +183,9 @@ def check_same(job: Job, environment: Mapping[str, str]) -> None:
         return
     ending = "remove the folder or choose another --output"
     if job.record.is_file():
-        before = read_json(job.record)
+        before = read_job(job.record)
     elif (job.folder / "run.json").is_file():
-        before = {"overrides": read_json(job.folder / "run.json").get("overrides", []), "environment": environment}
+        before = {"overrides": read_record(job.folder / "run.json").get("overrides", []), "environment": environment}
     else:
         raise UserError(f"{job.folder} holds a run that this study did not make; {ending}.")
     then, now = (as_dict(portable(words)) for words in (before.get("overrides", []), job.overrides))
@@ -203,7 +204,14 @@ def as_dict(overrides: Sequence[str]) -> dict[str, str]:
 def given_before(output: Path) -> list[str]:
     """The words given to the command that made the newest run in ``output``."""
     records = sorted(output.glob("*/seed_*.json"), key=lambda path: path.stat().st_mtime)
-    return list(read_json(records[-1]).get("given", [])) if records else []
+    return list(read_job(records[-1]).get("given", [])) if records else []
+
+
+def read_job(path: Path) -> dict[str, Any]:
+    """What :func:`start` wrote of a job."""
+    content = read_object(path)
+    check_types(path, content, {"overrides": TEXTS, "given": TEXTS, "environment": VARIABLES})
+    return content
 
 
 @contextlib.contextmanager

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
+from mtcl.entry.schema import role_of
 from mtcl.errors import UserError
+from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
 
 KEYS = ("name", "overrides", "seeds", "arms", "singles", "environment")
@@ -16,8 +18,6 @@ ARM_KEYS = ("overrides", "seeds", "against", "label", "note")
 SINGLES_KEYS = ("overrides", "seeds", "tasks")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 OWN = ("seed", "resume", "hydra.run.dir")  # what a study sets itself
-# Keys of the machine, not of what is learned: the runs of one study may differ in them.
-MACHINE = (*OWN, "name", "data.root", "data.cache", "data.memory_map", "data.workers", "trainer.device")
 SINGLE = "single_"  # before a task: the arm of its single-task runs
 
 
@@ -81,9 +81,9 @@ class _Loader(yaml.BaseLoader):
 def read_study(path: Path) -> Study:
     """The study in ``path``; ``UserError`` naming file and key for whatever is wrong with it."""
     try:
-        with path.open() as file:
-            content = yaml.load(file, _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.load(read_text(path), _Loader)
+        check_depth(content, path)
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
     known = _mapping(path, "the file", content, KEYS)
     name = _name(path, "name", known.get("name", path.stem))
@@ -133,10 +133,15 @@ def portable(overrides: Sequence[str]) -> list[str]:
     kept = []
     for word in merged(overrides):
         key, equals, value = word.partition("=")
-        if bare(key) in MACHINE or bare(key).startswith("hydra."):
+        if is_of_machine(bare(key)) or bare(key).startswith("hydra."):
             continue
         kept.append(f"{key}{equals}{Path(unquoted(value)).name}" if is_path(bare(key), value) else word)
     return kept
+
+
+def is_of_machine(key: str) -> bool:
+    """Is this a key of the machine or of the study itself, not of what is learned: may the runs of a study differ?"""
+    return key in OWN or key == "name" or role_of(key) == "machine"
 
 
 def is_path(key: str, value: str) -> bool:

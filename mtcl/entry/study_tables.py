@@ -7,12 +7,12 @@ import json
 import math
 import textwrap
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mtcl.entry.columns import Column
 from mtcl.entry.compare import (
-    Column,
     Comparison,
     Row,
     Run,
@@ -23,20 +23,33 @@ from mtcl.entry.compare import (
     choose_columns,
     difference,
     fill,
+    holm_values,
     is_primary,
     listed,
     missing_values,
-    parsed_metrics,
     provenance,
-    read_config,
-    read_json,
 )
-from mtcl.entry.schema import leaves
-from mtcl.entry.study_file import MACHINE, Arm, Study, is_path, portable
+from mtcl.entry.run_files import (
+    COUNTING,
+    TEXT,
+    TEXTS,
+    VARIABLES,
+    check_record,
+    check_types,
+    parse_metrics,
+    read_config,
+    read_object,
+    read_record,
+)
+from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.study_file import NAME, Arm, Study, is_of_machine, is_path, portable
 from mtcl.entry.tables import (
+    ALPHA,
     NONE,
+    TOO_FEW,
     Grid,
     aligned,
+    better_or_worse,
     cell,
     closing,
     code,
@@ -48,14 +61,15 @@ from mtcl.entry.tables import (
     render,
     unit_of_difference,
 )
-from mtcl.errors import UserError
-from mtcl.metrics.delta import Paired, delta_mtl, paired_difference, smallest_effect
+from mtcl.errors import UserError, printable
+from mtcl.metrics.delta import ENOUGH_PAIRS, Paired, delta_mtl, paired_difference, smallest_effect
 from mtcl.training.recorder import write_text
 
 DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the table of means
 OTHER_DELTA = Column("", "Delta", True, "%")  # against its others
 LEFT_OUT = ("command", "overrides")  # of run.json: they may name folders of one machine
 CONTAINS = "contains 0"
+UNDECIDED = "not below 0.05"  # of a corrected p-value
 
 Record = dict[str, Any]
 
@@ -66,14 +80,22 @@ class Effect:
 
     paired: Paired
     smallest: float
+    adjusted: float | None = None  # p-value by Holm's method, where asked for
 
     def side(self, column: Column) -> str:
-        """Where the interval lies: wholly better, wholly worse, contains 0; "-" without one."""
+        """Where the interval lies: wholly better, wholly worse, contains 0; too few pairs; "-" without one.
+
+        With Holm's p-values: better, worse, not below 0.05.
+        """
         if math.isnan(self.paired.low):
             return NONE
+        if not self.paired.is_enough:
+            return TOO_FEW
+        if self.adjusted is not None:
+            return UNDECIDED if self.adjusted >= ALPHA else better_or_worse(column, self.paired.mean)
         if not self.paired.excludes_zero:
             return CONTAINS
-        return "wholly better" if (self.paired.mean > 0) == column.higher_is_better else "wholly worse"
+        return f"wholly {better_or_worse(column, self.paired.mean)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,18 +124,23 @@ class Report:
 
 def record(study: Study, arm: Arm, seed: int, overrides: Sequence[str], folder: Path) -> Record:
     """One finished run in small: without single classes and without anything of its machine but the device's name."""
-    facts = {key: value for key, value in read_json(folder / "run.json").items() if key not in LEFT_OUT}
-    metrics = read_json(folder / "metrics.json")
-    parsed_metrics(folder / "metrics.json", metrics)  # says what is wrong with the file while we know its path
+    facts = {key: value for key, value in read_record(folder / "run.json").items() if key not in LEFT_OUT}
+    metrics = read_object(folder / "metrics.json")
+    parse_metrics(folder / "metrics.json", metrics)  # says what is wrong with the file while we know its path
     return {
         "study": study.name,
         "arm": arm.name,
         "seed": seed,
         "overrides": portable(overrides),
-        "metrics": {t: {m: v for m, v in of.items() if not m.startswith("IoU/")} for t, of in metrics.items()},
+        "metrics": {task: without_classes(values) for task, values in metrics.items()},
         "config": portable_config(folder / "config.yaml"),
         "run": facts,
     }
+
+
+def without_classes(values: Any) -> Any:
+    """A task's metrics without those of single classes."""
+    return {m: v for m, v in values.items() if not m.startswith("IoU/")} if isinstance(values, dict) else values
 
 
 def portable_config(path: Path) -> dict[str, Any]:
@@ -122,7 +149,7 @@ def portable_config(path: Path) -> dict[str, Any]:
     return {
         key: Path(value).name if isinstance(value, str) and is_path(key, value) else value
         for key, value in content.items()
-        if key not in MACHINE
+        if not is_of_machine(key)
     }
 
 
@@ -147,10 +174,10 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
         ],
     }
     files = {"study.json": definition, **{f"{r['arm']}_seed{r['seed']}.json": r for r in records}}
-    if (folder / "study.json").is_file() and (other := read_json(folder / "study.json").get("name")) != study.name:
+    if (folder / "study.json").is_file() and (other := read_object(folder / "study.json").get("name")) != study.name:
         raise UserError(f"{folder} holds the results of the study {other}, not of {study.name}; choose another folder.")
     for path in folder.glob("*_seed*.json"):
-        if path.name not in files and read_json(path).get("study") == study.name:
+        if path.name not in files and read_object(path).get("study") == study.name:
             path.unlink()
     for name, content in files.items():
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -159,38 +186,78 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
 
 def read_results(folder: Path) -> tuple[Study, list[Record], str]:
     """The study, its records and its command, from the files that :func:`write_results` wrote."""
-    known = read_json(folder / "study.json")
+    path = folder / "study.json"
+    known = read_object(path)
+    check_types(path, known, STUDY_CHECKS)
     try:
-        arms = tuple(
-            Arm(
-                arm["name"],
-                tuple(arm["overrides"]),
-                tuple(arm["seeds"]),
-                tuple(arm["against"]),
-                arm["label"],
-                arm["note"],
-                arm["task"],
-            )
-            for arm in known["arms"]
-        )
+        arms = tuple(read_arm(path, arm) for arm in known["arms"])
         study = Study(known["name"], tuple(known["overrides"]), arms, environment=known["environment"])
         files = [folder / f"{arm.name}_seed{seed}.json" for arm in arms for seed in arm.seeds]
-        return study, [read_json(file) for file in files if file.is_file()], known["command"]
+        return study, [read_result(file, study) for file in files if file.is_file()], known["command"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'study.json'} is not of scripts/study.py: {error!r} is amiss.") from error
+        raise UserError(f"{path} is not of scripts/study.py: {error!r} is amiss.") from error
+
+
+STUDY_CHECKS = {
+    "name": TEXT,
+    "command": TEXT,
+    "overrides": TEXTS,
+    "environment": VARIABLES,
+    "arms": ("a list of mappings", lambda v: isinstance(v, list) and all(isinstance(arm, dict) for arm in v)),
+}
+ARM_CHECKS = {
+    "name": ("the name of a file", lambda v: isinstance(v, str) and bool(NAME.fullmatch(v))),
+    "overrides": TEXTS,
+    "seeds": ("a list of whole numbers >= 0", lambda v: isinstance(v, list) and all(map(COUNTING[1], v))),
+    "against": TEXTS,
+    **dict.fromkeys(("label", "note", "task"), TEXT),
+}
+RESULT_CHECKS = {
+    "arm": TEXT,
+    "seed": COUNTING,
+    "metrics": ("a mapping {task: {metric: value}}", lambda v: isinstance(v, dict)),
+    **dict.fromkeys(("run", "config"), ("a mapping {key: value}", lambda v: isinstance(v, dict))),
+}
+
+
+def read_arm(path: Path, arm: Mapping[str, Any]) -> Arm:
+    """The arm of a study that a ``study.json`` describes."""
+    check_types(path, arm, ARM_CHECKS)
+    return Arm(
+        arm["name"],
+        tuple(arm["overrides"]),
+        tuple(arm["seeds"]),
+        tuple(arm["against"]),
+        arm["label"],
+        arm["note"],
+        arm["task"],
+    )
+
+
+def read_result(path: Path, study: Study) -> Record:
+    """One run's record, of an arm of ``study``."""
+    content = read_object(path)
+    check_types(path, content, RESULT_CHECKS)
+    absent = [key for key in ("arm", "seed", "metrics", "run") if content.get(key) is None]
+    if absent or content["arm"] not in [arm.name for arm in study.arms]:
+        raise UserError(f"{path} is not of scripts/study.py: {absent[0] if absent else content['arm']} is amiss.")
+    return content | {"run": check_record(path, content["run"])}
 
 
 # Numbers
 
 
-def report(study: Study, records: Sequence[Record]) -> Report:
-    """Everything the tables show, from the records of the finished runs; ``UserError`` if they do not compare."""
+def report(study: Study, records: Sequence[Record], holm: bool = False) -> Report:
+    """Everything the tables show, from the records of the finished runs; ``UserError`` if they do not compare.
+
+    ``holm``: verdicts by p-values corrected for the number of intervals.
+    """
     runs: dict[str, dict[int, Run]] = {arm.name: {} for arm in study.arms}
     for one in records:
         path = Path(one["arm"]) / f"seed_{one['seed']}"
         facts = {"seed": one["seed"], **one["run"]}
         scoring = leaves({"evaluation": facts["evaluation"]}) if isinstance(facts.get("evaluation"), dict) else ()
-        runs[one["arm"]][one["seed"]] = Run(path, parsed_metrics(path, one["metrics"]), facts, dict(scoring))
+        runs[one["arm"]][one["seed"]] = Run(path, parse_metrics(path, one["metrics"]), facts, dict(scoring))
     missing = [f"{a.name} seed {seed}" for a in study.arms for seed in a.seeds if seed not in runs[a.name]]
     found = [run for of_arm in runs.values() for run in of_arm.values()]
     notes = check_same_data(found) + check_same_scoring(found) + check_same_settings(study, records)
@@ -206,6 +273,7 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         for i, other in enumerate(arm.against):
             if arm.name in rows and other in rows:
                 effects += effects_of(rows[arm.name], rows[other], tasks, OTHER_DELTA if i else DELTA, notes)
+    effects = corrected(effects) if holm else effects
     if any(DELTA in row.values for row in rows.values()):
         columns.append(DELTA)
     singles = [run for arm in study.arms if arm.task for run in runs[arm.name].values()]
@@ -215,7 +283,16 @@ def report(study: Study, records: Sequence[Record]) -> Report:
         add_delta_mtl(shown, base, tasks, columns, notes)
         shown = [base, *shown]
     notes += missing_values(shown, columns)
-    return Report(study, columns, shown, effects, missing, [*about(found), *notes])
+    return Report(study, columns, shown, effects, missing, [*map(printable, [*about(found), *notes])])
+
+
+def corrected(effects: Sequence[Effects]) -> list[Effects]:
+    """The same effects with Holm's p-values of all intervals that may have a verdict."""
+    values = holm_values([{column: effect.paired for column, effect in one.columns.items()} for one in effects])
+    return [
+        replace(one, columns={c: replace(effect, adjusted=of_one.get(c)) for c, effect in one.columns.items()})
+        for one, of_one in zip(effects, values)
+    ]
 
 
 def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
@@ -223,7 +300,7 @@ def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
     notes = []
     for arm in study.arms:
         configs = [one["config"] for one in records if one["arm"] == arm.name and one.get("config")]
-        keys = sorted({key for config in configs for key in {**config, **configs[0]}})
+        keys = sorted({key for config in configs for key in config if role_of(key) == "result"})
         differing = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
         if differing:
             notes.append(f"warning: the runs of {arm.name} were made by different settings: {listed(differing)}.")
@@ -300,6 +377,8 @@ def effect_grid(one: Effects) -> Grid:
         name = f"{column.task} {column.metric} {arrow}".strip() + (f" ({unit if column.task else '%'})" if unit else "")
         difference = figure(column, found.mean, signed=True)
         smallest = figure(column, effect.smallest).lstrip("+")
+        if effect.adjusted is not None:
+            smallest += f" (p {effect.adjusted:.3g})"
         lines.append([name, difference, interval(column, found), effect.side(column), str(found.pairs), smallest])
     return lines
 
@@ -307,13 +386,24 @@ def effect_grid(one: Effects) -> Grid:
 EFFECT_HEAD = ["difference in", "mean", "95 % interval", "verdict", "pairs", "smallest visible"]
 
 
+VERDICTS = {
+    "wholly better": "is wholly better for",
+    "wholly worse": "is wholly worse for",
+    "better": "with Holm's correction is better for",
+    "worse": "with Holm's correction is worse for",
+    CONTAINS: f"{CONTAINS} for",
+    UNDECIDED: "with Holm's correction decides nothing for",
+    TOO_FEW: f"is of fewer than {ENOUGH_PAIRS} pairs, which decide nothing, for",
+    NONE: "is not known for",
+}
+
+
 def verdicts(one: Effects) -> str:
     """One sentence on where the intervals of one arm lie."""
-    sides: dict[str, list[str]] = {side: [] for side in ("wholly better", "wholly worse", CONTAINS, NONE)}
+    sides: dict[str, list[str]] = {side: [] for side in VERDICTS}
     for column, effect in one.columns.items():
         sides[effect.side(column)].append(column.task or column.metric)
-    words = {"wholly better": "is wholly better for", "wholly worse": "is wholly worse for", NONE: "is not known for"}
-    told = [f"{words.get(side, f'{side} for')} {', '.join(names)}" for side, names in sides.items() if names]
+    told = [f"{VERDICTS[side]} {', '.join(names)}" for side, names in sides.items() if names]
     return f"{one.row.label} against {one.reference.label}: the interval {'; '.join(told)}."
 
 
@@ -328,9 +418,11 @@ def explanations(report: Report) -> list[str]:
                 "the run of the same seed of the (first) arm it is compared with."
             )
         count = sum(not math.isnan(e.paired.low) for one in report.effects for e in one.columns.values())
-        lines.append(
-            f"Intervals are Student's t over pairs of equal seeds, {count} in all, not corrected for their number."
-        )
+        tested = sum(e.adjusted is not None for one in report.effects for e in one.columns.values())
+        correction = "not corrected for their number"
+        if tested:
+            correction += f"; verdicts and p by Holm's method for the {tested} of {ENOUGH_PAIRS} pairs or more"
+        lines.append(f"Intervals are Student's t over pairs of equal seeds, {count} in all, {correction}.")
         lines.append(
             "Smallest visible: the true difference that a paired t test (two-sided, 5 %) of as many pairs with this "
             "spread finds four times in five, (t_0.975 + t_0.80) s / sqrt(n)."
@@ -416,6 +508,7 @@ def as_json(report: Report) -> Mapping[str, Any]:
                         **effect.paired._asdict(),
                         "smallest_effect": effect.smallest,
                         "interval": effect.side(column),
+                        **({} if effect.adjusted is None else {"p_holm": effect.adjusted}),
                     }
                     for column, effect in one.columns.items()
                 },

@@ -21,37 +21,62 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from mtcl.entry.compare import read_yaml
-from mtcl.entry.processes import REQUEUE, caught_signals, killed, quoted, reason, started
-from mtcl.entry.schema import leaves
+from mtcl.entry.columns import column_of, primaries
+from mtcl.entry.processes import REQUEUE, caught_signals, duration, killed, quoted, reason, started
+from mtcl.entry.run_files import CONFIG, METRICS, read_config_tree, read_metrics
+from mtcl.entry.schema import role_of
 from mtcl.entry.study_file import bare, is_path, merged
-from mtcl.entry.train import FREE, changed_keys, described_changes
-from mtcl.errors import UserError
+from mtcl.entry.tables import figure
+from mtcl.entry.train import changed_meanings, described_changes
+from mtcl.errors import UserError, printable
 from mtcl.training.checkpoint import is_claimed
 
-NAME_LENGTH = 60  # of the readable part of a job's folder
-MACHINE = ("data.root", "data.cache", "data.memory_map", "data.workers", "trainer.device")  # not in that part
+NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
+FOLDERS = ("data.root", "data.cache")  # not in that part
 POLL = 0.1  # seconds between two looks at a running job
 FINISHED, BEFORE, ELSEWHERE, STOPPED, FAILED = "finished", "finished before", "running elsewhere", "stopped", "failed"
 
 
-def job_folder(words: Sequence[str]) -> str:
-    """The name of a job's folder: a readable part, and a hash of all its words in whatever order.
+def job_folder(words: Sequence[str], folder: str | Path | None = None) -> str:
+    """Name a job's folder: a readable part, and a hash of all its words in whatever order.
+
+    The words that sweeps mostly differ in come first: numbers, then tasks; those of the machine come last. Where
+    ``folder``, the sweep's, has one of that hash already (an earlier version called it otherwise), it keeps its name.
 
     >>> job_folder(["data=nyud", "data.root=/my/data", "seed=1", "regularizer.weight=0.03"])
     'weight-0.03_seed-1_data-nyud_f51555a1'
+    >>> job_folder(["data=nyud", "tasks.names=[semseg,depth]"])
+    'tasks-semseg-depth_data-nyud_97bf6389'
     """
     words = sorted(word for word in words if word not in ("resume=auto", "resume=null"))
+    digest = hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    if folder is not None and len(earlier := list(Path(folder).glob(f"*_{digest}/"))) == 1:
+        return earlier[0].name
     pairs = [(bare(key), value) for key, _, value in (word.partition("=") for word in words)]
-    shown = [(key, value) for key, value in pairs if key not in MACHINE and not is_path(key, value)]
-    shown.sort(key=lambda pair: not re.fullmatch(r"[-+.\de]+", pair[1]))  # numbers are what is mostly swept
-    parts = [f"{key.rpartition('.')[2]}-{value}" for key, value in shown]
-    text = re.sub(r"[^\w.+-]+", "-", "_".join(parts), flags=re.ASCII)[:NAME_LENGTH].strip("-_.")
-    digest = hashlib.sha256("\n".join(words).encode()).hexdigest()[:8]
+    shown = [(key, value) for key, value in pairs if key not in FOLDERS and not is_path(key, value)]
+    shown.sort(key=_order)
+    parts = [_readable(f"{_short(key)}-{value.strip('[]')}")[:PART_LENGTH] for key, value in shown]
+    text = _readable("_".join(parts))[:NAME_LENGTH].strip("-_.")
     return f"{text}_{digest}".lstrip("_")
 
 
-OmegaConf.register_new_resolver("job_folder", lambda words: job_folder(list(words)), replace=True)
+def _short(key: str) -> str:
+    """The last part of a key; ``tasks`` of ``tasks.names``, which is no name of its own."""
+    return key.removesuffix(".names").rpartition(".")[2]
+
+
+def _order(pair: tuple[str, str]) -> int:
+    key, value = pair
+    if role_of(key) not in ("result", "seed"):
+        return 3
+    return 0 if re.fullmatch(r"[-+.\de]+", value) else 1 if key.partition(".")[0] == "tasks" else 2
+
+
+def _readable(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).rstrip("-")
+
+
+OmegaConf.register_new_resolver("job_folder", lambda words, folder=None: job_folder(list(words), folder), replace=True)
 
 
 @dataclass(frozen=True)
@@ -96,38 +121,55 @@ def run_job(
     told = tuple(words)
     found = state_of(folder, config)
     if found is not None or received:
-        print(f"{folder}: {found or STOPPED}", flush=True)
+        say(number, folder, f"{found or STOPPED}{score(folder)}")
         return Outcome(number, told, found or STOPPED)
     resume = ["resume=auto"] if any(folder.glob("checkpoints/*.pt")) else []
     log = folder.with_name(f"{folder.name}.log")
     full = [*command, *merged(words, resume), f"hydra.run.dir={quoted(folder)}"]
+    say(number, folder, f"{'continued' if resume else 'started'}, log {log}")
+    began = time.monotonic()
     with caught_signals() as signals, followed(log, here):
         process = started(full, log, environment)
         code = waited(process, signals)
     received.extend(signals)
-    if received and here:
-        Outcome(number, told, STOPPED)
-        raise Stopped
     found = state_of(folder, config)
     if code == 0 and found == BEFORE:
-        return Outcome(number, told, FINISHED)
-    if code == REQUEUE or received:
-        return Outcome(number, told, STOPPED)
-    # Another sweep may have taken the folder while ours was starting.
-    return Outcome(number, told, found or FAILED, "" if found else f"{reason(log, code)} ({log})")
+        ending, why = FINISHED, ""
+    elif code == REQUEUE or received:
+        ending, why = STOPPED, ""
+    else:  # another sweep may have taken the folder while ours was starting
+        ending, why = found or FAILED, "" if found else f"{reason(log, code)} ({log})"
+    say(number, folder, f"{ending} after {duration(time.monotonic() - began)}{score(folder)}{why and f': {why}'}")
+    outcome = Outcome(number, told, ending, why)
+    if received and here:
+        raise Stopped
+    return outcome
+
+
+def say(number: int, folder: Path, text: str) -> None:
+    """Write a line on a job to the standard error."""
+    print(printable(f"[{number + 1}] {folder.name}: {text}"), file=sys.stderr, flush=True)
+
+
+def score(folder: Path) -> str:
+    """The first task's main metric as the run's end scored it, for a line; "" where it did not."""
+    try:
+        task, values = next(iter(read_metrics(folder / METRICS).items()))
+        metric = next(name for name in primaries(task) if name in values)
+    except (UserError, StopIteration):
+        return ""
+    column = column_of(task, metric)
+    return f", {task} {metric} {figure(column, values[metric])} {column.unit}".rstrip()
 
 
 def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
     """None: the run in ``folder`` is to be started or continued. ``UserError`` where it is one of another config."""
     if is_claimed(folder):
         return ELSEWHERE
-    if not (folder / "config.yaml").is_file():
+    if not os.path.lexists(folder / CONFIG):
         return None
-    saved, now = read_yaml(folder / "config.yaml"), dict(config)
-    known = dict(leaves(saved))  # keys of later versions are no change
-    free = [key for key in FREE if key != "trainer.max_steps"]
-    keys = [key for key in changed_keys(saved, now, free=free) if key in known]
-    if keys:
+    saved, now = read_config_tree(folder / CONFIG), dict(config)
+    if keys := changed_meanings(saved, now):
         raise UserError(
             f"{folder} holds a run of another config ({described_changes(saved, now, keys)}); "
             "remove it or choose another hydra.sweep.dir"
@@ -170,7 +212,7 @@ def followed(log: Path, shown: bool) -> Iterator[None]:
             while True:
                 last = done.wait(POLL)
                 if file is None and log.is_file():
-                    file = stack.enter_context(log.open(errors="replace", newline=""))
+                    file = stack.enter_context(log.open(encoding="utf-8", errors="replace", newline=""))
                     file.seek(start)
                 if file is not None:
                     sys.stdout.write(file.read())

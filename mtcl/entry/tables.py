@@ -5,10 +5,12 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from mtcl.entry.compare import Column, Comparison, Difference, Row
-from mtcl.metrics.delta import Paired
+from mtcl.entry.columns import Column
+from mtcl.entry.compare import Comparison, Difference, Row
+from mtcl.errors import printable
+from mtcl.metrics.delta import ENOUGH_PAIRS, LEVEL, Paired
 
 FORMATS = ("text", "markdown", "latex", "csv")
 WIDTH = 120  # of text
@@ -17,6 +19,9 @@ DIGITS = {"%": 2, "deg": 2, "m": 4, "": 4, "pixels": 0}
 HEAD_WIDTH = 20  # of a heading in text, likewise
 ROWS_ACROSS = 3  # in text, where a row of the comparison is a column
 NONE = "-"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # begins a formula in a spreadsheet
+TOO_FEW = "too few pairs"
+ALPHA = 1 - LEVEL
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
 LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
@@ -84,24 +89,39 @@ def interval(column: Column, found: Paired) -> str:
     return f"[{figure(column, found.low, signed=True)}, {figure(column, found.high, signed=True)}]"
 
 
-def verdict(column: Column, found: Paired) -> str:
-    """Whether the interval excludes zero, and on which side."""
+def verdict(column: Column, found: Paired, adjusted: float | None = None) -> str:
+    """Whether the interval excludes zero, and on which side; none below three pairs.
+
+    ``adjusted``: a corrected p-value, by which it is decided instead.
+    """
     if math.isnan(found.low):
         return NONE
-    if not found.excludes_zero:
+    if not found.is_enough:
+        return TOO_FEW
+    if not (found.excludes_zero if adjusted is None else adjusted < ALPHA):
         return "no"
-    return "yes, better" if (found.mean > 0) == column.higher_is_better else "yes, worse"
+    return f"yes, {better_or_worse(column, found.mean)}"
+
+
+def better_or_worse(column: Column, difference: float) -> str:
+    return "better" if (difference > 0) == column.higher_is_better else "worse"
 
 
 def difference_grid(one: Difference) -> Grid:
     """Heading and lines of one block of paired differences."""
     grid = [["", "difference", "95 % interval", "pairs", "excludes zero"]]
+    if one.adjusted is not None:
+        grid = [["", "difference", "95 % interval", "pairs", "p (Holm)", "p < 0.05"]]
     for column, found in one.columns.items():
         unit = unit_of_difference(column)
         arrow = "↑" if column.higher_is_better else "↓"
         name = f"{column.task} {column.metric} {arrow}".strip() + (f" ({unit})" if unit else "")
         value = figure(column, found.mean, signed=True)
-        grid.append([name, value, interval(column, found), str(found.pairs), verdict(column, found)])
+        line = [name, value, interval(column, found), str(found.pairs)]
+        adjusted = None if one.adjusted is None else one.adjusted.get(column)
+        if one.adjusted is not None:
+            line.append(NONE if adjusted is None else f"{adjusted:.3g}")
+        grid.append([*line, verdict(column, found, adjusted)])
     return grid
 
 
@@ -120,12 +140,34 @@ def closing(comparison: Comparison) -> list[str]:
     intervals = [
         (column, found) for one in comparison.differences for column, found in one.columns.items() if found.pairs > 1
     ]
+    if any(not found.is_enough for _, found in intervals):
+        lines.append(f"No verdict below {ENOUGH_PAIRS} pairs: of two, one outlier makes any interval.")
     if intervals:
-        sure = [f"{c.task} {c.metric}".strip() for c, found in intervals if found.excludes_zero]
-        told = f"excluding zero: {', '.join(dict.fromkeys(sure))}" if sure else "none excludes zero"
-        count = f"{len(intervals)} interval{'s' * (len(intervals) > 1)}"
-        lines.append(f"{count} of Student's t, not corrected for their number; {told}.")
+        lines.append(about_intervals(comparison, len(intervals)))
     return [*lines, *comparison.notes]
+
+
+def about_intervals(comparison: Comparison, count: int) -> str:
+    """What the intervals are, whether they are corrected for their number, and which exclude zero."""
+    sure = [
+        f"{column.task} {column.metric}".strip()
+        for one in comparison.differences
+        for column, found in one.columns.items()
+        if verdict(column, found, (one.adjusted or {}).get(column)).startswith("yes")
+    ]
+    names = ", ".join(dict.fromkeys(sure))
+    text = f"{count} interval{'s' * (count > 1)} of Student's t"
+    if any(one.adjusted is not None for one in comparison.differences):
+        tested = sum(len(one.adjusted or {}) for one in comparison.differences)
+        decided = f"below 0.05: {names}" if sure else "none is below 0.05"
+        return f"{text}; their p-values are corrected for their number ({tested}) by Holm's method: {decided}."
+    decided = f"excluding zero: {names}" if sure else "none excludes zero" if comparison_decides(comparison) else ""
+    return f"{text}, not corrected for their number (--holm does){'; ' * bool(decided)}{decided}."
+
+
+def comparison_decides(comparison: Comparison) -> bool:
+    """Has any difference pairs enough for a verdict?"""
+    return any(found.is_enough for one in comparison.differences for found in one.columns.values())
 
 
 # Text
@@ -307,30 +349,46 @@ def as_csv(comparison: Comparison) -> str:
     """A line per row, full precision, fractions as fractions, Deltas in percent; empty where there is nothing."""
     differences = {id(one.row): one for one in comparison.differences}
     columns = comparison.columns
+    parts = ["difference", "low", "high", "pairs"]
+    parts += ["p (Holm)"] * any(one.adjusted is not None for one in comparison.differences)
     head = ["run", "seeds"]
     for column in columns:
         head += [column.key, f"{column.key} std"]
     if differences:
         head.append("against")
-        for column in columns:
-            head += [f"{column.key} {what}" for what in ("difference", "low", "high", "pairs")]
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(head)
+        head += [f"{column.key} {part}" for column in columns for part in parts]
+    lines: list[list[object]] = [[*head]]
     for row in comparison.rows:
         line: list[object] = [row.label, row.num_seeds]
         for column in columns:
             found = row.cell(column)
-            line += [plain(found.mean), plain(found.std)]
+            line += [found.mean, found.std]
         if differences:
             one = differences.get(id(row))
             line.append("" if one is None else one.reference.label)
             for column in columns:
                 pair = None if one is None else one.columns.get(column)
-                line += [""] * 4 if pair is None else [*map(plain, pair[:3]), pair.pairs]
-        writer.writerow(line)
+                adjusted = None if one is None or one.adjusted is None else one.adjusted.get(column)
+                line += [None] * len(parts) if pair is None else [*pair, adjusted][: len(parts)]
+        lines.append(line)
+    return csv_text(lines)
+
+
+def csv_text(lines: Iterable[Sequence[object]]) -> str:
+    """Lines as CSV. Numbers stay numbers, None and NaN are empty; a text that a spreadsheet could take for a formula
+    gets an apostrophe before it, control characters are escaped."""
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([map(csv_cell, line) for line in lines])
     return buffer.getvalue()
 
 
-def plain(value: float) -> str:
-    return "" if math.isnan(value) else repr(value)
+def csv_cell(value: object) -> object:
+    """
+    >>> csv_cell("=1+1"), csv_cell(-1.5), csv_cell("\\t@x"), csv_cell(float("nan"))
+    ("'=1+1", -1.5, "'\\\\t@x", None)
+    """
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if not isinstance(value, str):
+        return value
+    return f"'{printable(value)}" if value.startswith(FORMULA) else printable(value)

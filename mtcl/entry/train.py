@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtcl import ranks
 from mtcl.atomic import remove_leftovers
-from mtcl.data.loading import WORKER_DIED, worker_sentence
+from mtcl.data.loading import worker_sentence
+from mtcl.data.plausibility import check_labels, check_trained, settle
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
-from mtcl.entry.schema import leaves
+from mtcl.entry.schema import leaves, role_of
 from mtcl.errors import UserError
 from mtcl.training.checkpoint import Found, claim, load_checkpoint, newest_intact
 from mtcl.training.recorder import write_json, write_text
@@ -25,24 +26,15 @@ from mtcl.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-# Keys in which an interrupted run may differ from the one that continues it.
-FREE = (
-    "resume",
-    "name",
-    "trainer.max_steps",
-    "trainer.device",
-    "trainer.panels",
-    "trainer.parallel",
-    "trainer.compile",
-    "trainer.async_checkpoints",
-    "trainer.keep_interval",
-    "trainer.max_skipped",
-    "trainer.unreadable",
-    "data.workers",
-    "data.root",
-    "data.cache",
-    "data.memory_map",
-)
+# Keys that change the arithmetic or the meaning of best.pt though not the experiment: a resumed run tells of them.
+TOLD = ("trainer.channels_last", "trainer.deterministic", "trainer.monitor")
+
+
+def is_free(key: str) -> bool:
+    """May an interrupted run differ in this key from the one that continues it?"""
+    return key == "trainer.max_steps" or (role_of(key) in ("machine", "engine", "record") and key not in TOLD)
+
+
 # Those, beside the seed, that the order of the pictures depends on.
 ORDER = ("trainer.accumulate", "data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
 
@@ -55,6 +47,7 @@ def train(
     ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look. ``overrides``: the words of
     the command, for the record.
     """
+    build.inline_files(config)
     device = choose_device(config.trainer.device)
     ranks.join(device)
     if ranks.rank() > 0:
@@ -70,6 +63,7 @@ def train(
     if state is not None and path is not None:
         build.check_tasks(state["meta"]["tasks"], tasks, path)
         check_optimizer(state, config, path)
+        check_steps(state, config, path)
     start = 0 if state is None else state["step"]
     run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
     if ranks.rank() > 0:
@@ -87,8 +81,9 @@ def train(
         if found is not None:
             tell_of_resuming(found, config)
         announce(config, run, fresh=state is None)
+        warnings = check_data(config, run)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
-        return finish(config, run, folder, overrides)
+        return finish(config, run, folder, overrides, warnings)
 
 
 def announce(config: DictConfig, run: build.Run, fresh: bool) -> None:
@@ -124,9 +119,16 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
             f"{device} has too little memory ({str(error).splitlines()[0]}); lower data.batch_size (and raise "
             "trainer.accumulate as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
         ) from error
+    except ValueError as error:
+        if not str(error).startswith("Expected more than 1 value per channel when training"):
+            raise
+        raise UserError(
+            f"a batch norm gets a single value per channel ({str(error).rpartition('Size')[2].strip('()')}), which has "
+            "no spread; raise data.batch_size to 2 per process or more (trainer.accumulate does not help), or data.size"
+        ) from error
     except RuntimeError as error:
-        if WORKER_DIED in str(error):  # torch raises that wherever the main thread happens to be
-            raise UserError(worker_sentence(error)) from error
+        if (sentence := worker_sentence(error)) is not None:  # torch raises that wherever the main thread happens to be
+            raise UserError(sentence) from error
         operation, known, _ = str(error).partition(" does not have a deterministic implementation")
         if not known:
             raise
@@ -136,7 +138,17 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str]) -> dict[str, dict[str, float]]:
+def check_data(config: DictConfig, run: build.Run) -> list[str]:
+    """Look at the labels of both lists; the sentences, which are logged, or an error with ``data.strict``."""
+    doubts = check_trained(run.train_reader, run.trainer.tasks)
+    for reader, part in ((run.train_reader, "training"), (run.val_reader, "validation")):
+        doubts += check_labels(reader, run.trainer.tasks, part)
+    return settle(doubts, config.data.get("strict", False))
+
+
+def finish(
+    config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str], warnings: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """Train to the end, write metrics.json and run.json, tell the table; the metrics."""
     trainer = run.trainer
     began = time.perf_counter()
@@ -148,12 +160,14 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
     seconds = time.perf_counter() - began
     facts = run_facts(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
     facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.watch.count}
-    facts |= {"processes": ranks.world(), "unreadable": len(trainer.unreadable)}
+    facts |= {"processes": ranks.world(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
     write_json(folder / "run.json", facts)
     write_json(folder / "metrics.json", evaluation.metrics)
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}
     table = format_table(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
+    for text in warnings:  # they were logged at the start, far up
+        log.warning("%s", text)
     if config.trainer.dry_run:
         log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.memory())
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
@@ -170,19 +184,32 @@ def finish(config: DictConfig, run: build.Run, folder: Path, overrides: Sequence
 def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: DictConfig) -> None:
     try:
         trainer.restore(state)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of torch and of ours, for parts of other names, shapes or kinds
         changed = differences(state["config"], build.plain(config), ("backbone.", "decoder.", "regularizer."))
         raise UserError(f"checkpoint {path} does not fit this run: {changed or error}") from error
 
 
 def check_optimizer(state: dict[str, Any], config: DictConfig, path: Path) -> None:
-    if not state["optimizer"]:
+    if not state.get("optimizer"):
         raise UserError(
             f"checkpoint {path} was imported: it has weights only, which evaluate.py scores; nothing to resume"
         )
-    before, now = state["config"]["optimizer"]["name"], config.optimizer.name
+    group, now = state["config"].get("optimizer"), config.optimizer.name
+    before = group.get("name") if isinstance(group, Mapping) else None
     if before != now:
         raise UserError(f"checkpoint {path} was trained with optimizer={before}, not {now}; its moments do not fit")
+
+
+def check_steps(state: dict[str, Any], config: DictConfig, path: Path) -> None:
+    """``UserError`` where the run has taken more steps than it is to take in all."""
+    done, wanted = state["step"], config.trainer.max_steps
+    if done > wanted and not config.trainer.dry_run:
+        raise UserError(
+            f"checkpoint {path} is at step {done}, behind trainer.max_steps={wanted}; give trainer.max_steps of {done} "
+            "or more, or resume an earlier one"
+        )
 
 
 def tell_of_resuming(found: Found, config: DictConfig) -> None:
@@ -191,24 +218,28 @@ def tell_of_resuming(found: Found, config: DictConfig) -> None:
         log.warning("checkpoint %s is damaged (%s): it is passed over", error.path, error.why)
     log.info("resumed at step %d from %s", found.content["step"], found.path)
     saved, now = found.content["config"], build.plain(config)
-    known = dict(leaves(saved))  # keys of later versions are no change
-    free = [key for key in FREE if key != "trainer.max_steps"]
-    keys = [key for key in changed_keys(saved, now, free=free) if key in known]
-    if keys:
+    if keys := changed_meanings(saved, now):
         shuffled = any(key == "seed" or key.startswith(ORDER) for key in keys)
         order = "; pictures come in another order from here on" if shuffled else ""
         log.warning("this run is not the one of its checkpoint: %s%s", described_changes(saved, now, keys), order)
 
 
 def changed_keys(
-    saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), free: Sequence[str] = FREE
+    saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
 ) -> list[str]:
-    """The keys below ``prefixes`` that differ, but for those that may."""
+    """The keys below ``prefixes`` that differ, but for those that may; ``max_steps``: that one, too, if it does."""
     before, after = dict(leaves(saved)), dict(leaves(now))
-    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes)) and key not in free]
+    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes))]
+    keys = [key for key in keys if not is_free(key) or (max_steps and key == "trainer.max_steps")]
     # A model's own mean and std were filled in when it was saved.
     keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and after.get(key) is None)]
     return [key for key in keys if before.get(key) != after.get(key)]
+
+
+def changed_meanings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The keys whose change makes another run; those that the saved run's version did not have make none."""
+    known = dict(leaves(saved))
+    return [key for key in changed_keys(saved, now, max_steps=True) if key in known]
 
 
 def described_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
@@ -259,6 +290,7 @@ def find_twin(config: DictConfig, siblings: Path | None) -> Found | None:
             continue
         if found is None or found.content["step"] >= config.trainer.max_steps:
             continue
-        if not differences(found.content["config"], build.plain(config)):
+        known = dict(leaves(found.content["config"]))
+        if not [key for key in changed_keys(found.content["config"], build.plain(config)) if key in known]:
             return found
     return None

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,21 @@ def parse(words: Sequence[str], keys: Mapping[str, Callable[[str], Any]]) -> dic
 def path(text: str) -> Path:
     if not text:
         raise ValueError("give a path")
-    return Path(text)
+    return Path(os.path.expanduser(text))
+
+
+def with_home(word: str) -> str:
+    """Return ``word`` with the home folder for a ``~`` that begins it or its value, as shells do it only in part.
+
+    ``~key`` (Hydra: take the key out) is kept, as is the ``~`` of a name's backup, ``name~``.
+    """
+    if word == "~" or word.startswith("~/"):
+        return os.path.expanduser(word)
+    head, equals, text = word.partition("=")
+    quote = text[:1] if text[:1] in ("'", '"') else ""
+    if not equals or not text.startswith(f"{quote}~"):
+        return word
+    return f"{head}={quote}{os.path.expanduser(text[len(quote) :])}"
 
 
 def flag(text: str) -> bool:

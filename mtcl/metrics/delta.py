@@ -1,12 +1,15 @@
 """Delta_MTL, and what several seeds tell: means, standard deviations, paired differences. Plain numbers, no files."""
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from scipy import stats
 
 from mtcl.errors import UserError
+
+ENOUGH_PAIRS = 3  # for a verdict: of two, one outlier makes any interval
+LEVEL = 0.95
 
 
 class Summary(NamedTuple):
@@ -29,6 +32,26 @@ class Paired(NamedTuple):
     def excludes_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
+    @property
+    def is_enough(self) -> bool:
+        """Are there pairs enough for a verdict?"""
+        return self.pairs >= ENOUGH_PAIRS
+
+    @property
+    def p_value(self) -> float:
+        """The two-sided p-value of the paired t test, from an interval of :data:`LEVEL`; NaN for fewer than two pairs.
+
+        >>> f"{Paired(1.0, 0.0, 2.0, 5).p_value:.4f}"
+        '0.0500'
+        """
+        if self.pairs < 2:
+            return math.nan
+        half = (self.high - self.low) / 2
+        if half == 0:
+            return 0.0 if self.mean else 1.0
+        dof = self.pairs - 1
+        return float(2 * stats.t.sf(abs(self.mean) / half * stats.t.ppf((1 + LEVEL) / 2, dof), dof))
+
 
 def delta_mtl(
     values: Mapping[str, float], baseline: Mapping[str, float], higher_is_better: Mapping[str, bool]
@@ -49,7 +72,7 @@ def delta_mtl(
         if value <= 0:
             raise UserError(f"The baseline of {task} is {value:g}: a relative difference needs one above 0.")
     signed = [(1 if higher_is_better[t] else -1) * (values[t] - baseline[t]) / baseline[t] for t in values]
-    return 100 * math.fsum(signed) / len(signed)
+    return 100 * math.fsum(signed) / len(signed) if all(map(math.isfinite, signed)) else math.nan
 
 
 def summary(values: Iterable[float]) -> Summary:
@@ -65,7 +88,7 @@ def summary(values: Iterable[float]) -> Summary:
     return Summary(mean, std, num)
 
 
-def paired_difference(a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = 0.95) -> Paired:
+def paired_difference(a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = LEVEL) -> Paired:
     """Mean of a - b over the seeds that both have, and its interval of Student's t with pairs - 1 degrees of freedom.
 
     ``a``, ``b``: seed -> value; a NaN on either side takes no part. The interval is mean -+ t s / sqrt(pairs), s the
@@ -76,8 +99,22 @@ def paired_difference(a: Mapping[Hashable, float], b: Mapping[Hashable, float], 
     return Paired(mean, mean - half, mean + half, pairs)
 
 
+def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number by Holm's step-down method (Scand. J. Statist. 6, 1979).
+
+    >>> [round(p, 3) for p in adjust_by_holm([0.01, 0.04, 0.03])]
+    [0.03, 0.06, 0.06]
+    """
+    order = sorted(range(len(p_values)), key=p_values.__getitem__)
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
 def smallest_effect(
-    a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = 0.95, power: float = 0.8
+    a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = LEVEL, power: float = 0.8
 ) -> float:
     """The mean of a - b that a paired, two-sided t test of as many pairs would find with probability ``power``.
 

@@ -82,9 +82,9 @@ class SaliencyMetric(PixelMetric):
 
     def compute(self) -> dict[str, Tensor]:
         self.check_labels(f"allowed are 0, 1 and {VOID} for void")
-        empty = self.pictures == 0
+        nothing_salient = self.histogram[1].sum() == 0  # then there is neither precision nor recall
         return {
-            "maxF": self._f().max().masked_fill(empty, torch.nan),
+            "maxF": self._f().max().masked_fill(nothing_salient, torch.nan),
             "mIoU": (self.iou / self.pictures).max(),
             "not_finite": self.histogram[:, 0].sum(),
         }

@@ -12,13 +12,14 @@ from mtcl.metrics.pixels import BAND, VOID, PixelMetric, by_label, check_shapes,
 
 
 class SegmentationMetric(PixelMetric):
-    """``mIoU``, ``pixel_accuracy`` and every class's ``IoU/<name>`` from one confusion matrix over the split
-    (InvPT/evaluation/eval_semseg.py, class ``SemsegMeter``; atrc/src/data/metrics.py:61-128 is equivalent).
+    """``mIoU``, ``mIoU_present``, ``pixel_accuracy`` and each class's ``IoU/<name>`` from one confusion matrix of the
+    split (InvPT/evaluation/eval_semseg.py, class ``SemsegMeter``; atrc/src/data/metrics.py:61-128 is equivalent).
 
     IoU_c = TP / max(TP + FP + FN, 1e-8), sums over all valid pixels of the split; mIoU is its plain mean over all
     classes of the list, the background too where it is one (PASCAL's semseg, human parts; NYUD-v2's 40 classes have
-    none). A class that occurs neither in the labels nor in the predictions counts as 0. pixel_accuracy is the share
-    of valid pixels with the right class.
+    none). A class that occurs neither in the labels nor in the predictions counts as 0, as in the field; so on a list
+    that lacks classes no prediction reaches 1. ``mIoU_present`` is the mean over the classes that occur in the labels,
+    ``absent_classes`` how many do not. pixel_accuracy is the share of valid pixels with the right class.
 
     ``class_names`` gives the keys ``IoU/<name>`` in the order of the classes; without it they are ``IoU/<index>``.
 
@@ -71,8 +72,11 @@ class SegmentationMetric(PixelMetric):
         self.check_labels(f"allowed are 0..{self.num_classes - 1} and {VOID} for void")
         pixels = self.confusion.sum()
         iou = self.iou_per_class().masked_fill(pixels == 0, torch.nan)
+        present = self.confusion.sum(1) > 0
         return {
             "mIoU": iou.mean(),
+            "mIoU_present": torch.where(present, iou, 0.0).sum() / present.sum(),
+            "absent_classes": (~present).sum().double().masked_fill(pixels == 0, torch.nan),
             "pixel_accuracy": self.confusion.diagonal().sum().double() / pixels,
             **{f"IoU/{name}": value for name, value in zip(self.class_names, iou)},
             "not_finite": self.confusion[:, self.num_classes].sum(),

@@ -14,7 +14,9 @@ from timm.models import model_entrypoint
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, why_unreadable
+from mtcl.models.backbone_options import check_backbone_kwargs
+from mtcl.models.weights import check_numbers
 
 RGB = tuple[float, float, float]
 
@@ -90,9 +92,11 @@ def build_backbone(
     ``weights``: None (random), ``"hub"`` (timm's own, fetched) or a .safetensors / .pth file whose names are those
     of the whole timm model. ``mean``/``std`` (RGB, 0..1 scale) override timm's. ``out_indices``: which of timm's
     feature levels; by default those of stride 4 and coarser, and four evenly spaced blocks of a model with one
-    resolution (ViT). ``kwargs`` go to ``timm.create_model``. Raises UserError for an unknown name, an unreachable
-    hub, weights that do not fit: never falls back to a random start.
+    resolution (ViT). ``kwargs`` go to ``timm.create_model``, architecture arguments only
+    (:mod:`mtcl.models.backbone_options`). Raises UserError for an unknown name, an unreachable hub, weights that do not
+    fit: never falls back to a random start.
     """
+    check_backbone_kwargs(kwargs)
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
@@ -146,7 +150,7 @@ def _any_size(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
             return candidate
     raise UserError(
         f"backbone {name} takes pictures of its own size only; choose another, or fix the size: "
-        "backbone.kwargs.img_size=[H,W] (both multiples of 32, equal to data.size)"
+        "'++backbone.kwargs={img_size:[H,W]}' (both multiples of 32, equal to data.size)"
     )
 
 
@@ -190,7 +194,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"backbone.weights={path} can't be read as weights: {_first_line(error)}") from error
+        raise UserError(f"backbone.weights={path} can't be read as weights: {why_unreadable(error)}") from error
     for key in ("state_dict", "model", "state_dict_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -229,6 +233,9 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
     ]
     if wrong:
         raise UserError(f"backbone.weights={path} does not fit backbone {name}: {'; '.join(wrong[:3])}")
+    for key, value in found.items():
+        if value is not None:
+            check_numbers(key, value, own[key], f"backbone.weights={path}")
     # A deeper sibling's file (resnet34 for resnet18) has all these names and shapes, and further blocks of their kind.
     known = {key.replace(".", "_") for key in whole.state_dict()}
     kinds = {re.sub(r"\d+", "#", key) for key in known}

@@ -1,7 +1,7 @@
 """What a task is: everything the rest of the house needs to know about it, in one frozen object."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,6 +87,21 @@ class Task(ABC):
     def collated(self, labels: np.ndarray) -> Tensor:
         """Labels of equal size, (B, H, W) or of vectors (B, 3, H, W), as a batch: int64 (B, H, W) for classes, float32
         (B, c, H, W) for the others."""
+
+    def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
+        """Say what looks wrong about the values of some images' labels, or of maps of them: their unit, their code.
+
+        Args:
+            arrays: in the layout of the data pipeline, as they are read (before :meth:`finished`).
+
+        Returns:
+            the ends of sentences that begin with what holds the values; usually none.
+        """
+        return []
+
+    def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
+        """Say what looks wrong about predicted maps beside the labels of their images; as :meth:`check_values`."""
+        return self.check_values(maps)
 
     def blank(self, height: int, width: int) -> np.ndarray:
         """A label without a valid pixel, in the layout of the data pipeline."""

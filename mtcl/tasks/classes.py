@@ -1,7 +1,7 @@
 """What semantic segmentation, human parts and saliency have in common: a label is the number of a class."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +29,8 @@ class ClassTask(Task):
     """Arrays uint8 (H, W), batches int64 (B, H, W), predictions logits (B, classes, H, W); 255 is void."""
 
     kind: ClassVar[str] = "class"
-    units: ClassVar[Mapping[str, str]] = {"not_finite": ""}
+    clearly: ClassVar[float] = 0.2  # share of pixels
+    units: ClassVar[Mapping[str, str]] = {"not_finite": "", "absent_classes": ""}
 
     @property
     @abstractmethod
@@ -58,6 +59,22 @@ class ClassTask(Task):
 
     def decoded(self, prediction: Tensor) -> np.ndarray:
         return prediction.argmax(dim=0).to(torch.uint8).cpu().numpy()
+
+    def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
+        """Whether the classes fit the labels far better when they are moved by one: another numbering."""
+        found = np.concatenate([array.ravel() for array in maps]).astype(int)
+        wanted = np.concatenate([array.ravel() for array in labels]).astype(int)
+        found, wanted = found[wanted != self.void], wanted[wanted != self.void]
+        if not found.size:
+            return []
+        as_is, *moved = (float((found - step == wanted).mean()) for step in (0, 1, -1))
+        if max(moved) < 2 * as_is + self.clearly:
+            return []
+        what = "larger" if moved[0] > moved[1] else "smaller"
+        return [
+            f"look one {what} than the classes of the labels ({as_is:.0%} of the pixels agree, moved by one "
+            f"{max(moved):.0%}): classes are numbered from 0, as argmax gives them, without a void"
+        ]
 
     def draw(self, array: np.ndarray) -> np.ndarray:
         table = np.full((256, 3), VOID_COLOUR, np.uint8)

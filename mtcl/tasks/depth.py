@@ -1,7 +1,7 @@
 """Depth."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -36,6 +36,7 @@ class Depth(Task):
     far_off: ClassVar[str] = "22 % off"  # exp(0.2)
     units: ClassVar[Mapping[str, str]] = {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}
     clipped: ClassVar[float] = 1e-6  # metres: what stands for a prediction of 0 or less in pictures, where 0 is void
+    implausible: ClassVar[float] = 100.0  # metres: a median beyond it is of another unit
     farthest: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
 
     @cached_property
@@ -87,6 +88,14 @@ class Depth(Task):
         rows = [(text, rgb(colour)) for text, colour in zip(texts, self.draw(ticks)[0])]
         rows = rows if any((array == ticks[0, 0]).any() for array in arrays) else rows[1:]
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).any() for array in arrays)
+
+    def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
+        """Half of the pixels are nearer than :attr:`implausible` in any scene of metres, also outdoors."""
+        values = np.concatenate([array[(array > 0) & np.isfinite(array)] for array in arrays])
+        median = float(np.median(values)) if values.size else 0.0
+        if median <= self.implausible:
+            return []
+        return [f"have a median of {median:.4g}: depth is in metres, this looks like millimetres"]
 
     def blank(self, height: int, width: int) -> np.ndarray:
         return np.full((height, width), self.void, np.float32)

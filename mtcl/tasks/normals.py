@@ -1,7 +1,7 @@
 """Surface normals."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -46,6 +46,7 @@ class Normals(Task):
     far_off: ClassVar[str] = "40 deg off"
     units: ClassVar[Mapping[str, str]] = {"mErr": "deg", "median": "deg", "rmse": "deg", "not_finite": ""}
     shortest: ClassVar[float] = 0.5
+    halfway: ClassVar[float] = 0.25  # half of what (n + 1) / 2 has on average
 
     def __post_init__(self) -> None:
         if self.validity not in ("length", "field"):
@@ -98,6 +99,15 @@ class Normals(Task):
         axes = zip(("left", "up", "to the viewer"), self.draw(np.eye(3, dtype=np.float32)[None])[0])
         rows = [(text, rgb(colour)) for text, colour in axes]
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).all(axis=-1).any() for array in arrays)
+
+    def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
+        """Of (n + 1) / 2 no component is negative, and the first two are near one half on average; of normals they
+        would have to face left and up everywhere."""
+        vectors = [_decoded(a).transpose(1, 2, 0) if a.dtype == np.uint8 else a for a in arrays]
+        valid = np.concatenate([v[np.isfinite(v).all(axis=2) & v.any(axis=2)] for v in vectors])
+        if not len(valid) or valid.min() < 0 or valid[:, :2].mean(axis=0).min() < self.halfway:
+            return []
+        return ["have no negative component: this looks like (n + 1) / 2 that was not decoded, n = 2 v - 1"]
 
     def blank(self, height: int, width: int) -> np.ndarray:
         return np.full((height, width, 3), self.void, np.float32)

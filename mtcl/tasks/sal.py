@@ -1,9 +1,11 @@
 """Saliency."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torchmetrics
 from torch import Tensor, nn
 
@@ -30,6 +32,10 @@ class Saliency(ClassTask):
     @property
     def colours(self) -> tuple[RGB, ...]:
         return ((96, 96, 96), (240, 240, 240))
+
+    def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
+        """Maps are probabilities, not classes."""
+        return self.check_values(maps)
 
     @cached_property
     def criterion(self) -> nn.Module:

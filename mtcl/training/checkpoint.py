@@ -12,6 +12,7 @@ import re
 import struct
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from mtcl.atomic import disk_errors_told, write_atomically
-from mtcl.errors import UserError
+from mtcl.errors import UserError, why_unreadable
+from mtcl.safe_files import check_depth, open_regular
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +86,9 @@ class Claim:
         path = self.folder / ".lock"
         with disk_errors_told(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("w")
+            if path.is_symlink():
+                raise UserError(f"{path} is a link, in place of the file that mtcl locks; remove it")
+            file = _open_lock(path, os.O_RDWR | os.O_CREAT)
         try:
             _lock(file)
         except ImportError:
@@ -111,16 +115,22 @@ def claim(folder: Path) -> Claim:
 def is_claimed(folder: Path) -> bool:
     """Whether a process holds ``folder``. A look disturbs no run, not even one that is starting."""
     try:
-        with (folder / ".lock").open() as file:
+        with open_regular(folder / ".lock") as file:
             _lock(file, shared=True)
     except BlockingIOError:
         return True
-    except (ImportError, OSError):  # no lock there, or none on such a disk
+    except (ImportError, OSError, UserError):  # no lock there, or none on such a disk
         pass
     return False
 
 
-def _lock(file: IO[str], shared: bool = False) -> None:
+def _open_lock(path: Path, flags: int) -> IO[str]:
+    """Open a lock file as it is: its content counts for nothing, and a link that lies there is not followed."""
+    guards = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.fdopen(os.open(path, flags | guards, 0o666), "r+" if flags & os.O_RDWR else "r")
+
+
+def _lock(file: IO[Any], shared: bool = False) -> None:
     """``BlockingIOError`` where somebody else has the lock."""
     import fcntl  # not on Windows
 
@@ -329,19 +339,66 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise DamagedError(path, f"it can't be read: {error.strerror or error}") from error
     if why is not None:
         raise DamagedError(path, why)
+    _check_archive(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        why = f"{type(error).__name__}: {reason}"
+        why = why_unreadable(error)
         raise DamagedError(path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?") from error
     if not isinstance(content, dict) or "model" not in content or "config" not in content:
         raise UserError(f"{path} is not a checkpoint of mtcl: it has no model and config")
     if content.get("format") != FORMAT:
         raise UserError(
-            f"checkpoint {path} has format {content.get('format')}, this version of mtcl reads format {FORMAT}"
+            f"checkpoint {path} has format {str(content.get('format'))[:20]}, this version of mtcl reads {FORMAT}"
         )
+    check_content(content, path)
     return content
+
+
+PARTS: dict[str, tuple[type, ...]] = {  # of a checkpoint, where it has them
+    **dict.fromkeys(("model", "config", "meta", "optimizer", "schedule"), (Mapping,)),
+    **dict.fromkeys(("ema", "regularizer", "share", "balancer"), (Mapping, type(None))),
+    "rng": (Mapping, list),
+    "step": (int,),
+}
+
+
+def check_content(content: Mapping[str, Any], path: Path) -> None:
+    """Raise ``UserError`` where a part of a checkpoint is of another kind, or a tensor claims more than the file holds.
+
+    The config in it is looked at by whoever builds from it (:mod:`mtcl.entry.stored_config`).
+    """
+    check_depth(content, path)
+    odd = f"checkpoint {path} is not as mtcl writes it: its"
+    for name, kinds in PARTS.items():
+        if name in content and (not isinstance(content[name], kinds) or isinstance(content[name], bool)):
+            raise UserError(f"{odd} {name} is a {type(content[name]).__name__}")
+    if content.get("step", 0) < 0:
+        raise UserError(f"{odd} step is {content['step']}")
+    if content.get("ema") is not None and not isinstance(content["ema"].get("model"), Mapping):
+        raise UserError(f"{odd} ema has no weights")
+    todo: list[Any] = [content]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, Mapping | list | tuple):
+            todo.extend(value.values() if isinstance(value, Mapping) else value)
+        elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
+            held = value.untyped_storage().nbytes()
+            if value.numel() * value.element_size() > held:
+                raise UserError(f"{odd} tensor of shape {tuple(value.shape)} has {held} bytes only")
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ``DamagedError`` where a zip archive's members are compressed: torch stores them as they are, a small file
+    could hold more than the memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
+    except Exception:  # of many kinds for bytes that are none; torch says what the file is
+        return
+    if compressed:
+        raise DamagedError(path, "its members are compressed")
 
 
 def damage(path: Path) -> str | None:

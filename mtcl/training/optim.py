@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules, from plain numbers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,15 @@ def build_optimizer(
     backbone_lr: float | None = None,
     weight_decay: float = 0.0,
     momentum: float = 0.9,
+    nesterov: bool = False,
+    betas: Sequence[float] = (0.9, 0.999),
+    eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """AdamW, Adam or SGD (``momentum`` is SGD's) with a learning rate of its own for the backbone (None: the same).
+    """AdamW, Adam (both with ``betas`` and ``eps``) or SGD (``momentum`` and ``nesterov``), with a learning rate of its
+    own for the backbone (None: the same).
 
-    Vectors (biases, norm scales) take no weight decay.
+    Vectors (biases, norm scales) take no weight decay. All are torch's fused ones, which alone take the flag that a
+    step is to be skipped (:class:`ScheduledOptimizer`) without a wait for the device.
     """
     backbone = {id(p) for p in model.backbone_parameters()}
     buckets: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -39,11 +44,13 @@ def build_optimizer(
         for (is_backbone, decays), parameters in buckets.items()
     ]
     if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
     if name == "adam":
-        return torch.optim.Adam(groups, lr=lr, fused=True)
+        return torch.optim.Adam(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
     if name == "sgd":
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=True)
+        if nesterov and not momentum:
+            raise UserError("optimizer.nesterov=true needs optimizer.momentum above 0")
+        optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
         if momentum:  # else a skipped first step would leave them as the memory happened to be
             for parameter in (p for bucket in buckets.values() for p in bucket):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -8,7 +8,7 @@ import torch
 
 from mtcl import ranks
 
-SIGNALS = ("SIGTERM", "SIGUSR1")  # what schedulers send
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # what schedulers send, and a terminal that is closed
 AGREE_EVERY = 10  # steps at which several processes ask each other
 
 
@@ -42,7 +42,7 @@ class Stop:
     def __enter__(self) -> None:
         for name in SIGNALS:
             number = getattr(signal, name, None)  # Windows lacks some
-            if number is not None:
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 try:
                     self._before[number] = signal.signal(number, self._note)
                 except ValueError:  # not the main thread: whoever runs us there handles signals

@@ -22,9 +22,11 @@ from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.tasks.base import Task
 from mtcl.training.evaluator import Metrics, Shown
 from mtcl.training.panels import draw_panel, panel_layout
+from mtcl.training.run_log import NAME, read_lines
 
 log = logging.getLogger(__name__)
 
+DAMAGED = "log.damaged.jsonl"  # beside a log: its lines that are no records
 LAYOUT = "mtcl-layout"  # the name of a panel's text that holds its panel_layout
 
 
@@ -38,16 +40,46 @@ class Recorder:
 
     def __init__(self, folder: Path, start_step: int = 0):
         self.folder, self.start_step = folder, start_step
-        self.log = folder / "log.jsonl"
+        self.log = folder / NAME
         self.waiting: list[str] = []  # lines that the disk did not take yet
         self.told: set[str] = set()
 
     @cached_property
-    def writer(self) -> SummaryWriter:
+    def writer(self) -> "SummaryWriter | NoCurves":
         self.folder.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in _lines(self.log) if _is_before(json.loads(line), self.start_step)]
-        write_text(self.log, "".join(kept))
-        return _summary_writer(self.folder, self.start_step + 1 if self.start_step else None)
+        self._keep_earlier_records()
+        return self._curves(self.start_step + 1 if self.start_step else None)
+
+    def _curves(self, purge_step: int | None = None) -> "SummaryWriter | NoCurves":
+        """TensorBoard's writer; a silent one where the folder is none for it."""
+        try:
+            return _summary_writer(self.folder, purge_step)
+        except (OSError, UnicodeError) as error:  # a name that is not UTF-8
+            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
+            return NoCurves()
+
+    def _keep_earlier_records(self) -> None:
+        """Rewrite the log with the records before ``start_step``; move damaged lines into a file beside it."""
+        aside = self.log.with_name(DAMAGED)
+        damaged = 0
+
+        def write(temporary: Path) -> None:
+            nonlocal damaged
+            with temporary.open("wb") as kept, contextlib.ExitStack() as stack:
+                for line in read_lines(self.log) if self.start_step else ():
+                    if line.record is None:
+                        if not damaged:
+                            rest = stack.enter_context(os.fdopen(_open_to_append(aside), "ab"))
+                        rest.write(line.data if line.data.endswith(b"\n") else line.data + b"\n")
+                        damaged += 1
+                    elif _is_before(line.record, self.start_step):
+                        kept.write(line.data)
+
+        with disk_errors_told(self.log):
+            write_atomically(self.log, write)
+        if damaged:
+            lines = f"{damaged} damaged line{'s' * (damaged > 1)}"
+            log.warning("%s had %s: moved to %s, training goes on", self.log, lines, aside.name)
 
     def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name, NaN where nothing was seen."""
@@ -97,7 +129,7 @@ class Recorder:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log.touch()
                 self.told.discard("vanished")
-                self.__dict__["writer"] = _summary_writer(self.folder)
+                self.__dict__["writer"] = self._curves()
 
     def _append(self, *lines: str) -> None:
         """Add lines to the log, behind those that wait; whole or not at all."""
@@ -122,13 +154,32 @@ class Recorder:
     def _curves_may_fail(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            self._tell(f"TensorBoard's curves are not written ({error.strerror or error})", once="curves")
+        except (OSError, UnicodeError) as error:
+            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
 
     def _tell(self, message: str, once: str) -> None:
         if once not in self.told:
             log.warning("%s", message)
         self.told.add(once)
+
+
+def _open_to_append(path: Path) -> int:
+    """Open a file to append to; ``OSError`` for a FIFO without a reader, which would block otherwise."""
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
+class NoCurves:
+    """Takes what TensorBoard's writer takes, and writes nothing."""
+
+    def add_scalar(self, *_: Any, **__: Any) -> None: ...
+
+    def add_image(self, *_: Any, **__: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _summary_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
@@ -165,7 +216,7 @@ def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]
 
 def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
-        temporary.write_text(text)
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
     with disk_errors_told(path):
         write_atomically(path, write)
@@ -192,9 +243,3 @@ def flat(metrics: Metrics) -> dict[str, float]:
 def _is_before(record: Mapping[str, Any], start_step: int) -> bool:
     """Step s's losses are of the update from s to s + 1, its validation is of the state before that update."""
     return record["step"] < start_step or (record["kind"] == "val" and record["step"] == start_step > 0)
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines: a run that was killed while writing leaves a part of one at the end."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [line for line in lines if line.endswith("\n")]

@@ -8,8 +8,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mtcl.atomic import write_atomically
+from mtcl.atomic import remove_leftovers, write_atomically
 from mtcl.errors import UserError
+from mtcl.safe_files import read_json
 
 STAMP = "prepared.json"
 
@@ -17,11 +18,14 @@ STAMP = "prepared.json"
 def begin(destination: Path, settings: Mapping[str, Any]) -> None:
     """Make ``destination`` ready: empty, or begun with the same ``settings`` (JSON values), which it remembers."""
     stamp = destination / STAMP
+    remove_leftovers(destination)  # of a run that was killed while it wrote the stamp
     if stamp.is_file():
         try:
-            before = json.loads(stamp.read_text())
-        except ValueError as error:
+            before = read_json(stamp)
+        except UserError as error:
             raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.") from error
+        if not isinstance(before, dict):
+            raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.")
         if before != settings:
             changed = sorted(k for k in {**before, **settings} if before.get(k) != settings.get(k))
             raise UserError(
@@ -30,7 +34,7 @@ def begin(destination: Path, settings: Mapping[str, Any]) -> None:
         return
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise UserError(f"{destination} is not empty and was not begun by this command; give a new folder.")
-    write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
 
 
 def write_picture(path: Path, array: np.ndarray) -> None:
@@ -52,7 +56,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
     """Lines of text, whole or not at all."""
-    write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines)))
+    write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
 
 
 def tune_lists(train_ids: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -111,10 +111,12 @@ def prepare_nyud(
 def check_labeled(path: Path) -> int:
     """The number of frames of nyu_depth_v2_labeled.mat, when its variables have the form of the official file's."""
     with _open(path) as file:
-        if lacks := [name for name in PIXELS if not isinstance(file.get(name), h5py.Dataset)]:
+        if lacks := [name for name in PIXELS if name not in file]:
             raise UserError(
                 f"{path} has no variable {lacks[0]}; give the official nyu_depth_v2_labeled.mat, --labeled."
             )
+        for name in PIXELS:
+            files.read_dataset(file, name, path, max_bytes=2**40)
         count = int(file["images"].shape[0]) if file["images"].ndim else 0
         for name, channels in PIXELS.items():
             expected = (count, *channels, *FRAME[::-1])  # MATLAB stores columns first

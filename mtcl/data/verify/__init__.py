@@ -1,7 +1,6 @@
 """The checker of dataset folders: every listed picture and label, read as training reads it, against what is known."""
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from mtcl.data.verify.measure import Item, Measured, measure, together
 from mtcl.data.verify.sheet import write_sheet
 from mtcl.data.verify.table import Row, table
 from mtcl.errors import UserError
+from mtcl.safe_files import read_json
 from mtcl.tasks import build_task
 from mtcl.tasks.base import Task
 
@@ -127,7 +127,8 @@ def _notes(root: Path, facts: Facts) -> tuple[str, ...]:
     notes = list(facts.notes)
     stamp = root / STAMP
     if stamp.is_file():
-        size = json.loads(stamp.read_text()).get("size")
+        settings = read_json(stamp)
+        size = settings.get("size") if isinstance(settings, dict) else None
         told = "" if size is None else f": size {size}"
         notes.append(f"written by one of mtcl's prepare scripts ({STAMP}{told})")
     return tuple(notes)

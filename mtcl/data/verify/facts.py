@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mtcl.data.files import read_bytes
 from mtcl.data.nyud import NYUD
 from mtcl.data.nyud import ROOTS as NYUD_ROOTS
 from mtcl.data.official.jobs import STAMP
@@ -125,5 +126,5 @@ def find(given: Path, name: str | None) -> tuple[str, Path]:
 def _edition(folder: Path) -> str:
     """Small if the validation list is as long as the small edition's, and no command of ours wrote the folder."""
     path = folder / "gt_sets" / "val.txt"
-    lines = path.read_bytes().split() if path.is_file() else []
+    lines = read_bytes(path).split() if path.is_file() else []
     return "nyud_small" if len(lines) == SMALL_VAL and not (folder / STAMP).is_file() else "nyud"

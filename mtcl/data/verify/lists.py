@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mtcl.data.files import read_bytes
+from mtcl.data.files import NO_ID, read_bytes, strange_ids
 from mtcl.data.reader import IMAGE, FileReader, entries
 from mtcl.data.verify.facts import Facts
 from mtcl.data.verify.table import Row
-from mtcl.errors import UserError
+from mtcl.errors import UserError, printable
 
 PARTS = ("train", "val")
 
@@ -151,9 +151,12 @@ def _sources(root: Path, part: Part, name: str) -> dict[str, str]:
 
 def _ids(path: Path) -> list[str]:
     try:
-        return read_bytes(path).decode("utf-8-sig").split()
+        ids = read_bytes(path).decode("utf-8-sig").split()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); it must hold one id per line.") from error
+    if (strange := strange_ids(ids)) is not None:
+        raise UserError(f"{path} lists {printable(strange[:80])!r}, {NO_ID}.")
+    return ids
 
 
 def _first(names: Sequence[str]) -> str:

@@ -170,6 +170,7 @@ def _directions(normals: np.ndarray, floor: np.ndarray | None) -> dict[str, np.n
     }
     if floor is not None and floor.shape == known.shape:
         sums["normals floor pixels"] = float((known & floor).sum())
+        sums["normals floor pictures"] = float((known & floor).any())
         sums["normals floor vectors"] = normals[floor].sum(axis=0, dtype=np.float64)
     return sums
 

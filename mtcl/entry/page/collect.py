@@ -1,8 +1,7 @@
 """Folders as what a page tells of: runs that finished, runs that did not, what is wrong with either, one table."""
 
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,15 +19,16 @@ from mtcl.entry.compare import (
     labels,
     listed,
     natural,
+    natural_order,
     provenance,
-    read_config,
-    read_json,
     read_run,
 )
-from mtcl.errors import UserError
+from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_record
+from mtcl.errors import UserError, printable
+from mtcl.training import run_log
 from mtcl.training.checkpoint import is_claimed
 
-MARKS = ("metrics.json", "config.yaml", "log.jsonl")  # of a run folder, from its first minute on
+MARKS = (METRICS, CONFIG, run_log.NAME)  # of a run folder, from its first minute on
 INSIDE = ("checkpoints", "panels", ".git")  # folders that hold no runs
 DIFFERENT_WAYS = "were scored in different ways"
 
@@ -55,26 +55,25 @@ class Folder:
 
     @property
     def steps(self) -> int | None:
-        steps = self.config.get("trainer.max_steps")
-        return steps if isinstance(steps, int) else None
+        return self.config.get("trainer.max_steps")
 
     @property
     def state(self) -> str:
         if self.run is not None:
             return "finished"
-        if (self.path / "metrics.json").is_file():
+        if os.path.lexists(self.path / METRICS):
             return "broken"
         return "running" if is_claimed(self.path) else "unfinished"
 
     @property
     def written(self) -> str:
         """When its log, or else its numbers, were last written; "" where there is neither."""
-        for name in ("log.jsonl", "metrics.json", "config.yaml"):
+        for name in (run_log.NAME, METRICS, CONFIG):
             try:
                 seconds = (self.path / name).stat().st_mtime
-            except OSError:
+                return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
+            except (OSError, ValueError, OverflowError):  # none, or a date that no calendar has
                 continue
-            return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M UTC")
         return ""
 
 
@@ -101,38 +100,49 @@ class Collection:
 
 
 def collect(
-    sources: Sequence[Path], baseline: Sequence[Path] = (), against: str | None = None, by: Sequence[str] = ()
+    sources: Sequence[Path],
+    baseline: Sequence[Path] = (),
+    against: str | None = None,
+    by: Sequence[str] = (),
+    holm: bool = False,
 ) -> Collection:
     """Every run at or below ``sources``, compared as :func:`mtcl.entry.compare.compare` does where it can be.
 
     What is wrong with one run is told of it; ``UserError`` where there is none at all, or where a given ``baseline``,
     ``against`` or ``by`` does not fit.
     """
-    paths = find_folders(sources)
+    groups = find_folders(sources)
+    paths = [path for group in groups for path in group]
     above = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     folders = [read_folder(path, str(path.absolute().relative_to(above))) for path in paths]
-    runs = [folder.run for folder in folders if folder.run is not None]
+    read = {folder.path: folder.run for folder in folders if folder.run is not None}
+    runs = [run for group in groups for run in natural_order([read[path] for path in group if path in read])]
     asked = bool(baseline or against is not None or by)
     names = {folder.path: folder.name for folder in folders}
-    comparison, unranked = compared(runs, names, baseline, against, by, asked) if runs else (None, "")
+    comparison, unranked = compared(runs, names, baseline, against, by, holm, asked) if runs else (None, "")
     return Collection(folders, make_lines(folders, comparison), comparison, unranked)
 
 
 # Reading
 
 
-def find_folders(sources: Sequence[Path]) -> list[Path]:
-    """Run folders, and files of metrics, each once: a source that is a run itself, else all runs below it."""
-    found: dict[Path, Path] = {}
+def find_folders(sources: Sequence[Path]) -> list[list[Path]]:
+    """Run folders, and files of metrics, each once, by source: one that is a run itself, else all runs below it."""
+    seen: set[Path] = set()
+    groups: list[list[Path]] = []
     for source in sources:
-        if not source.exists():
+        if not os.path.exists(source):
             raise UserError(f"{source} does not exist; give run folders or folders of runs.")
+        group: dict[Path, Path] = {}
         for path in [source] if source.is_file() or is_run(source) else sorted(below(source), key=natural):
-            found.setdefault(path.resolve(), path)
-    if not found:
+            if path.resolve() not in seen:
+                group.setdefault(path.resolve(), path)
+        seen |= group.keys()
+        groups.append(list(group.values()))
+    if not seen:
         given = listed([str(source) for source in sources])
         raise UserError(f"There is no run in {given}: no {' or '.join(MARKS)} in it or below it.")
-    return list(found.values())
+    return groups
 
 
 def is_run(folder: Path) -> bool:
@@ -150,7 +160,7 @@ def read_folder(path: Path, name: str) -> Folder:
     """What can be read of a run, and a sentence on each thing that cannot."""
     problems: list[str] = []
     run, config, facts = None, {}, {}
-    if path.is_file() or (path / "metrics.json").is_file():
+    if path.is_file() or os.path.lexists(path / METRICS):
         try:
             run = read_run(path)
             config, facts = dict(run.config), dict(run.facts)
@@ -160,41 +170,33 @@ def read_folder(path: Path, name: str) -> Folder:
         going = "it is still going" if is_claimed(path) else "it broke off (resume=auto continues it)"
         problems.append(f"It has no metrics.json: {going}. Its curves are here, it takes no part in the table.")
     if run is None:
-        for file, read in (("config.yaml", read_config), ("run.json", read_json)):
-            try:
-                content = read(path / file) if (path / file).is_file() else {}
-            except UserError as error:
-                problems += [str(error)] if str(error) not in problems else []
-                continue
-            if file == "config.yaml":
-                config = content
-            else:
-                facts = content
+        config = _read(read_config, path / CONFIG, problems)
+        facts = _read(read_record, path / RECORD, problems)
     elif path.is_dir() and not facts:
         problems.append("It has no run.json: not known on which data, machine and version it was made.")
     elif path.is_dir() and not config:
         problems.append("Its config.yaml is not there: not known with which settings it was made.")
-    step = facts.get("step", last_step(path / "log.jsonl"))
-    return Folder(path, name, run, config, facts, step if isinstance(step, int) else None, problems)
+    step = facts["step"] if "step" in facts else last_step(path / run_log.NAME)
+    return Folder(path, name, run, config, facts, step, [printable(problem) for problem in problems])
+
+
+def _read(read: Callable[[Path], dict[str, Any]], path: Path, problems: list[str]) -> dict[str, Any]:
+    """What ``read`` makes of a file; empty where there is none, and with a problem more where it can't be read."""
+    try:
+        return read(path) if os.path.lexists(path) else {}
+    except UserError as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+        return {}
 
 
 def last_step(log: Path) -> int | None:
     """Of the last whole record in a run's log."""
     try:
-        with log.open("rb") as file:
-            file.seek(0, os.SEEK_END)
-            file.seek(max(0, file.tell() - 65536))
-            lines = file.read().splitlines(keepends=True)
-    except OSError:
+        lines, _ = run_log.read_tail(log, 1 << 16)
+    except UserError:
         return None
-    for line in reversed(lines):
-        try:
-            step = json.loads(line).get("step") if line.endswith(b"\n") else None
-        except (ValueError, AttributeError):
-            continue
-        if isinstance(step, int):
-            return step
-    return None
+    return next((line.record["step"] for line in reversed(lines) if line.record is not None), None)
 
 
 # Comparing
@@ -206,12 +208,13 @@ def compared(
     baseline: Sequence[Path],
     against: str | None,
     by: Sequence[str],
+    holm: bool,
     asked: bool,
 ) -> tuple[Comparison, str]:
     """The table of finished runs, and why it ranks nothing, or ""."""
     try:
         check_same_data(runs)
-        found = compare_runs(runs, baseline, against, by)
+        found = compare_runs(runs, baseline, against, by, holm=holm)
     except UserError as error:
         if asked:
             raise
@@ -234,9 +237,9 @@ def side_by_side(runs: Sequence[Run], names: Mapping[Path, str]) -> Comparison:
     rows = []
     for run, text in zip(runs, texts):
         name = ", ".join(part for part in (names[run.path], text) if part)
-        rows.append(Row(name, (run,)))
+        rows.append(Row(printable(name), (run,)))
         fill(rows[-1], columns)
-    return Comparison(columns, rows, [], [provenance(runs), *notes])
+    return Comparison(columns, rows, [], [*map(printable, [provenance(runs), *notes])])
 
 
 def make_lines(folders: Sequence[Folder], comparison: Comparison | None) -> list[Line]:

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import mtcl
-from mtcl.entry.compare import SAME_DATA, Column, Comparison, Run, differing_keys, listed, show
+from mtcl.entry.columns import Column
+from mtcl.entry.compare import SAME_DATA, Comparison, Run, differing_keys, listed, show
 from mtcl.entry.page import figures
 from mtcl.entry.page.collect import Collection, Folder, Line
 from mtcl.entry.page.pictures import build_wall
-from mtcl.entry.schema import leaves
-from mtcl.entry.tables import NONE, closing, figure, heading, interval, mean_cell, unit_of_difference, verdict
+from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.tables import NONE, TOO_FEW, closing, figure, heading, interval, mean_cell, unit_of_difference, verdict
 
 MOST_AT_ONCE = 25  # rows of a table that is shown whole
 MOST_DIFFERENT = 200  # rows of the table of settings that differ
 MOST_COLUMNS = 16  # of it
 MOST_VALUES = 6  # of a setting, in the list of all
-NOT_TELLING = ("seed", "name", "resume")  # settings that differ between any two runs
 # Facts of a run alone, and those that stand among its settings.
 PER_RUN = ("command", "overrides", "seed", "step", "seconds", "checkpoint", "predictions", "evaluation.")
 
@@ -111,8 +111,13 @@ def embedded(content: Any) -> str:
 
 def name(text: str) -> str:
     """Words of a user: their direction is their own, and they may be broken where their parts end."""
-    breakable = re.sub("([,/_])", r"\1<wbr>", esc(text))
+    breakable = re.sub("([,/_=])", r"\1<wbr>", esc(text))
     return f'<bdi class="name">{breakable}</bdi>'
+
+
+def breakable(heading: str) -> str:
+    """A column's heading as markup; it breaks at spaces and underscores only, never inside a word."""
+    return re.sub("(_+)", r"\1<wbr>", esc(heading))
 
 
 def section(anchor: str, title: str, body: str) -> str:
@@ -186,7 +191,7 @@ def main_table(found: Comparison, ranked: bool) -> str:
     heads = ['<th scope="col" aria-sort="none"><button type="button" class="sort">row</button></th>']
     for column in found.columns:
         lines = [column.task, heading(column)] if column.task else [heading(column)]
-        text = "<br>".join(map(esc, lines))
+        text = "<br>".join(map(breakable, lines))
         heads.append(f'<th scope="col" aria-sort="none"><button type="button" class="sort">{text}</button></th>')
     heads.append('<th scope="col" aria-sort="none"><button type="button" class="sort">seeds</button></th>')
     scored = [", ".join(dict.fromkeys(map(scored_on, row.runs))) for row in found.rows]
@@ -234,7 +239,7 @@ def difference_table(found: Comparison) -> str:
     columns = [c for c in found.columns if any(c in one.columns for one in found.differences)]
     references = dict.fromkeys(one.reference.label for one in found.differences)
     of_one = len(references) == 1
-    head = ["row", *(f"{esc(c.task)}<br>{esc(unit_heading(c))}" for c in columns), "pairs"]
+    head = ["row", *(f"{breakable(c.task)}<br>{breakable(unit_heading(c))}" for c in columns), "pairs"]
     body = []
     for one in found.differences:
         cells = []
@@ -243,19 +248,22 @@ def difference_table(found: Comparison) -> str:
             if pair is None:
                 cells.append(NONE)
                 continue
-            side = verdict(column, pair)
-            word = {"yes, better": "better", "yes, worse": "worse"}.get(side, "")
+            side = verdict(column, pair, (one.adjusted or {}).get(column))
+            word = {"yes, better": "better", "yes, worse": "worse", TOO_FEW: TOO_FEW}.get(side, "")
             mean = figure(column, pair.mean, signed=True)
             span = interval(column, pair)
             cells.append(
                 f'{mean}<br><span class="spread">{"" if span == NONE else span}</span>'
-                + (f'<br><span class="verdict {word}">{word}</span>' if word else "")
+                + (f'<br><span class="verdict {"" if word == TOO_FEW else word}">{word}</span>' if word else "")
             )
         pairs = sorted({pair.pairs for pair in one.columns.values()})
         rows = name(one.row.label) + ("" if of_one else f" minus {name(one.reference.label)}")
         body.append([rows, *cells, listed([str(p) for p in pairs])])
     told = f"<p>Each row minus {name(next(iter(references)))}.</p>\n" if of_one else ""
-    hint = "Mean and 95 % interval; “better” and “worse” where the interval excludes zero."
+    decided = "the interval excludes zero"
+    if any(one.adjusted is not None for one in found.differences):
+        decided = "the p-value, corrected for the number of intervals by Holm's method, is below 0.05"
+    hint = f"Mean and 95 % interval; “better” and “worse” where {decided}, of three pairs or more."
     return told + table("Differences, paired over seeds", head, body, "numbers") + f'<p class="hint">{hint}</p>\n'
 
 
@@ -321,7 +329,7 @@ def settings(lines: Sequence[Line], folders: Sequence[Folder]) -> str:
     known = [folder.config for folder in folders if folder.config]
     if not known:
         return '<p class="empty">No run has a config.yaml.</p>'
-    keys = [key for key in differing_keys(known) if key not in NOT_TELLING]
+    keys = [key for key in differing_keys(known) if role_of(key) not in ("seed", "record")]
     parts = []
     if not keys:
         parts.append("<p>The runs differ in nothing but seed and name.</p>\n" if len(known) > 1 else "")

@@ -1,22 +1,25 @@
 """The numbers that a page's charts draw, as plain containers for JSON; NaN becomes None."""
 
-import json
 import math
+import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.compare import FREE, TASKS, Column, Row, column_of, differing_keys, identity, primaries, show
+from mtcl.entry.columns import TASKS, Column, column_of, primaries
+from mtcl.entry.compare import WEIGHT, Row, differing_keys, identity, is_off, show
 from mtcl.entry.page.collect import Collection, Line
 from mtcl.entry.tables import DIGITS, best, heading
+from mtcl.errors import UserError, printable
 from mtcl.tasks import TASK_NAMES
+from mtcl.training import run_log
 
 MOST_CURVES = 60  # lines of which curves are embedded
 POINTS = 150  # of a curve of losses, each a mean over some steps
+MOST = 1e100  # of a value in a curve: sums and scales of it are numbers, too
 MOST_BYTES = 64 * 2**20  # of a log that is read
-WEIGHT = "regularizer.weight"
-NOT_SWEPT = (*FREE, "step", "checkpoint")
+NOT_SWEPT = ("step", "checkpoint")  # of a row's identity, no settings
 
 Points = list[tuple[int, float]]  # step, value
 Curves = dict[str, Points]  # "val/task/metric" or "train/name" -> its points
@@ -65,9 +68,8 @@ def swept_keys(rows: Sequence[Row]) -> dict[str, list[float | None]]:
     The regulariser's weight comes first, and is 0 where there is no regulariser.
     """
     known = [identity(row.runs[0]) if not row.is_baseline else {} for row in rows]
-    weights = [settings.get("regularizer._target_", "") is None for settings in known]
-    for settings, off in zip(known, weights):
-        if off and WEIGHT in settings:
+    for settings, row in zip(known, rows):
+        if WEIGHT in settings and is_off(row.runs[0]):
             settings[WEIGHT] = 0.0
     keys = differing_keys([settings for settings in known if settings] or [{}])
     found = {}
@@ -99,37 +101,32 @@ def others(rows: Sequence[Row], key: str) -> list[str]:
 
 def read_log(path: Path) -> tuple[Curves, list[str]]:
     """The numbers of a run's log.jsonl by name, and sentences on what it does not hold."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}, ["It has no log.jsonl, so it has no curves."]
     curves: Curves = defaultdict(list)
-    bad = 0
+    damaged = 0
     try:
-        if path.stat().st_size > MOST_BYTES:
+        if os.path.getsize(path) > MOST_BYTES:
             return {}, [f"Its log.jsonl is larger than {MOST_BYTES // 2**20} MB and is not read."]
-        with path.open(errors="replace") as file:
-            for line in file:
-                bad += not take(line, curves)
+        for line in run_log.read_lines(path):
+            damaged += line.record is None
+            take(line.record or {}, curves)
+    except UserError as error:
+        return {}, [printable(f"It has no curves: {error}.")]
     except OSError as error:
         return {}, [f"Its log.jsonl can't be read ({error.strerror or error})."]
-    told = [f"{bad} line{'s' * (bad > 1)} of its log.jsonl can't be read."] if bad else []
+    told = [f"{damaged} line{'s' * (damaged > 1)} of its log.jsonl can't be read."] if damaged else []
     if not any(name.startswith("train/") for name in curves):
         told.append("Its log.jsonl holds no training step yet.")
     return dict(curves), told
 
 
-def take(line: str, curves: Curves) -> bool:
-    """Add a record's numbers to ``curves``; False if it is none."""
-    try:
-        record = json.loads(line)
-        step, kind = record["step"], record["kind"]
-    except (ValueError, TypeError, KeyError):
-        return False
-    if not isinstance(step, int) or isinstance(step, bool):
-        return False
+def take(record: Mapping[str, Any], curves: Curves) -> None:
+    """Add the numbers of a training step's or a validation's record to ``curves``."""
+    kind = record.get("kind")
     for name, value in record.items() if kind in ("train", "val") else ():
-        if plain_number(value) is not None and name != "step":
-            curves[f"{kind}/{name}"].append((step, value))
-    return True
+        if name not in ("step", "kind") and value is not None and abs(value) < MOST:
+            curves[f"{kind}/{name}"].append((record["step"], value))
 
 
 def thinned(points: Points, width: int) -> Points:

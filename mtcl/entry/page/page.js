@@ -23,7 +23,8 @@ function fill(node, attributes, children) {
   node.append(...children);
   return node;
 }
-const bdi = (text) => el("bdi", { class: "name" }, ...text.split(/(?<=[,\/_])/).flatMap((part) => [part, el("wbr")]));
+const breakable = (text) => text.split(/(?<=_)/).flatMap((part) => [part, el("wbr")]); // a heading: nowhere else
+const bdi = (text) => el("bdi", { class: "name" }, ...text.split(/(?<=[,\/_=])/).flatMap((part) => [part, el("wbr")]));
 const colour = (i) => `var(--c${i % COLOURS})`;
 const dash = (i) => ["", "7 4", "2 3", "9 3 2 3"][Math.floor(i / COLOURS) % 4];
 // One shape per colour, so that colour is never the only sign.
@@ -515,8 +516,8 @@ function wall() {
 
 function drawWall() {
   const entry = data.wall[view.picture], tasks = Object.keys(entry.tasks);
-  const cell = (task, content) => el("td", {}, el("span", { class: "what" }, task), content);
-  const head = el("thead", {}, el("tr", {}, el("td", { class: "lead-cell" }), ...tasks.map((task) => el("th", { scope: "col" }, task))));
+  const cell = (task, content) => el("td", {}, el("span", { class: "what" }, ...breakable(task)), content);
+  const head = el("thead", {}, el("tr", {}, el("td", { class: "lead-cell" }), ...tasks.map((task) => el("th", { scope: "col" }, ...breakable(task)))));
   const label = el("tr", {}, el("th", { scope: "row" }, "label"), ...tasks.map((task) => cell(task, el("span", { class: "still" }, image(entry.tasks[task].label, `label of ${task}, picture ${entry.id}`)))));
   const rows = linesOf(entry).map((i) => el("tr", {}, el("th", { scope: "row" }, bdi(labelOf(i))), ...tasks.map((task) => {
     const own = entry.lines[i][task];
@@ -529,9 +530,14 @@ function drawWall() {
   const table = byId("wall").firstChild;
   table.style.setProperty("max-width", `${12 + tasks.length * 17}rem`);
 }
-// What the darkest colour of the error maps stands for, task by task.
+// What the colours of a task's labels and predictions stand for, beside its name.
+function taskLegend(entry, task) {
+  const rows = entry.tasks[task].legend.filter(([text]) => !text.startsWith("error: "));
+  return rows.length ? el("div", {}, el("span", {}, ...breakable(task)), legendList(rows)) : "";
+}
+// What the colours of predictions stand for, or the darkest colour of the error maps, task by task.
 function keybox(entry, tasks) {
-  if (view.kind !== "error") return legendList([]);
+  if (view.kind !== "error") return el("div", { class: "legends" }, ...tasks.map((task) => taskLegend(entry, task)));
   const rows = tasks.map((task) => [task, entry.tasks[task].legend.filter(([text]) => text.startsWith("error: "))]).filter(([, own]) => own.length === 2);
   if (!rows.length) return legendList([]);
   const [[, [[none, right], [, wrong]]]] = rows, tasksOf = new Map();
@@ -609,7 +615,8 @@ function drawSlider() {
     const place = () => { sides.cut = Number(range.value); box.style.setProperty("--cut", `${sides.cut}%`); };
     range.addEventListener("input", place);
     place();
-    host.replaceChildren(bar, box, el("div", { class: "sides" }, bdi(text(sides.left)), bdi(text(sides.right))));
+    const words = el("div", { class: "sides" }, bdi(text(sides.left)), bdi(text(sides.right)));
+    host.replaceChildren(bar, box, words, el("div", { class: "legends" }, taskLegend(entry, sides.task)));
   }
   if (again >= 0) host.querySelectorAll("select")[again].focus();
 }

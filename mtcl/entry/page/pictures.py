@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,8 @@ from PIL import Image
 
 from mtcl.entry.compare import natural
 from mtcl.entry.page.collect import Folder, Line
+from mtcl.errors import UserError, printable
+from mtcl.safe_files import parse_json, read_bytes
 from mtcl.training.panels import KINDS
 from mtcl.training.recorder import LAYOUT
 
@@ -23,6 +24,8 @@ SIDES = ((4, 640), (12, 448), (MOST_RUNS, 320))  # up to so many runs: pixels of
 FEW_COLOURS = 64  # a map of so few is kept without loss
 MOST_PIXELS = 2**26  # of a panel
 QUALITY = 80
+
+FORGED = (UserError, AttributeError, OverflowError, MemoryError, Image.DecompressionBombError)  # what such panels raise
 
 Tiles = dict[str, np.ndarray]  # "image" or "task/kind" -> uint8 (H, W, 3)
 
@@ -94,14 +97,14 @@ def picture_of(
     for index, path in panels.items():
         try:
             layout, tiles = cut(path)
-        except (OSError, ValueError, KeyError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-            why = str(error) if isinstance(error, NoLayout) else f"{path.name} can't be read ({error})"
+        except (OSError, ValueError, KeyError, TypeError, SyntaxError, *FORGED) as error:
+            why = str(error) if isinstance(error, NoLayout) else printable(f"{path.name} can't be read ({error})")
             sentences = told.setdefault(path.parent.parent, [])
             sentences += [f"Its pictures are left out: {why}."] if not sentences else []
             continue
         if entry is None:
             first = tiles["image"]
-            entry = {"id": str(layout["id"]), "image": encoded(first, side), "tasks": {}, "lines": {}}
+            entry = {"id": layout["id"], "image": encoded(first, side), "tasks": {}, "lines": {}}
             size += len(entry["image"])
         elif first is not None and not np.array_equal(first, tiles["image"]):
             missing.append(f"{lines[index].label} shows another picture as {path.stem}; it is left out there.")
@@ -110,8 +113,11 @@ def picture_of(
         for task in tasks_of(tiles):
             if task not in entry["tasks"]:
                 label = encoded(tiles[f"{task}/label"], side)
-                entry["tasks"][task] = {"label": label, "legend": legend_of(layout, task)}
+                entry["tasks"][task] = {"label": label, "legend": []}
                 size += len(label)
+            legend = entry["tasks"][task]["legend"]
+            legend += [row for row in layout["legends"].get(task, []) if row not in legend]  # a class of this line only
+            legend.sort(key=lambda row: row[0] == "void" or row[0].startswith("error: "))
             own[task] = {kind: encoded(tiles[f"{task}/{kind}"], side) for kind in KINDS[1:]}
             size += sum(map(len, own[task].values()))
         entry["lines"][index] = own
@@ -123,8 +129,8 @@ class NoLayout(ValueError):
 
 
 def cut(path: Path) -> tuple[dict[str, Any], Tiles]:
-    """A panel's layout, and its tiles at the size that they were drawn from."""
-    with Image.open(path) as opened:
+    """A panel's id and legends, and its tiles at the size that they were drawn from."""
+    with Image.open(io.BytesIO(read_bytes(path))) as opened:
         if opened.format != "PNG" or opened.width * opened.height > MOST_PIXELS:
             raise ValueError("it is no PNG of a panel's size")
         opened.load()
@@ -132,7 +138,7 @@ def cut(path: Path) -> tuple[dict[str, Any], Tiles]:
         if text is None:
             raise NoLayout("they were drawn by an earlier version of mtcl; evaluate.py draws them anew")
         panel = np.asarray(opened.convert("RGB"))
-    layout = json.loads(text)
+    layout = parse_json(text, path)
     height, width = (int(length) for length in layout["size"])
     zoom = int(layout["zoom"])
     tiles = {}
@@ -141,9 +147,10 @@ def cut(path: Path) -> tuple[dict[str, Any], Tiles]:
         if min(top, left) < 0 or not tile.size or tile.shape[:2] != (-(-height // zoom), -(-width // zoom)):
             raise ValueError("its layout is not its own")
         tiles[str(name)] = tile
-    if "image" not in tiles:
-        raise ValueError("its layout has no image")
-    return layout, tiles
+    if "image" not in tiles or "id" not in layout:
+        raise ValueError("its layout has no image or no id")
+    legends = {task: legend_of(rows) for task, rows in layout.get("legends", {}).items()}
+    return {"id": layout["id"], "legends": legends}, tiles
 
 
 def tasks_of(tiles: Tiles) -> list[str]:
@@ -152,9 +159,8 @@ def tasks_of(tiles: Tiles) -> list[str]:
     return [task for task in names if all(f"{task}/{kind}" in tiles for kind in KINDS)]
 
 
-def legend_of(layout: Mapping[str, Any], task: str) -> list[tuple[str, str]]:
+def legend_of(rows: Sequence[Any]) -> list[tuple[str, str]]:
     """(text, #rrggbb) rows."""
-    rows = layout.get("legends", {}).get(task, [])
     return [(str(text), "#" + "".join(f"{int(value) & 255:02x}" for value in colour[:3])) for text, colour in rows]
 
 

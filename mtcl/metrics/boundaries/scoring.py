@@ -88,7 +88,7 @@ def _thinned(
 
 
 class Scores(NamedTuple):
-    """Fractions; NaN if there was no boundary at all, neither true nor predicted."""
+    """Fractions; NaN if there was no true boundary at all."""
 
     odsF: float
     oisF: float
@@ -118,7 +118,7 @@ def scores(counts: np.ndarray, best: np.ndarray, thresholds: np.ndarray, interpo
     the mean of precision, in straight lines over recall, at recall 0, 0.01 ... 1, with 0 outside what was measured and,
     as there, a divisor of 100 (edgesEvalDir.m:95-98).
     """
-    if not counts[:, [1, 3]].any():
+    if not counts[:, 1].any():
         return Scores(*[float("nan")] * 6)
     recall, precision, _ = measures(counts)
     line = np.stack([recall, precision, np.asarray(thresholds, float)])

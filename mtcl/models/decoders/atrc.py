@@ -12,7 +12,6 @@ ICCV 2021 (https://arxiv.org/abs/2104.13874).
 The search for a genotype is not part of this: see :func:`read_genotype` for where one comes from.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
 from mtcl.models.decoders.blocks import ConvBlock, Fusion, SpatialNorm, predict_fp32, predicted, resize
 from mtcl.models.decoders.relational import Context, GlobalContext, LabelContext, LocalContext, prototypes
+from mtcl.safe_files import read_json
 
 KINDS = ("none", "global", "local", "t_label", "s_label")  # a published file names a kind by its place in this list
 
@@ -54,7 +54,7 @@ def read_genotype(genotype: str | Mapping[str, Any], tasks: Iterable[str]) -> Ge
             names, rows = (text.split() for text in PUBLISHED[genotype])
             table: Any = {t: {s: _LETTERS[x] for s, x in zip(names, row)} for t, row in zip(names, rows)}
         else:
-            table = _read_file(genotype, [*uniform, *PUBLISHED])
+            table = read_genotype_file(genotype)
         what = f"decoder.genotype={genotype}"
     else:
         table, what = genotype, "decoder.genotype"
@@ -63,14 +63,20 @@ def read_genotype(genotype: str | Mapping[str, Any], tasks: Iterable[str]) -> Ge
     return {target: {source: _kind(table, target, source, what) for source in tasks} for target in tasks}
 
 
-def _read_file(name: str, names: Sequence[str]) -> Any:
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(f"decoder.genotype={name} is neither a file nor one of {', '.join(names)}")
+def is_named_genotype(genotype: str) -> bool:
+    """Tell whether a text names a genotype that is built in; any other is taken for the path of a file."""
+    return genotype in PUBLISHED or genotype in {f"all_{kind}" for kind in KINDS}
+
+
+def read_genotype_file(name: str) -> Any:
+    """Return what a genotype's JSON file holds, as the authors' search writes it or as the bare mapping."""
+    if not Path(name).is_file():
+        names = ", ".join([*(f"all_{kind}" for kind in KINDS), *PUBLISHED])
+        raise UserError(f"decoder.genotype={name} is neither a file nor one of {names}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # of JSON and of the encoding, too
-        raise UserError(f"decoder.genotype={name} can't be read as JSON: {str(error).splitlines()[0]}") from error
+        content = read_json(name)
+    except UserError as error:
+        raise UserError(f"decoder.genotype={name} can't be read as JSON: {error}") from error
     return content["data"] if isinstance(content, dict) and "data" in content else content
 
 

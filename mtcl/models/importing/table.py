@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, why_unreadable
+from mtcl.models.weights import check_numbers
 
 State = dict[str, Tensor]
 
@@ -57,8 +58,7 @@ def read_published(path: Path) -> tuple[State, int]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{path} can't be read as a checkpoint ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{path} can't be read as a checkpoint ({why_unreadable(error)})") from error
     content = content if isinstance(content, dict) else {}
     state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
@@ -112,6 +112,8 @@ def fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], method: str) -> 
     ]
     if wrong:
         raise UserError(f"{len(wrong)} tensors have another shape in the model of the config: {'; '.join(wrong[:3])}")
+    for name, tensor in state.items():
+        check_numbers(name, tensor, own[name], f"the checkpoint of {method}")
 
 
 def _pattern(theirs: str, tasks: Sequence[str]) -> re.Pattern[str]:

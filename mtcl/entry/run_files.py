@@ -1,0 +1,180 @@
+"""Read the files of a run folder, which anybody may have written or edited: config.yaml, run.json, metrics.json.
+
+Each reader returns plain values of checked types, or raises a :class:`UserError` of one sentence that names the file.
+The fourth, log.jsonl, is :mod:`mtcl.training.run_log`'s.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mtcl.entry.columns import COUNT, column_of, primaries
+from mtcl.entry.schema import leaves
+from mtcl.errors import UserError, printable
+from mtcl.safe_files import MAX_DIGITS, read_json, read_yaml
+from mtcl.tasks import TASK_NAMES
+
+METRICS, RECORD, CONFIG = "metrics.json", "run.json", "config.yaml"
+LARGEST = 1e12  # of a metric: what is larger is no measurement, and its square still a number
+MAX_INT = 10**MAX_DIGITS
+
+Metrics = dict[str, dict[str, float]]
+Check = tuple[str, Callable[[Any], bool]]
+
+
+def _is_int(value: Any, low: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < MAX_INT
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+COUNTING: Check = ("a whole number >= 0", _is_int)
+POSITIVE: Check = ("a whole number >= 1", lambda value: _is_int(value, 1))
+TEXT: Check = ("text", _is_text)
+FLAG: Check = ("true or false", lambda value: isinstance(value, bool))
+SECONDS: Check = (
+    "a number of seconds",
+    lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+)
+TEXTS: Check = ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
+VARIABLES: Check = (
+    "a mapping {name: text}",
+    lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
+)
+MAPPING: Check = ("a mapping {key: value}", lambda value: isinstance(value, dict))
+
+# The types of what is computed or compared with; null counts as absent. Further keys hold any plain value.
+RECORD_CHECKS: Mapping[str, Check] = {
+    "seed": COUNTING,
+    "step": COUNTING,
+    "num_images": COUNTING,
+    "seconds": SECONDS,
+    "clean": FLAG,
+    "overrides": TEXTS,
+    "versions": VARIABLES,
+    "evaluation": MAPPING,
+    **dict.fromkeys(("command", "commit", "checkpoint", "predictions", "split", "data_fingerprint"), TEXT),
+    **dict.fromkeys(("device", "precision", "protocol"), TEXT),
+}
+CONFIG_CHECKS: Mapping[str, Check] = {
+    "seed": COUNTING,
+    "trainer.max_steps": POSITIVE,
+    "trainer.dry_run": FLAG,
+    "regularizer._target_": TEXT,
+    "backbone.name": TEXT,
+}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in ``path``, its keys as texts."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
+    return content
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Return what a run's run.json tells of it; keys that are null there are left out."""
+    return check_record(path, read_object(path))
+
+
+def check_record(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``content``, of the run.json ``path``, without nulls; ``UserError`` for a value of another type."""
+    record = {key: value for key, value in content.items() if value is not None}
+    check_types(path, record, RECORD_CHECKS)
+    return record
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a run's config.yaml, in which everything is resolved, as dotted key -> value."""
+    return {key: value for key, value in leaves(read_config_tree(path)) if value != {}}
+
+
+def read_config_tree(path: Path) -> dict[str, Any]:
+    """Return a run's config.yaml as it stands, checked as :func:`read_config` does; an empty file is an empty one."""
+    content = read_yaml(path)
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a mapping, not a {type(content).__name__}.")
+    plain = dict(_plain_items(path, content))
+    check_types(path, {key: value for key, value in leaves(plain) if value is not None}, CONFIG_CHECKS)
+    return plain
+
+
+def _plain_items(path: Path, mapping: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield a mapping's items with keys as texts; ``UserError`` for what JSON could not hold."""
+    for key, value in mapping.items():
+        if not isinstance(key, str | int | float | None):
+            raise UserError(f"{path} has a key of type {type(key).__name__}; keys are texts.")
+        yield "null" if key is None else str(key), _plain(path, str(key), value)
+
+
+def _plain(path: Path, key: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        return dict(_plain_items(path, value))
+    if isinstance(value, list):
+        return [_plain(path, key, item) for item in value]
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise UserError(f"{path} has a whole number of more than {MAX_DIGITS} digits for {key}.")
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    raise UserError(
+        f"{path} has a value of type {type(value).__name__} for {key}; write a number, text, list or mapping."
+    )
+
+
+def check_types(path: Path, content: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    """Raise ``UserError`` for the first value of ``content``, of the file ``path``, that is not what it must be."""
+    for key, (words, holds) in checks.items():
+        if key in content and not holds(content[key]):
+            raise UserError(f"{path} has {_shown(content[key])} for {key}; it must be {words}, or null.")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def read_metrics(path: Path) -> Metrics:
+    """Return the metrics in ``path``; see :func:`parse_metrics`."""
+    return parse_metrics(path, read_object(path))
+
+
+def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
+    """Return task -> metric -> value of a file's ``content``; null becomes NaN.
+
+    Args:
+        path: the file, for the message.
+        content: ``{task: {metric: number or null}}``, or ``{task: number}`` for its primary metric.
+    """
+    metrics: Metrics = {}
+    for task, values in content.items():
+        if task not in TASK_NAMES:
+            raise UserError(
+                f"{path} has {_shown(task)} in place of a task; it must be {{task: {{metric: value}}}} with tasks "
+                f"among {', '.join(TASK_NAMES)}."
+            )
+        named = values if isinstance(values, dict) else {primaries(task)[0]: values}
+        metrics[task] = {name: _number(path, task, name, v) for name, v in zip(map(printable, named), named.values())}
+    if not metrics:
+        raise UserError(f"{path} holds no task.")
+    return {task: metrics[task] for task in TASK_NAMES if task in metrics}
+
+
+def _number(path: Path, task: str, metric: str, value: Any) -> float:
+    column = column_of(task, metric)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
+        raise UserError(f"{path} has {_shown(value)} for {column.key}; it must be a finite number or null.")
+    if metric in primaries(task) and column.unit == "%" and value > 1:
+        raise UserError(
+            f"{path} has {value:g} for {column.key}; files hold fractions, for percent write {value / 100:g}."
+        )
+    if metric == COUNT and value < 0:
+        raise UserError(f"{path} has {value:g} for {column.key}, a number of pixels; it must be 0 or more.")
+    return float(value)

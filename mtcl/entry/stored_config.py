@@ -1,0 +1,125 @@
+"""The one door for configs of others: what a checkpoint or an exported folder says of its model.
+
+Such a config may come from anybody. It is data: nothing in it is resolved, and before anything is built from it, it
+passes the same schema as the command line, and what names a file or a folder is left out of it.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtcl.entry.schema import check_config, short
+from mtcl.errors import UserError, printable
+from mtcl.models.decoders.atrc import is_named_genotype
+from mtcl.safe_files import check_depth
+from mtcl.tasks import TASK_NAMES
+
+GROUPS = ("backbone", "decoder", "tasks", "data", "trainer")
+NEEDED = ("backbone.name", "decoder._target_", "data.name", "data._target_", "data.size")
+MOST_VALUES = 20_000  # of a config; those of today have about 150
+LONGEST_TEXT = 4_096
+MOST_CHANNELS = 100_000  # of a task
+# Where the machine of the training had its files. Reading images from data.root is what evaluate.py is asked for; the
+# others are the reader's own to say.
+PATHS = ("data.cache", "backbone.weights", "resume", "checkpoint", "predictions", "save_predictions")
+LABELS = ("full", "one", "random")  # of data.labels; anything else is a path
+DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
+    "backbone": {"weights": None, "mean": None, "std": None, "out_indices": None, "kwargs": None},
+    "data": {"options": {}},
+    "loss": {"weights": {}, "options": {}},
+}
+
+
+def check_stored_config(config: Any, source: str | Path) -> dict[str, Any]:
+    """Return a copy of a stored config from which a model may be built.
+
+    Args:
+        config: what the checkpoint or the exported folder holds under "config".
+        source: where it comes from, for messages.
+
+    Returns:
+        plain containers with string keys; every key and value fits the schema; without paths of another machine but
+        for ``data.root``.
+
+    Raises:
+        UserError: it is no such config; the sentence names the key.
+    """
+    check_depth(config, source)
+    if not isinstance(config, Mapping) or not all(isinstance(config.get(group), Mapping) for group in GROUPS):
+        raise UserError(f"{source} is no model of mtcl: its config has not all of {', '.join(GROUPS)}")
+    try:
+        count = [0]
+        plain = {key: _copy_plain(value, key, count) for key, value in config.items()}
+        drop_paths(plain)
+        for group, defaults in DEFAULTS.items():
+            if isinstance(plain.setdefault(group, {}), dict):
+                plain[group] = {**defaults, **plain[group]}
+        for key in NEEDED:
+            group, _, name = key.partition(".")
+            if plain[group].get(name) is None:
+                raise UserError(f"{key} is missing")
+        check_config(plain)
+        _check_genotype(plain["decoder"].get("genotype"))
+    except UserError as error:
+        raise UserError(f"the config stored in {source} is refused: {printable(str(error))}") from error
+    return plain
+
+
+def _copy_plain(value: Any, key: str, count: list[int]) -> Any:
+    """Copy a value of which containers, texts, numbers, booleans and None are all; refuse interpolations."""
+    count[0] += 1
+    if count[0] > MOST_VALUES:
+        raise UserError(f"it has more than {MOST_VALUES} values")
+    if isinstance(value, Mapping):
+        for name in value:
+            if not isinstance(name, str):
+                raise UserError(f"{key} has the key {short(name)}, which is no text")
+        return {name: _copy_plain(item, f"{key}.{name}", count) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copy_plain(item, key, count) for item in value]
+    if isinstance(value, str):
+        if "${" in value or value == "???":
+            raise UserError(f"{key}={short(value)} is to be filled in from elsewhere; a stored config has values only")
+        if len(value) > LONGEST_TEXT:
+            raise UserError(f"{key} is a text of {len(value):,} characters")
+        return value
+    if value is None or type(value) in (bool, int) or (type(value) is float and not math.isnan(value)):
+        return value
+    kind = "nan" if type(value) is float else f"a {type(value).__name__}"
+    raise UserError(f"{key} is {kind}; a config has texts, numbers, true, false and null")
+
+
+def drop_paths(config: dict[str, Any]) -> None:
+    """Take from a plain config what names files of the machine it was trained on, but for ``data.root``."""
+    for key in PATHS:
+        group, _, name = key.rpartition(".")
+        part = config.get(group) if group else config
+        if isinstance(part, dict) and part.get(name) is not None:
+            del part[name]
+    data = config.get("data")
+    if isinstance(data, dict) and isinstance(data.get("labels"), str) and data["labels"] not in LABELS:
+        data["labels"] = LABELS[0]
+
+
+def _check_genotype(genotype: Any) -> None:
+    if isinstance(genotype, str) and not is_named_genotype(genotype):
+        raise UserError(
+            f"decoder.genotype={short(genotype)} names a file of the machine it was trained on; continue that run once "
+            "with train.py resume=auto, which stores what the file says"
+        )
+
+
+def check_stored_tasks(tasks: Any, source: str | Path) -> dict[str, dict[str, Any]]:
+    """Return the facts of stored tasks, {name: {"channels": number, "classes": names}}, or raise ``UserError``."""
+    if not isinstance(tasks, Mapping) or not tasks:
+        raise UserError(f"{source} is no model of mtcl: it does not say which tasks it has")
+    for name, facts in tasks.items():
+        if name not in TASK_NAMES:
+            raise UserError(f"{source} has a task {printable(short(name))}; mtcl knows {', '.join(TASK_NAMES)}")
+        channels, classes = (facts.get("channels"), facts.get("classes")) if isinstance(facts, Mapping) else (0, None)
+        if type(channels) is not int or not 0 < channels <= MOST_CHANNELS:
+            raise UserError(f"{source} gives no number of channels for its task {name}")
+        if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
+            raise UserError(f"{source} gives no list of classes for its task {name}")
+    return {name: {"channels": facts["channels"], "classes": [*facts["classes"]]} for name, facts in tasks.items()}

@@ -1,0 +1,78 @@
+"""Which arguments of ``timm.create_model`` a config may set: those that describe the architecture, and nothing else.
+
+A config may come out of a stranger's checkpoint. timm's other arguments name files to unpickle (``checkpoint_path``),
+addresses to download from and folders to write to (``pretrained``, ``pretrained_cfg``, ``pretrained_cfg_overlay``,
+``cache_dir``), or callables. What is not listed here is refused, whoever asks for it.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from mtcl.errors import UserError
+
+_NAMES = """
+    act_layer always_partition attn_drop_rate attn_ratio attn_type avg_down base_width block_config
+    block_reduce_first bn_eps bn_momentum bn_size cardinality channel_multiplier channels class_token conv_bias
+    conv_mlp crpe_window depth depth_mult depth_multiplier depths dim_mul dims down_kernel_size downsamples
+    drop_block_rate drop_path_rate drop_rate dynamic_img_pad dynamic_img_size embed_dim embed_dims expand_ratio
+    feature_location ffn_ratio final_norm fix_init fix_stem focal_levels focal_windows global_attn_indexes
+    global_block_counts global_pos_size growth_rate growth_rates head_dim head_mul heads hidden_sizes img_size
+    init_values inner_dim intermediate_size kernel_size kernel_sizes key_dim layer_scale layer_scale_init_value
+    layer_scale_init_values layers layerscale_value levels linear ls_init_value mask_unit_attn mask_unit_size
+    merge_size mlp_bias mlp_ratio mlp_ratios neck_chans no_embed_class norm_eps norm_layer num_blocks num_heads
+    num_init_features num_kv_heads num_levels num_reg_tokens output_stride pad_type partial_dim patch_drop_rate
+    patch_kernel patch_norm patch_padding patch_size patch_sizes patch_stride pos_drop_rate pos_embed pos_embs
+    pre_norm pretrained_window_sizes proj_bias proj_drop_rate q_pool q_stride qk_dim qk_norm qkv_bias qkv_fused
+    ref_feat_shape reg_tokens rel_pos_dim rel_pos_type replace_stem_pool rope_grid_indexing rope_grid_offset
+    rope_rotate_half rope_temperature rope_type scale_attn_inner scale_attn_norm scale_mlp scale_mlp_norm
+    se_from_exp se_ratio sep_pos_embed serial_depths shared_rel_pos sr_ratios stage1 stage2 stage3 stage4 stages
+    state_dim stem_chs stem_size stem_stride stem_type stem_width strict_img_size strides swiglu_align_to
+    swiglu_mlp token_mixers transformer_depths use_abs_pos use_abs_pos_emb use_fc_norm use_grn use_layer_scale
+    use_pos_emb use_pos_embed use_post_norm use_rel_pos use_rel_pos_bias use_rope use_rot_pos_emb
+    use_shared_rel_pos_bias weight_init width width_factor width_mult width_multiplier widths window_ratio
+    window_size window_sizes zero_init_last
+"""
+ARCHITECTURE = frozenset(_NAMES.split())
+LARGEST = 100_000  # of a number: widths are below it
+DEEPEST = 128  # of a number of blocks
+LONGEST = 32  # entries of a list
+BLOCKS = re.compile(r".*(depth|layers|blocks|levels|block_config|stages?\d*)")  # arguments that count blocks
+NAME = re.compile(r"[A-Za-z0-9_.-]{0,40}")  # of a layer, a padding, ...: no path and no address
+
+
+def check_backbone_kwargs(kwargs: Any) -> None:
+    """Raise ``UserError`` for the first of a backbone's ``kwargs`` that describes no architecture, or not plainly.
+
+    Args:
+        kwargs: argument -> value for ``timm.create_model``, or None. A value is a number of at most :data:`LARGEST`,
+            true, false, null, a short name, or a list or a mapping of these, nested at most three deep.
+    """
+    if kwargs is None:
+        return
+    if not isinstance(kwargs, Mapping):
+        raise UserError(f"backbone.kwargs={kwargs!r} must be a mapping {{argument: value}}, or null")
+    for name, value in kwargs.items():
+        if name not in ARCHITECTURE:
+            close = difflib.get_close_matches(str(name), ARCHITECTURE, n=1, cutoff=0.75)
+            hint = f"did you mean {close[0]}?" if close else "weights come from backbone.weights only"
+            raise UserError(f"backbone.kwargs.{name} is not an architecture argument that may be set; {hint}")
+        largest = DEEPEST if BLOCKS.match(name) and not isinstance(value, Mapping) else LARGEST
+        if not _is_plain(value, largest, levels=3):
+            raise UserError(
+                f"backbone.kwargs.{name}={str(value)[:80]} must be a number up to {largest}, true, false, null, a "
+                "name, or a list or mapping of these"
+            )
+
+
+def _is_plain(value: Any, largest: int, levels: int) -> bool:
+    """Tell whether a value is a bounded number, a name, or a bounded nest of these."""
+    if isinstance(value, Mapping):  # HRNet's stages
+        names = all(isinstance(key, str) and NAME.fullmatch(key) for key in value)
+        return names and _is_plain([*value.values()], largest, levels)
+    if isinstance(value, list | tuple):
+        return levels > 0 and len(value) <= LONGEST and all(_is_plain(item, largest, levels - 1) for item in value)
+    if isinstance(value, str):
+        return NAME.fullmatch(value) is not None
+    return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= largest)
