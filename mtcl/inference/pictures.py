@@ -30,7 +30,9 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             formats = [name for name in FORMATS if name in Image.OPEN]
             with open_regular(path) as file, Image.open(file, formats=formats) as picture:
                 return from_pillow(picture, max_pixels, str(path))
-    except UserError:
+    except UserError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise UserError(f"{path} does not exist") from error
         raise
     except Image.DecompressionBombError as error:
         limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own is the double of that
