@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtcl.entry import build, study_tables
 from mtcl.entry.cli import sentence
 from mtcl.entry.compare import read_json
+from mtcl.entry.overrides import readable
 from mtcl.entry.processes import caught_signals, duration, ended, quoted, reason, started
 from mtcl.entry.schema import check_config
 from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
@@ -166,7 +167,7 @@ def tasks_of_config(overrides: Sequence[str], configs: Path) -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            config = compose("train", list(overrides))
+            config = compose("train", readable(overrides))
             check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
         return list(build.build_tasks(config))
     except (HydraException, OmegaConfBaseException) as error:
