@@ -29,7 +29,7 @@ from mtcl.entry.processes import caught_signals, duration, ended, quoted, reason
 from mtcl.entry.schema import check_config
 from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
 from mtcl.errors import UserError
-from mtcl.training.checkpoint import claim
+from mtcl.training.checkpoint import claim, is_claimed
 from mtcl.training.recorder import write_json, write_text
 
 TasksOf = Callable[[Sequence[str]], list[str]]
@@ -245,7 +245,8 @@ def execute(
     num_parallel: int,
     say: Callable[[str], None],
 ) -> list[Failure]:
-    """Run the jobs that are not finished, ``num_parallel`` at once; those that failed.
+    """Run the jobs that are not finished, ``num_parallel`` at once; those that failed. What a process of an earlier
+    study still runs is waited for.
 
     ``KeyboardInterrupt`` once a signal has ended them.
     """
@@ -254,11 +255,21 @@ def execute(
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
     failures: list[Failure] = []
     took: list[float] = []
+    for job in waiting:
+        if is_claimed(job.folder):
+            say(f"{job.title} is still run by a process of a study that was killed: it is waited for")
     began, number, num_done = time.monotonic(), len(jobs) - len(waiting), len(jobs) - len(waiting)
     with caught_signals() as signals:
         while (waiting or running) and not signals:
             while waiting and len(running) < num_parallel:
-                job = waiting.pop(0)
+                job = next((one for one in waiting if not is_claimed(one.folder)), None)
+                if job is None:  # all that is left is run by processes of a study that was killed
+                    break
+                waiting.remove(job)
+                if job.is_finished:
+                    num_done, number = num_done + 1, number + 1
+                    say(f"[{num_done}/{len(jobs)}] {job.title} finished by a process of a study before this one")
+                    continue
                 continued = job.checkpoint.is_file()
                 running[start(job, given, study, command, root)] = (job, time.monotonic())
                 number += 1
