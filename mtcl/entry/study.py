@@ -262,9 +262,10 @@ def execute(
     with caught_signals() as signals:
         while (waiting or running) and not signals:
             while waiting and len(running) < num_parallel:
-                job = next((one for one in waiting if not is_claimed(one.folder)), None)
-                if job is None:  # all that is left is run by processes of a study that was killed
+                free = next((one for one in waiting if not is_claimed(one.folder)), None)
+                if free is None:  # all that is left is run by processes of a study that was killed
                     break
+                job = free
                 waiting.remove(job)
                 if job.is_finished:
                     num_done, number = num_done + 1, number + 1
