@@ -356,6 +356,7 @@ TRAIN_MISTAKES = {
     "path without a key": (["outputs/none"], ["outputs/none has no key", "resume=outputs/none"]),
     "home that is not there": (["data=nyud", "data.root=~/none"], ["/home of mine/none is not a folder"]),
     "path with signs": (["data=nyud", "data.root=no/a=b[1] {2}#,für"], ["no/a=b[1] {2}#,für is not a folder"]),
+    "folder to resume": ([f"resume={ROOT}/tests"], ["tests is a folder", "checkpoints/last.pt", "resume=auto"]),
     "no checkpoint": ([f"resume={ROOT}/README.md"], ["README.md can't be read (it is no file of torch.save"]),
     "no weights": ([f"backbone.weights={ROOT}/README.md"], ["README.md can't be read", "no file of torch.save"]),
     "one value per channel": (

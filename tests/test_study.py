@@ -21,6 +21,7 @@ from mtcl.entry.study import conduct, duration, failure_text, jobs_of, quoted, s
 from mtcl.entry.study_file import Arm, Study, merged, portable, read_study
 from mtcl.entry.study_tables import as_json, as_markdown, as_text, read_results, report, write_results
 from mtcl.metrics.delta import smallest_effect
+from mtcl.training.checkpoint import claim
 
 STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))
 
@@ -355,6 +356,30 @@ def test_a_signal_ends_the_runs_and_the_same_command_continues_them(run, study_f
     assert not failures
     assert "a seed 0 continued" in again
     assert calls(tmp_path) == ["a 0", "a 0 auto", "b 0"]
+
+
+def test_what_a_killed_studys_process_still_runs_is_waited_for(run, tmp_path):
+    run(only=["off"])
+    before, folder = calls(tmp_path), tmp_path / "out" / "off" / "seed_3"
+    text = (folder / "metrics.json").read_text()
+    (folder / "metrics.json").unlink()
+    held = claim(folder)
+
+    def finish():
+        (folder / "metrics.json").write_text(text)
+        held.close()
+
+    said = []
+
+    def say(line):
+        said.append(line)
+        if "off seed 3 is still run by a process of a study that was killed" in line:
+            threading.Timer(0.2, finish).start()
+
+    _, failures = run(only=["off"], say=say)
+    assert not failures
+    assert calls(tmp_path) == before
+    assert "off seed 3 finished by a process of a study before this one" in "\n".join(said)
 
 
 def test_two_studies_in_one_folder_are_refused(run, tmp_path):

@@ -117,8 +117,14 @@ def test_folders_of_other_tasks_differ_in_their_readable_part_and_keep_an_earlie
 
 def test_a_job_runs_once_and_is_skipped_when_it_is_finished(job, tmp_path, capfd):
     assert job(here=True).ending == "finished"
-    assert "training" in capfd.readouterr().out, "its output is shown"
+    shown = capfd.readouterr()
+    assert "training" in shown.out, "its output is shown"
+    began, ended = shown.err.splitlines()
+    assert began == f"[1] job0: started, log {tmp_path}/job0.log"
+    assert ended.startswith("[1] job0: finished after ")
+    (tmp_path / "job0" / "metrics.json").write_text('{"depth": {"rmse": 0.5}, "semseg": {"mIoU": 0.25}}')
     assert job().ending == "finished before", "data.root and keys of later versions are no other config"
+    assert capfd.readouterr().err == "[1] job0: finished before, semseg mIoU 25.00 %\n"
     assert calls(tmp_path) == ["fresh"]
     with pytest.raises(UserError, match=r"job0 holds a run of another config \(optimizer.lr is 0.2, was 0.1\)"):
         job(lr=0.2)

@@ -29,9 +29,9 @@ from mtcl.entry.terminal import FULL, complain, outlasting_output, speak_utf8
 from mtcl.errors import UserError, printable
 from mtcl.training.preemption import Preempted
 
-# Of writing: what a folder or a disk refuses.
-OF_FOLDERS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
-OF_FOLDERS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
+# What a disk refuses to write; and what no folder can be called, when Hydra makes the run's.
+OF_DISKS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+OF_NAMES = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
 OFTEN_MEANT = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
 
 
@@ -75,7 +75,7 @@ def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script:
         complain(sentence(error))
         sys.exit(1)
     except OSError as error:
-        if wants_trace or error.errno not in OF_FOLDERS:
+        if wants_trace or error.errno not in (OF_DISKS if error is task.ending else OF_DISKS | OF_NAMES):
             raise
         where = error.filename or "the run folder"
         complain(f"{shortened(where)} can't be written ({error.strerror}); choose another hydra.run.dir")

@@ -25,6 +25,7 @@ from mtcl.entry.cli import sentence
 from mtcl.entry.consistency_figures import draw_distances, draw_separation
 from mtcl.entry.evaluate import adapt, dataset_of, overridden
 from mtcl.entry.loading import of_checkpoint, rebuild, restore_config
+from mtcl.entry.overrides import readable
 from mtcl.entry.report import run_facts
 from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
@@ -141,7 +142,7 @@ def consistency(options: Options, overrides: Sequence[str], configs: Path) -> di
 
 def restored(state: Mapping[str, Any], path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
     """A checkpoint's own config with the command's overrides, as evaluate.py would use it."""
-    words = list(overrides)
+    words = readable(overrides)
     own_data = dataset_of([f"checkpoint={path}", *words], configs)
     try:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.entry import build
 from mtcl.entry.cli import sentence
+from mtcl.entry.overrides import readable
 from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
 from mtcl.models.importing import METHODS, fit, read_published, translate
@@ -73,7 +74,7 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
 def composed(overrides: Sequence[str], configs: Path) -> DictConfig:
     try:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            return compose("train", list(overrides))
+            return compose("train", readable(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(sentence(error)) from error
 

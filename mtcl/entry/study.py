@@ -23,12 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.entry import build, study_tables
 from mtcl.entry.cli import sentence
+from mtcl.entry.overrides import readable
 from mtcl.entry.processes import caught_signals, duration, ended, quoted, reason, started
 from mtcl.entry.run_files import TEXTS, VARIABLES, check_types, read_object, read_record
 from mtcl.entry.schema import check_config
 from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
 from mtcl.errors import UserError
-from mtcl.training.checkpoint import claim
+from mtcl.training.checkpoint import claim, is_claimed
 from mtcl.training.recorder import write_json, write_text
 
 TasksOf = Callable[[Sequence[str]], list[str]]
@@ -167,7 +168,7 @@ def tasks_of_config(overrides: Sequence[str], configs: Path) -> list[str]:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            config = compose("train", list(overrides))
+            config = compose("train", readable(overrides))
             check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
         return list(build.build_tasks(config))
     except (HydraException, OmegaConfBaseException) as error:
@@ -252,7 +253,8 @@ def execute(
     num_parallel: int,
     say: Callable[[str], None],
 ) -> list[Failure]:
-    """Run the jobs that are not finished, ``num_parallel`` at once; those that failed.
+    """Run the jobs that are not finished, ``num_parallel`` at once; those that failed. What a process of an earlier
+    study still runs is waited for.
 
     ``KeyboardInterrupt`` once a signal has ended them.
     """
@@ -261,11 +263,22 @@ def execute(
     running: dict[subprocess.Popen, tuple[Job, float]] = {}
     failures: list[Failure] = []
     took: list[float] = []
+    for job in waiting:
+        if is_claimed(job.folder):
+            say(f"{job.title} is still run by a process of a study that was killed: it is waited for")
     began, number, num_done = time.monotonic(), len(jobs) - len(waiting), len(jobs) - len(waiting)
     with caught_signals() as signals:
         while (waiting or running) and not signals:
             while waiting and len(running) < num_parallel:
-                job = waiting.pop(0)
+                free = next((one for one in waiting if not is_claimed(one.folder)), None)
+                if free is None:  # all that is left is run by processes of a study that was killed
+                    break
+                job = free
+                waiting.remove(job)
+                if job.is_finished:
+                    num_done, number = num_done + 1, number + 1
+                    say(f"[{num_done}/{len(jobs)}] {job.title} finished by a process of a study before this one")
+                    continue
                 continued = job.checkpoint.is_file()
                 running[start(job, given, study, command, root)] = (job, time.monotonic())
                 number += 1

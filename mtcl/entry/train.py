@@ -267,6 +267,10 @@ def find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) -> 
         raise UserError(f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir")
     if resume is None:
         return None
+    if resume != "auto" and Path(str(resume)).is_dir():
+        raise UserError(
+            f"resume={resume} is a folder; give its checkpoints/last.pt, or hydra.run.dir={resume} resume=auto"
+        )
     if resume != "auto":
         return Found(Path(resume), load_checkpoint(resume), [])
     found = newest_intact(own) or find_twin(config, siblings)
