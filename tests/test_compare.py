@@ -235,6 +235,7 @@ def test_runs_that_differ_in_how_they_ran_and_what_they_wrote_are_one_row(tmp_pa
     keys = {"trainer.keep_interval": 10, "trainer.compile": True, "trainer.parallel": "fsdp", "data.workers": 7}
     keys |= {"trainer.async_checkpoints": False, "trainer.unreadable": "skip", "trainer.max_skipped": 3}
     keys |= {"trainer.panels": 0, "trainer.device": "cuda", "trainer.grad_checkpointing": True, "data.root": "/y"}
+    keys |= {"optimizer.eps": 1e-8}  # younger than the others, and what they did
     write_run(tmp_path / "s" / "0", 0)
     for seed, (key, value) in enumerate(keys.items(), start=1):
         write_run(tmp_path / "s" / str(seed), seed, config={key: value})

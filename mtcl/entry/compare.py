@@ -16,7 +16,7 @@ from typing import Any
 
 from mtcl.entry.columns import COUNT, UNJUDGED, Column, column_of, primaries
 from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
-from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.schema import BEFORE_THE_KEY, leaves, role_of
 from mtcl.errors import UserError, printable
 from mtcl.metrics.delta import Paired, Summary, adjust_by_holm, delta_mtl, paired_difference, summary
 from mtcl.tasks import TASK_NAMES
@@ -408,6 +408,7 @@ def identity(run: Run) -> dict[str, Any]:
     """What, besides the seed, decides a run's numbers; empty where nothing is known."""
     known = {key: value for key, value in run.config.items() if role_of(key) == "result"}
     if known:
+        known = BEFORE_THE_KEY | known
         known["tasks.names"] = list(run.metrics)  # what "auto" stood for
         step, checkpoint = run.facts.get("step"), PurePath(run.facts.get("checkpoint", "last.pt")).name
         finished = checkpoint != "last.pt" or step in (None, run.config.get("trainer.max_steps"))

@@ -162,7 +162,7 @@ def checked(saved: Saved) -> Saved:
 
 def find(source: str | Path) -> Path:
     """The checkpoint, or the facts of an exported folder."""
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.is_dir():
         for candidate in (path / FACTS, path / "checkpoints" / "last.pt", path / "last.pt"):
             if candidate.is_file():

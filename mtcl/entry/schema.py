@@ -265,6 +265,10 @@ ROLES: dict[str, str] = {
 }
 
 
+# Keys younger than some run folders, and what those runs did: with and without the key they are one row of a table.
+BEFORE_THE_KEY: dict[str, Any] = {"optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "optimizer.nesterov": False}
+
+
 @functools.cache
 def role_of(key: str) -> str:
     """Return a config key's role; of a key that is not listed (of another version) ``result``."""
