@@ -17,8 +17,9 @@ from mtcl.data import Rooms
 from mtcl.entry.build import build_tasks
 from mtcl.entry.report import format_table
 from mtcl.entry.train import train
+from mtcl.errors import UserError
 from mtcl.tasks import TASK_NAMES
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +512,22 @@ def test_resume_with_other_tasks_is_refused(cli, trained, tmp_path):
     words = ["decoder.width=24", f"resume={trained}/checkpoints/best.pt", f"hydra.run.dir={trained}"]
     assert_fails(cli("train.py", *TINY, *words), "best.pt", "does not fit")
     assert (trained / "log.jsonl").read_text() == log
+
+
+def test_resume_from_an_odd_checkpoint_is_refused(trained, tmp_path):
+    content = load_checkpoint(trained / "checkpoints" / "last.pt")
+    name = next(key for key, weight in content["model"].items() if weight.dim() == 4)
+    not_finite = {**content["model"], name: content["model"][name] * float("nan")}
+    int8 = {**content["model"], name: content["model"][name].to(torch.int8)}
+    odd: list[dict] = [{"model": not_finite}, {"model": int8}, {"model": {}}, {"meta": {}}, {"meta": {"tasks": 5}}]
+    odd += [{"optimizer": {"model": 5}}, {"optimizer": {}}, {"config": {}}, {"config": {"optimizer": 5}}, {"rng": {}}]
+    odd += [{"regularizer": {"x": 1}}, {"balancer": {"x": 1}}, {"share": {"x": 1}}]
+    for number, part in enumerate(odd):
+        save_checkpoint(tmp_path / "odd.pt", {**content, **part})
+        config = composed(*TINY, f"resume={tmp_path}/odd.pt", "trainer.max_steps=3")
+        with pytest.raises(UserError, match=r"odd\.pt"):
+            train(config, tmp_path / f"run{number}")
+        assert not list((tmp_path / f"run{number}").rglob("*.pt"))
 
 
 def test_an_operation_that_cannot_be_deterministic(cli, tmp_path, monkeypatch):

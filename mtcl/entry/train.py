@@ -17,7 +17,9 @@ from mtcl.data.plausibility import check_labels, check_trained, settle
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
 from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.stored_config import check_stored_tasks
 from mtcl.errors import UserError
+from mtcl.models.weights import check_numbers
 from mtcl.training.checkpoint import Found, claim, load_checkpoint, newest_intact
 from mtcl.training.recorder import write_json, write_text
 from mtcl.training.runtime import choose_device, seed_everything
@@ -61,7 +63,7 @@ def train(
     state = found.content if found is not None else None if path is None else load_checkpoint(path)
     tasks = build.build_tasks(config)
     if state is not None and path is not None:
-        build.check_tasks(state["meta"]["tasks"], tasks, path)
+        build.check_tasks(check_stored_tasks(state.get("meta", {}).get("tasks"), path), tasks, path)
         check_optimizer(state, config, path)
         check_steps(state, config, path)
     start = 0 if state is None else state["step"]
@@ -182,6 +184,10 @@ def finish(
 
 
 def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: DictConfig) -> None:
+    for name, tensor in trainer.model.state_dict().items():
+        saved = state["model"].get(name)
+        if isinstance(saved, torch.Tensor) and saved.shape == tensor.shape:  # else it does not fit, as said below
+            check_numbers(name, saved, tensor, path or "the checkpoint")
     try:
         trainer.restore(state)
     except UserError:

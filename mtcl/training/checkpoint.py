@@ -345,8 +345,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:
         why = why_unreadable(error)
         raise DamagedError(path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?") from error
-    if not isinstance(content, dict) or "model" not in content or "config" not in content:
-        raise UserError(f"{path} is not a checkpoint of mtcl: it has no model and config")
+    missing = [name for name in ("model", "config", "step") if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of mtcl: it has no {' and '.join(missing)}")
     if content.get("format") != FORMAT:
         raise UserError(
             f"checkpoint {path} has format {str(content.get('format'))[:9]}, this version of mtcl reads format {FORMAT}"
@@ -373,7 +374,7 @@ def check_content(content: Mapping[str, Any], path: Path) -> None:
     for name, kinds in PARTS.items():
         if name in content and (not isinstance(content[name], kinds) or isinstance(content[name], bool)):
             raise UserError(f"{odd} {name} is a {type(content[name]).__name__}")
-    if content.get("step", 0) < 0:
+    if content["step"] < 0:
         raise UserError(f"{odd} step is {content['step']}")
     if content.get("ema") is not None and not isinstance(content["ema"].get("model"), Mapping):
         raise UserError(f"{odd} ema has no weights")
