@@ -9,10 +9,11 @@ torch        FOLDER/model.pt2, a program of torch.export: torch.export.load(PATH
 onnx         FOLDER/model.onnx; needs pip install 'mtcl[export]'
 
 The programs take float32 RGB (B, 3, H, W) of 0..255, normalise it themselves, and give each task's raw prediction
-(B, C, H, W) by name; what the values mean is stored with them. Any batch and size where the model allows it, which is
-said at the end; fixed=true: pictures of the training frame's size only. Both are run and compared with the model
-before they are kept. Weights are those that were validated (of trainer.ema, the running mean); the regulariser is in
-none of the files.
+(B, C, H, W) by name, depth clipped at 0; what the values mean is stored with them. recipe.py beside them frames an
+image of any size, runs the program and decodes what it gives, as mtcl.load does. Any batch, and any size from the
+training frame on, where the model allows it, which is said at the end; fixed=true: images of that size only. Both are
+run and compared with the model before they are kept. Weights are those that were validated (of trainer.ema, the
+running mean); the regulariser is in none of the files.
 
 push publishes an exported folder on the Hugging Face hub, pull fetches one; both need pip install 'mtcl[hub]'.
 """

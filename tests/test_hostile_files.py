@@ -99,11 +99,11 @@ def nested(levels: int) -> bytes:
     return matlab(b"".join(reversed(heads)) + struct.pack("<II", 14, len(inner)) + inner)
 
 
-def large(megabytes: int) -> bytes:
-    """Zeros, a thousandth of their size on the disk."""
+def zeros(megabytes: int) -> bytes:
+    """A variable of zeros: packed, a thousandth of its size."""
     head = array_head(6, (megabytes << 17, 1), b"depth")
     size = megabytes << 20
-    return matlab(struct.pack("<II", 14, len(head) + 8 + size) + head + struct.pack("<II", 9, size) + bytes(size))
+    return struct.pack("<II", 14, len(head) + 8 + size) + head + struct.pack("<II", 9, size) + bytes(size)
 
 
 def hdf5(make: Callable[[h5py.File, Path], None]) -> Callable[[Path], None]:
@@ -197,12 +197,20 @@ def test_a_hostile_label_file_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / name
     if write is None:  # the limit is lower here, so that the file is made in no time
         monkeypatch.setattr(files, "MAX_BYTES", 1 << 20)
-        path.write_bytes(large(3))
+        path.write_bytes(matlab(zeros(3)))
     else:
         write(path)
     with pytest.raises(UserError, match=says) as error:
         read(path)
     assert str(path) in str(error.value)
+
+
+def test_the_bound_holds_for_all_variables_of_a_file_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is as large as the bound: nothing is left for the second."""
+    (tmp_path / "a.mat").write_bytes(matlab(zeros(1), zeros(3)))
+    monkeypatch.setattr(files, "MAX_BYTES", len(zeros(1)))
+    with pytest.raises(UserError, match="unpacks to more than"):
+        files.read_mat(tmp_path / "a.mat", "depth")
 
 
 def test_sound_nested_and_packed_files_are_read_as_scipy_reads_them(tmp_path: Path) -> None:

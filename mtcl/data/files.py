@@ -1,7 +1,6 @@
 """Single files as arrays: pictures, label images, .npy and .mat, each complaint naming the file."""
 
 import io
-import os
 import re
 import struct
 import warnings
@@ -23,7 +22,7 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 MAX_BYTES = 1 << 30  # of a file, or of what a packed one unpacks to
-MAX_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000  # of an image
 MAX_NESTED = 100  # PASCAL-Part has 7
 _MATRIX, _PACKED = 14, 15  # kinds of elements of a .mat of format 5
 _KINDS = frozenset({*range(1, 8), 9, 12, 13, _MATRIX, _PACKED, 16, 17, 18})
@@ -34,13 +33,7 @@ NO_ID = "which is no id: an id is the name of its files without their ending, ne
 def read_bytes(path: Path) -> bytes:
     """Return the whole of a regular file of up to :data:`MAX_BYTES`; a FIFO or device is refused, not waited for."""
     try:
-        with safe_files.open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_BYTES:
-                raise UserError(f"{path} has {size:,} bytes, more than the {MAX_BYTES:,} that such a file may have.")
-            return file.read()
-    except OSError as error:
-        raise unreadable(path, error) from error
+        return safe_files.read_bytes(path, MAX_BYTES)
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise unreadable(path, error.__cause__) from error
@@ -183,8 +176,8 @@ def _unpacked(path: Path, data: bytes) -> bytes:
             raise ValueError("it is truncated")
         if kind == _PACKED:
             inflater = zlib.decompressobj()
-            part = inflater.decompress(part[8:], MAX_BYTES - size)
-            if inflater.unconsumed_tail:
+            part = inflater.decompress(part[8:], max(MAX_BYTES - size, 1))  # 0 would be no limit
+            if inflater.unconsumed_tail or size + len(part) > MAX_BYTES:
                 raise UserError(f"{path} unpacks to more than the {MAX_BYTES:,} bytes that such a file may have.")
         if _nesting(part, order) > MAX_NESTED:
             raise UserError(f"{path} holds structures nested deeper than {MAX_NESTED} levels; simplify them.")

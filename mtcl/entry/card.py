@@ -10,8 +10,8 @@ import yaml
 import mtcl
 from mtcl.entry.loading import Loaded
 from mtcl.entry.report import COUNTS, shown
+from mtcl.entry.run_files import METRICS, RECORD, read_metrics, read_record
 from mtcl.errors import UserError, printable
-from mtcl.safe_files import read_json
 
 RAW = {  # what a raw prediction stands for, by a task's kind
     "class": "logits of the classes; the class is the argmax over channels",
@@ -150,24 +150,20 @@ def read_scores(loaded: Loaded) -> tuple[list[Score], str]:
     """Read the metrics of the run, where the checkpoint is the run's last one, and say what they were computed on."""
     run = loaded.saved.path.parent.parent
     try:
-        found, facts = read_json(run / "metrics.json"), read_json(run / "run.json")
-    except UserError:
+        metrics, record = read_metrics(run / METRICS), read_record(run / RECORD)
+    except UserError:  # there is none, or it is damaged
         return [], ""
-    if not isinstance(found, dict) or not isinstance(facts, dict) or facts.get("step") != loaded.saved.step:
+    if record.get("step") != loaded.saved.step:
         return [], ""
     scores = []
     for name, task in loaded.tasks.items():
-        metrics = found.get(name)
-        values = {key: value for key, value in metrics.items() if is_number(value)} if isinstance(metrics, dict) else {}
+        values = {key: value for key, value in metrics.get(name, {}).items() if math.isfinite(value)}
         first, _ = task.headline(values)
-        wanted = [first, *(m for m in values if m != first and not m.startswith("IoU/") and m not in COUNTS)]
-        scores += [Score(name, m, values[m], shown(task, m, values[m])) for m in wanted if m in values]
-    return scores, f"{cell(facts.get('num_images'))} validation pictures ({cell(facts.get('protocol'))})"
-
-
-def is_number(value: Any) -> bool:
-    """Tell whether a metric was computed."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        others = [key for key in values if key != first and not key.startswith("IoU/") and key not in COUNTS]
+        scores += [
+            Score(name, key, values[key], shown(task, key, values[key])) for key in (first, *others) if key in values
+        ]
+    return scores, f"{cell(record.get('num_images'))} validation pictures ({cell(record.get('protocol'))})"
 
 
 def format_scores(scores: Sequence[Score], scored_on: str) -> str:

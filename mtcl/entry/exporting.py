@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +30,6 @@ from mtcl.errors import UserError, printable
 from mtcl.inference import recipe
 from mtcl.inference.predictor import AS_IT_IS, ROUNDING
 from mtcl.models import DenseModel
-from mtcl.models.decoders.atrc import read_genotype
 from mtcl.tasks.base import Task
 
 FORMATS = ("safetensors", "torch", "onnx")
@@ -116,28 +115,18 @@ def write_weights(loaded: Loaded, folder: Path) -> str:
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
     (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file hides the disk's errors
     saved = loaded.saved
-    facts = {**facts_of(loaded), "tasks": saved.tasks, "config": portable(saved.config, saved.tasks)}
+    facts = {**facts_of(loaded), "tasks": saved.tasks, "config": portable(saved.config)}
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     (folder / CARD).write_text(card(loaded), "utf-8")
     count = sum(p.numel() for p in loaded.model.parameters())
     return f"{WEIGHTS} ({count:,} parameters), {FACTS}, {CARD}; mtcl.load reads the folder"
 
 
-def portable(config: Mapping[str, Any], tasks: Iterable[str]) -> dict[str, Any]:
-    """The config without paths of the machine it was trained on; a model is rebuilt without them."""
-    found: dict[str, Any] = deepcopy(dict(config))
-    for group, key in (("data", "root"), ("data", "cache")):
-        if key in found.get(group, {}):
-            found[group][key] = None
-    genotype = found["decoder"].get("genotype")
-    if isinstance(genotype, str) and Path(genotype).is_file():
-        found["decoder"]["genotype"] = read_genotype(genotype, tasks)
-    if isinstance(found["data"].get("labels"), str):
-        found["data"]["labels"] = Path(found["data"]["labels"]).name
-    if found["backbone"].get("weights") not in (None, "none", "hub"):
-        found["backbone"]["weights"] = Path(str(found["backbone"]["weights"])).name
-    found["resume"] = None
-    return found
+def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stored config, which names no other files any more, without the folder of the training images."""
+    copied = deepcopy(dict(config))
+    copied["data"]["root"] = None
+    return copied
 
 
 # Programs
@@ -226,6 +215,7 @@ def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> st
             return f"{name} takes {shape}{why}; as eager to {worst:.1e}; {count:,} parameters, all of them the model's"
         except NotForThisShape as problem:
             error = problem
+            reason = first_line(problem) if shape.any_size else reason
             for path in folder.iterdir():
                 path.unlink()
     assert error is not None
@@ -364,7 +354,7 @@ def check(run: Run, loaded: Loaded, shape: Shape, name: str) -> float:
             worst = max(worst, difference)
             if not difference <= TOLERANCE:  # nor where it is not a number
                 raise NotForThisShape(
-                    f"{name} was not kept: for {count} x {height} x {width} its {task} differs from the model's by "
+                    f"{name}, run at {count} x {height} x {width}, gives another {task} than the model, by "
                     f"{difference:.1e}, more than {TOLERANCE:.0e}"
                 )
     return worst

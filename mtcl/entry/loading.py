@@ -149,7 +149,7 @@ def of_checkpoint(path: Path, state: Mapping[str, Any]) -> Saved:
     was validated.
     """
     weights = state["ema"]["model"] if state.get("ema") else state["model"]
-    return checked(Saved(path, weights, state["config"], state.get("meta", {}).get("tasks"), state.get("step", 0)))
+    return checked(Saved(path, weights, state["config"], state.get("meta", {}).get("tasks"), state["step"]))
 
 
 def checked(saved: Saved) -> Saved:

@@ -17,7 +17,7 @@ from mtcl.entry.words import with_home
 
 # Keys whose value is a path, or a part of one; or a word such as auto, hub, one.
 PATHS: tuple[str, ...] = ("data.root", "data.cache", "data.labels", "backbone.weights", "resume", "checkpoint")
-PATHS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir")
+PATHS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir", "decoder.genotype")
 VALUED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 SIGNS = re.compile(r"[^\w ./:$%*@?|+,-]|[^\x00-\x7f]")  # of those that Hydra's grammar takes only in quotes
 
@@ -37,7 +37,7 @@ def readable(words: Sequence[str], sweeps: bool = False) -> list[str]:
 
 def _readable(word: str, sweeps: bool) -> str:
     key, equals, text = word.partition("=")
-    if not equals or key.lstrip("+") not in PATHS:
+    if not equals or key.lstrip("+") not in PATHS or (key.endswith("genotype") and text.startswith("{")):
         return word
     if not sweeps or _parsed(text) is not None:
         return f"{key}={_quoted_where_needed(text, sweeps)}"

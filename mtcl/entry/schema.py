@@ -308,8 +308,8 @@ def describe_unknown_key(key: str, value: Any) -> str:
     group, _, name = key.rpartition(".")
     siblings = {known.rpartition(".")[2]: known for known in RULES if known.rpartition(".")[0] == group}
     anywhere = {known.rpartition(".")[2]: known for known in RULES}
-    for candidates in (siblings, anywhere):
-        if close := difflib.get_close_matches(name, candidates, n=1):
+    for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.8)):
+        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return f"there is no config key {key}; did you mean {candidates[close[0]]}?"
     hint = f"{group} has {', '.join(siblings)}" if group and siblings else "python train.py --cfg job shows all keys"
     return f"there is no config key {key}; {hint}"

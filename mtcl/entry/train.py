@@ -16,7 +16,7 @@ from mtcl.data.loading import worker_sentence
 from mtcl.data.plausibility import check_labels, check_trained, settle
 from mtcl.entry import build
 from mtcl.entry.report import format_table, run_facts
-from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.schema import BEFORE_THE_KEY, leaves, role_of
 from mtcl.entry.stored_config import check_stored_tasks
 from mtcl.errors import UserError
 from mtcl.models.weights import check_numbers
@@ -28,7 +28,8 @@ from mtcl.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-# Keys that change the arithmetic or the meaning of best.pt though not the experiment: a resumed run tells of them.
+# Keys that change the arithmetic or the meaning of best.pt though not the experiment: a run that is resumed by its path
+# tells of them, resume=auto takes no run that differs in them.
 TOLD = ("trainer.channels_last", "trainer.deterministic", "trainer.monitor")
 
 
@@ -233,8 +234,11 @@ def tell_of_resuming(found: Found, config: DictConfig) -> None:
 def changed_keys(
     saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
 ) -> list[str]:
-    """The keys below ``prefixes`` that differ, but for those that may; ``max_steps``: that one, too, if it does."""
-    before, after = dict(leaves(saved)), dict(leaves(now))
+    """The keys below ``prefixes`` that differ, but for those that may; ``max_steps``: that one, too, if it does.
+
+    A key younger than the saved config stands for what its run did (:data:`BEFORE_THE_KEY`).
+    """
+    before, after = BEFORE_THE_KEY | dict(leaves(saved)), BEFORE_THE_KEY | dict(leaves(now))
     keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes))]
     keys = [key for key in keys if not is_free(key) or (max_steps and key == "trainer.max_steps")]
     # A model's own mean and std were filled in when it was saved.
@@ -243,9 +247,8 @@ def changed_keys(
 
 
 def changed_meanings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """The keys whose change makes another run; those that the saved run's version did not have make none."""
-    known = dict(leaves(saved))
-    return [key for key in changed_keys(saved, now, max_steps=True) if key in known]
+    """Return the keys whose change makes another run."""
+    return changed_keys(saved, now, max_steps=True)
 
 
 def described_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
@@ -300,7 +303,6 @@ def find_twin(config: DictConfig, siblings: Path | None) -> Found | None:
             continue
         if found is None or found.content["step"] >= config.trainer.max_steps:
             continue
-        known = dict(leaves(found.content["config"]))
-        if not [key for key in changed_keys(found.content["config"], build.plain(config)) if key in known]:
+        if not changed_keys(found.content["config"], build.plain(config)):
             return found
     return None

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mtcl.data.files import MAX_PIXELS
 from mtcl.errors import UserError
 from mtcl.safe_files import open_regular
 
-MAX_PIXELS = 50_000_000
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"
 )  # fmt: skip

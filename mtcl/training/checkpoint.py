@@ -88,7 +88,7 @@ class Claim:
             self.folder.mkdir(parents=True, exist_ok=True)
             if path.is_symlink():
                 raise UserError(f"{path} is a link, in place of the file that mtcl locks; remove it")
-            file = _open_lock(path, os.O_RDWR | os.O_CREAT)
+            file = _open_lock(path)
         try:
             _lock(file)
         except ImportError:
@@ -124,10 +124,10 @@ def is_claimed(folder: Path) -> bool:
     return False
 
 
-def _open_lock(path: Path, flags: int) -> IO[str]:
+def _open_lock(path: Path) -> IO[str]:
     """Open a lock file as it is: its content counts for nothing, and a link that lies there is not followed."""
     guards = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-    return os.fdopen(os.open(path, flags | guards, 0o666), "r+" if flags & os.O_RDWR else "r")
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | guards, 0o666), "r+")
 
 
 def _lock(file: IO[Any], shared: bool = False) -> None:

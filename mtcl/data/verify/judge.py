@@ -22,7 +22,7 @@ ENOUGH = 400  # pictures from which that holds; 100 neighbours of a list reach 0
 MARGINS = ((16, 0.05), (5, 0.1))  # (pictures, margin)
 # Pictures (of floors: that show some) from which the means of normals say anything: of 20,000 draws of so many of the
 # small edition's 1,295 none was beyond these limits; of 2 pictures 0.9 % (floors) and 2.6 % (side walls) were.
-ENOUGH_NORMALS = 12
+ENOUGH_FOR_SIGNS = 12
 FACING = 0.1  # mean z of normals; 0.53 in the small edition, about 0 where axes are exchanged
 INWARDS = 0.03  # how much larger x is on the right than in the middle; 0.19 in the small edition
 MANY = 50  # pictures whose labels must show some agreement with them
@@ -140,10 +140,11 @@ def _semseg_rows(measured: Measured, facts: Facts) -> list[Row]:
         first, second = (facts.classes[i] for i in order[:2])
         good = (first, second) == facts.most
         # The class of most objects need not fill most pixels of a small sample.
-        few = measured.number("semseg pictures") < ENOUGH_NORMALS
+        few = measured.number("semseg pictures") < ENOUGH_FOR_SIGNS
         verdict: Verdict = "ok" if good else "deviation" if first == facts.most[0] or few else "damage"
         most = f"{first} {found[order[0]]:.0%}, {second} {found[order[1]]:.1%}"
-        rows.append(Row("semseg most frequent", most, f"{facts.most[0]}, then {facts.most[1]}", verdict))
+        details = (f"{measured.number('semseg pictures'):.0f} images are too few to tell",) if few and not good else ()
+        rows.append(Row("semseg most frequent", most, f"{facts.most[0]}, then {facts.most[1]}", verdict, details))
     return rows
 
 
@@ -263,8 +264,8 @@ def _axis_row(check: str, found: str, expected: str, good: bool, other: bool, pi
     """``other``: whether another axis fits better than the one that is expected; only that is damage."""
     if good:
         return Row(check, found, expected)
-    if pictures < ENOUGH_NORMALS:
-        detail = f"too few to tell: {pictures} of the {ENOUGH_NORMALS} pictures from which on it must be {expected}"
+    if pictures < ENOUGH_FOR_SIGNS:
+        detail = f"too few to tell: {pictures} of the {ENOUGH_FOR_SIGNS} pictures from which on it must be {expected}"
         return Row(check, found, expected, "deviation", (detail,))
     if not other:
         return Row(check, found, expected, "deviation", ("unusual, but no other axis fits better",))

@@ -18,7 +18,7 @@ from mtcl.entry.compare import SAME_DATA, Comparison, Run, differing_keys, liste
 from mtcl.entry.page import figures
 from mtcl.entry.page.collect import Collection, Folder, Line
 from mtcl.entry.page.pictures import build_wall
-from mtcl.entry.schema import leaves, role_of
+from mtcl.entry.schema import leaves
 from mtcl.entry.tables import NONE, TOO_FEW, closing, figure, heading, interval, mean_cell, unit_of_difference, verdict
 
 MOST_AT_ONCE = 25  # rows of a table that is shown whole
@@ -329,7 +329,7 @@ def settings(lines: Sequence[Line], folders: Sequence[Folder]) -> str:
     known = [folder.config for folder in folders if folder.config]
     if not known:
         return '<p class="empty">No run has a config.yaml.</p>'
-    keys = [key for key in differing_keys(known) if role_of(key) not in ("seed", "record")]
+    keys = [key for key in differing_keys(known) if key not in ("seed", "name", "resume")]
     parts = []
     if not keys:
         parts.append("<p>The runs differ in nothing but seed and name.</p>\n" if len(known) > 1 else "")
