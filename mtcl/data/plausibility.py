@@ -50,7 +50,7 @@ def check_trained(reader: Reader, tasks: Mapping[str, Task]) -> list[str]:
         missing = [name for name in missing if not has_label(tasks[name], labels[name])]
         if not missing:
             return []
-    sentences = [f"no training image has a valid label of {name}: its head is not trained" for name in missing]
+    sentences = [f"no training image had a valid label of {name}: its head was not trained" for name in missing]
     if len(missing) == len(tasks):
         names = ", ".join(missing)
         raise UserError(
