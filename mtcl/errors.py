@@ -11,7 +11,7 @@ class UserError(Exception):
 def why_unreadable(error: Exception) -> str:
     """Tell in a line why ``torch.load`` took no file, without its advice to run whatever code is in there."""
     text = str(error).strip().split("\n")[0]
-    if "weights_only" in text or "weights only" in text.lower():
+    if "weights_only" in text or "weights only" in text.lower() or type(error).__name__ == "BadZipFile":
         return "it is no file of torch.save, or holds more than tensors and plain containers"
     return f"{type(error).__name__}: {text}"
 

@@ -17,6 +17,8 @@ from mtcl.errors import UserError
 
 MAX_BYTES = 64 << 20
 MAX_DEPTH = 40
+MAX_ITEMS = 2_000_000
+MAX_YAML = 1 << 20  # bytes of a YAML file
 MAX_DIGITS = 18  # of an integer: what fits 64 bits
 
 
@@ -67,9 +69,9 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
         raise UserError(f"{path} is not a UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
     """Return what a JSON file holds; see :func:`parse_json` for what is refused."""
-    return parse_json(read_text(path), path)
+    return parse_json(read_text(path, max_bytes), path)
 
 
 def parse_json(text: str | bytes, path: str | Path) -> Any:
@@ -99,21 +101,28 @@ def parse_json(text: str | bytes, path: str | Path) -> Any:
 
 
 def check_depth(content: Any, path: str | Path) -> None:
-    """Raise ``UserError`` where lists and mappings are nested more than :data:`MAX_DEPTH` deep, or hold themselves."""
-    level = [content]
+    """Raise ``UserError`` where containers are nested more than :data:`MAX_DEPTH` deep, hold themselves, or hold more
+    than :data:`MAX_ITEMS` items, counted as often as they occur.
+    """
+    kinds = (dict, list, tuple)
+    level: list[Any] = [content] if isinstance(content, kinds) else []
+    total = 0
     for _ in range(MAX_DEPTH + 1):
+        total += sum(map(len, level))
+        if total > MAX_ITEMS:
+            raise UserError(f"{path} holds more than {MAX_ITEMS:,} values")
         level = [
             child
             for item in level
-            if isinstance(item, dict | list | tuple)
-            for child in (item.values() if isinstance(item, dict) else item)
-            if isinstance(child, dict | list | tuple)
+            for child in (dict.values(item) if isinstance(item, dict) else item)
+            if isinstance(child, kinds)
         ]
         if not level:
             return
-        if len(level) > 1_000_000:
-            break
     raise UserError(f"{path} is nested deeper than {MAX_DEPTH} levels")
+
+
+_NUMBER = re.compile(r"[-+0-9_:.]{60,}")  # a long one may take long to read: 1:1:1:... is a number to base 60
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -136,29 +145,26 @@ def read_yaml(path: str | Path) -> Any:
     Raises:
         UserError: it is no YAML, is nested too deep, or has an alias (``*name``), which could make it grow without end.
     """
-    text = read_text(path)
+    text = read_text(path, MAX_YAML)
     try:
-        # Composing is recursive (a deep file ends the process) and expands aliases: both are seen in the events before.
-        if "*" in text or "&" in text or _may_be_deep(text):
-            _check_events(text, path)
+        _check_events(text, path)
         content = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of YAML, and of what it makes of odd numbers and dates
         _refuse_yaml(path, error)
     check_depth(content, path)
     return content
 
 
-def _may_be_deep(text: str) -> bool:
-    """Tell whether a text has signs enough to be nested deeper than :data:`MAX_DEPTH`."""
-    opened = text.count("[") + text.count("{")
-    return opened > MAX_DEPTH or "- - " in text or "? " in text or bool(re.search(rf"^ {{{MAX_DEPTH},}}", text, re.M))
-
-
 def _check_events(text: str, path: str | Path) -> None:
+    """Look at the parts of a YAML text before it is composed, which is recursive, and expands aliases."""
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):
             raise UserError(f"{path} has an alias (*{event.anchor}); write its value out")
+        if isinstance(event, yaml.ScalarEvent) and not event.style and _NUMBER.fullmatch(event.value):
+            raise UserError(f"{path} has a number of {len(event.value):,} digits; the largest has {MAX_DIGITS}")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise UserError(f"{path} is nested deeper than {MAX_DEPTH} levels")

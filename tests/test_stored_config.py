@@ -6,6 +6,7 @@ import math
 import os
 import time
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,24 @@ ODD_CONFIGS: list[tuple[str, object]] = [
     ("data._target_", "mtcl.entry.loading.load"),
     ("data._target_", ["mtcl.data.Rooms"]),
     ("decoder.genotype", "/etc/hostname"),
+    ("data.name", "../../evil"),
+    ("data.split", "../../secret"),
+    ("data.split", "x" * 300),
+    ("data._target_", "mtcl.data.sample.Dataset"),
+    # what would take minutes or gigabytes to lay out
+    ("backbone", {"name": "dla34", "kwargs": {"levels": [1, 1, 1, 30, 2, 1]}}),
+    ("backbone", {"name": "tiny_vit_5m_224", "kwargs": {"window_sizes": [500] * 4}}),
+    ("backbone", {"name": "hrnet_w18", "kwargs": {"stage2": {"num_modules": 100_000, "num_channels": [18, 36]}}}),
+    ("backbone", {"name": "maxvit_tiny_tf_224", "kwargs": {"img_size": 100_000}}),
+    ("backbone", {"name": "swin_tiny_patch4_window7_224", "kwargs": {"depths": [128] * 32}}),
+    ("backbone", {"name": "densenet121", "kwargs": {"block_config": [128] * 32}}),
+    ("backbone", {"name": "efficientnet_b0", "kwargs": {"depth_multiplier": 100}}),
+    ("data.options.length", [1, 10**9]),
+    ("data.workers", 10**6),
+    ("regularizer.options.dim", 10**8),
+    ("x" * 1000, 1),
+    ("decoder." + "x" * 1000, 1),
+    ("seed", ...),
     # types
     ("decoder.width", "wide"),
     ("decoder.width", -8),
@@ -146,6 +165,7 @@ ODD_CONFIGS: list[tuple[str, object]] = [
     ("name", "x" * 100_000),
     ("name", recursive()),
     ("name", doubling()),
+    ("name", [[[[0] * 1000] * 1000] * 1000]),
 ]
 
 
@@ -237,6 +257,8 @@ ODD_WEIGHTS = {
     "bool": lambda t: t > 0,
     "another shape": lambda t: t[:1].clone(),
     "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
     "claims more than there is": lambda t: t.new_ones(1).expand(t.shape),
     "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
 }
@@ -280,6 +302,72 @@ def test_a_compressed_archive_is_refused(state, tmp_path):
     assert (tmp_path / "odd.pt").stat().st_size < 3_000_000
     with pytest.raises(UserError, match="compressed"):
         mtcl.load(tmp_path / "odd.pt")
+
+
+class Calls:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function: object, *arguments: object):
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+def nested_tuples(levels: int) -> tuple:
+    nest: tuple = ()
+    for _ in range(levels):
+        nest = (nest, nest)
+    return nest
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        Calls(bytearray, 2 * 10**9),
+        Calls(torch.FloatTensor, 10**9),
+        Calls(os.getpid),
+        nested_tuples(44),
+        [nested_tuples(30)],
+    ],
+    ids=["bytearray", "storage", "code", "tuples", "tuples in a list"],
+)
+def test_what_asks_for_time_or_memory_is_refused_unread(extra, state, tmp_path):
+    torch.save({"format": 1, **state, "extra": extra}, tmp_path / "odd.pt")
+    before = time.monotonic()
+    with pytest.raises(UserError, match=r"odd\.pt"):
+        load_model(tmp_path / "odd.pt")
+    assert time.monotonic() - before < 5
+
+
+def test_weights_that_are_one_in_memory_are_refused(state, tmp_path):
+    """The file would be a part of what its model takes."""
+    room = torch.ones(max(w.numel() for w in state["model"].values()))
+    weights = {
+        key: room[: w.numel()].view(w.shape) if w.is_floating_point() else w for key, w in state["model"].items()
+    }
+    torch.save({"format": 1, **state, "model": weights}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match="claim more than"):
+        load_model(tmp_path / "odd.pt")
+
+
+def test_an_archive_that_only_torch_can_read_is_refused(state, tmp_path):
+    path = tmp_path / "odd.pt"
+    torch.save({"format": 1, **state}, path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 99  # the version that is needed to unpack the first member
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"odd\.pt"):
+        load_model(path)
+
+
+def test_attributes_that_a_file_gives_to_its_containers_count_for_nothing(state, tmp_path):
+    odd = OrderedDict(state["model"])
+    odd._metadata = {"": {"assign_to_params_buffers": True}}  # type: ignore[attr-defined]
+    double = OrderedDict((key, w.double() if w.is_floating_point() else w) for key, w in odd.items())
+    double._metadata = odd._metadata  # type: ignore[attr-defined]
+    loaded = load_model_of({**state, "model": double}, tmp_path)
+    assert not any(w.dtype == torch.float64 for w in loaded.model.state_dict().values())
 
 
 def test_exported_folders_pass_the_same_door(state, tmp_path):

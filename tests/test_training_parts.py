@@ -224,7 +224,7 @@ class Evil:
 
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     torch.save({"format": 1, **some_content(), "extra": Evil(tmp_path / "executed")}, tmp_path / "evil.pt")
-    with pytest.raises(UserError, match=r"evil\.pt can't be read"):
+    with pytest.raises(UserError, match=r"evil\.pt names posix mkdir"):
         load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)  # the trap itself works

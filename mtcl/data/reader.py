@@ -222,7 +222,11 @@ def read_list(folder: Path, part: str, split: str, limit: int | None) -> list[st
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} leaves no picture; give at least 1, or None for all.")
     path = folder / (f"{part}.txt" if split == "standard" else f"{split}_{part}.txt")
-    if not path.is_file():
+    try:
+        listed = path.is_file()
+    except OSError as error:  # a name too long
+        raise unreadable(path, error) from error
+    if not listed:
         stems = sorted(entry.stem for entry in entries(folder) if entry.suffix == ".txt")
         there = [stem.removesuffix(f"_{part}") for stem in stems if stem.endswith(f"_{part}")]
         there = ["standard"] * (part in stems) + there

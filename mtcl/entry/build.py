@@ -37,21 +37,32 @@ def plain(config: Any) -> Any:
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
+PACKAGES = {  # group -> what its classes are, and the package they come from
+    "data": ("dataset", "mtcl.data"),
+    "decoder": ("Decoder", "mtcl.models"),
+    "regularizer": ("Regularizer", "mtcl.contrastive"),
+}
+
+
 def locate(target: str, what: str, kind: type | None = None, needs: str | None = None) -> Any:
-    """The class a config's ``_target_`` names, a ``kind`` or with the method ``needs``. Only mtcl's own: a config may
-    come out of a checkpoint."""
+    """Return the class that a config's ``_target_`` names, a ``kind`` or with the method ``needs``. A config may come
+    out of a checkpoint: only the package of the group ``what`` is imported from.
+    """
     module, _, name = str(target).rpartition(".")
     if not module.startswith("mtcl."):
         raise UserError(f"{what}._target_={target} is not part of mtcl, so it is not imported")
+    expected, package = PACKAGES[what]
+    if not f"{module}.".startswith(f"{package}."):
+        raise UserError(f"{what}._target_={target} is not a {expected} of {package}")
     try:
-        found = getattr(importlib.import_module(module), name)
+        located = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise UserError(f"{what}._target_={target} does not exist") from error
-    if kind is not None and not (isinstance(found, type) and issubclass(found, kind)):
-        raise UserError(f"{what}._target_={target} is not a {kind.__name__}")
-    if needs is not None and not (isinstance(found, type) and hasattr(found, needs)):
+    if not isinstance(located, type) or (kind is not None and not issubclass(located, kind)):
+        raise UserError(f"{what}._target_={target} is not a {expected}")
+    if needs is not None and not hasattr(located, needs):
         raise UserError(f"{what}._target_={target} is not a dataset")
-    return found
+    return located
 
 
 def construct(maker: Callable[..., T], what: str, *given: Any, **options: Any) -> T:
@@ -67,7 +78,11 @@ def construct(maker: Callable[..., T], what: str, *given: Any, **options: Any) -
 
 def build_tasks(config: DictConfig) -> dict[str, Task]:
     """The tasks in use, in canonical order: the config's names among those the dataset offers."""
-    offered = locate(config.data._target_, "data", needs="offered").offered(**plain(config.data.options))
+    dataset = locate(config.data._target_, "data", needs="offered")
+    try:
+        offered = dict(dataset.offered(**plain(config.data.options)))
+    except (TypeError, AttributeError) as error:  # a class that only describes datasets
+        raise UserError(f"data._target_={config.data._target_} is not a dataset") from error
     names = plain(config.tasks.names)
     if names == "auto":
         names = list(offered)

@@ -24,7 +24,7 @@ from mtcl.entry import build
 from mtcl.entry.cli import sentence
 from mtcl.entry.consistency_figures import draw_distances, draw_separation
 from mtcl.entry.evaluate import adapt, dataset_of, overridden
-from mtcl.entry.loading import of_checkpoint, rebuild, restore_config
+from mtcl.entry.loading import of_checkpoint, rebuild, refusals_named, restore_config
 from mtcl.entry.overrides import readable
 from mtcl.entry.report import run_facts
 from mtcl.entry.schema import check_config
@@ -172,11 +172,14 @@ def load_arm(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) ->
     saved = of_checkpoint(path, {**state, "ema": None})
     settings = restore_config(saved)
     model = rebuild(settings, tasks, saved)
-    fresh = build.build_regularizer(settings, tasks, model)
-    regularizer = None if state.get("regularizer") is None else build.build_regularizer(settings, tasks, model)
+    fresh = regularizer = None
+    if state.get("regularizer") is not None:
+        with refusals_named(path):
+            fresh = build.build_regularizer(settings, tasks, model)
+            regularizer = build.build_regularizer(settings, tasks, model)
     if regularizer is not None:
         try:
-            regularizer.load_state_dict(state["regularizer"])
+            regularizer.load_state_dict(dict(state["regularizer"]))
         except Exception as error:  # names, shapes, or no tensors at all
             raise UserError(f"the projectors in {path} do not fit what its own config describes") from error
     name = "no regulariser"

@@ -13,7 +13,7 @@ from mtcl.data import Reader
 from mtcl.data.plausibility import check_labels, check_maps, settle
 from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.entry import build
-from mtcl.entry.loading import Saved, read_saved, rebuild, restore_config
+from mtcl.entry.loading import Saved, read_saved, rebuild, refusals_named, restore_config
 from mtcl.entry.report import format_table, run_facts
 from mtcl.errors import UserError
 from mtcl.tasks import TASK_NAMES
@@ -55,7 +55,8 @@ def score_checkpoint(
     check_free(folder)
     settings = adapt(saved, config)
     settings = overridden(settings, config, overrides, groups)
-    tasks = chosen_tasks(settings, saved)
+    with refusals_named(saved.path, but=UserError):
+        tasks = chosen_tasks(settings, saved)
     device = choose_device(settings.trainer.device)
     seed_everything(settings.seed, settings.trainer.deterministic)
     given = config.save_predictions
@@ -85,7 +86,8 @@ def adapt(saved: Saved, composed: DictConfig) -> DictConfig:
 
 def tasks_of_model(saved: Saved) -> dict[str, Task]:
     """All tasks that a checkpoint's model predicts, on the data that it was trained on."""
-    tasks = build.build_tasks(restore_config(saved))
+    with refusals_named(saved.path):
+        tasks = build.build_tasks(restore_config(saved))
     build.check_tasks(dict(saved.tasks), tasks, saved.path)
     return tasks
 
@@ -173,7 +175,7 @@ def dataset_of(words: Sequence[str], configs: Path) -> str | None:
         name = str(read_saved(found[-1].strip("'\"")).config["data"]["name"])
     except (UserError, KeyError):
         return None
-    return f"data={name}" if (configs / "data" / f"{name}.yaml").is_file() else None
+    return f"data={name}" if name in {path.stem for path in (configs / "data").glob("*.yaml")} else None
 
 
 def overridden(saved: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:

@@ -28,6 +28,7 @@ from mtcl.training.runtime import choose_device
 WEIGHTS, FACTS, CARD = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
 SHARED = (WEIGHTS, FACTS, CARD, "model.pt2", "model.onnx", "model.onnx.data")  # what goes to the hub, where it is there
 RECIPE = "recipe.py"  # beside a program; code of strangers is never fetched
+MOST_FACTS = 4 << 20  # bytes of mtcl.json
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -105,18 +106,21 @@ def rebuild(config: DictConfig, tasks: Mapping[str, Task], saved: Saved) -> Dens
     check_weights(saved.weights, outline.state_dict(), saved.path)
     with refusals_named(saved.path):
         model = build.build_model(config, tasks, pretrained=False)
-    model.load_state_dict(saved.weights)
+    model.load_state_dict(dict(saved.weights))
     return model
 
 
 @contextlib.contextmanager
-def refusals_named(path: Path) -> Iterator[None]:
+def refusals_named(path: Path, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """Convert what building from a stored config raises to a ``UserError`` that names the file it is stored in.
 
     Values that fit their rules one by one may still not go together; timm, torch and the decoders raise many kinds.
+    ``but``: what is left as it is.
     """
     try:
         yield
+    except but:
+        raise
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         first_line = printable((reason.splitlines() or [""])[0])
@@ -130,7 +134,7 @@ def read_saved(source: str | Path) -> Saved:
         return of_checkpoint(path, load_checkpoint(path))
     if path.name != FACTS:
         raise UserError(f"{path} is neither a checkpoint (.pt) nor an exported folder; give one of these")
-    facts = read_json(path)
+    facts = read_json(path, MOST_FACTS)
     missing = [key for key in ("config", "tasks", "step") if not isinstance(facts, dict) or key not in facts]
     if missing:
         raise UserError(f"{path} is damaged, or of no exported model: it has no {missing[0]}; export the model again")

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch, fnmatchcase
@@ -52,7 +53,16 @@ FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("text", lambda v: isinstance(v, str))
 MAPPING = Rule("a mapping {key: value}", lambda v: isinstance(v, dict))
 LONGEST_SIDE = 16384
-SIZE = pair(f"height and width in pixels, at most {LONGEST_SIDE}", lambda v: _is_int(v) and 0 < v <= LONGEST_SIDE)
+MOST_PIXELS = 1 << 24
+SIZE = Rule(
+    f"a list of two, height and width in pixels, at most {LONGEST_SIDE} each and {MOST_PIXELS:,} together",
+    lambda v: (
+        isinstance(v, list)
+        and len(v) == 2
+        and all(_is_int(side) and 0 < side <= LONGEST_SIDE for side in v)
+        and v[0] * v[1] <= MOST_PIXELS
+    ),
+)
 COLOUR = Rule(
     "a list of three numbers on the 0..1 scale, from -10 to 10",
     lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and abs(x) <= 10 for x in v),
@@ -73,6 +83,9 @@ NAMES = Rule(
 LEVELS = Rule(
     "a list of up to 128 whole numbers", lambda v: isinstance(v, list) and 0 < len(v) <= 128 and all(map(_is_int, v))
 )
+FILE_NAME = Rule(
+    "a name of letters, digits, - _ and .", lambda v: isinstance(v, str) and bool(re.fullmatch(r"\w[\w.-]{0,99}", v))
+)
 TARGET = Rule("a class of mtcl", lambda v: isinstance(v, str) and v.startswith("mtcl."))
 
 # The first pattern that fits a key counts.
@@ -83,14 +96,14 @@ RULES: dict[str, Rule] = {
     "checkpoint": TEXT.or_null(),
     "predictions": TEXT.or_null(),
     "save_predictions": TEXT.or_null(),
-    "data.name": TEXT,
+    "data.name": FILE_NAME,
     "data._target_": TARGET,
     "data.root": TEXT.or_null(),
-    "data.split": TEXT,
+    "data.split": FILE_NAME,
     "data.size": SIZE,
-    "data.batch_size": count(1),
-    "data.eval_batch_size": count(1),
-    "data.workers": count(),
+    "data.batch_size": count(1, 1_000_000),
+    "data.eval_batch_size": count(1, 65536),
+    "data.workers": count(0, 1024),
     "data.limit": count(1).or_null(),
     "data.cache": TEXT.or_null(),
     "data.memory_map": FLAG,
@@ -100,7 +113,9 @@ RULES: dict[str, Rule] = {
     "data.labels_seed": SEED,
     "data.options.num_classes": count(1, 65535),
     "data.options.resize": SIZE.or_null(),
-    "data.options.length": pair("pictures to train and to validate on", lambda v: _is_int(v) and v > 0),
+    "data.options.length": pair(
+        "pictures to train and to validate on, at most a million", lambda v: _is_int(v) and 0 < v <= 10**6
+    ),
     "data.options.seed": SEED,
     "data.augment.scale": pair("from and to", lambda v: _is_number(v) and v > 0),
     "data.augment.flip": number(0, 1),
@@ -164,14 +179,14 @@ RULES: dict[str, Rule] = {
     "regularizer.options.temperature": POSITIVE,
     "regularizer.options.share": TEXT,
     "regularizer.options.tap": TEXT,
-    "regularizer.options.pixels": count(1),
+    "regularizer.options.pixels": count(1, 65536),
     "regularizer.options.margin": number(0),
-    "regularizer.options.dim": count(1),
-    "regularizer.options.hidden": count(1).or_null(),
+    "regularizer.options.dim": count(1, 4096),
+    "regularizer.options.hidden": count(1, 4096).or_null(),
     "regularizer.options.stride": count(1),
     "regularizer.options.widths": Rule(
-        "a list of whole numbers >= 1",
-        lambda v: isinstance(v, list) and bool(v) and all(_is_int(width) and width > 0 for width in v),
+        "a list of up to 32 whole numbers from 1 to 4096",
+        lambda v: isinstance(v, list) and 0 < len(v) <= 32 and all(_is_int(width) and 0 < width <= 4096 for width in v),
     ),
     "regularizer.options.num_sources": count(1),
     "regularizer.options.source_rule": TEXT,
@@ -188,7 +203,7 @@ RULES: dict[str, Rule] = {
     "balancing.options": MAPPING.or_null(),
     "evaluation.boundaries": FLAG,
     "evaluation.quick": pair("thresholds, and every how many pictures", lambda v: _is_int(v) and v > 0).or_null(),
-    "evaluation.workers": count(),
+    "evaluation.workers": count(0, 1024),
     "evaluation.options.depth.max_depth": POSITIVE.or_null(),
     "evaluation.options.edge.max_distance": POSITIVE.or_null(),
     "evaluation.options.edge.thresholds": count(1).or_null(),
@@ -210,7 +225,7 @@ RULES: dict[str, Rule] = {
     "trainer.val_interval": count(1).or_null(),
     "trainer.checkpoint_interval": count(1).or_null(),
     "trainer.log_interval": count(1),
-    "trainer.panels": count(),
+    "trainer.panels": count(0, 10_000),
     "trainer.clip_norm": POSITIVE.or_null(),
     "trainer.monitor": TEXT,
     "trainer.precision": TEXT,
@@ -310,9 +325,9 @@ def describe_unknown_key(key: str, value: Any) -> str:
     anywhere = {known.rpartition(".")[2]: known for known in RULES}
     for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.8)):
         if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
-            return f"there is no config key {key}; did you mean {candidates[close[0]]}?"
+            return f"there is no config key {short(key)}; did you mean {candidates[close[0]]}?"
     hint = f"{group} has {', '.join(siblings)}" if group and siblings else "python train.py --cfg job shows all keys"
-    return f"there is no config key {key}; {hint}"
+    return f"there is no config key {short(key)}; {hint}"
 
 
 def short(value: Any) -> str:

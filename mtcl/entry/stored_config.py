@@ -16,9 +16,9 @@ from mtcl.safe_files import check_depth
 from mtcl.tasks import TASK_NAMES
 
 GROUPS = ("backbone", "decoder", "tasks", "data", "trainer")
-NEEDED = ("backbone.name", "decoder._target_", "data.name", "data._target_", "data.size")
+NEEDED = ("seed", "backbone.name", "decoder._target_", "data.name", "data._target_", "data.size")
 MOST_VALUES = 20_000  # of a config; those of today have about 150
-LONGEST_TEXT = 4_096
+LONGEST_TEXT, LONGEST_KEY = 4_096, 200
 MOST_CHANNELS = 100_000  # of a task
 # Where the machine of the training had its files. Reading images from data.root is what evaluate.py is asked for; the
 # others are the reader's own to say.
@@ -51,14 +51,14 @@ def check_stored_config(config: Any, source: str | Path) -> dict[str, Any]:
         raise UserError(f"{source} is no model of mtcl: its config has not all of {', '.join(GROUPS)}")
     try:
         count = [0]
-        plain = {key: _copy_plain(value, key, count) for key, value in config.items()}
+        plain = _copy_plain(dict(config), "the config", count)
         drop_paths(plain)
         for group, defaults in DEFAULTS.items():
             if isinstance(plain.setdefault(group, {}), dict):
                 plain[group] = {**defaults, **plain[group]}
         for key in NEEDED:
-            group, _, name = key.partition(".")
-            if plain[group].get(name) is None:
+            group, _, name = key.rpartition(".")
+            if (plain[group] if group else plain).get(name) is None:
                 raise UserError(f"{key} is missing")
         check_config(plain)
         _check_genotype(plain["decoder"].get("genotype"))
@@ -74,9 +74,10 @@ def _copy_plain(value: Any, key: str, count: list[int]) -> Any:
         raise UserError(f"it has more than {MOST_VALUES} values")
     if isinstance(value, Mapping):
         for name in value:
-            if not isinstance(name, str):
-                raise UserError(f"{key} has the key {short(name)}, which is no text")
-        return {name: _copy_plain(item, f"{key}.{name}", count) for name, item in value.items()}
+            if not isinstance(name, str) or len(name) > LONGEST_KEY:
+                raise UserError(f"{key} has the key {short(name)}; a key is a text of at most {LONGEST_KEY} characters")
+        prefix = "" if key == "the config" else f"{key}."
+        return {name: _copy_plain(item, prefix + name, count) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_copy_plain(item, key, count) for item in value]
     if isinstance(value, str):

@@ -247,8 +247,9 @@ def changed_keys(
 
 
 def changed_meanings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the keys whose change makes another run."""
-    return changed_keys(saved, now, max_steps=True)
+    """Return the keys whose change makes another run; those that the saved config lacks make none."""
+    known = dict(leaves(saved))
+    return [key for key in changed_keys(saved, now, max_steps=True) if key in known]
 
 
 def described_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:

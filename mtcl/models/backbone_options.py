@@ -36,9 +36,16 @@ _NAMES = """
 """
 ARCHITECTURE = frozenset(_NAMES.split())
 LARGEST = 100_000  # of a number: widths are below it
-DEEPEST = 128  # of a number of blocks
 LONGEST = 32  # entries of a list
-BLOCKS = re.compile(r".*(depth|layers|blocks|levels|block_config|stages?\d*)")  # arguments that count blocks
+MOST_BLOCKS = 256  # of all numbers of blocks together
+# Arguments whose large values would take minutes to lay out, before any weight is compared: pattern -> largest value.
+SMALL = {
+    r"stage\d|levels|depth_mult(iplier)?|width_mult(iplier)?|channel_multiplier|width_factor": 8,
+    r".*(depth|layers|blocks|block_config|stages).*": 128,
+    r".*window.*|kernel_sizes?|.*patch_sizes?": 128,
+    r"img_size|ref_feat_shape|global_pos_size": 4096,
+}
+BLOCKS = re.compile(r".*(depths?|layers|blocks|block_config|stages)")
 NAME = re.compile(r"[A-Za-z0-9_.-]{0,40}")  # of a layer, a padding, ...: no path and no address
 
 
@@ -57,22 +64,34 @@ def check_backbone_kwargs(kwargs: Any) -> None:
         if name not in ARCHITECTURE:
             close = difflib.get_close_matches(str(name), ARCHITECTURE, n=1, cutoff=0.75)
             hint = f"did you mean {close[0]}?" if close else "weights come from backbone.weights only"
-            raise UserError(f"backbone.kwargs.{name} is not an architecture argument that may be set; {hint}")
-        largest = DEEPEST if BLOCKS.match(name) and not isinstance(value, Mapping) else LARGEST
+            raise UserError(f"backbone.kwargs.{str(name)[:80]} is not an architecture argument that may be set; {hint}")
+        largest = next((largest for pattern, largest in SMALL.items() if re.fullmatch(pattern, name)), LARGEST)
         if not _is_plain(value, largest, levels=3):
             raise UserError(
                 f"backbone.kwargs.{name}={str(value)[:80]} must be a number up to {largest}, true, false, null, a "
                 "name, or a list or mapping of these"
             )
+    blocks = sum(_sum(value) for name, value in kwargs.items() if BLOCKS.fullmatch(name))
+    if blocks > MOST_BLOCKS:
+        raise UserError(f"backbone.kwargs ask for {blocks:g} blocks; at most {MOST_BLOCKS} can be built")
 
 
 def _is_plain(value: Any, largest: int, levels: int) -> bool:
     """Tell whether a value is a bounded number, a name, or a bounded nest of these."""
     if isinstance(value, Mapping):  # HRNet's stages
         names = all(isinstance(key, str) and NAME.fullmatch(key) for key in value)
-        return names and _is_plain([*value.values()], largest, levels)
+        widths = [value[key] for key in value if key == "num_channels"]
+        others = [value[key] for key in value if key != "num_channels"]
+        return names and _is_plain(widths, LARGEST, levels) and _is_plain(others, largest, levels)
     if isinstance(value, list | tuple):
         return levels > 0 and len(value) <= LONGEST and all(_is_plain(item, largest, levels - 1) for item in value)
     if isinstance(value, str):
         return NAME.fullmatch(value) is not None
     return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= largest)
+
+
+def _sum(value: Any) -> float:
+    """Add up the numbers in a value and its lists."""
+    if isinstance(value, list | tuple):
+        return sum(map(_sum, value))
+    return value if isinstance(value, int | float) else 0

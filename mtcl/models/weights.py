@@ -9,6 +9,9 @@ from torch import Tensor
 
 from mtcl.errors import UserError
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
 
 def check_weights(weights: Any, expected: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise ``UserError`` where weights are not those of a model, or no model can compute with them.
@@ -28,7 +31,7 @@ def check_weights(weights: Any, expected: Mapping[str, Tensor], source: str | Pa
         raise UserError(f"{misfit}: {first} ({len(missing)} missing, {len(further)} too many)")
     for name, model in expected.items():
         tensor = weights[name]
-        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise UserError(f"{misfit}: {name} is no plain tensor")
         if tensor.shape != model.shape:
             raise UserError(f"{misfit}: {name} is {tuple(tensor.shape)} instead of {tuple(model.shape)}")
@@ -40,7 +43,7 @@ def check_numbers(name: str, tensor: Tensor, model: Tensor, source: str | Path) 
 
     They are cast in silence otherwise (int8, complex), or every prediction would be NaN.
     """
-    if tensor.is_complex() or (model.is_floating_point() and not tensor.is_floating_point()):  # counters may be floats
+    if tensor.dtype not in (FLOATS if model.is_floating_point() else (*FLOATS, *WHOLE)):  # counters may be floats
         raise UserError(
             f"the weights in {source} do not fit: {name} has numbers of type {tensor.dtype}, not {model.dtype}"
         )

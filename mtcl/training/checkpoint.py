@@ -13,7 +13,7 @@ import struct
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.errors import UserError, why_unreadable
 from mtcl.safe_files import check_depth, open_regular
+from mtcl.training.pickle_scan import check_pickle
 
 log = logging.getLogger(__name__)
 
@@ -339,9 +340,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise DamagedError(path, f"it can't be read: {error.strerror or error}") from error
     if why is not None:
         raise DamagedError(path, why)
-    _check_archive(path)
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         why = why_unreadable(error)
         raise DamagedError(path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?") from error
@@ -352,6 +355,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {path} has format {str(content.get('format'))[:9]}, this version of mtcl reads format {FORMAT}"
         )
+    content = _plain(content, path)
     check_content(content, path)
     return content
 
@@ -369,7 +373,6 @@ def check_content(content: Mapping[str, Any], path: Path) -> None:
 
     The config in it is looked at by whoever builds from it (:mod:`mtcl.entry.stored_config`).
     """
-    check_depth(content, path)
     odd = f"checkpoint {path} is not as mtcl writes it: its"
     for name, kinds in PARTS.items():
         if name in content and (not isinstance(content[name], kinds) or isinstance(content[name], bool)):
@@ -378,28 +381,56 @@ def check_content(content: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{odd} step is {content['step']}")
     if content.get("ema") is not None and not isinstance(content["ema"].get("model"), Mapping):
         raise UserError(f"{odd} ema has no weights")
-    todo: list[Any] = [content]
+    size = path.stat().st_size
+    held: dict[int, int] = {}  # storage -> its bytes
+    for tensor in _tensors(content):
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise UserError(f"{odd} tensor of shape {tuple(tensor.shape)} has {storage.nbytes()} bytes only")
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content["model"]))
+    if sum(held.values()) > size or weights > 2 * size:  # a few weights may be one
+        raise UserError(f"{odd} tensors claim more than the {size:,} bytes that the file holds")
+    if next(_tensors(content["config"]), None) is not None:
+        raise UserError(f"{odd} config holds tensors")
+
+
+def _plain(content: Any, path: Path) -> Any:
+    """Return ``content`` with mappings as plain dicts: attributes that a file gives to them count for nothing."""
+    check_depth(content, path)
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: walk(item) for key, item in dict.items(value)}
+        if isinstance(value, list | tuple):
+            return type(value)(walk(item) for item in value) if type(value) in (list, tuple) else value
+        return value
+
+    return walk(content)
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested containers that lie in memory."""
+    todo = [content]
     while todo:
         value = todo.pop()
-        if isinstance(value, Mapping | list | tuple):
-            todo.extend(value.values() if isinstance(value, Mapping) else value)
+        if isinstance(value, dict | list | tuple):
+            todo.extend(value.values() if isinstance(value, dict) else value)
         elif isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta:
-            held = value.untyped_storage().nbytes()
-            if value.numel() * value.element_size() > held:
-                raise UserError(f"{odd} tensor of shape {tuple(value.shape)} has {held} bytes only")
+            yield value
 
 
-def _check_archive(path: Path) -> None:
-    """Raise ``DamagedError`` where a zip archive's members are compressed: torch stores them as they are, a small file
-    could hold more than the memory.
+def check_archive(path: Path) -> None:
+    """Raise ``DamagedError`` or ``UserError`` where a file could take far more time or memory than its size: members
+    that are compressed (torch stores them as they are), or a pickle of more than tensors and plain containers.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            compressed = any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist())
-    except Exception:  # of many kinds for bytes that are none; torch says what the file is
-        return
-    if compressed:
-        raise DamagedError(path, "its members are compressed")
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise DamagedError(path, "its members are compressed")
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                check_pickle(archive.read(member), path)
 
 
 def damage(path: Path) -> str | None:
