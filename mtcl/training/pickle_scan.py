@@ -16,6 +16,7 @@ ALLOWED = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch\.storage UntypedStorage"
     r"|torch (Float|Double|Half|BFloat16|Byte|Char|Short|Int|Long|Bool|ComplexFloat|ComplexDouble)Storage|torch Size"
 )
+OTHER_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")  # torch.save has none
 DEEPEST = 8  # of tuples in tuples
 
 
@@ -28,16 +29,13 @@ def check_pickle(data: bytes, path: Path) -> None:
     """
     stack: list[Any] = []  # how deep tuples are nested in each value; a mark is itself
     memo: dict[int, Any] = {}
-    last_texts: list[str] = []  # of a STACK_GLOBAL
     for opcode, argument, _ in pickletools.genops(data):
         name = opcode.name
-        if name in ("GLOBAL", "STACK_GLOBAL"):
-            named = str(argument) if name == "GLOBAL" else " ".join(last_texts[-2:])
-            if ALLOWED.fullmatch(named) is None:
-                raise UserError(f"checkpoint {path} names {printable(named)}; it may hold tensors and plain containers")
-        elif "UNICODE" in name:
-            last_texts = [*last_texts[-1:], str(argument)]
-        elif name in ("INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
+        if name == "GLOBAL" and ALLOWED.fullmatch(str(argument)) is None:
+            raise UserError(
+                f"checkpoint {path} names {printable(str(argument))}; it may hold tensors and plain containers"
+            )
+        if name in OTHER_CALLS:
             raise UserError(f"checkpoint {path} makes objects of classes; it may hold tensors and plain containers")
         if name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[int(str(argument))] = stack[-1]
