@@ -23,7 +23,6 @@ import pytest
 import torch
 from browser import Browser, chromium
 from conftest import ROOT, TINY, composed
-from omegaconf import OmegaConf
 from PIL import Image
 from test_cli import assert_fails
 
@@ -365,7 +364,7 @@ def checkpoint(path: Path, seed: int) -> None:
     config = composed("data=rooms", *TINY)
     tasks = build.build_tasks(config)
     model = build.build_model(config, tasks, pretrained=False)
-    content = {"model": model.state_dict(), "config": OmegaConf.to_container(config), "step": 1}
+    content = {"model": model.state_dict(), "config": build.plain(config), "step": 1}
     save_checkpoint(path, {**content, "meta": {"tasks": build.described(tasks)}})
 
 
