@@ -188,7 +188,7 @@ def _unpacked(path: Path, data: bytes) -> bytes:
 
 
 def _nesting(part: bytes, order: str) -> int:
-    """How deep the arrays of one variable are nested, at most a little beyond :data:`MAX_NESTED`.
+    """Count how deep the arrays of one variable are nested, at most a little beyond :data:`MAX_NESTED`.
 
     ``ValueError``: an element of a kind that there is not, by whose number scipy would look up memory that is not its.
     """

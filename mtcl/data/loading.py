@@ -316,7 +316,7 @@ def _end_on_lost_batches() -> None:
 
 
 def worker_sentence(error: RuntimeError) -> str | None:
-    """What to tell the user of an error of torch's loader; None where it is none."""
+    """Return a sentence on an error of torch's loader; None where it is none."""
     text = str(error)
     if "Too many open files" in text or "ancdata" in text:
         return TOO_FEW_FILES

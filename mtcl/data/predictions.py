@@ -321,7 +321,7 @@ def found_maps(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def _is_binary(maps: MapFormat, paths: Sequence[Path]) -> bool:
-    """Whether maps hold 0 and 1 only, and both; the first that holds more ends the search."""
+    """Tell whether maps hold 0 and 1 only, and both; the first that holds more ends the search."""
     highest = 0
     for path in paths:
         highest = max(highest, int(maps.load(path).max(initial=0)))

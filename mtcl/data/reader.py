@@ -193,7 +193,7 @@ def entries(folder: Path) -> list[Path]:
 
 
 def described_others(folder: Path, stems: Set[str]) -> str:
-    """What ``folder`` holds of files of other endings, to be added to a complaint; empty where there are none.
+    """Name the files of other endings that ``folder`` holds, to be added to a complaint; empty where there are none.
 
     Args:
         folder: where files are missing.

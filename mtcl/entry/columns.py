@@ -1,4 +1,4 @@
-"""What a task's numbers are called: metrics, units, which is better, which of them stands for the task."""
+"""Name a task's numbers: metrics, units, which is better, which of them stands for the task."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -45,7 +45,7 @@ def _readable(word: str, sweeps: bool) -> str:
 
 
 def _parsed(text: str) -> Any:
-    """What Hydra makes of a value; None: it can't read it."""
+    """Return a value as Hydra reads it; None where it can't."""
     try:
         return OverridesParser.create().parse_override(f"key={text}")
     except HydraException:
@@ -86,7 +86,7 @@ def expand_home(config: DictConfig, keys: Sequence[str] = PATHS) -> None:
 
 
 class Home(Callback):
-    """What Hydra calls before it makes a run's or a sweep's folder, whose path may come from a YAML file."""
+    """Expands ``~`` in the path of a run's or a sweep's folder, which may come from a YAML file, before Hydra makes it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         expand_home(config, ["hydra.run.dir"])

@@ -96,7 +96,7 @@ def _state(folder: Path, changed: float) -> RunState:
 
 
 def _if_there(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:
-    """What ``read`` makes of a file; empty where there is none."""
+    """Read a file by ``read``; empty where there is none."""
     return read(path) if os.path.lexists(path) else {}
 
 

@@ -209,7 +209,7 @@ def given_before(output: Path) -> list[str]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """What :func:`start` wrote of a job."""
+    """Read what :func:`start` wrote of a job."""
     content = read_object(path)
     check_types(path, content, {"overrides": TEXTS, "given": TEXTS, "environment": VARIABLES})
     return content

@@ -83,7 +83,7 @@ class Effect:
     adjusted: float | None = None  # p-value by Holm's method, where asked for
 
     def side(self, column: Column) -> str:
-        """Where the interval lies: wholly better, wholly worse, contains 0; too few pairs; "-" without one.
+        """Say where the interval lies: wholly better, wholly worse, contains 0; too few pairs; "-" without one.
 
         With Holm's p-values: better, worse, not below 0.05.
         """

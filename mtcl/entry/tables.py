@@ -90,7 +90,7 @@ def interval(column: Column, found: Paired) -> str:
 
 
 def verdict(column: Column, found: Paired, adjusted: float | None = None) -> str:
-    """Whether the interval excludes zero, and on which side; none below three pairs.
+    """Tell whether the interval excludes zero, and on which side; none below three pairs.
 
     ``adjusted``: a corrected p-value, by which it is decided instead.
     """
@@ -148,7 +148,7 @@ def closing(comparison: Comparison) -> list[str]:
 
 
 def about_intervals(comparison: Comparison, count: int) -> str:
-    """What the intervals are, whether they are corrected for their number, and which exclude zero."""
+    """Describe the intervals: whether they are corrected for their number, and which exclude zero."""
     sure = [
         f"{column.task} {column.metric}".strip()
         for one in comparison.differences

@@ -1,4 +1,4 @@
-"""What a command writes to its terminal or into a pipe: nobody need read it, and no name in it steers the terminal."""
+"""Write to a terminal or into a pipe: nobody need read it, and no name in it steers the terminal."""
 
 import contextlib
 import errno

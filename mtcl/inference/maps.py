@@ -54,7 +54,7 @@ MEANINGS: dict[str, dict[str, object]] = {
 
 
 def meaning(task: Task) -> dict[str, object]:
-    """What the values of a task's files stand for."""
+    """Describe what the values of a task's files stand for."""
     return {"classes": list(getattr(task, "classes", ()))} if task.kind == "class" else MEANINGS[task.kind]
 
 

@@ -61,7 +61,7 @@ class ClassTask(Task):
         return prediction.argmax(dim=0).to(torch.uint8).cpu().numpy()
 
     def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
-        """Whether the classes fit the labels far better when they are moved by one: another numbering."""
+        """Tell whether the classes fit the labels far better when they are moved by one: another numbering."""
         found = np.concatenate([array.ravel() for array in maps]).astype(int)
         wanted = np.concatenate([array.ravel() for array in labels]).astype(int)
         found, wanted = found[wanted != self.void], wanted[wanted != self.void]

@@ -79,7 +79,7 @@ class Depth(Task):
         return np.where(valid[..., None], turbo, np.array(VOID_COLOUR, np.uint8))
 
     def drawable(self, prediction: np.ndarray) -> np.ndarray:
-        """What was clipped gets the nearest colour; what is no number stays void."""
+        """Give what was clipped the nearest colour; what is no number stays void."""
         return np.maximum(prediction, np.float32(self.clipped))
 
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:

@@ -62,7 +62,7 @@ class Balancer(ABC):
         return {}
 
     def _load(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """What :meth:`_state` gave."""
+        """Take back what :meth:`_state` gave."""
 
 
 class FixedWeights(Balancer):

@@ -274,7 +274,7 @@ def _axis_row(check: str, found: str, expected: str, good: bool, other: bool, pi
 
 
 def _another_axis(mean: np.ndarray, axis: int) -> bool:
-    """Whether a mean vector points more along another axis, or against this one, than along this one."""
+    """Tell whether a mean vector points more along another axis, or against this one, than along this one."""
     others = np.delete(np.abs(mean), axis)
     return bool(max(*others, -mean[axis]) > mean[axis])
 

@@ -181,7 +181,7 @@ def read_folder(path: Path, name: str) -> Folder:
 
 
 def _read(read: Callable[[Path], dict[str, Any]], path: Path, problems: list[str]) -> dict[str, Any]:
-    """What ``read`` makes of a file; empty where there is none, and with a problem more where it can't be read."""
+    """Read a file by ``read``; empty where there is none, and with a problem more where it can't be read."""
     try:
         return read(path) if os.path.lexists(path) else {}
     except UserError as error:
