@@ -116,8 +116,8 @@ def read_mat(path: Path, key: str) -> np.ndarray:
     try:
         if _is_hdf5(data):
             with h5py.File(io.BytesIO(data), "r") as file:
-                found = read_dataset(file, key, path)
-                return np.ascontiguousarray(found[()].T)  # MATLAB stores columns first
+                dataset = read_dataset(file, key, path)
+                return np.ascontiguousarray(dataset[()].T)  # MATLAB stores columns first
         data = _unpacked(path, data)
         content = scipy.io.loadmat(io.BytesIO(data), variable_names=[key])
         if key not in content:
@@ -149,14 +149,14 @@ def read_dataset(file: h5py.File, key: str, path: Path, max_bytes: int = MAX_BYT
         raise _lacks(path, key, list(file))
     if not isinstance(link, h5py.HardLink):
         raise UserError(f"{key} in {path} is a link to another place, which is not followed; save the array itself.")
-    found = file[key]
-    if not isinstance(found, h5py.Dataset) or found.dtype == h5py.ref_dtype:
+    dataset = file[key]
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype == h5py.ref_dtype:
         raise UserError(f"{key} in {path} is a structure in MATLAB's format 7.3; save it again with -v7.")
-    if found.external or found.is_virtual:
+    if dataset.external or dataset.is_virtual:
         raise UserError(f"{key} in {path} lies in other files, which are not read; save the array itself.")
-    if found.nbytes > max_bytes:
-        raise UserError(f"{key} in {path} has {found.nbytes:,} bytes, more than the {max_bytes:,} that it may have.")
-    return found
+    if dataset.nbytes > max_bytes:
+        raise UserError(f"{key} in {path} has {dataset.nbytes:,} bytes, more than the {max_bytes:,} that it may have.")
+    return dataset
 
 
 def _unpacked(path: Path, data: bytes) -> bytes:

@@ -32,8 +32,8 @@ def check_labels(reader: Reader, tasks: Mapping[str, Task], part: str) -> list[s
     doubts = []
     for name, task in tasks.items():
         labels = [sample.labels[name] for sample in chosen.values()]
-        found = task.check_values(labels) if labels else []
-        doubts += [f"the labels of {name} of the {part} images {text}" for text in found]
+        sentences = task.check_values(labels) if labels else []
+        doubts += [f"the labels of {name} of the {part} images {text}" for text in sentences]
     return doubts
 
 

@@ -86,7 +86,7 @@ def expand_home(config: DictConfig, keys: Sequence[str] = PATHS) -> None:
 
 
 class Home(Callback):
-    """Expands ``~`` in the path of a run's or a sweep's folder, which may come from a YAML file, before Hydra makes it."""
+    """Expands ``~`` in the path of a run's or a sweep's folder, also from a YAML file, before Hydra makes it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         expand_home(config, ["hydra.run.dir"])

@@ -62,12 +62,12 @@ class ClassTask(Task):
 
     def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
         """Tell whether the classes fit the labels far better when they are moved by one: another numbering."""
-        found = np.concatenate([array.ravel() for array in maps]).astype(int)
+        predicted = np.concatenate([array.ravel() for array in maps]).astype(int)
         wanted = np.concatenate([array.ravel() for array in labels]).astype(int)
-        found, wanted = found[wanted != self.void], wanted[wanted != self.void]
-        if not found.size:
+        predicted, wanted = predicted[wanted != self.void], wanted[wanted != self.void]
+        if not predicted.size:
             return []
-        as_is, *moved = (float((found - step == wanted).mean()) for step in (0, 1, -1))
+        as_is, *moved = (float((predicted - step == wanted).mean()) for step in (0, 1, -1))
         if max(moved) < 2 * as_is + self.clearly:
             return []
         what = "larger" if moved[0] > moved[1] else "smaller"
