@@ -237,7 +237,7 @@ def test_every_aggregator(name, tmp_path):
         assert found["trunk"].stride() == toy.trunk.stride()
         assert same(found, toy.step(again, number)), "the same once more"
     assert any(found[n].any() for n in ("trunk", "bias"))
-    save_checkpoint(tmp_path / "a.pt", {"model": {}, "config": {}, "balancer": balancer.state_dict()})
+    save_checkpoint(tmp_path / "a.pt", {"model": {}, "config": {}, "step": 3, "balancer": balancer.state_dict()})
     resumed = aggregated(name)
     resumed.load_state_dict(load_checkpoint(tmp_path / "a.pt")["balancer"])
     for number in range(3, 6):
