@@ -107,6 +107,7 @@ ODD_CONFIGS: list[tuple[str, object]] = [
     ("backbone", {"name": "maxvit_tiny_tf_224", "kwargs": {"img_size": 100_000}}),
     ("backbone", {"name": "swin_tiny_patch4_window7_224", "kwargs": {"depths": [128] * 32}}),
     ("backbone", {"name": "densenet121", "kwargs": {"block_config": [128] * 32}}),
+    ("backbone", {"name": "densenet121", "kwargs": {"block_config": [128] * 16 + [-128] * 16}}),
     ("backbone", {"name": "efficientnet_b0", "kwargs": {"depth_multiplier": 100}}),
     ("data.options.length", [1, 10**9]),
     ("data.workers", 10**6),

@@ -91,7 +91,7 @@ def _is_plain(value: Any, largest: int, levels: int) -> bool:
 
 
 def _sum(value: Any) -> float:
-    """Add up the numbers in a value and its lists."""
+    """Add up the sizes of the numbers in a value and its lists."""
     if isinstance(value, list | tuple):
         return sum(map(_sum, value))
-    return value if isinstance(value, int | float) else 0
+    return abs(value) if isinstance(value, int | float) else 0

@@ -101,7 +101,7 @@ class Normals(Task):
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).all(axis=-1).any() for array in arrays)
 
     def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
-        """Of (n + 1) / 2 no component is negative, and the first two are near one half on average; of normals they
+        """Look for (n + 1) / 2: no component is negative, the first two are near one half on average; normals
         would have to face left and up everywhere."""
         vectors = [_decoded(a).transpose(1, 2, 0) if a.dtype == np.uint8 else a for a in arrays]
         valid = np.concatenate([v[np.isfinite(v).all(axis=2) & v.any(axis=2)] for v in vectors])
