@@ -1,0 +1,55 @@
+"""Files of mtcl 0.1.0, written before the packages and config keys were renamed, give what they gave then."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mtcl
+
+FILES = Path(__file__).resolve().parent / "fixtures" / "version_0_1_0"
+
+
+@pytest.mark.parametrize("source", ["runs/contrastive_0", "exported"])
+def test_predictions_are_bit_equal(source):
+    expected = np.load(FILES / "predictions.npz")
+    maps = mtcl.load(FILES / source, device="cpu")(expected["image"])
+    assert sorted(maps) == sorted(set(expected.files) - {"image"})
+    for name, prediction in maps.items():
+        assert prediction.dtype == expected[name].dtype
+        np.testing.assert_array_equal(prediction, expected[name])
+
+
+@pytest.mark.slow
+def test_evaluation_gives_the_metrics_of_then(cli, tmp_path):
+    run = shutil.copytree(FILES / "runs/contrastive_0", tmp_path / "run")
+    result = cli("evaluate.py", f"checkpoint={run}", f"hydra.run.dir={tmp_path / 'out'}")
+    assert result.code == 0, result.err
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == json.loads((run / "metrics.json").read_text())
+
+
+def figures(text: str) -> list[str]:
+    """The numbers of a table's rows; labels may be reworded."""
+    rows = [line for line in text.splitlines() if re.match(r"(semseg|human_parts|sal|depth|normals|edge) ", line)]
+    return [number for line in rows for number in re.findall(r"[-+]?\d+\.\d+", line)]
+
+
+def test_comparison_prints_the_table_of_then(cli):
+    result = cli("scripts/compare.py", str(FILES / "runs"))
+    assert result.code == 0, result.err
+    assert len(figures(result.out)) > 40
+    assert figures(result.out) == figures((FILES / "compare.txt").read_text())
+    assert "4 runs" in result.out
+
+
+def test_report_shows_the_runs(cli, tmp_path):
+    page = tmp_path / "report.html"
+    result = cli("scripts/report.py", str(FILES / "runs"), "--output", str(page))
+    assert result.code == 0, result.err
+    text = page.read_text()
+    for run in ("contrastive_0", "contrastive_1", "baseline_0", "baseline_1"):
+        assert run in text
+    assert "16.08" in text  # odsF of the contrastive runs, in percent
