@@ -28,7 +28,8 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python scripts/render_results.py --check
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python scripts/docs/render_results.py --check
 
 format: install
 	$(BIN)/ruff format .

@@ -7,9 +7,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mtcl.entry.cli import launch
-from mtcl.entry.evaluate import dataset_of, evaluate
-from mtcl.entry.overrides import named_checkpoint, readable
+from mtcl.cli.evaluate import dataset_of, evaluate
+from mtcl.cli.hydra_app import launch
+from mtcl.config.overrides import named_checkpoint, readable
 
 CONFIGS = Path(__file__).with_name("configs")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mtcl.entry.cli import launch
-from mtcl.entry.train import train
+from mtcl.cli.hydra_app import launch
+from mtcl.cli.train import train
 
 
 def main(config: DictConfig) -> None:

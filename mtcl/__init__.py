@@ -1,9 +1,8 @@
 """Contrastive multi-task dense prediction (after Yang, Ye, Xu, AAAI 2023).
 
-Floors, lower never imports higher:
-``losses``, ``metrics`` <- ``tasks`` <- ``data`` <- ``models`` <- ``contrastive`` <- ``training`` <-
-``inference`` <- ``entry``
-(train.py, evaluate.py, scripts).
+Packages from the lowest to the highest, lower ones never import higher ones: ``losses``, ``metrics``, ``models``;
+``tasks``, ``profiling``; ``data``, ``regularizers``; ``evaluation``, ``inference``; ``visualization``; ``training``;
+``config``; ``results``; ``launch``; ``cli`` (see pyproject.toml, import-linter).
 """
 
 from collections.abc import Sequence
@@ -11,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mtcl.errors import UserError
+from mtcl.version import __version__
 
 if TYPE_CHECKING:
     from mtcl.inference import Predictor
 
-__version__ = "0.1.0"
 __all__ = ["UserError", "__version__", "load"]
 
 
@@ -36,6 +35,6 @@ def load(
     >>> maps = predictor("picture.jpg")  # or a PIL picture, or uint8 RGB (H, W, 3)  # doctest: +SKIP
     >>> maps["depth"]  # float32 (H, W), metres; maps["semseg"]: uint8 (H, W), classes  # doctest: +SKIP
     """
-    from mtcl.entry import loading  # everything else of the package is below it
+    from mtcl.config import load as loading  # takes a moment: it imports torch and timm
 
     return loading.load(source, device, tasks, precision, **options)

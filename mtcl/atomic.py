@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from mtcl.errors import UserError
 
@@ -88,3 +91,24 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+    with disk_errors_told(path):
+        write_atomically(path, write)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """NaN, as a metric is that saw nothing valid, becomes null: JSON has no NaN."""
+    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

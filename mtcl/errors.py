@@ -8,6 +8,19 @@ class UserError(Exception):
     """
 
 
+class ParameterError(UserError):
+    """A parameter of a constructor or function has a value that it cannot have.
+
+    Args:
+        parameter: name of the parameter, which the config floor completes to the key that the user typed.
+        problem: the sentence after the name, with the value and what to do: ``"=0 must be at least 1"``.
+    """
+
+    def __init__(self, parameter: str, problem: str):
+        super().__init__(f"{parameter}{problem}")
+        self.parameter, self.problem = parameter, problem
+
+
 def why_unreadable(error: Exception) -> str:
     """Tell in a line why ``torch.load`` took no file, without its advice to run whatever code is in there."""
     text = str(error).strip().split("\n")[0]

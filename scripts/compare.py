@@ -19,10 +19,10 @@ import sys
 from pathlib import Path
 
 from mtcl.atomic import write_atomically
-from mtcl.entry.compare import compare
-from mtcl.entry.script import run
-from mtcl.entry.tables import FORMATS, render
+from mtcl.cli.script import run
 from mtcl.errors import UserError
+from mtcl.results.compare import compare
+from mtcl.results.tables import FORMATS, render
 
 SUFFIXES = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 

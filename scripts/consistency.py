@@ -19,8 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-from mtcl.entry.consistency import consistency, parse
-from mtcl.entry.script import run
+from mtcl.cli.consistency import consistency, parse
+from mtcl.cli.script import run
 
 
 def main() -> None:

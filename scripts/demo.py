@@ -13,8 +13,8 @@ One picture is predicted at a time. Pictures are not kept; nothing is sent elsew
 Needs Gradio: pip install 'mtcl[demo]'.
 """
 
-from mtcl.entry.demo import demo
-from mtcl.entry.script import run_words
+from mtcl.cli.demo import demo
+from mtcl.cli.script import run_words
 
 if __name__ == "__main__":
     run_words(demo, __doc__)

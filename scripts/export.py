@@ -18,8 +18,8 @@ running mean); the regulariser is in none of the files.
 push publishes an exported folder on the Hugging Face hub, pull fetches one; both need pip install 'mtcl[hub]'.
 """
 
-from mtcl.entry.exporting import export
-from mtcl.entry.script import run_words
+from mtcl.cli.export import export
+from mtcl.cli.script import run_words
 
 if __name__ == "__main__":
     run_words(export, __doc__)

@@ -13,9 +13,9 @@ Every key of the file is accounted for and every tensor of the model filled, or 
 import argparse
 from pathlib import Path
 
-from mtcl.entry.import_checkpoint import import_checkpoint
-from mtcl.entry.script import run
-from mtcl.models.importing import METHODS
+from mtcl.cli.import_checkpoint import import_checkpoint
+from mtcl.cli.script import run
+from mtcl.models.published import METHODS
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ device=auto|cpu|cuda   precision=auto|bf16|fp32
 A file that can't be predicted is told and left out; the others are done, and the exit code is then 1.
 """
 
-from mtcl.entry.predicting import predict
-from mtcl.entry.script import run_words
+from mtcl.cli.predict import predict
+from mtcl.cli.script import run_words
 
 if __name__ == "__main__":
     run_words(predict, __doc__)

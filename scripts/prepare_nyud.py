@@ -8,8 +8,8 @@ import argparse
 import os
 from pathlib import Path
 
-from mtcl.data.official.nyud import prepare_nyud
-from mtcl.entry.script import run
+from mtcl.cli.script import run
+from mtcl.data.prepare.nyud import prepare_nyud
 
 OPTIONS = {
     "--labeled": "nyu_depth_v2_labeled.mat, the labelled dataset (2.8 GB)",

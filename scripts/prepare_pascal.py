@@ -7,8 +7,8 @@ import argparse
 import os
 from pathlib import Path
 
-from mtcl.data.official.pascal import prepare_pascal
-from mtcl.entry.script import run
+from mtcl.cli.script import run
+from mtcl.data.prepare.pascal import prepare_pascal
 
 OPTIONS = {
     "--voc": "VOC2010 as unpacked: has JPEGImages, SegmentationClass and ImageSets/Main",

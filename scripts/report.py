@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 from mtcl.atomic import disk_errors_told, write_atomically
-from mtcl.entry.page import collect, document
-from mtcl.entry.script import run
+from mtcl.cli.script import run
 from mtcl.errors import UserError
+from mtcl.results.html import collect, document
 
 
 def main() -> None:

@@ -14,9 +14,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from mtcl.entry.runs import STATES, as_records, as_text, list_runs
-from mtcl.entry.script import run
-from mtcl.entry.tables import csv_text
+from mtcl.cli.script import run
+from mtcl.results.list_runs import STATES, as_records, as_text, list_runs
+from mtcl.results.tables import csv_text
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from mtcl.entry.script import run
-from mtcl.entry.search import conduct
-from mtcl.entry.study import tasks_of_config
+from mtcl.cli.script import run
 from mtcl.errors import UserError
+from mtcl.launch.search import conduct
+from mtcl.launch.study import tasks_of_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

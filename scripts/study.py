@@ -13,9 +13,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mtcl.entry.script import run
-from mtcl.entry.study import conduct, failure_text, tasks_of_config
+from mtcl.cli.script import run
 from mtcl.errors import UserError
+from mtcl.launch.study import conduct, failure_text, tasks_of_config
 
 ROOT = Path(__file__).resolve().parents[1]
 

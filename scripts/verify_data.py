@@ -11,8 +11,8 @@ import os
 from pathlib import Path
 
 from mtcl import UserError
+from mtcl.cli.script import run
 from mtcl.data.verify import FACTS, find, report, verify, write_sheet
-from mtcl.entry.script import run
 
 
 def main() -> None:

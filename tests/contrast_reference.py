@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from mtcl.contrastive import Contrastive, criteria
-from mtcl.contrastive.sampling import even_quotas
+from mtcl.regularizers import Contrastive, criteria
+from mtcl.regularizers.sampling import even_quotas
 from mtcl.tasks import build_task
 
 KINDS = ("random", "void", "single", "one")  # what one task says of one picture

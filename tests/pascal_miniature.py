@@ -13,7 +13,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from mtcl.data.pascal_classes import CONTEXT_OF_VOC, PART_OF_NAME, PERSON
+from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC, PART_OF_NAME, PERSON
 
 TRAIN = ("2008_000008", "2008_000003", "2009_000015", "2010_000027")  # not sorted, as a list may be
 VAL = ("2008_000002", "2010_000500", "2009_000016", "2008_000111")

@@ -13,9 +13,10 @@ import torch
 from conftest import composed
 from torch import nn
 
-from mtcl import ranks
-from mtcl.entry import build
-from mtcl.training.step import Compiled
+from mtcl import distributed as ranks
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_training import build_trainer
+from mtcl.training.train_step import Compiled
 
 STEPS = 3
 
@@ -28,8 +29,8 @@ def main(folder: Path, words: list[str]) -> None:
     torch.manual_seed(ranks.rank())  # DDP and FSDP give all the first one's weights
     if "compiler" in own:
         Compiled.backend = own["compiler"]
-    tasks = build.build_tasks(config)
-    trainer = build.build_trainer(config, tasks, folder, device).trainer
+    tasks = build_tasks(config)
+    trainer = build_trainer(config, tasks, folder, device).trainer
     if "from" in own:
         trainer.restore(torch.load(own["from"], weights_only=True))
     trainer.model.train()

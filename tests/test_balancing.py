@@ -14,11 +14,13 @@ from omegaconf import OmegaConf
 from shrunken import RESNET, shrunk
 from torch import Tensor, nn
 
-from mtcl import UserError, ranks
-from mtcl.entry import build
-from mtcl.entry.train import train
-from mtcl.training.aggregator import Aggregated, _private_randomness, aggregators
-from mtcl.training.balancer import Balancer, DynamicAverage, FixedWeights, Uncertainty
+from mtcl import UserError
+from mtcl import distributed as ranks
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_training import build_balancer, build_trainer
+from mtcl.training.balancing import Balancer, DynamicAverage, FixedWeights, Uncertainty
+from mtcl.training.balancing_torchjd import Aggregated, _private_randomness, aggregators
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 from mtcl.training.trainer import Trainer
 
@@ -438,9 +440,9 @@ def test_without_torchjd(monkeypatch):
 
 def balancer_of(*words: str) -> Balancer:
     config = composed(*words)
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     regularizer = None if config.regularizer._target_ is None or len(tasks) < 2 else object()
-    return build.build_balancer(config, tasks, regularizer, SimpleNamespace(ids=range(50)), CPU)
+    return build_balancer(config, tasks, regularizer, SimpleNamespace(ids=range(50)), CPU)
 
 
 def test_methods_and_objectives():
@@ -504,7 +506,7 @@ def test_train_says_it_in_one_sentence(cli, tmp_path):
 def made(folder: Path, *words: str) -> Trainer:
     config = composed(*WORDS, *words)
     torch.manual_seed(0)
-    trainer = build.build_trainer(config, build.build_tasks(config), folder, CPU).trainer
+    trainer = build_trainer(config, build_tasks(config), folder, CPU).trainer
     trainer.model.train()
     return trainer
 
@@ -574,7 +576,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
     ):
         composition = composed(*words, *balancing)
         torch.manual_seed(0)
-        trainer = build.build_trainer(composition, build.build_tasks(composition), tmp_path, CPU).trainer
+        trainer = build_trainer(composition, build_tasks(composition), tmp_path, CPU).trainer
         trainer.model.train()
         found.append(one_step(trainer))
     (want, _), (gradients, reached) = found

@@ -9,9 +9,10 @@ import torch
 from conftest import ROOT, choices
 from test_cli import assert_fails
 
-from mtcl.entry import build
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_training import build_regularizer
 
-SCRIPT = "scripts/benchmark_inference.py"
+SCRIPT = "scripts/benchmarks/benchmark_inference.py"
 SMALL = ["--decoders", "multi_head", "--size", "32", "64", "--repeats", "1", "--device", "cpu"]
 WORDS = ["backbone=resnet18", "decoder.width=8", "decoder.head_width=8"]
 
@@ -22,7 +23,7 @@ def test_every_decoder_has_an_experiment():
     assert set(script["EXPERIMENTS"].values()) <= set(choices("experiment"))
     config = script["composed"]("mqtransformer", (64, 96), ["backbone=resnet18"])
     assert (config.decoder._target_, config.backbone.name) == ("mtcl.models.decoders.MQTransformer", "resnet18")
-    assert (build.data_size(config), list(build.build_tasks(config))) == (
+    assert (data_size(config), list(build_tasks(config))) == (
         (64, 96),
         ["semseg", "depth", "normals", "edge"],
     )
@@ -53,14 +54,14 @@ def test_half_precision(cli):
 
 
 def test_a_regulariser_that_changes_the_model_is_found(cli, monkeypatch):
-    make = build.build_regularizer
+    make = build_regularizer
 
     def meddling(config, tasks, model):
         with torch.no_grad():
             next(model.decoder.parameters()).mul_(1.01)
         return make(config, tasks, model)
 
-    monkeypatch.setattr(build, "build_regularizer", meddling)
+    monkeypatch.setattr("mtcl.config.build_training.build_regularizer", meddling)
     result = cli(SCRIPT, *WORDS, *SMALL, "--batch", "1", "--backends", "eager")
     assert_fails(result, "not the same with the regulariser attached")
 

@@ -21,19 +21,23 @@ from conftest import ROOT, TINY, composed
 import mtcl.atomic
 import mtcl.training.checkpoint as module
 from mtcl.atomic import disk_errors_told, remove_leftovers, write_atomically
-from mtcl.entry import build
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer
+from mtcl.config.resolve import plain
+from mtcl.config.stored_config import described
 from mtcl.errors import UserError
+from mtcl.run_lock import claim
 from mtcl.training.checkpoint import (
     CheckpointWriter,
     DamagedError,
-    claim,
     damage,
     load_checkpoint,
     newest_intact,
     save_checkpoint,
 )
-from mtcl.training.recorder import Recorder
+from mtcl.training.run_logger import Recorder
 
 QUICK = [*TINY, "tasks.names=[semseg,depth]", "trainer.val_first=false", "trainer.val_interval=null"]
 QUICK += ["trainer.panels=0", "decoder.head_width=4", "trainer.max_steps=4", "backbone.name=test_resnet"]
@@ -523,15 +527,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplo
 
 
 def test_a_run_that_another_finished_in_the_meantime_is_not_written_over(tmp_path, monkeypatch):
-    import mtcl.entry.train as entry
+    import mtcl.cli.train as entry
 
-    original = entry.build.build_trainer
+    original = entry.build_trainer
 
     def meanwhile(*args, **kwargs):
         save_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt", some(9))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(entry.build, "build_trainer", meanwhile)
+    monkeypatch.setattr(entry, "build_trainer", meanwhile)
     with pytest.raises(UserError, match="another run has just written"):
         train(composed(*QUICK), tmp_path / "run")
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 9
@@ -583,8 +587,8 @@ def test_code_in_a_file_is_not_run(cli, tmp_path, door, sealed):
 )
 def test_foreign_targets_in_a_checkpoint_are_refused(cli, tmp_path, monkeypatch, group, target):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail("executed"))
-    config = build.plain(composed(*QUICK))
-    tasks = build.described(build.build_tasks(composed(*QUICK)))
+    config = plain(composed(*QUICK))
+    tasks = described(build_tasks(composed(*QUICK)))
     config[group]["_target_"] = target
     content = {**some(), "model": {}, "config": config, "meta": {"tasks": tasks}}
     save_checkpoint(tmp_path / "evil.pt", content)
@@ -598,10 +602,10 @@ def test_foreign_targets_in_a_checkpoint_are_refused(cli, tmp_path, monkeypatch,
 def test_a_foreign_regularizer_is_refused():
     config = composed(*QUICK)
     config.regularizer._target_ = "os.system"
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
     with pytest.raises(UserError, match=r"regularizer\._target_=os\.system is not part of mtcl"):
-        build.build_regularizer(config, tasks, model)
+        build_regularizer(config, tasks, model)
 
 
 def test_nothing_is_unpickled_or_unpacked_unguarded():

@@ -12,12 +12,12 @@ import torch
 from conftest import ROOT, TINY, Result, composed
 from pascal_miniature import write_archive
 
-import mtcl.entry.build
+import mtcl.config.build_model
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
 from mtcl.data import Rooms
-from mtcl.entry.build import build_tasks
-from mtcl.entry.report import format_table
-from mtcl.entry.train import train
 from mtcl.errors import UserError
+from mtcl.evaluation.format_metrics import format_table
 from mtcl.tasks import TASK_NAMES
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -325,9 +325,9 @@ def test_evaluate_asks_no_hub_for_weights(cli, tmp_path, monkeypatch):
     checkpoint["config"]["backbone"]["weights"] = "hub"
     torch.save(checkpoint, tmp_path / "hub.pt")
     seen = []
-    original = mtcl.entry.build.build_backbone
+    original = mtcl.config.build_model.build_backbone
     monkeypatch.setattr(
-        "mtcl.entry.build.build_backbone", lambda *a, **k: (seen.append(k["weights"]), original(*a, **k))[1]
+        "mtcl.config.build_model.build_backbone", lambda *a, **k: (seen.append(k["weights"]), original(*a, **k))[1]
     )
     result = cli("evaluate.py", f"checkpoint={tmp_path}/hub.pt", f"hydra.run.dir={tmp_path}/a")
     assert result.code == 0, result.err
@@ -570,22 +570,22 @@ def test_real_frames(cli, tmp_path):
 
 @pytest.mark.slow
 def test_benchmarks_run(cli, capfd):
-    result = cli("scripts/benchmark_step.py", *TINY, "data.limit=null")
+    result = cli("scripts/benchmarks/benchmark_step.py", *TINY, "data.limit=null")
     assert result.code == 0, result.err
     assert "the regulariser adds" in result.out
     assert {line.split()[0] for line in result.out.splitlines()} >= {"none", "contrastive"}
-    assert "error: there is no config key" in cli("scripts/benchmark_step.py", "trainer.max_step=1").err
-    result = cli("scripts/benchmark_data.py", "--size", "32x32", "--images", "8")
+    assert "error: there is no config key" in cli("scripts/benchmarks/benchmark_step.py", "trainer.max_step=1").err
+    result = cli("scripts/benchmarks/benchmark_data.py", "--size", "32x32", "--images", "8")
     assert result.code == 0, result.err
     assert {line.split()[0] for line in result.out.splitlines()} >= {"rooms,", "plain", "files", "first", "cached"}
-    assert "too small" in cli("scripts/benchmark_data.py", "--images", "4").err
-    result = cli("scripts/benchmark_metrics.py", "--run", "2", "--batch", "2")
+    assert "too small" in cli("scripts/benchmarks/benchmark_data.py", "--images", "4").err
+    result = cli("scripts/benchmarks/benchmark_metrics.py", "--run", "2", "--batch", "2")
     assert result.code == 0, result.err
     assert "all five" in result.out
 
 
 def test_a_script_on_a_full_disk_ends_with_a_sentence(capsys):
-    from mtcl.entry.script import run
+    from mtcl.cli.script import run
 
     def full():
         raise OSError(errno.ENOSPC, "No space left on device", "out/model.pt")

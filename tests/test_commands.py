@@ -17,15 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from mtcl.entry import terminal
-from mtcl.entry.cli import launch
-from mtcl.entry.overrides import expand_home, named_checkpoint, readable
-from mtcl.entry.processes import quoted
-from mtcl.entry.script import run, run_words
-from mtcl.entry.terminal import Outlasting, Printable, outlasting_output
-from mtcl.entry.words import parse, path, with_home
+from mtcl.cli import terminal
+from mtcl.cli.arguments import parse, path
+from mtcl.cli.hydra_app import launch
+from mtcl.cli.script import run, run_words
+from mtcl.cli.terminal import Outlasting, Printable, outlasting_output
+from mtcl.config.overrides import expand_home, named_checkpoint, readable
+from mtcl.config.quoting import quoted, with_home
 from mtcl.training.preemption import Preempted, Stop
-from mtcl.training.recorder import Recorder
+from mtcl.training.run_logger import Recorder
 
 # One of a run's words and what Hydra is to make of its value.
 VALUES = [
@@ -171,7 +171,7 @@ def test_names_do_not_steer_the_terminal(capsys, monkeypatch):
     record = logging.LogRecord("n", logging.INFO, "f", 1, "a table:\n%s", ("b\x1b]0;c\x07",), None)
     assert Printable("[%(message)s]").format(record) == "[a table:\nb\\x1b]0;c\\x07]"
     formatter = OmegaConf.load(ROOT / "configs" / "train.yaml").hydra.job_logging.formatters.simple
-    assert formatter["class"] == "mtcl.entry.terminal.Printable"
+    assert formatter["class"] == "mtcl.cli.terminal.Printable"
 
 
 def test_a_run_told_to_make_room_ends_with_one_line(capsys, monkeypatch, tmp_path):
@@ -221,7 +221,7 @@ def test_curves_that_cannot_be_written_are_a_warning(monkeypatch, tmp_path, capl
     def refuses(folder, purge_step=None):
         raise UnicodeEncodeError("utf-8", "\udcc3", 0, 1, "surrogates not allowed")
 
-    monkeypatch.setattr("mtcl.training.recorder._summary_writer", refuses)
+    monkeypatch.setattr("mtcl.training.run_logger._summary_writer", refuses)
     recorder = Recorder(tmp_path)
     recorder.scalars(1, "train", {"depth": 2.0})
     recorder.scalars(2, "train", {"depth": 1.0})

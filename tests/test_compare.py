@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from scipy import integrate, stats
 
 from mtcl import UserError
-from mtcl.entry.compare import compare, is_on_off, natural, read_run
-from mtcl.entry.tables import FORMATS, render
 from mtcl.metrics.delta import adjust_by_holm, delta_mtl, paired_difference, summary
+from mtcl.results.compare import compare, is_on_off, natural, read_run
+from mtcl.results.tables import FORMATS, render
 
 # Rows of the README of robotyingtang/PRISM-VFM, ViT-B (published_results.md C.1, C.2), and the Delta_MTL printed there.
 NYUD = ("semseg", "depth", "normals", "edge")
@@ -150,7 +150,7 @@ def write_run(folder: Path, seed=0, metrics=None, config=None, facts=None, overr
     return folder
 
 
-ON = {"regularizer._target_": "mtcl.contrastive.Contrastive", "regularizer.weight": 0.5}
+ON = {"regularizer._target_": "mtcl.regularizers.Contrastive", "regularizer.weight": 0.5}
 TWO = [(0.400, 0.60), (0.410, 0.62)]
 TWO_ON = [(0.420, 0.59), (0.434, 0.608)]
 

@@ -12,11 +12,15 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from shrunken import shrunk
 
-from mtcl.contrastive import Contrastive
-from mtcl.entry import build
-from mtcl.entry.schema import ROLES, RULES, check_config, leaves, role_of, rule_of
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_evaluator import choose_monitor
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer, build_schedule
+from mtcl.config.resolve import plain
+from mtcl.config.schema import ROLES, RULES, check_config, leaves, role_of, rule_of
 from mtcl.models.backbones import Backbone, build_backbone
+from mtcl.regularizers import Contrastive
 
 GROUPS = [
     "backbone",
@@ -71,8 +75,8 @@ def word(group: str, choice: str) -> str:
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_composes(group, choice):
     config = composed(word(group, choice))
-    build.choose_monitor(config.trainer.monitor, build.build_tasks(config), config.evaluation.quick)
-    build.build_schedule(max_steps=config.trainer.max_steps, **build.plain(config.schedule))
+    choose_monitor(config.trainer.monitor, build_tasks(config), config.evaluation.quick)
+    build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
@@ -109,18 +113,18 @@ def test_every_group_is_tested():
 @pytest.mark.parametrize("backbone", choices("backbone"))
 def test_every_backbone_predicts_at_any_size(backbone):
     config = composed(f"backbone={backbone}", *shrunk("multi_head", backbone))
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False).eval()
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False).eval()
     with torch.no_grad():
         predictions = model.predict(torch.zeros(1, 3, 45, 71))
     assert {name: tuple(p.shape) for name, p in predictions.items()} == {
         name: (1, task.channels, 45, 71) for name, task in tasks.items()
     }
-    assert isinstance(build.build_regularizer(config, tasks, model), Contrastive)
+    assert isinstance(build_regularizer(config, tasks, model), Contrastive)
 
 
 def published_backbone(choice: str) -> Backbone:
-    settings = build.plain(composed(f"backbone={choice}").backbone)
+    settings = plain(composed(f"backbone={choice}").backbone)
     with torch.device("meta"):
         return build_backbone(settings["name"], out_indices=settings["out_indices"], kwargs=settings["kwargs"])
 
@@ -219,7 +223,7 @@ def test_published_experiments_say_what_they_reproduce(experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_compose_without_contrast(experiment):
     on, off = composed(f"experiment={experiment}"), composed(f"experiment={experiment}", "regularizer=none")
-    assert on.regularizer._target_ == "mtcl.contrastive.Contrastive"
+    assert on.regularizer._target_ == "mtcl.regularizers.Contrastive"
     assert on.regularizer.weight == 0.3
     assert off.regularizer._target_ is None
     assert {key: on[key] for key in on if key != "regularizer"} == {
@@ -231,9 +235,9 @@ def test_experiments_compose_without_contrast(experiment):
 @pytest.mark.parametrize("experiment", PUBLISHED)
 def test_experiments_build_at_their_published_size(experiment):
     config = composed(f"experiment={experiment}")
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     with torch.device("meta"):
-        model = build.build_model(config, tasks, pretrained=False)
+        model = build_model(config, tasks, pretrained=False)
     assert set(model.tap_channels["final"]) == set(tasks)
 
 
@@ -258,5 +262,5 @@ def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_pa
     if not contrast:
         words.append("regularizer=none")
     metrics = train(composed(*words), tmp_path)
-    assert set(metrics) == set(build.build_tasks(composed(*words)))
+    assert set(metrics) == set(build_tasks(composed(*words)))
     assert (tmp_path / "checkpoints" / "last.pt").is_file()

@@ -13,7 +13,15 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mtcl import UserError
-from mtcl.contrastive.consistency import (
+from mtcl.cli.consistency import NEARNESS, choose_targets, evenly_spaced, parse, positions
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_eval_loader, build_reader, build_tasks
+from mtcl.config.build_model import build_model, saved_config
+from mtcl.config.build_training import build_regularizer
+from mtcl.config.stored_config import described
+from mtcl.data.loader import prepare
+from mtcl.data.sample import SampleMeta
+from mtcl.evaluation.feature_consistency import (
     BINS,
     anchor_auc,
     label_pairs,
@@ -22,12 +30,7 @@ from mtcl.contrastive.consistency import (
     squared_distances,
     tally,
 )
-from mtcl.contrastive.sampling import read_features, read_labels
-from mtcl.data.loading import prepare
-from mtcl.data.sample import SampleMeta
-from mtcl.entry import build
-from mtcl.entry.consistency import NEARNESS, choose_targets, evenly_spaced, parse, positions
-from mtcl.entry.train import train
+from mtcl.regularizers.sampling import read_features, read_labels
 from mtcl.tasks import build_task
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -219,16 +222,16 @@ def runs(tmp_path_factory):
     paths = {"with": folder / "checkpoints" / "last.pt"}
     for name, more in variants.items():
         config = composed(*words, "regularizer=none", *more)
-        tasks = build.build_tasks(config)
-        model = build.build_model(config, tasks, pretrained=False)
+        tasks = build_tasks(config)
+        model = build_model(config, tasks, pretrained=False)
         paths[name] = folder / f"{name}.pt"
         content = {
             "model": model.state_dict(),
             "regularizer": None,
             "step": 0,
-            "meta": {"tasks": build.described(tasks)},
+            "meta": {"tasks": described(tasks)},
         }
-        save_checkpoint(paths[name], {**content, "config": build.saved_config(config, model)})
+        save_checkpoint(paths[name], {**content, "config": saved_config(config, model)})
     return paths
 
 
@@ -236,7 +239,7 @@ def runs(tmp_path_factory):
 def undrawn(monkeypatch):
     """Drawing takes a second a picture."""
     for name in ("draw_distances", "draw_separation"):
-        monkeypatch.setattr(f"mtcl.entry.consistency.{name}", lambda *given: None)
+        monkeypatch.setattr(f"mtcl.cli.consistency.{name}", lambda *given: None)
 
 
 def call(cli, *words) -> Result:
@@ -296,13 +299,13 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
     found = json.loads((tmp_path / "a" / "consistency.json").read_text())["arms"][0]
     state = load_checkpoint(runs["with"])
     config = OmegaConf.create(state["config"])
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False).eval()
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False).eval()
     model.load_state_dict(state["model"])
-    regularizer = build.build_regularizer(config, tasks, model)
+    regularizer = build_regularizer(config, tasks, model)
     regularizer.load_state_dict(state["regularizer"])
-    reader = build.build_reader(config, "val", tasks, limit=1)
-    batch = next(iter(build.build_eval_loader(config, reader, tasks, torch.device("cpu"))))
+    reader = build_reader(config, "val", tasks, limit=1)
+    batch = next(iter(build_eval_loader(config, reader, tasks, torch.device("cpu"))))
     pixels, _ = positions(batch)
     with torch.no_grad():
         output = model(prepare(batch, model.mean, model.std, "cpu")[0])

@@ -22,10 +22,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.contrastive import Contrastive, Draw, SliceAdamW, criteria
-from mtcl.contrastive.diagnostics import gradients_at_taps
-from mtcl.contrastive.regularizer import allowed_sources, first_available
-from mtcl.contrastive.sampling import draw_pixels, draw_sources, pixel_index, read_features, read_labels
+from mtcl.regularizers import Contrastive, Draw, SliceAdamW, criteria
+from mtcl.regularizers.contrastive import allowed_sources, first_available
+from mtcl.regularizers.diagnostics import gradients_at_taps
+from mtcl.regularizers.sampling import draw_pixels, draw_sources, pixel_index, read_features, read_labels
 
 # --- The paper's choices against the reference
 

@@ -10,7 +10,9 @@ from conftest import composed
 from torch import nn
 
 from mtcl import UserError
-from mtcl.entry import build
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.resolve import plain
 from mtcl.models.decoders import ATRC
 from mtcl.models.decoders.atrc import KINDS, PUBLISHED, directions, label_space, log_bins, read_genotype
 from mtcl.models.decoders.relational import GlobalContext, LabelContext, LocalContext, prototypes
@@ -376,7 +378,7 @@ SIZES = {("nyud_hrnet18", 18): 1_200_274, ("nyud_hrnet48", 48): 7_153_827, ("pas
 def test_published_size(genotype, width):
     pascal = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
     nyud = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
-    options = build.plain(composed("decoder=atrc").decoder)
+    options = plain(composed("decoder=atrc").decoder)
     del options["_target_"]
     options["genotype"] = genotype
     tasks = pascal if genotype.startswith("pascal") else nyud
@@ -389,8 +391,8 @@ def test_from_its_config():
     words = ["decoder=atrc", "data=rooms", "backbone=resnet18", "decoder.kinds.depth.count=5", "decoder.widest=40"]
     config = composed(*words, "decoder.genotype={semseg:{semseg:local,edge:4},edge:{semseg:1,edge:none}}",
                       "tasks.names=[edge,semseg]")  # fmt: skip
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
     assert model.decoder.genotype["semseg"] == {"semseg": "local", "edge": "s_label"}
     output = model(torch.randn(2, 3, 40, 50))
     assert output.predictions["semseg"].shape == (2, tasks["semseg"].channels, 40, 50)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from mtcl import UserError
-from mtcl.entry.counting import count
 from mtcl.models import EncoderDecoder, build_backbone
 from mtcl.models.decoders import InvPT
 from mtcl.models.decoders.invpt import SpatialNorm, TaskAttention, encoder_maps, grow_scores
+from mtcl.profiling.flops import count
 
 TASKS = {"semseg": 5, "depth": 1, "normals": 3}
 PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}

@@ -26,15 +26,18 @@ from conftest import ROOT, TINY, composed
 from PIL import Image
 from test_cli import assert_fails
 
-import mtcl.entry.demo as demo_module
-import mtcl.entry.demo.guard as guard_module
+import mtcl.cli.demo as demo_module
+import mtcl.cli.demo.guard as guard_module
 from mtcl import UserError, load
-from mtcl.entry import build
-from mtcl.entry.demo.answer import WIDEST, Named, answer, answer_image, example_image, reading, task_tile
-from mtcl.entry.demo.guard import Guard, is_upload
+from mtcl.cli.demo.answer import WIDEST, Named, answer, answer_image, example_image, reading, task_tile
+from mtcl.cli.demo.guard import Guard, is_upload
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.resolve import plain
+from mtcl.config.stored_config import described
 from mtcl.inference import Predictor
 from mtcl.tasks import NYUD40, build_task
-from mtcl.tasks.colours import VOID_COLOUR
+from mtcl.tasks.palette import VOID_COLOUR
 from mtcl.training.checkpoint import save_checkpoint
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -362,10 +365,10 @@ def checkpoint(path: Path, seed: int) -> None:
     """Of a tiny model with random weights."""
     torch.manual_seed(seed)
     config = composed("data=rooms", *TINY)
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False)
-    content = {"model": model.state_dict(), "config": build.plain(config), "step": 1}
-    save_checkpoint(path, {**content, "meta": {"tasks": build.described(tasks)}})
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
+    content = {"model": model.state_dict(), "config": plain(config), "step": 1}
+    save_checkpoint(path, {**content, "meta": {"tasks": described(tasks)}})
 
 
 def wait(browser: Browser, expression: str, seconds: float = 120):

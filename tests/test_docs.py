@@ -15,9 +15,12 @@ import yaml
 from conftest import ROOT, TINY, choices, composed
 from PIL import Image
 
-from mtcl.entry import build, demo, exporting, predicting
-from mtcl.entry import words as read
-from mtcl.entry.schema import check_config
+from mtcl.cli import arguments as read
+from mtcl.cli import demo
+from mtcl.cli import export as exporting
+from mtcl.cli import predict as predicting
+from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)  # made by commands of their own; dear ones
@@ -118,7 +121,7 @@ def test_what_a_command_names_is_there(document, command, told_by):
         ]
         config = composed(*overrides, name=Path(script).stem)
         if script == "train.py":
-            check_config(build.plain(config))
+            check_config(plain(config))
     elif script.startswith("scripts/"):
         assert (ROOT / script).is_file(), f"{document.name}: {script} is gone"
         for word in words:

@@ -15,8 +15,9 @@ from functorch.compile import make_boxed_compiler
 from torch._dynamo.backends.common import aot_autograd
 
 from mtcl import UserError
-from mtcl.entry import build
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_training import build_trainer
 from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.preemption import Preempted
 from mtcl.training.trainer import Trainer
@@ -27,7 +28,7 @@ WORDS = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null",
 def made(tmp_path: Path, *words: str) -> Trainer:
     config = composed(*WORDS, *words)
     torch.manual_seed(0)
-    trainer = build.build_trainer(config, build.build_tasks(config), tmp_path, torch.device("cpu")).trainer
+    trainer = build_trainer(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
     trainer.model.train()
     return trainer
 
@@ -259,7 +260,9 @@ def test_a_compiler_that_fails_is_done_without(where, tmp_path, caplog, monkeypa
 
     if where == "backward":
         broken = aot_autograd(fw_compiler=make_boxed_compiler(lambda graph, inputs: graph), bw_compiler=broken)
-    monkeypatch.setattr("mtcl.training.step.torch.compile", lambda m, backend, c=torch.compile: c(m, backend=broken))
+    monkeypatch.setattr(
+        "mtcl.training.train_step.torch.compile", lambda m, backend, c=torch.compile: c(m, backend=broken)
+    )
     trainer = made(tmp_path, "trainer.compile=true", "tasks.names=[depth,normals]")
     trainer.step = 1  # measures no gradients at the taps
     for _, batch in zip(range(2), trainer.batches):
@@ -283,7 +286,7 @@ def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(Rooms, "read", broken)
     words = [*WORDS, "data.batch_size=2", f"data.workers={workers}", "trainer.max_steps=4", "trainer.val_first=false"]
-    monkeypatch.setattr("mtcl.training.evaluator.Evaluator.score", lambda self, *a, **k: _nothing(self))
+    monkeypatch.setattr("mtcl.evaluation.evaluator.Evaluator.score", lambda self, *a, **k: _nothing(self))
     with pytest.raises(UserError, match="picture 1 can't be read"):
         train(composed(*words, "data.limit=2"), tmp_path / "stop")
     train(composed(*words, "data.limit=2", "trainer.unreadable=skip"), tmp_path / "skip")
@@ -293,7 +296,7 @@ def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
 
 
 def _nothing(self):
-    from mtcl.training.evaluator import Evaluation
+    from mtcl.evaluation.evaluator import Evaluation
 
     metrics = {name: dict.fromkeys(["mIoU", "maxF", "rmse", "mErr", "loss", "odsF"], 0.5) for name in self.tasks}
     return Evaluation(metrics, [], 0)

@@ -22,11 +22,15 @@ from test_cli import assert_fails
 
 import mtcl
 from mtcl import UserError
-from mtcl.entry import build, exporting
-from mtcl.entry.card import BIBTEX, card
-from mtcl.entry.exporting import FACTS, ONNX, PROGRAM, WEIGHTS, export_model, portable, push
-from mtcl.entry.loading import CARD, RECIPE, SHARED, Loaded, Saved, load_model, predictor_of, pull
-from mtcl.entry.train import train
+from mtcl.cli import export as exporting
+from mtcl.cli.export import FACTS, ONNX, PROGRAM, WEIGHTS, export_model, portable, push
+from mtcl.cli.model_card import BIBTEX, card
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_reader, build_tasks
+from mtcl.config.build_model import build_model, inline_files
+from mtcl.config.load import CARD, RECIPE, SHARED, Loaded, Saved, load_model, predictor_of, pull
+from mtcl.config.resolve import plain
+from mtcl.config.stored_config import described
 from mtcl.inference import recipe
 from mtcl.training.checkpoint import load_checkpoint
 
@@ -62,9 +66,9 @@ def random_model(decoder: str, backbone: str, names: str = "[semseg,depth]", siz
     words = [f"tasks.names={names}", f"data.size={list(size)}", f"backbone={backbone}", f"decoder={decoder}"]
     config = composed(*words, *shrunk(decoder, backbone))
     torch.manual_seed(0)
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False).eval()
-    saved = Saved(mtcl.__file__, model.state_dict(), build.plain(config), build.described(tasks), 7)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False).eval()
+    saved = Saved(mtcl.__file__, model.state_dict(), plain(config), described(tasks), 7)
     return Loaded(model, tasks, size, saved)
 
 
@@ -163,8 +167,8 @@ def test_a_genotype_of_a_file_travels_along(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({t: dict.fromkeys(("semseg", "depth"), "local") for t in ("semseg", "depth")}))
     config = composed("tasks.names=[semseg,depth]", "decoder=atrc", f"decoder.genotype={path}")
-    build.inline_files(config)
-    assert build.plain(config)["decoder"]["genotype"]["depth"] == {"semseg": "local", "depth": "local"}
+    inline_files(config)
+    assert plain(config)["decoder"]["genotype"]["depth"] == {"semseg": "local", "depth": "local"}
 
 
 def test_another_model_replaces_all_that_was_exported(trained, folder, tmp_path):
@@ -199,7 +203,7 @@ def test_facts_that_mtcl_did_not_write(folder, tmp_path):
 def test_data_that_an_exported_model_does_not_know_the_place_of():
     config = composed("data=nyud", "data.root=null", "tasks.names=[depth]")
     with pytest.raises(UserError, match="data=nyud needs"):
-        build.build_reader(config, "val", build.build_tasks(config))
+        build_reader(config, "val", build_tasks(config))
 
 
 # --- Programs

@@ -29,7 +29,7 @@ import json, os, random, runpy, signal, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import mtcl.entry.train, mtcl.entry.cli, hydra, torch.utils.tensorboard  # noqa
+import mtcl.cli.train, mtcl.cli.hydra_app, hydra, torch.utils.tensorboard  # noqa
 plan = json.loads(sys.argv[1])
 folder, dice, resumed = Path(plan["folder"]), random.Random(plan["seed"]), []
 checkpoints = folder / "checkpoints"

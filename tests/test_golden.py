@@ -1,7 +1,7 @@
 """Twenty training steps per decoder give the losses that were written down, to the bit.
 
-Rewrite ``fixtures/golden_losses.json`` (``python tests/integration/test_golden.py``) only when a change of the numbers is meant, and
-say in the changelog why. Bits depend on the processor and on the version of torch: elsewhere the losses must be close.
+Rewrite ``fixtures/golden_losses.json`` (``python tests/integration/test_golden.py``) only when a change of the numbers
+is meant, and say in the changelog why. Bits depend on the processor and on the version of torch: elsewhere the losses must be close.
 """
 
 import json
@@ -48,7 +48,8 @@ def train(decoder: str, folder: Path) -> list[dict[str, float]]:
     command += [f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone), "trainer.max_steps=20"]
     command += ["trainer.val_first=false", "trainer.val_interval=null", "evaluation.boundaries=false"]
     command += ["trainer.checkpoint_interval=null", f"hydra.run.dir={folder}"]
-    code = "import sys, runpy, torch; torch.set_num_threads(1); sys.argv = sys.argv[1:]; runpy.run_path('train.py', run_name='__main__')"
+    code = "import sys, runpy, torch; torch.set_num_threads(1); sys.argv = sys.argv[1:]; "
+    code += "runpy.run_path('train.py', run_name='__main__')"
     subprocess.run([sys.executable, "-c", code, *command[1:]], cwd=ROOT, check=True, capture_output=True)
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     keys = ("step", "total", "semseg", "human_parts", "sal", "depth", "normals", "edge", "contrast")

@@ -19,8 +19,8 @@ import scipy.io
 from conftest import ROOT
 
 from mtcl import UserError
-from mtcl.data import files
-from mtcl.data.store import ArrayStore, Stored
+from mtcl.data import image_io as files
+from mtcl.data.cache import ArrayStore, Stored
 
 SECONDS = 5
 
@@ -237,7 +237,7 @@ FILLING = """
 import sys
 from pathlib import Path
 import numpy as np
-from mtcl.data.store import ArrayStore, Stored
+from mtcl.data.cache import ArrayStore, Stored
 store, source = ArrayStore(Path(sys.argv[1])), Path(sys.argv[2])
 array = np.full((1000, 1000, 3), 7, np.uint8)
 print("begins", flush=True)

@@ -10,11 +10,13 @@ from invpt_reference import IDLE, Reference, published_shapes, random_state
 from omegaconf import OmegaConf
 
 from mtcl import UserError
-from mtcl.entry import build
-from mtcl.entry.evaluate import evaluate
-from mtcl.entry.import_checkpoint import import_checkpoint
-from mtcl.entry.train import train
-from mtcl.models.importing import METHODS, fit, translate
+from mtcl.cli.evaluate import evaluate
+from mtcl.cli.import_checkpoint import import_checkpoint
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_model import build_model
+from mtcl.config.stored_config import check_tasks
+from mtcl.models.published import METHODS, fit, translate
 from mtcl.training.checkpoint import load_checkpoint
 
 CONFIGS = ROOT / "configs"
@@ -30,7 +32,7 @@ def words_of(*words):
 
 
 def channels_of(words):
-    return {name: task.channels for name, task in build.build_tasks(composed(*words)).items()}
+    return {name: task.channels for name, task in build_tasks(composed(*words)).items()}
 
 
 def write(path, state, prefix="module.", **more):
@@ -56,9 +58,9 @@ def rebuilt(path):
     """The model of our checkpoint, as evaluate.py builds it."""
     state = load_checkpoint(path)
     config = OmegaConf.create(state["config"])
-    tasks = build.build_tasks(config)
-    build.check_tasks(state["meta"]["tasks"], tasks, path)
-    model = build.build_model(config, tasks, pretrained=False)
+    tasks = build_tasks(config)
+    check_tasks(state["meta"]["tasks"], tasks, path)
+    model = build_model(config, tasks, pretrained=False)
     model.load_state_dict(state["model"])
     return model.eval(), state
 
@@ -94,12 +96,12 @@ def test_invpt_predicts_as_published(data, tmp_path):
 def test_the_published_vit_large_fits(tasks):
     """At full size, shapes only: 423 M parameters are what the public code saves, the idle ones among them."""
     config = composed(f"data={tasks}", "decoder=invpt", "backbone=vit_large", "decoder.aggregate_first=false")
-    size = build.data_size(config)
+    size = data_size(config)
     config.backbone.kwargs = {"img_size": list(size), "dynamic_img_size": True}
-    built = build.build_tasks(config)
+    built = build_tasks(config)
     channels = {name: task.channels for name, task in built.items()}
     with torch.device("meta"):
-        model = build.build_model(config, built, pretrained=False)
+        model = build_model(config, built, pretrained=False)
         theirs = {key: torch.empty(shape) for key, shape in published_shapes(channels, size).items()}
     ours, idle = translate(theirs, METHODS["invpt"], list(channels))
     fit(ours, model.state_dict(), "invpt")

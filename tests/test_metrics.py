@@ -16,8 +16,8 @@ from torchmetrics.utilities import dim_zero_sum
 from mtcl import UserError
 from mtcl.losses import build_loss
 from mtcl.metrics import METRICS, build_metric
+from mtcl.metrics.masked import count, scattered
 from mtcl.metrics.normals import NormalsMetric
-from mtcl.metrics.pixels import count, scattered
 from mtcl.metrics.saliency import STEPS, thresholds_reached
 from mtcl.metrics.segmentation import strongest
 
@@ -657,7 +657,7 @@ def test_edge_metric_is_the_loss_of_all_pixels(positive_weight):
 
 @pytest.mark.parametrize("task", COUNTED)
 def test_the_benchmark_s_loops_score_the_same(task, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
     import benchmark_metrics
 
     monkeypatch.setattr(benchmark_metrics, "HEIGHT", 20)

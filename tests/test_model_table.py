@@ -11,11 +11,12 @@ from conftest import ROOT, choices, composed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtcl.entry import build
-from mtcl.entry.counting import Count, count
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_model import build_model
 from mtcl.models import DenseModel, build_backbone
+from mtcl.profiling.flops import Count, count
 
-SCRIPT = "scripts/model_table.py"
+SCRIPT = "scripts/benchmarks/model_table.py"
 KEYS = {"experiment", "decoder", "backbone", "network", "tasks", "size", "parameters", "flops", "peak_memory_mib",
         "latency_ms", "device", "precision"}  # fmt: skip
 
@@ -46,7 +47,7 @@ def counted(net, size):
 def from_config(*overrides, device="meta"):
     config = composed(*overrides)
     with torch.device(device):
-        return build.build_model(config, build.build_tasks(config), pretrained=False), build.data_size(config)
+        return build_model(config, build_tasks(config), pretrained=False), data_size(config)
 
 
 # --- By hand
@@ -210,32 +211,32 @@ def test_the_grid_is_of_all_decoders_and_backbones():
     assert [entry.label for entry in entries] == names
     made = entries[-1].compose()
     assert (made.decoder, made.backbone) == (choices("decoder")[-1], choices("backbone")[-1])
-    assert build.data_size(made.config) == (512, 512)
+    assert data_size(made.config) == (512, 512)
 
 
 def test_too_little_memory_is_told(cli, monkeypatch):
-    build_model = build.build_model
+    original = build_model
 
     def on_meta_only(*given, **options):
         if torch.get_default_device().type != "meta":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return build_model(*given, **options)
+        return original(*given, **options)
 
-    monkeypatch.setattr(build, "build_model", on_meta_only)
+    monkeypatch.setattr("mtcl.config.build_model.build_model", on_meta_only)
     result = cli(SCRIPT, "--experiment", "rooms", *SMALL, "--device", "cpu")
     assert result.code == 0, result.err
     assert result.out.splitlines()[-1] == "not measured, for lack of memory: rooms"
 
 
 def test_a_failure_does_not_end_the_table(cli, monkeypatch):
-    build_model = build.build_model
+    original = build_model
 
     def picky(config, *given, **options):
         if config.name == "rooms":
             raise ValueError("no rooms today")
-        return build_model(config, *given, **options)
+        return original(config, *given, **options)
 
-    monkeypatch.setattr(build, "build_model", picky)
+    monkeypatch.setattr("mtcl.config.build_model.build_model", picky)
     result = cli(SCRIPT, "--experiment", "rooms", "rooms_pascal", *SMALL, "--no-measure")
     assert result.code == 1
     assert result.out.splitlines()[3].startswith("rooms_pascal")

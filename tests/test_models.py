@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mtcl import UserError
-from mtcl.contrastive import Contrastive, SliceAdamW
 from mtcl.models import EncoderDecoder, build_backbone
 from mtcl.models.decoders import MultiHead
 from mtcl.models.decoders.blocks import Fusion, resize
+from mtcl.regularizers import Contrastive, SliceAdamW
 from mtcl.tasks import build_task
 
 TASKS = {"semseg": 7, "depth": 1, "normals": 3, "edge": 1}

@@ -10,12 +10,14 @@ from conftest import TINY, composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtcl.contrastive import CrossTaskConsistency
-from mtcl.contrastive.mtpsl import FilmLayer, choose_sources, encode_label, encode_prediction
-from mtcl.entry import build
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
+from mtcl.regularizers import CrossTaskConsistency
+from mtcl.regularizers.mtpsl import FilmLayer, choose_sources, encode_label, encode_prediction
 from mtcl.tasks import build_task
 from mtcl.training.checkpoint import load_checkpoint
 
@@ -314,9 +316,9 @@ def test_training_takes_steps(labels, tmp_path):
     train(composed(*words), tmp_path)
     state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
     config = composed(*words)
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False)
-    regularizer = build.build_regularizer(config, tasks, model)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
+    regularizer = build_regularizer(config, tasks, model)
     assert isinstance(regularizer, CrossTaskConsistency)
     assert state["model"].keys() == model.state_dict().keys()
     own = regularizer.state_dict()

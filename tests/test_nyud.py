@@ -15,9 +15,9 @@ from PIL import Image
 
 from mtcl import UserError
 from mtcl.data import NYUD, Augment, finish, train_loader
-from mtcl.data.predictions import PredictionWriter
-from mtcl.data.reader import resized_edges, resized_image, same_aspect
+from mtcl.data.datasets.base import resized_edges, resized_image, same_aspect
 from mtcl.data.transforms import nearest
+from mtcl.evaluation.saved_predictions import PredictionWriter
 from mtcl.tasks import NYUD40, build_task
 
 TASKS = ("semseg", "depth", "normals", "edge")

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from mtcl import UserError
-from mtcl.data.parallel import run_jobs
+from mtcl.data.worker_pool import run_jobs
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from mtcl.data.parallel import run_jobs
-from mtcl.entry.script import run
+from mtcl.data.worker_pool import run_jobs
+from mtcl.cli.script import run
 
 def work(path):
     time.sleep(0.05)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.contrastive import Contrastive
 from mtcl.data import Augment, Rooms, partly_labelled, train_loader
-from mtcl.data.partial import DIFFUSION_PASCAL, draw_labelled, read_labelled
+from mtcl.data.partial_labels import DIFFUSION_PASCAL, draw_labelled, read_labelled
+from mtcl.regularizers import Contrastive
 from mtcl.tasks import TASK_NAMES, build_task
 
 IDS = [f"2008_{number:06d}" for number in range(60)]

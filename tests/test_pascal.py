@@ -33,10 +33,10 @@ from pascal_miniature import (
 
 from mtcl import UserError
 from mtcl.data import Augment, eval_loader, train_loader
-from mtcl.data import pascal as module
-from mtcl.data.pascal import TASKS, PascalContext
-from mtcl.data.pascal_classes import CONTEXT_OF_VOC, NORMALS_CLASSES, PART_OF_NAME, PERSON
-from mtcl.data.pascal_labels import edges, has_normals
+from mtcl.data.datasets import pascal_context as module
+from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC, NORMALS_CLASSES, PART_OF_NAME, PERSON
+from mtcl.data.datasets.pascal_context import TASKS, PascalContext
+from mtcl.data.datasets.pascal_labels import edges, has_normals
 from mtcl.data.transforms import finish, nearest
 from mtcl.tasks import HUMAN_PARTS, VOC21, build_task
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from mtcl import UserError
-from mtcl.inference.pictures import SUFFIXES, as_picture, from_pillow, read_picture
+from mtcl.inference.image_reading import SUFFIXES, as_picture, from_pillow, read_picture
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]

@@ -13,8 +13,8 @@ from test_predictions import Listed, write_png
 
 from mtcl import UserError
 from mtcl.data import NYUD, PascalContext, Rooms
-from mtcl.data.plausibility import check_labels, check_maps, check_trained, settle
-from mtcl.data.predictions import SavedPredictions
+from mtcl.evaluation.plausibility import check_labels, check_maps, check_trained, settle
+from mtcl.evaluation.saved_predictions import SavedPredictions
 from mtcl.tasks import NYUD40, build_task
 
 DEPTH, NORMALS, EDGE, SAL = (build_task(name) for name in ("depth", "normals", "edge", "sal"))

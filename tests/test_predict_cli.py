@@ -16,8 +16,8 @@ from conftest import TINY, composed
 from PIL import Image
 
 import mtcl
-from mtcl.entry import predicting
-from mtcl.entry.train import train
+from mtcl.cli import predict as predicting
+from mtcl.cli.train import train
 from mtcl.inference.predictor import Predictor
 from mtcl.metrics.boundaries.suppression import SAK, nms
 

@@ -15,12 +15,12 @@ from PIL import Image
 from test_cli import assert_fails, tiny_nyud
 
 from mtcl import UserError
+from mtcl.cli.train import train
 from mtcl.data import NYUD, Sample, SampleMeta, eval_loader
-from mtcl.data.predictions import FORMATS, PredictionWriter, SavedPredictions, folder_of_maps
-from mtcl.entry.train import train
+from mtcl.evaluation.evaluator import Evaluator
+from mtcl.evaluation.saved_predictions import FORMATS, PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 from mtcl.tasks.base import Task
-from mtcl.training.evaluator import Evaluator
 
 SIZE = (5, 7)
 TASKS = {name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES}
@@ -421,7 +421,7 @@ def test_maps_saved_from_a_checkpoint_score_as_it_does(cli, trained, tmp_path, m
     def no_model(*args, **kwargs):
         raise AssertionError("a model was built")
 
-    monkeypatch.setattr("mtcl.entry.build.build_model", no_model)
+    monkeypatch.setattr("mtcl.config.build_model.build_model", no_model)
     result = cli("evaluate.py", f"predictions={maps}", *ROOMS, f"hydra.run.dir={tmp_path}/b")
     assert result.code == 0, result.err
     assert_close(json.loads((tmp_path / "b" / "metrics.json").read_text()), wanted)

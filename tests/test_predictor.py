@@ -12,16 +12,19 @@ from torch import Tensor
 
 import mtcl
 from mtcl import UserError
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_model import build_model
+from mtcl.config.load import Loaded, load_model, predictor_of
+from mtcl.config.resolve import plain
+from mtcl.config.stored_config import described
 from mtcl.data import Sample, eval_loader
-from mtcl.entry import build
-from mtcl.entry.loading import Loaded, load_model, predictor_of
-from mtcl.entry.train import train
+from mtcl.evaluation.evaluator import Evaluator
 from mtcl.inference import Predictor
 from mtcl.inference import predictor as module
 from mtcl.models import DenseModel
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
-from mtcl.training.evaluator import Evaluator
 
 TASKS = {name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES}
 FRAME = (32, 48)
@@ -127,12 +130,12 @@ def evaluated(run, arrays, batch: int) -> list[dict[str, np.ndarray]]:
     """What evaluate.py's evaluator predicts, in label layout."""
     state = load_checkpoint(run / "checkpoints" / "last.pt")
     config = composed(*TINY)
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     reader = Pictures(arrays)
     reader.tasks = tasks
-    model = build.build_model(config, tasks, pretrained=False)
+    model = build_model(config, tasks, pretrained=False)
     model.load_state_dict(state["ema"]["model"])
-    loader = eval_loader(reader, tasks, build.data_size(config), batch, workers=0)
+    loader = eval_loader(reader, tasks, data_size(config), batch, workers=0)
     kept = {}
     Evaluator(tasks, loader, CPU).run(
         model, keep=lambda id, raw: kept.update({id: {n: r.clone() for n, r in raw.items()}})
@@ -239,10 +242,10 @@ def test_where_a_model_is_looked_for(run, ours, tmp_path):
 def test_no_dataset_is_needed(run, tmp_path):
     """Nor is the folder that it was trained on looked at."""
     state = load_checkpoint(run / "checkpoints" / "last.pt")
-    config = build.plain(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone", "backbone.weights=hub"))
-    tasks = build.build_tasks(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone"))
-    model = build.build_model(composed(*TINY, "data=nyud"), tasks, pretrained=False)
-    meta = {**state["meta"], "tasks": build.described(tasks)}
+    config = plain(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone", "backbone.weights=hub"))
+    tasks = build_tasks(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone"))
+    model = build_model(composed(*TINY, "data=nyud"), tasks, pretrained=False)
+    meta = {**state["meta"], "tasks": described(tasks)}
     save_checkpoint(
         tmp_path / "a.pt", {**state, "config": config, "meta": meta, "model": model.state_dict(), "ema": None}
     )

@@ -17,10 +17,10 @@ from conftest import Result
 
 from mtcl import UserError
 from mtcl.data import NYUD
-from mtcl.data.official import nyud
-from mtcl.data.official.normals import KINECT, MIN_SHARE, NOISE, SHARPNESS, Camera, encoded_normals, plane_normals
-from mtcl.data.official.nyud import FOUR_TO_THREE, WHOLE, RawFrame, converted, prepare_nyud, small_edition
-from mtcl.data.official.regions import SEAM, closed_seams, object_regions, region_edges
+from mtcl.data.prepare import nyud
+from mtcl.data.prepare.normals import KINECT, MIN_SHARE, NOISE, SHARPNESS, Camera, encoded_normals, plane_normals
+from mtcl.data.prepare.nyud import FOUR_TO_THREE, WHOLE, RawFrame, converted, prepare_nyud, small_edition
+from mtcl.data.prepare.regions import SEAM, closed_seams, object_regions, region_edges
 from mtcl.tasks import NYUD40, build_task
 
 SCRIPT = "scripts/prepare_nyud.py"

@@ -29,12 +29,12 @@ from pascal_miniature import (
 )
 
 from mtcl import UserError
-from mtcl.data import files
-from mtcl.data.official import pascal
-from mtcl.data.official.jobs import STAMP, begin, tune_lists
-from mtcl.data.official.pascal import VOC_OF_CONTEXT, prepare_pascal
-from mtcl.data.pascal import TASKS, PascalContext
-from mtcl.data.pascal_classes import CONTEXT_OF_VOC
+from mtcl.data import image_io as files
+from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC
+from mtcl.data.datasets.pascal_context import TASKS, PascalContext
+from mtcl.data.prepare import pascal
+from mtcl.data.prepare.jobs import STAMP, begin, tune_lists
+from mtcl.data.prepare.pascal import VOC_OF_CONTEXT, prepare_pascal
 
 SCRIPT = "scripts/prepare_pascal.py"
 FOLDERS = ("voc", "labels", "context", "parts", "distilled")

@@ -9,8 +9,10 @@ import torch
 from conftest import TINY, composed
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtcl.entry import build
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer
 from mtcl.errors import UserError
 from mtcl.models import EncoderDecoder
 from mtcl.training.checkpoint import load_checkpoint
@@ -76,13 +78,13 @@ def test_free_at_inference(tmp_path):
     on, off = run(tmp_path / "on"), run(tmp_path / "off", "regularizer=none")
     assert on["model"].keys() == off["model"].keys()
     config = composed(*FOUR)
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     image = torch.randn(2, 3, 32, 64)
     outputs, costs = [], []
     for words in ([], ["regularizer=none"]):
         config = composed(*FOUR, *words)
-        model = build.build_model(config, tasks, pretrained=False)
-        regularizer = build.build_regularizer(config, tasks, model)
+        model = build_model(config, tasks, pretrained=False)
+        regularizer = build_regularizer(config, tasks, model)
         assert (regularizer is None) == bool(words)
         model.load_state_dict(on["model"])
         costs.append((flops(model.eval(), image), sum(p.numel() for p in model.parameters())))

@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shrunken import shrunk
 
-from mtcl.contrastive import Contrastive
-from mtcl.entry import build
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer, build_trainer
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
-from mtcl.training.runtime import running_statistics_kept
+from mtcl.regularizers import Contrastive
+from mtcl.runtime import running_statistics_kept
 from mtcl.training.trainer import Trainer
 
 DECODERS = choices("decoder")
@@ -37,7 +39,7 @@ def words(decoder: str, *more: str) -> list[str]:
 def made(decoder: str, *more: str) -> DenseModel:
     config = composed(*words(decoder, *more))
     torch.manual_seed(0)
-    return build.build_model(config, build.build_tasks(config), pretrained=False)
+    return build_model(config, build_tasks(config), pretrained=False)
 
 
 def picture(height: int, width: int, batch: int = 2) -> torch.Tensor:
@@ -47,8 +49,8 @@ def picture(height: int, width: int, batch: int = 2) -> torch.Tensor:
 def trainer_of(tmp_path, *overrides: str) -> tuple[Trainer, dict]:
     config = composed(*overrides)
     torch.manual_seed(0)
-    tasks = build.build_tasks(config)
-    trainer = build.build_trainer(config, tasks, tmp_path, torch.device("cpu")).trainer
+    tasks = build_tasks(config)
+    trainer = build_trainer(config, tasks, tmp_path, torch.device("cpu")).trainer
     trainer.model.train()
     return trainer, next(iter(trainer.batches))
 
@@ -69,10 +71,10 @@ def loss_of(model: DenseModel, image: torch.Tensor) -> torch.Tensor:
 def test_the_regulariser_leaves_no_trace(decoder, tmp_path):
     """Attached and trained on its taps or not: the same names, and bit for bit the same predictions."""
     config = composed(*words(decoder))
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     model = made(decoder)
     plain = made(decoder, "regularizer=none")
-    regularizer = build.build_regularizer(config, tasks, model)
+    regularizer = build_regularizer(config, tasks, model)
     assert isinstance(regularizer, Contrastive)
     trainer, batch = trainer_of(tmp_path, *words(decoder))
     trainer.train_step(batch)
@@ -190,9 +192,9 @@ def test_every_parameter_learns_on_every_backbone(decoder, backbone):
     torch.manual_seed(0)
     if decoder == "taskprompter" and backbone not in ("vit_small", "vit_small_dinov2"):
         with pytest.raises(UserError, match="plain ViT"):
-            build.build_model(config, build.build_tasks(config), pretrained=False)
+            build_model(config, build_tasks(config), pretrained=False)
         return
-    model = build.build_model(config, build.build_tasks(config), pretrained=False).train()
+    model = build_model(config, build_tasks(config), pretrained=False).train()
     loss_of(model, picture(64, 96)).backward()
     idle = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, TINY
 
 from mtcl import UserError
-from mtcl.data.loading import EpochBatches
+from mtcl.data.loader import EpochBatches
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 WORDS = [*TINY, "data.batch_size=4", "data.limit=7", "data.eval_batch_size=2", "optimizer.lr=1e-3", "trainer.panels=0"]

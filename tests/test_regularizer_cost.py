@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, TINY
 
-from mtcl.contrastive import Contrastive
 from mtcl.models import DenseOutput
+from mtcl.regularizers import Contrastive
 from mtcl.tasks import build_task
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -153,7 +153,9 @@ def test_peak_counts_what_is_alive_at_once():
 @pytest.mark.slow
 def test_script_measures_and_profiles(cli, tmp_path):
     words = [*TINY, "data.limit=null", "tasks=nyud"]
-    result = cli("scripts/benchmark_step.py", "--profile", "--steps", "2", "--json", f"{tmp_path}/out.json", *words)
+    result = cli(
+        "scripts/benchmarks/benchmark_step.py", "--profile", "--steps", "2", "--json", f"{tmp_path}/out.json", *words
+    )
     assert result.code == 0, result.err
     assert "waits of the host: none" in result.out
     assert "graph: no break, 1 graph for 4 draws" in result.out
@@ -167,6 +169,6 @@ def test_script_measures_and_profiles(cli, tmp_path):
 
 @pytest.mark.slow
 def test_script_refuses_what_has_nothing_to_measure(cli):
-    assert "at least two tasks" in cli("scripts/benchmark_step.py", *TINY, "tasks=single_depth").err
-    assert "regularizer.weight is 0" in cli("scripts/benchmark_step.py", *TINY, "regularizer.weight=0").err
-    assert "--steps 0" in cli("scripts/benchmark_step.py", "--steps", "0", *TINY).err
+    assert "at least two tasks" in cli("scripts/benchmarks/benchmark_step.py", *TINY, "tasks=single_depth").err
+    assert "regularizer.weight is 0" in cli("scripts/benchmarks/benchmark_step.py", *TINY, "regularizer.weight=0").err
+    assert "--steps 0" in cli("scripts/benchmarks/benchmark_step.py", "--steps", "0", *TINY).err

@@ -13,15 +13,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.contrastive import Contrastive, GradientShare
-from mtcl.contrastive.diagnostics import gradients_at_taps
-from mtcl.contrastive.regularizer import CRITERIA, allowed_sources
-from mtcl.contrastive.sampling import draw_sources, even_quotas, pixel_index
-from mtcl.entry import build
-from mtcl.entry.schema import check_config
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer, build_share
+from mtcl.config.schema import check_config
+from mtcl.regularizers import Contrastive, GradientShare
+from mtcl.regularizers.contrastive import CRITERIA, allowed_sources
+from mtcl.regularizers.diagnostics import gradients_at_taps
+from mtcl.regularizers.sampling import draw_sources, even_quotas, pixel_index
 from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.optim import regularizer_weight
+from mtcl.training.optimizers import regularizer_weight
 
 # --- Against the reference
 
@@ -404,7 +406,7 @@ def equal(a, b):
 
 def test_gradient_balance_in_training(tmp_path, monkeypatch):
     """The ratio of the two gradients is the weight; a run that was cut between two measurements goes on as if not."""
-    monkeypatch.setattr(build, "GradientShare", partial(GradientShare, every=2))
+    monkeypatch.setattr("mtcl.config.build_training.GradientShare", partial(GradientShare, every=2))
     words = ["regularizer.weight=0.3", "regularizer.until=0.75"]
     whole = run(tmp_path / "whole", *words, "trainer.max_steps=4")
     log = contrast_log(tmp_path / "whole")
@@ -442,10 +444,10 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
 )
 def test_what_cannot_be_built_is_refused(words, message):
     config = composed(*TINY, "backbone.name=test_resnet", *words)
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
     with pytest.raises(UserError, match=message):
-        build.build_share(config, build.build_regularizer(config, tasks, model), torch.device("cpu"))
+        build_share(config, build_regularizer(config, tasks, model), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -16,21 +16,22 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mtcl import UserError
-from mtcl.entry.page import collect, document
-from mtcl.entry.page import pictures as pictures_module
-from mtcl.entry.page.figures import POINTS, swept_keys, thinned
-from mtcl.entry.page.pictures import build_wall, cut
+from mtcl.atomic import write_json
 from mtcl.errors import printable
+from mtcl.evaluation.evaluator import Shown
+from mtcl.results.html import collect, document
+from mtcl.results.html import images as pictures_module
+from mtcl.results.html.figures import POINTS, swept_keys, thinned
+from mtcl.results.html.images import build_wall, cut
 from mtcl.tasks import VOC21, build_task
-from mtcl.training.evaluator import Shown
-from mtcl.training.panels import RIGHT, WRONG, draw_error, error_map, panel_layout
-from mtcl.training.recorder import LAYOUT, Recorder, write_json, write_panels
+from mtcl.training.run_logger import Recorder, write_panels
+from mtcl.visualization.panels import LAYOUT, RIGHT, WRONG, draw_error, error_map, panel_layout
 
 SEMSEG = {"class_names": VOC21}
 TASKS = {
     name: build_task(name, **(SEMSEG if name == "semseg" else {})) for name in ("semseg", "depth", "normals", "edge")
 }
-ON = "mtcl.contrastive.Contrastive"
+ON = "mtcl.regularizers.Contrastive"
 HOSTILE = "</script><script>alert(1)</script>\u2028<img src=http://x.invalid onerror=alert(2)>\"'&amp;\u202e"
 
 # Made-up runs, through the recorder's own functions

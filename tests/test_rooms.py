@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mtcl import UserError
-from mtcl.data.rooms import CLASS_NAMES, Rooms, render
-from mtcl.data.rooms.render import View, cast, shaped, tabulated
-from mtcl.data.rooms.scene import FREE_STANDING, PERSON, Scene, build
+from mtcl.data.datasets.rooms import CLASS_NAMES, Rooms, render
+from mtcl.data.datasets.rooms.render import View, cast, shaped, tabulated
+from mtcl.data.datasets.rooms.scene import FREE_STANDING, PERSON, Scene, build
 
 HEIGHT, WIDTH = 48, 64
 KEYS = {"image", "semseg", "depth", "normals", "edge", "human_parts", "sal"}
@@ -365,11 +365,11 @@ def test_user_errors_name_the_value_and_the_choices(options, words):
 
 
 def test_the_cache_stops_at_its_limit(monkeypatch):
-    monkeypatch.setattr("mtcl.data.rooms.CACHE_BYTES", 3 * 16 * 16 * 2)  # two pictures of 16x16 without labels
+    monkeypatch.setattr("mtcl.data.datasets.rooms.CACHE_BYTES", 3 * 16 * 16 * 2)  # two pictures of 16x16 without labels
     reader = Rooms("train", (), size=(16, 16))
     first = [reader.read(i).image for i in range(4)]
     rendered = []
-    monkeypatch.setattr("mtcl.data.rooms.render", lambda *a: rendered.append(a) or render(*a))
+    monkeypatch.setattr("mtcl.data.datasets.rooms.render", lambda *a: rendered.append(a) or render(*a))
     again = [reader.read(i).image for i in range(4)]
     assert len(rendered) == 2
     assert all(np.array_equal(a, b) for a, b in zip(first, again))

@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from test_compare import ON, VALUES, write_run
 
 from mtcl import UserError
-from mtcl.entry.compare import compare, read_run
-from mtcl.entry.page import collect, document
-from mtcl.entry.run_files import read_config, read_metrics, read_record
-from mtcl.entry.runs import as_records, as_text, list_runs, look
-from mtcl.entry.study_file import Arm, Study
-from mtcl.entry.study_tables import as_json, as_markdown, read_results, record, report, write_results
-from mtcl.entry.sweeping import state_of
-from mtcl.entry.tables import FORMATS, csv_text, render
-from mtcl.training.recorder import DAMAGED, Recorder
-from mtcl.training.run_log import read_tail
+from mtcl.launch.study_file import Arm, Study
+from mtcl.launch.study_tables import as_json, as_markdown, read_results, record, report, write_results
+from mtcl.launch.sweep import state_of
+from mtcl.results.compare import compare, read_run
+from mtcl.results.html import collect, document
+from mtcl.results.list_runs import as_records, as_text, list_runs, look
+from mtcl.results.run_files import read_config, read_metrics, read_record
+from mtcl.results.tables import FORMATS, csv_text, render
+from mtcl.run_log import read_tail
+from mtcl.training.run_logger import DAMAGED, Recorder
 
 NAMES = ("metrics.json", "run.json", "config.yaml", "log.jsonl")
 LIMIT = 5.0  # seconds

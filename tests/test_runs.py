@@ -11,9 +11,9 @@ import time
 import pytest
 from test_compare import write_run
 
-from mtcl.entry.compare import compare
-from mtcl.entry.runs import as_records, as_text, list_runs, look
-from mtcl.training.checkpoint import claim, is_claimed
+from mtcl.results.compare import compare
+from mtcl.results.list_runs import as_records, as_text, list_runs, look
+from mtcl.run_lock import claim, is_claimed
 
 
 def log(folder, *records):

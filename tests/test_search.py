@@ -16,9 +16,9 @@ from conftest import ROOT
 from test_compare import VALUES, write_run
 
 from mtcl import UserError
-from mtcl.entry.search import Storage, conduct, score
-from mtcl.entry.search_file import Range, read_search
-from mtcl.entry.study import tasks_of_config
+from mtcl.launch.search import Storage, conduct, score
+from mtcl.launch.search_file import Range, read_search
+from mtcl.launch.study import tasks_of_config
 from mtcl.training.checkpoint import load_checkpoint
 
 optuna = pytest.importorskip("optuna")
@@ -88,7 +88,7 @@ def file(tmp_path):
 @pytest.fixture
 def run(file, tmp_path, monkeypatch):
     """Conduct the search of ``file``; what it said."""
-    monkeypatch.setattr("mtcl.entry.search.POLL", 0.02)
+    monkeypatch.setattr("mtcl.launch.search.POLL", 0.02)
 
     def conducted(*given, output="out", **options):
         said = []
@@ -182,7 +182,7 @@ def test_every_search_in_the_repository_is_one_that_train_py_takes(path):
 
 
 def test_a_search_finds_the_best_and_says_how_to_repeat_it(run, file, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtcl.entry.search.ENOUGH", 5)
+    monkeypatch.setattr("mtcl.launch.search.ENOUGH", 5)
     said = run("data.root=/d")
     done = trials(file, tmp_path / "out")
     assert [trial.state.name for trial in done] == ["COMPLETE"] * 6
@@ -289,7 +289,7 @@ def test_two_searches_share_one_storage(run, file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "hold").touch()
     code = (
-        "import sys; from pathlib import Path; from mtcl.entry.search import conduct\n"
+        "import sys; from pathlib import Path; from mtcl.launch.search import conduct\n"
         f"here = Path({str(tmp_path)!r})\n"
         "conduct(here / 'made_up.yaml', here / 'out', command=[sys.executable, str(here / 'train.py')], root=here, "
         "tasks_of=lambda words: ['depth'], trials=3)"

@@ -13,11 +13,13 @@ from test_ranks import TORCHRUN, WORDS, check_same, started, worked
 from torch._dynamo.exc import TorchDynamoException
 
 from mtcl import UserError
-from mtcl.entry import build
-from mtcl.entry.schema import check_config
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_trainer
+from mtcl.config.schema import check_config
 from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.sharding import Weights, units
-from mtcl.training.step import Compiled
+from mtcl.training.train_step import Compiled
 
 ONE = [sys.executable]
 FSDP = "trainer.parallel=fsdp"
@@ -112,7 +114,7 @@ def test_train_py_with_shared_out_weights(tmp_path):
 )
 def test_blocks_are_units(decoder, backbone, want):
     config = composed(f"decoder={decoder}", f"backbone={backbone}", *shrunk(decoder, backbone))
-    model = build.build_model(config, build.build_tasks(config), pretrained=False)
+    model = build_model(config, build_tasks(config), pretrained=False)
     found = units(model)
     names = [name for name, module in model.named_modules() if any(module is unit for unit in found)]
     assert set(want) <= set(names)
@@ -123,7 +125,7 @@ def test_blocks_are_units(decoder, backbone, want):
 
 def test_alone_it_means_nothing(tmp_path):
     config = composed(*TINY, FSDP)
-    trainer = build.build_trainer(config, build.build_tasks(config), tmp_path, torch.device("cpu")).trainer
+    trainer = build_trainer(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
     assert type(trainer.weights) is Weights
     with pytest.raises(UserError, match=r"trainer\.parallel=zero must be ddp or fsdp"):
         check_config({"trainer": {"parallel": "zero"}})

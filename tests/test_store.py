@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.data import store as store_module
-from mtcl.data.store import ArrayStore, Stored
+from mtcl.data import cache as store_module
+from mtcl.data.cache import ArrayStore, Stored
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
 

@@ -18,11 +18,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import mtcl
-from mtcl.entry import build
-from mtcl.entry.loading import load_model
-from mtcl.entry.stored_config import check_stored_config
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model, saved_config
+from mtcl.config.load import load_model
+from mtcl.config.stored_config import check_stored_config, described
 from mtcl.errors import UserError
-from mtcl.training.checkpoint import claim, is_claimed, save_checkpoint
+from mtcl.run_lock import claim, is_claimed
+from mtcl.training.checkpoint import save_checkpoint
 
 WORDS = ["backbone.name=test_resnet", "decoder.width=8", "decoder.head_width=4", "data.size=[32,64]"]
 WORDS += ["tasks.names=[semseg,depth]", "trainer.device=cpu"]
@@ -33,8 +35,8 @@ def state() -> dict:
     """The content of a small checkpoint."""
     torch.manual_seed(0)
     config = composed(*WORDS)
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
     return {
         "model": model.state_dict(),
         "ema": None,
@@ -42,8 +44,8 @@ def state() -> dict:
         "optimizer": {},
         "step": 3,
         "rng": {},
-        "config": build.saved_config(config, model),
-        "meta": {"tasks": build.described(tasks), "best": 0.5},
+        "config": saved_config(config, model),
+        "meta": {"tasks": described(tasks), "best": 0.5},
     }
 
 
@@ -90,10 +92,10 @@ ODD_CONFIGS: list[tuple[str, object]] = [
     ("data.size", ["${oc.decode:32}", 64]),
     ("name", "${a"),
     ("decoder._target_", "os.system"),
-    ("decoder._target_", "mtcl.entry.train.train"),
+    ("decoder._target_", "mtcl.cli.train.train"),
     ("decoder._target_", "mtcl.errors.UserError"),
     ("decoder._target_", "mtcl..x"),
-    ("data._target_", "mtcl.entry.loading.load"),
+    ("data._target_", "mtcl.config.load.load"),
     ("data._target_", ["mtcl.data.Rooms"]),
     ("decoder.genotype", "/etc/hostname"),
     ("data.name", "../../evil"),

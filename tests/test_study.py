@@ -17,11 +17,11 @@ from conftest import ROOT
 from scipy import stats
 
 from mtcl import UserError
-from mtcl.entry.study import conduct, duration, failure_text, jobs_of, quoted, shown_command, tasks_of_config
-from mtcl.entry.study_file import Arm, Study, merged, portable, read_study
-from mtcl.entry.study_tables import as_json, as_markdown, as_text, read_results, report, write_results
+from mtcl.launch.study import conduct, duration, failure_text, jobs_of, quoted, shown_command, tasks_of_config
+from mtcl.launch.study_file import Arm, Study, merged, portable, read_study
+from mtcl.launch.study_tables import as_json, as_markdown, as_text, read_results, report, write_results
 from mtcl.metrics.delta import smallest_effect
-from mtcl.training.checkpoint import claim
+from mtcl.run_lock import claim
 
 STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))
 
@@ -83,7 +83,7 @@ def study_file(tmp_path):
 @pytest.fixture
 def run(study_file, tmp_path, monkeypatch):
     """Conduct the study of ``study_file``; what it said, and the runs that failed."""
-    monkeypatch.setattr("mtcl.entry.study.POLL", 0.01)
+    monkeypatch.setattr("mtcl.launch.study.POLL", 0.01)
 
     def conducted(*given, **options):
         said = []
@@ -643,11 +643,11 @@ def test_curves_of_two_arms(cli, tmp_path):
             folder = tmp_path / arm / f"seed_{seed}"
             folder.mkdir(parents=True)
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = cli("scripts/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
+    done = cli("scripts/benchmarks/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
     row = done.out.splitlines()[1].split()
     assert row[0] == "depth"
     assert [float(x) for x in row[3:]] == pytest.approx([3, 3.5, 0.5, 2**0.5, 1.1284, 0.44], abs=5e-3)
     (tmp_path / "b" / "seed_1").rename(tmp_path / "b" / "seed_2")
-    refused = cli("scripts/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
+    refused = cli("scripts/benchmarks/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
     assert refused.code == 1
     assert "other runs" in refused.err

@@ -15,9 +15,9 @@ from conftest import ROOT, TINY
 from omegaconf import OmegaConf
 
 from mtcl import UserError
-from mtcl.entry import sweeping
-from mtcl.entry.sweeping import Outcome, Stopped, exit_code, job_folder, run_job, summary
-from mtcl.training.checkpoint import claim
+from mtcl.launch import sweep as sweeping
+from mtcl.launch.sweep import Outcome, Stopped, exit_code, job_folder, run_job, summary
+from mtcl.run_lock import claim
 
 # Takes the words of train.py: trouble=fail, crash (SIGKILL), hang (until SIGTERM: saves, exit code 75), taken.
 TRAIN = """

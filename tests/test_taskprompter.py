@@ -6,12 +6,14 @@ import torch.nn.functional as F
 from conftest import composed
 
 from mtcl import UserError
-from mtcl.entry import build
-from mtcl.entry.counting import count
-from mtcl.entry.train import train
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer
 from mtcl.models import TaskPrompter, build_backbone
-from mtcl.models.importing import METHODS, fit, taskprompter, translate
+from mtcl.models.published import METHODS, fit, taskprompter, translate
 from mtcl.models.taskprompter import _over_parts, channel_affinity
+from mtcl.profiling.flops import count
 
 TASKS = {"semseg": 7, "depth": 1, "normals": 3}
 VIT = {"depth": 4, "embed_dim": 24, "num_heads": 3, "mlp_ratio": 2.0}
@@ -399,11 +401,11 @@ SHRUNKEN += ["backbone=vit_small", "++backbone.kwargs={embed_dim:24,depth:4,num_
 
 def test_the_config_builds_it_for_the_pictures_it_trains_on():
     config = composed(*SHRUNKEN)
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
     assert isinstance(model, TaskPrompter)
     assert model.grid == (2, 4)
-    regularizer = build.build_regularizer(config, tasks, model)
+    regularizer = build_regularizer(config, tasks, model)
     assert regularizer is not None
 
 
@@ -411,4 +413,4 @@ def test_the_config_builds_it_for_the_pictures_it_trains_on():
 def test_it_trains_with_contrast(tmp_path):
     words = [*SHRUNKEN, "trainer.device=cpu", "debug=tiny", "data.augment.scale=[1.0,1.2]"]
     metrics = train(composed(*words), tmp_path)
-    assert set(metrics) == set(build.build_tasks(composed(*words)))
+    assert set(metrics) == set(build_tasks(composed(*words)))

@@ -12,17 +12,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from mtcl import UserError
-from mtcl.atomic import write_atomically
+from mtcl.atomic import write_atomically, write_json
+from mtcl.evaluation.evaluator import Evaluator, Shown
 from mtcl.models import DenseModel, DenseOutput
+from mtcl.run_lock import claim
+from mtcl.runtime import autocast, choose_device, peak_memory, rng_state, seed_everything, set_rng_state
 from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint as checkpoint_module
-from mtcl.training.balancer import FixedWeights
-from mtcl.training.checkpoint import claim, load_checkpoint, save_checkpoint
-from mtcl.training.evaluator import Evaluator, Shown
-from mtcl.training.optim import ScheduledOptimizer, build_optimizer, build_schedule, ramp
-from mtcl.training.panels import GAP, ROW, draw_panel
-from mtcl.training.recorder import Recorder, flat, write_json, write_panels
-from mtcl.training.runtime import autocast, choose_device, peak_memory, rng_state, seed_everything, set_rng_state
+from mtcl.training.balancing import FixedWeights
+from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
+from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, ramp
+from mtcl.training.run_logger import Recorder, flat, write_panels
+from mtcl.visualization.panels import GAP, ROW, draw_panel
 
 CPU = torch.device("cpu")
 

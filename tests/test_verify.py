@@ -16,8 +16,8 @@ from pascal_miniature import CONTEXT_PERSON, PERSON, Object, write_archive, writ
 
 from mtcl import UserError
 from mtcl.data import NYUD, Rooms
-from mtcl.data.pascal import PascalContext
-from mtcl.data.rooms import CLASS_NAMES
+from mtcl.data.datasets.pascal_context import PascalContext
+from mtcl.data.datasets.rooms import CLASS_NAMES
 from mtcl.data.verify import FACTS, Report, align, find, judge, report, verify
 from mtcl.data.verify.facts import NYUD_SHARES
 from mtcl.data.verify.table import Row, table

@@ -1,1 +1,1 @@
-"""The top floor: configs become objects, commands become runs. The only place that knows a config object."""
+"""Command lines and their messages: one module per command."""

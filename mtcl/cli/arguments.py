@@ -32,20 +32,6 @@ def path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def with_home(word: str) -> str:
-    """Return ``word`` with the home folder for a ``~`` that begins it or its value, as shells do it only in part.
-
-    ``~key`` (Hydra: take the key out) is kept, as is the ``~`` of a name's backup, ``name~``.
-    """
-    if word == "~" or word.startswith("~/"):
-        return os.path.expanduser(word)
-    head, equals, text = word.partition("=")
-    quote = text[:1] if text[:1] in ("'", '"') else ""
-    if not equals or not text.startswith(f"{quote}~"):
-        return word
-    return f"{head}={quote}{os.path.expanduser(text[len(quote) :])}"
-
-
 def flag(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError("give true or false")

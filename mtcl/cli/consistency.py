@@ -14,26 +14,28 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
-from mtcl.contrastive import Contrastive
-from mtcl.contrastive.consistency import Tally, label_pairs, means, shared_histograms, squared_distances, tally
-from mtcl.contrastive.sampling import read_features, read_labels
+from mtcl.atomic import write_json
+from mtcl.cli.evaluate import adapt, dataset_of, overridden
+from mtcl.cli.run_record import run_facts
+from mtcl.config.build_data import build_eval_loader, build_reader, build_tasks
+from mtcl.config.build_training import build_regularizer
+from mtcl.config.load import of_checkpoint, rebuild, refusals_named, restore_config
+from mtcl.config.overrides import readable, sentence
+from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
+from mtcl.config.stored_config import check_tasks
 from mtcl.data import Reader
-from mtcl.data.loading import prepare
+from mtcl.data.loader import prepare
 from mtcl.data.sample import Batch
-from mtcl.entry import build
-from mtcl.entry.cli import sentence
-from mtcl.entry.consistency_figures import draw_distances, draw_separation
-from mtcl.entry.evaluate import adapt, dataset_of, overridden
-from mtcl.entry.loading import of_checkpoint, rebuild, refusals_named, restore_config
-from mtcl.entry.overrides import readable
-from mtcl.entry.report import run_facts
-from mtcl.entry.schema import check_config
 from mtcl.errors import UserError
+from mtcl.evaluation.feature_consistency import Tally, label_pairs, means, shared_histograms, squared_distances, tally
 from mtcl.models.base import DenseModel
+from mtcl.regularizers import Contrastive
+from mtcl.regularizers.sampling import read_features, read_labels
+from mtcl.runtime import choose_device
 from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.recorder import write_json
-from mtcl.training.runtime import choose_device
+from mtcl.visualization.consistency_figures import draw_distances, draw_separation
 
 PIXELS = 256  # per frame
 CHUNK = 16  # frames whose pairs are held at a time
@@ -105,18 +107,18 @@ def consistency(options: Options, overrides: Sequence[str], configs: Path) -> di
         raise UserError(f"{options.output / 'consistency.json'} exists already; choose another output")
     state = load_checkpoint(options.checkpoint)
     settings = restored(state, options.checkpoint, overrides, configs)
-    tasks = build.build_tasks(settings)
-    build.check_tasks(of_checkpoint(options.checkpoint, state).tasks, tasks, options.checkpoint)
+    tasks = build_tasks(settings)
+    check_tasks(of_checkpoint(options.checkpoint, state).tasks, tasks, options.checkpoint)
     targets = choose_targets(options.target, list(tasks))
     arms = [load_arm(options.checkpoint, state, tasks)]
     if options.compare is not None:
         other = load_checkpoint(options.compare)
-        build.check_tasks(of_checkpoint(options.compare, other).tasks, tasks, options.compare)
+        check_tasks(of_checkpoint(options.compare, other).tasks, tasks, options.compare)
         arms.append(load_arm(options.compare, other, tasks))
     tap = common_tap(arms, settings)
     device = choose_device(settings.trainer.device)
-    reader = evenly_spaced(build.build_reader(settings, "val", tasks), options.frames)
-    batches = build.build_eval_loader(settings, reader, tasks, device)
+    reader = evenly_spaced(build_reader(settings, "val", tasks), options.frames)
+    batches = build_eval_loader(settings, reader, tasks, device)
     samples = collect(arms, batches, tasks, tap, device)
     lead = next((arm.regularizer for arm in arms if arm.regularizer is not None), None)
     thresholds = lead.thresholds if lead else {name: (task.near, task.far) for name, task in tasks.items()}
@@ -155,7 +157,7 @@ def restored(state: Mapping[str, Any], path: Path, overrides: Sequence[str], con
         if word.lstrip("+").startswith("regularizer"):
             raise UserError(f"{word}: the regulariser is looked at as it was trained; leave this out")
     settings = overridden(settings, composed, words, groups)
-    check_config(build.plain(settings))
+    check_config(plain(settings))
     return settings
 
 
@@ -175,8 +177,8 @@ def load_arm(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) ->
     fresh = regularizer = None
     if state.get("regularizer") is not None:
         with refusals_named(path):
-            fresh = build.build_regularizer(settings, tasks, model)
-            regularizer = build.build_regularizer(settings, tasks, model)
+            fresh = build_regularizer(settings, tasks, model)
+            regularizer = build_regularizer(settings, tasks, model)
     if regularizer is not None:
         try:
             regularizer.load_state_dict(dict(state["regularizer"]))

@@ -5,22 +5,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mtcl.data import Reader
-from mtcl.data.plausibility import check_labels, check_maps, settle
-from mtcl.data.predictions import PredictionWriter, SavedPredictions, folder_of_maps
-from mtcl.entry import build
-from mtcl.entry.loading import Saved, read_saved, rebuild, refusals_named, restore_config
-from mtcl.entry.report import format_table, run_facts
+from mtcl.atomic import write_json
+from mtcl.cli.run_record import run_facts
+from mtcl.config.build_data import build_eval_loader, build_reader, build_tasks
+from mtcl.config.build_evaluator import build_evaluator
+from mtcl.config.load import Saved, read_saved, rebuild, refusals_named, restore_config
+from mtcl.config.resolve import plain
+from mtcl.config.stored_config import check_tasks
 from mtcl.errors import UserError
+from mtcl.evaluation.evaluator import Evaluation
+from mtcl.evaluation.format_metrics import format_table
+from mtcl.evaluation.plausibility import check_labels, check_maps, settle
+from mtcl.evaluation.saved_predictions import PredictionWriter, SavedPredictions, folder_of_maps
+from mtcl.runtime import choose_device, seed_everything
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
-from mtcl.training.evaluator import Evaluation, Evaluator
-from mtcl.training.recorder import write_json, write_panels
-from mtcl.training.runtime import choose_device, seed_everything
+from mtcl.training.run_logger import write_panels
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +64,10 @@ def score_checkpoint(
     seed_everything(settings.seed, settings.trainer.deterministic)
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
-    reader = build.build_reader(settings, "val", tasks)
+    reader = build_reader(settings, "val", tasks)
     warnings = settle(check_labels(reader, tasks, "validation"), settings.data.get("strict", False))
     model = rebuild(settings, tasks_of_model(saved), saved)
-    evaluator = build_evaluator(settings, reader, tasks, device)
+    evaluator = build_evaluator(settings, tasks, build_eval_loader(settings, reader, tasks, device), device)
     evaluation = evaluator.run(model.to(device), keep=None if writer is None else writer.write)
     facts = run_facts(settings, reader, evaluation.num_images, device, overrides)
     facts |= {"checkpoint": str(saved.path), "step": saved.step, "warnings": warnings}
@@ -79,7 +82,7 @@ def adapt(saved: Saved, composed: DictConfig) -> DictConfig:
     """Return the saved config for an evaluation here: device, cache and keys younger than it are this machine's."""
     settings = restore_config(saved)
     for group in ("data", "loss", "trainer", "evaluation"):
-        settings[group] = {**build.plain(composed[group]), **build.plain(settings.get(group, {}))}
+        settings[group] = {**plain(composed[group]), **plain(settings.get(group, {}))}
     settings.trainer.device = "auto"  # the machine it was trained on is not this one
     return settings
 
@@ -87,8 +90,8 @@ def adapt(saved: Saved, composed: DictConfig) -> DictConfig:
 def tasks_of_model(saved: Saved) -> dict[str, Task]:
     """All tasks that a checkpoint's model predicts, on the data that it was trained on."""
     with refusals_named(saved.path):
-        tasks = build.build_tasks(restore_config(saved))
-    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+        tasks = build_tasks(restore_config(saved))
+    check_tasks(dict(saved.tasks), tasks, saved.path)
     return tasks
 
 
@@ -100,13 +103,13 @@ def chosen_tasks(settings: DictConfig, saved: Saved) -> dict[str, Task]:
             raise UserError(f"{saved.path} has no task {name} to score (tasks.names); it has {', '.join(saved.tasks)}")
     if names == "auto":
         settings.tasks.names = list(saved.tasks)
-    tasks = build.build_tasks(settings)
-    build.check_tasks({name: saved.tasks[name] for name in tasks}, tasks, saved.path)
+    tasks = build_tasks(settings)
+    check_tasks({name: saved.tasks[name] for name in tasks}, tasks, saved.path)
     return tasks
 
 
 def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
-    """Score saved maps (:mod:`mtcl.data.predictions`) on the validation list of ``config.data``, without any model.
+    """Score saved maps (:mod:`mtcl.evaluation.saved_predictions`) on the validation list, without any model.
 
     ``tasks.names=auto``: the tasks that have a folder and that the dataset has labels for.
     """
@@ -116,21 +119,23 @@ def score_maps(config: DictConfig, overrides: Sequence[str], folder: Path) -> di
     chosen = config.tasks.names
     config = config.copy()
     config.tasks.names = "auto"
-    offered = list(build.build_tasks(config))
+    offered = list(build_tasks(config))
     maps, found = folder_of_maps(Path(config.predictions), offered)
     if chosen == "auto" and len(found) < len(offered):
         log.info("%s has no folder of %s: not scored", maps, ", ".join(name for name in offered if name not in found))
     config.tasks.names = found if chosen == "auto" else chosen
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     device = choose_device(config.trainer.device)
     seed_everything(config.seed, config.trainer.deterministic)
-    reader = build.build_reader(config, "val", tasks)
+    reader = build_reader(config, "val", tasks)
     # Both lists are shorter than that of the dataset: human parts alone keep to pictures with persons.
     shortened = config.data.limit is not None or list(tasks) == ["human_parts"]
     saved = SavedPredictions(maps, tasks, reader, device, may_hold_more=shortened)
     doubts = check_labels(reader, tasks, "validation") + check_maps(saved, reader, tasks)
     warnings = settle(doubts, config.data.get("strict", False))
-    evaluation = build_evaluator(config, reader, tasks, device).score(saved.predict)
+    evaluation = build_evaluator(config, tasks, build_eval_loader(config, reader, tasks, device), device).score(
+        saved.predict
+    )
     facts = run_facts(config, reader, evaluation.num_images, device, overrides)
     facts = {key: value for key, value in facts.items() if key not in OF_A_MODEL}
     facts |= {"predictions": str(maps), "predictions_fingerprint": saved.fingerprint(), "warnings": warnings}
@@ -144,10 +149,6 @@ def check_free(folder: Path) -> None:
     for name in ("metrics.json", "run.json"):
         if (folder / name).exists():
             raise UserError(f"{folder / name} exists already; choose another hydra.run.dir")
-
-
-def build_evaluator(config: DictConfig, reader: Reader, tasks: Mapping[str, Task], device: torch.device) -> Evaluator:
-    return build.build_evaluator(config, tasks, build.build_eval_loader(config, reader, tasks, device), device)
 
 
 def report(

@@ -19,18 +19,18 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim
 
-import mtcl
 from mtcl.atomic import disk_errors_told
+from mtcl.cli import arguments as read
+from mtcl.cli.model_card import RAW, card, rounded
+from mtcl.config.load import CARD, FACTS, HUB_ID, RECIPE, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
 from mtcl.data import Sample, prepare
-from mtcl.data.loading import collate
-from mtcl.entry import words as read
-from mtcl.entry.card import RAW, card, rounded
-from mtcl.entry.loading import CARD, FACTS, HUB_ID, RECIPE, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
+from mtcl.data.loader import collate
 from mtcl.errors import UserError, printable
 from mtcl.inference import recipe
 from mtcl.inference.predictor import AS_IT_IS, ROUNDING
 from mtcl.models import DenseModel
 from mtcl.tasks.base import Task
+from mtcl.version import __version__
 
 FORMATS = ("safetensors", "torch", "onnx")
 PROGRAM, ONNX = "model.pt2", "model.onnx"
@@ -303,7 +303,7 @@ def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: S
 def facts_of(loaded: Loaded) -> dict[str, Any]:
     """Describe what the model takes and gives: who uses a program needs it, and an exported folder has it, too."""
     return {
-        "mtcl": mtcl.__version__,
+        "mtcl": __version__,
         "step": loaded.saved.step,
         "classes": {name: list(getattr(task, "classes", ())) for name, task in loaded.tasks.items()},
         "kinds": {name: task.kind for name, task in loaded.tasks.items()},

@@ -3,7 +3,6 @@
 import argparse
 import atexit
 import contextlib
-import difflib
 import errno
 import os
 import shutil
@@ -15,29 +14,28 @@ from typing import Any, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.entry import sweeping
-from mtcl.entry.build import inline_files
-from mtcl.entry.overrides import complaint, expand_home, readable
-from mtcl.entry.processes import REQUEUE
-from mtcl.entry.schema import RULES, check_config
-from mtcl.entry.terminal import FULL, complain, outlasting_output, speak_utf8
+from mtcl.cli.terminal import FULL, complain, outlasting_output, speak_utf8
+from mtcl.config.build_model import inline_files
+from mtcl.config.overrides import expand_home, readable, sentence
+from mtcl.config.schema import check_config
 from mtcl.errors import UserError, printable
+from mtcl.launch import sweep as sweeping
+from mtcl.launch.processes import REQUEUE
 from mtcl.training.preemption import Preempted
 
 # What a disk refuses to write; and what no folder can be called, when Hydra makes the run's.
 OF_DISKS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 OF_NAMES = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
-OFTEN_MEANT = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
 
 
 def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None = None) -> None:
     """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does (``-m`` sweeps,
-    too). ``script``: a sweep's jobs are processes of it, see :mod:`mtcl.entry.sweeping`; None: they run here.
+    too). ``script``: a sweep's jobs are processes of it, see :mod:`mtcl.launch.sweep`; None: they run here.
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
     keep their trace; a run that was told to make room exits with :data:`REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
@@ -176,51 +174,7 @@ def _temporary_folder() -> str:
     return folder
 
 
-def sentence(error: BaseException) -> str:
-    """A config error in one line: the key or choice, and what there is instead."""
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = str(error.missing_cfg_file).rpartition("/")
-        other = f", or backbone.name={choice}, as timm calls it" if group == "backbone" and _is_of_timm(choice) else ""
-        return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
-    cause = error.__cause__
-    if isinstance(error, OverrideParseException):
-        return complaint(error.override, str(cause or error).strip().split("\n")[0])
-    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.key:
-        key = str(cause.full_key)
-        parent, known = key.rpartition(".")[0], _keys(cause)
-        close = difflib.get_close_matches(str(cause.key), known, n=1)
-        if close:
-            return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
-        if meant := _keys_named(str(cause.key)):
-            return f"there is no config key {key}; did you mean {' or '.join(meant)}?"
-        return f"there is no config key {key}; {parent or 'the config'} has {', '.join(known)}"
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    return text.split(" full_key:")[0].split(" Set the environment variable")[0]
-
-
 def shortened(path: object, length: int = 200) -> str:
     """A path of any length as a sentence can hold it."""
     text = str(path)
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]} ({len(text)} characters)"
-
-
-def _is_of_timm(name: str) -> bool:
-    import timm  # takes a moment
-
-    return bool(timm.is_model(name))
-
-
-def _keys_named(name: str) -> list[str]:
-    """The keys of any group with this name, or one much like it; at most three, the most used first."""
-    by_name: dict[str, list[str]] = {}
-    for key in RULES:
-        by_name.setdefault(key.rpartition(".")[2], []).append(key)
-    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
-    group = {key: key.partition(".")[0] for key in by_name[close[0]]} if close else {}
-    order = {name: place for place, name in enumerate(OFTEN_MEANT)}
-    return sorted(group, key=lambda key: (key.count("."), order.get(group[key], len(order))))[:3]
-
-
-def _keys(error: OmegaConfBaseException) -> list[str]:
-    parent = error.parent_node
-    return [str(key) for key in parent] if isinstance(parent, DictConfig) else []

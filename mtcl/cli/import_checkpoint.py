@@ -11,12 +11,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.entry import build
-from mtcl.entry.cli import sentence
-from mtcl.entry.overrides import readable
-from mtcl.entry.schema import check_config
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_model import build_model, saved_config
+from mtcl.config.overrides import readable, sentence
+from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
+from mtcl.config.stored_config import described
 from mtcl.errors import UserError
-from mtcl.models.importing import METHODS, fit, read_published, translate
+from mtcl.models.published import METHODS, fit, read_published, translate
 from mtcl.training.checkpoint import save_checkpoint
 
 
@@ -41,13 +43,13 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     config = composed(overrides, configs)
     if str(config.decoder._target_).rpartition(".")[2] != known.model:
         raise UserError(f"the config describes {config.decoder._target_}, not {method}; give decoder={method}")
-    settings = known.settings(theirs, build.data_size(config))
+    settings = known.settings(theirs, data_size(config))
     for key, value in settings.items():
         set_key(config, key, value)
-    check_config(build.plain(config))
-    tasks = build.build_tasks(config)
+    check_config(plain(config))
+    tasks = build_tasks(config)
     with torch.device("meta"):  # its shapes are all that is asked for
-        model = build.build_model(config, tasks, pretrained=False)
+        model = build_model(config, tasks, pretrained=False)
     ours, idle = translate(theirs, known, list(tasks))
     fit(ours, model.state_dict(), method)
     content = {
@@ -59,9 +61,9 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
         "schedule": {},
         "step": step,
         "rng": {},
-        "config": build.saved_config(config, model),
+        "config": saved_config(config, model),
         "meta": {
-            "tasks": build.described(tasks),
+            "tasks": described(tasks),
             "best": math.nan,
             "imported": {"method": method, "file": source.name, "idle": idle},
         },
@@ -83,6 +85,6 @@ def set_key(config: DictConfig, key: str, value: Any) -> None:
     """Set ``key``; a mapping adds to what is there."""
     before = OmegaConf.select(config, key)
     if isinstance(value, dict):
-        value = {**(build.plain(before) or {}), **value}
+        value = {**(plain(before) or {}), **value}
     with open_dict(config):
         OmegaConf.update(config, key, value, merge=False)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import timm
 import yaml
 
-import mtcl
-from mtcl.entry.loading import Loaded
-from mtcl.entry.report import COUNTS, shown
-from mtcl.entry.run_files import METRICS, RECORD, read_metrics, read_record
+from mtcl.config.load import Loaded
 from mtcl.errors import UserError, printable
+from mtcl.evaluation.format_metrics import COUNTS, shown
+from mtcl.results.run_files import METRICS, RECORD, read_metrics, read_record
+from mtcl.version import __version__
 
 RAW = {  # what a raw prediction stands for, by a task's kind
     "class": "logits of the classes; the class is the argmax over channels",
@@ -62,7 +62,7 @@ def card(loaded: Loaded) -> str:
 
 One network, {len(loaded.tasks)} pixel-wise task{"s" * (len(loaded.tasks) > 1)}.
 Backbone {cell(config["backbone"]["name"])} (timm), decoder {cell(target)}, {parameters:,} parameters,
-step {saved.step:,} of its training. Exported with mtcl {mtcl.__version__}.
+step {saved.step:,} of its training. Exported with mtcl {__version__}.
 
 ```sh
 pip install 'mtcl[hub]'

@@ -22,17 +22,17 @@ import torch
 from tqdm import tqdm
 
 from mtcl.atomic import disk_errors_told, write_atomically
-from mtcl.entry import words as read
-from mtcl.entry.loading import Loaded, load_model, predictor_of
+from mtcl.cli import arguments as read
+from mtcl.config.load import Loaded, load_model, predictor_of
 from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
-from mtcl.inference.maps import meaning, write_jpeg, write_map
-from mtcl.inference.pictures import SUFFIXES
+from mtcl.inference.image_reading import SUFFIXES
+from mtcl.inference.map_files import meaning, write_jpeg, write_map
 from mtcl.inference.predictor import LARGE
 from mtcl.safe_files import open_regular, read_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
-from mtcl.training.panels import draw_predictions
+from mtcl.visualization.panels import draw_predictions
 
 VIDEOS = (
     ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".3gp"

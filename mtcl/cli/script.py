@@ -5,8 +5,8 @@ import logging
 import sys
 from collections.abc import Callable
 
-from mtcl.entry.terminal import Printable, complain, outlasting_output, speak_utf8
-from mtcl.entry.words import with_home
+from mtcl.cli.terminal import Printable, complain, outlasting_output, speak_utf8
+from mtcl.config.quoting import with_home
 from mtcl.errors import UserError
 
 

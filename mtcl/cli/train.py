@@ -10,32 +10,26 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mtcl import ranks
-from mtcl.atomic import remove_leftovers
-from mtcl.data.loading import worker_sentence
-from mtcl.data.plausibility import check_labels, check_trained, settle
-from mtcl.entry import build
-from mtcl.entry.report import format_table, run_facts
-from mtcl.entry.schema import BEFORE_THE_KEY, leaves, role_of
-from mtcl.entry.stored_config import check_stored_tasks
+from mtcl import distributed as ranks
+from mtcl.atomic import remove_leftovers, write_json, write_text
+from mtcl.cli.run_record import run_facts
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import inline_files
+from mtcl.config.build_training import Run, build_trainer
+from mtcl.config.diff import changed_keys, changed_meanings, described_changes, differences
+from mtcl.config.resolve import plain
+from mtcl.config.stored_config import check_stored_tasks, check_tasks
+from mtcl.data.loader import worker_sentence
 from mtcl.errors import UserError
+from mtcl.evaluation.format_metrics import format_table
+from mtcl.evaluation.plausibility import check_labels, check_trained, settle
 from mtcl.models.weights import check_numbers
-from mtcl.training.checkpoint import Found, claim, load_checkpoint, newest_intact
-from mtcl.training.recorder import write_json, write_text
-from mtcl.training.runtime import choose_device, seed_everything
+from mtcl.run_lock import claim
+from mtcl.runtime import choose_device, seed_everything
+from mtcl.training.checkpoint import Found, load_checkpoint, newest_intact
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-# Keys that change the arithmetic or the meaning of best.pt though not the experiment: a run that is resumed by its path
-# tells of them, resume=auto takes no run that differs in them.
-TOLD = ("trainer.channels_last", "trainer.deterministic", "trainer.monitor")
-
-
-def is_free(key: str) -> bool:
-    """May an interrupted run differ in this key from the one that continues it?"""
-    return key == "trainer.max_steps" or (role_of(key) in ("machine", "engine", "record") and key not in TOLD)
 
 
 # Those, beside the seed, that the order of the pictures depends on.
@@ -50,7 +44,7 @@ def train(
     ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look. ``overrides``: the words of
     the command, for the record.
     """
-    build.inline_files(config)
+    inline_files(config)
     device = choose_device(config.trainer.device)
     ranks.join(device)
     if ranks.rank() > 0:
@@ -62,13 +56,13 @@ def train(
     found = find_checkpoint(config, folder, siblings) if ranks.rank() == 0 else None
     path = ranks.first(None if found is None else found.path)
     state = found.content if found is not None else None if path is None else load_checkpoint(path)
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     if state is not None and path is not None:
-        build.check_tasks(check_stored_tasks(state.get("meta", {}).get("tasks"), path), tasks, path)
+        check_tasks(check_stored_tasks(state.get("meta", {}).get("tasks"), path), tasks, path)
         check_optimizer(state, config, path)
         check_steps(state, config, path)
     start = 0 if state is None else state["step"]
-    run = build.build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
+    run = build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
     if ranks.rank() > 0:
         torch.manual_seed(config.seed + 2**20 * ranks.rank())  # dropout of its own; the model's start is process 0's
     if state is not None:
@@ -89,7 +83,7 @@ def train(
         return finish(config, run, folder, overrides, warnings)
 
 
-def announce(config: DictConfig, run: build.Run, fresh: bool) -> None:
+def announce(config: DictConfig, run: Run, fresh: bool) -> None:
     """What is about to be trained, and what the user may not expect of it."""
     if fresh and config.backbone.weights in (None, "none"):
         log.warning(
@@ -141,7 +135,7 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def check_data(config: DictConfig, run: build.Run) -> list[str]:
+def check_data(config: DictConfig, run: Run) -> list[str]:
     """Look at the labels of both lists; the sentences, which are logged, or an error with ``data.strict``."""
     doubts = check_trained(run.train_reader, run.trainer.tasks)
     for reader, part in ((run.train_reader, "training"), (run.val_reader, "validation")):
@@ -150,7 +144,7 @@ def check_data(config: DictConfig, run: build.Run) -> list[str]:
 
 
 def finish(
-    config: DictConfig, run: build.Run, folder: Path, overrides: Sequence[str], warnings: Sequence[str]
+    config: DictConfig, run: Run, folder: Path, overrides: Sequence[str], warnings: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Train to the end, write metrics.json and run.json, tell the table; the metrics."""
     trainer = run.trainer
@@ -194,7 +188,7 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: 
     except UserError:
         raise
     except Exception as error:  # of torch and of ours, for parts of other names, shapes or kinds
-        changed = differences(state["config"], build.plain(config), ("backbone.", "decoder.", "regularizer."))
+        changed = differences(state["config"], plain(config), ("backbone.", "decoder.", "regularizer."))
         raise UserError(f"checkpoint {path} does not fit this run: {changed or error}") from error
 
 
@@ -224,42 +218,11 @@ def tell_of_resuming(found: Found, config: DictConfig) -> None:
     for error in found.passed_over:
         log.warning("checkpoint %s is damaged (%s): it is passed over", error.path, error.why)
     log.info("resumed at step %d from %s", found.content["step"], found.path)
-    saved, now = found.content["config"], build.plain(config)
+    saved, now = found.content["config"], plain(config)
     if keys := changed_meanings(saved, now):
         shuffled = any(key == "seed" or key.startswith(ORDER) for key in keys)
         order = "; pictures come in another order from here on" if shuffled else ""
         log.warning("this run is not the one of its checkpoint: %s%s", described_changes(saved, now, keys), order)
-
-
-def changed_keys(
-    saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
-) -> list[str]:
-    """The keys below ``prefixes`` that differ, but for those that may; ``max_steps``: that one, too, if it does.
-
-    A key younger than the saved config stands for what its run did (:data:`BEFORE_THE_KEY`).
-    """
-    before, after = BEFORE_THE_KEY | dict(leaves(saved)), BEFORE_THE_KEY | dict(leaves(now))
-    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes))]
-    keys = [key for key in keys if not is_free(key) or (max_steps and key == "trainer.max_steps")]
-    # A model's own mean and std were filled in when it was saved.
-    keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and after.get(key) is None)]
-    return [key for key in keys if before.get(key) != after.get(key)]
-
-
-def changed_meanings(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Return the keys whose change makes another run; those that the saved config lacks make none."""
-    known = dict(leaves(saved))
-    return [key for key in changed_keys(saved, now, max_steps=True) if key in known]
-
-
-def described_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
-    """``key is a, was b``."""
-    before, after = dict(leaves(saved)), dict(leaves(now))
-    return "; ".join(f"{key} is {after.get(key)}, was {before.get(key)}" for key in keys)
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:
-    return described_changes(saved, now, changed_keys(saved, now, prefixes))
 
 
 def what_is_there(folder: Path) -> list[tuple[str, int]]:
@@ -304,6 +267,6 @@ def find_twin(config: DictConfig, siblings: Path | None) -> Found | None:
             continue
         if found is None or found.content["step"] >= config.trainer.max_steps:
             continue
-        if not changed_keys(found.content["config"], build.plain(config)):
+        if not changed_keys(found.content["config"], plain(config)):
             return found
     return None

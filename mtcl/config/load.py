@@ -14,16 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtcl.entry import build
-from mtcl.entry.stored_config import check_stored_config, check_stored_tasks
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_model import build_model
+from mtcl.config.stored_config import check_stored_config, check_stored_tasks, check_tasks
 from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
 from mtcl.models import DenseModel
 from mtcl.models.weights import check_weights
+from mtcl.runtime import choose_device
 from mtcl.safe_files import read_json
 from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.runtime import choose_device
 
 WEIGHTS, FACTS, CARD = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
 SHARED = (WEIGHTS, FACTS, CARD, "model.pt2", "model.onnx", "model.onnx.data")  # what goes to the hub, where it is there
@@ -38,7 +39,7 @@ class Saved(NamedTuple):
     path: Path
     weights: Mapping[str, Tensor]
     config: Mapping[str, Any]
-    tasks: Mapping[str, Any]  # facts, as build.described has them
+    tasks: Mapping[str, Any]  # facts, as described has them
     step: int
 
 
@@ -83,10 +84,10 @@ def load_model(source: str | Path) -> Loaded:
     saved = read_saved(source)
     config = restore_config(saved)
     with refusals_named(saved.path):
-        tasks = build.build_tasks(config)
-    build.check_tasks(dict(saved.tasks), tasks, saved.path)
+        tasks = build_tasks(config)
+    check_tasks(dict(saved.tasks), tasks, saved.path)
     model = rebuild(config, tasks, saved)
-    return Loaded(model.eval(), tasks, build.data_size(config), saved)
+    return Loaded(model.eval(), tasks, data_size(config), saved)
 
 
 def restore_config(saved: Saved) -> DictConfig:
@@ -102,10 +103,10 @@ def rebuild(config: DictConfig, tasks: Mapping[str, Task], saved: Saved) -> Dens
     Its shapes are compared first: a config that describes more than the file holds allocates nothing.
     """
     with refusals_named(saved.path), torch.device("meta"):
-        outline = build.build_model(config, tasks, pretrained=False)
+        outline = build_model(config, tasks, pretrained=False)
     check_weights(saved.weights, outline.state_dict(), saved.path)
     with refusals_named(saved.path):
-        model = build.build_model(config, tasks, pretrained=False)
+        model = build_model(config, tasks, pretrained=False)
     model.load_state_dict(dict(saved.weights))
     return model
 
@@ -157,7 +158,7 @@ def of_checkpoint(path: Path, state: Mapping[str, Any]) -> Saved:
 
 
 def checked(saved: Saved) -> Saved:
-    """Return ``saved`` with its config and tasks checked, see :mod:`mtcl.entry.stored_config`."""
+    """Return ``saved`` with its config and tasks checked, see :mod:`mtcl.config.stored_config`."""
     if type(saved.step) is not int or saved.step < 0:
         raise UserError(f"{saved.path} does not say at which step it was written")
     config, tasks = check_stored_config(saved.config, saved.path), check_stored_tasks(saved.tasks, saved.path)

@@ -1,5 +1,6 @@
 """The words ``key=value`` of a command, before Hydra reads them: paths need no quotes, ``~`` is the home folder."""
 
+import difflib
 import os
 import re
 import shlex
@@ -8,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.entry.processes import quoted
-from mtcl.entry.words import with_home
+from mtcl.config.quoting import quoted, with_home
+from mtcl.config.schema import RULES
 
 # Keys whose value is a path, or a part of one; or a word such as auto, hub, one.
 PATHS: tuple[str, ...] = ("data.root", "data.cache", "data.labels", "backbone.weights", "resume", "checkpoint")
@@ -109,3 +111,50 @@ def complaint(word: str, reason: str) -> str:
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     typed = shlex.quote(f'{key}="{escaped}"')
     return f"{key}: the value holds {sign[0]} (character {sign.start() + 1}), which needs quotes; type {typed}"
+
+
+OFTEN_MEANT = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
+
+
+def sentence(error: BaseException) -> str:
+    """A config error in one line: the key or choice, and what there is instead."""
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        other = f", or backbone.name={choice}, as timm calls it" if group == "backbone" and _is_of_timm(choice) else ""
+        return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return complaint(error.override, str(cause or error).strip().split("\n")[0])
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.key:
+        key = str(cause.full_key)
+        parent, known = key.rpartition(".")[0], _keys(cause)
+        close = difflib.get_close_matches(str(cause.key), known, n=1)
+        if close:
+            return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
+        if meant := _keys_named(str(cause.key)):
+            return f"there is no config key {key}; did you mean {' or '.join(meant)}?"
+        return f"there is no config key {key}; {parent or 'the config'} has {', '.join(known)}"
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text.split(" full_key:")[0].split(" Set the environment variable")[0]
+
+
+def _keys_named(name: str) -> list[str]:
+    """The keys of any group with this name, or one much like it; at most three, the most used first."""
+    by_name: dict[str, list[str]] = {}
+    for key in RULES:
+        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
+    group = {key: key.partition(".")[0] for key in by_name[close[0]]} if close else {}
+    order = {name: place for place, name in enumerate(OFTEN_MEANT)}
+    return sorted(group, key=lambda key: (key.count("."), order.get(group[key], len(order))))[:3]
+
+
+def _keys(error: OmegaConfBaseException) -> list[str]:
+    parent = error.parent_node
+    return [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+
+
+def _is_of_timm(name: str) -> bool:
+    import timm  # takes a moment
+
+    return bool(timm.is_model(name))

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.schema import check_config, short
+from mtcl.config.schema import check_config, short
 from mtcl.errors import UserError, printable
 from mtcl.models.decoders.atrc import is_named_genotype
 from mtcl.safe_files import check_depth
 from mtcl.tasks import TASK_NAMES
+from mtcl.tasks.base import Task
 
 GROUPS = ("backbone", "decoder", "tasks", "data", "trainer")
 NEEDED = ("seed", "backbone.name", "decoder._target_", "data.name", "data._target_", "data.size")
@@ -125,3 +126,23 @@ def check_stored_tasks(tasks: Any, source: str | Path) -> dict[str, dict[str, An
         if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
             raise UserError(f"{source} gives no list of classes for its task {name}")
     return {name: {"channels": facts["channels"], "classes": [*facts["classes"]]} for name, facts in tasks.items()}
+
+
+def described(tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
+    """Plain facts of the tasks, for a checkpoint: channels, and the classes' names where there are some."""
+    return {n: {"channels": t.channels, "classes": list(getattr(t, "classes", ()))} for n, t in tasks.items()}
+
+
+def check_tasks(saved: Mapping[str, dict[str, Any]], tasks: Mapping[str, Task], path: Path) -> None:
+    """The tasks of a checkpoint must be those of the run, with the same classes."""
+
+    def told(facts: Mapping[str, dict[str, Any]]) -> str:
+        return ", ".join(f"{name} ({fact['channels']})" for name, fact in facts.items())
+
+    own = described(tasks)
+    if dict(saved) != own:
+        same = told(saved) == told(own)
+        raise UserError(
+            f"checkpoint {path} was trained for the tasks (channels) {told(saved)}, this command is for "
+            f"{'classes of other names' if same else told(own)}; give the same data and tasks"
+        )

@@ -1,10 +1,10 @@
 """Datasets, augmentation and batches: everything between files and the device."""
 
-from mtcl.data.loading import EpochBatches, SampleDataset, collate, eval_loader, prepare, train_loader
-from mtcl.data.nyud import NYUD
-from mtcl.data.partial import partly_labelled
-from mtcl.data.pascal import PascalContext
-from mtcl.data.rooms import Rooms
+from mtcl.data.datasets.nyud import NYUD
+from mtcl.data.datasets.pascal_context import PascalContext
+from mtcl.data.datasets.rooms import Rooms
+from mtcl.data.loader import EpochBatches, SampleDataset, collate, eval_loader, prepare, train_loader
+from mtcl.data.partial_labels import partly_labelled
 from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
 from mtcl.data.transforms import Augment, finish
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtcl.atomic import write_atomically
-from mtcl.data.files import read_bytes, unreadable
+from mtcl.data.image_io import read_bytes, unreadable
 from mtcl.errors import UserError
 
 log = logging.getLogger(__name__)

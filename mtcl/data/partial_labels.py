@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mtcl.data.files import read_bytes
+from mtcl.data.image_io import read_bytes
 from mtcl.data.sample import Reader, Sample
 from mtcl.errors import UserError, why_unreadable
 from mtcl.safe_files import parse_json

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mtcl import ranks
+from mtcl import distributed as ranks
 from mtcl.data import Batch, SampleMeta, prepare
 from mtcl.models import DenseModel
+from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
-from mtcl.training.runtime import autocast
 
 Metrics = dict[str, dict[str, float]]  # task -> metric -> value
 Predict = Callable[[Batch], Mapping[str, Tensor]]  # a batch -> task -> raw predictions (B, C, H, W) in its frame

@@ -36,8 +36,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_atomically
-from mtcl.data.files import NO_ID, form, read_bytes, read_mat, read_npy, read_png, strange_ids
-from mtcl.data.reader import described_others, entries
+from mtcl.data.datasets.base import described_others, entries
+from mtcl.data.image_io import NO_ID, form, read_bytes, read_mat, read_npy, read_png, strange_ids
 from mtcl.data.sample import Batch, Reader, SampleMeta
 from mtcl.data.transforms import finish
 from mtcl.errors import UserError, printable

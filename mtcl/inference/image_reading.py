@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mtcl.data.files import MAX_PIXELS
+from mtcl.data.image_io import MAX_PIXELS
 from mtcl.errors import UserError
 from mtcl.safe_files import open_regular
 

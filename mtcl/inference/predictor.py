@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from mtcl.data import Sample, prepare
-from mtcl.data.loading import collate
+from mtcl.data.loader import collate
 from mtcl.errors import UserError
-from mtcl.inference.pictures import MAX_PIXELS, as_picture, from_pillow, read_picture
+from mtcl.inference.image_reading import MAX_PIXELS, as_picture, from_pillow, read_picture
 from mtcl.models import DenseModel
+from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
-from mtcl.training.runtime import autocast
 
 log = logging.getLogger(__name__)
 

@@ -62,23 +62,6 @@ def reason(log: Path, code: int) -> str:
     return f"{how}: {lines[-1]}" if lines and not lines[-1].startswith("$ ") else how
 
 
-def quoted(folder: str | Path) -> str:
-    r"""A path as Hydra's grammar reads it, where a backslash is escaped only before a quote.
-
-    >>> print(quoted("/a/b-1"), quoted("/a=b"), quoted("it's"), quoted("a\\b"))
-    /a/b-1 '/a=b' 'it\'s' 'a\b'
-    """
-    text = str(folder)
-    if re.fullmatch(r"[\w./-]+", text, re.ASCII) and not _is_no_text(text):
-        return text
-    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
-
-
-def _is_no_text(text: str) -> bool:
-    """Does Hydra read a number, a truth value or null?"""
-    return bool(re.fullmatch(r"true|false|null|nan|inf|[-+]?[\d_.]+(e[-+]?\d+)?", text, re.IGNORECASE))
-
-
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """The signals that asked this process to end, in place of being ended by them.

@@ -19,25 +19,26 @@ from typing import Any
 
 import numpy as np
 
-from mtcl.entry.columns import column_of, primaries
-from mtcl.entry.compare import (
+from mtcl import run_log
+from mtcl.atomic import write_json
+from mtcl.config.quoting import quoted
+from mtcl.errors import UserError
+from mtcl.launch.processes import REQUEUE, caught_signals, duration, ended, reason, started
+from mtcl.launch.search_file import DELTAS, DIGITS, Range, Search, read_search
+from mtcl.launch.study_file import OWN, check_overrides, merged
+from mtcl.metrics.delta import delta_mtl
+from mtcl.results.columns import column_of, primaries
+from mtcl.results.compare import (
     Run,
     check_same_data,
     find_runs,
     read_run,
     split_baseline,
 )
-from mtcl.entry.processes import REQUEUE, caught_signals, duration, ended, quoted, reason, started
-from mtcl.entry.run_files import read_object
-from mtcl.entry.runs import nested
-from mtcl.entry.search_file import DELTAS, DIGITS, Range, Search, read_search
-from mtcl.entry.study_file import OWN, check_overrides, merged
-from mtcl.entry.tables import aligned, figure
-from mtcl.errors import UserError
-from mtcl.metrics.delta import delta_mtl
-from mtcl.training import run_log
-from mtcl.training.checkpoint import claim, is_claimed
-from mtcl.training.recorder import write_json
+from mtcl.results.list_runs import nested
+from mtcl.results.run_files import read_object
+from mtcl.results.tables import aligned, figure
+from mtcl.run_lock import claim, is_claimed
 
 POLL = 0.3  # seconds between two looks at the running trials
 PATIENCE = 120.0  # seconds that a run has to save and end

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from mtcl.entry.columns import Column, column_of
-from mtcl.entry.study_file import OWN, check_overrides
 from mtcl.errors import UserError
+from mtcl.launch.study_file import OWN, check_overrides
+from mtcl.results.columns import Column, column_of
 from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
 

@@ -1,6 +1,6 @@
 """A study: the runs of one YAML file, several at a time, each in a process of its own; then their table.
 
-Definition: :mod:`mtcl.entry.study_file`; numbers and tables: :mod:`mtcl.entry.study_tables`.
+Definition: :mod:`mtcl.launch.study_file`; numbers and tables: :mod:`mtcl.launch.study_tables`.
 """
 
 import contextlib
@@ -21,16 +21,17 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.entry import build, study_tables
-from mtcl.entry.cli import sentence
-from mtcl.entry.overrides import readable
-from mtcl.entry.processes import caught_signals, duration, ended, quoted, reason, started
-from mtcl.entry.run_files import TEXTS, VARIABLES, check_types, read_object, read_record
-from mtcl.entry.schema import check_config
-from mtcl.entry.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
+from mtcl.atomic import write_json, write_text
+from mtcl.config.build_data import build_tasks
+from mtcl.config.overrides import readable, sentence
+from mtcl.config.quoting import quoted
+from mtcl.config.schema import check_config
 from mtcl.errors import UserError
-from mtcl.training.checkpoint import claim, is_claimed
-from mtcl.training.recorder import write_json, write_text
+from mtcl.launch import study_tables
+from mtcl.launch.processes import caught_signals, duration, ended, reason, started
+from mtcl.launch.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
+from mtcl.results.run_files import TEXTS, VARIABLES, check_types, read_object, read_record
+from mtcl.run_lock import claim, is_claimed
 
 TasksOf = Callable[[Sequence[str]], list[str]]
 POLL = 0.1  # seconds between two looks at the running processes
@@ -170,7 +171,7 @@ def tasks_of_config(overrides: Sequence[str], configs: Path) -> list[str]:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
             config = compose("train", readable(overrides))
             check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
-        return list(build.build_tasks(config))
+        return list(build_tasks(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(sentence(error)) from error
 

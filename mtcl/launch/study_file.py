@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mtcl.entry.schema import role_of
+from mtcl.config.schema import role_of
 from mtcl.errors import UserError
 from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES

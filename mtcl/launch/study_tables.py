@@ -11,8 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.columns import Column
-from mtcl.entry.compare import (
+from mtcl.atomic import write_text
+from mtcl.config.schema import leaves, role_of
+from mtcl.errors import UserError, printable
+from mtcl.launch.study_file import NAME, Arm, Study, is_of_machine, is_path, portable
+from mtcl.metrics.delta import ENOUGH_PAIRS, Paired, delta_mtl, paired_difference, smallest_effect
+from mtcl.results.columns import Column
+from mtcl.results.compare import (
     Comparison,
     Row,
     Run,
@@ -29,7 +34,7 @@ from mtcl.entry.compare import (
     missing_values,
     provenance,
 )
-from mtcl.entry.run_files import (
+from mtcl.results.run_files import (
     COUNTING,
     TEXT,
     TEXTS,
@@ -41,9 +46,7 @@ from mtcl.entry.run_files import (
     read_object,
     read_record,
 )
-from mtcl.entry.schema import leaves, role_of
-from mtcl.entry.study_file import NAME, Arm, Study, is_of_machine, is_path, portable
-from mtcl.entry.tables import (
+from mtcl.results.tables import (
     ALPHA,
     NONE,
     TOO_FEW,
@@ -61,9 +64,6 @@ from mtcl.entry.tables import (
     render,
     unit_of_difference,
 )
-from mtcl.errors import UserError, printable
-from mtcl.metrics.delta import ENOUGH_PAIRS, Paired, delta_mtl, paired_difference, smallest_effect
-from mtcl.training.recorder import write_text
 
 DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the table of means
 OTHER_DELTA = Column("", "Delta", True, "%")  # against its others

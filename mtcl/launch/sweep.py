@@ -21,15 +21,16 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from mtcl.entry.columns import column_of, primaries
-from mtcl.entry.processes import REQUEUE, caught_signals, duration, killed, quoted, reason, started
-from mtcl.entry.run_files import CONFIG, METRICS, read_config_tree, read_metrics
-from mtcl.entry.schema import role_of
-from mtcl.entry.study_file import bare, is_path, merged
-from mtcl.entry.tables import figure
-from mtcl.entry.train import changed_meanings, described_changes
+from mtcl.config.diff import changed_meanings, described_changes
+from mtcl.config.quoting import quoted
+from mtcl.config.schema import role_of
 from mtcl.errors import UserError, printable
-from mtcl.training.checkpoint import is_claimed
+from mtcl.launch.processes import REQUEUE, caught_signals, duration, killed, reason, started
+from mtcl.launch.study_file import bare, is_path, merged
+from mtcl.results.columns import column_of, primaries
+from mtcl.results.run_files import CONFIG, METRICS, read_config_tree, read_metrics
+from mtcl.results.tables import figure
+from mtcl.run_lock import is_claimed
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
 FOLDERS = ("data.root", "data.cache")  # not in that part

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mtcl.losses.pixels import masked_mean, pixel_cross_entropy
+from mtcl.losses.masked import masked_mean, pixel_cross_entropy
 
 
 class CrossEntropyLoss(nn.Module):

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from mtcl.losses.pixels import masked_mean
+from mtcl.losses.masked import masked_mean
 
 
 class DepthLoss(nn.Module):

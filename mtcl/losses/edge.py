@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.losses.pixels import VOID, masked_mean
+from mtcl.losses.masked import VOID, masked_mean
 
 
 class EdgeLoss(nn.Module):

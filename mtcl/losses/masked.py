@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mtcl import ranks
+from mtcl import distributed as ranks
 
 VOID = 255  # of class and edge labels
 

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.losses.pixels import masked_mean
+from mtcl.losses.masked import masked_mean
 
 
 class NormalsLoss(nn.Module):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mtcl.losses.pixels import masked_mean, pixel_cross_entropy, share
+from mtcl.losses.masked import masked_mean, pixel_cross_entropy, share
 
 
 class SaliencyLoss(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.metrics.pixels import PixelMetric, bands, check_shapes, choice, is_finite
+from mtcl.metrics.masked import PixelMetric, bands, check_shapes, choice, is_finite
 
 
 class DepthMetric(PixelMetric):

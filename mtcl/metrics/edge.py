@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtcl.errors import UserError
 from mtcl.metrics.boundaries import Preset, best_of_image, preset_named, scores
-from mtcl.metrics.pixels import PixelMetric, check_shapes, is_finite
+from mtcl.metrics.masked import PixelMetric, check_shapes, is_finite
 
 PATIENCE = 2_000_000  # pixels; with fewer than that, processes take longer to start than to work
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtcl.metrics.pixels import PixelMetric, bands, check_shapes, count
+from mtcl.metrics.masked import PixelMetric, bands, check_shapes, count
 
 
 class NormalsMetric(PixelMetric):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mtcl.metrics.pixels import VOID, PixelMetric, by_label, check_shapes, choice, is_finite
+from mtcl.metrics.masked import VOID, PixelMetric, by_label, check_shapes, choice, is_finite
 
 STEPS = tuple(k / 20 for k in range(1, 20))  # 0.05, 0.10, ..., 0.95
 

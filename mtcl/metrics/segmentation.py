@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.metrics.pixels import BAND, VOID, PixelMetric, by_label, check_shapes, is_finite
+from mtcl.metrics.masked import BAND, VOID, PixelMetric, by_label, check_shapes, is_finite
 
 
 class SegmentationMetric(PixelMetric):

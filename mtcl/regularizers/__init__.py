@@ -1,10 +1,10 @@
 """The cross-task contrastive regulariser: a training-only loss on any model's task features."""
 
-from mtcl.contrastive.balance import GradientShare
-from mtcl.contrastive.mtpsl import CrossTaskConsistency
-from mtcl.contrastive.optimizer import SliceAdamW
-from mtcl.contrastive.regularizer import Contrastive, Regularizer, RegularizerOutput
-from mtcl.contrastive.sampling import Draw
+from mtcl.regularizers.contrastive import Contrastive, Regularizer, RegularizerOutput
+from mtcl.regularizers.masked_adamw import SliceAdamW
+from mtcl.regularizers.mtpsl import CrossTaskConsistency
+from mtcl.regularizers.sampling import Draw
+from mtcl.regularizers.weighting import GradientShare
 
 __all__ = [
     "Contrastive",

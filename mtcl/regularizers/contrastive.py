@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtcl.contrastive import criteria
-from mtcl.contrastive.optimizer import SliceAdamW
-from mtcl.contrastive.projector import Projector
-from mtcl.contrastive.relations import Pairs, distances, other_pixel, pixel_number, relate, within
-from mtcl.contrastive.sampling import Draw, draw_pixels, draw_sources, even_quotas, read_features, read_labels
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
+from mtcl.regularizers import criteria
+from mtcl.regularizers.masked_adamw import SliceAdamW
+from mtcl.regularizers.pairs import Pairs, distances, other_pixel, pixel_number, relate, within
+from mtcl.regularizers.projector import Projector
+from mtcl.regularizers.sampling import Draw, draw_pixels, draw_sources, even_quotas, read_features, read_labels
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
@@ -90,7 +90,7 @@ class Contrastive(Regularizer):
         agree: positives of the source that the target's own label calls different are left out.
         across_images: pairs may lie in different images of a batch.
         criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``;
-            see :mod:`mtcl.contrastive.criteria`.
+            see :mod:`mtcl.regularizers.criteria`.
         margin: of the first three, on squared distances of unit vectors (0..4). ``temperature``: of ``infonce``.
         dim: D, of the projected features. ``hidden``: width inside the projector; None: a linear projector.
         share: one projector per ``pair`` (the paper), per ``target``, or one for ``all`` (widths must be equal).

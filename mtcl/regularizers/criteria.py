@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtcl import ranks
-from mtcl.contrastive.relations import Pairs
+from mtcl import distributed as ranks
+from mtcl.regularizers.pairs import Pairs
 
 
 class Found(NamedTuple):

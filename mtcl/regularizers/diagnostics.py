@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mtcl import ranks
+from mtcl import distributed as ranks
 
 
 def gradients_at_taps(task_loss: Tensor, contrast: Tensor, taps: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.contrastive.regularizer import Regularizer, RegularizerOutput
-from mtcl.contrastive.sampling import Draw
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
+from mtcl.regularizers.contrastive import Regularizer, RegularizerOutput
+from mtcl.regularizers.sampling import Draw
 from mtcl.tasks.base import Task
-from mtcl.tasks.classes import ClassTask
+from mtcl.tasks.class_task import ClassTask
 from mtcl.tasks.depth import Depth
 from mtcl.tasks.edge import Edge
 from mtcl.tasks.normals import Normals

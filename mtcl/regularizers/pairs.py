@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtcl.contrastive.sampling import Size, pixel_index
+from mtcl.regularizers.sampling import Size, pixel_index
 
 EXACT = "donot_use_mm_for_euclid_dist"  # the faster mode cancels for labels close to each other
 

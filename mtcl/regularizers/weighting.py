@@ -12,7 +12,7 @@ class GradientShare(nn.Module):
     The factor is a running mean of the ratio of the two norms, measured every ``every`` steps (a backward pass down to
     the features, not through the backbone). It stays on the device and is part of a run's state. One factor serves all
     sources of a target, so at a single step the contrast may have more or less than its share. In several
-    processes the norms are those of all of them together (:func:`mtcl.contrastive.diagnostics.length`).
+    processes the norms are those of all of them together (:func:`mtcl.regularizers.diagnostics.length`).
     """
 
     def __init__(self, names: Sequence[str], every: int = 10, momentum: float = 0.9):

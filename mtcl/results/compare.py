@@ -1,6 +1,6 @@
 """Runs side by side: reads run folders, makes rows of what differs in the seed only, and computes what a table shows.
 
-Rendering is :mod:`mtcl.entry.tables`'s, arithmetic :mod:`mtcl.metrics.delta`'s.
+Rendering is :mod:`mtcl.results.tables`'s, arithmetic :mod:`mtcl.metrics.delta`'s.
 """
 
 import difflib
@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from mtcl.entry.columns import COUNT, UNJUDGED, Column, column_of, primaries
-from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
-from mtcl.entry.schema import BEFORE_THE_KEY, leaves, role_of
+from mtcl.config.schema import BEFORE_THE_KEY, leaves, role_of
 from mtcl.errors import UserError, printable
 from mtcl.metrics.delta import Paired, Summary, adjust_by_holm, delta_mtl, paired_difference, summary
+from mtcl.results.columns import COUNT, UNJUDGED, Column, column_of, primaries
+from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
 from mtcl.tasks import TASK_NAMES
 
 SAME_DATA = ("split", "num_images", "data_fingerprint")  # what the runs of one table must have in common

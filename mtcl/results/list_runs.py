@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.columns import column_of, primaries
-from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_object, read_record
-from mtcl.entry.tables import figure
+from mtcl import run_log
 from mtcl.errors import UserError, printable
+from mtcl.results.columns import column_of, primaries
+from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_object, read_record
+from mtcl.results.tables import figure
+from mtcl.run_lock import is_claimed
 from mtcl.tasks import TASK_NAMES
-from mtcl.training import run_log
-from mtcl.training.checkpoint import is_claimed
 
 STATES = ("running", "finished", "interrupted", "pruned", "failed", "not started", "evaluation", "broken")
 SIGNS = (METRICS, CONFIG, run_log.NAME)  # any of these makes a folder a run's

@@ -1,7 +1,7 @@
 """Read the files of a run folder, which anybody may have written or edited: config.yaml, run.json, metrics.json.
 
 Each reader returns plain values of checked types, or raises a :class:`UserError` of one sentence that names the file.
-The fourth, log.jsonl, is :mod:`mtcl.training.run_log`'s.
+The fourth, log.jsonl, is :mod:`mtcl.run_log`'s.
 """
 
 import math
@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.columns import COUNT, column_of, primaries
-from mtcl.entry.schema import leaves
+from mtcl.config.schema import leaves
 from mtcl.errors import UserError, printable
+from mtcl.results.columns import COUNT, column_of, primaries
 from mtcl.safe_files import MAX_DIGITS, read_json, read_yaml
 from mtcl.tasks import TASK_NAMES
 

@@ -7,10 +7,10 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from mtcl.entry.columns import Column
-from mtcl.entry.compare import Comparison, Difference, Row
 from mtcl.errors import printable
 from mtcl.metrics.delta import ENOUGH_PAIRS, LEVEL, Paired
+from mtcl.results.columns import Column
+from mtcl.results.compare import Comparison, Difference, Row
 
 FORMATS = ("text", "markdown", "latex", "csv")
 WIDTH = 120  # of text

@@ -5,10 +5,10 @@ from typing import Any
 
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task
+from mtcl.tasks.class_names import HUMAN_PARTS, NYUD40, VOC21
 from mtcl.tasks.depth import Depth
 from mtcl.tasks.edge import Edge
 from mtcl.tasks.human_parts import HumanParts
-from mtcl.tasks.names import HUMAN_PARTS, NYUD40, VOC21
 from mtcl.tasks.normals import Normals
 from mtcl.tasks.sal import Saliency
 from mtcl.tasks.semseg import SemSeg

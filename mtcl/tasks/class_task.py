@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtcl.tasks.base import Task
-from mtcl.tasks.colours import RGB, VOID_COLOUR, class_colours
+from mtcl.tasks.palette import RGB, VOID_COLOUR, class_colours
 
 
 def number_line(label: Tensor) -> Tensor:

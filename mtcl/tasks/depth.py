@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
-from mtcl.tasks.classes import number_line
-from mtcl.tasks.colours import RGB, VOID_COLOUR, rgb
+from mtcl.tasks.class_task import number_line
+from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
 
 
 @dataclass(frozen=True, kw_only=True)

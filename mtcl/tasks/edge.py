@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
-from mtcl.tasks.classes import differ, number_line
-from mtcl.tasks.colours import RGB
+from mtcl.tasks.class_task import differ, number_line
+from mtcl.tasks.palette import RGB
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from mtcl.errors import UserError
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
-from mtcl.tasks.colours import RGB, VOID_COLOUR, rgb
+from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
 
 
 @dataclass(frozen=True, kw_only=True)

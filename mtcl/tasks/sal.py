@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
-from mtcl.tasks.classes import ClassTask
-from mtcl.tasks.colours import RGB
+from mtcl.tasks.class_task import ClassTask
+from mtcl.tasks.palette import RGB
 
 
 @dataclass(frozen=True, kw_only=True)

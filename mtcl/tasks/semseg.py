@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
-from mtcl.tasks.classes import ClassTask
+from mtcl.tasks.class_task import ClassTask
 
 
 @dataclass(frozen=True, kw_only=True)

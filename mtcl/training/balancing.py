@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtcl import ranks
-from mtcl.contrastive.optimizer import SliceAdamW
-from mtcl.training.optim import Schedule, ScheduledOptimizer
+from mtcl import distributed as ranks
+from mtcl.regularizers.masked_adamw import SliceAdamW
+from mtcl.training.optimizers import Schedule, ScheduledOptimizer
 
 log = logging.getLogger(__name__)
 

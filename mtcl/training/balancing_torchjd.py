@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mtcl.errors import UserError
-from mtcl.training.balancer import Balancer
+from mtcl.training.balancing import Balancer
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtcl import ranks
+from mtcl import distributed as ranks
 from mtcl.errors import UserError
 
 

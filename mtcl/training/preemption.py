@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mtcl import ranks
+from mtcl import distributed as ranks
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # what schedulers send, and a terminal that is closed
 AGREE_EVERY = 10  # steps at which several processes ask each other

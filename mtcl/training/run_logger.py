@@ -18,16 +18,15 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.tensorboard import SummaryWriter
 
-from mtcl.atomic import disk_errors_told, write_atomically
+from mtcl.atomic import _finite, disk_errors_told, write_atomically
+from mtcl.evaluation.evaluator import Metrics, Shown
+from mtcl.run_log import NAME, read_lines
 from mtcl.tasks.base import Task
-from mtcl.training.evaluator import Metrics, Shown
-from mtcl.training.panels import draw_panel, panel_layout
-from mtcl.training.run_log import NAME, read_lines
+from mtcl.visualization.panels import LAYOUT, draw_panel, panel_layout
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "log.damaged.jsonl"  # beside a log: its lines that are no records
-LAYOUT = "mtcl-layout"  # the name of a panel's text that holds its panel_layout
 
 
 class Recorder:
@@ -212,27 +211,6 @@ def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]
 
         write_atomically(folder / f"{name}.png", write, durable=False)
     return panels
-
-
-def write_text(path: Path, text: str) -> None:
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
-
-    with disk_errors_told(path):
-        write_atomically(path, write)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """NaN, as a metric is that saw nothing valid, becomes null: JSON has no NaN."""
-    write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def flat(metrics: Metrics) -> dict[str, float]:

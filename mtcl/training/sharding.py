@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mtcl import ranks
+from mtcl import distributed as ranks
 from mtcl.models import DenseModel, EncoderDecoder
-from mtcl.training.optim import ScheduledOptimizer
-from mtcl.training.step import Call, Compiled, TrainingStep, parallel
+from mtcl.training.optimizers import ScheduledOptimizer
+from mtcl.training.train_step import Call, Compiled, TrainingStep, parallel
 
 
 class Weights:

@@ -11,10 +11,10 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mtcl import ranks
-from mtcl.contrastive import Regularizer, RegularizerOutput
-from mtcl.contrastive.sampling import Draw
+from mtcl import distributed as ranks
 from mtcl.models import DenseModel, DenseOutput
+from mtcl.regularizers import Regularizer, RegularizerOutput
+from mtcl.regularizers.sampling import Draw
 
 log = logging.getLogger(__name__)
 

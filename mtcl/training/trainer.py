@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtcl import ranks
-from mtcl.contrastive import GradientShare, Regularizer, RegularizerOutput
-from mtcl.contrastive.diagnostics import gradient_norms, gradients_at_taps
+from mtcl import distributed as ranks
 from mtcl.data import Batch, prepare
 from mtcl.errors import UserError
+from mtcl.evaluation.evaluator import Evaluation, Evaluator
 from mtcl.models import DenseModel, DenseOutput
+from mtcl.regularizers import GradientShare, Regularizer, RegularizerOutput
+from mtcl.regularizers.diagnostics import gradient_norms, gradients_at_taps
+from mtcl.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
 from mtcl.tasks.base import Task
-from mtcl.training.balancer import Balancer
+from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import CheckpointWriter
 from mtcl.training.ema import RunningMean
-from mtcl.training.evaluator import Evaluation, Evaluator
-from mtcl.training.optim import Schedule, ScheduledOptimizer
+from mtcl.training.nonfinite import Watch, merged
+from mtcl.training.optimizers import Schedule, ScheduledOptimizer
 from mtcl.training.preemption import Preempted, Stop
-from mtcl.training.recorder import Recorder, flat
-from mtcl.training.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
+from mtcl.training.run_logger import Recorder, flat
 from mtcl.training.sharding import Weights
-from mtcl.training.step import TrainingStep, same_everywhere, without_sync
-from mtcl.training.watch import Watch, merged
+from mtcl.training.train_step import TrainingStep, same_everywhere, without_sync
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The two figures of :mod:`mtcl.entry.consistency`, from the content of its consistency.json."""
+"""The two figures of :mod:`mtcl.cli.consistency`, from the content of its consistency.json."""
 
 import math
 import textwrap

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import torch
 
+from mtcl.evaluation.evaluator import Shown
 from mtcl.tasks.base import Task
-from mtcl.tasks.colours import VOID_COLOUR
-from mtcl.training.evaluator import Shown
+from mtcl.tasks.palette import VOID_COLOUR
 
 Colour = tuple[int, int, int]
 INK: Colour = (32, 32, 36)
@@ -166,3 +166,6 @@ def _legend(rows: list[tuple[str, Colour]], width: int) -> np.ndarray:
         cv2.rectangle(canvas, (x, y), (x + 12, y + 12), INK, 1)
         cv2.putText(canvas, text, (x + 17, y + 10), FONT, 0.4, INK, 1, cv2.LINE_AA)
     return canvas
+
+
+LAYOUT = "mtcl-layout"  # the name of a panel's text that holds its panel_layout

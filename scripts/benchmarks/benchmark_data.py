@@ -1,6 +1,6 @@
 """How fast training pictures come: synthetic rooms, NYUD-v2 cold and cached, and the same steps written the plain way.
 
-python scripts/benchmark_data.py [--root NYUDv2] [--size HEIGHTxWIDTH] [--images N] [--step] [--json OUT]
+python scripts/benchmarks/benchmark_data.py [--root NYUDv2] [--size HEIGHTxWIDTH] [--images N] [--step] [--json OUT]
 
 Rates are images per second of one core, the thread's own CPU time, so that a busy machine does not count. Without
 --root an archive is made up: rooms at NYUD-v2's 425x560 in its formats. The rows:
@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mtcl.cli.script import run
 from mtcl.data import NYUD, Augment, EpochBatches, Rooms, SampleDataset, collate, prepare, train_loader
-from mtcl.entry.script import run
 from mtcl.errors import UserError
 from mtcl.models import EncoderDecoder, build_backbone
 from mtcl.models.decoders import MultiHead

@@ -1,6 +1,6 @@
 """A training step as the field takes it, and as this project does: time, pictures per second, memory, side by side.
 
-    python scripts/benchmark_engine.py [--steps N] [--batch N] [--variants NAME ...] [--json OUT]
+    python scripts/benchmarks/benchmark_engine.py [--steps N] [--batch N] [--variants NAME ...] [--json OUT]
         [--experiment NAME ...] [key=value ...]
 
 ``field``: fp32, contiguous layout, no compiler. ``ours``: the config as it is (bf16 where the card has it, channels
@@ -28,15 +28,17 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
+from mtcl.cli.script import run
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_training import build_trainer
+from mtcl.config.overrides import sentence
+from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
 from mtcl.data import Batch
-from mtcl.entry import build
-from mtcl.entry.cli import sentence
-from mtcl.entry.counting import count
-from mtcl.entry.measuring import peak, synchronize, timed
-from mtcl.entry.schema import check_config
-from mtcl.entry.script import run
 from mtcl.errors import UserError
-from mtcl.training.runtime import choose_device, seed_everything
+from mtcl.profiling.flops import count
+from mtcl.profiling.timing import peak, synchronize, timed
+from mtcl.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
 
 EXPERIMENTS = ("nyud_multi_head_hrnet18", "nyud_invpt_vit_base", "nyud_invpt_vit_large")
@@ -52,14 +54,14 @@ MIB, BATCHES = 2**20, 2
 
 def built(overrides: Sequence[str]) -> Trainer:
     """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
-    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
+    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "configs"), version_base="1.3"):
         config = compose("train", list(overrides))
-    check_config(build.plain(config))
+    check_config(plain(config))
     device = choose_device(config.trainer.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     seed_everything(config.seed)
-    trainer = build.build_trainer(config, build.build_tasks(config), Path("unused"), device).trainer
+    trainer = build_trainer(config, build_tasks(config), Path("unused"), device).trainer
     trainer.model.train()
     trainer.step = trainer.max_steps // 2 + 1  # not one that measures gradients
     return trainer

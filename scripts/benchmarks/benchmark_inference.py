@@ -1,6 +1,6 @@
 """Latency of inference: eager, compiled and ONNX Runtime, per decoder; with and without the regulariser attached.
 
-    python scripts/benchmark_inference.py [overrides ...] [--decoders NAME ...] [--size H W] [--batch N ...]
+    python scripts/benchmarks/benchmark_inference.py [overrides ...] [--decoders NAME ...] [--size H W] [--batch N ...]
         [--backends NAME ...] [--repeats N] [--seconds N] [--device DEVICE] [--precision fp32|bf16] [--json OUT]
 
 Each decoder is that of an experiment in configs/ on the backbone that it was published with (EXPERIMENTS below), with
@@ -41,20 +41,24 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mtcl.entry import build
-from mtcl.entry.cli import sentence
-from mtcl.entry.exporting import ONNX, clouds, export_model
-from mtcl.entry.loading import Loaded, Saved
-from mtcl.entry.measuring import peak, timed
-from mtcl.entry.predicting import out_of_memory
-from mtcl.entry.schema import check_config
-from mtcl.entry.script import run
+from mtcl.atomic import write_json
+from mtcl.cli.export import ONNX, clouds, export_model
+from mtcl.cli.predict import out_of_memory
+from mtcl.cli.script import run
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer
+from mtcl.config.load import Loaded, Saved
+from mtcl.config.overrides import sentence
+from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
+from mtcl.config.stored_config import described
 from mtcl.errors import UserError
-from mtcl.training.recorder import write_json
-from mtcl.training.runtime import autocast, choose_device, seed_everything
-from mtcl.training.step import TrainingStep
+from mtcl.profiling.timing import peak, timed
+from mtcl.runtime import autocast, choose_device, seed_everything
+from mtcl.training.train_step import TrainingStep
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EXPERIMENTS = {
     "multi_head": "nyud_multi_head_hrnet18",
     "deeplab": "nyud_deeplab_resnet18",
@@ -78,7 +82,7 @@ def composed(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> Dic
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3"):
             config = compose("train", [*words, *overrides])
-        check_config(build.plain(config))
+        check_config(plain(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(sentence(error)) from error
     return config
@@ -87,10 +91,10 @@ def composed(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> Dic
 def built(config: DictConfig, device: torch.device, regularised: bool) -> TrainingStep:
     """Model and regulariser, as a run of this config would begin, ready for inference."""
     seed_everything(0)
-    tasks = build.build_tasks(config)
-    model = build.build_model(config, tasks, pretrained=False).to(device)
-    normalise(model, pictures(2, build.data_size(config), device))
-    regularizer = build.build_regularizer(config, tasks, model) if regularised else None
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False).to(device)
+    normalise(model, pictures(2, data_size(config), device))
+    regularizer = build_regularizer(config, tasks, model) if regularised else None
     return TrainingStep(model, regularizer.to(device) if regularizer is not None else None).eval()
 
 
@@ -131,13 +135,13 @@ def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -
     if provider not in onnxruntime.get_available_providers():
         print(f"onnx: left out, this onnxruntime has no {provider}; pip install onnxruntime-gpu")
         return None
-    tasks = build.build_tasks(config)
+    tasks = build_tasks(config)
     model = deepcopy(step.model).cpu()
-    saved = Saved(Path("random"), model.state_dict(), build.plain(config), build.described(tasks), 0)
+    saved = Saved(Path("random"), model.state_dict(), plain(config), described(tasks), 0)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        export_model(Loaded(model, tasks, build.data_size(config), saved), "onnx", Path(folder) / "model", fixed=True)
+        export_model(Loaded(model, tasks, data_size(config), saved), "onnx", Path(folder) / "model", fixed=True)
         session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX, options, providers=[provider])
     return session
 

@@ -1,6 +1,6 @@
 """How fast predictions are scored: this code against the loops the field scores with, on the same arrays in turns.
 
-python scripts/benchmark_metrics.py [--images 654] [--batch 4] [--run N] [--json OUT]
+python scripts/benchmarks/benchmark_metrics.py [--images 654] [--batch 4] [--run N] [--json OUT]
 
 Raw predictions of NYUD-v2's whole test set (654 pictures of 425x560, 40 classes) go in on both sides. Seconds are of
 one core, the thread's own CPU time, so that a busy machine does not count. One random batch is made up and scored
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtcl.entry.script import run
+from mtcl.cli.script import run
 from mtcl.errors import UserError
 from mtcl.metrics import build_metric
 

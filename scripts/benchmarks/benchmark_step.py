@@ -1,6 +1,6 @@
 """Time and memory of a training step, without and with the regulariser, side by side in one process.
 
-    python scripts/benchmark_step.py [--profile] [--steps N] [--json OUT] [group=choice ...] [key=value ...]
+    python scripts/benchmarks/benchmark_step.py [--profile] [--steps N] [--json OUT] [group=choice ...] [key=value ...]
 
 Without overrides it measures NYUD-v2's setting, pictures of 448x576 with the tasks semseg, depth, normals and edge
 (made up from rooms: nothing to download), random weights, the baseline decoder, for a small CNN, a large one and a ViT:
@@ -17,7 +17,7 @@ allocated before it: by the CUDA allocator's count, or on a CPU by the profiler'
 freed in one untimed step (activations, gradients and temporaries; not the scratch memory inside oneDNN or BLAS).
 
 ``--profile`` looks at the regulariser alone, on the model's real features: time of its parts, of each function of
-mtcl.contrastive and mtcl.tasks that it calls, of the operations of its backward pass; the largest tensor that it makes,
+mtcl.regularizers and mtcl.tasks that it calls, of the operations of its backward pass; the largest tensor it makes,
 beside a feature map (B, C, h, w) (its backward makes one of that size for each target: the gradient itself, which joins
 the task's own); operations whose result the host waits for; and breaks of the graph under torch.compile.
 """
@@ -49,19 +49,21 @@ from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import mtcl.contrastive
+import mtcl.regularizers
 import mtcl.tasks
-from mtcl.contrastive import Regularizer
-from mtcl.contrastive.sampling import Draw
+from mtcl.cli.script import run
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_training import build_trainer
+from mtcl.config.overrides import sentence
+from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
 from mtcl.data import Batch, prepare
-from mtcl.entry import build
-from mtcl.entry.cli import sentence
-from mtcl.entry.measuring import peak, synchronize, timed
-from mtcl.entry.schema import check_config
-from mtcl.entry.script import run
 from mtcl.errors import UserError
 from mtcl.models import DenseOutput
-from mtcl.training.runtime import autocast, choose_device, seed_everything
+from mtcl.profiling.timing import peak, synchronize, timed
+from mtcl.regularizers import Regularizer
+from mtcl.regularizers.sampling import Draw
+from mtcl.runtime import autocast, choose_device, seed_everything
 from mtcl.training.trainer import Trainer
 
 BACKBONES = ("mobilenetv2", "resnet50", "vit_base")
@@ -84,10 +86,10 @@ class Variant(NamedTuple):
 
 def built(config: DictConfig) -> Trainer:
     """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
-    check_config(build.plain(config))
+    check_config(plain(config))
     seed_everything(config.seed)
     device = choose_device(config.trainer.device)
-    trainer = build.build_trainer(config, build.build_tasks(config), Path("unused"), device).trainer
+    trainer = build_trainer(config, build_tasks(config), Path("unused"), device).trainer
     trainer.model.train()
     trainer.step = trainer.max_steps // 2
     return trainer
@@ -322,7 +324,7 @@ def functions(alone: Alone, repeats: int) -> list[tuple[str, float]]:
     found = []
     for _ in range(repeats):
         given = alone.given()
-        with Calls(alone.device, mtcl.contrastive, mtcl.tasks) as calls:
+        with Calls(alone.device, mtcl.regularizers, mtcl.tasks) as calls:
             alone.penalty(given)
         found.append(calls.seconds)
     paths = fastest(found)
@@ -432,7 +434,7 @@ def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> di
     """Measure and print one setting."""
     chosen = [word for word in overrides if word.startswith("regularizer=")] or ["regularizer=contrastive"]
     words = [*(word for word in overrides if not word.startswith("regularizer=")), "data.workers=0"]
-    configs = Path(__file__).resolve().parents[1] / "configs"
+    configs = Path(__file__).resolve().parents[2] / "configs"
     with initialize_config_dir(str(configs), version_base="1.3"):
         config, other = (compose("train", [*words, choice]) for choice in ("regularizer=none", chosen[-1]))
     trainers = {"none": built(config), chosen[-1].removeprefix("regularizer="): built(other)}

@@ -1,6 +1,6 @@
 """Do two ways of training learn alike? Their loss curves, seed by seed, against how far seeds lie apart.
 
-    python scripts/compare_curves.py ARM ARM [--first STEP]
+    python scripts/benchmarks/compare_curves.py ARM ARM [--first STEP]
 
 ARM is a folder of runs (seed_0, seed_1, ...; as scripts/study.py leaves them), with the same seeds in both. Per loss,
 over all steps logged: ``apart``, the mean over steps of the distance between the arms' means over seeds; ``seeds``, the
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mtcl.entry.script import run
+from mtcl.cli.script import run
 from mtcl.errors import UserError
-from mtcl.training.run_log import read_lines
+from mtcl.run_log import read_lines
 
 
 def curves(arm: Path, first: int) -> dict[str, dict[str, dict[int, float]]]:

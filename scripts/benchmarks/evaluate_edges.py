@@ -1,7 +1,7 @@
 """The boundary F-measure of saved edge maps, without MATLAB: odsF, oisF, ap.
 
-python scripts/evaluate_edges.py --pred DIR --gt DIR --max-dist 0.011 [--thresholds 99] [--nms [sak|invpt|none]]
-    [--preset bsds|default|sak|invpt] [--workers N] --json OUT
+python scripts/benchmarks/evaluate_edges.py --pred DIR --gt DIR --max-dist 0.011 [--thresholds 99]
+    [--nms [sak|invpt|none]] [--preset bsds|default|sak|invpt] [--workers N] --json OUT
 
 Predictions are 8-bit PNG of one channel (value / 255), ground truths PNG (every nonzero pixel) or .mat
 (groundTruth{k}.Boundaries, one or several annotators) of the same names. Without a preset: the official benchmark of
@@ -21,9 +21,9 @@ import scipy.io
 
 from mtcl import UserError
 from mtcl.atomic import write_atomically
-from mtcl.data.files import read_values
-from mtcl.data.parallel import run_jobs
-from mtcl.entry.script import run
+from mtcl.cli.script import run
+from mtcl.data.image_io import read_values
+from mtcl.data.worker_pool import run_jobs
 from mtcl.metrics.boundaries import NMS, PRESETS, Preset, best_of_image, preset_named, scores
 
 

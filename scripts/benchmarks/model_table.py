@@ -1,7 +1,7 @@
 """What models cost: parameters, multiply-adds, peak memory and latency of every decoder x backbone, or of experiments.
 
-    python scripts/model_table.py [--experiment NAME ...] [--json OUT] [--markdown] [--no-measure] [--device DEVICE]
-        [--repeats N] [overrides ...]
+    python scripts/benchmarks/model_table.py [--experiment NAME ...] [--json OUT] [--markdown] [--no-measure]
+        [--device DEVICE] [--repeats N] [overrides ...]
 
 Without ``--experiment`` there is a row for every file of configs/decoder with every file of configs/backbone, with the
 tasks and the size of data=nyud. ``--experiment`` takes names of configs/experiment instead, each with its own.
@@ -14,8 +14,8 @@ flops          multiply-adds (not twice that) of one forward pass, ``predict`` o
 memory         peak of that pass: the model's parameters and buffers, and what the pass holds at its worst moment
 latency        median of that pass, batch of one, eager, after a warm-up; trainer.precision holds, as in evaluate.py
 
-Parameters and flops are counted without weights or memory for them (mtcl/entry/counting.py), in seconds for the largest
-model. Memory and latency are measured, on CUDA where there is one; all rows on a CPU take long: --no-measure leaves
+Parameters and flops are counted without weights or memory for them (mtcl/profiling/flops.py), in seconds for the
+largest model. Memory and latency are measured, on CUDA where there is one; all rows on a CPU take long: --no-measure leaves
 them out. What can't be built (decoder=taskprompter on a CNN) is named below the table. The JSON file has an object per
 row, in plain units, complete after every row: experiment, decoder, backbone, network (timm's name), tasks, size,
 parameters, flops, peak_memory_mib, latency_ms, device, precision.
@@ -40,18 +40,20 @@ from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
-from mtcl.entry import build
-from mtcl.entry.cli import sentence
-from mtcl.entry.counting import count
-from mtcl.entry.measuring import peak, timed
-from mtcl.entry.schema import check_config
-from mtcl.entry.script import run
+from mtcl.atomic import write_json
+from mtcl.cli.script import run
+from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_model import build_model
+from mtcl.config.overrides import sentence
+from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
 from mtcl.errors import UserError
+from mtcl.profiling.flops import count
+from mtcl.profiling.timing import peak, timed
+from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
-from mtcl.training.recorder import write_json
-from mtcl.training.runtime import autocast
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SETTING = "data=nyud"  # four tasks, 448x576
 GRID = ("decoder", "backbone")
 MIB = 2**20
@@ -94,7 +96,7 @@ def composed(overrides: Sequence[str]) -> Composed:
         chosen = dict(config.hydra.runtime.choices)
         with open_dict(config):
             del config["hydra"]
-        check_config(build.plain(config))
+        check_config(plain(config))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(sentence(error)) from error
     return Composed(config, chosen["experiment"], chosen["decoder"], chosen["backbone"])
@@ -137,10 +139,10 @@ def grid_entries(overrides: Sequence[str]) -> list[Entry]:
 def row_of(made: Composed, device: torch.device | None, repeats: int) -> Row:
     """``device``: where to measure; None: nowhere."""
     config = made.config
-    tasks = build.build_tasks(config)
-    size = build.data_size(config)
+    tasks = build_tasks(config)
+    size = data_size(config)
     with torch.device("meta"):
-        counted = count(build.build_model(config, tasks, pretrained=False), size)
+        counted = count(build_model(config, tasks, pretrained=False), size)
     measured = None if device is None else measure(config, tasks, device, repeats)
     return {
         "experiment": made.experiment,
@@ -161,8 +163,8 @@ def row_of(made: Composed, device: torch.device | None, repeats: int) -> Row:
 def measure(config: DictConfig, tasks: dict[str, Task], device: torch.device, repeats: int) -> Measured | None:
     """The forward pass as evaluate.py makes it; None where there was not enough memory."""
     try:
-        model = build.build_model(config, tasks, pretrained=False).to(device).eval()
-        image = torch.zeros(1, 3, *build.data_size(config), device=device)
+        model = build_model(config, tasks, pretrained=False).to(device).eval()
+        image = torch.zeros(1, 3, *data_size(config), device=device)
         held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
         def predict() -> dict[str, Tensor]:

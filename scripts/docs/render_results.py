@@ -1,6 +1,6 @@
 """Render the tables of docs/results.md from the runs under docs/results/, or check that they are up to date.
 
-    python scripts/render_results.py [--check] [--add TABLE LABEL COMMAND RUN] [--add-output TABLE COMMAND FILE]
+    python scripts/docs/render_results.py [--check] [--add TABLE LABEL COMMAND RUN] [--add-output TABLE COMMAND FILE]
 
 Each ``docs/results/TABLE.json`` holds rows: a label, the command that made the row, ``metrics`` (a run's
 metrics.json) and ``run`` (its run.json). ``--add`` puts the figures of the run folder RUN in, in place of an earlier
@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.run_files import parse_metrics, read_object, read_record
-from mtcl.entry.study_tables import as_markdown, means_table, read_results, report
 from mtcl.errors import UserError
+from mtcl.launch.study_tables import as_markdown, means_table, read_results, report
+from mtcl.results.run_files import parse_metrics, read_object, read_record
 from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = (*(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models")), ROOT / "README.md")
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means)? -->\n.*?<!-- end -->", re.DOTALL)
@@ -167,7 +167,7 @@ def main() -> int:
             if not arguments.check:
                 document.write_text(new, "utf-8")
     if arguments.check and stale:
-        print(f"out of date: {', '.join(stale)}; run python scripts/render_results.py", file=sys.stderr)
+        print(f"out of date: {', '.join(stale)}; run python scripts/docs/render_results.py", file=sys.stderr)
         return 1
     return 0
 

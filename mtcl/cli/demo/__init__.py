@@ -17,10 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry import words as read
-from mtcl.entry.demo.answer import Named, answer, answer_image, esc, example_image, image
-from mtcl.entry.demo.guard import Guard, is_upload, patient_protocol
-from mtcl.entry.loading import load_model, predictor_of
+from mtcl.cli import arguments as read
+from mtcl.cli.demo.answer import Named, answer, answer_image, esc, example_image, image
+from mtcl.cli.demo.guard import Guard, is_upload, patient_protocol
+from mtcl.config.load import load_model, predictor_of
 from mtcl.errors import UserError
 from mtcl.inference.predictor import LARGE
 
@@ -167,4 +167,4 @@ def application(models: Sequence[Named], host: str, port: int, max_mb: int, fold
 
 
 def asset(name: str) -> str:
-    return files("mtcl.entry.demo").joinpath(name).read_text("utf-8")
+    return files("mtcl.cli.demo").joinpath(name).read_text("utf-8")

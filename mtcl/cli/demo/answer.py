@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from mtcl.data.rooms.render import render
-from mtcl.entry.predicting import out_of_memory
+from mtcl.cli.predict import out_of_memory
+from mtcl.data.datasets.rooms.render import render
 from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
 from mtcl.tasks.base import Task

@@ -11,9 +11,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mtcl.data.files import read_bytes, read_lines, unreadable
+from mtcl.data.cache import ArrayStore, Stored
+from mtcl.data.image_io import read_bytes, read_lines, unreadable
 from mtcl.data.sample import Sample
-from mtcl.data.store import ArrayStore, Stored
 from mtcl.data.transforms import nearest
 from mtcl.errors import UserError, printable
 

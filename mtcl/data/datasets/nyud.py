@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mtcl.data import files
-from mtcl.data.reader import IMAGE, FileReader, entries, find_root, read_list
+from mtcl.data import image_io as files
+from mtcl.data.datasets.base import IMAGE, FileReader, entries, find_root, read_list
 from mtcl.errors import UserError
 from mtcl.tasks import NYUD40
 

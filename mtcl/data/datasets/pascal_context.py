@@ -11,11 +11,12 @@ from typing import Any, Literal
 import numpy as np
 
 from mtcl.atomic import write_atomically
-from mtcl.data import files, pascal_labels
-from mtcl.data.parallel import run_jobs
-from mtcl.data.pascal_classes import PERSON
-from mtcl.data.reader import IMAGE, FileReader, entries, find_root, read_list, same_aspect
+from mtcl.data import image_io as files
+from mtcl.data.datasets import pascal_labels
+from mtcl.data.datasets.base import IMAGE, FileReader, entries, find_root, read_list, same_aspect
+from mtcl.data.datasets.pascal_classes import PERSON
 from mtcl.data.transforms import nearest
+from mtcl.data.worker_pool import run_jobs
 from mtcl.errors import UserError
 from mtcl.tasks import VOC21
 

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from skimage.morphology import thin
 
-from mtcl.data.files import form
-from mtcl.data.pascal_classes import NORMALS_CLASSES, NUM_CONTEXT, PART_OF_NAME, PERSON
+from mtcl.data.datasets.pascal_classes import NORMALS_CLASSES, NUM_CONTEXT, PART_OF_NAME, PERSON
+from mtcl.data.image_io import form
 from mtcl.errors import UserError
 
 _HAS_NORMALS = np.zeros(NUM_CONTEXT + 1, bool)

@@ -1,1 +1,1 @@
-"""From the datasets' official releases to the layouts that the readers read."""
+"""Turn official releases into the layout that mtcl reads."""

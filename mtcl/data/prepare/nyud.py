@@ -13,12 +13,12 @@ import cv2
 import h5py
 import numpy as np
 
-from mtcl.data import files
-from mtcl.data.official import jobs
-from mtcl.data.official.normals import encoded_normals, plane_normals
-from mtcl.data.official.regions import closed_seams, object_regions, region_edges
-from mtcl.data.parallel import run_jobs
+from mtcl.data import image_io as files
+from mtcl.data.prepare import jobs
+from mtcl.data.prepare.normals import encoded_normals, plane_normals
+from mtcl.data.prepare.regions import closed_seams, object_regions, region_edges
 from mtcl.data.transforms import Window, nearest
+from mtcl.data.worker_pool import run_jobs
 from mtcl.errors import UserError
 
 OFFICIAL = (795, 654)  # frames to train on and to validate with
@@ -87,7 +87,7 @@ def prepare_nyud(
     """Write the layout to ``out`` from the official .mat files, and return a summary to print.
 
     ``size``: None for the field's 425x560 pixels and 40 classes, or :func:`small_edition`'s. ``workers``: see
-    :func:`mtcl.data.parallel.run_jobs`. Frames whose files are there are kept; the lists are written last.
+    :func:`mtcl.data.worker_pool.run_jobs`. Frames whose files are there are kept; the lists are written last.
     """
     if workers < 0:
         raise UserError(f"--workers {workers} is not possible; give the number of processes, 0 for none besides this.")

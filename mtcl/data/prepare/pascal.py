@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from mtcl.atomic import write_atomically
-from mtcl.data import files, pascal_labels
-from mtcl.data.official import jobs
-from mtcl.data.parallel import run_jobs
-from mtcl.data.pascal_classes import CONTEXT_OF_VOC, NUM_CONTEXT
-from mtcl.data.reader import entries, same_aspect
+from mtcl.data import image_io as files
+from mtcl.data.datasets import pascal_labels
+from mtcl.data.datasets.base import entries, same_aspect
+from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC, NUM_CONTEXT
+from mtcl.data.prepare import jobs
+from mtcl.data.worker_pool import run_jobs
 from mtcl.errors import UserError
 
 OFFICIAL = (4998, 5105)  # pictures to train on and to validate with
@@ -75,7 +76,7 @@ def prepare_pascal(
     are these folders), ``normals`` and ``saliency`` are the normals_distill and sal_distill folders of the field's
     archive (or the folder that holds them); ``voc_labels`` is the VOC folder whose SegmentationClass is used
     (default: ``voc``'s). With ``link`` the files are linked, not copied (absolute symbolic links). ``workers``: see
-    :func:`mtcl.data.parallel.run_jobs`. What is there already is kept, so ``parts``, ``normals`` and
+    :func:`mtcl.data.worker_pool.run_jobs`. What is there already is kept, so ``parts``, ``normals`` and
     ``saliency`` can be added later; the lists are written when everything else is there.
     """
     if workers < 0:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from mtcl.data.official.jobs import STAMP
-from mtcl.data.parallel import run_jobs
-from mtcl.data.reader import IMAGE, FileReader
+from mtcl.data.datasets.base import IMAGE, FileReader
+from mtcl.data.prepare.jobs import STAMP
 from mtcl.data.verify.facts import FACTS, Facts, find
 from mtcl.data.verify.judge import alignment_rows, reading_rows, shares, size_rows, value_rows
 from mtcl.data.verify.lists import Part, file_rows, list_rows, open_parts, open_readers
 from mtcl.data.verify.measure import Item, Measured, measure, together
 from mtcl.data.verify.sheet import write_sheet
 from mtcl.data.verify.table import Row, table
+from mtcl.data.worker_pool import run_jobs
 from mtcl.errors import UserError
 from mtcl.safe_files import read_json
 from mtcl.tasks import build_task

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtcl.data.files import read_bytes
-from mtcl.data.nyud import NYUD
-from mtcl.data.nyud import ROOTS as NYUD_ROOTS
-from mtcl.data.official.jobs import STAMP
-from mtcl.data.pascal import ROOTS as PASCAL_ROOTS
-from mtcl.data.pascal import PascalContext
-from mtcl.data.reader import FileReader
+from mtcl.data.datasets.base import FileReader
+from mtcl.data.datasets.nyud import NYUD
+from mtcl.data.datasets.nyud import ROOTS as NYUD_ROOTS
+from mtcl.data.datasets.pascal_context import ROOTS as PASCAL_ROOTS
+from mtcl.data.datasets.pascal_context import PascalContext
+from mtcl.data.image_io import read_bytes
+from mtcl.data.prepare.jobs import STAMP
 from mtcl.errors import UserError
 from mtcl.tasks import NYUD40, VOC21
 

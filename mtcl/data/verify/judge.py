@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mtcl.data.reader import IMAGE
+from mtcl.data.datasets.base import IMAGE
 from mtcl.data.verify import align
 from mtcl.data.verify.facts import Facts
 from mtcl.data.verify.measure import DEPTH_EDGES, DISTINCT, Measured

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mtcl.data.files import NO_ID, read_bytes, strange_ids
-from mtcl.data.reader import IMAGE, FileReader, entries
+from mtcl.data.datasets.base import IMAGE, FileReader, entries
+from mtcl.data.image_io import NO_ID, read_bytes, strange_ids
 from mtcl.data.verify.facts import Facts
 from mtcl.data.verify.table import Row
 from mtcl.errors import UserError, printable

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtcl.data.reader import IMAGE, FileReader
+from mtcl.data.datasets.base import IMAGE, FileReader
 from mtcl.data.transforms import nearest
 from mtcl.data.verify import align
 from mtcl.errors import UserError

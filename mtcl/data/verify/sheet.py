@@ -6,8 +6,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from mtcl.data.official.jobs import write_picture
-from mtcl.data.reader import IMAGE
+from mtcl.data.datasets.base import IMAGE
+from mtcl.data.prepare.jobs import write_picture
 from mtcl.data.verify.lists import Part
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task

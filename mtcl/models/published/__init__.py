@@ -4,8 +4,8 @@ One module per method: a table from its authors' key names to ours. A further me
 its own, listed below.
 """
 
-from mtcl.models.importing import invpt, taskprompter
-from mtcl.models.importing.table import Method, Rule, fit, read_published, translate
+from mtcl.models.published import invpt, taskprompter
+from mtcl.models.published.table import Method, Rule, fit, read_published, translate
 
 METHODS: dict[str, Method] = {method.name: method for method in (invpt.METHOD, taskprompter.METHOD)}
 

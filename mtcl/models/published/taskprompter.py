@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from mtcl.models.importing.table import Method, Rule
-from mtcl.models.importing.vit import VIT, vit_settings
+from mtcl.models.published.table import Method, Rule
+from mtcl.models.published.vit import VIT, vit_settings
 
 
 def depth(state: Mapping[str, Tensor]) -> int:

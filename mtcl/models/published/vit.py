@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.models.importing.table import Rule
+from mtcl.models.published.table import Rule
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

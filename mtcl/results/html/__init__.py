@@ -4,7 +4,7 @@
 ``document`` writes HTML around them; ``page.css`` and ``page.js`` go into the file as they are.
 """
 
-from mtcl.entry.page.collect import collect
-from mtcl.entry.page.document import document
+from mtcl.results.html.collect import collect
+from mtcl.results.html.document import document
 
 __all__ = ["collect", "document"]

@@ -7,7 +7,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.compare import (
+from mtcl import run_log
+from mtcl.errors import UserError, printable
+from mtcl.results.compare import (
     Comparison,
     Row,
     Run,
@@ -23,10 +25,8 @@ from mtcl.entry.compare import (
     provenance,
     read_run,
 )
-from mtcl.entry.run_files import CONFIG, METRICS, RECORD, read_config, read_record
-from mtcl.errors import UserError, printable
-from mtcl.training import run_log
-from mtcl.training.checkpoint import is_claimed
+from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_record
+from mtcl.run_lock import is_claimed
 
 MARKS = (METRICS, CONFIG, run_log.NAME)  # of a run folder, from its first minute on
 INSIDE = ("checkpoints", "panels", ".git")  # folders that hold no runs
@@ -106,7 +106,7 @@ def collect(
     by: Sequence[str] = (),
     holm: bool = False,
 ) -> Collection:
-    """Every run at or below ``sources``, compared as :func:`mtcl.entry.compare.compare` does where it can be.
+    """Every run at or below ``sources``, compared as :func:`mtcl.results.compare.compare` does where it can be.
 
     What is wrong with one run is told of it; ``UserError`` where there is none at all, or where a given ``baseline``,
     ``against`` or ``by`` does not fit.

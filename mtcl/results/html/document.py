@@ -12,14 +12,24 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import mtcl
-from mtcl.entry.columns import Column
-from mtcl.entry.compare import SAME_DATA, Comparison, Run, differing_keys, listed, show
-from mtcl.entry.page import figures
-from mtcl.entry.page.collect import Collection, Folder, Line
-from mtcl.entry.page.pictures import build_wall
-from mtcl.entry.schema import leaves
-from mtcl.entry.tables import NONE, TOO_FEW, closing, figure, heading, interval, mean_cell, unit_of_difference, verdict
+from mtcl.config.schema import leaves
+from mtcl.results.columns import Column
+from mtcl.results.compare import SAME_DATA, Comparison, Run, differing_keys, listed, show
+from mtcl.results.html import figures
+from mtcl.results.html.collect import Collection, Folder, Line
+from mtcl.results.html.images import build_wall
+from mtcl.results.tables import (
+    NONE,
+    TOO_FEW,
+    closing,
+    figure,
+    heading,
+    interval,
+    mean_cell,
+    unit_of_difference,
+    verdict,
+)
+from mtcl.version import __version__
 
 MOST_AT_ONCE = 25  # rows of a table that is shown whole
 MOST_DIFFERENT = 200  # rows of the table of settings that differ
@@ -75,7 +85,7 @@ def document(collection: Collection, title: str) -> str:
 <main>
 {"".join(parts)}
 </main>
-<footer><p>mtcl {esc(mtcl.__version__)}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. One file, no network.</p></footer>
+<footer><p>mtcl {esc(__version__)}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. One file, no network.</p></footer>
 <dialog id="viewer" aria-labelledby="viewer-title"></dialog>
 <script type="application/json" id="data">{embedded(data)}</script>
 <script>{script}</script>
@@ -89,7 +99,7 @@ SECTIONS = ("results", "sweeps", "curves", "pictures", "settings", "runs", "envi
 
 
 def asset(name: str) -> str:
-    return files("mtcl.entry.page").joinpath(name).read_text("utf-8")
+    return files("mtcl.results.html").joinpath(name).read_text("utf-8")
 
 
 def digest(text: str) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtcl.entry.columns import TASKS, Column, column_of, primaries
-from mtcl.entry.compare import WEIGHT, Row, differing_keys, identity, is_off, show
-from mtcl.entry.page.collect import Collection, Line
-from mtcl.entry.tables import DIGITS, best, heading
+from mtcl import run_log
 from mtcl.errors import UserError, printable
+from mtcl.results.columns import TASKS, Column, column_of, primaries
+from mtcl.results.compare import WEIGHT, Row, differing_keys, identity, is_off, show
+from mtcl.results.html.collect import Collection, Line
+from mtcl.results.tables import DIGITS, best, heading
 from mtcl.tasks import TASK_NAMES
-from mtcl.training import run_log
 
 MOST_CURVES = 60  # lines of which curves are embedded
 POINTS = 150  # of a curve of losses, each a mean over some steps

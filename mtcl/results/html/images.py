@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mtcl.entry.compare import natural
-from mtcl.entry.page.collect import Folder, Line
 from mtcl.errors import UserError, printable
+from mtcl.results.compare import natural
+from mtcl.results.html.collect import Folder, Line
 from mtcl.safe_files import parse_json, read_bytes
-from mtcl.training.panels import KINDS
-from mtcl.training.recorder import LAYOUT
+from mtcl.visualization.panels import KINDS, LAYOUT
 
 MOST_RUNS = 24  # rows of the wall
 MOST_PICTURES = 6

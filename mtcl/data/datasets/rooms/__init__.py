@@ -7,8 +7,8 @@ import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mtcl.data.rooms.render import render
-from mtcl.data.rooms.scene import CLASS_NAMES
+from mtcl.data.datasets.rooms.render import render
+from mtcl.data.datasets.rooms.scene import CLASS_NAMES
 from mtcl.data.sample import Sample
 from mtcl.errors import UserError
 

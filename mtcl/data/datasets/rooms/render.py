@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtcl.data.rooms.scene import FREE_STANDING, PERSON, Camera, Capsule, Scene, Solid, Vector, build
-from mtcl.data.rooms.textures import LEVELS, SIDE, SIDE_BITS, atlas, hashed
+from mtcl.data.datasets.rooms.scene import FREE_STANDING, PERSON, Camera, Capsule, Scene, Solid, Vector, build
+from mtcl.data.datasets.rooms.textures import LEVELS, SIDE, SIDE_BITS, atlas, hashed
 
 NEAR = 0.05  # metres; nothing is closer to the camera
 LARGE_PERSON = 0.01  # of the picture; smaller persons are not salient

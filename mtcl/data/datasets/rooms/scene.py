@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import NamedTuple, TypeVar
 
-from mtcl.data.rooms.textures import Pattern
+from mtcl.data.datasets.rooms.textures import Pattern
 
 CLASS_NAMES = (
     "wall",

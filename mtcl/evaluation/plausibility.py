@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from mtcl.data.predictions import SavedPredictions, has_label
 from mtcl.data.sample import Reader, Sample
 from mtcl.data.transforms import finish
 from mtcl.errors import UserError
+from mtcl.evaluation.saved_predictions import SavedPredictions, has_label
 from mtcl.tasks.base import Task
 
 log = logging.getLogger(__name__)

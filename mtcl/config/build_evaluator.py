@@ -1,0 +1,58 @@
+"""Build an evaluator from a config."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from mtcl.config.resolve import plain
+from mtcl.errors import UserError
+from mtcl.evaluation.evaluator import Evaluator
+from mtcl.tasks.base import Task
+
+
+def choose_monitor(name: str, tasks: Mapping[str, Task], quick: Sequence[int] | None) -> tuple[str, bool]:
+    """(``task/metric``, higher is better) of ``trainer.monitor``; ``auto``: the headline of the first task.
+
+    Of edges, validations between training steps have their loss only, unless ``evaluation.quick`` is given.
+    """
+    known = {}
+    for task in tasks.values():
+        metric, higher = task.headline(() if quick is None else (task.primary,))
+        known[f"{task.name}/{metric}"] = higher
+    name = next(iter(known)) if name == "auto" else name
+    if name not in known:
+        hint = "; edge/odsF needs evaluation.quick=[9,4]" if name == "edge/odsF" else ""
+        raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(known)}{hint}")
+    return name, known[name]
+
+
+def build_evaluator(
+    config: DictConfig, tasks: Mapping[str, Task], loader: DataLoader, device: torch.device
+) -> Evaluator:
+    """Scores as ``config.evaluation`` says."""
+    settings = plain(config.evaluation)
+    options = {name: dict(settings["options"].get(name) or {}) for name in tasks}
+    quick: dict[str, dict[str, Any]] = {}
+    if "edge" in tasks:
+        options["edge"] |= {"boundaries": settings["boundaries"], "workers": settings["workers"]}
+        if options["edge"].get("max_distance") is None:  # that of the data scored, not of the data trained on
+            options["edge"]["max_distance"] = config.data.get("boundary_distance", 0.011)
+        quick["edge"] = {"boundaries": False}
+        if settings["quick"] is not None and settings["boundaries"]:
+            thresholds, every = settings["quick"]
+            quick["edge"] = {"thresholds": thresholds, "every": every}
+    for name, task in tasks.items():  # says now what an option lacks
+        construct_metric(task, options[name])
+    precision, panels = config.trainer.precision, config.trainer.panels
+    return Evaluator(tasks, loader, device, precision, num_shown=panels, options=options, quick=quick)
+
+
+def construct_metric(task: Task, options: Mapping[str, Any]) -> None:
+    """UserError for an option that a task's metric does not have."""
+    try:
+        task.metric(**options)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"evaluation.options.{task.name} does not fit its metric: {error}") from error

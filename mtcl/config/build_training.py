@@ -1,0 +1,192 @@
+"""Build a trainer and its parts from a config."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+
+from mtcl import distributed as ranks
+from mtcl.config.build_data import build_eval_loader, build_reader, build_train_loader
+from mtcl.config.build_evaluator import build_evaluator, choose_monitor
+from mtcl.config.build_model import build_model, saved_config
+from mtcl.config.resolve import construct, locate, plain
+from mtcl.config.stored_config import described
+from mtcl.data import Reader
+from mtcl.errors import UserError
+from mtcl.models import DenseModel
+from mtcl.regularizers import Contrastive, GradientShare, Regularizer
+from mtcl.runtime import autocast
+from mtcl.tasks.base import Task
+from mtcl.training.balancing import Balancer, DynamicAverage, FixedWeights, Uncertainty
+from mtcl.training.balancing_torchjd import Aggregated
+from mtcl.training.ema import RunningMean
+from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, regularizer_weight
+from mtcl.training.run_logger import Recorder
+from mtcl.training.sharding import Sharded
+from mtcl.training.trainer import Trainer
+
+
+def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
+    settings = config.regularizer
+    if settings._target_ is None or len(tasks) < 2:  # one task has no other to contrast with
+        return None
+    options = plain(settings.options)
+    options.setdefault("tap", "final")
+    if options["tap"] not in model.tap_channels:
+        raise UserError(
+            f"regularizer.options.tap={options['tap']} is not a tap of this decoder; "
+            f"choose one of {', '.join(model.tap_channels)}"
+        )
+    if "thresholds" in options:
+        options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
+    if options.get("shuffle") and config.data.batch_size < 2:
+        raise UserError(
+            "regularizer.options.shuffle=true takes labels of another image; give data.batch_size of 2 or more"
+        )
+    kind = locate(settings._target_, "regularizer", Regularizer)
+    channels = model.tap_channels[options["tap"]]
+    return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
+
+
+def build_share(config: DictConfig, regularizer: Regularizer | None, device: torch.device) -> GradientShare | None:
+    balance = config.regularizer.balance
+    if balance not in ("fixed", "gradient"):
+        raise UserError(f"regularizer.balance={balance} is not known; choose fixed or gradient")
+    if regularizer is None or balance == "fixed":
+        return None
+    if not isinstance(regularizer, Contrastive):
+        raise UserError("regularizer.balance=gradient is for regularizer=contrastive; use fixed")
+    return GradientShare(regularizer.names).to(device)
+
+
+def build_optimizers(
+    config: DictConfig, model: DenseModel, regularizer: Regularizer | None
+) -> tuple[ScheduledOptimizer, ScheduledOptimizer | None]:
+    """The model's optimiser and the projectors', both on the config's schedule."""
+    schedule = build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
+    optimizer = ScheduledOptimizer(construct(build_optimizer, "optimizer", model, **plain(config.optimizer)), schedule)
+    if regularizer is None:
+        return optimizer, None
+    own = regularizer.build_optimizer(config.regularizer.lr, config.regularizer.weight_decay)
+    return optimizer, ScheduledOptimizer(own, schedule)
+
+
+def build_balancer(
+    config: DictConfig, tasks: Mapping[str, Task], regularizer: Regularizer | None, reader: Reader, device: torch.device
+) -> Balancer:
+    """How losses become gradients. UserError for what a method can't be combined with."""
+    settings, trainer = config.balancing, config.trainer
+    method, weights = settings.method, {name: task.weight for name, task in tasks.items()}
+    if settings.contrast not in ("objective", "outside"):
+        raise UserError(f"balancing.contrast={settings.contrast} is not known; choose objective or outside")
+    if regularizer is not None and settings.contrast == "objective":
+        weights["contrast"] = 1.0  # the trainer has multiplied it by lambda
+        if method in ("uncertainty", "dwa") and config.regularizer.balance == "gradient":
+            raise UserError(
+                f"balancing.method={method} judges objectives by their losses, which regularizer.balance=gradient "
+                "rescales; use balancing.contrast=outside or regularizer.balance=fixed"
+            )
+    if method == "fixed":
+        return FixedWeights(weights)
+    if len(weights) < 2:
+        raise UserError(f"balancing.method={method} has one objective only, {next(iter(weights))}; use balancing=fixed")
+    if method == "uncertainty":
+        for name, weight in weights.items():
+            if weight == 0:
+                raise UserError(
+                    f"loss.weights.{name}=0 leaves balancing=uncertainty nothing to learn from; leave it out"
+                )
+        schedule = build_schedule(max_steps=trainer.max_steps, **plain(config.schedule))
+        return Uncertainty(weights, device, settings.lr, schedule)
+    if method == "dwa":
+        epoch = -(-(len(reader.ids) // config.data.batch_size) // trainer.accumulate)
+        return DynamicAverage(weights, device, settings.every or max(epoch, 1), settings.temperature)
+    if method == "torchjd":
+        if ranks.world() > 1:
+            raise UserError(
+                "balancing.method=torchjd trains in one process; start without torchrun or use another method"
+            )
+        if trainer.compile:
+            raise UserError("balancing.method=torchjd needs a backward pass per objective; set trainer.compile=false")
+        return Aggregated(weights, device, settings.aggregator, plain(settings.options), config.seed)
+    raise UserError(f"balancing.method={method} is not known; choose fixed, uncertainty, dwa or torchjd")
+
+
+class Run(NamedTuple):
+    trainer: Trainer
+    train_reader: Reader
+    val_reader: Reader
+
+
+def build_trainer(
+    config: DictConfig,
+    tasks: Mapping[str, Task],
+    folder: Path,
+    device: torch.device,
+    pretrained: bool = False,
+    start_step: int = 0,
+) -> Run:
+    """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
+    settings, dry = config.trainer, config.trainer.dry_run
+    if settings.unreadable not in ("stop", "skip"):
+        raise UserError(f"trainer.unreadable={settings.unreadable} is not known; choose stop or skip")
+    autocast(device, settings.precision)  # says so now if it is not known
+    quick = config.evaluation.quick if config.evaluation.boundaries else None
+    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
+    train_reader = build_reader(config, "train", tasks)
+    val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
+    model = build_model(config, tasks, pretrained).to(device)
+    regularizer = build_regularizer(config, tasks, model)
+    if settings.grad_checkpointing and not model.backbone.set_grad_checkpointing():
+        raise UserError(
+            f"backbone {config.backbone.name} knows no gradient checkpointing; set trainer.grad_checkpointing=false"
+        )
+    if regularizer is not None:
+        regularizer.to(device)
+    ema = None if settings.ema is None else RunningMean(model, settings.ema)
+    weights = None
+    if settings.parallel == "fsdp" and ranks.world() > 1:
+        weights = Sharded(model, device, *(() if ema is None else (ema.model,)))
+    optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
+    val_loader = build_eval_loader(config, val_reader, tasks, device)
+    batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate, device)
+    trainer = Trainer(
+        model=model,
+        tasks=tasks,
+        regularizer=regularizer,
+        balancer=build_balancer(config, tasks, regularizer, train_reader, device),
+        optimizer=optimizer,
+        regularizer_optimizer=regularizer_optimizer,
+        batches=batches,
+        evaluator=build_evaluator(config, tasks, val_loader, device),
+        recorder=Recorder(folder, start_step),
+        folder=folder,
+        device=device,
+        max_steps=start_step + 1 if dry else settings.max_steps,
+        monitor=monitor,
+        higher_is_better=higher_is_better,
+        config=saved_config(config, model),
+        meta={"tasks": described(tasks)},
+        weight=regularizer_weight(
+            config.regularizer.weight, settings.max_steps, config.regularizer.warmup_steps, config.regularizer.until
+        ),
+        share=build_share(config, regularizer, device),
+        precision=settings.precision,
+        recompute=settings.grad_checkpointing,
+        compiled=settings.compile,
+        accumulate=settings.accumulate,
+        ema=ema,
+        weights=weights,
+        max_skipped=settings.max_skipped,
+        asynchronous=settings.async_checkpoints,
+        keep_interval=settings.keep_interval,
+        clip_norm=settings.clip_norm,
+        val_interval=settings.val_interval,
+        checkpoint_interval=settings.checkpoint_interval,
+        log_interval=settings.log_interval,
+        start_step=start_step,
+        validate_first=settings.val_first and not dry,
+    )
+    return Run(trainer, train_reader, val_reader)

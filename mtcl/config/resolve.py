@@ -1,0 +1,84 @@
+"""Resolve what a config names: classes of mtcl and their arguments."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from mtcl.errors import ParameterError, UserError
+
+T = TypeVar("T")
+
+
+def plain(config: Any) -> Any:
+    """A config node as plain Python containers."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+
+
+PACKAGES = {  # group -> what its classes are, and the package they come from
+    "data": ("dataset", "mtcl.data"),
+    "decoder": ("Decoder", "mtcl.models"),
+    "regularizer": ("Regularizer", "mtcl.regularizers"),
+}
+
+
+# Where the modules are that a saved config may name by their place of before version 0.2: old -> new, longest first.
+MOVED = {
+    "mtcl.contrastive.regularizer": "mtcl.regularizers.contrastive",
+    "mtcl.contrastive": "mtcl.regularizers",
+    "mtcl.data.nyud": "mtcl.data.datasets.nyud",
+    "mtcl.data.pascal": "mtcl.data.datasets.pascal_context",
+    "mtcl.data.rooms": "mtcl.data.datasets.rooms",
+}
+
+
+def current_name(target: str) -> str:
+    """Return the dotted name that a ``_target_`` of an older config has today."""
+    for old, new in MOVED.items():
+        if target.startswith(f"{old}."):
+            return new + target.removeprefix(old)
+    return target
+
+
+@contextmanager
+def add_key_prefix(prefix: str) -> Iterator[None]:
+    """Put the config's ``prefix`` (``"regularizer.options."``) before the parameter that a constructor refuses."""
+    try:
+        yield
+    except ParameterError as error:
+        raise UserError(f"{prefix}{error}") from error
+
+
+def locate(target: str, what: str, kind: type | None = None, needs: str | None = None) -> Any:
+    """Return the class that a config's ``_target_`` names, a ``kind`` or with the method ``needs``. A config may come
+    out of a checkpoint: only the package of the group ``what`` is imported from.
+    """
+    module, _, name = current_name(str(target)).rpartition(".")
+    if not module.startswith("mtcl."):
+        raise UserError(f"{what}._target_={target} is not part of mtcl, so it is not imported")
+    expected, package = PACKAGES[what]
+    if not f"{module}.".startswith(f"{package}."):
+        raise UserError(f"{what}._target_={target} is not a {expected} of {package}")
+    try:
+        located = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{what}._target_={target} does not exist") from error
+    if not isinstance(located, type) or (kind is not None and not issubclass(located, kind)):
+        raise UserError(f"{what}._target_={target} is not a {expected}")
+    if needs is not None and not hasattr(located, needs):
+        raise UserError(f"{what}._target_={target} is not a dataset")
+    return located
+
+
+def construct(maker: Callable[..., T], what: str, *given: Any, **options: Any) -> T:
+    """``maker(*given, **options)``, where a config key that it does not know is the user's mistake."""
+    known = [name for name, p in inspect.signature(maker).parameters.items() if p.kind != p.VAR_KEYWORD]
+    for name in options:
+        if name not in known:
+            raise UserError(
+                f"{what}.{name} is not an option of {maker.__name__}; it has {', '.join(known[len(given) :])}"
+            )
+    return maker(*given, **options)

@@ -1,0 +1,1 @@
+"""Datasets: each maps an index to a sample."""

@@ -1,0 +1,1 @@
+"""Evaluate a model on labelled images: metrics, saved predictions, feature consistency."""

@@ -1,0 +1,1 @@
+"""Run many trainings as processes: sweeps, studies, searches."""

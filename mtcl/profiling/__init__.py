@@ -1,0 +1,1 @@
+"""Count a model's operations and time it."""

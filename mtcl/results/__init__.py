@@ -1,0 +1,1 @@
+"""Read finished run folders and show them as tables and pages."""

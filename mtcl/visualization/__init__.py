@@ -1,0 +1,1 @@
+"""Draw predictions and measurements as images."""
