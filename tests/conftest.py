@@ -5,28 +5,15 @@ import runpy
 import signal
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=resnet18"]
-TINY += ["decoder.width=16", "decoder.head_width=8"]
+from helpers.common import ROOT, Result
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; tests send it to themselves
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -47,12 +34,3 @@ def cli(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callab
         return Result(code, captured.out, captured.err)
 
     return run
-
-
-def composed(*overrides: str, name: str = "train") -> DictConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose(name, list(overrides))
-
-
-def choices(group: str) -> list[str]:
-    return sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))

@@ -21,10 +21,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from browser import Browser, chromium
-from conftest import ROOT, TINY, composed
+from helpers.browser import Browser, chromium
+from helpers.common import ROOT, TINY, assert_fails, composed
 from PIL import Image
-from test_cli import assert_fails
 
 import mtcl.cli.demo as demo_module
 import mtcl.cli.demo.guard as guard_module

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, composed
+from helpers.common import ROOT, TINY, assert_fails, composed
+from helpers.shrunken import shrunk
 from PIL import Image
 from safetensors.torch import load_file
-from shrunken import shrunk
-from test_cli import assert_fails
 
 import mtcl
 from mtcl import UserError

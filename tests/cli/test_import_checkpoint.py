@@ -5,8 +5,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, choices, composed
-from invpt_reference import IDLE, Reference, published_shapes, random_state
+from helpers.common import ROOT, choices, composed
+from helpers.invpt_reference import IDLE, Reference, published_shapes, random_state
 from omegaconf import OmegaConf
 
 from mtcl import UserError

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, composed
+from helpers.common import TINY, composed
 from PIL import Image
 
 import mtcl

@@ -5,12 +5,10 @@ import functools
 import json
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, Result, composed
-from pascal_miniature import write_archive
+from helpers.common import ROOT, TINY, assert_fails, composed, tiny_nyud
+from helpers.pascal_miniature import write_archive
 
 import mtcl.config.build_model
 from mtcl.cli.train import train
@@ -27,16 +25,6 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     train(composed(*TINY), folder)
     return folder
-
-
-def assert_fails(result: Result, *words: str) -> None:
-    """Exit code 1, and one sentence that has these words in it."""
-    assert result.code == 1, result
-    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.err
-    assert "Traceback" not in result.err
-    for word in words:
-        assert word in lines[0], lines[0]
 
 
 def test_train_writes_everything(cli, tmp_path):
@@ -299,25 +287,6 @@ def test_a_seed_of_labels_and_a_rule_for_normals_reach_the_data(cli, tmp_path):
     config = composed("data=nyud", "data.normals_valid=field")
     assert build_tasks(config)["normals"].validity == "field"
     assert build_tasks(composed("data=nyud"))["normals"].validity == "length"
-
-
-def tiny_nyud(folder):
-    """Four pictures of noise in the archive's layout."""
-    rng = np.random.default_rng(0)
-    kinds = {"images": (64, 96, 3), "segmentation": (64, 96), "normals": (64, 96, 3), "edge": (64, 96)}
-    for kind, shape in kinds.items():
-        (folder / kind).mkdir(parents=True)
-        for name in "abcd":
-            cv2.imwrite(
-                str(folder / kind / f"{name}.png"), rng.integers(0, 41 if kind == "segmentation" else 256, shape)
-            )
-    (folder / "depth").mkdir()
-    (folder / "gt_sets").mkdir()
-    for name in "abcd":
-        np.save(folder / "depth" / f"{name}.npy", rng.uniform(1, 5, (64, 96)).astype(np.float32))
-    for part in ("train", "val"):
-        (folder / "gt_sets" / f"{part}.txt").write_text("a\nb\nc\nd\n")
-    return folder
 
 
 def test_evaluate_asks_no_hub_for_weights(cli, tmp_path, monkeypatch):

@@ -6,11 +6,11 @@ from fnmatch import fnmatch
 
 import pytest
 import torch
-from conftest import ROOT, choices
-from conftest import composed as compose_words
+from helpers.common import ROOT, choices
+from helpers.common import composed as compose_words
+from helpers.shrunken import shrunk
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from shrunken import shrunk
 
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import yaml
-from conftest import ROOT, TINY, choices, composed
+from helpers.common import ROOT, TINY, choices, composed
 from PIL import Image
 
 from mtcl.cli import arguments as read

@@ -6,10 +6,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from conftest import TINY
-from pascal_miniature import write_archive
-from test_cli import assert_fails, tiny_nyud
-from test_predictions import Listed, write_png
+from helpers.common import TINY, assert_fails, tiny_nyud
+from helpers.pascal_miniature import write_archive
+from helpers.saved_maps import Listed, write_png
 
 from mtcl import UserError
 from mtcl.data import NYUD, PascalContext, Rooms

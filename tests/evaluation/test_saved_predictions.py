@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from conftest import TINY, composed
+from helpers.common import TINY, assert_fails, composed, tiny_nyud
+from helpers.saved_maps import Listed, write_png
 from PIL import Image
-from test_cli import assert_fails, tiny_nyud
 
 from mtcl import UserError
 from mtcl.cli.train import train
-from mtcl.data import NYUD, Sample, SampleMeta, eval_loader
+from mtcl.data import NYUD, SampleMeta, eval_loader
 from mtcl.evaluation.evaluator import Evaluator
 from mtcl.evaluation.saved_predictions import FORMATS, PredictionWriter, SavedPredictions, folder_of_maps
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
@@ -25,23 +25,6 @@ from mtcl.tasks.base import Task
 SIZE = (5, 7)
 TASKS = {name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES}
 CODES = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
-
-
-class Listed:
-    """A reader of labels that are given: id -> task -> array."""
-
-    def __init__(self, labels: dict[str, dict[str, np.ndarray]]) -> None:
-        self.ids, self.labels = list(labels), labels
-
-    def read(self, index: int) -> Sample:
-        labels = self.labels[self.ids[index]]
-        return Sample(self.ids[index], np.zeros((*next(iter(labels.values())).shape[:2], 3), np.uint8), labels)
-
-    def summary(self) -> str:
-        return ""
-
-    def fingerprint(self) -> str:
-        return ""
 
 
 def label_of(task: Task, seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndarray:
@@ -56,11 +39,6 @@ def label_of(task: Task, seed: int = 0, size: tuple[int, int] = SIZE) -> np.ndar
 def raw_of(task: Task, seed: int = 0, size: tuple[int, int] = SIZE) -> torch.Tensor:
     raw = torch.randn(task.channels, *size, generator=torch.Generator().manual_seed(seed))
     return raw + 0.5 if task.name == "depth" else raw
-
-
-def write_png(path: Path, values: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), values if values.ndim == 2 else values[..., ::-1])
 
 
 def saved(folder: Path, names: list[str], ids: str = "ab", size: tuple[int, int] = SIZE, **options) -> SavedPredictions:

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import composed
 from torch import nn
 
+from helpers.common import composed
 from mtcl import distributed as ranks
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer

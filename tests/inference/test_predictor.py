@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, composed
+from helpers.common import TINY, composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
-from test_checkpoints import flip
+from helpers.common import ROOT, TINY, flip
 
 from mtcl.training.checkpoint import load_checkpoint, newest_intact
 

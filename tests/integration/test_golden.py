@@ -1,7 +1,8 @@
 """Twenty training steps per decoder give the losses that were written down, to the bit.
 
 Rewrite ``fixtures/golden_losses.json`` (``python tests/integration/test_golden.py``) only when a change of the numbers
-is meant, and say in the changelog why. Bits depend on the processor and on the version of torch: elsewhere the losses must be close.
+is meant, and say in the changelog why. Bits depend on the processor and on the version of torch: elsewhere the losses
+must be close.
 """
 
 import json
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from shrunken import shrunk
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from helpers.common import ROOT
+from helpers.shrunken import shrunk
 
-ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/fixtures/golden_losses.json"
 BACKBONES = {
     "multi_head": "resnet18",

@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
-from conftest import ROOT
+from helpers.common import ROOT
 
 from mtcl import UserError
 from mtcl.data import image_io as files

@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.common import ROOT
 
 import mtcl
 
-FILES = Path(__file__).resolve().parent / "fixtures" / "version_0_1_0"
+FILES = ROOT / "tests/fixtures" / "version_0_1_0"
 
 
 @pytest.mark.parametrize("source", ["runs/contrastive_0", "exported"])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, composed
+from helpers.common import TINY, composed
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtcl.cli.train import train

@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import choices, composed
+from helpers.common import choices, composed
+from helpers.shrunken import shrunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shrunken import shrunk
 
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks

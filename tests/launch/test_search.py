@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-from test_compare import VALUES, write_run
+from helpers.common import ROOT
+from helpers.run_folders import VALUES, write_run
 
 from mtcl import UserError
 from mtcl.launch.search import Storage, conduct, score

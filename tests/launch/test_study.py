@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers.common import ROOT
 from scipy import stats
 
 from mtcl import UserError

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from helpers.common import ROOT, TINY
 from omegaconf import OmegaConf
 
 from mtcl import UserError

@@ -6,13 +6,13 @@ import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import scipy.io
 import torch
+from helpers.common import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -34,7 +34,6 @@ from mtcl.metrics.boundaries import (
 )
 from mtcl.metrics.boundaries.suppression import orientation, triangle
 
-ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT.parent / "shared" / "edge_reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference data")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers.common import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.utilities import dim_zero_sum
@@ -657,7 +658,7 @@ def test_edge_metric_is_the_loss_of_all_pixels(positive_weight):
 
 @pytest.mark.parametrize("task", COUNTED)
 def test_the_benchmark_s_loops_score_the_same(task, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "scripts" / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
     import benchmark_metrics
 
     monkeypatch.setattr(benchmark_metrics, "HEIGHT", 20)

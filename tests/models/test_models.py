@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.common import ROOT
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,7 +30,7 @@ FAMILIES = {  # name -> timm's name, its options, strides
     "swin": ("swin_tiny_patch4_window7_224", SWIN, [4, 8, 16, 32]),
     "hrnet": ("hrnet_w18_small", {}, [4, 8, 16, 32]),
 }
-IMAGENET = Path(__file__).parents[2] / "shared/weights/mobilenetv2_100_imagenet.safetensors"
+IMAGENET = ROOT.parent / "shared/weights/mobilenetv2_100_imagenet.safetensors"
 
 
 def make_model(family="cnn", tasks=TASKS, seed=0, **options):

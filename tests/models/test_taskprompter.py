@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import composed
+from helpers.common import composed
 
 from mtcl import UserError
 from mtcl.cli.train import train

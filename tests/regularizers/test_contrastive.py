@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contrast_reference import (
+from helpers.contrast_reference import (
     NAMES,
     agrees_with_reference,
     cases,

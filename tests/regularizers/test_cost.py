@@ -5,7 +5,7 @@ import runpy
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from helpers.common import ROOT, TINY
 
 from mtcl.models import DenseOutput
 from mtcl.regularizers import Contrastive

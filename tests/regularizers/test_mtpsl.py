@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, composed
+from helpers.common import TINY, composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, composed
-from contrast_reference import NAMES, agrees_with_reference, cases, make_case, make_tasks, relations
+from helpers.common import TINY, composed
+from helpers.contrast_reference import NAMES, agrees_with_reference, cases, make_case, make_tasks, relations
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -9,10 +9,10 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import Result
+from helpers.common import Result
+from helpers.run_folders import ON, VALUES, write_run
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from scipy import integrate, stats
 
 from mtcl import UserError
@@ -124,33 +124,6 @@ def test_a_constant_difference_excludes_zero_and_a_nan_is_no_pair():
 # Made-up runs
 
 
-VALUES = {
-    "semseg": {"mIoU": 0.40, "pixel_accuracy": 0.7},
-    "depth": {"rmse": 0.60, "abs_rel": 0.2},
-    "normals": {"mErr": 20.0},
-    "edge": {"odsF": 0.70, "loss": 0.05},
-}
-
-
-def write_run(folder: Path, seed=0, metrics=None, config=None, facts=None, overrides=()) -> Path:
-    """A finished run's three files; ``config``: dotted keys, ``facts``: of run.json, None takes one out."""
-    folder.mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(VALUES if metrics is None else metrics))
-    known = {"seed": seed, "split": "standard", "num_images": 500, "data_fingerprint": "8d9e", "step": 400,
-             "commit": "e51845271362f65d", "clean": True, "device": "cpu", "overrides": list(overrides)}  # fmt: skip
-    known = {key: value for key, value in (known | (facts or {})).items() if value is not None}
-    (folder / "run.json").write_text(json.dumps(known))
-    full = {"name": "made_up", "seed": seed, "data.name": "nyud", "tasks.names": "auto", "backbone.name": "resnet18",
-            "regularizer._target_": None, "regularizer.weight": 0.0, "optimizer.lr": 0.001,
-            "trainer.max_steps": 400, "trainer.panels": 4} | (config or {})  # fmt: skip
-    nested = OmegaConf.create()
-    for key, value in full.items():
-        OmegaConf.update(nested, key, value)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(nested))
-    return folder
-
-
-ON = {"regularizer._target_": "mtcl.regularizers.Contrastive", "regularizer.weight": 0.5}
 TWO = [(0.400, 0.60), (0.410, 0.62)]
 TWO_ON = [(0.420, 0.59), (0.434, 0.608)]
 

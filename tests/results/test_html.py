@@ -11,7 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from browser import Browser, chromium
+from helpers.browser import Browser, chromium
 from omegaconf import OmegaConf
 from PIL import Image
 

@@ -9,7 +9,7 @@ import threading
 import time
 
 import pytest
-from test_compare import write_run
+from helpers.run_folders import write_run
 
 from mtcl.results.compare import compare
 from mtcl.results.list_runs import as_records, as_text, list_runs, look

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers.run_folders import ON, VALUES, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_compare import ON, VALUES, write_run
 
 from mtcl import UserError
 from mtcl.launch.study_file import Arm, Study

@@ -6,8 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import ROOT, choices
-from test_cli import assert_fails
+from helpers.common import ROOT, assert_fails, choices
 
 from mtcl.config.build_data import build_tasks, data_size
 from mtcl.config.build_training import build_regularizer

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, choices, composed
+from helpers.common import ROOT, choices, composed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

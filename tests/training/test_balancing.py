@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, choices, composed
+from helpers.common import ROOT, TINY, choices, composed
+from helpers.shrunken import RESNET, shrunk
 from omegaconf import OmegaConf
-from shrunken import RESNET, shrunk
 from torch import Tensor, nn
 
 from mtcl import UserError
@@ -718,7 +718,7 @@ def test_a_run_writes_its_weights_down(method, tmp_path):
 )
 def test_two_processes_weigh_as_one(words, tmp_path):
     """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
-    from test_ranks import TORCHRUN, weights_of, worked
+    from helpers.processes import TORCHRUN, weights_of, worked
 
     words = ["data.labels=random", *words]
     (_, one), (_, two) = worked(tmp_path / "one", None, *words), worked(tmp_path / "two", TORCHRUN, *words)

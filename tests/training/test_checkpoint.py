@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, composed
+from helpers.common import ROOT, TINY, composed, flip
 
 import mtcl.atomic
 import mtcl.training.checkpoint as module
@@ -45,14 +45,6 @@ QUICK += ["trainer.panels=0", "decoder.head_width=4", "trainer.max_steps=4", "ba
 
 def some(step: int = 7, size: int = 20) -> dict:
     return {"model": {"w": torch.arange(float(size))}, "config": {"seed": 3}, "step": step}
-
-
-def flip(path: Path, position: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(position)
-        byte = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([byte ^ 1 << position % 8]))
 
 
 def names(folder: Path) -> list[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, composed
-from shrunken import shrunk
-from test_ranks import TORCHRUN, WORDS, check_same, started, worked
+from helpers.common import TINY, composed
+from helpers.processes import TORCHRUN, WORDS, check_same, started, worked
+from helpers.shrunken import shrunk
 from torch._dynamo.exc import TorchDynamoException
 
 from mtcl import UserError

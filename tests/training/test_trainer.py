@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, composed
 from functorch.compile import make_boxed_compiler
+from helpers.common import ROOT, TINY, composed
 from torch._dynamo.backends.common import aot_autograd
 
 from mtcl import UserError
@@ -304,7 +304,7 @@ def _nothing(self):
 
 DRIVER = """
 import multiprocessing, os, runpy, signal, subprocess, sys
-from conftest import ROOT, TINY
+from helpers.common import ROOT, TINY
 from mtcl.training.trainer import Trainer
 
 _, what, folder = sys.argv

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
+from helpers.common import ROOT
 from PIL import Image
 
 from mtcl import UserError
@@ -21,7 +22,7 @@ from mtcl.evaluation.saved_predictions import PredictionWriter
 from mtcl.tasks import NYUD40, build_task
 
 TASKS = ("semseg", "depth", "normals", "edge")
-REAL = Path(__file__).parents[1].parent / "shared" / "nyud_mini"
+REAL = ROOT.parent / "shared" / "nyud_mini"
 
 
 def write(path: Path, array: np.ndarray, hdf5: bool = False) -> None:

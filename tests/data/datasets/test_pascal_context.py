@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
-from pascal_miniature import (
+from helpers.pascal_miniature import (
     AEROPLANE,
     DOG,
     TRAIN,

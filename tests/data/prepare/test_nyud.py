@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
-from conftest import Result
+from helpers.common import ROOT, Result
 
 from mtcl import UserError
 from mtcl.data import NYUD
@@ -24,7 +24,7 @@ from mtcl.data.prepare.regions import SEAM, closed_seams, object_regions, region
 from mtcl.tasks import NYUD40, build_task
 
 SCRIPT = "scripts/prepare_nyud.py"
-REAL = Path(__file__).parents[1].parent / "shared" / "nyud_mini"
+REAL = ROOT.parent / "shared" / "nyud_mini"
 TASKS = ("semseg", "depth", "normals", "edge")
 CAMERA = Camera(130, 131, 79.7, 60.3)  # of the small synthetic frames
 SIZE = (120, 160)

@@ -13,8 +13,8 @@ import cv2
 import numpy as np
 import pytest
 import scipy.io
-from conftest import ROOT, Result
-from pascal_miniature import (
+from helpers.common import ROOT, Result
+from helpers.pascal_miniature import (
     TRAIN,
     VAL,
     Devkit,

@@ -11,8 +11,16 @@ import cv2
 import numpy as np
 import pytest
 import scipy.io
-from conftest import ROOT, Result
-from pascal_miniature import CONTEXT_PERSON, PERSON, Object, write_archive, write_context, write_list, write_parts
+from helpers.common import ROOT, Result
+from helpers.pascal_miniature import (
+    CONTEXT_PERSON,
+    PERSON,
+    Object,
+    write_archive,
+    write_context,
+    write_list,
+    write_parts,
+)
 
 from mtcl import UserError
 from mtcl.data import NYUD, Rooms
@@ -23,7 +31,7 @@ from mtcl.data.verify.facts import NYUD_SHARES
 from mtcl.data.verify.table import Row, table
 from mtcl.tasks import NYUD40, VOC21
 
-REAL = Path(__file__).parents[1].parent / "shared" / "nyud_mini"
+REAL = ROOT.parent / "shared" / "nyud_mini"
 SIZE = (96, 128)
 NYUD_TASKS = ("semseg", "depth", "normals", "edge")
 LABELS = ("segmentation", "depth", "normals", "edge")

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import composed
+from helpers.common import composed
 from torch import nn
 
 from mtcl import UserError

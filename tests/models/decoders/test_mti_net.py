@@ -3,7 +3,7 @@
 import decoder_checks as checks
 import pytest
 import torch
-from decoder_checks import CHANNELS, PYRAMID, TASKS, VIT
+from helpers.decoder_checks import CHANNELS, PYRAMID, TASKS, VIT
 from timm.layers import SqueezeExcite
 from torch import nn
 

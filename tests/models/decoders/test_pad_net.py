@@ -4,7 +4,7 @@ import decoder_checks as checks
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_checks import PYRAMID, TASKS, VIT
+from helpers.decoder_checks import PYRAMID, TASKS, VIT
 
 from mtcl import UserError
 from mtcl.models.decoders import PADNet

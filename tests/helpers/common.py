@@ -1,0 +1,67 @@
+"""Paths, tiny configs and what a command printed."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=resnet18"]
+TINY += ["decoder.width=16", "decoder.head_width=8"]
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def composed(*overrides: str, name: str = "train") -> DictConfig:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return compose(name, list(overrides))
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
+
+
+def assert_fails(result: Result, *words: str) -> None:
+    """Exit code 1, and one sentence that has these words in it."""
+    assert result.code == 1, result
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in lines[0], lines[0]
+
+
+def tiny_nyud(folder):
+    """Four pictures of noise in the archive's layout."""
+    rng = np.random.default_rng(0)
+    kinds = {"images": (64, 96, 3), "segmentation": (64, 96), "normals": (64, 96, 3), "edge": (64, 96)}
+    for kind, shape in kinds.items():
+        (folder / kind).mkdir(parents=True)
+        for name in "abcd":
+            cv2.imwrite(
+                str(folder / kind / f"{name}.png"), rng.integers(0, 41 if kind == "segmentation" else 256, shape)
+            )
+    (folder / "depth").mkdir()
+    (folder / "gt_sets").mkdir()
+    for name in "abcd":
+        np.save(folder / "depth" / f"{name}.npy", rng.uniform(1, 5, (64, 96)).astype(np.float32))
+    for part in ("train", "val"):
+        (folder / "gt_sets" / f"{part}.txt").write_text("a\nb\nc\nd\n")
+    return folder
+
+
+def flip(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 1 << position % 8]))
