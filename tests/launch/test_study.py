@@ -578,7 +578,7 @@ def test_results_are_small_files_without_a_machines_paths_and_give_the_same_tabl
 
 
 def test_documents_show_a_study_and_notice_when_it_drifts(records, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("render_results", ROOT / "scripts" / "render_results.py")
+    spec = importlib.util.spec_from_file_location("render_results", ROOT / "scripts" / "docs" / "render_results.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     document = tmp_path / "results.md"

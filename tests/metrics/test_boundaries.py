@@ -446,7 +446,14 @@ def test_nonsense_options_are_refused():
 
 
 def script(folder, *options):
-    command = [sys.executable, ROOT / "scripts" / "evaluate_edges.py", "--pred", folder / "pred", "--gt", folder / "gt"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "benchmarks" / "evaluate_edges.py",
+        "--pred",
+        folder / "pred",
+        "--gt",
+        folder / "gt",
+    ]
     command += ["--max-dist", "0.02", "--workers", "0", "--json", folder / "out.json", *options]
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT)
 
@@ -541,7 +548,7 @@ def test_the_script_refuses_nonsense_options(folder, monkeypatch):
 
 
 def run_here(folder, monkeypatch, *options):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "benchmarks"))
     import evaluate_edges
 
     base = ["evaluate_edges", "--pred", str(folder / "pred"), "--gt", str(folder / "gt"), "--max-dist", "0.02"]

@@ -23,7 +23,7 @@ OPTIONS = [
     {"across_images": True, "sources": "any"},
 ]
 
-script = runpy.run_path(str(ROOT / "scripts" / "benchmark_step.py"), run_name="benchmark_step")
+script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark_step.py"), run_name="benchmark_step")
 Watch, peak = script["Watch"], script["peak"]
 
 

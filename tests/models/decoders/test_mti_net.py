@@ -1,8 +1,8 @@
 """MTI-Net: the feature propagation against loops, the scales' order, the contract, sizes of the public code."""
 
-import decoder_checks as checks
 import pytest
 import torch
+from helpers import decoder_checks as checks
 from helpers.decoder_checks import CHANNELS, PYRAMID, TASKS, VIT
 from timm.layers import SqueezeExcite
 from torch import nn

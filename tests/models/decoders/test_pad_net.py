@@ -1,9 +1,9 @@
 """PAD-Net: the distillation against loops, the contract, sizes of the public code."""
 
-import decoder_checks as checks
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import decoder_checks as checks
 from helpers.decoder_checks import PYRAMID, TASKS, VIT
 
 from mtcl import UserError
