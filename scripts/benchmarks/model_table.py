@@ -17,8 +17,8 @@ latency        median of that pass, batch of one, eager, after a warm-up; traine
 Parameters and flops are counted without weights or memory for them (mtcl/profiling/flops.py), in seconds for the
 largest model. Memory and latency are measured, on CUDA where there is one; all rows on a CPU take long: --no-measure
 leaves them out. What can't be built (decoder=taskprompter on a CNN) is named below the table. The JSON file has an
-object per row, in plain units, complete after every row: experiment, decoder, backbone, network (timm's name), tasks, size,
-parameters, flops, peak_memory_mib, latency_ms, device, precision.
+object per row, in plain units, complete after every row: experiment, decoder, backbone, network (timm's name), tasks,
+size, parameters, flops, peak_memory_mib, latency_ms, device, precision.
 """
 
 import argparse
