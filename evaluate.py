@@ -7,9 +7,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mtcl.cli.evaluate import dataset_of, evaluate
-from mtcl.cli.hydra_app import launch
-from mtcl.config.overrides import named_checkpoint, readable
+from mtcl.cli.evaluate import evaluate, infer_dataset_override
+from mtcl.cli.hydra_app import run_hydra_app
+from mtcl.config.overrides import add_checkpoint_key, quote_paths
 
 CONFIGS = Path(__file__).with_name("configs")
 
@@ -22,8 +22,8 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.argv[1:] = readable(named_checkpoint(sys.argv[1:]))
-    own_data = dataset_of(sys.argv[1:], CONFIGS)
+    sys.argv[1:] = quote_paths(add_checkpoint_key(sys.argv[1:]))
+    own_data = infer_dataset_override(sys.argv[1:], CONFIGS)
     if own_data:
         sys.argv.append(own_data)
-    launch(main, CONFIGS, "evaluate")
+    run_hydra_app(main, CONFIGS, "evaluate")

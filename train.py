@@ -5,7 +5,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from mtcl.cli.hydra_app import launch
+from mtcl.cli.hydra_app import run_hydra_app
 from mtcl.cli.train import train
 
 
@@ -17,4 +17,4 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    launch(main, Path(__file__).with_name("configs"), "train", script=Path(__file__).resolve())
+    run_hydra_app(main, Path(__file__).with_name("configs"), "train", script=Path(__file__).resolve())

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from mtcl.cli.consistency import consistency, parse
+from mtcl.cli.consistency import measure_consistency, parse_args
 from mtcl.cli.script import run
 
 
@@ -28,8 +28,8 @@ def main() -> None:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return
-    options, overrides = parse(words, time.strftime("%Y-%m-%d_%H-%M-%S"))
-    content = consistency(options, overrides, Path(__file__).resolve().parents[1] / "configs")
+    options, overrides = parse_args(words, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    content = measure_consistency(options, overrides, Path(__file__).resolve().parents[1] / "configs")
     for arm in content["arms"]:
         if not arm["projected"]:
             print(f"{arm['checkpoint']} ({arm['name']}) has no trained projectors: raw features only")

@@ -14,7 +14,7 @@ Needs Gradio: pip install 'mtcl[demo]'.
 """
 
 from mtcl.cli.demo import demo
-from mtcl.cli.script import run_words
+from mtcl.cli.script import run_with_args
 
 if __name__ == "__main__":
-    run_words(demo, __doc__)
+    run_with_args(demo, __doc__)

@@ -19,7 +19,7 @@ push publishes an exported folder on the Hugging Face hub, pull fetches one; bot
 """
 
 from mtcl.cli.export import export
-from mtcl.cli.script import run_words
+from mtcl.cli.script import run_with_args
 
 if __name__ == "__main__":
-    run_words(export, __doc__)
+    run_with_args(export, __doc__)

@@ -29,8 +29,10 @@ def main() -> None:
     configs = Path(__file__).resolve().parents[1] / "configs"
     done = import_checkpoint(given.method, given.file, given.output, given.overrides, configs)
     print(f"{given.output}: {done.tensors} tensors, each filled from {given.file}")
-    if done.idle:
-        print(f"left out, as the published network never uses them: {len(done.idle)} ({', '.join(done.idle[:4])}, ...)")
+    if done.unused_keys:
+        print(
+            f"left out, as the published network never uses them: {len(done.unused_keys)} ({', '.join(done.unused_keys[:4])}, ...)"
+        )
     print("set in its config, as the published network asks:", *(f"{k}={v}" for k, v in done.settings.items()))
 
 

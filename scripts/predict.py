@@ -25,7 +25,7 @@ A file that can't be predicted is told and left out; the others are done, and th
 """
 
 from mtcl.cli.predict import predict
-from mtcl.cli.script import run_words
+from mtcl.cli.script import run_with_args
 
 if __name__ == "__main__":
-    run_words(predict, __doc__)
+    run_with_args(predict, __doc__)

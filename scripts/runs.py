@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 from mtcl.cli.script import run
-from mtcl.results.list_runs import STATES, as_records, as_text, list_runs
-from mtcl.results.tables import csv_text
+from mtcl.results.list_runs import STATES, format_runs, list_runs, to_records
+from mtcl.results.tables import format_csv
 
 
 def main() -> None:
@@ -29,14 +29,14 @@ def main() -> None:
     runs = [one for one in list_runs(given.folders) if given.state is None or one.state in given.state]
     if given.format == "text":
         width = shutil.get_terminal_size((100, 24)).columns if sys.stdout.isatty() else None
-        print(as_text(runs, width) if runs else "no runs", end="" if runs else "\n")
+        print(format_runs(runs, width) if runs else "no runs", end="" if runs else "\n")
         return
-    records = as_records(runs)
+    records = to_records(runs)
     if given.format == "json":
         print(json.dumps(records, indent=1))
         return
     keys = list(dict.fromkeys(key for record in records for key in record))
-    print(csv_text([keys, *([record.get(key) for key in keys] for record in records)]), end="")
+    print(format_csv([keys, *([record.get(key) for key in keys] for record in records)]), end="")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ import torch
 
 from mtcl.cli.script import run
 from mtcl.errors import UserError
-from mtcl.launch.search import conduct
-from mtcl.launch.study import tasks_of_config
+from mtcl.launch.search import run_search
+from mtcl.launch.study import compose_task_names
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -42,13 +42,13 @@ def main() -> None:
         *given.overrides,
         *(word for word in given.baseline if "=" in word),
     ]  # --baseline takes what follows it
-    conduct(
+    run_search(
         given.search,
         given.output or Path("outputs/searches") / given.search.stem,
         overrides,
         command=[sys.executable, "train.py"],
         root=ROOT,
-        tasks_of=lambda words: tasks_of_config(words, ROOT / "configs"),
+        tasks_of=lambda words: compose_task_names(words, ROOT / "configs"),
         trials=given.trials,
         num_parallel=given.jobs,
         baseline=[Path(word) for word in given.baseline if "=" not in word],

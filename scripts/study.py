@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mtcl.cli.script import run
 from mtcl.errors import UserError
-from mtcl.launch.study import conduct, failure_text, tasks_of_config
+from mtcl.launch.study import compose_task_names, format_failures, run_study
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,13 +35,13 @@ def main() -> None:
         raise UserError(f"--jobs {given.jobs}: at least one run at once.")
     only = [word for word in given.only if "=" not in word]
     overrides = [*given.overrides, *(word for word in given.only if "=" in word)]  # --only takes all that follows it
-    failures = conduct(
+    failures = run_study(
         given.study,
         given.output,
         overrides,
         command=[sys.executable, "train.py"],
         root=ROOT,
-        tasks_of=lambda words: tasks_of_config(words, ROOT / "configs"),
+        tasks_of=lambda words: compose_task_names(words, ROOT / "configs"),
         num_parallel=given.jobs,
         only=only,
         results=given.results,
@@ -50,7 +50,7 @@ def main() -> None:
         say=lambda text: print(text, flush=True),
     )
     if failures:
-        raise UserError(failure_text(failures))
+        raise UserError(format_failures(failures))
 
 
 if __name__ == "__main__":

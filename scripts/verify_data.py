@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mtcl import UserError
 from mtcl.cli.script import run
-from mtcl.data.verify import FACTS, find, report, verify, write_sheet
+from mtcl.data.verify import FACTS, find_dataset, format_report, verify, write_sheet
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--frequencies", action="store_true", help="print the semseg classes' shares and nothing else")
     given = parser.parse_args()
 
-    dataset, root = find(given.root, given.dataset)
+    dataset, root = find_dataset(given.root, given.dataset)
     sheet = given.sheet or Path(f"verify_{dataset}.png")
     if sheet.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{sheet} lies in the dataset {root}; give a place outside, --sheet FILE.png.")
@@ -33,7 +33,7 @@ def main() -> None:
     if given.frequencies:
         print(*(f"{share:.5f}" for share in result.shares), sep=", ")
         return
-    print(report(result))
+    print(format_report(result))
     try:
         write_sheet(sheet, result.parts, result.tasks, f"{FACTS[dataset].title}: {root.name}")
         print(f"contact sheet: {sheet}")

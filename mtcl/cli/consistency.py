@@ -15,23 +15,30 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_json
-from mtcl.cli.evaluate import adapt, dataset_of, overridden
-from mtcl.cli.run_record import run_facts
-from mtcl.config.build_data import build_eval_loader, build_reader, build_tasks
+from mtcl.cli.evaluate import adapt_config, apply_overrides, infer_dataset_override
+from mtcl.cli.run_record import build_run_record
+from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
 from mtcl.config.build_training import build_regularizer
-from mtcl.config.load import of_checkpoint, rebuild, refusals_named, restore_config
-from mtcl.config.overrides import readable, sentence
+from mtcl.config.load import convert_build_errors, read_checkpoint_model, rebuild_model, restore_config
+from mtcl.config.overrides import format_error, quote_paths
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.config.stored_config import check_tasks
-from mtcl.data import Reader
-from mtcl.data.loader import prepare
+from mtcl.data import MultiTaskDataset
+from mtcl.data.loader import prepare_batch
 from mtcl.data.sample import Batch
 from mtcl.errors import UserError
-from mtcl.evaluation.feature_consistency import Tally, label_pairs, means, shared_histograms, squared_distances, tally
+from mtcl.evaluation.feature_consistency import (
+    PairStatistics,
+    build_histograms,
+    compute_pair_statistics,
+    label_pairs,
+    squared_distances,
+    summarize_pairs,
+)
 from mtcl.models.base import DenseModel
 from mtcl.regularizers import Contrastive
-from mtcl.regularizers.sampling import read_features, read_labels
+from mtcl.regularizers.sampling import sample_features, sample_labels
 from mtcl.runtime import choose_device
 from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
@@ -40,7 +47,7 @@ from mtcl.visualization.consistency_figures import draw_distances, draw_separati
 PIXELS = 256  # per frame
 CHUNK = 16  # frames whose pairs are held at a time
 NEARNESS = "nearness"  # the reference: how far apart two pixels lie in the picture
-Tallies = dict[str, dict[str, Tally]]  # target -> source of the labels -> sums
+Tallies = dict[str, dict[str, PairStatistics]]  # target -> source of the labels -> sums
 
 
 class Options(NamedTuple):
@@ -51,7 +58,7 @@ class Options(NamedTuple):
     output: Path
 
 
-class Arm(NamedTuple):
+class TrainedModel(NamedTuple):
     """A trained model as far as it is looked at here."""
 
     path: Path
@@ -72,7 +79,7 @@ class Samples(NamedTuple):
     features: list[dict[str, Tensor]]  # for each arm: task -> (N, K, C_t)
 
 
-def parse(words: Sequence[str], now: str) -> tuple[Options, list[str]]:
+def parse_args(words: Sequence[str], now: str) -> tuple[Options, list[str]]:
     """The script's own words, and the others: overrides of the checkpoint's config. ``now`` names the folder."""
     own: dict[str, str] = {}
     others = []
@@ -97,7 +104,7 @@ def parse(words: Sequence[str], now: str) -> tuple[Options, list[str]]:
     ), others
 
 
-def consistency(options: Options, overrides: Sequence[str], configs: Path) -> dict[str, Any]:
+def measure_consistency(options: Options, overrides: Sequence[str], configs: Path) -> dict[str, Any]:
     """Write consistency.json, separation.png and a consistency_TARGET.png per target into ``options.output``; what the
     JSON holds.
 
@@ -106,18 +113,18 @@ def consistency(options: Options, overrides: Sequence[str], configs: Path) -> di
     if (options.output / "consistency.json").exists():
         raise UserError(f"{options.output / 'consistency.json'} exists already; choose another output")
     state = load_checkpoint(options.checkpoint)
-    settings = restored(state, options.checkpoint, overrides, configs)
+    settings = restore_settings(state, options.checkpoint, overrides, configs)
     tasks = build_tasks(settings)
-    check_tasks(of_checkpoint(options.checkpoint, state).tasks, tasks, options.checkpoint)
+    check_tasks(read_checkpoint_model(options.checkpoint, state).tasks, tasks, options.checkpoint)
     targets = choose_targets(options.target, list(tasks))
-    arms = [load_arm(options.checkpoint, state, tasks)]
+    arms = [load_trained_model(options.checkpoint, state, tasks)]
     if options.compare is not None:
         other = load_checkpoint(options.compare)
-        check_tasks(of_checkpoint(options.compare, other).tasks, tasks, options.compare)
-        arms.append(load_arm(options.compare, other, tasks))
-    tap = common_tap(arms, settings)
+        check_tasks(read_checkpoint_model(options.compare, other).tasks, tasks, options.compare)
+        arms.append(load_trained_model(options.compare, other, tasks))
+    tap = choose_common_feature(arms, settings)
     device = choose_device(settings.trainer.device)
-    reader = evenly_spaced(build_reader(settings, "val", tasks), options.frames)
+    reader = take_evenly_spaced(build_dataset(settings, "val", tasks), options.frames)
     batches = build_eval_loader(settings, reader, tasks, device)
     samples = collect(arms, batches, tasks, tap, device)
     lead = next((arm.regularizer for arm in arms if arm.regularizer is not None), None)
@@ -125,14 +132,14 @@ def consistency(options: Options, overrides: Sequence[str], configs: Path) -> di
 
     found = [measure(arm, features, samples, tasks, thresholds) for arm, features in zip(arms, samples.features)]
     nearness = measure_nearness(samples, tasks, thresholds)
-    facts = run_facts(settings, reader, len(samples.ids), device, overrides)
+    facts = build_run_record(settings, reader, len(samples.ids), device, overrides)
     facts = {k: v for k, v in facts.items() if k not in ("protocol", "evaluation", "precision", "seed")}
     content: dict[str, Any] = {
         "run": {**facts, "data": settings.data.name, "frames": samples.ids, "pixels": samples.places.shape[1]},
         "tap": tap,
         "thresholds": {name: list(pair) for name, pair in thresholds.items()},
-        NEARNESS: {source: means(sums) for source, sums in nearness.items()},
-        "arms": [told(arm, kinds) for arm, kinds in zip(arms, found)],
+        NEARNESS: {source: summarize_pairs(sums) for source, sums in nearness.items()},
+        "arms": [to_plain(arm, kinds) for arm, kinds in zip(arms, found)],
     }
     title = f"{settings.data.name}, {len(samples.ids)} validation frames of split {settings.data.split}"
     for target in targets:
@@ -142,21 +149,21 @@ def consistency(options: Options, overrides: Sequence[str], configs: Path) -> di
     return content
 
 
-def restored(state: Mapping[str, Any], path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
+def restore_settings(state: Mapping[str, Any], path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
     """A checkpoint's own config with the command's overrides, as evaluate.py would use it."""
-    words = readable(overrides)
-    own_data = dataset_of([f"checkpoint={path}", *words], configs)
+    words = quote_paths(overrides)
+    own_data = infer_dataset_override([f"checkpoint={path}", *words], configs)
     try:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
             composed = compose("evaluate", [*words, *([own_data] if own_data else [])], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(sentence(error)) from error
+        raise UserError(format_error(error)) from error
     groups = [key for key in composed.hydra.runtime.choices if not key.startswith("hydra/")]
-    settings = adapt(of_checkpoint(path, state), composed)
+    settings = adapt_config(read_checkpoint_model(path, state), composed)
     for word in words:
         if word.lstrip("+").startswith("regularizer"):
             raise UserError(f"{word}: the regulariser is looked at as it was trained; leave this out")
-    settings = overridden(settings, composed, words, groups)
+    settings = apply_overrides(settings, composed, words, groups)
     check_config(plain(settings))
     return settings
 
@@ -169,14 +176,14 @@ def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
     return list(tasks) if name == "all" else [name]
 
 
-def load_arm(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) -> Arm:
+def load_trained_model(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) -> TrainedModel:
     """The model, and the projectors if there are some, with the checkpoint's weights."""
-    saved = of_checkpoint(path, {**state, "ema": None})
+    saved = read_checkpoint_model(path, {**state, "ema": None})
     settings = restore_config(saved)
-    model = rebuild(settings, tasks, saved)
+    model = rebuild_model(settings, tasks, saved)
     fresh = regularizer = None
     if state.get("regularizer") is not None:
-        with refusals_named(path):
+        with convert_build_errors(path):
             fresh = build_regularizer(settings, tasks, model)
             regularizer = build_regularizer(settings, tasks, model)
     if regularizer is not None:
@@ -188,19 +195,23 @@ def load_arm(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) ->
     if regularizer is not None:
         name = f"{type(regularizer).__name__.lower()}, weight {settings.regularizer.weight:g}"
     if not isinstance(regularizer, Contrastive) or not isinstance(fresh, Contrastive):
-        return Arm(path, saved.step, name, model.eval(), None, {task: [] for task in tasks})
-    widths = model.tap_channels[regularizer.tap]
-    return Arm(path, saved.step, name, model.eval(), regularizer, trained_projectors(regularizer, fresh, widths))
+        return TrainedModel(path, saved.step, name, model.eval(), None, {task: [] for task in tasks})
+    widths = model.feature_channels[regularizer.tap]
+    return TrainedModel(
+        path, saved.step, name, model.eval(), regularizer, find_trained_projectors(regularizer, fresh, widths)
+    )
 
 
 @torch.inference_mode()
-def trained_projectors(regularizer: Contrastive, fresh: Contrastive, widths: Mapping[str, int]) -> dict[str, list[str]]:
+def find_trained_projectors(
+    regularizer: Contrastive, fresh: Contrastive, widths: Mapping[str, int]
+) -> dict[str, list[str]]:
     """For each target the sources whose projector is no longer the ``fresh`` one."""
     found: dict[str, list[str]] = {}
-    for target in regularizer.names:
+    for target in regularizer.task_names:
         probe = torch.randn(1, 8, widths[target], generator=torch.Generator().manual_seed(0))
         found[target] = []
-        for index, source in enumerate(regularizer.names):
+        for index, source in enumerate(regularizer.task_names):
             now, before = (project(r, target, probe, index) for r in (regularizer, fresh))
             if not torch.equal(now, before):
                 found[target].append(source)
@@ -213,26 +224,26 @@ def project(regularizer: Contrastive, target: str, feature: Tensor, source: int)
     return regularizer.projectors[target](feature, torch.full((len(feature),), number))
 
 
-def common_tap(arms: Sequence[Arm], settings: DictConfig) -> str:
+def choose_common_feature(arms: Sequence[TrainedModel], settings: DictConfig) -> str:
     """The feature map to look at: that of the first regulariser, in all arms of one width."""
     for what in ("tap", "thresholds"):
         found = [(arm.path, getattr(arm.regularizer, what)) for arm in arms if arm.regularizer]
         if any(value != found[0][1] for _, value in found):
-            told = ", ".join(f"{path}: {value}" for path, value in found)
-            raise UserError(f"compare= needs regularisers that look at the same: their {what} differ ({told})")
+            to_plain = ", ".join(f"{path}: {value}" for path, value in found)
+            raise UserError(f"compare= needs regularisers that look at the same: their {what} differ ({to_plain})")
     own = OmegaConf.select(settings, "regularizer.options.tap", default="final")
     tap = next((arm.regularizer.tap for arm in arms if arm.regularizer), str(own))
-    widths = [arm.model.tap_channels.get(tap) for arm in arms]
+    widths = [arm.model.feature_channels.get(tap) for arm in arms]
     if widths[0] is None or any(width != widths[0] for width in widths):
         facts = ", ".join(f"{arm.path}: {width or 'none'}" for arm, width in zip(arms, widths))
         raise UserError(f"compare= needs checkpoints of the same decoder; the channels of the tap {tap} are {facts}")
     return tap
 
 
-class Chosen:
+class DatasetSubset:
     """A reader's pictures at ``indices``."""
 
-    def __init__(self, reader: Reader, indices: Sequence[int]):
+    def __init__(self, reader: MultiTaskDataset, indices: Sequence[int]):
         self.reader, self.indices = reader, indices
         self.ids: Sequence[str] = [reader.ids[i] for i in indices]
         self.summary, self.fingerprint = reader.summary, reader.fingerprint
@@ -241,13 +252,13 @@ class Chosen:
         return self.reader.read(self.indices[index], tasks)
 
 
-def evenly_spaced(reader: Reader, count: int) -> Reader:
+def take_evenly_spaced(reader: MultiTaskDataset, count: int) -> MultiTaskDataset:
     """``count`` pictures from the first to the last of a list; all of a shorter one."""
     last = len(reader.ids) - 1
-    return Chosen(reader, np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int)).tolist())
+    return DatasetSubset(reader, np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int)).tolist())
 
 
-def positions(batch: Batch) -> tuple[Tensor, Tensor]:
+def sample_positions(batch: Batch) -> tuple[Tensor, Tensor]:
     """Different pixels of each picture, none in its padding, f(id) alone so that all runs are looked at in the same
     places: (B, K, 2) as parts of the frame, and as parts of the picture's diagonal."""
     height, width = batch["image"].shape[-2:]
@@ -264,7 +275,11 @@ def positions(batch: Batch) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def collect(
-    arms: Sequence[Arm], batches: Iterator[Batch] | Any, tasks: Mapping[str, Task], tap: str, device: torch.device
+    arms: Sequence[TrainedModel],
+    batches: Iterator[Batch] | Any,
+    tasks: Mapping[str, Task],
+    tap: str,
+    device: torch.device,
 ) -> Samples:
     """Run every arm's model on the frames; features are read bilinearly from the tap."""
     for arm in arms:
@@ -275,22 +290,26 @@ def collect(
     shown: Iterable[Batch] = tqdm(batches, desc="frames", leave=False)
     for batch in shown:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
-        pixels, in_picture = positions(batch)
+        pixels, in_picture = sample_positions(batch)
         ids += [sample.id for sample in batch["meta"]]
         places.append(in_picture)
-        labels.append({name: read_labels(batch["labels"][name], pixels) for name in tasks})
+        labels.append({name: sample_labels(batch["labels"][name], pixels) for name in tasks})
         valid.append(
-            {name: read_labels(task.valid(batch["labels"][name]), pixels)[..., 0] for name, task in tasks.items()}
+            {name: sample_labels(task.valid(batch["labels"][name]), pixels)[..., 0] for name, task in tasks.items()}
         )
         for arm, kept in zip(arms, features):
-            image, _ = prepare({**batch, "labels": {}}, arm.model.mean, arm.model.std, device)
+            image, _ = prepare_batch({**batch, "labels": {}}, arm.model.mean, arm.model.std, device)
             output = arm.model(image)
             here = pixels.to(device)
-            kept.append({name: read_features(output.taps[tap][name], here, size, output.frame).cpu() for name in tasks})
-    return Samples(ids, torch.cat(places), joined(labels), joined(valid), [joined(kept) for kept in features])
+            kept.append(
+                {name: sample_features(output.features[tap][name], here, size, output.frame).cpu() for name in tasks}
+            )
+    return Samples(
+        ids, torch.cat(places), concatenate(labels), concatenate(valid), [concatenate(kept) for kept in features]
+    )
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -312,7 +331,7 @@ def chunks(
 
 @torch.inference_mode()
 def measure(
-    arm: Arm,
+    arm: TrainedModel,
     features: Mapping[str, Tensor],
     samples: Samples,
     tasks: Mapping[str, Task],
@@ -329,7 +348,7 @@ def measure(
     names = list(tasks)
 
     def add(kind: str, target: str, source: str, z: Tensor, pairs: Pairs) -> None:
-        sums, own = tally(squared_distances(z), *pairs[source]), found[kind].setdefault(target, {})
+        sums, own = compute_pair_statistics(squared_distances(z), *pairs[source]), found[kind].setdefault(target, {})
         own[source] = own[source] + sums if source in own else sums
 
     for rows, pairs in chunks(samples, tasks, thresholds):
@@ -347,34 +366,34 @@ def measure(
     return found
 
 
-def projectors_for(arm: Arm, target: str, source: str) -> list[str]:
+def projectors_for(arm: TrainedModel, target: str, source: str) -> list[str]:
     """The sources whose projectors a target's features go through where the labels are those of ``source``."""
     return [source] if source in arm.trained[target] else arm.trained[target]
 
 
 def measure_nearness(
     samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
-) -> dict[str, Tally]:
+) -> dict[str, PairStatistics]:
     """The same sums with the squared distance in the picture (as a part of its diagonal) for the features' distance:
     what any smooth map would separate."""
-    found: dict[str, Tally] = {}
+    found: dict[str, PairStatistics] = {}
     for rows, pairs in chunks(samples, tasks, thresholds):
         distance = torch.cdist(samples.places[rows], samples.places[rows]).square()
         for name in tasks:
-            sums = tally(distance, *pairs[name])
+            sums = compute_pair_statistics(distance, *pairs[name])
             found[name] = found[name] + sums if name in found else sums
     return found
 
 
-def told(arm: Arm, kinds: Mapping[str, Tallies]) -> dict[str, Any]:
+def to_plain(arm: TrainedModel, kinds: Mapping[str, Tallies]) -> dict[str, Any]:
     """Plain numbers: kind -> target -> source -> means and histograms, whose bins a target's sources share."""
     features: dict[str, Any] = {}
     for kind, targets in kinds.items():
         features[kind] = {}
         for target, by_source in targets.items():
-            shared = shared_histograms(list(by_source.values()))
+            shared = build_histograms(list(by_source.values()))
             features[kind][target] = {
-                source: {**means(sums), "bin_width": shared.width, "histogram_ap": ap, "histogram_an": an}
+                source: {**summarize_pairs(sums), "bin_width": shared.width, "histogram_ap": ap, "histogram_an": an}
                 for (source, sums), ap, an in zip(by_source.items(), shared.ap, shared.an)
             }
             if kind == "projected":

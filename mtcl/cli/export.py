@@ -21,13 +21,25 @@ from torch.export import Dim
 
 from mtcl.atomic import disk_errors_told
 from mtcl.cli import arguments as read
-from mtcl.cli.model_card import RAW, card, rounded
-from mtcl.config.load import CARD, FACTS, HUB_ID, RECIPE, SHARED, WEIGHTS, Loaded, hub, load_model, pull, put_into
-from mtcl.data import Sample, prepare
+from mtcl.cli.model_card import RAW_MEANINGS, format_model_card, round_values
+from mtcl.config.load import (
+    CARD_FILE,
+    HUB_FILES,
+    HUB_ID,
+    METADATA_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+    LoadedModel,
+    download_model,
+    import_hub,
+    load_model,
+    replace_model_files,
+)
+from mtcl.data import Sample, prepare_batch
 from mtcl.data.loader import collate
 from mtcl.errors import UserError, printable
 from mtcl.inference import recipe
-from mtcl.inference.predictor import AS_IT_IS, ROUNDING
+from mtcl.inference.predictor import RESIZE_THRESHOLD, SIZE_MULTIPLE
 from mtcl.models import DenseModel
 from mtcl.tasks.base import Task
 from mtcl.version import __version__
@@ -72,19 +84,19 @@ def export(words: Sequence[str]) -> None:
         print(printable(push(given["folder"], given["push"], given.get("private", False))))
     elif purpose == "pull":
         folder = given["folder"]
-        refuse_full(folder, given.get("overwrite", False), "folder")
+        check_empty(folder, given.get("overwrite", False), "folder")
         with disk_errors_told(folder, "run it again"):
-            print(printable(f"{given['pull']}: {pull(given['pull'], folder=folder)}"))
+            print(printable(f"{given['pull']}: {download_model(given['pull'], folder=folder)}"))
     else:
         for package in ("onnx", "onnxruntime", "onnxscript") if given["format"] == "onnx" else ():
             if find_spec(package) is None:
                 raise UserError(f"format=onnx needs the package {package}; pip install 'mtcl[export]'")
-        refuse_full(given["output"], given.get("overwrite", False), "output")
+        check_empty(given["output"], given.get("overwrite", False), "output")
         loaded = load_model(given["checkpoint"])
         print(printable(export_model(loaded, given["format"], given["output"], given.get("fixed", False))))
 
 
-def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -> str:
+def export_model(loaded: LoadedModel, kind: str, folder: Path, fixed: bool = False) -> str:
     """Files of one of :data:`FORMATS` in ``folder``: all that belong together, checked, or none. What they are, in
     words.
 
@@ -95,12 +107,15 @@ def export_model(loaded: Loaded, kind: str, folder: Path, fixed: bool = False) -
         "torch": lambda place: write_program(loaded, place, fixed, torch_program),
         "onnx": lambda place: write_program(loaded, place, fixed, onnx_program),
     }
-    with disk_errors_told(folder / kind, "run it again"), put_into(folder, (*SHARED, RECIPE)) as place:
+    with (
+        disk_errors_told(folder / kind, "run it again"),
+        replace_model_files(folder, (*HUB_FILES, RECIPE_FILE)) as place,
+    ):
         told = makers[kind](place)
     return f"{folder}: {told}"
 
 
-def refuse_full(folder: Path, overwrite: bool, key: str) -> None:
+def check_empty(folder: Path, overwrite: bool, key: str) -> None:
     if folder.is_file():
         raise UserError(f"{key}={folder} is a file; give a folder")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):
@@ -110,19 +125,19 @@ def refuse_full(folder: Path, overwrite: bool, key: str) -> None:
 # Weights and a card
 
 
-def write_weights(loaded: Loaded, folder: Path) -> str:
+def write_weights(loaded: LoadedModel, folder: Path) -> str:
     """What ``mtcl.load`` reads, with a card for people."""
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in loaded.model.state_dict().items()}
-    (folder / WEIGHTS).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file hides the disk's errors
+    (folder / WEIGHTS_FILE).write_bytes(save(weights, metadata={"format": "pt"}))  # save_file hides the disk's errors
     saved = loaded.saved
-    facts = {**facts_of(loaded), "tasks": saved.tasks, "config": portable(saved.config)}
-    (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-    (folder / CARD).write_text(card(loaded), "utf-8")
+    facts = {**describe_model(loaded), "tasks": saved.tasks, "config": remove_local_paths(saved.config)}
+    (folder / METADATA_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    (folder / CARD_FILE).write_text(format_model_card(loaded), "utf-8")
     count = sum(p.numel() for p in loaded.model.parameters())
-    return f"{WEIGHTS} ({count:,} parameters), {FACTS}, {CARD}; mtcl.load reads the folder"
+    return f"{WEIGHTS_FILE} ({count:,} parameters), {METADATA_FILE}, {CARD_FILE}; mtcl.load reads the folder"
 
 
-def portable(config: Mapping[str, Any]) -> dict[str, Any]:
+def remove_local_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stored config, which names no other files any more, without the folder of the training images."""
     copied = deepcopy(dict(config))
     copied["data"]["root"] = None
@@ -132,7 +147,7 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 # Programs
 
 
-class Whole(nn.Module):
+class ExportModule(nn.Module):
     """Normalisation, model, and depth clipped at 0: pictures as :data:`INPUT` -> task -> prediction (B, C, H, W),
     float32."""
 
@@ -147,15 +162,15 @@ class Whole(nn.Module):
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         found = self.model.predict((image - self.mean) / self.std)
-        return {name: as_scored(task, found[name]) for name, task in self.tasks.items()}
+        return {name: clip_prediction(task, found[name]) for name, task in self.tasks.items()}
 
 
-def as_scored(task: Task, raw: Tensor) -> Tensor:
+def clip_prediction(task: Task, raw: Tensor) -> Tensor:
     """Clip what every metric and ``mtcl.load`` clip."""
     return raw.clamp(min=0) if task.kind == "metres" else raw
 
 
-class Shape(NamedTuple):
+class InputSpec(NamedTuple):
     """What an exported program takes."""
 
     frame: tuple[int, int]  # (height, width) of pictures up to the training frame's size; no smaller input is needed
@@ -181,15 +196,15 @@ class Shape(NamedTuple):
 
 Run = Callable[[Tensor], Mapping[str, Tensor]]
 Made = tuple[str, Run]  # the file's name, and how it is run
-Maker = Callable[[torch.export.ExportedProgram, Loaded, Shape, Path], Made]
+Maker = Callable[[torch.export.ExportedProgram, LoadedModel, InputSpec, Path], Made]
 
 
-class NotForThisShape(Exception):
-    """A program that can't be made, or run, for all that its :class:`Shape` promises."""
+class ExportError(Exception):
+    """A program that can't be made, or run, for all that its :class:`InputSpec` promises."""
 
 
-def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> str:
-    """The widest :class:`Shape` that the model's operations allow."""
+def write_program(loaded: LoadedModel, folder: Path, fixed: bool, maker: Maker) -> str:
+    """The widest :class:`InputSpec` that the model's operations allow."""
     model = loaded.model
     multiple = model.backbone.multiple
     least = tuple(recipe.round_up(side, multiple) for side in loaded.size)
@@ -199,21 +214,21 @@ def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> st
     elif min(least) == multiple:
         fixed, reason = True, f"a side of its training frame is a single {multiple}, which a tracer takes for a rule"
     # A picture of the training frame's size is rounded up before the backbone's multiple is.
-    frame = tuple(recipe.round_up(recipe.round_up(side, ROUNDING), multiple) for side in loaded.size)
-    shapes = [Shape((least[0], least[1]), multiple, True, True)] * (not fixed)
-    shapes += [Shape((frame[0], frame[1]), multiple, batch, False) for batch in (True, False)]
+    frame = tuple(recipe.round_up(recipe.round_up(side, SIZE_MULTIPLE), multiple) for side in loaded.size)
+    shapes = [InputSpec((least[0], least[1]), multiple, True, True)] * (not fixed)
+    shapes += [InputSpec((frame[0], frame[1]), multiple, batch, False) for batch in (True, False)]
     error: Exception | None = None
     for shape in shapes:
         try:
-            with quietly():
-                program = traced(Whole(model, loaded.tasks).eval(), shape)
-                count = own_parameters(program, model)
+            with silence_exporters():
+                program = trace(ExportModule(model, loaded.tasks).eval(), shape)
+                count = count_parameters(program, model)
                 name, run = maker(program, loaded, shape, folder)
                 worst = check(run, loaded, shape, name)
-            (folder / RECIPE).write_text(Path(recipe.__file__).read_text("utf-8"), "utf-8")
+            (folder / RECIPE_FILE).write_text(Path(recipe.__file__).read_text("utf-8"), "utf-8")
             why = "" if shape.any_size else f" ({reason})"
             return f"{name} takes {shape}{why}; as eager to {worst:.1e}; {count:,} parameters, all of them the model's"
-        except NotForThisShape as problem:
+        except ExportError as problem:
             error = problem
             reason = first_line(problem) if shape.any_size else reason
             for path in folder.iterdir():
@@ -222,7 +237,7 @@ def write_program(loaded: Loaded, folder: Path, fixed: bool, maker: Maker) -> st
     raise UserError(f"this model can't be exported so: {first_line(error)}") from error
 
 
-def own_parameters(program: torch.export.ExportedProgram, model: DenseModel) -> int:
+def count_parameters(program: torch.export.ExportedProgram, model: DenseModel) -> int:
     """How many numbers were trained; ``UserError`` where some are not the model's (a regulariser's)."""
     strangers = set(program.state_dict) - {f"model.{name}" for name in model.state_dict()}
     if strangers:
@@ -235,7 +250,7 @@ def has_windows(model: DenseModel) -> bool:
     return any(hasattr(module, "window_size") for module in model.backbone.modules())
 
 
-def traced(module: nn.Module, shape: Shape) -> torch.export.ExportedProgram:
+def trace(module: nn.Module, shape: InputSpec) -> torch.export.ExportedProgram:
     height, width = shape.frame
     dynamic: dict[int, Any] = {}
     if shape.any_batch:
@@ -253,24 +268,24 @@ def traced(module: nn.Module, shape: Shape) -> torch.export.ExportedProgram:
         with torch.no_grad():
             return torch.export.export(module, (example,), dynamic_shapes=(dynamic,), strict=False)
     except Exception as error:  # many kinds
-        raise NotForThisShape(first_line(error)) from error
+        raise ExportError(first_line(error)) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def torch_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: Shape, folder: Path) -> Made:
+def torch_program(program: torch.export.ExportedProgram, loaded: LoadedModel, shape: InputSpec, folder: Path) -> Made:
     path = folder / PROGRAM
-    facts = facts_of_program(loaded, shape)
+    facts = describe_program(loaded, shape)
     try:
         buffer = io.BytesIO()  # written to the disk, it would hide the disk's errors
-        torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
+        torch.export.save(program, buffer, extra_files={METADATA_FILE: json.dumps(facts)})
     except Exception as error:  # an operation on sizes that can be traced, but not written (a ViT's: ceil)
-        raise NotForThisShape(first_line(error)) from error
+        raise ExportError(first_line(error)) from error
     path.write_bytes(buffer.getbuffer())
     return PROGRAM, torch.export.load(path).module()
 
 
-def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: Shape, folder: Path) -> Made:
+def onnx_program(program: torch.export.ExportedProgram, loaded: LoadedModel, shape: InputSpec, folder: Path) -> Made:
     import onnxruntime
 
     path = folder / ONNX
@@ -280,10 +295,10 @@ def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: S
         )
         assert found is not None
     except Exception as error:  # many kinds
-        raise NotForThisShape(first_line(error)) from error
-    facts = facts_of_program(loaded, shape)
+        raise ExportError(first_line(error)) from error
+    facts = describe_program(loaded, shape)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
-    found.model.metadata_props.update({**texts, FACTS: json.dumps(facts)})
+    found.model.metadata_props.update({**texts, METADATA_FILE: json.dumps(facts)})
     found.save(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # what goes wrong comes as an exception, too
@@ -291,7 +306,7 @@ def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: S
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise NotForThisShape(first_line(error)) from error
+        raise ExportError(first_line(error)) from error
 
     def run(image: Tensor) -> dict[str, Tensor]:
         outputs = session.run(list(loaded.tasks), {"image": image.numpy()})
@@ -300,28 +315,28 @@ def onnx_program(program: torch.export.ExportedProgram, loaded: Loaded, shape: S
     return ONNX, run
 
 
-def facts_of(loaded: Loaded) -> dict[str, Any]:
+def describe_model(loaded: LoadedModel) -> dict[str, Any]:
     """Describe what the model takes and gives: who uses a program needs it, and an exported folder has it, too."""
     return {
         "mtcl": __version__,
         "step": loaded.saved.step,
         "classes": {name: list(getattr(task, "classes", ())) for name, task in loaded.tasks.items()},
         "kinds": {name: task.kind for name, task in loaded.tasks.items()},
-        "outputs": {name: RAW[task.kind] for name, task in loaded.tasks.items()},
+        "outputs": {name: RAW_MEANINGS[task.kind] for name, task in loaded.tasks.items()},
         "units": {name: UNITS.get(task.kind, "") for name, task in loaded.tasks.items()},
-        "mean": rounded(loaded.model.mean),
-        "std": rounded(loaded.model.std),
+        "mean": round_values(loaded.model.mean),
+        "std": round_values(loaded.model.std),
         "size": list(loaded.size),
-        "rounding": ROUNDING,
+        "rounding": SIZE_MULTIPLE,
         "multiple": loaded.model.backbone.multiple,
-        "as_it_is": AS_IT_IS,
+        "as_it_is": RESIZE_THRESHOLD,
     }
 
 
-def facts_of_program(loaded: Loaded, shape: Shape) -> dict[str, Any]:
+def describe_program(loaded: LoadedModel, shape: InputSpec) -> dict[str, Any]:
     """Describe the program's input and outputs."""
     return {
-        **facts_of(loaded),
+        **describe_model(loaded),
         "tasks": list(loaded.tasks),
         "input": f"{INPUT}; normalised inside with mean and std (on the 0..1 scale)",
         "takes": str(shape),
@@ -332,35 +347,35 @@ def facts_of_program(loaded: Loaded, shape: Shape) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def check(run: Run, loaded: Loaded, shape: Shape, name: str) -> float:
+def check(run: Run, loaded: LoadedModel, shape: InputSpec, name: str) -> float:
     """The largest difference between the program and the model as it is evaluated; beyond the tolerance the program is
-    :class:`NotForThisShape`."""
+    :class:`ExportError`."""
     worst = 0.0
     for count, height, width in shape.examples():
-        pictures = clouds(count, height, width)
+        pictures = smooth_random_images(count, height, width)
         batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, (height, width), 1)
         raw = batch["image"].float()
-        image, _ = prepare(batch, loaded.model.mean, loaded.model.std, "cpu")
+        image, _ = prepare_batch(batch, loaded.model.mean, loaded.model.std, "cpu")
         raw_eager = loaded.model.predict(image)
-        eager = {name: as_scored(task, raw_eager[name]) for name, task in loaded.tasks.items()}
+        eager = {name: clip_prediction(task, raw_eager[name]) for name, task in loaded.tasks.items()}
         try:
             found = run(raw)
         except Exception as error:  # of the runtime
-            raise NotForThisShape(first_line(error)) from error
+            raise ExportError(first_line(error)) from error
         for task in loaded.tasks:
             if found[task].shape != eager[task].shape:
-                raise NotForThisShape(f"{task} comes out as {tuple(found[task].shape)}")
-            difference = relative(found[task], eager[task])
+                raise ExportError(f"{task} comes out as {tuple(found[task].shape)}")
+            difference = relative_difference(found[task], eager[task])
             worst = max(worst, difference)
             if not difference <= TOLERANCE:  # nor where it is not a number
-                raise NotForThisShape(
+                raise ExportError(
                     f"{name}, run at {count} x {height} x {width}, gives another {task} than the model, by "
                     f"{difference:.1e}, more than {TOLERANCE:.0e}"
                 )
     return worst
 
 
-def clouds(count: int, height: int, width: int) -> list[np.ndarray]:
+def smooth_random_images(count: int, height: int, width: int) -> list[np.ndarray]:
     """Random pictures uint8 (H, W, 3), smooth as photographs are, with some grain. White noise is no test: its means
     over areas are all the same, and what a network makes of their differences drowns in rounding.
     """
@@ -370,7 +385,7 @@ def clouds(count: int, height: int, width: int) -> list[np.ndarray]:
     return [(s + generator.normal(0, 8, s.shape)).clip(0, 255).astype(np.uint8) for s in smooth]
 
 
-def relative(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
     """The largest difference, over the largest value of ``b`` where that is above 1."""
     return ((a - b).abs().max() / b.abs().max().clamp_min(1)).item()
 
@@ -380,7 +395,7 @@ def first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
+def silence_exporters() -> Iterator[None]:
     """Exporters chat a lot, and none of it is for who exports."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
@@ -399,16 +414,16 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     """Publish an exported folder as ``name`` (user/model); its address."""
     if not HUB_ID.fullmatch(name):
         raise UserError(f"push={name} is no name on the hub; give USER/NAME")
-    for file in (FACTS, WEIGHTS):
+    for file in (METADATA_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise UserError(f"folder={folder} has no {file}; make it with export.py format=safetensors")
-    library = hub(f"push={name}")
+    library = import_hub(f"push={name}")
     api = library.HfApi()
     try:
         api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(name).private:
             raise UserError(f"push={name} is there already, and public; make it private on the hub, or choose another")
-        return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(SHARED)))
+        return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(HUB_FILES)))
     except UserError:
         raise
     except Exception as error:  # the library raises many kinds

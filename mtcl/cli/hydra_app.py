@@ -19,30 +19,30 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.cli.terminal import FULL, complain, outlasting_output, speak_utf8
-from mtcl.config.build_model import inline_files
-from mtcl.config.overrides import expand_home, readable, sentence
+from mtcl.cli.terminal import DISK_FULL_ERRORS, ensure_utf8, print_error, tolerate_closed_output
+from mtcl.config.build_model import inline_genotype
+from mtcl.config.overrides import expand_home, format_error, quote_paths
 from mtcl.config.schema import check_config
 from mtcl.errors import UserError, printable
-from mtcl.launch import sweep as sweeping
-from mtcl.launch.processes import REQUEUE
+from mtcl.launch import sweep as sweep
+from mtcl.launch.processes import EXIT_REQUEUE
 from mtcl.training.preemption import Preempted
 
 # What a disk refuses to write; and what no folder can be called, when Hydra makes the run's.
-OF_DISKS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
-OF_NAMES = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
+DISK_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
+PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
 
 
-def launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None = None) -> None:
+def run_hydra_app(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None = None) -> None:
     """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does (``-m`` sweeps,
     too). ``script``: a sweep's jobs are processes of it, see :mod:`mtcl.launch.sweep`; None: they run here.
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
-    keep their trace; a run that was told to make room exits with :data:`REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
+    keep their trace; a run that was told to make room exits with :data:`EXIT_REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
     Where nobody reads the output any longer, the work goes on.
     """
-    speak_utf8()
-    with outlasting_output(also=FULL):  # a run's numbers are in its folder
+    ensure_utf8()
+    with tolerate_closed_output(extra_errors=DISK_FULL_ERRORS):  # a run's numbers are in its folder
         _launch(job, configs, name, script)
 
 
@@ -55,44 +55,44 @@ def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script:
     task = _Task(job, script, wants_trace)
     multirun = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in sys.argv)
     sweeps = script is not None and multirun
-    sys.argv[1:] = readable(sys.argv[1:], sweeps=multirun)
-    sweeping.outcomes.clear()
-    sweeping.received.clear()
+    sys.argv[1:] = quote_paths(sys.argv[1:], sweeps=multirun)
+    sweep.job_outcomes.clear()
+    sweep.received_signals.clear()
     try:
         if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("torchrun can't start a sweep; start torchrun train.py once per run, without -m")
-        with _hydra_raises(), sweeping.told_to_end() if sweeps else contextlib.nullcontext():
+        with _hydra_raises(), sweep.forward_signals() if sweeps else contextlib.nullcontext():
             hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(task)()
         if task.ending is not None:
             raise task.ending
-    except sweeping.Stopped:
+    except sweep.SweepStopped:
         pass
     except (UserError, HydraException, OmegaConfBaseException) as error:
         if wants_trace:
             raise
-        complain(sentence(error))
+        print_error(format_error(error))
         sys.exit(1)
     except OSError as error:
-        if wants_trace or error.errno not in (OF_DISKS if error is task.ending else OF_DISKS | OF_NAMES):
+        if wants_trace or error.errno not in (DISK_ERRORS if error is task.ending else DISK_ERRORS | PATH_ERRORS):
             raise
         where = error.filename or "the run folder"
-        complain(f"{shortened(where)} can't be written ({error.strerror}); choose another hydra.run.dir")
+        print_error(f"{truncate_path(where)} can't be written ({error.strerror}); choose another hydra.run.dir")
         sys.exit(1)
     except Preempted as stopped:
         print(f"{stopped}, its state is saved; the same command with resume=auto goes on from there", file=sys.stderr)
-        sys.exit(REQUEUE)
+        sys.exit(EXIT_REQUEUE)
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if wants_trace or not sweeps:
             raise
-        complain(f"the launcher ended with {type(error).__name__}: {sentence(error)}")
+        print_error(f"the launcher ended with {type(error).__name__}: {format_error(error)}")
         sys.exit(1)
     finally:
-        if sweeping.outcomes or sweeping.received:
-            print(*map(printable, sweeping.summary()), sep="\n", file=sys.stderr)
-    if code := sweeping.exit_code():
+        if sweep.job_outcomes or sweep.received_signals:
+            print(*map(printable, sweep.summary()), sep="\n", file=sys.stderr)
+    if code := sweep.exit_code():
         sys.exit(code)
 
 
@@ -113,11 +113,11 @@ class _Task:
         try:
             expand_home(config)
             check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
-            inline_files(config)
+            inline_genotype(config)
             plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
             if not sweeps or self.script is None:
                 return self.job(config)
-            return sweeping.run_job(
+            return sweep.run_job(
                 [sys.executable, str(self.script), *self.folders],
                 [*hydra_config.overrides.task, *map(str, filter(_is_of_runs, hydra_config.overrides.hydra))],
                 plain,
@@ -129,7 +129,7 @@ class _Task:
         except (UserError, OmegaConfBaseException, OSError, Preempted) as error:
             if sweeps and self.script is not None and isinstance(error, UserError | OmegaConfBaseException):
                 words = tuple(hydra_config.overrides.task)
-                return sweeping.Outcome(hydra_config.job.num, words, sweeping.FAILED, sentence(error))
+                return sweep.JobOutcome(hydra_config.job.num, words, sweep.FAILED, format_error(error))
             if self.wants_trace or sweeps:
                 raise  # Hydra says which job of the sweep it was
             self.ending = error
@@ -174,7 +174,7 @@ def _temporary_folder() -> str:
     return folder
 
 
-def shortened(path: object, length: int = 200) -> str:
+def truncate_path(path: object, length: int = 200) -> str:
     """A path of any length as a sentence can hold it."""
     text = str(path)
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]} ({len(text)} characters)"

@@ -11,20 +11,20 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model, saved_config
-from mtcl.config.overrides import readable, sentence
+from mtcl.config.overrides import format_error, quote_paths
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
-from mtcl.config.stored_config import described
+from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
-from mtcl.models.published import METHODS, fit, read_published, translate
+from mtcl.models.published import METHODS, check_state_dict, read_published_checkpoint, translate_state_dict
 from mtcl.training.checkpoint import save_checkpoint
 
 
 class Imported(NamedTuple):
     tensors: int  # of our model, each filled from the file
-    idle: list[str]  # keys of the file that the published forward never uses
+    unused_keys: list[str]  # keys of the file that the published forward never uses
     settings: dict[str, Any]  # config keys that the published network asked for
 
 
@@ -39,19 +39,19 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     if target.exists():
         raise UserError(f"{target} exists already; choose another name")
     known = METHODS[method]
-    theirs, step = read_published(source)
+    theirs, step = read_published_checkpoint(source)
     config = composed(overrides, configs)
     if str(config.decoder._target_).rpartition(".")[2] != known.model:
         raise UserError(f"the config describes {config.decoder._target_}, not {method}; give decoder={method}")
-    settings = known.settings(theirs, data_size(config))
+    settings = known.settings(theirs, get_image_size(config))
     for key, value in settings.items():
         set_key(config, key, value)
     check_config(plain(config))
     tasks = build_tasks(config)
     with torch.device("meta"):  # its shapes are all that is asked for
         model = build_model(config, tasks, pretrained=False)
-    ours, idle = translate(theirs, known, list(tasks))
-    fit(ours, model.state_dict(), method)
+    ours, unused_keys = translate_state_dict(theirs, known, list(tasks))
+    check_state_dict(ours, model.state_dict(), method)
     content = {
         "model": ours,
         "ema": None,
@@ -63,22 +63,22 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
         "rng": {},
         "config": saved_config(config, model),
         "meta": {
-            "tasks": described(tasks),
+            "tasks": describe_tasks(tasks),
             "best": math.nan,
-            "imported": {"method": method, "file": source.name, "idle": idle},
+            "imported": {"method": method, "file": source.name, "idle": unused_keys},
         },
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(target, content)
-    return Imported(len(ours), idle, settings)
+    return Imported(len(ours), unused_keys, settings)
 
 
 def composed(overrides: Sequence[str], configs: Path) -> DictConfig:
     try:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            return compose("train", readable(overrides))
+            return compose("train", quote_paths(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(sentence(error)) from error
+        raise UserError(format_error(error)) from error
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import timm
 import yaml
 
-from mtcl.config.load import Loaded
+from mtcl.config.load import LoadedModel
 from mtcl.errors import UserError, printable
-from mtcl.evaluation.format_metrics import COUNTS, shown
+from mtcl.evaluation.format_metrics import COUNT_UNITS, format_value
 from mtcl.results.run_files import METRICS, RECORD, read_metrics, read_record
 from mtcl.version import __version__
 
-RAW = {  # what a raw prediction stands for, by a task's kind
+RAW_MEANINGS = {  # what a raw prediction stands for, by a task's kind
     "class": "logits of the classes; the class is the argmax over channels",
     "metres": "metres, negative ones clipped to 0",
     "direction": "vectors to be normalised; x to the left, y up, z to the viewer",
@@ -41,7 +41,7 @@ class Score(NamedTuple):
     text: str  # with its unit
 
 
-def card(loaded: Loaded) -> str:
+def format_model_card(loaded: LoadedModel) -> str:
     """Write the card's text: what the model is, how to use it, what it scored."""
     config, saved = loaded.saved.config, loaded.saved
     data = config["data"]
@@ -51,7 +51,7 @@ def card(loaded: Loaded) -> str:
     scores, scored_on = read_scores(loaded)
     front = yaml.safe_dump(front_matter(loaded, name, scores), sort_keys=False, allow_unicode=True)
     rows = "\n".join(
-        f"| {key} | {task.channels} | {cell(', '.join(getattr(task, 'classes', ())) or RAW[task.kind])} |"
+        f"| {key} | {task.channels} | {cell(', '.join(getattr(task, 'classes', ())) or RAW_MEANINGS[task.kind])} |"
         for key, task in loaded.tasks.items()
     )
     target = str(config["decoder"]["_target_"]).rpartition(".")[2]
@@ -81,7 +81,7 @@ maps = predictor("picture.jpg")  # task -> array of the picture's height and wid
 - **Training data**: {cell(data["name"])}, the training part of its split `{cell(data.get("split"))}`.
 - **Size**: frames of {height} x {width} (height x width); other sizes work, larger pictures are shrunk to about that.
 - **Normalisation** (inside the predictor): RGB on the 0..1 scale,
-  mean {rounded(loaded.model.mean)}, std {rounded(loaded.model.std)}.
+  mean {round_values(loaded.model.mean)}, std {round_values(loaded.model.std)}.
 
 ## Metrics
 
@@ -101,7 +101,7 @@ mtcl implements the method of [Contrastive Multi-Task Dense Prediction]({PAPER})
 """
 
 
-def front_matter(loaded: Loaded, name: str, scores: Sequence[Score]) -> dict[str, Any]:
+def front_matter(loaded: LoadedModel, name: str, scores: Sequence[Score]) -> dict[str, Any]:
     """Describe the model as the hub's own fields."""
     config = loaded.saved.config
     has_classes = any(task.kind == "class" for task in loaded.tasks.values())
@@ -137,7 +137,7 @@ def front_matter(loaded: Loaded, name: str, scores: Sequence[Score]) -> dict[str
     return front
 
 
-def find_base_model(loaded: Loaded) -> str | None:
+def find_base_model(loaded: LoadedModel) -> str | None:
     """Name the model on the hub whose weights the backbone began with; None where it did not."""
     backbone = loaded.saved.config["backbone"]
     if backbone.get("weights") != "hub":
@@ -146,7 +146,7 @@ def find_base_model(loaded: Loaded) -> str | None:
     return getattr(known, "hf_hub_id", None)
 
 
-def read_scores(loaded: Loaded) -> tuple[list[Score], str]:
+def read_scores(loaded: LoadedModel) -> tuple[list[Score], str]:
     """Read the metrics of the run, where the checkpoint is the run's last one, and say what they were computed on."""
     run = loaded.saved.path.parent.parent
     try:
@@ -159,9 +159,11 @@ def read_scores(loaded: Loaded) -> tuple[list[Score], str]:
     for name, task in loaded.tasks.items():
         values = {key: value for key, value in metrics.get(name, {}).items() if math.isfinite(value)}
         first, _ = task.headline(values)
-        others = [key for key in values if key != first and not key.startswith("IoU/") and key not in COUNTS]
+        others = [key for key in values if key != first and not key.startswith("IoU/") and key not in COUNT_UNITS]
         scores += [
-            Score(name, key, values[key], shown(task, key, values[key])) for key in (first, *others) if key in values
+            Score(name, key, values[key], format_value(task, key, values[key]))
+            for key in (first, *others)
+            if key in values
         ]
     return scores, f"{cell(record.get('num_images'))} validation pictures ({cell(record.get('protocol'))})"
 
@@ -179,6 +181,6 @@ def cell(text: Any) -> str:
     return printable(str(text)).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
 
 
-def rounded(values: Sequence[float]) -> list[float]:
+def round_values(values: Sequence[float]) -> list[float]:
     """Round what is written for people and programs."""
     return [round(value, 6) for value in values]

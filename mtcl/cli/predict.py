@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.cli import arguments as read
-from mtcl.config.load import Loaded, load_model, predictor_of
+from mtcl.config.load import LoadedModel, build_predictor, load_model
 from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
 from mtcl.inference.image_reading import SUFFIXES
-from mtcl.inference.map_files import meaning, write_jpeg, write_map
+from mtcl.inference.map_files import describe_values, write_jpeg, write_map
 from mtcl.inference.predictor import LARGE
 from mtcl.safe_files import open_regular, read_json
 from mtcl.tasks import TASK_NAMES
@@ -94,14 +94,14 @@ def predict(words: Sequence[str]) -> None:
             f"input={source}: a camera's number is at most {MOST_CAMERAS}; for a file of that name, ./{source}"
         )
     loaded = load_model(checkpoint)
-    predictor = predictor_of(loaded, **options)
+    predictor = build_predictor(loaded, **options)
     record = Record(settings, source, facts(loaded, predictor))
     if camera:
-        film(int(source), f"camera_{int(source)}", predictor, settings, record)
+        predict_video(int(source), f"camera_{int(source)}", predictor, settings, record)
     elif video:
-        film(source, path.stem, predictor, settings, record)
+        predict_video(source, path.stem, predictor, settings, record)
     else:
-        pictures(files, named(files, path), unread, predictor, settings, record)
+        pictures(files, output_names(files, path), unread, predictor, settings, record)
 
 
 def refuse_links(output: Path) -> None:
@@ -122,7 +122,7 @@ def is_inside(folder: Path, path: Path) -> bool:
 # What was done
 
 
-def facts(loaded: Loaded, predictor: Predictor) -> dict[str, Any]:
+def facts(loaded: LoadedModel, predictor: Predictor) -> dict[str, Any]:
     """What the maps depend on, and what they mean."""
     return {
         "checkpoint": str(loaded.saved.path.resolve()),
@@ -131,14 +131,14 @@ def facts(loaded: Loaded, predictor: Predictor) -> dict[str, Any]:
         "flip": predictor.flip,
         "scales": list(predictor.scales),
         "precision": predictor.precision,
-        "tasks": {name: meaning(task) for name, task in predictor.tasks.items()},
+        "tasks": {name: describe_values(task) for name, task in predictor.tasks.items()},
     }
 
 
 class Record:
     """``predict.json`` of an output folder: the maps of one model, and which of them belong to which input.
 
-    Names are those of :func:`named`; a video's is ``NAME.mp4``, and ``NAME/`` for the maps of its frames. ``UserError``
+    Names are those of :func:`output_names`; a video's is ``NAME.mp4``, and ``NAME/`` for the maps of its frames. ``UserError``
     where it was written for another model or with other options, unless they are to be overwritten.
     """
 
@@ -260,7 +260,7 @@ def pictures(
                         raise
                     leave_out(path, error)
                 except Exception as error:
-                    if not out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                     what = f"{path}: {array.shape[1]} x {array.shape[0]} pixels"
                     leave_out(path, f"{what} are too many for the memory of this machine; make it smaller")
@@ -277,7 +277,7 @@ def pictures(
                     except UserError as error:
                         leave_out(path, error)
                         bar.update()
-                results = deque(predicted(predictor, list(arrays.values())))
+                results = deque(predict_group(predictor, list(arrays.values())))
                 for path, array in arrays.items():
                     maps = results.popleft()  # written, it can go
                     if maps is None:
@@ -317,17 +317,17 @@ def read_ahead(
         yield before
 
 
-def predicted(predictor: Predictor, pictures: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
+def predict_group(predictor: Predictor, pictures: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
     """The maps of every picture, one by one where the memory does not suffice for all; None where not even so."""
     try:
         return [*predictor.batch(pictures)]
     except Exception as error:
-        if not out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
-    return [None] if len(pictures) == 1 else [predicted(predictor, [picture])[0] for picture in pictures]
+    return [None] if len(pictures) == 1 else [predict_group(predictor, [picture])[0] for picture in pictures]
 
 
-def out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Of the device or of this machine."""
     if isinstance(error, cv2.error):
         return error.code == cv2.Error.StsNoMem
@@ -374,7 +374,7 @@ def found(source: Path, output: Path) -> tuple[list[Path], dict[Path, str]]:
     return sorted(files), unread
 
 
-def named(files: Sequence[Path], source: Path) -> dict[Path, str]:
+def output_names(files: Sequence[Path], source: Path) -> dict[Path, str]:
     """Names of what is written: the path below ``source`` without its ending, with it where two would be one."""
     whole = {path: (path.relative_to(source) if source.is_dir() else Path(path.name)).as_posix() for path in files}
     bare = {path: name.removesuffix(path.suffix) for path, name in whole.items()}
@@ -417,7 +417,7 @@ def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 # Films
 
 
-def film(source: str | int, name: str, predictor: Predictor, settings: Settings, record: Record) -> None:
+def predict_video(source: str | int, name: str, predictor: Predictor, settings: Settings, record: Record) -> None:
     """``output/name.mp4``: each frame with all tasks beside it, whole or not at all. A camera goes on until Ctrl-C."""
     video = isinstance(source, str)
     target = settings.output / f"{name}.mp4"
@@ -450,12 +450,12 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
         with (
             disk_errors_told(target, "run it again"),
             TemporaryDirectory(prefix=".predict-", dir=settings.output) as folder,
-            closing(Film(Path(folder) / "film.mp4", rate)) as made,
+            closing(VideoWriter(Path(folder) / "film.mp4", rate)) as made,
         ):
             try:
                 with tqdm(total=total, desc="predict", unit="frame") as bar:
                     for group in batched(islice(chain([first], stream), limit), settings.batch):
-                        for picture, maps in zip(group, predicted(predictor, group)):
+                        for picture, maps in zip(group, predict_group(predictor, group)):
                             if maps is None:
                                 raise UserError(too_large(source, picture, predictor))
                             # A camera's film is as long as it took, however fast the model is.
@@ -479,7 +479,7 @@ def film(source: str | int, name: str, predictor: Predictor, settings: Settings,
         raise UserError(f"only {count} of about {total} frames of {source} could be read; is it whole?")
 
 
-class Film:
+class VideoWriter:
     """A video that is written frame by frame, uint8 RGB (H, W, 3) of one size."""
 
     def __init__(self, path: Path, rate: float):

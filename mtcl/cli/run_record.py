@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mtcl.data import Reader
+from mtcl.data import MultiTaskDataset
 from mtcl.version import __version__
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
 
 
-def run_facts(
-    config: DictConfig, reader: Reader, num_images: int, device: torch.device, overrides: Sequence[str]
+def build_run_record(
+    config: DictConfig, reader: MultiTaskDataset, num_images: int, device: torch.device, overrides: Sequence[str]
 ) -> dict[str, Any]:
     """``run.json``: what one needs to know to trust, or repeat, the numbers in ``metrics.json``."""
     commit, clean = _commit()

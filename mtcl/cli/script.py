@@ -5,8 +5,8 @@ import logging
 import sys
 from collections.abc import Callable
 
-from mtcl.cli.terminal import Printable, complain, outlasting_output, speak_utf8
-from mtcl.config.quoting import with_home
+from mtcl.cli.terminal import EscapingFormatter, ensure_utf8, print_error, tolerate_closed_output
+from mtcl.config.quoting import expand_tilde
 from mtcl.errors import UserError
 
 
@@ -16,28 +16,28 @@ def run(main: Callable[[], object]) -> None:
     A UserError, or a disk that refuses, is one sentence and exit code 1. Where nobody reads the output any longer, the
     work goes on.
     """
-    speak_utf8()
-    sys.argv[1:] = map(with_home, sys.argv[1:])
+    ensure_utf8()
+    sys.argv[1:] = map(expand_tilde, sys.argv[1:])
     if logging.lastResort is not None:
-        logging.lastResort.setFormatter(Printable())
-    with outlasting_output():
+        logging.lastResort.setFormatter(EscapingFormatter())
+    with tolerate_closed_output():
         try:
             main()
         except UserError as error:
-            complain(str(error))
+            print_error(str(error))
             sys.exit(1)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise
             where = error.filename or "the output"
-            complain(f"{where}: {error.strerror}; make room and rights there, or choose another folder")
+            print_error(f"{where}: {error.strerror}; make room and rights there, or choose another folder")
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
 
-def run_words(work: Callable[[list[str]], object], text: str | None) -> None:
+def run_with_args(work: Callable[[list[str]], object], text: str | None) -> None:
     """``work`` of the command's words, or, where there are none or help is asked for, the script's own ``text``."""
     words = sys.argv[1:]
     if not words or {"-h", "--help"} & set(words):

@@ -11,10 +11,10 @@ from typing import Any, TextIO
 
 from mtcl.errors import printable
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
-class Outlasting:
+class ToleratingStream:
     """A stream whose reader may go: what is written from then on is dropped, and the work goes on.
 
     Everything else is the wrapped stream's.
@@ -24,9 +24,9 @@ class Outlasting:
         also: errors of the system on which it is given up, besides those of a closed pipe or terminal.
     """
 
-    def __init__(self, stream: TextIO, also: Sequence[int] = ()):
+    def __init__(self, stream: TextIO, extra_errors: Sequence[int] = ()):
         self._stream = stream
-        self._gone = (errno.EPIPE, *((errno.EIO,) if stream.isatty() else ()), *also)
+        self._gone = (errno.EPIPE, *((errno.EIO,) if stream.isatty() else ()), *extra_errors)
 
     def write(self, text: str) -> int:
         with self._may_be_gone():
@@ -53,7 +53,7 @@ class Outlasting:
                 os.close(nowhere)
 
 
-def speak_utf8() -> None:
+def ensure_utf8() -> None:
     """Start the command again in Python's UTF-8 mode where the locale knows ASCII only: else a path with other letters
     could neither be opened nor written down. Python itself does so in the locale C, unless it is told not to."""
     if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
@@ -62,22 +62,22 @@ def speak_utf8() -> None:
 
 
 @contextlib.contextmanager
-def outlasting_output(also: Sequence[int] = ()) -> Iterator[None]:
+def tolerate_closed_output(extra_errors: Sequence[int] = ()) -> Iterator[None]:
     """Let the command outlast whoever reads its output; write what the terminal's alphabet lacks as escapes.
 
-    ``also``: see :class:`Outlasting`.
+    ``also``: see :class:`ToleratingStream`.
     """
     before = sys.stdout, sys.stderr
     streams = [_opened(1) if sys.stdout is None else sys.stdout, _opened(2) if sys.stderr is None else sys.stderr]
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = (Outlasting(stream, also) for stream in streams)
+    sys.stdout, sys.stderr = (ToleratingStream(stream, extra_errors) for stream in streams)
     try:
         yield
     finally:
         for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, Outlasting):
+            if isinstance(stream, ToleratingStream):
                 stream.flush()
         sys.stdout, sys.stderr = before
 
@@ -93,13 +93,13 @@ def _opened(number: int) -> TextIO:
     return os.fdopen(nowhere, "w", encoding="utf-8")
 
 
-class Printable(logging.Formatter):
+class EscapingFormatter(logging.Formatter):
     """Escapes what would steer the terminal, line by line: a table is a message of several lines."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """Write ``error: text`` to the terminal, a single line."""
     print(f"error: {printable(text)}", file=sys.stderr)

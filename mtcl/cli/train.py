@@ -12,28 +12,28 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtcl import distributed as ranks
 from mtcl.atomic import remove_leftovers, write_json, write_text
-from mtcl.cli.run_record import run_facts
+from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_model import inline_files
-from mtcl.config.build_training import Run, build_trainer
-from mtcl.config.diff import changed_keys, changed_meanings, described_changes, differences
+from mtcl.config.build_model import inline_genotype
+from mtcl.config.build_training import TrainingRun, build_trainer
+from mtcl.config.diff import describe_changes, find_changed_experiment_keys, find_changed_keys, format_changes
 from mtcl.config.resolve import plain
 from mtcl.config.stored_config import check_stored_tasks, check_tasks
-from mtcl.data.loader import worker_sentence
+from mtcl.data.loader import explain_worker_error
 from mtcl.errors import UserError
-from mtcl.evaluation.format_metrics import format_table
-from mtcl.evaluation.plausibility import check_labels, check_trained, settle
-from mtcl.models.weights import check_numbers
+from mtcl.evaluation.format_metrics import format_metrics
+from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
+from mtcl.models.weights import check_tensor_values
 from mtcl.run_lock import claim
 from mtcl.runtime import choose_device, seed_everything
-from mtcl.training.checkpoint import Found, load_checkpoint, newest_intact
+from mtcl.training.checkpoint import LoadedCheckpoint, latest_valid_checkpoint, load_checkpoint
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
 # Those, beside the seed, that the order of the pictures depends on.
-ORDER = ("trainer.accumulate", "data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
+SAMPLE_ORDER_KEYS = ("trainer.accumulate", "data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
 
 
 def train(
@@ -44,7 +44,7 @@ def train(
     ``siblings``: a folder of earlier runs of the same name, where ``resume=auto`` may look. ``overrides``: the words of
     the command, for the record.
     """
-    inline_files(config)
+    inline_genotype(config)
     device = choose_device(config.trainer.device)
     ranks.join(device)
     if ranks.rank() > 0:
@@ -52,7 +52,7 @@ def train(
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     seed_everything(config.seed, config.trainer.deterministic)
     folder = ranks.first(folder)
-    before = what_is_there(folder)
+    before = list_run_files(folder)
     found = find_checkpoint(config, folder, siblings) if ranks.rank() == 0 else None
     path = ranks.first(None if found is None else found.path)
     state = found.content if found is not None else None if path is None else load_checkpoint(path)
@@ -68,22 +68,22 @@ def train(
     if state is not None:
         restore(run.trainer, state, path, config)
     if ranks.rank() > 0:
-        with mistakes_told(device):
+        with convert_torch_errors(device):
             return run.trainer.fit().metrics
     with claim(folder), run.trainer.checkpoints:
-        if what_is_there(folder) != before:
+        if list_run_files(folder) != before:
             raise UserError(f"another run has just written into {folder}; start again, with resume=auto to continue it")
         for part in (folder, folder / "checkpoints"):
             remove_leftovers(part)
         if found is not None:
-            tell_of_resuming(found, config)
-        announce(config, run, fresh=state is None)
-        warnings = check_data(config, run)
+            log_resume(found, config)
+        log_setup(config, run, fresh=state is None)
+        warnings = check_dataset_labels(config, run)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         return finish(config, run, folder, overrides, warnings)
 
 
-def announce(config: DictConfig, run: Run, fresh: bool) -> None:
+def log_setup(config: DictConfig, run: TrainingRun, fresh: bool) -> None:
     """What is about to be trained, and what the user may not expect of it."""
     if fresh and config.backbone.weights in (None, "none"):
         log.warning(
@@ -107,7 +107,7 @@ def announce(config: DictConfig, run: Run, fresh: bool) -> None:
 
 
 @contextmanager
-def mistakes_told(device: torch.device) -> Iterator[None]:
+def convert_torch_errors(device: torch.device) -> Iterator[None]:
     """What torch raises for what a user can mend, in one sentence."""
     try:
         yield
@@ -124,7 +124,9 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
             "no spread; raise data.batch_size to 2 per process or more (trainer.accumulate does not help), or data.size"
         ) from error
     except RuntimeError as error:
-        if (sentence := worker_sentence(error)) is not None:  # torch raises that wherever the main thread happens to be
+        if (
+            sentence := explain_worker_error(error)
+        ) is not None:  # torch raises that wherever the main thread happens to be
             raise UserError(sentence) from error
         operation, known, _ = str(error).partition(" does not have a deterministic implementation")
         if not known:
@@ -135,33 +137,33 @@ def mistakes_told(device: torch.device) -> Iterator[None]:
         ) from error
 
 
-def check_data(config: DictConfig, run: Run) -> list[str]:
+def check_dataset_labels(config: DictConfig, run: TrainingRun) -> list[str]:
     """Look at the labels of both lists; the sentences, which are logged, or an error with ``data.strict``."""
-    doubts = check_trained(run.train_reader, run.trainer.tasks)
+    problems = find_unlabeled_tasks(run.train_reader, run.trainer.tasks)
     for reader, part in ((run.train_reader, "training"), (run.val_reader, "validation")):
-        doubts += check_labels(reader, run.trainer.tasks, part)
-    return settle(doubts, config.data.get("strict", False))
+        problems += check_labels(reader, run.trainer.tasks, part)
+    return report_problems(problems, config.data.get("strict", False))
 
 
 def finish(
-    config: DictConfig, run: Run, folder: Path, overrides: Sequence[str], warnings: Sequence[str]
+    config: DictConfig, run: TrainingRun, folder: Path, overrides: Sequence[str], warnings: Sequence[str]
 ) -> dict[str, dict[str, float]]:
     """Train to the end, write metrics.json and run.json, tell the table; the metrics."""
     trainer = run.trainer
     began = time.perf_counter()
     try:
-        with mistakes_told(trainer.device):
+        with convert_torch_errors(trainer.device):
             evaluation = trainer.fit()
     finally:
-        trainer.recorder.close()
+        trainer.run_logger.close()
     seconds = time.perf_counter() - began
-    facts = run_facts(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
+    facts = build_run_record(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
     facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.watch.count}
     facts |= {"processes": ranks.world(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
     write_json(folder / "run.json", facts)
     write_json(folder / "metrics.json", evaluation.metrics)
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}
-    table = format_table(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
+    table = format_metrics(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
     for text in warnings:  # they were logged at the start, far up
         log.warning("%s", text)
@@ -182,13 +184,13 @@ def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: 
     for name, tensor in trainer.model.state_dict().items():
         saved = state["model"].get(name)
         if isinstance(saved, torch.Tensor) and saved.shape == tensor.shape:  # else it does not fit, as said below
-            check_numbers(name, saved, tensor, path or "the checkpoint")
+            check_tensor_values(name, saved, tensor, path or "the checkpoint")
     try:
         trainer.restore(state)
     except UserError:
         raise
     except Exception as error:  # of torch and of ours, for parts of other names, shapes or kinds
-        changed = differences(state["config"], plain(config), ("backbone.", "decoder.", "regularizer."))
+        changed = describe_changes(state["config"], plain(config), ("backbone.", "decoder.", "regularizer."))
         raise UserError(f"checkpoint {path} does not fit this run: {changed or error}") from error
 
 
@@ -213,30 +215,30 @@ def check_steps(state: dict[str, Any], config: DictConfig, path: Path) -> None:
         )
 
 
-def tell_of_resuming(found: Found, config: DictConfig) -> None:
+def log_resume(found: LoadedCheckpoint, config: DictConfig) -> None:
     """From where, what is damaged, and what is not as it was."""
-    for error in found.passed_over:
+    for error in found.rejected:
         log.warning("checkpoint %s is damaged (%s): it is passed over", error.path, error.why)
     log.info("resumed at step %d from %s", found.content["step"], found.path)
     saved, now = found.content["config"], plain(config)
-    if keys := changed_meanings(saved, now):
-        shuffled = any(key == "seed" or key.startswith(ORDER) for key in keys)
+    if keys := find_changed_experiment_keys(saved, now):
+        shuffled = any(key == "seed" or key.startswith(SAMPLE_ORDER_KEYS) for key in keys)
         order = "; pictures come in another order from here on" if shuffled else ""
-        log.warning("this run is not the one of its checkpoint: %s%s", described_changes(saved, now, keys), order)
+        log.warning("this run is not the one of its checkpoint: %s%s", format_changes(saved, now, keys), order)
 
 
-def what_is_there(folder: Path) -> list[tuple[str, int]]:
+def list_run_files(folder: Path) -> list[tuple[str, int]]:
     """What a run has written into ``folder`` and when: another one may do so until the folder is ours."""
     files = [*folder.glob("checkpoints/*.pt"), *folder.glob("metrics.json")]
     return sorted((path.name, path.stat().st_mtime_ns) for path in files)
 
 
-def find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) -> Found | None:
+def find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) -> LoadedCheckpoint | None:
     """What to continue from; None: a fresh run. A fresh run never writes over another."""
     resume = config.resume
     own = folder / "checkpoints"
     other = resume not in (None, "auto") and Path(str(resume)).resolve().parent != own.resolve()
-    if what_is_there(folder) and (resume is None or other):
+    if list_run_files(folder) and (resume is None or other):
         raise UserError(f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir")
     if resume is None:
         return None
@@ -245,14 +247,14 @@ def find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) -> 
             f"resume={resume} is a folder; give its checkpoints/last.pt, or hydra.run.dir={resume} resume=auto"
         )
     if resume != "auto":
-        return Found(Path(resume), load_checkpoint(resume), [])
-    found = newest_intact(own) or find_twin(config, siblings)
+        return LoadedCheckpoint(Path(resume), load_checkpoint(resume), [])
+    found = latest_valid_checkpoint(own) or find_resumable_run(config, siblings)
     if found is None:
         log.info("resume=auto: no interrupted run like this one beside %s, starting afresh", folder)
     return found
 
 
-def find_twin(config: DictConfig, siblings: Path | None) -> Found | None:
+def find_resumable_run(config: DictConfig, siblings: Path | None) -> LoadedCheckpoint | None:
     """The checkpoint of the newest run in ``siblings`` with our config that has steps left, and that nobody is still
     writing."""
     written: dict[Path, float] = {}
@@ -261,12 +263,12 @@ def find_twin(config: DictConfig, siblings: Path | None) -> Found | None:
     for folder in sorted(written, key=written.__getitem__, reverse=True):
         try:
             claim(folder.parent).close()
-            found = newest_intact(folder)
+            found = latest_valid_checkpoint(folder)
         except UserError as error:
             log.warning("%s is passed over: %s", folder.parent, error)
             continue
         if found is None or found.content["step"] >= config.trainer.max_steps:
             continue
-        if not changed_keys(found.content["config"], plain(config)):
+        if not find_changed_keys(found.content["config"], plain(config)):
             return found
     return None

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from mtcl import distributed as ranks
 from mtcl.config.resolve import construct, locate, plain
-from mtcl.data import Augment, Reader, eval_loader, partly_labelled, train_loader
+from mtcl.data import Augment, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
 from mtcl.errors import UserError
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
@@ -17,9 +17,9 @@ from mtcl.tasks.base import Task
 
 def build_tasks(config: DictConfig) -> dict[str, Task]:
     """The tasks in use, in canonical order: the config's names among those the dataset offers."""
-    dataset = locate(config.data._target_, "data", needs="offered")
+    dataset = locate(config.data._target_, "data", required_attribute="offered")
     try:
-        offered = dict(dataset.offered(**plain(config.data.options)))
+        offered = dict(dataset.task_options(**plain(config.data.options)))
     except (TypeError, AttributeError) as error:  # a class that only describes datasets
         raise UserError(f"data._target_={config.data._target_} is not a dataset") from error
     names = plain(config.tasks.names)
@@ -45,12 +45,14 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
     return tasks
 
 
-def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit: int | None = None) -> Reader:
+def build_dataset(
+    config: DictConfig, shard: str, tasks: Mapping[str, Task], limit: int | None = None
+) -> MultiTaskDataset:
     """The list ``part`` ("train" or "val") of the config's dataset and split; to train on, with ``data.labels``."""
     data = config.data
     reader = locate(data._target_, "data")
     limits = [n for n in (limit, data.limit) if n is not None]
-    options = {"part": part, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
+    options = {"part": shard, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
     accepted = inspect.signature(reader).parameters
     if "root" in accepted:
         if data.root is None:
@@ -59,45 +61,45 @@ def build_reader(config: DictConfig, part: str, tasks: Mapping[str, Task], limit
     elif data.root is not None:
         raise UserError(f"data.root={data.root} makes no sense with data={data.name}, which needs no files")
     if "size" in accepted:  # rendered at the size asked for
-        options["size"] = data_size(config)
+        options["size"] = get_image_size(config)
     options |= {key: data[key] for key in ("cache", "memory_map") if key in data}
     built = construct(reader, "data.options", **options, **plain(data.options))
-    return partly_labelled(built, tasks, str(data.labels), data.labels_seed) if part == "train" else built
+    return apply_label_assignment(built, tasks, str(data.labels), data.labels_seed) if shard == "train" else built
 
 
-def data_size(config: DictConfig) -> tuple[int, int]:
+def get_image_size(config: DictConfig) -> tuple[int, int]:
     height, width = config.data.size
     return height, width
 
 
 def build_train_loader(
-    config: DictConfig, reader: Reader, tasks: Mapping[str, Task], start_step: int, device: torch.device
+    config: DictConfig, reader: MultiTaskDataset, tasks: Mapping[str, Task], start_step: int, device: torch.device
 ) -> DataLoader:
     augment = plain(config.data.augment)
     augment["scale"] = tuple(augment["scale"])
     return train_loader(
         reader,
         tasks,
-        Augment(size=data_size(config), **augment),
+        Augment(size=get_image_size(config), **augment),
         batch_size=config.data.batch_size,
         seed=config.seed,
         workers=config.data.workers,
         start_step=start_step,
         pin_memory=device.type == "cuda",
-        part=(ranks.rank(), ranks.world()),
+        shard=(ranks.rank(), ranks.world()),
         skip_unreadable=config.trainer.unreadable == "skip",
     )
 
 
 def build_eval_loader(
-    config: DictConfig, reader: Reader, tasks: Mapping[str, Task], device: torch.device
+    config: DictConfig, reader: MultiTaskDataset, tasks: Mapping[str, Task], device: torch.device
 ) -> DataLoader:
     return eval_loader(
         reader,
         tasks,
-        data_size(config),
+        get_image_size(config),
         batch_size=config.data.eval_batch_size,
         workers=config.data.workers,
         pin_memory=device.type == "cuda",
-        part=(ranks.rank(), ranks.world()),
+        shard=(ranks.rank(), ranks.world()),
     )

@@ -47,7 +47,7 @@ def build_evaluator(
     for name, task in tasks.items():  # says now what an option lacks
         construct_metric(task, options[name])
     precision, panels = config.trainer.precision, config.trainer.panels
-    return Evaluator(tasks, loader, device, precision, num_shown=panels, options=options, quick=quick)
+    return Evaluator(tasks, loader, device, precision, num_visual_samples=panels, options=options, quick=quick)
 
 
 def construct_metric(task: Task, options: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     return model.to(memory_format=layout)
 
 
-def inline_files(config: DictConfig) -> None:
+def inline_genotype(config: DictConfig) -> None:
     """Replace the path of a genotype's file in ``config`` by what the file says: what is saved stands on its own."""
     genotype = config.decoder.get("genotype")
     if isinstance(genotype, str) and not is_named_genotype(genotype):

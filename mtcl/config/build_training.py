@@ -8,23 +8,23 @@ import torch
 from omegaconf import DictConfig
 
 from mtcl import distributed as ranks
-from mtcl.config.build_data import build_eval_loader, build_reader, build_train_loader
+from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
 from mtcl.config.build_evaluator import build_evaluator, choose_monitor
 from mtcl.config.build_model import build_model, saved_config
 from mtcl.config.resolve import construct, locate, plain
-from mtcl.config.stored_config import described
-from mtcl.data import Reader
+from mtcl.config.stored_config import describe_tasks
+from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
-from mtcl.regularizers import Contrastive, GradientShare, Regularizer
+from mtcl.regularizers import Contrastive, GradientNormWeight, Regularizer
 from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
-from mtcl.training.balancing import Balancer, DynamicAverage, FixedWeights, Uncertainty
-from mtcl.training.balancing_torchjd import Aggregated
-from mtcl.training.ema import RunningMean
-from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, regularizer_weight
-from mtcl.training.run_logger import Recorder
-from mtcl.training.sharding import Sharded
+from mtcl.training.balancing import Balancer, DynamicWeightAveraging, FixedWeights, UncertaintyWeighting
+from mtcl.training.balancing_torchjd import GradientAggregation
+from mtcl.training.ema import ModelEma
+from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, lambda_schedule
+from mtcl.training.run_logger import RunLogger
+from mtcl.training.sharding import ShardedWeights
 from mtcl.training.trainer import Trainer
 
 
@@ -34,10 +34,10 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         return None
     options = plain(settings.options)
     options.setdefault("tap", "final")
-    if options["tap"] not in model.tap_channels:
+    if options["tap"] not in model.feature_channels:
         raise UserError(
             f"regularizer.options.tap={options['tap']} is not a tap of this decoder; "
-            f"choose one of {', '.join(model.tap_channels)}"
+            f"choose one of {', '.join(model.feature_channels)}"
         )
     if "thresholds" in options:
         options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
@@ -46,11 +46,13 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             "regularizer.options.shuffle=true takes labels of another image; give data.batch_size of 2 or more"
         )
     kind = locate(settings._target_, "regularizer", Regularizer)
-    channels = model.tap_channels[options["tap"]]
+    channels = model.feature_channels[options["tap"]]
     return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
 
 
-def build_share(config: DictConfig, regularizer: Regularizer | None, device: torch.device) -> GradientShare | None:
+def build_gradient_norm_weight(
+    config: DictConfig, regularizer: Regularizer | None, device: torch.device
+) -> GradientNormWeight | None:
     balance = config.regularizer.balance
     if balance not in ("fixed", "gradient"):
         raise UserError(f"regularizer.balance={balance} is not known; choose fixed or gradient")
@@ -58,7 +60,7 @@ def build_share(config: DictConfig, regularizer: Regularizer | None, device: tor
         return None
     if not isinstance(regularizer, Contrastive):
         raise UserError("regularizer.balance=gradient is for regularizer=contrastive; use fixed")
-    return GradientShare(regularizer.names).to(device)
+    return GradientNormWeight(regularizer.task_names).to(device)
 
 
 def build_optimizers(
@@ -74,7 +76,11 @@ def build_optimizers(
 
 
 def build_balancer(
-    config: DictConfig, tasks: Mapping[str, Task], regularizer: Regularizer | None, reader: Reader, device: torch.device
+    config: DictConfig,
+    tasks: Mapping[str, Task],
+    regularizer: Regularizer | None,
+    reader: MultiTaskDataset,
+    device: torch.device,
 ) -> Balancer:
     """How losses become gradients. UserError for what a method can't be combined with."""
     settings, trainer = config.balancing, config.trainer
@@ -99,10 +105,10 @@ def build_balancer(
                     f"loss.weights.{name}=0 leaves balancing=uncertainty nothing to learn from; leave it out"
                 )
         schedule = build_schedule(max_steps=trainer.max_steps, **plain(config.schedule))
-        return Uncertainty(weights, device, settings.lr, schedule)
+        return UncertaintyWeighting(weights, device, settings.lr, schedule)
     if method == "dwa":
         epoch = -(-(len(reader.ids) // config.data.batch_size) // trainer.accumulate)
-        return DynamicAverage(weights, device, settings.every or max(epoch, 1), settings.temperature)
+        return DynamicWeightAveraging(weights, device, settings.every or max(epoch, 1), settings.temperature)
     if method == "torchjd":
         if ranks.world() > 1:
             raise UserError(
@@ -110,14 +116,14 @@ def build_balancer(
             )
         if trainer.compile:
             raise UserError("balancing.method=torchjd needs a backward pass per objective; set trainer.compile=false")
-        return Aggregated(weights, device, settings.aggregator, plain(settings.options), config.seed)
+        return GradientAggregation(weights, device, settings.aggregator, plain(settings.options), config.seed)
     raise UserError(f"balancing.method={method} is not known; choose fixed, uncertainty, dwa or torchjd")
 
 
-class Run(NamedTuple):
+class TrainingRun(NamedTuple):
     trainer: Trainer
-    train_reader: Reader
-    val_reader: Reader
+    train_reader: MultiTaskDataset
+    val_reader: MultiTaskDataset
 
 
 def build_trainer(
@@ -127,7 +133,7 @@ def build_trainer(
     device: torch.device,
     pretrained: bool = False,
     start_step: int = 0,
-) -> Run:
+) -> TrainingRun:
     """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
     settings, dry = config.trainer, config.trainer.dry_run
     if settings.unreadable not in ("stop", "skip"):
@@ -135,8 +141,8 @@ def build_trainer(
     autocast(device, settings.precision)  # says so now if it is not known
     quick = config.evaluation.quick if config.evaluation.boundaries else None
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
-    train_reader = build_reader(config, "train", tasks)
-    val_reader = build_reader(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
+    train_reader = build_dataset(config, "train", tasks)
+    val_reader = build_dataset(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
     model = build_model(config, tasks, pretrained).to(device)
     regularizer = build_regularizer(config, tasks, model)
     if settings.grad_checkpointing and not model.backbone.set_grad_checkpointing():
@@ -145,10 +151,10 @@ def build_trainer(
         )
     if regularizer is not None:
         regularizer.to(device)
-    ema = None if settings.ema is None else RunningMean(model, settings.ema)
+    ema = None if settings.ema is None else ModelEma(model, settings.ema)
     weights = None
     if settings.parallel == "fsdp" and ranks.world() > 1:
-        weights = Sharded(model, device, *(() if ema is None else (ema.model,)))
+        weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
     optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
     val_loader = build_eval_loader(config, val_reader, tasks, device)
     batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate, device)
@@ -161,18 +167,18 @@ def build_trainer(
         regularizer_optimizer=regularizer_optimizer,
         batches=batches,
         evaluator=build_evaluator(config, tasks, val_loader, device),
-        recorder=Recorder(folder, start_step),
+        run_logger=RunLogger(folder, start_step),
         folder=folder,
         device=device,
         max_steps=start_step + 1 if dry else settings.max_steps,
         monitor=monitor,
         higher_is_better=higher_is_better,
         config=saved_config(config, model),
-        meta={"tasks": described(tasks)},
-        weight=regularizer_weight(
+        meta={"tasks": describe_tasks(tasks)},
+        weight=lambda_schedule(
             config.regularizer.weight, settings.max_steps, config.regularizer.warmup_steps, config.regularizer.until
         ),
-        share=build_share(config, regularizer, device),
+        share=build_gradient_norm_weight(config, regularizer, device),
         precision=settings.precision,
         recompute=settings.grad_checkpointing,
         compiled=settings.compile,
@@ -189,4 +195,4 @@ def build_trainer(
         start_step=start_step,
         validate_first=settings.val_first and not dry,
     )
-    return Run(trainer, train_reader, val_reader)
+    return TrainingRun(trainer, train_reader, val_reader)

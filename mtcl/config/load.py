@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.stored_config import check_stored_config, check_stored_tasks, check_tasks
 from mtcl.errors import UserError, printable
@@ -26,14 +26,21 @@ from mtcl.safe_files import read_json
 from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
 
-WEIGHTS, FACTS, CARD = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
-SHARED = (WEIGHTS, FACTS, CARD, "model.pt2", "model.onnx", "model.onnx.data")  # what goes to the hub, where it is there
-RECIPE = "recipe.py"  # beside a program; code of strangers is never fetched
-MOST_FACTS = 4 << 20  # bytes of mtcl.json
+WEIGHTS_FILE, METADATA_FILE, CARD_FILE = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
+HUB_FILES = (
+    WEIGHTS_FILE,
+    METADATA_FILE,
+    CARD_FILE,
+    "model.pt2",
+    "model.onnx",
+    "model.onnx.data",
+)  # what goes to the hub, where it is there
+RECIPE_FILE = "recipe.py"  # beside a program; code of strangers is never fetched
+MAX_METADATA_BYTES = 4 << 20  # bytes of mtcl.json
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class Saved(NamedTuple):
+class SavedModel(NamedTuple):
     """What a model is rebuilt from."""
 
     path: Path
@@ -43,11 +50,11 @@ class Saved(NamedTuple):
     step: int
 
 
-class Loaded(NamedTuple):
+class LoadedModel(NamedTuple):
     model: DenseModel  # in evaluation mode, on the CPU
     tasks: dict[str, Task]
     size: tuple[int, int]  # of the frame it was trained in
-    saved: Saved
+    saved: SavedModel
 
 
 def load(
@@ -62,11 +69,15 @@ def load(
     ``source``: a checkpoint (.pt), a run's folder (its ``last.pt``), a folder that ``scripts/export.py`` wrote, or the
     name of one on the Hugging Face hub (``user/model``). ``tasks``: only those. ``device``: auto, cpu or cuda.
     """
-    return predictor_of(load_model(source), device, tasks, precision, **options)
+    return build_predictor(load_model(source), device, tasks, precision, **options)
 
 
-def predictor_of(
-    loaded: Loaded, device: str = "auto", tasks: Sequence[str] | None = None, precision: str = "auto", **options: Any
+def build_predictor(
+    loaded: LoadedModel,
+    device: str = "auto",
+    tasks: Sequence[str] | None = None,
+    precision: str = "auto",
+    **options: Any,
 ) -> Predictor:
     """See :func:`load`."""
     wanted = list(loaded.tasks) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
@@ -79,40 +90,40 @@ def predictor_of(
     return Predictor(loaded.model, chosen, loaded.size, choose_device(device, "device"), precision, **options)
 
 
-def load_model(source: str | Path) -> Loaded:
+def load_model(source: str | Path) -> LoadedModel:
     """Rebuild the model in ``source``, see :func:`load`; nothing in there is run as code, read or fetched."""
-    saved = read_saved(source)
+    saved = read_saved_model(source)
     config = restore_config(saved)
-    with refusals_named(saved.path):
+    with convert_build_errors(saved.path):
         tasks = build_tasks(config)
     check_tasks(dict(saved.tasks), tasks, saved.path)
-    model = rebuild(config, tasks, saved)
-    return Loaded(model.eval(), tasks, data_size(config), saved)
+    model = rebuild_model(config, tasks, saved)
+    return LoadedModel(model.eval(), tasks, get_image_size(config), saved)
 
 
-def restore_config(saved: Saved) -> DictConfig:
+def restore_config(saved: SavedModel) -> DictConfig:
     """Return the config of a saved model with its own tasks, whatever another version of its dataset would offer."""
     config = OmegaConf.create(dict(saved.config))
     config.tasks.names = list(saved.tasks)
     return config
 
 
-def rebuild(config: DictConfig, tasks: Mapping[str, Task], saved: Saved) -> DenseModel:
+def rebuild_model(config: DictConfig, tasks: Mapping[str, Task], saved: SavedModel) -> DenseModel:
     """Build the model that ``config`` describes and fill in the saved weights.
 
     Its shapes are compared first: a config that describes more than the file holds allocates nothing.
     """
-    with refusals_named(saved.path), torch.device("meta"):
+    with convert_build_errors(saved.path), torch.device("meta"):
         outline = build_model(config, tasks, pretrained=False)
     check_weights(saved.weights, outline.state_dict(), saved.path)
-    with refusals_named(saved.path):
+    with convert_build_errors(saved.path):
         model = build_model(config, tasks, pretrained=False)
     model.load_state_dict(dict(saved.weights))
     return model
 
 
 @contextlib.contextmanager
-def refusals_named(path: Path, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+def convert_build_errors(path: Path, passthrough: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """Convert what building from a stored config raises to a ``UserError`` that names the file it is stored in.
 
     Values that fit their rules one by one may still not go together; timm, torch and the decoders raise many kinds.
@@ -120,7 +131,7 @@ def refusals_named(path: Path, but: type[Exception] | tuple[()] = ()) -> Iterato
     """
     try:
         yield
-    except but:
+    except passthrough:
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
@@ -128,36 +139,38 @@ def refusals_named(path: Path, but: type[Exception] | tuple[()] = ()) -> Iterato
         raise UserError(f"the config stored in {path} describes no model that can be built: {first_line}") from error
 
 
-def read_saved(source: str | Path) -> Saved:
+def read_saved_model(source: str | Path) -> SavedModel:
     """Read what a model is rebuilt from; ``source``: see :func:`load`. The config has passed the schema."""
-    path = find(source)
+    path = find_model_file(source)
     if path.suffix != ".json":
-        return of_checkpoint(path, load_checkpoint(path))
-    if path.name != FACTS:
+        return read_checkpoint_model(path, load_checkpoint(path))
+    if path.name != METADATA_FILE:
         raise UserError(f"{path} is neither a checkpoint (.pt) nor an exported folder; give one of these")
-    facts = read_json(path, MOST_FACTS)
+    facts = read_json(path, MAX_METADATA_BYTES)
     missing = [key for key in ("config", "tasks", "step") if not isinstance(facts, dict) or key not in facts]
     if missing:
         raise UserError(f"{path} is damaged, or of no exported model: it has no {missing[0]}; export the model again")
-    file = path.with_name(WEIGHTS)
+    file = path.with_name(WEIGHTS_FILE)
     if not file.is_file():
-        raise UserError(f"{path.parent} has no {WEIGHTS}; export the model again")
+        raise UserError(f"{path.parent} has no {WEIGHTS_FILE}; export the model again")
     try:
         weights = load_file(file)
     except Exception as error:  # of safetensors, of the disk
         raise UserError(f"{file} is damaged, or holds no weights ({error}); export the model again") from error
-    return checked(Saved(path.parent, weights, facts["config"], facts["tasks"], facts["step"]))
+    return validate_saved_model(SavedModel(path.parent, weights, facts["config"], facts["tasks"], facts["step"]))
 
 
-def of_checkpoint(path: Path, state: Mapping[str, Any]) -> Saved:
+def read_checkpoint_model(path: Path, state: Mapping[str, Any]) -> SavedModel:
     """Take from a checkpoint what a model is rebuilt from: the running mean of the weights where there is one, as that
     was validated.
     """
     weights = state["ema"]["model"] if state.get("ema") else state["model"]
-    return checked(Saved(path, weights, state["config"], state.get("meta", {}).get("tasks"), state["step"]))
+    return validate_saved_model(
+        SavedModel(path, weights, state["config"], state.get("meta", {}).get("tasks"), state["step"])
+    )
 
 
-def checked(saved: Saved) -> Saved:
+def validate_saved_model(saved: SavedModel) -> SavedModel:
     """Return ``saved`` with its config and tasks checked, see :mod:`mtcl.config.stored_config`."""
     if type(saved.step) is not int or saved.step < 0:
         raise UserError(f"{saved.path} does not say at which step it was written")
@@ -165,20 +178,20 @@ def checked(saved: Saved) -> Saved:
     return saved._replace(config=config, tasks=tasks)
 
 
-def find(source: str | Path) -> Path:
+def find_model_file(source: str | Path) -> Path:
     """The checkpoint, or the facts of an exported folder."""
     path = Path(source).expanduser()
     if path.is_dir():
-        for candidate in (path / FACTS, path / "checkpoints" / "last.pt", path / "last.pt"):
+        for candidate in (path / METADATA_FILE, path / "checkpoints" / "last.pt", path / "last.pt"):
             if candidate.is_file():
                 return candidate
-        raise UserError(f"{path} holds neither an exported model ({FACTS}) nor a run (checkpoints/last.pt)")
+        raise UserError(f"{path} holds neither an exported model ({METADATA_FILE}) nor a run (checkpoints/last.pt)")
     if path.is_file() or not HUB_ID.fullmatch(str(source)) or path.suffix == ".pt":
         return path  # what is missing is told where it is read
-    return pull(str(source)) / FACTS
+    return download_model(str(source)) / METADATA_FILE
 
 
-def pull(name: str, revision: str | None = None, folder: Path | None = None) -> Path:
+def download_model(name: str, revision: str | None = None, folder: Path | None = None) -> Path:
     """An exported model on the Hugging Face hub, fetched unless it lies in the hub's cache: the folder it is in.
 
     ``folder``: put it there, with all formats that were published.
@@ -186,14 +199,14 @@ def pull(name: str, revision: str | None = None, folder: Path | None = None) -> 
     if not HUB_ID.fullmatch(name):
         raise UserError(f"{name} is no name on the hub; give USER/NAME")
     if folder is None:
-        return _fetched(name, revision, SHARED[:3], None, f"{name} is no file or folder here")
-    with put_into(folder) as place:  # a folder that holds files would hide a failure
-        _fetched(name, revision, SHARED, place, f"pull={name}")
+        return _fetched(name, revision, HUB_FILES[:3], None, f"{name} is no file or folder here")
+    with replace_model_files(folder) as place:  # a folder that holds files would hide a failure
+        _fetched(name, revision, HUB_FILES, place, f"pull={name}")
     return folder
 
 
 @contextlib.contextmanager
-def put_into(folder: Path, names: Sequence[str] = SHARED) -> Iterator[Path]:
+def replace_model_files(folder: Path, names: Sequence[str] = HUB_FILES) -> Iterator[Path]:
     """A place for files that belong together. Those of these ``names`` go into ``folder`` in the end, in place of an
     earlier model's in any format, or none. ``UserError`` where one is a link or no file.
     """
@@ -206,10 +219,10 @@ def put_into(folder: Path, names: Sequence[str] = SHARED) -> Iterator[Path]:
         for path in paths:
             if path.is_symlink() or not path.is_file():
                 raise UserError(f"{path.name} of what was to go into {folder} is a link or no file; nothing was taken")
-        for name in (*SHARED, RECIPE):
+        for name in (*HUB_FILES, RECIPE_FILE):
             (folder / name).unlink(missing_ok=True)
         # What says that the folder is a model comes last.
-        for path in sorted(paths, key=lambda path: path.name == FACTS):
+        for path in sorted(paths, key=lambda path: path.name == METADATA_FILE):
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
             path.replace(folder / path.name)
@@ -222,18 +235,18 @@ def put_into(folder: Path, names: Sequence[str] = SHARED) -> Iterator[Path]:
 
 def _fetched(name: str, revision: str | None, files: Sequence[str], place: Path | None, what: str) -> Path:
     """``what``: how a complaint begins."""
-    library = hub(what)
+    library = import_hub(what)
     try:
         found = library.snapshot_download(name, revision=revision, allow_patterns=list(files), local_dir=place)
     except Exception as error:  # the library raises many kinds
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{what}, and the hub did not give it ({reason})") from error
-    if not (Path(found) / FACTS).is_file():
-        raise UserError(f"{name} on the hub is no model of mtcl: it has no {FACTS}")
+    if not (Path(found) / METADATA_FILE).is_file():
+        raise UserError(f"{name} on the hub is no model of mtcl: it has no {METADATA_FILE}")
     return Path(found)
 
 
-def hub(what: str) -> Any:
+def import_hub(what: str) -> Any:
     """The hub's library; ``what``: how a complaint that it is missing begins."""
     try:
         import huggingface_hub

@@ -14,18 +14,20 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.config.quoting import quoted, with_home
+from mtcl.config.quoting import expand_tilde, quote_value
 from mtcl.config.schema import RULES
 
 # Keys whose value is a path, or a part of one; or a word such as auto, hub, one.
-PATHS: tuple[str, ...] = ("data.root", "data.cache", "data.labels", "backbone.weights", "resume", "checkpoint")
-PATHS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir", "decoder.genotype")
-VALUED_FLAGS = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
-SIGNS = re.compile(r"[^\w ./:$%*@?|+,-]|[^\x00-\x7f]")  # of those that Hydra's grammar takes only in quotes
+PATH_KEYS: tuple[str, ...] = ("data.root", "data.cache", "data.labels", "backbone.weights", "resume", "checkpoint")
+PATH_KEYS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir", "decoder.genotype")
+FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
+SPECIAL_CHARACTERS = re.compile(
+    r"[^\w ./:$%*@?|+,-]|[^\x00-\x7f]"
+)  # of those that Hydra's grammar takes only in quotes
 
 
-def readable(words: Sequence[str], sweeps: bool = False) -> list[str]:
-    """Return a command's words as Hydra reads them: values of :data:`PATHS` in quotes where they need some.
+def quote_paths(words: Sequence[str], sweeps: bool = False) -> list[str]:
+    """Return a command's words as Hydra reads them: values of :data:`PATH_KEYS` in quotes where they need some.
 
     Args:
         words: of the command line; flags and keys that name no path are kept, but for ``~`` at a value's beginning.
@@ -34,16 +36,16 @@ def readable(words: Sequence[str], sweeps: bool = False) -> list[str]:
     >>> readable(["data.root=/a=b", "name=run[1]", "resume=auto", "seed=1", "data.cache=null"])
     ["data.root='/a=b'", "name='run[1]'", 'resume=auto', 'seed=1', 'data.cache=null']
     """
-    return [_readable(with_home(word), sweeps) for word in words]
+    return [_readable(expand_tilde(word), sweeps) for word in words]
 
 
 def _readable(word: str, sweeps: bool) -> str:
     key, equals, text = word.partition("=")
-    if not equals or key.lstrip("+") not in PATHS or (key.endswith("genotype") and text.startswith("{")):
+    if not equals or key.lstrip("+") not in PATH_KEYS or (key.endswith("genotype") and text.startswith("{")):
         return word
     if not sweeps or _parsed(text) is not None:
         return f"{key}={_quoted_where_needed(text, sweeps)}"
-    return f"{key}={','.join(_quoted_where_needed(with_home(f'={part}')[1:], sweeps) for part in text.split(','))}"
+    return f"{key}={','.join(_quoted_where_needed(expand_tilde(f'={part}')[1:], sweeps) for part in text.split(','))}"
 
 
 def _parsed(text: str) -> Any:
@@ -60,25 +62,25 @@ def _quoted_where_needed(text: str, sweeps: bool) -> str:
     override = _parsed(text)
     if override is not None:
         if override.is_sweep_override():
-            return text if sweeps else quoted(text)
+            return text if sweeps else quote_value(text)
         value = override.value()
         if value is None or isinstance(value, str):
             return text
-    return quoted(text)
+    return quote_value(text)
 
 
-def named_checkpoint(words: Sequence[str]) -> list[str]:
+def add_checkpoint_key(words: Sequence[str]) -> list[str]:
     """Return the words with the first that is a path and has no key, a run's folder say, as ``checkpoint=PATH``."""
     for place, word in enumerate(words):
-        if word.startswith("-") or (place and words[place - 1] in VALUED_FLAGS):
+        if word.startswith("-") or (place and words[place - 1] in FLAGS_WITH_VALUE):
             continue
         path = Path(os.path.expanduser(word))
         if path.exists() or (re.fullmatch(r"[^=~]+", word) and ("/" in word or path.suffix == ".pt")):
-            return [*words[:place], f"checkpoint={quoted(path)}", *words[place + 1 :]]
+            return [*words[:place], f"checkpoint={quote_value(path)}", *words[place + 1 :]]
     return list(words)
 
 
-def expand_home(config: DictConfig, keys: Sequence[str] = PATHS) -> None:
+def expand_home(config: DictConfig, keys: Sequence[str] = PATH_KEYS) -> None:
     """Replace a ``~`` at the beginning of a path by the home folder, also in values that come from YAML files."""
     for key in keys:
         value = OmegaConf.select(config, key)
@@ -87,7 +89,7 @@ def expand_home(config: DictConfig, keys: Sequence[str] = PATHS) -> None:
                 OmegaConf.update(config, key, os.path.expanduser(value))
 
 
-class Home(Callback):
+class ExpandHome(Callback):
     """Expands ``~`` in the path of a run's or a sweep's folder, also from a YAML file, before Hydra makes it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
@@ -97,7 +99,7 @@ class Home(Callback):
         expand_home(config, ["hydra.sweep.dir"])
 
 
-def complaint(word: str, reason: str) -> str:
+def explain_parse_error(word: str, reason: str) -> str:
     """Say in one sentence why Hydra can't read a word, and what to type instead."""
     key, equals, text = word.partition("=")
     if not equals:
@@ -105,7 +107,7 @@ def complaint(word: str, reason: str) -> str:
         if named.exists() or "/" in word:
             return f"{word} has no key; type the key before it, such as data.root={word} or resume={word}"
         return f"{word} is not of the form key=value; --help lists the groups, --cfg job all keys"
-    sign = SIGNS.search(text)
+    sign = SPECIAL_CHARACTERS.search(text)
     if sign is None or text[:1] in "[{'\"":
         return f"{word} can't be read ({reason}); a list is [a,b], a mapping {{a:b}}, quotes come in pairs"
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
@@ -113,10 +115,10 @@ def complaint(word: str, reason: str) -> str:
     return f"{key}: the value holds {sign[0]} (character {sign.start() + 1}), which needs quotes; type {typed}"
 
 
-OFTEN_MEANT = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
+COMMON_GROUPS = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
 
 
-def sentence(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """A config error in one line: the key or choice, and what there is instead."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
@@ -124,7 +126,7 @@ def sentence(error: BaseException) -> str:
         return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
-        return complaint(error.override, str(cause or error).strip().split("\n")[0])
+        return explain_parse_error(error.override, str(cause or error).strip().split("\n")[0])
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.key:
         key = str(cause.full_key)
         parent, known = key.rpartition(".")[0], _keys(cause)
@@ -145,7 +147,7 @@ def _keys_named(name: str) -> list[str]:
         by_name.setdefault(key.rpartition(".")[2], []).append(key)
     close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
     group = {key: key.partition(".")[0] for key in by_name[close[0]]} if close else {}
-    order = {name: place for place, name in enumerate(OFTEN_MEANT)}
+    order = {name: place for place, name in enumerate(COMMON_GROUPS)}
     return sorted(group, key=lambda key: (key.count("."), order.get(group[key], len(order))))[:3]
 
 

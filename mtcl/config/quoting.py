@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 
-def quoted(folder: str | Path) -> str:
+def quote_value(folder: str | Path) -> str:
     r"""A path as Hydra's grammar reads it, where a backslash is escaped only before a quote.
 
     >>> print(quoted("/a/b-1"), quoted("/a=b"), quoted("it's"), quoted("a\\b"))
@@ -22,7 +22,7 @@ def _is_no_text(text: str) -> bool:
     return bool(re.fullmatch(r"true|false|null|nan|inf|[-+]?[\d_.]+(e[-+]?\d+)?", text, re.IGNORECASE))
 
 
-def with_home(word: str) -> str:
+def expand_tilde(word: str) -> str:
     """Return ``word`` with the home folder for a ``~`` that begins it or its value, as shells do it only in part.
 
     ``~key`` (Hydra: take the key out) is kept, as is the ``~`` of a name's backup, ``name~``.

@@ -52,33 +52,33 @@ def add_key_prefix(prefix: str) -> Iterator[None]:
         raise UserError(f"{prefix}{error}") from error
 
 
-def locate(target: str, what: str, kind: type | None = None, needs: str | None = None) -> Any:
+def locate(target: str, group: str, kind: type | None = None, required_attribute: str | None = None) -> Any:
     """Return the class that a config's ``_target_`` names, a ``kind`` or with the method ``needs``. A config may come
     out of a checkpoint: only the package of the group ``what`` is imported from.
     """
     module, _, name = current_name(str(target)).rpartition(".")
     if not module.startswith("mtcl."):
-        raise UserError(f"{what}._target_={target} is not part of mtcl, so it is not imported")
-    expected, package = PACKAGES[what]
+        raise UserError(f"{group}._target_={target} is not part of mtcl, so it is not imported")
+    expected, package = PACKAGES[group]
     if not f"{module}.".startswith(f"{package}."):
-        raise UserError(f"{what}._target_={target} is not a {expected} of {package}")
+        raise UserError(f"{group}._target_={target} is not a {expected} of {package}")
     try:
         located = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"{what}._target_={target} does not exist") from error
+        raise UserError(f"{group}._target_={target} does not exist") from error
     if not isinstance(located, type) or (kind is not None and not issubclass(located, kind)):
-        raise UserError(f"{what}._target_={target} is not a {expected}")
-    if needs is not None and not hasattr(located, needs):
-        raise UserError(f"{what}._target_={target} is not a dataset")
+        raise UserError(f"{group}._target_={target} is not a {expected}")
+    if required_attribute is not None and not hasattr(located, required_attribute):
+        raise UserError(f"{group}._target_={target} is not a dataset")
     return located
 
 
-def construct(maker: Callable[..., T], what: str, *given: Any, **options: Any) -> T:
+def construct(factory: Callable[..., T], group: str, *given: Any, **options: Any) -> T:
     """``maker(*given, **options)``, where a config key that it does not know is the user's mistake."""
-    known = [name for name, p in inspect.signature(maker).parameters.items() if p.kind != p.VAR_KEYWORD]
+    known = [name for name, p in inspect.signature(factory).parameters.items() if p.kind != p.VAR_KEYWORD]
     for name in options:
         if name not in known:
             raise UserError(
-                f"{what}.{name} is not an option of {maker.__name__}; it has {', '.join(known[len(given) :])}"
+                f"{group}.{name} is not an option of {factory.__name__}; it has {', '.join(known[len(given) :])}"
             )
-    return maker(*given, **options)
+    return factory(*given, **options)

@@ -18,12 +18,12 @@ from mtcl.tasks import TASK_NAMES
 class Rule:
     """What a value must be, in words and as a test; ``nullable``: null is allowed, too."""
 
-    words: str
-    holds: Callable[[Any], bool]
+    text: str
+    is_valid: Callable[[Any], bool]
     nullable: bool = False
 
     def or_null(self) -> "Rule":
-        return Rule(f"{self.words}, or null", self.holds, nullable=True)
+        return Rule(f"{self.text}, or null", self.is_valid, nullable=True)
 
 
 def _is_number(value: Any) -> bool:
@@ -45,22 +45,22 @@ def count(low: int = 0, high: int | None = None) -> Rule:
     return Rule(f"a whole number {bounds}", lambda v: _is_int(v) and low <= v <= (10**12 if high is None else high))
 
 
-def pair(of: str, holds: Callable[[Any], bool]) -> Rule:
-    return Rule(f"a list of two, {of}", lambda v: isinstance(v, list) and len(v) == 2 and all(map(holds, v)))
+def pair(of: str, is_valid: Callable[[Any], bool]) -> Rule:
+    return Rule(f"a list of two, {of}", lambda v: isinstance(v, list) and len(v) == 2 and all(map(is_valid, v)))
 
 
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("text", lambda v: isinstance(v, str))
 MAPPING = Rule("a mapping {key: value}", lambda v: isinstance(v, dict))
-LONGEST_SIDE = 16384
-MOST_PIXELS = 1 << 24
+MAX_SIDE = 16384
+MAX_PIXELS = 1 << 24
 SIZE = Rule(
-    f"a list of two, height and width in pixels, at most {LONGEST_SIDE} each and {MOST_PIXELS:,} together",
+    f"a list of two, height and width in pixels, at most {MAX_SIDE} each and {MAX_PIXELS:,} together",
     lambda v: (
         isinstance(v, list)
         and len(v) == 2
-        and all(_is_int(side) and 0 < side <= LONGEST_SIDE for side in v)
-        and v[0] * v[1] <= MOST_PIXELS
+        and all(_is_int(side) and 0 < side <= MAX_SIDE for side in v)
+        and v[0] * v[1] <= MAX_PIXELS
     ),
 )
 COLOUR = Rule(
@@ -68,7 +68,7 @@ COLOUR = Rule(
     lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and abs(x) <= 10 for x in v),
 )
 SPREAD = Rule(
-    "a list of three numbers on the 0..1 scale, from 0.001 to 10", lambda v: COLOUR.holds(v) and min(v) >= 0.001
+    "a list of three numbers on the 0..1 scale, from 0.001 to 10", lambda v: COLOUR.is_valid(v) and min(v) >= 0.001
 )
 WIDTH = count(1, 100_000)  # of feature maps
 BLOCKS = count(1, 128)
@@ -281,7 +281,7 @@ ROLES: dict[str, str] = {
 
 
 # Keys younger than some run folders, and what those runs did: with and without the key they are one row of a table.
-BEFORE_THE_KEY: dict[str, Any] = {"optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "optimizer.nesterov": False}
+LEGACY_VALUES: dict[str, Any] = {"optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "optimizer.nesterov": False}
 
 
 @functools.cache
@@ -295,42 +295,42 @@ def rule_of(key: str) -> Rule | None:
     return next((rule for pattern, rule in RULES.items() if fnmatch(key, pattern)), None)
 
 
-def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of all that is not a group of further keys; a mapping with a rule counts as a value."""
     for name, value in config.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and rule_of(key) is None:
-            yield from leaves(value, f"{key}.")
+            yield from flatten(value, f"{key}.")
         else:
             yield key, value
 
 
 def check_config(config: dict[str, Any]) -> None:
     """Raise ``UserError`` for the first key of a plain config that is unknown or has a wrong value."""
-    for key, value in leaves(config):
+    for key, value in flatten(config):
         rule = rule_of(key)
         if rule is None:
             raise UserError(describe_unknown_key(key, value))
-        if not (rule.holds(value) or (value is None and rule.nullable)):
-            raise UserError(f"{key}={'null' if value is None else short(value)} must be {rule.words}")
+        if not (rule.is_valid(value) or (value is None and rule.nullable)):
+            raise UserError(f"{key}={'null' if value is None else truncate(value)} must be {rule.text}")
     check_backbone_kwargs((config.get("backbone") or {}).get("kwargs"))
 
 
 def describe_unknown_key(key: str, value: Any) -> str:
     """Return a sentence on a key without a rule, with the nearest one that has one."""
     if any(pattern.startswith(f"{key}.") for pattern in RULES):
-        return f"{key}={short(value)} must be a mapping with the keys of that group"
+        return f"{key}={truncate(value)} must be a mapping with the keys of that group"
     group, _, name = key.rpartition(".")
     siblings = {known.rpartition(".")[2]: known for known in RULES if known.rpartition(".")[0] == group}
     anywhere = {known.rpartition(".")[2]: known for known in RULES}
     for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.8)):
         if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
-            return f"there is no config key {short(key)}; did you mean {candidates[close[0]]}?"
+            return f"there is no config key {truncate(key)}; did you mean {candidates[close[0]]}?"
     hint = f"{group} has {', '.join(siblings)}" if group and siblings else "python train.py --cfg job shows all keys"
-    return f"there is no config key {short(key)}; {hint}"
+    return f"there is no config key {truncate(key)}; {hint}"
 
 
-def short(value: Any) -> str:
+def truncate(value: Any) -> str:
     """Return a value as text for a message, cut where it is long."""
     try:
         text = str(value)

@@ -9,24 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mtcl.config.schema import check_config, short
+from mtcl.config.schema import check_config, truncate
 from mtcl.errors import UserError, printable
 from mtcl.models.decoders.atrc import is_named_genotype
 from mtcl.safe_files import check_depth
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
-GROUPS = ("backbone", "decoder", "tasks", "data", "trainer")
-NEEDED = ("seed", "backbone.name", "decoder._target_", "data.name", "data._target_", "data.size")
-MOST_VALUES = 20_000  # of a config; those of today have about 150
-LONGEST_TEXT, LONGEST_KEY = 4_096, 200
-MOST_CHANNELS = 100_000  # of a task
+REQUIRED_GROUPS = ("backbone", "decoder", "tasks", "data", "trainer")
+REQUIRED_KEYS = ("seed", "backbone.name", "decoder._target_", "data.name", "data._target_", "data.size")
+MAX_VALUES = 20_000  # of a config; those of today have about 150
+MAX_TEXT_LENGTH, MAX_KEY_LENGTH = 4_096, 200
+MAX_CHANNELS = 100_000  # of a task
 # Where the machine of the training had its files. Reading images from data.root is what evaluate.py is asked for; the
 # others are the reader's own to say.
-PATHS = ("data.cache", "backbone.weights", "resume", "checkpoint", "predictions", "save_predictions")
-NO_PATHS = ("none", "hub")  # values of backbone.weights that say how training began
-LABELS = ("full", "one", "random")  # of data.labels; anything else is a path
-DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
+PATH_KEYS = ("data.cache", "backbone.weights", "resume", "checkpoint", "predictions", "save_predictions")
+WEIGHT_SOURCES = ("none", "hub")  # values of backbone.weights that say how training began
+LABEL_ASSIGNMENTS = ("full", "one", "random")  # of data.labels; anything else is a path
+LEGACY_DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
     "backbone": {"weights": None, "mean": None, "std": None, "out_indices": None, "kwargs": None},
     "data": {"options": {}},
     "loss": {"weights": {}, "options": {}},
@@ -48,16 +48,16 @@ def check_stored_config(config: Any, source: str | Path) -> dict[str, Any]:
         UserError: it is no such config; the sentence names the key.
     """
     check_depth(config, source)
-    if not isinstance(config, Mapping) or not all(isinstance(config.get(group), Mapping) for group in GROUPS):
-        raise UserError(f"{source} is no model of mtcl: its config has not all of {', '.join(GROUPS)}")
+    if not isinstance(config, Mapping) or not all(isinstance(config.get(group), Mapping) for group in REQUIRED_GROUPS):
+        raise UserError(f"{source} is no model of mtcl: its config has not all of {', '.join(REQUIRED_GROUPS)}")
     try:
         count = [0]
         plain = _copy_plain(dict(config), "the config", count)
         drop_paths(plain)
-        for group, defaults in DEFAULTS.items():
+        for group, defaults in LEGACY_DEFAULTS.items():
             if isinstance(plain.setdefault(group, {}), dict):
                 plain[group] = {**defaults, **plain[group]}
-        for key in NEEDED:
+        for key in REQUIRED_KEYS:
             group, _, name = key.rpartition(".")
             if (plain[group] if group else plain).get(name) is None:
                 raise UserError(f"{key} is missing")
@@ -71,20 +71,24 @@ def check_stored_config(config: Any, source: str | Path) -> dict[str, Any]:
 def _copy_plain(value: Any, key: str, count: list[int]) -> Any:
     """Copy a value of which containers, texts, numbers, booleans and None are all; refuse interpolations."""
     count[0] += 1
-    if count[0] > MOST_VALUES:
-        raise UserError(f"it has more than {MOST_VALUES} values")
+    if count[0] > MAX_VALUES:
+        raise UserError(f"it has more than {MAX_VALUES} values")
     if isinstance(value, Mapping):
         for name in value:
-            if not isinstance(name, str) or len(name) > LONGEST_KEY:
-                raise UserError(f"{key} has the key {short(name)}; a key is a text of at most {LONGEST_KEY} characters")
+            if not isinstance(name, str) or len(name) > MAX_KEY_LENGTH:
+                raise UserError(
+                    f"{key} has the key {truncate(name)}; a key is a text of at most {MAX_KEY_LENGTH} characters"
+                )
         prefix = "" if key == "the config" else f"{key}."
         return {name: _copy_plain(item, prefix + name, count) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_copy_plain(item, key, count) for item in value]
     if isinstance(value, str):
         if "${" in value or value == "???":
-            raise UserError(f"{key}={short(value)} is to be filled in from elsewhere; a stored config has values only")
-        if len(value) > LONGEST_TEXT:
+            raise UserError(
+                f"{key}={truncate(value)} is to be filled in from elsewhere; a stored config has values only"
+            )
+        if len(value) > MAX_TEXT_LENGTH:
             raise UserError(f"{key} is a text of {len(value):,} characters")
         return value
     if value is None or type(value) in (bool, int) or (type(value) is float and not math.isnan(value)):
@@ -95,20 +99,20 @@ def _copy_plain(value: Any, key: str, count: list[int]) -> Any:
 
 def drop_paths(config: dict[str, Any]) -> None:
     """Take from a plain config what names files of the machine it was trained on, but for ``data.root``."""
-    for key in PATHS:
+    for key in PATH_KEYS:
         group, _, name = key.rpartition(".")
         part = config.get(group) if group else config
-        if isinstance(part, dict) and part.get(name) not in (None, *NO_PATHS):
+        if isinstance(part, dict) and part.get(name) not in (None, *WEIGHT_SOURCES):
             del part[name]
     data = config.get("data")
-    if isinstance(data, dict) and isinstance(data.get("labels"), str) and data["labels"] not in LABELS:
-        data["labels"] = LABELS[0]
+    if isinstance(data, dict) and isinstance(data.get("labels"), str) and data["labels"] not in LABEL_ASSIGNMENTS:
+        data["labels"] = LABEL_ASSIGNMENTS[0]
 
 
 def _check_genotype(genotype: Any) -> None:
     if isinstance(genotype, str) and not is_named_genotype(genotype):
         raise UserError(
-            f"decoder.genotype={short(genotype)} names a file of the machine it was trained on; continue that run once "
+            f"decoder.genotype={truncate(genotype)} names a file of the machine it was trained on; continue that run once "
             "with train.py resume=auto, which stores what the file says"
         )
 
@@ -119,16 +123,16 @@ def check_stored_tasks(tasks: Any, source: str | Path) -> dict[str, dict[str, An
         raise UserError(f"{source} is no model of mtcl: it does not say which tasks it has")
     for name, facts in tasks.items():
         if name not in TASK_NAMES:
-            raise UserError(f"{source} has a task {printable(short(name))}; mtcl knows {', '.join(TASK_NAMES)}")
+            raise UserError(f"{source} has a task {printable(truncate(name))}; mtcl knows {', '.join(TASK_NAMES)}")
         channels, classes = (facts.get("channels"), facts.get("classes")) if isinstance(facts, Mapping) else (0, None)
-        if type(channels) is not int or not 0 < channels <= MOST_CHANNELS:
+        if type(channels) is not int or not 0 < channels <= MAX_CHANNELS:
             raise UserError(f"{source} gives no number of channels for its task {name}")
         if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
             raise UserError(f"{source} gives no list of classes for its task {name}")
     return {name: {"channels": facts["channels"], "classes": [*facts["classes"]]} for name, facts in tasks.items()}
 
 
-def described(tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
+def describe_tasks(tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
     """Plain facts of the tasks, for a checkpoint: channels, and the classes' names where there are some."""
     return {n: {"channels": t.channels, "classes": list(getattr(t, "classes", ()))} for n, t in tasks.items()}
 
@@ -139,7 +143,7 @@ def check_tasks(saved: Mapping[str, dict[str, Any]], tasks: Mapping[str, Task], 
     def told(facts: Mapping[str, dict[str, Any]]) -> str:
         return ", ".join(f"{name} ({fact['channels']})" for name, fact in facts.items())
 
-    own = described(tasks)
+    own = describe_tasks(tasks)
     if dict(saved) != own:
         same = told(saved) == told(own)
         raise UserError(

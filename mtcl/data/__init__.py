@@ -3,10 +3,10 @@
 from mtcl.data.datasets.nyud import NYUD
 from mtcl.data.datasets.pascal_context import PascalContext
 from mtcl.data.datasets.rooms import Rooms
-from mtcl.data.loader import EpochBatches, SampleDataset, collate, eval_loader, prepare, train_loader
-from mtcl.data.partial_labels import partly_labelled
-from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
-from mtcl.data.transforms import Augment, finish
+from mtcl.data.loader import AugmentedDataset, EpochBatchSampler, collate, eval_loader, prepare_batch, train_loader
+from mtcl.data.partial_labels import apply_label_assignment
+from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
+from mtcl.data.transforms import Augment, finalize_labels
 
 __all__ = [
     "NYUD",

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtcl.atomic import write_atomically
-from mtcl.data.image_io import read_bytes, unreadable
+from mtcl.data.image_io import file_error, read_bytes
 from mtcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -27,14 +27,14 @@ _LENGTHS = struct.Struct("<II")  # of the header: bytes, CRC-32
 _ALIGNMENT = 64
 
 
-class Stored(NamedTuple):
+class CacheEntry(NamedTuple):
     """An array as it is used, and the size of the picture or label it was made from."""
 
     array: np.ndarray
     native_size: tuple[int, int]  # height, width
 
 
-class ArrayStore:
+class ArrayCache:
     """Arrays by (kind, name) below ``folder``, which is made now: a UserError where it can't be."""
 
     def __init__(self, folder: Path) -> None:
@@ -50,8 +50,8 @@ class ArrayStore:
             ) from error
 
     def get(
-        self, kind: str, name: str, sources: Sequence[Path], make: Callable[[], Stored], packed: bool = False
-    ) -> Stored:
+        self, kind: str, name: str, sources: Sequence[Path], make: Callable[[], CacheEntry], compressed: bool = False
+    ) -> CacheEntry:
         """The entry, or ``make()``, which is kept; ``sources``: the files it is made from.
 
         The array may be read-only. Where the disk is full the arrays are made each time, after one warning.
@@ -63,12 +63,12 @@ class ArrayStore:
         before = [_stamp(source) for source in sources] if self._writable else []  # what changes meanwhile is stale
         made = make()
         if self._writable:
-            self._write(path, made, before, [_checksum(source) for source in sources], packed)
+            self._write(path, made, before, [_checksum(source) for source in sources], compressed)
         return made
 
-    def _write(self, path: Path, made: Stored, stamps: list[list[int]], sums: list[int], packed: bool) -> None:
+    def _write(self, path: Path, made: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> None:
         try:
-            data = _entry(made, stamps, sums, packed)
+            data = _entry(made, stamps, sums, compressed)
             write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
         except OSError as error:
             self._writable = False
@@ -79,7 +79,7 @@ class ArrayStore:
                 error.strerror,
             )
 
-    def _open(self, path: Path, sources: Sequence[Path]) -> Stored | None:
+    def _open(self, path: Path, sources: Sequence[Path]) -> CacheEntry | None:
         """The entry if it is there, whole, and made from the sources as they are now."""
         try:
             with path.open("rb") as file:
@@ -120,14 +120,14 @@ class ArrayStore:
         self._warned = True
 
 
-def _entry(stored: Stored, stamps: list[list[int]], sums: list[int], packed: bool) -> bytes:
+def _entry(stored: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> bytes:
     array = np.ascontiguousarray(stored.array)
-    payload = zlib.compress(array.tobytes(), 1) if packed else array.tobytes()
+    payload = zlib.compress(array.tobytes(), 1) if compressed else array.tobytes()
     facts = {
         "dtype": array.dtype.str,
         "shape": array.shape,
         "native": stored.native_size,
-        "packed": packed,
+        "packed": compressed,
         "bytes": len(payload),
         "crc": zlib.crc32(payload),
         "stamps": stamps,
@@ -151,7 +151,7 @@ def _header(content: mmap.mmap) -> dict[str, Any] | None:
     return {**json.loads(text), "begin": end + -end % _ALIGNMENT}
 
 
-def _array(content: mmap.mmap, header: dict[str, Any]) -> Stored:
+def _array(content: mmap.mmap, header: dict[str, Any]) -> CacheEntry:
     data: Any = content
     begin = header["begin"]
     if header["packed"]:
@@ -159,7 +159,7 @@ def _array(content: mmap.mmap, header: dict[str, Any]) -> Stored:
     shape = tuple(header["shape"])
     array = np.frombuffer(data, np.dtype(header["dtype"]), int(np.prod(shape)), begin).reshape(shape)
     height, width = header["native"]
-    return Stored(array, (height, width))
+    return CacheEntry(array, (height, width))
 
 
 def _stamp(path: Path) -> list[int]:
@@ -167,7 +167,7 @@ def _stamp(path: Path) -> list[int]:
     try:
         status = path.stat()
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise file_error(path, error) from error
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 

@@ -23,11 +23,11 @@ _JPEG = b"\xff\xd8"
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 MAX_BYTES = 1 << 30  # of a file, or of what a packed one unpacks to
 MAX_PIXELS = 50_000_000  # of an image
-MAX_NESTED = 100  # PASCAL-Part has 7
+MAX_NESTING = 100  # PASCAL-Part has 7
 _MATRIX, _PACKED = 14, 15  # kinds of elements of a .mat of format 5
 _KINDS = frozenset({*range(1, 8), 9, 12, 13, _MATRIX, _PACKED, 16, 17, 18})
 _ID = re.compile(r"[^./\\:][^/\\:]{0,199}")
-NO_ID = "which is no id: an id is the name of its files without their ending, never a path"
+INVALID_ID_MESSAGE = "which is no id: an id is the name of its files without their ending, never a path"
 
 
 def read_bytes(path: Path) -> bytes:
@@ -36,7 +36,7 @@ def read_bytes(path: Path) -> bytes:
         return safe_files.read_bytes(path, MAX_BYTES)
     except UserError as error:
         if isinstance(error.__cause__, OSError):
-            raise unreadable(path, error.__cause__) from error
+            raise file_error(path, error.__cause__) from error
         raise
 
 
@@ -46,7 +46,7 @@ def read_image(path: Path) -> np.ndarray:
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
-def read_values(path: Path) -> np.ndarray:
+def read_label_image(path: Path) -> np.ndarray:
     """A label image's numbers as uint8 (H, W): grey levels, or the indices of a palette."""
     data = read_bytes(path)
     bits, kind = (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else (8, 0)
@@ -56,7 +56,7 @@ def read_values(path: Path) -> np.ndarray:
     if bits in (2, 4):  # OpenCV has spread the levels over 0..255
         raise UserError(f"{path} is a grey picture of {bits} bits; save this label with 8 bits.")
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
-        raise UserError(f"{path} holds {form(pixels)}, but this label is an 8-bit picture of 1 channel.")
+        raise UserError(f"{path} holds {describe_array(pixels)}, but this label is an 8-bit picture of 1 channel.")
     return pixels
 
 
@@ -90,11 +90,11 @@ def check_pixels(path: Path, data: bytes) -> None:
         )
 
 
-def read_colours(path: Path) -> np.ndarray:
+def read_color_label(path: Path) -> np.ndarray:
     """A label image of three 8-bit channels as uint8 RGB (H, W, 3), unchanged."""
     pixels = _decoded(path, read_bytes(path), cv2.IMREAD_UNCHANGED)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
-        raise UserError(f"{path} holds {form(pixels)}, but this label is an 8-bit picture of 3 channels.")
+        raise UserError(f"{path} holds {describe_array(pixels)}, but this label is an 8-bit picture of 3 channels.")
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
@@ -106,7 +106,7 @@ def read_npy(path: Path) -> np.ndarray:
     except Exception as error:  # NumPy raises whatever the damaged header leads to, MemoryError among it
         raise UserError(f"{path} is not a readable .npy file ({error}); unpack it again.") from error
     if not isinstance(array, np.ndarray):
-        raise UserError(f"{path} holds {form(array)}, but a label is one array.")
+        raise UserError(f"{path} holds {describe_array(array)}, but a label is one array.")
     return array
 
 
@@ -162,7 +162,7 @@ def read_dataset(file: h5py.File, key: str, path: Path, max_bytes: int = MAX_BYT
 def _unpacked(path: Path, data: bytes) -> bytes:
     """A .mat of format 5 with its variables unpacked; others as they are.
 
-    ``UserError``: they unpack to more than :data:`MAX_BYTES`, or are nested deeper than :data:`MAX_NESTED` (scipy reads
+    ``UserError``: they unpack to more than :data:`MAX_BYTES`, or are nested deeper than :data:`MAX_NESTING` (scipy reads
     them by recursion in C, which ends the process).
     """
     if len(data) < 128 or 0 in data[:4]:  # format 4 has no packed variables and no structures
@@ -179,8 +179,8 @@ def _unpacked(path: Path, data: bytes) -> bytes:
             part = inflater.decompress(part[8:], max(MAX_BYTES - size, 1))  # 0 would be no limit
             if inflater.unconsumed_tail or size + len(part) > MAX_BYTES:
                 raise UserError(f"{path} unpacks to more than the {MAX_BYTES:,} bytes that such a file may have.")
-        if _nesting(part, order) > MAX_NESTED:
-            raise UserError(f"{path} holds structures nested deeper than {MAX_NESTED} levels; simplify them.")
+        if _nesting(part, order) > MAX_NESTING:
+            raise UserError(f"{path} holds structures nested deeper than {MAX_NESTING} levels; simplify them.")
         parts.append(part)
         size += len(part)
         place += 8 + length
@@ -188,12 +188,12 @@ def _unpacked(path: Path, data: bytes) -> bytes:
 
 
 def _nesting(part: bytes, order: str) -> int:
-    """Count how deep the arrays of one variable are nested, at most a little beyond :data:`MAX_NESTED`.
+    """Count how deep the arrays of one variable are nested, at most a little beyond :data:`MAX_NESTING`.
 
     ``ValueError``: an element of a kind that there is not, by whose number scipy would look up memory that is not its.
     """
     ends, place, deepest = [len(part)], 0, 0
-    while place + 8 <= len(part) and deepest <= MAX_NESTED:
+    while place + 8 <= len(part) and deepest <= MAX_NESTING:
         while len(ends) > 1 and place >= ends[-1]:
             ends.pop()
         kind, length = struct.unpack_from(f"{order}II", part, place)
@@ -208,7 +208,7 @@ def _nesting(part: bytes, order: str) -> int:
     return deepest
 
 
-def read_lines(path: Path, what: str) -> list[str]:
+def read_ids(path: Path, what: str) -> list[str]:
     """The ids of a list file, one per line, in order; ``what`` names the list in complaints."""
     try:
         ids = read_bytes(path).decode("utf-8-sig").split()
@@ -216,8 +216,8 @@ def read_lines(path: Path, what: str) -> list[str]:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); {what} holds one id per line.") from error
     if not ids:
         raise UserError(f"{path} lists no picture; {what} must hold one id per line.")
-    if (strange := strange_ids(ids)) is not None:
-        raise UserError(f"{path} lists {printable(strange[:80])!r}, {NO_ID}; mend {what}.")
+    if (strange := find_invalid_id(ids)) is not None:
+        raise UserError(f"{path} lists {printable(strange[:80])!r}, {INVALID_ID_MESSAGE}; mend {what}.")
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
@@ -225,7 +225,7 @@ def read_lines(path: Path, what: str) -> list[str]:
     return ids
 
 
-def strange_ids(ids: Iterable[str]) -> str | None:
+def find_invalid_id(ids: Iterable[str]) -> str | None:
     """Return the first of ``ids`` that is no plain file name, None where all are.
 
     Ids are joined to folders, for reading and for writing: a path in their place would leave the folder.
@@ -233,26 +233,32 @@ def strange_ids(ids: Iterable[str]) -> str | None:
     return next((name for name in ids if not _ID.fullmatch(name) or not name.isprintable()), None)
 
 
-def as_depth(array: np.ndarray, path: Path) -> np.ndarray:
+def validate_depth(array: np.ndarray, path: Path) -> np.ndarray:
     """Depth as float32 (H, W) in metres; 0 where there is no finite positive value."""
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
-        raise UserError(f"{path} holds {form(array)}, but depth is one floating-point array (height, width) in metres.")
+        raise UserError(
+            f"{path} holds {describe_array(array)}, but depth is one floating-point array (height, width) in metres."
+        )
     return np.where(np.isfinite(array) & (array > 0), array, 0).astype(np.float32)
 
 
-def as_normals(array: np.ndarray, path: Path) -> np.ndarray:
+def validate_normals(array: np.ndarray, path: Path) -> np.ndarray:
     """Normal vectors as float32 (H, W, 3), zero where one is not finite."""
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind != "f" or not array.size:
-        raise UserError(f"{path} holds {form(array)}, but normals are floating-point vectors (height, width, 3).")
+        raise UserError(
+            f"{path} holds {describe_array(array)}, but normals are floating-point vectors (height, width, 3)."
+        )
     finite = np.isfinite(array).all(axis=2, keepdims=True)
     return np.where(finite, array, 0).astype(np.float32)
 
 
-def as_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
+def validate_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
     """Class ids 0 (void), 1 ... ``num_classes`` as uint8 (H, W): void is 255, id v is class v - 1."""
     is_map = isinstance(values, np.ndarray) and values.ndim == 2 and values.size > 0 and values.dtype.kind in "ufi"
     if not is_map or (values != np.floor(values)).any():
-        raise UserError(f"{path} holds {form(values)}, but classes are one array (height, width) of whole numbers.")
+        raise UserError(
+            f"{path} holds {describe_array(values)}, but classes are one array (height, width) of whole numbers."
+        )
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= num_classes):
         raise UserError(
@@ -262,21 +268,21 @@ def as_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
     return values.astype(np.uint8) - np.uint8(1)  # wraps 0 around to 255
 
 
-def as_edges(array: np.ndarray, path: Path) -> np.ndarray:
+def validate_edges(array: np.ndarray, path: Path) -> np.ndarray:
     """Edges as uint8 (H, W) in {0, 1}: 1 above half of the range, which is 0..255 or 0..1."""
     if array.ndim != 2 or not array.size or array.dtype.kind not in "ufib" or not np.isfinite(array).all():
-        raise UserError(f"{path} holds {form(array)}, but edges are one array (height, width) of numbers.")
+        raise UserError(f"{path} holds {describe_array(array)}, but edges are one array (height, width) of numbers.")
     return (array > (127.5 if array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
 
 
-def unreadable(path: Path, error: OSError) -> UserError:
+def file_error(path: Path, error: OSError) -> UserError:
     """What to say of a file that the system does not give."""
     if isinstance(error, FileNotFoundError):
         return UserError(f"{path} does not exist; check the path, or unpack the dataset whole.")
     return UserError(f"{path} can't be read ({error.strerror}); mend its permissions, or unpack it again.")
 
 
-def form(array: Any) -> str:
+def describe_array(array: Any) -> str:
     """What an array is, for a complaint: its type and shape."""
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
 

@@ -22,27 +22,27 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mtcl.data.sample import Batch, Reader, Sample, SampleMeta
-from mtcl.data.transforms import Augment, finish
+from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
+from mtcl.data.transforms import Augment, finalize_labels
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task
 
-WORKER_DIED = "DataLoader worker"  # in what torch raises then
-LOST_BATCH = "a process that reads data can't send its batch"
-TOO_FEW_FILES = (
+WORKER_DIED_MESSAGE = "DataLoader worker"  # in what torch raises then
+LOST_BATCH_MESSAGE = "a process that reads data can't send its batch"
+TOO_MANY_OPEN_FILES_MESSAGE = (
     "too many open files for the processes that read data; raise the limit (ulimit -n 4096), or use fewer data.workers "
     "(0: none)"
 )
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 
-class SampleDataset(Dataset[Sample | UserError]):
+class AugmentedDataset(Dataset[Sample | UserError]):
     """Augmented samples by (epoch, index); without ``augment`` the labels are only finished.
 
     A ``UserError`` is returned, not raised: a DataLoader would bury its sentence in a worker's traceback.
     """
 
-    def __init__(self, reader: Reader, tasks: Mapping[str, Task], augment: Augment | None, seed: int) -> None:
+    def __init__(self, reader: MultiTaskDataset, tasks: Mapping[str, Task], augment: Augment | None, seed: int) -> None:
         self.reader, self.tasks, self.augment, self.seed = reader, dict(tasks), augment, seed
 
     def __len__(self) -> int:
@@ -57,11 +57,11 @@ class SampleDataset(Dataset[Sample | UserError]):
         if self.augment is None:
             # Copies: a mapped array keeps its file open until the batch is made, and batches can be large.
             labels = {name: np.array(label) for name, label in sample.labels.items()}
-            return finish(Sample(sample.id, np.array(sample.image), labels), self.tasks)
+            return finalize_labels(Sample(sample.id, np.array(sample.image), labels), self.tasks)
         return self.augment(sample, self.tasks, np.random.default_rng([self.seed, epoch, index]))
 
 
-class EpochBatches:
+class EpochBatchSampler:
     """Endless batches of (epoch, index): each epoch a permutation of its own without an incomplete batch.
 
     Iteration begins at batch ``start_step`` of the stream, so a resumed run sees the tail of the whole one. ``part``
@@ -69,35 +69,35 @@ class EpochBatches:
     """
 
     def __init__(
-        self, count: int, batch_size: int, seed: int, start_step: int = 0, part: tuple[int, int] = (0, 1)
+        self, num_samples: int, batch_size: int, seed: int, start_step: int = 0, shard: tuple[int, int] = (0, 1)
     ) -> None:
-        if batch_size % part[1]:
+        if batch_size % shard[1]:
             raise UserError(
-                f"data.batch_size={batch_size} is that of all {part[1]} processes; give a multiple of {part[1]}"
+                f"data.batch_size={batch_size} is that of all {shard[1]} processes; give a multiple of {shard[1]}"
             )
-        self.part = part
-        if not 1 <= batch_size <= count:
+        self.part = shard
+        if not 1 <= batch_size <= num_samples:
             raise UserError(
-                f"A batch of {batch_size} cannot be drawn from {count} training pictures; "
-                f"choose a batch size from 1 to {count}."
+                f"A batch of {batch_size} cannot be drawn from {num_samples} training pictures; "
+                f"choose a batch size from 1 to {num_samples}."
             )
         if seed < 0:
             raise UserError(f"seed={seed} is negative; give 0 or a positive number.")
-        self.count, self.batch_size, self.seed, self.start_step = count, batch_size, seed, start_step
-        self.per_epoch = count // batch_size
+        self.num_samples, self.batch_size, self.seed, self.start_step = num_samples, batch_size, seed, start_step
+        self.batches_per_epoch = num_samples // batch_size
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, first = divmod(self.start_step, self.per_epoch)
+        epoch, first = divmod(self.start_step, self.batches_per_epoch)
         while True:
             order = self._order(epoch)
-            for start in range(first * self.batch_size, self.per_epoch * self.batch_size, self.batch_size):
+            for start in range(first * self.batch_size, self.batches_per_epoch * self.batch_size, self.batch_size):
                 batch = order[start : start + self.batch_size]
                 yield [(epoch, index) for index in batch[self.part[0] :: self.part[1]]]
             epoch, first = epoch + 1, 0
 
     def _order(self, epoch: int) -> list[int]:
         # `count` is nobody's index; NumPy pads seeds with zeros, so [seed, epoch] would be sample 0's.
-        return np.random.default_rng([self.seed, epoch, self.count]).permutation(self.count).tolist()
+        return np.random.default_rng([self.seed, epoch, self.num_samples]).permutation(self.num_samples).tolist()
 
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int) -> Batch:
@@ -122,7 +122,7 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
 
 
 def train_loader(
-    reader: Reader,
+    reader: MultiTaskDataset,
     tasks: Mapping[str, Task],
     augment: Augment,
     batch_size: int,
@@ -130,17 +130,17 @@ def train_loader(
     workers: int,
     start_step: int = 0,
     pin_memory: bool = False,
-    part: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
     skip_unreadable: bool = False,
 ) -> DataLoader:
     """The endless stream of augmented batches in frames of ``augment.size``, from batch ``start_step`` on.
 
-    ``part``: see :class:`EpochBatches`. ``skip_unreadable``: a sample that can't be read gives its place to another one
+    ``part``: see :class:`EpochBatchSampler`. ``skip_unreadable``: a sample that can't be read gives its place to another one
     of its batch, and the batch says so (``unreadable``); else it ends the stream with its ``UserError``.
     """
     return _Loader(
-        SampleDataset(reader, tasks, augment, seed),
-        batch_sampler=EpochBatches(len(reader.ids), batch_size, seed, start_step, part),
+        AugmentedDataset(reader, tasks, augment, seed),
+        batch_sampler=EpochBatchSampler(len(reader.ids), batch_size, seed, start_step, shard),
         collate_fn=partial(
             _collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1, skip_unreadable=skip_unreadable
         ),
@@ -151,14 +151,14 @@ def train_loader(
 
 
 def eval_loader(
-    reader: Reader,
+    reader: MultiTaskDataset,
     tasks: Mapping[str, Task],
     size: tuple[int, int] | None,
     batch_size: int,
     workers: int,
     multiple: int = 32,
     pin_memory: bool = False,
-    part: tuple[int, int] = (0, 1),
+    shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
     """Every sample once, in order, unaugmented; the last batch may be smaller. Frames: :func:`collate`. ``part``
     (i, n): the i-th of n processes has every n-th batch."""
@@ -166,9 +166,9 @@ def eval_loader(
         raise UserError(f"A batch of {batch_size} pictures is not possible; choose a batch size of at least 1.")
     keys = [(0, index) for index in range(len(reader.ids))]
     return _Loader(
-        SampleDataset(reader, tasks, None, seed=0),
+        AugmentedDataset(reader, tasks, None, seed=0),
         batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)][
-            part[0] :: part[1]
+            shard[0] :: shard[1]
         ],
         collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=size, multiple=multiple),
         num_workers=workers,
@@ -177,7 +177,7 @@ def eval_loader(
     )
 
 
-def prepare(
+def prepare_batch(
     batch: Batch, mean: Sequence[float], std: Sequence[float], device: torch.device | str
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The batch on ``device``: normalised pictures float32 (B, 3, H, W), exactly 0 in padding, and labels.
@@ -225,7 +225,7 @@ def _copying(device: torch.device) -> torch.cuda.Stream:
 class _Loader(DataLoader):
     """A DataLoader that raises the error a worker returned and leaves torch's global generator alone."""
 
-    def __init__(self, dataset: SampleDataset, **kwargs: Any) -> None:
+    def __init__(self, dataset: AugmentedDataset, **kwargs: Any) -> None:
         # Workers are seeded from this generator, though nothing of ours draws from their global state.
         super().__init__(dataset, worker_init_fn=_in_worker, generator=torch.Generator(), **kwargs)
 
@@ -236,14 +236,14 @@ class _Loader(DataLoader):
         try:
             yield from map(_raised, super().__iter__())
         except RuntimeError as error:
-            if (sentence := worker_sentence(error)) is None:
+            if (sentence := explain_worker_error(error)) is None:
                 raise
             raise UserError(sentence) from error
         except (OSError, EOFError) as error:
             if getattr(error, "errno", None) in _NO_FILES:
-                raise UserError(TOO_FEW_FILES) from error
+                raise UserError(TOO_MANY_OPEN_FILES_MESSAGE) from error
             if self.num_workers and isinstance(error, EOFError | ConnectionError):  # its batch was on its way
-                raise UserError(worker_sentence(RuntimeError(f"{WORKER_DIED} is gone"))) from error
+                raise UserError(explain_worker_error(RuntimeError(f"{WORKER_DIED_MESSAGE} is gone"))) from error
             raise
 
 
@@ -303,7 +303,11 @@ def _end_on_lost_batches() -> None:
     def answer(queue: Queue, error: Exception, item: tuple[int, Any]) -> None:
         lacks_files = getattr(error, "errno", None) in _NO_FILES or os.strerror(errno.EMFILE) in str(error)
         remedy = "give it more shared memory (docker run --shm-size=8g, a larger /dev/shm), or use data.workers=0"
-        reason = TOO_FEW_FILES if lacks_files else f"{LOST_BATCH} ({str(error).splitlines()[0]}); {remedy}"
+        reason = (
+            TOO_MANY_OPEN_FILES_MESSAGE
+            if lacks_files
+            else f"{LOST_BATCH_MESSAGE} ({str(error).splitlines()[0]}); {remedy}"
+        )
         queue.put((item[0], UserError(reason)))
 
     def end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -315,12 +319,12 @@ def _end_on_lost_batches() -> None:
     sys.excepthook = end
 
 
-def worker_sentence(error: RuntimeError) -> str | None:
+def explain_worker_error(error: RuntimeError) -> str | None:
     """Return a sentence on an error of torch's loader; None where it is none."""
     text = str(error)
     if "Too many open files" in text or "ancdata" in text:
-        return TOO_FEW_FILES
-    if WORKER_DIED not in text:
+        return TOO_MANY_OPEN_FILES_MESSAGE
+    if WORKER_DIED_MESSAGE not in text:
         return None
     return (
         f"a process that reads data was killed, maybe for want of memory, of shared memory (/dev/shm) or of open files "

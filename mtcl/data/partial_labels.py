@@ -16,28 +16,28 @@ import numpy as np
 import torch
 
 from mtcl.data.image_io import read_bytes
-from mtcl.data.sample import Reader, Sample
+from mtcl.data.sample import MultiTaskDataset, Sample
 from mtcl.errors import UserError, why_unreadable
 from mtcl.safe_files import parse_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
-Labelled = Mapping[str, frozenset[str]]  # picture id -> the tasks it has labels of
+LabelAssignment = Mapping[str, frozenset[str]]  # picture id -> the tasks it has labels of
 
 # The columns of the published tables, which do not name them.
 MTPSL_NYUD = ("semseg", "depth", "normals")  # nyuv2_settings/*.pth, a row per training picture
 DIFFUSION_PASCAL = ("semseg", "human_parts", "sal", "normals", "edge")  # ssl_mapping/pascal/new_*.pth, by id
 
 
-class PartlyLabelled:
+class PartiallyLabeledDataset:
     """A reader whose pictures keep the labels that ``labelled`` gives them; the others are void."""
 
-    def __init__(self, reader: Reader, tasks: Mapping[str, Task], labelled: Labelled) -> None:
-        self.reader, self.tasks, self.labelled = reader, dict(tasks), labelled
+    def __init__(self, reader: MultiTaskDataset, tasks: Mapping[str, Task], label_assignment: LabelAssignment) -> None:
+        self.reader, self.tasks, self.label_assignment = reader, dict(tasks), label_assignment
         self.ids: Sequence[str] = reader.ids
 
     def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
-        sample = self.reader.read(index, self.labelled[self.ids[index]])
+        sample = self.reader.read(index, self.label_assignment[self.ids[index]])
         height, width = sample.image.shape[:2]
         return sample._replace(
             labels={
@@ -47,38 +47,40 @@ class PartlyLabelled:
         )
 
     def summary(self) -> str:
-        counts = {name: sum(name in self.labelled[id] for id in self.ids) for name in self.tasks}
+        counts = {name: sum(name in self.label_assignment[id] for id in self.ids) for name in self.tasks}
         told = ", ".join(f"{name} {count}" for name, count in counts.items())
         return f"{self.reader.summary()}; labels of {len(self.ids)} pictures: {told}"
 
     def fingerprint(self) -> str:
-        known = [(id, sorted(self.labelled[id])) for id in self.ids]
+        known = [(id, sorted(self.label_assignment[id])) for id in self.ids]
         return hashlib.sha256(repr((self.reader.fingerprint(), known)).encode()).hexdigest()[:16]
 
 
-def partly_labelled(reader: Reader, tasks: Mapping[str, Task], choice: str, seed: int) -> Reader:
+def apply_label_assignment(
+    reader: MultiTaskDataset, tasks: Mapping[str, Task], mode: str, seed: int
+) -> MultiTaskDataset:
     """``reader`` with the labels that ``choice`` leaves: ``full``, ``one`` or ``random`` (drawn from ``seed``), or
     those of a mapping file."""
-    if choice == "full":
+    if mode == "full":
         return reader
-    if choice in ("one", "random"):
-        labelled = draw_labelled(reader.ids, list(tasks), choice, seed)
+    if mode in ("one", "random"):
+        label_assignment = draw_label_assignment(reader.ids, list(tasks), mode, seed)
     else:
-        if not Path(choice).is_file():
-            raise UserError(f"data.labels={choice} is neither full, one or random, nor a file with a mapping.")
-        labelled = read_labelled(Path(choice), reader.ids, list(tasks))
-    return PartlyLabelled(reader, tasks, labelled)
+        if not Path(mode).is_file():
+            raise UserError(f"data.labels={mode} is neither full, one or random, nor a file with a mapping.")
+        label_assignment = read_label_assignment(Path(mode), reader.ids, list(tasks))
+    return PartiallyLabeledDataset(reader, tasks, label_assignment)
 
 
-def draw_labelled(ids: Sequence[str], tasks: Sequence[str], choice: str, seed: int) -> Labelled:
+def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, seed: int) -> LabelAssignment:
     """Which picture has which labels.
 
     ``one``: a task each, every task equally often, a function of (seed, list of ids, tasks). ``random``: as in MTPSL, 1
     to all but one, every number and then every set of that size equally likely, a function of (seed, id, tasks).
     """
     if len(tasks) < 2:
-        raise UserError(f"data.labels={choice} needs at least two tasks to choose from; use data.labels=full.")
-    if choice == "one":
+        raise UserError(f"data.labels={mode} needs at least two tasks to choose from; use data.labels=full.")
+    if mode == "one":
         order = np.random.default_rng([seed, len(tasks)]).permutation(len(ids))
         return {ids[i]: frozenset([tasks[place % len(tasks)]]) for place, i in enumerate(order)}
     return {id: _some(tasks, np.random.default_rng([seed, zlib.crc32(id.encode())])) for id in ids}
@@ -89,7 +91,7 @@ def _some(tasks: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
     return frozenset(rng.choice(np.array(tasks), rng.integers(1, len(tasks)), replace=False).tolist())
 
 
-def read_labelled(path: Path, ids: Sequence[str], tasks: Sequence[str]) -> Labelled:
+def read_label_assignment(path: Path, ids: Sequence[str], tasks: Sequence[str]) -> LabelAssignment:
     """Which picture has which labels, from a file in one of the published forms.
 
     - MTPSL, PASCAL-Context (``pascal_settings/*.npy``): task -> ids.

@@ -37,7 +37,7 @@ class Batch(TypedDict):
     unreadable: NotRequired[list[str]]  # why samples of this batch gave their places to others
 
 
-class Reader(Protocol):
+class MultiTaskDataset(Protocol):
     """One list of a dataset (its training or its validation pictures), read without augmentation."""
 
     ids: Sequence[str]
@@ -55,13 +55,13 @@ class Reader(Protocol):
         ...
 
 
-class Dataset(Reader, Protocol):
+class ConfigurableDataset(MultiTaskDataset, Protocol):
     """A dataset that a config names: ``SomeDataset(part="train" | "val", split=..., tasks=names, **its own options)``.
 
     That raises :class:`mtcl.UserError` when what is on disk does not fit.
     """
 
     @classmethod
-    def offered(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
+    def task_options(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
         """Task name -> options for ``mtcl.tasks.build_task``, for a dataset of these options, without opening it."""
         ...

@@ -26,7 +26,7 @@ class Window(NamedTuple):
     height: int
     width: int
 
-    def of(self, array: np.ndarray) -> np.ndarray:
+    def crop(self, array: np.ndarray) -> np.ndarray:
         return array[self.top : self.top + self.height, self.left : self.left + self.width]
 
 
@@ -64,8 +64,8 @@ class Augment:
         if rng.random() < self.flip:
             sample = flip(sample, tasks)
         if self.photometric:
-            sample = sample._replace(image=distort(sample.image, rng))
-        return finish(sample, tasks)
+            sample = sample._replace(image=distort_colors(sample.image, rng))
+        return finalize_labels(sample, tasks)
 
     def _window(
         self,
@@ -75,25 +75,25 @@ class Augment:
         rng: np.random.Generator,
     ) -> Window:
         """A random crop of the scaled picture, drawn again while one class fills most of it."""
-        window = draw_window(scaled_size, self.size, rng)
+        window = sample_window(scaled_size, self.size, rng)
         if "semseg" not in tasks or (window.height, window.width) == scaled_size:
             return window
         classes, void = sample.labels["semseg"], int(tasks["semseg"].void)
         if (classes == void).all():  # a picture without this label
             return window
         for _ in range(CROP_RETRIES):
-            if varied(nearest(classes, scaled_size, window), void, self.class_cap):
+            if has_varied_classes(resize_nearest(classes, scaled_size, window), void, self.class_cap):
                 break
-            window = draw_window(scaled_size, self.size, rng)
+            window = sample_window(scaled_size, self.size, rng)
         return window
 
 
-def finish(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
+def finalize_labels(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
     """The last step of training and the only one of evaluation: every label as its loss sees it."""
     return sample._replace(labels={name: task.finished(sample.labels[name]) for name, task in tasks.items()})
 
 
-def draw_window(inside: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> Window:
+def sample_window(inside: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> Window:
     """A uniformly random window of at most ``size`` (height, width) inside a picture."""
     height, width = min(inside[0], size[0]), min(inside[1], size[1])
     top = int(rng.integers(inside[0] - height, endpoint=True))
@@ -101,7 +101,7 @@ def draw_window(inside: tuple[int, int], size: tuple[int, int], rng: np.random.G
     return Window(top, left, height, width)
 
 
-def varied(classes: np.ndarray, void: int, cap: float) -> bool:
+def has_varied_classes(classes: np.ndarray, void: int, cap: float) -> bool:
     """Whether uint8 classes (H, W) hold more than one class and none fills ``cap`` of the non-void pixels."""
     counts = np.bincount(classes.ravel(), minlength=256)
     counts[void] = 0
@@ -115,20 +115,20 @@ def scale_and_crop(
     image = sample.image
     if image.shape[:2] != scaled_size:
         image = cv2.resize(image, scaled_size[::-1], interpolation=cv2.INTER_LINEAR)
-    labels = {name: nearest(sample.labels[name], scaled_size, window) for name in tasks}
+    labels = {name: resize_nearest(sample.labels[name], scaled_size, window) for name in tasks}
     if factor != 1:
         labels = {name: task.scaled(labels[name], factor) for name, task in tasks.items()}
-    return Sample(sample.id, window.of(image), labels)
+    return Sample(sample.id, window.crop(image), labels)
 
 
-def nearest(label: np.ndarray, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
+def resize_nearest(label: np.ndarray, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
     """``window`` (default: all) of a label (H, W[, C]) resampled to ``size``: the values at pixel centres.
 
     Equal to resampling all of it and cropping, but touches the window's pixels only.
     """
     window = window or Window(0, 0, *size)
     if label.shape[:2] == size:
-        return window.of(label)
+        return window.crop(label)
     rows = _centres(label.shape[0], size[0])[window.top : window.top + window.height]
     columns = _centres(label.shape[1], size[1])[window.left : window.left + window.width]
     if label.ndim == 2:
@@ -148,7 +148,7 @@ def flip(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
     return Sample(sample.id, cv2.flip(sample.image, 1), labels)
 
 
-def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Random brightness (+-32), contrast and saturation (0.5 to 1.5), hue (+-18 of 180), each with p = 0.5.
 
     Contrast comes before or after saturation and hue, also at random. uint8 RGB in and out. Every step makes

@@ -10,17 +10,21 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mtcl import distributed as ranks
-from mtcl.data import Batch, SampleMeta, prepare
+from mtcl.data import Batch, SampleMeta, prepare_batch
 from mtcl.models import DenseModel
 from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
 
 Metrics = dict[str, dict[str, float]]  # task -> metric -> value
-Predict = Callable[[Batch], Mapping[str, Tensor]]  # a batch -> task -> raw predictions (B, C, H, W) in its frame
-Keep = Callable[[str, Mapping[str, Tensor]], object]  # a picture's id, task -> its raw prediction (C, H, W), un-padded
+PredictFunction = Callable[
+    [Batch], Mapping[str, Tensor]
+]  # a batch -> task -> raw predictions (B, C, H, W) in its frame
+PredictionCallback = Callable[
+    [str, Mapping[str, Tensor]], object
+]  # a picture's id, task -> its raw prediction (C, H, W), un-padded
 
 
-class Shown(NamedTuple):
+class VisualSample(NamedTuple):
     """One sample to draw: everything un-padded, labels and predictions in NumPy label layout."""
 
     id: str
@@ -29,9 +33,9 @@ class Shown(NamedTuple):
     predictions: dict[str, np.ndarray]
 
 
-class Evaluation(NamedTuple):
+class EvaluationResult(NamedTuple):
     metrics: Metrics
-    shown: list[Shown]
+    visual_samples: list[VisualSample]
     num_images: int
 
 
@@ -47,34 +51,38 @@ class Evaluator:
         loader: DataLoader,
         device: torch.device,
         precision: str = "auto",
-        num_shown: int = 0,
+        num_visual_samples: int = 0,
         options: Mapping[str, Mapping[str, Any]] | None = None,
         quick: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         self.tasks, self.loader, self.device = dict(tasks), loader, device
-        self.precision, self.num_shown = precision, num_shown
+        self.precision, self.num_visual_samples = precision, num_visual_samples
         self.options, self.quick = dict(options or {}), dict(quick or {})
 
-    def run(self, model: DenseModel, keep: Keep | None = None, quick: bool = False) -> Evaluation:
+    def run(
+        self, model: DenseModel, on_prediction: PredictionCallback | None = None, quick: bool = False
+    ) -> EvaluationResult:
         """The model's metrics, see :meth:`score`. Leaves the model in the mode it was in."""
 
         def predict(batch: Batch) -> Mapping[str, Tensor]:
-            image, _ = prepare({**batch, "labels": {}}, model.mean, model.std, self.device)
+            image, _ = prepare_batch({**batch, "labels": {}}, model.mean, model.std, self.device)
             with autocast(self.device, self.precision):
                 return model.predict(image)
 
         was_training = model.training
         model.eval()
-        evaluation = self.score(predict, keep, quick)
+        evaluation = self.score(predict, on_prediction, quick)
         model.train(was_training)
         return evaluation
 
     @torch.inference_mode()
-    def score(self, predict: Predict, keep: Keep | None = None, quick: bool = False) -> Evaluation:
+    def score(
+        self, predict: PredictFunction, on_prediction: PredictionCallback | None = None, quick: bool = False
+    ) -> EvaluationResult:
         """Metrics, in fractions, degrees, metres, of whatever predicts; ``keep`` is given every picture's
         predictions in float32."""
         metrics = {name: task.metric(**self._options(name, quick)).to(self.device) for name, task in self.tasks.items()}
-        shown: list[Shown] = []
+        visual_samples: list[VisualSample] = []
         count = 0
         for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=ranks.rank() > 0):
             predictions = predict(batch)
@@ -83,17 +91,19 @@ class Evaluator:
                 area = (rows, ..., slice(top, top + height), slice(left, left + width))
                 for name, metric in metrics.items():
                     metric.update(predictions[name][area].float(), labels[name][area])
-            wanted = range(min(self.num_shown - len(shown), len(batch["meta"])))
-            shown += [_show(batch, predictions, row, self.tasks) for row in wanted]
-            if keep is not None:
+            wanted = range(min(self.num_visual_samples - len(visual_samples), len(batch["meta"])))
+            visual_samples += [_show(batch, predictions, row, self.tasks) for row in wanted]
+            if on_prediction is not None:
                 for row, sample in enumerate(batch["meta"]):
-                    keep(sample.id, {name: predictions[name][row][_area(sample)].float() for name in self.tasks})
+                    on_prediction(
+                        sample.id, {name: predictions[name][row][_area(sample)].float() for name in self.tasks}
+                    )
             count += len(batch["meta"])
         # Of several processes each has its own pictures: torchmetrics adds up their states.
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
-        return Evaluation(values, shown, int(ranks.total(torch.tensor(count, device=self.device))))
+        return EvaluationResult(values, visual_samples, int(ranks.total(torch.tensor(count, device=self.device))))
 
-    def comparable(self, monitor: str) -> bool:
+    def is_comparable(self, monitor: str) -> bool:
         """Whether ``task/metric`` of a quick evaluation and of a whole one are on one scale."""
         task, metric = monitor.split("/")
         return metric == "loss" or not {"thresholds", "every"} & set(self.quick.get(task, {}))
@@ -120,7 +130,7 @@ def _area(sample: SampleMeta) -> tuple[Any, ...]:
     return ..., slice(top, top + height), slice(left, left + width)
 
 
-def _show(batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapping[str, Task]) -> Shown:
+def _show(batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapping[str, Task]) -> VisualSample:
     sample = batch["meta"][row]
     area = _area(sample)
 
@@ -130,7 +140,7 @@ def _show(batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapp
             return array.astype(np.uint8)
         return np.ascontiguousarray(array.transpose(1, 2, 0)) if array.shape[0] > 1 else array[0]
 
-    return Shown(
+    return VisualSample(
         sample.id,
         batch["image"][row][area].permute(1, 2, 0).contiguous().numpy(),
         {name: label(name) for name in tasks},

@@ -13,7 +13,7 @@ from torch import Tensor
 BINS = 4096  # of a histogram, over the distances 0..4
 
 
-class Tally(NamedTuple):
+class PairStatistics(NamedTuple):
     """Sums over anchors, which are pixels with a positive and a negative; tallies of other pictures are added."""
 
     anchors: Tensor  # int64, their number
@@ -25,8 +25,8 @@ class Tally(NamedTuple):
     histogram_ap: Tensor  # float64 (BINS,): each anchor's weight of 1, spread evenly over its pairs
     histogram_an: Tensor
 
-    def __add__(self, other: "Tally") -> "Tally":  # type: ignore[override]
-        return Tally(*(a + b for a, b in zip(self, other)))
+    def __add__(self, other: "PairStatistics") -> "PairStatistics":  # type: ignore[override]
+        return PairStatistics(*(a + b for a, b in zip(self, other)))
 
 
 def squared_distances(features: Tensor) -> Tensor:
@@ -58,14 +58,14 @@ def anchor_auc(distance: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     return won / (positive.sum(dim=-1) * negative.sum(dim=-1))
 
 
-def tally(distance: Tensor, positive: Tensor, negative: Tensor) -> Tally:
+def compute_pair_statistics(distance: Tensor, positive: Tensor, negative: Tensor) -> PairStatistics:
     """All sums of some images: feature distances 0..4 and relations, (B, K, K) each."""
     num_p, num_n = positive.sum(dim=-1), negative.sum(dim=-1)  # (B, K)
     anchor = (num_p > 0) & (num_n > 0)
     share_p = positive * (anchor / num_p.clamp(min=1).double())[..., None]  # rows sum to 1
     share_n = negative * (anchor / num_n.clamp(min=1).double())[..., None]
     bins = (distance * (BINS / 4)).long().clamp(max=BINS - 1).flatten()
-    return Tally(
+    return PairStatistics(
         anchor.sum(),
         num_p[anchor].sum(),
         num_n[anchor].sum(),
@@ -77,7 +77,7 @@ def tally(distance: Tensor, positive: Tensor, negative: Tensor) -> Tally:
     )
 
 
-def means(found: Tally) -> dict[str, float | int]:
+def summarize_pairs(found: PairStatistics) -> dict[str, float | int]:
     """``auc`` 0..1 (0.5: no separation), ``d_ap``, ``d_an`` and their difference ``gap``, means over anchors, NaN
     without any; the counts they stand on."""
     anchors = int(found.anchors)
@@ -101,7 +101,7 @@ class Histograms(NamedTuple):
     an: list[list[float]]  # is missing from the sum
 
 
-def shared_histograms(tallies: list[Tally], most: int = 64, within: float = 0.995) -> Histograms:
+def build_histograms(tallies: list[PairStatistics], most: int = 64, within: float = 0.995) -> Histograms:
     """Histograms to be seen side by side: bins of one width, the least with which ``most`` of them hold the part
     ``within`` of each tally's distances."""
     weights = [h for t in tallies for h in (t.histogram_ap, t.histogram_an) if h.sum() > 0]

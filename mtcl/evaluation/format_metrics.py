@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from mtcl.evaluation.evaluator import Metrics
 from mtcl.tasks.base import Task
 
-COUNTS = {"not_finite": "pixels", "absent_classes": "classes"}  # metrics that count
+COUNT_UNITS = {"not_finite": "pixels", "absent_classes": "classes"}  # metrics that count
 
 
-def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
+def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> str:
     """A row per task and metric, the headline first (marked *, said below), a column per heading; fractions in
     percent.
 
@@ -22,14 +22,14 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
         headline, _ = task.headline(found)
         for metric in [headline, *(m for m in found if m != headline)]:
             values = [column[name].get(metric, math.nan) for column in columns.values()]
-            if metric.startswith("IoU/") or (metric in COUNTS and not any(v > 0 for v in values)):
+            if metric.startswith("IoU/") or (metric in COUNT_UNITS and not any(v > 0 for v in values)):
                 continue
             if metric == "mIoU_present" and not any(
                 column[name].get("absent_classes", 0) > 0 for column in columns.values()
             ):
                 continue
             mark = "*" if metric == headline else ""
-            rows.append((name, metric + mark, *(shown(task, metric, value) for value in values)))
+            rows.append((name, metric + mark, *(format_value(task, metric, value) for value in values)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: tuple[str, ...]) -> str:
@@ -40,11 +40,11 @@ def format_table(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) -> s
     return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:]), note])
 
 
-def shown(task: Task, metric: str, value: float) -> str:
+def format_value(task: Task, metric: str, value: float) -> str:
     """A metric's value with its unit; "-" where nothing valid was seen."""
     unit = task.units.get(metric, "%")
     if math.isnan(value):
         return "-"
-    if metric in COUNTS:
-        return f"{value:.0f} {COUNTS[metric]}"
+    if metric in COUNT_UNITS:
+        return f"{value:.0f} {COUNT_UNITS[metric]}"
     return f"{value * 100:.2f} %" if unit == "%" else f"{value:.4f} {unit}".rstrip()

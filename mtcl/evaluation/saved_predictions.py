@@ -36,10 +36,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_atomically
-from mtcl.data.datasets.base import described_others, entries
-from mtcl.data.image_io import NO_ID, form, read_bytes, read_mat, read_npy, read_png, strange_ids
-from mtcl.data.sample import Batch, Reader, SampleMeta
-from mtcl.data.transforms import finish
+from mtcl.data.datasets.base import describe_other_files, list_folder
+from mtcl.data.image_io import (
+    INVALID_ID_MESSAGE,
+    describe_array,
+    find_invalid_id,
+    read_bytes,
+    read_mat,
+    read_npy,
+    read_png,
+)
+from mtcl.data.sample import Batch, MultiTaskDataset, SampleMeta
+from mtcl.data.transforms import finalize_labels
 from mtcl.errors import UserError, printable
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
@@ -65,11 +73,11 @@ class MapFormat(ABC):
         """The file's values, (H, W, *trailing); ``UserError``: not such a map."""
 
     @abstractmethod
-    def raw(self, values: Tensor) -> Tensor:
+    def to_raw(self, values: Tensor) -> Tensor:
         """Loaded values (B, H, W, *trailing) as raw predictions float32 (B, C, H, W), on the same device."""
 
     @abstractmethod
-    def stored(self, prediction: Tensor) -> np.ndarray:
+    def from_raw(self, prediction: Tensor) -> np.ndarray:
         """A raw prediction (C, H, W) as the values to write."""
 
 
@@ -90,12 +98,12 @@ class ClassMaps(MapFormat):
             )
         return values
 
-    def raw(self, values: Tensor) -> Tensor:
+    def to_raw(self, values: Tensor) -> Tensor:
         index = values.long().unsqueeze(1)
         logits = torch.zeros(len(index), self.task.channels, *index.shape[2:], device=index.device)
         return logits.scatter_(1, index, 1.0)
 
-    def stored(self, prediction: Tensor) -> np.ndarray:
+    def from_raw(self, prediction: Tensor) -> np.ndarray:
         return self.task.decoded(prediction)
 
 
@@ -121,11 +129,11 @@ class SaliencyMaps(ProbabilityMaps):
 
     above: ClassVar[float] = 2**-10  # of a step
 
-    def raw(self, values: Tensor) -> Tensor:
+    def to_raw(self, values: Tensor) -> Tensor:
         logit = _logits(self.above).to(values.device)[values.long()]
         return torch.stack([torch.zeros_like(logit), logit], dim=1)
 
-    def stored(self, prediction: Tensor) -> np.ndarray:
+    def from_raw(self, prediction: Tensor) -> np.ndarray:
         return _truncated(prediction.float().softmax(dim=0)[1])
 
 
@@ -134,10 +142,10 @@ class EdgeMaps(ProbabilityMaps):
 
     above: ClassVar[float] = 0.5
 
-    def raw(self, values: Tensor) -> Tensor:
+    def to_raw(self, values: Tensor) -> Tensor:
         return _logits(self.above).to(values.device)[values.long()].unsqueeze(1)
 
-    def stored(self, prediction: Tensor) -> np.ndarray:
+    def from_raw(self, prediction: Tensor) -> np.ndarray:
         return _truncated(prediction[0].float().sigmoid())
 
 
@@ -151,13 +159,15 @@ class DepthMaps(MapFormat):
         array = read_npy(path) if path.suffix == ".npy" else read_mat(path, "depth")
         flat = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
         if flat.ndim != 2 or flat.dtype.kind != "f":
-            raise UserError(f"{path} holds {form(array)}, but depth is a floating-point array (height, width), metres.")
+            raise UserError(
+                f"{path} holds {describe_array(array)}, but depth is a floating-point array (height, width), metres."
+            )
         return flat.astype(np.float32)
 
-    def raw(self, values: Tensor) -> Tensor:
+    def to_raw(self, values: Tensor) -> Tensor:
         return values.unsqueeze(1)
 
-    def stored(self, prediction: Tensor) -> np.ndarray:
+    def from_raw(self, prediction: Tensor) -> np.ndarray:
         return self.task.decoded(prediction)
 
 
@@ -174,13 +184,15 @@ class NormalMaps(MapFormat):
             return levels[_read_png(path, self.task, (_RGB,))]
         array = read_npy(path)
         if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind != "f":
-            raise UserError(f"{path} holds {form(array)}, but normals are floating-point vectors (height, width, 3).")
+            raise UserError(
+                f"{path} holds {describe_array(array)}, but normals are floating-point vectors (height, width, 3)."
+            )
         return array.astype(np.float32)
 
-    def raw(self, values: Tensor) -> Tensor:
+    def to_raw(self, values: Tensor) -> Tensor:
         return values.permute(0, 3, 1, 2)
 
-    def stored(self, prediction: Tensor) -> np.ndarray:
+    def from_raw(self, prediction: Tensor) -> np.ndarray:
         return np.round(255 * (self.task.decoded(prediction) + 1) / 2).clip(0, 255).astype(np.uint8)
 
 
@@ -205,29 +217,29 @@ class SavedPredictions:
         self,
         folder: Path,
         tasks: Mapping[str, Task],
-        reader: Reader,
+        reader: MultiTaskDataset,
         device: torch.device | str = "cpu",
-        may_hold_more: bool = False,
+        allow_extra_maps: bool = False,
     ) -> None:
         self.formats = {name: FORMATS[name](task) for name, task in tasks.items()}
         self.device = device
-        self.paths = {name: found_maps(folder / name, maps.suffixes) for name, maps in self.formats.items()}
+        self.paths = {name: list_maps(folder / name, maps.suffixes) for name, maps in self.formats.items()}
         self._digests: dict[str, str] = {}
         listed = set(reader.ids)
         for name, paths in self.paths.items():
             more = [id for id in paths if id not in listed]
-            if more and not may_hold_more:
+            if more and not allow_extra_maps:
                 raise UserError(
                     f"{folder / name} holds {_maps(len(more))} of pictures that are not in the list of "
                     f"{len(reader.ids)}: {_few(more)}; take them out or choose their list (data=, data.split=)."
                 )
             _check_missing(folder / name, self.formats[name], paths, reader)
-        self.doubts: list[str] = []  # for the user, of how the maps are taken
+        self.problems: list[str] = []  # for the user, of how the maps are taken
         for name, maps in self.formats.items():
             wanted = [path for id, path in self.paths[name].items() if id in listed]
             if isinstance(maps, ProbabilityMaps) and _is_binary(maps, wanted):
                 self.formats[name] = replace(maps, binary=True)
-                self.doubts.append(
+                self.problems.append(
                     f"the maps of {name} in {folder / name} hold 0 and 1 only and are read so; probabilities are 0..255"
                 )
 
@@ -235,7 +247,7 @@ class SavedPredictions:
         """Task -> raw predictions float32 (B, C, H, W) in the batch's frame, arbitrary in its padding and where a
         picture has no map."""
         frame = batch["image"].shape[-2:]
-        return {name: self.formats[name].raw(self._framed(name, batch["meta"], frame)) for name in self.formats}
+        return {name: self.formats[name].to_raw(self._framed(name, batch["meta"], frame)) for name in self.formats}
 
     def fingerprint(self) -> str:
         """First 16 hexadecimal digits of a SHA-256 of all maps read so far: their tasks, ids and contents."""
@@ -268,7 +280,7 @@ class PredictionWriter:
 
     def __init__(self, folder: Path, tasks: Mapping[str, Task], data_root: str | Path | None) -> None:
         self.folder, self.formats = folder, {name: FORMATS[name](task) for name, task in tasks.items()}
-        if folder.exists() and (not folder.is_dir() or entries(folder)):
+        if folder.exists() and (not folder.is_dir() or list_folder(folder)):
             what = "is not empty" if folder.is_dir() else "is a file"
             raise UserError(f"save_predictions={folder} {what}; give a new folder.")
         if data_root is not None and folder.resolve().is_relative_to(Path(data_root).resolve()):
@@ -277,8 +289,8 @@ class PredictionWriter:
     def write(self, id: str, predictions: Mapping[str, Tensor]) -> None:
         """One file per task of the un-padded raw predictions (C, H, W); ``UserError``: NaN that 8 bits can't hold, or
         an id that would lead out of the folder (a dataset of one's own)."""
-        if strange_ids([id]) is not None:
-            raise UserError(f"save_predictions: the dataset has {printable(id[:80])!r}, {NO_ID}.")
+        if find_invalid_id([id]) is not None:
+            raise UserError(f"save_predictions: the dataset has {printable(id[:80])!r}, {INVALID_ID_MESSAGE}.")
         for name, maps in self.formats.items():
             path = self.folder / name / f"{id}{maps.suffixes[0]}"
             if path.suffix == ".png" and predictions[name].isnan().any():
@@ -286,7 +298,7 @@ class PredictionWriter:
                     f"the prediction of {name} for {id} holds NaN, which a map of 8 bits can't; evaluate without "
                     "save_predictions to see how much, and mend the model."
                 )
-            data = _encoded(maps.stored(predictions[name]), path.suffix)
+            data = _encoded(maps.from_raw(predictions[name]), path.suffix)
             try:
                 write_atomically(path, partial(Path.write_bytes, data=data), durable=False)
             except OSError as error:
@@ -295,7 +307,7 @@ class PredictionWriter:
                 ) from error
 
 
-def folder_of_maps(given: Path, offered: Sequence[str]) -> tuple[Path, list[str]]:
+def find_map_folder(given: Path, offered: Sequence[str]) -> tuple[Path, list[str]]:
     """The folder that holds the tasks' folders (``given``, or the ``results`` in it that the field's code makes), and
     which of the ``offered`` tasks have one. ``UserError``: none."""
     if not given.is_dir():
@@ -307,12 +319,12 @@ def folder_of_maps(given: Path, offered: Sequence[str]) -> tuple[Path, list[str]
     raise UserError(f"predictions={given} holds none of the folders {', '.join(offered)}; maps are <task>/<id>.png.")
 
 
-def found_maps(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def list_maps(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
     """id -> file of the maps in a task's folder; other and hidden files are left alone. ``UserError``: two of one."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; give the task's maps there or leave it out, tasks.names=[...].")
     paths: dict[str, Path] = {}
-    for path in sorted(entries(folder)):
+    for path in sorted(list_folder(folder)):
         if path.suffix in suffixes and not path.name.startswith("."):
             if path.stem in paths:
                 raise UserError(f"{folder} holds both {paths[path.stem].name} and {path.name}; keep one of them.")
@@ -330,7 +342,7 @@ def _is_binary(maps: MapFormat, paths: Sequence[Path]) -> bool:
     return highest == 1
 
 
-def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], reader: Reader) -> None:
+def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], reader: MultiTaskDataset) -> None:
     """``UserError`` if a picture has a label of the task, but no map; names the first three of them."""
     missing = [index for index, id in enumerate(reader.ids) if id not in paths]
     labelled: list[str] = []
@@ -341,7 +353,7 @@ def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], rea
         if len(labelled) == _NAMED:  # the others need not be read
             break
     if labelled:
-        others = described_others(folder, {reader.ids[index] for index in missing})
+        others = describe_other_files(folder, {reader.ids[index] for index in missing})
         raise UserError(
             f"{folder} has no map ({', '.join(maps.suffixes)}) of {len(missing)} of the {len(reader.ids)} pictures, "
             f"among them {', '.join(labelled)}{others}; add them or choose the list they were made for (data=, "
@@ -349,9 +361,9 @@ def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], rea
         )
 
 
-def _is_labelled(reader: Reader, index: int, task: Task) -> bool:
+def _is_labelled(reader: MultiTaskDataset, index: int, task: Task) -> bool:
     """Has a picture any valid pixel of a task?"""
-    return has_label(task, finish(reader.read(index), {task.name: task}).labels[task.name])
+    return has_label(task, finalize_labels(reader.read(index), {task.name: task}).labels[task.name])
 
 
 def has_label(task: Task, label: np.ndarray) -> bool:

@@ -1,6 +1,6 @@
 """Trained models on pictures without labels."""
 
-from mtcl.inference.image_reading import MAX_PIXELS, read_picture
+from mtcl.inference.image_reading import MAX_PIXELS, load_image
 from mtcl.inference.predictor import Predictor
 
 __all__ = ["MAX_PIXELS", "Predictor", "read_picture"]

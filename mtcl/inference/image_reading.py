@@ -17,7 +17,7 @@ SUFFIXES = (
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
-def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """A picture file as uint8 RGB (H, W, 3): upright (EXIF), grey in three equal channels, 16 bits as 8, what is
     transparent on white. Of a file with several pictures the first.
 
@@ -29,7 +29,7 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             warnings.filterwarnings("ignore", module="PIL")  # of many pixels (the limit here is ours), of odd metadata
             formats = [name for name in FORMATS if name in Image.OPEN]
             with open_regular(path) as file, Image.open(file, formats=formats) as picture:
-                return from_pillow(picture, max_pixels, str(path))
+                return convert_pil_image(picture, max_pixels, str(path))
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise UserError(f"{path} does not exist") from error
@@ -45,8 +45,8 @@ def read_picture(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise UserError(f"{path} is damaged, or not a picture ({_line(error)})") from error
 
 
-def from_pillow(picture: Image.Image, max_pixels: int = MAX_PIXELS, what: str = "this picture") -> np.ndarray:
-    """A PIL picture of any mode as :func:`read_picture` gives it; ``what`` it is called in complaints."""
+def convert_pil_image(picture: Image.Image, max_pixels: int = MAX_PIXELS, what: str = "this picture") -> np.ndarray:
+    """A PIL picture of any mode as :func:`load_image` gives it; ``what`` it is called in complaints."""
     check_pixels(what, picture.height, picture.width, max_pixels)
     try:
         picture.load()
@@ -58,14 +58,14 @@ def from_pillow(picture: Image.Image, max_pixels: int = MAX_PIXELS, what: str = 
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise UserError(f"{what} holds values of 32 bits; save it with 8 or 16 bits")
-        return as_picture(values.astype(np.uint16), max_pixels)
+        return convert_array(values.astype(np.uint16), max_pixels)
     if picture.mode == "F":
         raise UserError(f"{what} holds floating-point values; save it with 8 or 16 bits")
-    return as_picture(np.asarray(picture.convert("RGBA" if transparent else "RGB")), max_pixels)
+    return convert_array(np.asarray(picture.convert("RGBA" if transparent else "RGB")), max_pixels)
 
 
-def as_picture(array: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """An array as :func:`read_picture` gives it: uint8 or uint16, (H, W), (H, W, 3) RGB or (H, W, 4) RGBA."""
+def convert_array(array: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An array as :func:`load_image` gives it: uint8 or uint16, (H, W), (H, W, 3) RGB or (H, W, 4) RGBA."""
     fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if array.dtype not in (np.uint8, np.uint16) or not fits or 0 in array.shape:
         raise UserError(

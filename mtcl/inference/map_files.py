@@ -53,7 +53,7 @@ MEANINGS: dict[str, dict[str, object]] = {
 }
 
 
-def meaning(task: Task) -> dict[str, object]:
+def describe_values(task: Task) -> dict[str, object]:
     """Describe what the values of a task's files stand for."""
     return {"classes": list(getattr(task, "classes", ()))} if task.kind == "class" else MEANINGS[task.kind]
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from mtcl.data import Sample, prepare
+from mtcl.data import Sample, prepare_batch
 from mtcl.data.loader import collate
 from mtcl.errors import UserError
-from mtcl.inference.image_reading import MAX_PIXELS, as_picture, from_pillow, read_picture
+from mtcl.inference.image_reading import MAX_PIXELS, convert_array, convert_pil_image, load_image
 from mtcl.models import DenseModel
 from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
@@ -22,11 +22,11 @@ from mtcl.tasks.base import Task
 log = logging.getLogger(__name__)
 
 Size = tuple[int, int]
-Picture = str | Path | np.ndarray | Image.Image
+ImageInput = str | Path | np.ndarray | Image.Image
 LARGE = ("shrink", "slide", "whole")
-AS_IT_IS = 1.6  # times the area and the longer side of the training frame: pictures up to that are not touched
-ROUNDING = 32  # a picture's sides are rounded up to it where it is larger than the frame, as in an evaluation
-STRIP = 2**24  # numbers that are decoded at once
+RESIZE_THRESHOLD = 1.6  # times the area and the longer side of the training frame: pictures up to that are not touched
+SIZE_MULTIPLE = 32  # a picture's sides are rounded up to it where it is larger than the frame, as in an evaluation
+MAX_STRIP_VALUES = 2**24  # numbers that are decoded at once
 
 
 class Predictor:
@@ -72,11 +72,11 @@ class Predictor:
         self.scales, self.max_pixels = tuple(scales), max_pixels
         self.overflowed: set[str] = set()  # tasks with predictions that were not finite
 
-    def __call__(self, picture: Picture) -> dict[str, np.ndarray]:
+    def __call__(self, picture: ImageInput) -> dict[str, np.ndarray]:
         """All tasks of a picture: a file's path, a PIL picture, or an array uint8 RGB (H, W, 3)."""
         return self.batch([picture])[0]
 
-    def batch(self, pictures: Sequence[Picture]) -> list[dict[str, np.ndarray]]:
+    def batch(self, pictures: Sequence[ImageInput]) -> list[dict[str, np.ndarray]]:
         """Several pictures; neighbours of one size go through the model together."""
         arrays = [self.read(picture) for picture in pictures]
         found: list[dict[str, np.ndarray]] = []
@@ -84,14 +84,14 @@ class Predictor:
             found += self._predicted(group)
         return found
 
-    def read(self, picture: Picture) -> np.ndarray:
+    def read(self, picture: ImageInput) -> np.ndarray:
         """As uint8 RGB (H, W, 3), upright."""
         if isinstance(picture, str | Path):
-            return read_picture(Path(picture), self.max_pixels)
+            return load_image(Path(picture), self.max_pixels)
         if isinstance(picture, Image.Image):
-            return from_pillow(picture, self.max_pixels)
+            return convert_pil_image(picture, self.max_pixels)
         if isinstance(picture, np.ndarray):
-            return as_picture(picture, self.max_pixels)
+            return convert_array(picture, self.max_pixels)
         raise UserError(f"a picture is a file's path, a PIL picture or a NumPy array, not {type(picture).__name__}")
 
     @torch.inference_mode()
@@ -99,7 +99,7 @@ class Predictor:
         """Of pictures of one size."""
         height, width = size = (pictures[0].shape[0], pictures[0].shape[1])
         (short, long), frame = sorted(size), sorted(self.size)
-        if height * width <= AS_IT_IS * frame[0] * frame[1] and long <= AS_IT_IS * frame[1]:
+        if height * width <= RESIZE_THRESHOLD * frame[0] * frame[1] and long <= RESIZE_THRESHOLD * frame[1]:
             return self._decoded(self._raw(pictures), size)
         factor = min(1.0, frame[0] / short, frame[1] / long)  # which makes it as large as those of the training
         if self.large == "shrink":
@@ -130,8 +130,8 @@ class Predictor:
 
     def _once(self, pictures: list[np.ndarray]) -> dict[str, Tensor]:
         """(B, C, H, W) of pictures of one size, in the frame that an evaluation would put them in."""
-        batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, self.size, ROUNDING)
-        image, _ = prepare(batch, self.model.mean, self.model.std, self.device)
+        batch = collate([Sample(str(i), p, {}) for i, p in enumerate(pictures)], {}, self.size, SIZE_MULTIPLE)
+        image, _ = prepare_batch(batch, self.model.mean, self.model.std, self.device)
         with autocast(self.device, self.precision):
             raw = self.model.predict(image)
         (top, left), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
@@ -211,7 +211,7 @@ def _resized(picture: np.ndarray, factor: float) -> np.ndarray:
 def _enlarged(raw: Tensor, size: Size) -> Iterator[Tensor]:
     """(C, h, w) -> strips (C, rows, W) of the map brought to ``size``, bilinear, corners not aligned."""
     height, width = size
-    rows = max(1, STRIP // (len(raw) * width))
+    rows = max(1, MAX_STRIP_VALUES // (len(raw) * width))
     if raw.shape[1:] == size:
         yield from raw.split(rows, dim=1)
         return

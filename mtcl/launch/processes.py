@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-REQUEUE = 75  # EX_TEMPFAIL: the exit code of a run that saved and made room; for the scheduler's list of such codes
+EXIT_REQUEUE = (
+    75  # EX_TEMPFAIL: the exit code of a run that saved and made room; for the scheduler's list of such codes
+)
 
 
 def started(
@@ -63,7 +65,7 @@ def reason(log: Path, code: int) -> str:
 
 
 @contextlib.contextmanager
-def caught_signals() -> Iterator[list[int]]:
+def catch_signals() -> Iterator[list[int]]:
     """The signals that asked this process to end, in place of being ended by them.
 
     A handler, unlike an ignored signal, is not inherited: the children hear Ctrl-C even where we do not, as in the
@@ -74,7 +76,7 @@ def caught_signals() -> Iterator[list[int]]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before[number] = signal.getsignal(number)
         is_ignored = before[number] == signal.SIG_IGN
-        signal.signal(number, hear_nothing if is_ignored else lambda heard, frame: received.append(heard))
+        signal.signal(number, ignore_signal if is_ignored else lambda heard, frame: received.append(heard))
     try:
         yield received
     finally:
@@ -82,11 +84,11 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def hear_nothing(number: int, frame: Any) -> None:
+def ignore_signal(number: int, frame: Any) -> None:
     """A signal handler."""
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """
     >>> duration(12.3), duration(130), duration(3900)
     ('12 s', '2 min 10 s', '1 h 05 min')

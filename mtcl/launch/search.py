@@ -21,13 +21,13 @@ import numpy as np
 
 from mtcl import run_log
 from mtcl.atomic import write_json
-from mtcl.config.quoting import quoted
+from mtcl.config.quoting import quote_value
 from mtcl.errors import UserError
-from mtcl.launch.processes import REQUEUE, caught_signals, duration, ended, reason, started
-from mtcl.launch.search_file import DELTAS, DIGITS, Range, Search, read_search
-from mtcl.launch.study_file import OWN, check_overrides, merged
+from mtcl.launch.processes import EXIT_REQUEUE, catch_signals, ended, format_duration, reason, started
+from mtcl.launch.search_file import DELTA_OBJECTIVES, SIGNIFICANT_DIGITS, Range, Search, read_search
+from mtcl.launch.study_file import LAUNCHER_KEYS, check_overrides, merge_overrides
 from mtcl.metrics.delta import delta_mtl
-from mtcl.results.columns import column_of, primaries
+from mtcl.results.columns import make_column, primary_metrics
 from mtcl.results.compare import (
     Run,
     check_same_data,
@@ -35,9 +35,9 @@ from mtcl.results.compare import (
     read_run,
     split_baseline,
 )
-from mtcl.results.list_runs import nested
-from mtcl.results.run_files import read_object
-from mtcl.results.tables import aligned, figure
+from mtcl.results.list_runs import nest_metrics
+from mtcl.results.run_files import read_json_object
+from mtcl.results.tables import align_columns, format_value
 from mtcl.run_lock import claim, is_claimed
 
 POLL = 0.3  # seconds between two looks at the running trials
@@ -76,7 +76,7 @@ class Job:
 # The search
 
 
-def conduct(
+def run_search(
     path: Path,
     output: Path,
     given: Sequence[str] = (),
@@ -98,11 +98,11 @@ def conduct(
     ``gpus``: the runs are spread over them. ``UserError`` where all trials failed.
     """
     search = read_search(path)
-    check_overrides("the command", given, own=(*OWN, *(one.key for one in search.space)))
-    if baseline and search.objective not in DELTAS:
+    check_overrides("the command", given, own=(*LAUNCHER_KEYS, *(one.key for one in search.space)))
+    if baseline and search.objective not in DELTA_OBJECTIVES:
         raise UserError(f"--baseline is of no use with the objective {search.objective}.")
     output = output.resolve()
-    words = tuple(merged(["data.split=tune"], search.overrides, given))
+    words = tuple(merge_overrides(["data.split=tune"], search.overrides, given))
     if "data.split=tune" not in words:
         split = next(word for word in words if word.startswith("data.split="))
         raise UserError(
@@ -111,17 +111,17 @@ def conduct(
     tasks = checked(path, search, words, tasks_of)
     output.mkdir(parents=True, exist_ok=True)
     storage = Storage(search, words, output)
-    pool = Pool(search, command, root, num_parallel, gpus, say)
+    pool = JobPool(search, command, root, num_parallel, gpus, say)
     me = output / ".searches" / uuid.uuid4().hex[:12]
     try:
-        with claim(me), caught_signals() as signals:
-            base = references(search, words, tasks, output, baseline, pool, signals)
+        with claim(me), catch_signals() as signals:
+            base = run_baselines(search, words, tasks, output, baseline, pool, signals)
             run_trials(search, words, base, storage, pool, me, trials or search.trials, signals)
     finally:
         (me / ".lock").unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             me.rmdir()
-    told = storage.finished()
+    told = storage.completed_trials()
     say("\n" + report(search, words, storage, command))
     if not told:
         raise UserError(f"no trial of {output} finished; look at the logs named above.")
@@ -133,7 +133,7 @@ def checked(
     """The runs' tasks. ``UserError`` where train.py would not take the words, or an end of a range."""
     tasks = tasks_of(words)
     for one in search.space:
-        for word in one.ends():
+        for word in one.bound_overrides():
             try:
                 tasks_of([*words, word])
             except UserError as error:
@@ -159,7 +159,7 @@ class Storage:
         wait = {"connect_args": {"timeout": 100}}  # for another search's writing
         startup, warmup = search.pruning or (0, 0)
         median = optuna.pruners.MedianPruner(n_startup_trials=startup, n_warmup_steps=warmup)
-        with self.turn():
+        with self.lock():
             self.study = optuna.create_study(
                 storage=optuna.storages.RDBStorage(url, engine_kwargs=wait),
                 study_name=search.name,
@@ -183,7 +183,7 @@ class Storage:
                 )
 
     @contextlib.contextmanager
-    def turn(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """One search at a time."""
         with (self.output / ".turn").open("w") as file:
             try:
@@ -204,8 +204,8 @@ class Storage:
         What it proposes is a function of the seed, of how many there were, and of their results.
         """
         waiting = self.optuna.trial.TrialState.WAITING
-        with self.turn():
-            self.take_over()
+        with self.lock():
+            self.requeue_abandoned()
             known = self.study.trials
             count = len({self.folder(trial) for trial in known} - {None})
             if count >= wanted and not any(trial.state == waiting for trial in known):
@@ -215,31 +215,31 @@ class Storage:
             trial = self.study.ask()
             trial.set_user_attr("searcher", me.name)
             trial.set_user_attr("folder", trial.user_attrs.get("folder", f"trial_{count:04d}"))
-            return trial, [one.word(trial) for one in self.search.space]
+            return trial, [one.to_override(trial) for one in self.search.space]
 
-    def take_over(self) -> None:
+    def requeue_abandoned(self) -> None:
         """Trials whose search is gone are proposed again, with their values and their folder."""
         states = self.optuna.trial.TrialState
         for trial in self.study.get_trials(states=(states.RUNNING,)):
             if not is_claimed(self.output / ".searches" / trial.user_attrs.get("searcher", "none")):
-                self.again(trial)
+                self.requeue(trial)
 
-    def again(self, trial: Any) -> None:
+    def requeue(self, trial: Any) -> None:
         self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
         if folder := self.folder(trial):
             self.study.enqueue_trial(trial.params, user_attrs={"folder": folder})
 
-    def told(self) -> list[Any]:
+    def latest_trials(self) -> list[Any]:
         """The newest trial of each folder."""
         return list({folder: trial for trial in self.study.trials if (folder := self.folder(trial))}.values())
 
-    def finished(self) -> list[Any]:
+    def completed_trials(self) -> list[Any]:
         """Best first."""
-        found = [t for t in self.told() if t.state == self.optuna.trial.TrialState.COMPLETE]
+        found = [t for t in self.latest_trials() if t.state == self.optuna.trial.TrialState.COMPLETE]
         return sorted(found, key=lambda t: t.value, reverse=self.search.column.higher_is_better)
 
 
-class Pool:
+class JobPool:
     """Starts runs in slots; a slot's GPU is its own as far as there are enough."""
 
     def __init__(
@@ -291,36 +291,36 @@ class Pool:
             if len(self.gpus) > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         resume = ["resume=auto"] if any(job.folder.glob("checkpoints/*.pt")) else []
-        words = [*self.command, *job.words, *resume, f"hydra.run.dir={quoted(job.folder)}"]
+        words = [*self.command, *job.words, *resume, f"hydra.run.dir={quote_value(job.folder)}"]
         return started(words, job.log, {**environment, **self.search.environment}, self.root)
 
 
-def references(
+def run_baselines(
     search: Search,
     words: Sequence[str],
     tasks: Sequence[str],
     output: Path,
     baseline: Sequence[Path],
-    pool: Pool,
+    pool: JobPool,
     signals: list[int],
 ) -> list[Run]:
     """The runs that a Delta is against: those given, else made here with the same words and seed; [] without one."""
-    if search.objective not in DELTAS:
+    if search.objective not in DELTA_OBJECTIVES:
         return []
     if baseline:
         singles, others = split_baseline(baseline, [])
         runs = singles or others
         if bool(singles) != (search.objective == "Delta_MTL"):
-            raise UserError(f"--baseline: {search.objective} needs {DELTAS[search.objective]}.")
+            raise UserError(f"--baseline: {search.objective} needs {DELTA_OBJECTIVES[search.objective]}.")
         for run in runs:
-            if run.facts.get("split", "tune") != "tune":
-                raise UserError(f"--baseline {run.path} was scored on split {run.facts['split']}; it must be tune.")
+            if run.record.get("split", "tune") != "tune":
+                raise UserError(f"--baseline {run.path} was scored on split {run.record['split']}; it must be tune.")
     else:
         own = [word for word in words if not re.match(r"[+~]*regularizer\b", word)]  # none has no such keys
-        off = merged(own, ["regularizer=none", f"seed={search.seed}"])
+        off = merge_overrides(own, ["regularizer=none", f"seed={search.seed}"])
         jobs = [Job(output / "off", tuple(off))]
         if search.objective == "Delta_MTL":
-            jobs = [Job(output / f"single_{t}", tuple(merged(off, [f"tasks.names=[{t}]"]))) for t in tasks]
+            jobs = [Job(output / f"single_{t}", tuple(merge_overrides(off, [f"tasks.names=[{t}]"]))) for t in tasks]
         waiting = [job for job in jobs if not job.is_finished]
         if waiting:
             pool.say(f"{len(waiting)} of {len(jobs)} runs to compare with: {', '.join(j.folder.name for j in waiting)}")
@@ -347,7 +347,7 @@ def run_trials(
     words: Sequence[str],
     base: Sequence[Run],
     storage: Storage,
-    pool: Pool,
+    pool: JobPool,
     me: Path,
     wanted: int,
     signals: list[int],
@@ -371,7 +371,7 @@ def run_trials(
             tell(search, job, code, base, storage, pool.say)
             exhausted = False  # what was preempted is proposed again
         for job in pool.jobs.values():
-            watch(search, job, base, pool.say)
+            report_validations(search, job, base, pool.say)
         time.sleep(POLL)
     pool.end(signals)
     raise KeyboardInterrupt
@@ -381,14 +381,14 @@ def number_of(job: Job) -> int:
     return int(job.folder.name.rpartition("_")[2])
 
 
-def watch(search: Search, job: Job, base: Sequence[Run], say: Callable[[str], None]) -> None:
+def report_validations(search: Search, job: Job, base: Sequence[Run], say: Callable[[str], None]) -> None:
     """Report a running trial's new validations; stop it where the median of the others is better."""
     if job.process is None or job.is_pruned:
         return
     for step, value in new_validations(search, job, base):
         job.trial.report(value, step)
         if search.pruning and job.trial.should_prune():
-            say(f"{job.folder.name}: {figure(search.column, value)} at step {step}, pruned")
+            say(f"{job.folder.name}: {format_value(search.column, value)} at step {step}, pruned")
             job.is_pruned = True
             job.process.send_signal(signal.SIGTERM)
             return
@@ -409,7 +409,7 @@ def new_validations(search: Search, job: Job, base: Sequence[Run]) -> Iterator[t
         if record.get("kind") == "val" and record["step"] > job.reported:
             job.reported = record["step"]
             with contextlib.suppress(UserError):  # a value that is missing now may be there at the end
-                yield job.reported, score(search, nested(record), base)
+                yield job.reported, compute_objective(search, nest_metrics(record), base)
 
 
 def tell(
@@ -417,23 +417,23 @@ def tell(
 ) -> None:
     """Tell Optuna, the user and the run's record how a trial ended."""
     states = storage.optuna.trial.TrialState
-    name, value, why, took = job.folder.name, None, None, duration(time.monotonic() - job.since)
+    name, value, why, took = job.folder.name, None, None, format_duration(time.monotonic() - job.since)
     if code == 0 and job.is_finished:
         state = states.COMPLETE
         try:
             run = read_run(job.folder)
             check_same_data([run, *base])
-            value = score(search, run.metrics, base)
+            value = compute_objective(search, run.metrics, base)
             for step, earlier in new_validations(search, job, base):  # later trials are compared with them
                 job.trial.report(earlier, step)
-            say(f"{name}: {search.objective} {figure(search.column, value)} after {took}")
+            say(f"{name}: {search.objective} {format_value(search.column, value)} after {took}")
         except UserError as error:
             state, why = states.FAIL, str(error)
-    elif job.is_pruned and code in (REQUEUE, -signal.SIGTERM):
+    elif job.is_pruned and code in (EXIT_REQUEUE, -signal.SIGTERM):
         state = states.PRUNED
-    elif code == REQUEUE:
+    elif code == EXIT_REQUEUE:
         say(f"{name}: told to make room, to be continued")
-        storage.again(storage.study.trials[job.trial.number])
+        storage.requeue(storage.study.trials[job.trial.number])
         return
     else:
         state, why = states.FAIL, f"{reason(job.log, code)} ({job.log})"
@@ -442,10 +442,10 @@ def tell(
         job.trial.set_user_attr("reason", why)
     storage.study.tell(job.trial, value, state=state)
     ending = {states.COMPLETE: "finished", states.PRUNED: "pruned", states.FAIL: "failed"}[state]
-    write_json(job.record, read_object(job.record) | {"state": ending, "value": value, "reason": why})
+    write_json(job.record, read_json_object(job.record) | {"state": ending, "value": value, "reason": why})
 
 
-def score(search: Search, metrics: Mapping[str, Mapping[str, float]], base: Sequence[Run]) -> float:
+def compute_objective(search: Search, metrics: Mapping[str, Mapping[str, float]], base: Sequence[Run]) -> float:
     """The objective, a Delta in percent; ``UserError`` where a value is missing."""
     column = search.column
     if column.task:
@@ -457,12 +457,12 @@ def score(search: Search, metrics: Mapping[str, Mapping[str, float]], base: Sequ
     values, against, direction = {}, {}, {}
     for task in metrics:
         means = {name: mean([run.metrics[task].get(name, math.nan) for run in base if task in run.metrics])
-                 for name in primaries(task)}  # fmt: skip
+                 for name in primary_metrics(task)}  # fmt: skip
         name = next((n for n in means if not math.isnan(means[n] + metrics[task].get(n, math.nan))), None)
         if name is None:
-            raise UserError(f"no value of {task}'s {primaries(task)[0]}, here or in what it is compared with.")
+            raise UserError(f"no value of {task}'s {primary_metrics(task)[0]}, here or in what it is compared with.")
         values[task], against[task] = metrics[task][name], means[name]
-        direction[task] = column_of(task, name).higher_is_better
+        direction[task] = make_column(task, name).higher_is_better
     return delta_mtl(values, against, direction)
 
 
@@ -475,7 +475,7 @@ def mean(values: Sequence[float]) -> float:
 
 def report(search: Search, words: Sequence[str], storage: Storage, command: Sequence[str]) -> str:
     """The best trials, what mattered, and how to repeat the best."""
-    best, told = storage.finished(), storage.told()
+    best, told = storage.completed_trials(), storage.latest_trials()
     states = storage.optuna.trial.TrialState
     counts = {"finished": len(best)}
     counts |= {
@@ -489,12 +489,16 @@ def report(search: Search, words: Sequence[str], storage: Storage, command: Sequ
     keys = [one.key for one in search.space]
     names = [key if sum(map(len, keys)) < ROOM // 2 else key.rpartition(".")[2] for key in keys]
     body = [
-        [trial.user_attrs["folder"], figure(search.column, trial.value), *(shown(one, trial) for one in search.space)]
+        [
+            trial.user_attrs["folder"],
+            format_value(search.column, trial.value),
+            *(shown(one, trial) for one in search.space),
+        ]
         for trial in best[:SHOWN]
     ]
     unit = f" ({search.column.unit})" if search.column.unit else ""
     arrow = "↑" if search.column.higher_is_better else "↓"
-    lines += ["", aligned([["trial", f"{search.objective} {arrow}{unit}", *names]], body, lefts=1)]
+    lines += ["", align_columns([["trial", f"{search.objective} {arrow}{unit}", *names]], body, lefts=1)]
     if len(best) >= ENOUGH:
         evaluator = storage.optuna.importance.PedAnovaImportanceEvaluator()
         with contextlib.suppress(ValueError, RuntimeError):  # of values that are all alike
@@ -512,4 +516,4 @@ def report(search: Search, words: Sequence[str], storage: Storage, command: Sequ
 def shown(one: Range, trial: Any) -> str:
     """A trial's value as its run had it."""
     value = trial.params[one.key]
-    return f"{value:.{DIGITS}g}" if isinstance(value, float) else str(value)
+    return f"{value:.{SIGNIFICANT_DIGITS}g}" if isinstance(value, float) else str(value)

@@ -9,16 +9,16 @@ from typing import Any
 import yaml
 
 from mtcl.errors import UserError
-from mtcl.launch.study_file import OWN, check_overrides
-from mtcl.results.columns import Column, column_of
+from mtcl.launch.study_file import LAUNCHER_KEYS, check_overrides
+from mtcl.results.columns import Column, make_column
 from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
 
 KEYS = ("name", "overrides", "space", "objective", "seed", "trials", "pruning", "environment")
 RANGE_KEYS = ("low", "high", "log", "int")
 PRUNING_KEYS = ("startup_trials", "warmup_steps")
-DELTAS = {"Delta_MTL": "single-task runs", "Delta_on/off": "a run with the regulariser off"}
-DIGITS = 4  # significant, of a value that is tried
+DELTA_OBJECTIVES = {"Delta_MTL": "single-task runs", "Delta_on/off": "a run with the regulariser off"}
+SIGNIFICANT_DIGITS = 4  # significant, of a value that is tried
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,22 @@ class Range:
     low: float = 0.0
     high: float = 0.0
     log: bool = False
-    whole: bool = False
+    is_integer: bool = False
     choices: tuple[str, ...] = ()
 
-    def word(self, trial: Any) -> str:
+    def to_override(self, trial: Any) -> str:
         """The override for an Optuna trial."""
         if self.choices:
             return f"{self.key}={trial.suggest_categorical(self.key, list(self.choices))}"
-        if self.whole:
+        if self.is_integer:
             return f"{self.key}={trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log)}"
-        return f"{self.key}={trial.suggest_float(self.key, self.low, self.high, log=self.log):.{DIGITS}g}"
+        return f"{self.key}={trial.suggest_float(self.key, self.low, self.high, log=self.log):.{SIGNIFICANT_DIGITS}g}"
 
-    def ends(self) -> tuple[str, ...]:
+    def bound_overrides(self) -> tuple[str, ...]:
         """Overrides with its outermost values."""
         if self.choices:
             return tuple(f"{self.key}={choice}" for choice in self.choices)
-        return tuple(f"{self.key}={int(end) if self.whole else end}" for end in (self.low, self.high))
+        return tuple(f"{self.key}={int(end) if self.is_integer else end}" for end in (self.low, self.high))
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Search:
 
     @property
     def column(self) -> Column:
-        if self.objective in DELTAS:
+        if self.objective in DELTA_OBJECTIVES:
             return Column("", self.objective, True, "%")
-        return column_of(*self.objective.split("/"))
+        return make_column(*self.objective.split("/"))
 
 
 def read_search(path: Path) -> Search:
@@ -135,7 +135,7 @@ def _whole(path: Path, where: str, value: Any, least: int = 0) -> int:
 
 def _range(path: Path, key: str, given: Any) -> Range:
     where = f"space.{key}"
-    check_overrides(f"{path}: {where}", [f"{key}=0"], own=(*OWN, "data.split"))
+    check_overrides(f"{path}: {where}", [f"{key}=0"], own=(*LAUNCHER_KEYS, "data.split"))
     if isinstance(given, list):
         if len(given) < 2 or not all(isinstance(value, str) for value in given) or len(set(given)) < len(given):
             raise UserError(f"{path}: {where} must be a list of two different values or more.")
@@ -163,9 +163,9 @@ def _range(path: Path, key: str, given: Any) -> Range:
 
 def _objective(path: Path, value: Any, space: Sequence[Range]) -> str:
     task = value.partition("/")[0] if isinstance(value, str) else ""
-    if value not in DELTAS and (task not in TASK_NAMES or value.count("/") != 1 or value.endswith("/")):
+    if value not in DELTA_OBJECTIVES and (task not in TASK_NAMES or value.count("/") != 1 or value.endswith("/")):
         raise UserError(
-            f"{path}: objective: {value} is neither {' nor '.join(DELTAS)} nor a task/metric such as depth/rmse."
+            f"{path}: objective: {value} is neither {' nor '.join(DELTA_OBJECTIVES)} nor a task/metric such as depth/rmse."
         )
     for one in space:
         if value == "Delta_on/off" and one.key.partition(".")[0] != "regularizer":

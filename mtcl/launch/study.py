@@ -23,14 +23,23 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.atomic import write_json, write_text
 from mtcl.config.build_data import build_tasks
-from mtcl.config.overrides import readable, sentence
-from mtcl.config.quoting import quoted
+from mtcl.config.overrides import format_error, quote_paths
+from mtcl.config.quoting import quote_value
 from mtcl.config.schema import check_config
 from mtcl.errors import UserError
 from mtcl.launch import study_tables
-from mtcl.launch.processes import caught_signals, duration, ended, reason, started
-from mtcl.launch.study_file import Arm, Study, bare, check_overrides, is_path, merged, portable, read_study
-from mtcl.results.run_files import TEXTS, VARIABLES, check_types, read_object, read_record
+from mtcl.launch.processes import catch_signals, ended, format_duration, reason, started
+from mtcl.launch.study_file import (
+    Study,
+    Variant,
+    check_overrides,
+    is_file_path,
+    make_portable,
+    merge_overrides,
+    read_study,
+    strip_prefix,
+)
+from mtcl.results.run_files import TEXT_LIST, TEXT_MAPPING, check_types, read_json_object, read_record
 from mtcl.run_lock import claim, is_claimed
 
 TasksOf = Callable[[Sequence[str]], list[str]]
@@ -42,14 +51,14 @@ PATIENCE = 30.0  # seconds that an interrupted run has to end by itself
 class Job:
     """One run of a study: in ``folder``, with its record and log beside it."""
 
-    arm: Arm
+    variant: Variant
     seed: int
     folder: Path
     overrides: tuple[str, ...]  # all but the seed and the folder
 
     @property
     def title(self) -> str:
-        return f"{self.arm.name} seed {self.seed}"
+        return f"{self.variant.name} seed {self.seed}"
 
     @property
     def record(self) -> Path:
@@ -76,7 +85,7 @@ class Failure:
     reason: str
 
 
-def conduct(
+def run_study(
     path: Path,
     output: Path,
     given: Sequence[str] = (),
@@ -102,41 +111,43 @@ def conduct(
     check_overrides("the command", given)
     study = read_study(path)
     if table_only and not given:  # those of the runs that are there
-        given = given_before(output)
+        given = read_last_overrides(output)
     output = output.resolve()
-    common = merged(study.overrides, given)
-    if study.singles is not None:
-        study = study.with_single_arms(study.single_tasks or tasks_of(merged(common, study.singles.overrides)))
-    jobs = jobs_of(study, output, given)
-    chosen = [job for job in jobs if not only or is_chosen(job.arm, only)]
+    common = merge_overrides(study.overrides, given)
+    if study.single_task is not None:
+        study = study.with_single_task_variants(
+            study.single_task_names or tasks_of(merge_overrides(common, study.single_task.overrides))
+        )
+    jobs = list_jobs(study, output, given)
+    chosen = [job for job in jobs if not only or is_chosen(job.variant, only)]
     for name in only:
-        if not any(is_chosen(arm, [name]) for arm in study.arms):
+        if not any(is_chosen(variant, [name]) for variant in study.variants):
             raise UserError(
-                f"--only {name}: {path} has no such arm; choose among {', '.join(a.name for a in study.arms)}."
+                f"--only {name}: {path} has no such arm; choose among {', '.join(a.name for a in study.variants)}."
             )
     for job in jobs:
         check_same(job, study.environment)
     failures: list[Failure] = []
     if not table_only:
-        wanted = {job.arm.name: job for job in reversed(chosen) if not job.is_finished}
+        wanted = {job.variant.name: job for job in reversed(chosen) if not job.is_finished}
         for job in wanted.values():
             try:
                 tasks_of(job.overrides)
             except UserError as error:
-                raise UserError(f"{path}: {job.arm.name}: {error}") from error
-        with held(output):
-            failures = execute(chosen, given, study, command, root, num_parallel, say)
+                raise UserError(f"{path}: {job.variant.name}: {error}") from error
+        with lock_output(output):
+            failures = run_jobs(chosen, given, study, command, root, num_parallel, say)
     records = [
-        study_tables.record(study, job.arm, job.seed, job.overrides, job.folder) for job in jobs if job.is_finished
+        study_tables.record(study, job.variant, job.seed, job.overrides, job.folder) for job in jobs if job.is_finished
     ]
     if not records:
         say("no run has finished: there is no table")
         return failures
     report = study_tables.report(study, records, holm)
-    say("\n" + study_tables.as_text(report))
-    how = shown_command(path, study.name, given, root)
-    write_text(output / "study.md", study_tables.as_markdown(report, how))
-    write_json(output / "study.json", study_tables.as_json(report))
+    say("\n" + study_tables.format_text(report))
+    how = format_command(path, study.name, given, root)
+    write_text(output / "study.md", study_tables.format_markdown(report, how))
+    write_json(output / "study.json", study_tables.to_json(report))
     say(f"{output / 'study.md'} and study.json hold this table")
     if results is not None:
         study_tables.write_results(results, study, records, how)
@@ -144,36 +155,36 @@ def conduct(
     return failures
 
 
-def is_chosen(arm: Arm, only: Sequence[str]) -> bool:
-    return arm.name in only or (bool(arm.task) and "singles" in only)
+def is_chosen(variant: Variant, only: Sequence[str]) -> bool:
+    return variant.name in only or (bool(variant.task) and "singles" in only)
 
 
-def jobs_of(study: Study, output: Path, given: Sequence[str]) -> list[Job]:
+def list_jobs(study: Study, output: Path, given: Sequence[str]) -> list[Job]:
     """Every run, seed by seed: a study that is stopped early has whole pairs."""
-    order = list(dict.fromkeys(seed for arm in study.arms for seed in arm.seeds))
+    order = list(dict.fromkeys(seed for variant in study.variants for seed in variant.seeds))
     return [
         Job(
-            arm,
+            variant,
             seed,
-            output / arm.name / f"seed_{seed}",
-            tuple(merged(study.overrides, arm.overrides, given)),
+            output / variant.name / f"seed_{seed}",
+            tuple(merge_overrides(study.overrides, variant.overrides, given)),
         )
         for seed in order
-        for arm in study.arms
-        if seed in arm.seeds
+        for variant in study.variants
+        if seed in variant.seeds
     ]
 
 
-def tasks_of_config(overrides: Sequence[str], configs: Path) -> list[str]:
+def compose_task_names(overrides: Sequence[str], configs: Path) -> list[str]:
     """The tasks of train.py with these overrides; ``UserError`` if it would refuse them."""
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            config = compose("train", readable(overrides))
+            config = compose("train", quote_paths(overrides))
             check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
         return list(build_tasks(config))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(sentence(error)) from error
+        raise UserError(format_error(error)) from error
 
 
 # What is there already
@@ -190,7 +201,7 @@ def check_same(job: Job, environment: Mapping[str, str]) -> None:
         before = {"overrides": read_record(job.folder / "run.json").get("overrides", []), "environment": environment}
     else:
         raise UserError(f"{job.folder} holds a run that this study did not make; {ending}.")
-    then, now = (as_dict(portable(words)) for words in (before.get("overrides", []), job.overrides))
+    then, now = (as_dict(make_portable(words)) for words in (before.get("overrides", []), job.overrides))
     then |= before.get("environment", {})
     now |= environment
     keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
@@ -200,24 +211,24 @@ def check_same(job: Job, environment: Mapping[str, str]) -> None:
 
 
 def as_dict(overrides: Sequence[str]) -> dict[str, str]:
-    return {bare(key): value for key, _, value in (word.partition("=") for word in overrides)}
+    return {strip_prefix(key): value for key, _, value in (word.partition("=") for word in overrides)}
 
 
-def given_before(output: Path) -> list[str]:
+def read_last_overrides(output: Path) -> list[str]:
     """The words given to the command that made the newest run in ``output``."""
     records = sorted(output.glob("*/seed_*.json"), key=lambda path: path.stat().st_mtime)
     return list(read_job(records[-1]).get("given", [])) if records else []
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """Read what :func:`start` wrote of a job."""
-    content = read_object(path)
-    check_types(path, content, {"overrides": TEXTS, "given": TEXTS, "environment": VARIABLES})
+    """Read what :func:`start_job` wrote of a job."""
+    content = read_json_object(path)
+    check_types(path, content, {"overrides": TEXT_LIST, "given": TEXT_LIST, "environment": TEXT_MAPPING})
     return content
 
 
 @contextlib.contextmanager
-def held(output: Path) -> Iterator[None]:
+def lock_output(output: Path) -> Iterator[None]:
     """``output`` for this process alone."""
     try:
         lock = claim(output)
@@ -227,7 +238,7 @@ def held(output: Path) -> Iterator[None]:
         yield
 
 
-def shown_command(path: Path, name: str, given: Sequence[str], root: Path) -> str:
+def format_command(path: Path, name: str, given: Sequence[str], root: Path) -> str:
     """The command for others to repeat: machines' folders and files as shell variables, or left out."""
     file = path.resolve().relative_to(root.resolve()) if path.resolve().is_relative_to(root.resolve()) else path.name
     words = ["python scripts/study.py", shlex.quote(str(file)), f"--output outputs/{name}"]
@@ -235,9 +246,9 @@ def shown_command(path: Path, name: str, given: Sequence[str], root: Path) -> st
         key, _, value = word.partition("=")
         if key == "data.root":
             words.append("data.root=$DATA")
-        elif is_path(bare(key), value) and portable([word]):
-            words.append(f"{key}=${re.sub('[^A-Z]', '_', bare(key).rpartition('.')[2].upper())}")
-        elif portable([word]):
+        elif is_file_path(strip_prefix(key), value) and make_portable([word]):
+            words.append(f"{key}=${re.sub('[^A-Z]', '_', strip_prefix(key).rpartition('.')[2].upper())}")
+        elif make_portable([word]):
             words.append(shlex.quote(word))
     return " ".join(words)
 
@@ -245,7 +256,7 @@ def shown_command(path: Path, name: str, given: Sequence[str], root: Path) -> st
 # Running
 
 
-def execute(
+def run_jobs(
     jobs: Sequence[Job],
     given: Sequence[str],
     study: Study,
@@ -268,7 +279,7 @@ def execute(
         if is_claimed(job.folder):
             say(f"{job.title} is still run by a process of a study that was killed: it is waited for")
     began, number, num_done = time.monotonic(), len(jobs) - len(waiting), len(jobs) - len(waiting)
-    with caught_signals() as signals:
+    with catch_signals() as signals:
         while (waiting or running) and not signals:
             while waiting and len(running) < num_parallel:
                 free = next((one for one in waiting if not is_claimed(one.folder)), None)
@@ -281,7 +292,7 @@ def execute(
                     say(f"[{num_done}/{len(jobs)}] {job.title} finished by a process of a study before this one")
                     continue
                 continued = job.checkpoint.is_file()
-                running[start(job, given, study, command, root)] = (job, time.monotonic())
+                running[start_job(job, given, study, command, root)] = (job, time.monotonic())
                 number += 1
                 say(f"[{number}/{len(jobs)}] {job.title} {'continued' if continued else 'started'}, log {job.log}")
             for process in [process for process in running if process.poll() is not None]:
@@ -294,9 +305,11 @@ def execute(
                     failures.append(Failure(job, reason(job.log, process.returncode)))
                     told = f"FAILED ({failures[-1].reason})"
                 left = remaining(took, [since for _, since in running.values()], len(waiting), num_parallel)
-                rest = f", about {duration(left)} left" if waiting or running else ""
-                elapsed = duration(time.monotonic() - began)
-                say(f"[{num_done}/{len(jobs)}] {job.title} {told} after {duration(took[-1])}; {elapsed} so far{rest}")
+                rest = f", about {format_duration(left)} left" if waiting or running else ""
+                elapsed = format_duration(time.monotonic() - began)
+                say(
+                    f"[{num_done}/{len(jobs)}] {job.title} {told} after {format_duration(took[-1])}; {elapsed} so far{rest}"
+                )
             time.sleep(POLL)
         if signals and (running or waiting):
             say(f"interrupted: ending {len(running)} run{'s' * (len(running) != 1)}")
@@ -306,12 +319,12 @@ def execute(
     return failures
 
 
-def start(job: Job, given: Sequence[str], study: Study, command: Sequence[str], root: Path) -> subprocess.Popen:
+def start_job(job: Job, given: Sequence[str], study: Study, command: Sequence[str], root: Path) -> subprocess.Popen:
     """The job's process."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    facts = {"study": study.name, "arm": job.arm.name, "seed": job.seed, "overrides": job.overrides, "given": given}
+    facts = {"study": study.name, "arm": job.variant.name, "seed": job.seed, "overrides": job.overrides, "given": given}
     write_json(job.record, {**facts, "environment": study.environment})
-    words = [*command, *job.overrides, f"seed={job.seed}", f"hydra.run.dir={quoted(job.folder)}"]
+    words = [*command, *job.overrides, f"seed={job.seed}", f"hydra.run.dir={quote_value(job.folder)}"]
     if job.checkpoint.is_file():
         words.append("resume=auto")  # of its own folder
     return started(words, job.log, {**os.environ, **study.environment}, root)
@@ -323,7 +336,7 @@ def remaining(took: Sequence[float], since: Sequence[float], num_waiting: int, n
     return (mean * num_waiting + sum(max(mean - (now - began), 0) for began in since)) / num_parallel
 
 
-def failure_text(failures: Sequence[Failure]) -> str:
+def format_failures(failures: Sequence[Failure]) -> str:
     """One sentence on the runs that failed."""
     told = "; ".join(f"{one.job.title}: {one.reason} ({one.job.log})" for one in failures)
     return f"{len(failures)} run{'s' * (len(failures) > 1)} failed, the same command tries again: {told}"

@@ -14,15 +14,15 @@ from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
 
 KEYS = ("name", "overrides", "seeds", "arms", "singles", "environment")
-ARM_KEYS = ("overrides", "seeds", "against", "label", "note")
-SINGLES_KEYS = ("overrides", "seeds", "tasks")
+VARIANT_KEYS = ("overrides", "seeds", "against", "label", "note")
+SINGLE_TASK_KEYS = ("overrides", "seeds", "tasks")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-OWN = ("seed", "resume", "hydra.run.dir")  # what a study sets itself
-SINGLE = "single_"  # before a task: the arm of its single-task runs
+LAUNCHER_KEYS = ("seed", "resume", "hydra.run.dir")  # what a study sets itself
+SINGLE_PREFIX = "single_"  # before a task: the arm of its single-task runs
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """Runs that differ in the seed only, a row of the table. ``overrides``: its own, on top of the study's.
 
     ``against``: the arms it is compared with, seed by seed; its Delta in the table of means is against the first.
@@ -44,26 +44,26 @@ class Study:
 
     name: str
     overrides: tuple[str, ...]
-    arms: tuple[Arm, ...]
-    singles: Arm | None = None
-    single_tasks: tuple[str, ...] | None = None
+    variants: tuple[Variant, ...]
+    single_task: Variant | None = None
+    single_task_names: tuple[str, ...] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def with_single_arms(self, tasks: Sequence[str]) -> "Study":
+    def with_single_task_variants(self, tasks: Sequence[str]) -> "Study":
         """The study with an arm for each single task in place of ``singles``."""
-        if self.singles is None:
+        if self.single_task is None:
             return self
-        arms = [
+        variants = [
             replace(
-                self.singles,
-                name=f"{SINGLE}{task}",
+                self.single_task,
+                name=f"{SINGLE_PREFIX}{task}",
                 label=f"single-task {task}",
-                overrides=(*self.singles.overrides, f"tasks.names=[{task}]"),
+                overrides=(*self.single_task.overrides, f"tasks.names=[{task}]"),
                 task=task,
             )
-            for task in self.single_tasks or tasks
+            for task in self.single_task_names or tasks
         ]
-        return replace(self, arms=(*self.arms, *arms), singles=None)
+        return replace(self, variants=(*self.variants, *variants), single_task=None)
 
 
 class _Loader(yaml.BaseLoader):
@@ -91,66 +91,68 @@ def read_study(path: Path) -> Study:
     given = known.get("arms")
     if not isinstance(given, dict) or not given:
         raise UserError(f"{path}: arms must be a mapping of one arm or more, name: {{overrides: [...]}}.")
-    arms = tuple(_arm(path, _name(path, "arms", arm), content, seeds) for arm, content in given.items())
-    singles, tasks = None, None
+    variants = tuple(_arm(path, _name(path, "arms", variant), content, seeds) for variant, content in given.items())
+    single_task, tasks = None, None
     if "singles" in known:
-        content = _mapping(path, "singles", known["singles"], SINGLES_KEYS)
+        content = _mapping(path, "singles", known["singles"], SINGLE_TASK_KEYS)
         tasks = _tasks(path, content.pop("tasks")) if "tasks" in content else None
-        singles = _arm(path, "singles", content, seeds, where="singles")
-    _check(path, arms, singles is not None)
+        single_task = _arm(path, "singles", content, seeds, where="singles")
+    _check(path, variants, single_task is not None)
     environment = known.get("environment", {})
     if not isinstance(environment, dict) or not all(isinstance(value, str) for value in environment.values()):
         raise UserError(f"{path}: environment must be a mapping VARIABLE: value.")
-    return Study(name, _overrides(path, "overrides", known.get("overrides", [])), arms, singles, tasks, environment)
+    return Study(
+        name, _overrides(path, "overrides", known.get("overrides", [])), variants, single_task, tasks, environment
+    )
 
 
-def check_overrides(where: str, overrides: Sequence[str], own: Sequence[str] = OWN) -> None:
+def check_overrides(where: str, overrides: Sequence[str], own: Sequence[str] = LAUNCHER_KEYS) -> None:
     """``UserError`` for a word that is no override of train.py, or one that the study sets itself."""
     for word in overrides:
         key, equals, _ = word.partition("=")
         if not re.fullmatch(r"(\+{0,2}|~)[\w./@:-]+", key) or not (equals or word.startswith("~")):
             raise UserError(f"{where}: {word!r} is no override; write key=value as for train.py.")
-        if bare(key) in own:
+        if strip_prefix(key) in own:
             raise UserError(f"{where}: {word} is set by the study itself; leave it out.")
 
 
-def bare(key: str) -> str:
+def strip_prefix(key: str) -> str:
     return key.lstrip("+~")
 
 
-def merged(*lists: Sequence[str]) -> list[str]:
+def merge_overrides(*lists: Sequence[str]) -> list[str]:
     """Overrides one after another, of those for one key the last."""
     found: dict[str, str] = {}
     for word in (word for words in lists for word in words):
-        key = bare(word.partition("=")[0])
+        key = strip_prefix(word.partition("=")[0])
         found.pop(key, None)
         found[key] = word
     return list(found.values())
 
 
-def portable(overrides: Sequence[str]) -> list[str]:
+def make_portable(overrides: Sequence[str]) -> list[str]:
     """Overrides without what belongs to a machine: its folders and device are left out, files keep their name only."""
     kept = []
-    for word in merged(overrides):
+    for word in merge_overrides(overrides):
         key, equals, value = word.partition("=")
-        if is_of_machine(bare(key)) or bare(key).startswith("hydra."):
+        if is_machine_key(strip_prefix(key)) or strip_prefix(key).startswith("hydra."):
             continue
-        kept.append(f"{key}{equals}{Path(unquoted(value)).name}" if is_path(bare(key), value) else word)
+        kept.append(f"{key}{equals}{Path(unquote(value)).name}" if is_file_path(strip_prefix(key), value) else word)
     return kept
 
 
-def is_of_machine(key: str) -> bool:
+def is_machine_key(key: str) -> bool:
     """Is this a key of the machine or of the study itself, not of what is learned: may the runs of a study differ?"""
-    return key in OWN or key == "name" or role_of(key) == "machine"
+    return key in LAUNCHER_KEYS or key == "name" or role_of(key) == "machine"
 
 
-def is_path(key: str, value: str) -> bool:
+def is_file_path(key: str, value: str) -> bool:
     """Is this value of a key the path of a file?"""
-    text = unquoted(value)
+    text = unquote(value)
     return text.startswith(("/", "~/", "./", "../")) or (key == "backbone.weights" and "/" in text)
 
 
-def unquoted(value: str) -> str:
+def unquote(value: str) -> str:
     return value.strip("'\"")
 
 
@@ -166,9 +168,9 @@ def _mapping(path: Path, where: str, content: Any, keys: Sequence[str]) -> dict[
     return dict(content)
 
 
-def _arm(path: Path, name: str, content: Any, seeds: tuple[int, ...] | None, where: str = "") -> Arm:
+def _arm(path: Path, name: str, content: Any, seeds: tuple[int, ...] | None, where: str = "") -> Variant:
     where = where or f"arms.{name}"
-    known = _mapping(path, where, content, ARM_KEYS)
+    known = _mapping(path, where, content, VARIANT_KEYS)
     own = _seeds(path, f"{where}.seeds", known["seeds"]) if "seeds" in known else seeds
     if own is None:
         raise UserError(f"{path}: {where} has no seeds; give seeds to it or to the study, e.g. seeds: [0, 1, 2].")
@@ -183,25 +185,29 @@ def _arm(path: Path, name: str, content: Any, seeds: tuple[int, ...] | None, whe
         if not isinstance(value, str) or (key in known and not value):
             raise UserError(f"{path}: {where}.{key} must be text.")
     overrides = _overrides(path, f"{where}.overrides", known.get("overrides", []))
-    return Arm(name, overrides, own, tuple(against), texts["label"] or name, texts["note"])
+    return Variant(name, overrides, own, tuple(against), texts["label"] or name, texts["note"])
 
 
-def _check(path: Path, arms: Sequence[Arm], has_singles: bool) -> None:
+def _check(path: Path, variants: Sequence[Variant], has_singles: bool) -> None:
     """``UserError`` for arms that cannot be told apart or compared."""
-    seeds = {arm.name: set(arm.seeds) for arm in arms}
+    seeds = {variant.name: set(variant.seeds) for variant in variants}
     labels: dict[str, str] = {}
-    for arm in arms:
-        if arm.label in labels:
-            raise UserError(f"{path}: arms.{labels[arm.label]} and arms.{arm.name} have the same label {arm.label}.")
-        labels[arm.label] = arm.name
-        if has_singles and arm.name.startswith(SINGLE):
-            raise UserError(f"{path}: arms.{arm.name}: with singles, names with {SINGLE} are theirs; take another.")
-        for other in arm.against:
-            if other == arm.name or other not in seeds:
-                known = ", ".join(name for name in seeds if name != arm.name) or "there is none"
-                raise UserError(f"{path}: arms.{arm.name}.against: {other} is no other arm; choose among: {known}.")
-            if not seeds[arm.name] & seeds[other]:
-                raise UserError(f"{path}: arms.{arm.name} and arms.{other} have no seed in common to be paired by.")
+    for variant in variants:
+        if variant.label in labels:
+            raise UserError(
+                f"{path}: arms.{labels[variant.label]} and arms.{variant.name} have the same label {variant.label}."
+            )
+        labels[variant.label] = variant.name
+        if has_singles and variant.name.startswith(SINGLE_PREFIX):
+            raise UserError(
+                f"{path}: arms.{variant.name}: with singles, names with {SINGLE_PREFIX} are theirs; take another."
+            )
+        for other in variant.against:
+            if other == variant.name or other not in seeds:
+                known = ", ".join(name for name in seeds if name != variant.name) or "there is none"
+                raise UserError(f"{path}: arms.{variant.name}.against: {other} is no other arm; choose among: {known}.")
+            if not seeds[variant.name] & seeds[other]:
+                raise UserError(f"{path}: arms.{variant.name} and arms.{other} have no seed in common to be paired by.")
 
 
 def _name(path: Path, where: str, value: Any) -> str:

@@ -12,57 +12,57 @@ from pathlib import Path
 from typing import Any
 
 from mtcl.atomic import write_text
-from mtcl.config.schema import leaves, role_of
+from mtcl.config.schema import flatten, role_of
 from mtcl.errors import UserError, printable
-from mtcl.launch.study_file import NAME, Arm, Study, is_of_machine, is_path, portable
+from mtcl.launch.study_file import NAME, Study, Variant, is_file_path, is_machine_key, make_portable
 from mtcl.metrics.delta import ENOUGH_PAIRS, Paired, delta_mtl, paired_difference, smallest_effect
 from mtcl.results.columns import Column
 from mtcl.results.compare import (
     Comparison,
     Row,
     Run,
-    add_delta,
-    baseline_row,
+    add_delta_column,
     check_same_data,
     check_same_scoring,
     choose_columns,
-    difference,
-    fill,
-    holm_values,
+    describe_provenance,
+    fill_row,
+    holm_p_values,
     is_primary,
-    listed,
-    missing_values,
-    provenance,
+    join_some,
+    make_baseline_row,
+    note_missing_values,
+    paired_differences,
 )
 from mtcl.results.run_files import (
-    COUNTING,
+    NON_NEGATIVE_INT,
     TEXT,
-    TEXTS,
-    VARIABLES,
+    TEXT_LIST,
+    TEXT_MAPPING,
     check_record,
     check_types,
     parse_metrics,
     read_config,
-    read_object,
+    read_json_object,
     read_record,
 )
 from mtcl.results.tables import (
     ALPHA,
-    NONE,
+    NO_VALUE,
     TOO_FEW,
     Grid,
-    aligned,
+    align_columns,
     better_or_worse,
-    cell,
-    closing,
-    code,
-    escaped,
-    figure,
-    heading,
-    interval,
-    pipes,
+    column_heading,
+    difference_unit,
+    escape_markdown,
+    footnotes,
+    format_cell,
+    format_interval,
+    format_value,
+    markdown_code,
+    markdown_table,
     render,
-    unit_of_difference,
 )
 
 DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the table of means
@@ -75,7 +75,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
-class Effect:
+class PairedEffect:
     """A paired difference, and the smallest one that as many pairs would have shown."""
 
     paired: Paired
@@ -88,7 +88,7 @@ class Effect:
         With Holm's p-values: better, worse, not below 0.05.
         """
         if math.isnan(self.paired.low):
-            return NONE
+            return NO_VALUE
         if not self.paired.is_enough:
             return TOO_FEW
         if self.adjusted is not None:
@@ -99,12 +99,12 @@ class Effect:
 
 
 @dataclass(frozen=True, eq=False)
-class Effects:
+class VariantEffects:
     """``row`` minus ``reference``, column by column."""
 
     row: Row
     reference: Row
-    columns: dict[Column, Effect]
+    columns: dict[Column, PairedEffect]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +114,7 @@ class Report:
     study: Study
     columns: list[Column]
     rows: list[Row]
-    effects: list[Effects]
+    effects: list[VariantEffects]
     missing: list[str]
     notes: list[str]
 
@@ -122,16 +122,16 @@ class Report:
 # Records
 
 
-def record(study: Study, arm: Arm, seed: int, overrides: Sequence[str], folder: Path) -> Record:
+def record(study: Study, variant: Variant, seed: int, overrides: Sequence[str], folder: Path) -> Record:
     """One finished run in small: without single classes and without anything of its machine but the device's name."""
     facts = {key: value for key, value in read_record(folder / "run.json").items() if key not in LEFT_OUT}
-    metrics = read_object(folder / "metrics.json")
+    metrics = read_json_object(folder / "metrics.json")
     parse_metrics(folder / "metrics.json", metrics)  # says what is wrong with the file while we know its path
     return {
         "study": study.name,
-        "arm": arm.name,
+        "arm": variant.name,
         "seed": seed,
-        "overrides": portable(overrides),
+        "overrides": make_portable(overrides),
         "metrics": {task: without_classes(values) for task, values in metrics.items()},
         "config": portable_config(folder / "config.yaml"),
         "run": facts,
@@ -147,9 +147,9 @@ def portable_config(path: Path) -> dict[str, Any]:
     """A run's resolved config, dotted key -> value, without what belongs to its machine; empty if there is no file."""
     content = read_config(path) if path.is_file() else {}
     return {
-        key: Path(value).name if isinstance(value, str) and is_path(key, value) else value
+        key: Path(value).name if isinstance(value, str) and is_file_path(key, value) else value
         for key, value in content.items()
-        if not is_of_machine(key)
+        if not is_machine_key(key)
     }
 
 
@@ -158,26 +158,28 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
     definition = {
         "name": study.name,
         "command": command,
-        "overrides": portable(study.overrides),
+        "overrides": make_portable(study.overrides),
         "environment": dict(study.environment),
         "arms": [
             {
-                "name": arm.name,
-                "label": arm.label,
-                "note": arm.note,
-                "overrides": portable(arm.overrides),
-                "seeds": list(arm.seeds),
-                "against": list(arm.against),
-                "task": arm.task,
+                "name": variant.name,
+                "label": variant.label,
+                "note": variant.note,
+                "overrides": make_portable(variant.overrides),
+                "seeds": list(variant.seeds),
+                "against": list(variant.against),
+                "task": variant.task,
             }
-            for arm in study.arms
+            for variant in study.variants
         ],
     }
     files = {"study.json": definition, **{f"{r['arm']}_seed{r['seed']}.json": r for r in records}}
-    if (folder / "study.json").is_file() and (other := read_object(folder / "study.json").get("name")) != study.name:
+    if (folder / "study.json").is_file() and (
+        other := read_json_object(folder / "study.json").get("name")
+    ) != study.name:
         raise UserError(f"{folder} holds the results of the study {other}, not of {study.name}; choose another folder.")
     for path in folder.glob("*_seed*.json"):
-        if path.name not in files and read_object(path).get("study") == study.name:
+        if path.name not in files and read_json_object(path).get("study") == study.name:
             path.unlink()
     for name, content in files.items():
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
@@ -187,12 +189,12 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
 def read_results(folder: Path) -> tuple[Study, list[Record], str]:
     """The study, its records and its command, from the files that :func:`write_results` wrote."""
     path = folder / "study.json"
-    known = read_object(path)
+    known = read_json_object(path)
     check_types(path, known, STUDY_CHECKS)
     try:
-        arms = tuple(read_arm(path, arm) for arm in known["arms"])
-        study = Study(known["name"], tuple(known["overrides"]), arms, environment=known["environment"])
-        files = [folder / f"{arm.name}_seed{seed}.json" for arm in arms for seed in arm.seeds]
+        variants = tuple(read_variant(path, variant) for variant in known["arms"])
+        study = Study(known["name"], tuple(known["overrides"]), variants, environment=known["environment"])
+        files = [folder / f"{variant.name}_seed{seed}.json" for variant in variants for seed in variant.seeds]
         return study, [read_result(file, study) for file in files if file.is_file()], known["command"]
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not of scripts/study.py: {error!r} is amiss.") from error
@@ -201,45 +203,45 @@ def read_results(folder: Path) -> tuple[Study, list[Record], str]:
 STUDY_CHECKS = {
     "name": TEXT,
     "command": TEXT,
-    "overrides": TEXTS,
-    "environment": VARIABLES,
-    "arms": ("a list of mappings", lambda v: isinstance(v, list) and all(isinstance(arm, dict) for arm in v)),
+    "overrides": TEXT_LIST,
+    "environment": TEXT_MAPPING,
+    "arms": ("a list of mappings", lambda v: isinstance(v, list) and all(isinstance(variant, dict) for variant in v)),
 }
-ARM_CHECKS = {
+VARIANT_CHECKS = {
     "name": ("the name of a file", lambda v: isinstance(v, str) and bool(NAME.fullmatch(v))),
-    "overrides": TEXTS,
-    "seeds": ("a list of whole numbers >= 0", lambda v: isinstance(v, list) and all(map(COUNTING[1], v))),
-    "against": TEXTS,
+    "overrides": TEXT_LIST,
+    "seeds": ("a list of whole numbers >= 0", lambda v: isinstance(v, list) and all(map(NON_NEGATIVE_INT[1], v))),
+    "against": TEXT_LIST,
     **dict.fromkeys(("label", "note", "task"), TEXT),
 }
 RESULT_CHECKS = {
     "arm": TEXT,
-    "seed": COUNTING,
+    "seed": NON_NEGATIVE_INT,
     "metrics": ("a mapping {task: {metric: value}}", lambda v: isinstance(v, dict)),
     **dict.fromkeys(("run", "config"), ("a mapping {key: value}", lambda v: isinstance(v, dict))),
 }
 
 
-def read_arm(path: Path, arm: Mapping[str, Any]) -> Arm:
+def read_variant(path: Path, variant: Mapping[str, Any]) -> Variant:
     """The arm of a study that a ``study.json`` describes."""
-    check_types(path, arm, ARM_CHECKS)
-    return Arm(
-        arm["name"],
-        tuple(arm["overrides"]),
-        tuple(arm["seeds"]),
-        tuple(arm["against"]),
-        arm["label"],
-        arm["note"],
-        arm["task"],
+    check_types(path, variant, VARIANT_CHECKS)
+    return Variant(
+        variant["name"],
+        tuple(variant["overrides"]),
+        tuple(variant["seeds"]),
+        tuple(variant["against"]),
+        variant["label"],
+        variant["note"],
+        variant["task"],
     )
 
 
 def read_result(path: Path, study: Study) -> Record:
     """One run's record, of an arm of ``study``."""
-    content = read_object(path)
+    content = read_json_object(path)
     check_types(path, content, RESULT_CHECKS)
     absent = [key for key in ("arm", "seed", "metrics", "run") if content.get(key) is None]
-    if absent or content["arm"] not in [arm.name for arm in study.arms]:
+    if absent or content["arm"] not in [variant.name for variant in study.variants]:
         raise UserError(f"{path} is not of scripts/study.py: {absent[0] if absent else content['arm']} is amiss.")
     return content | {"run": check_record(path, content["run"])}
 
@@ -252,43 +254,45 @@ def report(study: Study, records: Sequence[Record], holm: bool = False) -> Repor
 
     ``holm``: verdicts by p-values corrected for the number of intervals.
     """
-    runs: dict[str, dict[int, Run]] = {arm.name: {} for arm in study.arms}
+    runs: dict[str, dict[int, Run]] = {variant.name: {} for variant in study.variants}
     for one in records:
         path = Path(one["arm"]) / f"seed_{one['seed']}"
         facts = {"seed": one["seed"], **one["run"]}
-        scoring = leaves({"evaluation": facts["evaluation"]}) if isinstance(facts.get("evaluation"), dict) else ()
+        scoring = flatten({"evaluation": facts["evaluation"]}) if isinstance(facts.get("evaluation"), dict) else ()
         runs[one["arm"]][one["seed"]] = Run(path, parse_metrics(path, one["metrics"]), facts, dict(scoring))
-    missing = [f"{a.name} seed {seed}" for a in study.arms for seed in a.seeds if seed not in runs[a.name]]
+    missing = [f"{a.name} seed {seed}" for a in study.variants for seed in a.seeds if seed not in runs[a.name]]
     found = [run for of_arm in runs.values() for run in of_arm.values()]
     notes = check_same_data(found) + check_same_scoring(found) + check_same_settings(study, records)
     columns = choose_columns(found, False, notes)
     tasks = [column for column in columns if is_primary(column, columns)]
     rows: dict[str, Row] = {}
-    for arm in study.arms:
-        if runs[arm.name] and not arm.task:
-            rows[arm.name] = Row(arm.label, tuple(runs[arm.name][seed] for seed in sorted(runs[arm.name])))
-            fill(rows[arm.name], columns)
+    for variant in study.variants:
+        if runs[variant.name] and not variant.task:
+            rows[variant.name] = Row(
+                variant.label, tuple(runs[variant.name][seed] for seed in sorted(runs[variant.name]))
+            )
+            fill_row(rows[variant.name], columns)
     effects = []
-    for arm in study.arms:
-        for i, other in enumerate(arm.against):
-            if arm.name in rows and other in rows:
-                effects += effects_of(rows[arm.name], rows[other], tasks, OTHER_DELTA if i else DELTA, notes)
-    effects = corrected(effects) if holm else effects
+    for variant in study.variants:
+        for i, other in enumerate(variant.against):
+            if variant.name in rows and other in rows:
+                effects += paired_effects(rows[variant.name], rows[other], tasks, OTHER_DELTA if i else DELTA, notes)
+    effects = apply_holm(effects) if holm else effects
     if any(DELTA in row.values for row in rows.values()):
         columns.append(DELTA)
-    singles = [run for arm in study.arms if arm.task for run in runs[arm.name].values()]
+    single_task = [run for variant in study.variants if variant.task for run in runs[variant.name].values()]
     shown = list(rows.values())
-    if singles:
-        base = baseline_row(singles, tasks)
+    if single_task:
+        base = make_baseline_row(single_task, tasks)
         add_delta_mtl(shown, base, tasks, columns, notes)
         shown = [base, *shown]
-    notes += missing_values(shown, columns)
-    return Report(study, columns, shown, effects, missing, [*map(printable, [*about(found), *notes])])
+    notes += note_missing_values(shown, columns)
+    return Report(study, columns, shown, effects, missing, [*map(printable, [*describe_runs(found), *notes])])
 
 
-def corrected(effects: Sequence[Effects]) -> list[Effects]:
+def apply_holm(effects: Sequence[VariantEffects]) -> list[VariantEffects]:
     """The same effects with Holm's p-values of all intervals that may have a verdict."""
-    values = holm_values([{column: effect.paired for column, effect in one.columns.items()} for one in effects])
+    values = holm_p_values([{column: effect.paired for column, effect in one.columns.items()} for one in effects])
     return [
         replace(one, columns={c: replace(effect, adjusted=of_one.get(c)) for c, effect in one.columns.items()})
         for one, of_one in zip(effects, values)
@@ -298,30 +302,34 @@ def corrected(effects: Sequence[Effects]) -> list[Effects]:
 def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
     """A warning for an arm whose runs were made by different settings: a default that was changed in between."""
     notes = []
-    for arm in study.arms:
-        configs = [one["config"] for one in records if one["arm"] == arm.name and one.get("config")]
+    for variant in study.variants:
+        configs = [one["config"] for one in records if one["arm"] == variant.name and one.get("config")]
         keys = sorted({key for config in configs for key in config if role_of(key) == "result"})
         differing = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
         if differing:
-            notes.append(f"warning: the runs of {arm.name} were made by different settings: {listed(differing)}.")
+            notes.append(
+                f"warning: the runs of {variant.name} were made by different settings: {join_some(differing)}."
+            )
     return notes
 
 
-def effects_of(row: Row, reference: Row, tasks: Sequence[Column], delta: Column, notes: list[str]) -> list[Effects]:
+def paired_effects(
+    row: Row, reference: Row, tasks: Sequence[Column], delta: Column, notes: list[str]
+) -> list[VariantEffects]:
     """``row`` against ``reference``, with ``delta`` as a further column of the row; empty without common seeds."""
-    found = difference(row, reference, tasks, notes)
+    found = paired_differences(row, reference, tasks, notes)
     if found is None:
         return []
     effects = {
-        column: Effect(paired, smallest_effect(row.values[column], reference.values[column]))
+        column: PairedEffect(paired, smallest_effect(row.values[column], reference.values[column]))
         for column, paired in found.columns.items()
     }
     deltas = delta_by_pairs(row, reference, list(effects), notes)
     if deltas:
         row.values[delta] = deltas
         zeros = dict.fromkeys(deltas, 0.0)
-        effects[delta] = Effect(paired_difference(deltas, zeros), smallest_effect(deltas, zeros))
-    return [Effects(row, reference, effects)]
+        effects[delta] = PairedEffect(paired_difference(deltas, zeros), smallest_effect(deltas, zeros))
+    return [VariantEffects(row, reference, effects)]
 
 
 def delta_by_pairs(row: Row, reference: Row, tasks: Sequence[Column], notes: list[str]) -> dict[Hashable, float]:
@@ -343,43 +351,48 @@ def add_delta_mtl(
 ) -> None:
     """Delta_MTL of the rows against the means of the single-task runs; a note where there are not all of these yet."""
     wanted = [column for column in tasks if any(column in row.values for row in rows)]
-    absent = [c.task for c in wanted if math.isnan(base.cell(c).mean)]
-    zero = [c.task for c in wanted if base.cell(c).mean <= 0]
+    absent = [c.task for c in wanted if math.isnan(base.summarize(c).mean)]
+    zero = [c.task for c in wanted if base.summarize(c).mean <= 0]
     if absent:
-        notes.append(f"warning: no Delta_MTL: there is no single-task run of {listed(absent)}.")
+        notes.append(f"warning: no Delta_MTL: there is no single-task run of {join_some(absent)}.")
     elif zero:
-        notes.append(f"warning: no Delta_MTL: the single-task value of {listed(zero)} is 0.")
+        notes.append(f"warning: no Delta_MTL: the single-task value of {join_some(zero)} is 0.")
     else:
-        add_delta(rows, base, wanted, "Delta_MTL", columns, notes)
+        add_delta_column(rows, base, wanted, "Delta_MTL", columns, notes)
 
 
-def about(runs: Sequence[Run]) -> list[str]:
+def describe_runs(runs: Sequence[Run]) -> list[str]:
     """Where the numbers come from: data, machine, commit; steps and versions."""
 
     def values(fact: str) -> list[str]:
-        return list(dict.fromkeys(str(run.facts[fact]) for run in runs if run.facts.get(fact) is not None))
+        return list(dict.fromkeys(str(run.record[fact]) for run in runs if run.record.get(fact) is not None))
 
-    versions = [run.facts["versions"]["torch"] for run in runs if "torch" in run.facts.get("versions", {})]
-    parts = [f"{listed(values('step'))} steps"] if values("step") else []
-    parts += [f"torch {listed(versions)}"] if versions else []
-    return [provenance(runs), *([f"{', '.join(parts)}; numbers of the last state of each run."] if parts else [])]
+    versions = [run.record["versions"]["torch"] for run in runs if "torch" in run.record.get("versions", {})]
+    parts = [f"{join_some(values('step'))} steps"] if values("step") else []
+    parts += [f"torch {join_some(versions)}"] if versions else []
+    return [
+        describe_provenance(runs),
+        *([f"{', '.join(parts)}; numbers of the last state of each run."] if parts else []),
+    ]
 
 
 # Words
 
 
-def effect_grid(one: Effects) -> Grid:
+def effect_grid(one: VariantEffects) -> Grid:
     """A line per metric: difference, interval, where it lies, pairs, smallest visible effect."""
     lines = []
     for column, effect in one.columns.items():
-        found, unit = effect.paired, unit_of_difference(column)
+        found, unit = effect.paired, difference_unit(column)
         arrow = "↑" if column.higher_is_better else "↓"
         name = f"{column.task} {column.metric} {arrow}".strip() + (f" ({unit if column.task else '%'})" if unit else "")
-        difference = figure(column, found.mean, signed=True)
-        smallest = figure(column, effect.smallest).lstrip("+")
+        paired_differences = format_value(column, found.mean, signed=True)
+        smallest = format_value(column, effect.smallest).lstrip("+")
         if effect.adjusted is not None:
             smallest += f" (p {effect.adjusted:.3g})"
-        lines.append([name, difference, interval(column, found), effect.side(column), str(found.pairs), smallest])
+        lines.append(
+            [name, paired_differences, format_interval(column, found), effect.side(column), str(found.pairs), smallest]
+        )
     return lines
 
 
@@ -394,11 +407,11 @@ VERDICTS = {
     CONTAINS: f"{CONTAINS} for",
     UNDECIDED: "with Holm's correction decides nothing for",
     TOO_FEW: f"is of fewer than {ENOUGH_PAIRS} pairs, which decide nothing, for",
-    NONE: "is not known for",
+    NO_VALUE: "is not known for",
 }
 
 
-def verdicts(one: Effects) -> str:
+def format_verdicts(one: VariantEffects) -> str:
     """One sentence on where the intervals of one arm lie."""
     sides: dict[str, list[str]] = {side: [] for side in VERDICTS}
     for column, effect in one.columns.items():
@@ -407,7 +420,7 @@ def verdicts(one: Effects) -> str:
     return f"{one.row.label} against {one.reference.label}: the interval {'; '.join(told)}."
 
 
-def explanations(report: Report) -> list[str]:
+def list_notes(report: Report) -> list[str]:
     """What is to be known of the numbers, and what is missing."""
     lines = []
     if report.effects:
@@ -429,71 +442,77 @@ def explanations(report: Report) -> list[str]:
         )
     if report.missing:
         count = len(report.missing)
-        lines.append(f"warning: {count} run{'s' * (count > 1)} missing: {listed(report.missing, 12)}.")
+        lines.append(f"warning: {count} run{'s' * (count > 1)} missing: {join_some(report.missing, 12)}.")
     return [*lines, *report.notes]
 
 
-def notes_of_arms(study: Study) -> list[str]:
-    return [f"{arm.label}: {arm.note}" for arm in study.arms if arm.note]
+def variant_notes(study: Study) -> list[str]:
+    return [f"{variant.label}: {variant.note}" for variant in study.variants if variant.note]
 
 
-def as_text(report: Report) -> str:
+def format_text(report: Report) -> str:
     """For a terminal."""
     table = render(Comparison(report.columns, report.rows, [], []), "text")
     blocks = [table.rstrip("\n")]
     for one in report.effects:
         head = [["", *EFFECT_HEAD[1:]]]
-        blocks.append(f"{one.row.label} minus {one.reference.label}\n" + aligned(head, effect_grid(one), lefts=1))
-    lines = [*map(verdicts, report.effects), *explanations(report), *notes_of_arms(report.study)]
+        blocks.append(f"{one.row.label} minus {one.reference.label}\n" + align_columns(head, effect_grid(one), lefts=1))
+    lines = [*map(format_verdicts, report.effects), *list_notes(report), *variant_notes(report.study)]
     notes = [textwrap.fill(line, 120, subsequent_indent="  ") for line in lines]
     return "\n\n".join([*blocks, "\n".join(notes)]) + "\n"
 
 
-def as_markdown(report: Report, command: str) -> str:
+def format_markdown(report: Report, command: str) -> str:
     """Two tables, what they say in words, and how to repeat them."""
-    blocks = [means_table(report)]
+    blocks = [format_means(report)]
     if report.effects:
         lines: Grid = []
         for one in report.effects:
-            name = f"{code(one.row.label)} minus {code(one.reference.label)}"
+            name = f"{markdown_code(one.row.label)} minus {markdown_code(one.reference.label)}"
             for i, line in enumerate(effect_grid(one)):
-                lines.append(["" if i else name, *map(escaped, line)])
-        blocks.append(pipes(["arms", *EFFECT_HEAD], lines, lefts=2))
-    spread = closing(Comparison(report.columns, report.rows, [], []))
-    sentences = [*map(verdicts, report.effects), *spread, *explanations(report)]
+                lines.append(["" if i else name, *map(escape_markdown, line)])
+        blocks.append(markdown_table(["arms", *EFFECT_HEAD], lines, lefts=2))
+    spread = footnotes(Comparison(report.columns, report.rows, [], []))
+    sentences = [*map(format_verdicts, report.effects), *spread, *list_notes(report)]
     blocks.append("\n".join(f"- {sentence}" for sentence in sentences))
-    blocks.append("\n".join(recipe(report.study)))
+    blocks.append("\n".join(format_settings(report.study)))
     blocks.append(f"```sh\n{command}\n```")
     return "\n\n".join(blocks) + "\n"
 
 
-def means_table(report: Report) -> str:
+def format_means(report: Report) -> str:
     """Each arm's mean and standard deviation over its seeds, in Markdown."""
-    head = ["arm", "n", *(escaped(f"{c.task} {heading(c)}".strip()) for c in report.columns)]
-    body = [[code(row.label), str(row.num_seeds), *(cell(c, row) for c in report.columns)] for row in report.rows]
-    return pipes(head, body, lefts=1)
+    head = ["arm", "n", *(escape_markdown(f"{c.task} {column_heading(c)}".strip()) for c in report.columns)]
+    body = [
+        [markdown_code(row.label), str(row.num_seeds), *(format_cell(c, row) for c in report.columns)]
+        for row in report.rows
+    ]
+    return markdown_table(head, body, lefts=1)
 
 
-def recipe(study: Study) -> list[str]:
+def format_settings(study: Study) -> list[str]:
     """The overrides of all runs and of each arm, as Markdown."""
-    common = " ".join(portable(study.overrides)) or "the defaults"
+    common = " ".join(make_portable(study.overrides)) or "the defaults"
     environment = " ".join(f"{key}={value}" for key, value in study.environment.items())
     lines = [f"Every run: `{common}`" + (f", with `{environment}`" if environment else "") + ".", ""]
-    for arm in study.arms:
-        own = " ".join(portable(arm.overrides))
-        seeds = ", ".join(map(str, arm.seeds))
-        note = f" {arm.note}" if arm.note else ""
-        lines.append(f"- {code(arm.label)}: {f'`{own}`' if own else 'nothing more'}, seeds {seeds}.{note}")
+    for variant in study.variants:
+        own = " ".join(make_portable(variant.overrides))
+        seeds = ", ".join(map(str, variant.seeds))
+        note = f" {variant.note}" if variant.note else ""
+        lines.append(f"- {markdown_code(variant.label)}: {f'`{own}`' if own else 'nothing more'}, seeds {seeds}.{note}")
     return lines
 
 
-def as_json(report: Report) -> Mapping[str, Any]:
+def to_json(report: Report) -> Mapping[str, Any]:
     """The numbers in full: fractions, metres, degrees; Deltas in percent."""
     return {
         "study": report.study.name,
         "rows": {
             row.label: {
-                column.key: {**row.cell(column)._asdict(), "values": {str(k): v for k, v in row.values[column].items()}}
+                column.key: {
+                    **row.summarize(column)._asdict(),
+                    "values": {str(k): v for k, v in row.values[column].items()},
+                }
                 for column in report.columns
                 if column in row.values
             }

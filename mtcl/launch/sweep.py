@@ -21,21 +21,27 @@ from typing import IO, Any
 
 from omegaconf import OmegaConf
 
-from mtcl.config.diff import changed_meanings, described_changes
-from mtcl.config.quoting import quoted
+from mtcl.config.diff import find_changed_experiment_keys, format_changes
+from mtcl.config.quoting import quote_value
 from mtcl.config.schema import role_of
 from mtcl.errors import UserError, printable
-from mtcl.launch.processes import REQUEUE, caught_signals, duration, killed, reason, started
-from mtcl.launch.study_file import bare, is_path, merged
-from mtcl.results.columns import column_of, primaries
-from mtcl.results.run_files import CONFIG, METRICS, read_config_tree, read_metrics
-from mtcl.results.tables import figure
+from mtcl.launch.processes import EXIT_REQUEUE, catch_signals, format_duration, killed, reason, started
+from mtcl.launch.study_file import is_file_path, merge_overrides, strip_prefix
+from mtcl.results.columns import make_column, primary_metrics
+from mtcl.results.run_files import CONFIG, METRICS, read_metrics, read_nested_config
+from mtcl.results.tables import format_value
 from mtcl.run_lock import is_claimed
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
 FOLDERS = ("data.root", "data.cache")  # not in that part
 POLL = 0.1  # seconds between two looks at a running job
-FINISHED, BEFORE, ELSEWHERE, STOPPED, FAILED = "finished", "finished before", "running elsewhere", "stopped", "failed"
+FINISHED, FINISHED_EARLIER, RUNNING_ELSEWHERE, STOPPED, FAILED = (
+    "finished",
+    "finished before",
+    "running elsewhere",
+    "stopped",
+    "failed",
+)
 
 
 def job_folder(words: Sequence[str], folder: str | Path | None = None) -> str:
@@ -53,8 +59,8 @@ def job_folder(words: Sequence[str], folder: str | Path | None = None) -> str:
     digest = hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     if folder is not None and len(earlier := list(Path(folder).glob(f"*_{digest}/"))) == 1:
         return earlier[0].name
-    pairs = [(bare(key), value) for key, _, value in (word.partition("=") for word in words)]
-    shown = [(key, value) for key, value in pairs if key not in FOLDERS and not is_path(key, value)]
+    pairs = [(strip_prefix(key), value) for key, _, value in (word.partition("=") for word in words)]
+    shown = [(key, value) for key, value in pairs if key not in FOLDERS and not is_file_path(key, value)]
     shown.sort(key=_order)
     parts = [_readable(f"{_short(key)}-{value.strip('[]')}")[:PART_LENGTH] for key, value in shown]
     text = _readable("_".join(parts))[:NAME_LENGTH].strip("-_.")
@@ -81,9 +87,9 @@ OmegaConf.register_new_resolver("job_folder", lambda words, folder=None: job_fol
 
 
 @dataclass(frozen=True)
-class Outcome:
+class JobOutcome:
     """How a job of a sweep ended. Those of other processes and machines come back pickled: wherever one is made or
-    unpickled, it is kept in :data:`outcomes`; Hydra gives us none of them itself."""
+    unpickled, it is kept in :data:`job_outcomes`; Hydra gives us none of them itself."""
 
     number: int
     words: tuple[str, ...]
@@ -91,17 +97,17 @@ class Outcome:
     reason: str = ""
 
     def __post_init__(self) -> None:
-        outcomes[self.number] = self
+        job_outcomes[self.number] = self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Outcome, astuple(self)
+        return JobOutcome, astuple(self)
 
 
-outcomes: dict[int, Outcome] = {}  # of this process's sweep, by the job's number
-received: list[int] = []  # signals that told this process to end: no further job is started
+job_outcomes: dict[int, JobOutcome] = {}  # of this process's sweep, by the job's number
+received_signals: list[int] = []  # signals that told this process to end: no further job is started
 
 
-class Stopped(BaseException):
+class SweepStopped(BaseException):
     """The sweep was told to end and its job has; goes past Hydra, which takes exceptions for a job's own."""
 
 
@@ -113,37 +119,39 @@ def run_job(
     number: int,
     environment: Mapping[str, str],
     here: bool,
-) -> Outcome:
+) -> JobOutcome:
     """``command words`` as a process that trains in ``folder``, unless the run is finished, or running elsewhere.
 
     ``config``: what the words are composed to. ``here``: in the process that was started as the sweep, one job after
     the other; then what it writes into its log (``folder``'s name and ``.log``) is shown, too.
     """
     told = tuple(words)
-    found = state_of(folder, config)
-    if found is not None or received:
+    found = find_run_state(folder, config)
+    if found is not None or received_signals:
         say(number, folder, f"{found or STOPPED}{score(folder)}")
-        return Outcome(number, told, found or STOPPED)
+        return JobOutcome(number, told, found or STOPPED)
     resume = ["resume=auto"] if any(folder.glob("checkpoints/*.pt")) else []
     log = folder.with_name(f"{folder.name}.log")
-    full = [*command, *merged(words, resume), f"hydra.run.dir={quoted(folder)}"]
+    full = [*command, *merge_overrides(words, resume), f"hydra.run.dir={quote_value(folder)}"]
     say(number, folder, f"{'continued' if resume else 'started'}, log {log}")
     began = time.monotonic()
-    with caught_signals() as signals, followed(log, here):
+    with catch_signals() as signals, follow_log(log, here):
         process = started(full, log, environment)
-        code = waited(process, signals)
-    received.extend(signals)
-    found = state_of(folder, config)
-    if code == 0 and found == BEFORE:
+        code = wait_for_process(process, signals)
+    received_signals.extend(signals)
+    found = find_run_state(folder, config)
+    if code == 0 and found == FINISHED_EARLIER:
         ending, why = FINISHED, ""
-    elif code == REQUEUE or received:
+    elif code == EXIT_REQUEUE or received_signals:
         ending, why = STOPPED, ""
     else:  # another sweep may have taken the folder while ours was starting
         ending, why = found or FAILED, "" if found else f"{reason(log, code)} ({log})"
-    say(number, folder, f"{ending} after {duration(time.monotonic() - began)}{score(folder)}{why and f': {why}'}")
-    outcome = Outcome(number, told, ending, why)
-    if received and here:
-        raise Stopped
+    say(
+        number, folder, f"{ending} after {format_duration(time.monotonic() - began)}{score(folder)}{why and f': {why}'}"
+    )
+    outcome = JobOutcome(number, told, ending, why)
+    if received_signals and here:
+        raise SweepStopped
     return outcome
 
 
@@ -156,29 +164,29 @@ def score(folder: Path) -> str:
     """The first task's main metric as the run's end scored it, for a line; "" where it did not."""
     try:
         task, values = next(iter(read_metrics(folder / METRICS).items()))
-        metric = next(name for name in primaries(task) if name in values)
+        metric = next(name for name in primary_metrics(task) if name in values)
     except (UserError, StopIteration):
         return ""
-    column = column_of(task, metric)
-    return f", {task} {metric} {figure(column, values[metric])} {column.unit}".rstrip()
+    column = make_column(task, metric)
+    return f", {task} {metric} {format_value(column, values[metric])} {column.unit}".rstrip()
 
 
-def state_of(folder: Path, config: Mapping[str, Any]) -> str | None:
+def find_run_state(folder: Path, config: Mapping[str, Any]) -> str | None:
     """None: the run in ``folder`` is to be started or continued. ``UserError`` where it is one of another config."""
     if is_claimed(folder):
-        return ELSEWHERE
+        return RUNNING_ELSEWHERE
     if not os.path.lexists(folder / CONFIG):
         return None
-    saved, now = read_config_tree(folder / CONFIG), dict(config)
-    if keys := changed_meanings(saved, now):
+    saved, now = read_nested_config(folder / CONFIG), dict(config)
+    if keys := find_changed_experiment_keys(saved, now):
         raise UserError(
-            f"{folder} holds a run of another config ({described_changes(saved, now, keys)}); "
+            f"{folder} holds a run of another config ({format_changes(saved, now, keys)}); "
             "remove it or choose another hydra.sweep.dir"
         )
-    return BEFORE if all((folder / name).is_file() for name in ("metrics.json", "run.json")) else None
+    return FINISHED_EARLIER if all((folder / name).is_file() for name in ("metrics.json", "run.json")) else None
 
 
-def waited(process: subprocess.Popen, signals: list[int]) -> int:
+def wait_for_process(process: subprocess.Popen, signals: list[int]) -> int:
     """The process's exit code. Told to end, so is the process, which saves first; told twice, it is killed."""
     parent, asked = os.getppid(), False
     in_pool = multiprocessing.parent_process() is not None
@@ -199,7 +207,7 @@ def waited(process: subprocess.Popen, signals: list[int]) -> int:
 
 
 @contextlib.contextmanager
-def followed(log: Path, shown: bool) -> Iterator[None]:
+def follow_log(log: Path, shown: bool) -> Iterator[None]:
     """What is added to ``log`` meanwhile goes to the terminal, too."""
     if not shown:
         yield
@@ -234,14 +242,14 @@ def followed(log: Path, shown: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_to_end() -> Iterator[None]:
+def forward_signals() -> Iterator[None]:
     """A signal goes on to the processes of a launcher's pool, which end their runs; with none, or twice, it raises."""
 
     def hear(number: int, frame: Any) -> None:
-        received.append(number)
+        received_signals.append(number)
         pool = multiprocessing.active_children()
-        if len(received) > 1 or not pool:
-            raise Stopped
+        if len(received_signals) > 1 or not pool:
+            raise SweepStopped
         print("told to end: the runs save first (again: at once)", file=sys.stderr, flush=True)
         for process in pool:
             process.terminate()
@@ -259,16 +267,19 @@ def told_to_end() -> Iterator[None]:
 
 def exit_code() -> int:
     """Of the sweep: 130 or 75 where it was told to end, 1 where a run failed."""
-    endings = [outcome.ending for outcome in outcomes.values()]
-    if received:
-        return 130 if received[0] == signal.SIGINT else REQUEUE
-    return 1 if FAILED in endings else REQUEUE if STOPPED in endings else 0
+    endings = [outcome.ending for outcome in job_outcomes.values()]
+    if received_signals:
+        return 130 if received_signals[0] == signal.SIGINT else EXIT_REQUEUE
+    return 1 if FAILED in endings else EXIT_REQUEUE if STOPPED in endings else 0
 
 
 def summary() -> list[str]:
     """A line on all jobs, one for each that failed: the words that not all jobs have, and why."""
-    found = [outcomes[number] for number in sorted(outcomes)]
-    counts = {ending: sum(one.ending == ending for one in found) for ending in (FINISHED, BEFORE, ELSEWHERE, STOPPED)}
+    found = [job_outcomes[number] for number in sorted(job_outcomes)]
+    counts = {
+        ending: sum(one.ending == ending for one in found)
+        for ending in (FINISHED, FINISHED_EARLIER, RUNNING_ELSEWHERE, STOPPED)
+    }
     failed = [one for one in found if one.ending == FAILED]
     parts = [f"{count} {ending}" for ending, count in {**counts, FAILED: len(failed)}.items() if count]
     lines = [f"sweep of {len(found)} run{'s' * (len(found) != 1)}: {', '.join(parts)}"]
@@ -276,6 +287,6 @@ def summary() -> list[str]:
     for one in failed:
         words = " ".join(word for word in one.words if word not in common)
         lines.append(f"error: {words or f'job {one.number}'}: {one.reason}")
-    if failed or counts[STOPPED] or received:
+    if failed or counts[STOPPED] or received_signals:
         lines.append("the same command runs what is not finished")
     return lines

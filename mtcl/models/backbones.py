@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError, why_unreadable
 from mtcl.models.backbone_options import check_backbone_kwargs
-from mtcl.models.weights import check_numbers
+from mtcl.models.weights import check_tensor_values
 
 RGB = tuple[float, float, float]
 
@@ -44,7 +44,7 @@ class Backbone(nn.Module):
         features = self.net(image)
         return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else list(features)
 
-    def freeze_unread(self, reads: Collection[int]) -> None:
+    def freeze_unused(self, reads: Collection[int]) -> None:
         """Leave out of the training what only maps other than ``reads`` come from, as DDP waits for every gradient.
 
         An HRNet's last fusion has layers for each of its maps; other families make their later maps of earlier ones.
@@ -65,7 +65,7 @@ class Backbone(nn.Module):
         return True
 
 
-class NormedGetter(FeatureGetterNet):
+class FinalNormFeatureGetter(FeatureGetterNet):
     """timm's features of a ViT, which lack its final normalisation: here the last block's have it."""
 
     def __init__(self, model: nn.Module, out_indices: Sequence[int], **options: Any):
@@ -166,7 +166,7 @@ def _final_norm(name: str, options: Mapping[str, Any], out_indices: Sequence[int
     columnar = isinstance(net, FeatureGetterNet) and depth > 1 and len(set(info.reduction())) == 1
     last = depth - 1 in {index % depth for index in out_indices}
     named = isinstance(getattr(net, "model", None), nn.Module) and hasattr(net.model, "norm")
-    return {"feature_cls": NormedGetter} if columnar and last and named else {}
+    return {"feature_cls": FinalNormFeatureGetter} if columnar and last and named else {}
 
 
 def _default_levels(name: str, options: Mapping[str, Any]) -> list[int]:
@@ -235,7 +235,7 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
         raise UserError(f"backbone.weights={path} does not fit backbone {name}: {'; '.join(wrong[:3])}")
     for key, value in found.items():
         if value is not None:
-            check_numbers(key, value, own[key], f"backbone.weights={path}")
+            check_tensor_values(key, value, own[key], f"backbone.weights={path}")
     # A deeper sibling's file (resnet34 for resnet18) has all these names and shapes, and further blocks of their kind.
     known = {key.replace(".", "_") for key in whole.state_dict()}
     kinds = {re.sub(r"\d+", "#", key) for key in known}

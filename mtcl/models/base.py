@@ -22,7 +22,7 @@ class DenseOutput(NamedTuple):
     """
 
     predictions: dict[str, Tensor]  # raw, (B, C, H, W): logits, metres, unnormalised vectors
-    taps: dict[str, dict[str, Tensor]]
+    features: dict[str, dict[str, Tensor]]
     intermediate: list[dict[str, Tensor]]  # further predictions to supervise; may be empty
     frame: Size
 
@@ -33,7 +33,7 @@ class DenseModel(nn.Module, ABC):
     backbone: Backbone
     mean: tuple[float, float, float]  # of the normalisation it expects, pictures scaled to 0..1
     std: tuple[float, float, float]
-    tap_channels: dict[str, dict[str, int]]  # tap -> task -> C_t, known before the first forward
+    feature_channels: dict[str, dict[str, int]]  # tap -> task -> C_t, known before the first forward
 
     @abstractmethod
     def forward(self, image: Tensor) -> DenseOutput:
@@ -63,25 +63,25 @@ class EncoderDecoder(DenseModel):
         super().__init__()
         self.backbone = backbone
         self.decoder = decoder
-        if decoder.reads is not None:
-            backbone.freeze_unread(decoder.reads)
+        if decoder.used_levels is not None:
+            backbone.freeze_unused(decoder.used_levels)
         self.mean, self.std = backbone.mean, backbone.std
-        self.tap_channels = decoder.tap_channels
+        self.feature_channels = decoder.feature_channels
 
     def forward(self, image: Tensor) -> DenseOutput:
         size, frame, features = self._features(image)
         output = self.decoder(features, frame)
-        intermediate = [cut(maps, size) for maps in output.intermediate]
-        return DenseOutput(cut(output.predictions, size), output.taps, intermediate, frame)
+        intermediate = [crop_to_image(maps, size) for maps in output.intermediate]
+        return DenseOutput(crop_to_image(output.predictions, size), output.features, intermediate, frame)
 
     def predict(self, image: Tensor) -> dict[str, Tensor]:
         size, frame, features = self._features(image)
-        return cut(self.decoder.predict(features, frame), size)
+        return crop_to_image(self.decoder.predict(features, frame), size)
 
     def _features(self, image: Tensor) -> tuple[Size, Size, list[Tensor]]:
         """The picture's size, the frame it was padded to, the backbone's maps of that frame."""
         height, width = image.shape[-2:]
-        image, frame = framed(image, (self.backbone.multiple, self.backbone.multiple))
+        image, frame = pad_to_multiple(image, (self.backbone.multiple, self.backbone.multiple))
         return (height, width), frame, self.backbone(image)
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
@@ -92,7 +92,7 @@ class EncoderDecoder(DenseModel):
         yield from self.decoder.shared_parameters()
 
 
-def framed(image: Tensor, multiples: Size) -> tuple[Tensor, Size]:
+def pad_to_multiple(image: Tensor, multiples: Size) -> tuple[Tensor, Size]:
     """A normalised picture (B, 3, H, W) padded at its right and bottom to such multiples, and the size it has then."""
     height, width = image.shape[-2:]
     frame = (-(-height // multiples[0]) * multiples[0], -(-width // multiples[1]) * multiples[1])
@@ -101,6 +101,6 @@ def framed(image: Tensor, multiples: Size) -> tuple[Tensor, Size]:
     return image, frame
 
 
-def cut(maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
+def crop_to_image(maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
     """The part of maps (B, C, H, W) that shows the picture."""
     return {task: m[..., : size[0], : size[1]] for task, m in maps.items()}

@@ -32,8 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mtcl.errors import UserError
 from mtcl.models.backbones import Backbone
-from mtcl.models.base import DenseModel, DenseOutput, Size, cut, framed
-from mtcl.models.decoders.blocks import SpatialNorm, predicted, resize
+from mtcl.models.base import DenseModel, DenseOutput, Size, crop_to_image, pad_to_multiple
+from mtcl.models.decoders.blocks import SpatialNorm, predict_tasks, resize
 
 
 class TaskPrompter(DenseModel):
@@ -61,7 +61,7 @@ class TaskPrompter(DenseModel):
         self.backbone = backbone
         self.mean, self.std = backbone.mean, backbone.std
         self.tasks = dict(tasks)
-        self.tap_channels = {"final": dict.fromkeys(self.tasks, head_width)}
+        self.feature_channels = {"final": dict.fromkeys(self.tasks, head_width)}
         self.windows = windows
         self.patch = vit.patch_embed.patch_size
         self.grid = (-(-size[0] // self.patch[0]), -(-size[1] // self.patch[1]))
@@ -87,9 +87,9 @@ class TaskPrompter(DenseModel):
 
     def forward(self, image: Tensor) -> DenseOutput:
         height, width = image.shape[-2:]
-        image, frame = framed(image, self.patch)
+        image, frame = pad_to_multiple(image, self.patch)
         final = {task: self.heads[task](m) for task, m in self._task_maps(image).items()}
-        predictions = cut(predicted(self.logits, final, frame), (height, width))
+        predictions = crop_to_image(predict_tasks(self.logits, final, frame), (height, width))
         return DenseOutput(predictions, {"final": final}, [], frame)
 
     def predict(self, image: Tensor) -> dict[str, Tensor]:

@@ -35,10 +35,10 @@ def check_weights(weights: Any, expected: Mapping[str, Tensor], source: str | Pa
             raise UserError(f"{misfit}: {name} is no plain tensor")
         if tensor.shape != model.shape:
             raise UserError(f"{misfit}: {name} is {tuple(tensor.shape)} instead of {tuple(model.shape)}")
-        check_numbers(name, tensor, model, source)
+        check_tensor_values(name, tensor, model, source)
 
 
-def check_numbers(name: str, tensor: Tensor, model: Tensor, source: str | Path) -> None:
+def check_tensor_values(name: str, tensor: Tensor, model: Tensor, source: str | Path) -> None:
     """Raise ``UserError`` where the numbers of a tensor can't take the place of the model's.
 
     They are cast in silence otherwise (int8, complex), or every prediction would be NaN.

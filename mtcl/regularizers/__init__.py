@@ -1,10 +1,10 @@
 """The cross-task contrastive regulariser: a training-only loss on any model's task features."""
 
 from mtcl.regularizers.contrastive import Contrastive, Regularizer, RegularizerOutput
-from mtcl.regularizers.masked_adamw import SliceAdamW
+from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.mtpsl import CrossTaskConsistency
 from mtcl.regularizers.sampling import Draw
-from mtcl.regularizers.weighting import GradientShare
+from mtcl.regularizers.weighting import GradientNormWeight
 
 __all__ = [
     "Contrastive",

@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import criteria
-from mtcl.regularizers.masked_adamw import SliceAdamW
-from mtcl.regularizers.pairs import Pairs, distances, other_pixel, pixel_number, relate, within
+from mtcl.regularizers.masked_adamw import MaskedAdamW
+from mtcl.regularizers.pairs import Pairs, flat_index, is_other_pixel, make_pairs, pairwise_distances, within_window
 from mtcl.regularizers.projector import Projector
-from mtcl.regularizers.sampling import Draw, draw_pixels, draw_sources, even_quotas, read_features, read_labels
+from mtcl.regularizers.sampling import Draw, balanced_sample, draw_pixels, draw_sources, sample_features, sample_labels
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
 CRITERIA = ("triplet", "semihard", "ranked", "infonce")
-RANKED_TOP = 5.0  # times "far": label distances beyond are not told apart by "ranked"
-CANDIDATES = 8  # times K pixels are looked at when quotas are wanted
+RANKED_MAX_FACTOR = 5.0  # times "far": label distances beyond are not told apart by "ranked"
+CANDIDATE_FACTOR = 8  # times K pixels are looked at when quotas are wanted
 
 
 class RegularizerOutput(NamedTuple):
@@ -52,7 +52,7 @@ class Regularizer(nn.Module, ABC):
         """All randomness of one training step, as a function of (seed, step, sample ids)."""
 
     @abstractmethod
-    def penalty(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         """The loss on a model's output; ``labels``: task -> label in batch layout."""
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Contrastive(Regularizer):
         dim: D, of the projected features. ``hidden``: width inside the projector; None: a linear projector.
         share: one projector per ``pair`` (the paper), per ``target``, or one for ``all`` (widths must be equal).
         thresholds: task -> (near, far) in the units of its label distance; by default the task's own.
-        tap: which of a model's taps :meth:`penalty` reads.
+        tap: which of a model's taps :meth:`compute_loss` reads.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Contrastive(Regularizer):
         if criterion not in CRITERIA:
             raise UserError(f"regularizer.options.criterion={criterion} is not known; choose {', '.join(CRITERIA)}")
         self.tasks = dict(tasks)
-        self.names = list(tasks)
+        self.task_names = list(tasks)
         self.seed, self.pixels, self.tap = seed, pixels, tap
         self.shuffle, self.quotas, self.window, self.agree = shuffle, quotas, window, agree
         self.across_images, self.criterion, self.margin, self.temperature = (
@@ -143,7 +143,7 @@ class Contrastive(Regularizer):
             margin,
             temperature,
         )
-        self.allowed = allowed_sources(self.names, sources, exclude)
+        self.allowed_sources = list_allowed_sources(self.task_names, sources, exclude)
         chosen = dict(thresholds or {})
         self.thresholds = {name: chosen.get(name) or (task.near, task.far) for name, task in tasks.items()}
         for name, (near, far) in self.thresholds.items():
@@ -153,7 +153,7 @@ class Contrastive(Regularizer):
         self.projectors = self._build_projectors(channels, hidden, dim)
         # Near, far, and where "ranked" stops telling distances apart: of placed labels, see Task.place.
         spans = [[task.span(d) for d in self.thresholds[name]] for name, task in tasks.items()]
-        tops = [far if near == 0 else RANKED_TOP * far for near, far in spans]
+        tops = [far if near == 0 else RANKED_MAX_FACTOR * far for near, far in spans]
         self.spans: Tensor
         self.register_buffer("spans", torch.tensor([[*s, t] for s, t in zip(spans, tops)]), persistent=False)
         # Sums since the last summary: [target, source, (pixels, anchors, active triplets, sum d_ap, sum d_an)]
@@ -164,30 +164,32 @@ class Contrastive(Regularizer):
         generator = torch.Generator().manual_seed(self.seed)
         if self.share == "pair":
             return nn.ModuleDict(
-                {t: Projector(len(self.names), channels[t], hidden, dim, generator) for t in self.names}
+                {t: Projector(len(self.task_names), channels[t], hidden, dim, generator) for t in self.task_names}
             )
         if self.share == "target":
-            return nn.ModuleDict({t: Projector(1, channels[t], hidden, dim, generator) for t in self.names})
+            return nn.ModuleDict({t: Projector(1, channels[t], hidden, dim, generator) for t in self.task_names})
         if self.share != "all":
             raise UserError(f"regularizer.options.share={self.share} is not known; choose pair, target or all")
-        if len({channels[t] for t in self.names}) > 1:
+        if len({channels[t] for t in self.task_names}) > 1:
             raise UserError("regularizer.options.share=all needs features of equal width; choose pair or target")
-        return nn.ModuleDict(dict.fromkeys(self.names, Projector(1, channels[self.names[0]], hidden, dim, generator)))
+        return nn.ModuleDict(
+            dict.fromkeys(self.task_names, Projector(1, channels[self.task_names[0]], hidden, dim, generator))
+        )
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """The step's sources (equal on every rank) and each image's pixels."""
-        count = self.pixels * (CANDIDATES if self.quotas else 1)
-        return Draw(draw_sources(self.seed, step, self.allowed), draw_pixels(self.seed, step, ids, count))
+        count = self.pixels * (CANDIDATE_FACTOR if self.quotas else 1)
+        return Draw(draw_sources(self.seed, step, self.allowed_sources), draw_pixels(self.seed, step, ids, count))
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Projectors that were not drawn take no step."""
-        return SliceAdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
+        return MaskedAdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
 
-    def penalty(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
-        return self(output.taps[self.tap], labels, draw, output.frame)
+    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+        return self(output.features[self.tap], labels, draw, output.frame)
 
     def forward(
-        self, taps: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
+        self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
     ) -> RegularizerOutput:
         """``taps``: task -> (B, C_t, h, w), ``labels``: task -> label in batch layout, ``frame``: the size in pixels
         that the taps cover (None: that of the labels)."""
@@ -196,28 +198,31 @@ class Contrastive(Regularizer):
         with torch.no_grad():
             source, pixels, place, own, valid = self._look(labels, draw)
         z = torch.stack(
-            [self._project(t, taps, pixels[t % len(pixels)], source[t], size, frame) for t in range(len(self.names))]
+            [
+                self._project(t, features, pixels[t % len(pixels)], source[t], size, frame)
+                for t in range(len(self.task_names))
+            ]
         )
         if self.criterion == "ranked":
             top = self.spans[source][..., 2]
-            found = criteria.ranked(z, pixel_number(pixels, size), place, valid, top, self.margin)
+            found = criteria.ranked_triplet(z, flat_index(pixels, size), place, valid, top, self.margin)
         else:
             with torch.no_grad():
                 pairs = self._pairs(source, pixels, place, own, valid, size)
-            z = merged(z) if self.across_images else z
+            z = merge_images(z) if self.across_images else z
             if self.criterion == "infonce":
                 found = criteria.infonce(z, pairs, self.temperature)
             else:
                 found = getattr(criteria, self.criterion)(z, pairs, self.margin)
         self._record(source, found.stats)
-        present = found.present.to(found.losses)
+        present = found.has_anchor.to(found.losses)
         total = (found.losses * present).sum() / present.sum().clamp(min=1)
-        return RegularizerOutput(total, dict(zip(self.names, found.losses.unbind())))
+        return RegularizerOutput(total, dict(zip(self.task_names, found.losses.unbind())))
 
     def _look(self, labels: Mapping[str, Tensor], draw: Draw) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """At the labels: each target's source in each image (T, B), its pixels (T or 1, B, K, 2), where their source
         labels and the target's own are placed (T, B, K, 3), and which are valid (T, B, K)."""
-        read = {name: read_labels(labels[name], draw.pixels) for name in self.names}  # (B, M, c)
+        read = {name: sample_labels(labels[name], draw.pixels) for name in self.task_names}  # (B, M, c)
         known = torch.stack(
             [
                 task.valid(read[name].mT[..., None] if labels[name].ndim == 4 else read[name])[..., 0]
@@ -230,48 +235,50 @@ class Contrastive(Regularizer):
         if self.shuffle:
             known, places = known.roll(1, dims=1), places.roll(1, dims=1)
             strata = None if strata is None else strata.roll(1, dims=1)
-        source = first_available(draw.sources, known.any(dim=2))  # (T, B)
+        source = choose_available_source(draw.sources, known.any(dim=2))  # (T, B)
         images = torch.arange(source.shape[1], device=source.device)
         valid, place = known[source, images], places[source, images]
         pixels = draw.pixels[None]  # the same for all targets
         if strata is None:
             return source, pixels, place, own, valid
-        index = even_quotas(strata[source, images], valid, self.pixels)  # (T, B, K)
+        index = balanced_sample(strata[source, images], valid, self.pixels)  # (T, B, K)
         pixels, place, own = (torch.take_along_dim(x, index[..., None], dim=2) for x in (pixels, place, own))
         return source, pixels, place, own, valid.gather(2, index)
 
     def _project(
-        self, t: int, taps: Mapping[str, Tensor], pixels: Tensor, source: Tensor, size: Size, frame: Size | None
+        self, t: int, features: Mapping[str, Tensor], pixels: Tensor, source: Tensor, size: Size, frame: Size | None
     ) -> Tensor:
         """z = normalize(P_ts(F_t)) of target number ``t`` at its pixels: (B, K, D), fp32."""
-        feature = read_features(taps[self.names[t]], pixels, size, frame or size)  # (B, K, C_t)
-        return self.projectors[self.names[t]](feature, source if self.share == "pair" else torch.zeros_like(source))
+        feature = sample_features(features[self.task_names[t]], pixels, size, frame or size)  # (B, K, C_t)
+        return self.projectors[self.task_names[t]](
+            feature, source if self.share == "pair" else torch.zeros_like(source)
+        )
 
     def _pairs(self, source: Tensor, pixels: Tensor, place: Tensor, own: Tensor, valid: Tensor, size: Size) -> Pairs:
         """The relations (T, B, K, K) by which an anchor's positives and negatives are told; (T, 1, B K, B K) across
         images."""
         limits = self.spans[source][:, :, None]  # (T, B, 1, 3)
         mine = self.spans[:, None, None]  # (T, 1, 1, 3), of the target's own labels
-        different = other_pixel(pixels, size)
+        different = is_other_pixel(pixels, size)
         comparable = None
         if self.across_images:
             image = torch.arange(source.shape[1], device=source.device)[:, None].expand(-1, self.pixels)
             kind = source[..., None].expand(*source.shape, self.pixels)
             pixels, place, own, valid, limits, kind, image = map(
-                merged, (pixels, place, own, valid, limits.expand(-1, -1, self.pixels, -1), kind, image[None])
+                merge_images, (pixels, place, own, valid, limits.expand(-1, -1, self.pixels, -1), kind, image[None])
             )
-            different = other_pixel(pixels, size) | (image[..., :, None] != image[..., None, :])
+            different = is_other_pixel(pixels, size) | (image[..., :, None] != image[..., None, :])
             comparable = kind[..., :, None] == kind[..., None, :]  # partial labels: images differ in their source
-        positive, negative = relate(place, valid, limits[..., 0], limits[..., 1])
+        positive, negative = make_pairs(place, valid, limits[..., 0], limits[..., 1])
         positive = positive & different
         if self.shuffle:  # a pixel sampled twice may have two labels: those of two pixels of another image
             negative = negative & different
         if comparable is not None:
             positive, negative = positive & comparable, negative & comparable
         if self.agree:
-            positive = positive & ~(distances(own) >= mine[..., 1, None])
+            positive = positive & ~(pairwise_distances(own) >= mine[..., 1, None])
         if self.window is not None:
-            near = within(pixels, self.window)
+            near = within_window(pixels, self.window)
             positive, negative = positive & near, negative & near
         return Pairs(positive, negative)
 
@@ -282,7 +289,7 @@ class Contrastive(Regularizer):
             source, group_size = source[:, :1], source.shape[1]
         pixels = torch.full_like(stats[..., :1], float(self.pixels) * group_size)
         counted = torch.cat([pixels, stats], dim=-1)  # (T, B, 5)
-        every = torch.arange(len(self.names), device=source.device)
+        every = torch.arange(len(self.task_names), device=source.device)
         drawn = (source[..., None] == every).to(counted)  # (T, B, S); one_hot would wait for the device
         # Not a matrix product: under autocast that would count in bf16.
         self.sums += (drawn[..., None] * counted[:, :, None]).sum(dim=1)
@@ -293,8 +300,8 @@ class Contrastive(Regularizer):
         sums = self.sums.tolist()
         self.sums.zero_()
         found = {}
-        for t, target in enumerate(self.names):
-            for s, source in enumerate(self.names):
+        for t, target in enumerate(self.task_names):
+            for s, source in enumerate(self.task_names):
                 pixels, anchors, active, d_ap, d_an = sums[t][s]
                 if pixels:
                     found[f"{target}<-{source}/anchors"] = anchors / pixels
@@ -305,13 +312,13 @@ class Contrastive(Regularizer):
         return found
 
 
-def merged(x: Tensor) -> Tensor:
+def merge_images(x: Tensor) -> Tensor:
     """All images of a batch as one group: (T, B, K, ...) -> (T, 1, K B, ...). Pixel by pixel, not image by image: the
     order of a group is what its random choices come from."""
     return x.transpose(1, 2).flatten(1, 2)[:, None]
 
 
-def first_available(order: Tensor, has_labels: Tensor) -> Tensor:
+def choose_available_source(order: Tensor, has_labels: Tensor) -> Tensor:
     """Each image's source: the first task of the drawn ``order`` (..., n) that labels it, int64 (..., B).
 
     ``has_labels``: bool (S, B). With all labels present this is the batch's one draw, ``order[..., 0]``; an image that
@@ -321,7 +328,7 @@ def first_available(order: Tensor, has_labels: Tensor) -> Tensor:
     return order.gather(-1, first)
 
 
-def allowed_sources(names: Sequence[str], sources: str, exclude: Collection[str]) -> list[list[int]]:
+def list_allowed_sources(names: Sequence[str], sources: str, exclude: Collection[str]) -> list[list[int]]:
     """For each target the sources that may be drawn; UserError for words that say nothing, or leave a target without
     any."""
     count = len(names)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class SliceAdamW(torch.optim.Optimizer):
+class MaskedAdamW(torch.optim.Optimizer):
     """AdamW, except that a slice (first axis) whose gradient is all zero takes no step at all.
 
     Equal to ``torch.optim.AdamW`` over separate parameters of which the unused ones have no gradient: no moment decays,

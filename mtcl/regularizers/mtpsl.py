@@ -32,7 +32,7 @@ from mtcl.tasks.edge import Edge
 from mtcl.tasks.normals import Normals
 
 Size = tuple[int, int]
-FILM_RATE = 10.0  # as the authors' code: 1e-3 beside 1e-4
+FILM_LR_FACTOR = 10.0  # as the authors' code: 1e-3 beside 1e-4
 SOURCE_RULES = ("auto", "any", "unlabelled")
 
 
@@ -95,7 +95,7 @@ class CrossTaskConsistency(Regularizer):
                 f"regularizer.options.tap={tap} has maps of {', '.join(map(str, sorted(feature_channels)))} channels; "
                 "cross-task consistency needs a tap with as many for every task"
             )
-        self.tasks, self.names = dict(tasks), list(tasks)
+        self.tasks, self.task_names = dict(tasks), list(tasks)
         self.seed, self.tap, self.stride = seed, tap, stride
         self.num_sources = min(num_sources, len(tasks) - 1)
         self.source_rule, self.image_weight = source_rule, image_weight
@@ -117,14 +117,14 @@ class CrossTaskConsistency(Regularizer):
         return Draw(sources=torch.from_numpy(np.stack(orders)), pixels=torch.zeros(len(ids), 0, 2))
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW at ``lr``; the pairs' own scales and shifts at :data:`FILM_RATE` times that."""
+        """AdamW at ``lr``; the pairs' own scales and shifts at :data:`FILM_LR_FACTOR` times that."""
         films = [p for name, p in self.mapping.named_parameters() if name.endswith(("gamma", "beta"))]
         own = {id(p) for p in films}
         rest = [p for p in self.parameters() if id(p) not in own]
-        groups: list[dict[str, Any]] = [{"params": rest}, {"params": films, "lr": FILM_RATE * lr}]
+        groups: list[dict[str, Any]] = [{"params": rest}, {"params": films, "lr": FILM_LR_FACTOR * lr}]
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
-    def penalty(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         device = draw.sources.device
         with torch.autocast(device.type, enabled=False):
             predicted, labelled, known = self._enter(output, labels)
@@ -135,21 +135,25 @@ class CrossTaskConsistency(Regularizer):
             images = torch.arange(has_label.shape[1], device=device)
             rows = (chosen.source * len(images) + images).flatten()
             sources = predicted.flatten(0, 1).index_select(0, rows)
-            target = torch.arange(len(self.names), device=device)[:, None, None]
-            pair = target * (len(self.names) - 1) + chosen.source - (chosen.source > target).long()  # row of the FiLMs
+            target = torch.arange(len(self.task_names), device=device)[:, None, None]
+            pair = (
+                target * (len(self.task_names) - 1) + chosen.source - (chosen.source > target).long()
+            )  # row of the FiLMs
             x = torch.cat([sources, self._per_draw(labelled)])
             mapped = F.normalize(self.mapping(x, pair.flatten().repeat(2)), dim=1, eps=1e-6)
             a, b = mapped.chunk(2)  # (rows, C, h, w)
 
-            taps, grid = output.taps[self.tap], mapped.shape[-2:]
-            features = [F.interpolate(taps[name].detach().float(), tuple(grid), mode="area") for name in self.names]
-            f = self._per_draw(F.normalize(torch.stack(features), dim=2, eps=1e-6))
+            features, grid = output.features[self.tap], mapped.shape[-2:]
+            image_features = [
+                F.interpolate(features[name].detach().float(), tuple(grid), mode="area") for name in self.task_names
+            ]
+            f = self._per_draw(F.normalize(torch.stack(image_features), dim=2, eps=1e-6))
             counts = self._per_draw(torch.stack([self.mapping.pooled(k > 0) for k in known]))[:, 0]  # (rows, h, w)
-            apart = [mean_distance(*two, counts).view_as(chosen.weight) for two in ((a, b), (a, f), (b, f))]
+            apart = [mean_cosine_distance(*two, counts).view_as(chosen.weight) for two in ((a, b), (a, f), (b, f))]
             value = apart[0] + self.image_weight * (apart[1] + apart[2])  # (T, draws, B)
             losses = (value * chosen.weight).sum(dim=1).mean(dim=1)  # (T,)
             self._record(chosen, apart)
-        return RegularizerOutput(losses.sum(), dict(zip(self.names, losses.unbind())))
+        return RegularizerOutput(losses.sum(), dict(zip(self.task_names, losses.unbind())))
 
     def _enter(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Through the input layers: predictions and labels (T, B, widths[0], h, w), and the part of each cell's pixels
@@ -174,10 +178,10 @@ class CrossTaskConsistency(Regularizer):
         return x[:, None].expand(-1, self.num_sources, *x.shape[1:]).flatten(0, 2)
 
     @torch.no_grad()
-    def _record(self, chosen: "Chosen", apart: Sequence[Tensor]) -> None:
+    def _record(self, chosen: "ChosenSources", apart: Sequence[Tensor]) -> None:
         counted = torch.stack([torch.ones_like(chosen.weight), *apart], dim=-1)  # (T, draws, B, 4)
         used = (chosen.weight > 0)[..., None]
-        drawn = F.one_hot(chosen.source, len(self.names)).to(counted) * used  # (T, draws, B, S)
+        drawn = F.one_hot(chosen.source, len(self.task_names)).to(counted) * used  # (T, draws, B, S)
         self.sums += (drawn[..., None] * counted[..., None, :]).sum(dim=(1, 2))
 
     def summary(self) -> dict[str, float]:
@@ -186,8 +190,8 @@ class CrossTaskConsistency(Regularizer):
         sums = self.sums.tolist()
         self.sums.zero_()
         found = {}
-        for t, target in enumerate(self.names):
-            for s, source in enumerate(self.names):
+        for t, target in enumerate(self.task_names):
+            for s, source in enumerate(self.task_names):
                 images, *terms = sums[t][s]
                 if images:
                     for name, value in zip(("apart", "source_image", "target_image"), terms):
@@ -221,20 +225,20 @@ def encode_label(task: Task, label: Tensor) -> Tensor:
     raise TypeError(f"no encoding of {type(task).__name__}")
 
 
-def mean_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+def mean_cosine_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """1 - a . b of unit vectors (N, C, h, w), mean over the cells by ``weight`` (N, h, w): (N,), 0 without weight."""
     distance = 1 - (a * b).sum(dim=1)
     return (distance * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
 
 
-class Chosen(NamedTuple):
+class ChosenSources(NamedTuple):
     """The sources of each target in each image, (T, draws, B)."""
 
     source: Tensor  # int64
     weight: Tensor  # float32: how many sources it stands for; 0 where there is none
 
 
-def choose_sources(order: Tensor, has_label: Tensor, count: int, rule: str) -> Chosen:
+def choose_sources(order: Tensor, has_label: Tensor, count: int, rule: str) -> ChosenSources:
     """The first ``count`` tasks of each target's drawn ``order`` (T, T - 1) that may be its sources in an image.
 
     ``has_label``: bool (T, B). The weights of one target and image sum to the number of sources it could have had.
@@ -250,7 +254,7 @@ def choose_sources(order: Tensor, has_label: Tensor, count: int, rule: str) -> C
         hit = ok & (rank == k)
         sources.append(order.gather(1, hit.to(torch.uint8).argmax(dim=1)))
         weights.append(hit.any(dim=1) * total / total.clamp(1, count))
-    return Chosen(torch.stack(sources, dim=1), torch.stack(weights, dim=1))
+    return ChosenSources(torch.stack(sources, dim=1), torch.stack(weights, dim=1))
 
 
 class FilmLayer(nn.Module):

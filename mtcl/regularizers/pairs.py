@@ -21,31 +21,31 @@ class Pairs(NamedTuple):
     negative: Tensor
 
 
-def distances(place: Tensor) -> Tensor:
+def pairwise_distances(place: Tensor) -> Tensor:
     """Placed labels (T, B, K, 3) -> their distances (T, B, K, K)."""
     return torch.cdist(place, place, compute_mode=EXACT)
 
 
-def relate(place: Tensor, valid: Tensor, near: Tensor, far: Tensor) -> Pairs:
+def make_pairs(place: Tensor, valid: Tensor, near: Tensor, far: Tensor) -> Pairs:
     """Positive up to ``near`` and negative from ``far`` on, both (T, B, K or 1), where both pixels are ``valid`` (T, B,
     K)."""
-    apart = distances(torch.where(valid[..., None], place, torch.nan))  # no comparison with NaN holds
+    apart = pairwise_distances(torch.where(valid[..., None], place, torch.nan))  # no comparison with NaN holds
     return Pairs(apart <= near[..., None], apart >= far[..., None])
 
 
-def pixel_number(pixels: Tensor, size: Size) -> Tensor:
+def flat_index(pixels: Tensor, size: Size) -> Tensor:
     """Which pixel of a map of ``size`` each sampled one (..., K, 2) is: int32 (..., K)."""
     row, column = pixel_index(pixels, size)
     return (row * size[1] + column).int()
 
 
-def other_pixel(pixels: Tensor, size: Size) -> Tensor:
+def is_other_pixel(pixels: Tensor, size: Size) -> Tensor:
     """Whether two sampled pixels (..., K, 2) are different pixels of a map of ``size``: bool (..., K, K). A position
     that was sampled twice is no pair with itself."""
-    number = pixel_number(pixels, size)
+    number = flat_index(pixels, size)
     return number[..., :, None] != number[..., None, :]
 
 
-def within(pixels: Tensor, window: float) -> Tensor:
+def within_window(pixels: Tensor, window: float) -> Tensor:
     """Whether two sampled pixels lie at most ``window`` (a part of the picture's height and of its width) apart."""
     return torch.cdist(pixels, pixels, p=torch.inf) <= window

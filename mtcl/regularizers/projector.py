@@ -12,7 +12,7 @@ class Projector(nn.Module):
     fp32.
 
     The source is a tensor, so that one graph serves every draw: no recompilation, and under DDP every parameter
-    takes part in every step. Sources that were not drawn get a zero gradient (see :class:`SliceAdamW`).
+    takes part in every step. Sources that were not drawn get a zero gradient (see :class:`MaskedAdamW`).
     """
 
     def __init__(self, sources: int, channels: int, hidden: int | None, dim: int, generator: torch.Generator):

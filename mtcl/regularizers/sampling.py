@@ -45,7 +45,7 @@ def pixel_index(pixels: Tensor, size: Size) -> tuple[Tensor, Tensor]:
     return row, column
 
 
-def read_labels(label: Tensor, pixels: Tensor) -> Tensor:
+def sample_labels(label: Tensor, pixels: Tensor) -> Tensor:
     """A label map (B, H, W) or (B, c, H, W) at the drawn pixels: (B, K, c)."""
     flat = label.flatten(2) if label.ndim == 4 else label.flatten(1)[:, None]  # (B, c, H * W)
     height, width = label.shape[-2:]
@@ -54,7 +54,7 @@ def read_labels(label: Tensor, pixels: Tensor) -> Tensor:
     return flat.gather(2, index).transpose(1, 2)
 
 
-def read_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) -> Tensor:
+def sample_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) -> Tensor:
     """A feature map (B, C, h, w) that covers ``frame``, read bilinearly where the drawn pixels of ``size`` lie: (B,
     K, C), fp32.
 
@@ -82,7 +82,7 @@ def read_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) -> T
     return (values * weights[..., None]).sum(dim=1)
 
 
-def even_quotas(stratum: Tensor, valid: Tensor, count: int, strata: int = 256) -> Tensor:
+def balanced_sample(stratum: Tensor, valid: Tensor, count: int, strata: int = 256) -> Tensor:
     """Of M candidates the indices of ``count`` in which each stratum (class, range) present has an equal share: int64
     (..., count), in the candidates' (random) order.
 

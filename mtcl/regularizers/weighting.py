@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class GradientShare(nn.Module):
+class GradientNormWeight(nn.Module):
     """Keeps per target a factor that makes the contrast's gradient at F_t as long as the task's own.
 
     The factor is a running mean of the ratio of the two norms, measured every ``every`` steps (a backward pass down to

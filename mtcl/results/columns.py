@@ -9,8 +9,8 @@ from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 OPTIONS: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
 TASKS = {name: build_task(name, **OPTIONS.get(name, {})) for name in TASK_NAMES}
 LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "log_rmse", "mErr", "median", "loss", "not_finite")
-UNJUDGED = ("threshold", "absent_classes")  # of odsF, of the labels: neither good nor bad
-COUNT = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
+UNRANKED_METRICS = ("threshold", "absent_classes")  # of odsF, of the labels: neither good nor bad
+NOT_FINITE = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Column:
         return f"{self.task}/{self.metric}" if self.task else self.metric
 
 
-def primaries(task: str) -> tuple[str, ...]:
+def primary_metrics(task: str) -> tuple[str, ...]:
     """The metrics that may stand for a task, best first: edges have odsF only where boundaries were matched."""
     own = TASKS[task].primary
     return tuple(dict.fromkeys(("odsF", own, "loss"))) if task == "edge" else (own,)
 
 
-def column_of(task: str, metric: str) -> Column:
-    unit = "pixels" if metric == COUNT else TASKS[task].units.get(metric, "%")
+def make_column(task: str, metric: str) -> Column:
+    unit = "pixels" if metric == NOT_FINITE else TASKS[task].units.get(metric, "%")
     return Column(task, metric, metric not in LOWER_IS_BETTER, unit)

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any
 
-from mtcl.config.schema import BEFORE_THE_KEY, leaves, role_of
+from mtcl.config.schema import LEGACY_VALUES, flatten, role_of
 from mtcl.errors import UserError, printable
 from mtcl.metrics.delta import Paired, Summary, adjust_by_holm, delta_mtl, paired_difference, summary
-from mtcl.results.columns import COUNT, UNJUDGED, Column, column_of, primaries
+from mtcl.results.columns import NOT_FINITE, UNRANKED_METRICS, Column, make_column, primary_metrics
 from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
 from mtcl.tasks import TASK_NAMES
 
@@ -38,18 +38,18 @@ class Run:
 
     path: Path
     metrics: Mapping[str, Mapping[str, float]]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    record: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def seed(self) -> int | None:
-        return self.facts.get("seed", self.config.get("seed"))
+        return self.record.get("seed", self.config.get("seed"))
 
     @property
     def name(self) -> str:
         """Of the predictions it scores, if it does, else of its folder or file."""
-        if "predictions" in self.facts:
-            path = PurePath(self.facts["predictions"])
+        if "predictions" in self.record:
+            path = PurePath(self.record["predictions"])
             return (path.stem if path.suffix == ".json" else path.name) or str(path)
         return self.path.stem if self.path.suffix == ".json" else self.path.resolve().name
 
@@ -63,13 +63,13 @@ class Row:
     values: dict[Column, dict[Hashable, float]] = field(default_factory=dict)
     is_baseline: bool = False  # the single-task runs, each of another task
 
-    def cell(self, column: Column) -> Summary:
+    def summarize(self, column: Column) -> Summary:
         return summary(self.values.get(column, {}).values())
 
     @property
     def num_seeds(self) -> int:
         """The fewest of any column that has a value."""
-        counts = [count for column in self.values if (count := self.cell(column).num)]
+        counts = [count for column in self.values if (count := self.summarize(column).num)]
         return min(counts, default=0) if self.is_baseline else len(self.runs)
 
 
@@ -83,7 +83,7 @@ class Difference:
     row: Row
     reference: Row
     columns: dict[Column, Paired]
-    adjusted: Mapping[Column, float] | None = None
+    adjusted_p_values: Mapping[Column, float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +101,7 @@ def compare(
     baseline: Sequence[Path] = (),
     against: str | None = None,
     by: Sequence[str] = (),
-    every_metric: bool = False,
+    all_metrics: bool = False,
     holm: bool = False,
 ) -> Comparison:
     """The table of all runs in ``sources``; ``UserError`` where they cannot stand in one.
@@ -111,7 +111,7 @@ def compare(
     ``holm``: verdicts by p-values corrected for the number of intervals.
     """
     runs, notes = find_runs(sources)
-    return compare_runs(runs, baseline, against, by, every_metric, notes, holm)
+    return compare_runs(runs, baseline, against, by, all_metrics, notes, holm)
 
 
 def compare_runs(
@@ -119,13 +119,13 @@ def compare_runs(
     baseline: Sequence[Path] = (),
     against: str | None = None,
     by: Sequence[str] = (),
-    every_metric: bool = False,
+    all_metrics: bool = False,
     notes: Sequence[str] = (),
     holm: bool = False,
 ) -> Comparison:
     """As :func:`compare`, of runs that are read already; ``notes`` on what was left out."""
     notes = list(notes)
-    singles, reference_runs = split_baseline(baseline, notes)
+    single_task_runs, reference_runs = split_baseline(baseline, notes)
     if against is not None:
         if reference_runs:
             raise UserError("Give either --against or a multi-task run as --baseline, not both.")
@@ -133,56 +133,58 @@ def compare_runs(
             reference_runs = find_runs([Path(against)])[0]
     known = {run.path.resolve() for run in runs}
     runs = [*(run for run in reference_runs if run.path.resolve() not in known), *runs]
-    notes += check_same_data([*runs, *singles]) + check_same_scoring([*runs, *singles])
+    notes += check_same_data([*runs, *single_task_runs]) + check_same_scoring([*runs, *single_task_runs])
     rows = make_rows(runs, by, notes)
-    notes += unlike_tasks(rows)
-    if singles:
-        check_backbone(rows, singles)
-    columns = choose_columns([*runs, *singles], every_metric, notes)
+    notes += note_different_tasks(rows)
+    if single_task_runs:
+        check_backbone(rows, single_task_runs)
+    columns = choose_columns([*runs, *single_task_runs], all_metrics, notes)
     for row in rows:
-        fill(row, columns)
+        fill_row(row, columns)
     primary = [column for column in columns if is_primary(column, columns)]
-    if singles:
-        base = baseline_row(singles, columns)
-        notes += unlike_baselines(rows, singles)
-        add_delta(rows, base, primary, "Delta_MTL", columns, notes)
+    if single_task_runs:
+        base = make_baseline_row(single_task_runs, columns)
+        notes += note_different_baselines(rows, single_task_runs)
+        add_delta_column(rows, base, primary, "Delta_MTL", columns, notes)
         rows = [base, *rows]
     reference = choose_reference(rows, reference_runs, against, notes)
     differences = []
     if reference is not None:
-        if not singles or reference_runs or against is not None:  # beside Delta_MTL only if asked for
-            add_delta(rows, reference, primary, delta_name(reference, rows), columns, notes)
+        if not single_task_runs or reference_runs or against is not None:  # beside Delta_MTL only if asked for
+            add_delta_column(rows, reference, primary, delta_name(reference, rows), columns, notes)
         others = [row for row in rows if row is not reference and not row.is_baseline]
-        differences = [d for row in others if (d := difference(row, reference, columns, notes)) is not None]
-    notes += missing_values(rows, columns)
+        differences = [d for row in others if (d := paired_differences(row, reference, columns, notes)) is not None]
+    notes += note_missing_values(rows, columns)
     if holm:
-        differences = corrected(differences)
-    notes = [provenance([*runs, *singles]), *weight_zero(rows), *notes]
+        differences = correct_by_holm(differences)
+    notes = [describe_provenance([*runs, *single_task_runs]), *note_zero_weight(rows), *notes]
     return Comparison(columns, rows, differences, [*map(printable, notes)])
 
 
-def corrected(differences: Sequence[Difference]) -> list[Difference]:
+def correct_by_holm(differences: Sequence[Difference]) -> list[Difference]:
     """The same differences with Holm's p-values of all intervals that may have a verdict."""
-    values = holm_values([one.columns for one in differences])
-    return [replace(one, adjusted=of_one) for one, of_one in zip(differences, values)]
+    values = holm_p_values([one.columns for one in differences])
+    return [replace(one, adjusted_p_values=of_one) for one, of_one in zip(differences, values)]
 
 
-def holm_values(blocks: Sequence[Mapping[Column, Paired]]) -> list[dict[Column, float]]:
+def holm_p_values(blocks: Sequence[Mapping[Column, Paired]]) -> list[dict[Column, float]]:
     """Holm's p-values over all blocks together, of the differences with pairs enough for a verdict."""
     tested = [(i, column) for i, block in enumerate(blocks) for column, pair in block.items() if pair.is_enough]
     values = adjust_by_holm([blocks[i][column].p_value for i, column in tested])
-    adjusted: list[dict[Column, float]] = [{} for _ in blocks]
+    adjusted_p_values: list[dict[Column, float]] = [{} for _ in blocks]
     for (i, column), value in zip(tested, values):
-        adjusted[i][column] = value
-    return adjusted
+        adjusted_p_values[i][column] = value
+    return adjusted_p_values
 
 
-def weight_zero(rows: Sequence[Row]) -> list[str]:
+def note_zero_weight(rows: Sequence[Row]) -> list[str]:
     """A note where a row of weight 0 stands for the regulariser off."""
-    zero = [row.label for row in rows if is_off(row.runs[0]) and row.runs[0].config[REGULARIZER] is not None]
+    zero = [
+        row.label for row in rows if is_regularizer_off(row.runs[0]) and row.runs[0].config[REGULARIZER] is not None
+    ]
     if not zero or len(rows) < 2:
         return []
-    return [f"{listed(zero)}: the regulariser is off; a weight of 0 trains bit for bit as regularizer=none does."]
+    return [f"{join_some(zero)}: the regulariser is off; a weight of 0 trains bit for bit as regularizer=none does."]
 
 
 # Reading
@@ -201,7 +203,7 @@ def find_runs(sources: Sequence[Path]) -> tuple[list[Run], list[str]]:
     notes: list[str] = []
     errors: list[UserError] = []
     for source in sources:
-        is_run, folders = run_folders(source, notes)
+        is_run, folders = find_run_folders(source, notes)
         found = []
         for path in folders:
             resolved = path.resolve()
@@ -214,13 +216,13 @@ def find_runs(sources: Sequence[Path]) -> tuple[list[Run], list[str]]:
                 if is_run and len(sources) == 1:
                     raise
                 errors.append(error)
-        runs += natural_order(found)
+        runs += sort_by_settings(found)
     if errors and not runs:
         raise errors[0]
     return runs, [*notes, *(f"warning: left out: {error}" for error in errors)]
 
 
-def run_folders(source: Path, notes: list[str]) -> tuple[bool, list[Path]]:
+def find_run_folders(source: Path, notes: list[str]) -> tuple[bool, list[Path]]:
     """Return whether ``source`` itself is a run, and the runs at or below it; add a note on unfinished ones."""
     if not os.path.exists(source):
         raise UserError(f"{source} does not exist; give run folders (with a metrics.json) or folders of runs.")
@@ -228,8 +230,8 @@ def run_folders(source: Path, notes: list[str]) -> tuple[bool, list[Path]]:
         return True, [source.parent if source.name == METRICS else source]
     if (source / METRICS).is_file():
         return True, [source]
-    folders = sorted((path.parent for path in source.rglob(METRICS)), key=natural)
-    configs = sorted((path.parent for path in source.rglob(CONFIG)), key=natural)
+    folders = sorted((path.parent for path in source.rglob(METRICS)), key=natural_key)
+    configs = sorted((path.parent for path in source.rglob(CONFIG)), key=natural_key)
     unfinished = [folder for folder in configs if not os.path.lexists(folder / METRICS)]
     if unfinished and not folders:
         raise UserError(
@@ -244,21 +246,21 @@ def run_folders(source: Path, notes: list[str]) -> tuple[bool, list[Path]]:
     return folders == [source], folders
 
 
-def natural(path: PurePath | str) -> list[tuple[int, int | str]]:
+def natural_key(path: PurePath | str) -> list[tuple[int, int | str]]:
     """A key that sorts 10 after 9: Hydra counts the runs of a sweep."""
     parts = re.split(r"(\d+|/)", str(path))
     return [(0, int(part)) if part.isdecimal() and len(part) < 20 else (1, part) for part in parts]
 
 
-def natural_order(runs: Sequence[Run]) -> list[Run]:
+def sort_by_settings(runs: Sequence[Run]) -> list[Run]:
     """Sort runs by the settings in which they differ: off first, numbers by size, text with 10 after 9."""
-    settings = {id(run): identity(run) for run in runs}
+    settings = {id(run): result_settings(run) for run in runs}
     keys = differing_keys([known for known in settings.values() if known] or [{}])
 
     def key(run: Run) -> tuple[Any, ...]:
-        off = is_off(run)
+        off = is_regularizer_off(run)
         values = [(0,) if off and k.startswith("regularizer.") else _rank(settings[id(run)].get(k)) for k in keys]
-        return not settings[id(run)], values, natural(run.path)
+        return not settings[id(run)], values, natural_key(run.path)
 
     return sorted(runs, key=key)
 
@@ -270,8 +272,8 @@ def _rank(value: Any) -> tuple[Any, ...]:
     if isinstance(value, int | float):
         return 1, value
     if isinstance(value, str):
-        return 2, natural(value)
-    return (3, len(value), natural(json.dumps(value))) if isinstance(value, list) else (4, json.dumps(value))
+        return 2, natural_key(value)
+    return (3, len(value), natural_key(json.dumps(value))) if isinstance(value, list) else (4, json.dumps(value))
 
 
 def read_run(path: Path) -> Run:
@@ -281,15 +283,15 @@ def read_run(path: Path) -> Run:
     facts = read_record(path / RECORD) if os.path.lexists(path / RECORD) else {}
     config = path / CONFIG
     if not os.path.lexists(config) and "checkpoint" in facts:  # an evaluation: as its run was trained
-        config = config_of_checkpoint(facts["checkpoint"]) or config
+        config = find_training_config(facts["checkpoint"]) or config
     known = read_config(config) if os.path.lexists(config) else {}
     if "evaluation" in facts:  # how it was scored, whatever the training run would have done
         known = {key: value for key, value in known.items() if not key.startswith("evaluation.")}
-        known |= leaves({"evaluation": facts["evaluation"]})
+        known |= flatten({"evaluation": facts["evaluation"]})
     return Run(path, read_metrics(path / METRICS), facts, known)
 
 
-def config_of_checkpoint(text: str) -> Path | None:
+def find_training_config(text: str) -> Path | None:
     """The config.yaml of the run that a checkpoint lies in, ``RUN/checkpoints/NAME.pt``; None where there is none."""
     checkpoint = Path(text)
     config = checkpoint.parent.parent / CONFIG
@@ -299,26 +301,26 @@ def config_of_checkpoint(text: str) -> Path | None:
 # What is shown of a task
 
 
-def choose_columns(runs: Sequence[Run], every_metric: bool, notes: list[str]) -> list[Column]:
+def choose_columns(runs: Sequence[Run], all_metrics: bool, notes: list[str]) -> list[Column]:
     """A column per task for its primary metric, and with ``every_metric`` one for each other metric of any run."""
     columns = []
     for task in (task for task in TASK_NAMES if any(task in run.metrics for run in runs)):
         of_task = [run for run in runs if task in run.metrics]
-        primary = choose_primary(task, of_task, notes)
+        primary = choose_primary_metric(task, of_task, notes)
         others = [
             m
             for run in of_task
             for m, value in run.metrics[task].items()
-            if m not in (primary, *UNJUDGED) and (m != COUNT or value)
+            if m not in (primary, *UNRANKED_METRICS) and (m != NOT_FINITE or value)
         ]
-        shown = [primary, *dict.fromkeys(others)] if every_metric else [primary]
-        columns += [column_of(task, metric) for metric in shown]
+        shown = [primary, *dict.fromkeys(others)] if all_metrics else [primary]
+        columns += [make_column(task, metric) for metric in shown]
     return columns
 
 
-def choose_primary(task: str, runs: Sequence[Run], notes: list[str]) -> str:
+def choose_primary_metric(task: str, runs: Sequence[Run], notes: list[str]) -> str:
     """The best metric that all ``runs`` have; the best that any has where there is none."""
-    names = primaries(task)
+    names = primary_metrics(task)
     common = [name for name in names if all(name in run.metrics[task] for run in runs)]
     chosen = common[0] if common else next((n for n in names if any(n in run.metrics[task] for run in runs)), names[0])
     if task == "edge" and chosen == "loss":
@@ -331,7 +333,7 @@ def is_primary(column: Column, columns: Sequence[Column]) -> bool:
     return next(c for c in columns if c.task == column.task) == column
 
 
-def fill(row: Row, columns: Iterable[Column]) -> None:
+def fill_row(row: Row, columns: Iterable[Column]) -> None:
     """Put the runs' values into the row; runs without a known seed are told apart by their folder."""
     for column in columns:
         values: dict[Hashable, float] = {
@@ -352,28 +354,28 @@ def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[
     With ``by``, these keys alone count. A run about whose config nothing is known is a row of its own. Runs with the
     regulariser off are alike whatever its settings are.
     """
-    identities = [projected(run, by, runs) if by else identity(run) for run in runs]
+    identities = [select_keys(run, by, runs) if by else result_settings(run) for run in runs]
     groups: dict[str, list[int]] = {}
     for index, known in enumerate(identities):
-        decisive = known if by else alike(runs[index])
+        decisive = known if by else distinguishing_settings(runs[index])
         key = json.dumps(decisive, sort_keys=True, default=str) if known else str(runs[index].path.resolve())
         groups.setdefault(key, []).append(index)
     first = [members[0] for members in groups.values()]
     named = [index for index in first if identities[index]]
-    texts = labels([identities[i] for i in named], [choices(runs[i]) for i in named], bool(by), notes)
+    texts = make_labels([identities[i] for i in named], [typed_choices(runs[i]) for i in named], bool(by), notes)
     told = dict(zip(named, texts))
-    names = {index: printable(told.get(index) or folder_name(runs[index], runs)) for index in first}
+    names = {index: printable(told.get(index) or unique_name(runs[index], runs)) for index in first}
     rows = [Row(names[members[0]], tuple(runs[i] for i in members)) for members in groups.values()]
     if not by:
-        rows = [without_repeats(row, notes) for row in rows]
+        rows = [drop_repeats(row, notes) for row in rows]
     for row in rows:
-        check_seeds(row)
-        if by and (differing := differing_keys([identity(run) for run in row.runs])):
+        check_unique_seeds(row)
+        if by and (differing := differing_keys([result_settings(run) for run in row.runs])):
             notes.append(f"warning: the runs of {row.label} differ in {', '.join(differing)}, too.")
     return rows
 
 
-def is_off(run: Run) -> bool:
+def is_regularizer_off(run: Run) -> bool:
     """Is the regulariser off: none, or of weight 0, which trains bit for bit the same?
 
     A method of balancing that counts the contrast among its objectives does so with a weight of 0, too.
@@ -384,18 +386,18 @@ def is_off(run: Run) -> bool:
     return run.config[REGULARIZER] is None or (run.config.get(WEIGHT) == 0 and not counted)
 
 
-def alike(run: Run) -> dict[str, Any]:
-    """A run's :func:`identity`, without the regulariser's settings where it is off."""
-    off = is_off(run)
-    return {key: value for key, value in identity(run).items() if not (off and key.startswith("regularizer."))}
+def distinguishing_settings(run: Run) -> dict[str, Any]:
+    """A run's :func:`result_settings`, without the regulariser's settings where it is off."""
+    off = is_regularizer_off(run)
+    return {key: value for key, value in result_settings(run).items() if not (off and key.startswith("regularizer."))}
 
 
-def without_repeats(row: Row, notes: list[str]) -> Row:
+def drop_repeats(row: Row, notes: list[str]) -> Row:
     """Leave out runs with the regulariser off that repeat another's seed with other settings of the regulariser."""
     kept: list[Run] = []
     for run in row.runs:
         same = next((one for one in kept if run.seed is not None and one.seed == run.seed), None)
-        if same is None or identity(same) == identity(run):
+        if same is None or result_settings(same) == result_settings(run):
             kept.append(run)
             continue
         notes.append(
@@ -404,25 +406,25 @@ def without_repeats(row: Row, notes: list[str]) -> Row:
     return Row(row.label, tuple(kept))
 
 
-def identity(run: Run) -> dict[str, Any]:
+def result_settings(run: Run) -> dict[str, Any]:
     """What, besides the seed, decides a run's numbers; empty where nothing is known."""
     known = {key: value for key, value in run.config.items() if role_of(key) == "result"}
     if known:
-        known = BEFORE_THE_KEY | known
+        known = LEGACY_VALUES | known
         known["tasks.names"] = list(run.metrics)  # what "auto" stood for
-        step, checkpoint = run.facts.get("step"), PurePath(run.facts.get("checkpoint", "last.pt")).name
+        step, checkpoint = run.record.get("step"), PurePath(run.record.get("checkpoint", "last.pt")).name
         finished = checkpoint != "last.pt" or step in (None, run.config.get("trainer.max_steps"))
         known |= {"checkpoint": checkpoint, "step": "last" if finished else step}
     return known
 
 
-def projected(run: Run, by: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
+def select_keys(run: Run, by: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
     """The values of the keys (or of the groups of keys) ``by``, from the config or else from run.json."""
     values: dict[str, Any] = {}
     for key in by:
-        known = {**{k: v for k, v in run.facts.items() if not isinstance(v, dict | list)}, **run.config}
+        known = {**{k: v for k, v in run.record.items() if not isinstance(v, dict | list)}, **run.config}
         found = {k: v for k, v in known.items() if k == key or k.startswith(f"{key}.")}
-        if not found and not any(k == key or k.startswith(f"{key}.") for r in runs for k in (*r.facts, *r.config)):
+        if not found and not any(k == key or k.startswith(f"{key}.") for r in runs for k in (*r.record, *r.config)):
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"--by {key}: no config.yaml or run.json of the given runs has that key{hint}")
@@ -430,7 +432,7 @@ def projected(run: Run, by: Sequence[str], runs: Sequence[Run]) -> dict[str, Any
     return values
 
 
-def check_seeds(row: Row) -> None:
+def check_unique_seeds(row: Row) -> None:
     seen: dict[int, Run] = {}
     for run in row.runs:
         if run.seed is not None and run.seed in seen:
@@ -442,9 +444,9 @@ def check_seeds(row: Row) -> None:
             seen[run.seed] = run
 
 
-def choices(run: Run) -> dict[str, str]:
+def typed_choices(run: Run) -> dict[str, str]:
     """``group=choice`` words of the run's command, as group -> choice."""
-    pairs = [str(word).partition("=")[::2] for word in run.facts.get("overrides", ())]
+    pairs = [str(word).partition("=")[::2] for word in run.record.get("overrides", ())]
     return {key: value for key, value in pairs if any(k.startswith(f"{key}.") for k in run.config)}
 
 
@@ -453,7 +455,7 @@ def differing_keys(identities: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(known.get(key) != identities[0].get(key) for known in identities)]
 
 
-def labels(
+def make_labels(
     identities: Sequence[Mapping[str, Any]], chosen: Sequence[Mapping[str, str]], forced: bool, notes: list[str]
 ) -> list[str]:
     """A name per row out of the keys in which they differ, or of all keys if ``forced``; "" where there is nothing.
@@ -469,7 +471,7 @@ def labels(
     parts: list[list[str]] = []
     for group, members in groups.items():
         parts += group_parts(group, members, identities, chosen)
-    if len(parts) > MOST_KEYS and len(kept := enough(sorted(parts, key=is_about_key))) < len(parts):
+    if len(parts) > MOST_KEYS and len(kept := drop_redundant(sorted(parts, key=names_single_key))) < len(parts):
         left = [f"{group}.*" if group not in members else group for group, members in groups.items()]
         notes.append(f"The rows differ in more than their names say, in keys of {', '.join(left)}.")
         parts = kept
@@ -485,9 +487,9 @@ def group_parts(
     for key in (member for member in members if member != spoken):
         part = []
         for i, known in enumerate(identities):
-            alike = [other for j, other in enumerate(identities) if not lead or lead[j] == lead[i]]
-            tells = not lead or len({show(other.get(key)) for other in alike}) > 1
-            part.append(f"{key}={show(known.get(key))}" if tells else "")
+            distinguishing_settings = [other for j, other in enumerate(identities) if not lead or lead[j] == lead[i]]
+            tells = not lead or len({format_setting(other.get(key)) for other in distinguishing_settings}) > 1
+            part.append(f"{key}={format_setting(known.get(key))}" if tells else "")
         if any(part):
             parts.append(part)
     return parts
@@ -502,31 +504,31 @@ def group_choice(
         return typed, ""
     for key in (f"{group}._target_", f"{group}.name"):
         if key in members:
-            return [snake(known.get(key)) for known in identities], key
+            return [to_snake_case(known.get(key)) for known in identities], key
     return [], ""
 
 
-def snake(target: Any) -> str:
+def to_snake_case(target: Any) -> str:
     """``mtcl.models.decoders.MultiHead`` as ``multi_head``; any other name as it is."""
     text = "none" if target is None else str(target)
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", text.rpartition(".")[2]).lower() if text.startswith("mtcl.") else text
 
 
-def show(value: Any) -> str:
+def format_setting(value: Any) -> str:
     """A config value as one types it."""
     if isinstance(value, list):
-        return f"[{','.join(map(show, value))}]"
+        return f"[{','.join(map(format_setting, value))}]"
     if isinstance(value, float):
         return f"{value:g}"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def is_about_key(part: Sequence[str]) -> bool:
+def names_single_key(part: Sequence[str]) -> bool:
     """Does this part of the names tell a single key, not the choice of a group?"""
     return any("." in text.partition("=")[0] for text in part)
 
 
-def enough(parts: Sequence[list[str]]) -> list[list[str]]:
+def drop_redundant(parts: Sequence[list[str]]) -> list[list[str]]:
     """The first parts, each of which tells rows apart that those before it did not."""
     kept: list[list[str]] = []
     for part in parts:
@@ -535,7 +537,7 @@ def enough(parts: Sequence[list[str]]) -> list[list[str]]:
     return kept
 
 
-def folder_name(run: Run, runs: Sequence[Run]) -> str:
+def unique_name(run: Run, runs: Sequence[Run]) -> str:
     """The name of a run's folder or file, its path where others are named alike."""
     return run.name if sum(other.name == run.name for other in runs) == 1 else str(run.path)
 
@@ -546,16 +548,18 @@ def folder_name(run: Run, runs: Sequence[Run]) -> str:
 def check_same_data(runs: Sequence[Run]) -> list[str]:
     """``UserError`` for two runs that were scored on different validation data; notes where that is not known."""
     for fact in SAME_DATA:
-        known = [run for run in runs if run.facts.get(fact) is not None]
+        known = [run for run in runs if run.record.get(fact) is not None]
         for run in known:
-            if run.facts[fact] != known[0].facts[fact]:
+            if run.record[fact] != known[0].record[fact]:
                 raise UserError(
                     f"{known[0].path} and {run.path} were scored on different validation data ({fact} "
-                    f"{known[0].facts[fact]} and {run.facts[fact]}); compare runs on the same data."
+                    f"{known[0].record[fact]} and {run.record[fact]}); compare runs on the same data."
                 )
-    unknown = [str(run.path) for run in runs if any(run.facts.get(fact) is None for fact in SAME_DATA)]
+    unknown = [str(run.path) for run in runs if any(run.record.get(fact) is None for fact in SAME_DATA)]
     if unknown and len(runs) > 1:
-        return [f"warning: not known on which validation data {listed(unknown)} was scored (run.json does not tell)."]
+        return [
+            f"warning: not known on which validation data {join_some(unknown)} was scored (run.json does not tell)."
+        ]
     return []
 
 
@@ -570,20 +574,20 @@ def check_same_scoring(runs: Sequence[Run]) -> list[str]:
     return [f"warning: the runs were scored in different ways ({', '.join(keys)}): their numbers do not compare."]
 
 
-def unlike_tasks(rows: Sequence[Row]) -> list[str]:
+def note_different_tasks(rows: Sequence[Row]) -> list[str]:
     """A note where rows have other tasks: no single number ranks them."""
     sets = list(dict.fromkeys(" ".join(run.metrics) for row in rows for run in row.runs))
     if len(sets) < 2:
         return []
     return [
-        f"warning: the rows have different tasks ({listed(sets)}): they compare metric by metric, nothing ranks them."
+        f"warning: the rows have different tasks ({join_some(sets)}): they compare metric by metric, nothing ranks them."
     ]
 
 
-def check_backbone(rows: Sequence[Row], singles: Sequence[Run]) -> None:
+def check_backbone(rows: Sequence[Row], single_task_runs: Sequence[Run]) -> None:
     """``UserError`` where a single-task run has another backbone than a row."""
     for run in (run for row in rows for run in row.runs):
-        for single in singles:
+        for single in single_task_runs:
             ours, theirs = (r.config.get("backbone.name") for r in (run, single))
             if None not in (ours, theirs) and ours != theirs:
                 raise UserError(
@@ -592,55 +596,59 @@ def check_backbone(rows: Sequence[Row], singles: Sequence[Run]) -> None:
                 )
 
 
-def unlike_baselines(rows: Sequence[Row], singles: Sequence[Run]) -> list[str]:
+def note_different_baselines(rows: Sequence[Row], single_task_runs: Sequence[Run]) -> list[str]:
     """A note on what, besides tasks and regulariser, baselines and rows differ in; or that it is not known."""
-    runs = [*singles, *(run for row in rows for run in row.runs)]
+    runs = [*single_task_runs, *(run for row in rows for run in row.runs)]
     unknown = [str(run.path) for run in runs if "backbone.name" not in run.config]
     if unknown:
-        return [f"warning: not known of which backbone {listed(unknown)} is; Delta_MTL supposes that it is the same."]
+        return [
+            f"warning: not known of which backbone {join_some(unknown)} is; Delta_MTL supposes that it is the same."
+        ]
     keys = [
-        k for k in differing_keys([identity(run) for run in runs]) if k.split(".")[0] not in ("tasks", "regularizer")
+        k
+        for k in differing_keys([result_settings(run) for run in runs])
+        if k.split(".")[0] not in ("tasks", "regularizer")
     ]
-    return [f"warning: rows and single-task baselines differ in {listed(keys)}, too."] if keys else []
+    return [f"warning: rows and single-task baselines differ in {join_some(keys)}, too."] if keys else []
 
 
-def listed(items: Sequence[str], most: int = 3) -> str:
+def join_some(items: Sequence[str], most: int = 3) -> str:
     items = list(dict.fromkeys(items))
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 
 
-def missing_values(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
+def note_missing_values(rows: Sequence[Row], columns: Sequence[Column]) -> list[str]:
     """Notes on metrics that runs of a row lack, and on pixels that the numbers leave out."""
     notes = []
     for row in rows:
         for run in row.runs:
-            bad = {task: int(n) for task, found in run.metrics.items() if (n := found.get(COUNT, 0)) and n > 0}
+            bad = {task: int(n) for task, found in run.metrics.items() if (n := found.get(NOT_FINITE, 0)) and n > 0}
             told = ", ".join(f"{task} {count}" for task, count in bad.items())
             notes += [f"warning: pixels without a finite prediction in {run.path}: {told}."] if told else []
         for column in (c for c in columns if c.task and c in row.values):
-            known, all_seeds = row.cell(column).num, len(row.values[column])
+            known, all_seeds = row.summarize(column).num, len(row.values[column])
             if known < all_seeds:
                 notes.append(f"warning: {row.label} has {column.key} in {known} of its {all_seeds} runs only.")
     return notes
 
 
-def provenance(runs: Sequence[Run]) -> str:
+def describe_provenance(runs: Sequence[Run]) -> str:
     """Where the numbers come from, in one line."""
 
     def values(fact: str) -> list[str]:
-        return list(dict.fromkeys(str(run.facts[fact]) for run in runs if run.facts.get(fact) is not None))
+        return list(dict.fromkeys(str(run.record[fact]) for run in runs if run.record.get(fact) is not None))
 
     count = len({run.path for run in runs})
     parts = [f"{count} run{'s' * (count != 1)}"]
     if values("num_images"):
-        parts.append(f"{values('num_images')[0]} pictures of split {listed(values('split'))}")
+        parts.append(f"{values('num_images')[0]} pictures of split {join_some(values('split'))}")
     parts += [f"data {fingerprint}" for fingerprint in values("data_fingerprint")]
     if devices := values("device"):
-        parts.append(f"on {listed(devices)}")
+        parts.append(f"on {join_some(devices)}")
     if commits := [commit[:10] for commit in values("commit")]:
-        parts.append(f"commit{'s' * (len(commits) > 1)} {listed(commits)}")
-    if changed := sum(run.facts.get("clean") is False for run in runs):
+        parts.append(f"commit{'s' * (len(commits) > 1)} {join_some(commits)}")
+    if changed := sum(run.record.get("clean") is False for run in runs):
         parts.append(f"{changed} with uncommitted changes")
     return ", ".join(parts) + "."
 
@@ -667,20 +675,20 @@ def split_baseline(paths: Sequence[Path], notes: list[str]) -> tuple[list[Run], 
     return (runs, []) if single else ([], runs)
 
 
-def baseline_row(singles: Sequence[Run], columns: Sequence[Column]) -> Row:
+def make_baseline_row(single_task_runs: Sequence[Run], columns: Sequence[Column]) -> Row:
     """One row of all single-task runs; those of one task may differ in the seed only."""
     for task in TASK_NAMES:
-        of_task = [run for run in singles if task in run.metrics]
+        of_task = [run for run in single_task_runs if task in run.metrics]
         for run in of_task[1:]:
-            keys = differing_keys([alike(of_task[0]), alike(run)])
+            keys = differing_keys([distinguishing_settings(of_task[0]), distinguishing_settings(run)])
             if keys:
                 raise UserError(
-                    f"{of_task[0].path} and {run.path} are both baselines of {task}, but differ in {listed(keys)}; "
+                    f"{of_task[0].path} and {run.path} are both baselines of {task}, but differ in {join_some(keys)}; "
                     "give runs that differ in the seed only."
                 )
-        check_seeds(Row(f"the baseline of {task}", tuple(of_task)))
-    row = Row(SINGLE_TASK, tuple(singles), is_baseline=True)
-    fill(row, columns)
+        check_unique_seeds(Row(f"the baseline of {task}", tuple(of_task)))
+    row = Row(SINGLE_TASK, tuple(single_task_runs), is_baseline=True)
+    fill_row(row, columns)
     return row
 
 
@@ -703,7 +711,7 @@ def choose_reference(rows: Sequence[Row], runs: Sequence[Run], against: str | No
             problem = "fits several rows" if found else "is neither a row nor a run"
             raise UserError(f"--against {against} {problem}; choose one of: {'; '.join(row.label for row in own)}.")
         return found[0]
-    off = [row for row in own if is_off(row.runs[0])]
+    off = [row for row in own if is_regularizer_off(row.runs[0])]
     if len(own) > 1 and len(off) == 1:
         return off[0]
     if len(own) == 2 and set(own[0].values) & set(own[1].values):
@@ -713,25 +721,29 @@ def choose_reference(rows: Sequence[Row], runs: Sequence[Run], against: str | No
     return None
 
 
-def is_on_off(reference: Row, rows: Sequence[Row]) -> bool:
+def compares_on_off(reference: Row, rows: Sequence[Row]) -> bool:
     """Is the regulariser off in ``reference`` and on in all other rows, which differ in nothing else?"""
     others = [row.runs[0] for row in rows if row is not reference and not row.is_baseline]
-    if reference.is_baseline or not others or not is_off(reference.runs[0]):
+    if reference.is_baseline or not others or not is_regularizer_off(reference.runs[0]):
         return False
-    keys = [differing_keys([identity(reference.runs[0]), identity(run)]) for run in others]
+    keys = [differing_keys([result_settings(reference.runs[0]), result_settings(run)]) for run in others]
     only = all(key.startswith("regularizer.") for found in keys for key in found)
-    return only and not any(map(is_off, others)) and all(run.config.get(REGULARIZER) is not None for run in others)
+    return (
+        only
+        and not any(map(is_regularizer_off, others))
+        and all(run.config.get(REGULARIZER) is not None for run in others)
+    )
 
 
 def delta_name(reference: Row, rows: Sequence[Row]) -> str:
-    return "Delta_on/off" if is_on_off(reference, rows) else f"Delta vs. {reference.label}"
+    return "Delta_on/off" if compares_on_off(reference, rows) else f"Delta vs. {reference.label}"
 
 
-def add_delta(
+def add_delta_column(
     rows: Sequence[Row], base: Row, primary: Sequence[Column], name: str, columns: list[Column], notes: list[str]
 ) -> None:
     """A further column: each run's Delta in percent against the means of ``base`` over its seeds."""
-    of = {c.task: base.cell(c).mean for c in primary if not math.isnan(base.cell(c).mean)}
+    of = {c.task: base.summarize(c).mean for c in primary if not math.isnan(base.summarize(c).mean)}
     absent = [c.task for c in primary if c.task not in of and any(c in row.values for row in rows)]
     if base.is_baseline and absent:
         raise UserError(
@@ -760,10 +772,10 @@ def add_delta(
     told = ", ".join(f"{c.task} {c.metric}" for c in wanted)
     notes.append(f"{name} = (100/T) sum_t s_t (M_t - B_t) / B_t over {told}; B: mean of {base.label}.")
     if without:
-        notes.append(f"warning: {listed(without)} has no {name}: a task is missing.")
+        notes.append(f"warning: {join_some(without)} has no {name}: a task is missing.")
 
 
-def difference(row: Row, reference: Row, columns: Sequence[Column], notes: list[str]) -> Difference | None:
+def paired_differences(row: Row, reference: Row, columns: Sequence[Column], notes: list[str]) -> Difference | None:
     """Column by column over common seeds; None where there are none, with a note if seeds are known."""
     mine, theirs = ([run.seed for run in r.runs if run.seed is not None] for r in (row, reference))
     common = [seed for seed in mine if seed in theirs]
@@ -775,7 +787,7 @@ def difference(row: Row, reference: Row, columns: Sequence[Column], notes: list[
     for label, seeds in ((row.label, mine), (reference.label, theirs)):
         if alone := [str(seed) for seed in sorted(seeds) if seed not in common]:
             other = reference.label if label == row.label else row.label
-            notes.append(f"Seed {listed(alone, 10)} of {label} has no partner in {other}.")
+            notes.append(f"Seed {join_some(alone, 10)} of {label} has no partner in {other}.")
     shared = [column for column in columns if column in row.values and column in reference.values]
     paired = {column: paired_difference(row.values[column], reference.values[column]) for column in shared}
     known = {column: found for column, found in paired.items() if found.pairs}

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mtcl.config.schema import leaves
+from mtcl.config.schema import flatten
 from mtcl.errors import UserError, printable
-from mtcl.results.columns import COUNT, column_of, primaries
+from mtcl.results.columns import NOT_FINITE, make_column, primary_metrics
 from mtcl.safe_files import MAX_DIGITS, read_json, read_yaml
 from mtcl.tasks import TASK_NAMES
 
@@ -31,16 +31,16 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-COUNTING: Check = ("a whole number >= 0", _is_int)
-POSITIVE: Check = ("a whole number >= 1", lambda value: _is_int(value, 1))
+NON_NEGATIVE_INT: Check = ("a whole number >= 0", _is_int)
+POSITIVE_INT: Check = ("a whole number >= 1", lambda value: _is_int(value, 1))
 TEXT: Check = ("text", _is_text)
-FLAG: Check = ("true or false", lambda value: isinstance(value, bool))
+BOOL: Check = ("true or false", lambda value: isinstance(value, bool))
 SECONDS: Check = (
     "a number of seconds",
     lambda value: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
 )
-TEXTS: Check = ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
-VARIABLES: Check = (
+TEXT_LIST: Check = ("a list of texts", lambda value: isinstance(value, list) and all(map(_is_text, value)))
+TEXT_MAPPING: Check = (
     "a mapping {name: text}",
     lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
 )
@@ -48,27 +48,27 @@ MAPPING: Check = ("a mapping {key: value}", lambda value: isinstance(value, dict
 
 # The types of what is computed or compared with; null counts as absent. Further keys hold any plain value.
 RECORD_CHECKS: Mapping[str, Check] = {
-    "seed": COUNTING,
-    "step": COUNTING,
-    "num_images": COUNTING,
+    "seed": NON_NEGATIVE_INT,
+    "step": NON_NEGATIVE_INT,
+    "num_images": NON_NEGATIVE_INT,
     "seconds": SECONDS,
-    "clean": FLAG,
-    "overrides": TEXTS,
-    "versions": VARIABLES,
+    "clean": BOOL,
+    "overrides": TEXT_LIST,
+    "versions": TEXT_MAPPING,
     "evaluation": MAPPING,
     **dict.fromkeys(("command", "commit", "checkpoint", "predictions", "split", "data_fingerprint"), TEXT),
     **dict.fromkeys(("device", "precision", "protocol"), TEXT),
 }
 CONFIG_CHECKS: Mapping[str, Check] = {
-    "seed": COUNTING,
-    "trainer.max_steps": POSITIVE,
-    "trainer.dry_run": FLAG,
+    "seed": NON_NEGATIVE_INT,
+    "trainer.max_steps": POSITIVE_INT,
+    "trainer.dry_run": BOOL,
     "regularizer._target_": TEXT,
     "backbone.name": TEXT,
 }
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``, its keys as texts."""
     content = read_json(path)
     if not isinstance(content, dict):
@@ -78,7 +78,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def read_record(path: Path) -> dict[str, Any]:
     """Return what a run's run.json tells of it; keys that are null there are left out."""
-    return check_record(path, read_object(path))
+    return check_record(path, read_json_object(path))
 
 
 def check_record(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -90,10 +90,10 @@ def check_record(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml, in which everything is resolved, as dotted key -> value."""
-    return {key: value for key, value in leaves(read_config_tree(path)) if value != {}}
+    return {key: value for key, value in flatten(read_nested_config(path)) if value != {}}
 
 
-def read_config_tree(path: Path) -> dict[str, Any]:
+def read_nested_config(path: Path) -> dict[str, Any]:
     """Return a run's config.yaml as it stands, checked as :func:`read_config` does; an empty file is an empty one."""
     content = read_yaml(path)
     if content is None:
@@ -101,7 +101,7 @@ def read_config_tree(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping, not a {type(content).__name__}.")
     plain = dict(_plain_items(path, content))
-    check_types(path, {key: value for key, value in leaves(plain) if value is not None}, CONFIG_CHECKS)
+    check_types(path, {key: value for key, value in flatten(plain) if value is not None}, CONFIG_CHECKS)
     return plain
 
 
@@ -141,7 +141,7 @@ def _shown(value: Any) -> str:
 
 def read_metrics(path: Path) -> Metrics:
     """Return the metrics in ``path``; see :func:`parse_metrics`."""
-    return parse_metrics(path, read_object(path))
+    return parse_metrics(path, read_json_object(path))
 
 
 def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
@@ -158,7 +158,7 @@ def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
                 f"{path} has {_shown(task)} in place of a task; it must be {{task: {{metric: value}}}} with tasks "
                 f"among {', '.join(TASK_NAMES)}."
             )
-        named = values if isinstance(values, dict) else {primaries(task)[0]: values}
+        named = values if isinstance(values, dict) else {primary_metrics(task)[0]: values}
         metrics[task] = {name: _number(path, task, name, v) for name, v in zip(map(printable, named), named.values())}
     if not metrics:
         raise UserError(f"{path} holds no task.")
@@ -166,15 +166,15 @@ def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
 
 
 def _number(path: Path, task: str, metric: str, value: Any) -> float:
-    column = column_of(task, metric)
+    column = make_column(task, metric)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
         raise UserError(f"{path} has {_shown(value)} for {column.key}; it must be a finite number or null.")
-    if metric in primaries(task) and column.unit == "%" and value > 1:
+    if metric in primary_metrics(task) and column.unit == "%" and value > 1:
         raise UserError(
             f"{path} has {value:g} for {column.key}; files hold fractions, for percent write {value / 100:g}."
         )
-    if metric == COUNT and value < 0:
+    if metric == NOT_FINITE and value < 0:
         raise UserError(f"{path} has {value:g} for {column.key}, a number of pixels; it must be 0 or more.")
     return float(value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mtcl import distributed as ranks
-from mtcl.regularizers.masked_adamw import SliceAdamW
+from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.training.optimizers import Schedule, ScheduledOptimizer
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Balancer(ABC):
     def backward(self, losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:
         """Add the gradients of a batch's scalar losses, by name; ``parameters``: all that is trained."""
 
-    def finish(self, step: int) -> None:  # noqa: B027  # nothing to do is a fine answer
+    def finish_step(self, step: int) -> None:  # noqa: B027  # nothing to do is a fine answer
         """All batches of the step are in: ``.grad`` is complete afterwards."""
 
     def update(self, step: int, skip: Tensor) -> None:  # noqa: B027
@@ -76,7 +76,7 @@ class FixedWeights(Balancer):
         self.total(losses).backward()
 
 
-class _MovingWeights(FixedWeights):
+class _AdaptiveWeights(FixedWeights):
     """One backward pass, too, but the multiples follow the losses: those of a step, over its batches and all
     processes, are at hand when it is finished."""
 
@@ -97,7 +97,7 @@ class _MovingWeights(FixedWeights):
         zero = _zero(losses).float()
         self.sums += torch.stack([losses[name].detach().float() if name in losses else zero for name in self.weights])
 
-    def finish(self, step: int) -> None:
+    def finish_step(self, step: int) -> None:
         self.means = ranks.total(self.sums) / ranks.world()
         self.sums = torch.zeros_like(self.sums)
 
@@ -105,7 +105,7 @@ class _MovingWeights(FixedWeights):
         return {f"{name}/weight": weight * self.factors[i] for i, (name, weight) in enumerate(self.weights.items())}
 
 
-class Uncertainty(_MovingWeights):
+class UncertaintyWeighting(_AdaptiveWeights):
     """Each objective has a learned log-variance s (Kendall, Gal, Cipolla, CVPR 2018): the sum of
 
         exp(-s) w L + s
@@ -121,10 +121,10 @@ class Uncertainty(_MovingWeights):
     def __init__(self, weights: Mapping[str, float], device: torch.device, lr: float, schedule: Schedule):
         super().__init__(weights, device)
         self.log_variance = nn.Parameter(torch.zeros_like(self.factors))
-        self.optimizer = ScheduledOptimizer(SliceAdamW([self.log_variance], lr=lr, weight_decay=0.0), schedule)
+        self.optimizer = ScheduledOptimizer(MaskedAdamW([self.log_variance], lr=lr, weight_decay=0.0), schedule)
 
-    def finish(self, step: int) -> None:
-        super().finish(step)
+    def finish_step(self, step: int) -> None:
+        super().finish_step(step)
         self.log_variance.grad = torch.where(self.means == 0, 0.0, 1 - self.factors * self.fixed * self.means)
 
     def update(self, step: int, skip: Tensor) -> None:
@@ -146,7 +146,7 @@ class Uncertainty(_MovingWeights):
         self.factors = torch.exp(-self.log_variance.detach())
 
 
-class DynamicAverage(_MovingWeights):
+class DynamicWeightAveraging(_AdaptiveWeights):
     """Dynamic weight averaging (Liu, Johns, Davison, CVPR 2019): of K objectives, the one whose loss falls the slowest
     counts the most,
 

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 INSTALL = "pip install 'mtcl[balancing]'"
 
 
-def aggregators() -> dict[str, type]:
+def list_aggregators() -> dict[str, type]:
     """Every aggregator that the installed TorchJD has, by name; UserError where there is none installed."""
     try:
         import torchjd.aggregation as library
@@ -29,7 +29,7 @@ def aggregators() -> dict[str, type]:
     return {name: kind for name, kind in sorted(kinds.items()) if kind not in bases}
 
 
-class Aggregated(Balancer):
+class GradientAggregation(Balancer):
     """One gradient per objective, of the weighted losses; then one of them all by an aggregator of TorchJD.
 
     What a single objective reaches (a head, a projector) gets that one's gradient as it is; what several reach is one
@@ -52,7 +52,7 @@ class Aggregated(Balancer):
         seed: int = 0,
     ):
         super().__init__(weights)
-        kinds = aggregators()
+        kinds = list_aggregators()
         if aggregator not in kinds:
             raise UserError(f"balancing.aggregator={aggregator} is not known; choose one of {', '.join(kinds)}")
         self.name, self.kind, self.options, self.seed = aggregator, kinds[aggregator], dict(options or {}), seed
@@ -78,7 +78,7 @@ class Aggregated(Balancer):
                     rows[name] = rows[name] + gradient if name in rows else gradient
         self.losses += [loss.detach().float() for loss in losses.values()]
 
-    def finish(self, step: int) -> None:
+    def finish_step(self, step: int) -> None:
         rows, self.rows, losses, self.losses = self.rows, {}, self.losses, []
         several = []
         for parameter, own in rows.items():

@@ -23,19 +23,19 @@ from mtcl import run_lock
 from mtcl.atomic import disk_errors_told, write_atomically
 from mtcl.errors import UserError, why_unreadable
 from mtcl.safe_files import check_depth
-from mtcl.training.pickle_scan import check_pickle
+from mtcl.training.pickle_scan import validate_pickle
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-MARK = b"mtcl sha256 "
-SEAL = len(MARK) + 64  # bytes of the comment
+CHECKSUM_PREFIX = b"mtcl sha256 "
+CHECKSUM_LENGTH = len(CHECKSUM_PREFIX) + 64  # bytes of the comment
 ZIP_HEAD, ZIP_END, ZIP_END_LENGTH = b"PK\x03\x04", b"PK\x05\x06", 22  # its last two bytes: the comment's length
 NUMBERED = re.compile(r"step_(\d+)")
-CONTINUE = "continue with resume=auto"
+RESUME_HINT = "continue with resume=auto"
 
 
-class DamagedError(UserError):
+class CorruptCheckpointError(UserError):
     """A checkpoint that is not as it was written."""
 
     def __init__(self, path: Path, why: str, message: str | None = None):
@@ -44,10 +44,10 @@ class DamagedError(UserError):
         self.path, self.why = path, why
 
 
-class Found(NamedTuple):
+class LoadedCheckpoint(NamedTuple):
     path: Path
     content: dict[str, Any]
-    passed_over: list[DamagedError]  # newer ones
+    rejected: list[CorruptCheckpointError]  # newer ones
 
 
 # Writing
@@ -73,7 +73,7 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.error: UserError | None = None
         self.has_written = False
-        self.last_is_known = False  # to be intact
+        self.last_is_valid = False  # to be intact
 
     def save(self, name: str, content: Mapping[str, Any]) -> None:
         self.wait()
@@ -81,7 +81,7 @@ class CheckpointWriter:
         if not self.asynchronous:
             self._save(name, content)
             return
-        copied, ready = on_cpu(content)
+        copied, ready = copy_to_cpu(content)
 
         def write() -> None:
             try:
@@ -132,15 +132,15 @@ class CheckpointWriter:
     def _save(self, name: str, content: Mapping[str, Any]) -> None:
         path = self.folder / f"{name}.pt"
         keep = None
-        if name == "last" and path.is_file() and (self.last_is_known or damage(path) is None):
+        if name == "last" and path.is_file() and (self.last_is_valid or find_corruption(path) is None):
             keep = self.folder / "previous.pt"
-        with disk_errors_told(path, CONTINUE):
+        with disk_errors_told(path, RESUME_HINT):
             save_checkpoint(path, content, keep)
         self.has_written = True
-        self.last_is_known |= name == "last"
+        self.last_is_valid |= name == "last"
 
 
-def on_cpu(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[], None]]:
+def copy_to_cpu(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[], None]]:
     """A copy of ``content`` that shares no memory with it, and a function to wait for the copy before reading it.
 
     From a CUDA device it goes into page-locked memory behind what the device is doing: nothing here waits for it.
@@ -181,7 +181,7 @@ def on_cpu(content: Mapping[str, Any]) -> tuple[Mapping[str, Any], Callable[[], 
     return copied, ready
 
 
-class _Sealing:
+class _HashingFile:
     """What ``torch.save`` writes to: a file and its hash, but for the archive's end, which :meth:`seal` writes.
 
     An error of the disk is kept for :meth:`seal`, clear of torch's own writer; ``torch.save`` to a path would hide
@@ -209,8 +209,8 @@ class _Sealing:
     def seal(self) -> None:
         if self.error is None and not (self.end.startswith(ZIP_END) and self.end.endswith(b"\0\0")):
             raise RuntimeError("torch.save wrote something else than a zip archive without a comment")
-        self._pass(self.end[:-2] + struct.pack("<H", SEAL))
-        self._pass(MARK + self.hash.hexdigest().encode())
+        self._pass(self.end[:-2] + struct.pack("<H", CHECKSUM_LENGTH))
+        self._pass(CHECKSUM_PREFIX + self.hash.hexdigest().encode())
         if self.error is not None:
             raise self.error
 
@@ -225,7 +225,7 @@ class _Sealing:
 
 def _write(content: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:
-        sealing = _Sealing(file)
+        sealing = _HashingFile(file)
         torch.save(content, sealing)  # type: ignore[arg-type]  # it asks for write and flush only
         sealing.seal()
 
@@ -239,21 +239,23 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist; give the path of a run's checkpoints/last.pt")
     try:
-        why = damage(path)
+        why = find_corruption(path)
     except OSError as error:
         if isinstance(error, PermissionError):
             raise UserError(f"checkpoint {path} can't be read ({error.strerror}); mend its permissions") from error
-        raise DamagedError(path, f"it can't be read: {error.strerror or error}") from error
+        raise CorruptCheckpointError(path, f"it can't be read: {error.strerror or error}") from error
     if why is not None:
-        raise DamagedError(path, why)
+        raise CorruptCheckpointError(path, why)
     try:
-        check_archive(path)
+        validate_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:
         why = why_unreadable(error)
-        raise DamagedError(path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?") from error
+        raise CorruptCheckpointError(
+            path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?"
+        ) from error
     missing = [name for name in ("model", "config", "step") if not isinstance(content, dict) or name not in content]
     if missing:
         raise UserError(f"{path} is not a checkpoint of mtcl: it has no {' and '.join(missing)}")
@@ -261,8 +263,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {path} has format {str(content.get('format'))[:9]}, this version of mtcl reads format {FORMAT}"
         )
-    content = _plain(content, path)
-    check_content(content, path)
+    content = _to_plain(content, path)
+    validate_content(content, path)
     return content
 
 
@@ -274,7 +276,7 @@ PARTS: dict[str, tuple[type, ...]] = {  # of a checkpoint, where it has them
 }
 
 
-def check_content(content: Mapping[str, Any], path: Path) -> None:
+def validate_content(content: Mapping[str, Any], path: Path) -> None:
     """Raise ``UserError`` where a part of a checkpoint is of another kind, or a tensor claims more than the file holds.
 
     The config in it is looked at by whoever builds from it (:mod:`mtcl.config.stored_config`).
@@ -301,7 +303,7 @@ def check_content(content: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{odd} config holds tensors")
 
 
-def _plain(content: Any, path: Path) -> Any:
+def _to_plain(content: Any, path: Path) -> Any:
     """Return ``content`` with mappings as plain dicts: attributes that a file gives to them count for nothing."""
     check_depth(content, path)
 
@@ -326,32 +328,32 @@ def _tensors(content: Any) -> Iterator[Tensor]:
             yield value
 
 
-def check_archive(path: Path) -> None:
+def validate_archive(path: Path) -> None:
     """Raise ``DamagedError`` or ``UserError`` where a file could take far more time or memory than its size: members
     that are compressed (torch stores them as they are), or a pickle of more than tensors and plain containers.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise DamagedError(path, "its members are compressed")
+            raise CorruptCheckpointError(path, "its members are compressed")
         for member in members:
             if member.filename.endswith(".pkl"):
-                check_pickle(archive.read(member), path)
+                validate_pickle(archive.read(member), path)
 
 
-def damage(path: Path) -> str | None:
+def find_corruption(path: Path) -> str | None:
     """Why the file is not the one that was written. None: it is; or it has no checksum and its end is a zip's."""
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(len(ZIP_HEAD))
         if not head:
             return "it is empty and can't be read"
-        file.seek(max(size - SEAL, 0))
+        file.seek(max(size - CHECKSUM_LENGTH, 0))
         seal = file.read()
-        if len(seal) == SEAL and seal.startswith(MARK):
+        if len(seal) == CHECKSUM_LENGTH and seal.startswith(CHECKSUM_PREFIX):
             file.seek(0)
-            found = _hash(file, size - SEAL)
-            return None if seal == MARK + found.encode() else "its content does not fit its checksum"
+            found = _hash(file, size - CHECKSUM_LENGTH)
+            return None if seal == CHECKSUM_PREFIX + found.encode() else "its content does not fit its checksum"
         end = seal[-ZIP_END_LENGTH:]
         if head == ZIP_HEAD and not (end.startswith(ZIP_END) and end.endswith(b"\0\0")):
             return "its end is cut off or changed, the checksum can't be read"
@@ -369,7 +371,7 @@ def _hash(file: IO[bytes], count: int) -> str:
     return found.hexdigest()
 
 
-def newest_intact(folder: Path) -> Found | None:
+def latest_valid_checkpoint(folder: Path) -> LoadedCheckpoint | None:
     """The checkpoint from which a run is continued; None where there is none. UserError where all are damaged.
 
     That is ``last``, else ``previous``; or what the run wrote after it at a later step: a ``best``, or a numbered one.
@@ -377,8 +379,8 @@ def newest_intact(folder: Path) -> Found | None:
     numbered = {path: int(match[1]) for path in folder.glob("*.pt") if (match := NUMBERED.fullmatch(path.stem))}
     named = [folder / f"{name}.pt" for name in ("last", "previous")]
     candidates = [*named, *sorted(numbered, key=lambda path: -numbered[path]), folder / "best.pt"]
-    best: Found | None = None
-    passed_over: list[DamagedError] = []
+    best: LoadedCheckpoint | None = None
+    rejected: list[CorruptCheckpointError] = []
     for path in (path for path in candidates if path.is_file()):
         if best is not None:
             # What is not younger than it lies behind it, or on a way that the run was taken back from.
@@ -387,14 +389,14 @@ def newest_intact(folder: Path) -> Found | None:
                 continue
         try:
             content = load_checkpoint(path)
-        except DamagedError as error:
-            passed_over.append(error)
+        except CorruptCheckpointError as error:
+            rejected.append(error)
             continue
         if best is None or content["step"] > best.content["step"]:
-            best = Found(path, content, passed_over)
-    if best is None and passed_over:
+            best = LoadedCheckpoint(path, content, rejected)
+    if best is None and rejected:
         raise UserError(
-            f"no checkpoint in {folder} is intact: {', '.join(f'{e.path.name} ({e.why})' for e in passed_over)}; "
+            f"no checkpoint in {folder} is intact: {', '.join(f'{e.path.name} ({e.why})' for e in rejected)}; "
             "choose another hydra.run.dir to start afresh"
         )
     return best

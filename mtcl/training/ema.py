@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from mtcl.models import DenseModel
 
 
-class RunningMean:
+class ModelEma:
     """``model``: a copy whose parameters become decay * old + (1 - decay) * now at each :meth:`update`.
 
     (torch's AveragedModel makes the host wait for the device at every update, and copies buffers one by one.)
@@ -29,7 +29,7 @@ class RunningMean:
         self.updates += 1
 
     @torch.no_grad()
-    def take_buffers(self, model: DenseModel) -> None:
+    def copy_buffers(self, model: DenseModel) -> None:
         """Running statistics are the model's own: to be called before the mean is used or saved."""
         for mine, its in zip(self.model.buffers(), model.buffers()):
             mine.copy_(its)

@@ -11,13 +11,13 @@ from mtcl import distributed as ranks
 from mtcl.errors import UserError
 
 
-class Skipped(NamedTuple):
+class SkippedStep(NamedTuple):
     step: int
     terms: list[str]  # what was not finite
     ids: list[str]  # the batch's pictures (of this process)
 
 
-class Watch:
+class NonFiniteGuard:
     """Keeps an eye on every step without making the host wait: :meth:`look` leaves flags on the device, :meth:`settle`
     reads those of all steps since the last time.
 
@@ -27,19 +27,19 @@ class Watch:
 
     def __init__(self, model: nn.Module, limit: int):
         self.model, self.limit = model, limit
-        self.count = self.in_a_row = 0
+        self.count = self.num_consecutive = 0
         self.seen: list[tuple[int, list[str], list[str], Tensor]] = []
         self.good = self._copied()
-        self.first = Skipped(0, [], [])  # of those in a row
+        self.first = SkippedStep(0, [], [])  # of those in a row
 
-    def look(self, step: int, ids: Sequence[str], finite: Mapping[str, Tensor]) -> Tensor:
+    def record(self, step: int, ids: Sequence[str], finite: Mapping[str, Tensor]) -> Tensor:
         """Take down which of a step's numbers are finite (bool scalars by name). 1.0 where the step, in any process, is
         to be skipped, else 0.0: an optimiser's ``found_inf``."""
         flags = torch.stack(list(finite.values()))
         self.seen.append((step, list(ids), list(finite), flags))
         return (ranks.total((~flags.all()).float()) > 0).float()
 
-    def settle(self) -> list[Skipped]:
+    def flush(self) -> list[SkippedStep]:
         """The steps skipped since the last time."""
         seen, self.seen = self.seen, []
         if not seen:
@@ -51,11 +51,11 @@ class Watch:
         together, read = read[: len(own)], read[len(own) :]
         for (step, ids, names, _), bad in zip(seen, together):
             row, read = read[: len(names)], read[len(names) :]
-            self.in_a_row = self.in_a_row + 1 if bad else 0
+            self.num_consecutive = self.num_consecutive + 1 if bad else 0
             if bad:
-                skipped.append(Skipped(step, [name for name, ok in zip(names, row) if not ok], ids))
-                self.first = skipped[-1] if self.in_a_row == 1 else self.first
-                if self.in_a_row >= self.limit:
+                skipped.append(SkippedStep(step, [name for name, ok in zip(names, row) if not ok], ids))
+                self.first = skipped[-1] if self.num_consecutive == 1 else self.first
+                if self.num_consecutive >= self.limit:
                     break
         self.count += len(skipped)
         if skipped:
@@ -66,11 +66,11 @@ class Watch:
 
     def check(self) -> None:
         """UserError where too many steps in a row were skipped, by the last :meth:`settle`."""
-        if self.in_a_row >= self.limit:
+        if self.num_consecutive >= self.limit:
             first = self.first
             terms = ", the ".join(first.terms) or "numbers of another process"
             raise UserError(
-                f"{self.in_a_row} steps in a row were not finite and were skipped, from step {first.step} on (the "
+                f"{self.num_consecutive} steps in a row were not finite and were skipped, from step {first.step} on (the "
                 f"{terms}; pictures {', '.join(first.ids)}): lower optimizer.lr or trainer.clip_norm, or look at these "
                 "pictures; checkpoints hold the last good state"
             )
@@ -79,10 +79,10 @@ class Watch:
         return [buffer.detach().clone() for buffer in _statistics(self.model)]
 
 
-def merged(parts: Sequence[Skipped]) -> Skipped:
+def merge_skipped(parts: Sequence[SkippedStep]) -> SkippedStep:
     """What several processes know of one skipped step."""
     terms = dict.fromkeys(term for part in parts for term in part.terms)
-    return Skipped(parts[0].step, list(terms), [name for part in parts for name in part.ids])
+    return SkippedStep(parts[0].step, list(terms), [name for part in parts for name in part.ids])
 
 
 def _statistics(model: nn.Module) -> list[Tensor]:

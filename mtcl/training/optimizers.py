@@ -71,19 +71,19 @@ def build_schedule(name: str, max_steps: int, warmup_steps: int = 0, power: floa
             "cosine": (1 + math.cos(math.pi * progress)) / 2,
             "constant": 1.0,
         }[name]
-        return decay * ramp(step, warmup_steps)
+        return decay * linear_warmup(step, warmup_steps)
 
     return factor
 
 
-def ramp(step: int, steps: int) -> float:
+def linear_warmup(step: int, steps: int) -> float:
     """Linear from 1/steps at step 0 to 1; 1 throughout where ``steps`` is 0."""
     return min((step + 1) / steps, 1.0) if steps else 1.0
 
 
-def regularizer_weight(weight: float, max_steps: int, warmup_steps: int = 0, until: float = 1.0) -> Schedule:
+def lambda_schedule(weight: float, max_steps: int, warmup_steps: int = 0, until: float = 1.0) -> Schedule:
     """lambda(step): ``weight``, reached linearly over ``warmup_steps``; 0 after the part ``until`` of the training."""
-    return lambda step: weight * ramp(step, warmup_steps) if step < until * max_steps else 0.0
+    return lambda step: weight * linear_warmup(step, warmup_steps) if step < until * max_steps else 0.0
 
 
 class ScheduledOptimizer:

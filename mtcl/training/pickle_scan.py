@@ -17,10 +17,10 @@ ALLOWED = re.compile(
     r"|torch (Float|Double|Half|BFloat16|Byte|Char|Short|Int|Long|Bool|ComplexFloat|ComplexDouble)Storage|torch Size"
 )
 OTHER_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")  # torch.save has none
-DEEPEST = 8  # of tuples in tuples
+MAX_TUPLE_DEPTH = 8  # of tuples in tuples
 
 
-def check_pickle(data: bytes, path: Path) -> None:
+def validate_pickle(data: bytes, path: Path) -> None:
     """Raise ``UserError`` where a pickle names anything but tensors and containers, or nests tuples without end.
 
     Args:
@@ -49,8 +49,8 @@ def check_pickle(data: bytes, path: Path) -> None:
         taken = _take(stack, opcode)
         if name.endswith("TUPLE") or name.startswith("TUPLE"):
             depth = 1 + max(taken, default=0)
-            if depth > DEEPEST:
-                raise UserError(f"checkpoint {path} nests tuples deeper than {DEEPEST} levels")
+            if depth > MAX_TUPLE_DEPTH:
+                raise UserError(f"checkpoint {path} nests tuples deeper than {MAX_TUPLE_DEPTH} levels")
         else:
             depth = 0
         stack += [pickletools.markobject if item is pickletools.markobject else depth for item in opcode.stack_after]

@@ -20,7 +20,7 @@ class Preempted(Exception):
         self.step = step
 
 
-class Stop:
+class PreemptionHandler:
     """Inside ``with``, a signal of :data:`SIGNALS` does no more than to make :meth:`wanted` true.
 
     Of several processes not all may have it at the same step: they agree every :data:`AGREE_EVERY` steps.
@@ -30,7 +30,7 @@ class Stop:
         self.signalled = False
         self._before: dict[int, Any] = {}
 
-    def wanted(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """To be asked after every step, by all processes."""
         if ranks.world() == 1:
             return self.signalled

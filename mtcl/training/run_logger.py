@@ -19,17 +19,17 @@ from PIL.PngImagePlugin import PngInfo
 from torch.utils.tensorboard import SummaryWriter
 
 from mtcl.atomic import _finite, disk_errors_told, write_atomically
-from mtcl.evaluation.evaluator import Metrics, Shown
+from mtcl.evaluation.evaluator import Metrics, VisualSample
 from mtcl.run_log import NAME, read_lines
 from mtcl.tasks.base import Task
-from mtcl.visualization.panels import LAYOUT, draw_panel, panel_layout
+from mtcl.visualization.panels import LAYOUT_KEY, draw_panel, panel_layout
 
 log = logging.getLogger(__name__)
 
 DAMAGED = "log.damaged.jsonl"  # beside a log: its lines that are no records
 
 
-class Recorder:
+class RunLogger:
     """Writes into one run folder, nothing before the first record.
 
     A run resumed at ``start_step`` writes what comes after it anew, so an interrupted run's records from there on are
@@ -44,18 +44,18 @@ class Recorder:
         self.told: set[str] = set()
 
     @cached_property
-    def writer(self) -> "SummaryWriter | NoCurves":
+    def writer(self) -> "SummaryWriter | NullSummaryWriter":
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep_earlier_records()
         return self._curves(self.start_step + 1 if self.start_step else None)
 
-    def _curves(self, purge_step: int | None = None) -> "SummaryWriter | NoCurves":
+    def _curves(self, purge_step: int | None = None) -> "SummaryWriter | NullSummaryWriter":
         """TensorBoard's writer; a silent one where the folder is none for it."""
         try:
             return _summary_writer(self.folder, purge_step)
         except (OSError, UnicodeError) as error:  # a name that is not UTF-8
-            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
-            return NoCurves()
+            self._tell(f"TensorBoard's curves are not written ({error_reason(error)})", once="curves")
+            return NullSummaryWriter()
 
     def _keep_earlier_records(self) -> None:
         """Rewrite the log with the records before ``start_step``; move damaged lines into a file beside it."""
@@ -80,7 +80,7 @@ class Recorder:
             lines = f"{damaged} damaged line{'s' * (damaged > 1)}"
             log.warning("%s had %s: moved to %s, training goes on", self.log, lines, aside.name)
 
-    def scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+    def log_scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
         """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name, NaN where nothing was seen."""
         self._ready()
         with self._curves_may_fail():
@@ -89,12 +89,12 @@ class Recorder:
                     self.writer.add_scalar(f"{kind}/{name}", value, step)
         self._append(json.dumps(_finite({"step": step, "kind": kind, **values}), allow_nan=False))
 
-    def note(self, step: int, kind: str, content: Mapping[str, Any]) -> None:
+    def log_event(self, step: int, kind: str, content: Mapping[str, Any]) -> None:
         """A record of another kind than numbers: plain containers."""
         self._ready()
         self._append(json.dumps({"step": step, "kind": kind, **content}))
 
-    def panels(self, step: int, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> None:
+    def panels(self, step: int, shown: Sequence[VisualSample], tasks: Mapping[str, Task]) -> None:
         self._ready()
         try:
             panels = write_panels(self.folder / "panels", shown, tasks)
@@ -154,7 +154,7 @@ class Recorder:
         try:
             yield
         except (OSError, UnicodeError) as error:
-            self._tell(f"TensorBoard's curves are not written ({reason_of(error)})", once="curves")
+            self._tell(f"TensorBoard's curves are not written ({error_reason(error)})", once="curves")
 
     def _tell(self, message: str, once: str) -> None:
         if once not in self.told:
@@ -167,7 +167,7 @@ def _open_to_append(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-class NoCurves:
+class NullSummaryWriter:
     """Takes what TensorBoard's writer takes, and writes nothing."""
 
     def add_scalar(self, *_: Any, **__: Any) -> None: ...
@@ -177,7 +177,7 @@ class NoCurves:
     def close(self) -> None: ...
 
 
-def reason_of(error: Exception) -> str:
+def error_reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -198,13 +198,13 @@ def _excepthook(told: threading.ExceptHookArgs) -> None:
         _excepthooks[-1](told)
 
 
-def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]) -> list[np.ndarray]:
+def write_panels(folder: Path, shown: Sequence[VisualSample], tasks: Mapping[str, Task]) -> list[np.ndarray]:
     """One PNG per sample, ``folder/<id>.png``, with its layout as a text of it; the pictures themselves (uint8 RGB)."""
     panels = [draw_panel(sample, tasks) for sample in shown]
     for sample, panel in zip(shown, panels):
         name = re.sub(r"[^\w.-]", "_", sample.id)
         layout = PngInfo()
-        layout.add_text(LAYOUT, json.dumps(panel_layout(sample, tasks)))
+        layout.add_text(LAYOUT_KEY, json.dumps(panel_layout(sample, tasks)))
 
         def write(temporary: Path, panel: np.ndarray = panel, layout: PngInfo = layout) -> None:
             Image.fromarray(panel).save(temporary, "PNG", pnginfo=layout)
@@ -213,7 +213,7 @@ def write_panels(folder: Path, shown: Sequence[Shown], tasks: Mapping[str, Task]
     return panels
 
 
-def flat(metrics: Metrics) -> dict[str, float]:
+def flatten_metrics(metrics: Metrics) -> dict[str, float]:
     """task -> metric -> value as ``task/metric`` -> value."""
     return {f"{task}/{name}": value for task, values in metrics.items() for name, value in values.items()}
 

@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from mtcl import distributed as ranks
 from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.training.optimizers import ScheduledOptimizer
-from mtcl.training.train_step import Call, Compiled, TrainingStep, parallel
+from mtcl.training.train_step import CompiledModule, StepFunction, TrainingStep, parallel
 
 
-class Weights:
+class ReplicatedWeights:
     """The weights of ``model``, all of them here. ``parameters`` are what is optimised, in the model's order."""
 
     def __init__(self, model: DenseModel):
@@ -32,14 +32,14 @@ class Weights:
         """What runs a training step of this process."""
         return parallel(step, device)
 
-    def compiled(self, module: nn.Module) -> Call:
+    def compiled(self, module: nn.Module) -> StepFunction:
         """The module through ``torch.compile``."""
-        return Compiled(module)
+        return CompiledModule(module)
 
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let an optimiser of the model's parameters, fresh from its constructor, work on ``parameters``."""
 
-    def take_gradients(self) -> None:
+    def collect_gradients(self) -> None:
         """After the last backward pass of a step: ``parameters`` have their gradients, meaned over the processes."""
 
     def norm(self, norm: Tensor) -> Tensor:
@@ -60,12 +60,12 @@ class Weights:
     def load_optimizer(self, optimizer: ScheduledOptimizer, state: Mapping[str, Any]) -> None:
         optimizer.load(dict(state))
 
-    def evaluable(self, model: DenseModel) -> DenseModel:
+    def unsharded_copy(self, model: DenseModel) -> DenseModel:
         """The model, or a copy, to be evaluated: processes may run it a different number of times."""
         return model
 
 
-class Sharded(Weights):
+class ShardedWeights(ReplicatedWeights):
     """Every process keeps a part (along the first axis) of each weight, gradient and moment; a block's weights are
     brought together while it runs. What is not large stays whole: buffers, the regulariser.
 
@@ -82,7 +82,7 @@ class Sharded(Weights):
             model.register_forward_pre_hook(_channels_last)
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into them
         self.mesh = init_device_mesh(device.type, (ranks.world(),))
-        self.units = units(model)
+        self.units = fsdp_units(model)
         for one in (model, *copies):
             for parameter in one.parameters():
                 parameter.data = parameter.data.contiguous()
@@ -100,16 +100,16 @@ class Sharded(Weights):
             _same_start(self.regularizer)
         return step
 
-    def compiled(self, module: nn.Module) -> Call:
+    def compiled(self, module: nn.Module) -> StepFunction:
         """Each block by itself: FSDP's own work lies between them. The regulariser is not compiled."""
-        parts: list[Compiled] = []
+        parts: list[CompiledModule] = []
         for unit in self.units:
-            parts.append(Compiled(unit.forward, parts=parts))
+            parts.append(CompiledModule(unit.forward, parts=parts))
             unit.forward = parts[-1]
         return module
 
     @torch.no_grad()
-    def adopt(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         own = {id(p): q for p, q in zip(self.spread, self.parameters, strict=True)}
         for group in optimizer.param_groups:
             group["params"] = [own[id(p)] for p in group["params"]]
@@ -118,7 +118,7 @@ class Sharded(Weights):
             optimizer.state[own[id(p)]] = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in entry.items()}
 
     @torch.no_grad()
-    def take_gradients(self) -> None:
+    def collect_gradients(self) -> None:
         for parameter, spread in zip(self.parameters, self.spread, strict=True):
             parameter.grad = None if spread.grad is None else spread.grad.to_local()
             spread.grad = None
@@ -137,7 +137,7 @@ class Sharded(Weights):
         state, like = model.state_dict(), self.whole.state_dict()
         for name, value in state.items():
             if isinstance(value, DTensor):
-                state[name] = _gathered(value, like[name])
+                state[name] = _gather_full(value, like[name])
         return state
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class Sharded(Weights):
             whole = DTensor.from_local(
                 value, self.mesh, spread.placements, run_check=False, shape=spread.shape, stride=spread.stride()
             )
-            return _gathered(whole, like[index])
+            return _gather_full(whole, like[index])
 
         entries = state["state"].items()
         return {**state, "state": {i: {n: gathered(v, order[i]) for n, v in entry.items()} for i, entry in entries}}
@@ -177,7 +177,7 @@ class Sharded(Weights):
         optimizer.load({**state, "state": {i: {n: part(v) for n, v in entry.items()} for i, entry in entries}})
 
     @torch.no_grad()
-    def evaluable(self, model: DenseModel) -> DenseModel:
+    def unsharded_copy(self, model: DenseModel) -> DenseModel:
         """A plain model beside it, gone after its use: a sharded one would wait for all processes at every batch."""
         whole = copy.deepcopy(self.whole).to(self.device)
         for parameter, spread in zip(whole.parameters(), _spread(model), strict=True):
@@ -187,7 +187,7 @@ class Sharded(Weights):
         return whole
 
 
-def units(model: DenseModel, share: float = 0.01) -> list[nn.Module]:
+def fsdp_units(model: DenseModel, share: float = 0.01) -> list[nn.Module]:
     """The parts of a model whose weights are brought together, and freed again, by themselves: elements of its lists
     and sequences (blocks of a transformer or of a residual stage, convolutions with their norms) that have this share
     of all weights. All others come and go as one.
@@ -227,7 +227,7 @@ def _spread(model: nn.Module) -> list[Any]:
     return list(model.parameters())
 
 
-def _gathered(value: DTensor, like: Tensor) -> Tensor:
+def _gather_full(value: DTensor, like: Tensor) -> Tensor:
     """On the CPU of process 0, laid out in memory as ``like``; ``like`` itself elsewhere."""
     whole = value.full_tensor()
     return torch.empty_like(like).copy_(whole) if ranks.rank() == 0 else like

@@ -40,10 +40,10 @@ class TrainingStep(nn.Module):
         # With weight 0 the model's graph, and so its gradient, stays untouched. Before the tasks' losses: backward goes
         # the other way round, and the contrast's gradient maps then fit below the peak of the tasks'.
         with torch.set_grad_enabled(contrasts), torch.autocast(image.device.type, enabled=False):
-            return output, self.regularizer.penalty(output, labels, draw)
+            return output, self.regularizer.compute_loss(output, labels, draw)
 
 
-Call = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]
+StepFunction = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]
 
 
 def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
@@ -59,7 +59,7 @@ def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
     )
 
 
-class Compiled:
+class CompiledModule:
     """``module`` through ``torch.compile``; as it is, after one warning, where that fails. All ``parts`` of one model
     are compiled or none.
 
@@ -68,9 +68,9 @@ class Compiled:
 
     backend = "inductor"
 
-    def __init__(self, module: Call, parts: "Sequence[Compiled]" = ()):
+    def __init__(self, module: StepFunction, parts: "Sequence[CompiledModule]" = ()):
         self.eager, self.parts = module, parts
-        self.call: Call = torch.compile(module, backend=self.backend)
+        self.call: StepFunction = torch.compile(module, backend=self.backend)
         self.works = True
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -87,13 +87,13 @@ class Compiled:
             return self.eager(*args, **options)
 
 
-def same_everywhere(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Process 0's buffers for all: without SyncBatchNorm every process has running statistics of its own pictures."""
     if ranks.world() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
 
 
-def without_sync(module: nn.Module) -> contextlib.AbstractContextManager:
+def no_gradient_sync(module: nn.Module) -> contextlib.AbstractContextManager:
     """DDP leaves the gradients of backward passes inside to this process: there is more to add to them."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()

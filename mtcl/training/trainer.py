@@ -13,23 +13,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl import distributed as ranks
-from mtcl.data import Batch, prepare
+from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
-from mtcl.evaluation.evaluator import Evaluation, Evaluator
+from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.models import DenseModel, DenseOutput
-from mtcl.regularizers import GradientShare, Regularizer, RegularizerOutput
-from mtcl.regularizers.diagnostics import gradient_norms, gradients_at_taps
+from mtcl.regularizers import GradientNormWeight, Regularizer, RegularizerOutput
+from mtcl.regularizers.diagnostics import compare_feature_gradients, gradient_norms
 from mtcl.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import CheckpointWriter
-from mtcl.training.ema import RunningMean
-from mtcl.training.nonfinite import Watch, merged
+from mtcl.training.ema import ModelEma
+from mtcl.training.nonfinite import NonFiniteGuard, merge_skipped
 from mtcl.training.optimizers import Schedule, ScheduledOptimizer
-from mtcl.training.preemption import Preempted, Stop
-from mtcl.training.run_logger import Recorder, flat
-from mtcl.training.sharding import Weights
-from mtcl.training.train_step import TrainingStep, same_everywhere, without_sync
+from mtcl.training.preemption import Preempted, PreemptionHandler
+from mtcl.training.run_logger import RunLogger, flatten_metrics
+from mtcl.training.sharding import ReplicatedWeights
+from mtcl.training.train_step import TrainingStep, broadcast_buffers, no_gradient_sync
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class Trainer:
         regularizer_optimizer: ScheduledOptimizer | None,
         batches: Iterable[Batch],
         evaluator: Evaluator,
-        recorder: Recorder,
+        run_logger: RunLogger,
         folder: Path,
         device: torch.device,
         max_steps: int,
@@ -75,13 +75,13 @@ class Trainer:
         config: Mapping[str, Any],
         meta: Mapping[str, Any],
         weight: Schedule = lambda step: 0.0,
-        share: GradientShare | None = None,
+        share: GradientNormWeight | None = None,
         precision: str = "auto",
         recompute: bool = False,
         compiled: bool = False,
         accumulate: int = 1,
-        ema: RunningMean | None = None,
-        weights: Weights | None = None,
+        ema: ModelEma | None = None,
+        weights: ReplicatedWeights | None = None,
         max_skipped: int = 10,
         asynchronous: bool = False,
         keep_interval: int | None = None,
@@ -94,16 +94,16 @@ class Trainer:
     ):
         self.model, self.tasks, self.regularizer, self.balancer = model, dict(tasks), regularizer, balancer
         self.optimizer, self.regularizer_optimizer = optimizer, regularizer_optimizer
-        self.batches, self.evaluator, self.recorder, self.folder = batches, evaluator, recorder, folder
+        self.batches, self.evaluator, self.run_logger, self.folder = batches, evaluator, run_logger, folder
         self.device, self.precision, self.clip_norm = device, precision, clip_norm
-        self.weights = weights or Weights(model)
-        self.weights.adopt(optimizer.optimizer)
+        self.weights = weights or ReplicatedWeights(model)
+        self.weights.attach_optimizer(optimizer.optimizer)
         self.wrapped = self.weights.parallel(TrainingStep(model, regularizer), device)
         self.module = self.weights.compiled(self.wrapped) if compiled else self.wrapped
         self.trained = [*model.parameters(), *(regularizer.parameters() if regularizer is not None else ())]
         self.recompute = recompute  # the model runs parts of its forward pass again in the backward pass
         self.accumulate, self.ema, self.keep_interval = accumulate, ema, keep_interval
-        self.watch, self.stop = Watch(model, max_skipped), Stop()
+        self.nonfinite_guard, self.stop = NonFiniteGuard(model, max_skipped), PreemptionHandler()
         self.checkpoints = CheckpointWriter(folder / "checkpoints", asynchronous)
         self.unreadable: set[str] = set()
         self.told: set[str] = set()
@@ -113,10 +113,10 @@ class Trainer:
         self.weight, self.share = weight, share
         self.monitor, self.higher_is_better, self.best = monitor, higher_is_better, math.nan
         self.config, self.meta = dict(config), dict(meta)
-        self.first: Evaluation | None = None  # before the first step
+        self.first: EvaluationResult | None = None  # before the first step
         self.seconds_per_step = math.nan
 
-    def fit(self) -> Evaluation:
+    def fit(self) -> EvaluationResult:
         """Train to ``max_steps``, validate, save; the evaluation of the last state."""
         self.model.train()
         if self.step == 0 and self.validate_first:
@@ -154,15 +154,15 @@ class Trainer:
                     self.save(f"step_{self.step:08d}")
                 if done:
                     break
-                if self.stop.wanted(self.step):
+                if self.stop.should_stop(self.step):
                     self.save("last")
                     self.checkpoints.wait()
                     raise Preempted(self.step)
         self.checkpoints.wait()
         if evaluation is None:  # resumed at its end: nothing left to train
-            evaluation = self.evaluator.run(self.evaluated())
+            evaluation = self.evaluator.run(self.evaluation_model())
             if ranks.rank() == 0:
-                self.recorder.panels(self.step, evaluation.shown, self.tasks)
+                self.run_logger.panels(self.step, evaluation.visual_samples, self.tasks)
             self._keep_best(evaluation, whole=True)
             self.save("last")
             self.checkpoints.wait()
@@ -186,11 +186,11 @@ class Trainer:
         finite: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
             last = number == len(batches)
-            with nullcontext() if last else without_sync(self.wrapped):
+            with nullcontext() if last else no_gradient_sync(self.wrapped):
                 values = self._add_gradients(batch, len(batches), finite, with_diagnostics and last)
             parts.append(values)
-        self.balancer.finish(self.step)
-        self.weights.take_gradients()
+        self.balancer.finish_step(self.step)
+        self.weights.collect_gradients()
         grads = [p.grad for p in self.weights.parameters if p.grad is not None]
         norm = self.weights.norm(torch.nn.utils.get_total_norm(grads))
         finite["gradient"] = norm.isfinite()
@@ -199,7 +199,7 @@ class Trainer:
             finite["gradient of the regulariser"] = torch.nn.utils.get_total_norm(own).isfinite()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.clip_norm, norm)
-        skip = self.watch.look(self.step, [meta.id for batch in batches for meta in batch["meta"]], finite)
+        skip = self.nonfinite_guard.record(self.step, [meta.id for batch in batches for meta in batch["meta"]], finite)
         self.optimizer.step(self.step, skip)
         self.optimizer.zero_grad()
         if self.regularizer_optimizer is not None:
@@ -216,7 +216,7 @@ class Trainer:
         self, batch: Batch, count: int, finite: dict[str, Tensor], with_diagnostics: bool
     ) -> dict[str, Tensor]:
         """One batch of the ``count`` of a step, forward and backward. ``finite`` takes in whether its losses are."""
-        image, labels = prepare(batch, self.model.mean, self.model.std, self.device)
+        image, labels = prepare_batch(batch, self.model.mean, self.model.std, self.device)
         weight, draw = self.weight(self.step), None
         shares = self.share is not None and self.step % self.share.every == 0
         # Between the outputs of a compiled step there is no graph: gradients at the taps are had from an eager one.
@@ -260,13 +260,13 @@ class Trainer:
         """The contrast as it enters the step, and on request its gradients beside the tasks'."""
         assert self.regularizer is not None
         total = torch.stack([self.balancer.weight(name) * losses[name] for name in self.tasks]).sum()
-        taps, term = output.taps[self.regularizer.tap], contrast.loss
+        features, term = output.features[self.regularizer.tap], contrast.loss
         if self.share is not None:
             if shares:
                 sum_of_targets = torch.stack(list(contrast.losses.values())).sum()
-                self.share.update(gradient_norms(total, taps), gradient_norms(sum_of_targets, taps))
+                self.share.update(gradient_norms(total, features), gradient_norms(sum_of_targets, features))
             term = self.share.total(contrast.losses)
-        return weight * term, gradients_at_taps(total, weight * term, taps) if with_diagnostics else {}
+        return weight * term, compare_feature_gradients(total, weight * term, features) if with_diagnostics else {}
 
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each task's loss, with those of its intermediate predictions added (factor 1, as InvPT)."""
@@ -279,23 +279,23 @@ class Trainer:
             )
         return losses
 
-    def validate(self, quick: bool) -> Evaluation:
-        evaluation = self.evaluator.run(self.evaluated(), quick=quick)
+    def validate(self, quick: bool) -> EvaluationResult:
+        evaluation = self.evaluator.run(self.evaluation_model(), quick=quick)
         if ranks.rank() == 0:
-            self.recorder.scalars(self.step, "val", flat(evaluation.metrics))
-            self.recorder.panels(self.step, evaluation.shown, self.tasks)
+            self.run_logger.log_scalars(self.step, "val", flatten_metrics(evaluation.metrics))
+            self.run_logger.panels(self.step, evaluation.visual_samples, self.tasks)
         return evaluation
 
-    def evaluated(self) -> DenseModel:
+    def evaluation_model(self) -> DenseModel:
         """What is validated: the model, or the running mean of its weights (``ema``)."""
         self._agree()
-        return self.weights.evaluable(self.model if self.ema is None else self.ema.model)
+        return self.weights.unsharded_copy(self.model if self.ema is None else self.ema.model)
 
     def _agree(self) -> None:
         """Buffers are those of process 0 everywhere, also beside the running mean."""
-        same_everywhere(self.model)
+        broadcast_buffers(self.model)
         if self.ema is not None:
-            self.ema.take_buffers(self.model)
+            self.ema.copy_buffers(self.model)
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, tensors and plain containers only."""
@@ -316,7 +316,7 @@ class Trainer:
             "step": self.step,
             "rng": ranks.gathered(rng_state(self.device)),
             "config": self.config,
-            "meta": {**self.meta, "best": self.best, "skipped": self.watch.count},
+            "meta": {**self.meta, "best": self.best, "skipped": self.nonfinite_guard.count},
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -349,8 +349,8 @@ class Trainer:
             else:
                 self.weights.load(self.ema.model, state["ema"]["model"])
                 self.ema.updates = state["ema"]["updates"]
-        self.watch = Watch(self.model, self.watch.limit)
-        self.watch.count = state["meta"].get("skipped", 0)
+        self.nonfinite_guard = NonFiniteGuard(self.model, self.nonfinite_guard.limit)
+        self.nonfinite_guard.count = state["meta"].get("skipped", 0)
 
     def save(self, name: str) -> None:
         """Never what has seen a number that is not finite."""
@@ -367,11 +367,11 @@ class Trainer:
         if ranks.rank() == 0:
             self.checkpoints.save(name, state)
 
-    def _keep_best(self, evaluation: Evaluation, whole: bool) -> None:
+    def _keep_best(self, evaluation: EvaluationResult, whole: bool) -> None:
         """A ``whole`` evaluation competes with earlier quick ones only where both are on one scale."""
-        if whole and not math.isnan(self.best) and not self.evaluator.comparable(self.monitor):
+        if whole and not math.isnan(self.best) and not self.evaluator.is_comparable(self.monitor):
             return
-        value = flat(evaluation.metrics)[self.monitor]
+        value = flatten_metrics(evaluation.metrics)[self.monitor]
         if math.isnan(self.best) or (value > self.best if self.higher_is_better else value < self.best):
             self.best = value
             self.save("best")
@@ -386,33 +386,33 @@ class Trainer:
         if ranks.rank() > 0:
             return
         rate = self.optimizer.optimizer.param_groups[0]["lr"]
-        self.recorder.scalars(self.step, "train", {**losses, "lr": rate})
+        self.run_logger.log_scalars(self.step, "train", {**losses, "lr": rate})
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if "/" in name}
-            self.recorder.scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
+            self.run_logger.log_scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
         if balancing := self.balancer.summary():
             read = torch.stack([torch.as_tensor(value, device=self.device) for value in balancing.values()]).tolist()
-            self.recorder.scalars(self.step, "balancing", dict(zip(balancing, read)))
+            self.run_logger.log_scalars(self.step, "balancing", dict(zip(balancing, read)))
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
 
     def _settle(self) -> None:
         """Write down which steps were skipped since the last time, and which pictures could not be read."""
-        skipped = self.watch.settle()
+        skipped = self.nonfinite_guard.flush()
         if ranks.world() > 1:  # all skip the same steps, each has its own pictures
-            skipped = [merged(parts) for parts in zip(*ranks.gathered(skipped))]
+            skipped = [merge_skipped(parts) for parts in zip(*ranks.gathered(skipped))]
             self.unreadable.update(*ranks.gathered(self.unreadable))
         if ranks.rank() > 0:
-            self.watch.check()
+            self.nonfinite_guard.check()
             return
         for step, terms, ids in skipped:
             log.warning("step %d was skipped: the %s was not finite", step, ", the ".join(terms))
-            self.recorder.note(step, "skipped", {"terms": terms, "ids": ids})
+            self.run_logger.log_event(step, "skipped", {"terms": terms, "ids": ids})
         for message in sorted(self.unreadable - self.told):
             log.warning("%s (skipped; %d so far)", message, len(self.unreadable))
-            self.recorder.note(self.step, "unreadable", {"message": message})
+            self.run_logger.log_event(self.step, "unreadable", {"message": message})
         self.told |= self.unreadable
         try:
-            self.watch.check()
+            self.nonfinite_guard.check()
         except UserError:
             self.checkpoints.wait()
             raise

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from mtcl.cli.script import run
-from mtcl.data import NYUD, Augment, EpochBatches, Rooms, SampleDataset, collate, prepare, train_loader
+from mtcl.data import NYUD, Augment, AugmentedDataset, EpochBatchSampler, Rooms, collate, prepare_batch, train_loader
 from mtcl.errors import UserError
 from mtcl.models import EncoderDecoder, build_backbone
 from mtcl.models.decoders import MultiHead
@@ -59,7 +59,7 @@ def rooms_rates(count: int = 200) -> dict[str, float]:
 
 
 def nyud_tasks() -> dict[str, Task]:
-    return {name: build_task(name, **options) for name, options in NYUD.offered().items()}
+    return {name: build_task(name, **options) for name, options in NYUD.task_options().items()}
 
 
 def make_archive(root: Path, count: int) -> None:
@@ -82,13 +82,13 @@ def make_archive(root: Path, count: int) -> None:
 
 def batches_of(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> Callable[[], int]:
     """One epoch of augmented batches in this thread, up to the normalised picture."""
-    dataset = SampleDataset(reader, tasks, Augment(size), seed=0)
+    dataset = AugmentedDataset(reader, tasks, Augment(size), seed=0)
 
     def epoch() -> int:
-        stream = iter(EpochBatches(len(reader.ids), BATCH, seed=0))
+        stream = iter(EpochBatchSampler(len(reader.ids), BATCH, seed=0))
         for _ in range(len(reader.ids) // BATCH):
             samples = [sample for sample in map(dataset.__getitem__, next(stream)) if not isinstance(sample, UserError)]
-            prepare(collate(samples, tasks, size, 1), MEAN.tolist(), STD.tolist(), "cpu")
+            prepare_batch(collate(samples, tasks, size, 1), MEAN.tolist(), STD.tolist(), "cpu")
         return len(reader.ids) // BATCH * BATCH
 
     return epoch
@@ -202,7 +202,7 @@ def waiting(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int], workers
         began = time.perf_counter()
         batch = next(stream)
         arrived = time.perf_counter()
-        image, labels = prepare(batch, model.mean, model.std, device)
+        image, labels = prepare_batch(batch, model.mean, model.std, device)
         output = model(image)
         loss = torch.stack([task.weight * task.loss(output.predictions[n], labels[n]) for n, task in tasks.items()])
         optimizer.zero_grad()

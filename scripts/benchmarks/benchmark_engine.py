@@ -31,7 +31,7 @@ from hydra.errors import HydraException
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer
-from mtcl.config.overrides import sentence
+from mtcl.config.overrides import format_error
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.data import Batch
@@ -69,7 +69,7 @@ def built(overrides: Sequence[str]) -> Trainer:
 
 def one_step(trainer: Trainer, batch: Batch) -> None:
     trainer.train_step(batch)
-    trainer.watch.seen.clear()
+    trainer.nonfinite_guard.seen.clear()
     synchronize(trainer.device)
 
 
@@ -184,7 +184,7 @@ def main() -> None:
         try:
             found[name] = benchmark(name, variants, overrides, steps, batch)
         except HydraException as error:
-            raise UserError(sentence(error)) from error
+            raise UserError(format_error(error)) from error
         gc.collect()
     if given.json:
         given.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")

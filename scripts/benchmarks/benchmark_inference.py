@@ -42,17 +42,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtcl.atomic import write_json
-from mtcl.cli.export import ONNX, clouds, export_model
-from mtcl.cli.predict import out_of_memory
+from mtcl.cli.export import ONNX, export_model, smooth_random_images
+from mtcl.cli.predict import is_out_of_memory
 from mtcl.cli.script import run
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
-from mtcl.config.load import Loaded, Saved
-from mtcl.config.overrides import sentence
+from mtcl.config.load import LoadedModel, SavedModel
+from mtcl.config.overrides import format_error
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
-from mtcl.config.stored_config import described
+from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
 from mtcl.profiling.timing import peak, timed
 from mtcl.runtime import autocast, choose_device, seed_everything
@@ -84,7 +84,7 @@ def composed(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> Dic
             config = compose("train", [*words, *overrides])
         check_config(plain(config))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(sentence(error)) from error
+        raise UserError(format_error(error)) from error
     return config
 
 
@@ -93,14 +93,16 @@ def built(config: DictConfig, device: torch.device, regularised: bool) -> Traini
     seed_everything(0)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).to(device)
-    normalise(model, pictures(2, data_size(config), device))
+    normalise(model, pictures(2, get_image_size(config), device))
     regularizer = build_regularizer(config, tasks, model) if regularised else None
     return TrainingStep(model, regularizer.to(device) if regularizer is not None else None).eval()
 
 
 def pictures(count: int, size: Sequence[int], device: torch.device) -> Tensor:
     """About as a model sees photographs."""
-    return (torch.from_numpy(np.stack(clouds(count, *size))).permute(0, 3, 1, 2).float().to(device) - 120) / 60
+    return (
+        torch.from_numpy(np.stack(smooth_random_images(count, *size))).permute(0, 3, 1, 2).float().to(device) - 120
+    ) / 60
 
 
 @torch.no_grad()
@@ -137,11 +139,13 @@ def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -
         return None
     tasks = build_tasks(config)
     model = deepcopy(step.model).cpu()
-    saved = Saved(Path("random"), model.state_dict(), plain(config), described(tasks), 0)
+    saved = SavedModel(Path("random"), model.state_dict(), plain(config), describe_tasks(tasks), 0)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
-        export_model(Loaded(model, tasks, data_size(config), saved), "onnx", Path(folder) / "model", fixed=True)
+        export_model(
+            LoadedModel(model, tasks, get_image_size(config), saved), "onnx", Path(folder) / "model", fixed=True
+        )
         session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX, options, providers=[provider])
     return session
 
@@ -188,7 +192,7 @@ def failure(backend: str, work: Pass) -> str | None:
     try:
         work()
     except Exception as error:  # of a compiler, of ONNX Runtime
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             return "not enough memory"
         if backend == "eager":
             raise

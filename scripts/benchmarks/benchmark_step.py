@@ -54,10 +54,10 @@ import mtcl.tasks
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer
-from mtcl.config.overrides import sentence
+from mtcl.config.overrides import format_error
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
-from mtcl.data import Batch, prepare
+from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
 from mtcl.models import DenseOutput
 from mtcl.profiling.timing import peak, synchronize, timed
@@ -257,7 +257,7 @@ class Given(NamedTuple):
     output: DenseOutput
     labels: dict[str, Tensor]
     draw: Draw
-    features: list[Tensor]  # those of the output's tap, each once, with a graph behind them
+    leaf_features: list[Tensor]  # those of the output's tap, each once, with a graph behind them
     own: list[Tensor]
 
 
@@ -269,10 +269,10 @@ class Alone:
         self.trainer, self.device = trainer, trainer.device
         self.regularizer: Regularizer = trainer.regularizer
         self.ids = [meta.id for meta in batch["meta"]]
-        image, self.labels = prepare(batch, trainer.model.mean, trainer.model.std, self.device)
+        image, self.labels = prepare_batch(batch, trainer.model.mean, trainer.model.std, self.device)
         with torch.no_grad(), autocast(self.device, trainer.precision):
             self.output = trainer.model(image)
-        self.tap = self.output.taps[self.regularizer.tap]
+        self.tap = self.output.features[self.regularizer.tap]
         self.step = trainer.step
 
     def draw(self) -> Draw:
@@ -281,17 +281,22 @@ class Alone:
 
     def given(self) -> Given:
         leaves = {id(x): x.detach().requires_grad_() for x in self.tap.values()}  # one map may serve every task
-        features = {key: leaf.view_as(leaf) for key, leaf in leaves.items()}
-        taps = {**self.output.taps, self.regularizer.tap: {name: features[id(x)] for name, x in self.tap.items()}}
+        leaf_features = {key: leaf.view_as(leaf) for key, leaf in leaves.items()}
+        features = {
+            **self.output.features,
+            self.regularizer.tap: {name: leaf_features[id(x)] for name, x in self.tap.items()},
+        }
         own = [torch.ones_like(x) for x in leaves.values()]
-        return Given(self.output._replace(taps=taps), self.labels, self.draw(), list(features.values()), own)
+        return Given(
+            self.output._replace(features=features), self.labels, self.draw(), list(leaf_features.values()), own
+        )
 
-    def penalty(self, given: Given) -> Tensor:
-        return self.regularizer.penalty(given.output, given.labels, given.draw).loss
+    def compute_loss(self, given: Given) -> Tensor:
+        return self.regularizer.compute_loss(given.output, given.labels, given.draw).loss
 
     def backward(self, given: Given, loss: Tensor) -> None:
         """To the features, where the gradient is added to the tasks' own, and to the regulariser's parameters."""
-        torch.autograd.backward([loss, *given.features], [None, *given.own])
+        torch.autograd.backward([loss, *given.leaf_features], [None, *given.own])
 
     def optimise(self) -> None:
         if self.trainer.regularizer_optimizer is not None:
@@ -302,7 +307,7 @@ class Alone:
         """Seconds of each part."""
         found = {"draw": timed(self.draw, self.device)[0]}
         given, losses = self.given(), []
-        found["forward"] = timed(lambda: losses.append(self.penalty(given)), self.device)[0]
+        found["forward"] = timed(lambda: losses.append(self.compute_loss(given)), self.device)[0]
         found["backward"] = timed(lambda: self.backward(given, losses[0]), self.device)[0]
         found["optimiser"] = timed(self.optimise, self.device)[0]
         return found
@@ -325,7 +330,7 @@ def functions(alone: Alone, repeats: int) -> list[tuple[str, float]]:
     for _ in range(repeats):
         given = alone.given()
         with Calls(alone.device, mtcl.regularizers, mtcl.tasks) as calls:
-            alone.penalty(given)
+            alone.compute_loss(given)
         found.append(calls.seconds)
     paths = fastest(found)
     most = max(paths.values())
@@ -341,7 +346,7 @@ def operations(alone: Alone, repeats: int) -> list[tuple[str, float]]:
     spent: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
         given = alone.given()
-        loss = alone.penalty(given)
+        loss = alone.compute_loss(given)
         with torch.profiler.profile(activities=activities) as profiled:
             alone.backward(given, loss)
             synchronize(alone.device)
@@ -360,7 +365,7 @@ def waits(alone: Alone) -> str:
         torch.cuda.set_sync_debug_mode("error")
     try:
         with Watch() as watch:
-            alone.backward(given, alone.penalty(given))
+            alone.backward(given, alone.compute_loss(given))
             alone.optimise()
     except RuntimeError as error:
         if "synchroniz" not in str(error):
@@ -376,7 +381,7 @@ def graphs(alone: Alone) -> str:
     """Of the forward pass under torch.compile, over four draws."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(alone.regularizer.penalty, fullgraph=True, backend="eager")
+    compiled = torch.compile(alone.regularizer.compute_loss, fullgraph=True, backend="eager")
     try:
         for _ in range(4):
             given = alone.given()
@@ -397,9 +402,9 @@ def profile(trainer: Trainer, batch: Batch, step: float, repeats: int) -> dict[s
         show([(name, seconds), *inside.get(name, [])], step)
     show([("sum", sum(parts.values()))], step)
     given = alone.given()
-    largest = max(given.features, key=lambda x: x.nbytes)
+    largest = max(given.leaf_features, key=lambda x: x.nbytes)
     with Watch() as forward:
-        loss = alone.penalty(given)
+        loss = alone.compute_loss(given)
     with Watch() as backward:
         alone.backward(given, loss)
     print(f"a feature map: {largest.nbytes / MIB:.2f} MiB {tuple(largest.shape)}")
@@ -409,7 +414,7 @@ def profile(trainer: Trainer, batch: Batch, step: float, repeats: int) -> dict[s
         maps[name] = made.bytes / largest.nbytes
         print(f"largest tensor made, {name}: {made.bytes / MIB:.2f} MiB = {maps[name]:.3f} of it, {made.what}")
     given = alone.given()
-    both = peak(lambda: alone.penalty(given).backward(), alone.device)
+    both = peak(lambda: alone.compute_loss(given).backward(), alone.device)
     alone.optimise()
     print(
         f"peak of both passes: {both / MIB:.2f} MiB = {both / largest.nbytes:.2f} of it, for {len(alone.tap)} targets"
@@ -481,7 +486,7 @@ def main() -> None:
         try:
             found[name] = benchmark(overrides, words.steps, words.profile)
         except HydraException as error:
-            raise UserError(sentence(error)) from error
+            raise UserError(format_error(error)) from error
     if words.json:
         words.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 

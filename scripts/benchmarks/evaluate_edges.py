@@ -22,7 +22,7 @@ import scipy.io
 from mtcl import UserError
 from mtcl.atomic import write_atomically
 from mtcl.cli.script import run
-from mtcl.data.image_io import read_values
+from mtcl.data.image_io import read_label_image
 from mtcl.data.worker_pool import run_jobs
 from mtcl.metrics.boundaries import NMS, PRESETS, Preset, best_of_image, preset_named, scores
 
@@ -54,7 +54,7 @@ def pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
 def read_truths(path: Path) -> list[np.ndarray]:
     """One label (H, W) of each annotator."""
     if path.suffix.lower() == ".png":
-        return [read_values(path)]
+        return [read_label_image(path)]
     try:
         cell = scipy.io.loadmat(path, variable_names=["groundTruth"])["groundTruth"]
         found = [np.asarray(entry["Boundaries"][0, 0]) for entry in cell.ravel()]
@@ -69,7 +69,7 @@ def read_truths(path: Path) -> list[np.ndarray]:
 
 def count(pair: tuple[Path, Path], preset: Preset, max_distance: float) -> np.ndarray:
     """int64 (K, 4) of one image. ``UserError``: it is no 8-bit map of one channel, or the sizes differ."""
-    prediction, truths = read_values(pair[0]), read_truths(pair[1])
+    prediction, truths = read_label_image(pair[0]), read_truths(pair[1])
     for truth in truths:
         if truth.shape != prediction.shape:
             sizes = ["x".join(map(str, a.shape)) for a in (prediction, truth)]

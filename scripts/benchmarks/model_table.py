@@ -42,9 +42,9 @@ from torch import Tensor
 
 from mtcl.atomic import write_json
 from mtcl.cli.script import run
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
-from mtcl.config.overrides import sentence
+from mtcl.config.overrides import format_error
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.errors import UserError
@@ -98,7 +98,7 @@ def composed(overrides: Sequence[str]) -> Composed:
             del config["hydra"]
         check_config(plain(config))
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(sentence(error)) from error
+        raise UserError(format_error(error)) from error
     return Composed(config, chosen["experiment"], chosen["decoder"], chosen["backbone"])
 
 
@@ -140,7 +140,7 @@ def row_of(made: Composed, device: torch.device | None, repeats: int) -> Row:
     """``device``: where to measure; None: nowhere."""
     config = made.config
     tasks = build_tasks(config)
-    size = data_size(config)
+    size = get_image_size(config)
     with torch.device("meta"):
         counted = count(build_model(config, tasks, pretrained=False), size)
     measured = None if device is None else measure(config, tasks, device, repeats)
@@ -164,7 +164,7 @@ def measure(config: DictConfig, tasks: dict[str, Task], device: torch.device, re
     """The forward pass as evaluate.py makes it; None where there was not enough memory."""
     try:
         model = build_model(config, tasks, pretrained=False).to(device).eval()
-        image = torch.zeros(1, 3, *data_size(config), device=device)
+        image = torch.zeros(1, 3, *get_image_size(config), device=device)
         held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
         def predict() -> dict[str, Tensor]:

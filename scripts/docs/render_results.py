@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mtcl.errors import UserError
-from mtcl.launch.study_tables import as_markdown, means_table, read_results, report
-from mtcl.results.run_files import parse_metrics, read_object, read_record
+from mtcl.launch.study_tables import format_markdown, format_means, read_results, report
+from mtcl.results.run_files import parse_metrics, read_json_object, read_record
 from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +95,7 @@ def cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
     return f"{value * 100:.2f}" if unit == "%" else f"{value:.2f}" if unit == "deg" else f"{value:.4f}"
 
 
-def rendered(text: str) -> str:
+def render_tables(text: str) -> str:
     def block(found: re.Match[str]) -> str:
         name, part = found["name"], found["part"] or ""
         return f"<!-- table: {name}{part} -->\n{shown(name, bool(part))}\n<!-- end -->"
@@ -125,8 +125,8 @@ def study_markdown(folder: Path, means_only: bool) -> str:
     study, records, command = read_results(folder)
     found = report(study, records)
     if means_only:
-        return f"{means_table(found)}\n\n```sh\n{current_command(command)}\n```"
-    return as_markdown(found, current_command(command)).rstrip("\n")
+        return f"{format_means(found)}\n\n```sh\n{current_command(command)}\n```"
+    return format_markdown(found, current_command(command)).rstrip("\n")
 
 
 def add(name: str, label: str, command: str, run: Path) -> None:
@@ -136,7 +136,7 @@ def add(name: str, label: str, command: str, run: Path) -> None:
     facts = read_record(run / "run.json")
     for key in ("command", "overrides"):  # they may name folders of one machine; ``command`` says it in general
         facts.pop(key, None)
-    scores = read_object(run / "metrics.json")
+    scores = read_json_object(run / "metrics.json")
     parse_metrics(run / "metrics.json", scores)
     row = {"label": label, "command": command, "metrics": scores, "run": facts}
     rows = [row if old["label"] == label else old for old in content["rows"]]
@@ -168,7 +168,7 @@ def main() -> int:
         if not document.is_file():
             continue
         text = document.read_text("utf-8")
-        new = rendered(text)
+        new = render_tables(text)
         if new != text:
             stale.append(str(document.relative_to(ROOT)))
             if not arguments.check:

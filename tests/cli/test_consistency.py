@@ -13,24 +13,24 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mtcl import UserError
-from mtcl.cli.consistency import NEARNESS, choose_targets, evenly_spaced, parse, positions
+from mtcl.cli.consistency import NEARNESS, choose_targets, parse_args, sample_positions, take_evenly_spaced
 from mtcl.cli.train import train
-from mtcl.config.build_data import build_eval_loader, build_reader, build_tasks
+from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
 from mtcl.config.build_model import build_model, saved_config
 from mtcl.config.build_training import build_regularizer
-from mtcl.config.stored_config import described
-from mtcl.data.loader import prepare
+from mtcl.config.stored_config import describe_tasks
+from mtcl.data.loader import prepare_batch
 from mtcl.data.sample import SampleMeta
 from mtcl.evaluation.feature_consistency import (
     BINS,
     anchor_auc,
+    build_histograms,
+    compute_pair_statistics,
     label_pairs,
-    means,
-    shared_histograms,
     squared_distances,
-    tally,
+    summarize_pairs,
 )
-from mtcl.regularizers.sampling import read_features, read_labels
+from mtcl.regularizers.sampling import sample_features, sample_labels
 from mtcl.tasks import build_task
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -73,7 +73,7 @@ def test_sums_are_those_of_loops_over_anchors_and_pairs(seed, count, classes, le
     label, valid = rng.integers(0, classes, (2, count)), rng.random((2, count)) < 0.8
     apart = torch.from_numpy(np.abs(label[:, :, None] - label[:, None, :])).float()
     pairs = label_pairs(apart, torch.from_numpy(valid), 0, far)
-    found = means(tally(distance, *pairs))
+    found = summarize_pairs(compute_pair_statistics(distance, *pairs))
     reference = [a for b in range(2) for a in ref_anchors(distance[b].tolist(), label[b], valid[b], 0, far)]
     assert found["anchors"] == len(reference)
     if not reference:
@@ -114,11 +114,11 @@ def test_perfect_and_reversed_features():
     features = torch.nn.functional.one_hot(label).float()
     differ = (label[:, :, None] != label[:, None]).float()
     pairs = label_pairs(differ, torch.ones(1, 4, dtype=torch.bool), 0, 1)
-    assert means(tally(squared_distances(features), *pairs)) == {
+    assert summarize_pairs(compute_pair_statistics(squared_distances(features), *pairs)) == {
         "auc": 1.0, "gap": 2.0, "d_ap": 0.0, "d_an": 2.0, "anchors": 4, "positives": 4, "negatives": 8
     }  # fmt: skip
     positive, negative = pairs
-    assert means(tally(squared_distances(features), negative, positive))["auc"] == 0
+    assert summarize_pairs(compute_pair_statistics(squared_distances(features), negative, positive))["auc"] == 0
 
 
 def test_pairs_are_those_of_the_tasks_distance():
@@ -135,23 +135,23 @@ def test_histograms_hold_every_anchor_once():
     distance = torch.from_numpy(rng.random((3, 20, 20)))
     label = torch.from_numpy(rng.integers(0, 3, (3, 20)))
     pairs = label_pairs((label[:, :, None] != label[:, None]).float(), torch.ones(3, 20, dtype=torch.bool), 0, 1)
-    found = tally(distance, *pairs)
+    found = compute_pair_statistics(distance, *pairs)
     middles = (torch.arange(BINS) + 0.5) * 4 / BINS
     for histogram, total in ((found.histogram_ap, found.d_ap), (found.histogram_an, found.d_an)):
         assert histogram.sum().item() == pytest.approx(int(found.anchors))
         assert (histogram * middles).sum().item() == pytest.approx(total.item(), abs=int(found.anchors) * 4 / BINS)
-    halves = [tally(distance[rows], *(p[rows] for p in pairs)) for rows in (slice(1), slice(1, 3))]
+    halves = [compute_pair_statistics(distance[rows], *(p[rows] for p in pairs)) for rows in (slice(1), slice(1, 3))]
     for whole, summed in zip(found, halves[0] + halves[1]):
         torch.testing.assert_close(whole, summed)
 
 
 def test_shared_histograms_zoom_on_what_there_is():
-    nothing = tally(torch.zeros(1, 2, 2), *[torch.zeros(1, 2, 2, dtype=torch.bool)] * 2)
-    empty = shared_histograms([nothing], most=8)
+    nothing = compute_pair_statistics(torch.zeros(1, 2, 2), *[torch.zeros(1, 2, 2, dtype=torch.bool)] * 2)
+    empty = build_histograms([nothing], most=8)
     assert empty.ap == empty.an == [[0.0] * 8]
     near, far = torch.zeros(BINS).double(), torch.zeros(BINS).double()
     near[0], near[BINS // 4], far[BINS // 2 - 1] = 3, 1, 4  # distances 0, 1, just below 2
-    found = shared_histograms([nothing._replace(histogram_ap=near, histogram_an=far)], most=8)
+    found = build_histograms([nothing._replace(histogram_ap=near, histogram_an=far)], most=8)
     assert found.width == 0.25
     assert found.ap == [[0.75, 0, 0, 0, 0.25, 0, 0, 0]]
     assert found.an == [[0, 0, 0, 0, 0, 0, 0, 1.0]]
@@ -163,8 +163,8 @@ def test_shared_histograms_zoom_on_what_there_is():
 def test_places_are_pixels_of_the_picture_and_depend_on_its_id_alone():
     meta = [SampleMeta("a", (40, 50), (4, 7)), SampleMeta("b", (48, 64), (0, 0))]
     batch = {"image": torch.zeros(2, 3, 48, 64), "labels": {}, "meta": meta}
-    in_frame, in_picture = positions(batch)
-    alone, _ = positions({**batch, "image": torch.zeros(1, 3, 48, 64), "meta": meta[:1]})
+    in_frame, in_picture = sample_positions(batch)
+    alone, _ = sample_positions({**batch, "image": torch.zeros(1, 3, 48, 64), "meta": meta[:1]})
     assert torch.equal(in_frame[:1], alone)
     row, column = (in_frame[0] * torch.tensor([48.0, 64.0])).long().T
     assert ((row >= 4) & (row < 44) & (column >= 7) & (column < 57)).all()
@@ -174,22 +174,22 @@ def test_places_are_pixels_of_the_picture_and_depend_on_its_id_alone():
 
 
 def test_frames_are_spread_over_the_list():
-    class Reader:
+    class MultiTaskDataset:
         ids = tuple("abcdefghi")
         summary = fingerprint = None
 
         def read(self, index, tasks=None):
             return self.ids[index]
 
-    chosen = evenly_spaced(Reader(), 3)
+    chosen = take_evenly_spaced(MultiTaskDataset(), 3)
     assert list(chosen.ids) == ["a", "e", "i"]
     assert chosen.read(1) == "e"
-    assert evenly_spaced(Reader(), 100).ids == [*Reader.ids]
-    assert evenly_spaced(Reader(), 1).ids == ["a"]
+    assert take_evenly_spaced(MultiTaskDataset(), 100).ids == [*MultiTaskDataset.ids]
+    assert take_evenly_spaced(MultiTaskDataset(), 1).ids == ["a"]
 
 
 def test_words():
-    options, others = parse(["checkpoint=a.pt", "data.split=tune", "frames=8", "target=all"], "now")
+    options, others = parse_args(["checkpoint=a.pt", "data.split=tune", "frames=8", "target=all"], "now")
     assert (str(options.checkpoint), options.compare, options.target, options.frames) == ("a.pt", None, "all", 8)
     assert str(options.output) == "outputs/consistency/now"
     assert others == ["data.split=tune"]
@@ -199,7 +199,7 @@ def test_words():
         (["checkpoint=a", "frames=x"], "x"),
     ):
         with pytest.raises(UserError, match=named):
-            parse(words, "now")
+            parse_args(words, "now")
     assert choose_targets(None, ["depth", "semseg"]) == ["semseg"]
     assert choose_targets(None, ["depth", "edge"]) == ["depth"]
     assert choose_targets("all", ["depth", "edge"]) == ["depth", "edge"]
@@ -229,7 +229,7 @@ def runs(tmp_path_factory):
             "model": model.state_dict(),
             "regularizer": None,
             "step": 0,
-            "meta": {"tasks": described(tasks)},
+            "meta": {"tasks": describe_tasks(tasks)},
         }
         save_checkpoint(paths[name], {**content, "config": saved_config(config, model)})
     return paths
@@ -304,14 +304,14 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
     model.load_state_dict(state["model"])
     regularizer = build_regularizer(config, tasks, model)
     regularizer.load_state_dict(state["regularizer"])
-    reader = build_reader(config, "val", tasks, limit=1)
+    reader = build_dataset(config, "val", tasks, limit=1)
     batch = next(iter(build_eval_loader(config, reader, tasks, torch.device("cpu"))))
-    pixels, _ = positions(batch)
+    pixels, _ = sample_positions(batch)
     with torch.no_grad():
-        output = model(prepare(batch, model.mean, model.std, "cpu")[0])
-        feature = read_features(output.taps["final"]["depth"], pixels, (32, 64), output.frame)
+        output = model(prepare_batch(batch, model.mean, model.std, "cpu")[0])
+        feature = sample_features(output.features["final"]["depth"], pixels, (32, 64), output.frame)
         projected = regularizer.projectors["depth"](feature, torch.tensor([NAMES.index("semseg")]))
-    label = read_labels(batch["labels"]["semseg"], pixels)[0, :, 0].tolist()
+    label = sample_labels(batch["labels"]["semseg"], pixels)[0, :, 0].tolist()
     valid = [value != 255 for value in label]
     number = [list(dict.fromkeys(label)).index(value) for value in label]
     for kind, z in (("raw", feature), ("projected", projected)):
@@ -324,11 +324,11 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
         assert cell["d_an"] == pytest.approx(np.mean([a[2] for a in reference]), abs=1e-6)
     # Another source goes through its own projector.
     normals = batch["labels"]["normals"]
-    label, valid = read_labels(normals, pixels), read_labels(tasks["normals"].valid(normals), pixels)
+    label, valid = sample_labels(normals, pixels), sample_labels(tasks["normals"].valid(normals), pixels)
     with torch.no_grad():
         z = regularizer.projectors["depth"](feature, torch.tensor([NAMES.index("normals")]))
     pairs = label_pairs(tasks["normals"].distance(label, label), valid[..., 0], 15, 40)
-    expected = means(tally(squared_distances(z), *pairs))
+    expected = summarize_pairs(compute_pair_statistics(squared_distances(z), *pairs))
     assert found["projected"]["depth"]["normals"]["auc"] == pytest.approx(expected["auc"], abs=1e-6)
     assert found["projected"]["depth"]["normals"]["d_ap"] == pytest.approx(expected["d_ap"], abs=1e-6)
 

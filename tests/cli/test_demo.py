@@ -33,7 +33,7 @@ from mtcl.cli.demo.guard import Guard, is_upload
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.resolve import plain
-from mtcl.config.stored_config import described
+from mtcl.config.stored_config import describe_tasks
 from mtcl.inference import Predictor
 from mtcl.tasks import NYUD40, build_task
 from mtcl.tasks.palette import VOID_COLOUR
@@ -367,7 +367,7 @@ def checkpoint(path: Path, seed: int) -> None:
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     content = {"model": model.state_dict(), "config": plain(config), "step": 1}
-    save_checkpoint(path, {**content, "meta": {"tasks": described(tasks)}})
+    save_checkpoint(path, {**content, "meta": {"tasks": describe_tasks(tasks)}})
 
 
 def wait(browser: Browser, expression: str, seconds: float = 120):

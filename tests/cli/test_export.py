@@ -22,14 +22,23 @@ from safetensors.torch import load_file
 import mtcl
 from mtcl import UserError
 from mtcl.cli import export as exporting
-from mtcl.cli.export import FACTS, ONNX, PROGRAM, WEIGHTS, export_model, portable, push
-from mtcl.cli.model_card import BIBTEX, card
+from mtcl.cli.export import METADATA_FILE, ONNX, PROGRAM, WEIGHTS_FILE, export_model, push, remove_local_paths
+from mtcl.cli.model_card import BIBTEX, format_model_card
 from mtcl.cli.train import train
-from mtcl.config.build_data import build_reader, build_tasks
-from mtcl.config.build_model import build_model, inline_files
-from mtcl.config.load import CARD, RECIPE, SHARED, Loaded, Saved, load_model, predictor_of, pull
+from mtcl.config.build_data import build_dataset, build_tasks
+from mtcl.config.build_model import build_model, inline_genotype
+from mtcl.config.load import (
+    CARD_FILE,
+    HUB_FILES,
+    RECIPE_FILE,
+    LoadedModel,
+    SavedModel,
+    build_predictor,
+    download_model,
+    load_model,
+)
 from mtcl.config.resolve import plain
-from mtcl.config.stored_config import described
+from mtcl.config.stored_config import describe_tasks
 from mtcl.inference import recipe
 from mtcl.training.checkpoint import load_checkpoint
 
@@ -61,14 +70,14 @@ def folder(trained, tmp_path_factory):
 ALL_TASKS = "[semseg,human_parts,sal,depth,normals,edge]"
 
 
-def random_model(decoder: str, backbone: str, names: str = "[semseg,depth]", size=(64, 96)) -> Loaded:
+def random_model(decoder: str, backbone: str, names: str = "[semseg,depth]", size=(64, 96)) -> LoadedModel:
     words = [f"tasks.names={names}", f"data.size={list(size)}", f"backbone={backbone}", f"decoder={decoder}"]
     config = composed(*words, *shrunk(decoder, backbone))
     torch.manual_seed(0)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).eval()
-    saved = Saved(mtcl.__file__, model.state_dict(), plain(config), described(tasks), 7)
-    return Loaded(model, tasks, size, saved)
+    saved = SavedModel(mtcl.__file__, model.state_dict(), plain(config), describe_tasks(tasks), 7)
+    return LoadedModel(model, tasks, size, saved)
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -99,13 +108,13 @@ def test_the_weights_are_the_running_mean_and_the_model_alone(trained, folder):
     state = load_checkpoint(trained / "checkpoints" / "last.pt")
     assert state["regularizer"]  # there is something to leave out
     assert any(not torch.equal(t, state["model"][n]) for n, t in state["ema"]["model"].items())
-    found = load_file(folder / WEIGHTS)
+    found = load_file(folder / WEIGHTS_FILE)
     assert found.keys() == state["ema"]["model"].keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in state["ema"]["model"].items())
 
 
 def test_the_card(trained, folder):
-    text = (folder / CARD).read_text()
+    text = (folder / CARD_FILE).read_text()
     assert text.startswith("---\nlibrary_name: mtcl\nlicense: other\n")
     metrics = json.loads((trained / "metrics.json").read_text())
     assert f"| depth | rmse | {metrics['depth']['rmse']:.4f} m |" in text
@@ -124,7 +133,7 @@ def test_the_cards_front_matter_is_the_hubs(trained, tmp_path):
     from huggingface_hub import ModelCard
 
     loaded = load_model(trained)
-    data = ModelCard(card(loaded)).data  # raises where it can't be understood
+    data = ModelCard(format_model_card(loaded)).data  # raises where it can't be understood
     assert data.library_name == "mtcl"
     assert data.pipeline_tag == "image-segmentation"
     assert data.datasets is data.base_model is None  # rooms are made here, and the weights were random
@@ -134,7 +143,7 @@ def test_the_cards_front_matter_is_the_hubs(trained, tmp_path):
     assert found["semseg", "mIoU"].dataset_name == "rooms"
     config = {**loaded.saved.config, "name": "a: |b`<i>\n# c"}
     config |= {"data": {**config["data"], "name": "nyud"}, "backbone": {**config["backbone"], "weights": "hub"}}
-    text = card(loaded._replace(saved=loaded.saved._replace(config=config)))
+    text = format_model_card(loaded._replace(saved=loaded.saved._replace(config=config)))
     data = ModelCard(text).data
     assert data.datasets == ["nyu_depth_v2"]
     assert data.base_model == "timm/resnet18.a1_in1k"
@@ -148,25 +157,25 @@ def test_the_card_does_not_take_metrics_of_another_step_or_of_damaged_files(trai
     facts = json.loads((run / "run.json").read_text())
     for content in ({**facts, "step": 99}, [1], {**facts, "step": None}):
         (run / "run.json").write_text(json.dumps(content))
-        assert "Not known" in card(load_model(run))
+        assert "Not known" in format_model_card(load_model(run))
     (run / "run.json").write_text(json.dumps(facts))
     (run / "metrics.json").write_text('{"depth": [1], "semseg": {"mIoU": "x", "pixel_accuracy": NaN}}')
-    assert "Not known" in card(load_model(run))
+    assert "Not known" in format_model_card(load_model(run))
 
 
 def test_no_path_of_the_machine_is_published(folder):
     """What else a stored config names is left out when it is read, tests/test_stored_config.py."""
     config = {"data": {"root": "/elsewhere/me/data", "name": "nyud"}}
-    assert portable(config) == {"data": {"root": None, "name": "nyud"}}
+    assert remove_local_paths(config) == {"data": {"root": None, "name": "nyud"}}
     assert config["data"]["root"] == "/elsewhere/me/data"  # left as it was
-    assert str(folder.parent) not in (folder / FACTS).read_text()
+    assert str(folder.parent) not in (folder / METADATA_FILE).read_text()
 
 
 def test_a_genotype_of_a_file_travels_along(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({t: dict.fromkeys(("semseg", "depth"), "local") for t in ("semseg", "depth")}))
     config = composed("tasks.names=[semseg,depth]", "decoder=atrc", f"decoder.genotype={path}")
-    inline_files(config)
+    inline_genotype(config)
     assert plain(config)["decoder"]["genotype"]["depth"] == {"semseg": "local", "depth": "local"}
 
 
@@ -176,7 +185,7 @@ def test_another_model_replaces_all_that_was_exported(trained, folder, tmp_path)
     (out / "notes.txt").write_text("kept")
     (out / ONNX).write_bytes(b"of an earlier checkpoint")
     export_model(load_model(trained), "safetensors", out)
-    assert {path.name for path in out.iterdir()} == {WEIGHTS, FACTS, CARD, "notes.txt"}
+    assert {path.name for path in out.iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE, "notes.txt"}
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "torch"])
@@ -193,8 +202,8 @@ def test_a_full_disk(trained, tmp_path, monkeypatch, kind):
 def test_facts_that_mtcl_did_not_write(folder, tmp_path):
     for name, content in (("a", {"config": {}}), ("b", {"config": None}), ("c", {"tasks": []})):
         shutil.copytree(folder, tmp_path / name)
-        facts = json.loads((folder / FACTS).read_text())
-        (tmp_path / name / FACTS).write_text(json.dumps(facts | content))
+        facts = json.loads((folder / METADATA_FILE).read_text())
+        (tmp_path / name / METADATA_FILE).write_text(json.dumps(facts | content))
         with pytest.raises(UserError, match=f"{name} is no model of mtcl"):
             mtcl.load(tmp_path / name)
 
@@ -202,7 +211,7 @@ def test_facts_that_mtcl_did_not_write(folder, tmp_path):
 def test_data_that_an_exported_model_does_not_know_the_place_of():
     config = composed("data=nyud", "data.root=null", "tasks.names=[depth]")
     with pytest.raises(UserError, match="data=nyud needs"):
-        build_reader(config, "val", build_tasks(config))
+        build_dataset(config, "val", build_tasks(config))
 
 
 # --- Programs
@@ -214,13 +223,13 @@ def recipe_block() -> str:
     return block
 
 
-def check_recipe(loaded: Loaded, program: Path, folder: Path, sizes) -> None:
+def check_recipe(loaded: LoadedModel, program: Path, folder: Path, sizes) -> None:
     """What docs/export.md says to do with a program gives what mtcl.load gives, for every task and size."""
-    predictor = predictor_of(loaded, device="cpu")
+    predictor = build_predictor(loaded, device="cpu")
     clipped = 0
     block = recipe_block().replace("onnx/model.onnx", str(program)).replace("picture.jpg", str(folder / "picture.png"))
     for height, width in sizes:
-        (image,) = exporting.clouds(1, height, width)
+        (image,) = exporting.smooth_random_images(1, height, width)
         Image.fromarray(image).save(folder / "picture.png")
         names: dict = {}
         exec(compile(block, "export.md", "exec"), names)
@@ -237,13 +246,13 @@ def check_recipe(loaded: Loaded, program: Path, folder: Path, sizes) -> None:
     assert clipped
 
 
-def with_negative_depth(loaded: Loaded) -> Loaded:
+def with_negative_depth(loaded: LoadedModel) -> LoadedModel:
     """Half of it, roughly."""
     biases = [p for n, p in loaded.model.named_parameters() if "depth" in n and n.endswith("bias") and p.shape == (1,)]
-    (image,) = exporting.clouds(1, 40, 70)
+    (image,) = exporting.smooth_random_images(1, 40, 70)
     with torch.no_grad():
-        biases[-1] += 1 - np.median(predictor_of(loaded, device="cpu")(image)["depth"])
-        biases[-1] -= float(np.median(predictor_of(loaded, device="cpu")(image)["depth"]))
+        biases[-1] += 1 - np.median(build_predictor(loaded, device="cpu")(image)["depth"])
+        biases[-1] -= float(np.median(build_predictor(loaded, device="cpu")(image)["depth"]))
     return loaded
 
 
@@ -255,14 +264,14 @@ def test_a_torch_program(cli, trained, tmp_path):
     result = cli(SCRIPT, f"checkpoint={trained}", "format=torch", f"output={tmp_path}/out", "fixed=true")
     assert result.code == 0, result.err
     assert "batches up to 256, pictures of 64 x 96 only (as asked for)" in result.out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {PROGRAM, RECIPE}
-    extra = {FACTS: ""}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {PROGRAM, RECIPE_FILE}
+    extra = {METADATA_FILE: ""}
     program = torch.export.load(tmp_path / "out" / PROGRAM, extra_files=extra)
     model = load_model(trained).model
     # Model weights only, by name and size.
     assert {f"model.{name}" for name in model.state_dict()} == set(program.state_dict)
     assert sum(t.numel() for t in program.parameters()) == sum(p.numel() for p in model.parameters())
-    facts = json.loads(extra[FACTS])
+    facts = json.loads(extra[METADATA_FILE])
     assert facts["tasks"] == ["semseg", "depth"]
     assert facts["multiple"] == 32
     assert facts["size"] == facts["frame"] == [64, 96]
@@ -273,8 +282,10 @@ def test_a_torch_program(cli, trained, tmp_path):
 def test_the_recipe_of_the_document_gives_the_scored_model(tmp_path, monkeypatch, any_size):
     """With the program before it is traced."""
     loaded = with_negative_depth(random_model("multi_head", "resnet18", names=ALL_TASKS, size=(60, 100)))
-    whole = exporting.Whole(loaded.model, loaded.tasks)
-    facts = json.loads(json.dumps(exporting.facts_of_program(loaded, exporting.Shape((64, 128), 32, True, any_size))))
+    whole = exporting.ExportModule(loaded.model, loaded.tasks)
+    facts = json.loads(
+        json.dumps(exporting.describe_program(loaded, exporting.InputSpec((64, 128), 32, True, any_size)))
+    )
 
     @torch.inference_mode()
     def run(image):
@@ -319,7 +330,7 @@ def test_an_onnx_file(cli, trained, tmp_path):
     result = cli(SCRIPT, f"checkpoint={trained}", "format=onnx", f"output={tmp_path}/out")
     assert result.code == 0, result.err
     path = tmp_path / "out" / ONNX
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {ONNX, RECIPE}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {ONNX, RECIPE_FILE}
     file = onnx.load(path)
     onnx.checker.check_model(file)
     # Not more numbers than the model's own, the constants of shapes and of the normalisation aside.
@@ -335,8 +346,8 @@ def test_an_onnx_file(cli, trained, tmp_path):
     assert json.loads(facts["mean"]) == pytest.approx(model.mean)
     assert json.loads(facts["std"]) == pytest.approx(model.std)
     assert json.loads(facts["classes"])["semseg"][0]
-    assert json.loads(facts[FACTS])["size"] == json.loads(facts["size"]) == [64, 96]
-    raw = np.stack(exporting.clouds(3, 96, 160)).transpose(0, 3, 1, 2).astype(np.float32)
+    assert json.loads(facts[METADATA_FILE])["size"] == json.loads(facts["size"]) == [64, 96]
+    raw = np.stack(exporting.smooth_random_images(3, 96, 160)).transpose(0, 3, 1, 2).astype(np.float32)
     (several,) = session.run(["depth"], {"image": raw})
     (alone,) = session.run(["depth"], {"image": raw[2:]})
     assert np.abs(several[2] - alone[0]).max() < 1e-4
@@ -377,14 +388,14 @@ def test_torch_programs_that_take_less(decoder, backbone, size, takes, tmp_path)
 
 
 def test_a_model_for_one_picture_at_a_time(trained, tmp_path, monkeypatch):
-    run = exporting.Whole.forward
+    run = exporting.ExportModule.forward
 
     def alone(self, image):
         if image.shape[0] != 1:
             raise ValueError("one picture only")
         return run(self, image)
 
-    monkeypatch.setattr(exporting.Whole, "forward", alone)
+    monkeypatch.setattr(exporting.ExportModule, "forward", alone)
     told = export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
     assert "one picture at a time, pictures of 64 x 96 only" in told
 
@@ -392,12 +403,12 @@ def test_a_model_for_one_picture_at_a_time(trained, tmp_path, monkeypatch):
 def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
     """A program whose outputs are a little off."""
     loaded = load_model(trained)
-    run = exporting.Whole.forward
+    run = exporting.ExportModule.forward
 
     def off(self, image):
         return {task: raw + (3e-3 if task == "depth" else 0) for task, raw in run(self, image).items()}
 
-    monkeypatch.setattr(exporting.Whole, "forward", off)
+    monkeypatch.setattr(exporting.ExportModule, "forward", off)
     with pytest.raises(
         UserError, match=r"can't be exported so: model.pt2, run at 1 x 64 x 96, gives another depth .* by [123]\.\de-03"
     ):
@@ -406,21 +417,23 @@ def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
 
 
 def test_what_is_none_of_the_models_weights_is_not_exported(trained, tmp_path, monkeypatch):
-    made = exporting.Whole.__init__
+    made = exporting.ExportModule.__init__
 
     def with_projector(self, model, tasks):
         made(self, model, tasks)
         self.projector = torch.nn.Linear(1, 1)
 
-    monkeypatch.setattr(exporting.Whole, "__init__", with_projector)
+    monkeypatch.setattr(exporting.ExportModule, "__init__", with_projector)
     with pytest.raises(UserError, match=r"projector\.bias, which is none of its weights"):
         export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_outputs_that_are_no_numbers_are_not_kept(trained, tmp_path, monkeypatch):
-    run = exporting.Whole.forward
-    monkeypatch.setattr(exporting.Whole, "forward", lambda s, x: {t: r * torch.nan for t, r in run(s, x).items()})
+    run = exporting.ExportModule.forward
+    monkeypatch.setattr(
+        exporting.ExportModule, "forward", lambda s, x: {t: r * torch.nan for t, r in run(s, x).items()}
+    )
     with pytest.raises(UserError, match="than the model, by nan"):
         export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
 
@@ -434,7 +447,7 @@ def test_a_full_folder_is_left_alone(cli, trained, tmp_path):
     assert_fails(cli(SCRIPT, *words), "holds something already", "overwrite=true")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     assert cli(SCRIPT, *words, "overwrite=true").code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", WEIGHTS, FACTS, CARD}
+    assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
@@ -525,7 +538,7 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
     result = cli(SCRIPT, "push=me/model", f"folder={published}")
     assert result.code == 0, result.err
     assert "https://huggingface.co/me/model" in result.out
-    assert {path.name for path in (server.root / "me" / "model").iterdir()} == {WEIGHTS, FACTS, CARD}
+    assert {path.name for path in (server.root / "me" / "model").iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
 
     want = mtcl.load(folder, device="cpu")(picture(32, 64))
     got = mtcl.load("me/model", device="cpu")(picture(32, 64))
@@ -533,21 +546,21 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
 
     result = cli(SCRIPT, "pull=me/model", "folder=here")
     assert result.code == 0, result.err
-    assert (tmp_path / "here" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    assert (tmp_path / "here" / WEIGHTS_FILE).read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
     assert_fails(cli(SCRIPT, "pull=me/model", "folder=here"), "holds something already")
     server.error = ConnectionError("no network")
     assert_fails(cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true"), "did not give it (no network)")
     server.error = None
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS, FACTS, CARD}
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
     assert cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true").code == 0
     assert_fails(cli(SCRIPT, "push=me/model", f"folder={published}", "private=true"), "is there already, and public")
     assert cli(SCRIPT, "push=me/secret", f"folder={published}", "private=true").code == 0
     (tmp_path / "here" / ONNX).write_bytes(b"of another model")
     assert cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true").code == 0
-    assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS, FACTS, CARD}
-    (server.root / "me/model" / FACTS).unlink()
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
+    (server.root / "me/model" / METADATA_FILE).unlink()
     with pytest.raises(UserError, match="me/model on the hub is no model of mtcl"):
-        pull("me/model", folder=tmp_path / "there")
+        download_model("me/model", folder=tmp_path / "there")
 
 
 @needs_hub
@@ -558,8 +571,8 @@ def test_of_a_hostile_snapshot_only_the_models_own_files_are_taken(folder, tmp_p
     offered = {}
 
     def download(name, revision, allow_patterns, local_dir):
-        assert set(allow_patterns) == set(SHARED)
-        for file in (WEIGHTS, FACTS, CARD):
+        assert set(allow_patterns) == set(HUB_FILES)
+        for file in (WEIGHTS_FILE, METADATA_FILE, CARD_FILE):
             shutil.copy(folder / file, local_dir / file)
         for file, make in offered.items():
             (local_dir / file).unlink(missing_ok=True)
@@ -570,17 +583,17 @@ def test_of_a_hostile_snapshot_only_the_models_own_files_are_taken(folder, tmp_p
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     offered |= {"recipe.py": lambda p: p.write_text("evil"), "../../../x": lambda p: None, "setup.py": Path.touch}
-    pull("me/model", folder=out)
-    assert {path.name for path in out.iterdir()} == {WEIGHTS, FACTS, CARD}
-    before = (out / WEIGHTS).read_bytes()
-    for name in SHARED:
-        target = folder / FACTS if name == FACTS else tmp_path / "mine.txt"
-        for make in (lambda p, target=target: p.symlink_to(target), Path.mkdir)[: 1 if name == FACTS else 2]:
+    download_model("me/model", folder=out)
+    assert {path.name for path in out.iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
+    before = (out / WEIGHTS_FILE).read_bytes()
+    for name in HUB_FILES:
+        target = folder / METADATA_FILE if name == METADATA_FILE else tmp_path / "mine.txt"
+        for make in (lambda p, target=target: p.symlink_to(target), Path.mkdir)[: 1 if name == METADATA_FILE else 2]:
             offered.clear()
             offered[name] = make
             with pytest.raises(UserError, match=f"{name} of what was to go into .* is a link or no file"):
-                pull("me/model", folder=out)
-            assert (out / WEIGHTS).read_bytes() == before
+                download_model("me/model", folder=out)
+            assert (out / WEIGHTS_FILE).read_bytes() == before
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
@@ -592,11 +605,11 @@ def test_the_hub_without_connection_or_token(server, folder, tmp_path):
     with pytest.raises(UserError, match=r"did not take it \(Name or service not known\); check the connection"):
         push(folder, "me/model")
     with pytest.raises(UserError, match=r"the hub did not give it \(Name or service not known\)"):
-        pull("me/model")
+        download_model("me/model")
     server.error = LocalTokenNotFoundError("no token")
     with pytest.raises(UserError, match="hf auth login"):
         push(folder, "me/model")
-    with pytest.raises(UserError, match=f"has no {FACTS}"):
+    with pytest.raises(UserError, match=f"has no {METADATA_FILE}"):
         push(tmp_path, "me/model")
 
 
@@ -618,4 +631,4 @@ def test_the_library_is_called_as_it_is(monkeypatch, folder):
     with pytest.raises(UserError, match=r"did not take it \(.*offline"):
         push(folder, "me/model")
     with pytest.raises(UserError, match="the hub did not give it"):
-        pull("me/no-such-model")
+        download_model("me/no-such-model")

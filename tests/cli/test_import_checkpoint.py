@@ -13,10 +13,10 @@ from mtcl import UserError
 from mtcl.cli.evaluate import evaluate
 from mtcl.cli.import_checkpoint import import_checkpoint
 from mtcl.cli.train import train
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.stored_config import check_tasks
-from mtcl.models.published import METHODS, fit, translate
+from mtcl.models.published import METHODS, check_state_dict, translate_state_dict
 from mtcl.training.checkpoint import load_checkpoint
 
 CONFIGS = ROOT / "configs"
@@ -78,9 +78,9 @@ def test_invpt_predicts_as_published(data, tmp_path):
     for name, value in model.state_dict().items():
         sources = [k for k, v in state.items() if v.shape == value.shape and torch.equal(v, value)]
         assert len(sources) == 1, name
-    idle = [key for key in state if key.startswith(IDLE)]
-    assert sorted(done.idle) == sorted(idle)
-    assert len(model.state_dict()) == done.tensors == len(state) - len(idle)
+    unused_keys = [key for key in state if key.startswith(IDLE)]
+    assert sorted(done.unused_keys) == sorted(unused_keys)
+    assert len(model.state_dict()) == done.tensors == len(state) - len(unused_keys)
 
     image = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -96,16 +96,16 @@ def test_invpt_predicts_as_published(data, tmp_path):
 def test_the_published_vit_large_fits(tasks):
     """At full size, shapes only: 423 M parameters are what the public code saves, the idle ones among them."""
     config = composed(f"data={tasks}", "decoder=invpt", "backbone=vit_large", "decoder.aggregate_first=false")
-    size = data_size(config)
+    size = get_image_size(config)
     config.backbone.kwargs = {"img_size": list(size), "dynamic_img_size": True}
     built = build_tasks(config)
     channels = {name: task.channels for name, task in built.items()}
     with torch.device("meta"):
         model = build_model(config, built, pretrained=False)
         theirs = {key: torch.empty(shape) for key, shape in published_shapes(channels, size).items()}
-    ours, idle = translate(theirs, METHODS["invpt"], list(channels))
-    fit(ours, model.state_dict(), "invpt")
-    assert all(key.startswith(IDLE) for key in idle)
+    ours, unused_keys = translate_state_dict(theirs, METHODS["invpt"], list(channels))
+    check_state_dict(ours, model.state_dict(), "invpt")
+    assert all(key.startswith(IDLE) for key in unused_keys)
     if tasks == "pascal":
         counted = sum(v.numel() for k, v in theirs.items() if "running_" not in k and "num_batches" not in k)
         assert counted / 1e6 == pytest.approx(423, rel=0.002)

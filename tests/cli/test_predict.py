@@ -148,7 +148,7 @@ def test_a_name_that_is_not_unicode(predict, tmp_path):
 
 def test_names_of_many_kinds_stay_apart(tmp_path):
     files = [tmp_path / n for n in ("a.jpg", "a.png", "a.jpg.png", "a.b.png", "a.b.jpg", "c.jpg", "d/a.jpg")]
-    names = predicting.named(files, tmp_path)
+    names = predicting.output_names(files, tmp_path)
     assert len(set(names.values())) == len(files)
     assert names[tmp_path / "c.jpg"] == "c"
 
@@ -472,11 +472,11 @@ def test_only_a_lack_of_memory_is_one():
     with pytest.raises(cv2.error) as resize:
         cv2.resize(np.zeros((9, 9, 3), np.uint8), (2**21, 2**20))
     for error in (cpu.value, resize.value, torch.OutOfMemoryError("x"), MemoryError()):
-        assert predicting.out_of_memory(error), error
+        assert predicting.is_out_of_memory(error), error
     with pytest.raises(cv2.error) as other:
         cv2.resize(np.zeros((0, 0), np.uint8), (3, 3))
     for error in (other.value, RuntimeError("an illegal allocation of ids"), ValueError("DefaultCPUAllocator")):
-        assert not predicting.out_of_memory(error), error
+        assert not predicting.is_out_of_memory(error), error
 
 
 # Films

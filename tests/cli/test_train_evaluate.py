@@ -15,7 +15,7 @@ from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.data import Rooms
 from mtcl.errors import UserError
-from mtcl.evaluation.format_metrics import format_table
+from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.tasks import TASK_NAMES
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 
@@ -244,7 +244,7 @@ def test_the_table_leaves_out_what_nobody_reads():
         "edge": {"loss": 0.05, "odsF": 0.75, "not_finite": 3.0},
     }
     earlier = {"semseg": {"mIoU": 0.1, "IoU/wall": 0.1, "not_finite": 0.0}, "edge": {"loss": 0.1, "not_finite": 0.0}}
-    table = format_table({name: tasks[name] for name in metrics}, {"untrained": earlier, "step 9": metrics})
+    table = format_metrics({name: tasks[name] for name in metrics}, {"untrained": earlier, "step 9": metrics})
     rows = [line.split() for line in table.splitlines()[2:]]
     assert rows[0] == ["semseg", "mIoU*", "10.00", "%", "50.00", "%"]
     assert ["edge", "odsF*", "-", "75.00", "%"] in rows
@@ -253,10 +253,10 @@ def test_the_table_leaves_out_what_nobody_reads():
     assert table.count("not_finite") == 1
     del earlier["edge"]["not_finite"], metrics["edge"]["not_finite"]
     late = {"semseg": metrics["semseg"], "edge": {**metrics["edge"], "not_finite": 0.0}}
-    assert "not_finite" not in format_table({"edge": tasks["edge"]}, {"untrained": earlier, "step 9": late})
+    assert "not_finite" not in format_metrics({"edge": tasks["edge"]}, {"untrained": earlier, "step 9": late})
     for absent, shown in ((0.0, False), (3.0, True)):  # the second mIoU only where a class is absent
         values = {"mIoU": 0.5, "mIoU_present": 0.75, "absent_classes": absent}
-        table = format_table({"semseg": tasks["semseg"]}, {"step 9": {"semseg": values}})
+        table = format_metrics({"semseg": tasks["semseg"]}, {"step 9": {"semseg": values}})
         assert ("absent_classes  3 classes" in table, "75.00 %" in table) == (shown, shown), table
 
 

@@ -18,7 +18,7 @@ from mtcl.config.build_evaluator import choose_monitor
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer, build_schedule
 from mtcl.config.resolve import plain
-from mtcl.config.schema import ROLES, RULES, check_config, leaves, role_of, rule_of
+from mtcl.config.schema import ROLES, RULES, check_config, flatten, role_of, rule_of
 from mtcl.models.backbones import Backbone, build_backbone
 from mtcl.regularizers import Contrastive
 
@@ -84,13 +84,13 @@ def test_every_value_of_every_config_has_a_rule(group, choice):
     """A new key without a rule would let nonsense through to a traceback."""
     plain = OmegaConf.to_container(composed(word(group, choice)), resolve=True)
     check_config(plain)
-    assert not [key for key, _ in leaves(plain) if rule_of(key) is None and not key.endswith("_target_")]
+    assert not [key for key, _ in flatten(plain) if rule_of(key) is None and not key.endswith("_target_")]
 
 
 @pytest.mark.parametrize(("group", "choice"), [("trainer", "default"), ("data", "nyud"), ("regularizer", "mtpsl")])
 def test_every_value_of_a_config_has_a_role(group, choice):
     plain = OmegaConf.to_container(composed(word(group, choice)), resolve=True)
-    assert not [key for key, _ in leaves(plain) if not any(fnmatch(key, pattern) for pattern in ROLES)]
+    assert not [key for key, _ in flatten(plain) if not any(fnmatch(key, pattern) for pattern in ROLES)]
 
 
 def test_every_key_with_a_rule_has_a_role_and_every_role_a_key():
@@ -238,7 +238,7 @@ def test_experiments_build_at_their_published_size(experiment):
     tasks = build_tasks(config)
     with torch.device("meta"):
         model = build_model(config, tasks, pretrained=False)
-    assert set(model.tap_channels["final"]) == set(tasks)
+    assert set(model.feature_channels["final"]) == set(tasks)
 
 
 @pytest.mark.parametrize(

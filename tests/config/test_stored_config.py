@@ -21,7 +21,7 @@ import mtcl
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model, saved_config
 from mtcl.config.load import load_model
-from mtcl.config.stored_config import check_stored_config, described
+from mtcl.config.stored_config import check_stored_config, describe_tasks
 from mtcl.errors import UserError
 from mtcl.run_lock import claim, is_claimed
 from mtcl.training.checkpoint import save_checkpoint
@@ -45,7 +45,7 @@ def state() -> dict:
         "step": 3,
         "rng": {},
         "config": saved_config(config, model),
-        "meta": {"tasks": described(tasks), "best": 0.5},
+        "meta": {"tasks": describe_tasks(tasks), "best": 0.5},
     }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mtcl import UserError
 from mtcl.data import cache as store_module
-from mtcl.data.cache import ArrayStore, Stored
+from mtcl.data.cache import ArrayCache, CacheEntry
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -31,9 +31,9 @@ class Maker:
     def __init__(self, array: np.ndarray = ARRAY) -> None:
         self.array, self.calls = array, 0
 
-    def __call__(self) -> Stored:
+    def __call__(self) -> CacheEntry:
         self.calls += 1
-        return Stored(self.array, (8, 10))
+        return CacheEntry(self.array, (8, 10))
 
 
 def entry(folder: Path) -> Path:
@@ -43,12 +43,12 @@ def entry(folder: Path) -> Path:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("array", [ARRAY, np.float32([[0.5, -1]]), np.zeros((0, 3), np.int64), ARRAY[::2, :, 1]])
-def test_an_entry_is_made_once_and_read_back_equal(tmp_path: Path, source: Path, packed: bool, array) -> None:
+def test_an_entry_is_made_once_and_read_back_equal(tmp_path: Path, source: Path, compressed: bool, array) -> None:
     make = Maker(array)
     for _ in range(2):  # the second store is another process, or another day
-        store = ArrayStore(tmp_path / "cache")
+        store = ArrayCache(tmp_path / "cache")
         for _ in range(2):
-            found = store.get("semseg", "2008_000001", [source], make, packed)
+            found = store.get("semseg", "2008_000001", [source], make, compressed)
             np.testing.assert_array_equal(found.array, array)
             assert found.array.dtype == array.dtype
             assert found.native_size == (8, 10)
@@ -59,14 +59,14 @@ def test_an_entry_is_made_once_and_read_back_equal(tmp_path: Path, source: Path,
 
 def test_a_plain_array_is_mapped_and_a_packed_one_is_small(tmp_path: Path, source: Path) -> None:
     make = Maker(np.zeros((100, 100), np.uint8))
-    ArrayStore(tmp_path).get("a", "x", [source], make)
-    ArrayStore(tmp_path).get("b", "x", [source], make, packed=True)
+    ArrayCache(tmp_path).get("a", "x", [source], make)
+    ArrayCache(tmp_path).get("b", "x", [source], make, compressed=True)
     assert (tmp_path / "a" / "x.array").stat().st_size > 10_000
     assert (tmp_path / "b" / "x.array").stat().st_size < 1_000
 
 
 def test_kinds_and_names_are_kept_apart(tmp_path: Path, source: Path) -> None:
-    store = ArrayStore(tmp_path)
+    store = ArrayCache(tmp_path)
     for number, (kind, name) in enumerate([("edge", "a"), ("edge", "b"), ("depth", "a")]):
         store.get(kind, name, [source], Maker(np.full((2, 2), number)))
     for number, (kind, name) in enumerate([("edge", "a"), ("edge", "b"), ("depth", "a")]):
@@ -78,21 +78,23 @@ def test_kinds_and_names_are_kept_apart(tmp_path: Path, source: Path) -> None:
 def test_any_flipped_bit_is_noticed_or_harmless(tmp_path_factory: pytest.TempPathFactory, position, bit) -> None:
     folder = tmp_path_factory.mktemp("cache")
     (folder / "source").write_bytes(b"x")
-    ArrayStore(folder).get("image", "1", [folder / "source"], Maker())
+    ArrayCache(folder).get("image", "1", [folder / "source"], Maker())
     data = bytearray(entry(folder).read_bytes())
     data[int(position * len(data))] ^= 1 << bit
     entry(folder).write_bytes(data)
-    np.testing.assert_array_equal(ArrayStore(folder).get("image", "1", [folder / "source"], Maker()).array, ARRAY)
+    np.testing.assert_array_equal(ArrayCache(folder).get("image", "1", [folder / "source"], Maker()).array, ARRAY)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 100, 250, -1])
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_truncated_entry_is_made_anew_with_a_warning(tmp_path: Path, source: Path, caplog, kept: int, packed) -> None:
-    ArrayStore(tmp_path).get("image", "1", [source], Maker(), packed)
+def test_a_truncated_entry_is_made_anew_with_a_warning(
+    tmp_path: Path, source: Path, caplog, kept: int, compressed
+) -> None:
+    ArrayCache(tmp_path).get("image", "1", [source], Maker(), compressed)
     whole = entry(tmp_path).read_bytes()
     entry(tmp_path).write_bytes(whole[:kept])
     make = Maker()
-    np.testing.assert_array_equal(ArrayStore(tmp_path).get("image", "1", [source], make, packed).array, ARRAY)
+    np.testing.assert_array_equal(ArrayCache(tmp_path).get("image", "1", [source], make, compressed).array, ARRAY)
     assert make.calls == 1
     assert str(entry(tmp_path)) in caplog.text
     assert entry(tmp_path).read_bytes() == whole
@@ -100,54 +102,54 @@ def test_a_truncated_entry_is_made_anew_with_a_warning(tmp_path: Path, source: P
 
 def test_an_entry_of_another_version_is_made_anew(tmp_path: Path, source: Path, monkeypatch) -> None:
     monkeypatch.setattr(store_module, "MAGIC", b"mtcl array 0\n\0\0\0")
-    ArrayStore(tmp_path).get("image", "1", [source], Maker())
+    ArrayCache(tmp_path).get("image", "1", [source], Maker())
     monkeypatch.undo()
     make = Maker(ARRAY + 1)
-    assert (ArrayStore(tmp_path).get("image", "1", [source], make).array == ARRAY + 1).all()
+    assert (ArrayCache(tmp_path).get("image", "1", [source], make).array == ARRAY + 1).all()
     assert make.calls == 1
 
 
 def test_a_changed_source_makes_the_entry_anew(tmp_path: Path, source: Path) -> None:
-    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     source.write_bytes(b"the file an array is made FROM")  # of the same length
     make = Maker(ARRAY + 1)
-    assert (ArrayStore(tmp_path / "cache").get("image", "1", [source], make).array == ARRAY + 1).all()
+    assert (ArrayCache(tmp_path / "cache").get("image", "1", [source], make).array == ARRAY + 1).all()
     assert make.calls == 1
 
 
 def test_a_source_that_moved_or_was_unpacked_again_is_known_by_its_content(tmp_path: Path, source: Path) -> None:
-    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     moved = tmp_path / "elsewhere.png"
     shutil.copy(source, moved)
     os.utime(source, (1, 1))
     make = Maker()
     for path in (moved, source):
-        ArrayStore(tmp_path / "cache").get("image", "1", [path], make)
+        ArrayCache(tmp_path / "cache").get("image", "1", [path], make)
     assert make.calls == 0
 
 
 def test_a_source_replaced_with_its_old_times_is_noticed(tmp_path: Path, source: Path) -> None:
     """As tar and rsync do it: same name, size and time of modification."""
     before = source.stat()
-    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     source.write_bytes(b"the file an array is made FROM")
     os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
     make = Maker(ARRAY + 1)
-    assert (ArrayStore(tmp_path / "cache").get("image", "1", [source], make).array == ARRAY + 1).all()
+    assert (ArrayCache(tmp_path / "cache").get("image", "1", [source], make).array == ARRAY + 1).all()
 
 
 def test_a_moved_source_is_read_once_to_be_known_again(tmp_path: Path, source: Path, monkeypatch) -> None:
-    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     os.utime(source, (1, 1))
     reads = []
     monkeypatch.setattr(store_module, "read_bytes", lambda path: reads.append(path) or path.read_bytes())
     for _ in range(3):
-        ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+        ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     assert len(reads) == 1
 
 
 def test_an_entry_that_another_process_replaces_is_looked_at_again(tmp_path: Path, source: Path) -> None:
-    mine, theirs = ArrayStore(tmp_path / "cache"), ArrayStore(tmp_path / "cache")
+    mine, theirs = ArrayCache(tmp_path / "cache"), ArrayCache(tmp_path / "cache")
     mine.get("depth", "1", [source], Maker())
     (tmp_path / "other.png").write_bytes(b"of another dataset")
     theirs.get("depth", "1", [tmp_path / "other.png"], Maker(ARRAY + 1))
@@ -155,27 +157,27 @@ def test_an_entry_that_another_process_replaces_is_looked_at_again(tmp_path: Pat
 
 
 def test_a_source_that_is_gone_is_named(tmp_path: Path, source: Path) -> None:
-    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     source.unlink()
     with pytest.raises(UserError, match=r"source\.png does not exist"):
-        ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+        ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
 
 
 def test_many_damaged_entries_are_one_warning(tmp_path: Path, source: Path, caplog) -> None:
     for name in "abc":
-        ArrayStore(tmp_path).get("image", name, [source], Maker())
+        ArrayCache(tmp_path).get("image", name, [source], Maker())
     for path in tmp_path.rglob("*.array"):
         path.write_bytes(b"")
-    store = ArrayStore(tmp_path)
+    store = ArrayCache(tmp_path)
     for name in "abc":
         store.get("image", name, [source], Maker())
     assert len(caplog.records) == 1
 
 
 def test_another_number_of_sources_makes_the_entry_anew(tmp_path: Path, source: Path) -> None:
-    ArrayStore(tmp_path / "cache").get("image", "1", [source], Maker())
+    ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     make = Maker()
-    ArrayStore(tmp_path / "cache").get("image", "1", [source, source], make)
+    ArrayCache(tmp_path / "cache").get("image", "1", [source, source], make)
     assert make.calls == 1
 
 
@@ -185,7 +187,7 @@ def test_a_full_disk_costs_one_warning_and_no_array(tmp_path: Path, source: Path
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    store, make = ArrayStore(tmp_path / "cache"), Maker()
+    store, make = ArrayCache(tmp_path / "cache"), Maker()
     for name in "abc":
         np.testing.assert_array_equal(store.get("image", name, [source], make).array, ARRAY)
     assert make.calls == 3
@@ -197,11 +199,11 @@ def test_a_full_disk_costs_one_warning_and_no_array(tmp_path: Path, source: Path
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/cache.*data\.cache=PATH"):
-        ArrayStore(tmp_path / "file" / "cache")
+        ArrayCache(tmp_path / "file" / "cache")
 
 
 def fill(folder: Path, source: Path) -> int:
-    store, make = ArrayStore(folder), Maker(np.arange(300_000, dtype=np.float32).reshape(300, 1000))
+    store, make = ArrayCache(folder), Maker(np.arange(300_000, dtype=np.float32).reshape(300, 1000))
     for _ in range(3):
         for name in range(12):
             found = store.get("depth", str(name), [source], make)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.data import Augment, Batch, EpochBatches, Sample, collate, eval_loader, prepare, train_loader
+from mtcl.data import Augment, Batch, EpochBatchSampler, Sample, collate, eval_loader, prepare_batch, train_loader
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 
 ALL = {name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES}
@@ -39,7 +39,7 @@ class Pictures:
         self.sizes, self.bad = sizes, bad
 
     @classmethod
-    def offered(cls) -> dict:
+    def task_options(cls) -> dict:
         return {}
 
     def read(self, index: int) -> Sample:
@@ -88,10 +88,10 @@ def test_a_resumed_stream_is_the_tail_of_the_whole_one(start: int) -> None:
 def test_epochs_are_permutations_without_their_last_incomplete_batch(count, batch_size, start, seed) -> None:
     if batch_size > count:
         with pytest.raises(UserError, match=rf"{batch_size} .* {count} "):
-            EpochBatches(count, batch_size, seed)
+            EpochBatchSampler(count, batch_size, seed)
         return
-    stream = list(islice(EpochBatches(count, batch_size, seed), 80))
-    assert list(islice(EpochBatches(count, batch_size, seed, start), 80 - start)) == stream[start:]
+    stream = list(islice(EpochBatchSampler(count, batch_size, seed), 80))
+    assert list(islice(EpochBatchSampler(count, batch_size, seed, start), 80 - start)) == stream[start:]
     per_epoch = count // batch_size
     for step, batch in enumerate(stream):
         assert len(batch) == batch_size
@@ -103,7 +103,7 @@ def test_epochs_are_permutations_without_their_last_incomplete_batch(count, batc
 
 def test_order_differs_between_epochs_and_seeds() -> None:
     def order(seed: int, epoch: int) -> list[int]:
-        batches = islice(EpochBatches(64, 8, seed), epoch * 8, epoch * 8 + 8)
+        batches = islice(EpochBatchSampler(64, 8, seed), epoch * 8, epoch * 8 + 8)
         return [index for batch in batches for _, index in batch]
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
@@ -237,7 +237,7 @@ def test_prepare_normalises_pictures_and_zeroes_padding(sizes) -> None:
     batch = collate(samples, TASKS, (10, 10), 1)
     before = batch["image"].clone()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    image, labels = prepare(batch, mean, std, "cpu")
+    image, labels = prepare_batch(batch, mean, std, "cpu")
     assert image.dtype == torch.float32
     assert image.shape == (len(sizes), 3, 10, 10)
     for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):

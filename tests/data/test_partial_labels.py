@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.data import Augment, Rooms, partly_labelled, train_loader
-from mtcl.data.partial_labels import DIFFUSION_PASCAL, draw_labelled, read_labelled
+from mtcl.data import Augment, Rooms, apply_label_assignment, train_loader
+from mtcl.data.partial_labels import DIFFUSION_PASCAL, draw_label_assignment, read_label_assignment
 from mtcl.regularizers import Contrastive
 from mtcl.tasks import TASK_NAMES, build_task
 
@@ -23,19 +23,19 @@ TASKS = ("semseg", "depth", "normals", "edge")
 
 def rooms(tasks=TASK_NAMES, count: int = 24):
     reader = Rooms("train", tasks, size=(32, 40), length=(count, 1))
-    offered = Rooms.offered()
+    offered = Rooms.task_options()
     return reader, {name: build_task(name, **offered[name]) for name in tasks}
 
 
 def test_one_gives_every_picture_a_task_and_every_task_as_many_pictures() -> None:
-    labelled = draw_labelled(IDS, TASKS, "one", seed=3)
+    labelled = draw_label_assignment(IDS, TASKS, "one", seed=3)
     assert list(map(len, labelled.values())) == [1] * 60
     assert Counter(name for names in labelled.values() for name in names) == dict.fromkeys(TASKS, 15)
 
 
 def test_random_gives_every_number_of_tasks_but_none_and_all_equally_often() -> None:
     ids = [str(number) for number in range(3000)]
-    labelled = draw_labelled(ids, TASKS, "random", seed=3)
+    labelled = draw_label_assignment(ids, TASKS, "random", seed=3)
     sizes = Counter(map(len, labelled.values()))
     assert sorted(sizes) == [1, 2, 3]
     assert max(abs(count - 1000) for count in sizes.values()) < 130  # 5 standard deviations
@@ -46,23 +46,23 @@ def test_random_gives_every_number_of_tasks_but_none_and_all_equally_often() -> 
 @given(st.permutations(IDS[:12]), st.sampled_from(["one", "random"]), st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
 def test_the_seed_fixes_the_labels(order: list[str], choice: str, seed: int) -> None:
-    first = draw_labelled(IDS[:12], TASKS, choice, seed)
-    assert first == draw_labelled(IDS[:12], TASKS, choice, seed)
+    first = draw_label_assignment(IDS[:12], TASKS, choice, seed)
+    assert first == draw_label_assignment(IDS[:12], TASKS, choice, seed)
     if choice == "random":
-        assert first == draw_labelled(order, TASKS, choice, seed)
+        assert first == draw_label_assignment(order, TASKS, choice, seed)
     assert set(first) == set(IDS[:12])
 
 
 def test_other_seeds_give_other_labels() -> None:
     for choice in ("one", "random"):
-        assert draw_labelled(IDS, TASKS, choice, 0) != draw_labelled(IDS, TASKS, choice, 1)
+        assert draw_label_assignment(IDS, TASKS, choice, 0) != draw_label_assignment(IDS, TASKS, choice, 1)
 
 
 @pytest.mark.parametrize("choice", ["one", "random"])
 def test_labels_that_are_not_kept_are_void_and_the_others_untouched(choice: str) -> None:
     reader, tasks = rooms()
-    partial = partly_labelled(reader, tasks, choice, seed=0)
-    labelled = draw_labelled(reader.ids, list(tasks), choice, seed=0)
+    partial = apply_label_assignment(reader, tasks, choice, seed=0)
+    labelled = draw_label_assignment(reader.ids, list(tasks), choice, seed=0)
     for index, name in enumerate(partial.ids):
         whole, sample = reader.read(index), partial.read(index)
         np.testing.assert_array_equal(sample.image, whole.image)
@@ -76,20 +76,20 @@ def test_labels_that_are_not_kept_are_void_and_the_others_untouched(choice: str)
 
 def test_full_changes_nothing() -> None:
     reader, tasks = rooms()
-    assert partly_labelled(reader, tasks, "full", seed=0) is reader
+    assert apply_label_assignment(reader, tasks, "full", seed=0) is reader
 
 
 def test_summary_and_fingerprint_tell_the_choice() -> None:
     reader, tasks = rooms()
-    one, other = (partly_labelled(reader, tasks, "one", seed) for seed in (0, 1))
+    one, other = (apply_label_assignment(reader, tasks, "one", seed) for seed in (0, 1))
     assert "semseg 4, human_parts 4" in one.summary()
     assert len({reader.fingerprint(), one.fingerprint(), other.fingerprint()}) == 3
 
 
 def test_augmented_batches_keep_absent_labels_void() -> None:
     reader, tasks = rooms()
-    partial = partly_labelled(reader, tasks, "random", seed=0)
-    labelled = draw_labelled(reader.ids, list(tasks), "random", seed=0)
+    partial = apply_label_assignment(reader, tasks, "random", seed=0)
+    labelled = draw_label_assignment(reader.ids, list(tasks), "random", seed=0)
     batch = next(iter(train_loader(partial, tasks, Augment((24, 24)), 12, seed=0, workers=0)))
     for row, meta in enumerate(batch["meta"]):
         for name, task in tasks.items():
@@ -99,7 +99,7 @@ def test_augmented_batches_keep_absent_labels_void() -> None:
 
 def test_each_picture_is_contrasted_with_a_source_it_has_labels_of() -> None:
     reader, tasks = rooms()
-    partial = partly_labelled(reader, tasks, "one", seed=0)
+    partial = apply_label_assignment(reader, tasks, "one", seed=0)
     batch = next(iter(train_loader(partial, tasks, Augment((32, 40), scale=(1, 1)), 12, seed=0, workers=0)))
     ids = [meta.id for meta in batch["meta"]]
     regularizer = Contrastive(tasks, dict.fromkeys(tasks, 8), pixels=64)
@@ -108,7 +108,7 @@ def test_each_picture_is_contrasted_with_a_source_it_has_labels_of() -> None:
     output = regularizer(features, batch["labels"], regularizer.sample(0, ids))
     output.loss.backward()
     assert output.loss.isfinite()
-    labelled = draw_labelled(reader.ids, list(tasks), "one", seed=0)
+    labelled = draw_label_assignment(reader.ids, list(tasks), "one", seed=0)
     for target in tasks:
         (gradient,) = (features[target].grad,)
         for row, name in enumerate(ids):
@@ -129,8 +129,8 @@ def test_the_published_forms_of_pascal_are_read(tmp_path: Path) -> None:
     torch.save({np.str_(name): flags for name, flags in FLAGS.items()}, tmp_path / "new_onelabel.pth")
     (tmp_path / "own.json").write_text(json.dumps({name: sorted(names) for name, names in EXPECTED.items()}))
     for file in ("onelabel.npy", "new_onelabel.pth", "own.json"):
-        assert read_labelled(tmp_path / file, IDS, DIFFUSION_PASCAL) == EXPECTED
-        assert read_labelled(tmp_path / file, IDS[5:8], ["edge", "sal"]) == {
+        assert read_label_assignment(tmp_path / file, IDS, DIFFUSION_PASCAL) == EXPECTED
+        assert read_label_assignment(tmp_path / file, IDS[5:8], ["edge", "sal"]) == {
             name: EXPECTED[name] & {"edge", "sal"} for name in IDS[5:8]
         }
 
@@ -138,13 +138,13 @@ def test_the_published_forms_of_pascal_are_read(tmp_path: Path) -> None:
 def test_the_published_form_of_nyud_is_read_by_row(tmp_path: Path) -> None:
     weights = torch.tensor([[1.0, 0, 0], [0, 1, 1]]).repeat(30, 1)
     torch.save({"labels_weights": weights}, tmp_path / "onelabel.pth")
-    found = read_labelled(tmp_path / "onelabel.pth", IDS, ["semseg", "depth", "normals"])
+    found = read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "depth", "normals"])
     assert found[IDS[0]] == {"semseg"}
     assert found[IDS[59]] == {"depth", "normals"}
     with pytest.raises(UserError, match=r"\(60, 3\).*59 pictures"):
-        read_labelled(tmp_path / "onelabel.pth", IDS[:59], ["semseg"])
+        read_label_assignment(tmp_path / "onelabel.pth", IDS[:59], ["semseg"])
     with pytest.raises(UserError, match="says nothing of edge"):
-        read_labelled(tmp_path / "onelabel.pth", IDS, ["semseg", "edge"])
+        read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "edge"])
 
 
 class Evil:
@@ -163,7 +163,7 @@ def test_a_file_of_another_kind_is_refused_and_never_run(tmp_path: Path, monkeyp
     else:
         path.write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(UserError, match=f"mapping.{form}"):
-        read_labelled(path, IDS, TASKS)
+        read_label_assignment(path, IDS, TASKS)
     assert not (tmp_path / "evil").exists()
 
 
@@ -183,21 +183,21 @@ def test_a_file_of_another_kind_is_refused_and_never_run(tmp_path: Path, monkeyp
 def test_json_of_another_form_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "mapping.json").write_text(content)
     with pytest.raises(UserError, match=r"mapping\.json"):
-        read_labelled(tmp_path / "mapping.json", IDS, TASKS)
+        read_label_assignment(tmp_path / "mapping.json", IDS, TASKS)
 
 
 def test_pictures_and_files_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.json does not exist"):
-        read_labelled(tmp_path / "no.json", IDS, TASKS)
+        read_label_assignment(tmp_path / "no.json", IDS, TASKS)
     reader, tasks = rooms()
     with pytest.raises(UserError, match=r"data\.labels=some is neither full, one or random, nor a file"):
-        partly_labelled(reader, tasks, "some", seed=0)
+        apply_label_assignment(reader, tasks, "some", seed=0)
     np.save(tmp_path / "other.npy", np.array({"depth": ["0001"], "edge": ["0002"]}, dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=f"lacks 60 pictures.*{IDS[0]}"):
-        read_labelled(tmp_path / "other.npy", IDS, ["depth", "edge"])
+        read_label_assignment(tmp_path / "other.npy", IDS, ["depth", "edge"])
     (tmp_path / "few.json").write_text(json.dumps({IDS[0]: list(TASKS)}))
     with pytest.raises(UserError, match=f"lacks 59 pictures.*{IDS[1]}"):
-        read_labelled(tmp_path / "few.json", IDS, TASKS)
+        read_label_assignment(tmp_path / "few.json", IDS, TASKS)
 
 
 def test_labels_that_are_not_kept_are_not_read() -> None:
@@ -205,10 +205,10 @@ def test_labels_that_are_not_kept_are_not_read() -> None:
     asked = []
     read = reader.read
     reader.read = lambda index, tasks=None: asked.append(tasks) or read(index, tasks)  # type: ignore[method-assign]
-    partly_labelled(reader, tasks, "one", seed=0).read(0)
+    apply_label_assignment(reader, tasks, "one", seed=0).read(0)
     assert list(map(len, asked)) == [1]
 
 
 def test_one_task_leaves_no_choice() -> None:
     with pytest.raises(UserError, match="at least two tasks"):
-        draw_labelled(IDS, ["depth"], "one", 0)
+        draw_label_assignment(IDS, ["depth"], "one", 0)

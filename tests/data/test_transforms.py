@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.data import Augment, Sample, finish
+from mtcl.data import Augment, Sample, finalize_labels
 from mtcl.data.transforms import (
     CROP_RETRIES,
     Window,
-    distort,
-    draw_window,
+    distort_colors,
     flip,
-    nearest,
+    has_varied_classes,
+    resize_nearest,
+    sample_window,
     scale_and_crop,
-    varied,
 )
 from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
 
@@ -103,7 +103,7 @@ def test_scaling_divides_depth_and_keeps_every_other_value(size, tasks, factor) 
     assert result.image.dtype == np.uint8
     for name, label in result.labels.items():
         assert label.shape[:2] == scaled
-        expected = nearest(sample.labels[name], scaled)
+        expected = resize_nearest(sample.labels[name], scaled)
         if name == "depth":
             expected = expected / np.float32(factor)
         np.testing.assert_array_equal(label, expected)
@@ -114,11 +114,11 @@ def test_scaling_divides_depth_and_keeps_every_other_value(size, tasks, factor) 
 def test_resampling_a_window_equals_cropping_the_resampled(size, scaled, seed) -> None:
     rng = np.random.default_rng(seed)
     label = rng.random((*size, 3), dtype=np.float32)
-    window = draw_window(scaled, (7, 7), rng)
-    np.testing.assert_array_equal(nearest(label, scaled, window), window.of(nearest(label, scaled)))
+    window = sample_window(scaled, (7, 7), rng)
+    np.testing.assert_array_equal(resize_nearest(label, scaled, window), window.crop(resize_nearest(label, scaled)))
     rows = ((np.arange(scaled[0]) + 0.5) * size[0] / scaled[0] + 1e-9).astype(int)
     columns = ((np.arange(scaled[1]) + 0.5) * size[1] / scaled[1] + 1e-9).astype(int)
-    np.testing.assert_array_equal(nearest(label, scaled), label[rows][:, columns])
+    np.testing.assert_array_equal(resize_nearest(label, scaled), label[rows][:, columns])
 
 
 @given(st.floats(0.5, 2), seeds)
@@ -134,7 +134,7 @@ def test_labels_stay_with_the_picture_through_scaling(factor, seed) -> None:
 
 @given(sizes, st.integers(1, 30), st.integers(1, 30), seeds)
 def test_windows_lie_inside(size, height, width, seed) -> None:
-    window = draw_window(size, (height, width), np.random.default_rng(seed))
+    window = sample_window(size, (height, width), np.random.default_rng(seed))
     assert (window.height, window.width) == (min(size[0], height), min(size[1], width))
     assert 0 <= window.top <= size[0] - window.height
     assert 0 <= window.left <= size[1] - window.width
@@ -142,16 +142,16 @@ def test_windows_lie_inside(size, height, width, seed) -> None:
 
 def test_windows_reach_every_corner() -> None:
     rng = np.random.default_rng(0)
-    places = {draw_window((5, 6), (4, 4), rng)[:2] for _ in range(200)}
+    places = {sample_window((5, 6), (4, 4), rng)[:2] for _ in range(200)}
     assert places == {(top, left) for top in range(2) for left in range(3)}
 
 
 def test_a_crop_is_varied_below_the_cap_with_void_left_out() -> None:
     classes = np.uint8([[0] * 3 + [1], [255] * 4])
-    assert not varied(classes, 255, 0.75)  # exactly at the cap
-    assert varied(classes, 255, 0.76)
-    assert not varied(np.uint8([[5, 5, 255]]), 255, 1.0)
-    assert not varied(np.uint8([[255]]), 255, 1.0)
+    assert not has_varied_classes(classes, 255, 0.75)  # exactly at the cap
+    assert has_varied_classes(classes, 255, 0.76)
+    assert not has_varied_classes(np.uint8([[5, 5, 255]]), 255, 1.0)
+    assert not has_varied_classes(np.uint8([[255]]), 255, 1.0)
 
 
 def test_class_cap_is_respected_where_it_can_be() -> None:
@@ -162,7 +162,7 @@ def test_class_cap_is_respected_where_it_can_be() -> None:
 
     def dull(augment: Augment) -> float:
         crops = [augment(sample, tasks, np.random.default_rng(seed)).labels["semseg"] for seed in range(200)]
-        return float(np.mean([not varied(crop, 255, 0.75) for crop in crops]))
+        return float(np.mean([not has_varied_classes(crop, 255, 0.75) for crop in crops]))
 
     share = dull(Augment((16, 16), scale=(1, 1), class_cap=1))  # what chance alone gives, but for one-class crops
     assert share > 0.05
@@ -174,7 +174,7 @@ def test_a_hopeless_picture_ends_the_search_for_a_crop(monkeypatch) -> None:
 
     def counting(*args):
         drawn.append(args)
-        return draw_window(*args)
+        return sample_window(*args)
 
     monkeypatch.setattr("mtcl.data.transforms.draw_window", counting)
     labels = {"semseg": np.zeros((9, 9), np.uint8), "edge": np.zeros((9, 9), np.uint8)}
@@ -192,7 +192,7 @@ def test_distortion_keeps_grey_grey_and_in_order(size, seed) -> None:
     rng = np.random.default_rng(seed)
     levels = rng.integers(0, 256, size, dtype=np.uint8)
     image = np.stack([levels] * 3, axis=-1)
-    result = distort(image, rng)
+    result = distort_colors(image, rng)
     assert result.dtype == np.uint8
     assert result.shape == image.shape
     assert (result == result[..., :1]).all()  # neither hue nor saturation colours grey
@@ -224,7 +224,7 @@ def image() -> np.ndarray:
 
 
 def test_nothing_drawn_changes_nothing(image) -> None:
-    assert distort(image, Scripted([False] * 5, [])) is image
+    assert distort_colors(image, Scripted([False] * 5, [])) is image
 
 
 @pytest.mark.parametrize("contrast_first", [True, False])
@@ -232,17 +232,17 @@ def test_brightness_and_contrast_are_the_fields_arithmetic(image, contrast_first
     def convert(pixels: np.ndarray, gain: float, offset: float) -> np.ndarray:
         return np.clip(pixels.astype(np.float32) * gain + offset, 0, 255).astype(np.uint8)
 
-    result = distort(image, Scripted([True, True, False, False, contrast_first], [21.7, 1.37]))
+    result = distort_colors(image, Scripted([True, True, False, False, contrast_first], [21.7, 1.37]))
     np.testing.assert_array_equal(result, convert(convert(image, 1, 21.7), 1.37, 0))
 
 
 def test_saturation_and_hue() -> None:
     red = np.full((1, 1, 3), (200, 100, 100), np.uint8)
-    paler = distort(red, Scripted([False, False, True, False, False], [0.5]))
+    paler = distort_colors(red, Scripted([False, False, True, False, False], [0.5]))
     assert paler.ravel().tolist() == pytest.approx([200, 150, 150], abs=2)
-    turned = distort(red, Scripted([False, False, False, True, False], [15]))  # 30 degrees: towards yellow
+    turned = distort_colors(red, Scripted([False, False, False, True, False], [15]))  # 30 degrees: towards yellow
     assert turned.ravel().tolist() == pytest.approx([200, 150, 100], abs=2)
-    back = distort(red, Scripted([False, False, False, True, False], [-15]))  # wraps around
+    back = distort_colors(red, Scripted([False, False, False, True, False], [-15]))  # wraps around
     assert back.ravel().tolist() == pytest.approx([200, 100, 150], abs=2)
 
 
@@ -257,10 +257,10 @@ def test_labels_are_finished_in_training_and_evaluation() -> None:
     tasks = {"human_parts": ALL["human_parts"]}
     parts = np.zeros((8, 8), np.uint8)
     sample = Sample("0001", np.zeros((8, 8, 3), np.uint8), {"human_parts": parts})
-    assert (finish(sample, tasks).labels["human_parts"] == 255).all()
+    assert (finalize_labels(sample, tasks).labels["human_parts"] == 255).all()
     assert not parts.any()  # the reader's array is not written to
     parts[:, 0] = 3
-    assert_equal(finish(sample, tasks), sample)
+    assert_equal(finalize_labels(sample, tasks), sample)
     augment = Augment((8, 1), scale=(1, 1), photometric=False)
     columns = [augment(sample, tasks, np.random.default_rng(seed)).labels["human_parts"] for seed in range(40)]
     assert {int(column[0, 0]) for column in columns} == {

@@ -12,7 +12,7 @@ from helpers.saved_maps import Listed, write_png
 
 from mtcl import UserError
 from mtcl.data import NYUD, PascalContext, Rooms
-from mtcl.evaluation.plausibility import check_labels, check_maps, check_trained, settle
+from mtcl.evaluation.plausibility import check_labels, check_maps, find_unlabeled_tasks, report_problems
 from mtcl.evaluation.saved_predictions import SavedPredictions
 from mtcl.tasks import NYUD40, build_task
 
@@ -49,24 +49,24 @@ def test_units_of_depth_and_codes_of_normals_are_told(task, array, says) -> None
         assert found == []
         return
     with pytest.raises(UserError, match=f"the labels of {task.name} of the validation images .*{says}.*data.strict"):
-        settle(found, strict=True)
-    assert settle(found, strict=False) == found
+        report_problems(found, strict=True)
+    assert report_problems(found, strict=False) == found
 
 
 def sound_lists(tmp_path: Path):
     for part in ("train", "val"):
-        yield Rooms, Rooms(part, list(Rooms.offered()), size=(48, 64), length=(16, 16))
+        yield Rooms, Rooms(part, list(Rooms.task_options()), size=(48, 64), length=(16, 16))
         write_archive(tmp_path / part)
-        yield PascalContext, PascalContext(tmp_path / part, part, list(PascalContext.offered()))
-        yield NYUD, NYUD(tiny_nyud(tmp_path / f"n{part}"), part, list(NYUD.offered()))
+        yield PascalContext, PascalContext(tmp_path / part, part, list(PascalContext.task_options()))
+        yield NYUD, NYUD(tiny_nyud(tmp_path / f"n{part}"), part, list(NYUD.task_options()))
 
 
 def test_sound_labels_raise_no_doubt(tmp_path: Path) -> None:
     for kind, reader in sound_lists(tmp_path):
-        tasks = {name: build_task(name, **options) for name, options in kind.offered().items()}
+        tasks = {name: build_task(name, **options) for name, options in kind.task_options().items()}
         assert check_labels(reader, tasks, "training") == []
         if kind is not Rooms:  # a few rooms may have no person
-            assert check_trained(reader, tasks) == []
+            assert find_unlabeled_tasks(reader, tasks) == []
 
 
 def maps_of(folder: Path, task, maps: list[np.ndarray], labels: list[np.ndarray]) -> list[str]:
@@ -140,7 +140,7 @@ def test_a_task_without_any_label_is_a_warning_and_alone_an_error(cli, tmp_path:
     assert not list((tmp_path / "strict").glob("checkpoints/*.pt"))
     reader = NYUD(root, "train", ["semseg"])
     with pytest.raises(UserError, match="no training image has a valid label of semseg, so there is nothing to train"):
-        check_trained(reader, {"semseg": SEMSEG})
+        find_unlabeled_tasks(reader, {"semseg": SEMSEG})
     scored = [f"checkpoint={tmp_path}/run/checkpoints/last.pt", "data.strict=true", f"hydra.run.dir={tmp_path}/scores"]
     assert_fails(cli("evaluate.py", *scored), "depth", "millimetres")
 

@@ -18,7 +18,7 @@ from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.data import NYUD, SampleMeta, eval_loader
 from mtcl.evaluation.evaluator import Evaluator
-from mtcl.evaluation.saved_predictions import FORMATS, PredictionWriter, SavedPredictions, folder_of_maps
+from mtcl.evaluation.saved_predictions import FORMATS, PredictionWriter, SavedPredictions, find_map_folder
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 
@@ -64,16 +64,16 @@ def test_every_task_has_a_format():
 
 
 def test_all_codes_of_an_edge_map_come_back_from_the_logits():
-    logits = FORMATS["edge"](TASKS["edge"]).raw(CODES)
+    logits = FORMATS["edge"](TASKS["edge"]).to_raw(CODES)
     assert logits.shape == (1, 1, 16, 16)
     assert logits.isfinite().all()
     for dtype in (torch.float32, torch.float64):
         assert torch.equal((logits[:, 0].to(dtype).sigmoid() * 255).to(torch.uint8), CODES)
-    assert np.array_equal(FORMATS["edge"](TASKS["edge"]).stored(logits[0]), CODES[0])
+    assert np.array_equal(FORMATS["edge"](TASKS["edge"]).from_raw(logits[0]), CODES[0])
 
 
 def test_all_codes_of_a_saliency_map_come_back_and_reach_the_thresholds_they_reach_as_fractions():
-    logits = FORMATS["sal"](TASKS["sal"]).raw(CODES)
+    logits = FORMATS["sal"](TASKS["sal"]).to_raw(CODES)
     assert logits.shape == (1, 2, 16, 16)
     assert logits.isfinite().all()
     for dtype in (torch.float32, torch.float64):
@@ -82,7 +82,7 @@ def test_all_codes_of_a_saliency_map_come_back_and_reach_the_thresholds_they_rea
         assert torch.equal((probability * 255).to(torch.uint8), CODES)
         for k in range(1, 20):
             assert torch.equal(probability >= k / 20, CODES.int() * 20 >= 255 * k), k
-    assert np.array_equal(FORMATS["sal"](TASKS["sal"]).stored(logits[0]), CODES[0])
+    assert np.array_equal(FORMATS["sal"](TASKS["sal"]).from_raw(logits[0]), CODES[0])
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
@@ -145,10 +145,10 @@ def test_the_metrics_of_written_maps_are_those_of_the_predictions(tmp_path):
         return framed
 
     writer = PredictionWriter(tmp_path / "maps", TASKS, None)
-    direct = evaluator.score(predict, keep=writer.write)
+    direct = evaluator.score(predict, on_prediction=writer.write)
     maps = SavedPredictions(tmp_path / "maps", TASKS, reader)
     again = evaluator.score(maps.predict)
-    assert (again.num_images, [s.id for s in again.shown]) == (4, [])
+    assert (again.num_images, [s.id for s in again.visual_samples]) == (4, [])
     assert_close(again.metrics, direct.metrics)
 
 
@@ -279,7 +279,7 @@ def test_missing_extra_and_double_maps_are_told(tmp_path):
     message = told(tmp_path, ["edge"], "bcxyzvw")
     assert "4 maps of pictures" in message
     assert "d, e, f ..." in message
-    message = told(tmp_path, ["edge"], "bcxyzvw", may_hold_more=True)
+    message = told(tmp_path, ["edge"], "bcxyzvw", allow_extra_maps=True)
     assert "5 of the 7" in message
     assert "among them x, y, z;" in message
     message = told(tmp_path, ["edge"], "bcdefgx")
@@ -325,7 +325,7 @@ def test_a_picture_without_any_label_needs_no_map(tmp_path, name):
     writer = PredictionWriter(tmp_path, {name: task}, None)
     writer.write("a", {name: raw_of(task)})
     loader = eval_loader(reader, {name: task}, None, batch_size=2, workers=0)
-    evaluator = Evaluator({name: task}, loader, torch.device("cpu"), num_shown=2)
+    evaluator = Evaluator({name: task}, loader, torch.device("cpu"), num_visual_samples=2)
     missing = evaluator.score(SavedPredictions(tmp_path, {name: task}, reader).predict)
     writer.write("b", {name: raw_of(task, 1)})
     whole = evaluator.score(SavedPredictions(tmp_path, {name: task}, reader).predict)
@@ -353,11 +353,11 @@ def test_folders_of_the_fields_code_are_found(tmp_path):
     (tmp_path / "results" / "edge").mkdir(parents=True)
     (tmp_path / "results" / "depth").mkdir()
     (tmp_path / "results" / "sal").mkdir()
-    assert folder_of_maps(tmp_path, ["depth", "edge", "semseg"]) == (tmp_path / "results", ["depth", "edge"])
-    assert folder_of_maps(tmp_path / "results", ["edge"]) == (tmp_path / "results", ["edge"])
+    assert find_map_folder(tmp_path, ["depth", "edge", "semseg"]) == (tmp_path / "results", ["depth", "edge"])
+    assert find_map_folder(tmp_path / "results", ["edge"]) == (tmp_path / "results", ["edge"])
     for given, words in [(tmp_path / "no", ["no is not a folder"]), (tmp_path, ["semseg", "normals"])]:
         with pytest.raises(UserError) as error:
-            folder_of_maps(given, ["semseg", "normals"])
+            find_map_folder(given, ["semseg", "normals"])
         assert all(word in str(error.value) for word in words)
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from mtcl.regularizers import Contrastive, criteria
-from mtcl.regularizers.sampling import even_quotas
+from mtcl.regularizers.sampling import balanced_sample
 from mtcl.tasks import build_task
 
 KINDS = ("random", "void", "single", "one")  # what one task says of one picture
@@ -74,10 +74,10 @@ def make_case(
     channels = channels or {name: 2 + i for i, name in enumerate(names)}
     kinds = kinds or {name: ["random"] * images for name in names}
     labels = {name: make_label(name, kinds[name], size, rng) for name in names}
-    taps = {name: torch.randn(images, channels[name], *tap, generator=generator) for name in names}
+    features = {name: torch.randn(images, channels[name], *tap, generator=generator) for name in names}
     regularizer = Contrastive(tasks, channels, seed=seed, pixels=pixels, dim=4, hidden=hidden, **options)
     draw = regularizer.sample(step, [str(i) for i in range(images)])
-    return regularizer, taps, labels, draw, (size[0] + extra[0], size[1] + extra[1])
+    return regularizer, features, labels, draw, (size[0] + extra[0], size[1] + extra[1])
 
 
 @st.composite
@@ -176,7 +176,7 @@ def ref_places(pixels, size):
 
 def ref_picture(regularizer, target, image, labels, draw):
     """The sampled pixels of one picture."""
-    names, size = regularizer.names, labels[regularizer.names[0]].shape[-2:]
+    names, size = regularizer.task_names, labels[regularizer.task_names[0]].shape[-2:]
     seen = (image - 1) % len(draw.pixels) if regularizer.shuffle else image  # the picture whose labels are taken
     read = {s: [ref_label(s, labels[s], seen, place) for place in ref_places(draw.pixels[seen], size)] for s in names}
     order = [names[s] for s in draw.sources[names.index(target)].tolist()]
@@ -190,7 +190,7 @@ def ref_picture(regularizer, target, image, labels, draw):
     if regularizer.quotas:  # which is tested by itself
         strata = torch.tensor([ref_stratum(source, pixel.value) for pixel in found])
         valid = torch.tensor([pixel.value is not None for pixel in found])
-        found = [found[i] for i in even_quotas(strata, valid, regularizer.pixels).tolist()]
+        found = [found[i] for i in balanced_sample(strata, valid, regularizer.pixels).tolist()]
     return found
 
 
@@ -272,9 +272,9 @@ class Reference(NamedTuple):
     anchors: int
 
 
-def reference(regularizer, taps, labels, draw, frame):
-    names, images = regularizer.names, len(draw.pixels)
-    leaves = {t: taps[t].detach().double().requires_grad_() for t in names}
+def reference(regularizer, features, labels, draw, frame):
+    names, images = regularizer.task_names, len(draw.pixels)
+    leaves = {t: features[t].detach().double().requires_grad_() for t in names}
     twins = {id(p): p.detach().double().requires_grad_() for p in regularizer.parameters()}
     losses, with_anchor, sums = {}, [], {}
     for target in names:
@@ -308,14 +308,14 @@ def reference(regularizer, taps, labels, draw, frame):
     return Reference(total, losses, summary, gradients, int(sum(cell[1] for cell in sums.values())))
 
 
-def agrees_with_reference(regularizer, taps, labels, draw, frame):
+def agrees_with_reference(regularizer, features, labels, draw, frame):
     """Assert that losses, gradients and diagnostics are the reference's; the number of its anchors."""
-    want = reference(regularizer, taps, labels, draw, frame)
-    leaves = {t: tap.detach().clone().requires_grad_() for t, tap in taps.items()}
+    want = reference(regularizer, features, labels, draw, frame)
+    leaves = {t: tap.detach().clone().requires_grad_() for t, tap in features.items()}
     output = regularizer(leaves, labels, draw, frame)
     assert output.loss.dtype == torch.float32
     torch.testing.assert_close(output.loss.double(), want.loss, rtol=1e-4, atol=1e-5)
-    assert list(output.losses) == regularizer.names
+    assert list(output.losses) == regularizer.task_names
     for t, loss in output.losses.items():
         torch.testing.assert_close(loss.double(), want.losses[t].detach(), rtol=1e-4, atol=1e-5)
     gradients = torch.autograd.grad(output.loss, [*leaves.values(), *regularizer.parameters()])
@@ -328,8 +328,8 @@ def agrees_with_reference(regularizer, taps, labels, draw, frame):
     return want.anchors
 
 
-def relations(regularizer, taps, labels, draw, frame):
+def relations(regularizer, features, labels, draw, frame):
     """What the regulariser takes for alike and for different."""
     with mock.patch.object(criteria, regularizer.criterion, wraps=getattr(criteria, regularizer.criterion)) as seen:
-        regularizer(taps, labels, draw, frame)
+        regularizer(features, labels, draw, frame)
     return seen.call_args.args[1]

@@ -39,8 +39,10 @@ def check_shapes(make: Make, tasks: Iterable[str], strides: Sequence[int], batch
     for predictions in (output.predictions, *output.intermediate):
         assert {t: p.shape for t, p in predictions.items()} == {t: (batch, TASKS[t], *size) for t in tasks}
         assert list(predictions) == tasks
-    assert "final" in output.taps
-    assert {k: {t: m.shape[1] for t, m in taps.items()} for k, taps in output.taps.items()} == decoder.tap_channels
+    assert "final" in output.features
+    assert {
+        k: {t: m.shape[1] for t, m in features.items()} for k, features in output.features.items()
+    } == decoder.feature_channels
     assert all(p.isfinite().all() for p in outputs(output))
     sum(p.square().mean() for p in outputs(output)).backward()
     for name, parameter in decoder.named_parameters():

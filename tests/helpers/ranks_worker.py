@@ -16,7 +16,7 @@ from helpers.common import composed
 from mtcl import distributed as ranks
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer
-from mtcl.training.train_step import Compiled
+from mtcl.training.train_step import CompiledModule
 
 STEPS = 3
 
@@ -28,7 +28,7 @@ def main(folder: Path, words: list[str]) -> None:
     ranks.join(device)
     torch.manual_seed(ranks.rank())  # DDP and FSDP give all the first one's weights
     if "compiler" in own:
-        Compiled.backend = own["compiler"]
+        CompiledModule.backend = own["compiler"]
     tasks = build_tasks(config)
     trainer = build_trainer(config, tasks, folder, device).trainer
     if "from" in own:
@@ -45,10 +45,10 @@ def main(folder: Path, words: list[str]) -> None:
         values = trainer.train_step(*batches, with_diagnostics=trainer.step != 1)  # compiled steps measure none
         trainer.step += 1
         losses.append({name: (ranks.total(value) / ranks.world()).item() for name, value in values.items()})
-    evaluation = trainer.evaluator.run(trainer.evaluated())
+    evaluation = trainer.evaluator.run(trainer.evaluation_model())
     state = trainer.state()
     moments = trainer.optimizer.optimizer.state_dict()["state"]
-    skipped = [entry.step for entry in trainer.watch.settle()]
+    skipped = [entry.step for entry in trainer.nonfinite_guard.settle()]
     if ranks.rank() == 0:
         torch.save(state, folder / "state.pt")
         found = {"losses": losses, "metrics": evaluation.metrics, "images": evaluation.num_images}

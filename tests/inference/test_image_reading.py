@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from mtcl import UserError
-from mtcl.inference.image_reading import SUFFIXES, as_picture, from_pillow, read_picture
+from mtcl.inference.image_reading import SUFFIXES, convert_array, convert_pil_image, load_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -38,7 +38,7 @@ def grey_in_three(array: np.ndarray) -> np.ndarray:
 
 def complaint(path: Path, **options) -> str:
     with pytest.raises(UserError) as error:
-        read_picture(path, **options)
+        load_image(path, **options)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -55,7 +55,7 @@ def png_of(width: int, height: int, depth: int, colour: int, rows: bytes) -> byt
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.ppm", "a.tif", "no_ending", "lies.jpg", "ünï 100%d ✓.png"])
 def test_colour(tmp_path, name):
     kind = "PNG" if Path(name).suffix in ("", ".jpg") else None
-    found = read_picture(saved(tmp_path, name, RGB, format=kind))
+    found = load_image(saved(tmp_path, name, RGB, format=kind))
     assert found.dtype == np.uint8
     assert found.flags["C_CONTIGUOUS"]
     assert np.array_equal(found, RGB)
@@ -63,23 +63,23 @@ def test_colour(tmp_path, name):
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
 def test_grey_has_three_equal_channels(tmp_path, ending):
-    assert np.array_equal(read_picture(saved(tmp_path, f"a.{ending}", GREY)), grey_in_three(GREY))
+    assert np.array_equal(load_image(saved(tmp_path, f"a.{ending}", GREY)), grey_in_three(GREY))
 
 
 def test_a_single_bit(tmp_path):
     bits = Image.fromarray(np.where(GREY > 127, 255, 0).astype(np.uint8)).convert("1", dither=0)
     expected = grey_in_three(np.where(GREY > 127, 255, 0))
     for name in ("a.png", "a.tif", "a.bmp"):
-        assert np.array_equal(read_picture(saved(tmp_path, name, bits)), expected)
+        assert np.array_equal(load_image(saved(tmp_path, name, bits)), expected)
 
 
 def test_transparent_on_white(tmp_path):
     rgba = np.concatenate([RGB, ALPHA[..., None]], axis=-1)
-    assert np.array_equal(read_picture(saved(tmp_path, "rgba.png", rgba)), on_white(RGB, ALPHA))
-    assert np.array_equal(as_picture(rgba), on_white(RGB, ALPHA))
+    assert np.array_equal(load_image(saved(tmp_path, "rgba.png", rgba)), on_white(RGB, ALPHA))
+    assert np.array_equal(convert_array(rgba), on_white(RGB, ALPHA))
     la = Image.merge("LA", [Image.fromarray(GREY), Image.fromarray(ALPHA)])
-    assert np.array_equal(read_picture(saved(tmp_path, "la.png", la)), on_white(grey_in_three(GREY), ALPHA))
-    assert np.array_equal(from_pillow(la), on_white(grey_in_three(GREY), ALPHA))
+    assert np.array_equal(load_image(saved(tmp_path, "la.png", la)), on_white(grey_in_three(GREY), ALPHA))
+    assert np.array_equal(convert_pil_image(la), on_white(grey_in_three(GREY), ALPHA))
 
 
 def test_palette(tmp_path):
@@ -87,50 +87,50 @@ def test_palette(tmp_path):
     image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3])
     colours = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [1, 2, 3]], np.uint8)[np.arange(35) % 4]
     colours = colours.reshape(5, 7, 3)
-    assert np.array_equal(read_picture(saved(tmp_path, "opaque.png", image)), colours)
+    assert np.array_equal(load_image(saved(tmp_path, "opaque.png", image)), colours)
     alpha = np.array([255, 0, 128, 255], np.uint8)
     path = saved(tmp_path, "tRNS.png", image, transparency=alpha.tobytes())
-    assert np.array_equal(read_picture(path), on_white(colours, alpha[np.arange(35) % 4].reshape(5, 7)))
+    assert np.array_equal(load_image(path), on_white(colours, alpha[np.arange(35) % 4].reshape(5, 7)))
     path = saved(tmp_path, "one.gif", image, transparency=1)
     one = np.where(np.arange(35) % 4 == 1, 0, 255).reshape(5, 7)
-    assert np.array_equal(read_picture(path), on_white(colours, one))
+    assert np.array_equal(load_image(path), on_white(colours, one))
 
 
 def test_a_colour_that_is_transparent(tmp_path):
     path = saved(tmp_path, "a.png", RGB, transparency=tuple(int(v) for v in RGB[2, 3]))
     expected = RGB.copy()
     expected[2, 3] = 255
-    assert np.array_equal(read_picture(path), expected)
+    assert np.array_equal(load_image(path), expected)
 
 
 def test_cmyk(tmp_path):
     plain = np.full((16, 16, 3), (200, 60, 20), np.uint8)
     path = saved(tmp_path, "a.jpg", Image.fromarray(plain).convert("CMYK"), quality=95)
-    assert np.abs(read_picture(path).astype(int) - plain).max() <= 6
+    assert np.abs(load_image(path).astype(int) - plain).max() <= 6
     path = saved(tmp_path, "a.tif", Image.fromarray(RGB).convert("CMYK"))
-    assert np.abs(read_picture(path).astype(int) - RGB).max() <= 1
+    assert np.abs(load_image(path).astype(int) - RGB).max() <= 1
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bits_of_grey_as_eight(tmp_path, ending):
     deep = (GREY.astype(np.uint16) << 8) + 17
-    assert np.array_equal(read_picture(saved(tmp_path, f"a.{ending}", deep)), grey_in_three(GREY))
-    assert np.array_equal(as_picture(deep), grey_in_three(GREY))
-    assert np.array_equal(from_pillow(Image.fromarray(deep.astype(np.int32))), grey_in_three(GREY))
+    assert np.array_equal(load_image(saved(tmp_path, f"a.{ending}", deep)), grey_in_three(GREY))
+    assert np.array_equal(convert_array(deep), grey_in_three(GREY))
+    assert np.array_equal(convert_pil_image(Image.fromarray(deep.astype(np.int32))), grey_in_three(GREY))
 
 
 def test_big_endian_grey():
     deep = GREY.astype(np.uint16) << 8
     image = Image.frombytes("I;16B", (7, 5), deep.astype(">u2").tobytes())
-    assert np.array_equal(from_pillow(image), grey_in_three(GREY))
+    assert np.array_equal(convert_pil_image(image), grey_in_three(GREY))
 
 
 def test_sixteen_bits_of_colour_as_eight(tmp_path):
     deep = (RGB.astype(np.uint16) << 8) + 200
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in deep)
     (tmp_path / "a.png").write_bytes(png_of(7, 5, 16, 2, rows))
-    assert np.array_equal(read_picture(tmp_path / "a.png"), RGB)
-    assert np.array_equal(as_picture(deep), RGB)
+    assert np.array_equal(load_image(tmp_path / "a.png"), RGB)
+    assert np.array_equal(convert_array(deep), RGB)
 
 
 def test_what_has_no_eight_bits_is_refused(tmp_path):
@@ -160,22 +160,22 @@ def test_upright(tmp_path, orientation):
     for ending in ("png", "tif", "webp"):
         image = Image.fromarray(turned(orientation, RGB))
         path = saved(tmp_path, f"a.{ending}", image, exif=exif, **({"lossless": True} if ending == "webp" else {}))
-        assert np.array_equal(read_picture(path), RGB), ending
+        assert np.array_equal(load_image(path), RGB), ending
         with Image.open(path) as opened:
-            assert np.array_equal(from_pillow(opened), RGB), ending
-            assert np.array_equal(from_pillow(ImageOps.exif_transpose(opened)), RGB), "turned once only"
+            assert np.array_equal(convert_pil_image(opened), RGB), ending
+            assert np.array_equal(convert_pil_image(ImageOps.exif_transpose(opened)), RGB), "turned once only"
     grey = saved(tmp_path, "deep.png", turned(orientation, GREY.astype(np.uint16) << 8), exif=exif)
-    assert np.array_equal(read_picture(grey), grey_in_three(GREY))
+    assert np.array_equal(load_image(grey), grey_in_three(GREY))
     smooth = np.kron(np.array([[0, 90], [180, 250]], np.uint8), np.ones((16, 24), np.uint8))
     jpeg = saved(tmp_path, "a.jpg", turned(orientation, smooth), exif=exif, quality=95)
-    assert np.abs(read_picture(jpeg).astype(int) - grey_in_three(smooth)).max() < 12
+    assert np.abs(load_image(jpeg).astype(int) - grey_in_three(smooth)).max() < 12
 
 
 def test_exif_that_is_rubbish(tmp_path):
     path = saved(tmp_path, "a.jpg", np.zeros((8, 8, 3), np.uint8), exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff rubbish")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert read_picture(path).shape == (8, 8, 3)
+        assert load_image(path).shape == (8, 8, 3)
 
 
 @pytest.mark.parametrize("ending", ["gif", "webp", "png", "tif"])
@@ -185,7 +185,7 @@ def test_the_first_of_several(tmp_path, ending):
     first.save(path, save_all=True, append_images=[second], **({"lossless": True} if ending == "webp" else {}))
     with Image.open(path) as opened:
         assert opened.n_frames == 2
-    assert np.array_equal(read_picture(path), np.asarray(first))
+    assert np.array_equal(load_image(path), np.asarray(first))
 
 
 @pytest.mark.parametrize("ending", sorted({s for s in SUFFIXES if s not in (".jpeg", ".tiff", ".pgm")}))
@@ -193,7 +193,7 @@ def test_damage_is_told(tmp_path, ending):
     options = {"compression": "tiff_lzw"} if ending == ".tif" else {}
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     whole = saved(tmp_path, f"whole{ending}", noise, **options)
-    assert read_picture(whole).shape == (40, 40, 3)
+    assert load_image(whole).shape == (40, 40, 3)
     data = whole.read_bytes()
     path = tmp_path / f"cut{ending}"
     path.write_bytes(data[: len(data) // 2])
@@ -231,7 +231,7 @@ def test_a_few_wrong_bytes_never_end_in_a_traceback(tmp_path_factory, kind, data
     path = tmp_path_factory.getbasetemp() / "a"
     path.write_bytes(content)
     try:
-        found = read_picture(path, max_pixels=10**6)
+        found = load_image(path, max_pixels=10**6)
     except UserError as error:
         assert str(path) in str(error)  # noqa: PT017
     else:
@@ -269,11 +269,11 @@ def test_huge_is_refused_before_it_is_decoded(tmp_path, width, height):
 
 def test_the_limit_can_be_set(tmp_path):
     path = saved(tmp_path, "a.png", RGB)
-    assert read_picture(path, max_pixels=35).shape == (5, 7, 3)
+    assert load_image(path, max_pixels=35).shape == (5, 7, 3)
     assert "7 x 5 pixels, more than the limit of 34" in complaint(path, max_pixels=34)
     for picture in (RGB, Image.fromarray(RGB)):
         with pytest.raises(UserError, match="7 x 5 pixels, more than the limit of 34"):
-            (as_picture if isinstance(picture, np.ndarray) else from_pillow)(picture, max_pixels=34)
+            (convert_array if isinstance(picture, np.ndarray) else convert_pil_image)(picture, max_pixels=34)
     bomb = tmp_path / "bomb.png"
     bomb.write_bytes(png_of(20_000, 20_000, 8, 2, b""))
     assert "the limit of 178,956,970" in complaint(bomb, max_pixels=10**9)  # then Pillow's own
@@ -294,17 +294,17 @@ def test_the_limit_can_be_set(tmp_path):
 )
 def test_arrays_that_are_no_picture(array):
     with pytest.raises(UserError, match="this array is"):
-        as_picture(array)
+        convert_array(array)
 
 
 def test_pillow_without_pixels():
     with pytest.raises(UserError, match="0 x 5 pixels"):
-        from_pillow(Image.new("RGB", (0, 5)))
+        convert_pil_image(Image.new("RGB", (0, 5)))
 
 
 def test_every_mode_of_pillow():
     grey = Image.fromarray(GREY)
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "LA", "PA", "RGBX", "I;16"):
         image = Image.merge("LA", [grey, grey]).convert("PA") if mode == "PA" else grey.convert(mode)
-        found = from_pillow(image)
+        found = convert_pil_image(image)
         assert (found.shape, found.dtype) == ((5, 7, 3), np.uint8), mode

@@ -13,11 +13,11 @@ from torch import Tensor
 import mtcl
 from mtcl import UserError
 from mtcl.cli.train import train
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
-from mtcl.config.load import Loaded, load_model, predictor_of
+from mtcl.config.load import LoadedModel, build_predictor, load_model
 from mtcl.config.resolve import plain
-from mtcl.config.stored_config import described
+from mtcl.config.stored_config import describe_tasks
 from mtcl.data import Sample, eval_loader
 from mtcl.evaluation.evaluator import Evaluator
 from mtcl.inference import Predictor
@@ -135,10 +135,10 @@ def evaluated(run, arrays, batch: int) -> list[dict[str, np.ndarray]]:
     reader.tasks = tasks
     model = build_model(config, tasks, pretrained=False)
     model.load_state_dict(state["ema"]["model"])
-    loader = eval_loader(reader, tasks, data_size(config), batch, workers=0)
+    loader = eval_loader(reader, tasks, get_image_size(config), batch, workers=0)
     kept = {}
     Evaluator(tasks, loader, CPU).run(
-        model, keep=lambda id, raw: kept.update({id: {n: r.clone() for n, r in raw.items()}})
+        model, on_prediction=lambda id, raw: kept.update({id: {n: r.clone() for n, r in raw.items()}})
     )
     return [{n: tasks[n].decoded(r) for n, r in kept[id].items()} for id in reader.ids]
 
@@ -245,7 +245,7 @@ def test_no_dataset_is_needed(run, tmp_path):
     config = plain(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone", "backbone.weights=hub"))
     tasks = build_tasks(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone"))
     model = build_model(composed(*TINY, "data=nyud"), tasks, pretrained=False)
-    meta = {**state["meta"], "tasks": described(tasks)}
+    meta = {**state["meta"], "tasks": describe_tasks(tasks)}
     save_checkpoint(
         tmp_path / "a.pt", {**state, "config": config, "meta": meta, "model": model.state_dict(), "ema": None}
     )
@@ -449,5 +449,5 @@ def test_scales_and_mirror_of_a_smooth_picture_agree():
 def test_the_model_is_left_in_evaluation_mode(run):
     loaded = load_model(run)
     loaded.model.train()
-    assert isinstance(loaded, Loaded)
-    assert not predictor_of(loaded).model.training
+    assert isinstance(loaded, LoadedModel)
+    assert not build_predictor(loaded).model.training

@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 
 from mtcl.cli import terminal
 from mtcl.cli.arguments import parse, path
-from mtcl.cli.hydra_app import launch
-from mtcl.cli.script import run, run_words
-from mtcl.cli.terminal import Outlasting, Printable, outlasting_output
-from mtcl.config.overrides import expand_home, named_checkpoint, readable
-from mtcl.config.quoting import quoted, with_home
-from mtcl.training.preemption import Preempted, Stop
-from mtcl.training.run_logger import Recorder
+from mtcl.cli.hydra_app import run_hydra_app
+from mtcl.cli.script import run, run_with_args
+from mtcl.cli.terminal import EscapingFormatter, ToleratingStream, tolerate_closed_output
+from mtcl.config.overrides import add_checkpoint_key, expand_home, quote_paths
+from mtcl.config.quoting import expand_tilde, quote_value
+from mtcl.training.preemption import Preempted, PreemptionHandler
+from mtcl.training.run_logger import RunLogger
 
 # One of a run's words and what Hydra is to make of its value.
 VALUES = [
@@ -56,35 +56,35 @@ def value_of(word):
 @pytest.mark.parametrize(("word", "value"), VALUES)
 def test_a_path_is_read_as_it_is_typed(monkeypatch, word, value):
     monkeypatch.setenv("HOME", "/home of mine")
-    (typed,) = readable([word])
+    (typed,) = quote_paths([word])
     assert value_of(typed) == value
-    assert readable([typed]) == [typed], "once is enough"
+    assert quote_paths([typed]) == [typed], "once is enough"
 
 
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1))
 def test_any_path_goes_through_hydra_unchanged(text):
     folder = f"/{text}/x"
-    assert value_of(f"data.root={quoted(folder)}") == folder
-    assert value_of(*readable([f"data.root={folder}"])) in (folder, folder.replace("\\\\", "\\"), folder.strip())
+    assert value_of(f"data.root={quote_value(folder)}") == folder
+    assert value_of(*quote_paths([f"data.root={folder}"])) in (folder, folder.replace("\\\\", "\\"), folder.strip())
 
 
 def test_a_comma_separates_the_values_of_a_sweep(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
-    (word,) = readable(["data.root=~/a,~/b=c,/d"], sweeps=True)
+    (word,) = quote_paths(["data.root=~/a,~/b=c,/d"], sweeps=True)
     sweep = OverridesParser.create().parse_override(word)
     assert [str(value) for value in sweep.sweep_string_iterator()] == ["/h/a", "'/h/b=c'", "/d"]
-    assert readable(["resume=a,b", "data.root=choice(a,b)"], sweeps=True) == ["resume=a,b", "data.root=choice(a,b)"]
+    assert quote_paths(["resume=a,b", "data.root=choice(a,b)"], sweeps=True) == ["resume=a,b", "data.root=choice(a,b)"]
 
 
 def test_a_homes_sign_is_replaced_in_every_script(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     words = ["~/a", "--out=~/b", "input='~/c'", "~data.limit", "x=a~", "~", "--cfg", "y=~nobody-here/z"]
     expected = [f"{tmp_path}/a", f"--out={tmp_path}/b", f"input='{tmp_path}/c'", "~data.limit", "x=a~"]
-    assert [with_home(word) for word in words] == [*expected, str(tmp_path), "--cfg", "y=~nobody-here/z"]
+    assert [expand_tilde(word) for word in words] == [*expected, str(tmp_path), "--cfg", "y=~nobody-here/z"]
     assert parse(["output=~/o"], {"output": path}) == {"output": tmp_path / "o"}
     seen = []
     monkeypatch.setattr(sys, "argv", ["predict.py", "input=~/a b"])
-    run_words(seen.extend, "help")
+    run_with_args(seen.extend, "help")
     assert seen == [f"input={tmp_path}/a b"]
 
 
@@ -105,10 +105,10 @@ def test_paths_of_yaml_files_have_the_home_folder_too(cli, monkeypatch, tmp_path
 
 def test_the_first_bare_path_is_the_checkpoint(tmp_path):
     (tmp_path / "a=b").mkdir()
-    assert named_checkpoint(["seed=1", f"{tmp_path}/a=b"]) == ["seed=1", f"checkpoint='{tmp_path}/a=b'"]
-    assert named_checkpoint(["none.pt"]) == ["checkpoint=none.pt"]
+    assert add_checkpoint_key(["seed=1", f"{tmp_path}/a=b"]) == ["seed=1", f"checkpoint='{tmp_path}/a=b'"]
+    assert add_checkpoint_key(["none.pt"]) == ["checkpoint=none.pt"]
     for words in (["seed=1", "data.root=a/b"], ["--config-dir", str(tmp_path)], ["~data.limit"], ["-m"]):
-        assert named_checkpoint(words) == words
+        assert add_checkpoint_key(words) == words
 
 
 # --- What is written
@@ -141,14 +141,14 @@ class Broken:
 
 def test_a_reader_that_goes_ends_nothing_and_a_full_disk_is_told(capfd):
     for stream in (Broken(errno.EPIPE), Broken(errno.EIO, terminal=True)):
-        assert Outlasting(stream).write("four") == 4
-        Outlasting(stream).flush()
+        assert ToleratingStream(stream).write("four") == 4
+        ToleratingStream(stream).flush()
         assert stream.tries
     for stream in (Broken(errno.ENOSPC), Broken(errno.EIO)):
         with pytest.raises(OSError, match=os.strerror(stream.number)):
-            Outlasting(stream).write("text")
-    assert Outlasting(Broken(errno.ENOSPC), also=terminal.FULL).write("text") == 4
-    with outlasting_output():
+            ToleratingStream(stream).write("text")
+    assert ToleratingStream(Broken(errno.ENOSPC), also=terminal.FULL).write("text") == 4
+    with tolerate_closed_output():
         print("seen", file=sys.stderr)
     assert capfd.readouterr().err == "seen\n"
 
@@ -164,12 +164,12 @@ def test_names_do_not_steer_the_terminal(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: a\\x1b[31m\\n\\u202eb für\n"
     monkeypatch.setattr(sys, "argv", ["train.py", "a\x1b[31m=1"])
     with pytest.raises(SystemExit):
-        launch(lambda config: None, ROOT / "configs", "train")
+        run_hydra_app(lambda config: None, ROOT / "configs", "train")
     told = capsys.readouterr().err
     assert "\\x1b[31m" in told
     assert "\x1b" not in told
     record = logging.LogRecord("n", logging.INFO, "f", 1, "a table:\n%s", ("b\x1b]0;c\x07",), None)
-    assert Printable("[%(message)s]").format(record) == "[a table:\nb\\x1b]0;c\\x07]"
+    assert EscapingFormatter("[%(message)s]").format(record) == "[a table:\nb\\x1b]0;c\\x07]"
     formatter = OmegaConf.load(ROOT / "configs" / "train.yaml").hydra.job_logging.formatters.simple
     assert formatter["class"] == "mtcl.cli.terminal.Printable"
 
@@ -180,7 +180,7 @@ def test_a_run_told_to_make_room_ends_with_one_line(capsys, monkeypatch, tmp_pat
 
     monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}"])
     with pytest.raises(SystemExit) as ending:
-        launch(job, ROOT / "configs", "train")
+        run_hydra_app(job, ROOT / "configs", "train")
     assert ending.value.code == 75
     told = "stopped at step 7, its state is saved; the same command with resume=auto goes on from there\n"
     assert capsys.readouterr().err == told
@@ -190,15 +190,15 @@ def test_a_closed_terminal_is_a_signal_to_save_unless_it_is_ignored():
     before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop = Stop()
+        stop = PreemptionHandler()
         with stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.wanted(1)
+            assert stop.should_stop(1)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-        stop = Stop()
+        stop = PreemptionHandler()
         with stop:
             os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop.wanted(1)
+            assert not stop.should_stop(1)
     finally:
         signal.signal(signal.SIGHUP, before)
 
@@ -222,10 +222,10 @@ def test_curves_that_cannot_be_written_are_a_warning(monkeypatch, tmp_path, capl
         raise UnicodeEncodeError("utf-8", "\udcc3", 0, 1, "surrogates not allowed")
 
     monkeypatch.setattr("mtcl.training.run_logger._summary_writer", refuses)
-    recorder = Recorder(tmp_path)
-    recorder.scalars(1, "train", {"depth": 2.0})
-    recorder.scalars(2, "train", {"depth": 1.0})
-    recorder.close()
+    run_logger = RunLogger(tmp_path)
+    run_logger.log_scalars(1, "train", {"depth": 2.0})
+    run_logger.log_scalars(2, "train", {"depth": 1.0})
+    run_logger.close()
     assert caplog.text.count("TensorBoard's curves are not written") == 1
     assert len((tmp_path / "log.jsonl").read_text("utf-8").splitlines()) == 2
 

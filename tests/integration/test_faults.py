@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.common import ROOT, TINY, flip
 
-from mtcl.training.checkpoint import load_checkpoint, newest_intact
+from mtcl.training.checkpoint import latest_valid_checkpoint, load_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -211,16 +211,16 @@ def test_damage_anywhere_is_seen_and_the_one_before_is_used(whole, tmp_path):
     for what, found in places.items():
         for position in found:
             flip(path, position)
-            best = newest_intact(folder)
+            best = latest_valid_checkpoint(folder)
             assert (best.path.name, best.content["step"]) == ("previous.pt", 58), (what, position)
-            assert [error.path for error in best.passed_over] == [path]
+            assert [error.path for error in best.rejected] == [path]
             flip(path, position)
-    assert newest_intact(folder).content["step"] == 60
+    assert latest_valid_checkpoint(folder).content["step"] == 60
     whole_file = path.read_bytes()
     for what, found in places.items():
         for position in found[:4]:
             path.write_bytes(whole_file[:position])
-            assert newest_intact(folder).path.name == "previous.pt", (what, position)
+            assert latest_valid_checkpoint(folder).path.name == "previous.pt", (what, position)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from helpers.common import ROOT
 
 from mtcl import UserError
 from mtcl.data import image_io as files
-from mtcl.data.cache import ArrayStore, Stored
+from mtcl.data.cache import ArrayCache, CacheEntry
 
 SECONDS = 5
 
@@ -73,8 +73,8 @@ def npz() -> bytes:
 
 def matlab(*variables: bytes) -> bytes:
     """A file of format 5; each variable packed."""
-    packed = [zlib.compress(variable) for variable in variables]
-    body = b"".join(struct.pack("<II", 15, len(data)) + data for data in packed)
+    compressed = [zlib.compress(variable) for variable in variables]
+    body = b"".join(struct.pack("<II", 15, len(data)) + data for data in compressed)
     return b"MATLAB 5.0 MAT-file".ljust(124) + struct.pack("<H", 0x100) + b"IM" + body
 
 
@@ -148,7 +148,7 @@ def holding(data: bytes) -> Callable[[Path], object]:
 
 
 def depth_of(path: Path) -> np.ndarray:
-    return files.as_depth(files.read_mat(path, "depth") if path.suffix == ".mat" else files.read_npy(path), path)
+    return files.validate_depth(files.read_mat(path, "depth") if path.suffix == ".mat" else files.read_npy(path), path)
 
 
 def object_mat(path: Path) -> None:
@@ -163,9 +163,9 @@ def unknown_kind(path: Path) -> None:
 
 
 CASES: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], str]] = {
-    "PNG of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 0)), files.read_values, "40000x40000 pixels"),
-    "palette of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 3)), files.read_values, "40000x40000 pixels"),
-    "colours of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 2)), files.read_colours, "40000x40000 pixels"),
+    "PNG of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 0)), files.read_label_image, "40000x40000 pixels"),
+    "palette of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 3)), files.read_label_image, "40000x40000 pixels"),
+    "colours of 10^9 pixels": ("a.png", holding(png(40_000, 40_000, 2)), files.read_color_label, "40000x40000 pixels"),
     "JPEG of 10^9 pixels": ("a.jpg", holding(jpeg(40_000, 40_000)), files.read_image, "pixels"),
     "npy of objects": ("a.npy", holding(objects()), files.read_npy, "not a readable .npy"),
     "npy of 4 TB": ("a.npy", holding(npy((10**6, 10**6))), files.read_npy, "not a readable .npy"),
@@ -185,8 +185,8 @@ CASES: dict[str, tuple[str, Callable[[Path], object], Callable[[Path], object], 
     "FIFO as image": ("a.png", os.mkfifo, files.read_image, "not a regular file"),
     "FIFO as npy": ("a.npy", os.mkfifo, depth_of, "not a regular file"),
     "FIFO as mat": ("a.mat", os.mkfifo, depth_of, "not a regular file"),
-    "FIFO as list": ("a.txt", os.mkfifo, lambda path: files.read_lines(path, "the list"), "not a regular file"),
-    "device": ("a.png", lambda path: path.symlink_to("/dev/zero"), files.read_values, "not a regular file"),
+    "FIFO as list": ("a.txt", os.mkfifo, lambda path: files.read_ids(path, "the list"), "not a regular file"),
+    "device": ("a.png", lambda path: path.symlink_to("/dev/zero"), files.read_label_image, "not a regular file"),
     "folder": ("a.npy", Path.mkdir, depth_of, "not a regular file"),
 }
 
@@ -227,10 +227,10 @@ def test_sound_nested_and_packed_files_are_read_as_scipy_reads_them(tmp_path: Pa
 def test_a_list_of_many_ids_is_read_and_checked_at_once(tmp_path: Path) -> None:
     ids = [f"{number:07d}" for number in range(200_000)]
     (tmp_path / "train.txt").write_text("\n".join(ids))
-    assert files.read_lines(tmp_path / "train.txt", "the list") == ids
+    assert files.read_ids(tmp_path / "train.txt", "the list") == ids
     (tmp_path / "train.txt").write_text("\n".join([*ids, ids[-1]]))
     with pytest.raises(UserError, match="lists 0199999 more than once"):
-        files.read_lines(tmp_path / "train.txt", "the list")
+        files.read_ids(tmp_path / "train.txt", "the list")
 
 
 FILLING = """
@@ -265,10 +265,10 @@ def test_a_cache_whose_writers_are_killed_never_gives_half_an_entry(tmp_path: Pa
         for process in both:
             process.kill()
             process.communicate()
-        store = ArrayStore(tmp_path / "cache")
+        store = ArrayCache(tmp_path / "cache")
         for path in (tmp_path / "cache").rglob("*.array"):
             found = store._open(path, [source])
             assert found is not None
             assert np.array_equal(found.array, right)
-        made = store.get("image", "0000", [source], lambda: Stored(right, (1000, 1000)))
+        made = store.get("image", "0000", [source], lambda: CacheEntry(right, (1000, 1000)))
         assert np.array_equal(made.array, right)

@@ -9,7 +9,7 @@ import torch
 from helpers.processes import TORCHRUN, WORDS, check_same, started, worked
 
 from mtcl import UserError
-from mtcl.data.loader import EpochBatches
+from mtcl.data.loader import EpochBatchSampler
 
 # Its graphs are cut where DDP wants them. Adam would weigh up that it rounds otherwise.
 COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regularizer.lr=1e-4"]
@@ -57,11 +57,11 @@ def test_train_py_under_torchrun(tmp_path):
 
 
 def test_parts_of_a_batch_are_the_batch():
-    whole = iter(EpochBatches(20, 6, seed=1, start_step=2))
-    parts = [iter(EpochBatches(20, 6, seed=1, start_step=2, part=(i, 3))) for i in range(3)]
+    whole = iter(EpochBatchSampler(20, 6, seed=1, start_step=2))
+    parts = [iter(EpochBatchSampler(20, 6, seed=1, start_step=2, shard=(i, 3))) for i in range(3)]
     for _ in range(5):
-        pieces = [next(part) for part in parts]
+        pieces = [next(shard) for shard in parts]
         assert sorted(key for piece in pieces for key in piece) == sorted(next(whole))
         assert {len(piece) for piece in pieces} == {2}
     with pytest.raises(UserError, match="multiple of 4"):
-        EpochBatches(20, 6, seed=1, part=(0, 4))
+        EpochBatchSampler(20, 6, seed=1, shard=(0, 4))

@@ -57,7 +57,7 @@ def trainer_of(tmp_path, *overrides: str) -> tuple[Trainer, dict]:
 
 def outputs(model: DenseModel, image: torch.Tensor) -> list[torch.Tensor]:
     output = model(image)
-    maps = (output.predictions, *output.intermediate, *output.taps.values())
+    maps = (output.predictions, *output.intermediate, *output.features.values())
     return [x for kind in maps for x in kind.values()]
 
 
@@ -171,7 +171,9 @@ def test_any_tasks_any_size_any_batch(decoder, tasks, height, width, batch):
         assert list(predictions) == names
         assert all(p.shape[0] == batch and p.shape[2:] == (height, width) for p in predictions.values())
         assert all(p.isfinite().all() for p in predictions.values())
-    assert {tap: {t: m.shape[1] for t, m in maps.items()} for tap, maps in output.taps.items()} == model.tap_channels
+    assert {
+        tap: {t: m.shape[1] for t, m in maps.items()} for tap, maps in output.features.items()
+    } == model.feature_channels
     assert output.frame[0] >= height
     assert output.frame[1] >= width
     torch.stack(

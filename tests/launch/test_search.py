@@ -16,9 +16,9 @@ from helpers.common import ROOT
 from helpers.run_folders import VALUES, write_run
 
 from mtcl import UserError
-from mtcl.launch.search import Storage, conduct, score
+from mtcl.launch.search import Storage, compute_objective, run_search
 from mtcl.launch.search_file import Range, read_search
-from mtcl.launch.study import tasks_of_config
+from mtcl.launch.study import compose_task_names
 from mtcl.training.checkpoint import load_checkpoint
 
 optuna = pytest.importorskip("optuna")
@@ -95,7 +95,7 @@ def run(file, tmp_path, monkeypatch):
         command = [sys.executable, str(tmp_path / "train.py")]
         options = {"tasks_of": lambda words: ["depth"], "say": said.append, **options}
         try:
-            conduct(file, tmp_path / output, given, command=command, root=tmp_path, **options)
+            run_search(file, tmp_path / output, given, command=command, root=tmp_path, **options)
         except BaseException as error:
             error.said = "\n".join(said)
             raise
@@ -124,7 +124,7 @@ def test_a_search_is_read_as_it_stands(file):
         Range("regularizer.options.margin", choices=("off", "0.10")),
     )
     assert (search.pruning, search.seed, search.trials) == (None, 3, 6)
-    assert search.space[1].ends() == ("regularizer.options.margin=off", "regularizer.options.margin=0.10")
+    assert search.space[1].bound_overrides() == ("regularizer.options.margin=off", "regularizer.options.margin=0.10")
 
 
 MISTAKES = {
@@ -174,8 +174,8 @@ def test_delta_on_off_is_of_the_regulariser_alone(file):
 def test_every_search_in_the_repository_is_one_that_train_py_takes(path):
     search = read_search(path)
     assert search.name == path.stem
-    words = [word for one in search.space for word in one.ends()[:1]]
-    assert tasks_of_config([*search.overrides, "data.split=tune", *words], ROOT / "configs")
+    words = [word for one in search.space for word in one.bound_overrides()[:1]]
+    assert compose_task_names([*search.overrides, "data.split=tune", *words], ROOT / "configs")
 
 
 # Its runs
@@ -362,13 +362,13 @@ def test_an_edge_stands_with_its_loss_until_both_have_odsf(file):
     base = [type("Run", (), {"metrics": {task: values}})() for task, values in VALUES.items()]
     whole = {task: dict(values) for task, values in VALUES.items()}
     whole["edge"] = {"odsF": 0.77, "loss": 9.0}
-    assert score(search, whole, base) == pytest.approx(10 / 4)
+    assert compute_objective(search, whole, base) == pytest.approx(10 / 4)
     del whole["edge"]["odsF"]
     whole["edge"]["loss"] = 0.04
-    assert score(search, whole, base) == pytest.approx(20 / 4)
+    assert compute_objective(search, whole, base) == pytest.approx(20 / 4)
     del whole["edge"]["loss"]
     with pytest.raises(UserError, match="no value of edge's odsF"):
-        score(search, whole, base)
+        compute_objective(search, whole, base)
 
 
 def test_the_pictures_of_the_test_are_not_searched_on(run, file, tmp_path):

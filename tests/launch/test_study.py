@@ -17,9 +17,17 @@ from helpers.common import ROOT
 from scipy import stats
 
 from mtcl import UserError
-from mtcl.launch.study import conduct, duration, failure_text, jobs_of, quoted, shown_command, tasks_of_config
-from mtcl.launch.study_file import Arm, Study, merged, portable, read_study
-from mtcl.launch.study_tables import as_json, as_markdown, as_text, read_results, report, write_results
+from mtcl.launch.study import (
+    compose_task_names,
+    format_command,
+    format_duration,
+    format_failures,
+    list_jobs,
+    quote_value,
+    run_study,
+)
+from mtcl.launch.study_file import Study, Variant, make_portable, merge_overrides, read_study
+from mtcl.launch.study_tables import format_markdown, format_text, read_results, report, to_json, write_results
 from mtcl.metrics.delta import smallest_effect
 from mtcl.run_lock import claim
 
@@ -89,7 +97,7 @@ def run(study_file, tmp_path, monkeypatch):
         said = []
         command = [sys.executable, str(tmp_path / "train.py")]
         options = {"tasks_of": lambda words: ["semseg", "depth"], "say": said.append, **options}
-        failures = conduct(study_file, tmp_path / "out", given, command=command, root=tmp_path, **options)
+        failures = run_study(study_file, tmp_path / "out", given, command=command, root=tmp_path, **options)
         return "\n".join(said), failures
 
     return conducted
@@ -106,15 +114,17 @@ def calls(tmp_path):
 def test_a_study_is_read_as_it_stands_even_where_an_arm_is_called_off(study_file):
     study = read_study(study_file)
     assert study.name == "made_up"
-    assert study.arms == (
-        Arm("off", ("regularizer=none",), (3, 1, 2), (), "off"),
-        Arm("on", ("gain=0.1",), (3, 1, 2), ("off",), "on", "with a gain"),
-        Arm("self", ("gain=0.05",), (1, 2), ("off",), "of itself"),
+    assert study.variants == (
+        Variant("off", ("regularizer=none",), (3, 1, 2), (), "off"),
+        Variant("on", ("gain=0.1",), (3, 1, 2), ("off",), "on", "with a gain"),
+        Variant("self", ("gain=0.05",), (1, 2), ("off",), "of itself"),
     )
-    assert study.singles == Arm("singles", ("gain=0.01",), (1,), (), "singles")
+    assert study.single_task == Variant("singles", ("gain=0.01",), (1,), (), "singles")
     assert study.environment == {"A_VARIABLE": "1"}
-    singles = study.with_single_arms(["depth"]).arms[3:]
-    assert [(arm.name, arm.overrides) for arm in singles] == [("single_depth", ("gain=0.01", "tasks.names=[depth]"))]
+    single_task = study.with_single_task_variants(["depth"]).variants[3:]
+    assert [(variant.name, variant.overrides) for variant in single_task] == [
+        ("single_depth", ("gain=0.01", "tasks.names=[depth]"))
+    ]
 
 
 MISTAKES = {
@@ -170,18 +180,18 @@ def test_a_file_that_is_not_there_or_has_no_arms(tmp_path):
 def test_every_study_in_the_repository_is_one_that_train_py_takes(path):
     study = read_study(path)
     assert study.name == path.stem
-    for overrides in {arm.overrides for arm in study.with_single_arms(["depth"]).arms}:
+    for overrides in {variant.overrides for variant in study.with_single_task_variants(["depth"]).variants}:
         words = [*study.overrides, *overrides]
-        assert portable(words) == merged(words), f"{path}: paths of a machine belong to the command line"
-        assert tasks_of_config(words, ROOT / "configs")
+        assert make_portable(words) == merge_overrides(words), f"{path}: paths of a machine belong to the command line"
+        assert compose_task_names(words, ROOT / "configs")
 
 
 def test_a_config_that_train_py_refuses_is_one_sentence():
     with pytest.raises(UserError, match=r"did you mean trainer\.max_steps"):
-        tasks_of_config(["trainer.max_step=3"], ROOT / "configs")
+        compose_task_names(["trainer.max_step=3"], ROOT / "configs")
     with pytest.raises(UserError, match=r"trainer\.max_steps=0"):
-        tasks_of_config(["trainer.max_steps=0"], ROOT / "configs")
-    assert tasks_of_config(["tasks.names=[normals,depth]"], ROOT / "configs") == ["depth", "normals"]
+        compose_task_names(["trainer.max_steps=0"], ROOT / "configs")
+    assert compose_task_names(["tasks.names=[normals,depth]"], ROOT / "configs") == ["depth", "normals"]
 
 
 # The words of a run
@@ -197,35 +207,35 @@ def test_later_words_win_and_a_machines_are_not_kept():
         "backbone.weights=../w/net.safetensors",
         "seed=1",
     ]
-    assert portable([*words, "data.labels='/x/map.json'", "hydra.run.dir=/y", "~c"]) == [
+    assert make_portable([*words, "data.labels='/x/map.json'", "hydra.run.dir=/y", "~c"]) == [
         *("b=2", "a=3", "backbone.weights=net.safetensors", "data.labels=map.json", "~c")
     ]
 
 
 def test_the_command_to_repeat_a_study_names_no_folder_of_this_machine():
     given = ["data.root=/my/data", "data.cache=/c", "backbone.weights=/w/n.safetensors", "backbone.mean=[0.5,0.5,0.5]"]
-    assert shown_command(ROOT / "scripts" / "studies" / "smoke.yaml", "smoke", given, ROOT) == (
+    assert format_command(ROOT / "scripts" / "studies" / "smoke.yaml", "smoke", given, ROOT) == (
         "python scripts/study.py scripts/studies/smoke.yaml --output outputs/smoke data.root=$DATA "
         "backbone.weights=$WEIGHTS 'backbone.mean=[0.5,0.5,0.5]'"
     )
 
 
 def test_the_first_seeds_runs_of_all_arms_come_first(study_file):
-    study = read_study(study_file).with_single_arms(["semseg", "depth"])
-    jobs = jobs_of(study, Path("out"), ["a=1"])
-    on, off, of_self, singles = ("on", "off", "self", ["single_semseg", "single_depth"])
-    assert [(job.seed, job.arm.name) for job in jobs] == [
-        *((3, arm) for arm in (off, on)),
-        *((1, arm) for arm in (off, on, of_self, *singles)),
-        *((2, arm) for arm in (off, on, of_self)),
+    study = read_study(study_file).with_single_task_variants(["semseg", "depth"])
+    jobs = list_jobs(study, Path("out"), ["a=1"])
+    on, off, of_self, single_task = ("on", "off", "self", ["single_semseg", "single_depth"])
+    assert [(job.seed, job.variant.name) for job in jobs] == [
+        *((3, variant) for variant in (off, on)),
+        *((1, variant) for variant in (off, on, of_self, *single_task)),
+        *((2, variant) for variant in (off, on, of_self)),
     ]
     assert jobs[1].overrides == ("trainer.max_steps=9", "gain=0.1", "a=1")
     assert jobs[1].folder == Path("out/on/seed_3")
 
 
 def test_a_folder_with_odd_characters_is_quoted_for_hydra():
-    assert quoted(Path("/a/b-c_1.d")) == "/a/b-c_1.d"
-    assert quoted(Path("/a b/it's")) == r"'/a b/it\'s'"
+    assert quote_value(Path("/a/b-c_1.d")) == "/a/b-c_1.d"
+    assert quote_value(Path("/a b/it's")) == r"'/a b/it\'s'"
 
 
 # Runs
@@ -309,8 +319,8 @@ def test_a_failed_run_does_not_end_the_study_and_is_tried_again(run, study_file,
     said, failures = run()
     assert [one.job.title for one in failures] == ["on seed 3", "on seed 1", "on seed 2"]
     assert failures[0].reason == "exit code 1: error: the loss was not finite"
-    assert "3 runs failed" in failure_text(failures)
-    assert str(tmp_path / "out" / "on" / "seed_3.log") in failure_text(failures)
+    assert "3 runs failed" in format_failures(failures)
+    assert str(tmp_path / "out" / "on" / "seed_3.log") in format_failures(failures)
     assert "FAILED (exit code 1: error: the loss was not finite)" in said
     assert "3 runs missing: on seed 3, on seed 1, on seed 2" in " ".join(said.split())
     assert len(calls(tmp_path)) == 10
@@ -397,7 +407,7 @@ def test_two_studies_in_one_folder_are_refused(run, tmp_path):
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (3599.7, "1 h 00 min")])
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text
 
 
 # Numbers
@@ -411,33 +421,33 @@ STUDY = Study(
     "numbers",
     (),
     (
-        Arm("off", ("regularizer=none",), (0, 1, 2, 3), (), "off"),
-        Arm("on", (), (0, 1, 2, 3), ("off",), "on"),
-        Arm("single_semseg", (), (0, 1), (), "single-task semseg", "", "semseg"),
-        Arm("single_depth", (), (0,), (), "single-task depth", "", "depth"),
+        Variant("off", ("regularizer=none",), (0, 1, 2, 3), (), "off"),
+        Variant("on", (), (0, 1, 2, 3), ("off",), "on"),
+        Variant("single_semseg", (), (0, 1), (), "single-task semseg", "", "semseg"),
+        Variant("single_depth", (), (0,), (), "single-task depth", "", "depth"),
     ),
 )
 
 
-def one_record(arm, seed, metrics, **facts):
+def one_record(variant, seed, metrics, **facts):
     known = {"seed": seed, "step": 9, "split": "tune", "num_images": 5, "data_fingerprint": "8d9e", "device": "cpu",
              "commit": "e51845271362f65d", "clean": True, "versions": {"torch": "2.15"}}  # fmt: skip
-    return {"study": "numbers", "arm": arm, "seed": seed, "overrides": [], "metrics": metrics, "run": known | facts}
+    return {"study": "numbers", "arm": variant, "seed": seed, "overrides": [], "metrics": metrics, "run": known | facts}
 
 
 @pytest.fixture
 def records():
     both = [
-        one_record(arm, seed, {task: {METRIC[task]: values[task][seed]} for task in values})
-        for arm, values in (("off", OFF), ("on", ON))
+        one_record(variant, seed, {task: {METRIC[task]: values[task][seed]} for task in values})
+        for variant, values in (("off", OFF), ("on", ON))
         for seed in range(4)
     ]
-    singles = [
+    single_task = [
         one_record(f"single_{task}", seed, {task: {METRIC[task]: value}})
         for task, values in SINGLE.items()
         for seed, value in enumerate(values)
     ]
-    return both + singles
+    return both + single_task
 
 
 def test_intervals_are_those_of_a_paired_t_test(records):
@@ -455,14 +465,14 @@ def test_intervals_are_those_of_a_paired_t_test(records):
 def test_two_pairs_get_no_verdict_and_holm_corrects_those_of_more(records):
     (few,) = report(STUDY, [one for one in records if one["seed"] < 2], holm=True).effects
     assert {effect.side(column) for column, effect in few.columns.items()} == {"too few pairs"}
-    assert "fewer than 3 pairs" in as_text(report(STUDY, [one for one in records if one["seed"] < 2]))
+    assert "fewer than 3 pairs" in format_text(report(STUDY, [one for one in records if one["seed"] < 2]))
     found = report(STUDY, records, holm=True)
     (effects,) = found.effects
     values = [effect.paired.p_value for effect in effects.columns.values()]
     assert next(iter(effects.columns.values())).adjusted == pytest.approx(3 * min(values))
     assert [effect.side(column) for column, effect in effects.columns.items()][1:] == ["not below 0.05"] * 2
-    assert "by Holm's method for the 3 of 3 pairs or more" in " ".join(as_text(found).split())
-    assert as_json(found)["differences"][0]["metrics"]["semseg/mIoU"]["p_holm"] == pytest.approx(3 * min(values))
+    assert "by Holm's method for the 3 of 3 pairs or more" in " ".join(format_text(found).split())
+    assert to_json(found)["differences"][0]["metrics"]["semseg/mIoU"]["p_holm"] == pytest.approx(3 * min(values))
 
 
 def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
@@ -479,19 +489,21 @@ def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
     mtl = [100 / 2 * ((s - 0.415) / 0.415 - (d - 0.57) / 0.57) for s, d in zip(OFF["semseg"], OFF["depth"])]
     assert found.columns[-1].metric == "Delta_MTL"
     assert [row.label for row in found.rows] == ["single-task", "off", "on"]
-    assert found.rows[1].cell(found.columns[-1]) == pytest.approx((statistics.mean(mtl), statistics.stdev(mtl), 4))
+    assert found.rows[1].summarize(found.columns[-1]) == pytest.approx((statistics.mean(mtl), statistics.stdev(mtl), 4))
 
 
 def test_an_arm_may_be_compared_with_several_and_its_delta_is_against_the_first(records):
-    arms = (*STUDY.arms[:2], replace(STUDY.arms[1], name="both", label="both", against=("on", "off")))
+    variants = (*STUDY.variants[:2], replace(STUDY.variants[1], name="both", label="both", against=("on", "off")))
     more = [{**one, "arm": "both"} for one in records if one["arm"] == "off"]
-    found = report(replace(STUDY, arms=arms), [one for one in records if "single" not in one["arm"]] + more)
+    found = report(replace(STUDY, variants=variants), [one for one in records if "single" not in one["arm"]] + more)
     assert [(one.row.label, one.reference.label) for one in found.effects] == [
         *(("on", "off"), ("both", "on"), ("both", "off"))
     ]
     assert [list(one.columns)[-1].metric for one in found.effects] == ["Delta_on/off", "Delta_on/off", "Delta"]
     assert [column.metric for column in found.columns] == ["mIoU", "rmse", "Delta_on/off"]
-    assert found.rows[2].cell(found.columns[-1]).mean == found.effects[1].columns[found.columns[-1]].paired.mean < 0
+    assert (
+        found.rows[2].summarize(found.columns[-1]).mean == found.effects[1].columns[found.columns[-1]].paired.mean < 0
+    )
     assert list(found.effects[2].columns.values())[-1].paired.mean == 0
 
 
@@ -511,11 +523,11 @@ def test_words_and_missing_runs(records):
     for one in worse:
         if one["arm"] == "on":
             one["metrics"]["depth"]["rmse"] = OFF["depth"][one["seed"]] + 0.01 + one["seed"] / 1000
-    text = " ".join(as_text(report(STUDY, worse)).split())
+    text = " ".join(format_text(report(STUDY, worse)).split())
     assert "on against off: the interval is wholly better for semseg; is wholly worse for depth; contains 0 for" in text
     assert "3 runs missing: off seed 3, on seed 3, single_depth seed 0." in text
     assert "no Delta_MTL: there is no single-task run of depth." in text
-    one_pair = as_text(report(STUDY, [r for r in records if r["seed"] == 0]))
+    one_pair = format_text(report(STUDY, [r for r in records if r["seed"] == 0]))
     assert "the interval is not known for semseg, depth, Delta_on/off" in " ".join(one_pair.split())
 
 
@@ -536,13 +548,13 @@ def test_a_baseline_of_zero_gives_no_delta_but_a_table(records):
 
 
 def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
-    lines = as_markdown(report(STUDY, records), "python scripts/study.py x.yaml").splitlines()
+    lines = format_markdown(report(STUDY, records), "python scripts/study.py x.yaml").splitlines()
     assert lines[0] == "| arm | n | semseg mIoU ↑ (%) | depth rmse ↓ (m) | Delta_on/off ↑ (%) | Delta_MTL ↑ (%) |"
     assert "| off | 4 | 40.17 ± 0.62 | 0.6050 ± 0.0129 | - | -4.67 ± 1.09 |" in lines
     table = [line for line in lines if line.startswith("| on minus off | semseg")]
     assert table == ["| on minus off | semseg mIoU ↑ (points) | +2.15 | [+1.20, +3.10] | wholly better | 4 | 1.24 |"]
     assert "python scripts/study.py x.yaml" in lines
-    assert as_json(report(STUDY, records))["differences"][0]["metrics"]["depth/rmse"]["pairs"] == 4
+    assert to_json(report(STUDY, records))["differences"][0]["metrics"]["depth/rmse"]["pairs"] == 4
 
 
 # What is kept in the repository
@@ -562,7 +574,7 @@ def test_results_are_small_files_without_a_machines_paths_and_give_the_same_tabl
     assert one["run"]["commit"] == "e51845271362f65d"
     study, records, command = read_results(kept)
     assert "data.root=$DATA backbone.weights=$WEIGHTS" in command
-    assert as_markdown(report(study, records), command) == (tmp_path / "out" / "study.md").read_text()
+    assert format_markdown(report(study, records), command) == (tmp_path / "out" / "study.md").read_text()
 
     before = {path: path.read_bytes() for path in kept.iterdir()}
     run(table_only=True, results=kept)
@@ -590,7 +602,7 @@ def test_documents_show_a_study_and_notice_when_it_drifts(records, tmp_path, mon
         script.main()
     write_results(tmp_path / "results" / "numbers", STUDY, records, "python scripts/study.py x.yaml")
     assert script.main() == 0
-    assert as_markdown(report(STUDY, records), "python scripts/study.py x.yaml") in document.read_text()
+    assert format_markdown(report(STUDY, records), "python scripts/study.py x.yaml") in document.read_text()
     assert document.read_text().endswith("```\n<!-- end -->\n\nAfter.\n")
     monkeypatch.setattr(sys, "argv", ["render_results.py", "--check"])
     assert script.main() == 0
@@ -637,10 +649,10 @@ def test_an_arm_of_changed_defaults_is_told(records):
 def test_curves_of_two_arms(cli, tmp_path):
     """Against the formulas; arms without a common seed are refused."""
     values = {"a": [[1.0, 2.0], [3.0, 4.0]], "b": [[1.5, 2.0], [3.5, 5.0]]}
-    for arm, runs in values.items():
+    for variant, runs in values.items():
         for seed, losses in enumerate(runs):
             lines = [{"step": 10 * i, "kind": "train", "depth": loss, "lr": 0.1} for i, loss in enumerate(losses)]
-            folder = tmp_path / arm / f"seed_{seed}"
+            folder = tmp_path / variant / f"seed_{seed}"
             folder.mkdir(parents=True)
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = cli("scripts/benchmarks/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from mtcl import UserError
 from mtcl.launch import sweep as sweeping
-from mtcl.launch.sweep import Outcome, Stopped, exit_code, job_folder, run_job, summary
+from mtcl.launch.sweep import JobOutcome, SweepStopped, exit_code, job_folder, run_job, summary
 from mtcl.run_lock import claim
 
 # Takes the words of train.py: trouble=fail, crash (SIGKILL), hang (until SIGTERM: saves, exit code 75), taken.
@@ -58,11 +58,11 @@ if trouble == "taken":
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     monkeypatch.setattr(sweeping, "POLL", 0.01)
-    sweeping.outcomes.clear()
-    sweeping.received.clear()
+    sweeping.job_outcomes.clear()
+    sweeping.received_signals.clear()
     yield
-    sweeping.outcomes.clear()
-    sweeping.received.clear()
+    sweeping.job_outcomes.clear()
+    sweeping.received_signals.clear()
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_signal_lets_the_run_save_and_starts_no_other(job, tmp_path, here):
     thread = threading.Thread(target=interrupt)
     thread.start()
     if here:
-        with pytest.raises(Stopped):
+        with pytest.raises(SweepStopped):
             job("trouble=hang", here=True)
     else:  # in a launcher's pool: others of it save, too, so nothing is raised
         assert job("trouble=hang").ending == "stopped"
@@ -178,15 +178,15 @@ def test_a_signal_lets_the_run_save_and_starts_no_other(job, tmp_path, here):
     assert exit_code() == 75
     assert (tmp_path / "job0" / "checkpoints" / "last.pt").exists()
     assert summary()[-1] == "the same command runs what is not finished"
-    sweeping.received.clear()
+    sweeping.received_signals.clear()
     assert job("trouble=hang").ending == "finished"
     assert calls(tmp_path) == ["fresh", "auto"]
 
 
 def test_an_outcome_is_kept_where_it_is_unpickled():
-    sent = pickle.dumps(Outcome(3, ("a=1",), "failed", "why"))
-    sweeping.outcomes.clear()
-    assert pickle.loads(sent) == sweeping.outcomes[3]
+    sent = pickle.dumps(JobOutcome(3, ("a=1",), "failed", "why"))
+    sweeping.job_outcomes.clear()
+    assert pickle.loads(sent) == sweeping.job_outcomes[3]
     assert exit_code() == 1
 
 

@@ -16,7 +16,7 @@ from mtcl import UserError
 from mtcl.models import EncoderDecoder, build_backbone
 from mtcl.models.decoders import MultiHead
 from mtcl.models.decoders.blocks import Fusion, resize
-from mtcl.regularizers import Contrastive, SliceAdamW
+from mtcl.regularizers import Contrastive, MaskedAdamW
 from mtcl.tasks import build_task
 
 TASKS = {"semseg": 7, "depth": 1, "normals": 3, "edge": 1}
@@ -75,9 +75,15 @@ def test_any_backbone_takes_any_size(family):
             t: (batch, channels, height, width) for t, channels in TASKS.items()
         }
         assert all(p.isfinite().all() for p in output.predictions.values())
-        assert {k: {t: f.shape[1] for t, f in taps.items()} for k, taps in output.taps.items()} == model.tap_channels
+        assert {
+            k: {t: f.shape[1] for t, f in features.items()} for k, features in output.features.items()
+        } == model.feature_channels
         size = tuple(-(-side // 4) for side in output.frame)
-        assert all(f.shape[0] == batch and f.shape[2:] == size for taps in output.taps.values() for f in taps.values())
+        assert all(
+            f.shape[0] == batch and f.shape[2:] == size
+            for features in output.features.values()
+            for f in features.values()
+        )
 
 
 def test_features_depend_on_where_the_picture_shows_something():
@@ -101,15 +107,15 @@ def test_features_depend_on_where_the_picture_shows_something():
 def test_any_subset_of_tasks(tasks, training):
     channels = {t: TASKS[t] for t in tasks}
     model = make_model(tasks=channels).train(training)
-    assert model.tap_channels == {"final": dict.fromkeys(tasks, 8), "trunk": dict.fromkeys(tasks, 12)}
+    assert model.feature_channels == {"final": dict.fromkeys(tasks, 8), "trunk": dict.fromkeys(tasks, 12)}
     output = model(make_image(1, 3, 50, 70))
     assert list(output.predictions) == list(tasks)
     assert output.intermediate == []
-    assert [list(taps) for taps in output.taps.values()] == [list(tasks)] * 2
+    assert [list(features) for features in output.features.values()] == [list(tasks)] * 2
     for t, prediction in output.predictions.items():
         assert prediction.shape == (1, TASKS[t], 50, 70)
         if len(tasks) > 1:
-            assert output.taps["trunk"][t] is output.taps["trunk"][tasks[0]]
+            assert output.features["trunk"][t] is output.features["trunk"][tasks[0]]
     sum(p.square().mean() for p in output.predictions.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.decoder.parameters())
 
@@ -122,7 +128,7 @@ def test_padding_lies_at_the_right_and_bottom(cnn):
     assert small.frame == large.frame == (64, 96)
     for t in TASKS:
         assert torch.equal(small.predictions[t], large.predictions[t][..., :50, :70])
-        assert torch.equal(small.taps["final"][t], large.taps["final"][t])
+        assert torch.equal(small.features["final"][t], large.features["final"][t])
 
 
 def test_batch_of_one_is_as_in_a_larger_batch(cnn):
@@ -537,7 +543,7 @@ def test_a_tasks_loss_reaches_what_is_shared_and_its_own_head():
 def test_stride_and_depth_of_the_heads():
     model = make_model(stride=8, depth=3).eval()
     output = model(make_image(1, 3, 50, 70))
-    assert output.taps["final"]["edge"].shape == (1, 8, 8, 12)
+    assert output.features["final"]["edge"].shape == (1, 8, 8, 12)
     assert len(model.decoder.heads["edge"]) == 3
 
 
@@ -552,7 +558,7 @@ def test_compiles_as_one_graph(cnn):
     assert got.frame == want.frame
     for t in TASKS:
         torch.testing.assert_close(got.predictions[t], want.predictions[t])
-        torch.testing.assert_close(got.taps["final"][t], want.taps["final"][t])
+        torch.testing.assert_close(got.features["final"][t], want.features["final"][t])
     torch._dynamo.reset()
 
 
@@ -574,8 +580,8 @@ def test_a_regulariser_leaves_no_trace_in_the_model():
     torch.manual_seed(0)
     tasks = {t: build_task(t) for t in ("depth", "normals", "edge")}
     model = make_model()
-    regularizer = Contrastive(tasks, model.tap_channels["final"], pixels=32, dim=4, hidden=4)
-    optimizer = SliceAdamW(regularizer.parameters(), lr=0.1)
+    regularizer = Contrastive(tasks, model.feature_channels["final"], pixels=32, dim=4, hidden=4)
+    optimizer = MaskedAdamW(regularizer.parameters(), lr=0.1)
     model.eval()
     output = model(make_image(2, 3, 50, 70))
     labels = {
@@ -583,9 +589,9 @@ def test_a_regulariser_leaves_no_trace_in_the_model():
         "normals": F.normalize(torch.randn(2, 3, 50, 70), dim=1),
         "edge": torch.rand(2, 1, 50, 70).round(),
     }
-    taps = {t: output.taps["final"][t] for t in tasks}
+    features = {t: output.features["final"][t] for t in tasks}
     before = [p.detach().clone() for p in regularizer.parameters()]
-    regularizer(taps, labels, regularizer.sample(0, ["a", "b"]), output.frame).loss.backward()
+    regularizer(features, labels, regularizer.sample(0, ["a", "b"]), output.frame).loss.backward()
     assert all(p.grad is not None for p in model.backbone_parameters() if p.requires_grad)  # it does teach the model
     optimizer.step()
     assert any(not torch.equal(a, b) for a, b in zip(before, regularizer.parameters()))
@@ -597,4 +603,4 @@ def test_a_regulariser_leaves_no_trace_in_the_model():
     with torch.no_grad():
         a, b = plain.eval()(image), model(image)
     assert all(torch.equal(a.predictions[t], b.predictions[t]) for t in TASKS)
-    assert all(torch.equal(a.taps[k][t], b.taps[k][t]) for k in a.taps for t in TASKS)
+    assert all(torch.equal(a.features[k][t], b.features[k][t]) for k in a.features for t in TASKS)

@@ -11,7 +11,7 @@ from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
 from mtcl.models import TaskPrompter, build_backbone
-from mtcl.models.published import METHODS, fit, taskprompter, translate
+from mtcl.models.published import METHODS, check_state_dict, taskprompter, translate_state_dict
 from mtcl.models.taskprompter import _over_parts, channel_affinity
 from mtcl.profiling.flops import count
 
@@ -128,10 +128,10 @@ def test_the_model_is_the_slow_one(kwargs, options):
     image = make_image(2, 3, *NATIVE)
     with torch.no_grad():
         got, want = model(image), slow_model(model, image)
-    assert list(got.taps["final"]) == list(want)
+    assert list(got.features["final"]) == list(want)
     for task, m in want.items():
         assert m.shape == (2, 6, NATIVE[0] // 4, NATIVE[1] // 4)
-        torch.testing.assert_close(got.taps["final"][task], m, rtol=1e-3, atol=1e-4 * float(m.abs().max()))
+        torch.testing.assert_close(got.features["final"][task], m, rtol=1e-3, atol=1e-4 * float(m.abs().max()))
         prediction = F.interpolate(model.logits[task](m), NATIVE, mode="bilinear", align_corners=False)
         torch.testing.assert_close(got.predictions[task], prediction, rtol=1e-3, atol=1e-4 * float(m.abs().max()))
 
@@ -166,7 +166,7 @@ def test_affinities_of_a_larger_picture_are_as_large():
 @pytest.mark.parametrize("training", [False, True])
 def test_any_tasks_any_size(tasks, training):
     model = make_model({t: TASKS[t] for t in tasks}).train(training)
-    assert model.tap_channels == {"final": dict.fromkeys(tasks, 6)}
+    assert model.feature_channels == {"final": dict.fromkeys(tasks, 6)}
     for batch, height, width in ((1, 50, 70), (2, 32, 96)):
         output = model(make_image(batch, 3, height, width))
         frame = (-(-height // 16) * 16, -(-width // 16) * 16)
@@ -176,7 +176,7 @@ def test_any_tasks_any_size(tasks, training):
             t: (batch, TASKS[t], height, width) for t in tasks
         }
         assert all(p.isfinite().all() for p in output.predictions.values())
-        for final in output.taps["final"].values():
+        for final in output.features["final"].values():
             assert final.shape == (batch, 6, frame[0] // 4, frame[1] // 4)
 
 
@@ -285,7 +285,7 @@ def test_patches_of_fourteen():
     with torch.no_grad():
         output = model(make_image(1, 3, 50, 60))
     assert output.frame == (56, 70)
-    assert output.taps["final"]["depth"].shape == (1, 6, 16, 20)
+    assert output.features["final"]["depth"].shape == (1, 6, 16, 20)
 
 
 # --- The published sizes
@@ -371,15 +371,15 @@ def published_state(tasks, depth=4, dim=24, heads=3, hidden=48, grid=(3, 5), wid
 def test_published_checkpoints_fit(cross):
     theirs = published_state(TASKS, cross=cross)
     method = taskprompter.METHOD
-    ours, idle = translate(theirs, method, list(TASKS))
+    ours, unused_keys = translate_state_dict(theirs, method, list(TASKS))
     config = method.settings(theirs, NATIVE)
     options = {key.removeprefix("decoder."): value for key, value in config.items() if key.startswith("decoder.")}
     assert options == {"size": list(NATIVE), "width": 8, "head_width": 6, "cross_task": cross, "windows": 4}
     model = make_model(**options)
-    fit(ours, model.state_dict(), method.name)
+    check_state_dict(ours, model.state_dict(), method.name)
     model.load_state_dict(ours)
-    assert idle == ["backbone.blocks.3.attn.token_trans1.weight", "backbone.blocks.3.attn.token_trans1.bias"]
-    assert len(ours) + len(idle) == len(theirs)
+    assert unused_keys == ["backbone.blocks.3.attn.token_trans1.weight", "backbone.blocks.3.attn.token_trans1.bias"]
+    assert len(ours) + len(unused_keys) == len(theirs)
     assert torch.equal(model.prompts, theirs["backbone.task_prompts"])
     assert torch.equal(model.backbone.net.model.pos_embed, theirs["backbone.pos_embed"][:, 1:])
     assert torch.equal(model.levels[2].spatial["depth"].weight, theirs["backbone.fea_decode_spa.2.depth.0.weight"])

@@ -22,10 +22,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.regularizers import Contrastive, Draw, SliceAdamW, criteria
-from mtcl.regularizers.contrastive import allowed_sources, first_available
-from mtcl.regularizers.diagnostics import gradients_at_taps
-from mtcl.regularizers.sampling import draw_pixels, draw_sources, pixel_index, read_features, read_labels
+from mtcl.regularizers import Contrastive, Draw, MaskedAdamW, criteria
+from mtcl.regularizers.contrastive import choose_available_source, list_allowed_sources
+from mtcl.regularizers.diagnostics import compare_feature_gradients
+from mtcl.regularizers.sampling import draw_pixels, draw_sources, pixel_index, sample_features, sample_labels
 
 # --- The paper's choices against the reference
 
@@ -42,12 +42,12 @@ def test_any_labels_agree_with_reference(case):
 @pytest.mark.parametrize("source", NAMES)
 @pytest.mark.parametrize("hidden", [None, 5])
 def test_each_kind_of_source_agrees_with_reference(source, hidden):
-    regularizer, taps, labels, draw, frame = make_case(seed=3, pixels=16, hidden=hidden)
+    regularizer, features, labels, draw, frame = make_case(seed=3, pixels=16, hidden=hidden)
     index = NAMES.index(source)
     sources = [[index, *(s for s in range(4) if s not in (t, index))] for t in range(4) if t != index]
     sources.insert(index, [s for s in range(4) if s != index])
     draw = Draw(torch.tensor(sources), draw.pixels)
-    assert agrees_with_reference(regularizer, taps, labels, draw, frame) > 50
+    assert agrees_with_reference(regularizer, features, labels, draw, frame) > 50
 
 
 SPECIAL = {
@@ -72,8 +72,8 @@ def test_special_labels_agree_with_reference(name):
 
 
 def test_thresholds_replace_the_tasks_own():
-    regularizer, taps, labels, draw, frame = make_case(seed=1, pixels=12, names=("depth", "normals"))
-    own = regularizer(taps, labels, draw, frame).loss
+    regularizer, features, labels, draw, frame = make_case(seed=1, pixels=12, names=("depth", "normals"))
+    own = regularizer(features, labels, draw, frame).loss
     wide = Contrastive(
         regularizer.tasks,
         {"depth": 2, "normals": 3},
@@ -83,8 +83,8 @@ def test_thresholds_replace_the_tasks_own():
         hidden=5,
         thresholds={"depth": (0.5, 0.9), "normals": (35.0, 100.0)},
     )
-    assert agrees_with_reference(wide, taps, labels, draw, frame) > 5
-    assert not torch.equal(wide(taps, labels, draw, frame).loss, own)
+    assert agrees_with_reference(wide, features, labels, draw, frame) > 5
+    assert not torch.equal(wide(features, labels, draw, frame).loss, own)
 
 
 # --- Pairs and triplets
@@ -94,8 +94,8 @@ def test_thresholds_replace_the_tasks_own():
 @given(cases())
 @example({"size": (2, 2), "pixels": 8})
 def test_no_pair_is_both_and_no_pixel_pairs_with_itself(case):
-    regularizer, taps, labels, draw, frame = make_case(**case)
-    positive, negative = relations(regularizer, taps, labels, draw, frame)
+    regularizer, features, labels, draw, frame = make_case(**case)
+    positive, negative = relations(regularizer, features, labels, draw, frame)
     images, count = draw.pixels.shape[:2]
     assert positive.shape == negative.shape == (4, images, count, count)
     assert not (positive & negative).any()
@@ -105,9 +105,9 @@ def test_no_pair_is_both_and_no_pixel_pairs_with_itself(case):
     same = (row[:, :, None] == row[:, None]) & (column[:, :, None] == column[:, None])
     assert same.diagonal(dim1=1, dim2=2).all()
     assert not ((positive | negative) & same).any()
-    known = [read_labels(task.valid(labels[name]), draw.pixels)[..., 0] for name, task in regularizer.tasks.items()]
+    known = [sample_labels(task.valid(labels[name]), draw.pixels)[..., 0] for name, task in regularizer.tasks.items()]
     for t in range(4):
-        source = first_available(draw.sources[t], torch.stack(known).any(dim=2))
+        source = choose_available_source(draw.sources[t], torch.stack(known).any(dim=2))
         for image, s in enumerate(source.tolist()):
             assert not (positive | negative)[t, image][~known[s][image]].any()
 
@@ -118,7 +118,7 @@ def test_pick_takes_the_first_after_the_pixel(count, seed, share):
     generator = torch.Generator().manual_seed(seed)
     relation = torch.rand(2, 3, count, count, generator=generator) < share
     relation.diagonal(dim1=2, dim2=3).fill_(False)
-    chosen, has = criteria.pick(relation)
+    chosen, has = criteria.sample_related(relation)
     assert chosen.dtype == torch.int64
     assert 0 <= int(chosen.min()) <= int(chosen.max()) < count
     for row, j, found in zip(relation.flatten(0, 1), chosen.flatten(0, 1), has.flatten(0, 1)):
@@ -143,7 +143,7 @@ def test_pick_is_uniform_when_the_pixels_stand_in_random_order():
     different[0, 4:6] = different[4:6, 0] = True
     order = torch.argsort(torch.rand(rounds, count, generator=torch.Generator().manual_seed(0)), dim=1)
     rows, columns = order[:, :, None], order[:, None, :]
-    (p, has_positive), (n, has_negative) = (criteria.pick(x[rows, columns]) for x in (alike, different))
+    (p, has_positive), (n, has_negative) = (criteria.sample_related(x[rows, columns]) for x in (alike, different))
     place = (order == 0).int().argmax(dim=1)  # where thing 0 stands in each round
     each = torch.arange(rounds)
     assert (has_positive & has_negative)[each, place].all()
@@ -154,9 +154,9 @@ def test_pick_is_uniform_when_the_pixels_stand_in_random_order():
 
 
 def test_identical_features_cost_the_margin():
-    regularizer, taps, labels, draw, frame = make_case(pixels=12)
-    taps = {t: torch.full_like(tap, 0.7) for t, tap in taps.items()}
-    output = regularizer(taps, labels, draw, frame)
+    regularizer, features, labels, draw, frame = make_case(pixels=12)
+    features = {t: torch.full_like(tap, 0.7) for t, tap in features.items()}
+    output = regularizer(features, labels, draw, frame)
     for loss in (output.loss, *output.losses.values()):
         assert loss.item() == pytest.approx(regularizer.margin, abs=1e-5)
     assert all(v == 1 for key, v in regularizer.summary().items() if key.endswith("active"))
@@ -165,12 +165,12 @@ def test_identical_features_cost_the_margin():
 def test_satisfied_triplets_cost_nothing():
     z = torch.tensor([[[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]]])  # (T, B, K, D)
     p, n, anchor = torch.tensor([[[1, 0, 0]]]), torch.tensor([[[2, 2, 0]]]), torch.tensor([[[True, True, False]]])
-    found = criteria.hinge(z, p, n, anchor, 0.5)
+    found = criteria.triplet_hinge(z, p, n, anchor, 0.5)
     assert found.losses.tolist() == [0]
-    assert found.present.tolist() == [True]
+    assert found.has_anchor.tolist() == [True]
     assert found.stats.tolist() == [[[2, 0, 0, 8]]]  # anchors, active, sum of d_ap, sum of d_an = 4 each
-    assert criteria.hinge(z, p, n, anchor, 5.0).losses.tolist() == [1]  # 5 + 0 - 4
-    assert criteria.hinge(z, p, n, anchor & False, 5.0).present.tolist() == [False]
+    assert criteria.triplet_hinge(z, p, n, anchor, 5.0).losses.tolist() == [1]  # 5 + 0 - 4
+    assert criteria.triplet_hinge(z, p, n, anchor & False, 5.0).has_anchor.tolist() == [False]
 
 
 NOTHING = {
@@ -183,13 +183,13 @@ NOTHING = {
 @pytest.mark.parametrize("name", NOTHING)
 def test_no_anchor_gives_exactly_zero_with_a_graph(name):
     kinds = {task: [kind, kind] for task, kind in NOTHING[name].items()}
-    regularizer, taps, labels, draw, frame = make_case(kinds=kinds, pixels=12)
-    taps = {t: tap.requires_grad_() for t, tap in taps.items()}
-    output = regularizer(taps, labels, draw, frame)
+    regularizer, features, labels, draw, frame = make_case(kinds=kinds, pixels=12)
+    features = {t: tap.requires_grad_() for t, tap in features.items()}
+    output = regularizer(features, labels, draw, frame)
     assert output.loss.item() == 0
     assert all(loss.item() == 0 and loss.requires_grad for loss in output.losses.values())
     output.loss.backward()
-    for tensor in (*taps.values(), *regularizer.parameters()):
+    for tensor in (*features.values(), *regularizer.parameters()):
         assert torch.equal(tensor.grad, torch.zeros_like(tensor))
     summary = regularizer.summary()
     assert set(summary.values()) == {0.0}
@@ -198,12 +198,12 @@ def test_no_anchor_gives_exactly_zero_with_a_graph(name):
 
 
 def test_broken_labels_are_void():
-    regularizer, taps, labels, draw, frame = make_case(pixels=12)
+    regularizer, features, labels, draw, frame = make_case(pixels=12)
     broken = {name: label.clone() for name, label in labels.items()}
     broken["depth"][0] = float("nan")
     broken["depth"][1] = float("inf")
     void = {**labels, "depth": torch.zeros_like(labels["depth"])}
-    got, want = regularizer(taps, broken, draw, frame), regularizer(taps, void, draw, frame)
+    got, want = regularizer(features, broken, draw, frame), regularizer(features, void, draw, frame)
     assert math.isfinite(got.loss.item())
     assert torch.equal(got.loss, want.loss)
 
@@ -219,7 +219,7 @@ def test_reading_a_ramp_gives_the_pixels_own_centre():
     ramp = torch.stack([row[:, None].expand(height, width), column[None].expand(height, width)])[None]
     pixels = torch.rand(1, 200, 2, generator=torch.Generator().manual_seed(0))
     r, c = pixel_index(pixels, size)
-    got = read_features(ramp, pixels, size, frame)[0]
+    got = sample_features(ramp, pixels, size, frame)[0]
     want = torch.stack([(r[0] + 0.5).clamp(2, 30), (c[0] + 0.5).clamp(2, 62)], dim=1)
     torch.testing.assert_close(got, want)
 
@@ -242,8 +242,8 @@ def test_both_layouts_are_read_as_grid_sample_does(shape, channels):
     found = []
     for layout, read in (
         (torch.contiguous_format, sample),
-        (torch.contiguous_format, lambda feature: read_features(feature, pixels, size, frame)),
-        (torch.channels_last, lambda feature: read_features(feature, pixels, size, frame)),
+        (torch.contiguous_format, lambda feature: sample_features(feature, pixels, size, frame)),
+        (torch.channels_last, lambda feature: sample_features(feature, pixels, size, frame)),
     ):
         leaf = feature.clone(memory_format=layout).requires_grad_()
         values = read(leaf)
@@ -260,9 +260,9 @@ def test_both_layouts_are_read_as_grid_sample_does(shape, channels):
 def test_labels_are_read_at_the_nearest_pixel():
     label = torch.arange(2 * 3 * 4).view(2, 3, 4)
     pixels = torch.tensor([[[0.0, 0.0], [0.5, 0.5], [0.99999994, 0.99999994]]] * 2)
-    assert read_labels(label, pixels)[..., 0].tolist() == [[0, 6, 11], [12, 18, 23]]
+    assert sample_labels(label, pixels)[..., 0].tolist() == [[0, 6, 11], [12, 18, 23]]
     both = torch.stack([label, -label], dim=1)
-    assert read_labels(both, pixels)[0].tolist() == [[0, 0], [6, -6], [11, -11]]
+    assert sample_labels(both, pixels)[0].tolist() == [[0, 0], [6, -6], [11, -11]]
 
 
 # --- Draws
@@ -270,7 +270,7 @@ def test_labels_are_read_at_the_nearest_pixel():
 
 def test_sources_are_uniform_and_independent():
     steps, count = 3000, 4
-    allowed = allowed_sources(NAMES, "other", [])
+    allowed = list_allowed_sources(NAMES, "other", [])
     orders = np.stack([draw_sources(7, step, allowed).numpy() for step in range(steps)])  # (steps, T, T - 1)
     for target in range(count):
         others = [t for t in range(count) if t != target]
@@ -333,9 +333,9 @@ def test_global_generators_stay_untouched():
     case = make_tasks(), dict.fromkeys(NAMES, 3)
     regularizer = Contrastive(*case, pixels=9)
     draw = regularizer.sample(0, ["a"])
-    taps = {name: torch.zeros(1, 3, 4, 4, requires_grad=True) for name in NAMES}
+    features = {name: torch.zeros(1, 3, 4, 4, requires_grad=True) for name in NAMES}
     labels = {name: make_label(name, ["random"], (8, 8), np.random.default_rng(0)) for name in NAMES}
-    regularizer(taps, labels, draw).loss.backward()
+    regularizer(features, labels, draw).loss.backward()
     after = states()
     assert torch.equal(before[0], after[0])
     assert (before[1] == after[1]).all()
@@ -355,26 +355,26 @@ def test_first_available():
             [1, 1, 1, 0],
         ]
     ).bool()
-    assert first_available(order, has).tolist() == [2, 0, 3, 2]
+    assert choose_available_source(order, has).tolist() == [2, 0, 3, 2]
 
 
 def test_next_source_is_uniform_among_those_a_picture_has():
     has = torch.tensor([[True], [True], [False], [True], [True]])  # nobody labels task 2
     counts, allowed = np.zeros(5), [[1, 2, 3, 4]]
     for step in range(3000):
-        counts[first_available(draw_sources(0, step, allowed)[0], has).item()] += 1
+        counts[choose_available_source(draw_sources(0, step, allowed)[0], has).item()] += 1
     assert counts[0] == counts[2] == 0
     assert chi_square(counts[[1, 3, 4]]) < 19  # 2 degrees of freedom
 
 
 def test_a_void_picture_does_not_change_another():
     """What a picture costs is its own affair: a picture without any label adds nothing to the batch's mean."""
-    regularizer, taps, labels, draw, frame = make_case(seed=2, pixels=12)
+    regularizer, features, labels, draw, frame = make_case(seed=2, pixels=12)
     void = {n: make_label(n, ["void"], (6, 7), np.random.default_rng(0)) for n in NAMES}
     alone = {n: label[:1] for n, label in labels.items()}
     half = {n: torch.cat([alone[n], void[n]]) for n in NAMES}
-    one = regularizer({n: tap[:1] for n, tap in taps.items()}, alone, Draw(draw.sources, draw.pixels[:1]), frame)
-    two = regularizer(taps, half, draw, frame)
+    one = regularizer({n: tap[:1] for n, tap in features.items()}, alone, Draw(draw.sources, draw.pixels[:1]), frame)
+    two = regularizer(features, half, draw, frame)
     assert one.loss > 0
     torch.testing.assert_close(one.loss, two.loss)
 
@@ -398,8 +398,8 @@ def test_projectors_start_is_a_function_of_the_seed():
 
 
 def test_undrawn_sources_get_exactly_zero_gradient():
-    regularizer, taps, labels, draw, frame = make_case(seed=0, pixels=24)
-    regularizer(taps, labels, draw, frame).loss.backward()
+    regularizer, features, labels, draw, frame = make_case(seed=0, pixels=24)
+    regularizer(features, labels, draw, frame).loss.backward()
     for t, name in enumerate(NAMES):
         drawn = draw.sources[t, 0].item()
         for parameter in regularizer.projectors[name].parameters():
@@ -425,7 +425,7 @@ def test_slice_adamw_equals_adamw_over_separate_parameters(options):
     start = make_slices()
     stacked = [torch.nn.Parameter(p.clone()) for p in start]
     separate = [[torch.nn.Parameter(row.clone()) for row in p] for p in start]
-    ours = SliceAdamW(stacked, **options)
+    ours = MaskedAdamW(stacked, **options)
     theirs = torch.optim.AdamW([row for rows in separate for row in rows], **options)
     for step in range(200):
         for optimizer in (ours, theirs):
@@ -455,14 +455,14 @@ def test_slice_adamw_resumes_identically():
             optimizer.step()
 
     parameters = [torch.nn.Parameter(p) for p in make_slices()]
-    optimizer = SliceAdamW(parameters, lr=0.02)
+    optimizer = MaskedAdamW(parameters, lr=0.02)
     steps(optimizer, parameters, 0, 17)
     file = io.BytesIO()
     torch.save([optimizer.state_dict(), [p.detach() for p in parameters]], file)
     file.seek(0)
     state, values = torch.load(file, weights_only=True)
     copies = [torch.nn.Parameter(p) for p in values]
-    resumed = SliceAdamW(copies, lr=0.5)
+    resumed = MaskedAdamW(copies, lr=0.5)
     resumed.load_state_dict(state)
     steps(optimizer, parameters, 17, 40)
     steps(resumed, copies, 17, 40)
@@ -473,7 +473,7 @@ def test_slice_adamw_resumes_identically():
 def test_slice_adamw_closure_and_missing_gradients():
     used, unused = (torch.nn.Parameter(p) for p in make_slices())
     before = unused.detach().clone()
-    optimizer = SliceAdamW([used, unused], lr=0.1)
+    optimizer = MaskedAdamW([used, unused], lr=0.1)
 
     def closure():
         optimizer.zero_grad()
@@ -488,10 +488,10 @@ def test_slice_adamw_closure_and_missing_gradients():
 
 
 def test_only_drawn_projectors_train():
-    regularizer, taps, labels, draw, frame = make_case(seed=0, pixels=24)
-    optimizer = SliceAdamW(regularizer.parameters(), lr=0.1)
+    regularizer, features, labels, draw, frame = make_case(seed=0, pixels=24)
+    optimizer = MaskedAdamW(regularizer.parameters(), lr=0.1)
     before = {key: value.clone() for key, value in regularizer.state_dict().items()}
-    regularizer(taps, labels, draw, frame).loss.backward()
+    regularizer(features, labels, draw, frame).loss.backward()
     optimizer.step()
     for t, name in enumerate(NAMES):
         drawn = torch.arange(4) == draw.sources[t, 0]
@@ -505,8 +505,8 @@ def test_only_drawn_projectors_train():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_taps(dtype):
-    regularizer, taps, labels, draw, frame = make_case(pixels=12)
-    half = {t: tap.to(dtype).requires_grad_() for t, tap in taps.items()}
+    regularizer, features, labels, draw, frame = make_case(pixels=12)
+    half = {t: tap.to(dtype).requires_grad_() for t, tap in features.items()}
     output = regularizer(half, labels, draw, frame)
     assert {loss.dtype for loss in (output.loss, *output.losses.values())} == {torch.float32}
     # All arithmetic is in fp32: the taps' own rounding is the only difference.
@@ -518,8 +518,8 @@ def test_half_precision_taps(dtype):
 
 
 def test_autocast_changes_nothing():
-    regularizer, taps, labels, draw, frame = make_case(pixels=300, size=(16, 16))  # counts that bf16 would round
-    leaves = {t: tap.requires_grad_() for t, tap in taps.items()}
+    regularizer, features, labels, draw, frame = make_case(pixels=300, size=(16, 16))  # counts that bf16 would round
+    leaves = {t: tap.requires_grad_() for t, tap in features.items()}
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -533,7 +533,7 @@ def test_autocast_changes_nothing():
 
 
 def test_one_compiled_graph_serves_every_draw():
-    regularizer, taps, labels, _, frame = make_case(pixels=12)
+    regularizer, features, labels, _, frame = make_case(pixels=12)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(regularizer, fullgraph=True, backend="eager")
@@ -541,7 +541,7 @@ def test_one_compiled_graph_serves_every_draw():
     for step in range(6):
         draw = regularizer.sample(step, [f"{step}", "b"])
         seen.add(tuple(draw.sources[:, 0].tolist()))
-        leaves = {t: tap.clone().requires_grad_() for t, tap in taps.items()}
+        leaves = {t: tap.clone().requires_grad_() for t, tap in features.items()}
         loss = compiled(leaves, labels, draw, frame).loss
         got = torch.autograd.grad(loss, list(leaves.values()))
         counted = regularizer.summary()
@@ -557,8 +557,8 @@ def test_one_compiled_graph_serves_every_draw():
 
 def test_deterministic_mode():
     def run():
-        regularizer, taps, labels, draw, frame = make_case(pixels=64)
-        leaves = {t: tap.requires_grad_() for t, tap in taps.items()}
+        regularizer, features, labels, draw, frame = make_case(pixels=64)
+        leaves = {t: tap.requires_grad_() for t, tap in features.items()}
         loss = regularizer(leaves, labels, draw, frame).loss
         loss.backward()
         return [loss, *(t.grad for t in (*leaves.values(), *regularizer.parameters()))]
@@ -587,13 +587,13 @@ def test_thresholds_that_make_no_sense_are_refused(pair):
 
 
 def test_summary_gathers_several_steps():
-    regularizer, taps, labels, _, frame = make_case(pixels=12)
+    regularizer, features, labels, _, frame = make_case(pixels=12)
     assert regularizer.summary() == {}
     pairs, anchors, pixels = set(), {}, {}
     for step in range(5):
         draw = regularizer.sample(step, ["a", "b"])
-        want = reference(regularizer, taps, labels, draw, frame)
-        regularizer(taps, labels, draw, frame)
+        want = reference(regularizer, features, labels, draw, frame)
+        regularizer(features, labels, draw, frame)
         for key, value in want.summary.items():
             pair, name = key.split("/")
             pairs.add(pair)
@@ -613,14 +613,16 @@ def test_summary_gathers_several_steps():
 def test_gradients_at_taps():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(3, 2, 4, 4, generator=generator, requires_grad=True)
-    taps = {"a": weight * 2, "b": weight.sin(), "c": weight + 1, "d": weight * 3}
-    task = taps["a"].square().sum() + taps["b"].sum() + 5 * taps["c"].sum()  # does not look at d
-    contrast = 0.5 * taps["a"].exp().mean() + taps["a"].mul(taps["b"]).sum() + 2 * taps["d"].sum()  # nor this at c
-    found = gradients_at_taps(task, contrast, taps)
+    features = {"a": weight * 2, "b": weight.sin(), "c": weight + 1, "d": weight * 3}
+    task = features["a"].square().sum() + features["b"].sum() + 5 * features["c"].sum()  # does not look at d
+    contrast = (
+        0.5 * features["a"].exp().mean() + features["a"].mul(features["b"]).sum() + 2 * features["d"].sum()
+    )  # nor this at c
+    found = compare_feature_gradients(task, contrast, features)
     assert weight.grad is None
     assert all(not value.requires_grad and value.shape == () for value in found.values())
-    assert set(found) == {f"{t}/{k}" for t in taps for k in ("norm_task", "norm_contrast", "cosine")}
-    a, b = taps["a"].detach().double(), taps["b"].detach().double()
+    assert set(found) == {f"{t}/{k}" for t in features for k in ("norm_task", "norm_contrast", "cosine")}
+    a, b = features["a"].detach().double(), features["b"].detach().double()
     expected = {
         "a": (2 * a, 0.5 * a.exp() / a.numel() + b),
         "b": (torch.ones_like(b), a),

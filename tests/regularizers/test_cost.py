@@ -37,11 +37,11 @@ def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
         "normals": torch.nn.functional.normalize(torch.randn(BATCH, 3, *size, generator=generator)),
         "edge": (torch.rand(BATCH, 1, *size, generator=generator) < 0.3).float().masked_fill(void, 255),
     }
-    taps = {name: torch.randn(BATCH, CHANNELS, *shape, generator=generator) for name in NAMES}
-    taps = {name: tap.contiguous(memory_format=layout).requires_grad_() for name, tap in taps.items()}
+    features = {name: torch.randn(BATCH, CHANNELS, *shape, generator=generator) for name in NAMES}
+    features = {name: tap.contiguous(memory_format=layout).requires_grad_() for name, tap in features.items()}
     tasks = {name: build_task(name, **({"class_names": tuple("abcde")} if name == "semseg" else {})) for name in NAMES}
     regularizer = Contrastive(tasks, dict.fromkeys(NAMES, CHANNELS), **{"pixels": 16, "dim": 8, "hidden": 8} | options)
-    return regularizer, DenseOutput({}, {"final": taps}, [], size), labels
+    return regularizer, DenseOutput({}, {"final": features}, [], size), labels
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -50,7 +50,7 @@ def test_no_map_is_made_and_nothing_is_waited_for(options, layout):
     regularizer, output, labels = make(layout=layout, **options)
     draw = regularizer.sample(0, ["a", "b"])
     with Watch() as forward:
-        loss = regularizer.penalty(output, labels, draw).loss
+        loss = regularizer.compute_loss(output, labels, draw).loss
     assert loss.item() > 0
     assert sum(made.floating for made in forward.made) > 10
     assert forward.largest.bytes < MAP_BYTES / 20, forward.largest  # what is read at 16 pixels: 1/770 of a map
@@ -65,7 +65,7 @@ def test_an_optimiser_step_waits_for_nothing():
     regularizer, output, labels = make((32, 48), (8, 12))
     optimizer = regularizer.build_optimizer(lr=1e-3, weight_decay=1e-4)
     for step in range(2):
-        regularizer.penalty(output, labels, regularizer.sample(step, ["a", "b"])).loss.backward()
+        regularizer.compute_loss(output, labels, regularizer.sample(step, ["a", "b"])).loss.backward()
         with Watch() as watch:
             optimizer.step()
         assert watch.made
@@ -77,10 +77,10 @@ def test_peak_memory_is_the_gradients_of_the_features(layout):
     regularizer, output, labels = make(layout=layout)
     draw = regularizer.sample(0, ["a", "b"])
     device, losses = torch.device("cpu"), []
-    forward = peak(lambda: losses.append(regularizer.penalty(output, labels, draw).loss), device)
+    forward = peak(lambda: losses.append(regularizer.compute_loss(output, labels, draw).loss), device)
     assert 0 < forward < MAP_BYTES
     assert peak(losses[0].backward, device) < (len(NAMES) + 0.5) * MAP_BYTES
-    for tap in output.taps["final"].values():
+    for tap in output.features["final"].values():
         assert tap.grad.shape == tap.shape
 
 
@@ -88,12 +88,12 @@ def test_one_graph_without_breaks_serves_every_draw():
     regularizer, output, labels = make((32, 48), (8, 12))
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(regularizer.penalty, fullgraph=True, backend="eager")
+    compiled = torch.compile(regularizer.compute_loss, fullgraph=True, backend="eager")
     sources = set()
     for step in range(3):
         draw = regularizer.sample(step, [f"{step}", "b"])
         sources.add(tuple(draw.sources[:, 0].tolist()))
-        got, want = compiled(output, labels, draw), regularizer.penalty(output, labels, draw)
+        got, want = compiled(output, labels, draw), regularizer.compute_loss(output, labels, draw)
         torch.testing.assert_close(got.loss, want.loss)
         torch.testing.assert_close(got.losses, want.losses)
     assert len(sources) > 1

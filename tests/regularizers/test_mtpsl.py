@@ -107,7 +107,7 @@ def reference_pair(regularizer, output, labels, target, source, image):
     pair = t * 3 + [k for k in range(4) if k != t].index(s)
     a = map_one(regularizer, encode_prediction(tasks[source], cells(mean_prediction, n)), source, pair)
     b = map_one(regularizer, cells(mean_label, n), target, pair)
-    feature = output.taps["trunk"][target][image]
+    feature = output.features["trunk"][target][image]
     f = F.adaptive_avg_pool2d(feature, a.shape[-2:])[None]
     found = []
     for i, j in product(range(a.shape[2]), range(a.shape[3])):
@@ -121,7 +121,7 @@ def reference_pair(regularizer, output, labels, target, source, image):
 @pytest.mark.parametrize(("size", "frame"), [((24, 40), (32, 64)), ((32, 32), (32, 32)), ((30, 34), (30, 34))])
 def test_loss_of_all_pairs_against_loops(size, frame):
     regularizer, output, labels = make_case(size=size, frame=frame, batch=1, num_sources=3, image_weight=0.7)
-    found = regularizer.penalty(output, labels, regularizer.sample(0, ["a"]))
+    found = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a"]))
     told = regularizer.summary()
     total = 0.0
     for target in NAMES:
@@ -140,7 +140,7 @@ def test_partial_labels_teach_the_other_tasks():
     """Images with semseg only, with semseg and depth, and with nothing: the unlabelled tasks are the sources."""
     gone = [(n, 0) for n in NAMES[1:]] + [(n, 1) for n in NAMES[2:]] + [(n, 2) for n in NAMES]
     regularizer, output, labels = make_case(unlabelled=gone, num_sources=3)
-    found = regularizer.penalty(output, labels, regularizer.sample(0, ["a", "b", "c"]))
+    found = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a", "b", "c"]))
 
     def pairs(target, *given):
         return sum(reference_pair(regularizer, output, labels, target, s, i)[3] for s, i in given) / 3
@@ -156,10 +156,12 @@ def test_drawn_sources_estimate_all_of_them():
     """The mean over the draws of one source per target is the loss over all pairs."""
     regularizer, output, labels = make_case(num_sources=1)
     whole, *_ = make_case(num_sources=3)
-    want = whole.penalty(output, labels, whole.sample(0, "abc")).losses
+    want = whole.compute_loss(output, labels, whole.sample(0, "abc")).losses
     draw = regularizer.sample(0, "abc")
     with torch.no_grad():
-        found = [regularizer.penalty(output, labels, draw._replace(sources=draw.sources.roll(k, 1))) for k in range(3)]
+        found = [
+            regularizer.compute_loss(output, labels, draw._replace(sources=draw.sources.roll(k, 1))) for k in range(3)
+        ]
     for name in NAMES:
         torch.testing.assert_close(sum(f.losses[name] for f in found) / 3, want[name].detach())
 
@@ -185,10 +187,10 @@ def test_choice_of_sources(data):
 
 def test_gradients_reach_predictions_and_mapping_but_not_the_feature():
     regularizer, output, labels = make_case(num_sources=3)
-    trunk = output.taps["trunk"]["depth"].requires_grad_()
+    trunk = output.features["trunk"]["depth"].requires_grad_()
     for prediction in output.predictions.values():
         prediction.requires_grad_()
-    regularizer.penalty(output, labels, regularizer.sample(0, "abc")).loss.backward()
+    regularizer.compute_loss(output, labels, regularizer.sample(0, "abc")).loss.backward()
     assert trunk.grad is None
     for name, p in [*output.predictions.items(), *regularizer.named_parameters()]:
         assert p.grad is not None, name
@@ -204,7 +206,7 @@ def test_gradient_against_loops():
     draw = regularizer.sample(0, "abc")
     source = NAMES[draw.sources[NAMES.index("normals"), 0]]
     leaves = [output.predictions[source].requires_grad_(), *regularizer.parameters()]
-    found = torch.autograd.grad(regularizer.penalty(output, labels, draw).loss, leaves)
+    found = torch.autograd.grad(regularizer.compute_loss(output, labels, draw).loss, leaves)
     # Drawn from three, which it stands for; one image of three.
     value = reference_pair(regularizer, output, labels, "normals", source, 1)[3] * 3 / 3
     want = torch.autograd.grad(value, leaves, allow_unused=True)
@@ -217,7 +219,7 @@ def test_all_void_is_zero_with_a_graph():
     regularizer, output, labels = make_case(unlabelled=list(product(NAMES, range(3))))
     for prediction in output.predictions.values():
         prediction.requires_grad_()
-    found = regularizer.penalty(output, labels, regularizer.sample(0, "abc"))
+    found = regularizer.compute_loss(output, labels, regularizer.sample(0, "abc"))
     assert found.loss == 0
     assert all(value == 0 for value in found.losses.values())
     found.loss.backward()
@@ -230,12 +232,12 @@ def test_all_void_is_zero_with_a_graph():
 def test_values_under_void_pixels_do_not_matter():
     regularizer, output, labels = make_case()
     draw = regularizer.sample(0, "abc")
-    want = regularizer.penalty(output, labels, draw).loss
+    want = regularizer.compute_loss(output, labels, draw).loss
     depth = labels["depth"]
     nothing = torch.tensor([torch.nan, torch.inf, -1.0]).view(3, 1, 1, 1)  # for each image
     changed = torch.where(depth > 0, depth, nothing)
     assert not changed.isfinite().all()
-    assert torch.equal(regularizer.penalty(output, {**labels, "depth": changed}, draw).loss, want)
+    assert torch.equal(regularizer.compute_loss(output, {**labels, "depth": changed}, draw).loss, want)
 
 
 def test_encodings():
@@ -271,9 +273,9 @@ def test_a_map_of_one_cell_is_its_shift():
 def test_half_precision_changes_nothing():
     regularizer, output, labels = make_case()
     draw = regularizer.sample(0, "abc")
-    want = regularizer.penalty(output, labels, draw).loss
+    want = regularizer.compute_loss(output, labels, draw).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = regularizer.penalty(output, labels, draw).loss
+        found = regularizer.compute_loss(output, labels, draw).loss
     assert found.dtype == torch.float32
     assert torch.equal(found, want)
 

@@ -16,14 +16,14 @@ from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_regularizer, build_share
+from mtcl.config.build_training import build_gradient_norm_weight, build_regularizer
 from mtcl.config.schema import check_config
-from mtcl.regularizers import Contrastive, GradientShare
-from mtcl.regularizers.contrastive import CRITERIA, allowed_sources
-from mtcl.regularizers.diagnostics import gradients_at_taps
-from mtcl.regularizers.sampling import draw_sources, even_quotas, pixel_index
+from mtcl.regularizers import Contrastive, GradientNormWeight
+from mtcl.regularizers.contrastive import CRITERIA, list_allowed_sources
+from mtcl.regularizers.diagnostics import compare_feature_gradients
+from mtcl.regularizers.sampling import balanced_sample, draw_sources, pixel_index
 from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.optimizers import regularizer_weight
+from mtcl.training.optimizers import lambda_schedule
 
 # --- Against the reference
 
@@ -58,8 +58,8 @@ def test_each_option_agrees_with_reference_and_matters(name):
     case = make_case(**options)
     assert agrees_with_reference(*case) > 15
     facts = {key: options[key] for key in ("seed", "pixels", "step", "tap", "kinds", "channels") if key in options}
-    plain, taps, labels, draw, frame = make_case(**facts)
-    assert not torch.equal(case[0](*case[1:]).loss, plain(taps, labels, draw, frame).loss)
+    plain, features, labels, draw, frame = make_case(**facts)
+    assert not torch.equal(case[0](*case[1:]).loss, plain(features, labels, draw, frame).loss)
 
 
 @st.composite
@@ -102,29 +102,29 @@ def test_with_any_options_no_pair_is_both_and_no_pixel_pairs_with_itself(case):
 def test_a_pixel_sampled_twice_is_no_pair_with_itself(criterion):
     """Of one pixel, drawn again and again, there is nothing to learn; nor of two, which have no third."""
     for size in ((1, 1), (1, 2)):
-        regularizer, taps, labels, draw, frame = make_case(
+        regularizer, features, labels, draw, frame = make_case(
             names=("semseg", "edge"), size=size, tap=size, pixels=20, criterion=criterion, margin=3.0
         )
         labels = {name: torch.arange(2).view(1, 1, 2)[..., : size[1]].expand(2, *size) for name in labels}
         labels["edge"] = labels["edge"][:, None].float()
-        assert regularizer(taps, labels, draw, frame).loss == 0
+        assert regularizer(features, labels, draw, frame).loss == 0
         assert {value for key, value in regularizer.summary().items() if key.endswith("anchors")} == {0.0}
 
 
 @pytest.mark.parametrize("criterion", ["triplet", "semihard", "ranked"])
 def test_identical_features_cost_the_margin(criterion):
-    regularizer, taps, labels, draw, frame = make_case(
+    regularizer, features, labels, draw, frame = make_case(
         names=("semseg", "edge"), pixels=12, criterion=criterion, margin=0.7
     )
-    output = regularizer({t: torch.full_like(tap, 0.7) for t, tap in taps.items()}, labels, draw, frame)
+    output = regularizer({t: torch.full_like(tap, 0.7) for t, tap in features.items()}, labels, draw, frame)
     for loss in (output.loss, *output.losses.values()):
         assert loss.item() == pytest.approx(0.7, abs=1e-5)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_half_precision_and_broken_labels(criterion):
-    regularizer, taps, labels, draw, frame = make_case(pixels=16, criterion=criterion, sources="depth")
-    half = {t: tap.bfloat16().requires_grad_() for t, tap in taps.items()}
+    regularizer, features, labels, draw, frame = make_case(pixels=16, criterion=criterion, sources="depth")
+    half = {t: tap.bfloat16().requires_grad_() for t, tap in features.items()}
     broken, void = ({**labels, "depth": labels["depth"].clone()} for _ in range(2))
     broken["depth"][0, :, :3] = math.nan
     broken["depth"][1, :, :3] = math.inf
@@ -142,8 +142,8 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 
 def bits(device, **options):
-    regularizer, taps, labels, draw, frame = make_case(size=(24, 32), tap=(12, 16), pixels=64, **options)
-    leaves = {t: tap.to(device).requires_grad_() for t, tap in taps.items()}
+    regularizer, features, labels, draw, frame = make_case(size=(24, 32), tap=(12, 16), pixels=64, **options)
+    leaves = {t: tap.to(device).requires_grad_() for t, tap in features.items()}
     labels = {t: label.to(device) for t, label in labels.items()}
     loss = regularizer.to(device)(leaves, labels, draw.to(device), frame).loss
     loss.backward()
@@ -187,7 +187,7 @@ def test_the_same_draw_gives_the_same_bits(device, options):
 )
 def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
     regularizer = Contrastive(make_tasks(), dict.fromkeys(NAMES, 3), pixels=1, sources=sources, exclude=exclude)
-    assert regularizer.allowed == expected
+    assert regularizer.allowed_sources == expected
     steps = 600
     orders = np.stack([regularizer.sample(step, ["a"]).sources.numpy() for step in range(steps)])  # (steps, T, n)
     for own, drawn in zip(expected, orders.transpose(1, 0, 2)):
@@ -225,7 +225,7 @@ def test_options_that_make_no_sense_are_refused(options, message):
 
 
 def test_draws_of_targets_with_unequally_many_sources_are_independent():
-    allowed = allowed_sources(NAMES, "other", ["semseg<-depth"])
+    allowed = list_allowed_sources(NAMES, "other", ["semseg<-depth"])
     first = np.stack([draw_sources(1, step, allowed)[:, 0].numpy() for step in range(1500)])
     for a, b in ((0, 1), (1, 2), (0, 3)):
         table = np.zeros((4, 4))
@@ -240,13 +240,13 @@ def test_draws_of_targets_with_unequally_many_sources_are_independent():
 
 @pytest.mark.parametrize("options", [{}, {"quotas": True}, {"criterion": "ranked"}, {"sources": "self"}], ids=str)
 def test_shuffled_labels_are_those_of_another_picture(options):
-    regularizer, taps, labels, _, frame = make_case(seed=2, images=3, pixels=12, shuffle=True, **options)
+    regularizer, features, labels, _, frame = make_case(seed=2, images=3, pixels=12, shuffle=True, **options)
     plain = make_case(seed=2, images=3, pixels=12, **options)[0]
     draw = regularizer.sample(4, ["a", "a", "a"])  # the same places in each picture
     moved = {name: label.roll(1, dims=0) for name, label in labels.items()}
-    shuffled = regularizer(taps, labels, draw, frame).loss
-    assert torch.equal(shuffled, plain(taps, moved, draw, frame).loss)
-    assert not torch.equal(shuffled, plain(taps, labels, draw, frame).loss)
+    shuffled = regularizer(features, labels, draw, frame).loss
+    assert torch.equal(shuffled, plain(features, moved, draw, frame).loss)
+    assert not torch.equal(shuffled, plain(features, labels, draw, frame).loss)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
@@ -257,7 +257,7 @@ def test_quotas_share_the_sample_equally_among_the_strata(seed, candidates, coun
     rng = np.random.default_rng(seed)
     stratum = rng.integers(0, strata, (2, 3, candidates)) * 37
     valid = rng.random((2, 3, candidates)) >= void
-    found = even_quotas(torch.from_numpy(stratum), torch.from_numpy(valid), count)
+    found = balanced_sample(torch.from_numpy(stratum), torch.from_numpy(valid), count)
     assert found.shape == (2, 3, count)
     for picked, group, ok in zip(found.reshape(6, -1).numpy(), stratum.reshape(6, -1), valid.reshape(6, -1)):
         if ok.any():
@@ -274,12 +274,12 @@ def test_quotas_share_the_sample_equally_among_the_strata(seed, candidates, coun
 
 def test_quotas_bring_rare_classes_up():
     """Where a fiftieth of a picture is an edge, half of the sampled pixels are."""
-    regularizer, taps, labels, *_ = make_case(names=("semseg", "edge"), size=(40, 50), pixels=100, quotas=True)
+    regularizer, features, labels, *_ = make_case(names=("semseg", "edge"), size=(40, 50), pixels=100, quotas=True)
     labels["edge"] = torch.zeros(2, 1, 40, 50)
     labels["edge"][:, :, :, 20] = 1
     draw = regularizer.sample(0, ["a", "b"])
     assert draw.pixels.shape == (2, 800, 2)
-    negative = relations(regularizer, taps, labels, draw, (40, 50)).negative[0]  # of semseg, by edges: (B, K, K)
+    negative = relations(regularizer, features, labels, draw, (40, 50)).negative[0]  # of semseg, by edges: (B, K, K)
     assert negative.shape == (2, 100, 100)
     assert (negative.sum(dim=2) - 50).abs().max() <= 8
     uniform = make_case(names=("semseg", "edge"), size=(40, 50), pixels=100)
@@ -300,9 +300,9 @@ def test_pairs_lie_within_the_window():
 
 def test_a_targets_own_labels_take_back_positives_only_where_they_have_a_say():
     options = {"names": ("semseg", "edge"), "size": (8, 8), "pixels": 40}
-    regularizer, taps, labels, draw, frame = make_case(agree=True, **options)
+    regularizer, features, labels, draw, frame = make_case(agree=True, **options)
     plain = make_case(**options)[0]
-    alike, same = (relations(r, taps, labels, draw, frame) for r in (plain, regularizer))
+    alike, same = (relations(r, features, labels, draw, frame) for r in (plain, regularizer))
     assert torch.equal(alike.negative, same.negative)
     row, column = pixel_index(draw.pixels, (8, 8))
     images = torch.arange(2)[:, None]
@@ -315,15 +315,15 @@ def test_a_targets_own_labels_take_back_positives_only_where_they_have_a_say():
 
 def test_across_images_only_labels_of_one_source_compare():
     kinds = {"semseg": ["random", "random", "void"], "depth": ["void", "random", "random"], "edge": ["random"] * 3}
-    regularizer, taps, labels, draw, frame = make_case(
+    regularizer, features, labels, draw, frame = make_case(
         names=tuple(kinds), kinds=kinds, images=3, pixels=10, across_images=True
     )
     draw = draw._replace(sources=torch.tensor([[1, 2], [0, 2], [0, 1]]))  # of edge: semseg, else depth
-    positive, negative = relations(regularizer, taps, labels, draw, frame)
+    positive, negative = relations(regularizer, features, labels, draw, frame)
     assert positive.shape == (3, 1, 30, 30)
     pairs = (positive | negative)[2, 0].view(10, 3, 10, 3).any(dim=2).any(dim=0)  # pixel by pixel, not image by image
     assert pairs.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
-    agrees_with_reference(regularizer, taps, labels, draw, frame)
+    agrees_with_reference(regularizer, features, labels, draw, frame)
 
 
 # --- Projectors
@@ -345,15 +345,15 @@ def test_projectors_are_shared_as_asked(share, projectors, hidden):
 
 
 def test_a_gradient_share_makes_the_norms_at_the_taps_equal():
-    regularizer, taps, labels, draw, frame = make_case(pixels=16)
-    leaves = {t: tap.requires_grad_() for t, tap in taps.items()}
+    regularizer, features, labels, draw, frame = make_case(pixels=16)
+    leaves = {t: tap.requires_grad_() for t, tap in features.items()}
     task = sum(10**i * leaf.square().mean() for i, leaf in enumerate(leaves.values()))
     losses = regularizer(leaves, labels, draw, frame).losses
-    share = GradientShare(regularizer.names)
+    share = GradientNormWeight(regularizer.task_names)
     assert share.total(losses) == 0  # nothing measured yet
-    before = gradients_at_taps(task, sum(losses.values()), leaves)
+    before = compare_feature_gradients(task, sum(losses.values()), leaves)
     share.update(*({t: before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "contrast")))
-    after = gradients_at_taps(task, share.total(losses), leaves)
+    after = compare_feature_gradients(task, share.total(losses), leaves)
     for t in leaves:
         assert before[f"{t}/norm_contrast"].item() != pytest.approx(before[f"{t}/norm_task"].item(), rel=0.1)
         assert after[f"{t}/norm_contrast"].item() == pytest.approx(before[f"{t}/norm_task"].item(), rel=1e-5)
@@ -363,7 +363,7 @@ def test_a_gradient_share_is_a_running_mean_of_what_could_be_measured():
     names = ["a", "b", "c", "d"]
     task = [[2.0, 0.0, 3.0, 1.0], [4.0, 6.0, math.inf, 1.0], [1.0, 0.0, 2.0, math.nan], [8.0, 1.0, 5.0, 1.0]]
     contrast = [[1.0, 1.0, 0.0, 4.0], [1.0, 2.0, 1.0, 1.0], [4.0, 3.0, 4.0, 1.0], [2.0, 0.0, 5.0, math.nan]]
-    share = GradientShare(names, momentum=0.75)
+    share = GradientNormWeight(names, momentum=0.75)
     expected = dict.fromkeys(names, 0.0)
     for own, ours in zip(task, contrast):
         for name, a, b in zip(names, own, ours):
@@ -377,10 +377,10 @@ def test_a_gradient_share_is_a_running_mean_of_what_could_be_measured():
 
 
 def test_weight_rises_and_ends():
-    assert [regularizer_weight(0.5, 10)(step) for step in (0, 9, 10)] == [0.5, 0.5, 0]
-    ramped = regularizer_weight(0.5, 8, warmup_steps=2, until=0.5)
+    assert [lambda_schedule(0.5, 10)(step) for step in (0, 9, 10)] == [0.5, 0.5, 0]
+    ramped = lambda_schedule(0.5, 8, warmup_steps=2, until=0.5)
     assert [ramped(step) for step in range(8)] == [0.25, 0.5, 0.5, 0.5, 0, 0, 0, 0]
-    assert all(regularizer_weight(0.5, 8, until=0)(step) == 0 for step in range(8))
+    assert all(lambda_schedule(0.5, 8, until=0)(step) == 0 for step in range(8))
 
 
 GRADIENT = [*TINY, "backbone.name=test_resnet", "schedule=constant", "trainer.val_first=false", "trainer.panels=0",
@@ -406,7 +406,7 @@ def equal(a, b):
 
 def test_gradient_balance_in_training(tmp_path, monkeypatch):
     """The ratio of the two gradients is the weight; a run that was cut between two measurements goes on as if not."""
-    monkeypatch.setattr("mtcl.config.build_training.GradientShare", partial(GradientShare, every=2))
+    monkeypatch.setattr("mtcl.config.build_training.GradientShare", partial(GradientNormWeight, every=2))
     words = ["regularizer.weight=0.3", "regularizer.until=0.75"]
     whole = run(tmp_path / "whole", *words, "trainer.max_steps=4")
     log = contrast_log(tmp_path / "whole")
@@ -447,7 +447,7 @@ def test_what_cannot_be_built_is_refused(words, message):
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     with pytest.raises(UserError, match=message):
-        build_share(config, build_regularizer(config, tasks, model), torch.device("cpu"))
+        build_gradient_norm_weight(config, build_regularizer(config, tasks, model), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from scipy import integrate, stats
 
 from mtcl import UserError
 from mtcl.metrics.delta import adjust_by_holm, delta_mtl, paired_difference, summary
-from mtcl.results.compare import compare, is_on_off, natural, read_run
+from mtcl.results.compare import compare, compares_on_off, natural_key, read_run
 from mtcl.results.tables import FORMATS, render
 
 # Rows of the README of robotyingtang/PRISM-VFM, ViT-B (published_results.md C.1, C.2), and the Delta_MTL printed there.
@@ -161,7 +161,7 @@ def test_runs_that_differ_in_the_seed_only_are_a_row_named_by_what_differs(arms)
     found = compare([arms])
     assert [row.label for row in found.rows] == ["regularizer=none", "regularizer=contrastive"]
     assert [[run.seed for run in row.runs] for row in found.rows] == [[0, 1], [0, 1]]
-    assert found.rows[1].cell(found.columns[0]) == pytest.approx((0.427, statistics.stdev([0.42, 0.434]), 2))
+    assert found.rows[1].summarize(found.columns[0]) == pytest.approx((0.427, statistics.stdev([0.42, 0.434]), 2))
 
 
 def test_names_are_the_choices_that_were_typed_and_keys_only_where_these_do_not_tell(tmp_path):
@@ -200,7 +200,7 @@ def test_the_order_is_the_given_one_and_ten_comes_after_nine(tmp_path):
         write_run(tmp_path / "s" / str(i), 0, config={"optimizer.lr": i / 1000})
     rates = [row.label for row in compare([tmp_path / "s" / "5", tmp_path / "s"]).rows]
     assert rates == [f"optimizer.lr={i / 1000:g}" for i in (5, 0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
-    assert natural(Path("a/9/x")) < natural(Path("a/10/x"))
+    assert natural_key(Path("a/9/x")) < natural_key(Path("a/10/x"))
 
 
 def test_runs_that_differ_in_how_they_ran_and_what_they_wrote_are_one_row(tmp_path):
@@ -286,9 +286,9 @@ def test_holm_takes_verdicts_back_and_says_so(tmp_path):
     assert "yes, better" not in text
     assert "p (Holm)" in text
     assert "corrected for their number (12) by Holm's method: none is below 0.05" in text
-    assert all(one.adjusted[semseg] >= value for one, value in zip(holm.differences, values))
+    assert all(one.adjusted_p_values[semseg] >= value for one, value in zip(holm.differences, values))
     head, *lines = csv.reader(io.StringIO(render(holm, "csv")))
-    assert float(dict(zip(head, lines[1]))["semseg/mIoU p (Holm)"]) == holm.differences[0].adjusted[semseg]
+    assert float(dict(zip(head, lines[1]))["semseg/mIoU p (Holm)"]) == holm.differences[0].adjusted_p_values[semseg]
 
 
 @given(st.lists(st.floats(0, 1), max_size=6))
@@ -392,7 +392,7 @@ def test_delta_mtl_over_seeds_is_against_the_mean_of_the_single_task_runs(arms, 
     assert delta.metric == "Delta_MTL"
     assert [row.label for row in found.rows] == ["single-task", "regularizer=none", "regularizer=contrastive"]
     per_seed = [100 / 2 * ((s - 0.4) / 0.4 - (d - 0.45) / 0.45) for s, d in TWO_ON]
-    assert found.rows[2].cell(delta) == pytest.approx((statistics.mean(per_seed), statistics.stdev(per_seed), 2))
+    assert found.rows[2].summarize(delta) == pytest.approx((statistics.mean(per_seed), statistics.stdev(per_seed), 2))
     assert [c.metric for c in found.columns].count("Delta_on/off") == 0
 
 
@@ -401,7 +401,7 @@ def test_a_json_file_of_values_is_a_baseline_too_in_both_layouts(tmp_path, arms)
     for content in ({"semseg": 0.4, "depth": 0.5}, {"semseg": {"mIoU": 0.4}, "depth": {"rmse": 0.5}}):
         (tmp_path / "single.json").write_text(json.dumps(content))
         found = compare([arms], [tmp_path / "single.json"])
-        deltas.append(found.rows[1].cell(found.columns[-1]).mean)
+        deltas.append(found.rows[1].summarize(found.columns[-1]).mean)
         assert any("not known of which backbone" in note for note in found.notes)
     assert (
         deltas[0]
@@ -437,7 +437,7 @@ def test_a_difference_that_is_not_the_regularisers_alone_is_named_after_its_refe
     found = compare(paths, against="0.2")
     assert found.columns[-1].metric == "Delta vs. optimizer.lr=0.2"
     assert len(found.differences) == 2
-    assert not any(is_on_off(row, found.rows) for row in found.rows)
+    assert not any(compares_on_off(row, found.rows) for row in found.rows)
     assert "Delta" not in render(compare(paths), "text").replace("--against LABEL", "")
     both = [write_run(tmp_path / "on", 0, config=ON | {"optimizer.lr": 0.2}), paths[0]]
     assert compare(both, against=str(paths[0])).columns[-1].metric.startswith("Delta vs. regularizer=none")
@@ -463,8 +463,8 @@ def test_rows_without_a_common_seed_are_not_paired_and_that_is_said(tmp_path):
 def test_the_paired_difference_of_delta_on_off_is_its_value_in_the_table_when_all_seeds_are_paired(arms):
     found = compare([arms])
     delta = found.columns[-1]
-    assert found.rows[0].cell(delta).mean == pytest.approx(0, abs=1e-12)
-    assert found.differences[0].columns[delta].mean == pytest.approx(found.rows[1].cell(delta).mean)
+    assert found.rows[0].summarize(delta).mean == pytest.approx(0, abs=1e-12)
+    assert found.differences[0].columns[delta].mean == pytest.approx(found.rows[1].summarize(delta).mean)
 
 
 def test_a_missing_value_is_a_dash_its_row_has_no_delta_and_the_mean_says_over_how_many(tmp_path):
@@ -577,13 +577,13 @@ def test_texts_that_a_spreadsheet_would_compute_are_marked_and_control_character
 
 
 def test_all_metrics_turn_the_table_and_leave_delta_to_the_primary_ones(arms):
-    table = lines(compare([arms], every_metric=True))
+    table = lines(compare([arms], all_metrics=True))
     assert table[0].split() == ["task", "metric", "regularizer=none", "regularizer=contrastive"]
     assert any(line.split()[:3] == ["semseg", "pixel_accuracy", "↑"] for line in table)
     assert any(line.startswith("Delta_on/off = ") and "pixel_accuracy" not in line for line in table)
-    markdown = render(compare([arms], every_metric=True), "markdown")
+    markdown = render(compare([arms], all_metrics=True), "markdown")
     assert "| semseg | mIoU ↑ (%) | 40.50 ± 0.71 | **42.70** ± 0.99 |" in markdown
-    assert "semseg & mIoU" in render(compare([arms], every_metric=True), "latex")
+    assert "semseg & mIoU" in render(compare([arms], all_metrics=True), "latex")
 
 
 def test_equal_means_as_shown_are_both_best_and_one_row_has_no_best(tmp_path):
@@ -603,7 +603,7 @@ def test_text_of_two_arms_and_five_tasks_fits_into_120_columns(tmp_path):
         values = {t: {m: v * (1 + seed / 50) for m, v in found.items()} for t, found in metrics.items()}
         write_run(tmp_path / "s" / str(i), seed, values, ON if arm else None)
     assert max(map(len, lines(compare([tmp_path / "s"])))) <= 120
-    assert max(map(len, lines(compare([tmp_path / "s"], every_metric=True)))) <= 120
+    assert max(map(len, lines(compare([tmp_path / "s"], all_metrics=True)))) <= 120
 
 
 def test_text_that_would_be_wider_has_a_line_per_metric_and_three_rows_across(tmp_path):

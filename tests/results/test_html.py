@@ -18,14 +18,14 @@ from PIL import Image
 from mtcl import UserError
 from mtcl.atomic import write_json
 from mtcl.errors import printable
-from mtcl.evaluation.evaluator import Shown
+from mtcl.evaluation.evaluator import VisualSample
 from mtcl.results.html import collect, document
 from mtcl.results.html import images as pictures_module
 from mtcl.results.html.figures import POINTS, swept_keys, thinned
 from mtcl.results.html.images import build_wall, cut
 from mtcl.tasks import VOC21, build_task
-from mtcl.training.run_logger import Recorder, write_panels
-from mtcl.visualization.panels import LAYOUT, RIGHT, WRONG, draw_error, error_map, panel_layout
+from mtcl.training.run_logger import RunLogger, write_panels
+from mtcl.visualization.panels import CORRECT_COLOUR, LAYOUT_KEY, WRONG_COLOUR, draw_error, error_map, panel_layout
 
 SEMSEG = {"class_names": VOC21}
 TASKS = {
@@ -37,7 +37,7 @@ HOSTILE = "</script><script>alert(1)</script>\u2028<img src=http://x.invalid one
 # Made-up runs, through the recorder's own functions
 
 
-def shown(id: str, seed: int, height: int = 48, width: int = 64) -> Shown:
+def shown(id: str, seed: int, height: int = 48, width: int = 64) -> VisualSample:
     """A picture with its labels, and predictions that are wrong in places that ``seed`` decides."""
     about, rng = np.random.default_rng(sum(map(ord, id))), np.random.default_rng(seed)
 
@@ -58,7 +58,7 @@ def shown(id: str, seed: int, height: int = 48, width: int = 64) -> Shown:
         "edge": (edge * 0.6 + 0.3 * off[..., 0].clip(0)).astype(np.float32),
     }
     image = (smooth(about, 3).clip(0, 1) * 255).astype(np.uint8)
-    return Shown(id, image, labels, predictions)
+    return VisualSample(id, image, labels, predictions)
 
 
 def write_run(
@@ -83,7 +83,7 @@ def write_run(
     sign = {"rmse": -1, "mErr": -1, "loss": -1}
     noise = 1 + 0.02 * rng.standard_normal()
     metrics = {t: {m: v * noise * (1 + sign.get(m, 1) * better) for m, v in final[t].items()} for t in tasks}
-    recorder = Recorder(folder)
+    recorder = RunLogger(folder)
     if log:
         for step in range(0, 400 if finished else 200, 20):
             losses = {t: 2 * math.exp(-step / 150) + 0.1 * rng.random() for t in tasks}
@@ -123,7 +123,7 @@ def data_of(page: str) -> dict:
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
-class Reader(HTMLParser):
+class MultiTaskDataset(HTMLParser):
     """The page as a browser reads it: its tags with their attributes, and its text."""
 
     def __init__(self, page: str):
@@ -245,7 +245,7 @@ def test_error_maps_are_as_far_off_as_the_regulariser_would_say():
     lines, found = np.array([[0, 1, 1, 255]], np.uint8), np.array([[0.25, 1, 0.5, 0.5]], np.float32)
     np.testing.assert_allclose(error_map(edge, lines, found), [[0.25, 0, 0.5, np.nan]])
     colours = draw_error(np.array([[0, 1, np.nan]], np.float32))[0]
-    assert [tuple(map(int, c)) for c in colours] == [RIGHT, WRONG, (24, 24, 24)]
+    assert [tuple(map(int, c)) for c in colours] == [CORRECT_COLOUR, WRONG_COLOUR, (24, 24, 24)]
 
 
 def test_the_wall_is_the_same_pictures_down_the_rows_and_keeps_its_budget(tmp_path, monkeypatch):
@@ -315,7 +315,7 @@ def test_broken_and_unfinished_runs_are_told_and_the_others_compared(tmp_path):
     metrics["depth"]["rmse"] = None
     write_json(nan / "metrics.json", metrics)
     page = page_of(folder)
-    text = Reader(page).text
+    text = MultiTaskDataset(page).text
     assert "7 runs" in text
     assert "1 unfinished, 1 broken" in text
     for words in (
@@ -358,7 +358,7 @@ def test_what_does_not_compare_is_not_ranked_and_the_page_says_why(tmp_path, fac
     write_run(tmp_path / "s/b", 1, {"optimizer.lr": 0.1}, facts, tasks, panels=0, better=0.1)
     page = page_of(tmp_path / "s")
     assert "Not ranked." in page
-    assert words in Reader(page).text
+    assert words in MultiTaskDataset(page).text
     assert "(best)" not in page
     table = page[page.index('id="table"') : page.index("</table>")]
     assert table.count("<tr>") == 3
@@ -381,7 +381,7 @@ def test_hostile_names_settings_and_files_are_text(tmp_path):
     going.rename(tmp_path / "s" / os.fsdecode(b"no text \xff"))
     page = document(collect([tmp_path / "s"]), HOSTILE)
     page.encode()  # a folder's name need not be UTF-8
-    reader = Reader(page)
+    reader = MultiTaskDataset(page)
     assert [tag for tag, _ in reader.tags].count("script") == 2
     assert not [tag for tag, _ in reader.tags if tag in ("img", "iframe", "link", "object")]
     assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
@@ -410,7 +410,7 @@ def test_a_forged_layout_leaves_the_pictures_out(tmp_path, text):
     run = write_run(tmp_path / "a", panels=0)
     (run / "panels").mkdir()
     info = PngInfo()
-    info.add_text(LAYOUT, text)
+    info.add_text(LAYOUT_KEY, text)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(run / "panels/x.png", pnginfo=info)
     page = page_of(run)
     assert "No run has pictures." in page
@@ -427,7 +427,7 @@ def test_a_panel_of_before_has_no_layout_and_the_page_says_so(tmp_path):
 def test_the_layout_says_where_the_panel_has_what():
     layout = panel_layout(shown("a", 0), TASKS)
     assert json.loads(json.dumps(layout))["size"] == [192, 256]
-    assert ("error: 40 deg off", WRONG) in layout["legends"]["normals"]
+    assert ("error: 40 deg off", WRONG_COLOUR) in layout["legends"]["normals"]
 
 
 def test_the_command_writes_the_file_or_says_why_not(tmp_path, cli):

@@ -12,7 +12,7 @@ import pytest
 from helpers.run_folders import write_run
 
 from mtcl.results.compare import compare
-from mtcl.results.list_runs import as_records, as_text, list_runs, look
+from mtcl.results.list_runs import format_runs, list_runs, read_state, to_records
 from mtcl.run_lock import claim, is_claimed
 
 
@@ -50,7 +50,7 @@ def test_every_state_is_told(tmp_path, begun):
     (done / "checkpoints").mkdir()
     (done / "checkpoints" / "config.yaml").touch()
     found = {run.folder.name: run for run in list_runs([runs, done])}
-    assert {name: (run.state, run.step, run.asked) for name, run in found.items() if name != "broken"} == {
+    assert {name: (run.state, run.step, run.max_steps) for name, run in found.items() if name != "broken"} == {
         "begun": ("interrupted", 41, 400),
         "done": ("finished", 400, 400),
         "pruned": ("pruned", 41, 400),
@@ -65,10 +65,10 @@ def test_every_state_is_told(tmp_path, begun):
     assert found["done"].headline("edge") == ("odsF", 0.7)
     assert found["begun"].headline("depth") == ("rmse", 0.7), "of the last validation"
     with claim(begun):
-        assert look(begun).state == "running"
+        assert read_state(begun).state == "running"
     with claim(done):
-        assert look(done).state == "running", "it is being continued"
-    assert look(begun).state == "interrupted"
+        assert read_state(done).state == "running", "it is being continued"
+    assert read_state(begun).state == "interrupted"
 
 
 def test_looking_makes_no_run_fail_that_is_starting(begun):
@@ -89,11 +89,11 @@ def test_looking_makes_no_run_fail_that_is_starting(begun):
 
 def test_a_long_log_is_read_from_its_end(begun):
     log(begun, *((step, "train", {"x" * 200: 1.0}) for step in range(60, 60 + 2000)))
-    run = look(begun)
+    run = read_state(begun)
     assert (run.step, run.headline("depth")[1]) == (2060, 0.7)
     with (begun / "log.jsonl").open("a") as file:
         file.write('{"step": 9999, "ki')  # being written
-    assert look(begun).step == 2060
+    assert read_state(begun).step == 2060
 
 
 def test_the_text_is_newest_first_and_fits(tmp_path):
@@ -101,7 +101,7 @@ def test_the_text_is_newest_first_and_fits(tmp_path):
         folder = write_run(tmp_path / f"{'a_long_name_' * 8}{age}")
         for path in folder.iterdir():
             os.utime(path, (time.time() - 7200 * age,) * 2)
-    lines = as_text(list_runs([tmp_path]), 100).splitlines()
+    lines = format_runs(list_runs([tmp_path]), 100).splitlines()
     assert max(map(len, lines)) <= 100
     assert lines[0].split() == ["state", "steps", "age", "semseg", "depth", "normals", "edge", "odsF", "folder"]
     assert [line.split()[1:4] for line in lines[1:4]] == [
@@ -155,7 +155,7 @@ def test_a_thousand_runs_take_seconds(tmp_path):
         (folder / ".lock").touch()
     began = time.process_time()
     runs = list_runs([tmp_path / "runs"])
-    assert len(as_records(runs)) == 1000
+    assert len(to_records(runs)) == 1000
     assert time.process_time() - began < 4
     began = time.process_time()
     assert len(compare([tmp_path / "runs"]).rows) == 200

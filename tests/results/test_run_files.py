@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtcl import UserError
-from mtcl.launch.study_file import Arm, Study
-from mtcl.launch.study_tables import as_json, as_markdown, read_results, record, report, write_results
-from mtcl.launch.sweep import state_of
+from mtcl.launch.study_file import Study, Variant
+from mtcl.launch.study_tables import format_markdown, read_results, record, report, to_json, write_results
+from mtcl.launch.sweep import find_run_state
 from mtcl.results.compare import compare, read_run
 from mtcl.results.html import collect, document
-from mtcl.results.list_runs import as_records, as_text, list_runs, look
+from mtcl.results.list_runs import format_text, list_runs, read_state, to_records
 from mtcl.results.run_files import read_config, read_metrics, read_record
-from mtcl.results.tables import FORMATS, csv_text, render
+from mtcl.results.tables import FORMATS, format_csv, render
 from mtcl.run_log import read_tail
-from mtcl.training.run_logger import DAMAGED, Recorder
+from mtcl.training.run_logger import DAMAGED, RunLogger
 
 NAMES = ("metrics.json", "run.json", "config.yaml", "log.jsonl")
 LIMIT = 5.0  # seconds
@@ -72,27 +72,27 @@ def read_everything(folder: Path) -> list[UserError]:
 
     def tables() -> None:
         for sources in ([folder], [folder.parent]):
-            found = compare(sources, every_metric=len(sources) == 1, holm=True)
+            found = compare(sources, all_metrics=len(sources) == 1, holm=True)
             for format in FORMATS:
                 render(found, format).encode()
 
     def runs() -> None:
         found = list_runs([folder.parent])
-        as_text(found, 80).encode()
-        csv_text([list(one.values()) for one in as_records(found)]).encode()
-        json.dumps(as_records(found))
+        format_text(found, 80).encode()
+        format_csv([list(one.values()) for one in to_records(found)]).encode()
+        json.dumps(to_records(found))
 
     def page() -> None:
         document(collect([folder.parent]), "x").encode()
 
     def study() -> None:
-        made = Study("x", (), (Arm("a", (), (1,)),))
-        found = report(made, [record(made, made.arms[0], 1, (), folder)])
-        as_markdown(found, "x").encode()
-        json.dumps(as_json(found))
+        made = Study("x", (), (Variant("a", (), (1,)),))
+        found = report(made, [record(made, made.variants[0], 1, (), folder)])
+        format_markdown(found, "x").encode()
+        json.dumps(to_json(found))
 
     def sweep() -> None:
-        state_of(folder, CONFIG)
+        find_run_state(folder, CONFIG)
 
     for read in (tables, runs, page, study, sweep):
         began = time.perf_counter()
@@ -204,8 +204,8 @@ def check_resumed(folder: Path) -> None:
     """Continue the run's log: what is in it then are whole records, what was there and is none lies beside it."""
     before = (folder / "log.jsonl").read_bytes() if (folder / "log.jsonl").exists() else b""
     (folder / DAMAGED).unlink(missing_ok=True)
-    recorder = Recorder(folder, start_step=10**15)
-    recorder._keep_earlier_records()
+    run_logger = RunLogger(folder, start_step=10**15)
+    run_logger._keep_earlier_records()
     kept = (folder / "log.jsonl").read_bytes()
     aside = (folder / DAMAGED).read_bytes() if (folder / DAMAGED).exists() else b""
     assert all(isinstance(json.loads(line)["step"], int) for line in kept.splitlines())
@@ -272,7 +272,7 @@ def test_a_value_of_another_type_is_one_sentence(tmp_path, name, content, match)
         read(tmp_path / name)
     run = write_run(tmp_path / "run")
     (run / name).write_text(content)
-    assert look(run).state == "broken"
+    assert read_state(run).state == "broken"
     with pytest.raises(UserError, match=match):
         compare([run])
     write_run(tmp_path / "other", 1)
@@ -314,12 +314,12 @@ def test_no_fifo_folder_or_loop_in_place_of_a_file_makes_a_reader_wait_or_fail(t
         read_everything(run)
         if name == "log.jsonl":
             with pytest.raises(UserError, match=r"log\.jsonl"):
-                Recorder(run, start_step=5).scalars(5, "train", {})
+                RunLogger(run, start_step=5).log_scalars(5, "train", {})
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     if name in NAMES[:3]:
-        assert look(run).state == "broken"
+        assert read_state(run).state == "broken"
 
 
 def test_bad_lines_of_a_log_are_set_aside_when_the_run_goes_on(tmp_path, caplog):
@@ -328,22 +328,22 @@ def test_bad_lines_of_a_log_are_set_aside_when_the_run_goes_on(tmp_path, caplog)
     (tmp_path / "log.jsonl").write_bytes(b"".join([good[0], bad[0], good[1], *bad[1:4], good[2], good[3], bad[4]]))
     lines, _ = read_tail(tmp_path / "log.jsonl", 1 << 16)
     assert sum(line.record is None for line in lines) == 5
-    recorder = Recorder(tmp_path, start_step=3)
-    recorder.scalars(3, "train", {"depth": 2.0})
-    recorder.close()
+    run_logger = RunLogger(tmp_path, start_step=3)
+    run_logger.log_scalars(3, "train", {"depth": 2.0})
+    run_logger.close()
     assert (tmp_path / "log.jsonl").read_bytes().startswith(b"".join(good[:3]))
     assert [json.loads(line)["depth"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 1, 1, 2]
     assert (tmp_path / DAMAGED).read_bytes() == b"".join(bad) + b"\n"
     (warning,) = [one.getMessage() for one in caplog.records if "damaged" in one.getMessage()]
     assert "5 damaged lines: moved to log.damaged.jsonl" in warning
-    Recorder(tmp_path, start_step=4)._keep_earlier_records()
+    RunLogger(tmp_path, start_step=4)._keep_earlier_records()
     assert len([one for one in caplog.records if "damaged" in one.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("content", [b"\xff", b"[1]", b'{"arms": 5}', b'{"arms": [{"name": "../x"}]}', b"[" * 90_000])
 def test_a_damaged_study_is_one_sentence(tmp_path, content):
-    study = Study("x", (), (Arm("a", (), (1,), label="a"),))
-    made = record(study, study.arms[0], 1, (), write_run(tmp_path / "run", 1))
+    study = Study("x", (), (Variant("a", (), (1,), label="a"),))
+    made = record(study, study.variants[0], 1, (), write_run(tmp_path / "run", 1))
     for name in ("study.json", "a_seed1.json"):
         folder = tmp_path / name
         write_results(folder, study, [made], "x")

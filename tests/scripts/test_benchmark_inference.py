@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers.common import ROOT, assert_fails, choices
 
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_training import build_regularizer
 
 SCRIPT = "scripts/benchmarks/benchmark_inference.py"
@@ -22,7 +22,7 @@ def test_every_decoder_has_an_experiment():
     assert set(script["EXPERIMENTS"].values()) <= set(choices("experiment"))
     config = script["composed"]("mqtransformer", (64, 96), ["backbone=resnet18"])
     assert (config.decoder._target_, config.backbone.name) == ("mtcl.models.decoders.MQTransformer", "resnet18")
-    assert (data_size(config), list(build_tasks(config))) == (
+    assert (get_image_size(config), list(build_tasks(config))) == (
         (64, 96),
         ["semseg", "depth", "normals", "edge"],
     )

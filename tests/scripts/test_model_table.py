@@ -11,7 +11,7 @@ from helpers.common import ROOT, choices, composed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mtcl.config.build_data import build_tasks, data_size
+from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.models import DenseModel, build_backbone
 from mtcl.profiling.flops import Count, count
@@ -47,7 +47,7 @@ def counted(net, size):
 def from_config(*overrides, device="meta"):
     config = composed(*overrides)
     with torch.device(device):
-        return build_model(config, build_tasks(config), pretrained=False), data_size(config)
+        return build_model(config, build_tasks(config), pretrained=False), get_image_size(config)
 
 
 # --- By hand
@@ -173,7 +173,7 @@ def test_experiments(cli, tmp_path):
         assert (row["parameters"], row["flops"]) == count(model, size)
         assert (row["decoder"], row["backbone"], row["network"]) == ("multi_head", "mobilenetv2", "mobilenetv2_100")
         assert row["size"] == [32, 64]
-        assert row["tasks"] == list(model.tap_channels["final"])
+        assert row["tasks"] == list(model.feature_channels["final"])
         assert row["latency_ms"] > 0
         weights = 4 * row["parameters"] / 2**20
         assert weights < row["peak_memory_mib"] < weights + 20
@@ -211,7 +211,7 @@ def test_the_grid_is_of_all_decoders_and_backbones():
     assert [entry.label for entry in entries] == names
     made = entries[-1].compose()
     assert (made.decoder, made.backbone) == (choices("decoder")[-1], choices("backbone")[-1])
-    assert data_size(made.config) == (512, 512)
+    assert get_image_size(made.config) == (512, 512)
 
 
 def test_too_little_memory_is_told(cli, monkeypatch):

@@ -19,8 +19,8 @@ from mtcl import distributed as ranks
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_balancer, build_trainer
-from mtcl.training.balancing import Balancer, DynamicAverage, FixedWeights, Uncertainty
-from mtcl.training.balancing_torchjd import Aggregated, _private_randomness, aggregators
+from mtcl.training.balancing import Balancer, DynamicWeightAveraging, FixedWeights, UncertaintyWeighting
+from mtcl.training.balancing_torchjd import GradientAggregation, _private_randomness, list_aggregators
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 from mtcl.training.trainer import Trainer
 
@@ -30,7 +30,7 @@ THREE = "tasks.names=[depth,normals,edge]"
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
 NO = torch.zeros(())  # no step is skipped
 try:
-    KINDS = list(aggregators())
+    KINDS = list(list_aggregators())
 except UserError:
     KINDS = []
 torchjd = pytest.mark.skipif(not KINDS, reason="TorchJD is not installed: pip install 'mtcl[balancing]'")
@@ -63,7 +63,7 @@ class Toy(nn.Module):
         """The gradients of one step, by name."""
         self.zero_grad(set_to_none=True)
         balancer.backward(self.losses(number, names), self.parameters())
-        balancer.finish(number)
+        balancer.finish_step(number)
         balancer.update(number, skip)
         return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
 
@@ -81,7 +81,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_uncertainty_is_its_formula_learned_by_adam():
     """Against autograd through the formula, and torch's Adam."""
-    toy, balancer = Toy(), Uncertainty(WEIGHTS, CPU, lr=0.1, schedule=lambda step: 1 / (step + 1))
+    toy, balancer = Toy(), UncertaintyWeighting(WEIGHTS, CPU, lr=0.1, schedule=lambda step: 1 / (step + 1))
     s = torch.zeros(3, requires_grad=True)
     adam = torch.optim.Adam([s], lr=0.1)
     for number in range(4):
@@ -96,23 +96,28 @@ def test_uncertainty_is_its_formula_learned_by_adam():
         found = toy.step(balancer, number, "abcd")
         torch.testing.assert_close(found, want)
         torch.testing.assert_close(balancer.log_variance.detach(), s.detach())
-    assert same(toy.step(Uncertainty(WEIGHTS, CPU, 0.1, lambda step: 1.0)), plain(toy)), "it starts with the weights"
+    assert same(toy.step(UncertaintyWeighting(WEIGHTS, CPU, 0.1, lambda step: 1.0)), plain(toy)), (
+        "it starts with the weights"
+    )
     torch.testing.assert_close(balancer.summary()["b/weight"], 2 * torch.exp(-s[1].detach()))
 
 
 def test_uncertainty_settles_at_the_size_of_the_loss():
-    balancer = Uncertainty({"a": 2.0, "b": 1.0}, CPU, lr=0.2, schedule=lambda step: 0.99**step)
+    balancer = UncertaintyWeighting({"a": 2.0, "b": 1.0}, CPU, lr=0.2, schedule=lambda step: 0.99**step)
     x = torch.ones((), requires_grad=True)
     for step in range(300):
         balancer.backward({"a": 4 * x, "b": 0.1 * x}, [x])
-        balancer.finish(step)
+        balancer.finish_step(step)
         balancer.update(step, NO)
     assert balancer.log_variance.exp().tolist() == pytest.approx([8.0, 0.1], rel=0.02)
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
-    for balancer in (Uncertainty(WEIGHTS, CPU, 0.1, lambda step: 1.0), DynamicAverage(WEIGHTS, CPU, every=1)):
+    for balancer in (
+        UncertaintyWeighting(WEIGHTS, CPU, 0.1, lambda step: 1.0),
+        DynamicWeightAveraging(WEIGHTS, CPU, every=1),
+    ):
         toy = Toy()
         for number in range(3):
             toy.step(balancer, number)
@@ -120,16 +125,16 @@ def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
         if skip:
             losses = toy.losses(3)
             balancer.backward({name: loss * torch.nan for name, loss in losses.items()}, toy.parameters())
-            balancer.finish(3)
+            balancer.finish_step(3)
             balancer.update(3, torch.ones(()))
             balancer.every = 10  # else the window of one step closes empty
         else:
             toy.step(balancer, 3, "ab")
         after = {name: float(value) for name, value in balancer.summary().items()}
-        if skip and isinstance(balancer, Uncertainty):
+        if skip and isinstance(balancer, UncertaintyWeighting):
             assert after == before
         assert all(math.isfinite(value) for value in after.values())
-        if isinstance(balancer, Uncertainty):
+        if isinstance(balancer, UncertaintyWeighting):
             assert after["c/log_variance"] == before["c/log_variance"] != 0
             assert skip or after["a/log_variance"] != before["a/log_variance"]
         elif not skip:
@@ -142,7 +147,7 @@ def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
 
 def test_dwa_is_its_formula():
     """Against the paper's sums written out, windows of three steps, one of them skipped."""
-    toy, balancer = Toy(), DynamicAverage(WEIGHTS, CPU, every=3, temperature=2.0)
+    toy, balancer = Toy(), DynamicWeightAveraging(WEIGHTS, CPU, every=3, temperature=2.0)
     means, window, factors = [], [], dict.fromkeys(WEIGHTS, 1.0)
     for number in range(12):
         losses = {name: loss.item() for name, loss in toy.losses(number).items()}
@@ -164,8 +169,8 @@ def test_dwa_is_its_formula():
 
 
 MOVING = {
-    "uncertainty": lambda: Uncertainty(WEIGHTS, CPU, 0.1, lambda step: 1.0),
-    "dwa": lambda: DynamicAverage(WEIGHTS, CPU, every=2),
+    "uncertainty": lambda: UncertaintyWeighting(WEIGHTS, CPU, 0.1, lambda step: 1.0),
+    "dwa": lambda: DynamicWeightAveraging(WEIGHTS, CPU, every=2),
 }
 
 
@@ -176,19 +181,19 @@ def test_moving_weights_follow_the_mean_over_processes_and_batches(make, monkeyp
     for number in range(5):
         first, second = toy.losses(2 * number), toy.losses(2 * number + 1)
         one.backward({name: (first[name] + second[name]) / 2 for name in first}, [])
-        one.finish(number)
+        one.finish_step(number)
         one.update(number, NO)
         first, second = toy.losses(2 * number), toy.losses(2 * number + 1)
         for part in (first, second):
             batches.backward({name: loss / 2 for name, loss in part.items()}, [])
-        batches.finish(number)
+        batches.finish_step(number)
         batches.update(number, NO)
         with monkeypatch.context() as patch:
             other = torch.stack([loss.detach() for loss in toy.losses(2 * number + 1).values()])
             patch.setattr(ranks, "world", lambda: 2)
             patch.setattr(ranks, "total", lambda x, other=other: x + other)
             process.backward(toy.losses(2 * number), [])
-            process.finish(number)
+            process.finish_step(number)
             process.update(number, NO)
         for found in (batches, process):
             torch.testing.assert_close(found.summary(), one.summary())
@@ -203,11 +208,11 @@ def test_moving_weights_follow_the_mean_over_processes_and_batches(make, monkeyp
 # --- TorchJD
 
 
-def aggregated(name: str, seed: int = 0, **options) -> Aggregated:
+def aggregated(name: str, seed: int = 0, **options) -> GradientAggregation:
     needed = {"CAGrad": {"c": 0.4}, "Constant": {"weights": [1.0, 2.0, 3.0]}, "FairGrad": {"alpha": 2.0}}
     needed |= {"Krum": {"n_byzantine": 0}, "TrimmedMean": {"trim_number": 1}}
     try:
-        return Aggregated(WEIGHTS, CPU, name, {**needed.get(name, {}), **options}, seed)
+        return GradientAggregation(WEIGHTS, CPU, name, {**needed.get(name, {}), **options}, seed)
     except UserError as error:
         if "pip install" in str(error):
             pytest.skip(str(error))
@@ -268,7 +273,7 @@ def test_randomness_is_of_seed_and_step():
         balancer = aggregated("Random", seed=seed)
         balancer.backward(toy.losses(), toy.parameters())
         toy.zero_grad(set_to_none=True)
-        balancer.finish(step)
+        balancer.finish_step(step)
         return toy.trunk.grad.clone()
 
     first = trunk(0, 0)
@@ -283,13 +288,13 @@ def test_the_sum_is_the_plain_backward_pass():
     toy = Toy()
     want = {n: g.clone() for n, g in plain(toy, 3, "abcd").items()}
     for name, factor in (("Sum", 1.0), ("Mean", 3.0)):
-        balancer = Aggregated({n: factor * w for n, w in WEIGHTS.items()}, CPU, name)
+        balancer = GradientAggregation({n: factor * w for n, w in WEIGHTS.items()}, CPU, name)
         found = toy.step(balancer, 3, "abcd")
         assert found.keys() == want.keys()
         for parameter in ("trunk", "bias", "heads.d"):
             torch.testing.assert_close(found[parameter], want[parameter])
     assert balancer.summary()["b/weight"] == pytest.approx(2.0)  # 3 * 2 / 3
-    only = toy.step(Aggregated({"a": 1.0, "b": 2.0, "c": 0.5, "d": 1.0}, CPU, "Sum"), 3, "abcd")
+    only = toy.step(GradientAggregation({"a": 1.0, "b": 2.0, "c": 0.5, "d": 1.0}, CPU, "Sum"), 3, "abcd")
     torch.testing.assert_close(only, want)
 
 
@@ -326,7 +331,7 @@ def test_an_objective_without_a_gradient_is_left_out():
     toy, balancer = Toy(), aggregated("MGDA")
     losses = toy.losses(1)
     balancer.backward({**losses, "c": 0.0 * losses["c"]}, toy.parameters())
-    balancer.finish(1)
+    balancer.finish_step(1)
     assert toy.trunk.grad.any()
     assert list(balancer.made) == [("a", "b")]
     assert toy.heads["c"].grad is not None
@@ -345,12 +350,12 @@ def test_batches_of_a_step_are_averaged_before():
     whole, parts = aggregated("PCGrad"), aggregated("PCGrad")
     a, b = toy.losses(1), toy.losses(2)
     whole.backward({n: (a[n] + b[n]) / 2 for n in a}, toy.parameters())
-    whole.finish(0)
+    whole.finish_step(0)
     want = {n: p.grad.clone() for n, p in toy.named_parameters() if p.grad is not None}
     toy.zero_grad(set_to_none=True)
     for losses in (toy.losses(1), toy.losses(2)):
         parts.backward({n: loss / 2 for n, loss in losses.items()}, toy.parameters())
-    parts.finish(0)
+    parts.finish_step(0)
     torch.testing.assert_close({n: p.grad for n, p in toy.named_parameters() if p.grad is not None}, want)
 
 
@@ -363,12 +368,12 @@ def test_what_is_not_finite_never_reaches_the_aggregator():
         losses = toy.losses(1)
         toy.zero_grad(set_to_none=True)
         balancer.backward({**losses, "b": bad * losses["b"]}, toy.parameters())
-        balancer.finish(1)
+        balancer.finish_step(1)
         assert not toy.trunk.grad.isfinite().all()
         losses = toy.losses(1)
         toy.zero_grad(set_to_none=True)
         balancer.backward({**losses, "b": losses["b"] + bad}, toy.parameters())  # with a gradient that is finite
-        balancer.finish(1)
+        balancer.finish_step(1)
     after = balancer.state_dict()["made"]["a,b,c"]
     assert before
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -417,7 +422,7 @@ def test_vectors_over_objectives():
 )
 def test_mistakes_in_the_options(name, options, message):
     with pytest.raises(UserError, match=message) as told:
-        Aggregated(WEIGHTS, CPU, name, options)
+        GradientAggregation(WEIGHTS, CPU, name, options)
     assert "\n" not in str(told.value)
 
 
@@ -425,14 +430,14 @@ def test_mistakes_in_the_options(name, options, message):
 def test_solvers_that_are_not_installed(monkeypatch):
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"aggregator=CAGrad: .*cvxpy.*; pip install 'mtcl\[balancing\]'") as told:
-        Aggregated(WEIGHTS, CPU, "CAGrad", {"c": 0.4})
+        GradientAggregation(WEIGHTS, CPU, "CAGrad", {"c": 0.4})
     assert "\n" not in str(told.value)
 
 
 def test_without_torchjd(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
     with pytest.raises(UserError, match=r"balancing.method=torchjd needs TorchJD: pip install 'mtcl\[balancing\]'"):
-        Aggregated(WEIGHTS, CPU, "UPGrad")
+        GradientAggregation(WEIGHTS, CPU, "UPGrad")
 
 
 # --- From a config
@@ -518,7 +523,7 @@ def one_step(trainer: Trainer, *batches: dict) -> tuple[dict[str, Tensor], dict[
     named = dict(trainer.model.named_parameters())
     own = trainer.regularizer.named_parameters() if trainer.regularizer is not None else ()
     named |= {f"regularizer.{name}": p for name, p in own}
-    finish, step = trainer.balancer.finish, trainer.optimizer.step
+    finish, step = trainer.balancer.finish_step, trainer.optimizer.step
 
     def look(number):
         rows = getattr(trainer.balancer, "rows", {})
@@ -527,10 +532,10 @@ def one_step(trainer: Trainer, *batches: dict) -> tuple[dict[str, Tensor], dict[
         gradients.update({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
         assert all(p.grad is None or p.grad.stride() == p.stride() for p in named.values())
 
-    trainer.balancer.finish, trainer.optimizer.step = look, lambda *args: None
+    trainer.balancer.finish_step, trainer.optimizer.step = look, lambda *args: None
     torch.manual_seed(1)  # of dropout
     trainer.train_step(*(batches or [next(iter(trainer.batches))]))
-    trainer.balancer.finish, trainer.optimizer.step = finish, step
+    trainer.balancer.finish_step, trainer.optimizer.step = finish, step
     return gradients, reached
 
 
@@ -662,7 +667,7 @@ def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
     for name in [n for n in before if n.startswith("model/")] + [n for n in learned if "weight" not in n]:
         assert torch.equal(before[name], after[name]), name
     trainer.step += 1
-    assert len(trainer.watch.settle()) == 1
+    assert len(trainer.nonfinite_guard.settle()) == 1
     save_checkpoint(tmp_path / "a.pt", trainer.state())
     resumed = made(tmp_path / "b", *words)
     resumed.restore(load_checkpoint(tmp_path / "a.pt"))

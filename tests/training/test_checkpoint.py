@@ -26,18 +26,18 @@ from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
 from mtcl.config.resolve import plain
-from mtcl.config.stored_config import described
+from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
 from mtcl.run_lock import claim
 from mtcl.training.checkpoint import (
     CheckpointWriter,
-    DamagedError,
-    damage,
+    CorruptCheckpointError,
+    find_corruption,
+    latest_valid_checkpoint,
     load_checkpoint,
-    newest_intact,
     save_checkpoint,
 )
-from mtcl.training.run_logger import Recorder
+from mtcl.training.run_logger import RunLogger
 
 QUICK = [*TINY, "tasks.names=[semseg,depth]", "trainer.val_first=false", "trainer.val_interval=null"]
 QUICK += ["trainer.panels=0", "decoder.head_width=4", "trainer.max_steps=4", "backbone.name=test_resnet"]
@@ -62,16 +62,18 @@ def test_a_flipped_bit_of_any_byte_and_any_shorter_file_is_seen(tmp_path, every)
     positions = {*range(0, len(whole), every), *range(len(whole) - 100, len(whole), min(every, 9)), len(whole) - 77}
     for position in positions:
         flip(path, position)
-        with pytest.raises(DamagedError, match=r"last\.pt is damaged \(.*resume=auto finds the newest intact one"):
+        with pytest.raises(
+            CorruptCheckpointError, match=r"last\.pt is damaged \(.*resume=auto finds the newest intact one"
+        ):
             load_checkpoint(path)
         flip(path, position)
     assert load_checkpoint(path)["step"] == 7
     for length in positions:
         path.write_bytes(whole[:length])
-        with pytest.raises(DamagedError):
+        with pytest.raises(CorruptCheckpointError):
             load_checkpoint(path)
     path.write_bytes(whole + b"\0")
-    with pytest.raises(DamagedError):
+    with pytest.raises(CorruptCheckpointError):
         load_checkpoint(path)
 
 
@@ -88,10 +90,10 @@ def test_plain_torch_and_zip_read_the_file(tmp_path):
 def test_files_of_before_checksums_are_read(tmp_path):
     path = tmp_path / "last.pt"
     torch.save({"format": 1, **some()}, path)
-    assert damage(path) is None
+    assert find_corruption(path) is None
     assert load_checkpoint(path)["step"] == 7
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(DamagedError):
+    with pytest.raises(CorruptCheckpointError):
         load_checkpoint(path)
 
 
@@ -206,9 +208,9 @@ def test_at_every_moment_one_of_last_and_previous_is_intact(tmp_path, monkeypatc
     if has_links:
         assert all((step in (1, 2, 3)) for steps in seen for step in steps[:1])
     assert names(tmp_path) == ["last.pt", "previous.pt"]
-    assert newest_intact(tmp_path).content["step"] == 3
+    assert latest_valid_checkpoint(tmp_path).content["step"] == 3
     flip(tmp_path / "last.pt", 900)
-    assert newest_intact(tmp_path).content["step"] == 2
+    assert latest_valid_checkpoint(tmp_path).content["step"] == 2
 
 
 def test_a_damaged_last_does_not_replace_an_intact_previous(tmp_path):
@@ -228,11 +230,11 @@ def test_the_newest_intact_one_is_found(tmp_path):
         os.utime(tmp_path / f"{name}.pt", (write.clock, write.clock))
 
     def found() -> tuple[str, list[str]]:
-        best = newest_intact(tmp_path)
-        return best.path.stem, [error.path.stem for error in best.passed_over]
+        best = latest_valid_checkpoint(tmp_path)
+        return best.path.stem, [error.path.stem for error in best.rejected]
 
     write.clock = 1_000_000_000
-    assert newest_intact(tmp_path) is None
+    assert latest_valid_checkpoint(tmp_path) is None
     write("best", 50)  # of a way that was left: the run was then taken back to an older step
     write("step_00000002", 2)
     write("previous", 4)
@@ -256,10 +258,10 @@ def test_the_newest_intact_one_is_found(tmp_path):
     assert found() == ("step_00000002", ["last", "previous"])
     (tmp_path / "step_00000002.pt").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact: last\.pt \(.*\), previous\.pt \(it is empty"):
-        newest_intact(tmp_path)
+        latest_valid_checkpoint(tmp_path)
     torch.save({"format": 2, **some()}, tmp_path / "last.pt")
     with pytest.raises(UserError, match="has format 2"):  # of a later version, not damaged: nothing to pass over
-        newest_intact(tmp_path)
+        latest_valid_checkpoint(tmp_path)
 
 
 # --- Written by a thread
@@ -313,7 +315,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk):
     writer.save("best", some(2))  # waits for the first
     writer.close()
     assert counts["most"] == 1
-    assert newest_intact(tmp_path).content["step"] == 2
+    assert latest_valid_checkpoint(tmp_path).content["step"] == 2
 
 
 def test_an_asynchronous_file_is_that_of_a_plain_save(tmp_path):
@@ -367,16 +369,16 @@ time.sleep(60)
 
 def test_a_run_outlives_the_removal_of_its_folder(tmp_path, caplog):
     folder = tmp_path / "run"
-    writer, recorder = CheckpointWriter(folder / "checkpoints"), Recorder(folder)
+    writer, run_logger = CheckpointWriter(folder / "checkpoints"), RunLogger(folder)
     with claim(folder):
-        recorder.scalars(0, "train", {"depth": 1.0})
+        run_logger.log_scalars(0, "train", {"depth": 1.0})
         writer.save("last", some(1))
         shutil.rmtree(folder)
-        recorder.scalars(1, "train", {"depth": 2.0})
-        recorder.scalars(2, "train", {"depth": 3.0})
-        recorder.note(2, "skipped", {"ids": ["a"]})
+        run_logger.log_scalars(1, "train", {"depth": 2.0})
+        run_logger.log_scalars(2, "train", {"depth": 3.0})
+        run_logger.log_event(2, "skipped", {"ids": ["a"]})
         writer.save("last", some(2))
-        recorder.close()
+        run_logger.close()
         with pytest.raises(UserError, match="another run"):
             claim(folder)
     told = [record.message for record in caplog.records if "vanished in mid-run" in record.message]
@@ -405,19 +407,19 @@ def test_a_removed_folder_that_another_run_has_taken_is_left_alone(tmp_path):
 
 def test_records_wait_for_space(tmp_path, caplog):
     """Whole lines only, and in their order, once the disk takes them again."""
-    recorder = Recorder(tmp_path)
-    recorder.scalars(0, "train", {"depth": 1.0})
+    run_logger = RunLogger(tmp_path)
+    run_logger.log_scalars(0, "train", {"depth": 1.0})
     size = (tmp_path / "log.jsonl").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
         for step in (1, 2, 3):
-            recorder.note(step, "train", {"depth": 2.0})
+            run_logger.log_event(step, "train", {"depth": 2.0})
         assert (tmp_path / "log.jsonl").stat().st_size == size
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    recorder.scalars(4, "train", {"depth": 5.0})
-    recorder.close()
+    run_logger.log_scalars(4, "train", {"depth": 5.0})
+    run_logger.close()
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [0, 1, 2, 3, 4]
     assert len([r for r in caplog.records if "records wait" in r.message]) == 1
 
@@ -445,7 +447,7 @@ def test_a_process_killed_while_saving_leaves_an_intact_checkpoint(tmp_path):
             pass
         process.send_signal(signal.SIGKILL)
         told = [int(line) for line in process.stdout.read().split()]
-    found = newest_intact(tmp_path)
+    found = latest_valid_checkpoint(tmp_path)
     step = found.content["step"]
     assert step >= max([2, *told])
     assert found.content["model"]["w"].unique().tolist() == [step]
@@ -557,7 +559,7 @@ def test_code_in_a_file_is_not_run(cli, tmp_path, door, sealed):
     content = {"format": 1, **some(), "extra": Evil(marker)}
     if sealed:  # whoever can write a pickle can write its checksum
         module._write(content, path)
-        assert damage(path) is None
+        assert find_corruption(path) is None
     else:
         torch.save(content, path)
     folder = f"hydra.run.dir={tmp_path}/out"
@@ -580,7 +582,7 @@ def test_code_in_a_file_is_not_run(cli, tmp_path, door, sealed):
 def test_foreign_targets_in_a_checkpoint_are_refused(cli, tmp_path, monkeypatch, group, target):
     monkeypatch.setattr(os, "system", lambda command: pytest.fail("executed"))
     config = plain(composed(*QUICK))
-    tasks = described(build_tasks(composed(*QUICK)))
+    tasks = describe_tasks(build_tasks(composed(*QUICK)))
     config[group]["_target_"] = target
     content = {**some(), "model": {}, "config": config, "meta": {"tasks": tasks}}
     save_checkpoint(tmp_path / "evil.pt", content)

@@ -18,8 +18,8 @@ from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_trainer
 from mtcl.config.schema import check_config
 from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.sharding import Weights, units
-from mtcl.training.train_step import Compiled
+from mtcl.training.sharding import ReplicatedWeights, fsdp_units
+from mtcl.training.train_step import CompiledModule
 
 ONE = [sys.executable]
 FSDP = "trainer.parallel=fsdp"
@@ -115,7 +115,7 @@ def test_train_py_with_shared_out_weights(tmp_path):
 def test_blocks_are_units(decoder, backbone, want):
     config = composed(f"decoder={decoder}", f"backbone={backbone}", *shrunk(decoder, backbone))
     model = build_model(config, build_tasks(config), pretrained=False)
-    found = units(model)
+    found = fsdp_units(model)
     names = [name for name, module in model.named_modules() if any(module is unit for unit in found)]
     assert set(want) <= set(names)
     inside = [id(p) for unit in found for p in unit.parameters()]
@@ -126,7 +126,7 @@ def test_blocks_are_units(decoder, backbone, want):
 def test_alone_it_means_nothing(tmp_path):
     config = composed(*TINY, FSDP)
     trainer = build_trainer(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
-    assert type(trainer.weights) is Weights
+    assert type(trainer.weights) is ReplicatedWeights
     with pytest.raises(UserError, match=r"trainer\.parallel=zero must be ddp or fsdp"):
         check_config({"trainer": {"parallel": "zero"}})
 
@@ -139,9 +139,9 @@ def test_one_block_that_does_not_compile_is_one_warning(monkeypatch, caplog):
         return fails
 
     monkeypatch.setattr(torch, "compile", compiled)
-    parts: list[Compiled] = []
+    parts: list[CompiledModule] = []
     for _ in range(3):
-        parts.append(Compiled(lambda x: x + 1, parts=parts))
+        parts.append(CompiledModule(lambda x: x + 1, parts=parts))
     with caplog.at_level(logging.WARNING):
         assert [part(1) for part in parts] == [2, 2, 2]
     assert len(caplog.records) == 1

@@ -71,7 +71,7 @@ def test_a_step_that_is_not_finite_is_no_step(optimizer, first, tmp_path):
         assert torch.equal(value, before.get(name, torch.zeros_like(value))), name
     assert all(value.isfinite() for value in trainer.train_step(after).values())
     assert any(not torch.equal(value, before[name]) for name, value in state().items() if name in before)
-    (skipped,) = trainer.watch.settle()
+    (skipped,) = trainer.nonfinite_guard.settle()
     assert "loss of normals" in skipped.terms
     assert "loss of depth" not in skipped.terms
     assert skipped.ids == [meta.id for meta in bad["meta"]]
@@ -81,7 +81,7 @@ def test_statistics_that_saw_nan_are_put_back(tmp_path):
     trainer = made(tmp_path, "trainer.max_skipped=3")
     batch = next(iter(trainer.batches))
     trainer.train_step(batch)
-    assert trainer.watch.settle() == []
+    assert trainer.nonfinite_guard.settle() == []
     with torch.no_grad():
         weight = next(trainer.model.parameters())
         kept = weight.clone()
@@ -91,7 +91,7 @@ def test_statistics_that_saw_nan_are_put_back(tmp_path):
         weight.copy_(kept)
     running = [b for name, b in trainer.model.named_buffers() if name.endswith("running_mean")]
     assert any(not b.isfinite().all() for b in running)
-    assert len(trainer.watch.settle()) == 1
+    assert len(trainer.nonfinite_guard.settle()) == 1
     assert all(b.isfinite().all() for b in running)
 
 
@@ -218,7 +218,7 @@ def test_a_running_mean_of_the_weights(tmp_path, cli):
         want = now if want is None else {name: 0.9 * want[name] + 0.1 * now[name] for name in now}
     for name, value in trainer.ema.model.named_parameters():
         torch.testing.assert_close(value, want[name])
-    assert trainer.evaluated() is trainer.ema.model
+    assert trainer.evaluation_model() is trainer.ema.model
     words = [*WORDS, "trainer.ema=0.5", "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant"]
     metrics = train(composed(*words), tmp_path / "whole")
     train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
@@ -296,10 +296,10 @@ def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
 
 
 def _nothing(self):
-    from mtcl.evaluation.evaluator import Evaluation
+    from mtcl.evaluation.evaluator import EvaluationResult
 
     metrics = {name: dict.fromkeys(["mIoU", "maxF", "rmse", "mErr", "loss", "odsF"], 0.5) for name in self.tasks}
-    return Evaluation(metrics, [], 0)
+    return EvaluationResult(metrics, [], 0)
 
 
 DRIVER = """

@@ -13,7 +13,7 @@ from torch import nn
 
 from mtcl import UserError
 from mtcl.atomic import write_atomically, write_json
-from mtcl.evaluation.evaluator import Evaluator, Shown
+from mtcl.evaluation.evaluator import Evaluator, VisualSample
 from mtcl.models import DenseModel, DenseOutput
 from mtcl.run_lock import claim
 from mtcl.runtime import autocast, choose_device, peak_memory, rng_state, seed_everything, set_rng_state
@@ -21,9 +21,9 @@ from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint as checkpoint_module
 from mtcl.training.balancing import FixedWeights
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
-from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, ramp
-from mtcl.training.run_logger import Recorder, flat, write_panels
-from mtcl.visualization.panels import GAP, ROW, draw_panel
+from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, linear_warmup
+from mtcl.training.run_logger import RunLogger, flatten_metrics, write_panels
+from mtcl.visualization.panels import GAP, LINE_HEIGHT, draw_panel
 
 CPU = torch.device("cpu")
 
@@ -48,8 +48,8 @@ def test_schedules_by_hand(name, options, expected):
 
 
 def test_ramp():
-    assert [ramp(step, 0) for step in (0, 5)] == [1, 1]
-    assert [ramp(step, 2) for step in range(4)] == [0.5, 1, 1, 1]
+    assert [linear_warmup(step, 0) for step in (0, 5)] == [1, 1]
+    assert [linear_warmup(step, 2) for step in range(4)] == [0.5, 1, 1, 1]
 
 
 def test_a_schedule_of_no_steps_is_finite():
@@ -367,7 +367,7 @@ def make_shown(height, width, id="kitchen/0001", seed=0):
     labels["edge"] = rng.choice(np.array([0, 1, 255], np.uint8), (height, width))
     predictions |= {"depth": rng.random((height, width), np.float32) * 12, "normals": unit[1]}
     predictions["edge"] = rng.random((height, width), np.float32)
-    return Shown(id, rng.integers(0, 256, (height, width, 3), np.uint8), labels, predictions)
+    return VisualSample(id, rng.integers(0, 256, (height, width, 3), np.uint8), labels, predictions)
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_panel_shows_every_task(height, width, zoom):
 
     def at(number, row):
         """What stands in that column below that row's caption."""
-        top = GAP + ROW + 4 + row * (height * zoom + ROW + 4)
+        top = GAP + LINE_HEIGHT + 4 + row * (height * zoom + LINE_HEIGHT + 4)
         left = number * column + GAP
         return panel[top : top + height * zoom, left : left + width * zoom]
 
@@ -399,7 +399,7 @@ def test_panel_explains_its_colours():
     sample = make_shown(48, 64)
     for name, task in TASKS.items():
         panel = draw_panel(sample, {name: task})
-        pictures = 48 * 4 * 2 + 2 * (ROW + 4)
+        pictures = 48 * 4 * 2 + 2 * (LINE_HEIGHT + 4)
         below = panel[GAP + pictures :, 64 * 4 + 2 * GAP :].reshape(-1, 3)
         for text, colour in task.legend([sample.labels[name], sample.predictions[name]]):
             assert (below == colour).all(axis=1).sum() >= 100, (name, text)
@@ -438,16 +438,16 @@ def read_tensorboard(folder, tag):
 
 def test_recorder_continues_an_interrupted_run(tmp_path):
     """Losses of step s belong to the update after it, validation to the state before it: only that one is kept at 4."""
-    first = Recorder(tmp_path)
+    first = RunLogger(tmp_path)
     for step in range(6):
-        first.scalars(step, "val", {"depth/rmse": 100.0 + step})
-        first.scalars(step, "train", {"depth": 10.0 + step})
-        first.scalars(step, "contrast", {"depth<-edge/active": 0.5})
+        first.log_scalars(step, "val", {"depth/rmse": 100.0 + step})
+        first.log_scalars(step, "train", {"depth": 10.0 + step})
+        first.log_scalars(step, "contrast", {"depth<-edge/active": 0.5})
     first.close()
     assert len(read_log(tmp_path)) == 18
-    second = Recorder(tmp_path, start_step=4)  # resumed from a checkpoint of step 4
+    second = RunLogger(tmp_path, start_step=4)  # resumed from a checkpoint of step 4
     assert len(read_log(tmp_path)) == 18, "nothing is dropped before there is something new"
-    second.scalars(4, "train", {"depth": 24.0})
+    second.log_scalars(4, "train", {"depth": 24.0})
     kept = read_log(tmp_path)
     assert kept.pop() == {"step": 4, "kind": "train", "depth": 24.0}
     assert [(r["step"], r["kind"]) for r in kept] == [
@@ -457,8 +457,8 @@ def test_recorder_continues_an_interrupted_run(tmp_path):
     assert [r["depth"] for r in kept if r["kind"] == "train"] == [10, 11, 12, 13]
     for step in range(4, 8):
         if step > 4:
-            second.scalars(step, "train", {"depth": 20.0 + step})
-        second.scalars(step + 1, "val", {"depth/rmse": 200.0 + step + 1})
+            second.log_scalars(step, "train", {"depth": 20.0 + step})
+        second.log_scalars(step + 1, "val", {"depth/rmse": 200.0 + step + 1})
     second.close()
     log = read_log(tmp_path)
     assert [r["depth"] for r in log if r["kind"] == "train"] == [10, 11, 12, 13, 24, 25, 26, 27]
@@ -473,27 +473,27 @@ def test_recorder_continues_an_interrupted_run(tmp_path):
 
 def test_recorder_starts_afresh(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 0, "kind": "train"}\n')
-    recorder = Recorder(tmp_path)
-    recorder.scalars(0, "val", {"human_parts/mIoU": float("nan"), "depth/rmse": 1.5})
-    recorder.close()
+    run_logger = RunLogger(tmp_path)
+    run_logger.log_scalars(0, "val", {"human_parts/mIoU": float("nan"), "depth/rmse": 1.5})
+    run_logger.close()
     assert read_log(tmp_path) == [{"step": 0, "kind": "val", "human_parts/mIoU": None, "depth/rmse": 1.5}]
 
 
 def test_recorder_survives_a_line_cut_short(tmp_path):
     """A run killed while writing leaves half a line; its resumption must not trip over it."""
     (tmp_path / "log.jsonl").write_text('{"step": 0, "kind": "train"}\n{"step": 1, "kind": "train", "dep')
-    recorder = Recorder(tmp_path, start_step=3)
-    recorder.scalars(3, "train", {"depth": 1.0})
-    recorder.close()
+    run_logger = RunLogger(tmp_path, start_step=3)
+    run_logger.log_scalars(3, "train", {"depth": 1.0})
+    run_logger.close()
     assert read_log(tmp_path) == [{"step": 0, "kind": "train"}, {"step": 3, "kind": "train", "depth": 1.0}]
 
 
 def test_recorder_draws_panels(tmp_path):
-    recorder = Recorder(tmp_path / "run")
+    run_logger = RunLogger(tmp_path / "run")
     sample = make_shown(24, 32, id="a/b")
-    recorder.panels(5, [sample], TASKS)
-    recorder.scalars(5, "val", {"depth/rmse": 0.5})
-    recorder.close()
+    run_logger.panels(5, [sample], TASKS)
+    run_logger.log_scalars(5, "val", {"depth/rmse": 0.5})
+    run_logger.close()
     assert (tmp_path / "run/panels/a_b.png").is_file()
     events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
@@ -506,7 +506,7 @@ def test_json_and_flat(tmp_path):
     metrics = {"depth": {"rmse": 0.5, "log": 0.1}, "edge": {"loss": 0.2}}
     write_json(tmp_path / "metrics.json", metrics)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert flat(metrics) == {"depth/rmse": 0.5, "depth/log": 0.1, "edge/loss": 0.2}
+    assert flatten_metrics(metrics) == {"depth/rmse": 0.5, "depth/log": 0.1, "edge/loss": 0.2}
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
@@ -554,5 +554,5 @@ def test_moments_of_another_memory_format_are_those_of_their_weights(name):
 
 def test_quick_scores_of_edges_do_not_compete_with_whole_ones():
     quick = Evaluator({}, [], torch.device("cpu"), quick={"edge": {"thresholds": 5, "every": 2}})
-    assert [quick.comparable(name) for name in ("edge/odsF", "edge/loss", "semseg/mIoU")] == [False, True, True]
-    assert Evaluator({}, [], torch.device("cpu"), quick={"edge": {"boundaries": False}}).comparable("edge/loss")
+    assert [quick.is_comparable(name) for name in ("edge/odsF", "edge/loss", "semseg/mIoU")] == [False, True, True]
+    assert Evaluator({}, [], torch.device("cpu"), quick={"edge": {"boundaries": False}}).is_comparable("edge/loss")

@@ -20,7 +20,7 @@ from typing import Any
 from mtcl.cli import arguments as read
 from mtcl.cli.demo.answer import Named, answer, answer_image, esc, example_image, image
 from mtcl.cli.demo.guard import Guard, is_upload, patient_protocol
-from mtcl.config.load import load_model, predictor_of
+from mtcl.config.load import build_predictor, load_model
 from mtcl.errors import UserError
 from mtcl.inference.predictor import LARGE
 
@@ -80,7 +80,7 @@ def load(sources: Sequence[str], options: dict[str, Any]) -> list[Named]:
     if not common:
         lists = "; ".join(f"{s}: {', '.join(one.tasks)}" for s, one in zip(sources, loaded))
         raise UserError(f"the two models have no task in common ({lists})")
-    return [Named(s, predictor_of(one, tasks=common, **options)) for s, one in zip(sources, loaded)]
+    return [Named(s, build_predictor(one, tasks=common, **options)) for s, one in zip(sources, loaded)]
 
 
 def serve(models: Sequence[Named], door: socket.socket, max_mb: int) -> None:

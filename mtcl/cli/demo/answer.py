@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from mtcl.cli.predict import out_of_memory
+from mtcl.cli.predict import is_out_of_memory
 from mtcl.data.datasets.rooms.render import render
 from mtcl.errors import UserError, printable
 from mtcl.inference import Predictor
@@ -65,7 +65,7 @@ def answer_image(models: Sequence[Named], picture: np.ndarray, name: str) -> str
     except UserError as error:
         return fault(str(error))
     except Exception as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             where = models[0].predictor.device
             return fault(f"{name} has too many pixels for the memory of {where}; make it smaller")
         log.exception("%s could not be predicted", printable(name))

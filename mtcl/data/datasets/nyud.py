@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mtcl.data import image_io as files
-from mtcl.data.datasets.base import IMAGE, FileReader, entries, find_root, read_list
+from mtcl.data.datasets.base import IMAGE, FileDataset, find_dataset_root, list_folder, read_id_list
 from mtcl.errors import UserError
 from mtcl.tasks import NYUD40
 
@@ -25,14 +25,14 @@ FOLDERS = {  # kind -> folder, and its files' suffixes in the archives: NYUDv2, 
 }
 
 
-class NYUD(FileReader):
+class NYUD(FileDataset):
     """The training or the validation list of NYUD-v2, or of anything in the layout of one of its archives.
 
     ``root`` is the archive's folder or the folder that holds it. ``split="standard"`` reads ``gt_sets/train.txt``
     and ``val.txt``, another name ``X`` reads ``X_train.txt`` and ``X_val.txt``; only the list of ``part`` is opened,
     and only the folders of the ``tasks`` in use have to exist. What kind of files they hold is seen from what is
     there. ``resize`` is (height, width) in pixels; ``limit`` keeps the first so many ids of the list. ``cache`` and
-    ``memory_map``: :meth:`FileReader.open_store`.
+    ``memory_map``: :meth:`FileDataset.open_cache`.
     """
 
     def __init__(
@@ -53,17 +53,17 @@ class NYUD(FileReader):
             raise UserError(f"resize={tuple(resize)} leaves no pixels; give (height, width), each at least 1.")
         _check_classes(num_classes)
         super().__init__()
-        self.root = find_root(Path(root), ROOTS, "gt_sets", "NYUD-v2", LAYOUT)
+        self.root = find_dataset_root(Path(root), ROOTS, "gt_sets", "NYUD-v2", LAYOUT)
         self.tasks = tuple(tasks)
         self.num_classes = num_classes
         self.resize = None if resize is None else (int(resize[0]), int(resize[1]))
-        self.ids = read_list(self.root / "gt_sets", part, split, limit)
+        self.ids = read_id_list(self.root / "gt_sets", part, split, limit)
         self.suffixes = {kind: self._suffix(kind) for kind in FOLDERS}
         self.check_files(LAYOUT)
-        self.open_store(cache, memory_map)
+        self.open_cache(cache, memory_map)
 
     @classmethod
-    def offered(cls, num_classes: int = 40, **options: Any) -> Mapping[str, Mapping[str, Any]]:
+    def task_options(cls, num_classes: int = 40, **options: Any) -> Mapping[str, Mapping[str, Any]]:
         """Task name -> options for ``mtcl.tasks.build_task``; other options of a reader change nothing."""
         _check_classes(num_classes)
         return {"semseg": {"class_names": NYUD40[:num_classes]}, "depth": {}, "normals": {}, "edge": {}}
@@ -72,45 +72,45 @@ class NYUD(FileReader):
         height, width = self.decode(IMAGE, self.ids[0]).shape[:2]
         kinds = [f"{FOLDERS[kind][0]} {self.suffixes[kind]}" for kind in (IMAGE, *self.tasks)]
         kept = "decoded at each access"
-        if self.store is not None and self.memory_map:
-            kept = f"decoded once, kept in {self.store.folder}"
+        if self.array_cache is not None and self.memory_map:
+            kept = f"decoded once, kept in {self.array_cache.folder}"
         return f"{self.root}: {', '.join(kinds)}, pictures {height}x{width}; {kept}"
 
-    def sources(self, kind: str, name: str) -> tuple[Path, ...]:
+    def source_files(self, kind: str, name: str) -> tuple[Path, ...]:
         return (self.root / FOLDERS[kind][0] / f"{name}{self.suffixes[kind]}",)
 
-    def settings(self) -> Mapping[str, Any]:
+    def decode_settings(self) -> Mapping[str, Any]:
         return {"num_classes": self.num_classes}
 
-    def all_kinds(self) -> Sequence[str]:
+    def array_kinds(self) -> Sequence[str]:
         return list(FOLDERS)
 
     def decode(self, kind: str, name: str) -> np.ndarray:
-        (path,) = self.sources(kind, name)
+        (path,) = self.source_files(kind, name)
         match kind, path.suffix:
             case "image", _:
                 return files.read_image(path)
             case "semseg", ".mat":
-                return files.as_classes(files.read_mat(path, "segmentation"), path, self.num_classes)
+                return files.validate_classes(files.read_mat(path, "segmentation"), path, self.num_classes)
             case "semseg", _:
-                return files.as_classes(files.read_values(path), path, self.num_classes)
+                return files.validate_classes(files.read_label_image(path), path, self.num_classes)
             case "depth", ".mat":
-                return files.as_depth(files.read_mat(path, "depth"), path)
+                return files.validate_depth(files.read_mat(path, "depth"), path)
             case "depth", _:
-                return files.as_depth(files.read_npy(path), path)
+                return files.validate_depth(files.read_npy(path), path)
             case "normals", ".npy":
-                return files.as_normals(files.read_npy(path), path)
+                return files.validate_normals(files.read_npy(path), path)
             case "normals", _:
-                return files.read_colours(path)
+                return files.read_color_label(path)
             case _, ".npy":
-                return files.as_edges(files.read_npy(path), path)
+                return files.validate_edges(files.read_npy(path), path)
             case _:
-                return files.as_edges(files.read_values(path), path)
+                return files.validate_edges(files.read_label_image(path), path)
 
     def _suffix(self, kind: str) -> str:
         """Of the suffixes a folder may have, that which covers most ids of the list."""
         folder, suffixes = FOLDERS[kind]
-        there = {entry.name for entry in entries(self.root / folder)}
+        there = {entry.name for entry in list_folder(self.root / folder)}
         return max(suffixes, key=lambda suffix: sum(f"{name}{suffix}" in there for name in self.ids))
 
 

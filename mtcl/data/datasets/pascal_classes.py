@@ -3,7 +3,7 @@
 PERSON = 15  # class of a person in PASCAL-Part's `anno`
 
 # PASCAL-Part's names of a person's parts -> mtcl.tasks.HUMAN_PARTS, the field's six parts.
-PART_OF_NAME = {
+PART_NAME_TO_ID = {
     **dict.fromkeys(("hair", "head", "lear", "rear", "lebrow", "rebrow", "leye", "reye", "mouth", "nose"), 1),
     **dict.fromkeys(("neck", "torso"), 2),
     **dict.fromkeys(("luarm", "ruarm"), 3),
@@ -15,7 +15,7 @@ PART_OF_NAME = {
 NUM_CONTEXT = 459  # ids of LabelMap: 1 to 459
 
 # The context class that is each of mtcl.tasks.VOC21's objects, from 1 (aeroplane) to 20 (tvmonitor).
-CONTEXT_OF_VOC = (2, 23, 25, 31, 34, 45, 59, 65, 72, 98, 397, 113, 207, 258, 284, 308, 347, 368, 416, 427)
+VOC_TO_CONTEXT = (2, 23, 25, 31, 34, 45, 59, 65, 72, 98, 397, 113, 207, 258, 284, 308, 347, 368, 416, 427)
 
 # The context classes on which the distilled normals count: those whose name is also one of NYU-v2's 894 (169, without
 # `unknown`), and tvmonitor, which NYU-v2 calls television.

@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 from skimage.morphology import thin
 
-from mtcl.data.datasets.pascal_classes import NORMALS_CLASSES, NUM_CONTEXT, PART_OF_NAME, PERSON
-from mtcl.data.image_io import form
+from mtcl.data.datasets.pascal_classes import NORMALS_CLASSES, NUM_CONTEXT, PART_NAME_TO_ID, PERSON
+from mtcl.data.image_io import describe_array
 from mtcl.errors import UserError
 
 _HAS_NORMALS = np.zeros(NUM_CONTEXT + 1, bool)
@@ -23,11 +23,13 @@ class Person(NamedTuple):
     parts: tuple[tuple[str, np.ndarray], ...]  # (name, mask) in file order
 
 
-def context_classes(labels: Any, path: Path) -> np.ndarray:
+def validate_context_classes(labels: Any, path: Path) -> np.ndarray:
     """A LabelMap read from ``path`` as uint16 (H, W), 0 (nothing) to 459."""
     is_map = isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.size > 0 and labels.dtype.kind in "uif"
     if not is_map or (labels != np.floor(labels)).any():
-        raise UserError(f"LabelMap in {path} is {form(labels)}, not whole numbers (height, width); unpack it again.")
+        raise UserError(
+            f"LabelMap in {path} is {describe_array(labels)}, not whole numbers (height, width); unpack it again."
+        )
     wrong = labels[(labels < 0) | (labels > NUM_CONTEXT)]
     if wrong.size:
         raise UserError(
@@ -37,7 +39,7 @@ def context_classes(labels: Any, path: Path) -> np.ndarray:
     return labels.astype(np.uint16)
 
 
-def voc_classes(values: np.ndarray, path: Path) -> np.ndarray:
+def validate_voc_classes(values: np.ndarray, path: Path) -> np.ndarray:
     """VOC's classes read from ``path``, uint8 (H, W), unchanged: 0 (background) to 20, 255 for void."""
     wrong = values[(values > 20) & (values != 255)]
     if wrong.size:
@@ -45,7 +47,7 @@ def voc_classes(values: np.ndarray, path: Path) -> np.ndarray:
     return values
 
 
-def edges(classes: np.ndarray) -> np.ndarray:
+def semantic_edges(classes: np.ndarray) -> np.ndarray:
     """Thinned boundaries of a LabelMap: uint8 (H, W) in {0, 1}, from where its Laplacian is not 0
     (InvPT/data/pascal_context.py)."""
     return thin(cv2.Laplacian(classes.astype(np.float64), cv2.CV_64F) != 0).astype(np.uint8)
@@ -56,7 +58,7 @@ def has_normals(classes: np.ndarray) -> np.ndarray:
     return _HAS_NORMALS[classes]
 
 
-def persons(anno: Any, path: Path) -> list[Person]:
+def parse_persons(anno: Any, path: Path) -> list[Person]:
     """The persons of PASCAL-Part's structure ``anno``, read from ``path``, in file order; other objects are not
     looked at."""
     try:
@@ -77,16 +79,16 @@ def shows_person(found: Sequence[Person]) -> bool:
     return any(one.mask.any() for one in found)
 
 
-def human_parts(found: Sequence[Person], size: tuple[int, int], path: Path) -> np.ndarray:
+def draw_human_parts(found: Sequence[Person], size: tuple[int, int], path: Path) -> np.ndarray:
     """The field's six parts of all persons as uint8 (H, W), 0 elsewhere; a later part covers earlier ones.
 
     Without a pixel of a person there are no parts either (InvPT/data/pascal_context.py).
     """
     painted = np.zeros(size, np.uint8)
     for name, mask in (part for one in found for part in one.parts if shows_person(found)):
-        if name not in PART_OF_NAME:
+        if name not in PART_NAME_TO_ID:
             raise UserError(f"{path} has a person's part {name!r}, which PASCAL-Part does not know; unpack it again.")
-        painted[mask != 0] = PART_OF_NAME[name]
+        painted[mask != 0] = PART_NAME_TO_ID[name]
     return painted
 
 
@@ -97,5 +99,5 @@ def _person(entry: Any) -> Person:
 
 def _mask(array: Any) -> np.ndarray:
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "buif":
-        raise ValueError(f"a mask is {form(array)}")
+        raise ValueError(f"a mask is {describe_array(array)}")
     return array

@@ -12,12 +12,12 @@ from mtcl.atomic import remove_leftovers, write_atomically
 from mtcl.errors import UserError
 from mtcl.safe_files import read_json
 
-STAMP = "prepared.json"
+STAMP_FILE = "prepared.json"
 
 
-def begin(destination: Path, settings: Mapping[str, Any]) -> None:
+def start_output(destination: Path, settings: Mapping[str, Any]) -> None:
     """Make ``destination`` ready: empty, or begun with the same ``settings`` (JSON values), which it remembers."""
-    stamp = destination / STAMP
+    stamp = destination / STAMP_FILE
     remove_leftovers(destination)  # of a run that was killed while it wrote the stamp
     if stamp.is_file():
         try:
@@ -37,7 +37,7 @@ def begin(destination: Path, settings: Mapping[str, Any]) -> None:
     write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
 
 
-def write_picture(path: Path, array: np.ndarray) -> None:
+def write_image(path: Path, array: np.ndarray) -> None:
     """uint8 RGB (H, W, 3) or one channel (H, W) as a PNG, whole or not at all."""
     coloured = cv2.cvtColor(array, cv2.COLOR_RGB2BGR) if array.ndim == 3 else array
     _, data = cv2.imencode(".png", coloured)
@@ -59,7 +59,7 @@ def write_lines(path: Path, lines: Sequence[str]) -> None:
     write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
 
 
-def tune_lists(train_ids: Sequence[str]) -> tuple[list[str], list[str]]:
+def split_tuning_ids(train_ids: Sequence[str]) -> tuple[list[str], list[str]]:
     """(tune_train, tune_val): the training ids split for choosing settings.
 
     Of the sorted ids, position i is for validation where i mod 80 >= 64: contiguous blocks, because neighbouring

@@ -29,7 +29,7 @@ class Camera:
 KINECT = Camera(518.857901, 519.469611, 325.582449 - 1, 253.736166 - 1)
 
 
-def plane_normals(
+def estimate_normals(
     depth: np.ndarray, camera: Camera = KINECT, radii: tuple[int, ...] = RADII, noise: float = NOISE
 ) -> np.ndarray:
     """Unit normals float32 (H, W, 3), axes x left, y up, z to the viewer, of depth (H, W) in metres; zero if unknown.
@@ -52,7 +52,7 @@ def plane_normals(
     return _directions(planes, valid, camera)
 
 
-def encoded_normals(normals: np.ndarray) -> np.ndarray:
+def encode_normals(normals: np.ndarray) -> np.ndarray:
     """Unit normals as uint8 (H, W, 3), round((n + 1) / 2 * 255); the zero vector, no direction, is black."""
     known = normals.any(axis=-1, keepdims=True)
     return np.where(known, np.rint((normals + 1) * 127.5), 0).astype(np.uint8)

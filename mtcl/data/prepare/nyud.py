@@ -15,9 +15,9 @@ import numpy as np
 
 from mtcl.data import image_io as files
 from mtcl.data.prepare import jobs
-from mtcl.data.prepare.normals import encoded_normals, plane_normals
-from mtcl.data.prepare.regions import closed_seams, object_regions, region_edges
-from mtcl.data.transforms import Window, nearest
+from mtcl.data.prepare.normals import encode_normals, estimate_normals
+from mtcl.data.prepare.regions import close_seams, label_regions, region_edges
+from mtcl.data.transforms import Window, resize_nearest
 from mtcl.data.worker_pool import run_jobs
 from mtcl.errors import UserError
 
@@ -43,8 +43,8 @@ class Edition:
 
 
 # Gupta et al.'s valid part of a frame, MATLAB's I(46:470, 41:600), which the field uses.
-WHOLE = Edition(Window(45, 40, 425, 560), (425, 560), NUM_CLASSES)
-FOUR_TO_THREE = Window(47, 41, 420, 560)  # one column further right than WHOLE, within the toolbox's valid part
+FULL_EDITION = Edition(Window(45, 40, 425, 560), (425, 560), NUM_CLASSES)
+WINDOW_4_TO_3 = Window(47, 41, 420, 560)  # one column further right than WHOLE, within the toolbox's valid part
 
 
 class RawFrame(NamedTuple):
@@ -66,19 +66,19 @@ class Plan:
     edition: Edition
 
 
-def small_edition(size: str) -> Edition:
+def parse_edition(size: str) -> Edition:
     """The edition for ``size``, "WIDTHxHEIGHT": 4:3 (to a pixel) and no larger than its window."""
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if match is None:
         raise UserError(f"--size {size} is not a size; give WIDTHxHEIGHT in pixels, e.g. 256x192.")
     width, height = int(match[1]), int(match[2])
-    largest = FOUR_TO_THREE
+    largest = WINDOW_4_TO_3
     if abs(3 * width - 4 * height) > 3 or not (0 < width <= largest.width and 0 < height <= largest.height):
         raise UserError(
             f"--size {size} is not possible; give a width and a height of 4:3, up to {largest.width}x{largest.height}, "
             "e.g. 256x192."
         )
-    return Edition(FOUR_TO_THREE, (height, width), OTHERPROP - 1)
+    return Edition(WINDOW_4_TO_3, (height, width), OTHERPROP - 1)
 
 
 def prepare_nyud(
@@ -86,16 +86,16 @@ def prepare_nyud(
 ) -> str:
     """Write the layout to ``out`` from the official .mat files, and return a summary to print.
 
-    ``size``: None for the field's 425x560 pixels and 40 classes, or :func:`small_edition`'s. ``workers``: see
+    ``size``: None for the field's 425x560 pixels and 40 classes, or :func:`parse_edition`'s. ``workers``: see
     :func:`mtcl.data.worker_pool.run_jobs`. Frames whose files are there are kept; the lists are written last.
     """
     if workers < 0:
         raise UserError(f"--workers {workers} is not possible; give the number of processes, 0 for none besides this.")
-    edition = WHOLE if size is None else small_edition(size)
+    edition = FULL_EDITION if size is None else parse_edition(size)
     train, val = read_splits(splits, check_labeled(labeled))
     plan = Plan(labeled, out, read_classes(classes), edition)
     try:
-        jobs.begin(out, {"made": "NYUDv2", "size": str(edition)} | _sources(labeled, splits, classes))
+        jobs.start_output(out, {"made": "NYUDv2", "size": str(edition)} | _sources(labeled, splits, classes))
         run_jobs(functools.partial(_convert, plan), _missing(out, sorted(train + val)), workers, "NYUD-v2")
         _write_lists(out, train, val)
     except OSError as error:  # of the result: what can't be read is a UserError
@@ -159,23 +159,23 @@ def read_frame(path: Path, number: int) -> RawFrame:
         raise UserError(f"{path} is damaged at frame {number} ({error}); download it again.") from error
 
 
-def converted(frame: RawFrame, classes: np.ndarray, edition: Edition) -> dict[str, np.ndarray]:
+def convert_frame(frame: RawFrame, classes: np.ndarray, edition: Edition) -> dict[str, np.ndarray]:
     """Output folder -> array, from one whole frame.
 
     Normals and regions are found on the whole frame, edges after the resizing, so that they stay one pixel thin.
     """
 
     def kept(array: np.ndarray) -> np.ndarray:
-        return nearest(edition.window.of(array), edition.size)
+        return resize_nearest(edition.window.crop(array), edition.size)
 
     classes = np.where(classes > edition.num_classes, 0, classes).astype(np.uint8)
-    regions = closed_seams(object_regions(frame.labels, frame.instances))
-    image = edition.window.of(frame.image)
+    regions = close_seams(label_regions(frame.labels, frame.instances))
+    image = edition.window.crop(frame.image)
     return {
         "images": cv2.resize(image, edition.size[::-1], interpolation=cv2.INTER_AREA),
         "segmentation": kept(classes[frame.labels]),
         "depth": kept(frame.depth),
-        "normals": kept(encoded_normals(plane_normals(frame.depth))),
+        "normals": kept(encode_normals(estimate_normals(frame.depth))),
         "edge": region_edges(kept(regions)),
     }
 
@@ -188,12 +188,12 @@ def _convert(plan: Plan, number: int) -> None:
             f"Frame {number} of {plan.labeled} has the label {highest}, but mapClass knows 1 to "
             f"{len(plan.classes) - 1}; give the classMapping40.mat of this release."
         )
-    for folder, array in converted(frame, plan.classes, plan.edition).items():
+    for folder, array in convert_frame(frame, plan.classes, plan.edition).items():
         path = plan.out / folder / _file_name(folder, number)
         if path.suffix == ".npy":
             jobs.write_array(path, array)
         else:
-            jobs.write_picture(path, array)
+            jobs.write_image(path, array)
 
 
 def _open(path: Path) -> h5py.File:
@@ -239,7 +239,7 @@ def _missing(out: Path, numbers: Sequence[int]) -> list[int]:
 
 def _write_lists(out: Path, train: Sequence[int], val: Sequence[int]) -> None:
     ids = [_id(number) for number in train]
-    tune_train, tune_val = jobs.tune_lists(ids)
+    tune_train, tune_val = jobs.split_tuning_ids(ids)
     lists = {"tune_train": tune_train, "tune_val": tune_val, "val": [_id(number) for number in val], "train": ids}
     for name, lines in lists.items():
         jobs.write_lines(out / "gt_sets" / f"{name}.txt", lines)
@@ -248,9 +248,9 @@ def _write_lists(out: Path, train: Sequence[int], val: Sequence[int]) -> None:
 def _summary(out: Path, edition: Edition, train: int, val: int) -> str:
     """What ``out`` holds and what to type next."""
     official = "" if (train, val) == OFFICIAL else f" (official: {OFFICIAL[0]} and {OFFICIAL[1]})"
-    config = "nyud" if edition == WHOLE else "nyud_small"
+    config = "nyud" if edition == FULL_EDITION else "nyud_small"
     height, width = edition.size
-    crop = "" if edition in (WHOLE, small_edition("256x192")) else f" 'data.size=[{height},{width}]'"
+    crop = "" if edition in (FULL_EDITION, parse_edition("256x192")) else f" 'data.size=[{height},{width}]'"
     return (
         f"{out} has {train} training and {val} validation frames{official} of {edition} pixels, "
         f"{edition.num_classes} classes.\n"

@@ -14,8 +14,8 @@ import numpy as np
 from mtcl.atomic import write_atomically
 from mtcl.data import image_io as files
 from mtcl.data.datasets import pascal_labels
-from mtcl.data.datasets.base import entries, same_aspect
-from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC, NUM_CONTEXT
+from mtcl.data.datasets.base import list_folder, same_aspect
+from mtcl.data.datasets.pascal_classes import NUM_CONTEXT, VOC_TO_CONTEXT
 from mtcl.data.prepare import jobs
 from mtcl.data.worker_pool import run_jobs
 from mtcl.errors import UserError
@@ -37,9 +37,9 @@ NEEDS = {  # task -> what it needs that may be missing
     "edge": None,
 }
 OPTION_OF = {IMAGES: "--voc", CONTEXT: "--context", PARTS: "--parts", NORMALS: "--normals", SALIENCY: "--saliency"}
-VOC_OF_CONTEXT = np.zeros(NUM_CONTEXT + 1, np.uint8)  # other classes of PASCAL-Context are VOC's background
-VOC_OF_CONTEXT[0] = 255  # no label at all; the release has a class on every pixel
-VOC_OF_CONTEXT[list(CONTEXT_OF_VOC)] = np.arange(1, len(CONTEXT_OF_VOC) + 1)
+CONTEXT_TO_VOC = np.zeros(NUM_CONTEXT + 1, np.uint8)  # other classes of PASCAL-Context are VOC's background
+CONTEXT_TO_VOC[0] = 255  # no label at all; the release has a class on every pixel
+CONTEXT_TO_VOC[list(VOC_TO_CONTEXT)] = np.arange(1, len(VOC_TO_CONTEXT) + 1)
 
 Kind = tuple[str, str]
 
@@ -104,7 +104,7 @@ def _read_lists(voc: Path) -> dict[str, list[str]]:
     folder = voc / "ImageSets" / "Main"
     if not folder.is_dir():
         raise UserError(f"{voc} has no folder ImageSets/Main; give VOC2010 as unpacked, --voc VOCdevkit/VOC2010.")
-    return {part: files.read_lines(folder / f"{part}.txt", f"VOC2010's {part} list") for part in ("train", "val")}
+    return {part: files.read_ids(folder / f"{part}.txt", f"VOC2010's {part} list") for part in ("train", "val")}
 
 
 def _find_sources(
@@ -160,10 +160,10 @@ def _begin(plan: Plan) -> None:
     def told(kind: Kind) -> list[str | int]:  # not where it lies: a release may move
         return [plan.sources[kind].parent.name, len(_file_names(plan.sources[kind]))]
 
-    jobs.begin(plan.out, {"made": "PASCALContext", "voc-labels": told(VOC_LABELS), "context": told(CONTEXT)[1]})
+    jobs.start_output(plan.out, {"made": "PASCALContext", "voc-labels": told(VOC_LABELS), "context": told(CONTEXT)[1]})
     for key, kind in OPTIONAL.items():
         if kind in plan.sources:
-            jobs.begin(plan.out / kind[0], {key: told(kind)[1]})
+            jobs.start_output(plan.out / kind[0], {key: told(kind)[1]})
 
 
 def _work(plan: Plan, names: Sequence[str]) -> list[tuple[str, tuple[Kind, ...]]]:
@@ -188,7 +188,7 @@ def _convert(plan: Plan, item: tuple[str, tuple[Kind, ...]]) -> None:
         target = plan.target(kind, name)
         if kind == FROM_CONTEXT:
             labels = _read_context(plan.source(CONTEXT, name), picture, size)
-            jobs.write_picture(target, VOC_OF_CONTEXT[labels])
+            jobs.write_image(target, CONTEXT_TO_VOC[labels])
             continue
         source = plan.source(kind, name)
         if kind in _CHECKS:
@@ -197,27 +197,27 @@ def _convert(plan: Plan, item: tuple[str, tuple[Kind, ...]]) -> None:
 
 
 def _read_context(path: Path, picture: Path, size: tuple[int, ...]) -> np.ndarray:
-    labels = pascal_labels.context_classes(files.read_mat(path, "LabelMap"), path)
+    labels = pascal_labels.validate_context_classes(files.read_mat(path, "LabelMap"), path)
     _check_size(labels, path, picture, size)
     return labels
 
 
 def _check_voc(path: Path, picture: Path, size: tuple[int, ...]) -> None:
-    _check_size(pascal_labels.voc_classes(files.read_values(path), path), path, picture, size)
+    _check_size(pascal_labels.validate_voc_classes(files.read_label_image(path), path), path, picture, size)
 
 
 def _check_parts(path: Path, picture: Path, size: tuple[int, ...]) -> None:
-    found = pascal_labels.persons(files.read_mat(path, "anno"), path)
+    found = pascal_labels.parse_persons(files.read_mat(path, "anno"), path)
     shape = found[0].mask.shape if found else size
-    _check_size(pascal_labels.human_parts(found, (shape[0], shape[1]), path), path, picture, size)
+    _check_size(pascal_labels.draw_human_parts(found, (shape[0], shape[1]), path), path, picture, size)
 
 
 _CHECKS: dict[Kind, Callable[[Path, Path, tuple[int, ...]], object]] = {
     VOC_LABELS: _check_voc,
     CONTEXT: _read_context,
     PARTS: _check_parts,
-    NORMALS: lambda path, *picture: _check_size(files.read_colours(path), path, *picture),
-    SALIENCY: lambda path, *picture: _check_size(files.read_values(path), path, *picture),
+    NORMALS: lambda path, *picture: _check_size(files.read_color_label(path), path, *picture),
+    SALIENCY: lambda path, *picture: _check_size(files.read_label_image(path), path, *picture),
 }
 
 
@@ -246,7 +246,7 @@ def _place(source: Path, target: Path, link: bool) -> None:
 
 
 def _write_lists(out: Path, lists: Mapping[str, Sequence[str]]) -> None:
-    tune_train, tune_val = jobs.tune_lists(lists["train"])
+    tune_train, tune_val = jobs.split_tuning_ids(lists["train"])
     for part, ids in {**lists, "tune_train": tune_train, "tune_val": tune_val}.items():
         jobs.write_lines(out / "ImageSets" / "Context" / f"{part}.txt", ids)
 
@@ -259,11 +259,11 @@ def _summary(out: Path, lists: Mapping[str, Sequence[str]]) -> str:
         there = _file_names(out / folder)
         counts[folder] = sum(f"{name}{suffix}" in there for name in names)
     train, val = (len(lists[part]) for part in ("train", "val"))
-    tuning = " and ".join(str(len(ids)) for ids in jobs.tune_lists(lists["train"]))
+    tuning = " and ".join(str(len(ids)) for ids in jobs.split_tuning_ids(lists["train"]))
     official = "" if (train, val) == OFFICIAL else f" (official: {OFFICIAL[0]} and {OFFICIAL[1]})"
     lines = [f"{out} has {train} training and {val} validation pictures{official}; for tuning, {tuning} of the former."]
     lines += [f"  {folder:<24}{count:>6}" for folder, count in counts.items() if count]
-    if any(entry.is_symlink() for entry in entries(out / IMAGES[0])):
+    if any(entry.is_symlink() for entry in list_folder(out / IMAGES[0])):
         lines.append("The pictures are links: keep the releases where they are.")
     if counts[VOC_LABELS[0]] and counts[VOC_LABELS[0]] < 2000:
         lines.append(

@@ -8,13 +8,13 @@ import scipy.ndimage
 SEAM = 5
 
 
-def object_regions(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
+def label_regions(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
     """Numbers int32 (H, W) that are equal on one object: the pair of its label (0: void) and its instance; 0: void."""
     pairs = labels.astype(np.int32) * 2**16 + instances
     return np.where(labels > 0, pairs, 0)
 
 
-def closed_seams(regions: np.ndarray, seam: int = SEAM) -> np.ndarray:
+def close_seams(regions: np.ndarray, seam: int = SEAM) -> np.ndarray:
     """Regions (H, W) whose void (0) is given to the nearest region where it is at most 2 ``seam`` pixels wide.
 
     Wider void stays, in the shape it has: what a disk of that radius can't reach within the void is a seam.

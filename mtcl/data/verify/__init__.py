@@ -7,14 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mtcl.data.datasets.base import IMAGE, FileReader
-from mtcl.data.prepare.jobs import STAMP
-from mtcl.data.verify.facts import FACTS, Facts, find
+from mtcl.data.datasets.base import IMAGE, FileDataset
+from mtcl.data.prepare.jobs import STAMP_FILE
+from mtcl.data.verify.facts import FACTS, DatasetFacts, find_dataset
 from mtcl.data.verify.judge import alignment_rows, reading_rows, shares, size_rows, value_rows
-from mtcl.data.verify.lists import Part, file_rows, list_rows, open_parts, open_readers
-from mtcl.data.verify.measure import Item, Measured, measure, together
+from mtcl.data.verify.lists import VerifiedList, file_rows, list_rows, open_datasets, open_lists
+from mtcl.data.verify.measure import Item, Measurements, measure, merge_measurements
 from mtcl.data.verify.sheet import write_sheet
-from mtcl.data.verify.table import Row, table
+from mtcl.data.verify.table import Row, format_table
 from mtcl.data.worker_pool import run_jobs
 from mtcl.errors import UserError
 from mtcl.safe_files import read_json
@@ -37,7 +37,7 @@ class Report:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
     shares: tuple[float, ...]  # of the semseg classes in the training list, void excluded
-    parts: tuple[Part, ...]
+    parts: tuple[VerifiedList, ...]
     tasks: Mapping[str, Task]  # those that are there
 
     @property
@@ -54,20 +54,22 @@ def verify(given: Path, dataset: str | None = None, workers: int = 0, limit: int
         raise UserError(f"workers={workers} is not possible; give 0 (this process) or more.")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} leaves no picture; give at least 1.")
-    dataset, root = find(given, dataset)
+    dataset, root = find_dataset(given, dataset)
     facts = FACTS[dataset]
     rows, found = list_rows(root / facts.lists, facts.official)
     if not found:
         raise UserError(f"{root / facts.lists} has neither a train.txt nor a val.txt with ids; unpack the lists again.")
     _readers.cache_clear()  # the folder may have changed since the last time
-    parts = open_parts(_readers(dataset, root), found, limit)
+    parts = open_lists(_readers(dataset, root), found, limit)
     more, names = file_rows(root, parts)
-    offered = facts.reader.offered()  # type: ignore[attr-defined]
+    offered = facts.reader.task_options()  # type: ignore[attr-defined]
     tasks = {name: build_task(name, **offered[name]) for name in names}
     items = _items(parts, names)
     chunks = [items[start : start + CHUNK] for start in range(0, len(items), CHUNK)]
     workers = 0 if len(chunks) == 1 else workers
-    measured = together(run_jobs(_Work(dataset, root, tasks), chunks, workers, f"pictures, {CHUNK} at a time"))
+    measured = merge_measurements(
+        run_jobs(_Work(dataset, root, tasks), chunks, workers, f"pictures, {CHUNK} at a time")
+    )
     rows += more
     rows += reading_rows(measured, (IMAGE, *names)) + size_rows(measured, facts, names)
     rows += value_rows(measured, facts, names)
@@ -76,11 +78,11 @@ def verify(given: Path, dataset: str | None = None, workers: int = 0, limit: int
     return Report(dataset, root, limit, tuple(rows), _notes(root, facts), frequencies, tuple(parts), tasks)
 
 
-def report(result: Report) -> str:
+def format_report(result: Report) -> str:
     """The table, then a line for each deviation and each complaint."""
     facts = FACTS[result.dataset]
     measured = "" if result.limit is None else f", only the first {result.limit} pictures of each list"
-    lines = [f"{facts.title} in {result.root}{measured}", "", table(result.rows), ""]
+    lines = [f"{facts.title} in {result.root}{measured}", "", format_table(result.rows), ""]
     for row in result.rows:
         if row.verdict == "deviation":
             known = facts.known.get(row.check)
@@ -102,17 +104,17 @@ class _Work:
     root: Path
     tasks: Mapping[str, Task]
 
-    def __call__(self, items: Sequence[Item]) -> Measured:
+    def __call__(self, items: Sequence[Item]) -> Measurements:
         facts, readers = FACTS[self.dataset], _readers(self.dataset, self.root)
-        return together(measure(item, readers[item.part], self.tasks, facts.floor) for item in items)
+        return merge_measurements(measure(item, readers[item.part], self.tasks, facts.floor) for item in items)
 
 
 @functools.cache
-def _readers(dataset: str, root: Path) -> dict[str, FileReader]:
-    return open_readers(root, FACTS[dataset])
+def _readers(dataset: str, root: Path) -> dict[str, FileDataset]:
+    return open_datasets(root, FACTS[dataset])
 
 
-def _items(parts: Sequence[Part], tasks: Sequence[str]) -> list[Item]:
+def _items(parts: Sequence[VerifiedList], tasks: Sequence[str]) -> list[Item]:
     """Every listed picture; COMPARED of each list, evenly spread, are compared with their labels."""
     items = []
     for part in parts:
@@ -123,12 +125,12 @@ def _items(parts: Sequence[Part], tasks: Sequence[str]) -> list[Item]:
     return items
 
 
-def _notes(root: Path, facts: Facts) -> tuple[str, ...]:
+def _notes(root: Path, facts: DatasetFacts) -> tuple[str, ...]:
     notes = list(facts.notes)
-    stamp = root / STAMP
+    stamp = root / STAMP_FILE
     if stamp.is_file():
         settings = read_json(stamp)
         size = settings.get("size") if isinstance(settings, dict) else None
         told = "" if size is None else f": size {size}"
-        notes.append(f"written by one of mtcl's prepare scripts ({STAMP}{told})")
+        notes.append(f"written by one of mtcl's prepare scripts ({STAMP_FILE}{told})")
     return tuple(notes)

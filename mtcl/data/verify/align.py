@@ -11,7 +11,7 @@ LONGEST = 256  # larger pictures are compared at this length of their longer sid
 REACH = 8  # shifts that are tried, in pixels of that size
 WINDOW = 12  # half the side of the squares that are looked at for symmetry, see `_centre`
 NEAR = 2  # shifts up to this count as none
-FEWEST = 5  # pictures from which something can be said
+MIN_IMAGES = 5  # pictures from which something can be said
 DRAWS = 50  # of the bootstrap
 SURE = 0.8  # share of its draws that must agree; with labels of other pictures at most 0.65 did, with true ones 0.9
 APART = 3.0  # standard errors between labels and their mirror images
@@ -74,7 +74,7 @@ def match(image: np.ndarray, label: np.ndarray) -> Match | None:
 
 def fit(matches: Sequence[Match]) -> Fit | None:
     """What the pictures say together; None for fewer than FEWEST."""
-    if len(matches) < FEWEST:
+    if len(matches) < MIN_IMAGES:
         return None
     surfaces = np.stack([match.surface for match in matches])
     shift = _centre(surfaces.mean(axis=0))

@@ -4,27 +4,27 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mtcl.data.datasets.base import FileReader
+from mtcl.data.datasets.base import FileDataset
 from mtcl.data.datasets.nyud import NYUD
 from mtcl.data.datasets.nyud import ROOTS as NYUD_ROOTS
 from mtcl.data.datasets.pascal_context import ROOTS as PASCAL_ROOTS
 from mtcl.data.datasets.pascal_context import PascalContext
 from mtcl.data.image_io import read_bytes
-from mtcl.data.prepare.jobs import STAMP
+from mtcl.data.prepare.jobs import STAMP_FILE
 from mtcl.errors import UserError
 from mtcl.tasks import NYUD40, VOC21
 
 SMALL_VAL = 500  # test frames of the small edition
 
 
-class AnyNYUD(NYUD):
+class UncheckedNYUD(NYUD):
     """Opens whatever is there: the checker counts missing files itself."""
 
     def check_files(self, layout: str) -> None:
         pass
 
 
-class AnyPascal(PascalContext):
+class UncheckedPascalContext(PascalContext):
     """The same of PASCAL-Context."""
 
     def check_files(self, layout: str) -> None:
@@ -32,11 +32,11 @@ class AnyPascal(PascalContext):
 
 
 @dataclass(frozen=True)
-class Facts:
+class DatasetFacts:
     """One dataset. ``known`` explains deviations by the name of their check; ``notes`` is what no check can see."""
 
     title: str
-    reader: type[FileReader]
+    reader: type[FileDataset]
     roots: tuple[str, ...]  # the archives' own folders
     lists: str  # the folder of the lists
     official: Mapping[str, int]  # list -> pictures
@@ -61,9 +61,9 @@ NYUD_SHARES = (
 )
 # fmt: on
 
-_NYUD = Facts(
+_NYUD = DatasetFacts(
     title="NYUD-v2",
-    reader=AnyNYUD,
+    reader=UncheckedNYUD,
     roots=NYUD_ROOTS,
     lists="gt_sets",
     official={"train": 795, "val": 654},
@@ -83,9 +83,9 @@ _SMALL = {
     "depth levels": "the small edition's source keeps depth in 8 bits, in steps of 39 mm",
 }
 
-FACTS: Mapping[str, Facts] = {
+FACTS: Mapping[str, DatasetFacts] = {
     "nyud": _NYUD,
-    "nyud_small": Facts(
+    "nyud_small": DatasetFacts(
         **{
             **vars(_NYUD),
             "title": "NYUD-v2, small edition",
@@ -93,9 +93,9 @@ FACTS: Mapping[str, Facts] = {
             "notes": ("normals: the small edition's are planes fitted to its depth (pseudo-normals)",),
         }
     ),
-    "pascal": Facts(
+    "pascal": DatasetFacts(
         title="PASCAL-Context",
-        reader=AnyPascal,
+        reader=UncheckedPascalContext,
         roots=PASCAL_ROOTS,
         lists="ImageSets/Context",
         official={"train": 4998, "val": 5105},
@@ -109,7 +109,7 @@ FACTS: Mapping[str, Facts] = {
 }
 
 
-def find(given: Path, name: str | None) -> tuple[str, Path]:
+def find_dataset(given: Path, name: str | None) -> tuple[str, Path]:
     """(dataset, folder): what lies in ``given`` or in an archive's own folder there; ``name`` settles the dataset."""
     if not given.is_dir():
         raise UserError(f"{given} is not a folder; give the one that holds a dataset.")
@@ -127,4 +127,4 @@ def _edition(folder: Path) -> str:
     """Small if the validation list is as long as the small edition's, and no command of ours wrote the folder."""
     path = folder / "gt_sets" / "val.txt"
     lines = read_bytes(path).split() if path.is_file() else []
-    return "nyud_small" if len(lines) == SMALL_VAL and not (folder / STAMP).is_file() else "nyud"
+    return "nyud_small" if len(lines) == SMALL_VAL and not (folder / STAMP_FILE).is_file() else "nyud"

@@ -7,28 +7,28 @@ import numpy as np
 
 from mtcl.data.datasets.base import IMAGE
 from mtcl.data.verify import align
-from mtcl.data.verify.facts import Facts
-from mtcl.data.verify.measure import DEPTH_EDGES, DISTINCT, Measured
-from mtcl.data.verify.table import Row, Verdict, worst
+from mtcl.data.verify.facts import DatasetFacts
+from mtcl.data.verify.measure import DEPTH_EDGES, DISTINCT, Measurements
+from mtcl.data.verify.table import Row, Verdict, worst_verdict
 from mtcl.tasks import HUMAN_PARTS
 
 VOID = 255
 # Total variation distances of class shares, measured on the small edition: training against validation list 0.05,
 # random halves of the training list at most 0.09, any 400 pictures against the known shares at most 0.11, the training
 # list moved by one class 0.29 (to larger ids) and 0.23 (to smaller ones, where the first class is lost in void).
-FAR = 0.15
-ENOUGH = 400  # pictures from which that holds; 100 neighbours of a list reach 0.34
+MAX_DISTANCE = 0.15
+MIN_IMAGES_FOR_SHARES = 400  # pictures from which that holds; 100 neighbours of a list reach 0.34
 # By how much moving labels by one class may seem to mend them: true ones reached 0.07 with 5 pictures, 0.03 with 16.
 MARGINS = ((16, 0.05), (5, 0.1))  # (pictures, margin)
 # Pictures (of floors: that show some) from which the means of normals say anything: of 20,000 draws of so many of the
 # small edition's 1,295 none was beyond these limits; of 2 pictures 0.9 % (floors) and 2.6 % (side walls) were.
-ENOUGH_FOR_SIGNS = 12
+MIN_IMAGES_FOR_AXES = 12
 FACING = 0.1  # mean z of normals; 0.53 in the small edition, about 0 where axes are exchanged
 INWARDS = 0.03  # how much larger x is on the right than in the middle; 0.19 in the small edition
 MANY = 50  # pictures whose labels must show some agreement with them
 
 
-def reading_rows(measured: Measured, kinds: Sequence[str]) -> list[Row]:
+def reading_rows(measured: Measurements, kinds: Sequence[str]) -> list[Row]:
     """Whether every file could be decoded."""
     rows = []
     for kind in kinds:
@@ -39,7 +39,7 @@ def reading_rows(measured: Measured, kinds: Sequence[str]) -> list[Row]:
     return rows
 
 
-def size_rows(measured: Measured, facts: Facts, tasks: Sequence[str]) -> list[Row]:
+def size_rows(measured: Measurements, facts: DatasetFacts, tasks: Sequence[str]) -> list[Row]:
     """Sizes of pictures, whether labels have them, and pictures that show nothing."""
     sizes = measured.sizes.get(IMAGE, Counter())
     if facts.sizes:
@@ -59,7 +59,7 @@ def size_rows(measured: Measured, facts: Facts, tasks: Sequence[str]) -> list[Ro
     return rows
 
 
-def value_rows(measured: Measured, facts: Facts, tasks: Sequence[str]) -> list[Row]:
+def value_rows(measured: Measurements, facts: DatasetFacts, tasks: Sequence[str]) -> list[Row]:
     """Ranges and shares of each task's values."""
     rows = []
     for task in tasks:
@@ -84,7 +84,7 @@ def value_rows(measured: Measured, facts: Facts, tasks: Sequence[str]) -> list[R
     return rows
 
 
-def alignment_rows(measured: Measured, tasks: Sequence[str], parts: Sequence[str]) -> list[Row]:
+def alignment_rows(measured: Measurements, tasks: Sequence[str], parts: Sequence[str]) -> list[Row]:
     """Whether labels lie on their pictures, and not on the mirror images, for each list by itself."""
     rows = []
     for task in tasks:
@@ -96,17 +96,17 @@ def alignment_rows(measured: Measured, tasks: Sequence[str], parts: Sequence[str
         where = ", ".join(
             f"{part} ({fit.shift[0]:+d}, {fit.shift[1]:+d})" if fit.clear else f"{part} unclear" for part, fit in fits
         )
-        verdict = worst(*(_shift_verdict(fit) for _, fit in fits))
+        verdict = worst_verdict(*(_shift_verdict(fit) for _, fit in fits))
         details = tuple(text for part, fit in fits if (text := _shift_detail(task, part, fit)))
         rows.append(Row(f"{task} on picture", where, f"shift up to {align.NEAR} (down, right)", verdict, details))
         sides = ", ".join(f"{part} {fit.own:.2f} / {fit.mirrored:.2f}" for part, fit in fits)
-        verdict = worst(*(_side_verdict(fit) for _, fit in fits))
+        verdict = worst_verdict(*(_side_verdict(fit) for _, fit in fits))
         details = tuple(text for part, fit in fits if (text := _side_detail(task, part, fit)))
         rows.append(Row(f"{task} left and right", sides, "as it is > mirrored", verdict, details))
     return rows
 
 
-def shares(measured: Measured, classes: int, parts: Sequence[str] = ("train", "val")) -> np.ndarray:
+def shares(measured: Measurements, classes: int, parts: Sequence[str] = ("train", "val")) -> np.ndarray:
     """Share of each class among the semseg labels' pixels that are not void, float64 (classes,)."""
     counts = measured.values("semseg", parts)[:classes]
     return counts / max(counts.sum(), 1)
@@ -118,7 +118,7 @@ def distance(first: np.ndarray, second: np.ndarray) -> float:
     return float(np.abs(shares[0] - shares[1]).sum() / 2)
 
 
-def _semseg_rows(measured: Measured, facts: Facts) -> list[Row]:
+def _semseg_rows(measured: Measurements, facts: DatasetFacts) -> list[Row]:
     found = shares(measured, len(facts.classes))
     absent = [name for name, share in zip(facts.classes, found) if share == 0]
     total = measured.values("semseg")
@@ -140,7 +140,7 @@ def _semseg_rows(measured: Measured, facts: Facts) -> list[Row]:
         first, second = (facts.classes[i] for i in order[:2])
         good = (first, second) == facts.most
         # The class of most objects need not fill most pixels of a small sample.
-        few = measured.number("semseg pictures") < ENOUGH_FOR_SIGNS
+        few = measured.number("semseg pictures") < MIN_IMAGES_FOR_AXES
         verdict: Verdict = "ok" if good else "deviation" if first == facts.most[0] or few else "damage"
         most = f"{first} {found[order[0]]:.0%}, {second} {found[order[1]]:.1%}"
         details = (f"{measured.number('semseg pictures'):.0f} images are too few to tell",) if few and not good else ()
@@ -148,7 +148,7 @@ def _semseg_rows(measured: Measured, facts: Facts) -> list[Row]:
     return rows
 
 
-def _frequency_row(found: np.ndarray, facts: Facts, pictures: int) -> Row:
+def _frequency_row(found: np.ndarray, facts: DatasetFacts, pictures: int) -> Row:
     """Class shares against known ones, also as if the labels were one class too large or too small."""
     known = np.array(facts.shares)
     count = len(known)  # the known shares may lack the last class
@@ -156,7 +156,7 @@ def _frequency_row(found: np.ndarray, facts: Facts, pictures: int) -> Row:
     larger = distance(found[: count + 1], np.append(0, known))
     smaller = distance(found[: count - 1], known[1:])  # the first class is void then
     text = f"distance {as_is:.2f}; if moved by one class {min(larger, smaller):.2f}"
-    expected = f"below {FAR}, and below moved"
+    expected = f"below {MAX_DISTANCE}, and below moved"
     margin = next((margin for least, margin in MARGINS if pictures >= least), 1.0)
     if min(larger, smaller) < as_is - margin:
         detail = (
@@ -164,16 +164,16 @@ def _frequency_row(found: np.ndarray, facts: Facts, pictures: int) -> Row:
             f"1 {facts.classes[0]})."
         )
         return Row("semseg frequencies", text, expected, "damage", (detail,))
-    if as_is < FAR:
+    if as_is < MAX_DISTANCE:
         return Row("semseg frequencies", text, expected)
-    if pictures >= ENOUGH:
+    if pictures >= MIN_IMAGES_FOR_SHARES:
         detail = f"semseg classes are not as frequent as in {facts.title}: other classes, or another order."
         return Row("semseg frequencies", text, expected, "damage", (detail,))
-    detail = f"{pictures} pictures are too few to tell (from {ENOUGH} on the distance is below {FAR})"
+    detail = f"{pictures} pictures are too few to tell (from {MIN_IMAGES_FOR_SHARES} on the distance is below {MAX_DISTANCE})"
     return Row("semseg frequencies", text, expected, "deviation", (detail,))
 
 
-def _part_rows(measured: Measured) -> list[Row]:
+def _part_rows(measured: Measurements) -> list[Row]:
     counts = measured.values("human_parts")
     known = counts[: len(HUMAN_PARTS)]
     absent = [name for name, count in zip(HUMAN_PARTS, known) if count == 0]
@@ -187,12 +187,12 @@ def _part_rows(measured: Measured) -> list[Row]:
     ]
 
 
-def _share_row(measured: Measured, task: str, what: str, low: float, high: float) -> Row:
+def _share_row(measured: Measurements, task: str, what: str, low: float, high: float) -> Row:
     counts = measured.values(task)
     return _between(f"{task} pixels", float(counts[1] / max(counts[:2].sum(), 1)), low, high, what)
 
 
-def _depth_rows(measured: Measured) -> list[Row]:
+def _depth_rows(measured: Measurements) -> list[Row]:
     histogram = measured.vector("depth histogram", len(DEPTH_EDGES) + 1)
     count = max(histogram.sum(), 1)
     bounds = np.append(DEPTH_EDGES, np.inf)
@@ -220,7 +220,7 @@ def _depth_rows(measured: Measured) -> list[Row]:
     ]
 
 
-def _normals_rows(measured: Measured, facts: Facts) -> list[Row]:
+def _normals_rows(measured: Measurements, facts: DatasetFacts) -> list[Row]:
     pixels = max(measured.number("normals pixels"), 1)
     stored = max(pixels - measured.number("normals zero"), 1)
     units = measured.number("normals units") / max(measured.number("normals long"), 1)
@@ -264,8 +264,10 @@ def _axis_row(check: str, found: str, expected: str, good: bool, other: bool, pi
     """``other``: whether another axis fits better than the one that is expected; only that is damage."""
     if good:
         return Row(check, found, expected)
-    if pictures < ENOUGH_FOR_SIGNS:
-        detail = f"too few to tell: {pictures} of the {ENOUGH_FOR_SIGNS} pictures from which on it must be {expected}"
+    if pictures < MIN_IMAGES_FOR_AXES:
+        detail = (
+            f"too few to tell: {pictures} of the {MIN_IMAGES_FOR_AXES} pictures from which on it must be {expected}"
+        )
         return Row(check, found, expected, "deviation", (detail,))
     if not other:
         return Row(check, found, expected, "deviation", ("unusual, but no other axis fits better",))

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mtcl.data.datasets.base import IMAGE, FileReader, entries
-from mtcl.data.image_io import NO_ID, read_bytes, strange_ids
-from mtcl.data.verify.facts import Facts
+from mtcl.data.datasets.base import IMAGE, FileDataset, list_folder
+from mtcl.data.image_io import INVALID_ID_MESSAGE, find_invalid_id, read_bytes
+from mtcl.data.verify.facts import DatasetFacts
 from mtcl.data.verify.table import Row
 from mtcl.errors import UserError, printable
 
@@ -14,12 +14,12 @@ PARTS = ("train", "val")
 
 
 @dataclass(frozen=True)
-class Part:
+class VerifiedList:
     """One list that can be read; the ids once each, in their order."""
 
     name: str
     ids: tuple[str, ...]
-    reader: FileReader
+    reader: FileDataset
     files: Mapping[str, frozenset[str]]  # kind -> the ids whose files are all there
 
 
@@ -37,18 +37,18 @@ def list_rows(folder: Path, official: Mapping[str, int]) -> tuple[list[Row], dic
         what = f"{_number(len(shared), 'id')} in both" if shared else "none"
         details = (f"train.txt and val.txt in {folder} share {_first(shared)}.",) if shared else ()
         rows.append(Row("lists train and val", what, "no id in both", "damage" if shared else "ok", details))
-    others = sorted(path for path in entries(folder) if path.suffix == ".txt" and path.stem not in PARTS)
+    others = sorted(path for path in list_folder(folder) if path.suffix == ".txt" and path.stem not in PARTS)
     rows += [_other_row(path, found) for path in others]
     return rows, found
 
 
-def open_readers(root: Path, facts: Facts) -> dict[str, FileReader]:
+def open_datasets(root: Path, facts: DatasetFacts) -> dict[str, FileDataset]:
     """A reader for each list; that of a faulty list is made from the other one."""
-    readers: dict[str, FileReader] = {}
+    readers: dict[str, FileDataset] = {}
     faults = []
     for part in PARTS:
         try:
-            readers[part] = facts.reader(root, part, tuple(facts.reader.offered()))  # type: ignore[call-arg, attr-defined]
+            readers[part] = facts.reader(root, part, tuple(facts.reader.task_options()))  # type: ignore[call-arg, attr-defined]
         except UserError as error:
             faults.append(error)
     if not readers:
@@ -56,20 +56,22 @@ def open_readers(root: Path, facts: Facts) -> dict[str, FileReader]:
     return {part: readers.get(part) or next(iter(readers.values())) for part in PARTS}
 
 
-def open_parts(readers: Mapping[str, FileReader], found: Mapping[str, list[str]], limit: int | None) -> list[Part]:
+def open_lists(
+    readers: Mapping[str, FileDataset], found: Mapping[str, list[str]], limit: int | None
+) -> list[VerifiedList]:
     """The lists that have ids, with the files that are there."""
     parts = []
     for part in found:
         ids = tuple(dict.fromkeys(found[part]))[:limit]
-        parts.append(Part(part, ids, readers[part], {}))
+        parts.append(VerifiedList(part, ids, readers[part], {}))
     listings: dict[Path, set[str]] = {}
     return [replace(part, files=_files(part, listings)) for part in parts]
 
 
-def file_rows(root: Path, parts: Sequence[Part]) -> tuple[list[Row], list[str]]:
+def file_rows(root: Path, parts: Sequence[VerifiedList]) -> tuple[list[Row], list[str]]:
     """A row for the pictures and one per task, and the tasks that are there (one file in any list is enough)."""
     rows, tasks = [], []
-    kinds = list(parts[0].reader.all_kinds())
+    kinds = list(parts[0].reader.array_kinds())
     for kind in kinds:
         wanted = sum(len(part.ids) for part in parts)
         missing = [(part, name) for part in parts for name in part.ids if name not in part.files[kind]]
@@ -127,23 +129,23 @@ def _other_row(path: Path, found: Mapping[str, list[str]]) -> Row:
     return Row(check, found_text, expected, "damage" if split else "deviation", details)
 
 
-def _files(part: Part, listings: dict[Path, set[str]]) -> dict[str, frozenset[str]]:
+def _files(part: VerifiedList, listings: dict[Path, set[str]]) -> dict[str, frozenset[str]]:
     def there(path: Path) -> bool:
         if path.parent not in listings:
-            listings[path.parent] = {entry.name for entry in entries(path.parent)}
+            listings[path.parent] = {entry.name for entry in list_folder(path.parent)}
         return path.name in listings[path.parent]
 
     return {
-        kind: frozenset(name for name in part.ids if all(map(there, part.reader.sources(kind, name))))
-        for kind in part.reader.all_kinds()
+        kind: frozenset(name for name in part.ids if all(map(there, part.reader.source_files(kind, name))))
+        for kind in part.reader.array_kinds()
     }
 
 
-def _sources(root: Path, part: Part, name: str) -> dict[str, str]:
+def _sources(root: Path, part: VerifiedList, name: str) -> dict[str, str]:
     """kind -> the first file of a picture that is not there (the first of all, if they are)."""
     named = {}
-    for kind in part.reader.all_kinds():
-        paths = part.reader.sources(kind, name)
+    for kind in part.reader.array_kinds():
+        paths = part.reader.source_files(kind, name)
         absent = next((path for path in paths if not path.is_file()), paths[0])
         named[kind] = str(absent.relative_to(root))
     return named
@@ -154,8 +156,8 @@ def _ids(path: Path) -> list[str]:
         ids = read_bytes(path).decode("utf-8-sig").split()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); it must hold one id per line.") from error
-    if (strange := strange_ids(ids)) is not None:
-        raise UserError(f"{path} lists {printable(strange[:80])!r}, {NO_ID}.")
+    if (strange := find_invalid_id(ids)) is not None:
+        raise UserError(f"{path} lists {printable(strange[:80])!r}, {INVALID_ID_MESSAGE}.")
     return ids
 
 

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtcl.data.datasets.base import IMAGE, FileReader
-from mtcl.data.transforms import nearest
+from mtcl.data.datasets.base import IMAGE, FileDataset
+from mtcl.data.transforms import resize_nearest
 from mtcl.data.verify import align
 from mtcl.errors import UserError
 from mtcl.tasks import Normals
@@ -31,7 +31,7 @@ class Item(NamedTuple):
 
 
 @dataclass
-class Measured:
+class Measurements:
     """Sums over pictures; each key begins with the task."""
 
     sums: dict[str, np.ndarray | float] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Measured:
     levels: frozenset[float] = frozenset()  # of depth, at most DISTINCT
     matches: dict[tuple[str, str], list[align.Match]] = field(default_factory=dict)  # (task, part)
 
-    def add(self, other: "Measured") -> None:
+    def add(self, other: "Measurements") -> None:
         """Take in what was measured on the pictures after these."""
         for key, value in other.sums.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
@@ -67,9 +67,9 @@ class Measured:
         return np.broadcast_to(np.asarray(self.sums.get(key, 0.0)), (length,))
 
 
-def measure(item: Item, reader: FileReader, tasks: Mapping[str, Task], floor: int | None) -> Measured:
+def measure(item: Item, reader: FileDataset, tasks: Mapping[str, Task], floor: int | None) -> Measurements:
     """Read one picture and its labels and measure them; complaints of the reader are part of the result."""
-    result = Measured()
+    result = Measurements()
     arrays = _read(item, reader, result)
     image = arrays.pop(IMAGE, None)
     if image is not None:
@@ -89,21 +89,21 @@ def measure(item: Item, reader: FileReader, tasks: Mapping[str, Task], floor: in
         result.sums |= _directions(labels["normals"], mask)
     if item.aligned and image is not None:
         for name, label in labels.items():
-            found = align.match(image, nearest(label, _size(image)))
+            found = align.match(image, resize_nearest(label, _size(image)))
             if found is not None:
                 result.matches[name, item.part] = [found]
     return result
 
 
-def together(results: Iterable[Measured]) -> Measured:
+def merge_measurements(results: Iterable[Measurements]) -> Measurements:
     """The sum of all."""
-    total = Measured()
+    total = Measurements()
     for result in results:
         total.add(result)
     return total
 
 
-def _read(item: Item, reader: FileReader, result: Measured) -> dict[str, np.ndarray]:
+def _read(item: Item, reader: FileDataset, result: Measurements) -> dict[str, np.ndarray]:
     """The arrays that can be read, labels only if they fit their picture."""
     arrays: dict[str, np.ndarray] = {}
     for kind in item.kinds:
@@ -175,7 +175,7 @@ def _directions(normals: np.ndarray, floor: np.ndarray | None) -> dict[str, np.n
     return sums
 
 
-def _count(result: Measured, name: str, **amounts: float) -> None:
+def _count(result: Measurements, name: str, **amounts: float) -> None:
     for key, amount in amounts.items():
         result.sums[f"{name} {key}"] = float(amount)
 

@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 
 from mtcl.data.datasets.base import IMAGE
-from mtcl.data.prepare.jobs import write_picture
-from mtcl.data.verify.lists import Part
+from mtcl.data.prepare.jobs import write_image
+from mtcl.data.verify.lists import VerifiedList
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task
 
@@ -19,7 +19,7 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 COUNT = 6
 
 
-def write_sheet(path: Path, parts: Sequence[Part], tasks: Mapping[str, Task], title: str) -> None:
+def write_sheet(path: Path, parts: Sequence[VerifiedList], tasks: Mapping[str, Task], title: str) -> None:
     """A PNG: a row for each of COUNT pictures, evenly from the lists; columns picture and tasks; legends below."""
     chosen = _chosen(parts)
     rows: list[np.ndarray] = []
@@ -38,10 +38,10 @@ def write_sheet(path: Path, parts: Sequence[Part], tasks: Mapping[str, Task], ti
     height = max(legend.shape[0] for legend in legends)
     foot = np.concatenate([_padded(legend, height, legend.shape[1]) for legend in legends], axis=1)
     sheet = np.concatenate([_text_row([title], len(tasks) + 1), heads, *rows, foot])
-    write_picture(path, cv2.copyMakeBorder(sheet, GAP, GAP, GAP, GAP, cv2.BORDER_CONSTANT, value=(PAPER,) * 3))
+    write_image(path, cv2.copyMakeBorder(sheet, GAP, GAP, GAP, GAP, cv2.BORDER_CONSTANT, value=(PAPER,) * 3))
 
 
-def _chosen(parts: Sequence[Part]) -> list[tuple[Part, str]]:
+def _chosen(parts: Sequence[VerifiedList]) -> list[tuple[VerifiedList, str]]:
     """COUNT pictures, as many of each list, evenly spread over it; first those with every file."""
     chosen = []
     for number, part in enumerate(parts):
@@ -51,7 +51,7 @@ def _chosen(parts: Sequence[Part]) -> list[tuple[Part, str]]:
     return chosen
 
 
-def _read(part: Part, kind: str, name: str) -> np.ndarray | None:
+def _read(part: VerifiedList, kind: str, name: str) -> np.ndarray | None:
     if name not in part.files[kind]:
         return None
     try:

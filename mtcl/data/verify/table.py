@@ -22,13 +22,13 @@ class Row:
     details: tuple[str, ...] = ()
 
 
-def worst(*verdicts: Verdict) -> Verdict:
+def worst_verdict(*verdicts: Verdict) -> Verdict:
     """The gravest of the verdicts; ok if there are none."""
     order: tuple[Verdict, ...] = ("ok", "deviation", "damage")
     return max(verdicts, key=order.index, default="ok")
 
 
-def table(rows: Sequence[Row]) -> str:
+def format_table(rows: Sequence[Row]) -> str:
     """The rows as text of at most 120 columns; long cells go on in the next line."""
     lines = [_line(HEADS), "-+-".join("-" * width for width in COLUMNS)]
     for row in rows:

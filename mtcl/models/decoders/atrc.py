@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, Fusion, SpatialNorm, predict_fp32, predicted, resize
+from mtcl.models.decoders.blocks import ConvBlock, Fusion, SpatialNorm, predict_fp32, predict_tasks, resize
 from mtcl.models.decoders.relational import Context, GlobalContext, LabelContext, LocalContext, prototypes
 from mtcl.safe_files import read_json
 
@@ -257,20 +257,20 @@ class ATRC(Decoder):
             }
         )
         self.logits = nn.ModuleDict({task: _logits(width, c) for task, c in self.tasks.items()})
-        self.tap_channels = {"final": dict.fromkeys(self.tasks, width), "initial": dict.fromkeys(self.tasks, width)}
+        self.feature_channels = {"final": dict.fromkeys(self.tasks, width), "initial": dict.fromkeys(self.tasks, width)}
 
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
         initial, labels, final = self._refined(features, size)
         auxiliary = {task: resize(predict_fp32(self.decode[task], x), size) for task, x in labels.items()}
-        taps = {"final": final, "initial": initial}
-        return DecoderOutput(self._predictions(final, size), taps, [auxiliary] if auxiliary else [])
+        maps = {"final": final, "initial": initial}
+        return DecoderOutput(self._predictions(final, size), maps, [auxiliary] if auxiliary else [])
 
     def predict(self, features: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
         """Without the auxiliary predictions; their logits remain, as the label contexts need them."""
         return self._predictions(self._refined(features, size)[2], size)
 
     def _predictions(self, final: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        return predicted(self.logits, final, size)
+        return predict_tasks(self.logits, final, size)
 
     def _refined(self, features: list[Tensor], size: tuple[int, int]) -> tuple[dict[str, Tensor], ...]:
         """Per task: initial features, label logits (of the tasks that have them), final features."""

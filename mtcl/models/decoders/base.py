@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 class DecoderOutput(NamedTuple):
     predictions: dict[str, Tensor]  # raw, (B, C, H, W)
-    taps: dict[str, dict[str, Tensor]]  # tap -> task -> (B, C_t, h, w); "final" is always there
+    features: dict[str, dict[str, Tensor]]  # tap -> task -> (B, C_t, h, w); "final" is always there
     intermediate: list[dict[str, Tensor]]
 
 
@@ -20,8 +20,8 @@ class Decoder(nn.Module, ABC):
     of the feature maps, finest first; ``tasks`` maps each task's name to the channels of its prediction.
     """
 
-    tap_channels: dict[str, dict[str, int]]
-    reads: Collection[int] | None = None  # which of the feature maps; None: all
+    feature_channels: dict[str, dict[str, int]]
+    used_levels: Collection[int] | None = None  # which of the feature maps; None: all
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], tasks: Mapping[str, int]):
         super().__init__()

@@ -40,7 +40,7 @@ def predict_fp32(head: nn.Module, x: Tensor) -> Tensor:
         return head(x.float())
 
 
-def predicted(heads: nn.ModuleDict, maps: Mapping[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
+def predict_tasks(heads: nn.ModuleDict, maps: Mapping[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
     """Every task's prediction of its map, at ``size``."""
     return {task: resize(predict_fp32(heads[task], m), size) for task, m in maps.items()}
 
@@ -66,7 +66,7 @@ class Fusion(nn.Module):
         return F.relu(self.norm(total), inplace=True)
 
 
-def projection(inputs: int, outputs: int) -> nn.Sequential | None:
+def projection_shortcut(inputs: int, outputs: int) -> nn.Sequential | None:
     """The shortcut of a residual block that changes the number of channels; None where it does not."""
     if inputs == outputs:
         return None

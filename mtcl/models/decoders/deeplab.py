@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, predicted, resize
+from mtcl.models.decoders.blocks import ConvBlock, predict_tasks, resize
 
 
 class ASPP(nn.Module):
@@ -84,16 +84,16 @@ class DeepLab(Decoder):
         dropout: float = 0.5,
     ):
         super().__init__(channels, strides, tasks)
-        self.reads = {0, len(self.channels) - 1} if skip_width else {len(self.channels) - 1}
+        self.used_levels = {0, len(self.channels) - 1} if skip_width else {len(self.channels) - 1}
         self.heads = nn.ModuleDict(
             {task: DeepLabHead(channels, width, rates, depth, skip_width, dropout) for task in self.tasks}
         )
         self.logits = nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()})
-        self.tap_channels = {"final": dict.fromkeys(self.tasks, width)}
+        self.feature_channels = {"final": dict.fromkeys(self.tasks, width)}
 
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
         final = {task: head(features) for task, head in self.heads.items()}
-        predictions = predicted(self.logits, final, size)
+        predictions = predict_tasks(self.logits, final, size)
         return DecoderOutput(predictions, {"final": final}, [])
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:

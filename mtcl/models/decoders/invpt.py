@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm, predict_fp32, predicted, resize
+from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm, predict_fp32, predict_tasks, resize
 
 STAGES = 3
 FIRST_STRIDE = 32  # of the first stage, in pixels of the picture
@@ -62,8 +62,8 @@ class InvPT(Decoder):
             )
         self.downsample = downsample or max(1, round(FIRST_STRIDE / self.strides[-1]))
         self.first = 0 if aggregate_first else 1  # of the stages that take an encoder map and are reduced
-        self.sources = encoder_maps(self.strides, self.downsample)
-        self.reads = {len(self.channels) - 1, *self.sources[self.first :]}
+        self.sources = select_encoder_levels(self.strides, self.downsample)
+        self.used_levels = {len(self.channels) - 1, *self.sources[self.first :]}
         self.preliminary = nn.ModuleDict(
             {t: nn.Sequential(ConvBlock(self.channels[-1], self.channels[-1]), ConvBlock(self.channels[-1], width))
              for t in names}
@@ -92,7 +92,7 @@ class InvPT(Decoder):
              for t in names}
         )  # fmt: skip
         self.logits = nn.ModuleDict({t: nn.Conv2d(wide, c, 1) for t, c in self.tasks.items()})
-        self.tap_channels = {"final": dict.fromkeys(names, wide), "preliminary": dict.fromkeys(names, width)}
+        self.feature_channels = {"final": dict.fromkeys(names, wide), "preliminary": dict.fromkeys(names, width)}
         for module in self.project.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -107,7 +107,7 @@ class InvPT(Decoder):
         return self._predictions(self._decode(features)[2], size)
 
     def _predictions(self, final: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
-        return predicted(self.logits, final, size)
+        return predict_tasks(self.logits, final, size)
 
     def _decode(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Each task's preliminary features, its preliminary prediction, its final map."""
@@ -148,7 +148,7 @@ def stage_strides(strides: Sequence[int], downsample: int) -> list[float]:
     return [strides[-1] * downsample / 2**s for s in range(STAGES)]
 
 
-def encoder_maps(strides: Sequence[int], downsample: int) -> list[int]:
+def select_encoder_levels(strides: Sequence[int], downsample: int) -> list[int]:
     """Which encoder map each stage takes.
 
     Of a ViT, whose maps all have one stride, the later stages take the earlier ones (published: 2, 1, 0 of 0..3). Of a
@@ -253,7 +253,7 @@ class TaskAttention(nn.Module):
         query = self._split(self.query(_tokens(shrunk))) * self.scale
         own = query @ self._split(self.key(pooled)).transpose(-2, -1)  # (B, H, Q, K)
         if self.fuse is not None and scores is not None:
-            heard = grow_scores(scores, grid[1:]).flatten(2, 4)
+            heard = upsample_scores(scores, grid[1:]).flatten(2, 4)
             own = self.fuse(torch.cat([own, heard.to(own.dtype)], dim=1))
         # Written out: torch's scaled_dot_product_attention does not give the scores away.
         attended = own.softmax(dim=-1).to(own.dtype) @ self._split(self.value(pooled))
@@ -269,7 +269,7 @@ def _tokens(x: Tensor) -> Tensor:
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
-def grow_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
+def upsample_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
     """(B, H, T, h, w, K) -> (B, H, T, size, K): each task's and key's scores, bilinearly over the queries' places."""
     flat = scores.permute(0, 1, 2, 5, 3, 4).flatten(0, 2)
     return resize(flat, size).unflatten(0, scores.shape[:3]).permute(0, 1, 2, 4, 5, 3)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, predicted, resize
+from mtcl.models.decoders.blocks import ConvBlock, predict_tasks, resize
 
 
 class MQTransformer(Decoder):
@@ -44,7 +44,7 @@ class MQTransformer(Decoder):
         query_drop_path: float = 0.5,
     ):
         super().__init__(channels, strides, tasks)
-        self.tap_channels = {"final": dict.fromkeys(self.tasks, head_width)}
+        self.feature_channels = {"final": dict.fromkeys(self.tasks, head_width)}
         # A 1x1 convolution of a concatenation is a sum of 1x1 convolutions, each at its own scale.
         self.project = nn.ModuleDict(
             {t: nn.ModuleList(nn.Conv2d(c, width, 1, bias=i == 0) for i, c in enumerate(channels)) for t in self.tasks}
@@ -79,7 +79,7 @@ class MQTransformer(Decoder):
         for index, task in enumerate(self.tasks):
             x = self._decode(pixels[index], queries[index], index)
             final[task] = self.heads[task](x.transpose(1, 2).unflatten(2, grid))
-        predictions = predicted(self.logits, final, size)
+        predictions = predict_tasks(self.logits, final, size)
         return DecoderOutput(predictions, {"final": final}, [])
 
     def _task_features(self, task: str, features: list[Tensor]) -> Tensor:

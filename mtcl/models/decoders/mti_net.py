@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import Distillation, Fusion, predicted, projection, resize
+from mtcl.models.decoders.blocks import Distillation, Fusion, predict_tasks, projection_shortcut, resize
 
 
 class Propagation(nn.Module):
@@ -40,11 +40,11 @@ class Propagation(nn.Module):
         if len(names) > 1:  # the softmax over a single task is one, whatever is before it
             hidden = max(1, together // 4)
             self.attention = nn.Sequential(
-                BasicBlock(together, hidden, downsample=projection(together, hidden)),
+                BasicBlock(together, hidden, downsample=projection_shortcut(together, hidden)),
                 BasicBlock(hidden, hidden),
                 nn.Conv2d(hidden, together, 1),
             )
-        self.reduction = BasicBlock(together, channels, downsample=projection(together, channels))
+        self.reduction = BasicBlock(together, channels, downsample=projection_shortcut(together, channels))
         self.excitation = nn.ModuleDict(
             {task: SqueezeExcite(channels, rd_channels=max(1, channels // 16)) for task in names}
         )
@@ -92,7 +92,7 @@ class MTINet(Decoder):
         self.distillation = nn.ModuleList(Distillation(self.tasks, width) for width in widths)
         self.aggregation = nn.ModuleDict({task: Fusion(widths, sum(widths)) for task in self.tasks})
         self.logits = nn.ModuleDict({task: nn.Conv2d(sum(widths), c, 1) for task, c in self.tasks.items()})
-        self.tap_channels = {
+        self.feature_channels = {
             "final": dict.fromkeys(self.tasks, sum(widths)),
             "initial": dict.fromkeys(self.tasks, widths[0]),
         }
@@ -132,7 +132,7 @@ class MTINet(Decoder):
 
     @staticmethod
     def _predictions(logits: nn.Module, maps: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        return predicted(cast(nn.ModuleDict, logits), maps, size)
+        return predict_tasks(cast(nn.ModuleDict, logits), maps, size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """All up to the distillation: a task's maps go into every task's, there and to the next scale."""
@@ -144,5 +144,5 @@ class MTINet(Decoder):
 
 def _residual(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        BasicBlock(inputs, outputs, downsample=projection(inputs, outputs)), BasicBlock(outputs, outputs)
+        BasicBlock(inputs, outputs, downsample=projection_shortcut(inputs, outputs)), BasicBlock(outputs, outputs)
     )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import ConvBlock, Fusion, predicted
+from mtcl.models.decoders.blocks import ConvBlock, Fusion, predict_tasks
 
 
 class MultiHead(Decoder):
@@ -40,7 +40,7 @@ class MultiHead(Decoder):
             }
         )
         self.logits = nn.ModuleDict({task: nn.Conv2d(head_width, c, 1) for task, c in self.tasks.items()})
-        self.tap_channels = {
+        self.feature_channels = {
             "final": dict.fromkeys(self.tasks, head_width),
             "trunk": dict.fromkeys(self.tasks, width),
         }
@@ -48,7 +48,7 @@ class MultiHead(Decoder):
     def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
         trunk = self.fusion(features, [-(-s // self.stride) for s in size])
         final = {task: head(trunk) for task, head in self.heads.items()}
-        predictions = predicted(self.logits, final, size)
+        predictions = predict_tasks(self.logits, final, size)
         return DecoderOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, trunk)}, [])
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mtcl.errors import UserError
 from mtcl.models.decoders.base import Decoder, DecoderOutput
-from mtcl.models.decoders.blocks import Distillation, Fusion, predicted, projection
+from mtcl.models.decoders.blocks import Distillation, Fusion, predict_tasks, projection_shortcut
 
 
 class PADNet(Decoder):
@@ -50,7 +50,7 @@ class PADNet(Decoder):
         self.distillation = Distillation(self.tasks, width)
         self.heads = nn.ModuleDict({task: _bottlenecks(width, width) for task in self.tasks})
         self.logits = nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()})
-        self.tap_channels = {
+        self.feature_channels = {
             "final": dict.fromkeys(self.tasks, width),
             "initial": dict.fromkeys(self.tasks, width),
             "trunk": dict.fromkeys(self.tasks, trunk_width),
@@ -77,7 +77,7 @@ class PADNet(Decoder):
 
     @staticmethod
     def _predictions(logits: nn.ModuleDict, maps: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        return predicted(logits, maps, size)
+        return predict_tasks(logits, maps, size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         yield from self.fusion.parameters()
@@ -86,5 +86,6 @@ class PADNet(Decoder):
 
 def _bottlenecks(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
-        Bottleneck(inputs, outputs // 4, downsample=projection(inputs, outputs)), Bottleneck(outputs, outputs // 4)
+        Bottleneck(inputs, outputs // 4, downsample=projection_shortcut(inputs, outputs)),
+        Bottleneck(outputs, outputs // 4),
     )

@@ -5,7 +5,7 @@ its own, listed below.
 """
 
 from mtcl.models.published import invpt, taskprompter
-from mtcl.models.published.table import Method, Rule, fit, read_published, translate
+from mtcl.models.published.table import Method, Rule, check_state_dict, read_published_checkpoint, translate_state_dict
 
 METHODS: dict[str, Method] = {method.name: method for method in (invpt.METHOD, taskprompter.METHOD)}
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtcl.errors import UserError, why_unreadable
-from mtcl.models.weights import check_numbers
+from mtcl.models.weights import check_tensor_values
 
 State = dict[str, Tensor]
 
@@ -44,10 +44,10 @@ class Method:
 
 class Translation(NamedTuple):
     state: State  # under our names
-    idle: list[str]  # their keys that their forward never uses
+    unused_keys: list[str]  # their keys that their forward never uses
 
 
-def read_published(path: Path) -> tuple[State, int]:
+def read_published_checkpoint(path: Path) -> tuple[State, int]:
     """The state dict in a checkpoint of InvPT's lineage, without DDP's prefix, and the iterations it was trained for.
 
     Such a file holds {"model", "optimizer", "scheduler", "epoch", "iter_count"}; a bare state dict is read, too. No
@@ -69,14 +69,14 @@ def read_published(path: Path) -> tuple[State, int]:
     return dict(state), last + 1 if isinstance(last, int) else 0
 
 
-def translate(state: Mapping[str, Tensor], method: Method, tasks: Sequence[str]) -> Translation:
+def translate_state_dict(state: Mapping[str, Tensor], method: Method, tasks: Sequence[str]) -> Translation:
     """Their state dict under our names. UserError for a key that no rule fits: nothing is dropped in silence."""
     listed = [task for task in method.tasks if task in tasks]
     if listed != list(tasks):  # normalisations that run over all tasks' channels would be shuffled
         raise UserError(f"{method.name} lists its tasks as {', '.join(listed)}, the config as {', '.join(tasks)}")
     patterns = [(_pattern(rule.theirs, listed), rule) for rule in method.table(state)]
     ours: State = {}
-    idle, unknown = [], []
+    unused_keys, unknown = [], []
     for key, value in state.items():
         for pattern, rule in patterns:
             name = _renamed(pattern, key, rule, listed)
@@ -86,7 +86,7 @@ def translate(state: Mapping[str, Tensor], method: Method, tasks: Sequence[str])
             unknown.append(key)
             continue
         if not name:
-            idle.append(key)
+            unused_keys.append(key)
         elif name in ours:
             raise ValueError(f"two keys of {method.name} become {name}, the second is {key}")
         else:
@@ -96,10 +96,10 @@ def translate(state: Mapping[str, Tensor], method: Method, tasks: Sequence[str])
             f"{len(unknown)} of {len(state)} keys are not known of {method.name} with the tasks {', '.join(listed)}, "
             f"the first: {unknown[0]}; is it a checkpoint of another method, or for other tasks?"
         )
-    return Translation(ours, idle)
+    return Translation(ours, unused_keys)
 
 
-def fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], method: str) -> None:
+def check_state_dict(state: Mapping[str, Tensor], own: Mapping[str, Tensor], method: str) -> None:
     """UserError unless ``state`` fills exactly the tensors ``own``, shape by shape."""
     for what, names in (("lacks", own.keys() - state.keys()), ("has too much:", state.keys() - own.keys())):
         if names:
@@ -113,7 +113,7 @@ def fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], method: str) -> 
     if wrong:
         raise UserError(f"{len(wrong)} tensors have another shape in the model of the config: {'; '.join(wrong[:3])}")
     for name, tensor in state.items():
-        check_numbers(name, tensor, own[name], f"the checkpoint of {method}")
+        check_tensor_values(name, tensor, own[name], f"the checkpoint of {method}")
 
 
 def _pattern(theirs: str, tasks: Sequence[str]) -> re.Pattern[str]:

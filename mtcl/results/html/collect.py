@@ -16,14 +16,14 @@ from mtcl.results.compare import (
     check_same_data,
     choose_columns,
     compare_runs,
-    fill,
-    identity,
-    labels,
-    listed,
-    natural,
-    natural_order,
-    provenance,
+    describe_provenance,
+    fill_row,
+    join_some,
+    make_labels,
+    natural_key,
     read_run,
+    result_settings,
+    sort_by_settings,
 )
 from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_record
 from mtcl.run_lock import is_claimed
@@ -34,7 +34,7 @@ DIFFERENT_WAYS = "were scored in different ways"
 
 
 @dataclass(frozen=True, eq=False)
-class Folder:
+class ReportRun:
     """One run folder. ``run``: its numbers, None while there are none; ``problems``: sentences about what is amiss.
 
     ``name``: its path below the folder of all, as a page that is handed on need not tell where on a disk they are;
@@ -45,16 +45,16 @@ class Folder:
     name: str
     run: Run | None
     config: dict[str, Any]
-    facts: dict[str, Any]
+    record: dict[str, Any]
     step: int | None
     problems: list[str] = field(default_factory=list)
 
     @property
     def seed(self) -> int | None:
-        return self.facts.get("seed", self.config.get("seed"))
+        return self.record.get("seed", self.config.get("seed"))
 
     @property
-    def steps(self) -> int | None:
+    def max_steps(self) -> int | None:
         return self.config.get("trainer.max_steps")
 
     @property
@@ -66,7 +66,7 @@ class Folder:
         return "running" if is_claimed(self.path) else "unfinished"
 
     @property
-    def written(self) -> str:
+    def last_modified(self) -> str:
         """When its log, or else its numbers, were last written; "" where there is neither."""
         for name in (run_log.NAME, METRICS, CONFIG):
             try:
@@ -78,23 +78,23 @@ class Folder:
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class ReportRow:
     """What is one row of the table, one curve, one row of pictures: the folders that differ in the seed only.
 
     ``row``: its numbers; None for a run that has none.
     """
 
     label: str
-    folders: list[Folder]
+    folders: list[ReportRun]
     row: Row | None
 
 
 @dataclass(frozen=True, eq=False)
-class Collection:
+class ReportData:
     """Everything read. ``comparison`` is None without a finished run; ``unranked``: why nothing is best, or ""."""
 
-    folders: list[Folder]
-    lines: list[Line]
+    folders: list[ReportRun]
+    lines: list[ReportRow]
     comparison: Comparison | None
     unranked: str
 
@@ -105,7 +105,7 @@ def collect(
     against: str | None = None,
     by: Sequence[str] = (),
     holm: bool = False,
-) -> Collection:
+) -> ReportData:
     """Every run at or below ``sources``, compared as :func:`mtcl.results.compare.compare` does where it can be.
 
     What is wrong with one run is told of it; ``UserError`` where there is none at all, or where a given ``baseline``,
@@ -116,11 +116,11 @@ def collect(
     above = Path(os.path.commonpath([path.absolute().parent for path in paths]))
     folders = [read_folder(path, str(path.absolute().relative_to(above))) for path in paths]
     read = {folder.path: folder.run for folder in folders if folder.run is not None}
-    runs = [run for group in groups for run in natural_order([read[path] for path in group if path in read])]
+    runs = [run for group in groups for run in sort_by_settings([read[path] for path in group if path in read])]
     asked = bool(baseline or against is not None or by)
     names = {folder.path: folder.name for folder in folders}
-    comparison, unranked = compared(runs, names, baseline, against, by, holm, asked) if runs else (None, "")
-    return Collection(folders, make_lines(folders, comparison), comparison, unranked)
+    comparison, unranked = compare_finished(runs, names, baseline, against, by, holm, asked) if runs else (None, "")
+    return ReportData(folders, make_lines(folders, comparison), comparison, unranked)
 
 
 # Reading
@@ -134,36 +134,38 @@ def find_folders(sources: Sequence[Path]) -> list[list[Path]]:
         if not os.path.exists(source):
             raise UserError(f"{source} does not exist; give run folders or folders of runs.")
         group: dict[Path, Path] = {}
-        for path in [source] if source.is_file() or is_run(source) else sorted(below(source), key=natural):
+        for path in (
+            [source] if source.is_file() or is_run_folder(source) else sorted(find_below(source), key=natural_key)
+        ):
             if path.resolve() not in seen:
                 group.setdefault(path.resolve(), path)
         seen |= group.keys()
         groups.append(list(group.values()))
     if not seen:
-        given = listed([str(source) for source in sources])
+        given = join_some([str(source) for source in sources])
         raise UserError(f"There is no run in {given}: no {' or '.join(MARKS)} in it or below it.")
     return groups
 
 
-def is_run(folder: Path) -> bool:
+def is_run_folder(folder: Path) -> bool:
     return any((folder / name).is_file() for name in MARKS)
 
 
-def below(source: Path) -> Iterator[Path]:
+def find_below(source: Path) -> Iterator[Path]:
     for folder, names, files in os.walk(source):
         names[:] = [name for name in names if name not in INSIDE]
         if any(name in files for name in MARKS):
             yield Path(folder)
 
 
-def read_folder(path: Path, name: str) -> Folder:
+def read_folder(path: Path, name: str) -> ReportRun:
     """What can be read of a run, and a sentence on each thing that cannot."""
     problems: list[str] = []
     run, config, facts = None, {}, {}
     if path.is_file() or os.path.lexists(path / METRICS):
         try:
             run = read_run(path)
-            config, facts = dict(run.config), dict(run.facts)
+            config, facts = dict(run.config), dict(run.record)
         except UserError as error:
             problems.append(str(error))
     else:
@@ -177,7 +179,7 @@ def read_folder(path: Path, name: str) -> Folder:
     elif path.is_dir() and not config:
         problems.append("Its config.yaml is not there: not known with which settings it was made.")
     step = facts["step"] if "step" in facts else last_step(path / run_log.NAME)
-    return Folder(path, name, run, config, facts, step, [printable(problem) for problem in problems])
+    return ReportRun(path, name, run, config, facts, step, [printable(problem) for problem in problems])
 
 
 def _read(read: Callable[[Path], dict[str, Any]], path: Path, problems: list[str]) -> dict[str, Any]:
@@ -202,7 +204,7 @@ def last_step(log: Path) -> int | None:
 # Comparing
 
 
-def compared(
+def compare_finished(
     runs: Sequence[Run],
     names: Mapping[Path, str],
     baseline: Sequence[Path],
@@ -218,7 +220,7 @@ def compared(
     except UserError as error:
         if asked:
             raise
-        return side_by_side(runs, names), str(error)
+        return list_uncompared(runs, names), str(error)
     tasks = {frozenset(run.metrics) for row in found.rows if not row.is_baseline for run in row.runs}
     ways = next((note for note in found.notes if DIFFERENT_WAYS in note), "")
     if len(tasks) > 1:
@@ -228,26 +230,26 @@ def compared(
     return found, ways[:1].upper() + ways[1:]
 
 
-def side_by_side(runs: Sequence[Run], names: Mapping[Path, str]) -> Comparison:
+def list_uncompared(runs: Sequence[Run], names: Mapping[Path, str]) -> Comparison:
     """Each run for itself, where they cannot stand in one table: no means, no Delta."""
     notes: list[str] = []
     columns = choose_columns(runs, False, notes)
-    identities = [identity(run) for run in runs]
-    texts = labels(identities, [{} for _ in runs], False, []) if all(identities) else [""] * len(runs)
+    identities = [result_settings(run) for run in runs]
+    texts = make_labels(identities, [{} for _ in runs], False, []) if all(identities) else [""] * len(runs)
     rows = []
     for run, text in zip(runs, texts):
         name = ", ".join(part for part in (names[run.path], text) if part)
         rows.append(Row(printable(name), (run,)))
-        fill(rows[-1], columns)
-    return Comparison(columns, rows, [], [*map(printable, [provenance(runs), *notes])])
+        fill_row(rows[-1], columns)
+    return Comparison(columns, rows, [], [*map(printable, [describe_provenance(runs), *notes])])
 
 
-def make_lines(folders: Sequence[Folder], comparison: Comparison | None) -> list[Line]:
+def make_lines(folders: Sequence[ReportRun], comparison: Comparison | None) -> list[ReportRow]:
     """A line per row of the table, then one per run without numbers."""
     by_path = {folder.path.resolve(): folder for folder in folders}
     lines = []
     for row in comparison.rows if comparison else ():
         own = [by_path.get(run.path.resolve()) or read_folder(run.path, run.name) for run in row.runs]
-        lines.append(Line(row.label, own, row))
+        lines.append(ReportRow(row.label, own, row))
     without = [folder for folder in folders if folder.run is None]
-    return [*lines, *(Line(f"{folder.name} ({folder.state})", [folder], None) for folder in without)]
+    return [*lines, *(ReportRow(f"{folder.name} ({folder.state})", [folder], None) for folder in without)]

@@ -1,4 +1,4 @@
-"""The HTML file. What was read from a run goes through :func:`esc` or :func:`embedded`, never into markup as it is."""
+"""The HTML file. What was read from a run goes through :func:`escape` or :func:`embed_json`, never into markup as it is."""
 
 import base64
 import hashlib
@@ -12,21 +12,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mtcl.config.schema import leaves
+from mtcl.config.schema import flatten
 from mtcl.results.columns import Column
-from mtcl.results.compare import SAME_DATA, Comparison, Run, differing_keys, listed, show
+from mtcl.results.compare import SAME_DATA, Comparison, Run, differing_keys, format_setting, join_some
 from mtcl.results.html import figures
-from mtcl.results.html.collect import Collection, Folder, Line
-from mtcl.results.html.images import build_wall
+from mtcl.results.html.collect import ReportData, ReportRow, ReportRun
+from mtcl.results.html.images import build_image_grid
 from mtcl.results.tables import (
-    NONE,
+    NO_VALUE,
     TOO_FEW,
-    closing,
-    figure,
-    heading,
-    interval,
-    mean_cell,
-    unit_of_difference,
+    column_heading,
+    difference_unit,
+    footnotes,
+    format_interval,
+    format_mean,
+    format_value,
     verdict,
 )
 from mtcl.version import __version__
@@ -39,10 +39,10 @@ MOST_VALUES = 6  # of a setting, in the list of all
 PER_RUN = ("command", "overrides", "seed", "step", "seconds", "checkpoint", "predictions", "evaluation.")
 
 
-def document(collection: Collection, title: str) -> str:
+def document(collection: ReportData, title: str) -> str:
     """The page. Nothing in it asks the network for anything, and its policy forbids that."""
     data, told = figures.data(collection)
-    wall, without = build_wall(collection.lines)
+    wall, without = build_image_grid(collection.lines)
     data["wall"] = wall.content
     problems = {
         folder.path: [*folder.problems, *told.get(folder.path, ()), *without.get(folder.path, ())]
@@ -69,14 +69,14 @@ def document(collection: Collection, title: str) -> str:
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{esc(title)}</title>
+<title>{escape(title)}</title>
 <style>{style}</style>
 </head>
 <body>
 <a class="skip" href="#results">Skip to the results</a>
 <header>
-<div class="top"><h1>{esc(title)}</h1><button type="button" id="theme" hidden></button></div>
-<p class="lead">{esc(counted(collection))}</p>
+<div class="top"><h1>{escape(title)}</h1><button type="button" id="theme" hidden></button></div>
+<p class="lead">{escape(counted(collection))}</p>
 <nav aria-label="Sections"><ul>
 {"".join(f'<li><a href="#{name}">{name.capitalize()}</a></li>' for name in SECTIONS)}
 </ul></nav>
@@ -85,9 +85,9 @@ def document(collection: Collection, title: str) -> str:
 <main>
 {"".join(parts)}
 </main>
-<footer><p>mtcl {esc(__version__)}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. One file, no network.</p></footer>
+<footer><p>mtcl {escape(__version__)}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. One file, no network.</p></footer>
 <dialog id="viewer" aria-labelledby="viewer-title"></dialog>
-<script type="application/json" id="data">{embedded(data)}</script>
+<script type="application/json" id="data">{embed_json(data)}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -107,11 +107,11 @@ def digest(text: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def esc(value: Any) -> str:
+def escape(value: Any) -> str:
     return html.escape(str(value))
 
 
-def embedded(content: Any) -> str:
+def embed_json(content: Any) -> str:
     """JSON that can stand within a script element: ASCII, and nothing that markup begins with."""
     text = json.dumps(content, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
@@ -121,13 +121,13 @@ def embedded(content: Any) -> str:
 
 def name(text: str) -> str:
     """Words of a user: their direction is their own, and they may be broken where their parts end."""
-    breakable = re.sub("([,/_=])", r"\1<wbr>", esc(text))
+    breakable = re.sub("([,/_=])", r"\1<wbr>", escape(text))
     return f'<bdi class="name">{breakable}</bdi>'
 
 
-def breakable(heading: str) -> str:
+def breakable(column_heading: str) -> str:
     """A column's heading as markup; it breaks at spaces and underscores only, never inside a word."""
-    return re.sub("(_+)", r"\1<wbr>", esc(heading))
+    return re.sub("(_+)", r"\1<wbr>", escape(column_heading))
 
 
 def section(anchor: str, title: str, body: str) -> str:
@@ -143,22 +143,22 @@ def table(caption: str, head: Sequence[str], body: Iterable[Sequence[str]], kind
         f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
         for first, *rest in body
     )
-    return scrolled(
+    return scrollable(
         caption,
-        f'<table class="{kind}"><caption class="hidden">{esc(caption)}</caption><thead><tr>{top}</tr></thead>\n'
+        f'<table class="{kind}"><caption class="hidden">{escape(caption)}</caption><thead><tr>{top}</tr></thead>\n'
         f"<tbody>{lines}</tbody></table>",
         len(body) if kind != "keys" else 0,
     )
 
 
-def scrolled(what: str, inner: str, rows: int = 0) -> str:
+def scrollable(what: str, inner: str, rows: int = 0) -> str:
     """Wide things, and tables of many rows, scroll by themselves, by keys as well."""
     kind = "scroll tall" if rows > MOST_AT_ONCE else "scroll"
-    return f'<div class="{kind}" role="region" tabindex="0" aria-label="{esc(what)}">{inner}</div>\n'
+    return f'<div class="{kind}" role="region" tabindex="0" aria-label="{escape(what)}">{inner}</div>\n'
 
 
 def bullets(sentences: Sequence[str], kind: str = "notes") -> str:
-    items = "".join(f"<li{mark(s)}>{esc(s)}</li>" for s in dict.fromkeys(sentences))
+    items = "".join(f"<li{mark(s)}>{escape(s)}</li>" for s in dict.fromkeys(sentences))
     return f'<ul class="{kind}">{items}</ul>\n' if items else ""
 
 
@@ -170,7 +170,7 @@ def plural(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
 
-def counted(collection: Collection) -> str:
+def counted(collection: ReportData) -> str:
     states = Counter(folder.state for folder in collection.folders)
     parts = [plural(len(collection.folders), "run")]
     if collection.comparison:
@@ -183,24 +183,24 @@ def counted(collection: Collection) -> str:
 # Results
 
 
-def results(collection: Collection) -> str:
+def results(collection: ReportData) -> str:
     found = collection.comparison
     if found is None:
         return '<p class="banner">No run has finished yet, so there is no table.</p>'
     banner = ""
     if collection.unranked:
-        banner = f'<p class="banner" id="unranked"><strong>Not ranked.</strong> {esc(collection.unranked)}</p>\n'
-    parts = [banner, main_table(found, not collection.unranked), bullets(closing(found))]
+        banner = f'<p class="banner" id="unranked"><strong>Not ranked.</strong> {escape(collection.unranked)}</p>\n'
+    parts = [banner, main_table(found, not collection.unranked), bullets(footnotes(found))]
     if found.differences:
         parts += ["<h3>Differences, paired over seeds</h3>\n", difference_table(found)]
     return "".join(parts)
 
 
 def main_table(found: Comparison, ranked: bool) -> str:
-    best = figures.bests(found.columns, found.rows, ranked)
+    best = figures.find_all_best(found.columns, found.rows, ranked)
     heads = ['<th scope="col" aria-sort="none"><button type="button" class="sort">row</button></th>']
     for column in found.columns:
-        lines = [column.task, heading(column)] if column.task else [heading(column)]
+        lines = [column.task, column_heading(column)] if column.task else [column_heading(column)]
         text = "<br>".join(map(breakable, lines))
         heads.append(f'<th scope="col" aria-sort="none"><button type="button" class="sort">{text}</button></th>')
     heads.append('<th scope="col" aria-sort="none"><button type="button" class="sort">seeds</button></th>')
@@ -211,12 +211,12 @@ def main_table(found: Comparison, ranked: bool) -> str:
         cells = [main_cell(column, row, best[column][i]) for column in found.columns]
         count = f'<td data-value="{row.num_seeds}">{row.num_seeds}</td>'
         kind = ' class="baseline"' if row.is_baseline else ""
-        data = f"<td>{esc(scored[i])}</td>" if len(set(scored)) > 1 else ""
+        data = f"<td>{escape(scored[i])}</td>" if len(set(scored)) > 1 else ""
         body.append(f'<tr{kind}><th scope="row">{name(row.label)}</th>{"".join(cells)}{count}{data}</tr>\n')
     legend = "Bold: the best mean of a column. " if any(map(any, best.values())) else ""
     legend += f"{len(body)} rows: the table scrolls. " if len(body) > MOST_AT_ONCE else ""
     return (
-        scrolled(
+        scrollable(
             "Results",
             '<table class="numbers" id="table"><caption class="hidden">Metrics of each row, mean and deviation over '
             f"seeds</caption><thead><tr>{''.join(heads)}</tr></thead>\n<tbody>{''.join(body)}</tbody></table>",
@@ -230,16 +230,16 @@ def scored_on(run: Run) -> str:
     """Its validation data in a few words, "" where nothing is known of it."""
     words = ("{}", "{} pictures", "data {}")
     return ", ".join(
-        word.format(run.facts[key]) for word, key in zip(words, SAME_DATA) if run.facts.get(key) is not None
+        word.format(run.record[key]) for word, key in zip(words, SAME_DATA) if run.record.get(key) is not None
     )
 
 
 def main_cell(column: Column, row: Any, is_best: bool) -> str:
-    found = row.cell(column)
-    text = mean_cell(column, row)
-    value = "" if text == NONE else f"{0.0 if text == '0.00' else found.mean:.9g}"
-    std = figure(column, found.std).lstrip("+")
-    spread = "" if std == NONE else f"± {std}"
+    found = row.summarize(column)
+    text = format_mean(column, row)
+    value = "" if text == NO_VALUE else f"{0.0 if text == '0.00' else found.mean:.9g}"
+    std = format_value(column, found.std).lstrip("+")
+    spread = "" if std == NO_VALUE else f"± {std}"
     inner = f'<b>{text}</b><span class="hidden"> (best)</span>' if is_best else text
     kind = ' class="best"' if is_best else ""
     return f'<td{kind} data-value="{value}">{inner} <span class="spread">{spread}</span></td>'
@@ -256,29 +256,29 @@ def difference_table(found: Comparison) -> str:
         for column in columns:
             pair = one.columns.get(column)
             if pair is None:
-                cells.append(NONE)
+                cells.append(NO_VALUE)
                 continue
-            side = verdict(column, pair, (one.adjusted or {}).get(column))
+            side = verdict(column, pair, (one.adjusted_p_values or {}).get(column))
             word = {"yes, better": "better", "yes, worse": "worse", TOO_FEW: TOO_FEW}.get(side, "")
-            mean = figure(column, pair.mean, signed=True)
-            span = interval(column, pair)
+            mean = format_value(column, pair.mean, signed=True)
+            span = format_interval(column, pair)
             cells.append(
-                f'{mean}<br><span class="spread">{"" if span == NONE else span}</span>'
+                f'{mean}<br><span class="spread">{"" if span == NO_VALUE else span}</span>'
                 + (f'<br><span class="verdict {"" if word == TOO_FEW else word}">{word}</span>' if word else "")
             )
         pairs = sorted({pair.pairs for pair in one.columns.values()})
         rows = name(one.row.label) + ("" if of_one else f" minus {name(one.reference.label)}")
-        body.append([rows, *cells, listed([str(p) for p in pairs])])
+        body.append([rows, *cells, join_some([str(p) for p in pairs])])
     told = f"<p>Each row minus {name(next(iter(references)))}.</p>\n" if of_one else ""
     decided = "the interval excludes zero"
-    if any(one.adjusted is not None for one in found.differences):
+    if any(one.adjusted_p_values is not None for one in found.differences):
         decided = "the p-value, corrected for the number of intervals by Holm's method, is below 0.05"
     hint = f"Mean and 95 % interval; “better” and “worse” where {decided}, of three pairs or more."
     return told + table("Differences, paired over seeds", head, body, "numbers") + f'<p class="hint">{hint}</p>\n'
 
 
 def unit_heading(column: Column) -> str:
-    unit = unit_of_difference(column)
+    unit = difference_unit(column)
     return f"{column.metric} {'↑' if column.higher_is_better else '↓'}" + (f" ({unit})" if unit else "")
 
 
@@ -305,7 +305,7 @@ def sweeps(swept: Mapping[str, Any]) -> str:
     )
 
 
-def curves(lines: Sequence[Line], drawn: Mapping[str, Any]) -> str:
+def curves(lines: Sequence[ReportRow], drawn: Mapping[str, Any]) -> str:
     if not drawn["charts"]:
         return '<p class="empty">No run has a log with curves in it.</p>'
     notes = []
@@ -335,7 +335,7 @@ def pictures(content: Sequence[Any], notes: Sequence[str]) -> str:
 # Settings, runs, environment
 
 
-def settings(lines: Sequence[Line], folders: Sequence[Folder]) -> str:
+def settings(lines: Sequence[ReportRow], folders: Sequence[ReportRun]) -> str:
     known = [folder.config for folder in folders if folder.config]
     if not known:
         return '<p class="empty">No run has a config.yaml.</p>'
@@ -346,12 +346,12 @@ def settings(lines: Sequence[Line], folders: Sequence[Folder]) -> str:
     else:
         most = keys[:MOST_COLUMNS]
         body = [
-            [name(line.label), *(esc(values_in(line, key)) for key in most)]
+            [name(line.label), *(escape(values_in(line, key)) for key in most)]
             for line in lines[:MOST_DIFFERENT]
             if any(folder.config for folder in line.folders)
         ]
         parts.append("<h3>What differs</h3>\n")
-        parts.append(table("Settings that differ", ["row", *(broken(key) for key in most)], body, "settings"))
+        parts.append(table("Settings that differ", ["row", *(breakable_key(key) for key in most)], body, "settings"))
         left = [f"{len(keys) - len(most)} more settings differ; they are marked below."] * (len(keys) > len(most))
         if len(lines) > MOST_DIFFERENT:
             left.append(f"The first {MOST_DIFFERENT} of {len(lines)} rows are here.")
@@ -360,14 +360,14 @@ def settings(lines: Sequence[Line], folders: Sequence[Folder]) -> str:
     return "".join(parts)
 
 
-def values_in(line: Line, key: str) -> str:
-    values = dict.fromkeys(show(folder.config.get(key)) for folder in line.folders if folder.config)
-    return listed(list(values))
+def values_in(line: ReportRow, key: str) -> str:
+    values = dict.fromkeys(format_setting(folder.config.get(key)) for folder in line.folders if folder.config)
+    return join_some(list(values))
 
 
-def broken(key: str) -> str:
+def breakable_key(key: str) -> str:
     """A dotted key that may be broken after its dots."""
-    return esc(key).replace(".", ".<wbr>")
+    return escape(key).replace(".", ".<wbr>")
 
 
 def all_values(title: str, known: Sequence[Mapping[str, Any]], open_: bool) -> str:
@@ -375,41 +375,41 @@ def all_values(title: str, known: Sequence[Mapping[str, Any]], open_: bool) -> s
     body = []
     different = 0
     for key in dict.fromkeys(key for one in known for key in one):
-        counts = Counter(show(one[key]) if key in one else "(not there)" for one in known)
+        counts = Counter(format_setting(one[key]) if key in one else "(not there)" for one in known)
         if len(counts) == 1:
-            body.append([f"<code>{broken(key)}</code>", f"<span>{esc(next(iter(counts)))}</span>"])
+            body.append([f"<code>{breakable_key(key)}</code>", f"<span>{escape(next(iter(counts)))}</span>"])
             continue
         different += 1
-        told = [f"{esc(value)} <small>({count})</small>" for value, count in counts.most_common(MOST_VALUES)]
+        told = [f"{escape(value)} <small>({count})</small>" for value, count in counts.most_common(MOST_VALUES)]
         told += [f"and {len(counts) - MOST_VALUES} more values"] * (len(counts) > MOST_VALUES)
-        body.append([f"<code>{broken(key)}</code>", f"<mark>differs</mark> {'; '.join(told)}"])
+        body.append([f"<code>{breakable_key(key)}</code>", f"<mark>differs</mark> {'; '.join(told)}"])
     told_of = f"{title} ({len(body)}" + (f", {different} differ" if different else "") + ")"
     inner = table(title, ["key", "value"], body, "keys")
-    return f"<details{' open' * open_}><summary>{esc(told_of)}</summary>{inner}</details>\n"
+    return f"<details{' open' * open_}><summary>{escape(told_of)}</summary>{inner}</details>\n"
 
 
-def runs(collection: Collection, problems: Mapping[Path, Sequence[str]]) -> str:
+def runs(collection: ReportData, problems: Mapping[Path, Sequence[str]]) -> str:
     place = {folder.path.resolve(): line.label for line in collection.lines for folder in line.folders}
     body, troubled = [], []
     for folder in collection.folders:
-        step = NONE if folder.step is None else f"{folder.step}"
-        step += f" / {folder.steps}" if folder.steps is not None else ""
-        seconds = folder.facts.get("seconds")
-        took = duration(seconds) if isinstance(seconds, int | float) else NONE
+        step = NO_VALUE if folder.step is None else f"{folder.step}"
+        step += f" / {folder.max_steps}" if folder.max_steps is not None else ""
+        seconds = folder.record.get("seconds")
+        took = duration(seconds) if isinstance(seconds, int | float) else NO_VALUE
         body.append(
             [
                 name(folder.name),
                 name(place.get(folder.path.resolve(), "baseline")),
-                esc(NONE if folder.seed is None else folder.seed),
+                escape(NO_VALUE if folder.seed is None else folder.seed),
                 f'<span class="state {folder.state}">{folder.state}</span>',
                 step,
                 took,
-                folder.written,
+                folder.last_modified,
             ]
         )
         if problems[folder.path]:
             sentences = " ".join(dict.fromkeys(problems[folder.path]))
-            troubled.append(f"<li>{name(folder.name)}: {esc(sentences)}</li>")
+            troubled.append(f"<li>{name(folder.name)}: {escape(sentences)}</li>")
     head = ["folder", "row", "seed", "state", "step", "took", "last written"]
     listing = table("Runs", head, body, "plain")
     if len(body) > 30:
@@ -424,22 +424,22 @@ def runs(collection: Collection, problems: Mapping[Path, Sequence[str]]) -> str:
 
 def duration(seconds: float) -> str:
     if not 0 <= seconds < 1e9:
-        return NONE
+        return NO_VALUE
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def environment(folders: Sequence[Folder]) -> str:
+def environment(folders: Sequence[ReportRun]) -> str:
     known = [
-        {key: value for key, value in leaves(folder.facts) if not key.startswith(PER_RUN)}
+        {key: value for key, value in flatten(folder.record) if not key.startswith(PER_RUN)}
         for folder in folders
-        if folder.facts
+        if folder.record
     ]
     if not known:
         return '<p class="empty">No run has a run.json, so nothing is known of machines and versions.</p>'
-    commands = [folder.facts.get("command") for folder in folders if isinstance(folder.facts.get("command"), str)]
-    shown = "".join(f"<li><code>{esc(command)}</code></li>" for command in dict.fromkeys(commands[:20]))
+    commands = [folder.record.get("command") for folder in folders if isinstance(folder.record.get("command"), str)]
+    shown = "".join(f"<li><code>{escape(command)}</code></li>" for command in dict.fromkeys(commands[:20]))
     more = f"<li>and {len(commands) - 20} more</li>" if len(commands) > 20 else ""
     told = f"<details><summary>Commands</summary><ul class='notes'>{shown}{more}</ul></details>\n" if shown else ""
     return all_values("run.json of all runs", known, open_=len(folders) < 30) + told

@@ -9,10 +9,10 @@ from typing import Any
 
 from mtcl import run_log
 from mtcl.errors import UserError, printable
-from mtcl.results.columns import TASKS, Column, column_of, primaries
-from mtcl.results.compare import WEIGHT, Row, differing_keys, identity, is_off, show
-from mtcl.results.html.collect import Collection, Line
-from mtcl.results.tables import DIGITS, best, heading
+from mtcl.results.columns import TASKS, Column, make_column, primary_metrics
+from mtcl.results.compare import WEIGHT, Row, differing_keys, format_setting, is_regularizer_off, result_settings
+from mtcl.results.html.collect import ReportData, ReportRow
+from mtcl.results.tables import DIGITS, column_heading, find_best
 from mtcl.tasks import TASK_NAMES
 
 MOST_CURVES = 60  # lines of which curves are embedded
@@ -33,14 +33,14 @@ def number(value: float) -> float | None:
 # Columns and rows
 
 
-def columns_of(columns: Sequence[Column]) -> list[dict[str, Any]]:
+def column_data(columns: Sequence[Column]) -> list[dict[str, Any]]:
     return [
         {
             "name": f"{column.task} {column.metric}".strip(),
-            "heading": f"{column.task} {heading(column)}".strip(),
-            "axis": [column.task, heading(column)]
+            "heading": f"{column.task} {column_heading(column)}".strip(),
+            "axis": [column.task, column_heading(column)]
             if column.task
-            else [column.metric.partition(" ")[0], heading(column)[-5:]],
+            else [column.metric.partition(" ")[0], column_heading(column)[-5:]],
             "unit": column.unit,
             "scale": 100 if column.unit == "%" and column.task else 1,
             "digits": DIGITS.get(column.unit, 4),
@@ -50,13 +50,13 @@ def columns_of(columns: Sequence[Column]) -> list[dict[str, Any]]:
     ]
 
 
-def cells_of(row: Row, columns: Sequence[Column]) -> list[list[float | None]]:
+def cell_data(row: Row, columns: Sequence[Column]) -> list[list[float | None]]:
     """(mean, standard deviation) of each column, None where there is none."""
-    return [[number(found.mean), number(found.std)] for found in map(row.cell, columns)]
+    return [[number(found.mean), number(found.std)] for found in map(row.summarize, columns)]
 
 
-def bests(columns: Sequence[Column], rows: Sequence[Row], ranked: bool) -> dict[Column, list[bool]]:
-    return {column: best(column, rows) if ranked else [False] * len(rows) for column in columns}
+def find_all_best(columns: Sequence[Column], rows: Sequence[Row], ranked: bool) -> dict[Column, list[bool]]:
+    return {column: find_best(column, rows) if ranked else [False] * len(rows) for column in columns}
 
 
 # Swept keys
@@ -67,9 +67,9 @@ def swept_keys(rows: Sequence[Row]) -> dict[str, list[float | None]]:
 
     The regulariser's weight comes first, and is 0 where there is no regulariser.
     """
-    known = [identity(row.runs[0]) if not row.is_baseline else {} for row in rows]
+    known = [result_settings(row.runs[0]) if not row.is_baseline else {} for row in rows]
     for settings, row in zip(known, rows):
-        if WEIGHT in settings and is_off(row.runs[0]):
+        if WEIGHT in settings and is_regularizer_off(row.runs[0]):
             settings[WEIGHT] = 0.0
     keys = differing_keys([settings for settings in known if settings] or [{}])
     found = {}
@@ -87,13 +87,13 @@ def plain_number(value: Any) -> float | None:
     return value
 
 
-def others(rows: Sequence[Row], key: str) -> list[str]:
+def series_labels(rows: Sequence[Row], key: str) -> list[str]:
     """What a row is beside ``key``: rows that share it are one series over ``key``."""
-    known = [{k: v for k, v in identity(row.runs[0]).items() if k != key} for row in rows]
+    known = [{k: v for k, v in result_settings(row.runs[0]).items() if k != key} for row in rows]
     if key == WEIGHT:  # regularizer=none is the series' 0
         known = [{k: v for k, v in settings.items() if k != "regularizer._target_"} for settings in known]
     keys = differing_keys(known or [{}])
-    return [", ".join(f"{k}={show(settings.get(k))}" for k in keys) for settings in known]
+    return [", ".join(f"{k}={format_setting(settings.get(k))}" for k in keys) for settings in known]
 
 
 # Curves
@@ -110,7 +110,7 @@ def read_log(path: Path) -> tuple[Curves, list[str]]:
             return {}, [f"Its log.jsonl is larger than {MOST_BYTES // 2**20} MB and is not read."]
         for line in run_log.read_lines(path):
             damaged += line.record is None
-            take(line.record or {}, curves)
+            add_record(line.record or {}, curves)
     except UserError as error:
         return {}, [printable(f"It has no curves: {error}.")]
     except OSError as error:
@@ -121,7 +121,7 @@ def read_log(path: Path) -> tuple[Curves, list[str]]:
     return dict(curves), told
 
 
-def take(record: Mapping[str, Any], curves: Curves) -> None:
+def add_record(record: Mapping[str, Any], curves: Curves) -> None:
     """Add the numbers of a training step's or a validation's record to ``curves``."""
     kind = record.get("kind")
     for name, value in record.items() if kind in ("train", "val") else ():
@@ -129,7 +129,7 @@ def take(record: Mapping[str, Any], curves: Curves) -> None:
             curves[f"{kind}/{name}"].append((record["step"], value))
 
 
-def thinned(points: Points, width: int) -> Points:
+def average_points(points: Points, width: int) -> Points:
     """The mean over each stretch of ``width`` steps, at the mean of its steps."""
     stretches: dict[int, Points] = defaultdict(list)
     for step, value in points:
@@ -141,7 +141,7 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def curves_of(lines: Sequence[Line]) -> tuple[dict[str, Any], dict[Path, list[str]]]:
+def curve_data(lines: Sequence[ReportRow]) -> tuple[dict[str, Any], dict[Path, list[str]]]:
     """The charts and what each draws of the first :data:`MOST_CURVES` lines; sentences on each run's log.
 
     ``charts``: title, group, unit, ...; ``lines``: line -> chart -> per seed [steps, values].
@@ -159,7 +159,7 @@ def curves_of(lines: Sequence[Line]) -> tuple[dict[str, Any], dict[Path, list[st
         for i, chart in enumerate(charts):
             seeds = [read.get(folder.path, {}).get(chart["source"], []) for folder in line.folders]
             if chart["group"] == "loss":
-                seeds = [thinned(points, width) for points in seeds]
+                seeds = [average_points(points, width) for points in seeds]
             seeds = [points for points in seeds if points]
             if seeds:
                 of_line[i] = [
@@ -175,7 +175,7 @@ def choose_charts(read: Sequence[Curves]) -> list[dict[str, Any]]:
     names = {name for curves in read for name in curves}
     charts = []
     for task in TASK_NAMES:
-        wanted = (*primaries(task), *((TASKS[task].stand_in,) if TASKS[task].stand_in else ()))
+        wanted = (*primary_metrics(task), *((TASKS[task].stand_in,) if TASKS[task].stand_in else ()))
         counted = {
             m: max(len(curves.get(f"val/{task}/{m}", ())) for curves in read)
             for m in wanted
@@ -183,9 +183,9 @@ def choose_charts(read: Sequence[Curves]) -> list[dict[str, Any]]:
         }
         if counted:  # odsF may stand at the end only, where the loss has a curve
             metric = next((m for m, count in counted.items() if count > 1), next(iter(counted)))
-            column = column_of(task, metric)
+            column = make_column(task, metric)
             scale = 100 if column.unit == "%" else 1
-            about = {"title": f"{task} {heading(column)}", "group": "metric", "source": f"val/{task}/{metric}"}
+            about = {"title": f"{task} {column_heading(column)}", "group": "metric", "source": f"val/{task}/{metric}"}
             charts.append(about | {"scale": scale, "digits": DIGITS.get(column.unit, 4), "unit": column.unit})
     losses = sorted(name.removeprefix("train/") for name in names if name.startswith("train/"))
     order = [*(task for task in TASK_NAMES if task in losses), *(n for n in losses if n not in (*TASK_NAMES, "lr"))]
@@ -198,19 +198,19 @@ def choose_charts(read: Sequence[Curves]) -> list[dict[str, Any]]:
 # Together
 
 
-def data(collection: Collection) -> tuple[dict[str, Any], dict[Path, list[str]]]:
+def data(collection: ReportData) -> tuple[dict[str, Any], dict[Path, list[str]]]:
     """What page.js draws, but for the pictures; and sentences on each run's log."""
     found = collection.comparison
     columns, rows = (found.columns, found.rows) if found else ([], [])
     swept = swept_keys(rows)
-    curves, told = curves_of(collection.lines)
+    curves, told = curve_data(collection.lines)
     return {
-        "columns": columns_of(columns),
+        "columns": column_data(columns),
         "rows": [
             {"label": line.label, "baseline": bool(line.row and line.row.is_baseline), "numbers": line.row is not None}
             for line in collection.lines
         ],
-        "cells": [cells_of(row, columns) for row in rows],
-        "swept": {key: {"values": values, "series": others(rows, key)} for key, values in swept.items()},
+        "cells": [cell_data(row, columns) for row in rows],
+        "swept": {key: {"values": values, "series": series_labels(rows, key)} for key, values in swept.items()},
         "curves": curves,
     }, told

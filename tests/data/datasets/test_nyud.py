@@ -15,9 +15,9 @@ from helpers.common import ROOT
 from PIL import Image
 
 from mtcl import UserError
-from mtcl.data import NYUD, Augment, finish, train_loader
-from mtcl.data.datasets.base import resized_edges, resized_image, same_aspect
-from mtcl.data.transforms import nearest
+from mtcl.data import NYUD, Augment, finalize_labels, train_loader
+from mtcl.data.datasets.base import resize_edges, resize_image, same_aspect
+from mtcl.data.transforms import resize_nearest
 from mtcl.evaluation.saved_predictions import PredictionWriter
 from mtcl.tasks import NYUD40, build_task
 
@@ -114,8 +114,8 @@ def test_every_file_round_trips_with_exact_values(archive: Path) -> None:
 
 def as_used(reader: NYUD, index: int) -> dict[str, np.ndarray]:
     """Labels as losses see them."""
-    tasks = {name: build_task(name, **options) for name, options in NYUD.offered().items()}
-    return finish(reader.read(index), tasks).labels
+    tasks = {name: build_task(name, **options) for name, options in NYUD.task_options().items()}
+    return finalize_labels(reader.read(index), tasks).labels
 
 
 @pytest.mark.parametrize("size", [(425, 560), (480, 640)])
@@ -191,8 +191,8 @@ def test_a_label_of_another_size_but_the_same_view_is_resampled(archive: Path, s
         write(archive / folder / "0003.png", other[folder])
     sample = NYUD(archive, "train", TASKS).read(0)
     expected = np.where(other["segmentation"] == 0, 255, other["segmentation"].astype(int) - 1)
-    np.testing.assert_array_equal(sample.labels["semseg"], nearest(expected, (6, 8)))
-    np.testing.assert_array_equal(sample.labels["edge"], nearest(other["edge"] > 127, (6, 8)))
+    np.testing.assert_array_equal(sample.labels["semseg"], resize_nearest(expected, (6, 8)))
+    np.testing.assert_array_equal(sample.labels["edge"], resize_nearest(other["edge"] > 127, (6, 8)))
 
 
 @pytest.mark.parametrize("tasks", [t for n in (1, 2, 4) for t in itertools.combinations(TASKS, n)])
@@ -438,7 +438,7 @@ def test_truncated_file_is_named(tmp_path: Path, suffixes: dict[str, str], folde
 
 def stream(root: Path, cache: Path | None, workers: int) -> list[np.ndarray]:
     """All that two epochs of training give."""
-    tasks = {name: build_task(name, **options) for name, options in NYUD.offered().items()}
+    tasks = {name: build_task(name, **options) for name, options in NYUD.task_options().items()}
     reader = NYUD(root, "train", TASKS, cache=cache)
     loader = train_loader(reader, tasks, Augment((5, 7)), 1, seed=4, workers=workers)
     batches = itertools.islice(loader, 6)
@@ -453,7 +453,7 @@ def test_neither_the_cache_nor_the_workers_change_what_is_trained_on(archive: Pa
 
 
 def test_offered_builds_the_tasks() -> None:
-    offered = NYUD.offered(num_classes=13)
+    offered = NYUD.task_options(num_classes=13)
     assert tuple(offered) == TASKS
     assert offered["semseg"] == {"class_names": NYUD40[:13]}
     tasks = {name: build_task(name, **options) for name, options in offered.items()}
@@ -494,19 +494,19 @@ def test_resized_edges_take_the_maximum_of_the_covered_cell(size: tuple[int, int
             rows = slice(i * 16 // size[0], -(-(i + 1) * 16 // size[0]))
             columns = slice(j * 12 // size[1], -(-(j + 1) * 12 // size[1]))
             expected[i, j] = edges[rows, columns].max()
-    np.testing.assert_array_equal(resized_edges(edges, size), expected)
+    np.testing.assert_array_equal(resize_edges(edges, size), expected)
 
 
 def test_a_thin_line_survives_where_nearest_would_lose_it() -> None:
     line = np.zeros((40, 40), np.uint8)
     line[:, 8] = 1
-    assert resized_edges(line, (10, 10))[:, 2].all()
-    assert not nearest(line, (10, 10)).any()
+    assert resize_edges(line, (10, 10))[:, 2].all()
+    assert not resize_nearest(line, (10, 10)).any()
 
 
 def test_resized_image_keeps_a_constant() -> None:
     for size in ((3, 4), (12, 16), (3, 16)):
-        image = resized_image(np.full((6, 8, 3), 77, np.uint8), size)
+        image = resize_image(np.full((6, 8, 3), 77, np.uint8), size)
         assert image.shape == (*size, 3)
         assert (image == 77).all()
 

@@ -34,10 +34,10 @@ from helpers.pascal_miniature import (
 from mtcl import UserError
 from mtcl.data import Augment, eval_loader, train_loader
 from mtcl.data.datasets import pascal_context as module
-from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC, NORMALS_CLASSES, PART_OF_NAME, PERSON
+from mtcl.data.datasets.pascal_classes import NORMALS_CLASSES, PART_NAME_TO_ID, PERSON, VOC_TO_CONTEXT
 from mtcl.data.datasets.pascal_context import TASKS, PascalContext
-from mtcl.data.datasets.pascal_labels import edges, has_normals
-from mtcl.data.transforms import finish, nearest
+from mtcl.data.datasets.pascal_labels import has_normals, semantic_edges
+from mtcl.data.transforms import finalize_labels, resize_nearest
 from mtcl.tasks import HUMAN_PARTS, VOC21, build_task
 
 FIRST = TRAIN[0]
@@ -128,7 +128,7 @@ def slow_parts(shown: Picture) -> np.ndarray:
         if one.kind == 15:
             for name, mask in one.parts:
                 for i, j in zip(*np.nonzero(mask)):
-                    label[i, j] = PART_OF_NAME[name]
+                    label[i, j] = PART_NAME_TO_ID[name]
     return label
 
 
@@ -136,7 +136,7 @@ def slow_normals(shown: Picture) -> np.ndarray:
     gate = np.zeros(shown.context.shape, bool)
     for kind in NORMALS_CLASSES:
         gate |= shown.context == kind
-    return np.where(nearest(gate, shown.normals.shape[:2])[..., None], shown.normals, 0)
+    return np.where(resize_nearest(gate, shown.normals.shape[:2])[..., None], shown.normals, 0)
 
 
 def expected(shown: Picture, task: str) -> np.ndarray:
@@ -192,12 +192,12 @@ def test_edges_of_many_small_segments_are_the_slow_ones(seed: int) -> None:
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 460, (5, 4), dtype=np.uint16)
     classes = blocks.repeat(rng.integers(1, 5, 5), axis=0).repeat(rng.integers(1, 6, 4), axis=1)
-    np.testing.assert_array_equal(edges(classes), slow_thin(slow_laplacian(classes)))
+    np.testing.assert_array_equal(semantic_edges(classes), slow_thin(slow_laplacian(classes)))
 
 
 def test_a_staircase_of_equal_steps_has_no_edge_as_in_the_field() -> None:
     ramp = np.tile(np.arange(9, dtype=np.uint16), (5, 1))
-    assert not edges(ramp)[:, 2:-2].any()
+    assert not semantic_edges(ramp)[:, 2:-2].any()
 
 
 def test_normals_count_on_the_listed_classes_only() -> None:
@@ -431,8 +431,8 @@ def test_the_tables_are_those_of_the_field() -> None:
         5: "luleg ruleg",
         6: "llleg lfoot rlleg rfoot",
     }
-    assert {name: part for part, names in six.items() for name in names.split()} == PART_OF_NAME
-    voc = dict(zip(VOC21[1:], CONTEXT_OF_VOC, strict=True))
+    assert {name: part for part, names in six.items() for name in names.split()} == PART_NAME_TO_ID
+    voc = dict(zip(VOC21[1:], VOC_TO_CONTEXT, strict=True))
     assert (voc["aeroplane"], voc["bicycle"], voc["bird"], voc["boat"], voc["bottle"]) == (2, 23, 25, 31, 34)
     assert (voc["bus"], voc["car"], voc["cat"], voc["chair"], voc["cow"]) == (45, 59, 65, 72, 98)
     assert (voc["diningtable"], voc["dog"], voc["horse"], voc["motorbike"], voc["person"]) == (397, 113, 207, 258, 284)
@@ -755,7 +755,7 @@ def test_root_without_an_archive_tells_the_layout(tmp_path: Path, state: str) ->
 
 
 def test_offered_builds_the_tasks() -> None:
-    offered = PascalContext.offered()
+    offered = PascalContext.task_options()
     assert tuple(offered) == TASKS
     channels = {name: build_task(name, **options).channels for name, options in offered.items()}
     assert channels["semseg"] == len(VOC21) == 21
@@ -787,7 +787,7 @@ def test_fingerprint_tells_lists_and_files_apart_but_not_tasks(archive: Path, tm
 
 
 def _tasks(names: tuple[str, ...]) -> dict:
-    offered = PascalContext.offered()
+    offered = PascalContext.task_options()
     return {name: build_task(name, **offered[name]) for name in names}
 
 
@@ -799,7 +799,7 @@ def test_batches_of_any_set_of_tasks_hold_the_finished_labels(shared, names: tup
     for batch in eval_loader(reader, tasks, (64, 64), batch_size=3, workers=0):
         assert batch["image"].shape[1:] == (3, 64, 64)
         for row, meta in enumerate(batch["meta"]):
-            sample = finish(reader.read(reader.ids.index(meta.id)), tasks)
+            sample = finalize_labels(reader.read(reader.ids.index(meta.id)), tasks)
             top, left = meta.offset
             inside = (slice(top, top + meta.native_size[0]), slice(left, left + meta.native_size[1]))
             image = batch["image"][row].permute(1, 2, 0).numpy()

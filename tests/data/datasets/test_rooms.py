@@ -8,8 +8,8 @@ import pytest
 
 from mtcl import UserError
 from mtcl.data.datasets.rooms import CLASS_NAMES, Rooms, render
-from mtcl.data.datasets.rooms.render import View, cast, shaped, tabulated
-from mtcl.data.datasets.rooms.scene import FREE_STANDING, PERSON, Scene, build
+from mtcl.data.datasets.rooms.render import View, build_shapes, build_tables, cast_rays
+from mtcl.data.datasets.rooms.scene import FREE_STANDING, PERSON, Scene, build_scene
 
 HEIGHT, WIDTH = 48, 64
 KEYS = {"image", "semseg", "depth", "normals", "edge", "human_parts", "sal"}
@@ -22,18 +22,18 @@ def room(index: int) -> dict[str, np.ndarray]:
 
 @cache
 def viewed(index: int) -> tuple[Scene, View]:
-    scene = build(0, index)
-    return scene, cast(scene, shaped(scene), HEIGHT, WIDTH)
+    scene = build_scene(0, index)
+    return scene, cast_rays(scene, build_shapes(scene), HEIGHT, WIDTH)
 
 
 def instances(index: int) -> np.ndarray:
     scene, view = viewed(index)
-    return tabulated(scene).instance[view.surface].reshape(HEIGHT, WIDTH)
+    return build_tables(scene).instance[view.surface].reshape(HEIGHT, WIDTH)
 
 
 def rays_in_camera_axes(index: int) -> np.ndarray:
     """(H, W, 3) in x left, y up, z towards the viewer, from the definition of the camera alone."""
-    half = build(0, index).camera.half_width
+    half = build_scene(0, index).camera.half_width
     right = ((np.arange(WIDTH) + 0.5) / (WIDTH / 2) - 1) * half
     up = (HEIGHT / 2 - (np.arange(HEIGHT) + 0.5)) / (WIDTH / 2) * half
     right, up = np.meshgrid(right, up)
@@ -103,7 +103,7 @@ def test_every_ray_ends_at_the_nearest_primitive(index):
     scene, view = viewed(index)
     nearest = np.full(view.depth.shape, np.inf, np.float32)
     with np.errstate(divide="ignore", invalid="ignore"):
-        for shape in shaped(scene):
+        for shape in build_shapes(scene):
             for frame in shape.frames(scene.camera.position).T:
                 distance = shape.distances(np.repeat(frame[:, None], len(nearest), axis=1), view.rays)
                 nearest = np.where((distance > 0) & (distance < nearest), distance, nearest)
@@ -196,8 +196,8 @@ def test_floor_ceiling_and_axes_of_the_normals():
 
 def test_things_stand_in_the_room_and_apart_from_the_camera():
     for index in range(40):
-        scene = build(3, index)
-        for shape in shaped(scene):
+        scene = build_scene(3, index)
+        for shape in build_shapes(scene):
             low, high = shape.bounds
             for axis in range(3):
                 slack = 0.12  # what hangs on a wall reaches into it, and so does a lamp into the ceiling
@@ -341,7 +341,7 @@ def test_fingerprints_tell_lists_apart():
 
 
 def test_offered():
-    offered = Rooms.offered(size=(96, 128), seed=3)
+    offered = Rooms.task_options(size=(96, 128), seed=3)
     assert list(offered) == ["semseg", "human_parts", "sal", "depth", "normals", "edge"]
     assert offered["semseg"] == {"class_names": CLASS_NAMES}
     assert not any(offered[task] for task in offered if task != "semseg")

@@ -18,9 +18,9 @@ from helpers.common import ROOT, Result
 from mtcl import UserError
 from mtcl.data import NYUD
 from mtcl.data.prepare import nyud
-from mtcl.data.prepare.normals import KINECT, MIN_SHARE, NOISE, SHARPNESS, Camera, encoded_normals, plane_normals
-from mtcl.data.prepare.nyud import FOUR_TO_THREE, WHOLE, RawFrame, converted, prepare_nyud, small_edition
-from mtcl.data.prepare.regions import SEAM, closed_seams, object_regions, region_edges
+from mtcl.data.prepare.normals import KINECT, MIN_SHARE, NOISE, SHARPNESS, Camera, encode_normals, estimate_normals
+from mtcl.data.prepare.nyud import FULL_EDITION, WINDOW_4_TO_3, RawFrame, convert_frame, parse_edition, prepare_nyud
+from mtcl.data.prepare.regions import SEAM, close_seams, label_regions, region_edges
 from mtcl.tasks import NYUD40, build_task
 
 SCRIPT = "scripts/prepare_nyud.py"
@@ -74,17 +74,17 @@ def test_a_plane_has_its_normal_at_every_pixel(normal: tuple[float, float, float
     depth = plane_depth(normal, 2.5)
     seen = depth > 0  # above the horizon there is no floor
     assert seen.mean() > 0.5
-    found = decoded(encoded_normals(plane_normals(depth, CAMERA)))
+    found = decoded(encode_normals(estimate_normals(depth, CAMERA)))
     whole = cv2.erode(seen.astype(np.uint8), np.ones((11, 11))) > 0  # slivers at the horizon may lack a window
     assert angles(found, normal)[whole].max() < 1
 
 
 def test_axes_are_left_up_and_to_the_viewer() -> None:
     floor = np.where(np.arange(SIZE[0])[:, None] > 80, 1.2 / np.maximum(rays(SIZE, CAMERA)[..., 1], 0.01), 0)
-    assert angles(plane_normals(floor, CAMERA), (0, 1, 0))[85:].max() < 0.1
+    assert angles(estimate_normals(floor, CAMERA), (0, 1, 0))[85:].max() < 0.1
     x = rays(SIZE, CAMERA)[..., 0]
     right_wall = np.where(x > 0.2, 1.5 / np.maximum(x, 0.2), 0)  # it faces left
-    assert angles(plane_normals(right_wall, CAMERA), (1, 0, 0))[:, 115:].max() < 0.1
+    assert angles(estimate_normals(right_wall, CAMERA), (1, 0, 0))[:, 115:].max() < 0.1
 
 
 def test_the_camera_is_that_of_the_toolbox_counted_from_zero() -> None:
@@ -93,16 +93,16 @@ def test_the_camera_is_that_of_the_toolbox_counted_from_zero() -> None:
     np.testing.assert_allclose(rays((480, 640), KINECT)[0, :, 0], x)
     np.testing.assert_allclose(rays((480, 640), KINECT)[:, 0, 1], y)
     depth = plane_depth((0.3, 0.2, 1), 3, (480, 640), KINECT)
-    assert angles(plane_normals(depth), (0.3, 0.2, 1)).max() < 0.1
+    assert angles(estimate_normals(depth), (0.3, 0.2, 1)).max() < 0.1
 
 
 @pytest.mark.parametrize("normal", [(0, 0, 1), (0.5, 0, 1), (0, 1, 0.8)])
 def test_noise_and_steps_of_a_kinect_cost_a_few_degrees_at_three_metres(normal: tuple[float, float, float]) -> None:
     depth = as_kinect(plane_depth(normal, 3, (240, 320), Camera(519, 519, 160, 120)))
     camera = Camera(519, 519, 160, 120)
-    assert angles(plane_normals(depth, camera), normal).mean() < 3
+    assert angles(estimate_normals(depth, camera), normal).mean() < 3
     # Why the windows are no smaller:
-    assert angles(plane_normals(depth, camera, radii=(4,)), normal).mean() > 4
+    assert angles(estimate_normals(depth, camera, radii=(4,)), normal).mean() > 4
 
 
 def two_planes(border: np.ndarray, normals: list[tuple], distances: list[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,7 +117,7 @@ def test_normals_do_not_smear_across_a_step() -> None:
     for border in (u < 80, v < 50, u + v < 140, 2 * u - v < 100):
         depth, true = two_planes(border, [(0, 0, 1), (0.4, 0.2, 1)], [1.5, 2.5])
         length = (region_edges(border) > 0).sum()
-        wrong = (angles(plane_normals(depth, CAMERA), true) > 5).sum()
+        wrong = (angles(estimate_normals(depth, CAMERA), true) > 5).sum()
         assert wrong <= 0.3 * length
 
 
@@ -125,16 +125,16 @@ def test_normals_turn_sharply_at_a_corner() -> None:
     x = rays(SIZE, CAMERA)[..., 0]
     left, right = (1.0, 0, 1.0), (-1.0, 0, 1.0)
     depth, true = two_planes(x > 0, [left, right], [3.0, 3.0])
-    assert (angles(plane_normals(depth, CAMERA), true) > 5).sum() <= 2 * SIZE[0]
+    assert (angles(estimate_normals(depth, CAMERA), true) > 5).sum() <= 2 * SIZE[0]
 
 
 def test_a_bar_thinner_than_the_larger_window_keeps_its_normal() -> None:
     bar = np.zeros(SIZE, bool)
     bar[:, 70:80] = True
     depth, true = two_planes(bar, [(0.5, 0, 1), (0, 0, 1)], [1.5, 2.5])
-    error = angles(plane_normals(depth, CAMERA), true)
+    error = angles(estimate_normals(depth, CAMERA), true)
     assert error[bar].max() < 5
-    assert (angles(plane_normals(depth, CAMERA, radii=(10,)), true)[bar] > 5).mean() > 0.5
+    assert (angles(estimate_normals(depth, CAMERA, radii=(10,)), true)[bar] > 5).mean() > 0.5
 
 
 def test_without_depth_there_is_no_normal_and_it_is_stored_black() -> None:
@@ -144,11 +144,11 @@ def test_without_depth_there_is_no_normal_and_it_is_stored_black() -> None:
     depth[80, 80:82] = np.inf
     depth[90, 90] = -1
     holes = ~(np.isfinite(depth) & (depth > 0))
-    found = plane_normals(depth, CAMERA)
+    found = estimate_normals(depth, CAMERA)
     assert found.dtype == np.float32
     np.testing.assert_array_equal((found == 0).all(axis=-1), holes)
     assert angles(found, (0, 0, 1))[~holes].max() < 1e-3
-    codes = encoded_normals(found)
+    codes = encode_normals(found)
     np.testing.assert_array_equal((codes == 0).all(axis=-1), holes)
 
 
@@ -157,14 +157,12 @@ def test_too_little_depth_gives_no_normal(kept: str) -> None:
     where = {"nothing": np.s_[:0], "a speck": np.s_[5:7, 5:7], "one row": np.s_[60], "one column": np.s_[:, 60]}[kept]
     depth = np.zeros(SIZE)
     depth[where] = 2
-    assert not plane_normals(depth, CAMERA).any()
+    assert not estimate_normals(depth, CAMERA).any()
 
 
 def test_encoding_rounds_to_the_nearest_level() -> None:
     vectors = np.float32([[1, 0, 0], [0, -1, 0], [0, 0.6, 0.8], [0, 0, 0]])
-    np.testing.assert_array_equal(
-        encoded_normals(vectors), [[255, 128, 128], [128, 0, 128], [128, 204, 230], [0, 0, 0]]
-    )
+    np.testing.assert_array_equal(encode_normals(vectors), [[255, 128, 128], [128, 0, 128], [128, 204, 230], [0, 0, 0]])
 
 
 def test_normals_are_those_of_a_slow_reference() -> None:
@@ -173,7 +171,7 @@ def test_normals_are_those_of_a_slow_reference() -> None:
     depth[:, 6:] += 0.5
     depth[rng.random(depth.shape) < 0.2] = 0
     camera, radii = Camera(20, 22, 5.5, 4.1), (1, 2)
-    found = plane_normals(depth, camera, radii=radii)
+    found = estimate_normals(depth, camera, radii=radii)
     for v, u in itertools.product(range(9), range(12)):
         np.testing.assert_allclose(found[v, u], slow_normal(depth, v, u, camera, radii), atol=1e-5)
 
@@ -203,13 +201,13 @@ def test_normals_of_real_frames_agree_with_others(tmp_path: Path) -> None:
     if not (REAL / "unpack.py").is_file():
         pytest.skip("the small real frames are not beside this repository")
     subprocess.run([sys.executable, REAL / "unpack.py", tmp_path], check=True, capture_output=True)
-    root, scale = tmp_path / "NYUDv2", 256 / FOUR_TO_THREE.width
-    cx, cy = KINECT.cx - FOUR_TO_THREE.left + 0.5, KINECT.cy - FOUR_TO_THREE.top + 0.5
+    root, scale = tmp_path / "NYUDv2", 256 / WINDOW_4_TO_3.width
+    cx, cy = KINECT.cx - WINDOW_4_TO_3.left + 0.5, KINECT.cy - WINDOW_4_TO_3.top + 0.5
     camera = Camera(KINECT.fx * scale, KINECT.fy * scale, cx * scale - 0.5, cy * scale - 0.5)
     differences, floors, ceilings = [], [], []
     for path in sorted((root / "depth").iterdir())[::40]:
         # Smaller windows for smaller frames, and the noise of 8 bits of depth.
-        found = plane_normals(np.load(path), camera, radii=(2, 5), noise=3e-3)
+        found = estimate_normals(np.load(path), camera, radii=(2, 5), noise=3e-3)
         other, classes = (cv2.imread(str(root / kind / f"{path.stem}.png"), -1) for kind in ("normals", "segmentation"))
         differences.append(angles(found, decoded(other[..., ::-1])).ravel())
         floors.append(found[classes == NYUD40.index("floor") + 1])
@@ -245,7 +243,7 @@ def test_edges_lie_where_a_pixel_differs_from_its_right_or_lower_neighbour(size:
 def test_a_region_is_a_label_and_its_instance() -> None:
     labels = np.uint16([[0, 0, 1, 1, 894, 2]])
     instances = np.uint8([[0, 255, 1, 2, 255, 1]])
-    regions = object_regions(labels, instances)[0]
+    regions = label_regions(labels, instances)[0]
     assert regions[0] == regions[1] == 0  # void has no instances
     assert len(set(regions)) == 5
 
@@ -256,7 +254,7 @@ def test_a_seam_between_objects_gives_one_line(width: int) -> None:
     regions[:, 40:] = 2
     regions[:, 30 : 30 + width] = 0
     regions[:, 30 + width : 40] = 2
-    edges = region_edges(closed_seams(regions))
+    edges = region_edges(close_seams(regions))
     assert (edges.sum(axis=1) == 255).all()
     line = edges[0].argmax()
     assert 30 - 1 <= line <= 30 + width
@@ -267,9 +265,9 @@ def test_wider_void_keeps_its_outline() -> None:
     regions = np.ones((60, 80), int)
     regions[:, 40:] = 2
     regions[:, 30 : 30 + 2 * SEAM + 1] = 0
-    np.testing.assert_array_equal(closed_seams(regions), regions)
+    np.testing.assert_array_equal(close_seams(regions), regions)
     disk = np.hypot(*(np.mgrid[:60, :80] - np.array([30, 40])[:, None, None])) <= 20
-    np.testing.assert_array_equal(closed_seams(np.where(disk, 0, 1)) == 0, disk)
+    np.testing.assert_array_equal(close_seams(np.where(disk, 0, 1)) == 0, disk)
 
 
 def test_a_seam_that_runs_into_wide_void_is_closed_up_to_it() -> None:
@@ -277,7 +275,7 @@ def test_a_seam_that_runs_into_wide_void_is_closed_up_to_it() -> None:
     regions[:, 40:] = 2
     regions[:, 39:41] = 0
     regions[40:] = 0
-    closed = closed_seams(regions)
+    closed = close_seams(regions)
     assert (closed[:36] > 0).all()
     assert (closed[42:] == 0).all()
 
@@ -286,7 +284,7 @@ def test_seams_take_the_nearest_region() -> None:
     rng = np.random.default_rng(0)
     regions = np.kron(rng.integers(1, 9, (5, 6)), np.ones((9, 9), int))
     void = rng.random(regions.shape) < 0.3
-    closed = closed_seams(np.where(void, 0, regions), seam=3)
+    closed = close_seams(np.where(void, 0, regions), seam=3)
     assert (closed > 0).all()  # so sparse that no disk of radius 3 fits
     np.testing.assert_array_equal(closed[~void], regions[~void])
     rows, columns = np.nonzero(~void)
@@ -299,7 +297,7 @@ def test_seams_take_the_nearest_region() -> None:
 def test_frames_of_void_only_or_without_void_stay_as_they_are() -> None:
     for value in (0, 3):
         regions = np.full((20, 30), value)
-        np.testing.assert_array_equal(closed_seams(regions), regions)
+        np.testing.assert_array_equal(close_seams(regions), regions)
 
 
 # Files
@@ -404,8 +402,8 @@ def test_the_command_writes_the_valid_part_of_every_frame(
         np.testing.assert_array_equal(found["segmentation"], np.concatenate([[0], CLASSES])[raw.labels][crop])
         np.testing.assert_array_equal(found["depth"], raw.depth[crop])
         assert found["depth"].dtype == np.float32
-        np.testing.assert_array_equal(found["normals"], encoded_normals(plane_normals(raw.depth))[crop])
-        regions = closed_seams(object_regions(raw.labels, raw.instances))[crop]
+        np.testing.assert_array_equal(found["normals"], encode_normals(estimate_normals(raw.depth))[crop])
+        regions = close_seams(label_regions(raw.labels, raw.instances))[crop]
         np.testing.assert_array_equal(found["edge"], region_edges(regions))
         assert set(np.unique(found["edge"])) == {0, 255}
     lists = {path.stem: path.read_text() for path in (out / "gt_sets").iterdir()}
@@ -425,7 +423,7 @@ def test_the_reader_reads_the_result(official: Path, tmp_path: Path) -> None:
             np.testing.assert_array_equal(sample.labels["semseg"], expected)
             np.testing.assert_array_equal(sample.labels["depth"], raw.depth[45:470, 40:600])
             normals = build_task("normals").finished(sample.labels["normals"])
-            true = plane_normals(raw.depth)[45:470, 40:600]
+            true = estimate_normals(raw.depth)[45:470, 40:600]
             assert angles(normals, true).max() < 0.5
             assert set(np.unique(sample.labels["edge"])) == {0, 1}
 
@@ -443,8 +441,8 @@ def test_the_small_edition_is_read_with_39_classes(official: Path, tmp_path: Pat
     np.testing.assert_array_equal(sample.labels["semseg"], np.concatenate([[255], merged])[raw.labels][nearest])
     assert (CLASSES[raw.labels[nearest].astype(int) - 1] == 40).any()  # the case is in the data
     np.testing.assert_array_equal(sample.labels["depth"], raw.depth[nearest])
-    np.testing.assert_array_equal(sample.labels["normals"], encoded_normals(plane_normals(raw.depth))[nearest])
-    regions = closed_seams(object_regions(raw.labels, raw.instances))[nearest]
+    np.testing.assert_array_equal(sample.labels["normals"], encode_normals(estimate_normals(raw.depth))[nearest])
+    regions = close_seams(label_regions(raw.labels, raw.instances))[nearest]
     np.testing.assert_array_equal(sample.labels["edge"] * 255, slow_edges(regions))
     assert sample.image.shape == (192, 256, 3)
     # The mean of the pixels that are covered: of a ramp, its value in the middle.
@@ -458,7 +456,7 @@ def test_otherprop_and_void_keep_their_edges_in_the_small_edition() -> None:
     frame = RawFrame(
         np.zeros((480, 640, 3), np.uint8), np.ones((480, 640), np.float32), labels, labels.astype(np.uint8)
     )
-    found = converted(frame, np.array([0, 40, 40]), small_edition("64x48"))
+    found = convert_frame(frame, np.array([0, 40, 40]), parse_edition("64x48"))
     assert not found["segmentation"].any()
     assert (found["edge"].sum(axis=1) == 255).all()
 
@@ -466,10 +464,10 @@ def test_otherprop_and_void_keep_their_edges_in_the_small_edition() -> None:
 @pytest.mark.parametrize("size", ["560x420", "320x240", "100x75", "101x75", "4x3"])
 def test_sizes_of_four_to_three(size: str) -> None:
     width, height = map(int, size.split("x"))
-    edition = small_edition(size)
+    edition = parse_edition(size)
     assert edition.size == (height, width)
     assert edition.window == (47, 41, 420, 560)
-    assert {array.shape[:2] for array in converted(FRAMES[0], np.zeros(895, int), edition).values()} == {
+    assert {array.shape[:2] for array in convert_frame(FRAMES[0], np.zeros(895, int), edition).values()} == {
         (height, width)
     }
 
@@ -503,7 +501,7 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, seen = tmp_path / "out", []
-    real = nyud.converted
+    real = nyud.convert_frame
     monkeypatch.setattr(nyud, "converted", lambda frame, *args: seen.append(frame) or real(frame, *args))
     prepared(official, out, "64x48")
     assert len(seen) == 3
@@ -645,5 +643,5 @@ def test_the_command_uses_every_core_by_itself(
 
 def test_the_crop_is_the_valid_part_in_matlabs_counting() -> None:
     frame = np.arange(480)[:, None] * 1000 + np.arange(640)
-    np.testing.assert_array_equal(WHOLE.window.of(frame), frame[46 - 1 : 470, 41 - 1 : 600])
-    assert WHOLE.size == (425, 560)
+    np.testing.assert_array_equal(FULL_EDITION.window.crop(frame), frame[46 - 1 : 470, 41 - 1 : 600])
+    assert FULL_EDITION.size == (425, 560)

@@ -30,11 +30,11 @@ from helpers.pascal_miniature import (
 
 from mtcl import UserError
 from mtcl.data import image_io as files
-from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC
+from mtcl.data.datasets.pascal_classes import VOC_TO_CONTEXT
 from mtcl.data.datasets.pascal_context import TASKS, PascalContext
 from mtcl.data.prepare import pascal
-from mtcl.data.prepare.jobs import STAMP, begin, tune_lists
-from mtcl.data.prepare.pascal import VOC_OF_CONTEXT, prepare_pascal
+from mtcl.data.prepare.jobs import STAMP_FILE, split_tuning_ids, start_output
+from mtcl.data.prepare.pascal import CONTEXT_TO_VOC, prepare_pascal
 
 SCRIPT = "scripts/prepare_pascal.py"
 FOLDERS = ("voc", "labels", "context", "parts", "distilled")
@@ -81,13 +81,13 @@ def check_picture(out: Path, shown: Picture, labelled: bool) -> None:
     voc, own = out / "semseg" / "VOC12" / f"{shown.id}.png", out / "semseg" / "pascal-context" / f"{shown.id}.png"
     assert (voc.exists(), own.exists()) == (labelled, not labelled)
     expected = shown.voc if labelled else shown.from_context
-    np.testing.assert_array_equal(files.read_values(voc if labelled else own), expected)
+    np.testing.assert_array_equal(files.read_label_image(voc if labelled else own), expected)
     np.testing.assert_array_equal(
         files.read_mat(out / "pascal-context" / "trainval" / f"{shown.id}.mat", "LabelMap"), shown.context
     )
     check_parts(out / "human_parts" / f"{shown.id}.mat", shown)
-    np.testing.assert_array_equal(files.read_colours(out / "normals_distill" / f"{shown.id}.png"), shown.normals)
-    np.testing.assert_array_equal(files.read_values(out / "sal_distill" / f"{shown.id}.png"), shown.saliency)
+    np.testing.assert_array_equal(files.read_color_label(out / "normals_distill" / f"{shown.id}.png"), shown.normals)
+    np.testing.assert_array_equal(files.read_label_image(out / "sal_distill" / f"{shown.id}.png"), shown.saliency)
 
 
 def check_parts(path: Path, shown: Picture) -> None:
@@ -104,7 +104,7 @@ def check_parts(path: Path, shown: Picture) -> None:
 
 
 def check_lists(out: Path) -> None:
-    tune_train, tune_val = tune_lists(TRAIN)
+    tune_train, tune_val = split_tuning_ids(TRAIN)
     for part, ids in {"train": TRAIN, "val": VAL, "tune_train": tune_train, "tune_val": tune_val}.items():
         assert (out / "ImageSets" / "Context" / f"{part}.txt").read_text().split() == list(ids)
 
@@ -146,7 +146,7 @@ def test_the_result_has_the_files_of_the_archive_and_no_others(kit: Devkit, tmp_
     prepared(kit, tmp_path / "out")
     pictures = write_archive(tmp_path / "archive")
     unused = {f"semseg/pascal-context/{name}.png" for name, shown in pictures.items() if shown.voc is not None}
-    stamps = {STAMP, f"human_parts/{STAMP}", f"normals_distill/{STAMP}", f"sal_distill/{STAMP}"}
+    stamps = {STAMP_FILE, f"human_parts/{STAMP_FILE}", f"normals_distill/{STAMP_FILE}", f"sal_distill/{STAMP_FILE}"}
     assert set(state(tmp_path / "out")) - stamps == set(state(tmp_path / "archive")) - unused
 
 
@@ -238,7 +238,10 @@ def test_link_copies_nothing_and_mends_broken_links(
     for shown in kit.pictures.values():
         check_picture(out, shown, labelled=shown.voc is not None)
     written = {path.relative_to(out) for path in out.rglob("*") if path.is_file() and not path.is_symlink()}
-    assert {str(path.parent) for path in written if path.name != STAMP} == {"ImageSets/Context", pascal.FROM_CONTEXT[0]}
+    assert {str(path.parent) for path in written if path.name != STAMP_FILE} == {
+        "ImageSets/Context",
+        pascal.FROM_CONTEXT[0],
+    }
     for kind, source in ((pascal.IMAGES, kit.voc / "JPEGImages"), (pascal.PARTS, kit.parts / "Annotations_Part")):
         for path in (out / kind[0]).glob(f"*{kind[1]}"):
             assert Path(os.readlink(path)) == source / path.name
@@ -283,7 +286,7 @@ def test_distilled_maps_may_have_another_size_but_not_another_aspect(tmp_path: P
 def test_optional_releases_may_be_absent_and_added_later(kit: Devkit, tmp_path: Path) -> None:
     out = tmp_path / "out 1"
     summary = prepared(kit, out, parts=None, normals=None, saliency=None)
-    assert {path.name for path in out.iterdir()} == {"ImageSets", "JPEGImages", "semseg", "pascal-context", STAMP}
+    assert {path.name for path in out.iterdir()} == {"ImageSets", "JPEGImages", "semseg", "pascal-context", STAMP_FILE}
     assert "Tasks: semseg, edge." in summary
     assert "human_parts can't be trained: it needs PASCAL-Part, --parts DIR." in summary
     for task, option in (("sal", "--saliency"), ("normals", "--normals")):
@@ -314,17 +317,17 @@ def test_pixels_without_a_context_label_are_void(tmp_path: Path) -> None:
     kit = write_devkit(tmp_path / "releases", unlabelled=True)
     prepared(kit, tmp_path / "out")
     shown = kit.pictures[TRAIN[1]]
-    label = files.read_values(tmp_path / "out" / "semseg" / "pascal-context" / f"{TRAIN[1]}.png")
+    label = files.read_label_image(tmp_path / "out" / "semseg" / "pascal-context" / f"{TRAIN[1]}.png")
     np.testing.assert_array_equal(label == 255, shown.context == 0)
     assert (label == 255).any()
 
 
 def test_every_context_class_becomes_its_voc_class_or_background() -> None:
     for label in range(1, 460):
-        expected = CONTEXT_OF_VOC.index(label) + 1 if label in CONTEXT_OF_VOC else 0
-        assert VOC_OF_CONTEXT[label] == expected
-    assert VOC_OF_CONTEXT[0] == 255
-    assert sorted(VOC_OF_CONTEXT)[-22:-1] == [0, *range(1, 21)]
+        expected = VOC_TO_CONTEXT.index(label) + 1 if label in VOC_TO_CONTEXT else 0
+        assert CONTEXT_TO_VOC[label] == expected
+    assert CONTEXT_TO_VOC[0] == 255
+    assert sorted(CONTEXT_TO_VOC)[-22:-1] == [0, *range(1, 21)]
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float64])
@@ -494,9 +497,9 @@ def test_a_folder_of_something_else_is_left_alone(kit: Devkit, tmp_path: Path) -
 def test_a_run_killed_while_it_began_can_be_started_again(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / f".{STAMP}.0123456789ab.tmp").write_text("{")
-    begin(out, {"made": "anything"})
-    assert [path.name for path in out.iterdir()] == [STAMP]
+    (out / f".{STAMP_FILE}.0123456789ab.tmp").write_text("{")
+    start_output(out, {"made": "anything"})
+    assert [path.name for path in out.iterdir()] == [STAMP_FILE]
 
 
 def test_a_result_of_other_releases_is_not_mixed_with_these(kit: Devkit, tmp_path: Path) -> None:

@@ -26,9 +26,9 @@ from mtcl import UserError
 from mtcl.data import NYUD, Rooms
 from mtcl.data.datasets.pascal_context import PascalContext
 from mtcl.data.datasets.rooms import CLASS_NAMES
-from mtcl.data.verify import FACTS, Report, align, find, judge, report, verify
+from mtcl.data.verify import FACTS, Report, align, find_dataset, format_report, judge, verify
 from mtcl.data.verify.facts import NYUD_SHARES
-from mtcl.data.verify.table import Row, table
+from mtcl.data.verify.table import Row, format_table
 from mtcl.tasks import NYUD40, VOC21
 
 REAL = ROOT.parent / "shared" / "nyud_mini"
@@ -344,29 +344,29 @@ def test_a_limit_measures_the_first_pictures_but_checks_whole_lists(archive: Pat
     assert damages(result) == {}
     assert row(result, "decoded edge").found == "13"
     assert row(result, "list train").found == "10"
-    assert "only the first 7 pictures of each list" in report(result)
+    assert "only the first 7 pictures of each list" in format_report(result)
     for options, key in (({"limit": 0}, "limit=0"), ({"workers": -1}, "workers=-1")):
         with pytest.raises(UserError, match=key):
             verify(archive, **options)
 
 
 def test_the_dataset_is_seen_from_what_is_there(sound: Path, tmp_path: Path) -> None:
-    assert find(sound.parent, None) == ("nyud", sound)
-    assert find(sound, "nyud_small") == ("nyud_small", sound)
+    assert find_dataset(sound.parent, None) == ("nyud", sound)
+    assert find_dataset(sound, "nyud_small") == ("nyud_small", sound)
     with pytest.raises(UserError, match="ImageSets/Context"):
-        find(sound, "pascal")
+        find_dataset(sound, "pascal")
     with pytest.raises(UserError, match="not a folder"):
-        find(tmp_path / "none", None)
+        find_dataset(tmp_path / "none", None)
     small = tmp_path / "small"
     write_list(small / "gt_sets" / "val.txt", ids(500, 0))
-    assert find(small, None)[0] == "nyud_small"
+    assert find_dataset(small, None)[0] == "nyud_small"
     (small / "prepared.json").write_text("{}")  # written by scripts/prepare_nyud.py
-    assert find(small, None)[0] == "nyud"
+    assert find_dataset(small, None)[0] == "nyud"
 
 
 def test_a_prepared_folder_tells_its_size(archive: Path) -> None:
     (archive / "prepared.json").write_text('{"made": "NYUDv2", "size": "128x96"}')
-    text = report(verify(archive))
+    text = format_report(verify(archive))
     assert "known deviation: written by one of mtcl's prepare scripts (prepared.json: size 128x96)" in text
 
 
@@ -377,7 +377,7 @@ def test_known_shares_are_of_all_but_the_last_class() -> None:
 
 
 def test_tables_have_aligned_columns_and_wrap() -> None:
-    text = table([Row("a check", "word " * 30, "short"), Row("b", "", "", "damage")])
+    text = format_table([Row("a check", "word " * 30, "short"), Row("b", "", "", "damage")])
     lines = text.splitlines()
     assert len({line.index("|") for line in lines if "|" in line}) == 1
     assert max(map(len, lines)) <= 120
@@ -472,7 +472,7 @@ def sound_pascal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_pascal_passes_and_its_damages_are_found(sound_pascal: Path, tmp_path: Path) -> None:
     result = verify(sound_pascal)
     assert result.dataset == "pascal"
-    assert set(result.tasks) == set(PascalContext.offered())
+    assert set(result.tasks) == set(PascalContext.task_options())
     assert damages(result) == {}
     for task in ("semseg", "sal", "edge"):
         assert row(result, f"{task} on picture").verdict == "ok", row(result, f"{task} on picture")

@@ -246,12 +246,12 @@ def test_wiring():
     ]
     merged = decoder.refine["depth"].merge(torch.cat(gathered, dim=1))
     final = decoder.refine["depth"].mix(torch.cat([initial["depth"], merged], dim=1))
-    torch.testing.assert_close(output.taps["final"]["depth"], final)
-    torch.testing.assert_close(output.taps["initial"]["depth"], initial["depth"])
+    torch.testing.assert_close(output.features["final"]["depth"], final)
+    torch.testing.assert_close(output.features["initial"]["depth"], initial["depth"])
     logits = decoder.logits["depth"](final)
     want = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     torch.testing.assert_close(output.predictions["depth"], want)
-    torch.testing.assert_close(output.taps["final"]["normals"], decoder.refine["normals"].mix(initial["normals"]))
+    torch.testing.assert_close(output.features["final"]["normals"], decoder.refine["normals"].mix(initial["normals"]))
     for task, x in labels.items():
         want = F.interpolate(decoder.decode[task](x), size, mode="bilinear", align_corners=False)
         torch.testing.assert_close(output.intermediate[0][task], want)
@@ -272,8 +272,8 @@ def test_shapes(tasks, genotype):
         }
         assert all(torch.equal(predictions[t], p) and p.isfinite().all() for t, p in output.predictions.items())
         side = (-(-size[0] // 4), -(-size[1] // 4))
-        assert {tap: {t: tuple(x.shape) for t, x in maps.items()} for tap, maps in output.taps.items()} == {
-            tap: {t: (1, c, *side) for t, c in of.items()} for tap, of in decoder.tap_channels.items()
+        assert {tap: {t: tuple(x.shape) for t, x in maps.items()} for tap, maps in output.features.items()} == {
+            tap: {t: (1, c, *side) for t, c in of.items()} for tap, of in decoder.feature_channels.items()
         }
         assert len(output.intermediate) == (genotype not in ("all_none", "all_global", "all_local"))
         for maps in output.intermediate:
@@ -282,12 +282,12 @@ def test_shapes(tasks, genotype):
 
 def test_wide_concatenations_are_projected():
     decoder = make(widest=20).eval()
-    assert decoder.tap_channels["final"]["depth"] == 20 // 4
+    assert decoder.feature_channels["final"]["depth"] == 20 // 4
     assert decoder(make_features(), (44, 53)).predictions["edge"].shape == (2, 1, 44, 53)
     assert make(widest=36).fusion is None
     maps = [randn(1, c, 3, 4) for c in CHANNELS]  # a ViT's: one stride
     with torch.no_grad():
-        assert decoder(maps, (48, 64)).taps["final"]["edge"].shape == (1, 5, 12, 16)
+        assert decoder(maps, (48, 64)).features["final"]["edge"].shape == (1, 5, 12, 16)
 
 
 def test_training_starts_without_the_contexts():

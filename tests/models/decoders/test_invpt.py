@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mtcl import UserError
 from mtcl.models import EncoderDecoder, build_backbone
 from mtcl.models.decoders import InvPT
-from mtcl.models.decoders.invpt import SpatialNorm, TaskAttention, encoder_maps, grow_scores
+from mtcl.models.decoders.invpt import SpatialNorm, TaskAttention, select_encoder_levels, upsample_scores
 from mtcl.profiling.flops import count
 
 TASKS = {"semseg": 5, "depth": 1, "normals": 3}
@@ -136,13 +136,13 @@ def test_attention_hears_the_scores_of_the_stage_before(size):
 def test_scores_of_tasks_and_keys_do_not_mix_when_they_grow():
     scores = torch.zeros(1, 2, 3, 2, 4, 5)
     scores[0, 1, 2, 0, 3, 4] = 1.0  # head 1, task 2, place (0, 3), key 4
-    grown = grow_scores(scores, (4, 8))
+    grown = upsample_scores(scores, (4, 8))
     assert grown.shape == (1, 2, 3, 4, 8, 5)
     lone = grown[0, 1, 2, :, :, 4]
     assert grown.sum() == lone.sum()
     assert lone[0, 7] == 1.0
     assert lone[0].tolist() == [0, 0, 0, 0, 0, 0.25, 0.75, 1.0]
-    assert grow_scores(scores, (2, 4)).equal(scores)
+    assert upsample_scores(scores, (2, 4)).equal(scores)
 
 
 def test_every_task_hears_every_other():
@@ -177,9 +177,11 @@ def test_shapes(family, options):
     (intermediate,) = output.intermediate
     assert {t: tuple(p.shape) for t, p in intermediate.items()} == {t: (2, c, *size) for t, c in TASKS.items()}
     assert all(torch.equal(predictions[t], output.predictions[t]) for t in TASKS)
-    assert {k: {t: f.shape[1] for t, f in taps.items()} for k, taps in output.taps.items()} == decoder.tap_channels
+    assert {
+        k: {t: f.shape[1] for t, f in features.items()} for k, features in output.features.items()
+    } == decoder.feature_channels
     quarter = tuple(-(-(s // stride) * 8 // decoder.downsample) for s in size)
-    assert output.taps["final"]["depth"].shape[2:] == quarter
+    assert output.features["final"]["depth"].shape[2:] == quarter
     assert quarter == tuple(s // 4 for s in size) or family == "patches of 14"
 
 
@@ -224,11 +226,11 @@ def test_shared_is_what_serves_more_than_one_task():
 
 
 def test_encoder_maps():
-    assert encoder_maps([16] * 4, 2) == [2, 1, 0]
-    assert encoder_maps([16] * 12, 2) == [10, 9, 8]
-    assert encoder_maps([16], 2) == [0, 0, 0]
-    assert encoder_maps([4, 8, 16, 32], 1) == [3, 2, 1]
-    assert encoder_maps([4, 8, 8, 8], 4) == [3, 3, 3]
+    assert select_encoder_levels([16] * 4, 2) == [2, 1, 0]
+    assert select_encoder_levels([16] * 12, 2) == [10, 9, 8]
+    assert select_encoder_levels([16], 2) == [0, 0, 0]
+    assert select_encoder_levels([4, 8, 16, 32], 1) == [3, 2, 1]
+    assert select_encoder_levels([4, 8, 8, 8], 4) == [3, 3, 3]
     assert [make_decoder(f).downsample for f in FAMILIES] == [2, 1, 4, 2, 2]
     assert make_decoder(downsample=1).downsample == 1
 

@@ -74,10 +74,10 @@ def test_tasks_hear_each_other_through_their_queries_alone():
 @pytest.mark.parametrize("training", [False, True])
 def test_any_tasks_any_size(tasks, training):
     decoder = make_decoder({t: TASKS[t] for t in tasks}).train(training)
-    assert decoder.tap_channels == {"final": dict.fromkeys(tasks, 6)}
+    assert decoder.feature_channels == {"final": dict.fromkeys(tasks, 6)}
     output = decoder(make_features(1, 24, 40), (24, 40))
     assert {t: tuple(p.shape) for t, p in output.predictions.items()} == {t: (1, TASKS[t], 24, 40) for t in tasks}
-    assert all(m.shape == (1, 6, 6, 10) for m in output.taps["final"].values())
+    assert all(m.shape == (1, 6, 6, 10) for m in output.features["final"].values())
     assert output.intermediate == []
 
 

@@ -79,8 +79,8 @@ def test_scales_hand_on_from_coarse_to_fine():
 
 def test_a_pyramid_makes_all_scales_of_one_width():
     decoder = checks.made(make_pyramid)
-    assert decoder.tap_channels == {"final": dict.fromkeys(TASKS, 24), "initial": dict.fromkeys(TASKS, 6)}
-    assert checks.made(make).tap_channels["final"] == dict.fromkeys(TASKS, sum(CHANNELS))
+    assert decoder.feature_channels == {"final": dict.fromkeys(TASKS, 24), "initial": dict.fromkeys(TASKS, 6)}
+    assert checks.made(make).feature_channels["final"] == dict.fromkeys(TASKS, sum(CHANNELS))
 
 
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])

@@ -8,7 +8,7 @@ from helpers.decoder_checks import PYRAMID, TASKS, VIT
 
 from mtcl import UserError
 from mtcl.models.decoders import PADNet
-from mtcl.models.decoders.blocks import Distillation, projection
+from mtcl.models.decoders.blocks import Distillation, projection_shortcut
 
 
 def make(channels, strides, tasks, **options):
@@ -47,8 +47,8 @@ def test_a_task_on_its_own_is_not_distilled():
 
 
 def test_shortcuts_are_projected_only_where_widths_differ():
-    assert projection(4, 4) is None
-    assert projection(4, 6)(torch.randn(2, 4, 3, 3)).shape == (2, 6, 3, 3)
+    assert projection_shortcut(4, 4) is None
+    assert projection_shortcut(4, 6)(torch.randn(2, 4, 3, 3)).shape == (2, 6, 3, 3)
 
 
 @pytest.mark.parametrize("tasks", [("depth",), ("normals", "semseg")])
@@ -72,9 +72,9 @@ def test_initial_predictions_are_of_the_maps_before_the_distillation():
     assert len(before.intermediate) == 1
     for t in TASKS:
         assert torch.equal(before.intermediate[0][t], after.intermediate[0][t])
-        assert torch.equal(before.taps["initial"][t], after.taps["initial"][t])
+        assert torch.equal(before.features["initial"][t], after.features["initial"][t])
         assert not torch.allclose(before.predictions[t], after.predictions[t], atol=1e-4)
-        assert torch.equal(after.taps["final"][t], decoder.heads[t](after.taps["initial"][t]))
+        assert torch.equal(after.features["final"][t], decoder.heads[t](after.features["initial"][t]))
 
 
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_compiles, checks.check_bf16,

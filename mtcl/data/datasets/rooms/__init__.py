@@ -28,7 +28,7 @@ CACHE_BYTES = 2**29  # that a reader keeps at most, in each process that reads; 
 
 
 class Rooms:
-    """One list of rooms, as a :class:`mtcl.data.sample.Reader`.
+    """One list of rooms, as a :class:`mtcl.data.sample.MultiTaskDataset`.
 
     ``length`` is the number of scenes for training and for validation, ``limit`` keeps only the first so many
     of this list; ``cache`` keeps what was read in memory, with the tasks asked for, up to :data:`CACHE_BYTES`.
@@ -48,7 +48,7 @@ class Rooms:
         _require("part", part, ("train", "val"))
         _require("split", split, ("standard", "tune"))
         for task in tasks:
-            _require("task", task, tuple(self.offered()))
+            _require("task", task, tuple(self.task_options()))
         count = length[0] if part == "train" else length[1]
         if not 0 < count <= _LONGEST:
             raise UserError(f"rooms: length {count} of the part {part!r} must be between 1 and {_LONGEST}.")
@@ -67,7 +67,7 @@ class Rooms:
         ]
 
     @classmethod
-    def offered(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
+    def task_options(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
         """Task name -> options of the task; the same whatever the options of the data set."""
         return {
             "semseg": {"class_names": CLASS_NAMES},

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mtcl.data.datasets.rooms.scene import FREE_STANDING, PERSON, Camera, Capsule, Scene, Solid, Vector, build
-from mtcl.data.datasets.rooms.textures import LEVELS, SIDE, SIDE_BITS, atlas, hashed
+from mtcl.data.datasets.rooms.scene import FREE_STANDING, PERSON, Camera, Capsule, Scene, Solid, Vector, build_scene
+from mtcl.data.datasets.rooms.textures import LEVELS, SIDE, SIDE_BITS, atlas, hash_noise
 
 NEAR = 0.05  # metres; nothing is closer to the camera
 LARGE_PERSON = 0.01  # of the picture; smaller persons are not salient
@@ -57,25 +57,25 @@ def render(seed: int, index: int, height: int, width: int) -> dict[str, np.ndarr
     ``edge``: uint8 (H, W), 1 where the right or the lower neighbour belongs to another instance.
     ``human_parts``: uint8 (H, W), 0 background, 1 head, 2 torso and neck, 3 upper arms, 4 lower arms and
     hands, 5 upper legs, 6 lower legs and feet.
-    ``sal``: uint8 (H, W), 1 on the salient object (see :func:`salient`).
+    ``sal``: uint8 (H, W), 1 on the salient object (see :func:`saliency_mask`).
     """
-    scene = build(seed, index)
-    tables, shapes = tabulated(scene), shaped(scene)
-    view = cast(scene, shapes, height, width)
+    scene = build_scene(seed, index)
+    tables, shapes = build_tables(scene), build_shapes(scene)
+    view = cast_rays(scene, shapes, height, width)
     shape = (height, width)
     label, instance = tables.label[view.surface], tables.instance[view.surface]
     return {
-        "image": picture(scene, tables, shapes, view, height, width),
+        "image": shade_image(scene, tables, shapes, view, height, width),
         "semseg": label.reshape(shape),
         "depth": view.depth.reshape(shape),
         "normals": camera_normals(scene.camera, view.normals).reshape(*shape, 3),
         "edge": boundaries(instance.reshape(shape)),
         "human_parts": tables.part[view.surface].reshape(shape),
-        "sal": salient(label, instance, height, width).reshape(shape),
+        "sal": saliency_mask(label, instance, height, width).reshape(shape),
     }
 
 
-def tabulated(scene: Scene) -> Tables:
+def build_tables(scene: Scene) -> Tables:
     """The table of the scene's surfaces."""
     primitives: list[Solid | Capsule] = [*scene.boxes, *scene.ellipsoids, *scene.capsules]
     surfaces = scene.shell + [primitive.surface for primitive in primitives]
@@ -205,8 +205,8 @@ class Capsules:
 Shape = Boxes | Capsules
 
 
-def shaped(scene: Scene) -> list[Shape]:
-    """The scene's primitives by kind, in the order of :func:`tabulated`."""
+def build_shapes(scene: Scene) -> list[Shape]:
+    """The scene's primitives by kind, in the order of :func:`build_tables`."""
     return [Boxes(scene.boxes), Ellipsoids(scene.ellipsoids), Capsules(scene.capsules)]
 
 
@@ -261,7 +261,7 @@ def camera_rays(camera: Camera, height: int, width: int) -> np.ndarray:
     return rays.reshape(3, -1)
 
 
-def cast(scene: Scene, shapes: list[Shape], height: int, width: int) -> View:
+def cast_rays(scene: Scene, shapes: list[Shape], height: int, width: int) -> View:
     """The nearest surface along every pixel's ray."""
     rays = camera_rays(scene.camera, height, width)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -269,7 +269,7 @@ def cast(scene: Scene, shapes: list[Shape], height: int, width: int) -> View:
         surface = face.copy()
         first = len(scene.shell)
         for shape in shapes:
-            meet(scene.camera, shape, first, rays, depth, surface, (height, width))
+            intersect(scene.camera, shape, first, rays, depth, surface, (height, width))
             first += shape.bounds.shape[2]
 
         points = depth * rays + np.array(scene.camera.position, np.float32)[:, None]
@@ -288,7 +288,7 @@ def cast(scene: Scene, shapes: list[Shape], height: int, width: int) -> View:
     return View(rays, depth, surface, points, normals, texture)
 
 
-def meet(
+def intersect(
     camera: Camera,
     shape: Shape,
     first: int,
@@ -298,8 +298,8 @@ def meet(
     size: tuple[int, int],
 ) -> None:
     """Put into ``depth`` and ``surface`` the primitives of one kind, whose rows begin at ``first``."""
-    rectangles = windows(corners(shape.bounds), _BOX_EDGES, camera, *size)
-    which, pixel = pairs(rectangles, size[1])
+    rectangles = bounding_rectangles(corners(shape.bounds), _BOX_EDGES, camera, *size)
+    which, pixel = primitive_pixel_pairs(rectangles, size[1])
     distance = shape.distances(np.take(shape.frames(camera.position), which, axis=1), np.take(rays, pixel, axis=1))
     near = np.flatnonzero((distance > NEAR) & (distance < np.take(depth, pixel)))
     which, pixel, distance = which[near], pixel[near], distance[near]
@@ -332,7 +332,7 @@ def corners(bounds: np.ndarray) -> np.ndarray:
     return np.stack([bounds[i & 1, 0], bounds[i >> 1 & 1, 1], bounds[i >> 2, 2]])
 
 
-def windows(points: np.ndarray, edges: np.ndarray, camera: Camera, height: int, width: int) -> np.ndarray:
+def bounding_rectangles(points: np.ndarray, edges: np.ndarray, camera: Camera, height: int, width: int) -> np.ndarray:
     """Pixel rectangles that bound the projections of solids: intp (4, primitives).
 
     A solid is given by its corners, ``points`` (3, K, primitives), and by its edges, pairs of corners (2, E).
@@ -360,7 +360,7 @@ def windows(points: np.ndarray, edges: np.ndarray, camera: Camera, height: int, 
     return np.minimum(np.maximum(np.floor(np.array(sides)), 0), limits).astype(np.intp)
 
 
-def pairs(rectangles: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+def primitive_pixel_pairs(rectangles: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """All pixels of the rectangles (4, primitives): the primitive and the pixel of each pair, intp (M,)."""
     top, bottom, left, right = rectangles
     across, down = np.maximum(right - left, 0), np.maximum(bottom - top, 0)
@@ -403,7 +403,7 @@ def centre_weights(height: int, width: int) -> np.ndarray:
     return weights.ravel().astype(np.float64)
 
 
-def salient(label: np.ndarray, instance: np.ndarray, height: int, width: int) -> np.ndarray:
+def saliency_mask(label: np.ndarray, instance: np.ndarray, height: int, width: int) -> np.ndarray:
     """The mask of what one looks at, uint8 (N,).
 
     All persons that cover at least one hundredth of the picture; where there is none, the free-standing
@@ -425,7 +425,7 @@ def salient(label: np.ndarray, instance: np.ndarray, height: int, width: int) ->
 # The picture.
 
 
-def picture(scene: Scene, tables: Tables, shapes: list[Shape], view: View, height: int, width: int) -> np.ndarray:
+def shade_image(scene: Scene, tables: Tables, shapes: list[Shape], view: View, height: int, width: int) -> np.ndarray:
     """What the camera records: uint8 RGB (H, W, 3)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         lamp, daylight, ambient = illumination(scene, shapes, view, height, width)
@@ -438,7 +438,7 @@ def picture(scene: Scene, tables: Tables, shapes: list[Shape], view: View, heigh
         albedo += np.take(tables.colours[channel + 3], view.surface) * mix
         light = lamp * scene.lamp.colour[channel] + daylight * scene.daylight.colour[channel] + ambient
         result[channel] = np.sqrt(albedo * light).reshape(height, width)
-    return developed(result, scene.key)
+    return develop_image(result, scene.key)
 
 
 def illumination(
@@ -473,7 +473,9 @@ def shadows(scene: Scene, shapes: list[Shape], to_point: np.ndarray, height: int
         below = np.flatnonzero(shape.bounds[1, 1] < light[1] - 0.05)
         solid = corners(shape.bounds[:, :, below])
         hull = np.concatenate([solid, shadow_ends(scene, solid)], axis=1)
-        which, pixel = pairs(windows(hull, _SHADOW_EDGES, scene.camera, height, width), width)
+        which, pixel = primitive_pixel_pairs(
+            bounding_rectangles(hull, _SHADOW_EDGES, scene.camera, height, width), width
+        )
         frames = np.take(shape.frames(light)[:, below], which, axis=1)
         distance = shape.distances(frames, np.take(to_point, pixel, axis=1))
         hidden[pixel[(distance > 0) & (distance < 0.99)]] = 1
@@ -512,10 +514,10 @@ def pattern_values(scene: Scene, tables: Tables, view: View, width: int) -> np.n
 def grain() -> np.ndarray:
     """Fixed noise around 0, in display units: float32 (512, 512)."""
     i = np.arange(512)
-    return (hashed(i[:, None], i[None, :], 99) + hashed(i[:, None], i[None, :], 100) - 1) * np.float32(0.025)
+    return (hash_noise(i[:, None], i[None, :], 99) + hash_noise(i[:, None], i[None, :], 100) - 1) * np.float32(0.025)
 
 
-def developed(display: np.ndarray, key: int) -> np.ndarray:
+def develop_image(display: np.ndarray, key: int) -> np.ndarray:
     """Display values (3, H, W), 0 to about 1, through lens blur and sensor noise: uint8 (H, W, 3)."""
     _, height, width = display.shape
     soft = display.copy()

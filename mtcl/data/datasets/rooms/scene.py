@@ -162,12 +162,12 @@ class Frame(NamedTuple):
         return self.x + c * x + s * z, self.y + y, self.z - s * x + c * z
 
 
-def turned(t: float) -> tuple[float, float]:
+def rotation(t: float) -> tuple[float, float]:
     """Cosine and sine of the angle 2 atan(t)."""
     return (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
 
 
-class Dice:
+class SceneRandom:
     """Numbers that depend on (seed, index) alone: SplitMix64."""
 
     _MASK = (1 << 64) - 1
@@ -202,27 +202,27 @@ class Dice:
         return max(r, 0.02) * max(r, 0.02), max(g, 0.02) * max(g, 0.02), max(b, 0.02) * max(b, 0.02)
 
 
-def shaded(colour: Vector, factor: float) -> Vector:
+def scale_color(colour: Vector, factor: float) -> Vector:
     return colour[0] * factor, colour[1] * factor, colour[2] * factor
 
 
 def plain(colour: Vector, contrast: float = 0.75, tile: float = 1.0) -> Paint:
-    return Paint(Pattern.PLAIN, tile, colour, shaded(colour, contrast))
+    return Paint(Pattern.PLAIN, tile, colour, scale_color(colour, contrast))
 
 
 def glowing(colour: Vector, glow: float) -> Paint:
     return Paint(Pattern.PLAIN, 1.0, colour, colour, glow)
 
 
-def build(seed: int, index: int) -> Scene:
+def build_scene(seed: int, index: int) -> Scene:
     """The scene of this seed and index."""
-    return _Builder(Dice(seed, index)).scene()
+    return _Builder(SceneRandom(seed, index)).scene()
 
 
 class _Builder:
     """Furnishes one room, from the shell to the small things, keeping track of the places taken."""
 
-    def __init__(self, dice: Dice):
+    def __init__(self, dice: SceneRandom):
         self.dice = dice
         self.boxes: list[Solid] = []
         self.ellipsoids: list[Solid] = []
@@ -301,7 +301,7 @@ class _Builder:
         across, ahead = aim_x - x, self.depth * dice.between(0.65, 0.9) - z
         length = sqrt(across * across + ahead * ahead)
         fx, fz = across / length, ahead / length
-        c, s = turned(dice.between(0.02, 0.12))  # 2 to 14 degrees down
+        c, s = rotation(dice.between(0.02, 0.12))  # 2 to 14 degrees down
         return Camera(
             position=(x, y, z),
             right=(fz, 0.0, -fx),
@@ -319,7 +319,7 @@ class _Builder:
         if pattern == Pattern.BRICK:
             wall = Paint(pattern, 1.1, dice.colour(_WALL_COLOURS), dice.colour(_WALL_COLOURS[:2]))
         else:
-            wall = Paint(pattern, dice.between(0.9, 1.6), colour, shaded(colour, dice.between(0.62, 0.85)))
+            wall = Paint(pattern, dice.between(0.9, 1.6), colour, scale_color(colour, dice.between(0.62, 0.85)))
         accent = plain(dice.colour(_WALL_COLOURS, gain=0.85)) if dice.chance(0.3) else wall
         bands = plain(dice.colour(_PAINTS[:1]) if dice.chance(0.6) else self.wood)
         ceiling = plain(dice.colour(((0.93, 0.93, 0.91), (0.93, 0.93, 0.91), (0.85, 0.80, 0.70))), 0.9)
@@ -327,12 +327,12 @@ class _Builder:
         kind = dice.pick((Pattern.PLANKS, Pattern.PLANKS_ACROSS, Pattern.TILES, Pattern.CHECKER, Pattern.PLAIN))
         if kind in (Pattern.PLANKS, Pattern.PLANKS_ACROSS):
             first = dice.colour(_WOODS)
-            floor = Paint(kind, dice.between(1.3, 1.8), first, shaded(first, 0.35))
+            floor = Paint(kind, dice.between(1.3, 1.8), first, scale_color(first, 0.35))
         elif kind == Pattern.PLAIN:
             floor = plain(dice.colour(_FABRICS[-6:]), 0.55, 0.8)
         else:
             first = dice.colour(((0.86, 0.83, 0.76), (0.70, 0.70, 0.70), (0.80, 0.62, 0.50)))
-            floor = Paint(kind, dice.between(1.2, 2.0), first, shaded(first, dice.between(0.3, 0.6)))
+            floor = Paint(kind, dice.between(1.2, 2.0), first, scale_color(first, dice.between(0.3, 0.6)))
 
         faces = [
             Surface(WALL, 0, 0, wall),
@@ -427,13 +427,13 @@ class _Builder:
         self._keep_clear(wall, along, half)
         self._begin(DOOR)
         leaf = dice.colour(_PAINTS[:1]) if dice.chance(0.5) else self.wood
-        paint = Paint(Pattern.GRAIN, 0.6, leaf, shaded(leaf, 0.75))
-        rim = plain(shaded(leaf, 0.8))
+        paint = Paint(Pattern.GRAIN, 0.6, leaf, scale_color(leaf, 0.75))
+        rim = plain(scale_color(leaf, 0.8))
         for side in (-1, 1):
             self._box(wall, (along + side * (half + 0.03), top / 2, 0), (0.035, top / 2, 0.045), rim)
         self._box(wall, (along, top, 0), (half + 0.065, 0.035, 0.045), rim)
         self._box(wall, (along, top / 2, 0), (half, top / 2, 0.02), paint)
-        inset = paint._replace(first=shaded(leaf, 0.7), second=shaded(leaf, 0.55))
+        inset = paint._replace(first=scale_color(leaf, 0.7), second=scale_color(leaf, 0.55))
         for middle, height in ((0.27 * top, 0.17 * top), (0.72 * top, 0.2 * top)):
             self._box(wall, (along, middle, 0), (0.65 * half, height, 0.03), inset)
         knob = (along + dice.sign() * 0.82 * half, 1.0, 0.06)
@@ -519,8 +519,8 @@ class _Builder:
             return
         self._begin(CABINET)
         colour = self.wood if dice.chance(0.5) else dice.colour((*_PAINTS, *_WOODS))
-        body = Paint(Pattern.GRAIN, 0.7, colour, shaded(colour, 0.7))
-        front = body._replace(first=shaded(colour, 1.15), second=shaded(colour, 0.9))
+        body = Paint(Pattern.GRAIN, 0.7, colour, scale_color(colour, 0.7))
+        front = body._replace(first=scale_color(colour, 1.15), second=scale_color(colour, 0.9))
         knob = plain((0.6, 0.55, 0.4) if dice.chance(0.5) else (0.05, 0.05, 0.05))
         self._box(frame, (0, top / 2 + 0.03, 0), (half_x, top / 2 - 0.03, half_z), body)
         self._box(frame, (0, top, 0), (half_x + 0.015, 0.015, half_z + 0.015), body)
@@ -544,8 +544,8 @@ class _Builder:
             return
         self._begin(CABINET)
         colour = self.wood if dice.chance(0.6) else dice.colour((*_PAINTS, *_WOODS))
-        body = Paint(Pattern.GRAIN, 0.7, colour, shaded(colour, 0.7))
-        books = Paint(Pattern.BOOKS, 1.2, dice.colour(_FABRICS), shaded(dice.colour(_FABRICS), 0.35))
+        body = Paint(Pattern.GRAIN, 0.7, colour, scale_color(colour, 0.7))
+        books = Paint(Pattern.BOOKS, 1.2, dice.colour(_FABRICS), scale_color(dice.colour(_FABRICS), 0.35))
         self._box(frame, (0, top / 2, -0.04), (half_x - 0.02, top / 2 - 0.01, half_z - 0.06), books)
         for side in (-1, 1):
             self._box(frame, (side * half_x, top / 2, 0), (0.025, top / 2, half_z), body)
@@ -560,8 +560,8 @@ class _Builder:
             return
         self._begin(SOFA)
         colour = dice.colour(_FABRICS)
-        cover = Paint(Pattern.WEAVE, 0.5, colour, shaded(colour, 0.7))
-        seat = cover._replace(first=shaded(colour, 1.2))
+        cover = Paint(Pattern.WEAVE, 0.5, colour, scale_color(colour, 0.7))
+        seat = cover._replace(first=scale_color(colour, 1.2))
         self._box(frame, (0, 0.19, 0), (half_x, 0.13, half_z), cover)
         self._box(frame, (0, 0.47, -half_z + 0.12), (half_x, 0.36, 0.12), cover)
         for side in (-1, 1):
@@ -594,7 +594,7 @@ class _Builder:
         """A rug, about the middle of the room: things may stand on it."""
         dice = self.dice
         half_x, half_z = dice.between(0.8, 1.3), dice.between(0.6, 0.9)
-        frame = Frame(self.width * dice.between(-0.12, 0.12), self.depth * dice.between(0.45, 0.65), turned(0.0))
+        frame = Frame(self.width * dice.between(-0.12, 0.12), self.depth * dice.between(0.45, 0.65), rotation(0.0))
         cloth = self._cloth(dice.pick((Pattern.DIAMONDS, Pattern.STRIPES, Pattern.CHECKER, Pattern.PLAIN)), 1.0)
         self._begin(MAT)
         self._box(frame, (0, 0.004, 0), (half_x, 0.004, half_z), plain(cloth.second))
@@ -603,12 +603,12 @@ class _Builder:
     def _table(self) -> None:
         dice = self.dice
         half_x, half_z, top = dice.between(0.5, 0.85), dice.between(0.35, 0.5), dice.pick((0.44, 0.73, 0.75))
-        frame = self._in_view(half_x, half_z, 2.0, turned(dice.between(-0.25, 0.25)))
+        frame = self._in_view(half_x, half_z, 2.0, rotation(dice.between(-0.25, 0.25)))
         if frame is None:
             return
         self._begin(TABLE)
         colour = self.wood if dice.chance(0.5) else dice.colour((*_PAINTS, *_WOODS))
-        paint = Paint(Pattern.GRAIN, 0.8, colour, shaded(colour, 0.65))
+        paint = Paint(Pattern.GRAIN, 0.8, colour, scale_color(colour, 0.65))
         self._box(frame, (0, top - 0.02, 0), (half_x, 0.02, half_z), paint)
         self._box(frame, (0, top - 0.08, 0), (half_x - 0.06, 0.04, half_z - 0.06), paint)
         for x in (-1, 1):
@@ -642,14 +642,14 @@ class _Builder:
 
     def _facing_about(self) -> tuple[float, float]:
         """A direction that more often than not shows a front to the camera."""
-        c, s = turned(self.dice.between(-0.9, 0.9))
+        c, s = rotation(self.dice.between(-0.9, 0.9))
         return (-c, s) if self.dice.chance(0.75) else (c, s)
 
     def _chair(self, frame: Frame, occupied: bool) -> None:
         dice = self.dice
         self._begin(CHAIR)
         colour = self.wood if dice.chance(0.5) else dice.colour((*_PAINTS, *_FABRICS))
-        paint = Paint(Pattern.GRAIN, 0.6, colour, shaded(colour, 0.7))
+        paint = Paint(Pattern.GRAIN, 0.6, colour, scale_color(colour, 0.7))
         self._box(frame, (0, 0.44, 0), (0.21, 0.02, 0.21), paint)
         for x in (-0.185, 0.185):
             self._box(frame, (x, 0.21, 0.185), (0.02, 0.21, 0.02), paint)
@@ -687,7 +687,7 @@ class _Builder:
 
     def _ball(self) -> None:
         radius = self.dice.between(0.1, 0.28)
-        frame = self._in_view(radius, radius, 1.6, turned(self.dice.between(-1, 1)))
+        frame = self._in_view(radius, radius, 1.6, rotation(self.dice.between(-1, 1)))
         if frame is None:
             return
         self._begin(BALL)
@@ -714,7 +714,7 @@ class _Builder:
         hair = plain(dice.colour(_HAIRS, 0.03), 0.6, 0.3)
         shirt = self._cloth(dice.pick((Pattern.PLAIN, Pattern.PLAIN, Pattern.WEAVE, Pattern.STRIPES_ACROSS)), 0.8)
         if shirt.pattern in (Pattern.PLAIN, Pattern.WEAVE):
-            shirt = shirt._replace(second=shaded(shirt.first, 0.65))
+            shirt = shirt._replace(second=scale_color(shirt.first, 0.65))
         trousers = plain(dice.colour(_TROUSERS), 0.7)
         shoes = plain(dice.colour(_PAINTS), 0.8)
         sleeve, leg = (skin if dice.chance(0.5) else shirt), (skin if dice.chance(0.2) else trousers)
@@ -801,7 +801,7 @@ def _overlaps(place: tuple[float, ...], others: Sequence[tuple[float, ...]]) -> 
 
 def _direction(bend: Bend, side: int = 1) -> Vector:
     """Unit vector of a limb, in the frame of its person."""
-    (cw, sw), (cp, sp) = turned(bend[0]), turned(bend[1])
+    (cw, sw), (cp, sp) = rotation(bend[0]), rotation(bend[1])
     return side * sp * cw, -cp * cw, sw
 
 

@@ -29,7 +29,7 @@ class Pattern(IntEnum):
     LANDSCAPE = auto()
 
 
-def hashed(x: np.ndarray, y: np.ndarray, salt: int) -> np.ndarray:
+def hash_noise(x: np.ndarray, y: np.ndarray, salt: int) -> np.ndarray:
     """Hash of integer coordinates: float32 in [0, 1), shape of ``x`` and ``y`` broadcast."""
     h = x.astype(np.uint32) * np.uint32(0x9E3779B1) + y.astype(np.uint32) * np.uint32(0x85EBCA77) + np.uint32(salt)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
@@ -46,8 +46,8 @@ def value_noise(row: np.ndarray, column: np.ndarray, rows: int, columns: int, sa
     fy, fx = fy * fy * (3 - 2 * fy), fx * fx * (3 - 2 * fx)
     top, left = y0.astype(np.int32), x0.astype(np.int32)
     bottom, right = (top + 1) % rows, (left + 1) % columns
-    above = hashed(top, left, salt) * (1 - fx) + hashed(top, right, salt) * fx
-    below = hashed(bottom, left, salt) * (1 - fx) + hashed(bottom, right, salt) * fx
+    above = hash_noise(top, left, salt) * (1 - fx) + hash_noise(top, right, salt) * fx
+    below = hash_noise(bottom, left, salt) * (1 - fx) + hash_noise(bottom, right, salt) * fx
     return above * (1 - fy) + below * fy
 
 
@@ -62,14 +62,14 @@ def _tiles(row: np.ndarray, column: np.ndarray) -> Iterator[tuple[Pattern, np.nd
     yield Pattern.GRAIN, grain
 
     plank = r // 16
-    along = (c + (hashed(plank, plank, 6) * SIDE).astype(np.int32)) % SIDE
+    along = (c + (hash_noise(plank, plank, 6) * SIDE).astype(np.int32)) % SIDE
     seam = (r % 16 == 0) | (along % 64 == 0)
-    planks = np.where(seam, np.float32(1), 0.5 * hashed(plank, along // 64, 7) + 0.3 * grain)
+    planks = np.where(seam, np.float32(1), 0.5 * hash_noise(plank, along // 64, 7) + 0.3 * grain)
     yield Pattern.PLANKS, planks
     yield Pattern.PLANKS_ACROSS, planks.T
 
     grout = (r % 32 < 2) | (c % 32 < 2)
-    yield Pattern.TILES, np.where(grout, np.float32(1), 0.3 * hashed(r // 32, c // 32, 8) + 0.2 * cloud)
+    yield Pattern.TILES, np.where(grout, np.float32(1), 0.3 * hash_noise(r // 32, c // 32, 8) + 0.2 * cloud)
     yield Pattern.CHECKER, 0.8 * ((r // 32 + c // 32) % 2) + 0.2 * cloud
 
     stripes = np.where(c % 16 < 6, np.float32(0.85), np.where(c % 16 == 10, np.float32(0.5), np.float32(0)))
@@ -80,17 +80,17 @@ def _tiles(row: np.ndarray, column: np.ndarray) -> Iterator[tuple[Pattern, np.nd
     course = r // 16
     shifted = (c + 16 * (course % 2)) % SIDE
     mortar = (r % 16 < 2) | (shifted % 32 < 2)
-    yield Pattern.BRICK, np.where(mortar, np.float32(1), 0.5 * hashed(course, shifted // 32, 9) + 0.15 * fine)
+    yield Pattern.BRICK, np.where(mortar, np.float32(1), 0.5 * hash_noise(course, shifted // 32, 9) + 0.15 * fine)
 
     cell = (c + 16 * (r // 32 % 2)) % 32
     diamond = np.abs(r % 32 - 16) + np.abs(cell - 16) < 8
     yield Pattern.DIAMONDS, np.where(diamond, np.float32(0.9), 0.2 * cloud)
     yield Pattern.WEAVE, 0.4 * ((r // 4 + c // 4) % 2) + 0.6 * fine
 
-    book = (c + (hashed(c // 8, r // 32, 10) * 3).astype(np.int32)) // 6
-    height = 18 + (hashed(book, r // 32, 11) * 10).astype(np.int32)
+    book = (c + (hash_noise(c // 8, r // 32, 10) * 3).astype(np.int32)) // 6
+    height = 18 + (hash_noise(book, r // 32, 11) * 10).astype(np.int32)
     shelf = (r % 32 < 3) | (r % 32 > height)
-    yield Pattern.BOOKS, np.where(shelf, np.float32(1), 0.9 * hashed(book, r // 32, 12))
+    yield Pattern.BOOKS, np.where(shelf, np.float32(1), 0.9 * hash_noise(book, r // 32, 12))
 
     hills = 34 + 40 * value_noise(0 * row, column, 4, 4, 13) + 12 * value_noise(0 * row, column, 16, 16, 14)
     yield Pattern.LANDSCAPE, np.where(row < hills, 0.7 + 0.3 * cloud, 0.35 * cloud)
