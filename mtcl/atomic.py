@@ -41,7 +41,7 @@ def write_atomically(
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> list[Path]:
+def remove_temporary_files(folder: Path) -> list[Path]:
     """Remove the temporary files of writers that were killed; they are returned. Only where nobody else writes."""
     found = [path for path in folder.iterdir() if TEMPORARY.fullmatch(path.name)] if folder.is_dir() else []
     for path in found:
@@ -50,7 +50,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def disk_errors_told(path: Path, then: str = "run it again (a training run: with resume=auto)") -> Iterator[None]:
+def convert_disk_errors(path: Path, then: str = "run it again (a training run: with resume=auto)") -> Iterator[None]:
     """An ``OSError`` of writing ``path`` as a ``UserError``; ``then``: what to do once the disk is in order."""
     try:
         yield
@@ -97,7 +97,7 @@ def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
 
-    with disk_errors_told(path):
+    with convert_disk_errors(path):
         write_atomically(path, write)
 
 

@@ -21,7 +21,7 @@ class ParameterError(UserError):
         self.parameter, self.problem = parameter, problem
 
 
-def why_unreadable(error: Exception) -> str:
+def describe_load_error(error: Exception) -> str:
     """Tell in a line why ``torch.load`` took no file, without its advice to run whatever code is in there."""
     text = str(error).strip().split("\n")[0]
     if "weights_only" in text or "weights only" in text.lower() or type(error).__name__ == "BadZipFile":
@@ -29,7 +29,7 @@ def why_unreadable(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def printable(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     r"""Replace characters that control a terminal by their escapes, such as ``\x1b``; keep every other alphabet.
 
     Names of files and texts in files of strangers may hold escape codes, line breaks or marks that turn the direction

@@ -6,28 +6,28 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from mtcl.atomic import disk_errors_told
+from mtcl.atomic import convert_disk_errors
 from mtcl.errors import UserError
 from mtcl.safe_files import open_regular
 
 log = logging.getLogger(__name__)
-LOOKS = 5  # at a lock that is held, before it counts as a run's: is_claimed() has it for a moment
+LOCK_ATTEMPTS = 5  # at a lock that is held, before it counts as a run's: is_claimed() has it for a moment
 
 
-class Claim:
-    """A folder held for this process until :meth:`close` or the process's end, however it ends: see :func:`claim`."""
+class RunLock:
+    """A folder held for this process until :meth:`close` or the process's end, however it ends: see :func:`lock_run`."""
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
         self.file = self._locked()
-        held_by_this_process[self.folder] = self
+        locks_of_this_process[self.folder] = self
 
     def close(self) -> None:
         self.file.close()
-        if held_by_this_process.get(self.folder) is self:
-            del held_by_this_process[self.folder]
+        if locks_of_this_process.get(self.folder) is self:
+            del locks_of_this_process[self.folder]
 
-    def renew(self) -> None:
+    def relock(self) -> None:
         """Hold the folder again where somebody removed it in the meantime. UserError where another run has it now."""
         try:
             there = os.path.samestat(os.stat(self.folder / ".lock"), os.fstat(self.file.fileno()))
@@ -37,7 +37,7 @@ class Claim:
             before, self.file = self.file, self._locked()
             before.close()
 
-    def __enter__(self) -> "Claim":
+    def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,7 +45,7 @@ class Claim:
 
     def _locked(self) -> IO[str]:
         path = self.folder / ".lock"
-        with disk_errors_told(path):
+        with convert_disk_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             if path.is_symlink():
                 raise UserError(f"{path} is a link, in place of the file that mtcl locks; remove it")
@@ -62,18 +62,18 @@ class Claim:
         return file
 
 
-held_by_this_process: dict[Path, Claim] = {}  # what this process holds
+locks_of_this_process: dict[Path, RunLock] = {}  # what this process holds
 
 
-def claim(folder: Path) -> Claim:
+def lock_run(folder: Path) -> RunLock:
     """Hold ``folder`` for this process until the claim is closed or the process ends, however it ends.
 
     UserError where another process holds it. On systems without ``fcntl`` nothing is held.
     """
-    return Claim(folder)
+    return RunLock(folder)
 
 
-def is_claimed(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Whether a process holds ``folder``. A look disturbs no run, not even one that is starting."""
     try:
         with open_regular(folder / ".lock") as file:
@@ -95,10 +95,10 @@ def _lock(file: IO[Any], shared: bool = False) -> None:
     """``BlockingIOError`` where somebody else has the lock."""
     import fcntl  # not on Windows
 
-    for look in range(1, LOOKS + 1):
+    for look in range(1, LOCK_ATTEMPTS + 1):
         try:
             return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            if shared or look == LOOKS:
+            if shared or look == LOCK_ATTEMPTS:
                 raise
             time.sleep(0.02)

@@ -27,7 +27,7 @@ class Line(NamedTuple):
     record: Record | None
 
     @property
-    def is_cut(self) -> bool:
+    def is_truncated(self) -> bool:
         """Is it the end of the file, without a line's end?"""
         return not self.data.endswith(b"\n") and len(self.data) < MAX_LINE
 

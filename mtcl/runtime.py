@@ -48,7 +48,7 @@ def autocast(device: torch.device, precision: str, key: str = "trainer.precision
 
 
 @contextlib.contextmanager
-def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+def freeze_running_statistics(model: nn.Module) -> Iterator[None]:
     """Batch norms leave their running statistics alone inside: a block that gradient checkpointing runs a second time
     would count its batch twice."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]

@@ -10,7 +10,7 @@ they have. --baseline, --against, --by and --holm are those of scripts/compare.p
 import argparse
 from pathlib import Path
 
-from mtcl.atomic import disk_errors_told, write_atomically
+from mtcl.atomic import convert_disk_errors, write_atomically
 from mtcl.cli.script import run
 from mtcl.errors import UserError
 from mtcl.results.html import collect, document
@@ -35,7 +35,7 @@ def main() -> None:
     names = ", ".join(source.resolve().name for source in given.runs[:3])
     title = given.title or names + (", ..." if len(given.runs) > 3 else "")
     text = document(found, title)
-    with disk_errors_told(given.output):
+    with convert_disk_errors(given.output):
         write_atomically(given.output, lambda temporary: temporary.write_text(text, "utf-8"))
     megabytes = len(text.encode()) / 1e6
     rows = len(found.comparison.rows) if found.comparison else 0

@@ -128,7 +128,11 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
     batches = build_eval_loader(settings, reader, tasks, device)
     samples = collect(arms, batches, tasks, tap, device)
     lead = next((arm.regularizer for arm in arms if arm.regularizer is not None), None)
-    thresholds = lead.thresholds if lead else {name: (task.near, task.far) for name, task in tasks.items()}
+    thresholds = (
+        lead.thresholds
+        if lead
+        else {name: (task.positive_threshold, task.negative_threshold) for name, task in tasks.items()}
+    )
 
     found = [measure(arm, features, samples, tasks, thresholds) for arm, features in zip(arms, samples.features)]
     nearness = measure_nearness(samples, tasks, thresholds)
@@ -196,7 +200,7 @@ def load_trained_model(path: Path, state: Mapping[str, Any], tasks: Mapping[str,
         name = f"{type(regularizer).__name__.lower()}, weight {settings.regularizer.weight:g}"
     if not isinstance(regularizer, Contrastive) or not isinstance(fresh, Contrastive):
         return TrainedModel(path, saved.step, name, model.eval(), None, {task: [] for task in tasks})
-    widths = model.feature_channels[regularizer.tap]
+    widths = model.feature_channels[regularizer.feature]
     return TrainedModel(
         path, saved.step, name, model.eval(), regularizer, find_trained_projectors(regularizer, fresh, widths)
     )
@@ -220,19 +224,19 @@ def find_trained_projectors(
 
 def project(regularizer: Contrastive, target: str, feature: Tensor, source: int) -> Tensor:
     """(B, K, C) -> unit vectors (B, K, D)."""
-    number = source if regularizer.share == "pair" else 0
+    number = source if regularizer.projector_sharing == "pair" else 0
     return regularizer.projectors[target](feature, torch.full((len(feature),), number))
 
 
 def choose_common_feature(arms: Sequence[TrainedModel], settings: DictConfig) -> str:
     """The feature map to look at: that of the first regulariser, in all arms of one width."""
-    for what in ("tap", "thresholds"):
+    for what in ("feature", "thresholds"):
         found = [(arm.path, getattr(arm.regularizer, what)) for arm in arms if arm.regularizer]
         if any(value != found[0][1] for _, value in found):
             to_plain = ", ".join(f"{path}: {value}" for path, value in found)
             raise UserError(f"compare= needs regularisers that look at the same: their {what} differ ({to_plain})")
-    own = OmegaConf.select(settings, "regularizer.options.tap", default="final")
-    tap = next((arm.regularizer.tap for arm in arms if arm.regularizer), str(own))
+    own = OmegaConf.select(settings, "regularizer.options.feature", default="final")
+    tap = next((arm.regularizer.feature for arm in arms if arm.regularizer), str(own))
     widths = [arm.model.feature_channels.get(tap) for arm in arms]
     if widths[0] is None or any(width != widths[0] for width in widths):
         facts = ", ".join(f"{arm.path}: {width or 'none'}" for arm, width in zip(arms, widths))

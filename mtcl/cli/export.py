@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.export import Dim
 
-from mtcl.atomic import disk_errors_told
+from mtcl.atomic import convert_disk_errors
 from mtcl.cli import arguments as read
 from mtcl.cli.model_card import RAW_MEANINGS, format_model_card, round_values
 from mtcl.config.load import (
@@ -37,7 +37,7 @@ from mtcl.config.load import (
 )
 from mtcl.data import Sample, prepare_batch
 from mtcl.data.loader import collate
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import recipe
 from mtcl.inference.predictor import RESIZE_THRESHOLD, SIZE_MULTIPLE
 from mtcl.models import DenseModel
@@ -81,19 +81,21 @@ def export(words: Sequence[str]) -> None:
         if key not in PURPOSES[purpose]:
             raise UserError(f"{key}= makes no sense together with {needed[0]}=; leave it out")
     if purpose == "push":
-        print(printable(push(given["folder"], given["push"], given.get("private", False))))
+        print(escape_control_characters(push(given["folder"], given["push"], given.get("private", False))))
     elif purpose == "pull":
         folder = given["folder"]
         check_empty(folder, given.get("overwrite", False), "folder")
-        with disk_errors_told(folder, "run it again"):
-            print(printable(f"{given['pull']}: {download_model(given['pull'], folder=folder)}"))
+        with convert_disk_errors(folder, "run it again"):
+            print(escape_control_characters(f"{given['pull']}: {download_model(given['pull'], folder=folder)}"))
     else:
         for package in ("onnx", "onnxruntime", "onnxscript") if given["format"] == "onnx" else ():
             if find_spec(package) is None:
                 raise UserError(f"format=onnx needs the package {package}; pip install 'mtcl[export]'")
         check_empty(given["output"], given.get("overwrite", False), "output")
         loaded = load_model(given["checkpoint"])
-        print(printable(export_model(loaded, given["format"], given["output"], given.get("fixed", False))))
+        print(
+            escape_control_characters(export_model(loaded, given["format"], given["output"], given.get("fixed", False)))
+        )
 
 
 def export_model(loaded: LoadedModel, kind: str, folder: Path, fixed: bool = False) -> str:
@@ -108,7 +110,7 @@ def export_model(loaded: LoadedModel, kind: str, folder: Path, fixed: bool = Fal
         "onnx": lambda place: write_program(loaded, place, fixed, onnx_program),
     }
     with (
-        disk_errors_told(folder / kind, "run it again"),
+        convert_disk_errors(folder / kind, "run it again"),
         replace_model_files(folder, (*HUB_FILES, RECIPE_FILE)) as place,
     ):
         told = makers[kind](place)
@@ -167,7 +169,7 @@ class ExportModule(nn.Module):
 
 def clip_prediction(task: Task, raw: Tensor) -> Tensor:
     """Clip what every metric and ``mtcl.load`` clip."""
-    return raw.clamp(min=0) if task.kind == "metres" else raw
+    return raw.clamp(min=0) if task.prediction_type == "metres" else raw
 
 
 class InputSpec(NamedTuple):
@@ -321,9 +323,9 @@ def describe_model(loaded: LoadedModel) -> dict[str, Any]:
         "mtcl": __version__,
         "step": loaded.saved.step,
         "classes": {name: list(getattr(task, "classes", ())) for name, task in loaded.tasks.items()},
-        "kinds": {name: task.kind for name, task in loaded.tasks.items()},
-        "outputs": {name: RAW_MEANINGS[task.kind] for name, task in loaded.tasks.items()},
-        "units": {name: UNITS.get(task.kind, "") for name, task in loaded.tasks.items()},
+        "kinds": {name: task.prediction_type for name, task in loaded.tasks.items()},
+        "outputs": {name: RAW_MEANINGS[task.prediction_type] for name, task in loaded.tasks.items()},
+        "units": {name: UNITS.get(task.prediction_type, "") for name, task in loaded.tasks.items()},
         "mean": round_values(loaded.model.mean),
         "std": round_values(loaded.model.std),
         "size": list(loaded.size),

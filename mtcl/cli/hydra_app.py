@@ -23,7 +23,7 @@ from mtcl.cli.terminal import DISK_FULL_ERRORS, ensure_utf8, print_error, tolera
 from mtcl.config.build_model import inline_genotype
 from mtcl.config.overrides import expand_home, format_error, quote_paths
 from mtcl.config.schema import check_config
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch import sweep as sweep
 from mtcl.launch.processes import EXIT_REQUEUE
 from mtcl.training.preemption import Preempted
@@ -91,7 +91,7 @@ def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script:
         sys.exit(1)
     finally:
         if sweep.job_outcomes or sweep.received_signals:
-            print(*map(printable, sweep.summary()), sep="\n", file=sys.stderr)
+            print(*map(escape_control_characters, sweep.summary()), sep="\n", file=sys.stderr)
     if code := sweep.exit_code():
         sys.exit(code)
 

@@ -8,7 +8,7 @@ import timm
 import yaml
 
 from mtcl.config.load import LoadedModel
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.evaluation.format_metrics import COUNT_UNITS, format_value
 from mtcl.results.run_files import METRICS, RECORD, read_metrics, read_record
 from mtcl.version import __version__
@@ -51,7 +51,7 @@ def format_model_card(loaded: LoadedModel) -> str:
     scores, scored_on = read_scores(loaded)
     front = yaml.safe_dump(front_matter(loaded, name, scores), sort_keys=False, allow_unicode=True)
     rows = "\n".join(
-        f"| {key} | {task.channels} | {cell(', '.join(getattr(task, 'classes', ())) or RAW_MEANINGS[task.kind])} |"
+        f"| {key} | {task.channels} | {cell(', '.join(getattr(task, 'classes', ())) or RAW_MEANINGS[task.prediction_type])} |"
         for key, task in loaded.tasks.items()
     )
     target = str(config["decoder"]["_target_"]).rpartition(".")[2]
@@ -104,7 +104,7 @@ mtcl implements the method of [Contrastive Multi-Task Dense Prediction]({PAPER})
 def front_matter(loaded: LoadedModel, name: str, scores: Sequence[Score]) -> dict[str, Any]:
     """Describe the model as the hub's own fields."""
     config = loaded.saved.config
-    has_classes = any(task.kind == "class" for task in loaded.tasks.values())
+    has_classes = any(task.prediction_type == "class" for task in loaded.tasks.values())
     pipeline = "image-segmentation" if has_classes else "image-to-image"
     pipeline = "depth-estimation" if list(loaded.tasks) == ["depth"] else pipeline
     front: dict[str, Any] = {
@@ -158,7 +158,7 @@ def read_scores(loaded: LoadedModel) -> tuple[list[Score], str]:
     scores = []
     for name, task in loaded.tasks.items():
         values = {key: value for key, value in metrics.get(name, {}).items() if math.isfinite(value)}
-        first, _ = task.headline(values)
+        first, _ = task.choose_metric(values)
         others = [key for key in values if key != first and not key.startswith("IoU/") and key not in COUNT_UNITS]
         scores += [
             Score(name, key, values[key], format_value(task, key, values[key]))
@@ -178,7 +178,13 @@ def format_scores(scores: Sequence[Score], scored_on: str) -> str:
 
 def cell(text: Any) -> str:
     """Write text of a config or a file into Markdown: nothing of it is markup."""
-    return printable(str(text)).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+    return (
+        escape_control_characters(str(text))
+        .replace("\\", "\\\\")
+        .replace("|", "\\|")
+        .replace("<", "&lt;")
+        .replace("`", "'")
+    )
 
 
 def round_values(values: Sequence[float]) -> list[float]:

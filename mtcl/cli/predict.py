@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mtcl.atomic import disk_errors_told, write_atomically
+from mtcl.atomic import convert_disk_errors, write_atomically
 from mtcl.cli import arguments as read
 from mtcl.config.load import LoadedModel, build_predictor, load_model
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
 from mtcl.inference.image_reading import SUFFIXES
 from mtcl.inference.map_files import describe_values, write_jpeg, write_map
@@ -169,7 +169,7 @@ class Record:
         """These names are this input's from now on."""
         new = set(names)
         inputs = {source: [n for n in found if n not in new] for source, found in self.before["inputs"].items()}
-        with disk_errors_told(self.path, AGAIN):
+        with convert_disk_errors(self.path, AGAIN):
             if self.is_stale:
                 self._clear()
                 inputs, self.own = {}, set()
@@ -245,7 +245,7 @@ def pictures(
         def leave_out(path: Path, why: object) -> None:
             bad[path] = str(why)
             if total > 1:
-                bar.write(printable(f"left out: {why}"), file=sys.stderr)
+                bar.write(escape_control_characters(f"left out: {why}"), file=sys.stderr)
 
         def settle(pixels: int) -> None:
             """Account for what is written; wait until the maps of no more than so many pixels are not."""
@@ -297,7 +297,7 @@ def pictures(
     if total == 1 and bad:
         raise UserError(*bad.values())
     rate = f"{done / max(seconds, 1e-9):.2f} per second"
-    print(printable(f"{done} pictures in {seconds:.1f} s ({rate}): {settings.output}"))
+    print(escape_control_characters(f"{done} pictures in {seconds:.1f} s ({rate}): {settings.output}"))
     if bad:
         few = ", ".join(map(str, islice(bad, 3))) + (", ..." if len(bad) > 3 else "")
         raise UserError(f"{len(bad)} of {total} pictures could not be predicted, see above: {few}")
@@ -401,7 +401,7 @@ def write(
     for kind, path in targets(settings, tasks, name).items():
         if not is_inside(settings.output, path):
             raise UserError(f"{path.parent} leads out of output={settings.output}; remove the link, or choose another")
-        with disk_errors_told(path, AGAIN):
+        with convert_disk_errors(path, AGAIN):
             if kind == "panel":
                 write_jpeg(path, draw_predictions(picture, maps, tasks))
             else:
@@ -448,7 +448,7 @@ def predict_video(source: str | int, name: str, predictor: Predictor, settings: 
             raise UserError(f"camera {source} can't be opened; is it connected, free, and yours to use?")
         record.begin([f"{name}.mp4", *[f"{name}/"] * settings.frames])
         with (
-            disk_errors_told(target, "run it again"),
+            convert_disk_errors(target, "run it again"),
             TemporaryDirectory(prefix=".predict-", dir=settings.output) as folder,
             closing(VideoWriter(Path(folder) / "film.mp4", rate)) as made,
         ):
@@ -474,7 +474,7 @@ def predict_video(source: str | int, name: str, predictor: Predictor, settings: 
                 raise OSError(errno.EIO, "OpenCV did not write all of it; is there space?")
             os.replace(made.path, target)
     seconds = time.perf_counter() - began
-    print(printable(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}"))
+    print(escape_control_characters(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}"))
     if total is not None and expected > 0 and count < 0.9 * total - 1:  # containers count roughly
         raise UserError(f"only {count} of about {total} frames of {source} could be read; is it whole?")
 

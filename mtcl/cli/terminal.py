@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from typing import Any, TextIO
 
-from mtcl.errors import printable
+from mtcl.errors import escape_control_characters
 
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
@@ -97,9 +97,9 @@ class EscapingFormatter(logging.Formatter):
     """Escapes what would steer the terminal, line by line: a table is a message of several lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
+        return "\n".join(map(escape_control_characters, super().format(record).split("\n")))
 
 
 def print_error(text: str) -> None:
     """Write ``error: text`` to the terminal, a single line."""
-    print(f"error: {printable(text)}", file=sys.stderr)
+    print(f"error: {escape_control_characters(text)}", file=sys.stderr)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mtcl import distributed as ranks
-from mtcl.atomic import remove_leftovers, write_json, write_text
+from mtcl import distributed
+from mtcl.atomic import remove_temporary_files, write_json, write_text
 from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import inline_genotype
@@ -24,7 +24,7 @@ from mtcl.errors import UserError
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
 from mtcl.models.weights import check_tensor_values
-from mtcl.run_lock import claim
+from mtcl.run_lock import lock_run
 from mtcl.runtime import choose_device, seed_everything
 from mtcl.training.checkpoint import LoadedCheckpoint, latest_valid_checkpoint, load_checkpoint
 from mtcl.training.trainer import Trainer
@@ -33,7 +33,14 @@ log = logging.getLogger(__name__)
 
 
 # Those, beside the seed, that the order of the pictures depends on.
-SAMPLE_ORDER_KEYS = ("trainer.accumulate", "data.name", "data.split", "data.limit", "data.batch_size", "data.options.")
+SAMPLE_ORDER_KEYS = (
+    "trainer.accumulate_grad_batches",
+    "data.name",
+    "data.split",
+    "data.limit",
+    "data.batch_size",
+    "data.options.",
+)
 
 
 def train(
@@ -46,15 +53,15 @@ def train(
     """
     inline_genotype(config)
     device = choose_device(config.trainer.device)
-    ranks.join(device)
-    if ranks.rank() > 0:
+    distributed.init_process_group(device)
+    if distributed.rank() > 0:
         logging.disable(logging.INFO)
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     seed_everything(config.seed, config.trainer.deterministic)
-    folder = ranks.first(folder)
+    folder = distributed.broadcast_object(folder)
     before = list_run_files(folder)
-    found = find_checkpoint(config, folder, siblings) if ranks.rank() == 0 else None
-    path = ranks.first(None if found is None else found.path)
+    found = find_checkpoint(config, folder, siblings) if distributed.rank() == 0 else None
+    path = distributed.broadcast_object(None if found is None else found.path)
     state = found.content if found is not None else None if path is None else load_checkpoint(path)
     tasks = build_tasks(config)
     if state is not None and path is not None:
@@ -63,18 +70,20 @@ def train(
         check_steps(state, config, path)
     start = 0 if state is None else state["step"]
     run = build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
-    if ranks.rank() > 0:
-        torch.manual_seed(config.seed + 2**20 * ranks.rank())  # dropout of its own; the model's start is process 0's
+    if distributed.rank() > 0:
+        torch.manual_seed(
+            config.seed + 2**20 * distributed.rank()
+        )  # dropout of its own; the model's start is process 0's
     if state is not None:
         restore(run.trainer, state, path, config)
-    if ranks.rank() > 0:
+    if distributed.rank() > 0:
         with convert_torch_errors(device):
             return run.trainer.fit().metrics
-    with claim(folder), run.trainer.checkpoints:
+    with lock_run(folder), run.trainer.checkpoints:
         if list_run_files(folder) != before:
             raise UserError(f"another run has just written into {folder}; start again, with resume=auto to continue it")
         for part in (folder, folder / "checkpoints"):
-            remove_leftovers(part)
+            remove_temporary_files(part)
         if found is not None:
             log_resume(found, config)
         log_setup(config, run, fresh=state is None)
@@ -114,14 +123,14 @@ def convert_torch_errors(device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{device} has too little memory ({str(error).splitlines()[0]}); lower data.batch_size (and raise "
-            "trainer.accumulate as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
+            "trainer.accumulate_grad_batches as much) or data.size, or set trainer.grad_checkpointing=true or trainer.precision=bf16"
         ) from error
     except ValueError as error:
         if not str(error).startswith("Expected more than 1 value per channel when training"):
             raise
         raise UserError(
             f"a batch norm gets a single value per channel ({str(error).rpartition('Size')[2].strip('()')}), which has "
-            "no spread; raise data.batch_size to 2 per process or more (trainer.accumulate does not help), or data.size"
+            "no spread; raise data.batch_size to 2 per process or more (trainer.accumulate_grad_batches does not help), or data.size"
         ) from error
     except RuntimeError as error:
         if (
@@ -158,8 +167,8 @@ def finish(
         trainer.run_logger.close()
     seconds = time.perf_counter() - began
     facts = build_run_record(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
-    facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.watch.count}
-    facts |= {"processes": ranks.world(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
+    facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.nonfinite_guard.count}
+    facts |= {"processes": distributed.world_size(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
     write_json(folder / "run.json", facts)
     write_json(folder / "metrics.json", evaluation.metrics)
     columns = {"untrained": trainer.first.metrics} if trainer.first else {}
@@ -262,7 +271,7 @@ def find_resumable_run(config: DictConfig, siblings: Path | None) -> LoadedCheck
         written[path.parent] = max(path.stat().st_mtime, written.get(path.parent, 0.0))
     for folder in sorted(written, key=written.__getitem__, reverse=True):
         try:
-            claim(folder.parent).close()
+            lock_run(folder.parent).close()
             found = latest_valid_checkpoint(folder)
         except UserError as error:
             log.warning("%s is passed over: %s", folder.parent, error)

@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.config.resolve import construct, locate, plain
 from mtcl.data import Augment, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
 from mtcl.errors import UserError
@@ -17,7 +17,7 @@ from mtcl.tasks.base import Task
 
 def build_tasks(config: DictConfig) -> dict[str, Task]:
     """The tasks in use, in canonical order: the config's names among those the dataset offers."""
-    dataset = locate(config.data._target_, "data", required_attribute="offered")
+    dataset = locate(config.data._target_, "data", required_attribute="task_options")
     try:
         offered = dict(dataset.task_options(**plain(config.data.options)))
     except (TypeError, AttributeError) as error:  # a class that only describes datasets
@@ -40,7 +40,7 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
         weight = weights.get(name)
         options = {**offered[name], **extra.get(name, {})}
         if name == "normals" and "normals_valid" in config.data:
-            options["validity"] = config.data.normals_valid
+            options["normals_valid"] = config.data.normals_valid
         tasks[name] = build_task(name, weight=None if weight is None else float(weight), **options)
     return tasks
 
@@ -48,7 +48,7 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
 def build_dataset(
     config: DictConfig, shard: str, tasks: Mapping[str, Task], limit: int | None = None
 ) -> MultiTaskDataset:
-    """The list ``part`` ("train" or "val") of the config's dataset and split; to train on, with ``data.labels``."""
+    """The list ``part`` ("train" or "val") of the config's dataset and split; to train on, with ``data.label_assignment``."""
     data = config.data
     reader = locate(data._target_, "data")
     limits = [n for n in (limit, data.limit) if n is not None]
@@ -64,7 +64,11 @@ def build_dataset(
         options["size"] = get_image_size(config)
     options |= {key: data[key] for key in ("cache", "memory_map") if key in data}
     built = construct(reader, "data.options", **options, **plain(data.options))
-    return apply_label_assignment(built, tasks, str(data.labels), data.labels_seed) if shard == "train" else built
+    return (
+        apply_label_assignment(built, tasks, str(data.label_assignment), data.labels_seed)
+        if shard == "train"
+        else built
+    )
 
 
 def get_image_size(config: DictConfig) -> tuple[int, int]:
@@ -86,8 +90,8 @@ def build_train_loader(
         workers=config.data.workers,
         start_step=start_step,
         pin_memory=device.type == "cuda",
-        shard=(ranks.rank(), ranks.world()),
-        skip_unreadable=config.trainer.unreadable == "skip",
+        shard=(distributed.rank(), distributed.world_size()),
+        skip_unreadable=config.trainer.on_unreadable == "skip",
     )
 
 
@@ -101,5 +105,5 @@ def build_eval_loader(
         batch_size=config.data.eval_batch_size,
         workers=config.data.workers,
         pin_memory=device.type == "cuda",
-        shard=(ranks.rank(), ranks.world()),
+        shard=(distributed.rank(), distributed.world_size()),
     )

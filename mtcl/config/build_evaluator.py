@@ -16,15 +16,15 @@ from mtcl.tasks.base import Task
 def choose_monitor(name: str, tasks: Mapping[str, Task], quick: Sequence[int] | None) -> tuple[str, bool]:
     """(``task/metric``, higher is better) of ``trainer.monitor``; ``auto``: the headline of the first task.
 
-    Of edges, validations between training steps have their loss only, unless ``evaluation.quick`` is given.
+    Of edges, validations between training steps have their loss only, unless ``evaluation.fast_boundaries`` is given.
     """
     known = {}
     for task in tasks.values():
-        metric, higher = task.headline(() if quick is None else (task.primary,))
+        metric, higher = task.choose_metric(() if quick is None else (task.primary_metric,))
         known[f"{task.name}/{metric}"] = higher
     name = next(iter(known)) if name == "auto" else name
     if name not in known:
-        hint = "; edge/odsF needs evaluation.quick=[9,4]" if name == "edge/odsF" else ""
+        hint = "; edge/odsF needs evaluation.fast_boundaries=[9,4]" if name == "edge/odsF" else ""
         raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(known)}{hint}")
     return name, known[name]
 
@@ -37,16 +37,16 @@ def build_evaluator(
     options = {name: dict(settings["options"].get(name) or {}) for name in tasks}
     quick: dict[str, dict[str, Any]] = {}
     if "edge" in tasks:
-        options["edge"] |= {"boundaries": settings["boundaries"], "workers": settings["workers"]}
+        options["edge"] |= {"boundaries": settings["score_boundaries"], "workers": settings["workers"]}
         if options["edge"].get("max_distance") is None:  # that of the data scored, not of the data trained on
             options["edge"]["max_distance"] = config.data.get("boundary_distance", 0.011)
         quick["edge"] = {"boundaries": False}
-        if settings["quick"] is not None and settings["boundaries"]:
-            thresholds, every = settings["quick"]
+        if settings["fast_boundaries"] is not None and settings["score_boundaries"]:
+            thresholds, every = settings["fast_boundaries"]
             quick["edge"] = {"thresholds": thresholds, "every": every}
     for name, task in tasks.items():  # says now what an option lacks
         construct_metric(task, options[name])
-    precision, panels = config.trainer.precision, config.trainer.panels
+    precision, panels = config.trainer.precision, config.trainer.num_panels
     return Evaluator(tasks, loader, device, precision, num_visual_samples=panels, options=options, quick=quick)
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
 from mtcl.config.build_evaluator import build_evaluator, choose_monitor
 from mtcl.config.build_model import build_model, saved_config
@@ -33,10 +33,10 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     if settings._target_ is None or len(tasks) < 2:  # one task has no other to contrast with
         return None
     options = plain(settings.options)
-    options.setdefault("tap", "final")
-    if options["tap"] not in model.feature_channels:
+    options.setdefault("feature", "final")
+    if options["feature"] not in model.feature_channels:
         raise UserError(
-            f"regularizer.options.tap={options['tap']} is not a tap of this decoder; "
+            f"regularizer.options.feature={options['feature']} is not a tap of this decoder; "
             f"choose one of {', '.join(model.feature_channels)}"
         )
     if "thresholds" in options:
@@ -46,20 +46,20 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             "regularizer.options.shuffle=true takes labels of another image; give data.batch_size of 2 or more"
         )
     kind = locate(settings._target_, "regularizer", Regularizer)
-    channels = model.feature_channels[options["tap"]]
+    channels = model.feature_channels[options["feature"]]
     return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
 
 
 def build_gradient_norm_weight(
     config: DictConfig, regularizer: Regularizer | None, device: torch.device
 ) -> GradientNormWeight | None:
-    balance = config.regularizer.balance
-    if balance not in ("fixed", "gradient"):
-        raise UserError(f"regularizer.balance={balance} is not known; choose fixed or gradient")
+    balance = config.regularizer.weighting
+    if balance not in ("fixed", "gradient_norm"):
+        raise UserError(f"regularizer.weighting={balance} is not known; choose fixed or gradient_norm")
     if regularizer is None or balance == "fixed":
         return None
     if not isinstance(regularizer, Contrastive):
-        raise UserError("regularizer.balance=gradient is for regularizer=contrastive; use fixed")
+        raise UserError("regularizer.weighting=gradient_norm is for regularizer=contrastive; use fixed")
     return GradientNormWeight(regularizer.task_names).to(device)
 
 
@@ -85,14 +85,12 @@ def build_balancer(
     """How losses become gradients. UserError for what a method can't be combined with."""
     settings, trainer = config.balancing, config.trainer
     method, weights = settings.method, {name: task.weight for name, task in tasks.items()}
-    if settings.contrast not in ("objective", "outside"):
-        raise UserError(f"balancing.contrast={settings.contrast} is not known; choose objective or outside")
-    if regularizer is not None and settings.contrast == "objective":
+    if regularizer is not None and settings.contrast_as_objective:
         weights["contrast"] = 1.0  # the trainer has multiplied it by lambda
-        if method in ("uncertainty", "dwa") and config.regularizer.balance == "gradient":
+        if method in ("uncertainty", "dwa") and config.regularizer.weighting == "gradient_norm":
             raise UserError(
-                f"balancing.method={method} judges objectives by their losses, which regularizer.balance=gradient "
-                "rescales; use balancing.contrast=outside or regularizer.balance=fixed"
+                f"balancing.method={method} judges objectives by their losses, which regularizer.weighting=gradient_norm "
+                "rescales; use balancing.contrast_as_objective=false or regularizer.weighting=fixed"
             )
     if method == "fixed":
         return FixedWeights(weights)
@@ -107,10 +105,10 @@ def build_balancer(
         schedule = build_schedule(max_steps=trainer.max_steps, **plain(config.schedule))
         return UncertaintyWeighting(weights, device, settings.lr, schedule)
     if method == "dwa":
-        epoch = -(-(len(reader.ids) // config.data.batch_size) // trainer.accumulate)
+        epoch = -(-(len(reader.ids) // config.data.batch_size) // trainer.accumulate_grad_batches)
         return DynamicWeightAveraging(weights, device, settings.every or max(epoch, 1), settings.temperature)
     if method == "torchjd":
-        if ranks.world() > 1:
+        if distributed.world_size() > 1:
             raise UserError(
                 "balancing.method=torchjd trains in one process; start without torchrun or use another method"
             )
@@ -136,10 +134,10 @@ def build_trainer(
 ) -> TrainingRun:
     """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
     settings, dry = config.trainer, config.trainer.dry_run
-    if settings.unreadable not in ("stop", "skip"):
-        raise UserError(f"trainer.unreadable={settings.unreadable} is not known; choose stop or skip")
+    if settings.on_unreadable not in ("stop", "skip"):
+        raise UserError(f"trainer.on_unreadable={settings.on_unreadable} is not known; choose stop or skip")
     autocast(device, settings.precision)  # says so now if it is not known
-    quick = config.evaluation.quick if config.evaluation.boundaries else None
+    quick = config.evaluation.fast_boundaries if config.evaluation.score_boundaries else None
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
     train_reader = build_dataset(config, "train", tasks)
     val_reader = build_dataset(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
@@ -153,11 +151,11 @@ def build_trainer(
         regularizer.to(device)
     ema = None if settings.ema is None else ModelEma(model, settings.ema)
     weights = None
-    if settings.parallel == "fsdp" and ranks.world() > 1:
+    if settings.parallel == "fsdp" and distributed.world_size() > 1:
         weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
     optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
     val_loader = build_eval_loader(config, val_reader, tasks, device)
-    batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate, device)
+    batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate_grad_batches, device)
     trainer = Trainer(
         model=model,
         tasks=tasks,
@@ -176,23 +174,26 @@ def build_trainer(
         config=saved_config(config, model),
         meta={"tasks": describe_tasks(tasks)},
         weight=lambda_schedule(
-            config.regularizer.weight, settings.max_steps, config.regularizer.warmup_steps, config.regularizer.until
+            config.regularizer.weight,
+            settings.max_steps,
+            config.regularizer.warmup_steps,
+            config.regularizer.stop_fraction,
         ),
         share=build_gradient_norm_weight(config, regularizer, device),
         precision=settings.precision,
-        recompute=settings.grad_checkpointing,
-        compiled=settings.compile,
-        accumulate=settings.accumulate,
+        grad_checkpointing=settings.grad_checkpointing,
+        compile=settings.compile,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
         ema=ema,
         weights=weights,
-        max_skipped=settings.max_skipped,
-        asynchronous=settings.async_checkpoints,
-        keep_interval=settings.keep_interval,
+        max_nonfinite_steps=settings.max_nonfinite_steps,
+        async_checkpoints=settings.async_checkpoints,
+        keep_checkpoint_interval=settings.keep_checkpoint_interval,
         clip_norm=settings.clip_norm,
         val_interval=settings.val_interval,
         checkpoint_interval=settings.checkpoint_interval,
         log_interval=settings.log_interval,
         start_step=start_step,
-        validate_first=settings.val_first and not dry,
+        validate_first=settings.validate_first and not dry,
     )
     return TrainingRun(trainer, train_reader, val_reader)

@@ -17,7 +17,7 @@ from torch import Tensor
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.stored_config import check_stored_config, check_stored_tasks, check_tasks
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
 from mtcl.models import DenseModel
 from mtcl.models.weights import check_weights
@@ -135,7 +135,7 @@ def convert_build_errors(path: Path, passthrough: type[Exception] | tuple[()] = 
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        first_line = printable((reason.splitlines() or [""])[0])
+        first_line = escape_control_characters((reason.splitlines() or [""])[0])
         raise UserError(f"the config stored in {path} describes no model that can be built: {first_line}") from error
 
 

@@ -18,7 +18,14 @@ from mtcl.config.quoting import expand_tilde, quote_value
 from mtcl.config.schema import RULES
 
 # Keys whose value is a path, or a part of one; or a word such as auto, hub, one.
-PATH_KEYS: tuple[str, ...] = ("data.root", "data.cache", "data.labels", "backbone.weights", "resume", "checkpoint")
+PATH_KEYS: tuple[str, ...] = (
+    "data.root",
+    "data.cache",
+    "data.label_assignment",
+    "backbone.weights",
+    "resume",
+    "checkpoint",
+)
 PATH_KEYS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir", "decoder.genotype")
 FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 SPECIAL_CHARACTERS = re.compile(

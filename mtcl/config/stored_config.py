@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtcl.config.schema import check_config, truncate
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.models.decoders.atrc import is_named_genotype
 from mtcl.safe_files import check_depth
 from mtcl.tasks import TASK_NAMES
@@ -25,7 +25,7 @@ MAX_CHANNELS = 100_000  # of a task
 # others are the reader's own to say.
 PATH_KEYS = ("data.cache", "backbone.weights", "resume", "checkpoint", "predictions", "save_predictions")
 WEIGHT_SOURCES = ("none", "hub")  # values of backbone.weights that say how training began
-LABEL_ASSIGNMENTS = ("full", "one", "random")  # of data.labels; anything else is a path
+LABEL_ASSIGNMENTS = ("full", "one", "random")  # of data.label_assignment; anything else is a path
 LEGACY_DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
     "backbone": {"weights": None, "mean": None, "std": None, "out_indices": None, "kwargs": None},
     "data": {"options": {}},
@@ -64,7 +64,7 @@ def check_stored_config(config: Any, source: str | Path) -> dict[str, Any]:
         check_config(plain)
         _check_genotype(plain["decoder"].get("genotype"))
     except UserError as error:
-        raise UserError(f"the config stored in {source} is refused: {printable(str(error))}") from error
+        raise UserError(f"the config stored in {source} is refused: {escape_control_characters(str(error))}") from error
     return plain
 
 
@@ -105,8 +105,12 @@ def drop_paths(config: dict[str, Any]) -> None:
         if isinstance(part, dict) and part.get(name) not in (None, *WEIGHT_SOURCES):
             del part[name]
     data = config.get("data")
-    if isinstance(data, dict) and isinstance(data.get("labels"), str) and data["labels"] not in LABEL_ASSIGNMENTS:
-        data["labels"] = LABEL_ASSIGNMENTS[0]
+    if (
+        isinstance(data, dict)
+        and isinstance(data.get("label_assignment"), str)
+        and data["label_assignment"] not in LABEL_ASSIGNMENTS
+    ):
+        data["label_assignment"] = LABEL_ASSIGNMENTS[0]
 
 
 def _check_genotype(genotype: Any) -> None:
@@ -123,7 +127,9 @@ def check_stored_tasks(tasks: Any, source: str | Path) -> dict[str, dict[str, An
         raise UserError(f"{source} is no model of mtcl: it does not say which tasks it has")
     for name, facts in tasks.items():
         if name not in TASK_NAMES:
-            raise UserError(f"{source} has a task {printable(truncate(name))}; mtcl knows {', '.join(TASK_NAMES)}")
+            raise UserError(
+                f"{source} has a task {escape_control_characters(truncate(name))}; mtcl knows {', '.join(TASK_NAMES)}"
+            )
         channels, classes = (facts.get("channels"), facts.get("classes")) if isinstance(facts, Mapping) else (0, None)
         if type(channels) is not int or not 0 < channels <= MAX_CHANNELS:
             raise UserError(f"{source} gives no number of channels for its task {name}")

@@ -16,7 +16,7 @@ import scipy.io
 from PIL import Image
 
 from mtcl import safe_files
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
@@ -217,7 +217,7 @@ def read_ids(path: Path, what: str) -> list[str]:
     if not ids:
         raise UserError(f"{path} lists no picture; {what} must hold one id per line.")
     if (strange := find_invalid_id(ids)) is not None:
-        raise UserError(f"{path} lists {printable(strange[:80])!r}, {INVALID_ID_MESSAGE}; mend {what}.")
+        raise UserError(f"{path} lists {escape_control_characters(strange[:80])!r}, {INVALID_ID_MESSAGE}; mend {what}.")
     if len(set(ids)) < len(ids):
         seen: set[str] = set()
         twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]

@@ -114,7 +114,7 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
     return {
         "image": torch.from_numpy(_framed([sample.image for sample in samples], frame, offsets, 0)),
         "labels": {
-            name: task.collated(_framed([sample.labels[name] for sample in samples], frame, offsets, task.void))
+            name: task.collate(_framed([sample.labels[name] for sample in samples], frame, offsets, task.void))
             for name, task in tasks.items()
         },
         "meta": [SampleMeta(s.id, (h, w), offset) for s, (h, w), offset in zip(samples, native, offsets)],

@@ -17,7 +17,7 @@ import torch
 
 from mtcl.data.image_io import read_bytes
 from mtcl.data.sample import MultiTaskDataset, Sample
-from mtcl.errors import UserError, why_unreadable
+from mtcl.errors import UserError, describe_load_error
 from mtcl.safe_files import parse_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
@@ -41,7 +41,7 @@ class PartiallyLabeledDataset:
         height, width = sample.image.shape[:2]
         return sample._replace(
             labels={
-                name: sample.labels[name] if name in sample.labels else task.blank(height, width)
+                name: sample.labels[name] if name in sample.labels else task.empty_label(height, width)
                 for name, task in self.tasks.items()
             }
         )
@@ -67,7 +67,7 @@ def apply_label_assignment(
         label_assignment = draw_label_assignment(reader.ids, list(tasks), mode, seed)
     else:
         if not Path(mode).is_file():
-            raise UserError(f"data.labels={mode} is neither full, one or random, nor a file with a mapping.")
+            raise UserError(f"data.label_assignment={mode} is neither full, one or random, nor a file with a mapping.")
         label_assignment = read_label_assignment(Path(mode), reader.ids, list(tasks))
     return PartiallyLabeledDataset(reader, tasks, label_assignment)
 
@@ -79,7 +79,9 @@ def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, s
     to all but one, every number and then every set of that size equally likely, a function of (seed, id, tasks).
     """
     if len(tasks) < 2:
-        raise UserError(f"data.labels={mode} needs at least two tasks to choose from; use data.labels=full.")
+        raise UserError(
+            f"data.label_assignment={mode} needs at least two tasks to choose from; use data.label_assignment=full."
+        )
     if mode == "one":
         order = np.random.default_rng([seed, len(tasks)]).permutation(len(ids))
         return {ids[i]: frozenset([tasks[place % len(tasks)]]) for place, i in enumerate(order)}
@@ -158,7 +160,7 @@ def _content(path: Path) -> Any:
         if path.suffix == ".npy":
             return _unpickled_npy(data)
     except Exception as error:
-        raise UserError(f"{path} can't be read as a mapping of labels ({why_unreadable(error)}).") from error
+        raise UserError(f"{path} can't be read as a mapping of labels ({describe_load_error(error)}).") from error
     raise _unknown_form(path)
 
 
@@ -201,6 +203,6 @@ def _unpickled_npy(data: bytes) -> Any:
 
 def _unknown_form(path: Path) -> UserError:
     return UserError(
-        f"data.labels={path} is not full, one, random, or a mapping in a form that is known: MTPSL's .npy or .pth, "
+        f"data.label_assignment={path} is not full, one, random, or a mapping in a form that is known: MTPSL's .npy or .pth, "
         "DiffusionMTL's .pth, or JSON {id: [tasks]}."
     )

@@ -90,7 +90,7 @@ class Augment:
 
 def finalize_labels(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
     """The last step of training and the only one of evaluation: every label as its loss sees it."""
-    return sample._replace(labels={name: task.finished(sample.labels[name]) for name, task in tasks.items()})
+    return sample._replace(labels={name: task.finalize_label(sample.labels[name]) for name, task in tasks.items()})
 
 
 def sample_window(inside: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> Window:
@@ -117,7 +117,7 @@ def scale_and_crop(
         image = cv2.resize(image, scaled_size[::-1], interpolation=cv2.INTER_LINEAR)
     labels = {name: resize_nearest(sample.labels[name], scaled_size, window) for name in tasks}
     if factor != 1:
-        labels = {name: task.scaled(labels[name], factor) for name, task in tasks.items()}
+        labels = {name: task.scale_label(labels[name], factor) for name, task in tasks.items()}
     return Sample(sample.id, window.crop(image), labels)
 
 
@@ -144,7 +144,7 @@ def _centres(length: int, count: int) -> np.ndarray:
 
 def flip(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
     """The sample mirrored left to right."""
-    labels = {name: task.flipped(sample.labels[name][:, ::-1]) for name, task in tasks.items()}
+    labels = {name: task.flip_label(sample.labels[name][:, ::-1]) for name, task in tasks.items()}
     return Sample(sample.id, cv2.flip(sample.image, 1), labels)
 
 

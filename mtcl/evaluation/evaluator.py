@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.data import Batch, SampleMeta, prepare_batch
 from mtcl.models import DenseModel
 from mtcl.runtime import autocast
@@ -84,7 +84,7 @@ class Evaluator:
         metrics = {name: task.metric(**self._options(name, quick)).to(self.device) for name, task in self.tasks.items()}
         visual_samples: list[VisualSample] = []
         count = 0
-        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=ranks.rank() > 0):
+        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=distributed.rank() > 0):
             predictions = predict(batch)
             labels = {name: label.to(self.device, non_blocking=True) for name, label in batch["labels"].items()}
             for rows, top, left, height, width in _windows(batch["meta"]):
@@ -101,7 +101,9 @@ class Evaluator:
             count += len(batch["meta"])
         # Of several processes each has its own pictures: torchmetrics adds up their states.
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
-        return EvaluationResult(values, visual_samples, int(ranks.total(torch.tensor(count, device=self.device))))
+        return EvaluationResult(
+            values, visual_samples, int(distributed.all_reduce_sum(torch.tensor(count, device=self.device)))
+        )
 
     def is_comparable(self, monitor: str) -> bool:
         """Whether ``task/metric`` of a quick evaluation and of a whole one are on one scale."""
@@ -144,5 +146,5 @@ def _show(batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapp
         sample.id,
         batch["image"][row][area].permute(1, 2, 0).contiguous().numpy(),
         {name: label(name) for name in tasks},
-        {name: task.decoded(predictions[name][row][area].float()) for name, task in tasks.items()},
+        {name: task.decode(predictions[name][row][area].float()) for name, task in tasks.items()},
     )

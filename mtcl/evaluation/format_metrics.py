@@ -19,7 +19,7 @@ def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) ->
     rows = [("task", "metric", *columns)]
     for name, task in tasks.items():
         found = {metric: None for column in reversed(list(columns.values())) for metric in column[name]}
-        headline, _ = task.headline(found)
+        headline, _ = task.choose_metric(found)
         for metric in [headline, *(m for m in found if m != headline)]:
             values = [column[name].get(metric, math.nan) for column in columns.values()]
             if metric.startswith("IoU/") or (metric in COUNT_UNITS and not any(v > 0 for v in values)):

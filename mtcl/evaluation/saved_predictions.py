@@ -48,7 +48,7 @@ from mtcl.data.image_io import (
 )
 from mtcl.data.sample import Batch, MultiTaskDataset, SampleMeta
 from mtcl.data.transforms import finalize_labels
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
@@ -104,7 +104,7 @@ class ClassMaps(MapFormat):
         return logits.scatter_(1, index, 1.0)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
-        return self.task.decoded(prediction)
+        return self.task.decode(prediction)
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class DepthMaps(MapFormat):
         return values.unsqueeze(1)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
-        return self.task.decoded(prediction)
+        return self.task.decode(prediction)
 
 
 class NormalMaps(MapFormat):
@@ -193,7 +193,7 @@ class NormalMaps(MapFormat):
         return values.permute(0, 3, 1, 2)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
-        return np.round(255 * (self.task.decoded(prediction) + 1) / 2).clip(0, 255).astype(np.uint8)
+        return np.round(255 * (self.task.decode(prediction) + 1) / 2).clip(0, 255).astype(np.uint8)
 
 
 FORMATS: dict[str, type[MapFormat]] = {
@@ -290,7 +290,9 @@ class PredictionWriter:
         """One file per task of the un-padded raw predictions (C, H, W); ``UserError``: NaN that 8 bits can't hold, or
         an id that would lead out of the folder (a dataset of one's own)."""
         if find_invalid_id([id]) is not None:
-            raise UserError(f"save_predictions: the dataset has {printable(id[:80])!r}, {INVALID_ID_MESSAGE}.")
+            raise UserError(
+                f"save_predictions: the dataset has {escape_control_characters(id[:80])!r}, {INVALID_ID_MESSAGE}."
+            )
         for name, maps in self.formats.items():
             path = self.folder / name / f"{id}{maps.suffixes[0]}"
             if path.suffix == ".png" and predictions[name].isnan().any():
@@ -369,7 +371,7 @@ def _is_labelled(reader: MultiTaskDataset, index: int, task: Task) -> bool:
 def has_label(task: Task, label: np.ndarray) -> bool:
     """Tell whether a label (layout of the data pipeline, finished) has any valid pixel."""
     planes = label if label.ndim == 2 else label.transpose(2, 0, 1)
-    return bool(task.valid(task.collated(np.ascontiguousarray(planes[None]))).any())
+    return bool(task.valid(task.collate(np.ascontiguousarray(planes[None]))).any())
 
 
 def _read_png(path: Path, task: Task, kinds: Sequence[int]) -> np.ndarray:

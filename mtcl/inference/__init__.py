@@ -3,4 +3,8 @@
 from mtcl.inference.image_reading import MAX_PIXELS, load_image
 from mtcl.inference.predictor import Predictor
 
-__all__ = ["MAX_PIXELS", "Predictor", "read_picture"]
+__all__ = [
+    "MAX_PIXELS",
+    "Predictor",
+    "load_image",
+]

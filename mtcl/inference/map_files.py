@@ -55,12 +55,16 @@ MEANINGS: dict[str, dict[str, object]] = {
 
 def describe_values(task: Task) -> dict[str, object]:
     """Describe what the values of a task's files stand for."""
-    return {"classes": list(getattr(task, "classes", ()))} if task.kind == "class" else MEANINGS[task.kind]
+    return (
+        {"classes": list(getattr(task, "classes", ()))}
+        if task.prediction_type == "class"
+        else MEANINGS[task.prediction_type]
+    )
 
 
 def write_map(path: Path, task: Task, array: np.ndarray) -> None:
     """One task's map (label layout) as a PNG."""
-    image = FILES[task.kind](task, array)
+    image = FILES[task.prediction_type](task, array)
     write_atomically(path, lambda temporary: image.save(temporary, format="PNG", compress_level=3), durable=False)
 
 

@@ -120,9 +120,9 @@ class Predictor:
             for flipped in (False, True)[: 1 + self.flip]:
                 views = [np.ascontiguousarray(p[:, ::-1]) for p in scaled] if flipped else scaled
                 for name, raw in self._once(views).items():
-                    raw = self.tasks[name].mirrored(raw) if flipped else raw
-                    raw = self.tasks[name].unscaled(raw, scale * enlarged)
-                    raw = self.tasks[name].blendable(raw) if count > 1 else raw
+                    raw = self.tasks[name].unflip_prediction(raw) if flipped else raw
+                    raw = self.tasks[name].unscale_prediction(raw, scale * enlarged)
+                    raw = self.tasks[name].to_averageable(raw) if count > 1 else raw
                     if raw.shape[-2:] != size:
                         raw = F.interpolate(raw, size, mode="bilinear", align_corners=False, antialias=scale > 1)
                     sums[name] = sums[name] + raw if name in sums else raw
@@ -154,9 +154,9 @@ class Predictor:
         """Raw maps (B, C, h, w), brought to ``size``, in label layout. In strips: those of a large picture are huge."""
         found: list[dict[str, np.ndarray]] = [{} for _ in next(iter(raw.values()))]
         for name, task in self.tasks.items():
-            several = raw[name] if raw[name].shape[-2:] == size else task.blendable(raw[name])
+            several = raw[name] if raw[name].shape[-2:] == size else task.to_averageable(raw[name])
             for maps, one in zip(found, several):
-                strips = [task.decoded(strip) for strip in _enlarged(one, size)]
+                strips = [task.decode(strip) for strip in _enlarged(one, size)]
                 maps[name] = np.concatenate(strips) if len(strips) > 1 else strips[0]
         return found
 
@@ -177,7 +177,7 @@ class Predictor:
                 area = (..., slice(left, left + window[1]))
                 views = [np.ascontiguousarray(p[top : top + window[0], left : left + window[1]]) for p in pictures]
                 for name, found in self._raw(views, enlarged).items():
-                    raw = self.tasks[name].blendable(found)
+                    raw = self.tasks[name].to_averageable(found)
                     if name not in sums:
                         sums[name] = raw.new_zeros(*raw.shape[:3], width)
                     sums[name][area] += weight * raw
@@ -185,7 +185,7 @@ class Predictor:
             done = following - top
             for name, task in self.tasks.items():
                 for parts, total in zip(strips, sums[name]):
-                    parts[name].append(task.decoded(total[:, :done] / weights[:done]))
+                    parts[name].append(task.decode(total[:, :done] / weights[:done]))
                 sums[name] = F.pad(sums[name][:, :, done:], (0, 0, 0, done))
             weights = F.pad(weights[done:], (0, 0, 0, done))
         return [{name: np.concatenate(rows) for name, rows in parts.items()} for parts in strips]

@@ -38,7 +38,7 @@ from mtcl.results.compare import (
 from mtcl.results.list_runs import nest_metrics
 from mtcl.results.run_files import read_json_object
 from mtcl.results.tables import align_columns, format_value
-from mtcl.run_lock import claim, is_claimed
+from mtcl.run_lock import is_locked, lock_run
 
 POLL = 0.3  # seconds between two looks at the running trials
 PATIENCE = 120.0  # seconds that a run has to save and end
@@ -114,7 +114,7 @@ def run_search(
     pool = JobPool(search, command, root, num_parallel, gpus, say)
     me = output / ".searches" / uuid.uuid4().hex[:12]
     try:
-        with claim(me), catch_signals() as signals:
+        with lock_run(me), catch_signals() as signals:
             base = run_baselines(search, words, tasks, output, baseline, pool, signals)
             run_trials(search, words, base, storage, pool, me, trials or search.trials, signals)
     finally:
@@ -221,7 +221,7 @@ class Storage:
         """Trials whose search is gone are proposed again, with their values and their folder."""
         states = self.optuna.trial.TrialState
         for trial in self.study.get_trials(states=(states.RUNNING,)):
-            if not is_claimed(self.output / ".searches" / trial.user_attrs.get("searcher", "none")):
+            if not is_locked(self.output / ".searches" / trial.user_attrs.get("searcher", "none")):
                 self.requeue(trial)
 
     def requeue(self, trial: Any) -> None:
@@ -268,7 +268,7 @@ class JobPool:
         found = []
         for slot, job in list(self.jobs.items()):
             code = None if job.process is None else job.process.poll()
-            if job.process is None and not is_claimed(job.folder):  # else a killed search's process is at it still
+            if job.process is None and not is_locked(job.folder):  # else a killed search's process is at it still
                 if job.is_finished:
                     code = 0
                 else:
@@ -402,7 +402,7 @@ def new_validations(search: Search, job: Job, base: Sequence[Run]) -> Iterator[t
     if path.stat().st_size < job.seen:  # a resumed run drops what comes anew
         job.seen = 0
     for line in run_log.read_lines(path, job.seen):
-        if line.is_cut:  # it is being written
+        if line.is_truncated:  # it is being written
             return
         job.seen += len(line.data)
         record = line.record or {}

@@ -40,7 +40,7 @@ from mtcl.launch.study_file import (
     strip_prefix,
 )
 from mtcl.results.run_files import TEXT_LIST, TEXT_MAPPING, check_types, read_json_object, read_record
-from mtcl.run_lock import claim, is_claimed
+from mtcl.run_lock import is_locked, lock_run
 
 TasksOf = Callable[[Sequence[str]], list[str]]
 POLL = 0.1  # seconds between two looks at the running processes
@@ -231,7 +231,7 @@ def read_job(path: Path) -> dict[str, Any]:
 def lock_output(output: Path) -> Iterator[None]:
     """``output`` for this process alone."""
     try:
-        lock = claim(output)
+        lock = lock_run(output)
     except UserError as error:
         raise UserError(f"another study is running in {output}; wait for it or choose another --output.") from error
     with lock:
@@ -276,13 +276,13 @@ def run_jobs(
     failures: list[Failure] = []
     took: list[float] = []
     for job in waiting:
-        if is_claimed(job.folder):
+        if is_locked(job.folder):
             say(f"{job.title} is still run by a process of a study that was killed: it is waited for")
     began, number, num_done = time.monotonic(), len(jobs) - len(waiting), len(jobs) - len(waiting)
     with catch_signals() as signals:
         while (waiting or running) and not signals:
             while waiting and len(running) < num_parallel:
-                free = next((one for one in waiting if not is_claimed(one.folder)), None)
+                free = next((one for one in waiting if not is_locked(one.folder)), None)
                 if free is None:  # all that is left is run by processes of a study that was killed
                     break
                 job = free

@@ -13,9 +13,9 @@ from typing import Any
 
 from mtcl.atomic import write_text
 from mtcl.config.schema import flatten, role_of
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.study_file import NAME, Study, Variant, is_file_path, is_machine_key, make_portable
-from mtcl.metrics.delta import ENOUGH_PAIRS, Paired, delta_mtl, paired_difference, smallest_effect
+from mtcl.metrics.delta import MIN_PAIRS, PairedDifference, delta_mtl, minimum_detectable_effect, paired_difference
 from mtcl.results.columns import Column
 from mtcl.results.compare import (
     Comparison,
@@ -78,7 +78,7 @@ Record = dict[str, Any]
 class PairedEffect:
     """A paired difference, and the smallest one that as many pairs would have shown."""
 
-    paired: Paired
+    paired: PairedDifference
     smallest: float
     adjusted: float | None = None  # p-value by Holm's method, where asked for
 
@@ -89,7 +89,7 @@ class PairedEffect:
         """
         if math.isnan(self.paired.low):
             return NO_VALUE
-        if not self.paired.is_enough:
+        if not self.paired.has_enough_pairs:
             return TOO_FEW
         if self.adjusted is not None:
             return UNDECIDED if self.adjusted >= ALPHA else better_or_worse(column, self.paired.mean)
@@ -287,7 +287,9 @@ def report(study: Study, records: Sequence[Record], holm: bool = False) -> Repor
         add_delta_mtl(shown, base, tasks, columns, notes)
         shown = [base, *shown]
     notes += note_missing_values(shown, columns)
-    return Report(study, columns, shown, effects, missing, [*map(printable, [*describe_runs(found), *notes])])
+    return Report(
+        study, columns, shown, effects, missing, [*map(escape_control_characters, [*describe_runs(found), *notes])]
+    )
 
 
 def apply_holm(effects: Sequence[VariantEffects]) -> list[VariantEffects]:
@@ -321,14 +323,14 @@ def paired_effects(
     if found is None:
         return []
     effects = {
-        column: PairedEffect(paired, smallest_effect(row.values[column], reference.values[column]))
+        column: PairedEffect(paired, minimum_detectable_effect(row.values[column], reference.values[column]))
         for column, paired in found.columns.items()
     }
     deltas = delta_by_pairs(row, reference, list(effects), notes)
     if deltas:
         row.values[delta] = deltas
         zeros = dict.fromkeys(deltas, 0.0)
-        effects[delta] = PairedEffect(paired_difference(deltas, zeros), smallest_effect(deltas, zeros))
+        effects[delta] = PairedEffect(paired_difference(deltas, zeros), minimum_detectable_effect(deltas, zeros))
     return [VariantEffects(row, reference, effects)]
 
 
@@ -406,7 +408,7 @@ VERDICTS = {
     "worse": "with Holm's correction is worse for",
     CONTAINS: f"{CONTAINS} for",
     UNDECIDED: "with Holm's correction decides nothing for",
-    TOO_FEW: f"is of fewer than {ENOUGH_PAIRS} pairs, which decide nothing, for",
+    TOO_FEW: f"is of fewer than {MIN_PAIRS} pairs, which decide nothing, for",
     NO_VALUE: "is not known for",
 }
 
@@ -434,7 +436,7 @@ def list_notes(report: Report) -> list[str]:
         tested = sum(e.adjusted is not None for one in report.effects for e in one.columns.values())
         correction = "not corrected for their number"
         if tested:
-            correction += f"; verdicts and p by Holm's method for the {tested} of {ENOUGH_PAIRS} pairs or more"
+            correction += f"; verdicts and p by Holm's method for the {tested} of {MIN_PAIRS} pairs or more"
         lines.append(f"Intervals are Student's t over pairs of equal seeds, {count} in all, {correction}.")
         lines.append(
             "Smallest visible: the true difference that a paired t test (two-sided, 5 %) of as many pairs with this "

@@ -24,13 +24,13 @@ from omegaconf import OmegaConf
 from mtcl.config.diff import find_changed_experiment_keys, format_changes
 from mtcl.config.quoting import quote_value
 from mtcl.config.schema import role_of
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.processes import EXIT_REQUEUE, catch_signals, format_duration, killed, reason, started
 from mtcl.launch.study_file import is_file_path, merge_overrides, strip_prefix
 from mtcl.results.columns import make_column, primary_metrics
 from mtcl.results.run_files import CONFIG, METRICS, read_metrics, read_nested_config
 from mtcl.results.tables import format_value
-from mtcl.run_lock import is_claimed
+from mtcl.run_lock import is_locked
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
 FOLDERS = ("data.root", "data.cache")  # not in that part
@@ -157,7 +157,7 @@ def run_job(
 
 def say(number: int, folder: Path, text: str) -> None:
     """Write a line on a job to the standard error."""
-    print(printable(f"[{number + 1}] {folder.name}: {text}"), file=sys.stderr, flush=True)
+    print(escape_control_characters(f"[{number + 1}] {folder.name}: {text}"), file=sys.stderr, flush=True)
 
 
 def score(folder: Path) -> str:
@@ -173,7 +173,7 @@ def score(folder: Path) -> str:
 
 def find_run_state(folder: Path, config: Mapping[str, Any]) -> str | None:
     """None: the run in ``folder`` is to be started or continued. ``UserError`` where it is one of another config."""
-    if is_claimed(folder):
+    if is_locked(folder):
         return RUNNING_ELSEWHERE
     if not os.path.lexists(folder / CONFIG):
         return None

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 
 VOID = 255  # of class and edge labels
 
@@ -15,13 +15,13 @@ def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     gives its part of their mean, times the number of processes: the mean over processes, which DDP takes of gradients,
     is then that of one process with the whole batch.
     """
-    count = ranks.total(valid.sum())
-    return ranks.averaged(torch.where(valid, values, 0.0).sum() / count.clamp(min=1))
+    count = distributed.all_reduce_sum(valid.sum())
+    return distributed.scale_for_ddp_mean(torch.where(valid, values, 0.0).sum() / count.clamp(min=1))
 
 
-def share(chosen: Tensor, valid: Tensor) -> Tensor:
+def masked_fraction(chosen: Tensor, valid: Tensor) -> Tensor:
     """The part of the ``valid`` pixels, of all processes, that is ``chosen`` (both bool, same shape); no gradient."""
-    counts = ranks.total(torch.stack([(chosen & valid).sum(), valid.sum()]))
+    counts = distributed.all_reduce_sum(torch.stack([(chosen & valid).sum(), valid.sum()]))
     return counts[0].float() / counts[1].clamp(min=1)
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mtcl.losses.masked import masked_mean, pixel_cross_entropy, share
+from mtcl.losses.masked import masked_fraction, masked_mean, pixel_cross_entropy
 
 
 class SaliencyLoss(nn.Module):
@@ -17,6 +17,6 @@ class SaliencyLoss(nn.Module):
 
     def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
         cross_entropy, valid = pixel_cross_entropy(prediction, label)
-        positive_weight = share(label == 0, valid)
+        positive_weight = masked_fraction(label == 0, valid)
         weight = torch.where(label == 0, 1 - positive_weight, positive_weight)
         return masked_mean(weight * cross_entropy, valid)

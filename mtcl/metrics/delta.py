@@ -8,8 +8,8 @@ from scipy import stats
 
 from mtcl.errors import UserError
 
-ENOUGH_PAIRS = 3  # for a verdict: of two, one outlier makes any interval
-LEVEL = 0.95
+MIN_PAIRS = 3  # for a verdict: of two, one outlier makes any interval
+CONFIDENCE_LEVEL = 0.95
 
 
 class Summary(NamedTuple):
@@ -20,7 +20,7 @@ class Summary(NamedTuple):
     num: int
 
 
-class Paired(NamedTuple):
+class PairedDifference(NamedTuple):
     """Mean difference over ``pairs`` and its interval; ``low`` and ``high`` are NaN for fewer than two pairs."""
 
     mean: float
@@ -33,13 +33,13 @@ class Paired(NamedTuple):
         return self.low > 0 or self.high < 0
 
     @property
-    def is_enough(self) -> bool:
+    def has_enough_pairs(self) -> bool:
         """Are there pairs enough for a verdict?"""
-        return self.pairs >= ENOUGH_PAIRS
+        return self.pairs >= MIN_PAIRS
 
     @property
     def p_value(self) -> float:
-        """The two-sided p-value of the paired t test, from an interval of :data:`LEVEL`; NaN for fewer than two pairs.
+        """The two-sided p-value of the paired t test, from an interval of :data:`CONFIDENCE_LEVEL`; NaN for fewer than two pairs.
 
         >>> f"{Paired(1.0, 0.0, 2.0, 5).p_value:.4f}"
         '0.0500'
@@ -50,7 +50,7 @@ class Paired(NamedTuple):
         if half == 0:
             return 0.0 if self.mean else 1.0
         dof = self.pairs - 1
-        return float(2 * stats.t.sf(abs(self.mean) / half * stats.t.ppf((1 + LEVEL) / 2, dof), dof))
+        return float(2 * stats.t.sf(abs(self.mean) / half * stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, dof), dof))
 
 
 def delta_mtl(
@@ -75,7 +75,7 @@ def delta_mtl(
     return 100 * math.fsum(signed) / len(signed) if all(map(math.isfinite, signed)) else math.nan
 
 
-def summary(values: Iterable[float]) -> Summary:
+def summarize_values(values: Iterable[float]) -> Summary:
     """Of the values that are not NaN; a mean of NaN where there are none.
 
     >>> summary([1.0, 3.0, float("nan")])
@@ -88,15 +88,17 @@ def summary(values: Iterable[float]) -> Summary:
     return Summary(mean, std, num)
 
 
-def paired_difference(a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = LEVEL) -> Paired:
+def paired_difference(
+    a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = CONFIDENCE_LEVEL
+) -> PairedDifference:
     """Mean of a - b over the seeds that both have, and its interval of Student's t with pairs - 1 degrees of freedom.
 
     ``a``, ``b``: seed -> value; a NaN on either side takes no part. The interval is mean -+ t s / sqrt(pairs), s the
     standard deviation of the differences.
     """
-    mean, std, pairs = summary(value - b[seed] for seed, value in a.items() if seed in b)
+    mean, std, pairs = summarize_values(value - b[seed] for seed, value in a.items() if seed in b)
     half = float(stats.t.ppf((1 + level) / 2, pairs - 1)) * std / math.sqrt(pairs) if pairs > 1 else math.nan
-    return Paired(mean, mean - half, mean + half, pairs)
+    return PairedDifference(mean, mean - half, mean + half, pairs)
 
 
 def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
@@ -113,15 +115,15 @@ def adjust_by_holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def smallest_effect(
-    a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = LEVEL, power: float = 0.8
+def minimum_detectable_effect(
+    a: Mapping[Hashable, float], b: Mapping[Hashable, float], level: float = CONFIDENCE_LEVEL, power: float = 0.8
 ) -> float:
     """The mean of a - b that a paired, two-sided t test of as many pairs would find with probability ``power``.
 
     ``a``, ``b``: as :func:`paired_difference`'s. (t_{(1 + level) / 2} + t_{power}) s / sqrt(pairs), s the standard
     deviation of the differences, taken for the true one, and t Student's quantiles; NaN for fewer than two pairs.
     """
-    _, std, pairs = summary(value - b[seed] for seed, value in a.items() if seed in b)
+    _, std, pairs = summarize_values(value - b[seed] for seed, value in a.items() if seed in b)
     if pairs < 2:
         return math.nan
     both = stats.t.ppf((1 + level) / 2, pairs - 1) + stats.t.ppf(power, pairs - 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.metrics.masked import PixelMetric, bands, check_shapes, choice, is_finite
+from mtcl.metrics.masked import PixelMetric, check_shapes, is_finite, row_bands, validate_protocol
 
 
 class DepthMetric(PixelMetric):
@@ -19,7 +19,7 @@ class DepthMetric(PixelMetric):
     log_rmse = sqrt(mean (ln q - ln z)^2), delta_k the share of pixels with max(q / z, z / q) < 1.25^k. No crop, no
     median scaling, and no upper limit unless ``max_depth`` gives one.
 
-    ``protocol``: ``field``, or ``astmt``, whose rmse is the mean over pictures of each one's own
+    ``protocol``: ``standard``, or ``astmt``, whose rmse is the mean over pictures of each one's own
     (astmt/fblib/evaluation/eval_depth.py:16-56); pictures without a valid pixel are left out of it, and the other
     numbers stay pooled.
     ``max_depth``: labels of this many metres and more are void; 80 in TaskPrompter and SAK
@@ -30,7 +30,7 @@ class DepthMetric(PixelMetric):
     """
 
     task = "depth"
-    PROTOCOLS = ("field", "astmt")
+    PROTOCOLS = ("standard", "astmt")
     RATIOS = (1.25, 1.25**2, 1.25**3)
     sums: Tensor  # float64 (4,): of (p - z)^2, |p - z| / z, (p - z)^2 / z, (ln q - ln z)^2
     counts: Tensor  # int64 (5,): valid pixels, those within the three ratios, those not finite
@@ -38,12 +38,12 @@ class DepthMetric(PixelMetric):
     pictures: Tensor  # int64
 
     def __init__(
-        self, protocol: Literal["field", "astmt"] = "field", max_depth: float | None = None, **kwargs: Any
+        self, protocol: Literal["standard", "astmt"] = "standard", max_depth: float | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         if max_depth is not None and not max_depth > 0:
             raise UserError(f"{self.task}: max_depth={max_depth} leaves no pixel; give metres above 0, or none.")
-        self.protocol = choice(self.task, protocol, self.PROTOCOLS)
+        self.protocol = validate_protocol(self.task, protocol, self.PROTOCOLS)
         self.upper = math.inf if max_depth is None else max_depth  # exclusive
         self.add_sums("sums", size=(4,))
         self.add_counts("counts", size=(2 + len(self.RATIOS),))
@@ -52,7 +52,7 @@ class DepthMetric(PixelMetric):
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         check_shapes(self.task, prediction, (1,), label, (1,))
-        measured = [self._measure(*band) for band in bands(prediction, label)]
+        measured = [self._measure(*band) for band in row_bands(prediction, label)]
         sums, counts = (torch.stack(parts).sum(0) for parts in zip(*measured))
         squared, pixels = sums[0], counts[0]
         self.rmse_of_pictures += (squared / pixels.clamp(min=1)).sqrt().sum()

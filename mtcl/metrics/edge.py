@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.metrics.boundaries import Preset, best_of_image, preset_named, scores
+from mtcl.metrics.boundaries import Preset, best_image_counts, compute_scores, get_preset
 from mtcl.metrics.masked import PixelMetric, check_shapes, is_finite
 
-PATIENCE = 2_000_000  # pixels; with fewer than that, processes take longer to start than to work
+MIN_PIXELS_FOR_WORKERS = 2_000_000  # pixels; with fewer than that, processes take longer to start than to work
 
 
 class EdgeMetric(PixelMetric):
@@ -61,7 +61,7 @@ class EdgeMetric(PixelMetric):
             )
         self.positive_weight = positive_weight
         self.boundaries, self.max_distance, self.every, self.workers = boundaries, max_distance, every, workers
-        self.preset: Preset = preset_named(preset, thresholds)
+        self.preset: Preset = get_preset(preset, thresholds)
         self.seen = self.scored = 0  # images, and pixels of those that were scored, on this rank
         self._pool: ProcessPoolExecutor | None = None
         self._pending: deque[Future[np.ndarray]] = deque()
@@ -91,7 +91,7 @@ class EdgeMetric(PixelMetric):
         for image in zip(*(t[:, 0].cpu().numpy() for t in (levels, label == 1, valid)), strict=True):
             job = (self.preset, *image, self.max_distance)
             self.scored += image[0].size
-            if self.workers == 0 or self.scored <= PATIENCE:
+            if self.workers == 0 or self.scored <= MIN_PIXELS_FOR_WORKERS:
                 self._add(_counts(*job))
                 continue
             if len(self._pending) >= 4 * self.workers:  # no more images than that wait in memory
@@ -103,7 +103,7 @@ class EdgeMetric(PixelMetric):
         found = {"loss": self.total / self.pixels}
         if self.boundaries:
             self._gather()
-            result = scores(
+            result = compute_scores(
                 self.counts.cpu().numpy(),
                 self.best.cpu().numpy(),
                 np.array(self.preset.thresholds),
@@ -160,7 +160,7 @@ class EdgeMetric(PixelMetric):
 
     def _add(self, counts: np.ndarray) -> None:
         self.counts += torch.from_numpy(counts).to(self.counts.device)
-        self.best += torch.from_numpy(best_of_image(counts)).to(self.best.device)
+        self.best += torch.from_numpy(best_image_counts(counts)).to(self.best.device)
 
 
 def _counts(

@@ -32,7 +32,7 @@ def _size(array: Tensor) -> str:
     return "x".join(str(side) for side in array.shape)
 
 
-def bands(prediction: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def row_bands(prediction: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The same pictures (B, C, H, W) in bands of rows on a CPU, where that is two times faster; elsewhere as one."""
     batch, _, height, width = prediction.shape
     rows = max(1, BAND // max(1, batch * width)) if prediction.is_cpu else max(1, height)
@@ -62,7 +62,7 @@ def scattered(cells: Tensor, number: int) -> Tensor:
     return zeros.scatter_add_(0, index, torch.ones_like(index))
 
 
-def by_label(label: Tensor, column: Tensor, columns: int) -> Tensor:
+def count_by_label(label: Tensor, column: Tensor, columns: int) -> Tensor:
     """Pixels of every picture by their label and by ``column`` (int32, 0..columns-1): int64 (B, LABELS, columns).
 
     label: integers (B, H, W), column: (B, H, W). Row 1 + y holds the pixels of label y. The first and the last row
@@ -105,7 +105,7 @@ class PixelMetric(torchmetrics.Metric):
             raise UserError(f"{self.task}: {pixels} out of range; {allowed}. Check the label files and the class list.")
 
 
-def choice(task: str, protocol: str, known: tuple[str, ...]) -> str:
+def validate_protocol(task: str, protocol: str, known: tuple[str, ...]) -> str:
     """``protocol`` if it is one of ``known``, else ``UserError``."""
     if protocol not in known:
         raise UserError(f"{task}: protocol={protocol!r} is not known; choose one of {', '.join(known)}.")

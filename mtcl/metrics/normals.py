@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtcl.metrics.masked import PixelMetric, bands, check_shapes, count
+from mtcl.metrics.masked import PixelMetric, check_shapes, count, row_bands
 
 
 class NormalsMetric(PixelMetric):
@@ -41,7 +41,7 @@ class NormalsMetric(PixelMetric):
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
         check_shapes(self.task, prediction, (3,), label, (3,))
-        for band in bands(prediction, label):
+        for band in row_bands(prediction, label):
             self._add(*band)
 
     def _add(self, prediction: Tensor, label: Tensor) -> None:

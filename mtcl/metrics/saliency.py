@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mtcl.metrics.masked import VOID, PixelMetric, by_label, check_shapes, choice, is_finite
+from mtcl.metrics.masked import VOID, PixelMetric, check_shapes, count_by_label, is_finite, validate_protocol
 
 STEPS = tuple(k / 20 for k in range(1, 20))  # 0.05, 0.10, ..., 0.95
 
@@ -16,7 +16,7 @@ class SaliencyMetric(PixelMetric):
 
     ``protocol``: which of the field's three measures (they are not comparable):
 
-    - ``field``: t = 0.05, 0.10, ..., 0.95, salient where >= t. maxF: pixels pooled over the split, then
+    - ``standard``: t = 0.05, 0.10, ..., 0.95, salient where >= t. maxF: pixels pooled over the split, then
       F = (1 + b2) P R / (b2 P + R) with b2 = 0.3, which is (1 + b2) TP / (b2 positives + predicted), and 0 where
       nothing is predicted or there (atrc/src/data/metrics.py:131-232). mIoU: TP / (TP + FP + FN) of each picture, mean
       over pictures (SAK/evaluation/eval_sal.py:5-69).
@@ -37,7 +37,7 @@ class SaliencyMetric(PixelMetric):
     """
 
     task = "sal"
-    PROTOCOLS = ("field", "invpt", "mtinet")
+    PROTOCOLS = ("standard", "invpt", "mtinet")
     BETA2 = 0.3
     thresholds: Tensor  # float32 (K,), of the probability, increasing
     histogram: Tensor  # int64 (2, K + 2), by label: pixels not finite, and pixels that reach 0, 1, ..., K thresholds
@@ -46,10 +46,10 @@ class SaliencyMetric(PixelMetric):
     iou: Tensor
     pictures: Tensor  # int64
 
-    def __init__(self, protocol: Literal["field", "invpt", "mtinet"] = "field", **kwargs: Any) -> None:
+    def __init__(self, protocol: Literal["standard", "invpt", "mtinet"] = "standard", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.protocol = choice(self.task, protocol, self.PROTOCOLS)
-        values = {"field": STEPS, "invpt": tuple(before_sigmoid(t) for t in STEPS), "mtinet": STEPS[3:18]}[protocol]
+        self.protocol = validate_protocol(self.task, protocol, self.PROTOCOLS)
+        values = {"standard": STEPS, "invpt": tuple(logit(t) for t in STEPS), "mtinet": STEPS[3:18]}[protocol]
         self.register_buffer("thresholds", torch.tensor(values, dtype=torch.float32), persistent=False)
         self.add_counts("histogram", size=(2, len(values) + 2))
         self.add_counts("pictures", "out_of_range")
@@ -63,8 +63,8 @@ class SaliencyMetric(PixelMetric):
             score = prediction[:, 1].float() - score
         finite = is_finite(score)
         probability = score.sigmoid() if prediction.shape[1] == 2 else score.contiguous()
-        reached = thresholds_reached(probability, self.thresholds, inclusive=self.protocol != "mtinet")
-        counts = by_label(label, (reached + 1) * finite, columns)
+        reached = count_thresholds_reached(probability, self.thresholds, inclusive=self.protocol != "mtinet")
+        counts = count_by_label(label, (reached + 1) * finite, columns)
         pixels = counts[:, 1:3]
         self.histogram += pixels.sum(0)
         self.out_of_range += counts.sum() - counts[:, [1, 2, 1 + VOID]].sum()
@@ -72,7 +72,7 @@ class SaliencyMetric(PixelMetric):
 
     def _add_pictures(self, pixels: Tensor) -> None:
         """``pixels``: a histogram of each picture, int64 (B, 2, K + 2)."""
-        predicted, hit, positives = at_least(pixels)
+        predicted, hit, positives = cumulative_counts(pixels)
         union = predicted + positives - hit
         seen = (pixels.sum((1, 2)) > 0).unsqueeze(1)
         self.precision += (hit / predicted.clamp(min=1)).sum(0)
@@ -94,17 +94,17 @@ class SaliencyMetric(PixelMetric):
         if self.protocol == "mtinet":
             precision, recall = self.precision / self.pictures, self.recall / self.pictures
             return 2 * precision * recall / (precision + recall + 1e-12)
-        predicted, hit, positives = at_least(self.histogram)
+        predicted, hit, positives = cumulative_counts(self.histogram)
         # The smallest denominator other than 0 is that of one positive and no prediction.
         return (1 + self.BETA2) * hit / (self.BETA2 * positives + predicted).clamp(min=self.BETA2)
 
 
-def before_sigmoid(value: float) -> float:
+def logit(value: float) -> float:
     """The probability that a sigmoid takes to ``value``: below 0 if every one exceeds it, above 1 if none does."""
     return math.log(value / (1 - value))
 
 
-def thresholds_reached(probability: Tensor, thresholds: Tensor, inclusive: bool) -> Tensor:
+def count_thresholds_reached(probability: Tensor, thresholds: Tensor, inclusive: bool) -> Tensor:
     """How many of the increasing ``thresholds`` are <= each probability (``inclusive``) or < it: int32, same shape.
 
     The same as ``torch.bucketize``, which searches: here a probability's cell of 1 / 64 tells all thresholds but the
@@ -120,7 +120,7 @@ def thresholds_reached(probability: Tensor, thresholds: Tensor, inclusive: bool)
     return below.index_select(0, cell).view_as(probability) + more
 
 
-def at_least(histogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cumulative_counts(histogram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(predicted, hit, positives) of histograms (..., 2, K + 2): float64 (..., K), (..., K) and (..., 1)."""
     upwards = histogram.flip(-1).cumsum(-1).flip(-1).double()  # column 1 + k: pixels that reach k thresholds or more
     return upwards[..., 2:].sum(-2), upwards[..., 1, 2:], upwards[..., 1, :1]

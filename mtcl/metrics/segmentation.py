@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.metrics.masked import BAND, VOID, PixelMetric, by_label, check_shapes, is_finite
+from mtcl.metrics.masked import BAND, VOID, PixelMetric, check_shapes, count_by_label, is_finite
 
 
 class SegmentationMetric(PixelMetric):
@@ -48,7 +48,7 @@ class SegmentationMetric(PixelMetric):
     def update(self, prediction: Tensor, label: Tensor) -> None:
         n = self.num_classes
         check_shapes(self.task, prediction, (n,), label, ())
-        largest, index = strongest(prediction)
+        largest, index = max_and_argmax(prediction)
         size = BAND if label.is_cpu else max(1, label.numel())
         for parts in zip(*(array.flatten().split(size) for array in (largest, index, label))):
             self._add(*parts)
@@ -58,7 +58,7 @@ class SegmentationMetric(PixelMetric):
         n = self.num_classes
         guess = index.int()
         guess += (~is_finite(largest)).int() * (n - guess)
-        counts = by_label(label.view(1, 1, -1), guess.view(1, 1, -1), n + 1)[0]
+        counts = count_by_label(label.view(1, 1, -1), guess.view(1, 1, -1), n + 1)[0]
         self.confusion += counts[1 : 1 + n]
         self.out_of_range += counts[0].sum() + counts[1 + n : 1 + VOID].sum() + counts[2 + VOID].sum()
 
@@ -92,7 +92,7 @@ class HumanPartsMetric(SegmentationMetric):
     task = "human_parts"
 
 
-def strongest(logits: Tensor) -> tuple[Tensor, Tensor]:
+def max_and_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of (B, C, H, W) along C and the index of its first occurrence, (B, H, W) each; NaN wins.
 
     Pooling over channels is the same and, on a CPU, several times faster than ``max`` or ``argmax`` over a dimension

@@ -14,7 +14,7 @@ from timm.models import model_entrypoint
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from mtcl.errors import UserError, why_unreadable
+from mtcl.errors import UserError, describe_load_error
 from mtcl.models.backbone_options import check_backbone_kwargs
 from mtcl.models.weights import check_tensor_values
 
@@ -194,7 +194,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"backbone.weights={path} can't be read as weights: {why_unreadable(error)}") from error
+        raise UserError(f"backbone.weights={path} can't be read as weights: {describe_load_error(error)}") from error
     for key in ("state_dict", "model", "state_dict_ema"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -15,7 +15,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
+def measure_time(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Seconds on the clock, and of this process's CPU time."""
     synchronize(device)
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -24,7 +24,7 @@ def timed(work: Callable[[], object], device: torch.device) -> tuple[float, floa
     return time.perf_counter() - began, time.process_time() - began_cpu
 
 
-def peak(work: Callable[[], object], device: torch.device) -> int:
+def measure_peak_memory(work: Callable[[], object], device: torch.device) -> int:
     """Bytes of tensors at the peak of ``work()`` beyond what was allocated before it.
 
     By the CUDA allocator's count, or on a CPU by the profiler's record of every tensor allocated and freed (not the

@@ -10,8 +10,8 @@ __all__ = [
     "Contrastive",
     "CrossTaskConsistency",
     "Draw",
-    "GradientShare",
+    "GradientNormWeight",
+    "MaskedAdamW",
     "Regularizer",
     "RegularizerOutput",
-    "SliceAdamW",
 ]

@@ -41,7 +41,7 @@ class RegularizerOutput(NamedTuple):
 class Regularizer(nn.Module, ABC):
     """A training-only loss on what any model gives in training. Its parameters live here, never in the model."""
 
-    tap: str = "final"  # the features it looks at, for its diagnostics
+    feature: str = "final"  # the features it looks at, for its diagnostics
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """What trains its own parameters."""
@@ -79,23 +79,23 @@ class Contrastive(Regularizer):
         tasks: name -> task, at least two; each is a target and a source.
         channels: task -> channels C_t of its tapped feature map.
         seed: of the projectors' start and of every draw; torch's global generator is never touched.
-        sources: ``other``: a random other task (the paper); ``self``: the target itself, a control; ``any``: a random
+        source_tasks: ``other``: a random other task (the paper); ``self``: the target itself, a control; ``any``: a random
             task, the target included; a task's name: always that one (it has a random other one itself).
-        exclude: pairs ``target<-source`` that are never drawn.
+        excluded_pairs: pairs ``target<-source`` that are never drawn.
         shuffle: a control: an image's source labels are those of another image of the batch.
-        pixels: K, sampled per image at label resolution.
-        quotas: each class (range of depth, direction) of an image's source label has an equal part in the K; else
+        num_pixels: K, sampled per image at label resolution.
+        class_balanced: each class (range of depth, direction) of an image's source label has an equal part in the K; else
             uniform.
         window: pairs lie at most this part of the picture's height and width apart; None: anywhere.
-        agree: positives of the source that the target's own label calls different are left out.
+        drop_conflicting_positives: positives of the source that the target's own label calls different are left out.
         across_images: pairs may lie in different images of a batch.
         criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``;
             see :mod:`mtcl.regularizers.criteria`.
         margin: of the first three, on squared distances of unit vectors (0..4). ``temperature``: of ``infonce``.
-        dim: D, of the projected features. ``hidden``: width inside the projector; None: a linear projector.
-        share: one projector per ``pair`` (the paper), per ``target``, or one for ``all`` (widths must be equal).
+        embed_dim: D, of the projected features. ``hidden_dim``: width inside the projector; None: a linear projector.
+        projector_sharing: one projector per ``pair`` (the paper), per ``target``, or one for ``all`` (widths must be equal).
         thresholds: task -> (near, far) in the units of its label distance; by default the task's own.
-        tap: which of a model's taps :meth:`compute_loss` reads.
+        feature: which of a model's taps :meth:`compute_loss` reads.
     """
 
     def __init__(
@@ -104,55 +104,62 @@ class Contrastive(Regularizer):
         channels: Mapping[str, int],
         *,
         seed: int = 0,
-        sources: str = "other",
-        exclude: Collection[str] = (),
+        source_tasks: str = "other",
+        excluded_pairs: Collection[str] = (),
         shuffle: bool = False,
-        pixels: int = 256,
-        quotas: bool = False,
+        num_pixels: int = 256,
+        class_balanced: bool = False,
         window: float | None = None,
-        agree: bool = False,
+        drop_conflicting_positives: bool = False,
         across_images: bool = False,
         criterion: str = "triplet",
         margin: float = 0.5,
         temperature: float = 0.1,
-        dim: int = 64,
-        hidden: int | None = 64,
-        share: str = "pair",
+        embed_dim: int = 64,
+        hidden_dim: int | None = 64,
+        projector_sharing: str = "pair",
         thresholds: Mapping[str, tuple[float, float]] | None = None,
-        tap: str = "final",
+        feature: str = "final",
     ):
         super().__init__()
         if len(tasks) < 2:
             raise UserError("cross-task contrast needs at least two tasks; use regularizer=none for one")
-        if not 1 <= pixels < 2**15:
-            raise UserError(f"regularizer.options.pixels={pixels} must be from 1 to {2**15 - 1}")
-        if criterion == "ranked" and (window is not None or agree or across_images):
+        if not 1 <= num_pixels < 2**15:
+            raise UserError(f"regularizer.options.num_pixels={num_pixels} must be from 1 to {2**15 - 1}")
+        if criterion == "ranked" and (window is not None or drop_conflicting_positives or across_images):
             raise UserError(
-                "regularizer.options.criterion=ranked takes any three pixels of an image; leave out window, agree, "
+                "regularizer.options.criterion=ranked takes any three pixels of an image; leave out window, drop_conflicting_positives, "
                 "across_images"
             )
         if criterion not in CRITERIA:
             raise UserError(f"regularizer.options.criterion={criterion} is not known; choose {', '.join(CRITERIA)}")
         self.tasks = dict(tasks)
         self.task_names = list(tasks)
-        self.seed, self.pixels, self.tap = seed, pixels, tap
-        self.shuffle, self.quotas, self.window, self.agree = shuffle, quotas, window, agree
+        self.seed, self.num_pixels, self.feature = seed, num_pixels, feature
+        self.shuffle, self.class_balanced, self.window, self.drop_conflicting_positives = (
+            shuffle,
+            class_balanced,
+            window,
+            drop_conflicting_positives,
+        )
         self.across_images, self.criterion, self.margin, self.temperature = (
             across_images,
             criterion,
             margin,
             temperature,
         )
-        self.allowed_sources = list_allowed_sources(self.task_names, sources, exclude)
+        self.allowed_sources = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
         chosen = dict(thresholds or {})
-        self.thresholds = {name: chosen.get(name) or (task.near, task.far) for name, task in tasks.items()}
+        self.thresholds = {
+            name: chosen.get(name) or (task.positive_threshold, task.negative_threshold) for name, task in tasks.items()
+        }
         for name, (near, far) in self.thresholds.items():
             if not 0 <= near < far:
                 raise UserError(f"regularizer.options.thresholds.{name}=[{near}, {far}] must be 0 <= near < far")
-        self.share = share
-        self.projectors = self._build_projectors(channels, hidden, dim)
+        self.projector_sharing = projector_sharing
+        self.projectors = self._build_projectors(channels, hidden_dim, embed_dim)
         # Near, far, and where "ranked" stops telling distances apart: of placed labels, see Task.place.
-        spans = [[task.span(d) for d in self.thresholds[name]] for name, task in tasks.items()]
+        spans = [[task.embedded_distance(d) for d in self.thresholds[name]] for name, task in tasks.items()]
         tops = [far if near == 0 else RANKED_MAX_FACTOR * far for near, far in spans]
         self.spans: Tensor
         self.register_buffer("spans", torch.tensor([[*s, t] for s, t in zip(spans, tops)]), persistent=False)
@@ -162,23 +169,27 @@ class Contrastive(Regularizer):
 
     def _build_projectors(self, channels: Mapping[str, int], hidden: int | None, dim: int) -> nn.ModuleDict:
         generator = torch.Generator().manual_seed(self.seed)
-        if self.share == "pair":
+        if self.projector_sharing == "pair":
             return nn.ModuleDict(
                 {t: Projector(len(self.task_names), channels[t], hidden, dim, generator) for t in self.task_names}
             )
-        if self.share == "target":
+        if self.projector_sharing == "target":
             return nn.ModuleDict({t: Projector(1, channels[t], hidden, dim, generator) for t in self.task_names})
-        if self.share != "all":
-            raise UserError(f"regularizer.options.share={self.share} is not known; choose pair, target or all")
+        if self.projector_sharing != "all":
+            raise UserError(
+                f"regularizer.options.projector_sharing={self.projector_sharing} is not known; choose pair, target or all"
+            )
         if len({channels[t] for t in self.task_names}) > 1:
-            raise UserError("regularizer.options.share=all needs features of equal width; choose pair or target")
+            raise UserError(
+                "regularizer.options.projector_sharing=all needs features of equal width; choose pair or target"
+            )
         return nn.ModuleDict(
             dict.fromkeys(self.task_names, Projector(1, channels[self.task_names[0]], hidden, dim, generator))
         )
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """The step's sources (equal on every rank) and each image's pixels."""
-        count = self.pixels * (CANDIDATE_FACTOR if self.quotas else 1)
+        count = self.num_pixels * (CANDIDATE_FACTOR if self.class_balanced else 1)
         return Draw(draw_sources(self.seed, step, self.allowed_sources), draw_pixels(self.seed, step, ids, count))
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -186,7 +197,7 @@ class Contrastive(Regularizer):
         return MaskedAdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
 
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
-        return self(output.features[self.tap], labels, draw, output.frame)
+        return self(output.features[self.feature], labels, draw, output.frame)
 
     def forward(
         self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
@@ -229,8 +240,12 @@ class Contrastive(Regularizer):
                 for name, task in self.tasks.items()
             ]  # at the pixels alone: they are a label of M rows and one column
         )  # (S, B, M)
-        places = torch.stack([task.place(read[name]) for name, task in self.tasks.items()])  # (S, B, M, 3)
-        strata = torch.stack([task.stratum(read[name]) for name, task in self.tasks.items()]) if self.quotas else None
+        places = torch.stack([task.embed_label(read[name]) for name, task in self.tasks.items()])  # (S, B, M, 3)
+        strata = (
+            torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])
+            if self.class_balanced
+            else None
+        )
         own = torch.where(known[..., None], places, torch.nan)  # a void label of the target's own contradicts nothing
         if self.shuffle:
             known, places = known.roll(1, dims=1), places.roll(1, dims=1)
@@ -241,7 +256,7 @@ class Contrastive(Regularizer):
         pixels = draw.pixels[None]  # the same for all targets
         if strata is None:
             return source, pixels, place, own, valid
-        index = balanced_sample(strata[source, images], valid, self.pixels)  # (T, B, K)
+        index = balanced_sample(strata[source, images], valid, self.num_pixels)  # (T, B, K)
         pixels, place, own = (torch.take_along_dim(x, index[..., None], dim=2) for x in (pixels, place, own))
         return source, pixels, place, own, valid.gather(2, index)
 
@@ -251,7 +266,7 @@ class Contrastive(Regularizer):
         """z = normalize(P_ts(F_t)) of target number ``t`` at its pixels: (B, K, D), fp32."""
         feature = sample_features(features[self.task_names[t]], pixels, size, frame or size)  # (B, K, C_t)
         return self.projectors[self.task_names[t]](
-            feature, source if self.share == "pair" else torch.zeros_like(source)
+            feature, source if self.projector_sharing == "pair" else torch.zeros_like(source)
         )
 
     def _pairs(self, source: Tensor, pixels: Tensor, place: Tensor, own: Tensor, valid: Tensor, size: Size) -> Pairs:
@@ -262,10 +277,10 @@ class Contrastive(Regularizer):
         different = is_other_pixel(pixels, size)
         comparable = None
         if self.across_images:
-            image = torch.arange(source.shape[1], device=source.device)[:, None].expand(-1, self.pixels)
-            kind = source[..., None].expand(*source.shape, self.pixels)
+            image = torch.arange(source.shape[1], device=source.device)[:, None].expand(-1, self.num_pixels)
+            kind = source[..., None].expand(*source.shape, self.num_pixels)
             pixels, place, own, valid, limits, kind, image = map(
-                merge_images, (pixels, place, own, valid, limits.expand(-1, -1, self.pixels, -1), kind, image[None])
+                merge_images, (pixels, place, own, valid, limits.expand(-1, -1, self.num_pixels, -1), kind, image[None])
             )
             different = is_other_pixel(pixels, size) | (image[..., :, None] != image[..., None, :])
             comparable = kind[..., :, None] == kind[..., None, :]  # partial labels: images differ in their source
@@ -275,7 +290,7 @@ class Contrastive(Regularizer):
             negative = negative & different
         if comparable is not None:
             positive, negative = positive & comparable, negative & comparable
-        if self.agree:
+        if self.drop_conflicting_positives:
             positive = positive & ~(pairwise_distances(own) >= mine[..., 1, None])
         if self.window is not None:
             near = within_window(pixels, self.window)
@@ -287,7 +302,7 @@ class Contrastive(Regularizer):
         group_size = 1
         if self.across_images:  # one group for all images: counted for the first one's source
             source, group_size = source[:, :1], source.shape[1]
-        pixels = torch.full_like(stats[..., :1], float(self.pixels) * group_size)
+        pixels = torch.full_like(stats[..., :1], float(self.num_pixels) * group_size)
         counted = torch.cat([pixels, stats], dim=-1)  # (T, B, 5)
         every = torch.arange(len(self.task_names), device=source.device)
         drawn = (source[..., None] == every).to(counted)  # (T, B, S); one_hot would wait for the device
@@ -340,15 +355,19 @@ def list_allowed_sources(names: Sequence[str], sources: str, exclude: Collection
     elif sources in ("other", "any"):
         found = [[s for s in range(count) if s != t or sources == "any"] for t in range(count)]
     else:
-        raise UserError(f"regularizer.options.sources={sources} is not known; choose other, self, any or a task in use")
+        raise UserError(
+            f"regularizer.options.source_tasks={sources} is not known; choose other, self, any or a task in use"
+        )
     every = {f"{t}<-{s}" for t in TASK_NAMES for s in TASK_NAMES}
     for pair in exclude:
         if pair not in every:
             raise UserError(
-                f"regularizer.options.exclude: {pair} is no pair target<-source, e.g. {names[0]}<-{names[1]}"
+                f"regularizer.options.excluded_pairs: {pair} is no pair target<-source, e.g. {names[0]}<-{names[1]}"
             )
     found = [[s for s in own if f"{names[t]}<-{names[s]}" not in exclude] for t, own in enumerate(found)]
     for name, own in zip(names, found):
         if not own:
-            raise UserError(f"regularizer.options.exclude leaves {name} without a source; leave one of its pairs in")
+            raise UserError(
+                f"regularizer.options.excluded_pairs leaves {name} without a source; leave one of its pairs in"
+            )
     return found

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.regularizers.pairs import Pairs
 
 
@@ -94,8 +94,8 @@ def triplet_hinge(z: Tensor, p: Tensor, n: Tensor, anchor: Tensor, margin: float
 def mean_over_anchors(each: Tensor, active: Tensor, d_ap: Tensor, d_an: Tensor, anchor: Tensor) -> CriterionOutput:
     """Every anchor of a target counts the same, in whichever image it lies."""
     weight = anchor.to(each)
-    count = ranks.total(weight.sum(dim=(1, 2)))  # of all processes, as in losses.pixels.masked_mean
-    losses = ranks.averaged((each * weight).sum(dim=(1, 2)) / count.clamp(min=1))
+    count = distributed.all_reduce_sum(weight.sum(dim=(1, 2)))  # of all processes, as in losses.pixels.masked_mean
+    losses = distributed.scale_for_ddp_mean((each * weight).sum(dim=(1, 2)) / count.clamp(min=1))
     stats = torch.stack([torch.ones_like(each), active.to(each), d_ap, d_an], dim=-1).detach()
     return CriterionOutput(losses, count > 0, (stats * weight[..., None]).sum(dim=2))
 

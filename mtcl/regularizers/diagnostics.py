@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 
 
 def compare_feature_gradients(task_loss: Tensor, contrast: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def compare_feature_gradients(task_loss: Tensor, contrast: Tensor, features: Map
         b = torch.zeros_like(feature) if b is None else b
         a, b = a.float().flatten(), b.float().flatten()
         found[f"{name}/norm_task"], found[f"{name}/norm_contrast"] = global_norm(a), global_norm(b)
-        dot = ranks.total((a * b).sum()) / ranks.world() ** 2
+        dot = distributed.all_reduce_sum((a * b).sum()) / distributed.world_size() ** 2
         found[f"{name}/cosine"] = dot / (global_norm(a).clamp(min=1e-8) * global_norm(b).clamp(min=1e-8))
     return found
 
@@ -46,6 +46,6 @@ def gradient_norms(loss: Tensor, features: Mapping[str, Tensor]) -> dict[str, Te
 
 def global_norm(part: Tensor) -> Tensor:
     """The norm of the gradient of the mean over processes, of which each has the part of its own pictures."""
-    if ranks.world() == 1:
+    if distributed.world_size() == 1:
         return part.norm()
-    return ranks.total(part.square().sum()).sqrt() / ranks.world()
+    return distributed.all_reduce_sum(part.square().sum()).sqrt() / distributed.world_size()

@@ -59,7 +59,7 @@ class CrossTaskConsistency(Regularizer):
         tasks: name -> task, at least two; each is a target and a source.
         channels: task -> channels of its tapped feature map, equal for all; that of the pairs' spaces.
         seed: of the mapping's start and of every draw; torch's global generator is never touched.
-        tap: which of a model's taps is the image's feature (a target's own, where they differ).
+        feature: which of a model's taps is the image's feature (a target's own, where they differ).
         stride: pixels per cell of the maps that enter the mapping (averages over stride x stride pixels).
         widths: channels of the mapping's levels before the last, whose channels are the feature's; each level ends in
             a pooling by two.
@@ -75,7 +75,7 @@ class CrossTaskConsistency(Regularizer):
         channels: Mapping[str, int],
         *,
         seed: int = 0,
-        tap: str = "trunk",
+        feature: str = "trunk",
         stride: int = 4,
         widths: Sequence[int] = (32, 64),
         num_sources: int = 1,
@@ -92,11 +92,11 @@ class CrossTaskConsistency(Regularizer):
         feature_channels = {channels[name] for name in tasks}
         if len(feature_channels) > 1:
             raise UserError(
-                f"regularizer.options.tap={tap} has maps of {', '.join(map(str, sorted(feature_channels)))} channels; "
+                f"regularizer.options.feature={feature} has maps of {', '.join(map(str, sorted(feature_channels)))} channels; "
                 "cross-task consistency needs a tap with as many for every task"
             )
         self.tasks, self.task_names = dict(tasks), list(tasks)
-        self.seed, self.tap, self.stride = seed, tap, stride
+        self.seed, self.feature, self.stride = seed, feature, stride
         self.num_sources = min(num_sources, len(tasks) - 1)
         self.source_rule, self.image_weight = source_rule, image_weight
         generator = torch.Generator().manual_seed(seed)
@@ -143,7 +143,7 @@ class CrossTaskConsistency(Regularizer):
             mapped = F.normalize(self.mapping(x, pair.flatten().repeat(2)), dim=1, eps=1e-6)
             a, b = mapped.chunk(2)  # (rows, C, h, w)
 
-            features, grid = output.features[self.tap], mapped.shape[-2:]
+            features, grid = output.features[self.feature], mapped.shape[-2:]
             image_features = [
                 F.interpolate(features[name].detach().float(), tuple(grid), mode="area") for name in self.task_names
             ]

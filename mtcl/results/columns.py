@@ -29,7 +29,7 @@ class Column:
 
 def primary_metrics(task: str) -> tuple[str, ...]:
     """The metrics that may stand for a task, best first: edges have odsF only where boundaries were matched."""
-    own = TASKS[task].primary
+    own = TASKS[task].primary_metric
     return tuple(dict.fromkeys(("odsF", own, "loss"))) if task == "edge" else (own,)
 
 

@@ -15,8 +15,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from mtcl.config.schema import LEGACY_VALUES, flatten, role_of
-from mtcl.errors import UserError, printable
-from mtcl.metrics.delta import Paired, Summary, adjust_by_holm, delta_mtl, paired_difference, summary
+from mtcl.errors import UserError, escape_control_characters
+from mtcl.metrics.delta import PairedDifference, Summary, adjust_by_holm, delta_mtl, paired_difference, summarize_values
 from mtcl.results.columns import NOT_FINITE, UNRANKED_METRICS, Column, make_column, primary_metrics
 from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
 from mtcl.tasks import TASK_NAMES
@@ -64,7 +64,7 @@ class Row:
     is_baseline: bool = False  # the single-task runs, each of another task
 
     def summarize(self, column: Column) -> Summary:
-        return summary(self.values.get(column, {}).values())
+        return summarize_values(self.values.get(column, {}).values())
 
     @property
     def num_seeds(self) -> int:
@@ -82,7 +82,7 @@ class Difference:
 
     row: Row
     reference: Row
-    columns: dict[Column, Paired]
+    columns: dict[Column, PairedDifference]
     adjusted_p_values: Mapping[Column, float] | None = None
 
 
@@ -158,7 +158,7 @@ def compare_runs(
     if holm:
         differences = correct_by_holm(differences)
     notes = [describe_provenance([*runs, *single_task_runs]), *note_zero_weight(rows), *notes]
-    return Comparison(columns, rows, differences, [*map(printable, notes)])
+    return Comparison(columns, rows, differences, [*map(escape_control_characters, notes)])
 
 
 def correct_by_holm(differences: Sequence[Difference]) -> list[Difference]:
@@ -167,9 +167,9 @@ def correct_by_holm(differences: Sequence[Difference]) -> list[Difference]:
     return [replace(one, adjusted_p_values=of_one) for one, of_one in zip(differences, values)]
 
 
-def holm_p_values(blocks: Sequence[Mapping[Column, Paired]]) -> list[dict[Column, float]]:
+def holm_p_values(blocks: Sequence[Mapping[Column, PairedDifference]]) -> list[dict[Column, float]]:
     """Holm's p-values over all blocks together, of the differences with pairs enough for a verdict."""
-    tested = [(i, column) for i, block in enumerate(blocks) for column, pair in block.items() if pair.is_enough]
+    tested = [(i, column) for i, block in enumerate(blocks) for column, pair in block.items() if pair.has_enough_pairs]
     values = adjust_by_holm([blocks[i][column].p_value for i, column in tested])
     adjusted_p_values: list[dict[Column, float]] = [{} for _ in blocks]
     for (i, column), value in zip(tested, values):
@@ -364,7 +364,7 @@ def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[
     named = [index for index in first if identities[index]]
     texts = make_labels([identities[i] for i in named], [typed_choices(runs[i]) for i in named], bool(by), notes)
     told = dict(zip(named, texts))
-    names = {index: printable(told.get(index) or unique_name(runs[index], runs)) for index in first}
+    names = {index: escape_control_characters(told.get(index) or unique_name(runs[index], runs)) for index in first}
     rows = [Row(names[members[0]], tuple(runs[i] for i in members)) for members in groups.values()]
     if not by:
         rows = [drop_repeats(row, notes) for row in rows]
@@ -382,7 +382,9 @@ def is_regularizer_off(run: Run) -> bool:
     """
     if REGULARIZER not in run.config:
         return False
-    counted = run.config.get("balancing.contrast") == "objective" and run.config.get("balancing.method") != "fixed"
+    counted = (
+        run.config.get("balancing.contrast_as_objective") is True and run.config.get("balancing.method") != "fixed"
+    )
     return run.config[REGULARIZER] is None or (run.config.get(WEIGHT) == 0 and not counted)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mtcl import run_log
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import make_column, primary_metrics
 from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_json_object, read_metrics, read_record
 from mtcl.results.tables import format_value
-from mtcl.run_lock import is_claimed
+from mtcl.run_lock import is_locked
 from mtcl.tasks import TASK_NAMES
 
 STATES = ("running", "finished", "interrupted", "pruned", "failed", "not started", "evaluation", "broken")
@@ -75,7 +75,7 @@ def read_state(folder: Path) -> RunState:
 
 
 def _state(folder: Path, modified: float) -> RunState:
-    claimed = is_claimed(folder)  # first: a run writes its metrics before it lets go
+    claimed = is_locked(folder)  # first: a run writes its metrics before it lets go
     config = _if_there(read_config, folder / CONFIG)
     max_steps = config.get("trainer.max_steps")
     facts = _if_there(read_record, folder / RECORD)
@@ -136,7 +136,9 @@ def make_grid(runs: Sequence[RunState], now: float) -> list[list[str]]:
         of = "" if run.max_steps is None else f"/{run.max_steps}"
         steps = "-" if run.step is None else f"{run.step}{of}"
         cells = [format_task_value(task, *run.headline(task)) for task in tasks]
-        lines.append([run.state, steps, format_age(now - run.modified), *cells, printable(str(run.folder))])
+        lines.append(
+            [run.state, steps, format_age(now - run.modified), *cells, escape_control_characters(str(run.folder))]
+        )
     return lines
 
 
@@ -179,7 +181,11 @@ def format_runs(runs: Sequence[RunState], width: int | None) -> str:
     for line in lines:
         cells = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line[:-1], widths))]
         text.append("  ".join([*cells, shorten_middle(line[-1], room)]))
-    text += [f"{shorten_middle(printable(str(run.folder)), room)}: {printable(run.note)}" for run in runs if run.note]
+    text += [
+        f"{shorten_middle(escape_control_characters(str(run.folder)), room)}: {escape_control_characters(run.note)}"
+        for run in runs
+        if run.note
+    ]
     counts = {state: sum(run.state == state for run in runs) for state in STATES}
     told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     return "\n".join([*text, f"{len(runs)} run{'s' * (len(runs) != 1)}: {told}"]) + "\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mtcl.config.schema import flatten
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import NOT_FINITE, make_column, primary_metrics
 from mtcl.safe_files import MAX_DIGITS, read_json, read_yaml
 from mtcl.tasks import TASK_NAMES
@@ -159,7 +159,9 @@ def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
                 f"among {', '.join(TASK_NAMES)}."
             )
         named = values if isinstance(values, dict) else {primary_metrics(task)[0]: values}
-        metrics[task] = {name: _number(path, task, name, v) for name, v in zip(map(printable, named), named.values())}
+        metrics[task] = {
+            name: _number(path, task, name, v) for name, v in zip(map(escape_control_characters, named), named.values())
+        }
     if not metrics:
         raise UserError(f"{path} holds no task.")
     return {task: metrics[task] for task in TASK_NAMES if task in metrics}

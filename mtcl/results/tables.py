@@ -7,8 +7,8 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
-from mtcl.errors import printable
-from mtcl.metrics.delta import ENOUGH_PAIRS, LEVEL, Paired
+from mtcl.errors import escape_control_characters
+from mtcl.metrics.delta import CONFIDENCE_LEVEL, MIN_PAIRS, PairedDifference
 from mtcl.results.columns import Column
 from mtcl.results.compare import Comparison, Difference, Row
 
@@ -21,7 +21,7 @@ ROWS_ACROSS = 3  # in text, where a row of the comparison is a column
 NO_VALUE = "-"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # begins a formula in a spreadsheet
 TOO_FEW = "too few pairs"
-ALPHA = 1 - LEVEL
+ALPHA = 1 - CONFIDENCE_LEVEL
 LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
 LATEX |= {"↑": r"$\uparrow$", "↓": r"$\downarrow$", **{c: f"\\{c}" for c in "&%$#_{}"}}
 
@@ -85,20 +85,20 @@ def difference_unit(column: Column) -> str:
     return "points" if column.unit == "%" else column.unit
 
 
-def format_interval(column: Column, found: Paired) -> str:
+def format_interval(column: Column, found: PairedDifference) -> str:
     if math.isnan(found.low):
         return NO_VALUE
     return f"[{format_value(column, found.low, signed=True)}, {format_value(column, found.high, signed=True)}]"
 
 
-def verdict(column: Column, found: Paired, adjusted_p_values: float | None = None) -> str:
+def verdict(column: Column, found: PairedDifference, adjusted_p_values: float | None = None) -> str:
     """Tell whether the interval excludes zero, and on which side; none below three pairs.
 
     ``adjusted``: a corrected p-value, by which it is decided instead.
     """
     if math.isnan(found.low):
         return NO_VALUE
-    if not found.is_enough:
+    if not found.has_enough_pairs:
         return TOO_FEW
     if not (found.excludes_zero if adjusted_p_values is None else adjusted_p_values < ALPHA):
         return "no"
@@ -142,8 +142,8 @@ def footnotes(comparison: Comparison) -> list[str]:
     intervals = [
         (column, found) for one in comparison.differences for column, found in one.columns.items() if found.pairs > 1
     ]
-    if any(not found.is_enough for _, found in intervals):
-        lines.append(f"No verdict below {ENOUGH_PAIRS} pairs: of two, one outlier makes any interval.")
+    if any(not found.has_enough_pairs for _, found in intervals):
+        lines.append(f"No verdict below {MIN_PAIRS} pairs: of two, one outlier makes any interval.")
     if intervals:
         lines.append(describe_intervals(comparison, len(intervals)))
     return [*lines, *comparison.notes]
@@ -169,7 +169,7 @@ def describe_intervals(comparison: Comparison, count: int) -> str:
 
 def has_verdict(comparison: Comparison) -> bool:
     """Has any difference pairs enough for a verdict?"""
-    return any(found.is_enough for one in comparison.differences for found in one.columns.values())
+    return any(found.has_enough_pairs for one in comparison.differences for found in one.columns.values())
 
 
 # Text
@@ -403,4 +403,4 @@ def format_csv_cell(value: object) -> object:
         return None
     if not isinstance(value, str):
         return value
-    return f"'{printable(value)}" if value.startswith(FORMULA) else printable(value)
+    return f"'{escape_control_characters(value)}" if value.startswith(FORMULA) else escape_control_characters(value)

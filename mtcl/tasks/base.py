@@ -21,18 +21,18 @@ class Task(ABC):
 
     name: str
     channels: int  # of the prediction
-    primary: str  # the key of metric().compute() that tables and `trainer.monitor` use
+    primary_metric: str  # the key of metric().compute() that tables and `trainer.monitor` use
     higher_is_better: bool
     weight: float  # the field's loss weight
 
-    kind: ClassVar[str]  # what a prediction's pixel is: class, metres, direction, probability
+    prediction_type: ClassVar[str]  # what a prediction's pixel is: class, metres, direction, probability
     void: ClassVar[float] = 255.0  # the value of an invalid pixel, and of padding
     # Label distances up to `near` make a positive pair for the regulariser, from `far` on a negative one.
-    near: ClassVar[float] = 0.0
-    far: ClassVar[float] = 1.0
-    far_off: ClassVar[str] = "wrong"  # what an error map calls a pixel that is `far` from its label, or farther
+    positive_threshold: ClassVar[float] = 0.0
+    negative_threshold: ClassVar[float] = 1.0
+    error_label: ClassVar[str] = "wrong"  # what an error map calls a pixel that is `far` from its label, or farther
     units: ClassVar[Mapping[str, str]] = {}  # metric -> unit; the others are fractions, shown in percent
-    stand_in: ClassVar[str | None] = None  # for `primary` where that is not computed; lower is better
+    fallback_metric: ClassVar[str | None] = None  # for `primary` where that is not computed; lower is better
 
     @abstractmethod
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
@@ -43,11 +43,11 @@ class Task(ABC):
         """A fresh metric; ``update(prediction, label)``, ``compute() -> {name: value}`` in fractions, degrees,
         metres."""
 
-    def headline(self, found: Collection[str]) -> tuple[str, bool]:
+    def choose_metric(self, found: Collection[str]) -> tuple[str, bool]:
         """The metric that stands for the task among those ``found``, and whether higher is better."""
-        if self.primary in found or self.stand_in is None:
-            return self.primary, self.higher_is_better
-        return self.stand_in, False
+        if self.primary_metric in found or self.fallback_metric is None:
+            return self.primary_metric, self.higher_is_better
+        return self.fallback_metric, False
 
     @abstractmethod
     def valid(self, label: Tensor) -> Tensor:
@@ -61,16 +61,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def place(self, label: Tensor) -> Tensor:
+    def embed_label(self, label: Tensor) -> Tensor:
         """Sampled labels (..., K, c) as points (..., K, 3), float32: Euclidean distance orders pairs as
         :meth:`distance` does, and is :meth:`span` of it. Meaningless, but finite, where a label is invalid."""
 
-    def span(self, distance: float) -> float:
+    def embedded_distance(self, distance: float) -> float:
         """The distance of two points (see :meth:`place`) whose labels are ``distance`` apart."""
         return distance
 
     @abstractmethod
-    def stratum(self, label: Tensor) -> Tensor:
+    def sampling_bin(self, label: Tensor) -> Tensor:
         """Sampled labels (..., K, c) as one of up to 256 groups (classes, ranges) of which a sample should hold equal
         parts: int64 (..., K)."""
 
@@ -79,12 +79,12 @@ class Task(ABC):
         """Colour a label, or a prediction after :meth:`decoded`, in label layout: uint8 RGB (H, W, 3)."""
 
     @abstractmethod
-    def decoded(self, prediction: Tensor) -> np.ndarray:
+    def decode(self, prediction: Tensor) -> np.ndarray:
         """One raw prediction (C, H, W) as an array in label layout (classes, metres, unit vectors, probability of an
         edge)."""
 
     @abstractmethod
-    def collated(self, labels: np.ndarray) -> Tensor:
+    def collate(self, labels: np.ndarray) -> Tensor:
         """Labels of equal size, (B, H, W) or of vectors (B, 3, H, W), as a batch: int64 (B, H, W) for classes, float32
         (B, c, H, W) for the others."""
 
@@ -103,11 +103,11 @@ class Task(ABC):
         """Say what looks wrong about predicted maps beside the labels of their images; as :meth:`check_values`."""
         return self.check_values(maps)
 
-    def blank(self, height: int, width: int) -> np.ndarray:
+    def empty_label(self, height: int, width: int) -> np.ndarray:
         """A label without a valid pixel, in the layout of the data pipeline."""
         return np.full((height, width), self.void, np.uint8)
 
-    def drawable(self, prediction: np.ndarray) -> np.ndarray:
+    def to_drawable(self, prediction: np.ndarray) -> np.ndarray:
         """Return a decoded prediction as :meth:`draw` and :meth:`legend` take it: nothing finite in it is void."""
         return prediction
 
@@ -117,28 +117,28 @@ class Task(ABC):
 
     # Geometry of the label in the data pipeline; resampling itself is nearest for every task.
 
-    def scaled(self, label: np.ndarray, factor: float) -> np.ndarray:
+    def scale_label(self, label: np.ndarray, factor: float) -> np.ndarray:
         """The label's values after the picture was enlarged by ``factor`` about the camera's centre."""
         return label
 
-    def flipped(self, label: np.ndarray) -> np.ndarray:
+    def flip_label(self, label: np.ndarray) -> np.ndarray:
         """The label's values after its pixels were mirrored left to right."""
         return label
 
     # The same of raw predictions (B, C, H, W), for averages over several views of a picture.
 
-    def mirrored(self, prediction: Tensor) -> Tensor:
+    def unflip_prediction(self, prediction: Tensor) -> Tensor:
         """What was predicted for a mirrored picture, for the picture."""
         return prediction.flip(-1)
 
-    def blendable(self, prediction: Tensor) -> Tensor:
+    def to_averageable(self, prediction: Tensor) -> Tensor:
         """A prediction as it may be averaged with others of the same pixels."""
         return prediction
 
-    def unscaled(self, prediction: Tensor, factor: float) -> Tensor:
+    def unscale_prediction(self, prediction: Tensor, factor: float) -> Tensor:
         """What was predicted for a picture enlarged by ``factor``, as values for the picture (of unchanged size)."""
         return prediction
 
-    def finished(self, label: np.ndarray) -> np.ndarray:
+    def finalize_label(self, label: np.ndarray) -> np.ndarray:
         """The label as the loss sees it, after all augmentation (the field's ignore regions)."""
         return label

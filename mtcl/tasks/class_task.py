@@ -14,12 +14,12 @@ from mtcl.tasks.base import Task
 from mtcl.tasks.palette import RGB, VOID_COLOUR, class_colours
 
 
-def number_line(label: Tensor) -> Tensor:
+def embed_scalar(label: Tensor) -> Tensor:
     """One value per pixel (..., K, 1) as points (..., K, 3) of a line."""
     return F.pad(label.float(), (0, 2))
 
 
-def differ(a: Tensor, b: Tensor) -> Tensor:
+def class_distance(a: Tensor, b: Tensor) -> Tensor:
     """0 where labels (B, K, 1) and (B, L, 1) are equal, 1 where not: float32 (B, K, L)."""
     return (a != b.transpose(1, 2)).float()
 
@@ -28,8 +28,8 @@ def differ(a: Tensor, b: Tensor) -> Tensor:
 class ClassTask(Task):
     """Arrays uint8 (H, W), batches int64 (B, H, W), predictions logits (B, classes, H, W); 255 is void."""
 
-    kind: ClassVar[str] = "class"
-    clearly: ClassVar[float] = 0.2  # share of pixels
+    prediction_type: ClassVar[str] = "class"
+    min_agreement_gain: ClassVar[float] = 0.2  # share of pixels
     units: ClassVar[Mapping[str, str]] = {"not_finite": "", "absent_classes": ""}
 
     @property
@@ -45,19 +45,19 @@ class ClassTask(Task):
         return label != self.void
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        return differ(a, b)
+        return class_distance(a, b)
 
-    def place(self, label: Tensor) -> Tensor:
+    def embed_label(self, label: Tensor) -> Tensor:
         """Different classes are at least 1 apart; how far beyond means nothing."""
-        return number_line(label)
+        return embed_scalar(label)
 
-    def stratum(self, label: Tensor) -> Tensor:
+    def sampling_bin(self, label: Tensor) -> Tensor:
         return label[..., 0].long()
 
-    def collated(self, labels: np.ndarray) -> Tensor:
+    def collate(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).long()
 
-    def decoded(self, prediction: Tensor) -> np.ndarray:
+    def decode(self, prediction: Tensor) -> np.ndarray:
         return prediction.argmax(dim=0).to(torch.uint8).cpu().numpy()
 
     def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
@@ -68,7 +68,7 @@ class ClassTask(Task):
         if not predicted.size:
             return []
         as_is, *moved = (float((predicted - step == wanted).mean()) for step in (0, 1, -1))
-        if max(moved) < 2 * as_is + self.clearly:
+        if max(moved) < 2 * as_is + self.min_agreement_gain:
             return []
         what = "larger" if moved[0] > moved[1] else "smaller"
         return [

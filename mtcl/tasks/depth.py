@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
-from mtcl.tasks.class_task import number_line
+from mtcl.tasks.class_task import embed_scalar
 from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
 
 
@@ -25,19 +25,21 @@ class Depth(Task):
 
     name: str = "depth"
     channels: int = 1
-    primary: str = "rmse"
+    primary_metric: str = "rmse"
     higher_is_better: bool = False
     weight: float = 1.0
 
-    kind: ClassVar[str] = "metres"
+    prediction_type: ClassVar[str] = "metres"
     void: ClassVar[float] = 0.0
-    near: ClassVar[float] = 0.05  # |log ratio|
-    far: ClassVar[float] = 0.2
-    far_off: ClassVar[str] = "22 % off"  # exp(0.2)
+    positive_threshold: ClassVar[float] = 0.05  # |log ratio|
+    negative_threshold: ClassVar[float] = 0.2
+    error_label: ClassVar[str] = "22 % off"  # exp(0.2)
     units: ClassVar[Mapping[str, str]] = {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}
-    implausible: ClassVar[float] = 100.0  # metres: a median beyond it is of another unit
-    clipped: ClassVar[float] = 1e-6  # metres: what stands for a prediction of 0 or less in pictures, where 0 is void
-    farthest: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
+    max_plausible_median: ClassVar[float] = 100.0  # metres: a median beyond it is of another unit
+    min_drawn_depth: ClassVar[float] = (
+        1e-6  # metres: what stands for a prediction of 0 or less in pictures, where 0 is void
+    )
+    max_drawn_depth: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
 
     @cached_property
     def criterion(self) -> nn.Module:
@@ -56,34 +58,34 @@ class Depth(Task):
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         return (_log(a) - _log(b).transpose(1, 2)).abs()
 
-    def place(self, label: Tensor) -> Tensor:
-        return number_line(_log(label))
+    def embed_label(self, label: Tensor) -> Tensor:
+        return embed_scalar(_log(label))
 
-    def stratum(self, label: Tensor) -> Tensor:
+    def sampling_bin(self, label: Tensor) -> Tensor:
         """Steps of :attr:`far`, from 0.1 m on."""
-        return ((_log(label)[..., 0] - math.log(0.1)) / self.far).long().clamp(0, 255)
+        return ((_log(label)[..., 0] - math.log(0.1)) / self.negative_threshold).long().clamp(0, 255)
 
-    def collated(self, labels: np.ndarray) -> Tensor:
+    def collate(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).float().unsqueeze(1)
 
-    def decoded(self, prediction: Tensor) -> np.ndarray:
+    def decode(self, prediction: Tensor) -> np.ndarray:
         """Metres, negative ones clamped to 0 as in the metric."""
         return prediction.detach()[0].float().clamp(min=0).cpu().numpy()
 
     def draw(self, array: np.ndarray) -> np.ndarray:
         """Warm is near, cold is far: the colour map Turbo from 0 to :attr:`farthest` metres."""
         valid = (array > 0) & np.isfinite(array)
-        nearness = 1 - np.where(valid, array, 0).clip(0, self.farthest) / self.farthest
+        nearness = 1 - np.where(valid, array, 0).clip(0, self.max_drawn_depth) / self.max_drawn_depth
         index = np.round(28 + 212 * nearness).astype(np.uint8)  # without the two ends, nearly as dark as the void
         turbo = cv2.applyColorMap(index, cv2.COLORMAP_TURBO)[..., ::-1]
         return np.where(valid[..., None], turbo, np.array(VOID_COLOUR, np.uint8))
 
-    def drawable(self, prediction: np.ndarray) -> np.ndarray:
+    def to_drawable(self, prediction: np.ndarray) -> np.ndarray:
         """Give what was clipped the nearest colour; what is no number stays void."""
-        return np.maximum(prediction, np.float32(self.clipped))
+        return np.maximum(prediction, np.float32(self.min_drawn_depth))
 
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
-        ticks = np.array([[self.clipped, 1, 2, 3, 4, 6, 8, self.farthest]], np.float32)
+        ticks = np.array([[self.min_drawn_depth, 1, 2, 3, 4, 6, 8, self.max_drawn_depth]], np.float32)
         texts = ["0 m or less", *(f"{tick:g} m" for tick in ticks[0, 1:])]
         rows = [(text, rgb(colour)) for text, colour in zip(texts, self.draw(ticks)[0])]
         rows = rows if any((array == ticks[0, 0]).any() for array in arrays) else rows[1:]
@@ -93,21 +95,21 @@ class Depth(Task):
         """Half of the pixels are nearer than :attr:`implausible` in any scene of metres, also outdoors."""
         values = np.concatenate([array[(array > 0) & np.isfinite(array)] for array in arrays])
         median = float(np.median(values)) if values.size else 0.0
-        if median <= self.implausible:
+        if median <= self.max_plausible_median:
             return []
         return [f"have a median of {median:.4g}: depth is in metres, this looks like millimetres"]
 
-    def blank(self, height: int, width: int) -> np.ndarray:
+    def empty_label(self, height: int, width: int) -> np.ndarray:
         return np.full((height, width), self.void, np.float32)
 
-    def scaled(self, label: np.ndarray, factor: float) -> np.ndarray:
+    def scale_label(self, label: np.ndarray, factor: float) -> np.ndarray:
         """Enlarged by ``factor``, a thing looks as if it were that much nearer."""
         return label / np.float32(factor)
 
-    def unscaled(self, prediction: Tensor, factor: float) -> Tensor:
+    def unscale_prediction(self, prediction: Tensor, factor: float) -> Tensor:
         return prediction * factor
 
-    def blendable(self, prediction: Tensor) -> Tensor:
+    def to_averageable(self, prediction: Tensor) -> Tensor:
         """Clamped to 0, as every prediction is scored."""
         return prediction.clamp(min=0)
 

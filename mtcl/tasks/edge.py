@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mtcl.losses import build_loss
 from mtcl.metrics import build_metric
 from mtcl.tasks.base import Task
-from mtcl.tasks.class_task import differ, number_line
+from mtcl.tasks.class_task import class_distance, embed_scalar
 from mtcl.tasks.palette import RGB
 
 
@@ -24,13 +24,13 @@ class Edge(Task):
     positive_weight: float = 0.95  # of the loss, see mtcl.losses.EdgeLoss
     name: str = "edge"
     channels: int = 1
-    primary: str = "odsF"
+    primary_metric: str = "odsF"
     higher_is_better: bool = True
     weight: float = 50.0
 
-    kind: ClassVar[str] = "probability"
+    prediction_type: ClassVar[str] = "probability"
     units: ClassVar[Mapping[str, str]] = {"loss": "", "threshold": "", "not_finite": ""}
-    stand_in: ClassVar[str | None] = "loss"
+    fallback_metric: ClassVar[str | None] = "loss"
     void_colour: ClassVar[RGB] = (222, 205, 170)  # the shared near-black would look like a line
 
     @cached_property
@@ -47,18 +47,18 @@ class Edge(Task):
         return label[:, 0] != self.void
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        return differ(a, b)
+        return class_distance(a, b)
 
-    def place(self, label: Tensor) -> Tensor:
-        return number_line(label)
+    def embed_label(self, label: Tensor) -> Tensor:
+        return embed_scalar(label)
 
-    def stratum(self, label: Tensor) -> Tensor:
+    def sampling_bin(self, label: Tensor) -> Tensor:
         return label[..., 0].long()
 
-    def collated(self, labels: np.ndarray) -> Tensor:
+    def collate(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).float().unsqueeze(1)
 
-    def decoded(self, prediction: Tensor) -> np.ndarray:
+    def decode(self, prediction: Tensor) -> np.ndarray:
         """The probability of an edge: float32 (H, W), unlike a label's uint8."""
         return prediction.detach()[0].float().sigmoid().cpu().numpy()
 

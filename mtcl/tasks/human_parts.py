@@ -20,7 +20,7 @@ class HumanParts(ClassTask):
 
     name: str = "human_parts"
     channels: int = len(HUMAN_PARTS)
-    primary: str = "mIoU"
+    primary_metric: str = "mIoU"
     higher_is_better: bool = True
     weight: float = 2.0
 
@@ -38,7 +38,7 @@ class HumanParts(ClassTask):
     def metric(self, **options: Any) -> torchmetrics.Metric:
         return build_metric("human_parts", num_classes=self.channels, class_names=self.classes, **options)
 
-    def finished(self, label: np.ndarray) -> np.ndarray:
+    def finalize_label(self, label: np.ndarray) -> np.ndarray:
         """A picture without any part is ignored as a whole, in training and in evaluation
         (InvPT/data/transforms.py:291-295)."""
         if ((label > 0) & (label != self.void)).any():

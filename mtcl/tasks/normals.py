@@ -27,30 +27,30 @@ class Normals(Task):
     Arrays float32 (H, W, 3), before :meth:`finished` also the uint8 codes of the field's files: v stands for
     2 v / 255 - 1, three zeros for void. Batches float32 (B, 3, H, W).
 
-    ``validity``: ``length`` takes a vector shorter than 0.5 for void (8-bit files never decode to zero) and makes the
-    others units; ``field`` takes every vector as it is, and only zero for void.
+    ``normals_valid``: ``length`` takes a vector shorter than 0.5 for void (8-bit files never decode to zero) and makes the
+    others units; ``standard`` takes every vector as it is, and only zero for void.
     """
 
-    validity: Literal["length", "field"] = "length"
+    normals_valid: Literal["length", "standard"] = "length"
 
     name: str = "normals"
     channels: int = 3
-    primary: str = "mErr"
+    primary_metric: str = "mErr"
     higher_is_better: bool = False
     weight: float = 10.0
 
-    kind: ClassVar[str] = "direction"
+    prediction_type: ClassVar[str] = "direction"
     void: ClassVar[float] = 0.0
-    near: ClassVar[float] = 15.0  # degrees
-    far: ClassVar[float] = 40.0
-    far_off: ClassVar[str] = "40 deg off"
+    positive_threshold: ClassVar[float] = 15.0  # degrees
+    negative_threshold: ClassVar[float] = 40.0
+    error_label: ClassVar[str] = "40 deg off"
     units: ClassVar[Mapping[str, str]] = {"mErr": "deg", "median": "deg", "rmse": "deg", "not_finite": ""}
-    shortest: ClassVar[float] = 0.5
-    halfway: ClassVar[float] = 0.25  # half of what (n + 1) / 2 has on average
+    min_length: ClassVar[float] = 0.5
+    max_encoded_mean: ClassVar[float] = 0.25  # half of what (n + 1) / 2 has on average
 
     def __post_init__(self) -> None:
-        if self.validity not in ("length", "field"):
-            raise UserError(f"data.normals_valid={self.validity} is not known; choose length or field.")
+        if self.normals_valid not in ("length", "standard"):
+            raise UserError(f"data.normals_valid={self.normals_valid} is not known; choose length or standard.")
 
     @cached_property
     def criterion(self) -> nn.Module:
@@ -72,22 +72,22 @@ class Normals(Task):
         apart, across = torch.cdist(a, b, compute_mode=exact), torch.cdist(a, -b, compute_mode=exact)
         return torch.rad2deg(2 * torch.atan2(apart, across))
 
-    def place(self, label: Tensor) -> Tensor:
+    def embed_label(self, label: Tensor) -> Tensor:
         return F.normalize(label.float(), dim=-1)
 
-    def span(self, distance: float) -> float:
+    def embedded_distance(self, distance: float) -> float:
         """The chord of an angle; beyond 180 degrees there is none."""
         return 2 * math.sin(math.radians(distance) / 2) if distance <= 180 else math.inf
 
-    def stratum(self, label: Tensor) -> Tensor:
+    def sampling_bin(self, label: Tensor) -> Tensor:
         """The axis that is nearest: left, right, up, down, to and from the viewer."""
         _, axis = label.float().abs().max(dim=-1)
         return 2 * axis + (label.gather(-1, axis[..., None])[..., 0] < 0)
 
-    def collated(self, labels: np.ndarray) -> Tensor:
+    def collate(self, labels: np.ndarray) -> Tensor:
         return torch.from_numpy(labels).float()
 
-    def decoded(self, prediction: Tensor) -> np.ndarray:
+    def decode(self, prediction: Tensor) -> np.ndarray:
         return F.normalize(prediction.detach().float(), dim=0).permute(1, 2, 0).contiguous().cpu().numpy()
 
     def draw(self, array: np.ndarray) -> np.ndarray:
@@ -105,14 +105,14 @@ class Normals(Task):
         would have to face left and up everywhere."""
         vectors = [_decoded(a).transpose(1, 2, 0) if a.dtype == np.uint8 else a for a in arrays]
         valid = np.concatenate([v[np.isfinite(v).all(axis=2) & v.any(axis=2)] for v in vectors])
-        if not len(valid) or valid.min() < 0 or valid[:, :2].mean(axis=0).min() < self.halfway:
+        if not len(valid) or valid.min() < 0 or valid[:, :2].mean(axis=0).min() < self.max_encoded_mean:
             return []
         return ["have no negative component: this looks like (n + 1) / 2 that was not decoded, n = 2 v - 1"]
 
-    def blank(self, height: int, width: int) -> np.ndarray:
+    def empty_label(self, height: int, width: int) -> np.ndarray:
         return np.full((height, width, 3), self.void, np.float32)
 
-    def flipped(self, label: np.ndarray) -> np.ndarray:
+    def flip_label(self, label: np.ndarray) -> np.ndarray:
         """Left and right change places, so x changes its sign."""
         if label.dtype != np.uint8:
             return label * np.array([-1, 1, 1], np.float32)
@@ -123,20 +123,20 @@ class Normals(Task):
         planes[0][black] = 0
         return planes.transpose(1, 2, 0)
 
-    def mirrored(self, prediction: Tensor) -> Tensor:
+    def unflip_prediction(self, prediction: Tensor) -> Tensor:
         return prediction.flip(-1) * prediction.new_tensor([-1.0, 1.0, 1.0])[:, None, None]
 
-    def blendable(self, prediction: Tensor) -> Tensor:
+    def to_averageable(self, prediction: Tensor) -> Tensor:
         """Of length 1: the loss leaves the length free, and the longest would count most."""
         return F.normalize(prediction.float(), dim=-3)
 
-    def finished(self, label: np.ndarray) -> np.ndarray:
+    def finalize_label(self, label: np.ndarray) -> np.ndarray:
         """Decoded, and void or a unit; see the class."""
         planes = _decoded(label) if label.dtype == np.uint8 else label.transpose(2, 0, 1)
-        if self.validity == "length":
+        if self.normals_valid == "length":
             square = planes[0] ** 2 + planes[1] ** 2 + planes[2] ** 2
             scale = np.zeros_like(square)
-            np.divide(1, np.sqrt(square), out=scale, where=square >= self.shortest**2)
+            np.divide(1, np.sqrt(square), out=scale, where=square >= self.min_length**2)
             planes = planes * scale
         return planes.transpose(1, 2, 0)
 

@@ -21,7 +21,7 @@ class Saliency(ClassTask):
 
     name: str = "sal"
     channels: int = 2
-    primary: str = "maxF"
+    primary_metric: str = "maxF"
     higher_is_better: bool = True
     weight: float = 5.0
 

@@ -19,7 +19,7 @@ class SemSeg(ClassTask):
     class_names: tuple[str, ...]
     name: str = "semseg"
     channels: int = field(init=False)
-    primary: str = "mIoU"
+    primary_metric: str = "mIoU"
     higher_is_better: bool = True
     weight: float = 1.0
 

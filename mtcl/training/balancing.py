@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.training.optimizers import Schedule, ScheduledOptimizer
 
@@ -98,7 +98,7 @@ class _AdaptiveWeights(FixedWeights):
         self.sums += torch.stack([losses[name].detach().float() if name in losses else zero for name in self.weights])
 
     def finish_step(self, step: int) -> None:
-        self.means = ranks.total(self.sums) / ranks.world()
+        self.means = distributed.all_reduce_sum(self.sums) / distributed.world_size()
         self.sums = torch.zeros_like(self.sums)
 
     def summary(self) -> dict[str, Tensor | float]:

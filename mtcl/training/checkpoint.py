@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from mtcl import run_lock
-from mtcl.atomic import disk_errors_told, write_atomically
-from mtcl.errors import UserError, why_unreadable
+from mtcl.atomic import convert_disk_errors, write_atomically
+from mtcl.errors import UserError, describe_load_error
 from mtcl.safe_files import check_depth
 from mtcl.training.pickle_scan import validate_pickle
 
@@ -123,9 +123,9 @@ class CheckpointWriter:
 
     def _hold(self) -> None:
         """The folder is ours, and there: a run outlives the removal of its folder."""
-        held = run_lock.held_by_this_process.get(self.folder.resolve().parent)
+        held = run_lock.locks_of_this_process.get(self.folder.resolve().parent)
         if held is not None:
-            held.renew()
+            held.relock()
         if self.has_written and not self.folder.is_dir():
             log.warning("%s vanished in mid-run: it is made anew, earlier checkpoints are lost", self.folder)
 
@@ -134,7 +134,7 @@ class CheckpointWriter:
         keep = None
         if name == "last" and path.is_file() and (self.last_is_valid or find_corruption(path) is None):
             keep = self.folder / "previous.pt"
-        with disk_errors_told(path, RESUME_HINT):
+        with convert_disk_errors(path, RESUME_HINT):
             save_checkpoint(path, content, keep)
         self.has_written = True
         self.last_is_valid |= name == "last"
@@ -252,7 +252,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:
-        why = why_unreadable(error)
+        why = describe_load_error(error)
         raise CorruptCheckpointError(
             path, why, f"checkpoint {path} can't be read ({why}); is it whole, and mtcl's?"
         ) from error

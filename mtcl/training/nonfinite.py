@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.errors import UserError
 
 
@@ -37,7 +37,7 @@ class NonFiniteGuard:
         to be skipped, else 0.0: an optimiser's ``found_inf``."""
         flags = torch.stack(list(finite.values()))
         self.seen.append((step, list(ids), list(finite), flags))
-        return (ranks.total((~flags.all()).float()) > 0).float()
+        return (distributed.all_reduce_sum((~flags.all()).float()) > 0).float()
 
     def flush(self) -> list[SkippedStep]:
         """The steps skipped since the last time."""
@@ -46,7 +46,7 @@ class NonFiniteGuard:
             return []
         skipped = []
         own = [flags for *_, flags in seen]
-        any_bad = ranks.total(torch.stack([(~flags.all()).float() for flags in own]))
+        any_bad = distributed.all_reduce_sum(torch.stack([(~flags.all()).float() for flags in own]))
         read = torch.cat([any_bad.bool(), *own]).tolist()  # waits for the device, once
         together, read = read[: len(own)], read[len(own) :]
         for (step, ids, names, _), bad in zip(seen, together):

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 
 ALLOWED = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch\.storage UntypedStorage"
@@ -33,7 +33,7 @@ def validate_pickle(data: bytes, path: Path) -> None:
         name = opcode.name
         if name == "GLOBAL" and ALLOWED.fullmatch(str(argument)) is None:
             raise UserError(
-                f"checkpoint {path} names {printable(str(argument))}; it may hold tensors and plain containers"
+                f"checkpoint {path} names {escape_control_characters(str(argument))}; it may hold tensors and plain containers"
             )
         if name in OTHER_CALLS:
             raise UserError(f"checkpoint {path} makes objects of classes; it may hold tensors and plain containers")

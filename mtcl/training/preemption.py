@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # what schedulers send, and a terminal that is closed
 AGREE_EVERY = 10  # steps at which several processes ask each other
@@ -32,12 +32,12 @@ class PreemptionHandler:
 
     def should_stop(self, step: int) -> bool:
         """To be asked after every step, by all processes."""
-        if ranks.world() == 1:
+        if distributed.world_size() == 1:
             return self.signalled
         if step % AGREE_EVERY:
             return False
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        return bool(ranks.total(torch.tensor(float(self.signalled), device=device)).item())
+        return bool(distributed.all_reduce_sum(torch.tensor(float(self.signalled), device=device)).item())
 
     def __enter__(self) -> None:
         for name in SIGNALS:

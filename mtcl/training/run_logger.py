@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.tensorboard import SummaryWriter
 
-from mtcl.atomic import _finite, disk_errors_told, write_atomically
+from mtcl.atomic import _finite, convert_disk_errors, write_atomically
 from mtcl.evaluation.evaluator import Metrics, VisualSample
 from mtcl.run_log import NAME, read_lines
 from mtcl.tasks.base import Task
@@ -74,7 +74,7 @@ class RunLogger:
                     elif _is_before(line.record, self.start_step):
                         kept.write(line.data)
 
-        with disk_errors_told(self.log):
+        with convert_disk_errors(self.log):
             write_atomically(self.log, write)
         if damaged:
             lines = f"{damaged} damaged line{'s' * (damaged > 1)}"

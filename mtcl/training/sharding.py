@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.training.optimizers import ScheduledOptimizer
 from mtcl.training.train_step import CompiledModule, StepFunction, TrainingStep, parallel
@@ -81,7 +81,7 @@ class ShardedWeights(ReplicatedWeights):
         if any(not p.is_contiguous() for p in model.parameters()):  # FSDP takes no other; inputs do as well
             model.register_forward_pre_hook(_channels_last)
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nobody writes into them
-        self.mesh = init_device_mesh(device.type, (ranks.world(),))
+        self.mesh = init_device_mesh(device.type, (distributed.world_size(),))
         self.units = fsdp_units(model)
         for one in (model, *copies):
             for parameter in one.parameters():
@@ -126,11 +126,13 @@ class ShardedWeights(ReplicatedWeights):
         if grads:
             joined = torch.cat([grad.flatten() for grad in grads])
             dist.all_reduce(joined)
-            parts = (joined / ranks.world()).split([grad.numel() for grad in grads])
+            parts = (joined / distributed.world_size()).split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
 
     def norm(self, norm: Tensor) -> Tensor:
-        return ranks.total(norm.double().square()).sqrt().to(norm)  # a square may be beyond single precision
+        return (
+            distributed.all_reduce_sum(norm.double().square()).sqrt().to(norm)
+        )  # a square may be beyond single precision
 
     @torch.no_grad()
     def state(self, model: DenseModel) -> dict[str, Any]:
@@ -230,11 +232,11 @@ def _spread(model: nn.Module) -> list[Any]:
 def _gather_full(value: DTensor, like: Tensor) -> Tensor:
     """On the CPU of process 0, laid out in memory as ``like``; ``like`` itself elsewhere."""
     whole = value.full_tensor()
-    return torch.empty_like(like).copy_(whole) if ranks.rank() == 0 else like
+    return torch.empty_like(like).copy_(whole) if distributed.rank() == 0 else like
 
 
 def _part(whole: Tensor) -> Tensor:
     """What of a weight is this process's, as FSDP has it: a chunk along the first axis; nothing where there are too
     few."""
-    parts = whole.chunk(ranks.world())
-    return parts[ranks.rank()] if ranks.rank() < len(parts) else whole[:0]
+    parts = whole.chunk(distributed.world_size())
+    return parts[distributed.rank()] if distributed.rank() < len(parts) else whole[:0]

@@ -11,7 +11,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.models import DenseModel, DenseOutput
 from mtcl.regularizers import Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw
@@ -48,7 +48,7 @@ StepFunction = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]
 
 def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
     """``step`` under DDP in a run of several processes; itself in one. On CUDA batch norms are then synchronised."""
-    if ranks.world() == 1:
+    if distributed.world_size() == 1:
         return step
     if device.type == "cuda":  # torch has it on CUDA only
         step.model = convert_sync_batchnorm(step.model)  # timm's: torch's own drops what timm's norms do beside
@@ -89,7 +89,7 @@ class CompiledModule:
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Process 0's buffers for all: without SyncBatchNorm every process has running statistics of its own pictures."""
-    if ranks.world() > 1:
+    if distributed.world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
 

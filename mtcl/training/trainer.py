@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.models import DenseModel, DenseOutput
 from mtcl.regularizers import GradientNormWeight, Regularizer, RegularizerOutput
 from mtcl.regularizers.diagnostics import compare_feature_gradients, gradient_norms
-from mtcl.runtime import autocast, peak_memory, rng_state, running_statistics_kept, set_rng_state
+from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_state, set_rng_state
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import CheckpointWriter
@@ -48,11 +48,11 @@ class Trainer:
         monitor: ``task/metric`` that decides ``best.pt``; ``higher_is_better`` its direction.
         config, meta: plain containers, stored in the checkpoint beside the state.
         clip_norm: of the model's gradient; None: no clipping. The regulariser's parameters are not counted.
-        compiled: forward passes go through ``torch.compile``. ``accumulate``: batches per optimiser step.
+        compile: forward passes go through ``torch.compile``. ``accumulate_grad_batches``: batches per optimiser step.
         ema: a running mean of the model's weights, which is then what is validated.
         weights: where the model's weights are; None: whole, in every process.
-        max_skipped: so many steps in a row that are not finite end the run.
-        asynchronous: checkpoints are written beside the training. ``keep_interval``: every so many steps one is kept.
+        max_nonfinite_steps: so many steps in a row that are not finite end the run.
+        async_checkpoints: checkpoints are written beside the training. ``keep_checkpoint_interval``: every so many steps one is kept.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class Trainer:
         weight: Schedule = lambda step: 0.0,
         share: GradientNormWeight | None = None,
         precision: str = "auto",
-        recompute: bool = False,
-        compiled: bool = False,
-        accumulate: int = 1,
+        grad_checkpointing: bool = False,
+        compile: bool = False,
+        accumulate_grad_batches: int = 1,
         ema: ModelEma | None = None,
         weights: ReplicatedWeights | None = None,
-        max_skipped: int = 10,
-        asynchronous: bool = False,
-        keep_interval: int | None = None,
+        max_nonfinite_steps: int = 10,
+        async_checkpoints: bool = False,
+        keep_checkpoint_interval: int | None = None,
         clip_norm: float | None = None,
         val_interval: int | None = None,
         checkpoint_interval: int | None = None,
@@ -99,12 +99,18 @@ class Trainer:
         self.weights = weights or ReplicatedWeights(model)
         self.weights.attach_optimizer(optimizer.optimizer)
         self.wrapped = self.weights.parallel(TrainingStep(model, regularizer), device)
-        self.module = self.weights.compiled(self.wrapped) if compiled else self.wrapped
+        self.module = self.weights.compiled(self.wrapped) if compile else self.wrapped
         self.trained = [*model.parameters(), *(regularizer.parameters() if regularizer is not None else ())]
-        self.recompute = recompute  # the model runs parts of its forward pass again in the backward pass
-        self.accumulate, self.ema, self.keep_interval = accumulate, ema, keep_interval
-        self.nonfinite_guard, self.stop = NonFiniteGuard(model, max_skipped), PreemptionHandler()
-        self.checkpoints = CheckpointWriter(folder / "checkpoints", asynchronous)
+        self.grad_checkpointing = (
+            grad_checkpointing  # the model runs parts of its forward pass again in the backward pass
+        )
+        self.accumulate_grad_batches, self.ema, self.keep_checkpoint_interval = (
+            accumulate_grad_batches,
+            ema,
+            keep_checkpoint_interval,
+        )
+        self.nonfinite_guard, self.stop = NonFiniteGuard(model, max_nonfinite_steps), PreemptionHandler()
+        self.checkpoints = CheckpointWriter(folder / "checkpoints", async_checkpoints)
         self.unreadable: set[str] = set()
         self.told: set[str] = set()
         self.max_steps, self.step, self.log_interval = max_steps, start_step, log_interval
@@ -122,7 +128,7 @@ class Trainer:
         if self.step == 0 and self.validate_first:
             self.first = self.validate(quick=True)
         evaluation = None
-        quiet = ranks.rank() > 0
+        quiet = distributed.rank() > 0
         with (
             self.stop,
             tqdm(
@@ -150,7 +156,7 @@ class Trainer:
                     self._keep_best(evaluation, whole=done)
                 if done or _due(self.step, self.checkpoint_interval):
                     self.save("last")
-                if _due(self.step, self.keep_interval):
+                if _due(self.step, self.keep_checkpoint_interval):
                     self.save(f"step_{self.step:08d}")
                 if done:
                     break
@@ -161,7 +167,7 @@ class Trainer:
         self.checkpoints.wait()
         if evaluation is None:  # resumed at its end: nothing left to train
             evaluation = self.evaluator.run(self.evaluation_model())
-            if ranks.rank() == 0:
+            if distributed.rank() == 0:
                 self.run_logger.panels(self.step, evaluation.visual_samples, self.tasks)
             self._keep_best(evaluation, whole=True)
             self.save("last")
@@ -174,7 +180,7 @@ class Trainer:
             return
         stream = iter(self.batches)
         while True:
-            batches = [next(stream) for _ in range(self.accumulate)]
+            batches = [next(stream) for _ in range(self.accumulate_grad_batches)]
             for batch in batches:
                 self.unreadable.update(batch.get("unreadable", ()))
             yield batches
@@ -232,7 +238,7 @@ class Trainer:
         for name, value in values.items():
             finite[f"loss of {name}"] = value.isfinite() & finite.get(f"loss of {name}", True)
         if with_diagnostics:  # a batch without a task's labels has no loss to show for it
-            seen = ranks.total(
+            seen = distributed.all_reduce_sum(
                 torch.stack([task.valid(labels[name]).any() for name, task in self.tasks.items()]).float()
             )
             values |= {n: torch.where(seen[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
@@ -240,11 +246,13 @@ class Trainer:
             term, gradients = self._contrast(losses, contrast, output, weight, shares, with_diagnostics)
             values |= {f"gradient/{name}": value for name, value in gradients.items()}
             losses["contrast"] = term
-        elif self.regularizer is not None and ranks.world() > 1:  # DDP waits for a gradient of every parameter
+        elif (
+            self.regularizer is not None and distributed.world_size() > 1
+        ):  # DDP waits for a gradient of every parameter
             losses["idle"] = 0.0 * torch.stack([p.sum() for p in self.regularizer.parameters()]).sum()
         if count > 1:
             losses = {name: loss / count for name, loss in losses.items()}
-        with running_statistics_kept(self.model) if self.recompute else nullcontext():
+        with freeze_running_statistics(self.model) if self.grad_checkpointing else nullcontext():
             self.balancer.backward(losses, self.trained)
         return values
 
@@ -260,7 +268,7 @@ class Trainer:
         """The contrast as it enters the step, and on request its gradients beside the tasks'."""
         assert self.regularizer is not None
         total = torch.stack([self.balancer.weight(name) * losses[name] for name in self.tasks]).sum()
-        features, term = output.features[self.regularizer.tap], contrast.loss
+        features, term = output.features[self.regularizer.feature], contrast.loss
         if self.share is not None:
             if shares:
                 sum_of_targets = torch.stack(list(contrast.losses.values())).sum()
@@ -281,7 +289,7 @@ class Trainer:
 
     def validate(self, quick: bool) -> EvaluationResult:
         evaluation = self.evaluator.run(self.evaluation_model(), quick=quick)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             self.run_logger.log_scalars(self.step, "val", flatten_metrics(evaluation.metrics))
             self.run_logger.panels(self.step, evaluation.visual_samples, self.tasks)
         return evaluation
@@ -314,7 +322,7 @@ class Trainer:
             },
             "schedule": {},  # a function of the step
             "step": self.step,
-            "rng": ranks.gathered(rng_state(self.device)),
+            "rng": distributed.all_gather_object(rng_state(self.device)),
             "config": self.config,
             "meta": {**self.meta, "best": self.best, "skipped": self.nonfinite_guard.count},
         }
@@ -336,11 +344,13 @@ class Trainer:
             self.best = state["meta"]["best"]
         self.step = state["step"]
         states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
-        if len(states) == ranks.world():
-            set_rng_state(states[ranks.rank()], self.device)
+        if len(states) == distributed.world_size():
+            set_rng_state(states[distributed.rank()], self.device)
         else:
             log.warning(
-                "the checkpoint is of %d processes, this run of %d: dropout is drawn anew", len(states), ranks.world()
+                "the checkpoint is of %d processes, this run of %d: dropout is drawn anew",
+                len(states),
+                distributed.world_size(),
             )
         if self.ema is not None:
             if state.get("ema") is None:
@@ -364,7 +374,7 @@ class Trainer:
             )
         self._agree()
         state = self.state()
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             self.checkpoints.save(name, state)
 
     def _keep_best(self, evaluation: EvaluationResult, whole: bool) -> None:
@@ -379,11 +389,17 @@ class Trainer:
     def _log(self, values: Mapping[str, Tensor], bar: tqdm) -> None:
         """Read the step's scalars from the device, once, and write them down."""
         numbers = dict(
-            zip(values, (ranks.total(torch.stack([v.float() for v in values.values()])) / ranks.world()).tolist())
+            zip(
+                values,
+                (
+                    distributed.all_reduce_sum(torch.stack([v.float() for v in values.values()]))
+                    / distributed.world_size()
+                ).tolist(),
+            )
         )
         losses = {name: value for name, value in numbers.items() if "/" not in name}
         self._settle()
-        if ranks.rank() > 0:
+        if distributed.rank() > 0:
             return
         rate = self.optimizer.optimizer.param_groups[0]["lr"]
         self.run_logger.log_scalars(self.step, "train", {**losses, "lr": rate})
@@ -398,10 +414,10 @@ class Trainer:
     def _settle(self) -> None:
         """Write down which steps were skipped since the last time, and which pictures could not be read."""
         skipped = self.nonfinite_guard.flush()
-        if ranks.world() > 1:  # all skip the same steps, each has its own pictures
-            skipped = [merge_skipped(parts) for parts in zip(*ranks.gathered(skipped))]
-            self.unreadable.update(*ranks.gathered(self.unreadable))
-        if ranks.rank() > 0:
+        if distributed.world_size() > 1:  # all skip the same steps, each has its own pictures
+            skipped = [merge_skipped(parts) for parts in zip(*distributed.all_gather_object(skipped))]
+            self.unreadable.update(*distributed.all_gather_object(self.unreadable))
+        if distributed.rank() > 0:
             self.nonfinite_guard.check()
             return
         for step, terms, ids in skipped:

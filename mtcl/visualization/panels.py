@@ -37,7 +37,7 @@ def draw_panel(sample: VisualSample, tasks: Mapping[str, Task]) -> np.ndarray:
         label, prediction = sample.labels[name], sample.predictions[name]
         pictures = (
             task.draw(label),
-            task.draw(task.drawable(prediction)),
+            task.draw(task.to_drawable(prediction)),
             draw_error(error_map(task, label, prediction)),
         )
         captioned = {f"{name}: {kind}": _enlarge(picture, zoom) for kind, picture in zip(TILE_KINDS, pictures)}
@@ -59,7 +59,7 @@ def draw_predictions(
     """
     zoom = max(1, min(-(-MIN_HEIGHT // image.shape[0]), MAX_TILE_SIDE // max(image.shape[:2])))
     factor = min(1.0, MAX_TILE_SIDE / (zoom * max(image.shape[:2])))
-    shown = {name: tasks[name].drawable(array) for name, array in predictions.items()}
+    shown = {name: tasks[name].to_drawable(array) for name, array in predictions.items()}
     pictures = {"image": image, **{name: tasks[name].draw(array) for name, array in shown.items()}}
     columns = []
     for name, picture in pictures.items():
@@ -105,10 +105,10 @@ def error_map(task: Task, label: np.ndarray, prediction: np.ndarray) -> np.ndarr
     """
 
     def points(array: np.ndarray) -> torch.Tensor:  # (H, W, 3)
-        return task.place(torch.from_numpy(array if array.ndim == 3 else array[..., None]))
+        return task.embed_label(torch.from_numpy(array if array.ndim == 3 else array[..., None]))
 
-    collated = task.collated(label.transpose(2, 0, 1)[None] if label.ndim == 3 else label[None])
-    distance = (points(prediction) - points(label)).norm(dim=-1) / task.span(task.far)
+    collated = task.collate(label.transpose(2, 0, 1)[None] if label.ndim == 3 else label[None])
+    distance = (points(prediction) - points(label)).norm(dim=-1) / task.embedded_distance(task.negative_threshold)
     distance = distance.nan_to_num(nan=1.0).clamp(0, 1)  # not finite is as wrong as can be
     return torch.where(task.valid(collated)[0], distance, torch.nan).numpy()
 
@@ -121,8 +121,8 @@ def draw_error(error: np.ndarray) -> np.ndarray:
 
 
 def _legend_of(sample: VisualSample, name: str, task: Task) -> list[tuple[str, Colour]]:
-    rows = task.legend([sample.labels[name], task.drawable(sample.predictions[name])])
-    return [*rows, ("error: none", CORRECT_COLOUR), (f"error: {task.far_off}", WRONG_COLOUR)]
+    rows = task.legend([sample.labels[name], task.to_drawable(sample.predictions[name])])
+    return [*rows, ("error: none", CORRECT_COLOUR), (f"error: {task.error_label}", WRONG_COLOUR)]
 
 
 def _zoom(sample: VisualSample) -> int:

@@ -37,7 +37,7 @@ from mtcl.config.schema import check_config
 from mtcl.data import Batch
 from mtcl.errors import UserError
 from mtcl.profiling.flops import count
-from mtcl.profiling.timing import peak, synchronize, timed
+from mtcl.profiling.timing import measure_peak_memory, measure_time, synchronize
 from mtcl.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
 
@@ -80,7 +80,7 @@ def parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
     def watched(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             results: list[Any] = []
-            seconds, _ = timed(lambda: results.append(work(*args, **options)), trainer.device)
+            seconds, _ = measure_time(lambda: results.append(work(*args, **options)), trainer.device)
             found[name] = found.get(name, 0.0) + seconds
             return results[0]
 
@@ -119,7 +119,7 @@ def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], step
     turn = list(variants)
     for step, item in enumerate(islice(cycle(batches), 1 + steps)):
         for variant in turn:
-            took, _ = timed(partial(one_step, trainers[variant], item), first.device)
+            took, _ = measure_time(partial(one_step, trainers[variant], item), first.device)
             if step:
                 seconds[variant].append(took)
         turn.reverse()
@@ -135,7 +135,7 @@ def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], step
     found: dict[str, Any] = {}
     for variant, trainer in trainers.items():
         median, best = statistics.median(seconds[variant]), min(seconds[variant])
-        memory = peak(partial(one_step, trainer, batches[0]), first.device) / MIB
+        memory = measure_peak_memory(partial(one_step, trainer, batches[0]), first.device) / MIB
         shares = parts(trainer, batches[0])
         whole = sum(shares.values())
         rate = operations / median

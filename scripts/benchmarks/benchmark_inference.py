@@ -54,7 +54,7 @@ from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
-from mtcl.profiling.timing import peak, timed
+from mtcl.profiling.timing import measure_peak_memory, measure_time
 from mtcl.runtime import autocast, choose_device, seed_everything
 from mtcl.training.train_step import TrainingStep
 
@@ -123,7 +123,7 @@ def in_turns(passes: Sequence[Pass], device: torch.device, words: argparse.Names
     for turn in range(words.repeats):
         order = list(enumerate(passes))
         for index, work in order if turn % 2 else order[::-1]:
-            found[index].append(timed(work, device)[0])
+            found[index].append(measure_time(work, device)[0])
         if time.perf_counter() - began > words.seconds:
             break
     return found
@@ -224,7 +224,7 @@ def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device:
                 else:
                     row["error"] = errors[backend]
                 if backend == "eager" and backend in passes:
-                    row["memory_mib"] = peak(passes[backend], device) / MIB
+                    row["memory_mib"] = measure_peak_memory(passes[backend], device) / MIB
                     compared = compared or compare(step, beside, image, device, words)
                 rows.append(row)
                 show(row)

@@ -60,7 +60,7 @@ from mtcl.config.schema import check_config
 from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
 from mtcl.models import DenseOutput
-from mtcl.profiling.timing import peak, synchronize, timed
+from mtcl.profiling.timing import measure_peak_memory, measure_time, synchronize
 from mtcl.regularizers import Regularizer
 from mtcl.regularizers.sampling import Draw
 from mtcl.runtime import autocast, choose_device, seed_everything
@@ -114,7 +114,7 @@ def measure(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) 
     turn = list(trainers)
     for step, batch in enumerate(islice(cycle(batches), WARMUP + steps)):
         for name in turn:
-            took = timed(partial(one_step, trainers[name], batch), trainers[name].device)
+            took = measure_time(partial(one_step, trainers[name], batch), trainers[name].device)
             if step >= WARMUP:
                 seconds[name].append(took)
         turn.reverse()
@@ -122,14 +122,14 @@ def measure(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) 
     for name, trainer in trainers.items():
         weighing = weighing_seconds(trainer, batches[0])
         to_weighing_step(trainer)
-        most = peak(partial(one_step, trainer, batches[0]), trainer.device)
+        most = measure_peak_memory(partial(one_step, trainer, batches[0]), trainer.device)
         clock, cpu = (list(values) for values in zip(*seconds[name]))
         found[name] = Variant(clock, cpu, held(trainer), most, weighing)
     return found
 
 
 def to_weighing_step(trainer: Trainer) -> None:
-    """On to a step at which the gradients of contrast and task are measured (``regularizer.balance=gradient``)."""
+    """On to a step at which the gradients of contrast and task are measured (``regularizer.weighting=gradient_norm``)."""
     if trainer.share is not None:
         trainer.step += -trainer.step % trainer.share.every
 
@@ -141,7 +141,7 @@ def weighing_seconds(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:
     extra = []
     for _ in range(repeats):
         to_weighing_step(trainer)
-        with_it, without = (timed(partial(one_step, trainer, batch), trainer.device)[0] for _ in range(2))
+        with_it, without = (measure_time(partial(one_step, trainer, batch), trainer.device)[0] for _ in range(2))
         extra.append(with_it - without)
     return statistics.median(extra) / trainer.share.every
 
@@ -272,7 +272,7 @@ class Alone:
         image, self.labels = prepare_batch(batch, trainer.model.mean, trainer.model.std, self.device)
         with torch.no_grad(), autocast(self.device, trainer.precision):
             self.output = trainer.model(image)
-        self.tap = self.output.features[self.regularizer.tap]
+        self.tap = self.output.features[self.regularizer.feature]
         self.step = trainer.step
 
     def draw(self) -> Draw:
@@ -284,7 +284,7 @@ class Alone:
         leaf_features = {key: leaf.view_as(leaf) for key, leaf in leaves.items()}
         features = {
             **self.output.features,
-            self.regularizer.tap: {name: leaf_features[id(x)] for name, x in self.tap.items()},
+            self.regularizer.feature: {name: leaf_features[id(x)] for name, x in self.tap.items()},
         }
         own = [torch.ones_like(x) for x in leaves.values()]
         return Given(
@@ -305,11 +305,11 @@ class Alone:
 
     def once(self) -> dict[str, float]:
         """Seconds of each part."""
-        found = {"draw": timed(self.draw, self.device)[0]}
+        found = {"draw": measure_time(self.draw, self.device)[0]}
         given, losses = self.given(), []
-        found["forward"] = timed(lambda: losses.append(self.compute_loss(given)), self.device)[0]
-        found["backward"] = timed(lambda: self.backward(given, losses[0]), self.device)[0]
-        found["optimiser"] = timed(self.optimise, self.device)[0]
+        found["forward"] = measure_time(lambda: losses.append(self.compute_loss(given)), self.device)[0]
+        found["backward"] = measure_time(lambda: self.backward(given, losses[0]), self.device)[0]
+        found["optimiser"] = measure_time(self.optimise, self.device)[0]
         return found
 
 
@@ -414,7 +414,7 @@ def profile(trainer: Trainer, batch: Batch, step: float, repeats: int) -> dict[s
         maps[name] = made.bytes / largest.nbytes
         print(f"largest tensor made, {name}: {made.bytes / MIB:.2f} MiB = {maps[name]:.3f} of it, {made.what}")
     given = alone.given()
-    both = peak(lambda: alone.compute_loss(given).backward(), alone.device)
+    both = measure_peak_memory(lambda: alone.compute_loss(given).backward(), alone.device)
     alone.optimise()
     print(
         f"peak of both passes: {both / MIB:.2f} MiB = {both / largest.nbytes:.2f} of it, for {len(alone.tap)} targets"

@@ -24,7 +24,7 @@ from mtcl.atomic import write_atomically
 from mtcl.cli.script import run
 from mtcl.data.image_io import read_label_image
 from mtcl.data.worker_pool import run_jobs
-from mtcl.metrics.boundaries import NMS, PRESETS, Preset, best_of_image, preset_named, scores
+from mtcl.metrics.boundaries import NMS, PRESETS, Preset, best_image_counts, compute_scores, get_preset
 
 
 def pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
@@ -101,14 +101,14 @@ def main() -> None:
         raise UserError(f"--max-dist {given.max_dist} is not a fraction of the diagonal in 0..1; NYUD takes 0.011.")
     if given.workers < 0:
         raise UserError(f"--workers {given.workers} is no number of processes; take 0 or more.")
-    preset = preset_named(given.preset, given.thresholds)
+    preset = get_preset(given.preset, given.thresholds)
     if given.nms is not None:
         preset = replace(preset, suppression=NMS[given.nms], rounded=given.nms == "sak")
     found = pairs(given.pred, given.gt)
     work = functools.partial(count, preset=preset, max_distance=given.max_dist)
     counts = run_jobs(work, found, min(given.workers, len(found)), "edges")
-    best = np.sum([best_of_image(c) for c in counts], axis=0)
-    result = scores(np.sum(counts, axis=0), best, np.array(preset.thresholds), preset.interpolate)._asdict()
+    best = np.sum([best_image_counts(c) for c in counts], axis=0)
+    result = compute_scores(np.sum(counts, axis=0), best, np.array(preset.thresholds), preset.interpolate)._asdict()
     values = {name: None if np.isnan(value) else value for name, value in result.items()}
     write_atomically(given.json, lambda path: path.write_text(json.dumps(values, indent=2) + "\n", "utf-8"))
     print(f"{len(found)} images, preset {given.preset}, {len(preset.thresholds)} thresholds, max-dist {given.max_dist}")

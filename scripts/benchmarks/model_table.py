@@ -49,7 +49,7 @@ from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.errors import UserError
 from mtcl.profiling.flops import count
-from mtcl.profiling.timing import peak, timed
+from mtcl.profiling.timing import measure_peak_memory, measure_time
 from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
 
@@ -174,8 +174,8 @@ def measure(config: DictConfig, tasks: dict[str, Task], device: torch.device, re
             half = torch.is_autocast_enabled(device.type)
             precision = torch.get_autocast_dtype(device.type) if half else image.dtype
             predict()
-            seconds = statistics.median(timed(predict, device)[0] for _ in range(repeats))
-            most = held + peak(predict, device)
+            seconds = statistics.median(measure_time(predict, device)[0] for _ in range(repeats))
+            most = held + measure_peak_memory(predict, device)
     except torch.OutOfMemoryError:
         return None
     return Measured(most, seconds, str(precision).removeprefix("torch."))

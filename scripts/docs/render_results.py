@@ -43,7 +43,7 @@ def table(content: dict[str, Any]) -> str:
     headings, chosen = [], {}
     for task in tasks:
         found = [set(row["metrics"][task.name]) for row in rows if task.name in row["metrics"]]
-        metric, higher_is_better = task.headline(set.intersection(*found))
+        metric, higher_is_better = task.choose_metric(set.intersection(*found))
         chosen[task.name] = metric
         unit = task.units.get(metric, "%")
         name = f"{task.name} {metric} {'↑' if higher_is_better else '↓'}"

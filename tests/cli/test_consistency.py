@@ -125,7 +125,9 @@ def test_pairs_are_those_of_the_tasks_distance():
     depth = build_task("depth")
     label = torch.tensor([[[1.0], [1.04], [1.1], [1.5], [0.0]]])
     valid = torch.tensor([[True, True, True, True, False]])
-    positive, negative = label_pairs(depth.distance(label, label), valid, depth.near, depth.far)
+    positive, negative = label_pairs(
+        depth.distance(label, label), valid, depth.positive_threshold, depth.negative_threshold
+    )
     assert positive[0].nonzero().tolist() == [[0, 1], [1, 0]]  # 1.1 is neither, 0 m void
     assert negative[0].nonzero().tolist() == [[0, 3], [1, 3], [2, 3], [3, 0], [3, 1], [3, 2]]
 
@@ -216,7 +218,7 @@ def runs(tmp_path_factory):
     tasks."""
     folder = tmp_path_factory.mktemp("runs")
     words = [*TINY, f"tasks.names=[{','.join(NAMES)}]", "trainer.val_interval=null", "trainer.max_steps=4"]
-    words += ["trainer.val_first=false", "trainer.panels=0"]
+    words += ["trainer.validate_first=false", "trainer.num_panels=0"]
     train(composed(*words), folder)
     variants = {"without": [], "wide": ["decoder.head_width=12"], "other": ["tasks.names=[depth]"]}
     paths = {"with": folder / "checkpoints" / "last.pt"}

@@ -116,7 +116,7 @@ def test_evaluate_loads_what_was_imported(tmp_path):
     source = write(tmp_path / "theirs.pth.tar", published(words))
     import_checkpoint("invpt", source, tmp_path / "ours.pt", words, CONFIGS)
     given = [f"checkpoint={tmp_path}/ours.pt", "data.limit=2", "data.workers=0", "trainer.device=cpu",
-             "evaluation.boundaries=false", "data.size=[40,72]"]  # fmt: skip
+             "evaluation.score_boundaries=false", "data.size=[40,72]"]  # fmt: skip
     config = composed(*given, name="evaluate")
     metrics = evaluate(config, given, [], tmp_path / "scores")
     assert list(metrics) == ["semseg", "human_parts", "sal", "normals", "edge"]

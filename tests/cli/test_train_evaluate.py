@@ -154,7 +154,7 @@ def test_evaluate_knows_the_keys_of_the_checkpoints_own_dataset(cli, tmp_path):
 
 def test_pascal_is_trained_and_evaluated(cli, tmp_path):
     write_archive(tmp_path / "PASCALContext", [f"2008_{n:06d}" for n in range(4)], ["2009_000001"])
-    words = ["data=pascal", f"data.root={tmp_path}", f"data.cache={tmp_path}/cache", "data.labels=random"]
+    words = ["data=pascal", f"data.root={tmp_path}", f"data.cache={tmp_path}/cache", "data.label_assignment=random"]
     result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     assert "parts, masks of normals, edges derived once" in result.out
@@ -197,8 +197,8 @@ def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path)
     validations = {}
     for name, word in {
         "end": "seed=0",
-        "quick": "evaluation.quick=[5,1]",
-        "never": "evaluation.boundaries=false",
+        "quick": "evaluation.fast_boundaries=[5,1]",
+        "never": "evaluation.score_boundaries=false",
     }.items():
         result = cli("train.py", *TINY, *words, word, f"hydra.run.dir={tmp_path}/{name}")
         assert result.code == 0, result.err
@@ -207,7 +207,7 @@ def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path)
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())["edge"]
         assert ("odsF" in metrics) == (name != "never")
         assert "loss" in metrics
-    words = ["tasks=single_edge", "evaluation.quick=[5,1]", "evaluation.boundaries=false"]
+    words = ["tasks=single_edge", "evaluation.fast_boundaries=[5,1]", "evaluation.score_boundaries=false"]
     assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/both").code == 0
     assert validations == {"end": [False, False, True], "quick": [True] * 3, "never": [False] * 3}
     checkpoint = tmp_path / "end" / "checkpoints" / "last.pt"
@@ -229,7 +229,7 @@ def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path)
         ("evaluation.options.edge.preset=matlab", "matlab"),
         ("evaluation.options.sal.protocol=old", "old"),
         ("evaluation.options.depth.protocol=old", "old"),
-        ("evaluation.quick=[9]", "evaluation.quick"),
+        ("evaluation.fast_boundaries=[9]", "evaluation.fast_boundaries"),
     ],
 )
 def test_impossible_ways_of_scoring_are_refused_before_training(cli, tmp_path, word, told):
@@ -262,7 +262,7 @@ def test_the_table_leaves_out_what_nobody_reads():
 
 def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_path):
     """One label a picture, two pictures a step, six tasks: most have none."""
-    words = ["data.labels=one", "data.options.length=[12,2]", "data.limit=null", "trainer.max_steps=3"]
+    words = ["data.label_assignment=one", "data.options.length=[12,2]", "data.limit=null", "trainer.max_steps=3"]
     result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     assert "labels of 12 pictures: semseg 2, human_parts 2, sal 2, depth 2, normals 2, edge 2" in result.out
@@ -278,15 +278,15 @@ def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_pa
 @pytest.mark.slow
 def test_a_seed_of_labels_and_a_rule_for_normals_reach_the_data(cli, tmp_path):
     losses = []
-    for words in ([], ["data.labels=random"], ["data.labels=random", "data.labels_seed=1"]):
+    for words in ([], ["data.label_assignment=random"], ["data.label_assignment=random", "data.labels_seed=1"]):
         folder = tmp_path / str(len(losses))
         assert cli("train.py", *TINY, *words, "trainer.max_steps=1", f"hydra.run.dir={folder}").code == 0
         record = json.loads((folder / "log.jsonl").read_text().splitlines()[-2])
         losses.append(tuple(record.items()))
     assert len(set(losses)) == 3
-    config = composed("data=nyud", "data.normals_valid=field")
-    assert build_tasks(config)["normals"].validity == "field"
-    assert build_tasks(composed("data=nyud"))["normals"].validity == "length"
+    config = composed("data=nyud", "data.normals_valid=standard")
+    assert build_tasks(config)["normals"].normals_valid == "standard"
+    assert build_tasks(composed("data=nyud"))["normals"].normals_valid == "length"
 
 
 def test_evaluate_asks_no_hub_for_weights(cli, tmp_path, monkeypatch):
@@ -330,7 +330,7 @@ TRAIN_MISTAKES = {
     "no checkpoint": ([f"resume={ROOT}/README.md"], ["README.md can't be read (it is no file of torch.save"]),
     "no weights": ([f"backbone.weights={ROOT}/README.md"], ["README.md can't be read", "no file of torch.save"]),
     "one value per channel": (
-        ["data.batch_size=1", "data.size=[32,32]", "trainer.accumulate=2", "trainer.val_first=false"],
+        ["data.batch_size=1", "data.size=[32,32]", "trainer.accumulate_grad_batches=2", "trainer.validate_first=false"],
         ["single value per channel", "data.batch_size", "data.size"],
     ),
     "unknown key": (["trainer.max_step=3"], ["trainer.max_step", "trainer.max_steps"]),
@@ -345,7 +345,7 @@ TRAIN_MISTAKES = {
     "size": (["data.size=96"], ["data.size=96"]),
     "negative weight": (["regularizer.weight=-1"], ["regularizer.weight=-1"]),
     "negative task weight": (["loss.weights.depth=-1"], ["loss.weights.depth=-1"]),
-    "tap": (["regularizer.options.tap=middle"], ["middle", "final"]),
+    "tap": (["regularizer.options.feature=middle"], ["middle", "final"]),
     "monitor": (["trainer.monitor=semseg/rmse"], ["semseg/rmse", "semseg/mIoU"]),
     "device": (["trainer.device=tpu"], ["tpu", "cuda"]),
     "precision": (["trainer.precision=fp8"], ["fp8", "bf16"]),

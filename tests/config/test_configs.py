@@ -75,7 +75,7 @@ def word(group: str, choice: str) -> str:
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
 def test_every_choice_composes(group, choice):
     config = composed(word(group, choice))
-    choose_monitor(config.trainer.monitor, build_tasks(config), config.evaluation.quick)
+    choose_monitor(config.trainer.monitor, build_tasks(config), config.evaluation.fast_boundaries)
     build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
 
 
@@ -99,7 +99,9 @@ def test_every_key_with_a_rule_has_a_role_and_every_role_a_key():
     used = {next(pattern for pattern in ROLES if fnmatch(key, pattern)) for key in RULES}
     assert set(ROLES) == used
     assert set(ROLES.values()) == {"seed", "machine", "engine", "record", "result"}
-    roles = {key: role_of(key) for key in ("data.root", "data.batch_size", "trainer.compile", "trainer.panels", "x.y")}
+    roles = {
+        key: role_of(key) for key in ("data.root", "data.batch_size", "trainer.compile", "trainer.num_panels", "x.y")
+    }
     assert list(roles.values()) == ["machine", "result", "engine", "record", "result"]
 
 
@@ -253,7 +255,7 @@ def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_pa
     choice = chosen(experiment)
     words = [f"experiment={experiment}", "debug=tiny", "data=rooms", "data.size=[32,64]", "data.batch_size=2",
              "data.augment.scale=[1.0,1.2]", "data.limit=2", "trainer.max_steps=1", "trainer.val_interval=null",
-             "trainer.val_first=false", "trainer.panels=0", "trainer.device=cpu"]  # fmt: skip
+             "trainer.validate_first=false", "trainer.num_panels=0", "trainer.device=cpu"]  # fmt: skip
     words += shrunk(choice["decoder"], choice["backbone"])
     if choice["data"] in ("nyud", "pascal"):  # their tasks; a genotype of ATRC is for these and no others
         words.append(f"tasks={choice['data']}")

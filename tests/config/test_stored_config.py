@@ -23,7 +23,7 @@ from mtcl.config.build_model import build_model, saved_config
 from mtcl.config.load import load_model
 from mtcl.config.stored_config import check_stored_config, describe_tasks
 from mtcl.errors import UserError
-from mtcl.run_lock import claim, is_claimed
+from mtcl.run_lock import is_locked, lock_run
 from mtcl.training.checkpoint import save_checkpoint
 
 WORDS = ["backbone.name=test_resnet", "decoder.width=8", "decoder.head_width=4", "data.size=[32,64]"]
@@ -101,7 +101,7 @@ ODD_CONFIGS: list[tuple[str, object]] = [
     ("data.name", "../../evil"),
     ("data.split", "../../secret"),
     ("data.split", "x" * 300),
-    ("data._target_", "mtcl.data.sample.Dataset"),
+    ("data._target_", "mtcl.data.sample.ConfigurableDataset"),
     # what would take minutes or gigabytes to lay out
     ("backbone", {"name": "dla34", "kwargs": {"levels": [1, 1, 1, 30, 2, 1]}}),
     ("backbone", {"name": "tiny_vit_5m_224", "kwargs": {"window_sizes": [500] * 4}}),
@@ -113,7 +113,7 @@ ODD_CONFIGS: list[tuple[str, object]] = [
     ("backbone", {"name": "efficientnet_b0", "kwargs": {"depth_multiplier": 100}}),
     ("data.options.length", [1, 10**9]),
     ("data.workers", 10**6),
-    ("regularizer.options.dim", 10**8),
+    ("regularizer.options.embed_dim", 10**8),
     ("x" * 1000, 1),
     ("decoder." + "x" * 1000, 1),
     ("seed", ...),
@@ -207,7 +207,7 @@ def test_paths_of_another_machine_are_left_out(state, tmp_path):
     content = state
     paths = {
         "data.cache": "/etc/cache",
-        "data.labels": "/etc/labels.json",
+        "data.label_assignment": "/etc/labels.json",
         "backbone.weights": "/w.pt",
         "resume": "/r.pt",
     }
@@ -402,18 +402,18 @@ def test_the_lock_follows_no_link(tmp_path):
     run.mkdir()
     (tmp_path / "target").write_text("precious")
     (run / ".lock").symlink_to(tmp_path / "target")
-    assert not is_claimed(run)
+    assert not is_locked(run)
     with pytest.raises(UserError, match=r"\.lock is a link"):
-        claim(run)
+        lock_run(run)
     assert (tmp_path / "target").read_text() == "precious"
     (run / ".lock").unlink()
     (run / ".lock").write_text("kept")
-    with claim(run):
-        assert is_claimed(run)
+    with lock_run(run):
+        assert is_locked(run)
     assert (run / ".lock").read_text() == "kept"
     (run / ".lock").unlink()
     os.mkfifo(run / ".lock")
-    assert not is_claimed(run)
+    assert not is_locked(run)
 
 
 # --- Mutations

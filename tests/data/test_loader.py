@@ -211,7 +211,7 @@ def test_collate_pads_mixed_sizes_around_their_centres(size, multiple, frame) ->
     assert batch["image"].shape == (2, 3, *frame)
     assert batch["image"].dtype == torch.uint8
     assert batch["image"].is_contiguous()
-    alone = {name: task.collated(np.stack([channels_first(samples[0].labels[name])])) for name, task in ALL.items()}
+    alone = {name: task.collate(np.stack([channels_first(samples[0].labels[name])])) for name, task in ALL.items()}
     for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):
         height, width = sample.image.shape[:2]
         top, left = (frame[0] - height) // 2, (frame[1] - width) // 2

@@ -102,7 +102,7 @@ def test_each_picture_is_contrasted_with_a_source_it_has_labels_of() -> None:
     partial = apply_label_assignment(reader, tasks, "one", seed=0)
     batch = next(iter(train_loader(partial, tasks, Augment((32, 40), scale=(1, 1)), 12, seed=0, workers=0)))
     ids = [meta.id for meta in batch["meta"]]
-    regularizer = Contrastive(tasks, dict.fromkeys(tasks, 8), pixels=64)
+    regularizer = Contrastive(tasks, dict.fromkeys(tasks, 8), num_pixels=64)
     generator = torch.Generator().manual_seed(0)
     features = {name: torch.randn(12, 8, 8, 10, generator=generator, requires_grad=True) for name in tasks}
     output = regularizer(features, batch["labels"], regularizer.sample(0, ids))
@@ -190,7 +190,7 @@ def test_pictures_and_files_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.json does not exist"):
         read_label_assignment(tmp_path / "no.json", IDS, TASKS)
     reader, tasks = rooms()
-    with pytest.raises(UserError, match=r"data\.labels=some is neither full, one or random, nor a file"):
+    with pytest.raises(UserError, match=r"data\.label_assignment=some is neither full, one or random, nor a file"):
         apply_label_assignment(reader, tasks, "some", seed=0)
     np.save(tmp_path / "other.npy", np.array({"depth": ["0001"], "edge": ["0002"]}, dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=f"lacks 60 pictures.*{IDS[0]}"):

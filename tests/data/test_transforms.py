@@ -65,7 +65,7 @@ def test_labels_stay_with_the_picture_through_crop_and_flip(size, crop, tasks, c
     for name, label in sample.labels.items():
         expected = original[name][rows, columns]
         if name == "normals" and width > 1:
-            expected = ALL["normals"].finished(expected * np.float32([-1 if flipped else 1, 1, 1]))
+            expected = ALL["normals"].finalize_label(expected * np.float32([-1 if flipped else 1, 1, 1]))
         if name != "normals" or width > 1:
             np.testing.assert_array_equal(label, expected)
             assert label.dtype == original[name].dtype
@@ -176,7 +176,7 @@ def test_a_hopeless_picture_ends_the_search_for_a_crop(monkeypatch) -> None:
         drawn.append(args)
         return sample_window(*args)
 
-    monkeypatch.setattr("mtcl.data.transforms.draw_window", counting)
+    monkeypatch.setattr("mtcl.data.transforms.sample_window", counting)
     labels = {"semseg": np.zeros((9, 9), np.uint8), "edge": np.zeros((9, 9), np.uint8)}
     sample = Sample("0001", np.zeros((9, 9, 3), np.uint8), labels)
     augment = Augment((4, 4), scale=(1, 1))

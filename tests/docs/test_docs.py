@@ -158,7 +158,7 @@ def place(tmp_path_factory):
     """A folder with outputs/rooms/sweep of two runs, outputs/rooms/TIME, RUN and OTHER, a picture."""
     folder = tmp_path_factory.mktemp("docs")
     for path, seed in (("outputs/rooms/sweep/a", 0), ("outputs/rooms/sweep/b", 1)):
-        run_in(folder, [str(ROOT / "train.py"), *TINY, f"seed={seed}", f"hydra.run.dir={path}", "trainer.panels=1"])
+        run_in(folder, [str(ROOT / "train.py"), *TINY, f"seed={seed}", f"hydra.run.dir={path}", "trainer.num_panels=1"])
     for link in ("RUN", "OTHER", "outputs/rooms/TIME", "outputs/rooms/run"):
         (folder / link).symlink_to(folder / "outputs/rooms/sweep/a")
     (folder / "pictures").mkdir()

@@ -118,8 +118,15 @@ def without(root: Path, folder: str) -> None:
         cv2.imwrite(str(path), np.zeros((64, 96), np.uint8))
 
 
-WORDS = ["data=nyud", *TINY, "data.size=[64,96]", "data.cache=null", "trainer.val_first=false", "trainer.panels=0"]
-WORDS += ["trainer.max_steps=1", "evaluation.boundaries=false"]
+WORDS = [
+    "data=nyud",
+    *TINY,
+    "data.size=[64,96]",
+    "data.cache=null",
+    "trainer.validate_first=false",
+    "trainer.num_panels=0",
+]
+WORDS += ["trainer.max_steps=1", "evaluation.score_boundaries=false"]
 
 
 def test_a_task_without_any_label_is_a_warning_and_alone_an_error(cli, tmp_path: Path) -> None:
@@ -151,7 +158,7 @@ def test_maps_scored_without_a_model_are_looked_at_too(cli, tmp_path: Path) -> N
         edge = cv2.imread(str(root / "edge" / f"{id}.png"), cv2.IMREAD_UNCHANGED)
         write_png(tmp_path / "maps" / "edge" / f"{id}.png", (edge > 127).astype(np.uint8))
     words = ["data=nyud", f"data.root={root}", "data.cache=null", "data.workers=0", f"predictions={tmp_path}/maps"]
-    words += ["trainer.device=cpu", "evaluation.boundaries=false"]
+    words += ["trainer.device=cpu", "evaluation.score_boundaries=false"]
     result = cli("evaluate.py", *words, f"hydra.run.dir={tmp_path}/scores")
     assert result.code == 0, result.err
     (text,) = json.loads((tmp_path / "scores" / "run.json").read_text())["warnings"]

@@ -330,7 +330,7 @@ def test_a_picture_without_any_label_needs_no_map(tmp_path, name):
     writer.write("b", {name: raw_of(task, 1)})
     whole = evaluator.score(SavedPredictions(tmp_path, {name: task}, reader).predict)
     assert missing.metrics == whole.metrics
-    assert not math.isnan(whole.metrics[name][task.primary])
+    assert not math.isnan(whole.metrics[name][task.primary_metric])
 
 
 def test_a_fingerprint_tells_the_content_of_the_maps_and_their_ids(tmp_path):
@@ -384,7 +384,14 @@ def trained(tmp_path_factory):
     return folder / "checkpoints" / "last.pt"
 
 
-ROOMS = ["data=rooms", "trainer.device=cpu", "data.size=[32,64]", "data.workers=0", "data.limit=4", "trainer.panels=1"]
+ROOMS = [
+    "data=rooms",
+    "trainer.device=cpu",
+    "data.size=[32,64]",
+    "data.workers=0",
+    "data.limit=4",
+    "trainer.num_panels=1",
+]
 
 
 def test_maps_saved_from_a_checkpoint_score_as_it_does(cli, trained, tmp_path, monkeypatch):

@@ -75,7 +75,7 @@ def make_case(
     kinds = kinds or {name: ["random"] * images for name in names}
     labels = {name: make_label(name, kinds[name], size, rng) for name in names}
     features = {name: torch.randn(images, channels[name], *tap, generator=generator) for name in names}
-    regularizer = Contrastive(tasks, channels, seed=seed, pixels=pixels, dim=4, hidden=hidden, **options)
+    regularizer = Contrastive(tasks, channels, seed=seed, num_pixels=pixels, embed_dim=4, hidden_dim=hidden, **options)
     draw = regularizer.sample(step, [str(i) for i in range(images)])
     return regularizer, features, labels, draw, (size[0] + extra[0], size[1] + extra[1])
 
@@ -187,10 +187,10 @@ def ref_picture(regularizer, target, image, labels, draw):
             draw.pixels[image].tolist(), ref_places(draw.pixels[image], size), read[source], strict=True
         )
     ]
-    if regularizer.quotas:  # which is tested by itself
+    if regularizer.class_balanced:  # which is tested by itself
         strata = torch.tensor([ref_stratum(source, pixel.value) for pixel in found])
         valid = torch.tensor([pixel.value is not None for pixel in found])
-        found = [found[i] for i in balanced_sample(strata, valid, regularizer.pixels).tolist()]
+        found = [found[i] for i in balanced_sample(strata, valid, regularizer.num_pixels).tolist()]
     return found
 
 
@@ -206,7 +206,7 @@ def ref_relation(regularizer, target, a, b):
         return -1
     if distance > near:
         return 0
-    if regularizer.agree and a.own is not None and b.own is not None:
+    if regularizer.drop_conflicting_positives and a.own is not None and b.own is not None:
         return int(ref_distance(target, a.own, b.own) < regularizer.thresholds[target][1])
     return 1
 
@@ -287,7 +287,7 @@ def reference(regularizer, features, labels, draw, frame):
         for group in groups:
             shape = tap.shape[-2:]
             feature = torch.stack([tap[p.image].flatten(1) @ ref_weights(p.place, shape, frame) for p in group])
-            rows = [names.index(p.source) if regularizer.share == "pair" else 0 for p in group]
+            rows = [names.index(p.source) if regularizer.projector_sharing == "pair" else 0 for p in group]
             z = torch.stack([ref_project(layers, row, x) for row, x in zip(rows, feature)])
             its_costs, told = ref_group(regularizer, target, group, z)
             costs += its_costs

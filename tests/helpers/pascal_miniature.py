@@ -13,7 +13,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from mtcl.data.datasets.pascal_classes import CONTEXT_OF_VOC, PART_OF_NAME, PERSON
+from mtcl.data.datasets.pascal_classes import PART_NAME_TO_CLASS, PERSON, VOC_TO_CONTEXT
 
 TRAIN = ("2008_000008", "2008_000003", "2009_000015", "2010_000027")  # not sorted, as a list may be
 VAL = ("2008_000002", "2010_000500", "2009_000016", "2008_000111")
@@ -21,7 +21,7 @@ SIZES = ((24, 32), (31, 20), (20, 33), (27, 27), (24, 32))  # (height, width), b
 DOG, AEROPLANE = 12, 1
 NAMES = {PERSON: "person", DOG: "dog", AEROPLANE: "aeroplane"}
 # The context classes; NORMALS_CLASSES has person, dog and wall, and not aeroplane and sky.
-CONTEXT_PERSON, CONTEXT_DOG, CONTEXT_AEROPLANE = (CONTEXT_OF_VOC[kind - 1] for kind in (PERSON, DOG, AEROPLANE))
+CONTEXT_PERSON, CONTEXT_DOG, CONTEXT_AEROPLANE = (VOC_TO_CONTEXT[kind - 1] for kind in (PERSON, DOG, AEROPLANE))
 WALL, SKY = 440, 360
 
 
@@ -244,7 +244,7 @@ def _structures(fields: Sequence[str], rows: Sequence[Sequence[object]]) -> np.n
 def _as_voc(context: np.ndarray) -> np.ndarray:
     classes = np.zeros(context.shape, np.uint8)
     classes[context == 0] = 255
-    for number, label in enumerate(CONTEXT_OF_VOC, start=1):
+    for number, label in enumerate(VOC_TO_CONTEXT, start=1):
         classes[context == label] = number
     return classes
 
@@ -268,6 +268,6 @@ def _objects(case: int, size: tuple[int, int]) -> tuple[Object, ...]:
         return (bare,)
     if case == 2:
         return dog, Object(AEROPLANE, whole_left, ())
-    corners = ((1 + 3 * (i // 4), 1 + 4 * (i % 4)) for i in range(len(PART_OF_NAME)))
-    others = tuple((name, box(top, top + 4, left, left + 5)) for name, (top, left) in zip(PART_OF_NAME, corners))
+    corners = ((1 + 3 * (i // 4), 1 + 4 * (i % 4)) for i in range(len(PART_NAME_TO_CLASS)))
+    others = tuple((name, box(top, top + 4, left, left + 5)) for name, (top, left) in zip(PART_NAME_TO_CLASS, corners))
     return dog, Object(PERSON, whole_right, others), bare

@@ -15,7 +15,14 @@ from helpers.common import ROOT, TINY
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-WORDS = [*TINY, "data.batch_size=4", "data.limit=7", "data.eval_batch_size=2", "optimizer.lr=1e-3", "trainer.panels=0"]
+WORDS = [
+    *TINY,
+    "data.batch_size=4",
+    "data.limit=7",
+    "data.eval_batch_size=2",
+    "optimizer.lr=1e-3",
+    "trainer.num_panels=0",
+]
 
 
 def started(*command: object) -> subprocess.CompletedProcess:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from helpers.common import composed
-from mtcl import distributed as ranks
+from mtcl import distributed
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer
 from mtcl.training.train_step import CompiledModule
@@ -25,8 +25,8 @@ def main(folder: Path, words: list[str]) -> None:
     own = dict(word.split("=", 1) for word in words if word.startswith(("from=", "spoil=", "compiler=")))
     config = composed(*(word for word in words if word.split("=")[0] not in own))
     device = torch.device("cpu")
-    ranks.join(device)
-    torch.manual_seed(ranks.rank())  # DDP and FSDP give all the first one's weights
+    distributed.init_process_group(device)
+    torch.manual_seed(distributed.rank())  # DDP and FSDP give all the first one's weights
     if "compiler" in own:
         CompiledModule.backend = own["compiler"]
     tasks = build_tasks(config)
@@ -39,17 +39,22 @@ def main(folder: Path, words: list[str]) -> None:
             module.eval()  # a batch norm knows its process's pictures only
     losses = []
     for number, batches in zip(range(STEPS), trainer._batches()):
-        if own.get("spoil") == str(number) and ranks.rank() == ranks.world() - 1:
-            theirs = slice(1, None, 2) if ranks.world() == 1 else slice(None)
+        if own.get("spoil") == str(number) and distributed.rank() == distributed.world_size() - 1:
+            theirs = slice(1, None, 2) if distributed.world_size() == 1 else slice(None)
             batches[0]["labels"]["normals"][theirs] = math.nan
         values = trainer.train_step(*batches, with_diagnostics=trainer.step != 1)  # compiled steps measure none
         trainer.step += 1
-        losses.append({name: (ranks.total(value) / ranks.world()).item() for name, value in values.items()})
+        losses.append(
+            {
+                name: (distributed.all_reduce_sum(value) / distributed.world_size()).item()
+                for name, value in values.items()
+            }
+        )
     evaluation = trainer.evaluator.run(trainer.evaluation_model())
     state = trainer.state()
     moments = trainer.optimizer.optimizer.state_dict()["state"]
     skipped = [entry.step for entry in trainer.nonfinite_guard.settle()]
-    if ranks.rank() == 0:
+    if distributed.rank() == 0:
         torch.save(state, folder / "state.pt")
         found = {"losses": losses, "metrics": evaluation.metrics, "images": evaluation.num_images}
         found["skipped"] = skipped
@@ -57,7 +62,7 @@ def main(folder: Path, words: list[str]) -> None:
         found["weights here"] = sum(p.numel() for p in trainer.weights.parameters) / total
         found["moments here"] = sum(m["exp_avg"].numel() for m in moments.values() if "exp_avg" in m) / total
         (folder / "found.json").write_text(json.dumps(found))
-    ranks.leave()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

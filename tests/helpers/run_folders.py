@@ -26,7 +26,7 @@ def write_run(folder: Path, seed=0, metrics=None, config=None, facts=None, overr
     (folder / "run.json").write_text(json.dumps(known))
     full = {"name": "made_up", "seed": seed, "data.name": "nyud", "tasks.names": "auto", "backbone.name": "resnet18",
             "regularizer._target_": None, "regularizer.weight": 0.0, "optimizer.lr": 0.001,
-            "trainer.max_steps": 400, "trainer.panels": 4} | (config or {})  # fmt: skip
+            "trainer.max_steps": 400, "trainer.num_panels": 4} | (config or {})  # fmt: skip
     nested = OmegaConf.create()
     for key, value in full.items():
         OmegaConf.update(nested, key, value)

@@ -80,7 +80,7 @@ def same(found, expected, atol: float = 0.0) -> None:
 
 
 def decoded(raw: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    return {name: TASKS[name].decoded(raw[name]) for name in TASKS}
+    return {name: TASKS[name].decode(raw[name]) for name in TASKS}
 
 
 def blendable(name: str, raw: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Pictures:
 
     def read(self, index):
         image = self.arrays[index]
-        return Sample(self.ids[index], image, {n: t.blank(*image.shape[:2]) for n, t in self.tasks.items()})
+        return Sample(self.ids[index], image, {n: t.empty_label(*image.shape[:2]) for n, t in self.tasks.items()})
 
 
 def evaluated(run, arrays, batch: int) -> list[dict[str, np.ndarray]]:
@@ -140,7 +140,7 @@ def evaluated(run, arrays, batch: int) -> list[dict[str, np.ndarray]]:
     Evaluator(tasks, loader, CPU).run(
         model, on_prediction=lambda id, raw: kept.update({id: {n: r.clone() for n, r in raw.items()}})
     )
-    return [{n: tasks[n].decoded(r) for n, r in kept[id].items()} for id in reader.ids]
+    return [{n: tasks[n].decode(r) for n, r in kept[id].items()} for id in reader.ids]
 
 
 @pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow), 3])
@@ -303,7 +303,7 @@ def test_enlarged_in_strips(height, width, low, narrow, strip):
     size = (max(height, low), max(width, narrow))
     whole = {n: F.interpolate(r, size, mode="bilinear", align_corners=False)[0] for n, r in raw.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "STRIP", strip * 40)
+        patch.setattr(module, "MAX_STRIP_VALUES", strip * 40)
         for name, one in raw.items():
             parts = list(module._enlarged(one[0], size))
             assert all(part.numel() <= max(strip * 40, part.shape[0] * size[1]) for part in parts)

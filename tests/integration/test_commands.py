@@ -38,7 +38,7 @@ VALUES = [
     ("save_predictions=/дан/für", "/дан/für"),
     ("predictions=2024", "2024"),
     ("name=true", "true"),
-    ("data.labels=it's", "it's"),
+    ("data.label_assignment=it's", "it's"),
     ("backbone.weights=a\\b=c", "a\\b=c"),
     ("data.root=/a\\", "/a\\"),
     ("data.cache=null", None),
@@ -171,7 +171,7 @@ def test_names_do_not_steer_the_terminal(capsys, monkeypatch):
     record = logging.LogRecord("n", logging.INFO, "f", 1, "a table:\n%s", ("b\x1b]0;c\x07",), None)
     assert EscapingFormatter("[%(message)s]").format(record) == "[a table:\nb\\x1b]0;c\\x07]"
     formatter = OmegaConf.load(ROOT / "configs" / "train.yaml").hydra.job_logging.formatters.simple
-    assert formatter["class"] == "mtcl.cli.terminal.Printable"
+    assert formatter["class"] == "mtcl.cli.terminal.EscapingFormatter"
 
 
 def test_a_run_told_to_make_room_ends_with_one_line(capsys, monkeypatch, tmp_path):
@@ -233,7 +233,13 @@ def test_curves_that_cannot_be_written_are_a_warning(monkeypatch, tmp_path, capl
 # --- Whole processes
 
 ENDLESS = ["trainer.max_steps=100000", "trainer.val_interval=null", "trainer.checkpoint_interval=null"]
-QUICK = [*TINY, "trainer.panels=0", "trainer.val_first=false", "evaluation.boundaries=false", "tasks.names=[depth]"]
+QUICK = [
+    *TINY,
+    "trainer.num_panels=0",
+    "trainer.validate_first=false",
+    "evaluation.score_boundaries=false",
+    "tasks.names=[depth]",
+]
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from mtcl.training.checkpoint import latest_valid_checkpoint, load_checkpoint
 
 pytestmark = pytest.mark.slow
 
-WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[semseg,depth]", "trainer.val_first=false"]
-WORDS += ["trainer.val_interval=null", "trainer.panels=0", "evaluation.boundaries=false", "data.limit=7"]
+WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[semseg,depth]", "trainer.validate_first=false"]
+WORDS += ["trainer.val_interval=null", "trainer.num_panels=0", "evaluation.score_boundaries=false", "data.limit=7"]
 WORDS += ["trainer.max_steps=60"]
 
 # Imports once, then a process for every run of train.py, ended with SIGKILL at a moment drawn from the seed.

@@ -18,7 +18,7 @@ COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regu
 @pytest.mark.parametrize(
     "words",
     [
-        ["data.labels=random"],
+        ["data.label_assignment=random"],
         ["regularizer=mtpsl"],
         COMPILED,
     ],

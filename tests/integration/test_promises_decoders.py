@@ -17,7 +17,7 @@ from mtcl.config.build_training import build_regularizer, build_trainer
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
 from mtcl.regularizers import Contrastive
-from mtcl.runtime import running_statistics_kept
+from mtcl.runtime import freeze_running_statistics
 from mtcl.training.trainer import Trainer
 
 DECODERS = choices("decoder")
@@ -141,7 +141,7 @@ def test_gradient_checkpointing_changes_nothing(decoder):
                 module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(1)
         loss = loss_of(model, image)
-        with running_statistics_kept(model):
+        with freeze_running_statistics(model):
             loss.backward()
         found.append((dict(model.named_parameters()), dict(model.named_buffers()), len(calls)))
     (a, a_buffers, once), (b, b_buffers, again) = found

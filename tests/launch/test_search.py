@@ -322,14 +322,14 @@ def test_two_searches_share_one_storage(run, file, tmp_path):
 
 def test_a_delta_is_against_runs_that_the_search_makes(run, file, tmp_path):
     file.write_text(FILE.replace("depth/rmse", "Delta_on/off"))
-    said = run("regularizer.options.dim=8", trials=1)
+    said = run("regularizer.options.embed_dim=8", trials=1)
     assert "1 of 1 runs to compare with: off" in said
     done = trials(file, tmp_path / "out")
     values = [json.loads((tmp_path / "out" / f"trial_000{i}" / "metrics.json").read_text()) for i in range(1)]
     assert [t.value for t in done] == pytest.approx([100 * (2.0 - v["depth"]["rmse"]) / 2.0 for v in values])
     assert calls(tmp_path)[0][0] == "off"
-    assert "options.dim" not in (tmp_path / "out" / "off.log").read_text(), "regularizer=none has no such key"
-    run("regularizer.options.dim=8", trials=2)
+    assert "options.embed_dim" not in (tmp_path / "out" / "off.log").read_text(), "regularizer=none has no such key"
+    run("regularizer.options.embed_dim=8", trials=2)
     assert sum(call[0] == "off" for call in calls(tmp_path)) == 1
     file.write_text(FILE.replace("depth/rmse", "Delta_MTL"))
     run(trials=1, output="mtl", tasks_of=lambda words: ["semseg", "depth"])
@@ -400,8 +400,8 @@ def test_a_search_for_real(tmp_path):
     """Pruning reads train.py's own log, SIGTERM saves a checkpoint, an ended search is continued."""
     path = tmp_path / "real.yaml"
     text = (ROOT / "scripts" / "searches" / "smoke.yaml").read_text().replace("Delta_MTL", "depth/rmse")
-    extra = "\n  - backbone.name=test_resnet\n  - evaluation.boundaries=false\n  - trainer.max_steps=40"
-    text = text.replace("name: smoke", "name: real").replace("trainer.panels=0", f"trainer.panels=0{extra}")
+    extra = "\n  - backbone.name=test_resnet\n  - evaluation.score_boundaries=false\n  - trainer.max_steps=40"
+    text = text.replace("name: smoke", "name: real").replace("trainer.num_panels=0", f"trainer.num_panels=0{extra}")
     rate = "optimizer.lr: [1e-4, 1e-2, 0.0]"
     text = text.replace("regularizer.weight: {low: 0.01, high: 1.0, log: true}", rate)
     path.write_text(f"{text}pruning: {{startup_trials: 1, warmup_steps: 1}}\n")

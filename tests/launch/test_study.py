@@ -28,8 +28,8 @@ from mtcl.launch.study import (
 )
 from mtcl.launch.study_file import Study, Variant, make_portable, merge_overrides, read_study
 from mtcl.launch.study_tables import format_markdown, format_text, read_results, report, to_json, write_results
-from mtcl.metrics.delta import smallest_effect
-from mtcl.run_lock import claim
+from mtcl.metrics.delta import minimum_detectable_effect
+from mtcl.run_lock import lock_run
 
 STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))
 
@@ -207,8 +207,8 @@ def test_later_words_win_and_a_machines_are_not_kept():
         "backbone.weights=../w/net.safetensors",
         "seed=1",
     ]
-    assert make_portable([*words, "data.labels='/x/map.json'", "hydra.run.dir=/y", "~c"]) == [
-        *("b=2", "a=3", "backbone.weights=net.safetensors", "data.labels=map.json", "~c")
+    assert make_portable([*words, "data.label_assignment='/x/map.json'", "hydra.run.dir=/y", "~c"]) == [
+        *("b=2", "a=3", "backbone.weights=net.safetensors", "data.label_assignment=map.json", "~c")
     ]
 
 
@@ -373,7 +373,7 @@ def test_what_a_killed_studys_process_still_runs_is_waited_for(run, tmp_path):
     before, folder = calls(tmp_path), tmp_path / "out" / "off" / "seed_3"
     text = (folder / "metrics.json").read_text()
     (folder / "metrics.json").unlink()
-    held = claim(folder)
+    held = lock_run(folder)
 
     def finish():
         (folder / "metrics.json").write_text(text)
@@ -511,11 +511,11 @@ def test_the_smallest_effect_is_found_four_times_in_five():
     """The noncentral t distribution tells the power without the approximation."""
     for pairs in (5, 10, 30):
         values = dict(enumerate(math.sin(k) for k in range(pairs)))
-        effect = smallest_effect(values, dict.fromkeys(values, 0.0))
+        effect = minimum_detectable_effect(values, dict.fromkeys(values, 0.0))
         shift = effect / statistics.stdev(values.values()) * math.sqrt(pairs)
         limit = stats.t.ppf(0.975, pairs - 1)
         assert 1 - stats.nct.cdf(limit, pairs - 1, shift) == pytest.approx(0.8, abs=0.03)
-    assert math.isnan(smallest_effect({0: 1.0}, {0: 2.0}))
+    assert math.isnan(minimum_detectable_effect({0: 1.0}, {0: 2.0}))
 
 
 def test_words_and_missing_runs(records):

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from mtcl import UserError
 from mtcl.launch import sweep as sweeping
 from mtcl.launch.sweep import JobOutcome, SweepStopped, exit_code, job_folder, run_job, summary
-from mtcl.run_lock import claim
+from mtcl.run_lock import lock_run
 
 # Takes the words of train.py: trouble=fail, crash (SIGKILL), hang (until SIGTERM: saves, exit code 75), taken.
 TRAIN = """
@@ -101,7 +101,12 @@ def test_a_folder_follows_from_the_words_in_any_order_and_is_short_and_valid():
 
 def test_folders_of_other_tasks_differ_in_their_readable_part_and_keep_an_earlier_name(tmp_path):
     common = ["data=nyud_small", "data.size=[448,576]", "experiment=nyud_mti_net_hrnet18", "trainer.max_steps=40000"]
-    common += ["backbone.weights=/weights/x.safetensors", "data.labels=one", "loss.weights.depth=0.5", "data.workers=3"]
+    common += [
+        "backbone.weights=/weights/x.safetensors",
+        "data.label_assignment=one",
+        "loss.weights.depth=0.5",
+        "data.workers=3",
+    ]
     tasks = ("[semseg,depth]", "[semseg,depth,normals]", "[semseg,depth,normals,edge]")
     names = [job_folder([*common, f"tasks.names={names}", "seed=0"]) for names in tasks]
     assert len({name.rpartition("_")[0] for name in names}) == 3
@@ -135,7 +140,7 @@ def test_a_job_runs_once_and_is_skipped_when_it_is_finished(job, tmp_path, capfd
 def test_an_interrupted_run_is_continued_and_a_running_one_left_alone(job, tmp_path):
     (tmp_path / "job0" / "checkpoints").mkdir(parents=True)
     (tmp_path / "job0" / "checkpoints" / "last.pt").touch()
-    with claim(tmp_path / "job0"):
+    with lock_run(tmp_path / "job0"):
         assert job().ending == "running elsewhere"
     assert job("resume=a.pt").ending == "finished"
     assert calls(tmp_path) == ["auto"]
@@ -192,8 +197,8 @@ def test_an_outcome_is_kept_where_it_is_unpickled():
 
 # For real
 
-WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[depth,normals]", "evaluation.boundaries=false"]
-WORDS += ["trainer.panels=0", "trainer.val_first=false"]
+WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[depth,normals]", "evaluation.score_boundaries=false"]
+WORDS += ["trainer.num_panels=0", "trainer.validate_first=false"]
 
 
 def sweep(folder: Path, *words: str, **options) -> subprocess.CompletedProcess:

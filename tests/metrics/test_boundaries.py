@@ -22,15 +22,15 @@ from mtcl import UserError
 from mtcl.metrics import build_metric
 from mtcl.metrics.boundaries import (
     PRESETS,
-    Neighbours,
-    best_of_image,
+    DistanceGraph,
+    best_image_counts,
     boundary_counts,
-    even_thresholds,
+    compute_scores,
+    get_preset,
+    linspace_thresholds,
     nms,
-    preset_named,
-    scores,
     seg2bmap,
-    thinned,
+    thin_masks,
 )
 from mtcl.metrics.boundaries.suppression import orientation, triangle
 
@@ -50,7 +50,7 @@ def blobs(seed, shape=(40, 50)):
 def test_thinning_equals_skimages_for_more_maps_than_a_word_has_bits():
     rng = np.random.default_rng(0)
     masks = rng.random((130, 30, 41)) < np.linspace(0, 1, 130)[:, None, None]
-    for ours, mask in zip(thinned(masks), masks, strict=True):
+    for ours, mask in zip(thin_masks(masks), masks, strict=True):
         assert np.array_equal(ours, thin(mask))
 
 
@@ -58,13 +58,13 @@ def test_thinning_equals_skimages_for_more_maps_than_a_word_has_bits():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 1))
 def test_thinning_equals_skimages_on_small_maps(seed, height, width, share):
     masks = np.random.default_rng(seed).random((3, height, width)) < share
-    assert np.array_equal(thinned(masks), np.stack([thin(mask) for mask in masks]))
+    assert np.array_equal(thin_masks(masks), np.stack([thin(mask) for mask in masks]))
 
 
 def test_thinning_equals_skimages_on_thick_nested_maps():
     levels = cv2.GaussianBlur(blobs(1, (90, 80)).astype(float), (0, 0), 4)
     masks = levels >= np.linspace(1, levels.max(), 99)[:, None, None]
-    assert np.array_equal(thinned(masks), np.stack([thin(mask) for mask in masks]))
+    assert np.array_equal(thin_masks(masks), np.stack([thin(mask) for mask in masks]))
 
 
 # Non-maximum suppression
@@ -140,7 +140,7 @@ def test_matching_is_as_large_as_the_best_assignment(seed, distance, share, near
     predicted, truth = rng.random((2, 9, 11)) < share
     rows, columns = np.nonzero(predicted)
     some = np.flatnonzero(rng.random(rows.size) < 0.7)
-    matched = Neighbours(rows, columns, truth, distance).match(some, nearest)
+    matched = DistanceGraph(rows, columns, truth, distance).match(some, nearest)
     pairs = within(np.argwhere(predicted)[some], np.argwhere(truth), distance)
     assert matched.sum() == pairs[linear_sum_assignment(pairs, maximize=True)].sum()
     assert not matched[~pairs.any(1)].any()
@@ -160,7 +160,7 @@ def test_the_nearest_matching_costs_as_little_as_can_be(seed):
     def cheapest(rows):
         return cost[rows][linear_sum_assignment(cost[rows])].sum() + 300 * max(len(rows) - len(b), 0)
 
-    matched = Neighbours(*a.T, truth, 3).match(np.arange(len(a)), nearest=True)
+    matched = DistanceGraph(*a.T, truth, 3).match(np.arange(len(a)), nearest=True)
     alone = 300 * (~matched).sum()
     assert cheapest(np.flatnonzero(matched)) + alone == pytest.approx(cheapest(np.arange(len(a))))
 
@@ -169,7 +169,7 @@ def test_dense_parallel_lines_are_matched_in_full():
     truth = np.zeros((120, 120), bool)
     truth[20:100:2] = True
     predicted = np.argwhere(truth[1:]) + 1
-    matched = Neighbours(*predicted.T, truth, 4.4).match(np.arange(len(predicted)))
+    matched = DistanceGraph(*predicted.T, truth, 4.4).match(np.arange(len(predicted)))
     assert matched.sum() == len(predicted)
 
 
@@ -192,7 +192,7 @@ def slow_counts(prediction, truths, thresholds, max_distance):
 
 def test_counts_equal_the_slow_ones():
     prediction, truth = blobs(3), thin(blobs(4) > 128)
-    thresholds = even_thresholds(99)
+    thresholds = linspace_thresholds(99)
     ours = boundary_counts(prediction, [truth], thresholds, 0.03)
     assert ours.dtype == np.int64
     assert np.array_equal(ours, slow_counts(prediction, [truth], thresholds, 0.03))
@@ -204,7 +204,7 @@ def test_recall_adds_up_over_annotators_and_precision_takes_any():
     prediction[5, 2:12] = prediction[15, 2:12] = 255
     upper, lower = np.zeros((2, 20, 20), bool)
     upper[5, 2:12] = lower[15, 2:7] = True
-    counts = boundary_counts(prediction, [upper, lower, upper], even_thresholds(3), 0.01)
+    counts = boundary_counts(prediction, [upper, lower, upper], linspace_thresholds(3), 0.01)
     assert counts.tolist() == [[25, 25, 15, 20]] * 3
 
 
@@ -222,7 +222,7 @@ def test_empty_maps_and_single_pixels_are_counted(preset):
     truth = nothing.copy()
     truth[10, 5:25] = 1
     chain = PRESETS[preset]
-    expected = chain.truth(truth).sum()
+    expected = chain.boundary_of_label(truth).sum()
     assert (chain.counts(nothing, [truth], 0.02) == [0, expected, 0, 0]).all()
     assert (chain.counts(nothing, [nothing], 0.02) == 0).all()
     assert (chain.counts(truth * 255, [truth], 0.02, np.zeros((30, 30), bool)) == 0).all()
@@ -236,29 +236,31 @@ def test_the_default_preset_scores_the_label_itself_as_perfect():
     truth = thin(blobs(5, (80, 90)) > 128)
     truth[:8] = truth[-8:] = truth[:, :8] = truth[:, -8:] = False
     counts = PRESETS["bsds"].counts(truth.astype(np.uint8) * 255, [truth], 0.011)
-    assert scores(counts, best_of_image(counts), even_thresholds(99), True).odsF > 0.999
+    assert compute_scores(counts, best_image_counts(counts), linspace_thresholds(99), True).odsF > 0.999
 
 
 def test_scores_take_the_best_of_the_set_and_of_each_image():
     one = np.array([[8, 10, 8, 10], [4, 10, 4, 4]])
     two = np.array([[1, 10, 1, 10], [6, 10, 6, 6]])
-    best = best_of_image(one) + best_of_image(two)
+    best = best_image_counts(one) + best_image_counts(two)
     assert best.tolist() == [14, 20, 14, 16]
-    result = scores(one + two, best, np.array([0.3, 0.6]), interpolate=False)
+    result = compute_scores(one + two, best, np.array([0.3, 0.6]), interpolate=False)
     assert result.odsF == pytest.approx(2 * 10 / (20 + 10))
     assert (result.threshold, result.precision, result.recall) == (0.6, 1.0, 0.5)
     assert result.oisF == pytest.approx(2 * 14 / (20 + 16))
     # precision 0.45 at recall 0.45 to 1 at 0.5: 0.45, 0.56, ... 1
     assert result.ap == pytest.approx(sum(0.45 + 0.11 * i for i in range(6)) / 100)
-    assert scores(one + two, best, np.array([0.3, 0.6]), interpolate=True).odsF >= result.odsF
+    assert compute_scores(one + two, best, np.array([0.3, 0.6]), interpolate=True).odsF >= result.odsF
 
 
 def test_scores_without_any_true_boundary_are_nan():
     predicted = np.array([[0, 0, 0, 7], [0, 0, 0, 5], [0, 0, 0, 1]])
-    assert np.isnan(scores(predicted, np.array([0, 0, 0, 7]), even_thresholds(3), True)).all()
+    assert np.isnan(compute_scores(predicted, np.array([0, 0, 0, 7]), linspace_thresholds(3), True)).all()
     missed = np.array([[0, 4, 0, 0]])
-    assert scores(missed, missed[0], even_thresholds(1), True).odsF == 0
-    assert np.isnan(scores(np.zeros((3, 4), np.int64), np.zeros(4, np.int64), even_thresholds(3), True)).all()
+    assert compute_scores(missed, missed[0], linspace_thresholds(1), True).odsF == 0
+    assert np.isnan(
+        compute_scores(np.zeros((3, 4), np.int64), np.zeros(4, np.int64), linspace_thresholds(3), True)
+    ).all()
 
 
 def test_bad_input_is_refused_in_a_sentence():
@@ -270,9 +272,9 @@ def test_bad_input_is_refused_in_a_sentence():
     with pytest.raises(UserError, match="20 pixels of an edge map are NaN"):
         boundary_counts(edges * np.nan, [edges > 0], np.array([0.5]), 0.01)
     with pytest.raises(UserError, match="0 thresholds"):
-        even_thresholds(0)
+        linspace_thresholds(0)
     with pytest.raises(UserError, match="No edge preset 'sek': choose one of default"):
-        preset_named("sek")
+        get_preset("sek")
 
 
 # The official output
@@ -281,22 +283,22 @@ def test_bad_input_is_refused_in_a_sentence():
 @needs_reference
 def test_the_official_scores_of_five_images(tmp_path):
     """MATLAB's own solver is not exact: it leaves up to 0.1 % of the pixels unmatched that could be."""
-    preset, total, best = preset_named("bsds", 5), 0, 0
+    preset, total, best = get_preset("bsds", 5), 0, 0
     images = np.loadtxt(REFERENCE / "expected_eval_bdry_img.txt")
     for path, expected in zip(sorted((REFERENCE / "pred").glob("*.png")), images, strict=True):
         cells = scipy.io.loadmat(REFERENCE / "groundTruth" / f"{path.stem}.mat")["groundTruth"].ravel()
         truths = [cell["Boundaries"][0, 0] for cell in cells]
         counts = preset.counts(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), truths, 0.0075)
-        own = best_of_image(counts)
-        image = scores(counts, own, np.array(preset.thresholds), True)
+        own = best_image_counts(counts)
+        image = compute_scores(counts, own, np.array(preset.thresholds), True)
         assert image.threshold == pytest.approx(expected[1], abs=1e-5)
         assert (image.recall, image.precision, image.odsF) == pytest.approx(expected[2:], abs=1.5e-3)
         assert image.odsF == pytest.approx(expected[4], abs=1e-3)
         total, best = total + counts, best + own
     for row, (_, recall, precision, f) in zip(total, np.loadtxt(REFERENCE / "expected_eval_bdry_thr.txt"), strict=True):
-        at = scores(row[None], row, np.array([0.5]), False)
+        at = compute_scores(row[None], row, np.array([0.5]), False)
         assert (at.recall, at.precision, at.odsF) == pytest.approx((recall, precision, f), abs=6e-4)
-    result = scores(total, best, np.array(preset.thresholds), True)
+    result = compute_scores(total, best, np.array(preset.thresholds), True)
     expected = np.loadtxt(REFERENCE / "expected_eval_bdry.txt")
     assert result.threshold == pytest.approx(expected[0], abs=1e-5)
     assert (result.recall, result.precision) == pytest.approx(expected[1:3], abs=6e-4)
@@ -328,8 +330,8 @@ def test_the_metric_equals_the_counts_of_8_bit_maps():
     for x, y in zip(logit[:, 0], label[:, 0].numpy(), strict=True):
         edges = (torch.sigmoid(x) * 255).numpy().astype(np.uint8)
         counts = PRESETS["default"].counts(edges, [y == 1], 0.02, y != 255)
-        total, best = total + counts, best + best_of_image(counts)
-    expected = scores(total, best, even_thresholds(99), False)
+        total, best = total + counts, best + best_image_counts(counts)
+    expected = compute_scores(total, best, linspace_thresholds(99), False)
     found = metric.compute()
     assert set(found) == {"loss", "odsF", "oisF", "ap", "threshold", "not_finite"}
     for name in ("odsF", "oisF", "ap", "threshold"):
@@ -390,7 +392,7 @@ def test_no_process_is_started_for_a_few_small_images():
 
 @pytest.mark.slow
 def test_processes_give_the_same_counts(monkeypatch):
-    monkeypatch.setattr("mtcl.metrics.edge.PATIENCE", 0)
+    monkeypatch.setattr("mtcl.metrics.edge.MIN_PIXELS_FOR_WORKERS", 0)
     logit, label = batch(3)
     here, there = fresh(thresholds=3), fresh(thresholds=3, workers=1)
     here.update(logit, label)
@@ -482,8 +484,8 @@ def test_the_script_scores_png_and_mat(folder):
     found = json.loads((folder / "out.json").read_text())
     assert list(found) == ["odsF", "oisF", "ap", "threshold", "precision", "recall"]
     truths = [[thin(blobs(0) > 150)], [thin(blobs(1) > 150), thin(blobs(2) > 150)]]
-    counts = [boundary_counts(blobs(i), truths[i], even_thresholds(9), 0.02) for i in range(2)]
-    expected = scores(sum(counts), sum(map(best_of_image, counts)), even_thresholds(9), True)
+    counts = [boundary_counts(blobs(i), truths[i], linspace_thresholds(9), 0.02) for i in range(2)]
+    expected = compute_scores(sum(counts), sum(map(best_image_counts, counts)), linspace_thresholds(9), True)
     assert found == pytest.approx(expected._asdict())
     assert f"{expected.odsF:.4f}" in done.stdout
     suppressed = script(folder, "--thresholds", "9", "--nms", "sak")

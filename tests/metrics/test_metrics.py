@@ -19,8 +19,8 @@ from mtcl.losses import build_loss
 from mtcl.metrics import METRICS, build_metric
 from mtcl.metrics.masked import count, scattered
 from mtcl.metrics.normals import NormalsMetric
-from mtcl.metrics.saliency import STEPS, thresholds_reached
-from mtcl.metrics.segmentation import strongest
+from mtcl.metrics.saliency import STEPS, count_thresholds_reached
+from mtcl.metrics.segmentation import max_and_argmax
 
 CLASSES = 5
 TASKS = ["semseg", "human_parts", "sal", "depth", "normals", "edge"]
@@ -77,7 +77,7 @@ def ratio(a, b):
     return a / b if b else 0.0
 
 
-def expected_saliency(p, y, protocol="field"):
+def expected_saliency(p, y, protocol="standard"):
     """Picture by picture, threshold by threshold; p, y: (B, 2, H, W), (B, H, W)."""
     probability = np.exp(p[:, 1]) / np.exp(p).sum(1)
     thresholds = [k / 20 for k in range(1, 20)]
@@ -105,7 +105,7 @@ def expected_saliency(p, y, protocol="field"):
     return {"maxF": best_f if (y == 1).any() else math.nan, "mIoU": best_iou}
 
 
-def expected_depth(p, y, protocol="field", max_depth=math.inf):
+def expected_depth(p, y, protocol="standard", max_depth=math.inf):
     kept = (y > 0) & (y < max_depth)
     pictures = [np.sqrt(((np.maximum(a, 0) - b)[k] ** 2).mean()) for a, b, k in zip(p, y, kept) if k.any()]
     p, y = np.maximum(p[kept], 0), y[kept]
@@ -495,7 +495,7 @@ KINDS = ["ties", "nan", "infinite", "cropped", "one class", "channels last", "no
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fast_argmax_takes_the_first_of_the_largest(kind):
     p = logits_like(kind)
-    value, index = strongest(p)
+    value, index = max_and_argmax(p)
     assert torch.equal(value.nan_to_num(77.0), p.amax(1).nan_to_num(77.0) if p.numel() else p[:, 0])
     first = torch.from_numpy(p.float().numpy().argmax(1)) if p.numel() else index
     assert torch.equal(index[~value.isnan()], first[~value.isnan()])
@@ -529,7 +529,7 @@ def test_the_fast_search_finds_what_bucketize_finds(steps, inclusive):
     near = [torch.nextafter(thresholds, torch.full_like(thresholds, way)) for way in (-9.0, 9.0)]
     cells = torch.arange(65) / 64
     p = torch.cat([thresholds, *near, cells, cells - 1e-7, torch.rand(10000)]).clamp(0, 1)
-    found = thresholds_reached(p, thresholds, inclusive)
+    found = count_thresholds_reached(p, thresholds, inclusive)
     assert torch.equal(found, torch.bucketize(p, thresholds, right=inclusive, out_int32=True))
 
 
@@ -539,7 +539,7 @@ def test_only_four_thresholds_bite_after_a_second_sigmoid():
     assert bite.tolist() == pytest.approx([0.2007, 0.4055, 0.6190, 0.8473], abs=5e-5)
 
 
-@pytest.mark.parametrize("protocol", ["field", "invpt", "mtinet"])
+@pytest.mark.parametrize("protocol", ["standard", "invpt", "mtinet"])
 def test_saliency_of_no_salient_pixel(protocol):
     metric = fresh("sal", protocol=protocol)
     nobody = torch.tensor([8.0, -8.0]).view(1, 2, 1, 1).expand(1, 2, 3, 3)  # below every threshold that bites
@@ -558,7 +558,7 @@ def test_salient_pixels_and_an_empty_prediction_score_zero():
 
 
 def test_a_picture_all_void_is_no_picture():
-    for protocol in ("field", "mtinet"):
+    for protocol in ("standard", "mtinet"):
         p, y = make_case("sal", void=0)
         alone, beside = fresh("sal", protocol=protocol), fresh("sal", protocol=protocol)
         alone.update(p[:3], y[:3])

@@ -580,7 +580,7 @@ def test_a_regulariser_leaves_no_trace_in_the_model():
     torch.manual_seed(0)
     tasks = {t: build_task(t) for t in ("depth", "normals", "edge")}
     model = make_model()
-    regularizer = Contrastive(tasks, model.feature_channels["final"], pixels=32, dim=4, hidden=4)
+    regularizer = Contrastive(tasks, model.feature_channels["final"], num_pixels=32, embed_dim=4, hidden_dim=4)
     optimizer = MaskedAdamW(regularizer.parameters(), lr=0.1)
     model.eval()
     output = model(make_image(2, 3, 50, 70))

@@ -78,9 +78,9 @@ def test_thresholds_replace_the_tasks_own():
         regularizer.tasks,
         {"depth": 2, "normals": 3},
         seed=1,
-        pixels=12,
-        dim=4,
-        hidden=5,
+        num_pixels=12,
+        embed_dim=4,
+        hidden_dim=5,
         thresholds={"depth": (0.5, 0.9), "normals": (35.0, 100.0)},
     )
     assert agrees_with_reference(wide, features, labels, draw, frame) > 5
@@ -331,7 +331,7 @@ def test_global_generators_stay_untouched():
 
     before = states()
     case = make_tasks(), dict.fromkeys(NAMES, 3)
-    regularizer = Contrastive(*case, pixels=9)
+    regularizer = Contrastive(*case, num_pixels=9)
     draw = regularizer.sample(0, ["a"])
     features = {name: torch.zeros(1, 3, 4, 4, requires_grad=True) for name in NAMES}
     labels = {name: make_label(name, ["random"], (8, 8), np.random.default_rng(0)) for name in NAMES}

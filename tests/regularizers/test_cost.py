@@ -24,7 +24,7 @@ OPTIONS = [
 ]
 
 script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark_step.py"), run_name="benchmark_step")
-Watch, peak = script["Watch"], script["peak"]
+Watch, measure_peak_memory = script["Watch"], script["measure_peak_memory"]
 
 
 def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
@@ -40,7 +40,9 @@ def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
     features = {name: torch.randn(BATCH, CHANNELS, *shape, generator=generator) for name in NAMES}
     features = {name: tap.contiguous(memory_format=layout).requires_grad_() for name, tap in features.items()}
     tasks = {name: build_task(name, **({"class_names": tuple("abcde")} if name == "semseg" else {})) for name in NAMES}
-    regularizer = Contrastive(tasks, dict.fromkeys(NAMES, CHANNELS), **{"pixels": 16, "dim": 8, "hidden": 8} | options)
+    regularizer = Contrastive(
+        tasks, dict.fromkeys(NAMES, CHANNELS), **{"num_pixels": 16, "embed_dim": 8, "hidden_dim": 8} | options
+    )
     return regularizer, DenseOutput({}, {"final": features}, [], size), labels
 
 
@@ -77,9 +79,9 @@ def test_peak_memory_is_the_gradients_of_the_features(layout):
     regularizer, output, labels = make(layout=layout)
     draw = regularizer.sample(0, ["a", "b"])
     device, losses = torch.device("cpu"), []
-    forward = peak(lambda: losses.append(regularizer.compute_loss(output, labels, draw).loss), device)
+    forward = measure_peak_memory(lambda: losses.append(regularizer.compute_loss(output, labels, draw).loss), device)
     assert 0 < forward < MAP_BYTES
-    assert peak(losses[0].backward, device) < (len(NAMES) + 0.5) * MAP_BYTES
+    assert measure_peak_memory(losses[0].backward, device) < (len(NAMES) + 0.5) * MAP_BYTES
     for tap in output.features["final"].values():
         assert tap.grad.shape == tap.shape
 
@@ -147,7 +149,7 @@ def test_peak_counts_what_is_alive_at_once():
         third = second + 1
         return third.sum()
 
-    assert 8000 <= peak(work, torch.device("cpu")) < 8200
+    assert 8000 <= measure_peak_memory(work, torch.device("cpu")) < 8200
 
 
 @pytest.mark.slow

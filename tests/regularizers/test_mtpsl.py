@@ -308,13 +308,13 @@ def test_what_a_user_may_get_wrong():
         CrossTaskConsistency(make_tasks(("depth",)), {"depth": 4})
     with pytest.raises(UserError, match=r"source_rule=none.*auto"):
         CrossTaskConsistency(make_tasks(), dict.fromkeys(NAMES, 4), source_rule="none")
-    with pytest.raises(UserError, match=r"tap=final.*4, 5"):
-        CrossTaskConsistency(make_tasks(), dict.fromkeys(NAMES, 4) | {"edge": 5}, tap="final")
+    with pytest.raises(UserError, match=r"feature=final.*4, 5"):
+        CrossTaskConsistency(make_tasks(), dict.fromkeys(NAMES, 4) | {"edge": 5}, feature="final")
 
 
 @pytest.mark.parametrize("labels", ["full", "one"])
 def test_training_takes_steps(labels, tmp_path):
-    words = [*TINY, "regularizer=mtpsl", f"data.labels={labels}"]
+    words = [*TINY, "regularizer=mtpsl", f"data.label_assignment={labels}"]
     train(composed(*words), tmp_path)
     state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
     config = composed(*words)

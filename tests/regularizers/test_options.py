@@ -34,21 +34,28 @@ OPTIONS = {
     "ranked, one threshold": {"criterion": "ranked", "thresholds": {"depth": (0.0, 0.3)}},
     "infonce": {"criterion": "infonce"},
     "infonce, hot": {"criterion": "infonce", "temperature": 1.5},
-    "self": {"sources": "self"},
-    "any": {"sources": "any", "step": 3},
-    "normals": {"sources": "normals"},
-    "exclude": {"exclude": [f"{t}<-{s}" for t in NAMES for s in ("semseg", "edge")][1:-1]},
+    "self": {"source_tasks": "self"},
+    "any": {"source_tasks": "any", "step": 3},
+    "normals": {"source_tasks": "normals"},
+    "excluded_pairs": {"excluded_pairs": [f"{t}<-{s}" for t in NAMES for s in ("semseg", "edge")][1:-1]},
     "shuffle": {"shuffle": True},
-    "quotas": {"quotas": True},
+    "class_balanced": {"class_balanced": True},
     "window": {"window": 0.4},
-    "agree": {"agree": True},
+    "drop_conflicting_positives": {"drop_conflicting_positives": True},
     "across images": {"across_images": True},
     "across images, partial labels": {"across_images": True, "kinds": PARTIAL},
     "across images, infonce, window": {"across_images": True, "criterion": "infonce", "window": 0.5},
-    "a projector per target": {"share": "target"},
-    "one projector": {"share": "all", "channels": dict.fromkeys(NAMES, 3)},
+    "a projector per target": {"projector_sharing": "target"},
+    "one projector": {"projector_sharing": "all", "channels": dict.fromkeys(NAMES, 3)},
     "thresholds": {"thresholds": {"depth": (0.5, 0.9), "normals": (35.0, 100.0)}},
-    "many": {"criterion": "semihard", "tap": (6, 7), "quotas": True, "agree": True, "window": 0.7, "share": "target"},
+    "many": {
+        "criterion": "semihard",
+        "tap": (6, 7),
+        "class_balanced": True,
+        "drop_conflicting_positives": True,
+        "window": 0.7,
+        "projector_sharing": "target",
+    },
 }
 
 
@@ -67,15 +74,15 @@ def options_of_any_kind(draw):
     criterion = draw(st.sampled_from(CRITERIA))
     case = draw(cases()) | {
         "criterion": criterion,
-        "sources": draw(st.sampled_from(["other", "self", "any", "depth"])),
+        "source_tasks": draw(st.sampled_from(["other", "self", "any", "depth"])),
         "shuffle": draw(st.booleans()),
-        "quotas": draw(st.booleans()),
-        "share": draw(st.sampled_from(["pair", "target", "all"])),
+        "class_balanced": draw(st.booleans()),
+        "projector_sharing": draw(st.sampled_from(["pair", "target", "all"])),
         "channels": dict.fromkeys(NAMES, 3),
     }
     if criterion != "ranked":
         case["window"] = draw(st.none() | st.floats(0.2, 1))
-        case["agree"] = draw(st.booleans())
+        case["drop_conflicting_positives"] = draw(st.booleans())
         case["across_images"] = draw(st.booleans())
     if criterion == "semihard":  # no two pixels with equal features, between which rounding would choose
         case |= {"tap": case["size"], "extra": (0, 0), "hidden": None}
@@ -123,7 +130,7 @@ def test_identical_features_cost_the_margin(criterion):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_half_precision_and_broken_labels(criterion):
-    regularizer, features, labels, draw, frame = make_case(pixels=16, criterion=criterion, sources="depth")
+    regularizer, features, labels, draw, frame = make_case(pixels=16, criterion=criterion, source_tasks="depth")
     half = {t: tap.bfloat16().requires_grad_() for t, tap in features.items()}
     broken, void = ({**labels, "depth": labels["depth"].clone()} for _ in range(2))
     broken["depth"][0, :, :3] = math.nan
@@ -154,9 +161,9 @@ def bits(device, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"criterion": "semihard", "quotas": True, "agree": True, "window": 0.5},
-        {"criterion": "ranked", "shuffle": True, "share": "target"},
-        {"criterion": "infonce", "across_images": True, "sources": "any"},
+        {"criterion": "semihard", "class_balanced": True, "drop_conflicting_positives": True, "window": 0.5},
+        {"criterion": "ranked", "shuffle": True, "projector_sharing": "target"},
+        {"criterion": "infonce", "across_images": True, "source_tasks": "any"},
     ],
     ids=str,
 )
@@ -186,7 +193,9 @@ def test_the_same_draw_gives_the_same_bits(device, options):
     ],
 )
 def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
-    regularizer = Contrastive(make_tasks(), dict.fromkeys(NAMES, 3), pixels=1, sources=sources, exclude=exclude)
+    regularizer = Contrastive(
+        make_tasks(), dict.fromkeys(NAMES, 3), num_pixels=1, source_tasks=sources, excluded_pairs=exclude
+    )
     assert regularizer.allowed_sources == expected
     steps = 600
     orders = np.stack([regularizer.sample(step, ["a"]).sources.numpy() for step in range(steps)])  # (steps, T, n)
@@ -199,23 +208,26 @@ def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sources": "others"}, r"options\.sources=others .*other, self, any or a task"),
-        ({"sources": "sal"}, r"options\.sources=sal "),  # not in use
-        ({"exclude": ["semseg->depth"]}, r"options\.exclude: semseg->depth is no pair .*semseg<-depth"),
-        ({"exclude": ["semseg"]}, r"options\.exclude: semseg is no pair"),
-        ({"exclude": ["depth<-tiefe"]}, r"options\.exclude: depth<-tiefe"),
-        ({"exclude": [f"edge<-{s}" for s in NAMES]}, r"exclude leaves edge without a source"),
-        ({"sources": "self", "exclude": ["depth<-depth"]}, r"exclude leaves depth without"),
-        ({"sources": "depth", "exclude": ["normals<-depth"]}, r"exclude leaves normals without"),
+        ({"source_tasks": "others"}, r"options\.source_tasks=others .*other, self, any or a task"),
+        ({"source_tasks": "sal"}, r"options\.source_tasks=sal "),  # not in use
+        ({"excluded_pairs": ["semseg->depth"]}, r"options\.excluded_pairs: semseg->depth is no pair .*semseg<-depth"),
+        ({"excluded_pairs": ["semseg"]}, r"options\.excluded_pairs: semseg is no pair"),
+        ({"excluded_pairs": ["depth<-tiefe"]}, r"options\.excluded_pairs: depth<-tiefe"),
+        ({"excluded_pairs": [f"edge<-{s}" for s in NAMES]}, r"excluded_pairs leaves edge without a source"),
+        ({"source_tasks": "self", "excluded_pairs": ["depth<-depth"]}, r"excluded_pairs leaves depth without"),
+        ({"source_tasks": "depth", "excluded_pairs": ["normals<-depth"]}, r"excluded_pairs leaves normals without"),
         ({"criterion": "hinge"}, r"options\.criterion=hinge .*triplet, semihard, ranked, infonce"),
         *(
-            ({"criterion": "ranked"} | option, r"options\.criterion=ranked .*leave out window, agree, across_images")
-            for option in ({"window": 0.5}, {"agree": True}, {"across_images": True})
+            (
+                {"criterion": "ranked"} | option,
+                r"options\.criterion=ranked .*leave out window, drop_conflicting_positives, across_images",
+            )
+            for option in ({"window": 0.5}, {"drop_conflicting_positives": True}, {"across_images": True})
         ),
-        ({"share": "none"}, r"options\.share=none .*pair, target or all"),
-        ({"share": "all"}, r"options\.share=all .*equal width"),
-        ({"pixels": 0}, r"options\.pixels=0 .*1 to 32767"),
-        ({"pixels": 2**15}, r"options\.pixels=32768 "),
+        ({"projector_sharing": "none"}, r"options\.projector_sharing=none .*pair, target or all"),
+        ({"projector_sharing": "all"}, r"options\.projector_sharing=all .*equal width"),
+        ({"num_pixels": 0}, r"options\.num_pixels=0 .*1 to 32767"),
+        ({"num_pixels": 2**15}, r"options\.num_pixels=32768 "),
     ],
     ids=str,
 )
@@ -238,7 +250,9 @@ def test_draws_of_targets_with_unequally_many_sources_are_independent():
 # --- Which labels and pixels
 
 
-@pytest.mark.parametrize("options", [{}, {"quotas": True}, {"criterion": "ranked"}, {"sources": "self"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"class_balanced": True}, {"criterion": "ranked"}, {"source_tasks": "self"}], ids=str
+)
 def test_shuffled_labels_are_those_of_another_picture(options):
     regularizer, features, labels, _, frame = make_case(seed=2, images=3, pixels=12, shuffle=True, **options)
     plain = make_case(seed=2, images=3, pixels=12, **options)[0]
@@ -274,7 +288,9 @@ def test_quotas_share_the_sample_equally_among_the_strata(seed, candidates, coun
 
 def test_quotas_bring_rare_classes_up():
     """Where a fiftieth of a picture is an edge, half of the sampled pixels are."""
-    regularizer, features, labels, *_ = make_case(names=("semseg", "edge"), size=(40, 50), pixels=100, quotas=True)
+    regularizer, features, labels, *_ = make_case(
+        names=("semseg", "edge"), size=(40, 50), pixels=100, class_balanced=True
+    )
     labels["edge"] = torch.zeros(2, 1, 40, 50)
     labels["edge"][:, :, :, 20] = 1
     draw = regularizer.sample(0, ["a", "b"])
@@ -300,7 +316,7 @@ def test_pairs_lie_within_the_window():
 
 def test_a_targets_own_labels_take_back_positives_only_where_they_have_a_say():
     options = {"names": ("semseg", "edge"), "size": (8, 8), "pixels": 40}
-    regularizer, features, labels, draw, frame = make_case(agree=True, **options)
+    regularizer, features, labels, draw, frame = make_case(drop_conflicting_positives=True, **options)
     plain = make_case(**options)[0]
     alike, same = (relations(r, features, labels, draw, frame) for r in (plain, regularizer))
     assert torch.equal(alike.negative, same.negative)
@@ -333,10 +349,10 @@ def test_across_images_only_labels_of_one_source_compare():
 @pytest.mark.parametrize("hidden", [None, 5])
 def test_projectors_are_shared_as_asked(share, projectors, hidden):
     channels = dict.fromkeys(NAMES, 3)
-    regularizer = make_case(channels=channels, share=share, hidden=hidden)[0]
+    regularizer = make_case(channels=channels, projector_sharing=share, hidden=hidden)[0]
     each = 3 * 4 + 4 if hidden is None else 3 * 5 + 5 + 5 * 4 + 4
     assert sum(p.numel() for p in regularizer.parameters()) == projectors * each
-    fresh = make_case(seed=1, channels=channels, share=share, hidden=hidden)[0]
+    fresh = make_case(seed=1, channels=channels, projector_sharing=share, hidden=hidden)[0]
     fresh.load_state_dict(regularizer.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), regularizer.parameters(), strict=True))
 
@@ -383,11 +399,11 @@ def test_weight_rises_and_ends():
     assert all(lambda_schedule(0.5, 8, until=0)(step) == 0 for step in range(8))
 
 
-GRADIENT = [*TINY, "backbone.name=test_resnet", "schedule=constant", "trainer.val_first=false", "trainer.panels=0",
+GRADIENT = [*TINY, "backbone.name=test_resnet", "schedule=constant", "trainer.validate_first=false", "trainer.num_panels=0",
             "trainer.val_interval=null", "trainer.checkpoint_interval=null", "data.limit=5",
-            "tasks.names=[semseg,depth,normals]", "regularizer.balance=gradient",
-            "regularizer.options.criterion=semihard", "regularizer.options.quotas=true",
-            "regularizer.options.exclude=['semseg<-depth']"]  # fmt: skip
+            "tasks.names=[semseg,depth,normals]", "regularizer.weighting=gradient_norm",
+            "regularizer.options.criterion=semihard", "regularizer.options.class_balanced=true",
+            "regularizer.options.excluded_pairs=['semseg<-depth']"]  # fmt: skip
 
 
 def run(folder, *words):
@@ -406,8 +422,8 @@ def equal(a, b):
 
 def test_gradient_balance_in_training(tmp_path, monkeypatch):
     """The ratio of the two gradients is the weight; a run that was cut between two measurements goes on as if not."""
-    monkeypatch.setattr("mtcl.config.build_training.GradientShare", partial(GradientNormWeight, every=2))
-    words = ["regularizer.weight=0.3", "regularizer.until=0.75"]
+    monkeypatch.setattr("mtcl.config.build_training.GradientNormWeight", partial(GradientNormWeight, every=2))
+    words = ["regularizer.weight=0.3", "regularizer.stop_fraction=0.75"]
     whole = run(tmp_path / "whole", *words, "trainer.max_steps=4")
     log = contrast_log(tmp_path / "whole")
     targets = {key.split("/")[1] for key in log[0] if key.startswith("gradient/")}
@@ -437,8 +453,11 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["regularizer.balance=gradients"], r"regularizer\.balance=gradients .*fixed or gradient"),
-        (["regularizer=mtpsl", "regularizer.balance=gradient"], r"balance=gradient is for regularizer=contrastive"),
+        (["regularizer.weighting=gradients"], r"regularizer\.weighting=gradients .*fixed or gradient"),
+        (
+            ["regularizer=mtpsl", "regularizer.weighting=gradient_norm"],
+            r"weighting=gradient_norm is for regularizer=contrastive",
+        ),
         (["regularizer.options.shuffle=true", "data.batch_size=1"], r"options\.shuffle=true .*another image"),
     ],
 )
@@ -452,7 +471,13 @@ def test_what_cannot_be_built_is_refused(words, message):
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("exclude", "semseg<-depth"), ("exclude", [["semseg<-depth"]]), ("window", 1.5), ("temperature", 0), ("agree", 1)],
+    [
+        ("excluded_pairs", "semseg<-depth"),
+        ("excluded_pairs", [["semseg<-depth"]]),
+        ("window", 1.5),
+        ("temperature", 0),
+        ("drop_conflicting_positives", 1),
+    ],
 )
 def test_values_of_another_kind_are_refused(option, value):
     with pytest.raises(UserError, match=rf"regularizer\.options\.{option}=.* must be "):

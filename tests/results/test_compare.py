@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from mtcl import UserError
-from mtcl.metrics.delta import adjust_by_holm, delta_mtl, paired_difference, summary
+from mtcl.metrics.delta import adjust_by_holm, delta_mtl, paired_difference, summarize_values
 from mtcl.results.compare import compare, compares_on_off, natural_key, read_run
 from mtcl.results.tables import FORMATS, render
 
@@ -83,7 +83,7 @@ def test_delta_mtl_complains_about_what_it_cannot_divide(values, base, word):
 
 @given(st.lists(st.floats(-100, 100), max_size=8), st.integers(0, 3))
 def test_summary_is_that_of_the_statistics_module_without_nan(values, nans):
-    mean, std, count = summary([*values, *[math.nan] * nans])
+    mean, std, count = summarize_values([*values, *[math.nan] * nans])
     assert count == len(values)
     assert mean == pytest.approx(statistics.fmean(values), abs=1e-9) if values else math.isnan(mean)
     assert std == pytest.approx(statistics.stdev(values), abs=1e-9) if len(values) > 1 else math.isnan(std)
@@ -177,7 +177,7 @@ def test_names_are_the_choices_that_were_typed_and_keys_only_where_these_do_not_
 def test_a_step_that_is_not_the_last_and_tasks_make_rows_but_machines_do_not(tmp_path):
     paths = [
         write_run(tmp_path / "a", 0),
-        write_run(tmp_path / "b", 1, config={"trainer.panels": 0, "data.root": "/elsewhere", "name": "x"}),
+        write_run(tmp_path / "b", 1, config={"trainer.num_panels": 0, "data.root": "/elsewhere", "name": "x"}),
         write_run(tmp_path / "c", 2, facts={"step": 300}),
         write_run(tmp_path / "d", 3, {"depth": {"rmse": 0.5}}),
     ]
@@ -205,9 +205,14 @@ def test_the_order_is_the_given_one_and_ten_comes_after_nine(tmp_path):
 
 def test_runs_that_differ_in_how_they_ran_and_what_they_wrote_are_one_row(tmp_path):
     """Each key alone, against a run without it."""
-    keys = {"trainer.keep_interval": 10, "trainer.compile": True, "trainer.parallel": "fsdp", "data.workers": 7}
-    keys |= {"trainer.async_checkpoints": False, "trainer.unreadable": "skip", "trainer.max_skipped": 3}
-    keys |= {"trainer.panels": 0, "trainer.device": "cuda", "trainer.grad_checkpointing": True, "data.root": "/y"}
+    keys = {
+        "trainer.keep_checkpoint_interval": 10,
+        "trainer.compile": True,
+        "trainer.parallel": "fsdp",
+        "data.workers": 7,
+    }
+    keys |= {"trainer.async_checkpoints": False, "trainer.on_unreadable": "skip", "trainer.max_nonfinite_steps": 3}
+    keys |= {"trainer.num_panels": 0, "trainer.device": "cuda", "trainer.grad_checkpointing": True, "data.root": "/y"}
     keys |= {"optimizer.eps": 1e-8}  # younger than the others, and what they did
     write_run(tmp_path / "s" / "0", 0)
     for seed, (key, value) in enumerate(keys.items(), start=1):
@@ -216,7 +221,7 @@ def test_runs_that_differ_in_how_they_ran_and_what_they_wrote_are_one_row(tmp_pa
     assert row.num_seeds == len(keys) + 1
     for key, value in {
         "data.batch_size": 4,
-        "trainer.accumulate": 2,
+        "trainer.accumulate_grad_batches": 2,
         "trainer.precision": "bf16",
         "new.key": 1,
     }.items():
@@ -252,7 +257,7 @@ def test_none_and_weight_zero_are_one_row_and_a_seed_in_both_counts_once(tmp_pat
     assert [len(row.runs) for row in found.rows] == [3, 2]
     assert none in [run.path for run in found.rows[0].runs]
     assert any(note.startswith(f"warning: {other} is left out: its regulariser is off") for note in found.notes)
-    balanced = {"balancing.contrast": "objective", "balancing.method": "dwa"}
+    balanced = {"balancing.contrast_as_objective": True, "balancing.method": "dwa"}
     counted = write_run(tmp_path / "dwa", 0, config=ON | {"regularizer.weight": 0} | balanced)
     assert len(compare([counted, write_run(tmp_path / "none", 1, config=balanced)]).rows) == 2
 
@@ -352,9 +357,9 @@ def test_an_evaluation_takes_the_config_of_its_checkpoints_run(tmp_path, arms):
 
 def test_runs_scored_in_different_ways_are_rows_of_their_own_with_a_warning(tmp_path):
     """Of one checkpoint; how each was scored is told by its own run.json, not by the training run's config."""
-    config = {"evaluation.options.sal.protocol": "field"}
+    config = {"evaluation.options.sal.protocol": "standard"}
     runs = []
-    for name in ("field", "invpt"):
+    for name in ("standard", "invpt"):
         facts = {"evaluation": {"workers": len(name), "options": {"sal": {"protocol": name}}}}
         runs.append(write_run(tmp_path / name, config=config, facts=facts))
     comparison = compare(runs)

@@ -17,11 +17,11 @@ from PIL import Image
 
 from mtcl import UserError
 from mtcl.atomic import write_json
-from mtcl.errors import printable
+from mtcl.errors import escape_control_characters
 from mtcl.evaluation.evaluator import VisualSample
 from mtcl.results.html import collect, document
 from mtcl.results.html import images as pictures_module
-from mtcl.results.html.figures import POINTS, swept_keys, thinned
+from mtcl.results.html.figures import POINTS, average_points, swept_keys
 from mtcl.results.html.images import build_wall, cut
 from mtcl.tasks import VOC21, build_task
 from mtcl.training.run_logger import RunLogger, write_panels
@@ -183,7 +183,7 @@ def test_curves_hold_the_recorded_numbers_of_each_seed(tmp_path):
 def test_long_curves_are_means_over_stretches():
     points = [(step, float(step % 2)) for step in range(3000)]
     width = math.ceil(3000 / POINTS)
-    found = thinned(points, width)
+    found = average_points(points, width)
     assert len(found) == POINTS
     assert {value for _, value in found} == {0.5}
 
@@ -256,7 +256,7 @@ def test_the_wall_is_the_same_pictures_down_the_rows_and_keeps_its_budget(tmp_pa
     assert all(set(entry["lines"]) == {0, 1, 2} for entry in wall.content)
     assert not told
     assert wall.size == sum(len(uri) for uri in re.findall(r"data:image/webp[^\"]*", json.dumps(wall.content)))
-    monkeypatch.setattr(pictures_module, "BUDGET", wall.size - 1)
+    monkeypatch.setattr(pictures_module, "MAX_CHARACTERS", wall.size - 1)
     smaller, _ = build_wall(found.lines)
     assert len(smaller.content) == 1
     assert any("1 of 2 pictures are here" in note for note in smaller.notes)
@@ -273,7 +273,7 @@ def test_the_legend_of_a_task_has_the_classes_of_all_rows_and_the_void_last(tmp_
     wall, _ = build_wall(collect([tmp_path / "s"]).lines)
     names = [text for text, _ in wall.content[0]["tasks"]["semseg"]["legend"]]
     assert [name for name in names if not name.startswith("error")] == [VOC21[1], VOC21[2], "void"]
-    assert names[-2:] == ["error: none", f"error: {TASKS['semseg'].far_off}"]
+    assert names[-2:] == ["error: none", f"error: {TASKS['semseg'].error_label}"]
 
 
 def test_below_three_pairs_there_is_no_verdict_and_holm_is_named(tmp_path):
@@ -354,7 +354,7 @@ def test_a_log_alone_is_a_run_and_no_run_at_all_is_one_sentence(tmp_path):
     ],
 )
 def test_what_does_not_compare_is_not_ranked_and_the_page_says_why(tmp_path, facts, tasks, words):
-    write_run(tmp_path / "s/a", 0, panels=0, facts={"evaluation": {"options": {"depth": {"protocol": "field"}}}})
+    write_run(tmp_path / "s/a", 0, panels=0, facts={"evaluation": {"options": {"depth": {"protocol": "standard"}}}})
     write_run(tmp_path / "s/b", 1, {"optimizer.lr": 0.1}, facts, tasks, panels=0, better=0.1)
     page = page_of(tmp_path / "s")
     assert "Not ranked." in page
@@ -386,7 +386,7 @@ def test_hostile_names_settings_and_files_are_text(tmp_path):
     assert not [tag for tag, _ in reader.tags if tag in ("img", "iframe", "link", "object")]
     assert not [name for _, attributes in reader.tags for name in attributes if name.startswith("on")]
     assert "\u2028" not in page[page.index('id="data"') :]
-    assert any(printable(HOSTILE) in row["label"] for row in data_of(page)["rows"])
+    assert any(escape_control_characters(HOSTILE) in row["label"] for row in data_of(page)["rows"])
     policy = next(a["content"] for tag, a in reader.tags if a.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:;")
     assert "unsafe" not in policy

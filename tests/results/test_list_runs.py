@@ -13,7 +13,7 @@ from helpers.run_folders import write_run
 
 from mtcl.results.compare import compare
 from mtcl.results.list_runs import format_runs, list_runs, read_state, to_records
-from mtcl.run_lock import claim, is_claimed
+from mtcl.run_lock import is_locked, lock_run
 
 
 def log(folder, *records):
@@ -64,27 +64,27 @@ def test_every_state_is_told(tmp_path, begun):
     assert found["failed"].note == "too bad"
     assert found["done"].headline("edge") == ("odsF", 0.7)
     assert found["begun"].headline("depth") == ("rmse", 0.7), "of the last validation"
-    with claim(begun):
+    with lock_run(begun):
         assert read_state(begun).state == "running"
-    with claim(done):
+    with lock_run(done):
         assert read_state(done).state == "running", "it is being continued"
     assert read_state(begun).state == "interrupted"
 
 
 def test_looking_makes_no_run_fail_that_is_starting(begun):
     """A look takes the lock for a moment, shared: a claim waits that long."""
-    claim(begun).close()
+    lock_run(begun).close()
     with (begun / ".lock").open() as file:
         fcntl.flock(file, fcntl.LOCK_SH)  # as a look has it, for longer
-        assert not is_claimed(begun), "looks do not see each other"
+        assert not is_locked(begun), "looks do not see each other"
         timer = threading.Timer(0.04, fcntl.flock, (file, fcntl.LOCK_UN))
         timer.start()
-        claim(begun).close()
+        lock_run(begun).close()
         timer.join()
-    with claim(begun):
-        assert is_claimed(begun)
-    assert not is_claimed(begun)
-    assert not is_claimed(begun.parent)
+    with lock_run(begun):
+        assert is_locked(begun)
+    assert not is_locked(begun)
+    assert not is_locked(begun.parent)
 
 
 def test_a_long_log_is_read_from_its_end(begun):

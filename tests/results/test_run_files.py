@@ -17,7 +17,7 @@ from mtcl.launch.study_tables import format_markdown, read_results, record, repo
 from mtcl.launch.sweep import find_run_state
 from mtcl.results.compare import compare, read_run
 from mtcl.results.html import collect, document
-from mtcl.results.list_runs import format_text, list_runs, read_state, to_records
+from mtcl.results.list_runs import format_runs, list_runs, read_state, to_records
 from mtcl.results.run_files import read_config, read_metrics, read_record
 from mtcl.results.tables import FORMATS, format_csv, render
 from mtcl.run_log import read_tail
@@ -53,7 +53,7 @@ RECORD = {
     "split": "standard",
     "num_images": 500,
     "data_fingerprint": "8d9e",
-    "evaluation": {"options": {"sal": {"protocol": "field"}}},
+    "evaluation": {"options": {"sal": {"protocol": "standard"}}},
     "step": 400,
     "seconds": 12.5,
     "checkpoint": "runs/a/checkpoints/best.pt",
@@ -78,7 +78,7 @@ def read_everything(folder: Path) -> list[UserError]:
 
     def runs() -> None:
         found = list_runs([folder.parent])
-        format_text(found, 80).encode()
+        format_runs(found, 80).encode()
         format_csv([list(one.values()) for one in to_records(found)]).encode()
         json.dumps(to_records(found))
 

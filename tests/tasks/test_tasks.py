@@ -58,7 +58,7 @@ def stacked(*arrays: np.ndarray) -> np.ndarray:
 )
 def test_facts(name, channels, primary, higher, weight, void):
     task = make_task(name)
-    facts = (task.name, task.channels, task.primary, task.higher_is_better, task.weight, task.void)
+    facts = (task.name, task.channels, task.primary_metric, task.higher_is_better, task.weight, task.void)
     assert facts == (name, channels, primary, higher, weight, void)
     assert make_task(name, weight=0.5).weight == 0.5
     assert make_task(name, weight=0).weight == 0
@@ -69,7 +69,7 @@ def test_equal_labels_are_near_and_opposite_ones_far(name):
     a, b = {"depth": ([2.0], [4.0]), "normals": ([0.0, 0.0, 1.0], [1.0, 0.0, 0.0])}.get(name, ([0.0], [1.0]))
     task = make_task(name)
     same, other = task.distance(torch.tensor([[a]]), torch.tensor([[a, b]]))[0, 0].tolist()
-    assert same <= task.near < task.far <= other
+    assert same <= task.positive_threshold < task.negative_threshold <= other
 
 
 def test_names_and_classes():
@@ -92,7 +92,7 @@ def test_is_frozen_and_travels_to_workers(name):
     task = make_task(name)
     with pytest.raises(dataclasses.FrozenInstanceError):
         task.weight = 3
-    task.loss(make_prediction(task)[None], task.collated(stacked(make_array(name))))
+    task.loss(make_prediction(task)[None], task.collate(stacked(make_array(name))))
     again = pickle.loads(pickle.dumps(task))
     assert again == task
     assert hash(again) == hash(task)
@@ -102,7 +102,7 @@ def test_is_frozen_and_travels_to_workers(name):
 def test_batch_layout(name):
     task = make_task(name)
     arrays = [make_array(name, seed) for seed in (0, 1)]
-    batch = task.collated(stacked(*arrays))
+    batch = task.collate(stacked(*arrays))
     if name in ("semseg", "human_parts", "sal"):
         assert batch.dtype == torch.int64
         np.testing.assert_array_equal(batch.numpy(), np.stack(arrays))
@@ -118,7 +118,7 @@ def test_batch_layout(name):
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_valid(name):
     task = make_task(name)
-    valid = task.valid(task.collated(stacked(make_array(name), make_array(name, 1))))
+    valid = task.valid(task.collate(stacked(make_array(name), make_array(name, 1))))
     assert valid.dtype == torch.bool
     assert valid.shape == (2, H, W)
     assert not valid[:, 0].any()
@@ -128,17 +128,17 @@ def test_valid(name):
 def test_valid_depth_and_normals_at_their_limits():
     depth = np.array([[1e-3, 0, -1, np.inf, np.nan]], np.float32)
     task = make_task("depth")
-    assert task.valid(task.collated(stacked(depth))).tolist() == [[[True, False, False, False, False]]]
+    assert task.valid(task.collate(stacked(depth))).tolist() == [[[True, False, False, False, False]]]
     normals = np.array([[[0, 0, 1], [0, -1, 0], [0, 0, 0], [-0.0, 0, -0.0]]], np.float32)
     task = make_task("normals")
-    assert task.valid(task.collated(stacked(normals))).tolist() == [[[True, True, False, False]]]
+    assert task.valid(task.collate(stacked(normals))).tolist() == [[[True, True, False, False]]]
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_loss_and_metric_fit_the_layouts(name):
     task = make_task(name)
     prediction = torch.stack([make_prediction(task), make_prediction(task, 1)]).requires_grad_()
-    label = task.collated(stacked(make_array(name), make_array(name, 1)))
+    label = task.collate(stacked(make_array(name), make_array(name, 1)))
     loss = task.loss(prediction, label)
     loss.backward()
     used = (prediction.grad != 0).any(dim=1)
@@ -146,15 +146,15 @@ def test_loss_and_metric_fit_the_layouts(name):
     metric = task.metric()
     metric.update(prediction.detach(), label)
     found = metric.compute()
-    assert found[task.headline(found)[0]].isfinite()
+    assert found[task.choose_metric(found)[0]].isfinite()
     assert task.metric() is not metric
 
 
 def test_the_headline_of_edges_is_their_loss_until_boundaries_are_matched():
     edge, depth = make_task("edge"), make_task("depth")
-    assert edge.headline(("loss", "odsF")) == ("odsF", True)
-    assert edge.headline(("loss",)) == ("loss", False)
-    assert depth.headline(()) == ("rmse", False)
+    assert edge.choose_metric(("loss", "odsF")) == ("odsF", True)
+    assert edge.choose_metric(("loss",)) == ("loss", False)
+    assert depth.choose_metric(()) == ("rmse", False)
 
 
 def test_edge_weight_reaches_loss_and_metric():
@@ -242,23 +242,26 @@ def make_samples(name, seed, count=12):
 @given(st.sampled_from(TASK_NAMES), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
 def test_places_are_as_far_apart_as_labels(name, seed, low, high):
     task, label = make_task(name), make_samples(name, seed)
-    place = task.place(label)
+    place = task.embed_label(label)
     assert place.dtype == torch.float32
     assert place.shape == (2, 12, 3)
     distance, apart = task.distance(label, label), torch.cdist(place.double(), place.double())
     most = {"depth": 4.0, "normals": 175.0}.get(name, 1.0)
-    for near, far in ((task.near, task.far), (0.99 * low * most, (0.01 + 0.99 * high) * most)):
+    for near, far in (
+        (task.positive_threshold, task.negative_threshold),
+        (0.99 * low * most, (0.01 + 0.99 * high) * most),
+    ):
         clear = [name in DISCRETE or (distance - bound).abs() > 1e-3 * most for bound in (near, far)]  # of rounding
-        assert not (((apart <= task.span(near)) != (distance <= near)) & clear[0]).any()
-        assert not (((apart >= task.span(far)) != (distance >= far)) & clear[1]).any()
+        assert not (((apart <= task.embedded_distance(near)) != (distance <= near)) & clear[0]).any()
+        assert not (((apart >= task.embedded_distance(far)) != (distance >= far)) & clear[1]).any()
         if near < far:
-            assert task.span(near) < task.span(far)
+            assert task.embedded_distance(near) < task.embedded_distance(far)
 
 
 def test_no_normals_are_further_apart_than_opposite_ones():
     task = make_task("normals")
-    assert task.span(180) == 2
-    assert task.span(181) == math.inf
+    assert task.embedded_distance(180) == 2
+    assert task.embedded_distance(181) == math.inf
 
 
 @pytest.mark.parametrize("name", TASK_NAMES)
@@ -267,10 +270,10 @@ def test_invalid_labels_have_a_place_and_a_stratum(name):
     channels = 3 if name == "normals" else 1
     void = torch.full((2, 3, 4, channels), task.void)
     void[0] = math.inf if name == "depth" else void[0]
-    void = void.long() if task.collated(stacked(make_array(name))).dtype == torch.int64 else void
-    assert task.place(void).shape == (2, 3, 4, 3)
-    assert task.place(void).isfinite().all()
-    stratum = task.stratum(void)
+    void = void.long() if task.collate(stacked(make_array(name))).dtype == torch.int64 else void
+    assert task.embed_label(void).shape == (2, 3, 4, 3)
+    assert task.embed_label(void).isfinite().all()
+    stratum = task.sampling_bin(void)
     assert stratum.shape == (2, 3, 4)
     assert stratum.dtype == torch.int64
     assert 0 <= stratum.min() <= stratum.max() < 256
@@ -279,27 +282,27 @@ def test_invalid_labels_have_a_place_and_a_stratum(name):
 @pytest.mark.parametrize("name", DISCRETE)
 def test_a_class_is_a_stratum(name):
     label = make_samples(name, 0)
-    assert torch.equal(make_task(name).stratum(label), label[..., 0].long())
+    assert torch.equal(make_task(name).sampling_bin(label), label[..., 0].long())
 
 
 def test_strata_of_depth_are_steps_of_its_far_threshold():
     task = make_task("depth")
     metres = torch.logspace(-1, 2, 500)[:, None]
-    stratum = task.stratum(metres)
+    stratum = task.sampling_bin(metres)
     steps = stratum.diff()
     assert set(steps.tolist()) == {0, 1}
-    assert stratum[-1] == int(math.log(1000) / task.far)
+    assert stratum[-1] == int(math.log(1000) / task.negative_threshold)
     distance = task.distance(metres[None], metres[None])[0]
     same = stratum[:, None] == stratum[None]
-    assert (distance[same] <= task.far + 1e-4).all()
+    assert (distance[same] <= task.negative_threshold + 1e-4).all()
     assert (distance[~same] > 0).all()
-    assert not same[distance > task.far + 1e-4].any()
+    assert not same[distance > task.negative_threshold + 1e-4].any()
 
 
 def test_strata_of_normals_are_the_sides_of_a_cube():
     vectors = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     sides = [[sign * (axis == k) for k in range(3)] for axis in range(3) for sign in (1, -1)]
-    for vector, stratum in zip(vectors.tolist(), make_task("normals").stratum(vectors).tolist()):
+    for vector, stratum in zip(vectors.tolist(), make_task("normals").sampling_bin(vectors).tolist()):
         along = [sum(a * b for a, b in zip(vector, side)) for side in sides]
         assert along[stratum] == max(along)
 
@@ -310,20 +313,20 @@ def test_strata_of_normals_are_the_sides_of_a_cube():
 def test_scaled():
     label = make_array("depth")
     before = label.copy()
-    scaled = make_task("depth").scaled(label, 1.5)
+    scaled = make_task("depth").scale_label(label, 1.5)
     assert scaled.dtype == np.float32
     np.testing.assert_allclose(scaled, before / 1.5, rtol=1e-6)
-    assert make_task("depth").scaled(label, np.float64(1.5)).dtype == np.float32
+    assert make_task("depth").scale_label(label, np.float64(1.5)).dtype == np.float32
     np.testing.assert_array_equal(label, before)
     for name in set(TASK_NAMES) - {"depth"}:
-        np.testing.assert_array_equal(make_task(name).scaled(make_array(name), 1.5), make_array(name))
+        np.testing.assert_array_equal(make_task(name).scale_label(make_array(name), 1.5), make_array(name))
 
 
 @given(codes=st.integers(0, 2**32 - 1).map(lambda seed: make_codes(seed)), field=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_codes_of_normals_are_decoded_and_the_short_ones_void(codes, field):
-    task = build_task("normals", validity="field" if field else "length")
-    finished = task.finished(codes)
+    task = build_task("normals", normals_valid="standard" if field else "length")
+    finished = task.finalize_label(codes)
     assert finished.dtype == np.float32
     for row, column in np.ndindex(*codes.shape[:2]):
         vector = 2 * codes[row, column].astype(float) / 255 - 1
@@ -345,14 +348,14 @@ def make_codes(seed):
     return codes
 
 
-@pytest.mark.parametrize("validity", ["length", "field"])
+@pytest.mark.parametrize("validity", ["length", "standard"])
 @pytest.mark.parametrize("form", ["codes", "vectors"])
 def test_flipping_normals_before_or_after_they_are_finished_is_the_same(validity, form):
-    task = build_task("normals", validity=validity)
+    task = build_task("normals", normals_valid=validity)
     label = make_codes(3) if form == "codes" else np.random.default_rng(0).normal(size=(5, 6, 3)).astype(np.float32)
     before = label.copy()
-    one = task.finished(task.flipped(label[:, ::-1]))
-    other = task.finished(label)[:, ::-1] * np.float32([-1, 1, 1])
+    one = task.finalize_label(task.flip_label(label[:, ::-1]))
+    other = task.finalize_label(label)[:, ::-1] * np.float32([-1, 1, 1])
     np.testing.assert_allclose(one, other, atol=1e-6)
     np.testing.assert_array_equal(label, before)
 
@@ -360,36 +363,36 @@ def test_flipping_normals_before_or_after_they_are_finished_is_the_same(validity
 def test_vectors_of_normals_become_units_or_stay_as_they_are():
     vectors = np.float32([[[0, 0, 2], [0, 0.3, 0.3], [0, 0, 0], [0.6, 0, 0]]])
     expected = np.float32([[[0, 0, 1], [0, 0, 0], [0, 0, 0], [1, 0, 0]]])
-    np.testing.assert_array_equal(build_task("normals").finished(vectors), expected)
-    np.testing.assert_array_equal(build_task("normals", validity="field").finished(vectors), vectors)
+    np.testing.assert_array_equal(build_task("normals").finalize_label(vectors), expected)
+    np.testing.assert_array_equal(build_task("normals", normals_valid="standard").finalize_label(vectors), vectors)
     with pytest.raises(UserError, match=r"data\.normals_valid=8bit"):
-        build_task("normals", validity="8bit")
+        build_task("normals", normals_valid="8bit")
 
 
 def test_flipped():
     label = make_array("normals")
     before = label.copy()
-    flipped = make_task("normals").flipped(label)
+    flipped = make_task("normals").flip_label(label)
     assert flipped.dtype == np.float32
     np.testing.assert_array_equal(flipped[..., 0], -before[..., 0])
     np.testing.assert_array_equal(flipped[..., 1:], before[..., 1:])
     np.testing.assert_array_equal(label, before)
     for name in set(TASK_NAMES) - {"normals"}:
-        np.testing.assert_array_equal(make_task(name).flipped(make_array(name)), make_array(name))
+        np.testing.assert_array_equal(make_task(name).flip_label(make_array(name)), make_array(name))
 
 
 def test_finished():
     task = make_task("human_parts")
     without = np.array([[0, 255], [0, 0]], np.uint8)
     before = without.copy()
-    assert task.finished(without).tolist() == [[255, 255], [255, 255]]
-    assert task.finished(without).dtype == np.uint8
+    assert task.finalize_label(without).tolist() == [[255, 255], [255, 255]]
+    assert task.finalize_label(without).dtype == np.uint8
     np.testing.assert_array_equal(without, before)
     with_part = np.array([[0, 255], [6, 0]], np.uint8)
-    assert task.finished(with_part).tolist() == [[0, 255], [6, 0]]
+    assert task.finalize_label(with_part).tolist() == [[0, 255], [6, 0]]
     empty = np.zeros((2, 2), np.uint8)
-    assert make_task("sal").finished(empty).tolist() == [[0, 0], [0, 0]]
-    assert make_task("semseg").finished(empty).tolist() == [[0, 0], [0, 0]]
+    assert make_task("sal").finalize_label(empty).tolist() == [[0, 0], [0, 0]]
+    assert make_task("semseg").finalize_label(empty).tolist() == [[0, 0], [0, 0]]
 
 
 # Predictions as pictures
@@ -400,7 +403,7 @@ def test_finished():
 def test_decoded(name, dtype):
     task = make_task(name)
     prediction = make_prediction(task).to(dtype)
-    array = task.decoded(prediction.requires_grad_())
+    array = task.decode(prediction.requires_grad_())
     raw = prediction.detach().double().numpy()
     if name in ("semseg", "human_parts", "sal"):
         assert array.dtype == np.uint8
@@ -420,7 +423,7 @@ def test_decoded(name, dtype):
 def test_drawn_labels_and_predictions(name):
     task = make_task(name)
     label = make_array(name)
-    decoded = task.decoded(make_prediction(task))
+    decoded = task.decode(make_prediction(task))
     for array in (label, decoded):
         picture = task.draw(array)
         assert picture.dtype == np.uint8
@@ -479,11 +482,11 @@ def test_legend_of_normals():
 
 def test_a_predicted_depth_that_was_clipped_is_near_and_not_void():
     task = make_task("depth")
-    prediction = task.decoded(torch.tensor([[[-1.0, 0.0, 2.0, math.nan]]]))
-    colours = task.draw(task.drawable(prediction))[0]
+    prediction = task.decode(torch.tensor([[[-1.0, 0.0, 2.0, math.nan]]]))
+    colours = task.draw(task.to_drawable(prediction))[0]
     nearest = task.draw(np.float32([[0.001]]))[0, 0]
     assert (colours[:2] == nearest).all()
-    legend = dict(task.legend([task.drawable(prediction)]))
+    legend = dict(task.legend([task.to_drawable(prediction)]))
     assert legend["0 m or less"] == tuple(nearest.tolist())
     assert "void" not in legend
     np.testing.assert_array_equal(colours[3], task.draw(np.float32([[0]]))[0, 0])  # no number, as a label's void

@@ -14,8 +14,7 @@ from helpers.shrunken import RESNET, shrunk
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from mtcl import UserError
-from mtcl import distributed as ranks
+from mtcl import UserError, distributed
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_balancer, build_trainer
@@ -25,7 +24,7 @@ from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 from mtcl.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-WORDS = [*TINY, RESNET, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.panels=0"]
+WORDS = [*TINY, RESNET, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
 THREE = "tasks.names=[depth,normals,edge]"
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
 NO = torch.zeros(())  # no step is skipped
@@ -190,8 +189,8 @@ def test_moving_weights_follow_the_mean_over_processes_and_batches(make, monkeyp
         batches.update(number, NO)
         with monkeypatch.context() as patch:
             other = torch.stack([loss.detach() for loss in toy.losses(2 * number + 1).values()])
-            patch.setattr(ranks, "world", lambda: 2)
-            patch.setattr(ranks, "total", lambda x, other=other: x + other)
+            patch.setattr(distributed, "world_size", lambda: 2)
+            patch.setattr(distributed, "all_reduce_sum", lambda x, other=other: x + other)
             process.backward(toy.losses(2 * number), [])
             process.finish_step(number)
             process.update(number, NO)
@@ -456,10 +455,10 @@ def test_methods_and_objectives():
     assert type(fixed) is FixedWeights
     assert fixed.weights == {"depth": 1.0, "normals": 10.0, "edge": 50.0}
     assert fixed.summary() == {}, "nothing to write down"
-    dwa = balancer_of(THREE, "balancing=dwa", "data.batch_size=4", "trainer.accumulate=2")
+    dwa = balancer_of(THREE, "balancing=dwa", "data.batch_size=4", "trainer.accumulate_grad_batches=2")
     assert (list(dwa.weights), dwa.every, dwa.temperature) == (tasks, 6, 2.0)
     assert balancer_of(THREE, "balancing=dwa", "balancing.every=7").every == 7
-    words = [THREE, "balancing=uncertainty", "balancing.contrast=objective", "regularizer.balance=fixed"]
+    words = [THREE, "balancing=uncertainty", "balancing.contrast_as_objective=true", "regularizer.weighting=fixed"]
     assert list(balancer_of(*words).weights) == [*tasks, "contrast"]
     assert list(balancer_of(*words, "regularizer=none").weights) == tasks
 
@@ -467,7 +466,7 @@ def test_methods_and_objectives():
 @torchjd
 def test_an_aggregator_from_the_command_line():
     words = ["balancing=torchjd", "balancing.aggregator=MGDA", "balancing.options={max_iters: 7}"]
-    balancer = balancer_of(THREE, *words, "balancing.contrast=objective", "seed=5")
+    balancer = balancer_of(THREE, *words, "balancing.contrast_as_objective=true", "seed=5")
     assert (balancer.name, balancer.options, balancer.seed) == ("MGDA", {"max_iters": 7}, 5)
     assert list(balancer.weights) == ["depth", "normals", "edge", "contrast"]
     assert balancer_of(THREE, "balancing=imtl_g").name == "IMTLG"
@@ -477,9 +476,11 @@ def test_an_aggregator_from_the_command_line():
     ("words", "message"),
     [
         (["balancing.method=pcgrad"], "method=pcgrad is not known; choose fixed, uncertainty, dwa or torchjd"),
-        (["balancing.contrast=inside"], "contrast=inside is not known; choose objective or outside"),
         (["balancing=torchjd", "trainer.compile=true"], "set trainer.compile=false"),
-        (["balancing=dwa", "balancing.contrast=objective"], "contrast=outside or regularizer.balance=fixed"),
+        (
+            ["balancing=dwa", "balancing.contrast_as_objective=true"],
+            "contrast_as_objective=false or regularizer.weighting=fixed",
+        ),
         (["balancing=uncertainty", "loss.weights.edge=0"], "loss.weights.edge=0"),
         (["balancing=dwa", "tasks=single_depth"], "has one objective only, depth; use balancing=fixed"),
     ],
@@ -491,17 +492,17 @@ def test_what_does_not_go_together(words, message):
 
 
 def test_several_processes_are_not_for_torchjd(monkeypatch):
-    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="trains in one process"):
         balancer_of("balancing=torchjd")
     balancer_of("balancing=uncertainty")
 
 
 def test_train_says_it_in_one_sentence(cli, tmp_path):
-    words = ["balancing=dwa", "balancing.contrast=objective"]
+    words = ["balancing=dwa", "balancing.contrast_as_objective=true"]
     result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 1
-    assert "regularizer.balance=fixed" in result.err
+    assert "regularizer.weighting=fixed" in result.err
     assert "Traceback" not in result.err
 
 
@@ -552,16 +553,16 @@ slow = pytest.mark.slow
 MODELS = [
     pytest.param(*row, id="-".join(row), marks=() if fast else slow)
     for fast, *row in (
-        (True, "multi_head", "resnet18", "outside"),
-        (False, "multi_head", "resnet18", "objective"),
-        (True, "pad_net", "hrnet_w18_small", "objective"),
-        (False, "pad_net", "hrnet_w18_small", "outside"),
-        (False, "mti_net", "hrnet_w18_small", "objective"),
-        (False, "atrc", "hrnet_w18_small", "outside"),
-        (False, "invpt", "vit_small", "objective"),
-        (False, "taskprompter", "vit_base", "objective"),
-        (False, "mqtransformer", "swin_tiny", "objective"),
-        (False, "deeplab", "resnet18", "objective"),
+        (True, "multi_head", "resnet18", "false"),
+        (False, "multi_head", "resnet18", "true"),
+        (True, "pad_net", "hrnet_w18_small", "true"),
+        (False, "pad_net", "hrnet_w18_small", "false"),
+        (False, "mti_net", "hrnet_w18_small", "true"),
+        (False, "atrc", "hrnet_w18_small", "false"),
+        (False, "invpt", "vit_small", "true"),
+        (False, "taskprompter", "vit_base", "true"),
+        (False, "mqtransformer", "swin_tiny", "true"),
+        (False, "deeplab", "resnet18", "true"),
     )
 ]
 
@@ -577,7 +578,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
     found = []
     for balancing in (
         [],
-        ["balancing=torchjd", "balancing.aggregator=Sum", f"balancing.contrast={contrast}"],
+        ["balancing=torchjd", "balancing.aggregator=Sum", f"balancing.contrast_as_objective={contrast}"],
     ):
         composition = composed(*words, *balancing)
         torch.manual_seed(0)
@@ -589,7 +590,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     shared = {names[id(p)] for p in trainer.model.shared_parameters()}
     several = {name for name, count in reached.items() if count > 1}
-    if contrast == "outside":
+    if contrast == "false":
         assert several == {n for n in shared if trainer.model.get_parameter(n).requires_grad}
         assert all(reached[n] == 0 for n in reached if n.startswith("regularizer."))
     else:
@@ -599,7 +600,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
 
 @torchjd
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path):
-    words = [THREE, "balancing=torchjd", "balancing.aggregator=Mean", "balancing.contrast=objective"]
+    words = [THREE, "balancing=torchjd", "balancing.aggregator=Mean", "balancing.contrast_as_objective=true"]
     found, statistics = [], []
     for recompute in ("false", "true"):
         trainer = made(tmp_path, *words, f"trainer.grad_checkpointing={recompute}")
@@ -614,7 +615,7 @@ def test_checkpointed_blocks_give_the_same_gradients(tmp_path):
 def test_accumulated_batches_are_one_batch(tmp_path):
     words = ["regularizer=none", "tasks.names=[depth,normals]", "balancing=pcgrad"]
     found = []
-    for more in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate=2"]):
+    for more in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]):
         trainer = made(tmp_path, *words, *more)
         for module in trainer.model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -627,8 +628,13 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 METHODS = {
     "uncertainty": ["balancing=uncertainty", "balancing.lr=0.1"],
     "dwa": ["balancing=dwa", "balancing.every=1"],
-    "contrast": ["balancing=dwa", "balancing.every=1", "balancing.contrast=objective", "regularizer.balance=fixed"],
-    "torchjd": ["balancing=torchjd", "balancing.aggregator=GradVac", "balancing.contrast=objective"],
+    "contrast": [
+        "balancing=dwa",
+        "balancing.every=1",
+        "balancing.contrast_as_objective=true",
+        "regularizer.weighting=fixed",
+    ],
+    "torchjd": ["balancing=torchjd", "balancing.aggregator=GradVac", "balancing.contrast_as_objective=true"],
 }
 
 
@@ -709,7 +715,7 @@ def test_the_tasks_gradients_are_shown_as_they_enter(tmp_path):
 
 @pytest.mark.parametrize("method", [pytest.param("torchjd", marks=[torchjd, slow]), "uncertainty"])
 def test_a_run_writes_its_weights_down(method, tmp_path):
-    train(composed(*WORDS, THREE, *METHODS[method], "trainer.max_steps=3", "trainer.val_first=false"), tmp_path)
+    train(composed(*WORDS, THREE, *METHODS[method], "trainer.max_steps=3", "trainer.validate_first=false"), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     written = [line for line in lines if line["kind"] == "balancing"]
     assert [line["step"] for line in written] == [0, 1, 2]
@@ -725,7 +731,7 @@ def test_two_processes_weigh_as_one(words, tmp_path):
     """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
     from helpers.processes import TORCHRUN, weights_of, worked
 
-    words = ["data.labels=random", *words]
+    words = ["data.label_assignment=random", *words]
     (_, one), (_, two) = worked(tmp_path / "one", None, *words), worked(tmp_path / "two", TORCHRUN, *words)
     weights, others = weights_of(one), weights_of(two)
     assert weights.keys() == others.keys()

@@ -20,7 +20,7 @@ from helpers.common import ROOT, TINY, composed, flip
 
 import mtcl.atomic
 import mtcl.training.checkpoint as module
-from mtcl.atomic import disk_errors_told, remove_leftovers, write_atomically
+from mtcl.atomic import convert_disk_errors, remove_temporary_files, write_atomically
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
@@ -28,7 +28,7 @@ from mtcl.config.build_training import build_regularizer
 from mtcl.config.resolve import plain
 from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
-from mtcl.run_lock import claim
+from mtcl.run_lock import lock_run
 from mtcl.training.checkpoint import (
     CheckpointWriter,
     CorruptCheckpointError,
@@ -39,8 +39,8 @@ from mtcl.training.checkpoint import (
 )
 from mtcl.training.run_logger import RunLogger
 
-QUICK = [*TINY, "tasks.names=[semseg,depth]", "trainer.val_first=false", "trainer.val_interval=null"]
-QUICK += ["trainer.panels=0", "decoder.head_width=4", "trainer.max_steps=4", "backbone.name=test_resnet"]
+QUICK = [*TINY, "tasks.names=[semseg,depth]", "trainer.validate_first=false", "trainer.val_interval=null"]
+QUICK += ["trainer.num_panels=0", "decoder.head_width=4", "trainer.max_steps=4", "backbone.name=test_resnet"]
 
 
 def some(step: int = 7, size: int = 20) -> dict:
@@ -147,7 +147,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, full_disk, asyn
     ],
 )
 def test_other_failures_of_a_disk_are_sentences(tmp_path, number, told):
-    with pytest.raises(UserError) as error, disk_errors_told(tmp_path / "a.pt"):
+    with pytest.raises(UserError) as error, convert_disk_errors(tmp_path / "a.pt"):
         raise OSError(number, os.strerror(number))
     assert told in str(error.value)
     assert str(tmp_path) in str(error.value)
@@ -156,7 +156,7 @@ def test_other_failures_of_a_disk_are_sentences(tmp_path, number, told):
 def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
-        claim(tmp_path / "file" / "run")
+        lock_run(tmp_path / "file" / "run")
     with pytest.raises(UserError, match="can't be written"):
         CheckpointWriter(tmp_path / "file" / "checkpoints").save("last", some())
 
@@ -165,9 +165,9 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
     kept = [".lock", "last.pt", "notes.tmp", ".hidden.tmp"]
     for name in [*kept, ".last.pt.0123456789ab.tmp"]:
         (tmp_path / name).write_text("")
-    assert [path.name for path in remove_leftovers(tmp_path)] == [".last.pt.0123456789ab.tmp"]
+    assert [path.name for path in remove_temporary_files(tmp_path)] == [".last.pt.0123456789ab.tmp"]
     assert names(tmp_path) == sorted(kept)
-    assert remove_leftovers(tmp_path / "none") == []
+    assert remove_temporary_files(tmp_path / "none") == []
 
 
 # --- Last, previous, best
@@ -370,7 +370,7 @@ time.sleep(60)
 def test_a_run_outlives_the_removal_of_its_folder(tmp_path, caplog):
     folder = tmp_path / "run"
     writer, run_logger = CheckpointWriter(folder / "checkpoints"), RunLogger(folder)
-    with claim(folder):
+    with lock_run(folder):
         run_logger.log_scalars(0, "train", {"depth": 1.0})
         writer.save("last", some(1))
         shutil.rmtree(folder)
@@ -380,7 +380,7 @@ def test_a_run_outlives_the_removal_of_its_folder(tmp_path, caplog):
         writer.save("last", some(2))
         run_logger.close()
         with pytest.raises(UserError, match="another run"):
-            claim(folder)
+            lock_run(folder)
     told = [record.message for record in caplog.records if "vanished in mid-run" in record.message]
     assert len(told) == 2  # of the records, of the checkpoints
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 2]
@@ -391,7 +391,7 @@ def test_a_run_outlives_the_removal_of_its_folder(tmp_path, caplog):
 def test_a_removed_folder_that_another_run_has_taken_is_left_alone(tmp_path):
     folder = tmp_path / "run"
     writer = CheckpointWriter(folder / "checkpoints")
-    with claim(folder):
+    with lock_run(folder):
         writer.save("last", some(1))
         shutil.rmtree(folder)
         folder.mkdir()
@@ -451,7 +451,7 @@ def test_a_process_killed_while_saving_leaves_an_intact_checkpoint(tmp_path):
     step = found.content["step"]
     assert step >= max([2, *told])
     assert found.content["model"]["w"].unique().tolist() == [step]
-    remove_leftovers(tmp_path)
+    remove_temporary_files(tmp_path)
     assert names(tmp_path) == ["last.pt", "previous.pt"]
 
 

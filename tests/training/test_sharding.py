@@ -37,9 +37,11 @@ def moments_of(state: dict) -> dict[tuple[int, str], torch.Tensor]:
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(["data.labels=random"], marks=pytest.mark.slow),
+        pytest.param(["data.label_assignment=random"], marks=pytest.mark.slow),
         pytest.param(["spoil=1", "trainer.ema=0.5", *LONG], marks=pytest.mark.slow),
-        pytest.param(["regularizer=mtpsl", "trainer.accumulate=2", "data.batch_size=2"], marks=pytest.mark.slow),
+        pytest.param(
+            ["regularizer=mtpsl", "trainer.accumulate_grad_batches=2", "data.batch_size=2"], marks=pytest.mark.slow
+        ),
         pytest.param([*VIT, "trainer.grad_checkpointing=true"], marks=pytest.mark.slow),
         pytest.param([*VIT, "trainer.compile=true", "compiler=aot_eager"], marks=pytest.mark.slow),
         pytest.param(["decoder=taskprompter", *VIT, *shrunk("taskprompter", "vit_small")], marks=pytest.mark.slow),

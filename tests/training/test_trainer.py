@@ -22,7 +22,7 @@ from mtcl.training.checkpoint import load_checkpoint
 from mtcl.training.preemption import Preempted
 from mtcl.training.trainer import Trainer
 
-WORDS = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.panels=0"]
+WORDS = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
 
 
 def made(tmp_path: Path, *words: str) -> Trainer:
@@ -78,7 +78,7 @@ def test_a_step_that_is_not_finite_is_no_step(optimizer, first, tmp_path):
 
 
 def test_statistics_that_saw_nan_are_put_back(tmp_path):
-    trainer = made(tmp_path, "trainer.max_skipped=3")
+    trainer = made(tmp_path, "trainer.max_nonfinite_steps=3")
     batch = next(iter(trainer.batches))
     trainer.train_step(batch)
     assert trainer.nonfinite_guard.settle() == []
@@ -116,7 +116,12 @@ def test_skipped_steps_are_written_down_and_the_run_goes_on(tmp_path, monkeypatc
 
 def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
     poison(monkeypatch, range(3, 100))
-    words = ["trainer.max_steps=50", "trainer.max_skipped=4", "trainer.log_interval=2", "trainer.checkpoint_interval=2"]
+    words = [
+        "trainer.max_steps=50",
+        "trainer.max_nonfinite_steps=4",
+        "trainer.log_interval=2",
+        "trainer.checkpoint_interval=2",
+    ]
     with pytest.raises(
         UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; pictures "
     ) as told:
@@ -174,7 +179,7 @@ def test_too_little_memory_is_one_sentence(cli, tmp_path, monkeypatch):
 def test_accumulated_batches_are_one_batch(tmp_path):
     """Without batch norm, and with as many valid pixels in each: the mean over batches is that of the whole."""
     found = []
-    for words in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate=2"]):
+    for words in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]):
         trainer = made(tmp_path, "regularizer=none", "tasks.names=[depth,normals]", "optimizer=sgd", *words)
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -195,7 +200,7 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 def test_a_resumed_run_accumulates_on(tmp_path):
     words = [
         *WORDS,
-        "trainer.accumulate=2",
+        "trainer.accumulate_grad_batches=2",
         "trainer.max_steps=4",
         "trainer.checkpoint_interval=2",
         "schedule=constant",
@@ -285,11 +290,17 @@ def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
         return read(self, index, *args, **options)
 
     monkeypatch.setattr(Rooms, "read", broken)
-    words = [*WORDS, "data.batch_size=2", f"data.workers={workers}", "trainer.max_steps=4", "trainer.val_first=false"]
+    words = [
+        *WORDS,
+        "data.batch_size=2",
+        f"data.workers={workers}",
+        "trainer.max_steps=4",
+        "trainer.validate_first=false",
+    ]
     monkeypatch.setattr("mtcl.evaluation.evaluator.Evaluator.score", lambda self, *a, **k: _nothing(self))
     with pytest.raises(UserError, match="picture 1 can't be read"):
         train(composed(*words, "data.limit=2"), tmp_path / "stop")
-    train(composed(*words, "data.limit=2", "trainer.unreadable=skip"), tmp_path / "skip")
+    train(composed(*words, "data.limit=2", "trainer.on_unreadable=skip"), tmp_path / "skip")
     assert json.loads((tmp_path / "skip" / "run.json").read_text())["unreadable"] == 1
     assert len(records(tmp_path / "skip", "unreadable")) == 1
     assert "picture 1" in caplog.text
@@ -319,7 +330,7 @@ def train_step(self, *batches, **options):
 
 if __name__ == "__main__":
     Trainer.train_step = train_step
-    words = ["data.workers=1", "data.limit=6", "trainer.max_steps=300", "trainer.val_first=false"]
+    words = ["data.workers=1", "data.limit=6", "trainer.max_steps=300", "trainer.validate_first=false"]
     sys.argv = ["train.py", *TINY, *words, f"hydra.run.dir={folder}"]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 """

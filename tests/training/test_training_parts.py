@@ -15,7 +15,7 @@ from mtcl import UserError
 from mtcl.atomic import write_atomically, write_json
 from mtcl.evaluation.evaluator import Evaluator, VisualSample
 from mtcl.models import DenseModel, DenseOutput
-from mtcl.run_lock import claim
+from mtcl.run_lock import lock_run
 from mtcl.runtime import autocast, choose_device, peak_memory, rng_state, seed_everything, set_rng_state
 from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint as checkpoint_module
@@ -510,11 +510,11 @@ def test_json_and_flat(tmp_path):
 
 
 def test_a_folder_is_held_by_one_run(tmp_path):
-    lock = claim(tmp_path)
+    lock = lock_run(tmp_path)
     with pytest.raises(UserError, match="another run"):
-        claim(tmp_path)
+        lock_run(tmp_path)
     lock.close()
-    claim(tmp_path).close()
+    lock_run(tmp_path).close()
 
 
 def test_a_loaded_optimizer_keeps_its_own_settings():

@@ -18,7 +18,7 @@ import numpy as np
 
 from mtcl.cli.predict import is_out_of_memory
 from mtcl.data.datasets.rooms.render import render
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
 from mtcl.tasks.base import Task
 
@@ -68,7 +68,7 @@ def answer_image(models: Sequence[Named], picture: np.ndarray, name: str) -> str
         if is_out_of_memory(error):
             where = models[0].predictor.device
             return fault(f"{name} has too many pixels for the memory of {where}; make it smaller")
-        log.exception("%s could not be predicted", printable(name))
+        log.exception("%s could not be predicted", escape_control_characters(name))
         return fault(f"{name} could not be predicted; the terminal that runs this page says why")
     seconds = time.perf_counter() - began
     return results(models, picture, found, f"{name}, {width} x {height} pixels, {seconds:.2f} s")
@@ -112,7 +112,7 @@ def task_tile(task: Task, array: np.ndarray, model: str) -> str:
     if max(array.shape[:2]) > WIDEST:
         size = _size(array, WIDEST / max(array.shape[:2]))
         small = cv2.resize(array, size, interpolation=cv2.INTER_NEAREST)
-    drawn = task.drawable(small)
+    drawn = task.to_drawable(small)
     title = TITLES.get(task.name, task.name)
     alt = f"{title.lower()}, predicted" + f" by {model}" * bool(model)
     rows = "".join(
@@ -172,7 +172,7 @@ READINGS: dict[str, Callable[[Task, np.ndarray], tuple[np.ndarray, dict[str, Any
 
 def reading(task: Task, array: np.ndarray) -> dict[str, Any]:
     """``data``: the values (H, W) or (H, W, 3), row by row, little-endian, deflated, base64."""
-    values, facts = READINGS[task.kind](task, array)
+    values, facts = READINGS[task.prediction_type](task, array)
     data = base64.b64encode(zlib.compress(np.ascontiguousarray(values).tobytes(), 6)).decode()
     return {**facts, "size": [array.shape[1], array.shape[0]], "bytes": values.itemsize, "data": data}
 

@@ -15,7 +15,7 @@ from mtcl.data.cache import ArrayCache, CacheEntry
 from mtcl.data.image_io import file_error, read_bytes, read_ids
 from mtcl.data.sample import Sample
 from mtcl.data.transforms import resize_nearest
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 
 IMAGE = "image"  # the kind of array beside the tasks'
 DECODE_VERSION = 1  # raised whenever files are decoded in another way: the cache begins anew
@@ -203,7 +203,7 @@ def describe_other_files(folder: Path, stems: Set[str]) -> str:
     """
     suffixes = Counter(path.suffix for path in list_folder(folder) if path.stem in stems)
     listed = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in suffixes.most_common(3))
-    return f" (of them there are {printable(listed)}, which are not read)" if suffixes else ""
+    return f" (of them there are {escape_control_characters(listed)}, which are not read)" if suffixes else ""
 
 
 def find_dataset_root(given: Path, names: Sequence[str], lists: str, what: str, layout: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mtcl.atomic import remove_leftovers, write_atomically
+from mtcl.atomic import remove_temporary_files, write_atomically
 from mtcl.errors import UserError
 from mtcl.safe_files import read_json
 
@@ -18,7 +18,7 @@ STAMP_FILE = "prepared.json"
 def start_output(destination: Path, settings: Mapping[str, Any]) -> None:
     """Make ``destination`` ready: empty, or begun with the same ``settings`` (JSON values), which it remembers."""
     stamp = destination / STAMP_FILE
-    remove_leftovers(destination)  # of a run that was killed while it wrote the stamp
+    remove_temporary_files(destination)  # of a run that was killed while it wrote the stamp
     if stamp.is_file():
         try:
             before = read_json(stamp)

@@ -21,7 +21,7 @@ from mtcl.safe_files import read_json
 from mtcl.tasks import build_task
 from mtcl.tasks.base import Task
 
-__all__ = ["FACTS", "Report", "find", "report", "verify", "write_sheet"]
+__all__ = ["STAMP_FILE", "Report", "find_dataset", "format_report", "verify", "write_sheet"]
 
 COMPARED = 100  # pictures of each list whose labels are compared with them
 CHUNK = 16  # pictures that a process is given at a time

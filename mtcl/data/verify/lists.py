@@ -8,7 +8,7 @@ from mtcl.data.datasets.base import IMAGE, FileDataset, list_folder
 from mtcl.data.image_io import INVALID_ID_MESSAGE, find_invalid_id, read_bytes
 from mtcl.data.verify.facts import DatasetFacts
 from mtcl.data.verify.table import Row
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 
 PARTS = ("train", "val")
 
@@ -157,7 +157,7 @@ def _ids(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}); it must hold one id per line.") from error
     if (strange := find_invalid_id(ids)) is not None:
-        raise UserError(f"{path} lists {printable(strange[:80])!r}, {INVALID_ID_MESSAGE}.")
+        raise UserError(f"{path} lists {escape_control_characters(strange[:80])!r}, {INVALID_ID_MESSAGE}.")
     return ids
 
 

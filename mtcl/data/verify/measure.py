@@ -78,8 +78,8 @@ def measure(item: Item, reader: FileDataset, tasks: Mapping[str, Task], floor: i
     for name, array in arrays.items():
         task = tasks[name]
         if isinstance(task, Normals):  # with their lengths
-            result.sums |= _lengths(Normals(validity="field").finished(array))
-        labels[name] = task.finished(array)
+            result.sums |= _lengths(Normals(normals_valid="standard").finalize_label(array))
+        labels[name] = task.finalize_label(array)
         result.sums |= _values(name, item.part, labels[name], task)
         if labels[name].ndim == 2 and labels[name].dtype != np.uint8:
             result.levels = _levels(labels[name])
@@ -149,7 +149,7 @@ def _lengths(vectors: np.ndarray) -> dict[str, np.ndarray | float]:
     """Of the vectors as they are stored: how many, how many short, how many of the others units; zeros are void."""
     known = vectors.any(axis=2)
     length = np.linalg.norm(vectors, axis=2)
-    long = known & (length >= Normals.shortest)
+    long = known & (length >= Normals.min_length)
     return {
         "normals pixels": float(known.size),
         "normals zero": float((~known).sum()),

@@ -29,7 +29,7 @@ def write_sheet(path: Path, parts: Sequence[VerifiedList], tasks: Mapping[str, T
         for task_name, task in tasks.items():
             label = _read(part, task_name, name)
             if label is not None:
-                label = task.finished(label)
+                label = task.finalize_label(label)
                 shown[task_name].append(label)
             cells.append(_cell(None if label is None else task.draw(label)))
         rows += [_text_row([f"{part.name} {name}"], len(tasks) + 1), np.concatenate(cells, axis=1)]

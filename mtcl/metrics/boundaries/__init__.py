@@ -8,27 +8,34 @@
 1.0
 """
 
-from mtcl.metrics.boundaries.matching import Neighbours
-from mtcl.metrics.boundaries.presets import MAX_DISTANCE, NMS, PRESETS, Preset, preset_named, seg2bmap
-from mtcl.metrics.boundaries.scoring import Scores, best_of_image, boundary_counts, even_thresholds, measures, scores
-from mtcl.metrics.boundaries.suppression import Suppression, nms
-from mtcl.metrics.boundaries.thinning import thinned
+from mtcl.metrics.boundaries.matching import DistanceGraph
+from mtcl.metrics.boundaries.presets import MAX_DISTANCE, NMS, PRESETS, Preset, get_preset, seg2bmap
+from mtcl.metrics.boundaries.scoring import (
+    Scores,
+    best_image_counts,
+    boundary_counts,
+    compute_scores,
+    linspace_thresholds,
+    recall_precision_f,
+)
+from mtcl.metrics.boundaries.suppression import SuppressionConfig, nms
+from mtcl.metrics.boundaries.thinning import thin_masks
 
 __all__ = [
     "MAX_DISTANCE",
     "NMS",
     "PRESETS",
-    "Neighbours",
+    "DistanceGraph",
     "Preset",
     "Scores",
-    "Suppression",
-    "best_of_image",
+    "SuppressionConfig",
+    "best_image_counts",
     "boundary_counts",
-    "even_thresholds",
-    "measures",
+    "compute_scores",
+    "get_preset",
+    "linspace_thresholds",
     "nms",
-    "preset_named",
-    "scores",
+    "recall_precision_f",
     "seg2bmap",
-    "thinned",
+    "thin_masks",
 ]

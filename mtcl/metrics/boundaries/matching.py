@@ -20,7 +20,7 @@ def offsets_within(distance: float) -> np.ndarray:
     return np.stack([dy, dx], 1)[order[squared[order] <= distance * distance]]
 
 
-class Neighbours:
+class DistanceGraph:
     """Which pixels of ``truth`` (bool (H, W)) lie within ``distance`` pixels of each of the places (``rows``,
     ``columns``): a graph of which :meth:`match` takes the places that a threshold leaves."""
 

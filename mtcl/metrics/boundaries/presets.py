@@ -6,37 +6,37 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mtcl.errors import UserError
-from mtcl.metrics.boundaries.scoring import boundary_counts, even_thresholds
-from mtcl.metrics.boundaries.suppression import INVPT, SAK, Suppression, nms
-from mtcl.metrics.boundaries.thinning import thinned
+from mtcl.metrics.boundaries.scoring import boundary_counts, linspace_thresholds
+from mtcl.metrics.boundaries.suppression import INVPT, SAK, SuppressionConfig, nms
+from mtcl.metrics.boundaries.thinning import thin_masks
 
 MAX_DISTANCE = {"nyud": 0.011, "pascal": 0.0075}  # of the image's diagonal (BDET/seism/src/scripts/eval_method.m)
-NMS: dict[str, Suppression | None] = {"none": None, "sak": SAK, "invpt": INVPT}
+NMS: dict[str, SuppressionConfig | None] = {"none": None, "sak": SAK, "invpt": INVPT}
 
 
 @dataclass(frozen=True)
 class Preset:
     """How a map and its label are compared; the images of a set are the caller's choice."""
 
-    suppression: Suppression | None = None
+    suppression: SuppressionConfig | None = None
     rounded: bool = False  # the suppressed map goes through an 8-bit file
-    thresholds: tuple[float, ...] = tuple(even_thresholds(99))
+    thresholds: tuple[float, ...] = tuple(linspace_thresholds(99))
     strict: bool = False  # > instead of >=
     seg2bmap: bool = False  # the label is taken for a segmentation; of a line this makes a band of two pixels
     thin_truth: bool = True
     interpolate: bool = False  # odsF also between the thresholds
 
-    def prepared(self, prediction: np.ndarray) -> np.ndarray:
+    def prepare_prediction(self, prediction: np.ndarray) -> np.ndarray:
         """The map uint8 (H, W) as it is binarised: suppressed, float32 in 0..1 or uint8."""
         if self.suppression is None:
             return prediction
         edges = nms(prediction.astype(np.float32) / np.float32(255), *self.suppression)
         return np.floor(edges * 255 + 0.5).astype(np.uint8) if self.rounded else edges
 
-    def truth(self, label: np.ndarray) -> np.ndarray:
+    def boundary_of_label(self, label: np.ndarray) -> np.ndarray:
         """bool (H, W): the true boundary of a label, integers (H, W), 0 = none."""
         boundary = seg2bmap(label) if self.seg2bmap else label != 0
-        return thinned(boundary[None])[0] if self.thin_truth else boundary
+        return thin_masks(boundary[None])[0] if self.thin_truth else boundary
 
     def counts(
         self,
@@ -49,7 +49,7 @@ class Preset:
 
         Where ``valid`` (bool (H, W)) is false, there is neither truth nor prediction: the suppressed map is 0 there.
         """
-        edges, truths = self.prepared(prediction), [self.truth(label) for label in labels]
+        edges, truths = self.prepare_prediction(prediction), [self.boundary_of_label(label) for label in labels]
         if valid is not None:
             edges, truths = edges * valid, [truth & valid for truth in truths]
         return boundary_counts(edges, truths, np.array(self.thresholds), max_distance, self.strict)
@@ -72,12 +72,12 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def preset_named(name: str, thresholds: int | None = None) -> Preset:
+def get_preset(name: str, thresholds: int | None = None) -> Preset:
     """The preset of that name, with that many even thresholds if a number is given. ``UserError``: unknown name."""
     if name not in PRESETS:
         raise UserError(f"No edge preset {name!r}: choose one of {', '.join(PRESETS)}.")
     preset = PRESETS[name]
-    return preset if thresholds is None else replace(preset, thresholds=tuple(even_thresholds(thresholds)))
+    return preset if thresholds is None else replace(preset, thresholds=tuple(linspace_thresholds(thresholds)))
 
 
 def seg2bmap(segments: np.ndarray) -> np.ndarray:

@@ -6,13 +6,13 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mtcl.errors import UserError
-from mtcl.metrics.boundaries.matching import Neighbours
+from mtcl.metrics.boundaries.matching import DistanceGraph
 from mtcl.metrics.boundaries.thinning import WORD, thin_words
 
 EPS = np.finfo(float).eps
 
 
-def even_thresholds(number: int) -> np.ndarray:
+def linspace_thresholds(number: int) -> np.ndarray:
     """float64 (N,): k / (N + 1) for k = 1..N, rounded as MATLAB's linspace does (pdollar/edges/edgesEvalImg.m:53), for
     8-bit maps have values on some of them. ``UserError``: fewer than one."""
     if number < 1:
@@ -47,7 +47,7 @@ def boundary_counts(
     counts[:, 1] = sum(int(truth.sum()) for truth in truths)
     rows, columns, words = _thinned(prediction, thresholds, strict)
     distance = max_distance * float(np.hypot(*prediction.shape))
-    graphs = [Neighbours(rows, columns, truth, distance) for truth in truths]
+    graphs = [DistanceGraph(rows, columns, truth, distance) for truth in truths]
     last = np.zeros(0, np.intp)
     for k in range(len(thresholds)):
         left = np.flatnonzero(words[k // WORD] & np.uint64(1 << k % WORD))
@@ -98,20 +98,20 @@ class Scores(NamedTuple):
     recall: float
 
 
-def measures(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def recall_precision_f(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Recall, precision and F of counts (..., 4); 0 where nothing is counted (pdollar/edges/edgesEvalDir.m:112-115)."""
     recall = counts[..., 0] / np.maximum(EPS, counts[..., 1])
     precision = counts[..., 2] / np.maximum(EPS, counts[..., 3])
     return recall, precision, 2 * precision * recall / np.maximum(EPS, precision + recall)
 
 
-def best_of_image(counts: np.ndarray) -> np.ndarray:
+def best_image_counts(counts: np.ndarray) -> np.ndarray:
     """int64 (4,): the counts (K, 4) of one image at its best threshold, the lowest of equals."""
-    return counts[np.argmax(measures(counts)[2])]
+    return counts[np.argmax(recall_precision_f(counts)[2])]
 
 
-def scores(counts: np.ndarray, best: np.ndarray, thresholds: np.ndarray, interpolate: bool) -> Scores:
-    """The scores of ``counts`` (K, 4), summed over the images, and of ``best`` (4,), :func:`best_of_image` summed.
+def compute_scores(counts: np.ndarray, best: np.ndarray, thresholds: np.ndarray, interpolate: bool) -> Scores:
+    """The scores of ``counts`` (K, 4), summed over the images, and of ``best`` (4,), :func:`best_image_counts` summed.
 
     odsF is the largest F over thresholds, with ``interpolate`` also at 100 steps between neighbours, of recall and
     precision in straight lines (edgesEvalDir.m:117-127; seism's general_ods.m takes the thresholds themselves). ap is
@@ -120,7 +120,7 @@ def scores(counts: np.ndarray, best: np.ndarray, thresholds: np.ndarray, interpo
     """
     if not counts[:, 1].any():
         return Scores(*[float("nan")] * 6)
-    recall, precision, _ = measures(counts)
+    recall, precision, _ = recall_precision_f(counts)
     line = np.stack([recall, precision, np.asarray(thresholds, float)])
     if interpolate and len(thresholds) > 1:
         share = np.linspace(0, 1, 100)
@@ -129,7 +129,7 @@ def scores(counts: np.ndarray, best: np.ndarray, thresholds: np.ndarray, interpo
     at = int(np.argmax(f))
     return Scores(
         odsF=float(f[at]),
-        oisF=float(measures(best)[2]),
+        oisF=float(recall_precision_f(best)[2]),
         ap=_average_precision(recall, precision),
         threshold=float(line[2, at]),
         precision=float(line[1, at]),

@@ -6,7 +6,7 @@ import numpy as np
 from scipy.ndimage import correlate1d
 
 
-class Suppression(NamedTuple):
+class SuppressionConfig(NamedTuple):
     """Parameters of :func:`nms`."""
 
     smoothing: int  # radius of a triangle filter on the map before all else; 0: none
@@ -15,8 +15,8 @@ class Suppression(NamedTuple):
     multiplier: float = 1.01  # a pixel goes only if a neighbour is larger than this times its value
 
 
-SAK = Suppression(smoothing=1, radius=4)  # innovator-zero/seism/nms_process.m
-INVPT = Suppression(smoothing=0, radius=1)  # BDET/seism/src/io/read_one_cont_png.m
+SAK = SuppressionConfig(smoothing=1, radius=4)  # innovator-zero/seism/nms_process.m
+INVPT = SuppressionConfig(smoothing=0, radius=1)  # BDET/seism/src/io/read_one_cont_png.m
 
 
 def triangle(image: np.ndarray, radius: int) -> np.ndarray:

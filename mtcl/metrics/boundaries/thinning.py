@@ -6,7 +6,7 @@ WORD = 64  # maps to a word
 _CHUNK = 8192  # pixels worked on together, so that the intermediate words stay in the cache
 
 
-def thinned(masks: np.ndarray) -> np.ndarray:
+def thin_masks(masks: np.ndarray) -> np.ndarray:
     """Each map of bool (K, H, W) thinned until nothing changes, as MATLAB's ``bwmorph(mask, 'thin', inf)``.
 
     Equal to ``skimage.morphology.thin`` pixel by pixel; see :func:`thin_words` for the rule.

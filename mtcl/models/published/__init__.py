@@ -9,4 +9,11 @@ from mtcl.models.published.table import Method, Rule, check_state_dict, read_pub
 
 METHODS: dict[str, Method] = {method.name: method for method in (invpt.METHOD, taskprompter.METHOD)}
 
-__all__ = ["METHODS", "Method", "Rule", "fit", "read_published", "translate"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "Rule",
+    "check_state_dict",
+    "read_published_checkpoint",
+    "translate_state_dict",
+]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtcl.errors import UserError, why_unreadable
+from mtcl.errors import UserError, describe_load_error
 from mtcl.models.weights import check_tensor_values
 
 State = dict[str, Tensor]
@@ -58,7 +58,7 @@ def read_published_checkpoint(path: Path) -> tuple[State, int]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} can't be read as a checkpoint ({why_unreadable(error)})") from error
+        raise UserError(f"{path} can't be read as a checkpoint ({describe_load_error(error)})") from error
     content = content if isinstance(content, dict) else {}
     state = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtcl import run_log
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.compare import (
     Comparison,
     Row,
@@ -26,7 +26,7 @@ from mtcl.results.compare import (
     sort_by_settings,
 )
 from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_record
-from mtcl.run_lock import is_claimed
+from mtcl.run_lock import is_locked
 
 MARKS = (METRICS, CONFIG, run_log.NAME)  # of a run folder, from its first minute on
 INSIDE = ("checkpoints", "panels", ".git")  # folders that hold no runs
@@ -63,7 +63,7 @@ class ReportRun:
             return "finished"
         if os.path.lexists(self.path / METRICS):
             return "broken"
-        return "running" if is_claimed(self.path) else "unfinished"
+        return "running" if is_locked(self.path) else "unfinished"
 
     @property
     def last_modified(self) -> str:
@@ -169,7 +169,7 @@ def read_folder(path: Path, name: str) -> ReportRun:
         except UserError as error:
             problems.append(str(error))
     else:
-        going = "it is still going" if is_claimed(path) else "it broke off (resume=auto continues it)"
+        going = "it is still going" if is_locked(path) else "it broke off (resume=auto continues it)"
         problems.append(f"It has no metrics.json: {going}. Its curves are here, it takes no part in the table.")
     if run is None:
         config = _read(read_config, path / CONFIG, problems)
@@ -179,7 +179,7 @@ def read_folder(path: Path, name: str) -> ReportRun:
     elif path.is_dir() and not config:
         problems.append("Its config.yaml is not there: not known with which settings it was made.")
     step = facts["step"] if "step" in facts else last_step(path / run_log.NAME)
-    return ReportRun(path, name, run, config, facts, step, [printable(problem) for problem in problems])
+    return ReportRun(path, name, run, config, facts, step, [escape_control_characters(problem) for problem in problems])
 
 
 def _read(read: Callable[[Path], dict[str, Any]], path: Path, problems: list[str]) -> dict[str, Any]:
@@ -239,9 +239,9 @@ def list_uncompared(runs: Sequence[Run], names: Mapping[Path, str]) -> Compariso
     rows = []
     for run, text in zip(runs, texts):
         name = ", ".join(part for part in (names[run.path], text) if part)
-        rows.append(Row(printable(name), (run,)))
+        rows.append(Row(escape_control_characters(name), (run,)))
         fill_row(rows[-1], columns)
-    return Comparison(columns, rows, [], [*map(printable, [describe_provenance(runs), *notes])])
+    return Comparison(columns, rows, [], [*map(escape_control_characters, [describe_provenance(runs), *notes])])
 
 
 def make_lines(folders: Sequence[ReportRun], comparison: Comparison | None) -> list[ReportRow]:

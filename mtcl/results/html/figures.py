@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtcl import run_log
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import TASKS, Column, make_column, primary_metrics
 from mtcl.results.compare import WEIGHT, Row, differing_keys, format_setting, is_regularizer_off, result_settings
 from mtcl.results.html.collect import ReportData, ReportRow
@@ -112,7 +112,7 @@ def read_log(path: Path) -> tuple[Curves, list[str]]:
             damaged += line.record is None
             add_record(line.record or {}, curves)
     except UserError as error:
-        return {}, [printable(f"It has no curves: {error}.")]
+        return {}, [escape_control_characters(f"It has no curves: {error}.")]
     except OSError as error:
         return {}, [f"Its log.jsonl can't be read ({error.strerror or error})."]
     told = [f"{damaged} line{'s' * (damaged > 1)} of its log.jsonl can't be read."] if damaged else []
@@ -175,7 +175,7 @@ def choose_charts(read: Sequence[Curves]) -> list[dict[str, Any]]:
     names = {name for curves in read for name in curves}
     charts = []
     for task in TASK_NAMES:
-        wanted = (*primary_metrics(task), *((TASKS[task].stand_in,) if TASKS[task].stand_in else ()))
+        wanted = (*primary_metrics(task), *((TASKS[task].fallback_metric,) if TASKS[task].fallback_metric else ()))
         counted = {
             m: max(len(curves.get(f"val/{task}/{m}", ())) for curves in read)
             for m in wanted

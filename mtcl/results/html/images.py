@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mtcl.errors import UserError, printable
+from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.compare import natural_key
 from mtcl.results.html.collect import ReportRow, ReportRun
 from mtcl.safe_files import parse_json, read_bytes
@@ -81,7 +81,7 @@ def find_panels(folder: ReportRun, told: dict[Path, list[str]]) -> dict[str, Pat
     found = {path.stem: path for path in sorted((folder.path / "panels").glob("*.png"), key=natural_key)}
     if not found:
         told.setdefault(folder.path, []).append(
-            "It has no panels/, so it has no pictures (trainer.panels=4 draws some)."
+            "It has no panels/, so it has no pictures (trainer.num_panels=4 draws some)."
         )
     return found
 
@@ -97,7 +97,11 @@ def make_entry(
         try:
             layout, tiles = cut_tiles(path)
         except (OSError, ValueError, KeyError, TypeError, SyntaxError, *FORGED) as error:
-            why = str(error) if isinstance(error, NoLayout) else printable(f"{path.name} can't be read ({error})")
+            why = (
+                str(error)
+                if isinstance(error, NoLayout)
+                else escape_control_characters(f"{path.name} can't be read ({error})")
+            )
             sentences = told.setdefault(path.parent.parent, [])
             sentences += [f"Its pictures are left out: {why}."] if not sentences else []
             continue

@@ -536,7 +536,7 @@ def test_real_frames(real_frames: Path) -> None:
         assert sample.image.shape == (192, 256, 3)
         assert 10 < sample.image.mean() < 245
         classes, depth, codes = (sample.labels[task] for task in TASKS[:3])
-        normals = build_task("normals").finished(codes)
+        normals = build_task("normals").finalize_label(codes)
         assert set(np.unique(classes)) <= {*range(39), 255}
         assert depth[depth > 0].min() > 0.3
         assert depth.max() < 10.1

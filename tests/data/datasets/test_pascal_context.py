@@ -447,7 +447,7 @@ def test_the_tables_are_those_of_the_field() -> None:
 def test_a_small_limit_searches_no_further_than_it_must(
     archive: Path, opened: Counter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "SEARCHED", 2)
+    monkeypatch.setattr(module, "FILES_PER_WORKER", 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)  # in this process, which counts
     assert PascalContext(archive, "train", ["human_parts"], limit=1).ids == [TRAIN[0]]
     assert opened["human_parts"] == 2
@@ -456,7 +456,7 @@ def test_a_small_limit_searches_no_further_than_it_must(
 
 @pytest.mark.slow
 def test_the_search_goes_over_several_processes(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SEARCHED", 2)
+    monkeypatch.setattr(module, "FILES_PER_WORKER", 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert PascalContext(archive, "train", ["human_parts"]).ids == [TRAIN[0], TRAIN[1], TRAIN[3]]
 

@@ -422,7 +422,7 @@ def test_the_reader_reads_the_result(official: Path, tmp_path: Path) -> None:
             expected = np.concatenate([[255], CLASSES - 1])[raw.labels][45:470, 40:600]
             np.testing.assert_array_equal(sample.labels["semseg"], expected)
             np.testing.assert_array_equal(sample.labels["depth"], raw.depth[45:470, 40:600])
-            normals = build_task("normals").finished(sample.labels["normals"])
+            normals = build_task("normals").finalize_label(sample.labels["normals"])
             true = estimate_normals(raw.depth)[45:470, 40:600]
             assert angles(normals, true).max() < 0.5
             assert set(np.unique(sample.labels["edge"])) == {0, 1}
@@ -502,7 +502,7 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(
 ) -> None:
     out, seen = tmp_path / "out", []
     real = nyud.convert_frame
-    monkeypatch.setattr(nyud, "converted", lambda frame, *args: seen.append(frame) or real(frame, *args))
+    monkeypatch.setattr(nyud, "convert_frame", lambda frame, *args: seen.append(frame) or real(frame, *args))
     prepared(official, out, "64x48")
     assert len(seen) == 3
     (out / "edge" / "0002.png").unlink()
