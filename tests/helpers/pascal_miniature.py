@@ -13,7 +13,7 @@ import numpy as np
 import scipy.io
 from PIL import Image
 
-from mtcl.data.datasets.pascal_classes import PART_NAME_TO_CLASS, PERSON, VOC_TO_CONTEXT
+from mtcl.data.datasets.pascal_classes import PART_NAME_TO_ID, PERSON, VOC_TO_CONTEXT
 
 TRAIN = ("2008_000008", "2008_000003", "2009_000015", "2010_000027")  # not sorted, as a list may be
 VAL = ("2008_000002", "2010_000500", "2009_000016", "2008_000111")
@@ -268,6 +268,6 @@ def _objects(case: int, size: tuple[int, int]) -> tuple[Object, ...]:
         return (bare,)
     if case == 2:
         return dog, Object(AEROPLANE, whole_left, ())
-    corners = ((1 + 3 * (i // 4), 1 + 4 * (i % 4)) for i in range(len(PART_NAME_TO_CLASS)))
-    others = tuple((name, box(top, top + 4, left, left + 5)) for name, (top, left) in zip(PART_NAME_TO_CLASS, corners))
+    corners = ((1 + 3 * (i // 4), 1 + 4 * (i % 4)) for i in range(len(PART_NAME_TO_ID)))
+    others = tuple((name, box(top, top + 4, left, left + 5)) for name, (top, left) in zip(PART_NAME_TO_ID, corners))
     return dog, Object(PERSON, whole_right, others), bare

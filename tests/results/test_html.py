@@ -22,7 +22,7 @@ from mtcl.evaluation.evaluator import VisualSample
 from mtcl.results.html import collect, document
 from mtcl.results.html import images as pictures_module
 from mtcl.results.html.figures import POINTS, average_points, swept_keys
-from mtcl.results.html.images import build_wall, cut
+from mtcl.results.html.images import build_image_grid, cut
 from mtcl.tasks import VOC21, build_task
 from mtcl.training.run_logger import RunLogger, write_panels
 from mtcl.visualization.panels import CORRECT_COLOUR, LAYOUT_KEY, WRONG_COLOUR, draw_error, error_map, panel_layout
@@ -251,13 +251,13 @@ def test_error_maps_are_as_far_off_as_the_regulariser_would_say():
 def test_the_wall_is_the_same_pictures_down_the_rows_and_keeps_its_budget(tmp_path, monkeypatch):
     sweep(tmp_path / "s", log=False)
     found = collect([tmp_path / "s"])
-    wall, told = build_wall(found.lines)
+    wall, told = build_image_grid(found.lines)
     assert [entry["id"] for entry in wall.content] == ["room 0", "room 1"]
     assert all(set(entry["lines"]) == {0, 1, 2} for entry in wall.content)
     assert not told
     assert wall.size == sum(len(uri) for uri in re.findall(r"data:image/webp[^\"]*", json.dumps(wall.content)))
     monkeypatch.setattr(pictures_module, "MAX_CHARACTERS", wall.size - 1)
-    smaller, _ = build_wall(found.lines)
+    smaller, _ = build_image_grid(found.lines)
     assert len(smaller.content) == 1
     assert any("1 of 2 pictures are here" in note for note in smaller.notes)
 
@@ -270,7 +270,7 @@ def test_the_legend_of_a_task_has_the_classes_of_all_rows_and_the_void_last(tmp_
         sample.labels["semseg"][:] = 255
         sample.predictions["semseg"][:] = value
         write_panels(run / "panels", [sample], TASKS)
-    wall, _ = build_wall(collect([tmp_path / "s"]).lines)
+    wall, _ = build_image_grid(collect([tmp_path / "s"]).lines)
     names = [text for text, _ in wall.content[0]["tasks"]["semseg"]["legend"]]
     assert [name for name in names if not name.startswith("error")] == [VOC21[1], VOC21[2], "void"]
     assert names[-2:] == ["error: none", f"error: {TASKS['semseg'].error_label}"]
@@ -292,7 +292,7 @@ def test_another_picture_of_the_same_name_is_left_out_and_told(tmp_path):
     sweep(tmp_path / "s", weights=(0.0, 0.1), seeds=(0,), log=False)
     other = shown("room 0", 0)._replace(image=np.zeros((48, 64, 3), np.uint8))
     write_panels(tmp_path / "s/w0.1_s0/panels", [other], TASKS)
-    wall, _ = build_wall(collect([tmp_path / "s"]).lines)
+    wall, _ = build_image_grid(collect([tmp_path / "s"]).lines)
     assert set(wall.content[0]["lines"]) == {0}
     assert any("shows another picture" in note for note in wall.notes)
 
