@@ -1,0 +1,39 @@
+"""What a run folder contains, and when it counts as finished."""
+
+import os
+
+from mtcl.run_folder import RunFolder, find_run_folders
+from mtcl.run_lock import lock_run
+
+
+def test_a_run_is_finished_once_record_and_metrics_are_written(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    assert not (run.is_run or run.is_finished or run.is_locked or run.has_checkpoints)
+    assert run.modified == 0
+    run.checkpoints.mkdir(parents=True)
+    assert not run.is_run
+    for file in (run.config, run.record):
+        file.touch()
+    assert run.is_run
+    assert not run.is_finished
+    run.metrics.touch()
+    assert run.is_finished
+    os.utime(run.metrics, (2e9, 2e9))
+    assert run.modified == 2e9
+    run.last_checkpoint.touch()
+    assert run.has_checkpoints
+    assert RunFolder.of_checkpoint(run.best_checkpoint) == run
+    assert RunFolder.of_checkpoint(tmp_path / "other" / "last.pt") is None
+    with lock_run(run.path):
+        assert run.is_locked
+    assert not run.is_locked
+
+
+def test_run_folders_are_found_below_a_folder_but_not_within_their_parts(tmp_path):
+    names = ["a", "a/evaluated", "b/seed_0", "b/.hidden", "b/seed_0/checkpoints", "b/seed_0/panels"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        RunFolder(tmp_path / name).metrics.touch()
+    runs = {str(run.path.relative_to(tmp_path)) for run in find_run_folders(tmp_path)}
+    assert runs == {"a", "a/evaluated", "b/seed_0"}
+    assert [run.path for run in find_run_folders(tmp_path / "b" / "seed_0")] == [tmp_path / "b" / "seed_0"]
