@@ -7,10 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,8 +16,9 @@ from mtcl.cli.evaluate import adapt_config, apply_overrides, infer_dataset_overr
 from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
 from mtcl.config.build_training import build_regularizer
+from mtcl.config.compose import compose_with_choices
 from mtcl.config.load import convert_build_errors, read_checkpoint_model, rebuild_model, restore_config
-from mtcl.config.overrides import format_error, quote_paths
+from mtcl.config.overrides import quote_paths
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.config.stored_config import check_tasks
@@ -157,12 +155,10 @@ def restore_settings(state: Mapping[str, Any], path: Path, overrides: Sequence[s
     """A checkpoint's own config with the command's overrides, as evaluate.py would use it."""
     words = quote_paths(overrides)
     own_data = infer_dataset_override([f"checkpoint={path}", *words], configs)
-    try:
-        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            composed = compose("evaluate", [*words, *([own_data] if own_data else [])], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(format_error(error)) from error
-    groups = [key for key in composed.hydra.runtime.choices if not key.startswith("hydra/")]
+    composed, choices = compose_with_choices(
+        [*words, *([own_data] if own_data else [])], configs, "evaluate", check=False
+    )
+    groups = list(choices)
     settings = adapt_config(read_checkpoint_model(path, state), composed)
     for word in words:
         if word.lstrip("+").startswith("regularizer"):

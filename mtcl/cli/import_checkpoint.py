@@ -6,14 +6,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model, saved_config
-from mtcl.config.overrides import format_error, quote_paths
+from mtcl.config.compose import compose_config
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.config.stored_config import describe_tasks
@@ -74,11 +71,7 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
 
 
 def composed(overrides: Sequence[str], configs: Path) -> DictConfig:
-    try:
-        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            return compose("train", quote_paths(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(format_error(error)) from error
+    return compose_config(overrides, configs, check=False)
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:

@@ -18,6 +18,7 @@ from mtcl.config.build_model import inline_genotype
 from mtcl.config.build_training import TrainingRun, build_trainer
 from mtcl.config.diff import describe_changes, find_changed_experiment_keys, find_changed_keys, format_changes
 from mtcl.config.resolve import plain
+from mtcl.config.schema import affects_sample_order
 from mtcl.config.stored_config import check_stored_tasks, check_tasks
 from mtcl.data.loader import explain_worker_error
 from mtcl.errors import UserError
@@ -30,17 +31,6 @@ from mtcl.training.checkpoint import LoadedCheckpoint, latest_valid_checkpoint, 
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-# Those, beside the seed, that the order of the pictures depends on.
-SAMPLE_ORDER_KEYS = (
-    "trainer.accumulate_grad_batches",
-    "data.name",
-    "data.split",
-    "data.limit",
-    "data.batch_size",
-    "data.options.",
-)
 
 
 def train(
@@ -231,7 +221,7 @@ def log_resume(found: LoadedCheckpoint, config: DictConfig) -> None:
     log.info("resumed at step %d from %s", found.content["step"], found.path)
     saved, now = found.content["config"], plain(config)
     if keys := find_changed_experiment_keys(saved, now):
-        shuffled = any(key == "seed" or key.startswith(SAMPLE_ORDER_KEYS) for key in keys)
+        shuffled = any(map(affects_sample_order, keys))
         order = "; pictures come in another order from here on" if shuffled else ""
         log.warning("this run is not the one of its checkpoint: %s%s", format_changes(saved, now, keys), order)
 

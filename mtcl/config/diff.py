@@ -3,16 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from mtcl.config.schema import LEGACY_VALUES, flatten, role_of
-
-# Keys that change the arithmetic or the meaning of best.pt though not the experiment: a run that is resumed by its path
-# tells of them, resume=auto takes no run that differs in them.
-REPORTED_KEYS = ("trainer.channels_last", "trainer.deterministic", "trainer.monitor")
+from mtcl.config.renamed import upgrade_config
+from mtcl.config.schema import LEGACY_VALUES, flatten, may_differ_on_resume
 
 
-def may_differ(key: str) -> bool:
-    """May an interrupted run differ in this key from the one that continues it?"""
-    return key == "trainer.max_steps" or (role_of(key) in ("machine", "engine", "record") and key not in REPORTED_KEYS)
+def _flatten_both(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return both configs as dotted key -> value; the saved one may be older than the names of today's keys."""
+    return dict(flatten(upgrade_config(saved))), dict(flatten(now))
 
 
 def find_changed_keys(
@@ -22,24 +19,24 @@ def find_changed_keys(
 
     A key younger than the saved config stands for what its run did (:data:`LEGACY_VALUES`).
     """
-    before, after = LEGACY_VALUES | dict(flatten(saved)), LEGACY_VALUES | dict(flatten(now))
-    keys = [key for key in {**before, **after} if key.startswith(tuple(prefixes))]
-    keys = [key for key in keys if not may_differ(key) or (max_steps and key == "trainer.max_steps")]
+    old, new = (LEGACY_VALUES | values for values in _flatten_both(saved, now))
+    keys = [key for key in {**old, **new} if key.startswith(tuple(prefixes))]
+    keys = [key for key in keys if not may_differ_on_resume(key) or (max_steps and key == "trainer.max_steps")]
     # A model's own mean and std were filled in when it was saved.
-    keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and after.get(key) is None)]
-    return [key for key in keys if before.get(key) != after.get(key)]
+    keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and new.get(key) is None)]
+    return [key for key in keys if old.get(key) != new.get(key)]
 
 
 def find_changed_experiment_keys(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the keys whose change makes another run; those that the saved config lacks make none."""
-    known = dict(flatten(saved))
-    return [key for key in find_changed_keys(saved, now, max_steps=True) if key in known]
+    old, _ = _flatten_both(saved, now)
+    return [key for key in find_changed_keys(saved, now, max_steps=True) if key in old]
 
 
 def format_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
     """``key is a, was b``."""
-    before, after = dict(flatten(saved)), dict(flatten(now))
-    return "; ".join(f"{key} is {after.get(key)}, was {before.get(key)}" for key in keys)
+    old, new = _flatten_both(saved, now)
+    return "; ".join(f"{key} is {new.get(key)}, was {old.get(key)}" for key in keys)
 
 
 def describe_changes(saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:

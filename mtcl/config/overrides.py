@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.config.quoting import expand_tilde, quote_value
+from mtcl.config.renamed import explain_renamed_key, explain_renamed_value
 from mtcl.config.schema import RULES
 
 # Keys whose value is a path, or a part of one; or a word such as auto, hub, one.
@@ -129,6 +130,8 @@ def format_error(error: BaseException) -> str:
     """A config error in one line: the key or choice, and what there is instead."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if renamed := explain_renamed_value(group, choice):
+            return renamed
         other = f", or backbone.name={choice}, as timm calls it" if group == "backbone" and _is_of_timm(choice) else ""
         return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
     cause = error.__cause__
@@ -136,6 +139,8 @@ def format_error(error: BaseException) -> str:
         return explain_parse_error(error.override, str(cause or error).strip().split("\n")[0])
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.key:
         key = str(cause.full_key)
+        if renamed := explain_renamed_key(key):
+            return renamed
         parent, known = key.rpartition(".")[0], _keys(cause)
         close = difflib.get_close_matches(str(cause.key), known, n=1)
         if close:

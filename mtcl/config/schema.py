@@ -1,29 +1,59 @@
 """What each config value must be, checked once, before anything is built."""
 
 import difflib
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatch, fnmatchcase
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mtcl.config.renamed import explain_renamed_key
 from mtcl.errors import UserError
 from mtcl.models.backbone_options import check_backbone_kwargs
 from mtcl.tasks import TASK_NAMES
 
+# What a key's value bears on.
+RESULT = "result"  # what is learned or measured: runs that differ in it are rows of their own in a table
+SEED = "seed"  # which of many equal runs it is: the runs of one row differ in it
+MACHINE = "machine"  # where it runs: folders, device, workers
+ENGINE = "engine"  # how it is computed, what is done about faults: time and memory, of a result at most the rounding
+RECORD = "record"  # what is written down of it, and how often
+COMMAND = "command"  # what a command does: resume or evaluate which file
+ROLES = (RESULT, SEED, MACHINE, ENGINE, RECORD, COMMAND)
+
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be, in words and as a test; ``nullable``: null is allowed, too."""
+    """What a config key's value must be, and what it bears on.
+
+    Attributes:
+        text: what a value must be, for messages.
+        is_valid: the test of a value.
+        nullable: whether null is allowed, too.
+        role: what the value bears on, one of :data:`ROLES`.
+        must_match: whether ``resume=auto`` takes no run that differs in the key although its role allows it: the
+            key changes the rounding or the meaning of ``best.pt``.
+        extendable: whether a run that is resumed may have another value although the key bears on the result.
+        orders_samples: whether the order of the training samples depends on the key.
+    """
 
     text: str
     is_valid: Callable[[Any], bool]
     nullable: bool = False
+    role: str = "result"
+    must_match: bool = False
+    extendable: bool = False
+    orders_samples: bool = False
 
     def or_null(self) -> "Rule":
-        return Rule(f"{self.text}, or null", self.is_valid, nullable=True)
+        """Return this rule with null allowed, too."""
+        return replace(self, text=f"{self.text}, or null", nullable=True)
+
+    def with_role(
+        self, role: str, *, must_match: bool = False, extendable: bool = False, orders_samples: bool = False
+    ) -> "Rule":
+        """Return this rule for a key of another role."""
+        return replace(self, role=role, must_match=must_match, extendable=extendable, orders_samples=orders_samples)
 
 
 def _is_number(value: Any) -> bool:
@@ -72,7 +102,7 @@ SPREAD = Rule(
 )
 WIDTH = count(1, 100_000)  # of feature maps
 BLOCKS = count(1, 128)
-SEED = count(0, 2**32 - 1)
+SEED_VALUE = count(0, 2**32 - 1)
 POSITIVE = Rule("a number > 0", lambda v: _is_number(v) and v > 0)
 NAMES = Rule(
     "auto or a list of different names",
@@ -88,35 +118,35 @@ FILE_NAME = Rule(
 )
 TARGET = Rule("a class of mtcl", lambda v: isinstance(v, str) and v.startswith("mtcl."))
 
-# The first pattern that fits a key counts.
+# Every key of a config: its rule and its role.
 RULES: dict[str, Rule] = {
-    "name": TEXT,
-    "seed": SEED,
-    "resume": TEXT.or_null(),
-    "checkpoint": TEXT.or_null(),
-    "predictions": TEXT.or_null(),
-    "save_predictions": TEXT.or_null(),
-    "data.name": FILE_NAME,
+    "name": TEXT.with_role(RECORD),
+    "seed": SEED_VALUE.with_role(SEED, orders_samples=True),
+    "resume": TEXT.or_null().with_role(COMMAND),
+    "checkpoint": TEXT.or_null().with_role(COMMAND),
+    "predictions": TEXT.or_null().with_role(COMMAND),
+    "save_predictions": TEXT.or_null().with_role(COMMAND),
+    "data.name": FILE_NAME.with_role(RESULT, orders_samples=True),
     "data._target_": TARGET,
-    "data.root": TEXT.or_null(),
-    "data.split": FILE_NAME,
+    "data.root": TEXT.or_null().with_role(MACHINE),
+    "data.split": FILE_NAME.with_role(RESULT, orders_samples=True),
     "data.size": SIZE,
-    "data.batch_size": count(1, 1_000_000),
-    "data.eval_batch_size": count(1, 65536),
-    "data.workers": count(0, 1024),
-    "data.limit": count(1).or_null(),
-    "data.cache": TEXT.or_null(),
-    "data.memory_map": FLAG,
+    "data.batch_size": count(1, 1_000_000).with_role(RESULT, orders_samples=True),
+    "data.eval_batch_size": count(1, 65536).with_role(MACHINE),
+    "data.workers": count(0, 1024).with_role(MACHINE),
+    "data.limit": count(1).or_null().with_role(RESULT, orders_samples=True),
+    "data.cache": TEXT.or_null().with_role(MACHINE),
+    "data.memory_map": FLAG.with_role(MACHINE),
     "data.normals_valid": TEXT,
-    "data.strict": FLAG,
+    "data.strict": FLAG.with_role(MACHINE),
     "data.label_assignment": TEXT,
-    "data.labels_seed": SEED,
-    "data.options.num_classes": count(1, 65535),
-    "data.options.resize": SIZE.or_null(),
+    "data.labels_seed": SEED_VALUE,
+    "data.options.num_classes": count(1, 65535).with_role(RESULT, orders_samples=True),
+    "data.options.resize": SIZE.or_null().with_role(RESULT, orders_samples=True),
     "data.options.length": pair(
         "pictures to train and to validate on, at most a million", lambda v: _is_int(v) and 0 < v <= 10**6
-    ),
-    "data.options.seed": SEED,
+    ).with_role(RESULT, orders_samples=True),
+    "data.options.seed": SEED_VALUE.with_role(RESULT, orders_samples=True),
     "data.augment.scale": pair("from and to", lambda v: _is_number(v) and v > 0),
     "data.augment.flip": number(0, 1),
     "data.augment.photometric": FLAG,
@@ -202,10 +232,10 @@ RULES: dict[str, Rule] = {
     "balancing.aggregator": TEXT,
     "balancing.options": MAPPING.or_null(),
     "evaluation.score_boundaries": FLAG,
-    "evaluation.fast_boundaries": pair(
-        "thresholds, and every how many pictures", lambda v: _is_int(v) and v > 0
-    ).or_null(),
-    "evaluation.workers": count(0, 1024),
+    "evaluation.fast_boundaries": pair("thresholds, and every how many pictures", lambda v: _is_int(v) and v > 0)
+    .or_null()
+    .with_role(RECORD),
+    "evaluation.workers": count(0, 1024).with_role(MACHINE),
     "evaluation.options.depth.max_depth": POSITIVE.or_null(),
     "evaluation.options.edge.max_distance": POSITIVE.or_null(),
     "evaluation.options.edge.thresholds": count(1).or_null(),
@@ -223,66 +253,29 @@ RULES: dict[str, Rule] = {
     "schedule.name": TEXT,
     "schedule.power": number(0),
     "schedule.warmup_steps": count(),
-    "trainer.max_steps": count(1),
-    "trainer.val_interval": count(1).or_null(),
-    "trainer.checkpoint_interval": count(1).or_null(),
-    "trainer.log_interval": count(1),
-    "trainer.num_panels": count(0, 10_000),
+    "trainer.max_steps": count(1).with_role(RESULT, extendable=True),
+    "trainer.val_interval": count(1).or_null().with_role(RECORD),
+    "trainer.checkpoint_interval": count(1).or_null().with_role(RECORD),
+    "trainer.log_interval": count(1).with_role(RECORD),
+    "trainer.num_panels": count(0, 10_000).with_role(RECORD),
     "trainer.clip_norm": POSITIVE.or_null(),
-    "trainer.monitor": TEXT,
+    "trainer.monitor": TEXT.with_role(RECORD, must_match=True),
     "trainer.precision": TEXT,
-    "trainer.device": TEXT,
-    "trainer.channels_last": FLAG,
-    "trainer.parallel": Rule("ddp or fsdp", lambda v: v in ("ddp", "fsdp")),
-    "trainer.compile": FLAG,
-    "trainer.accumulate_grad_batches": count(1),
+    "trainer.device": TEXT.with_role(MACHINE),
+    "trainer.channels_last": FLAG.with_role(ENGINE, must_match=True),
+    "trainer.parallel": Rule("ddp or fsdp", lambda v: v in ("ddp", "fsdp")).with_role(ENGINE),
+    "trainer.compile": FLAG.with_role(ENGINE),
+    "trainer.accumulate_grad_batches": count(1).with_role(RESULT, orders_samples=True),
     "trainer.ema": number(0, 1).or_null(),
     "trainer.tf32": FLAG,
-    "trainer.async_checkpoints": FLAG,
-    "trainer.keep_checkpoint_interval": count(1).or_null(),
-    "trainer.max_nonfinite_steps": count(1),
-    "trainer.on_unreadable": TEXT,
-    "trainer.grad_checkpointing": FLAG,
-    "trainer.deterministic": FLAG,
-    "trainer.validate_first": FLAG,
+    "trainer.async_checkpoints": FLAG.with_role(RECORD),
+    "trainer.keep_checkpoint_interval": count(1).or_null().with_role(RECORD),
+    "trainer.max_nonfinite_steps": count(1).with_role(ENGINE),
+    "trainer.on_unreadable": TEXT.with_role(ENGINE),
+    "trainer.grad_checkpointing": FLAG.with_role(ENGINE),
+    "trainer.deterministic": FLAG.with_role(ENGINE, must_match=True),
+    "trainer.validate_first": FLAG.with_role(RECORD),
     "trainer.dry_run": FLAG,
-}
-
-
-# What a key's value bears on; the first pattern that fits a key counts.
-#   seed     which of many equal runs it is: the runs of one row differ in it
-#   machine  where it runs: folders, device, workers
-#   engine   how it is computed and what is done about faults: time and memory, of a result at most the rounding
-#   record   what is written down of it, and how often
-#   result   what is learned or measured: runs that differ in it are rows of their own
-ROLES: dict[str, str] = {
-    "seed": "seed",
-    **dict.fromkeys(("name", "resume", "checkpoint", "predictions", "save_predictions"), "record"),
-    **dict.fromkeys(
-        (f"data.{key}" for key in ("root", "cache", "memory_map", "workers", "eval_batch_size", "strict")), "machine"
-    ),
-    "data.*": "result",
-    "tasks.*": "result",
-    "backbone.*": "result",
-    "decoder.*": "result",
-    "regularizer.*": "result",
-    "loss.*": "result",
-    "balancing.*": "result",
-    "evaluation.workers": "machine",
-    "evaluation.fast_boundaries": "record",
-    "evaluation.*": "result",
-    "optimizer.*": "result",
-    "schedule.*": "result",
-    "trainer.device": "machine",
-    **dict.fromkeys((f"trainer.{key}" for key in ("parallel", "compile", "channels_last", "deterministic")), "engine"),
-    **dict.fromkeys(
-        (f"trainer.{key}" for key in ("grad_checkpointing", "max_nonfinite_steps", "on_unreadable")), "engine"
-    ),
-    **dict.fromkeys(
-        (f"trainer.{key}" for key in ("num_panels", "validate_first", "monitor", "async_checkpoints")), "record"
-    ),
-    **dict.fromkeys((f"trainer.{key}_interval" for key in ("val", "log", "checkpoint", "keep_checkpoint")), "record"),
-    "trainer.*": "result",
 }
 
 
@@ -290,15 +283,29 @@ ROLES: dict[str, str] = {
 LEGACY_VALUES: dict[str, Any] = {"optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "optimizer.nesterov": False}
 
 
-@functools.cache
 def role_of(key: str) -> str:
-    """Return a config key's role; of a key that is not listed (of another version) ``result``."""
-    return next((role for pattern, role in ROLES.items() if fnmatchcase(key, pattern)), "result")
+    """Return a config key's role; a key without a rule (of another version) bears on the result."""
+    rule = RULES.get(key)
+    return RESULT if rule is None else rule.role
 
 
-@functools.cache  # a comparison asks for a thousand runs' keys
 def rule_of(key: str) -> Rule | None:
-    return next((rule for pattern, rule in RULES.items() if fnmatch(key, pattern)), None)
+    """Return a config key's rule, None for a key that does not exist."""
+    return RULES.get(key)
+
+
+def may_differ_on_resume(key: str) -> bool:
+    """Return whether an interrupted run may differ in this key from the run that continues it."""
+    rule = RULES.get(key)
+    if rule is None:
+        return False
+    return rule.extendable or (rule.role not in (RESULT, SEED) and not rule.must_match)
+
+
+def affects_sample_order(key: str) -> bool:
+    """Return whether the order of the training samples depends on a config key."""
+    rule = RULES.get(key)
+    return rule is not None and rule.orders_samples
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -326,6 +333,8 @@ def describe_unknown_key(key: str, value: Any) -> str:
     """Return a sentence on a key without a rule, with the nearest one that has one."""
     if any(pattern.startswith(f"{key}.") for pattern in RULES):
         return f"{key}={truncate(value)} must be a mapping with the keys of that group"
+    if renamed := explain_renamed_key(key):
+        return renamed
     group, _, name = key.rpartition(".")
     siblings = {known.rpartition(".")[2]: known for known in RULES if known.rpartition(".")[0] == group}
     anywhere = {known.rpartition(".")[2]: known for known in RULES}

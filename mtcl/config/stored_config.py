@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mtcl.config.renamed import upgrade_config
 from mtcl.config.schema import check_config, truncate
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.models.decoders.atrc import is_named_genotype
@@ -52,7 +53,7 @@ def check_stored_config(config: Any, source: str | Path) -> dict[str, Any]:
         raise UserError(f"{source} is no model of mtcl: its config has not all of {', '.join(REQUIRED_GROUPS)}")
     try:
         count = [0]
-        plain = _copy_plain(dict(config), "the config", count)
+        plain = upgrade_config(_copy_plain(dict(config), "the config", count))
         drop_paths(plain)
         for group, defaults in LEGACY_DEFAULTS.items():
             if isinstance(plain.setdefault(group, {}), dict):

@@ -13,19 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import Any
 
 from mtcl.atomic import write_json, write_text
 from mtcl.config.build_data import build_tasks
-from mtcl.config.overrides import format_error, quote_paths
+from mtcl.config.compose import compose_config
 from mtcl.config.quoting import quote_value
-from mtcl.config.schema import check_config
+from mtcl.config.renamed import upgrade_override
 from mtcl.errors import UserError
 from mtcl.launch import study_tables
 from mtcl.launch.processes import catch_signals, ended, format_duration, reason, started
@@ -177,14 +171,7 @@ def list_jobs(study: Study, output: Path, given: Sequence[str]) -> list[Job]:
 
 def compose_task_names(overrides: Sequence[str], configs: Path) -> list[str]:
     """The tasks of train.py with these overrides; ``UserError`` if it would refuse them."""
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
-            config = compose("train", quote_paths(overrides))
-            check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
-        return list(build_tasks(config))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(format_error(error)) from error
+    return list(build_tasks(compose_config(overrides, configs)))
 
 
 # What is there already
@@ -224,7 +211,8 @@ def read_job(path: Path) -> dict[str, Any]:
     """Read what :func:`start_job` wrote of a job."""
     content = read_json_object(path)
     check_types(path, content, {"overrides": TEXT_LIST, "given": TEXT_LIST, "environment": TEXT_MAPPING})
-    return content
+    lists = {key: list(map(upgrade_override, content[key])) for key in ("overrides", "given") if key in content}
+    return content | lists
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mtcl.atomic import write_text
+from mtcl.config.renamed import upgrade_flat_config, upgrade_override
 from mtcl.config.schema import flatten, role_of
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.study_file import NAME, Study, Variant, is_file_path, is_machine_key, make_portable
@@ -193,7 +194,9 @@ def read_results(folder: Path) -> tuple[Study, list[Record], str]:
     check_types(path, known, STUDY_CHECKS)
     try:
         variants = tuple(read_variant(path, variant) for variant in known["arms"])
-        study = Study(known["name"], tuple(known["overrides"]), variants, environment=known["environment"])
+        study = Study(
+            known["name"], tuple(map(upgrade_override, known["overrides"])), variants, environment=known["environment"]
+        )
         files = [folder / f"{variant.name}_seed{seed}.json" for variant in variants for seed in variant.seeds]
         return study, [read_result(file, study) for file in files if file.is_file()], known["command"]
     except (KeyError, TypeError) as error:
@@ -227,7 +230,7 @@ def read_variant(path: Path, variant: Mapping[str, Any]) -> Variant:
     check_types(path, variant, VARIANT_CHECKS)
     return Variant(
         variant["name"],
-        tuple(variant["overrides"]),
+        tuple(map(upgrade_override, variant["overrides"])),
         tuple(variant["seeds"]),
         tuple(variant["against"]),
         variant["label"],
@@ -243,7 +246,8 @@ def read_result(path: Path, study: Study) -> Record:
     absent = [key for key in ("arm", "seed", "metrics", "run") if content.get(key) is None]
     if absent or content["arm"] not in [variant.name for variant in study.variants]:
         raise UserError(f"{path} is not of scripts/study.py: {absent[0] if absent else content['arm']} is amiss.")
-    return content | {"run": check_record(path, content["run"])}
+    config = {} if content.get("config") is None else {"config": upgrade_flat_config(content["config"])}
+    return content | {"run": check_record(path, content["run"])} | config
 
 
 # Numbers

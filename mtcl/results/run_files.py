@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mtcl.config.renamed import upgrade_config, upgrade_override
 from mtcl.config.schema import flatten
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import NOT_FINITE, make_column, primary_metrics
@@ -85,6 +86,10 @@ def check_record(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``content``, of the run.json ``path``, without nulls; ``UserError`` for a value of another type."""
     record = {key: value for key, value in content.items() if value is not None}
     check_types(path, record, RECORD_CHECKS)
+    if "overrides" in record:
+        record["overrides"] = [upgrade_override(override) for override in record["overrides"]]
+    if "evaluation" in record:
+        record |= upgrade_config({"evaluation": record["evaluation"]})
     return record
 
 
@@ -100,7 +105,7 @@ def read_nested_config(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a mapping, not a {type(content).__name__}.")
-    plain = dict(_plain_items(path, content))
+    plain = upgrade_config(dict(_plain_items(path, content)))
     check_types(path, {key: value for key, value in flatten(plain) if value is not None}, CONFIG_CHECKS)
     return plain
 

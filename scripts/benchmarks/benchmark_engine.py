@@ -25,15 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer
-from mtcl.config.overrides import format_error
-from mtcl.config.resolve import plain
-from mtcl.config.schema import check_config
+from mtcl.config.compose import compose_config
 from mtcl.data import Batch
 from mtcl.errors import UserError
 from mtcl.profiling.flops import count
@@ -54,9 +50,7 @@ MIB, BATCHES = 2**20, 2
 
 def built(overrides: Sequence[str]) -> Trainer:
     """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
-    with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "configs"), version_base="1.3"):
-        config = compose("train", list(overrides))
-    check_config(plain(config))
+    config = compose_config(overrides, Path(__file__).resolve().parents[2] / "configs")
     device = choose_device(config.trainer.device)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
@@ -181,10 +175,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in experiments:
         print()
-        try:
-            found[name] = benchmark(name, variants, overrides, steps, batch)
-        except HydraException as error:
-            raise UserError(format_error(error)) from error
+        found[name] = benchmark(name, variants, overrides, steps, batch)
         gc.collect()
     if given.json:
         given.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")

@@ -34,10 +34,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import numpy as np
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -48,10 +45,9 @@ from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
+from mtcl.config.compose import compose_config
 from mtcl.config.load import LoadedModel, SavedModel
-from mtcl.config.overrides import format_error
 from mtcl.config.resolve import plain
-from mtcl.config.schema import check_config
 from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
 from mtcl.profiling.timing import measure_peak_memory, measure_time
@@ -79,13 +75,7 @@ Row = dict[str, Any]
 
 def composed(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> DictConfig:
     words = [f"experiment={EXPERIMENTS[decoder]}", "data=nyud", "tasks=nyud", f"data.size=[{size[0]},{size[1]}]"]
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("train", [*words, *overrides])
-        check_config(plain(config))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(format_error(error)) from error
-    return config
+    return compose_config([*words, *overrides], CONFIGS)
 
 
 def built(config: DictConfig, device: torch.device, regularised: bool) -> TrainingStep:

@@ -41,8 +41,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter; both 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.profiler import ProfilerActivity
@@ -54,9 +52,7 @@ import mtcl.tasks
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer
-from mtcl.config.overrides import format_error
-from mtcl.config.resolve import plain
-from mtcl.config.schema import check_config
+from mtcl.config.compose import compose_config
 from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
 from mtcl.models import DenseOutput
@@ -86,7 +82,6 @@ class Variant(NamedTuple):
 
 def built(config: DictConfig) -> Trainer:
     """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
-    check_config(plain(config))
     seed_everything(config.seed)
     device = choose_device(config.trainer.device)
     trainer = build_trainer(config, build_tasks(config), Path("unused"), device).trainer
@@ -440,8 +435,7 @@ def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> di
     chosen = [word for word in overrides if word.startswith("regularizer=")] or ["regularizer=contrastive"]
     words = [*(word for word in overrides if not word.startswith("regularizer=")), "data.workers=0"]
     configs = Path(__file__).resolve().parents[2] / "configs"
-    with initialize_config_dir(str(configs), version_base="1.3"):
-        config, other = (compose("train", [*words, choice]) for choice in ("regularizer=none", chosen[-1]))
+    config, other = (compose_config([*words, choice], configs) for choice in ("regularizer=none", chosen[-1]))
     trainers = {"none": built(config), chosen[-1].removeprefix("regularizer="): built(other)}
     on = list(trainers.values())[-1]
     if len(trainers) < 2 or on.regularizer is None:
@@ -483,10 +477,7 @@ def main() -> None:
     for name, overrides in settings(words.overrides).items():
         if found:
             print()
-        try:
-            found[name] = benchmark(overrides, words.steps, words.profile)
-        except HydraException as error:
-            raise UserError(format_error(error)) from error
+        found[name] = benchmark(overrides, words.steps, words.profile)
     if words.json:
         words.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
 

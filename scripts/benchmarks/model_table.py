@@ -34,19 +34,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter; both 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import DictConfig, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 from torch import Tensor
 
 from mtcl.atomic import write_json
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
-from mtcl.config.overrides import format_error
-from mtcl.config.resolve import plain
-from mtcl.config.schema import check_config
+from mtcl.config.compose import compose_with_choices
 from mtcl.errors import UserError
 from mtcl.profiling.flops import count
 from mtcl.profiling.timing import measure_peak_memory, measure_time
@@ -90,15 +85,7 @@ def choices(group: str) -> list[str]:
 
 def composed(overrides: Sequence[str]) -> Composed:
     """The config of train.py with these overrides; ``UserError`` if it would refuse them."""
-    try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            config = compose("train", list(overrides), return_hydra_config=True)
-        chosen = dict(config.hydra.runtime.choices)
-        with open_dict(config):
-            del config["hydra"]
-        check_config(plain(config))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(format_error(error)) from error
+    config, chosen = compose_with_choices(overrides, CONFIGS)
     return Composed(config, chosen["experiment"], chosen["decoder"], chosen["backbone"])
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import re
-from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -18,7 +17,16 @@ from mtcl.config.build_evaluator import choose_monitor
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer, build_schedule
 from mtcl.config.resolve import plain
-from mtcl.config.schema import ROLES, RULES, check_config, flatten, role_of, rule_of
+from mtcl.config.schema import (
+    ROLES,
+    RULES,
+    affects_sample_order,
+    check_config,
+    flatten,
+    may_differ_on_resume,
+    role_of,
+    rule_of,
+)
 from mtcl.models.backbones import Backbone, build_backbone
 from mtcl.regularizers import Contrastive
 
@@ -87,22 +95,23 @@ def test_every_value_of_every_config_has_a_rule(group, choice):
     assert not [key for key, _ in flatten(plain) if rule_of(key) is None and not key.endswith("_target_")]
 
 
-@pytest.mark.parametrize(("group", "choice"), [("trainer", "default"), ("data", "nyud"), ("regularizer", "mtpsl")])
-def test_every_value_of_a_config_has_a_role(group, choice):
-    plain = OmegaConf.to_container(composed(word(group, choice)), resolve=True)
-    assert not [key for key, _ in flatten(plain) if not any(fnmatch(key, pattern) for pattern in ROLES)]
-
-
-def test_every_key_with_a_rule_has_a_role_and_every_role_a_key():
-    for key in RULES:
-        assert any(fnmatch(key, pattern) for pattern in ROLES), key
-    used = {next(pattern for pattern in ROLES if fnmatch(key, pattern)) for key in RULES}
-    assert set(ROLES) == used
-    assert set(ROLES.values()) == {"seed", "machine", "engine", "record", "result"}
+def test_every_role_has_keys():
+    assert {rule.role for rule in RULES.values()} == set(ROLES)
     roles = {
         key: role_of(key) for key in ("data.root", "data.batch_size", "trainer.compile", "trainer.num_panels", "x.y")
     }
     assert list(roles.values()) == ["machine", "result", "engine", "record", "result"]
+
+
+def test_a_resumed_run_may_differ_in_what_its_result_does_not_depend_on():
+    free = ("trainer.max_steps", "trainer.compile", "trainer.keep_checkpoint_interval", "data.workers", "resume")
+    assert all(map(may_differ_on_resume, free))
+    fixed = ("seed", "optimizer.lr", "trainer.channels_last", "trainer.monitor", "of.another.version")
+    assert not any(map(may_differ_on_resume, fixed))
+    assert [key for key in ("seed", "data.split", "optimizer.lr") if affects_sample_order(key)] == [
+        "seed",
+        "data.split",
+    ]
 
 
 def test_every_group_is_tested():

@@ -215,7 +215,7 @@ def test_paths_of_another_machine_are_left_out(state, tmp_path):
         content = change(content, key, value)
     checked = check_stored_config(content["config"], "x")
     assert not any(str(value) in json.dumps(checked) for value in paths.values())
-    assert checked["data"]["labels"] == "full"
+    assert checked["data"]["label_assignment"] == "full"
     assert content["config"]["data"]["cache"] == "/etc/cache"  # a copy was changed
 
 

@@ -1,0 +1,71 @@
+"""Compose a config from the files in ``configs/`` and overrides, outside of :func:`hydra.main`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from mtcl.config.overrides import expand_home, format_error, quote_paths
+from mtcl.config.schema import check_config
+from mtcl.errors import UserError
+
+
+class Composition(NamedTuple):
+    """A composed config and the choice that was made in each of its groups."""
+
+    config: DictConfig
+    choices: dict[str, str]  # group -> choice
+
+
+def compose_config(overrides: Sequence[str], configs: Path, name: str = "train", check: bool = True) -> DictConfig:
+    """Compose a config as the command line would.
+
+    Args:
+        overrides: ``key=value`` and ``group=choice``, as they are typed; paths need no quotes.
+        configs: the folder of the config groups.
+        name: the main config, ``train`` or ``evaluate``.
+        check: refuse what breaks a rule of the schema.
+
+    Returns:
+        The config with interpolations, without Hydra's own part.
+
+    Raises:
+        UserError: Hydra cannot compose it, or a value breaks its key's rule; one sentence names the key.
+    """
+    return compose_with_choices(overrides, configs, name, check).config
+
+
+def compose_with_choices(
+    overrides: Sequence[str], configs: Path, name: str = "train", check: bool = True
+) -> Composition:
+    """Compose a config as :func:`compose_config` does, and return it with the choice of each group."""
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
+            config = compose(name, quote_paths(overrides), return_hydra_config=True)
+        choices = {
+            group: str(choice)
+            for group, choice in config.hydra.runtime.choices.items()
+            if not group.startswith("hydra/")
+        }
+        with open_dict(config):
+            del config["hydra"]
+        if check:
+            finish_config(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(format_error(error)) from error
+    return Composition(config, choices)
+
+
+def finish_config(config: DictConfig) -> dict[str, object]:
+    """Expand ``~`` in a composed config, check it against the schema and return it as plain containers."""
+    expand_home(config)
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    check_config(plain)
+    return plain
