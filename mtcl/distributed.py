@@ -1,6 +1,7 @@
-"""The processes of one run (``torchrun``): how many there are, which one this is, and sums over all of them.
+"""The process group of a run (``torchrun``): world size, rank, and sums and gathers over all processes.
 
-A run of one process is the rule: then everything here is the identity and costs nothing.
+Most runs have one process; then everything here is the identity and costs nothing. In a run of several
+processes all of them must make the same calls in the same order.
 """
 
 import os
@@ -12,17 +13,17 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """The number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process; 0 is the one that writes."""
+    """Return the number of this process; 0 is the one that writes files."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """The sum of ``x`` over all processes, without gradient; ``x`` itself in a single one. All of them must call it."""
+    """Return the sum of ``x`` over all processes, without gradient; ``x`` itself in a run of one process."""
     if world_size() == 1:
         return x
     x = x.detach().clone()
@@ -31,30 +32,42 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def scale_for_ddp_mean(x: Tensor) -> Tensor:
-    """A part of a sum over all processes, times their number: what gradients are averaged over then gives the sum."""
+    """Multiply this process's share of a sum by the world size.
+
+    DDP averages gradients over processes; of shares scaled like this the average is the gradient of the
+    full sum.
+    """
     return x if world_size() == 1 else x * world_size()
 
 
 def all_gather_object(x: Any) -> Any:
-    """``x`` of every process, in a list; ``x`` itself in a single one. Plain containers and CPU tensors."""
+    """Return every process's ``x`` in a list; ``x`` itself, not in a list, in a run of one process.
+
+    Args:
+        x: plain containers and CPU tensors.
+    """
     if world_size() == 1:
         return x
-    found: list[Any] = [None] * world_size()
-    dist.all_gather_object(found, x)
-    return found
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, x)
+    return objects
 
 
 def broadcast_object(x: Any) -> Any:
-    """``x`` of process 0, in every process. Plain containers."""
+    """Return the ``x`` of process 0 in every process.
+
+    Args:
+        x: plain containers; ignored in the other processes.
+    """
     if world_size() == 1:
         return x
-    found = [x]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    objects = [x]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
 
 
 def init_process_group(device: torch.device) -> None:
-    """Meet the other processes that ``torchrun`` started; nothing happens in a run of one. May be called again."""
+    """Join the other processes that ``torchrun`` started; do nothing in a run of one, or when called again."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -62,6 +75,6 @@ def init_process_group(device: torch.device) -> None:
 
 
 def destroy_process_group() -> None:
-    """The end of it; without this torch complains."""
+    """Leave the process group at the end of a run; without this torch warns."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

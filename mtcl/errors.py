@@ -1,10 +1,10 @@
-"""The one exception that a user's mistake raises, and how text from elsewhere is shown."""
+"""The exceptions for mistakes of a user, and how errors and text of others are shown."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave (a key, a value, a file): one sentence that names it and says what to do.
+    """A mistake in the user's input (a key, a value, a file), in one sentence that names it and says what to do.
 
-    Raised wherever the mistake is found. Only the entry points catch it: they print the sentence and exit with 1.
+    It may be raised anywhere. Only the command lines catch it: they print the sentence and exit with 1.
     """
 
 
@@ -22,7 +22,7 @@ class ParameterError(UserError):
 
 
 def describe_load_error(error: Exception) -> str:
-    """Tell in a line why ``torch.load`` took no file, without its advice to run whatever code is in there."""
+    """Say in one line why ``torch.load`` refused a file, without its advice to run whatever code the file holds."""
     text = str(error).strip().split("\n")[0]
     if "weights_only" in text or "weights only" in text.lower() or type(error).__name__ == "BadZipFile":
         return "it is no file of torch.save, or holds more than tensors and plain containers"
@@ -32,10 +32,10 @@ def describe_load_error(error: Exception) -> str:
 def escape_control_characters(text: str) -> str:
     r"""Replace characters that control a terminal by their escapes, such as ``\x1b``; keep every other alphabet.
 
-    Names of files and texts in files of strangers may hold escape codes, line breaks or marks that turn the direction
-    of writing; printed as they are, they could hide or forge what a command says.
+    File names and texts in files of strangers may hold escape codes, line breaks or marks that change the direction
+    of writing; printed unchanged, they could hide or forge the output of a command.
 
-    >>> printable("a\x1b[31mb\u202e"), printable("für/深度 7")
+    >>> escape_control_characters("a\x1b[31mb\u202e"), escape_control_characters("für/深度 7")
     ('a\\x1b[31mb\\u202e', 'für/深度 7')
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

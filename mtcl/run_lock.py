@@ -11,31 +11,43 @@ from mtcl.errors import UserError
 from mtcl.safe_files import open_regular
 
 log = logging.getLogger(__name__)
-LOCK_ATTEMPTS = 5  # at a lock that is held, before it counts as a run's: is_claimed() has it for a moment
+LOCK_ATTEMPTS = 5  # before a lock counts as held by a run: is_locked() holds it for a moment
 
 
 class RunLock:
-    """A folder held for this process until :meth:`close` or the process's end, however it ends: see :func:`lock_run`."""
+    """The lock of a folder, held until :meth:`close` or the end of the process, however it ends.
+
+    Args:
+        folder: created if it does not exist.
+
+    Raises:
+        UserError: another process holds the lock, or the folder can't be written to.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
-        self.file = self._locked()
+        self.file = self._acquire()
         locks_of_this_process[self.folder] = self
 
     def close(self) -> None:
+        """Release the lock."""
         self.file.close()
         if locks_of_this_process.get(self.folder) is self:
             del locks_of_this_process[self.folder]
 
     def relock(self) -> None:
-        """Hold the folder again where somebody removed it in the meantime. UserError where another run has it now."""
+        """Lock the folder again if somebody removed it in the meantime.
+
+        Raises:
+            UserError: another run holds the lock now.
+        """
         try:
-            there = os.path.samestat(os.stat(self.folder / ".lock"), os.fstat(self.file.fileno()))
+            is_intact = os.path.samestat(os.stat(self.folder / ".lock"), os.fstat(self.file.fileno()))
         except FileNotFoundError:
-            there = False
-        if not there:
-            before, self.file = self.file, self._locked()
-            before.close()
+            is_intact = False
+        if not is_intact:
+            old_file, self.file = self.file, self._acquire()
+            old_file.close()
 
     def __enter__(self) -> "RunLock":
         return self
@@ -43,7 +55,7 @@ class RunLock:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _locked(self) -> IO[str]:
+    def _acquire(self) -> IO[str]:
         path = self.folder / ".lock"
         with convert_disk_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -56,49 +68,52 @@ class RunLock:
             pass
         except BlockingIOError as error:
             file.close()
-            raise UserError(f"another run is writing into {self.folder}; choose another hydra.run.dir") from error
+            raise UserError(f"another run is writing into {self.folder}; choose another folder") from error
         except OSError as error:  # a network disk without locks
-            log.warning("%s can't be locked (%s): see that no other run writes into it", self.folder, error.strerror)
+            log.warning(
+                "%s can't be locked (%s): make sure that no other run writes into it", self.folder, error.strerror
+            )
         return file
 
 
-locks_of_this_process: dict[Path, RunLock] = {}  # what this process holds
+locks_of_this_process: dict[Path, RunLock] = {}  # resolved folder -> lock
 
 
 def lock_run(folder: Path) -> RunLock:
-    """Hold ``folder`` for this process until the claim is closed or the process ends, however it ends.
+    """Lock ``folder`` for this process; on systems without ``fcntl`` nothing is locked.
 
-    UserError where another process holds it. On systems without ``fcntl`` nothing is held.
+    Raises:
+        UserError: another process holds the lock, or the folder can't be written to.
     """
     return RunLock(folder)
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a process holds ``folder``. A look disturbs no run, not even one that is starting."""
+    """Return whether a process holds the lock of ``folder``, without disturbing a run, even one that is starting."""
     try:
         with open_regular(folder / ".lock") as file:
             _lock(file, shared=True)
     except BlockingIOError:
         return True
-    except (ImportError, OSError, UserError):  # no lock there, or none on such a disk
+    except (ImportError, OSError, UserError):  # there is no lock file, or the disk has no locks
         pass
     return False
 
 
 def _open_lock(path: Path) -> IO[str]:
-    """Open a lock file as it is: its content counts for nothing, and a link that lies there is not followed."""
-    guards = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | guards, 0o666), "r+")
+    """Open a lock file without changing its content and without following a link in its place."""
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    return os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o666), "r+")
 
 
 def _lock(file: IO[Any], shared: bool = False) -> None:
-    """``BlockingIOError`` where somebody else has the lock."""
+    """Lock an open file; ``BlockingIOError`` if another process holds the lock."""
     import fcntl  # not on Windows
 
-    for look in range(1, LOCK_ATTEMPTS + 1):
+    for attempt in range(1, LOCK_ATTEMPTS + 1):
         try:
             return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            if shared or look == LOCK_ATTEMPTS:
+            if shared or attempt == LOCK_ATTEMPTS:
                 raise
             time.sleep(0.02)

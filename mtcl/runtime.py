@@ -1,4 +1,4 @@
-"""The process a run lives in: device, seeds, determinism, precision."""
+"""Set up the process of a run: device, seeds, determinism, precision."""
 
 import contextlib
 import os
@@ -8,27 +8,34 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from mtcl.errors import UserError
+from mtcl.errors import ParameterError
 
 
-def choose_device(name: str, key: str = "trainer.device") -> torch.device:
-    """``auto`` (CUDA where there is one), ``cpu`` or ``cuda``; of several processes on one machine each has its own.
+def choose_device(name: str, parameter: str = "device") -> torch.device:
+    """Return the device to run on; of several processes on one machine each gets its own GPU.
 
-    ``key``: what a user calls it.
+    Args:
+        name: ``auto`` (CUDA if available, else the CPU), ``cpu`` or ``cuda``.
+        parameter: what the user calls this setting, for the message.
+
+    Raises:
+        ParameterError: the name is unknown, or PyTorch sees no CUDA device.
     """
     if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"{key}={name} is not known; choose auto, cpu or cuda")
+        raise ParameterError(parameter, f"={name} is not known; choose auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"{key}=cuda, but PyTorch sees no CUDA device; use {key}=cpu or auto")
+        raise ParameterError(parameter, "=cuda, but PyTorch sees no CUDA device; use cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if "LOCAL_RANK" in os.environ else torch.device("cuda")
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed torch (the model's start and dropout); data and regulariser draw from (seed, step) on their own.
+    """Seed torch: the initial weights and dropout; data and regularizer seed themselves from (seed, step).
 
-    ``deterministic``: bit-equal runs on CUDA, too, at some cost in speed; on a CPU they are so anyway.
+    Args:
+        seed: of PyTorch's generators.
+        deterministic: make runs on CUDA bit-equal, at some cost in speed; on a CPU they always are.
     """
     torch.manual_seed(seed)
     if deterministic:
@@ -37,10 +44,21 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     torch.use_deterministic_algorithms(deterministic)
 
 
-def autocast(device: torch.device, precision: str, key: str = "trainer.precision") -> contextlib.AbstractContextManager:
-    """``auto``: bf16 on a CUDA device that has it, fp32 elsewhere; ``bf16``; ``fp32``. ``key``: as users call it."""
+def autocast(
+    device: torch.device, precision: str, parameter: str = "precision"
+) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which a model runs at ``precision``.
+
+    Args:
+        device: where the model runs.
+        precision: ``bf16``, ``fp32``, or ``auto``: bf16 on a CUDA device that has it natively, else fp32.
+        parameter: what the user calls this setting, for the message.
+
+    Raises:
+        ParameterError: the precision is unknown.
+    """
     if precision not in ("auto", "bf16", "fp32"):
-        raise UserError(f"{key}={precision} is not known; choose auto, bf16 or fp32")
+        raise ParameterError(parameter, f"={precision} is not known; choose auto, bf16 or fp32")
     native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" or (precision == "auto" and native):
         return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -49,8 +67,10 @@ def autocast(device: torch.device, precision: str, key: str = "trainer.precision
 
 @contextlib.contextmanager
 def freeze_running_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms leave their running statistics alone inside: a block that gradient checkpointing runs a second time
-    would count its batch twice."""
+    """Keep batch norms from updating their running statistics inside the context.
+
+    Gradient checkpointing runs a block a second time, which would count its batch twice.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     try:
@@ -63,7 +83,7 @@ def freeze_running_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of the CUDA allocator, or of this process."""
+    """Return the peak memory in GiB: of the CUDA allocator on CUDA, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource  # not on Windows
@@ -73,6 +93,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of PyTorch's generators: ``cpu``, and ``cuda`` if ``device`` is a GPU."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -80,6 +101,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Restore what :func:`rng_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -1,7 +1,7 @@
-"""Read small files that somebody else may have written: regular files only, of a bounded size, depth and number range.
+"""Read small files of strangers safely: regular files only, of bounded size, nesting and number range.
 
-What is wrong is a :class:`UserError` of one sentence that names the file; no other exception, and no wait: a FIFO or a
-device is refused before it is read.
+Any problem is a :class:`UserError` of one sentence that names the file, never another exception. Reading never blocks: a
+FIFO or a device is refused before it is read.
 """
 
 import json
@@ -70,12 +70,12 @@ def read_text(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
 
 
 def read_json(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
-    """Return what a JSON file holds; see :func:`parse_json` for what is refused."""
+    """Return the content of a JSON file; see :func:`parse_json` for what is refused."""
     return parse_json(read_text(path, max_bytes), path)
 
 
 def parse_json(text: str | bytes, path: str | Path) -> Any:
-    """Return what ``text`` holds, plain containers nested at most :data:`MAX_DEPTH` deep.
+    """Return the content of JSON ``text``: plain containers nested at most :data:`MAX_DEPTH` deep.
 
     Args:
         text: JSON, also with NaN and Infinity as Python writes them.
@@ -140,7 +140,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Return what a YAML file holds: plain containers without anchors, nested at most :data:`MAX_DEPTH` deep.
+    """Return the content of a YAML file: plain containers without anchors, nested at most :data:`MAX_DEPTH` deep.
 
     Raises:
         UserError: it is no YAML, is nested too deep, or has an alias (``*name``), which could make it grow without end.

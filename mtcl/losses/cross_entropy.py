@@ -1,4 +1,4 @@
-"""Semantic segmentation and human parts."""
+"""Cross-entropy of semantic segmentation and human parts."""
 
 from torch import Tensor, nn
 
@@ -6,10 +6,19 @@ from mtcl.losses.masked import masked_mean, pixel_cross_entropy
 
 
 class CrossEntropyLoss(nn.Module):
-    """Mean of -log softmax(p)[y] over the pixels with y != 255 (InvPT/losses/loss_functions.py:15-88).
+    """Mean of -log softmax(p)[y] over the pixels with y != 255.
 
-    prediction: logits (B, C, H, W); label: int64 (B, H, W) in 0..C-1 or 255.
+    Source: InvPT/losses/loss_functions.py:15-88.
     """
 
     def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            prediction: logits (B, C, H, W).
+            label: int64 (B, H, W) in 0..C-1, 255 where void.
+
+        Returns:
+            Scalar loss.
+        """
         return masked_mean(*pixel_cross_entropy(prediction, label))

@@ -1,4 +1,4 @@
-"""Depth."""
+"""L1 loss of depth."""
 
 from torch import Tensor, nn
 
@@ -6,11 +6,20 @@ from mtcl.losses.masked import masked_mean
 
 
 class DepthLoss(nn.Module):
-    """Mean of |p - z| in metres over the pixels with a label (InvPT/losses/loss_functions.py:15-88).
+    """Mean of |p - z| in metres over the pixels with a label.
 
-    prediction: (B, 1, H, W), unconstrained; label: (B, 1, H, W) in metres, valid where positive and finite.
+    Source: InvPT/losses/loss_functions.py:15-88.
     """
 
     def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            prediction: metres (B, 1, H, W), unconstrained.
+            label: metres (B, 1, H, W), valid where positive and finite.
+
+        Returns:
+            Scalar loss.
+        """
         valid = (label > 0) & label.isfinite()
         return masked_mean((prediction.float() - label.float()).abs(), valid)

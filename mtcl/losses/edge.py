@@ -1,4 +1,4 @@
-"""Edges."""
+"""Weighted binary cross-entropy of edges."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,11 +7,13 @@ from mtcl.losses.masked import VOID, masked_mean
 
 
 class EdgeLoss(nn.Module):
-    """Mean over valid pixels of -(w y log s(p) + (1 - w) (1 - y) log(1 - s(p))), s the sigmoid
-    (InvPT/losses/loss_functions.py:15-88; there as pos_weight w / (1 - w), then times 1 - w).
+    """Mean over valid pixels of -(w y log s(p) + (1 - w) (1 - y) log(1 - s(p))), s the sigmoid.
 
-    prediction: logits (B, 1, H, W); label: (B, 1, H, W), 0, 1 or 255 = void. ``positive_weight`` is w: 0.95
-    in most of the field, 0.8 in ATRC's NYUD settings.
+    Source: InvPT/losses/loss_functions.py:15-88, which writes it as pos_weight w / (1 - w), then
+    times 1 - w.
+
+    Args:
+        positive_weight: w; 0.95 in most of the literature, 0.8 in ATRC's NYUD settings.
     """
 
     def __init__(self, positive_weight: float = 0.95) -> None:
@@ -19,6 +21,15 @@ class EdgeLoss(nn.Module):
         self.positive_weight = positive_weight
 
     def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss.
+
+        Args:
+            prediction: logits (B, 1, H, W).
+            label: (B, 1, H, W), 0, 1, or 255 where void.
+
+        Returns:
+            Scalar loss.
+        """
         logit, target = prediction.float(), label.float()
         positive = self.positive_weight * target * F.logsigmoid(logit)
         negative = (1 - self.positive_weight) * (1 - target) * F.logsigmoid(-logit)

@@ -1,4 +1,4 @@
-"""What the losses share: the mean over valid pixels, and the cross-entropy of every pixel."""
+"""Masked means over all processes, and the cross-entropy of every pixel."""
 
 import torch
 from torch import Tensor
@@ -9,27 +9,47 @@ VOID = 255  # of class and edge labels
 
 
 def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of ``values`` where ``valid`` (bool, same shape); 0 with the graph kept where nothing is.
+    """Compute the mean of ``values`` where ``valid``; 0, with the graph kept, where nothing is.
 
-    The only place where losses count pixels. In a run of several processes the pixels are those of all, and a process
-    gives its part of their mean, times the number of processes: the mean over processes, which DDP takes of gradients,
-    is then that of one process with the whole batch.
+    The only place where losses count pixels. In a run of several processes the mean is over the
+    pixels of all: each process returns its share of it times the world size, so that DDP's mean of the
+    gradients equals the gradient of one process with the whole batch.
+
+    Args:
+        values: any shape.
+        valid: bool, same shape.
+
+    Returns:
+        Scalar.
     """
     count = distributed.all_reduce_sum(valid.sum())
     return distributed.scale_for_ddp_mean(torch.where(valid, values, 0.0).sum() / count.clamp(min=1))
 
 
-def masked_fraction(chosen: Tensor, valid: Tensor) -> Tensor:
-    """The part of the ``valid`` pixels, of all processes, that is ``chosen`` (both bool, same shape); no gradient."""
-    counts = distributed.all_reduce_sum(torch.stack([(chosen & valid).sum(), valid.sum()]))
+def masked_fraction(mask: Tensor, valid: Tensor) -> Tensor:
+    """Compute the fraction of the ``valid`` pixels, of all processes, where ``mask`` is true.
+
+    Args:
+        mask: bool, any shape.
+        valid: bool, same shape.
+
+    Returns:
+        Scalar in 0..1, without gradient.
+    """
+    counts = distributed.all_reduce_sum(torch.stack([(mask & valid).sum(), valid.sum()]))
     return counts[0].float() / counts[1].clamp(min=1)
 
 
 def pixel_cross_entropy(prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """-log softmax(prediction)[label] in fp32, and which pixels are valid, both (B, H, W).
+    """Compute -log softmax(prediction)[label] of every pixel in fp32.
 
-    prediction: logits (B, C, H, W); label: int64 (B, H, W). The first result is to be masked by the second:
-    at void pixels it is that of class 0.
+    Args:
+        prediction: logits (B, C, H, W).
+        label: int64 (B, H, W), 255 where void.
+
+    Returns:
+        The cross-entropy (B, H, W), at void pixels that of class 0, and the bool mask (B, H, W) of
+        valid pixels to apply to it.
     """
     valid = label != VOID
     target = torch.where(valid, label, 0)

@@ -18,7 +18,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch.utils.tensorboard import SummaryWriter
 
-from mtcl.atomic import _finite, convert_disk_errors, write_atomically
+from mtcl.atomic import convert_disk_errors, replace_non_finite, write_atomically
 from mtcl.evaluation.evaluator import Metrics, VisualSample
 from mtcl.run_log import NAME, read_lines
 from mtcl.tasks.base import Task
@@ -87,7 +87,7 @@ class RunLogger:
             for name, value in values.items():
                 if not math.isnan(value):
                     self.writer.add_scalar(f"{kind}/{name}", value, step)
-        self._append(json.dumps(_finite({"step": step, "kind": kind, **values}), allow_nan=False))
+        self._append(json.dumps(replace_non_finite({"step": step, "kind": kind, **values}), allow_nan=False))
 
     def log_event(self, step: int, kind: str, content: Mapping[str, Any]) -> None:
         """A record of another kind than numbers: plain containers."""
