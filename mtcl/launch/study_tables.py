@@ -16,7 +16,7 @@ from mtcl.config.renamed import upgrade_flat_config, upgrade_override
 from mtcl.config.schema import flatten, role_of
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.study_file import NAME, Study, Variant, is_file_path, is_machine_key, make_portable
-from mtcl.metrics.delta import MIN_PAIRS, PairedDifference, delta_mtl, minimum_detectable_effect, paired_difference
+from mtcl.metrics.delta import delta_mtl
 from mtcl.results.columns import Column
 from mtcl.results.compare import (
     Comparison,
@@ -47,6 +47,7 @@ from mtcl.results.run_files import (
     read_json_object,
     read_record,
 )
+from mtcl.results.statistics import MIN_PAIRS, PairedDifference, minimum_detectable_effect, paired_difference
 from mtcl.results.tables import (
     ALPHA,
     NO_VALUE,

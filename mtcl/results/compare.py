@@ -1,6 +1,6 @@
 """Runs side by side: reads run folders, makes rows of what differs in the seed only, and computes what a table shows.
 
-Rendering is :mod:`mtcl.results.tables`'s, arithmetic :mod:`mtcl.metrics.delta`'s.
+Rendering is :mod:`mtcl.results.tables`'s, arithmetic :mod:`mtcl.results.statistics`'s.
 """
 
 import difflib
@@ -16,9 +16,10 @@ from typing import Any
 
 from mtcl.config.schema import LEGACY_VALUES, flatten, role_of
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.metrics.delta import PairedDifference, Summary, adjust_by_holm, delta_mtl, paired_difference, summarize_values
+from mtcl.metrics.delta import delta_mtl
 from mtcl.results.columns import NOT_FINITE, UNRANKED_METRICS, Column, make_column, primary_metrics
 from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_metrics, read_record
+from mtcl.results.statistics import PairedDifference, Summary, adjust_by_holm, paired_difference, summarize_values
 from mtcl.tasks import TASK_NAMES
 
 SAME_DATA = ("split", "num_images", "data_fingerprint")  # what the runs of one table must have in common

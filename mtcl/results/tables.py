@@ -8,9 +8,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 from mtcl.errors import escape_control_characters
-from mtcl.metrics.delta import CONFIDENCE_LEVEL, MIN_PAIRS, PairedDifference
 from mtcl.results.columns import Column
 from mtcl.results.compare import Comparison, Difference, Row
+from mtcl.results.statistics import CONFIDENCE_LEVEL, MIN_PAIRS, PairedDifference
 
 FORMATS = ("text", "markdown", "latex", "csv")
 WIDTH = 120  # of text

@@ -28,7 +28,7 @@ from mtcl.launch.study import (
 )
 from mtcl.launch.study_file import Study, Variant, make_portable, merge_overrides, read_study
 from mtcl.launch.study_tables import format_markdown, format_text, read_results, report, to_json, write_results
-from mtcl.metrics.delta import minimum_detectable_effect
+from mtcl.results.statistics import minimum_detectable_effect
 from mtcl.run_lock import lock_run
 
 STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))

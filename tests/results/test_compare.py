@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 
 from mtcl import UserError
-from mtcl.metrics.delta import adjust_by_holm, delta_mtl, paired_difference, summarize_values
+from mtcl.metrics.delta import delta_mtl
 from mtcl.results.compare import compare, compares_on_off, natural_key, read_run
+from mtcl.results.statistics import adjust_by_holm, paired_difference, summarize_values
 from mtcl.results.tables import FORMATS, render
 
 # Rows of the README of robotyingtang/PRISM-VFM, ViT-B (published_results.md C.1, C.2), and the Delta_MTL printed there.
