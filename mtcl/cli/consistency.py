@@ -121,7 +121,7 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
         check_tasks(read_checkpoint_model(options.compare, other).tasks, tasks, options.compare)
         arms.append(load_trained_model(options.compare, other, tasks))
     tap = choose_common_feature(arms, settings)
-    device = choose_device(settings.trainer.device)
+    device = choose_device(settings.trainer.device, "trainer.device")
     reader = take_evenly_spaced(build_dataset(settings, "val", tasks), options.frames)
     batches = build_eval_loader(settings, reader, tasks, device)
     samples = collect(arms, batches, tasks, tap, device)

@@ -60,7 +60,7 @@ def score_checkpoint(
     settings = apply_overrides(settings, config, overrides, groups)
     with convert_build_errors(saved.path, passthrough=UserError):
         tasks = select_tasks(settings, saved)
-    device = choose_device(settings.trainer.device)
+    device = choose_device(settings.trainer.device, "trainer.device")
     seed_everything(settings.seed, settings.trainer.deterministic)
     given = config.save_predictions
     writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
@@ -125,7 +125,7 @@ def score_predictions(config: DictConfig, overrides: Sequence[str], folder: Path
         log.info("%s has no folder of %s: not scored", maps, ", ".join(name for name in offered if name not in found))
     config.tasks.names = found if chosen == "auto" else chosen
     tasks = build_tasks(config)
-    device = choose_device(config.trainer.device)
+    device = choose_device(config.trainer.device, "trainer.device")
     seed_everything(config.seed, config.trainer.deterministic)
     reader = build_dataset(config, "val", tasks)
     # Both lists are shorter than that of the dataset: human parts alone keep to pictures with persons.

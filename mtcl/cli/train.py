@@ -42,7 +42,7 @@ def train(
     the command, for the record.
     """
     inline_genotype(config)
-    device = choose_device(config.trainer.device)
+    device = choose_device(config.trainer.device, "trainer.device")
     distributed.init_process_group(device)
     if distributed.rank() > 0:
         logging.disable(logging.INFO)

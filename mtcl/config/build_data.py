@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from mtcl import distributed
-from mtcl.config.resolve import construct, locate, plain
+from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.data import Augment, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
 from mtcl.errors import UserError
 from mtcl.tasks import TASK_NAMES, build_task
@@ -41,7 +41,8 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
         options = {**offered[name], **extra.get(name, {})}
         if name == "normals" and "normals_valid" in config.data:
             options["normals_valid"] = config.data.normals_valid
-        tasks[name] = build_task(name, weight=None if weight is None else float(weight), **options)
+        with add_key_prefix("data."):  # normals_valid
+            tasks[name] = build_task(name, weight=None if weight is None else float(weight), **options)
     return tasks
 
 

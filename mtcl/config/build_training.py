@@ -136,7 +136,7 @@ def build_trainer(
     settings, dry = config.trainer, config.trainer.dry_run
     if settings.on_unreadable not in ("stop", "skip"):
         raise UserError(f"trainer.on_unreadable={settings.on_unreadable} is not known; choose stop or skip")
-    autocast(device, settings.precision)  # says so now if it is not known
+    autocast(device, settings.precision, "trainer.precision")  # refuses an unknown one now
     quick = config.evaluation.fast_boundaries if config.evaluation.score_boundaries else None
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
     train_reader = build_dataset(config, "train", tasks)

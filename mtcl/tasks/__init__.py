@@ -1,7 +1,12 @@
-"""The tasks, and the names and options by which configs and datasets ask for them."""
+"""Everything about the tasks: one class per task, built by its name.
+
+:func:`build_task` gives a task with its loss, metric and label rules; :func:`build_metric` its metric alone.
+"""
 
 import difflib
 from typing import Any
+
+import torchmetrics
 
 from mtcl.errors import UserError
 from mtcl.tasks.base import Task
@@ -25,22 +30,48 @@ TASK_NAMES = tuple(TASKS)  # in the order in which they are always listed
 
 
 def build_task(name: str, weight: float | None = None, **options: Any) -> Task:
-    """The task of that name, with the field's loss weight unless ``weight`` is given.
-
-    Options: semseg ``class_names`` (required), edge ``positive_weight`` (0.95). An unknown name is a
-    ``UserError``.
+    """Build a task.
 
     >>> task = build_task("semseg", class_names=VOC21)
-    >>> task.channels, task.primary, task.weight
+    >>> task.channels, task.primary_metric, task.weight
     (21, 'mIoU', 1.0)
+
+    Args:
+        name: one of :data:`TASK_NAMES`.
+        weight: of its loss; None: the weight of the literature.
+        **options: of the task's class: semseg ``class_names`` (required), edge ``positive_weight`` (0.95),
+            normals ``normals_valid``.
+
+    Raises:
+        UserError: the name is unknown.
     """
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"There is no task {name!r}: choose one of {', '.join(TASK_NAMES)}.{hint}")
     if weight is not None:
         options["weight"] = weight
-    return TASKS[name](**options)
+    return _task_class(name)(**options)
+
+
+def build_metric(name: str, **options: Any) -> torchmetrics.Metric:
+    """Build the metric of a task without the task.
+
+    >>> build_metric("human_parts", num_classes=7)
+    HumanPartsMetric()
+
+    Args:
+        name: one of :data:`TASK_NAMES`.
+        **options: of the metric's class, see :mod:`mtcl.metrics`.
+
+    Raises:
+        UserError: the name is unknown.
+    """
+    return _task_class(name).metric_class(**options)
+
+
+def _task_class(name: str) -> type[Task]:
+    if name in TASKS:
+        return TASKS[name]
+    close = difflib.get_close_matches(name, TASKS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"There is no task {name!r}: choose one of {', '.join(TASK_NAMES)}.{hint}")
 
 
 __all__ = [
@@ -56,5 +87,6 @@ __all__ = [
     "Saliency",
     "SemSeg",
     "Task",
+    "build_metric",
     "build_task",
 ]

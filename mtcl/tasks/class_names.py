@@ -1,4 +1,4 @@
-"""The classes of the field's datasets, in the order of their label values."""
+"""Class names of NYUD-v2, PASCAL VOC and human parts, in the order of their label values."""
 
 NYUD40 = (
     "wall",

@@ -1,4 +1,4 @@
-"""Depth."""
+"""The depth estimation task."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
-from mtcl.losses import build_loss
-from mtcl.metrics import build_metric
+from mtcl.losses import DepthLoss
+from mtcl.metrics import DepthMetric
 from mtcl.tasks.base import Task
 from mtcl.tasks.class_task import embed_scalar
 from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
@@ -21,7 +21,7 @@ from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
 
 @dataclass(frozen=True, kw_only=True)
 class Depth(Task):
-    """Metres from the camera; arrays float32 (H, W), batches float32 (B, 1, H, W), 0 is void."""
+    """Depth estimation: metres from the camera; arrays float32 (H, W), batches float32 (B, 1, H, W), 0 is void."""
 
     name: str = "depth"
     channels: int = 1
@@ -29,6 +29,7 @@ class Depth(Task):
     higher_is_better: bool = False
     weight: float = 1.0
 
+    metric_class: ClassVar[type[torchmetrics.Metric]] = DepthMetric
     prediction_type: ClassVar[str] = "metres"
     void: ClassVar[float] = 0.0
     positive_threshold: ClassVar[float] = 0.05  # |log ratio|
@@ -43,37 +44,43 @@ class Depth(Task):
 
     @cached_property
     def criterion(self) -> nn.Module:
-        return build_loss("depth")
+        """Return the loss module."""
+        return DepthLoss()
 
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
     def metric(self, **options: Any) -> torchmetrics.Metric:
-        return build_metric("depth", **options)
+        """Build a new metric; ``options`` are those of :class:`mtcl.metrics.DepthMetric`."""
+        return DepthMetric(**options)
 
     def valid(self, label: Tensor) -> Tensor:
-        """Positive and finite."""
+        """Return the mask of pixels that are positive and finite: bool (B, H, W)."""
         return ((label > 0) & label.isfinite())[:, 0]
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compute |ln a - ln b|: (B, K, L)."""
         return (_log(a) - _log(b).transpose(1, 2)).abs()
 
     def embed_label(self, label: Tensor) -> Tensor:
+        """Map depths to their logarithms on a line."""
         return embed_scalar(_log(label))
 
     def sampling_bin(self, label: Tensor) -> Tensor:
-        """Steps of :attr:`far`, from 0.1 m on."""
+        """Bin the logarithm in steps of :attr:`negative_threshold`, from 0.1 m on."""
         return ((_log(label)[..., 0] - math.log(0.1)) / self.negative_threshold).long().clamp(0, 255)
 
     def collate(self, labels: np.ndarray) -> Tensor:
+        """Convert stacked labels to float32 (B, 1, H, W)."""
         return torch.from_numpy(labels).float().unsqueeze(1)
 
     def decode(self, prediction: Tensor) -> np.ndarray:
-        """Metres, negative ones clamped to 0 as in the metric."""
+        """Convert a prediction (1, H, W) to metres (H, W), negative ones clamped to 0 as in the metric."""
         return prediction.detach()[0].float().clamp(min=0).cpu().numpy()
 
     def draw(self, array: np.ndarray) -> np.ndarray:
-        """Warm is near, cold is far: the colour map Turbo from 0 to :attr:`farthest` metres."""
+        """Colour near warm and far cold: the colour map Turbo from 0 to :attr:`max_drawn_depth` metres."""
         valid = (array > 0) & np.isfinite(array)
         nearness = 1 - np.where(valid, array, 0).clip(0, self.max_drawn_depth) / self.max_drawn_depth
         index = np.round(28 + 212 * nearness).astype(np.uint8)  # without the two ends, nearly as dark as the void
@@ -81,10 +88,11 @@ class Depth(Task):
         return np.where(valid[..., None], turbo, np.array(VOID_COLOUR, np.uint8))
 
     def to_drawable(self, prediction: np.ndarray) -> np.ndarray:
-        """Give what was clipped the nearest colour; what is no number stays void."""
+        """Raise depths of 0 or less to the nearest that is drawn; NaN stays void."""
         return np.maximum(prediction, np.float32(self.min_drawn_depth))
 
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
+        """Return a scale of metres, and void if it occurs."""
         ticks = np.array([[self.min_drawn_depth, 1, 2, 3, 4, 6, 8, self.max_drawn_depth]], np.float32)
         texts = ["0 m or less", *(f"{tick:g} m" for tick in ticks[0, 1:])]
         rows = [(text, rgb(colour)) for text, colour in zip(texts, self.draw(ticks)[0])]
@@ -92,7 +100,7 @@ class Depth(Task):
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).any() for array in arrays)
 
     def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
-        """Half of the pixels are nearer than :attr:`implausible` in any scene of metres, also outdoors."""
+        """Describe a median beyond :attr:`max_plausible_median`: half of the pixels of any scene are nearer, also outdoors."""
         values = np.concatenate([array[(array > 0) & np.isfinite(array)] for array in arrays])
         median = float(np.median(values)) if values.size else 0.0
         if median <= self.max_plausible_median:
@@ -100,20 +108,22 @@ class Depth(Task):
         return [f"have a median of {median:.4g}: depth is in metres, this looks like millimetres"]
 
     def empty_label(self, height: int, width: int) -> np.ndarray:
+        """Return a label without a valid pixel: float32 (H, W)."""
         return np.full((height, width), self.void, np.float32)
 
     def scale_label(self, label: np.ndarray, factor: float) -> np.ndarray:
-        """Enlarged by ``factor``, a thing looks as if it were that much nearer."""
+        """Divide the depth by ``factor``: an enlarged object looks as if it were that much nearer."""
         return label / np.float32(factor)
 
     def unscale_prediction(self, prediction: Tensor, factor: float) -> Tensor:
+        """Multiply the depth by ``factor``, the inverse of :meth:`scale_label`."""
         return prediction * factor
 
     def to_averageable(self, prediction: Tensor) -> Tensor:
-        """Clamped to 0, as every prediction is scored."""
+        """Clamp the depth to 0, as every prediction is scored."""
         return prediction.clamp(min=0)
 
 
 def _log(depth: Tensor) -> Tensor:
-    """A void 0 stays finite."""
+    """Compute the logarithm, finite also for the void 0."""
     return depth.float().clamp(1e-6, 1e6).log()

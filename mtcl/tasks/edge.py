@@ -1,4 +1,4 @@
-"""Edges."""
+"""The edge detection task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
-from mtcl.losses import build_loss
-from mtcl.metrics import build_metric
+from mtcl.losses import EdgeLoss
+from mtcl.metrics import EdgeMetric
 from mtcl.tasks.base import Task
 from mtcl.tasks.class_task import class_distance, embed_scalar
 from mtcl.tasks.palette import RGB
@@ -19,15 +19,16 @@ from mtcl.tasks.palette import RGB
 
 @dataclass(frozen=True, kw_only=True)
 class Edge(Task):
-    """Edge (1) or not (0); arrays uint8 (H, W), batches float32 (B, 1, H, W), 255 is void; one logit."""
+    """Edge detection: edge (1) or not (0), one logit; arrays uint8 (H, W), batches float32 (B, 1, H, W), 255 is void."""
 
-    positive_weight: float = 0.95  # of the loss, see mtcl.losses.EdgeLoss
+    positive_weight: float = 0.95  # of the loss, see EdgeLoss
     name: str = "edge"
     channels: int = 1
     primary_metric: str = "odsF"
     higher_is_better: bool = True
     weight: float = 50.0
 
+    metric_class: ClassVar[type[torchmetrics.Metric]] = EdgeMetric
     prediction_type: ClassVar[str] = "probability"
     units: ClassVar[Mapping[str, str]] = {"loss": "", "threshold": "", "not_finite": ""}
     fallback_metric: ClassVar[str | None] = "loss"
@@ -35,40 +36,49 @@ class Edge(Task):
 
     @cached_property
     def criterion(self) -> nn.Module:
-        return build_loss("edge", positive_weight=self.positive_weight)
+        """Return the loss module."""
+        return EdgeLoss(positive_weight=self.positive_weight)
 
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
     def metric(self, **options: Any) -> torchmetrics.Metric:
-        return build_metric("edge", positive_weight=self.positive_weight, **options)
+        """Build a new metric; ``options`` are those of :class:`mtcl.metrics.EdgeMetric`."""
+        return EdgeMetric(positive_weight=self.positive_weight, **options)
 
     def valid(self, label: Tensor) -> Tensor:
+        """Return the mask of pixels that are not void: bool (B, H, W)."""
         return label[:, 0] != self.void
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compute 0 for equal, 1 for different labels: float32 (B, K, L)."""
         return class_distance(a, b)
 
     def embed_label(self, label: Tensor) -> Tensor:
+        """Map labels to points on a line."""
         return embed_scalar(label)
 
     def sampling_bin(self, label: Tensor) -> Tensor:
+        """Return the label as the bin: int64 (..., K)."""
         return label[..., 0].long()
 
     def collate(self, labels: np.ndarray) -> Tensor:
+        """Convert stacked labels to float32 (B, 1, H, W)."""
         return torch.from_numpy(labels).float().unsqueeze(1)
 
     def decode(self, prediction: Tensor) -> np.ndarray:
-        """The probability of an edge: float32 (H, W), unlike a label's uint8."""
+        """Convert a logit (1, H, W) to the probability of an edge: float32 (H, W), unlike a label's uint8."""
         return prediction.detach()[0].float().sigmoid().cpu().numpy()
 
     def draw(self, array: np.ndarray) -> np.ndarray:
-        """Dark lines on white paper, the darker the likelier."""
+        """Draw dark lines on white, darker where an edge is more probable."""
         void = array == self.void
         ink = np.where(void, 0, array).astype(np.float32)
         grey = np.round(255 - 225 * ink).astype(np.uint8)
         return np.where(void[..., None], np.array(self.void_colour, np.uint8), grey[..., None])
 
     def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, RGB]]:
+        """Return the rows for edge, no edge, and void if it occurs."""
         rows: list[tuple[str, RGB]] = [("edge", (30, 30, 30)), ("no edge", (255, 255, 255))]
         return rows + [("void", self.void_colour)] * any((array == self.void).any() for array in arrays)

@@ -1,4 +1,4 @@
-"""Colours shared by the tasks' pictures."""
+"""Colours of classes and void pixels, shared by the tasks."""
 
 from functools import cache
 
@@ -12,14 +12,14 @@ BACKGROUND: RGB = (96, 98, 106)  # a class of that name stays quiet
 
 
 def rgb(values: np.ndarray) -> RGB:
-    """One colour as the plain tuple of a legend."""
+    """Convert one colour to the plain tuple of a legend."""
     red, green, blue = (int(value) for value in values)
     return red, green, blue
 
 
 @cache
 def class_colours(names: tuple[str, ...]) -> tuple[RGB, ...]:
-    """One colour per class, every next one the farthest in CIE Lab from those before it and from the void's.
+    """Choose one colour per class, each the farthest in CIE Lab from the previous ones and from that of void pixels.
 
     So the first classes differ most, and a class keeps its colour however many follow it.
     """

@@ -1,20 +1,20 @@
-"""Semantic segmentation."""
+"""The semantic segmentation task."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torchmetrics
 from torch import Tensor, nn
 
-from mtcl.losses import build_loss
-from mtcl.metrics import build_metric
+from mtcl.losses import CrossEntropyLoss
+from mtcl.metrics import SegmentationMetric
 from mtcl.tasks.class_task import ClassTask
 
 
 @dataclass(frozen=True, kw_only=True)
 class SemSeg(ClassTask):
-    """Every pixel one of ``class_names``, whose order is that of the label values."""
+    """Semantic segmentation: every pixel is one of ``class_names``, whose order is that of the label values."""
 
     class_names: tuple[str, ...]
     name: str = "semseg"
@@ -23,20 +23,26 @@ class SemSeg(ClassTask):
     higher_is_better: bool = True
     weight: float = 1.0
 
+    metric_class: ClassVar[type[torchmetrics.Metric]] = SegmentationMetric
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))  # a config gives a list
         object.__setattr__(self, "channels", len(self.class_names))
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes, in the order of the label values."""
         return self.class_names
 
     @cached_property
     def criterion(self) -> nn.Module:
-        return build_loss("semseg")
+        """Return the loss module."""
+        return CrossEntropyLoss()
 
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+        """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
     def metric(self, **options: Any) -> torchmetrics.Metric:
-        return build_metric("semseg", num_classes=self.channels, class_names=self.classes, **options)
+        """Build a new metric; ``options`` are those of :class:`mtcl.metrics.SegmentationMetric`."""
+        return SegmentationMetric(num_classes=self.channels, class_names=self.classes, **options)

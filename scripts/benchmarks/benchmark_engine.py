@@ -51,7 +51,7 @@ MIB, BATCHES = 2**20, 2
 def built(overrides: Sequence[str]) -> Trainer:
     """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
     config = compose_config(overrides, Path(__file__).resolve().parents[2] / "configs")
-    device = choose_device(config.trainer.device)
+    device = choose_device(config.trainer.device, "trainer.device")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     seed_everything(config.seed)

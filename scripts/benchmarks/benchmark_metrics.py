@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mtcl.cli.script import run
 from mtcl.errors import UserError
-from mtcl.metrics import build_metric
+from mtcl.tasks import build_metric
 
 HEIGHT, WIDTH, VOID = 425, 560, 255
 CLASSES = {"semseg": 40, "human_parts": 7, "sal": 2}

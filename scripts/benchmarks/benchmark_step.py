@@ -83,7 +83,7 @@ class Variant(NamedTuple):
 def built(config: DictConfig) -> Trainer:
     """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
     seed_everything(config.seed)
-    device = choose_device(config.trainer.device)
+    device = choose_device(config.trainer.device, "trainer.device")
     trainer = build_trainer(config, build_tasks(config), Path("unused"), device).trainer
     trainer.model.train()
     trainer.step = trainer.max_steps // 2

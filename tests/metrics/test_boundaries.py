@@ -19,7 +19,6 @@ from scipy.optimize import linear_sum_assignment
 from skimage.morphology import thin
 
 from mtcl import UserError
-from mtcl.metrics import build_metric
 from mtcl.metrics.boundaries import (
     PRESETS,
     DistanceGraph,
@@ -33,6 +32,7 @@ from mtcl.metrics.boundaries import (
     thin_masks,
 )
 from mtcl.metrics.boundaries.suppression import orientation, triangle
+from mtcl.tasks import build_metric
 
 REFERENCE = ROOT.parent / "shared" / "edge_reference"
 needs_reference = pytest.mark.skipif(not REFERENCE.is_dir(), reason="no reference data")

@@ -365,7 +365,7 @@ def test_vectors_of_normals_become_units_or_stay_as_they_are():
     expected = np.float32([[[0, 0, 1], [0, 0, 0], [0, 0, 0], [1, 0, 0]]])
     np.testing.assert_array_equal(build_task("normals").finalize_label(vectors), expected)
     np.testing.assert_array_equal(build_task("normals", normals_valid="standard").finalize_label(vectors), vectors)
-    with pytest.raises(UserError, match=r"data\.normals_valid=8bit"):
+    with pytest.raises(UserError, match=r"^normals_valid=8bit"):
         build_task("normals", normals_valid="8bit")
 
 
