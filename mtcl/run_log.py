@@ -1,6 +1,6 @@
-"""Read a run's ``log.jsonl``: a record per line, of which damaged ones are told apart from records.
+"""Read a run's ``log.jsonl``: one record per line, damaged lines kept apart.
 
-A record is ``{"step": N, "kind": TEXT, ...}``. Of the kinds in :data:`NUMERIC` all further values are numbers or null.
+A record is ``{"step": N, "kind": TEXT, ...}``. Of the kinds in :data:`NUMERIC` all other values are numbers or null.
 """
 
 import math
@@ -21,22 +21,22 @@ Record = dict[str, Any]
 
 
 class Line(NamedTuple):
-    """A line of a log as it stands, and its record; None where it is damaged, or cut short at the end."""
+    """A line of a log with its bytes and its record, which is None if the line is damaged or truncated."""
 
     data: bytes
     record: Record | None
 
     @property
     def is_truncated(self) -> bool:
-        """Is it the end of the file, without a line's end?"""
+        """Return whether the file ends within this line."""
         return not self.data.endswith(b"\n") and len(self.data) < MAX_LINE
 
 
 def parse_record(line: bytes, path: Path) -> Record:
-    """Return the record that a line of the log ``path`` holds.
+    """Parse a line of the log ``path``.
 
     Raises:
-        UserError: the line holds something else.
+        UserError: the line is no record.
     """
     record = parse_json(line, path)
     if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
@@ -53,7 +53,7 @@ def parse_record(line: bytes, path: Path) -> Record:
 
 
 def read_line(line: bytes, path: Path) -> Line:
-    """Return a line with its record."""
+    """Return a line with its record, or None for the record."""
     try:
         return Line(line, parse_record(line, path) if line.endswith(b"\n") else None)
     except UserError:
@@ -61,7 +61,7 @@ def read_line(line: bytes, path: Path) -> Line:
 
 
 def read_lines(path: Path, start: int = 0) -> Iterator[Line]:
-    """Yield the lines of the log ``path`` from byte ``start`` on; nothing where there is no file.
+    """Yield the lines of the log ``path`` from byte ``start`` on; none if the file does not exist.
 
     Raises:
         UserError: it can't be read, or is no regular file.
@@ -75,14 +75,14 @@ def read_lines(path: Path, start: int = 0) -> Iterator[Line]:
 
 
 def read_tail(path: Path, length: int) -> tuple[list[Line], bool]:
-    """Return the lines in the last ``length`` bytes of the log ``path``, and whether these are all; see read_lines."""
+    """Return the lines in the last ``length`` bytes of the log ``path``, and whether these are all of them."""
     if not os.path.lexists(path):
         return [], True
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         file.seek(max(size - length, 0))
         if size > length:
-            _read(file, path)  # of which the beginning is not here
+            _read(file, path)  # skip the line whose beginning is missing
         lines = []
         while file.tell() < size and (line := _read(file, path)):
             lines.append(read_line(line, path))

@@ -101,8 +101,11 @@ def parse_json(text: str | bytes, path: str | Path) -> Any:
 
 
 def check_depth(content: Any, path: str | Path) -> None:
-    """Raise ``UserError`` where containers are nested more than :data:`MAX_DEPTH` deep, hold themselves, or hold more
-    than :data:`MAX_ITEMS` items, counted as often as they occur.
+    """Check that containers are not nested too deep and do not hold too many items.
+
+    Raises:
+        UserError: they are nested more than :data:`MAX_DEPTH` deep, hold themselves, or hold more than
+            :data:`MAX_ITEMS` items, counted as often as they occur.
     """
     kinds = (dict, list, tuple)
     level: list[Any] = [content] if isinstance(content, kinds) else []
@@ -126,10 +129,10 @@ _NUMBER = re.compile(r"[-+0-9_:.]{60,}")  # a long one may take long to read: 1:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads as OmegaConf does, thirty times as fast: 1e-3 is a number, a date is text."""
+    """A loader that reads as OmegaConf's, thirty times as fast: 1e-3 is a number, a date is text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML has it
-        first: [(tag, known) for tag, known in resolvers if not tag.endswith(":timestamp")]
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -151,14 +154,14 @@ def read_yaml(path: str | Path) -> Any:
         content = yaml.load(text, _Loader)
     except UserError:
         raise
-    except Exception as error:  # of YAML, and of what it makes of odd numbers and dates
+    except Exception as error:  # of YAML itself, or of converting odd numbers and dates
         _refuse_yaml(path, error)
     check_depth(content, path)
     return content
 
 
 def _check_events(text: str, path: str | Path) -> None:
-    """Look at the parts of a YAML text before it is composed, which is recursive, and expands aliases."""
+    """Check the events of a YAML text before it is composed, for that is recursive and expands aliases."""
     depth = 0
     for event in yaml.parse(text, _Loader):
         if isinstance(event, yaml.AliasEvent):

@@ -1,1 +1,1 @@
-"""Count a model's operations and time it."""
+"""Count a model's parameters and operations, and measure time and memory."""

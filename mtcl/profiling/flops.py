@@ -1,4 +1,4 @@
-"""How many parameters a model has and how many multiply-adds it takes, counted without memory for either."""
+"""Count a model's parameters and multiply-adds, without allocating or computing anything of its size."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class Count(NamedTuple):
 
 
 class _Predict(nn.Module):
-    """``functional_call`` takes no other method than ``forward``."""
+    """Call ``predict`` as ``forward``, the only method that ``functional_call`` takes."""
 
     def __init__(self, model: DenseModel):
         super().__init__()
@@ -32,20 +32,22 @@ class _Predict(nn.Module):
 
 
 def count(model: DenseModel, size: Sequence[int]) -> Count:
-    """The parameters of ``model``, and the multiply-adds of its ``predict`` of one picture of ``size`` (height, width).
+    """Count the parameters of ``model`` and the multiply-adds of its ``predict`` of one image.
 
-    Multiply-adds are those of convolutions and of matrix products (linear layers, attention, einsum). As most
-    papers do, it counts nothing for what works element by element or on neighbours: norms, activations, softmax,
-    resizing, pooling. The model may be anywhere, the meta device included: nothing of its size is computed or
-    allocated, and its parameters stay as they are. Leaves it in evaluation mode.
+    Multiply-adds are those of convolutions and of matrix products (linear layers, attention, einsum). As in most
+    papers, element-wise and neighbourhood operations count nothing: norms, activations, softmax, resizing, pooling.
+
+    Args:
+        model: on any device, the meta device included; its parameters do not change. Left in evaluation mode.
+        size: height and width of the image.
     """
     model.eval()
-    fast, fused = torch.backends.mha.get_fastpath_enabled(), torch.backends.mha.set_fastpath_enabled
-    fused(False)  # nn.MultiheadAttention's own kernel, which the counter does not know
+    is_enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's own kernel: the counter does not know it
     try:
         return _count(model, size)
     finally:
-        fused(fast)
+        torch.backends.mha.set_fastpath_enabled(is_enabled)
 
 
 def _count(model: DenseModel, size: Sequence[int]) -> Count:
