@@ -1,7 +1,7 @@
 """Read small files of strangers safely: regular files only, of bounded size, nesting and number range.
 
-Any problem is a :class:`UserError` of one sentence that names the file, never another exception. Reading never blocks: a
-FIFO or a device is refused before it is read.
+Any problem is a :class:`UserError` of one sentence that names the file, never another exception. Reading never blocks:
+a FIFO or a device is refused before it is read.
 """
 
 import json

@@ -37,10 +37,10 @@ def build_evaluator(
     options = {name: dict(settings["options"].get(name) or {}) for name in tasks}
     quick: dict[str, dict[str, Any]] = {}
     if "edge" in tasks:
-        options["edge"] |= {"boundaries": settings["score_boundaries"], "workers": settings["workers"]}
+        options["edge"] |= {"score_boundaries": settings["score_boundaries"], "workers": settings["workers"]}
         if options["edge"].get("max_distance") is None:  # that of the data scored, not of the data trained on
             options["edge"]["max_distance"] = config.data.get("boundary_distance", 0.011)
-        quick["edge"] = {"boundaries": False}
+        quick["edge"] = {"score_boundaries": False}
         if settings["fast_boundaries"] is not None and settings["score_boundaries"]:
             thresholds, every = settings["fast_boundaries"]
             quick["edge"] = {"thresholds": thresholds, "every": every}

@@ -1,4 +1,4 @@
-"""Depth."""
+"""Depth metrics: errors in metres, relative and logarithmic errors, threshold accuracies."""
 
 import math
 from typing import Any, Literal
@@ -11,22 +11,26 @@ from mtcl.metrics.masked import PixelMetric, check_shapes, is_finite, row_bands,
 
 
 class DepthMetric(PixelMetric):
-    """``rmse``, ``abs_rel``, ``sq_rel``, ``log_rmse`` and ``delta1..3``, pooled over all valid pixels
-    (InvPT/evaluation/eval_depth.py:30-63, MTI/evaluation/eval_depth.py:19-55, atrc/src/data/metrics.py:292-343).
+    """``rmse``, ``abs_rel``, ``sq_rel``, ``log_rmse`` and ``delta1..3``, pooled over all valid pixels.
 
     With p the prediction in metres clamped at 0, q = max(p, 1e-9) where a logarithm or a ratio needs it, z the label:
     rmse = sqrt(mean (p - z)^2) and sq_rel = mean (p - z)^2 / z in metres, abs_rel = mean |p - z| / z,
-    log_rmse = sqrt(mean (ln q - ln z)^2), delta_k the share of pixels with max(q / z, z / q) < 1.25^k. No crop, no
+    log_rmse = sqrt(mean (ln q - ln z)^2), delta_k the fraction of pixels with max(q / z, z / q) < 1.25^k. No crop, no
     median scaling, and no upper limit unless ``max_depth`` gives one.
 
-    ``protocol``: ``standard``, or ``astmt``, whose rmse is the mean over pictures of each one's own
-    (astmt/fblib/evaluation/eval_depth.py:16-56); pictures without a valid pixel are left out of it, and the other
-    numbers stay pooled.
-    ``max_depth``: labels of this many metres and more are void; 80 in TaskPrompter and SAK
-    (TaskPrompter/evaluation/eval_depth.py:20-54, SAK/evaluation/eval_depth.py:7-32).
+    Sources: InvPT/evaluation/eval_depth.py:30-63, MTI/evaluation/eval_depth.py:19-55,
+    atrc/src/data/metrics.py:292-343.
 
-    update: predictions (B, 1, H, W), labels (B, 1, H, W) in metres, valid where positive and finite. A prediction
-    that is NaN or infinite counts as 0 m and as ``not_finite``.
+    Args:
+        protocol: ``standard``, or ``astmt``, whose rmse is the mean over images of each one's own
+            (astmt/fblib/evaluation/eval_depth.py:16-56), without the images that have no valid pixel; the other
+            numbers stay pooled.
+        max_depth: labels of this many metres and more are void; 80 in TaskPrompter and SAK
+            (TaskPrompter/evaluation/eval_depth.py:20-54, SAK/evaluation/eval_depth.py:7-32).
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        UserError: the protocol is unknown, or ``max_depth`` is not above 0.
     """
 
     task = "depth"
@@ -34,8 +38,8 @@ class DepthMetric(PixelMetric):
     RATIOS = (1.25, 1.25**2, 1.25**3)
     sums: Tensor  # float64 (4,): of (p - z)^2, |p - z| / z, (p - z)^2 / z, (ln q - ln z)^2
     counts: Tensor  # int64 (5,): valid pixels, those within the three ratios, those not finite
-    rmse_of_pictures: Tensor  # float64
-    pictures: Tensor  # int64
+    sum_image_rmse: Tensor  # float64
+    num_images: Tensor  # int64
 
     def __init__(
         self, protocol: Literal["standard", "astmt"] = "standard", max_depth: float | None = None, **kwargs: Any
@@ -44,25 +48,31 @@ class DepthMetric(PixelMetric):
         if max_depth is not None and not max_depth > 0:
             raise UserError(f"{self.task}: max_depth={max_depth} leaves no pixel; give metres above 0, or none.")
         self.protocol = validate_protocol(self.task, protocol, self.PROTOCOLS)
-        self.upper = math.inf if max_depth is None else max_depth  # exclusive
+        self.max_depth = math.inf if max_depth is None else max_depth  # exclusive
         self.add_sums("sums", size=(4,))
         self.add_counts("counts", size=(2 + len(self.RATIOS),))
-        self.add_sums("rmse_of_pictures")
-        self.add_counts("pictures")
+        self.add_sums("sum_image_rmse")
+        self.add_counts("num_images")
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            prediction: metres (B, 1, H, W); NaN or infinity counts as 0 m and as ``not_finite``.
+            label: metres (B, 1, H, W), valid where positive and finite.
+        """
         check_shapes(self.task, prediction, (1,), label, (1,))
         measured = [self._measure(*band) for band in row_bands(prediction, label)]
         sums, counts = (torch.stack(parts).sum(0) for parts in zip(*measured))
         squared, pixels = sums[0], counts[0]
-        self.rmse_of_pictures += (squared / pixels.clamp(min=1)).sqrt().sum()
-        self.pictures += (pixels > 0).sum()
+        self.sum_image_rmse += (squared / pixels.clamp(min=1)).sqrt().sum()
+        self.num_images += (pixels > 0).sum()
         self.sums += sums.sum(1)
         self.counts += counts.sum(1)
 
     def _measure(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to :attr:`sums` and :attr:`counts`, by pictures: float64 (4, B) and int64 (5, B)."""
-        valid = (label > 0) & (label < self.upper)
+        """Compute what each image adds to :attr:`sums` and :attr:`counts`: float64 (4, B) and int64 (5, B)."""
+        valid = (label > 0) & (label < self.max_depth)
         finite = is_finite(prediction)
         # An invalid pixel is 1 m deep and predicted so, an error of 0.
         target = torch.where(valid, label, 1.0).double()
@@ -80,13 +90,14 @@ class DepthMetric(PixelMetric):
         )
 
     def compute(self) -> dict[str, Tensor]:
+        """Return the metrics of the class, and ``not_finite``."""
         squared, relative, squared_relative, squared_log = self.sums / self.counts[0]
         close = self.counts[1:4].double() / self.counts[0]
         return {
-            "rmse": self.rmse_of_pictures / self.pictures if self.protocol == "astmt" else squared.sqrt(),
+            "rmse": self.sum_image_rmse / self.num_images if self.protocol == "astmt" else squared.sqrt(),
             "abs_rel": relative,
             "sq_rel": squared_relative,
             "log_rmse": squared_log.sqrt(),
-            **{f"delta{k}": share for k, share in enumerate(close, start=1)},
+            **{f"delta{k}": fraction for k, fraction in enumerate(close, start=1)},
             "not_finite": self.counts[4].clone(),
         }

@@ -1,4 +1,4 @@
-"""Edges."""
+"""Edge metrics: boundary F-measure and cross-entropy."""
 
 import multiprocessing
 from collections import deque
@@ -15,24 +15,32 @@ from mtcl.errors import UserError
 from mtcl.metrics.boundaries import Preset, best_image_counts, compute_scores, get_preset
 from mtcl.metrics.masked import PixelMetric, check_shapes, is_finite
 
-MIN_PIXELS_FOR_WORKERS = 2_000_000  # pixels; with fewer than that, processes take longer to start than to work
+MIN_PIXELS_FOR_WORKERS = 2_000_000  # with fewer, processes take longer to start than to work
 
 
 class EdgeMetric(PixelMetric):
-    """The field's ``odsF``, ``oisF`` and ``ap``, see :mod:`mtcl.metrics.boundaries`, but not without ``boundaries``;
-    and ``loss``: the class-balanced cross-entropy of :class:`mtcl.losses.EdgeLoss`, over all valid pixels.
+    """``odsF``, ``oisF`` and ``ap`` of the boundary benchmark, see :mod:`mtcl.metrics.boundaries`, and ``loss``.
+
+    The loss is the class-balanced cross-entropy of :class:`mtcl.losses.EdgeLoss` over all valid pixels. Without
+    ``score_boundaries`` it is the only result. ``threshold`` is that of odsF.
 
     The prediction is the sigmoid times 255, truncated to 8 bits (InvPT/evaluation/evaluate_utils.py:69-106), the ground
-    truth every pixel of label 1. Void pixels have no ground truth, and what is predicted
-    there (after the suppression) is dropped. Every image is scored at the size given, so padding must be cut off.
-    A prediction that is NaN or infinite counts as no edge and, with ``boundaries``, as ``not_finite``. ``threshold`` is
-    that of odsF.
+    truth every pixel of label 1. Void pixels have no ground truth, and predictions there (after the suppression) are
+    dropped. Every image is scored at its own size, so padding must be cut off.
 
-    ``preset`` names the toolchain, ``max_distance`` is a fraction of the diagonal (NYUD 0.011, PASCAL 0.0075). For a
-    quick look: fewer ``thresholds`` (even ones; None: the preset's), and only ``every`` n-th image. ``workers``
-    processes score while the network goes on (0: this one); the first images are this one's, see ``PATIENCE``.
+    Args:
+        positive_weight: of the loss.
+        score_boundaries: compute the boundary scores, too.
+        preset: the toolchain, one of :data:`mtcl.metrics.boundaries.PRESETS`.
+        max_distance: a fraction of the diagonal (NYUD 0.011, PASCAL 0.0075).
+        thresholds: number of even thresholds; None: those of the preset. Fewer are faster.
+        every: score every n-th image only.
+        workers: processes that score while the network goes on (0: this one). This process scores the first
+            :data:`MIN_PIXELS_FOR_WORKERS` pixels.
+        **kwargs: of ``torchmetrics.Metric``.
 
-    update: logits (B, 1, H, W), labels (B, 1, H, W), 0, 1 or 255 = void.
+    Raises:
+        UserError: ``every``, ``max_distance``, ``thresholds`` or ``preset`` is out of range.
     """
 
     task = "edge"
@@ -44,7 +52,7 @@ class EdgeMetric(PixelMetric):
     def __init__(
         self,
         positive_weight: float = 0.95,
-        boundaries: bool = True,
+        score_boundaries: bool = True,
         preset: str = "default",
         max_distance: float = 0.011,
         thresholds: int | None = None,
@@ -60,18 +68,26 @@ class EdgeMetric(PixelMetric):
                 f"max_distance={max_distance} of the edge metric is not a fraction of the diagonal in 0..1."
             )
         self.positive_weight = positive_weight
-        self.boundaries, self.max_distance, self.every, self.workers = boundaries, max_distance, every, workers
+        self.score_boundaries, self.max_distance = score_boundaries, max_distance
+        self.every, self.workers = every, workers
         self.preset: Preset = get_preset(preset, thresholds)
-        self.seen = self.scored = 0  # images, and pixels of those that were scored, on this rank
+        self.num_images = self.num_scored_pixels = 0  # on this rank
         self._pool: ProcessPoolExecutor | None = None
         self._pending: deque[Future[np.ndarray]] = deque()
         self.add_sums("total")
         self.add_counts("pixels", "not_finite", "out_of_range")
-        if boundaries:
+        if score_boundaries:
             self.add_counts("counts", size=(len(self.preset.thresholds), 4))
             self.add_counts("best", size=(4,))
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            prediction: logits (B, 1, H, W); NaN or infinity counts as no edge and, with ``score_boundaries``, as
+                ``not_finite``.
+            label: (B, 1, H, W), 0, 1, or 255 where void.
+        """
         check_shapes(self.task, prediction, (1,), label, (1,))
         logit, w = prediction.double(), self.positive_weight
         cost = torch.where(label == 1, -w * F.logsigmoid(logit), -(1 - w) * F.logsigmoid(-logit))
@@ -80,9 +96,9 @@ class EdgeMetric(PixelMetric):
         self.pixels += valid.sum()
         self.not_finite += (valid & ~is_finite(prediction)).sum()
         self.out_of_range += (valid & (label != 0) & (label != 1)).sum()
-        if self.boundaries:
-            rows = [row for row in range(len(label)) if (self.seen + row) % self.every == 0]
-            self.seen += len(label)
+        if self.score_boundaries:
+            rows = [row for row in range(len(label)) if (self.num_images + row) % self.every == 0]
+            self.num_images += len(label)
             self._score(prediction[rows], label[rows])
 
     def _score(self, prediction: Tensor, label: Tensor) -> None:
@@ -90,8 +106,8 @@ class EdgeMetric(PixelMetric):
         levels = (prediction.float().sigmoid() * 255).masked_fill(~is_finite(prediction), 0).to(torch.uint8)
         for image in zip(*(t[:, 0].cpu().numpy() for t in (levels, label == 1, valid)), strict=True):
             job = (self.preset, *image, self.max_distance)
-            self.scored += image[0].size
-            if self.workers == 0 or self.scored <= MIN_PIXELS_FOR_WORKERS:
+            self.num_scored_pixels += image[0].size
+            if self.workers == 0 or self.num_scored_pixels <= MIN_PIXELS_FOR_WORKERS:
                 self._add(_counts(*job))
                 continue
             if len(self._pending) >= 4 * self.workers:  # no more images than that wait in memory
@@ -99,38 +115,41 @@ class EdgeMetric(PixelMetric):
             self._pending.append(self._processes().submit(_counts, *job))
 
     def compute(self) -> dict[str, Tensor]:
+        """Return ``loss``, and with ``score_boundaries`` also the scores, ``threshold`` and ``not_finite``."""
         self.check_labels("0 is none, 1 an edge, 255 void")
-        found = {"loss": self.total / self.pixels}
-        if self.boundaries:
+        results = {"loss": self.total / self.pixels}
+        if self.score_boundaries:
             self._gather()
-            result = compute_scores(
+            boundary_scores = compute_scores(
                 self.counts.cpu().numpy(),
                 self.best.cpu().numpy(),
                 np.array(self.preset.thresholds),
                 self.preset.interpolate,
             )
             for name in ("odsF", "oisF", "ap", "threshold"):
-                found[name] = torch.tensor(getattr(result, name), dtype=torch.float64, device=self.total.device)
-            found["not_finite"] = self.not_finite.clone()
-        return found
+                results[name] = torch.tensor(
+                    getattr(boundary_scores, name), dtype=torch.float64, device=self.total.device
+                )
+            results["not_finite"] = self.not_finite.clone()
+        return results
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
-        """As torchmetrics', after the images under way."""
+        """Synchronize as torchmetrics does, after the images that are still being scored."""
         self._gather()
         super().sync(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As torchmetrics', which sets the state aside: the images under way belong to it."""
+        """Update and compute as torchmetrics does, which replaces the state: images still being scored belong to it."""
         self._gather()
         return super().forward(*args, **kwargs)
 
     def reset(self) -> None:
-        """As torchmetrics'; images under way are dropped, and the processes end."""
+        """Reset as torchmetrics does; drop the images still being scored and end the processes."""
         for future in self._pending:
             future.cancel()
         self._pending.clear()
         self._end()
-        self.seen = self.scored = 0
+        self.num_images = self.num_scored_pixels = 0
         super().reset()
 
     def __getstate__(self) -> dict[str, Any]:

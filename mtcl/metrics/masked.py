@@ -1,4 +1,4 @@
-"""What the metrics share: the check of sizes, counting without waiting for the device, and errors of labels."""
+"""The base of all metrics: checks of sizes and labels, and counting without waiting for the device."""
 
 from collections.abc import Iterator
 
@@ -14,13 +14,26 @@ BAND = 2**16  # pixels whose temporary arrays of float64 stay in a CPU's cache, 
 
 
 def check_shapes(
-    task: str, prediction: Tensor, channels: tuple[int, ...], label: Tensor, like: tuple[int, ...]
+    task: str, prediction: Tensor, channels: tuple[int, ...], label: Tensor, label_channels: tuple[int, ...]
 ) -> None:
-    """``UserError`` unless prediction is (B, one of ``channels``, H, W) and label (B, *``like``, H, W)."""
+    """Check the shapes of a batch.
+
+    Args:
+        task: name for the message.
+        prediction: must be (B, one of ``channels``, H, W).
+        channels: allowed numbers of channels.
+        label: must be (B, *``label_channels``, H, W).
+        label_channels: the middle of the label's shape: ``()`` or ``(n,)``.
+
+    Raises:
+        UserError: a shape is another.
+    """
     if prediction.ndim != 4 or prediction.shape[1] not in channels:
-        wanted = " or ".join(str(count) for count in channels)
-        raise UserError(f"{task}: the prediction is {_size(prediction)}, not batch x {wanted} x height x width.")
-    expected = (prediction.shape[0], *like, *prediction.shape[2:])
+        expected_channels = " or ".join(str(count) for count in channels)
+        raise UserError(
+            f"{task}: the prediction is {_size(prediction)}, not batch x {expected_channels} x height x width."
+        )
+    expected = (prediction.shape[0], *label_channels, *prediction.shape[2:])
     if tuple(label.shape) != expected:
         raise UserError(
             f"{task}: the prediction is {_size(prediction)} and its label {_size(label)}; "
@@ -33,7 +46,7 @@ def _size(array: Tensor) -> str:
 
 
 def row_bands(prediction: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same pictures (B, C, H, W) in bands of rows on a CPU, where that is two times faster; elsewhere as one."""
+    """Yield images (B, C, H, W) in bands of rows on a CPU, where that is twice as fast; elsewhere whole."""
     batch, _, height, width = prediction.shape
     rows = max(1, BAND // max(1, batch * width)) if prediction.is_cpu else max(1, height)
     for top in range(0, height, rows):
@@ -41,32 +54,38 @@ def row_bands(prediction: Tensor, label: Tensor) -> Iterator[tuple[Tensor, Tenso
 
 
 def is_finite(values: Tensor) -> Tensor:
-    """``values.isfinite()`` in half the time."""
+    """Compute ``values.isfinite()`` in half the time."""
     return values.abs() < torch.inf
 
 
 def count(cells: Tensor, number: int) -> Tensor:
-    """How often each of 0..number-1 occurs in ``cells`` (integers, any shape): int64 (number,).
+    """Count how often each of 0..number-1 occurs in ``cells`` (integers, any shape): int64 (number,).
 
-    The host never waits for the device, which it would in ``torch.bincount`` anywhere but on a CPU.
+    The host never waits for the device, as it does in ``torch.bincount`` anywhere but on a CPU.
     """
     if cells.is_cpu:
         return torch.bincount(cells.flatten(), minlength=number)
-    return scattered(cells, number)
+    return count_by_scatter(cells, number)
 
 
-def scattered(cells: Tensor, number: int) -> Tensor:
-    """:func:`count` by adding ones, which are whole numbers: the same in any order."""
+def count_by_scatter(cells: Tensor, number: int) -> Tensor:
+    """Count as :func:`count`, by adding integers, which gives the same in any order."""
     index = cells.flatten().long()
     zeros = torch.zeros(number, dtype=torch.int64, device=index.device)
     return zeros.scatter_add_(0, index, torch.ones_like(index))
 
 
 def count_by_label(label: Tensor, column: Tensor, columns: int) -> Tensor:
-    """Pixels of every picture by their label and by ``column`` (int32, 0..columns-1): int64 (B, LABELS, columns).
+    """Count the pixels of every image by their label and by ``column``.
 
-    label: integers (B, H, W), column: (B, H, W). Row 1 + y holds the pixels of label y. The first and the last row
-    hold what is neither 0..254 nor void: no label is ever filed under another one.
+    Args:
+        label: integers (B, H, W).
+        column: int32 (B, H, W) in 0..columns-1.
+        columns: the number of columns.
+
+    Returns:
+        int64 (B, LABELS, columns). Row 1 + y holds the pixels of label y; the first and the last row hold labels that
+        are neither 0..254 nor void, so that no label is counted as another.
     """
     batch = len(label)
     cell = label.long().clamp(-1, VOID + 1).int()
@@ -77,9 +96,10 @@ def count_by_label(label: Tensor, column: Tensor, columns: int) -> Tensor:
 
 
 class PixelMetric(torchmetrics.Metric):
-    """The two counts that every metric keeps beside its own.
+    """Base of the metrics, with the two counts that every one has.
 
-    ``not_finite``: valid pixels whose prediction is NaN or infinite; ``out_of_range``: pixels whose label is none.
+    ``not_finite``: valid pixels whose prediction is NaN or infinite; ``out_of_range``: pixels whose label is neither
+    valid nor void.
     """
 
     task: str
@@ -88,25 +108,36 @@ class PixelMetric(torchmetrics.Metric):
     out_of_range: Tensor  # int64
 
     def add_counts(self, *names: str, size: tuple[int, ...] = ()) -> None:
-        """States of int64 that add up over ranks: exact up to 9e18 pixels."""
+        """Add int64 states that are summed over ranks: exact up to 9e18 pixels."""
         for name in names:
             self.add_state(name, torch.zeros(size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def add_sums(self, *names: str, size: tuple[int, ...] = ()) -> None:
-        """States of float64 that add up over ranks."""
+        """Add float64 states that are summed over ranks."""
         for name in names:
             self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def check_labels(self, allowed: str) -> None:
-        """``UserError`` if any label was out of range; waits for the device, so only ``compute`` calls it."""
-        wrong = int(self.out_of_range)
-        if wrong:
-            pixels = "1 pixel has a label" if wrong == 1 else f"{wrong} pixels have labels"
+        """Check that no label was out of range; waits for the device, so only ``compute`` calls it.
+
+        Args:
+            allowed: the allowed labels, for the message.
+
+        Raises:
+            UserError: some were.
+        """
+        num_wrong = int(self.out_of_range)
+        if num_wrong:
+            pixels = "1 pixel has a label" if num_wrong == 1 else f"{num_wrong} pixels have labels"
             raise UserError(f"{self.task}: {pixels} out of range; {allowed}. Check the label files and the class list.")
 
 
-def validate_protocol(task: str, protocol: str, known: tuple[str, ...]) -> str:
-    """``protocol`` if it is one of ``known``, else ``UserError``."""
-    if protocol not in known:
-        raise UserError(f"{task}: protocol={protocol!r} is not known; choose one of {', '.join(known)}.")
+def validate_protocol(task: str, protocol: str, choices: tuple[str, ...]) -> str:
+    """Return ``protocol`` if it is one of ``choices``.
+
+    Raises:
+        UserError: it is not.
+    """
+    if protocol not in choices:
+        raise UserError(f"{task}: protocol={protocol!r} is not known; choose one of {', '.join(choices)}.")
     return protocol

@@ -1,4 +1,4 @@
-"""Surface normals."""
+"""Surface normal metrics: angular errors."""
 
 from typing import Any
 
@@ -9,20 +9,18 @@ from mtcl.metrics.masked import PixelMetric, check_shapes, count, row_bands
 
 
 class NormalsMetric(PixelMetric):
-    """``mErr``, ``median`` and ``rmse`` of the angles in degrees, and ``within_11.25``, ``within_22.5``,
-    ``within_30``, the fractions of smaller angles, pooled over all valid pixels.
+    """Angular errors, pooled over all valid pixels.
+
+    ``mErr``, ``median`` and ``rmse`` are of the angles in degrees, ``within_11.25``, ``within_22.5`` and ``within_30``
+    the fractions of smaller angles.
 
     mErr is the mean angle between prediction and label, both of length 1
     (InvPT/evaluation/eval_normals.py:33-51, atrc/src/data/metrics.py:235-289; the others as MTI-Net has them offline,
-    MTI/evaluation/eval_normals.py:24-65). For unit vectors the field writes it 2 atan2(|p - g|, |p + g|); here it is
-    atan2(|p x g|, p . g), the same angle of vectors of any length, exact near 0 and 180 degrees, too.
+    MTI/evaluation/eval_normals.py:24-65). For unit vectors the literature writes it 2 atan2(|p - g|, |p + g|); here it
+    is atan2(|p x g|, p . g), the same angle of vectors of any length, exact near 0 and 180 degrees, too.
 
     The median comes from a histogram of 0.01 degrees: it is off by at most 0.005 degrees. The three limits are edges of
     its bins.
-
-    update: predictions (B, 3, H, W) of any length, labels (B, 3, H, W) with components in -1..1, the zero vector
-    where there is none. A prediction of length 0 is 90 degrees off; one with a NaN or infinite component counts as
-    that, and as ``not_finite``.
     """
 
     task = "normals"
@@ -40,6 +38,13 @@ class NormalsMetric(PixelMetric):
         self.add_counts("not_finite", "out_of_range")
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            prediction: vectors (B, 3, H, W) of any length; one of length 0 is 90 degrees off, one with a NaN or
+                infinite component counts as that, and as ``not_finite``.
+            label: (B, 3, H, W) with components in -1..1, the zero vector where void.
+        """
         check_shapes(self.task, prediction, (3,), label, (3,))
         for band in row_bands(prediction, label):
             self._add(*band)
@@ -62,7 +67,8 @@ class NormalsMetric(PixelMetric):
         self.out_of_range += (~in_range).sum()
 
     def compute(self) -> dict[str, Tensor]:
-        self.check_labels("their components are to be in -1..1")
+        """Return the metrics of the class, and ``not_finite``."""
+        self.check_labels("their components must be in -1..1")
         below = self.histogram.cumsum(0)
         pixels = below[-1]
         limits = [round(limit * self.BINS_PER_DEGREE) - 1 for limit in self.LIMITS]
@@ -75,16 +81,22 @@ class NormalsMetric(PixelMetric):
         }
 
     def _median(self, below: Tensor) -> Tensor:
-        """The mean of the two middle angles (of one, twice the same), each taken for the centre of its bin."""
+        """Return the mean of the two middle angles (of an odd number, twice one), each at the centre of its bin."""
         ranks = torch.stack([(below[-1] - 1) // 2, below[-1] // 2])
         middle = torch.searchsorted(below, ranks, right=True).double()
         return ((middle + 0.5) / self.BINS_PER_DEGREE).mean().masked_fill(below[-1] == 0, torch.nan)
 
 
 def angle_between(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-    """The angle of vectors, given as their three components, in radians (pi / 2 where one is 0), and where it is known.
+    """Compute the angles between vectors.
 
-    It is not where a component is NaN or infinite, which the products with any vector but 0 inherit.
+    Args:
+        a: the three components, each of any shape.
+        b: the same.
+
+    Returns:
+        Radians, pi / 2 where a vector is 0; and where they are defined: not where a component is NaN or infinite, which
+        the products with any vector but 0 inherit.
     """
     dot = (a[0] * b[0]).addcmul_(a[1], b[1]).addcmul_(a[2], b[2])
     squared = torch.zeros_like(dot)

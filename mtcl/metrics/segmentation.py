@@ -1,4 +1,4 @@
-"""Semantic segmentation and human parts."""
+"""Segmentation metrics of semantic segmentation and human parts, from one confusion matrix."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,20 +12,25 @@ from mtcl.metrics.masked import BAND, VOID, PixelMetric, check_shapes, count_by_
 
 
 class SegmentationMetric(PixelMetric):
-    """``mIoU``, ``mIoU_present``, ``pixel_accuracy`` and each class's ``IoU/<name>`` from one confusion matrix of the
-    split (InvPT/evaluation/eval_semseg.py, class ``SemsegMeter``; atrc/src/data/metrics.py:61-128 is equivalent).
+    """``mIoU``, ``mIoU_present``, ``pixel_accuracy`` and each class's ``IoU/<name>``.
+
+    All come from one confusion matrix of the split (InvPT/evaluation/eval_semseg.py, class ``SemsegMeter``;
+    atrc/src/data/metrics.py:61-128 is equivalent).
 
     IoU_c = TP / max(TP + FP + FN, 1e-8), sums over all valid pixels of the split; mIoU is its plain mean over all
     classes of the list, the background too where it is one (PASCAL's semseg, human parts; NYUD-v2's 40 classes have
-    none). A class that occurs neither in the labels nor in the predictions counts as 0, as in the field; so on a list
-    that lacks classes no prediction reaches 1. ``mIoU_present`` is the mean over the classes that occur in the labels,
-    ``absent_classes`` how many do not. pixel_accuracy is the share of valid pixels with the right class.
+    none). A class that occurs neither in the labels nor in the predictions counts as 0, as in the literature; so on a
+    list that lacks classes no prediction reaches 1. ``mIoU_present`` is the mean over the classes that occur in the
+    labels, ``absent_classes`` the number of those that do not. pixel_accuracy is the fraction of valid pixels with the
+    right class.
 
-    ``class_names`` gives the keys ``IoU/<name>`` in the order of the classes; without it they are ``IoU/<index>``.
+    Args:
+        num_classes: 1 to 255; 255 is void.
+        class_names: in the order of the classes; they give the keys ``IoU/<name>``, which are ``IoU/<index>`` without.
+        **kwargs: of ``torchmetrics.Metric``.
 
-    update: logits (B, num_classes, H, W), labels integers (B, H, W) in 0..num_classes-1 or 255. The prediction is
-    the class with the largest logit, the first one of equals. Where that logit is NaN or infinite no class is
-    predicted: the pixel is a miss of its label's class, nobody's false positive, and counted as ``not_finite``.
+    Raises:
+        UserError: the number of classes or their names do not fit.
     """
 
     task = "semseg"
@@ -39,13 +44,23 @@ class SegmentationMetric(PixelMetric):
         if len(names) != num_classes or len(set(names)) != num_classes:
             raise UserError(
                 f"{self.task}: class_names has {len(set(names))} different names for num_classes={num_classes}; "
-                f"give every class one of its own."
+                f"give every class a different one."
             )
         self.num_classes, self.class_names = num_classes, names
         self.add_counts("confusion", size=(num_classes, num_classes + 1))
         self.add_counts("out_of_range")
 
     def update(self, prediction: Tensor, label: Tensor) -> None:
+        """Add a batch.
+
+        The prediction is the class with the largest logit, the first one of equals. Where that logit is NaN or infinite
+        no class is predicted: the pixel is a miss of its label's class, no false positive, and counts as
+        ``not_finite``.
+
+        Args:
+            prediction: logits (B, num_classes, H, W).
+            label: integers (B, H, W) in 0..num_classes-1, 255 where void.
+        """
         n = self.num_classes
         check_shapes(self.task, prediction, (n,), label, ())
         largest, index = max_and_argmax(prediction)
@@ -54,7 +69,7 @@ class SegmentationMetric(PixelMetric):
             self._add(*parts)
 
     def _add(self, largest: Tensor, index: Tensor, label: Tensor) -> None:
-        """Pixels in a row: their largest logits, where those are, and their labels."""
+        """Add pixels (N,): their largest logits, the classes of those, and their labels."""
         n = self.num_classes
         guess = index.int()
         guess += (~is_finite(largest)).int() * (n - guess)
@@ -63,12 +78,16 @@ class SegmentationMetric(PixelMetric):
         self.out_of_range += counts[0].sum() + counts[1 + n : 1 + VOID].sum() + counts[2 + VOID].sum()
 
     def iou_per_class(self) -> Tensor:
-        """float64 (num_classes,); of this rank's pixels only, unless called in ``sync_context()``."""
-        hit = self.confusion.diagonal().double()
+        """Compute the IoU of each class: float64 (num_classes,).
+
+        It is of this rank's pixels only, unless called in ``sync_context()``.
+        """
+        true_positives = self.confusion.diagonal().double()
         predicted, labelled = self.confusion[:, : self.num_classes].sum(0), self.confusion.sum(1)
-        return hit / (predicted + labelled - hit).clamp(min=1e-8)
+        return true_positives / (predicted + labelled - true_positives).clamp(min=1e-8)
 
     def compute(self) -> dict[str, Tensor]:
+        """Return the metrics of the class, ``absent_classes`` and ``not_finite``."""
         self.check_labels(f"allowed are 0..{self.num_classes - 1} and {VOID} for void")
         pixels = self.confusion.sum()
         iou = self.iou_per_class().masked_fill(pixels == 0, torch.nan)
@@ -84,19 +103,28 @@ class SegmentationMetric(PixelMetric):
 
 
 class HumanPartsMetric(SegmentationMetric):
-    """The same for human parts, whose background is a class (InvPT/evaluation/eval_human_parts.py:18-75).
+    """Segmentation metrics of human parts, whose background is a class.
 
-    Pictures without any part are to arrive as all void (InvPT/data/transforms.py:291-295), which is their task's work.
+    Labels of images without any part must be all void (InvPT/data/transforms.py:291-295), which the task's
+    ``finalize_label`` ensures.
+
+    Source: InvPT/evaluation/eval_human_parts.py:18-75.
     """
 
     task = "human_parts"
 
 
 def max_and_argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of (B, C, H, W) along C and the index of its first occurrence, (B, H, W) each; NaN wins.
+    """Return the maximum over channels and the index of its first occurrence; NaN wins.
 
     Pooling over channels is the same and, on a CPU, several times faster than ``max`` or ``argmax`` over a dimension
     that is not the last: it reads the memory once, in order.
+
+    Args:
+        logits: (B, C, H, W).
+
+    Returns:
+        Values and indices, (B, H, W) each.
     """
     if not logits.is_cpu or not logits.is_contiguous() or not logits.numel():
         value, index = logits.max(dim=1)

@@ -100,7 +100,7 @@ class Depth(Task):
         return rows + [("void", VOID_COLOUR)] * any((array == self.void).any() for array in arrays)
 
     def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
-        """Describe a median beyond :attr:`max_plausible_median`: half of the pixels of any scene are nearer, also outdoors."""
+        """Describe a median beyond :attr:`max_plausible_median`; half of the pixels are nearer in any scene."""
         values = np.concatenate([array[(array > 0) & np.isfinite(array)] for array in arrays])
         median = float(np.median(values)) if values.size else 0.0
         if median <= self.max_plausible_median:

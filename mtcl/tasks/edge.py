@@ -19,7 +19,10 @@ from mtcl.tasks.palette import RGB
 
 @dataclass(frozen=True, kw_only=True)
 class Edge(Task):
-    """Edge detection: edge (1) or not (0), one logit; arrays uint8 (H, W), batches float32 (B, 1, H, W), 255 is void."""
+    """Edge detection: edge (1) or not (0), one logit.
+
+    Arrays are uint8 (H, W), batches float32 (B, 1, H, W); 255 is void.
+    """
 
     positive_weight: float = 0.95  # of the loss, see EdgeLoss
     name: str = "edge"

@@ -72,7 +72,7 @@ class Normals(Task):
         return (label != self.void).any(dim=1)
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compute degrees as 2 atan2(|a - b|, |a + b|): unlike the arc cosine of a . b, exact near 0 and 180 degrees."""
+        """Compute degrees as 2 atan2(|a - b|, |a + b|), unlike acos(a . b) exact near 0 and 180 degrees."""
         a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
         exact = "donot_use_mm_for_euclid_dist"  # the faster mode cancels for vectors close to each other
         apart, across = torch.cdist(a, b, compute_mode=exact), torch.cdist(a, -b, compute_mode=exact)

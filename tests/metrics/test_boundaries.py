@@ -319,7 +319,7 @@ def batch(n=3, seed=0, shape=(40, 50), void=False):
 
 
 def fresh(**options):
-    return build_metric("edge", boundaries=True, max_distance=0.02, **options)
+    return build_metric("edge", score_boundaries=True, max_distance=0.02, **options)
 
 
 def test_the_metric_equals_the_counts_of_8_bit_maps():
@@ -441,7 +441,7 @@ def test_nonsense_options_are_refused():
         with pytest.raises(UserError, match=words):
             fresh(**options)
     with pytest.raises(UserError, match="max_distance=11"):
-        build_metric("edge", boundaries=True, max_distance=11)
+        build_metric("edge", score_boundaries=True, max_distance=11)
 
 
 # The script

@@ -16,7 +16,7 @@ from torchmetrics.utilities import dim_zero_sum
 
 from mtcl import UserError
 from mtcl.losses import EdgeLoss
-from mtcl.metrics.masked import count, scattered
+from mtcl.metrics.masked import count, count_by_scatter
 from mtcl.metrics.normals import NormalsMetric
 from mtcl.metrics.saliency import STEPS, count_thresholds_reached
 from mtcl.metrics.segmentation import max_and_argmax
@@ -130,7 +130,7 @@ def expected_normals(p, y):
     return {"mErr": angle.mean(), "median": median, "rmse": np.sqrt((angle**2).mean()), **within}
 
 
-def expected_edge(p, y, boundaries=False):
+def expected_edge(p, y, score_boundaries=False):
     kept = y != 255
     s, y = 1 / (1 + np.exp(-p[kept])), y[kept]
     return {"loss": -(0.95 * y * np.log(s) + 0.05 * (1 - y) * np.log(1 - s)).mean()}
@@ -161,7 +161,7 @@ def agrees(task, found, p, y, not_finite=0, **options):
 
 
 @pytest.mark.parametrize("void", [0.0, 0.25, 0.8])
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"score_boundaries": False})])
 def test_equals_formula(task, options, void):
     p, y = make_case(task, void=void)
     metric = fresh(task, **options)
@@ -183,7 +183,7 @@ def exact_and_close(metric, other):
     return True
 
 
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"score_boundaries": False})])
 @settings(max_examples=30, deadline=None)
 @given(order=st.permutations(range(5)), cuts=st.sets(st.integers(1, 4)))
 def test_any_split_into_batches_gives_the_same(task, options, order, cuts):
@@ -195,7 +195,7 @@ def test_any_split_into_batches_gives_the_same(task, options, order, cuts):
     assert exact_and_close(split, together)
 
 
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"score_boundaries": False})])
 def test_ranks_add_up(task, options):
     """What torchmetrics does over ranks: every state is the sum of the ranks' states."""
     p, y = make_case(task)
@@ -268,7 +268,7 @@ def test_a_list_without_a_salient_pixel_has_no_f_measure(options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"score_boundaries": False})])
 def test_predictions_of_other_precision(task, options, dtype):
     p, y = make_case(task, b=1)
     metric = fresh(task, **options)
@@ -277,7 +277,7 @@ def test_predictions_of_other_precision(task, options, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"boundaries": False})])
+@pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"score_boundaries": False})])
 def test_nothing_valid_is_nan_and_reset_forgets(task, options):
     def nothing(found):
         return all(value == 0 if name == "not_finite" else math.isnan(value) for name, value in found.items())
@@ -309,9 +309,9 @@ def test_update_never_waits_for_the_device(task, options):
 def test_both_ways_of_counting_count_the_same():
     cells = torch.randint(0, 9, (3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     for number in (9, 12):
-        assert torch.equal(count(cells, number), scattered(cells, number))
+        assert torch.equal(count(cells, number), count_by_scatter(cells, number))
         assert count(cells, number).tolist() == [int((cells == k).sum()) for k in range(number)]
-    assert count(cells[:0], 3).tolist() == scattered(cells[:0], 3).tolist() == [0, 0, 0]
+    assert count(cells[:0], 3).tolist() == count_by_scatter(cells[:0], 3).tolist() == [0, 0, 0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

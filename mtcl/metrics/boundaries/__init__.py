@@ -1,10 +1,10 @@
-"""The boundary F-measure of the field in Python: suppression, thinning, matching, scores.
+"""The boundary F-measure in Python: suppression, thinning, matching, scores.
 
 >>> import numpy as np
 >>> line = np.zeros((20, 30), np.uint8)
 >>> line[10, 5:25] = 200
->>> counts = preset_named("bsds", 9).counts(line, [line], max_distance=0.01)
->>> scores(counts, best_of_image(counts), even_thresholds(9), interpolate=True).odsF
+>>> counts = get_preset("bsds", 9).counts(line, [line], max_distance=0.01)
+>>> compute_scores(counts, best_image_counts(counts), linspace_thresholds(9), interpolate=True).odsF
 1.0
 """
 

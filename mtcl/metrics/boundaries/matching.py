@@ -1,7 +1,7 @@
 """One-to-one matching of predicted to true boundary pixels within a distance.
 
 The official benchmark (correspondPixels of BSDS500) solves an assignment: a pair costs its distance, an unmatched
-pixel 100 times the largest distance allowed. So it pairs as many pixels as can be, the nearest ones.
+pixel 100 times the largest distance allowed. So it pairs as many pixels as possible, the nearest ones.
 """
 
 import math
@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import maximum_flow, min_weight_full_bipartite_matchin
 
 
 def offsets_within(distance: float) -> np.ndarray:
-    """int64 (N, 2): all (dy, dx) of length <= ``distance`` pixels, the shortest first."""
+    """Return all (dy, dx) of length <= ``distance`` pixels, the shortest first: int64 (N, 2)."""
     radius = math.floor(distance)
     dy, dx = np.mgrid[-radius : radius + 1, -radius : radius + 1].reshape(2, -1)
     squared = dy * dy + dx * dx
@@ -21,8 +21,16 @@ def offsets_within(distance: float) -> np.ndarray:
 
 
 class DistanceGraph:
-    """Which pixels of ``truth`` (bool (H, W)) lie within ``distance`` pixels of each of the places (``rows``,
-    ``columns``): a graph of which :meth:`match` takes the places that a threshold leaves."""
+    """The pixels of ``truth`` within ``distance`` of each candidate pixel.
+
+    :meth:`match` matches the candidates that a threshold leaves.
+
+    Args:
+        rows: of the candidates, int (N,).
+        columns: of the candidates, int (N,).
+        truth: true boundary, bool (H, W).
+        distance: in pixels.
+    """
 
     def __init__(self, rows: np.ndarray, columns: np.ndarray, truth: np.ndarray, distance: float):
         offsets = offsets_within(distance)
@@ -32,20 +40,26 @@ class DistanceGraph:
         inside = number[margin : truth.shape[0] + margin, margin : truth.shape[1] + margin]
         self.size = int(truth.sum())
         inside[truth] = np.arange(self.size, dtype=np.int32)
-        place = (rows + margin) * stride + columns + margin
-        found = number.ravel()[place[:, None] + offsets @ [stride, 1]]
-        near = found >= 0
+        position = (rows + margin) * stride + columns + margin
+        neighbours = number.ravel()[position[:, None] + offsets @ [stride, 1]]
+        near = neighbours >= 0
         self.distance = distance
-        self.columns = found[near]
+        self.columns = neighbours[near]
         lengths = np.sqrt((offsets * offsets).sum(1))
         self.lengths = np.broadcast_to(lengths, near.shape)[near]
         self.degree = near.sum(1, dtype=np.int32)
         self.start = np.concatenate([[0], np.cumsum(self.degree)])
 
     def match(self, rows: np.ndarray, nearest: bool = False) -> np.ndarray:
-        """bool like ``rows``: which of these places (numbers, increasing) a largest one-to-one matching pairs.
+        """Match some of the candidates to true pixels, one to one, as many as possible.
 
-        How many is certain, which ones is not, unless they are the ``nearest`` (ten times slower).
+        Args:
+            rows: numbers of the candidates, increasing, int (M,).
+            nearest: choose the nearest pairs (ten times slower). Without it the number of pairs is certain, but not
+                which candidates they hold.
+
+        Returns:
+            bool (M,): which of them are matched.
         """
         matched = np.zeros(rows.size, bool)
         degree = self.degree[rows]
@@ -54,36 +68,38 @@ class DistanceGraph:
             return matched
         rows, degree = rows[near], degree[near]
         pointer = np.concatenate([[0], np.cumsum(degree)])
-        taken = np.repeat(self.start[rows] - pointer[:-1], degree) + np.arange(pointer[-1])
+        edges = np.repeat(self.start[rows] - pointer[:-1], degree) + np.arange(pointer[-1])
         used = np.zeros(self.size, bool)
-        used[self.columns[taken]] = True
+        used[self.columns[edges]] = True
         number = np.cumsum(used) - 1
-        columns, size = number[self.columns[taken]], int(number[-1]) + 1
+        columns, size = number[self.columns[edges]], int(number[-1]) + 1
         if nearest:
-            matched[near] = _cheapest(pointer, columns, self.lengths[taken], size, 100 * self.distance)
+            matched[near] = _cheapest(pointer, columns, self.lengths[edges], size, 100 * self.distance)
         else:
             matched[near] = _unit_flow(pointer, columns, size)
         return matched
 
 
 def _cheapest(pointer: np.ndarray, columns: np.ndarray, lengths: np.ndarray, size: int, outlier: float) -> np.ndarray:
-    """bool (N,): which of the N rows (CSR form, ``size`` columns) the cheapest assignment pairs with a column.
+    """Return which of the N rows the cheapest assignment pairs with a column: bool (N,).
 
-    Each row may stay alone in a column of its own, at the cost ``outlier``. Costs grow by 1, for 0 would be no edge.
+    The graph is in CSR form with ``size`` columns. Each row may remain unmatched at the cost ``outlier``. Costs grow
+    by 1, for 0 would be no edge.
     """
     n = pointer.size - 1
-    where = pointer[1:]  # after the last edge of each row
-    heads = np.insert(columns, where, size + np.arange(n)).astype(np.int32)
-    costs = np.insert(lengths, where, outlier) + 1
+    row_ends = pointer[1:]
+    heads = np.insert(columns, row_ends, size + np.arange(n)).astype(np.int32)
+    costs = np.insert(lengths, row_ends, outlier) + 1
     ends = (pointer + np.arange(n + 1)).astype(np.int32)
     graph = csr_array((costs, heads, ends), shape=(n, size + n))
     return min_weight_full_bipartite_matching(graph)[1] < size
 
 
 def _unit_flow(pointer: np.ndarray, columns: np.ndarray, size: int) -> np.ndarray:
-    """bool (N,): which of the N rows (CSR form, ``size`` columns) a largest flow passes: Dinic's, all capacities 1.
+    """Return which of the N rows a maximum flow passes, by Dinic's algorithm with all capacities 1: bool (N,).
 
-    SciPy's Hopcroft-Karp would count the same, but takes minutes instead of milliseconds on some maps.
+    The graph is in CSR form with ``size`` columns. SciPy's Hopcroft-Karp would count the same, but
+    takes minutes instead of milliseconds on some maps.
     """
     n = pointer.size - 1
     source, sink, edges = n + size, n + size + 1, pointer[-1]

@@ -1,4 +1,4 @@
-"""The toolchains of the field by name, from a saved map and its label to counts."""
+"""The published toolchains by name, from a saved map and its label to counts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,25 +16,35 @@ NMS: dict[str, SuppressionConfig | None] = {"none": None, "sak": SAK, "invpt": I
 
 @dataclass(frozen=True)
 class Preset:
-    """How a map and its label are compared; the images of a set are the caller's choice."""
+    """How a map and its label are compared; the images of a set are the caller's choice.
+
+    Attributes:
+        suppression: non-maximum suppression of the map; None: none.
+        rounded: the suppressed map passes through an 8-bit file.
+        thresholds: at which the map is binarised.
+        strict: binarise at > instead of >=.
+        seg2bmap: take the label for a segmentation; of a line this makes a band of two pixels.
+        thin_truth: thin the true boundary.
+        interpolate: compute odsF also between the thresholds.
+    """
 
     suppression: SuppressionConfig | None = None
-    rounded: bool = False  # the suppressed map goes through an 8-bit file
+    rounded: bool = False
     thresholds: tuple[float, ...] = tuple(linspace_thresholds(99))
-    strict: bool = False  # > instead of >=
-    seg2bmap: bool = False  # the label is taken for a segmentation; of a line this makes a band of two pixels
+    strict: bool = False
+    seg2bmap: bool = False
     thin_truth: bool = True
-    interpolate: bool = False  # odsF also between the thresholds
+    interpolate: bool = False
 
     def prepare_prediction(self, prediction: np.ndarray) -> np.ndarray:
-        """The map uint8 (H, W) as it is binarised: suppressed, float32 in 0..1 or uint8."""
+        """Suppress a map uint8 (H, W) for binarisation: float32 in 0..1 or uint8."""
         if self.suppression is None:
             return prediction
         edges = nms(prediction.astype(np.float32) / np.float32(255), *self.suppression)
         return np.floor(edges * 255 + 0.5).astype(np.uint8) if self.rounded else edges
 
     def boundary_of_label(self, label: np.ndarray) -> np.ndarray:
-        """bool (H, W): the true boundary of a label, integers (H, W), 0 = none."""
+        """Return the true boundary of a label (integers (H, W), 0 = none): bool (H, W)."""
         boundary = seg2bmap(label) if self.seg2bmap else label != 0
         return thin_masks(boundary[None])[0] if self.thin_truth else boundary
 
@@ -45,9 +55,16 @@ class Preset:
         max_distance: float,
         valid: np.ndarray | None = None,
     ) -> np.ndarray:
-        """int64 (K, 4), see :func:`boundary_counts`, of a map uint8 (H, W) and each annotator's label (H, W).
+        """Count the matches of one image at every threshold.
 
-        Where ``valid`` (bool (H, W)) is false, there is neither truth nor prediction: the suppressed map is 0 there.
+        Args:
+            prediction: map uint8 (H, W).
+            labels: of each annotator, integers (H, W).
+            max_distance: a fraction of the diagonal.
+            valid: bool (H, W); where false, there is neither truth nor prediction: the suppressed map is 0 there.
+
+        Returns:
+            int64 (K, 4), see :func:`boundary_counts`.
         """
         edges, truths = self.prepare_prediction(prediction), [self.boundary_of_label(label) for label in labels]
         if valid is not None:
@@ -73,7 +90,15 @@ PRESETS: dict[str, Preset] = {
 
 
 def get_preset(name: str, thresholds: int | None = None) -> Preset:
-    """The preset of that name, with that many even thresholds if a number is given. ``UserError``: unknown name."""
+    """Return a preset.
+
+    Args:
+        name: one of :data:`PRESETS`.
+        thresholds: number of even thresholds; None: those of the preset.
+
+    Raises:
+        UserError: the name is unknown, or there are no thresholds.
+    """
     if name not in PRESETS:
         raise UserError(f"No edge preset {name!r}: choose one of {', '.join(PRESETS)}.")
     preset = PRESETS[name]
@@ -81,8 +106,10 @@ def get_preset(name: str, thresholds: int | None = None) -> Preset:
 
 
 def seg2bmap(segments: np.ndarray) -> np.ndarray:
-    """bool (H, W): pixels that differ from their right, lower or lower right neighbour
-    (innovator-zero/seism/src/misc/seg2bmap.m)."""
+    """Return the pixels that differ from their right, lower or lower right neighbour: bool (H, W).
+
+    Source: innovator-zero/seism/src/misc/seg2bmap.m.
+    """
     boundary = np.zeros(segments.shape, bool)
     boundary[:, :-1] |= segments[:, :-1] != segments[:, 1:]
     boundary[:-1] |= segments[:-1] != segments[1:]

@@ -1,4 +1,4 @@
-"""Counts of one image over thresholds, and the scores of counts."""
+"""Count the matches of one image over thresholds, and compute the scores of counts."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -7,16 +7,21 @@ import numpy as np
 
 from mtcl.errors import UserError
 from mtcl.metrics.boundaries.matching import DistanceGraph
-from mtcl.metrics.boundaries.thinning import WORD, thin_words
+from mtcl.metrics.boundaries.thinning import WORD, thin_bitmaps
 
 EPS = np.finfo(float).eps
 
 
 def linspace_thresholds(number: int) -> np.ndarray:
-    """float64 (N,): k / (N + 1) for k = 1..N, rounded as MATLAB's linspace does (pdollar/edges/edgesEvalImg.m:53), for
-    8-bit maps have values on some of them. ``UserError``: fewer than one."""
+    """Return k / (N + 1) for k = 1..N: float64 (N,).
+
+    Rounded as MATLAB's linspace does (pdollar/edges/edgesEvalImg.m:53), for 8-bit maps have values on some of them.
+
+    Raises:
+        UserError: there are fewer than one.
+    """
     if number < 1:
-        raise UserError(f"{number} thresholds give no score; take 1 or more, the field takes 99.")
+        raise UserError(f"{number} thresholds give no score; use 1 or more (99 is usual).")
     return np.linspace(1 / (number + 1), 1 - 1 / (number + 1), number)
 
 
@@ -27,46 +32,59 @@ def boundary_counts(
     max_distance: float,
     strict: bool = False,
 ) -> np.ndarray:
-    """int64 (K, 4) for K thresholds: cntR, sumR, cntP, sumP (pdollar/edges/edgesEvalImg.m:61-78).
+    """Count the matched boundary pixels of one image at K thresholds (pdollar/edges/edgesEvalImg.m:61-78).
 
-    ``prediction`` (H, W) is uint8 (divided by 255) or float in 0..1. It is binarised at ``>=`` each of the increasing
-    ``thresholds`` (> 0), or at ``>`` if ``strict``, thinned, and matched one to one to each annotator's ``truths``
-    (bool (H, W)), within ``max_distance`` times the image's diagonal. cntR of sumR true pixels, summed over the
-    annotators, and cntP of sumP predicted ones, with any annotator, are matched. Of several annotators each is matched
-    to its nearest pixels, for which ones are matched decides cntP.
+    The prediction is binarised, thinned, and matched one to one to each annotator's truth. Of several annotators each
+    is matched to its nearest pixels, for which ones are matched decides cntP.
 
-    ``UserError``: thresholds do not increase; sizes differ; a prediction is NaN.
+    Args:
+        prediction: (H, W), uint8 (divided by 255) or float in 0..1.
+        truths: true boundaries of the annotators, bool (H, W).
+        thresholds: (K,), increasing, > 0; pixels ``>=`` a threshold are boundary.
+        max_distance: of a match, times the image's diagonal.
+        strict: pixels ``>`` a threshold are boundary.
+
+    Returns:
+        int64 (K, 4): cntR, sumR, cntP, sumP. cntR of sumR true pixels, summed over the annotators, and cntP of sumP
+        predicted ones, with any annotator, are matched.
+
+    Raises:
+        UserError: thresholds do not increase, sizes differ, or a prediction is NaN.
     """
     if np.any(np.diff(thresholds) <= 0):
-        raise UserError("The thresholds of edges do not increase; sort them and drop doubles.")
+        raise UserError("The thresholds of edges do not increase; sort them and drop duplicates.")
     for truth in truths:
         if truth.shape != prediction.shape:
             raise UserError(f"An edge map of {_size(prediction)} has a ground truth of {_size(truth)}; use one size.")
     truths = [np.asarray(truth, bool) for truth in truths]
     counts = np.zeros((len(thresholds), 4), np.int64)
     counts[:, 1] = sum(int(truth.sum()) for truth in truths)
-    rows, columns, words = _thinned(prediction, thresholds, strict)
+    rows, columns, bitmaps = _thin_at_thresholds(prediction, thresholds, strict)
     distance = max_distance * float(np.hypot(*prediction.shape))
     graphs = [DistanceGraph(rows, columns, truth, distance) for truth in truths]
-    last = np.zeros(0, np.intp)
+    previous = np.zeros(0, np.intp)
     for k in range(len(thresholds)):
-        left = np.flatnonzero(words[k // WORD] & np.uint64(1 << k % WORD))
-        counts[k, 3] = left.size
-        if k and np.array_equal(left, last):
+        pixels = np.flatnonzero(bitmaps[k // WORD] & np.uint64(1 << k % WORD))
+        counts[k, 3] = pixels.size
+        if k and np.array_equal(pixels, previous):
             counts[k] = counts[k - 1]
-        elif left.size and graphs:
-            matched = [graph.match(left, nearest=len(graphs) > 1) for graph in graphs]
+        elif pixels.size and graphs:
+            matched = [graph.match(pixels, nearest=len(graphs) > 1) for graph in graphs]
             counts[k, 0] = sum(int(m.sum()) for m in matched)
             counts[k, 2] = np.any(matched, axis=0).sum()
-        last = left
+        previous = pixels
     return counts
 
 
-def _thinned(
+def _thin_at_thresholds(
     prediction: np.ndarray, thresholds: np.ndarray, strict: bool
 ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-    """Rows and columns of the N pixels that reach any threshold, and for each 64 thresholds words uint64 (N,): the bits
-    of the thinned maps in which a pixel is set."""
+    """Binarise a map at all thresholds and thin the binary maps.
+
+    Returns:
+        Rows and columns of the N pixels that reach any threshold, and for each 64 thresholds bitmaps uint64 (N,): the
+        bits of the thinned maps in which a pixel is set.
+    """
     side: Literal["left", "right"] = "left" if strict else "right"
     if prediction.dtype == np.uint8:
         passed = np.searchsorted(thresholds, np.arange(256) / 255, side=side)[prediction]
@@ -76,22 +94,22 @@ def _thinned(
         passed = np.searchsorted(np.asarray(thresholds, prediction.dtype), prediction, side=side)
     rows, columns = np.nonzero(passed)
     passed = passed[rows, columns]
-    words = []
+    bitmaps = []
     for start in range(0, len(thresholds), WORD):
-        ones = np.clip(passed - start, 0, WORD)  # a pixel that passes a threshold passes the lower ones, too
+        ones = np.clip(passed - start, 0, WORD)  # a pixel that passes a threshold also passes the lower ones
         full = np.uint64(2**64 - 1) >> (WORD - np.maximum(ones, 1)).astype(np.uint64)
         some = np.flatnonzero(ones)
-        word = np.zeros(rows.size, np.uint64)
-        word[some] = thin_words(rows[some], columns[some], full[some], prediction.shape)
-        words.append(word)
-    return rows, columns, words
+        bitmap = np.zeros(rows.size, np.uint64)
+        bitmap[some] = thin_bitmaps(rows[some], columns[some], full[some], prediction.shape)
+        bitmaps.append(bitmap)
+    return rows, columns, bitmaps
 
 
 class Scores(NamedTuple):
-    """Fractions; NaN if there was no true boundary at all."""
+    """Boundary scores as fractions; NaN if there was no true boundary at all."""
 
-    odsF: float
-    oisF: float
+    odsF: float  # noqa: N815 - the name of the literature
+    oisF: float  # noqa: N815
     ap: float
     threshold: float
     precision: float
@@ -99,32 +117,41 @@ class Scores(NamedTuple):
 
 
 def recall_precision_f(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Recall, precision and F of counts (..., 4); 0 where nothing is counted (pdollar/edges/edgesEvalDir.m:112-115)."""
+    """Compute recall, precision and F of counts (..., 4); 0 where nothing is counted.
+
+    Source: pdollar/edges/edgesEvalDir.m:112-115.
+    """
     recall = counts[..., 0] / np.maximum(EPS, counts[..., 1])
     precision = counts[..., 2] / np.maximum(EPS, counts[..., 3])
     return recall, precision, 2 * precision * recall / np.maximum(EPS, precision + recall)
 
 
 def best_image_counts(counts: np.ndarray) -> np.ndarray:
-    """int64 (4,): the counts (K, 4) of one image at its best threshold, the lowest of equals."""
+    """Return the counts (K, 4) of one image at its best threshold, the lowest of equals: int64 (4,)."""
     return counts[np.argmax(recall_precision_f(counts)[2])]
 
 
 def compute_scores(counts: np.ndarray, best: np.ndarray, thresholds: np.ndarray, interpolate: bool) -> Scores:
-    """The scores of ``counts`` (K, 4), summed over the images, and of ``best`` (4,), :func:`best_image_counts` summed.
+    """Compute the scores of a set of images.
 
     odsF is the largest F over thresholds, with ``interpolate`` also at 100 steps between neighbours, of recall and
     precision in straight lines (edgesEvalDir.m:117-127; seism's general_ods.m takes the thresholds themselves). ap is
-    the mean of precision, in straight lines over recall, at recall 0, 0.01 ... 1, with 0 outside what was measured and,
-    as there, a divisor of 100 (edgesEvalDir.m:95-98).
+    the mean of precision, in straight lines over recall, at recall 0, 0.01 ... 1, with 0 outside the measured range
+    and, as in the source, a divisor of 100 (edgesEvalDir.m:95-98).
+
+    Args:
+        counts: (K, 4), summed over the images.
+        best: (4,), :func:`best_image_counts` summed over the images.
+        thresholds: (K,).
+        interpolate: compute odsF also between the thresholds.
     """
     if not counts[:, 1].any():
         return Scores(*[float("nan")] * 6)
     recall, precision, _ = recall_precision_f(counts)
     line = np.stack([recall, precision, np.asarray(thresholds, float)])
     if interpolate and len(thresholds) > 1:
-        share = np.linspace(0, 1, 100)
-        line = (line[:, :-1, None] * (1 - share) + line[:, 1:, None] * share).reshape(3, -1)
+        fraction = np.linspace(0, 1, 100)
+        line = (line[:, :-1, None] * (1 - fraction) + line[:, 1:, None] * fraction).reshape(3, -1)
     f = 2 * line[0] * line[1] / np.maximum(EPS, line[0] + line[1])
     at = int(np.argmax(f))
     return Scores(
