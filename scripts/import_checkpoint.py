@@ -1,13 +1,13 @@
-"""A published checkpoint of another codebase as one of ours, to be scored by evaluate.py.
+"""Import a published checkpoint of another codebase, so that evaluate.py can score it.
 
     python scripts/import_checkpoint.py METHOD FILE OUTPUT.pt [key=value ...]
     python scripts/import_checkpoint.py invpt InvPT_pascal_vitLp16.pth.tar invpt.pt \
         data=pascal backbone=vit_large decoder=invpt
     python evaluate.py checkpoint=invpt.pt data.root=PATH
 
-METHOD: --help lists them. FILE: what the authors' own training code saved, DDP's prefix and all. The other words are
+METHOD: --help lists them. FILE: as the authors' training code saved it, with or without DDP's prefix. The overrides are
 those of train.py and describe the published run: dataset, backbone, decoder, the size it was trained at (data.size).
-Every key of the file is accounted for and every tensor of the model filled, or nothing is written.
+Every key of the file must be accounted for and every tensor of the model filled, or nothing is written.
 """
 
 import argparse
@@ -19,21 +19,23 @@ from mtcl.models.published import METHODS
 
 
 def main() -> None:
+    """Parse the command line and import the checkpoint."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("method", help=f"whose checkpoint it is: {', '.join(METHODS)}")
     parser.add_argument("file", type=Path, help="the published checkpoint")
     parser.add_argument("output", type=Path, help="where to write ours")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="the published run, in train.py's words")
-    given = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of train.py that describe the run")
+    args = parser.parse_args()
 
     configs = Path(__file__).resolve().parents[1] / "configs"
-    done = import_checkpoint(given.method, given.file, given.output, given.overrides, configs)
-    print(f"{given.output}: {done.tensors} tensors, each filled from {given.file}")
-    if done.unused_keys:
-        print(
-            f"left out, as the published network never uses them: {len(done.unused_keys)} ({', '.join(done.unused_keys[:4])}, ...)"
-        )
-    print("set in its config, as the published network asks:", *(f"{k}={v}" for k, v in done.settings.items()))
+    result = import_checkpoint(args.method, args.file, args.output, args.overrides, configs)
+    print(f"{args.output}: {result.num_tensors} tensors, each filled from {args.file}")
+    if result.unused_keys:
+        first = ", ".join(result.unused_keys[:4])
+        print(f"left out, as the published network never uses them: {len(result.unused_keys)} ({first}, ...)")
+    print(
+        "set in its config, as the published network needs:", *(f"{k}={v}" for k, v in result.config_overrides.items())
+    )
 
 
 if __name__ == "__main__":

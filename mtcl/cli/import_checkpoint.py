@@ -1,4 +1,4 @@
-"""A published checkpoint of another codebase -> one of ours, which evaluate.py loads."""
+"""Import a published checkpoint of another codebase as one that evaluate.py loads."""
 
 import math
 from collections.abc import Sequence
@@ -19,38 +19,58 @@ from mtcl.models.published import METHODS, check_state_dict, read_published_chec
 from mtcl.training.checkpoint import save_checkpoint
 
 
-class Imported(NamedTuple):
-    tensors: int  # of our model, each filled from the file
-    unused_keys: list[str]  # keys of the file that the published forward never uses
-    settings: dict[str, Any]  # config keys that the published network asked for
+class ImportResult(NamedTuple):
+    """What an import wrote.
+
+    Attributes:
+        num_tensors: tensors of our model, each filled from the file.
+        unused_keys: keys of the file that the published forward never uses.
+        config_overrides: config keys that were set because the published network needs them.
+    """
+
+    num_tensors: int
+    unused_keys: list[str]
+    config_overrides: dict[str, Any]
 
 
-def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequence[str], configs: Path) -> Imported:
-    """Write ``target`` from the published ``source``.
+def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequence[str], configs: Path) -> ImportResult:
+    """Convert a published checkpoint.
 
-    ``overrides``: words of train.py that describe the published run, under ``configs``. Keys of the config without
-    which the network would be another one (``Method.settings``) are set here and saved with it.
+    Args:
+        method: a name in :data:`METHODS`.
+        source: the published file.
+        target: the file to write; must not exist.
+        overrides: of train.py's config, as they describe the published run. Keys that the published network needs
+            (``Method.config_overrides``) are set as well and saved.
+        configs: folder of the configs.
+
+    Raises:
+        UserError: the file is not of that method, or does not fill exactly the model that the config describes.
     """
     if method not in METHODS:
         raise UserError(f"{method} is not a method whose checkpoints are known; choose one of {', '.join(METHODS)}")
     if target.exists():
         raise UserError(f"{target} exists already; choose another name")
-    known = METHODS[method]
-    theirs, step = read_published_checkpoint(source)
+    chosen = METHODS[method]
+    published, step = read_published_checkpoint(source)
     config = composed(overrides, configs)
-    if str(config.decoder._target_).rpartition(".")[2] != known.model:
+    if str(config.decoder._target_).rpartition(".")[2] != chosen.model:
         raise UserError(f"the config describes {config.decoder._target_}, not {method}; give decoder={method}")
-    settings = known.settings(theirs, get_image_size(config))
-    for key, value in settings.items():
+    needed = {
+        f"{group}.{key}": value
+        for group, values in chosen.config_overrides(published, get_image_size(config)).items()
+        for key, value in values.items()
+    }
+    for key, value in needed.items():
         set_key(config, key, value)
     check_config(plain(config))
     tasks = build_tasks(config)
-    with torch.device("meta"):  # its shapes are all that is asked for
+    with torch.device("meta"):  # only shapes are needed
         model = build_model(config, tasks, pretrained=False)
-    ours, unused_keys = translate_state_dict(theirs, known, list(tasks))
-    check_state_dict(ours, model.state_dict(), method)
+    weights, unused_keys = translate_state_dict(published, chosen, list(tasks))
+    check_state_dict(weights, model.state_dict(), method)
     content = {
-        "model": ours,
+        "model": weights,
         "ema": None,
         "regularizer": None,
         "share": None,
@@ -67,7 +87,7 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(target, content)
-    return Imported(len(ours), unused_keys, settings)
+    return ImportResult(len(weights), unused_keys, needed)
 
 
 def composed(overrides: Sequence[str], configs: Path) -> DictConfig:
@@ -75,9 +95,9 @@ def composed(overrides: Sequence[str], configs: Path) -> DictConfig:
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:
-    """Set ``key``; a mapping adds to what is there."""
-    before = OmegaConf.select(config, key)
+    """Set a key; a mapping is merged into the current value."""
+    current = OmegaConf.select(config, key)
     if isinstance(value, dict):
-        value = {**(plain(before) or {}), **value}
+        value = {**(plain(current) or {}), **value}
     with open_dict(config):
         OmegaConf.update(config, key, value, merge=False)

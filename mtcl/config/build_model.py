@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mtcl.config.resolve import construct, locate, plain
+from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.models import DenseModel, EncoderDecoder, build_backbone
 from mtcl.models.decoders import Decoder
 from mtcl.models.decoders.atrc import is_named_genotype, read_genotype_file
@@ -17,25 +17,27 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     """``pretrained`` is true only for a fresh run: else neither a hub nor a weight file is asked for."""
     source = config.backbone.weights
     source = None if source in (None, "none") else str(source)
-    backbone = build_backbone(
-        config.backbone.name,
-        weights=source if pretrained else None,
-        mean=plain(config.backbone.mean),
-        std=plain(config.backbone.std),
-        out_indices=plain(config.backbone.out_indices),
-        kwargs=plain(config.backbone.kwargs),
-    )
+    with add_key_prefix("backbone."):
+        backbone = build_backbone(
+            config.backbone.name,
+            weights=source if pretrained else None,
+            mean=plain(config.backbone.mean),
+            std=plain(config.backbone.std),
+            out_indices=plain(config.backbone.out_indices),
+            kwargs=plain(config.backbone.kwargs),
+        )
     options = plain(config.decoder)
     target = options.pop("_target_")
     kind = locate(target, "decoder")
     channels = {name: task.channels for name, task in tasks.items()}
     model: DenseModel
-    if isinstance(kind, type) and issubclass(kind, DenseModel):  # a model of its own, woven into the backbone
-        model = construct(kind, "decoder", backbone, channels, **options)
-    else:
-        kind = locate(target, "decoder", Decoder)
-        decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
-        model = EncoderDecoder(backbone, decoder)
+    with add_key_prefix("decoder."):
+        if isinstance(kind, type) and issubclass(kind, DenseModel):  # a model of its own, woven into the backbone
+            model = construct(kind, "decoder", backbone, channels, **options)
+        else:
+            kind = locate(target, "decoder", Decoder)
+            decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
+            model = EncoderDecoder(backbone, decoder)
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -46,7 +48,9 @@ def inline_genotype(config: DictConfig) -> None:
     """Replace the path of a genotype's file in ``config`` by what the file says: what is saved stands on its own."""
     genotype = config.decoder.get("genotype")
     if isinstance(genotype, str) and not is_named_genotype(genotype):
-        OmegaConf.update(config, "decoder.genotype", read_genotype_file(genotype), force_add=True)
+        with add_key_prefix("decoder."):
+            content = read_genotype_file(genotype)
+        OmegaConf.update(config, "decoder.genotype", content, force_add=True)
 
 
 def saved_config(config: DictConfig, model: DenseModel) -> dict[str, Any]:

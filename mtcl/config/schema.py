@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mtcl.config.renamed import explain_renamed_key
+from mtcl.config.resolve import add_key_prefix
 from mtcl.errors import UserError
 from mtcl.models.backbone_options import check_backbone_kwargs
 from mtcl.tasks import TASK_NAMES
@@ -326,7 +327,8 @@ def check_config(config: dict[str, Any]) -> None:
             raise UserError(describe_unknown_key(key, value))
         if not (rule.is_valid(value) or (value is None and rule.nullable)):
             raise UserError(f"{key}={'null' if value is None else truncate(value)} must be {rule.text}")
-    check_backbone_kwargs((config.get("backbone") or {}).get("kwargs"))
+    with add_key_prefix("backbone."):
+        check_backbone_kwargs((config.get("backbone") or {}).get("kwargs"))
 
 
 def describe_unknown_key(key: str, value: Any) -> str:

@@ -1,8 +1,8 @@
-"""Which arguments of ``timm.create_model`` a config may set: those that describe the architecture, and nothing else.
+"""The arguments of ``timm.create_model`` that a config may set: only those that describe the architecture.
 
-A config may come out of a stranger's checkpoint. timm's other arguments name files to unpickle (``checkpoint_path``),
+A config may come from an untrusted checkpoint. timm's other arguments name files to unpickle (``checkpoint_path``),
 addresses to download from and folders to write to (``pretrained``, ``pretrained_cfg``, ``pretrained_cfg_overlay``,
-``cache_dir``), or callables. What is not listed here is refused, whoever asks for it.
+``cache_dir``), or callables. Arguments that are not listed here are refused.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from mtcl.errors import UserError
+from mtcl.errors import ParameterError
 
 _NAMES = """
     act_layer always_partition attn_drop_rate attn_ratio attn_type avg_down base_width block_config
@@ -35,63 +35,74 @@ _NAMES = """
     window_size window_sizes zero_init_last
 """
 ARCHITECTURE = frozenset(_NAMES.split())
-LARGEST = 100_000  # of a number: widths are below it
-LONGEST = 32  # entries of a list
-MOST_BLOCKS = 256  # of all numbers of blocks together
-# Arguments whose large values would take minutes to lay out, before any weight is compared: pattern -> largest value.
-SMALL = {
+MAX_NUMBER = 100_000  # larger than any width
+MAX_LIST_LENGTH = 32
+MAX_BLOCKS = 256  # the sum of all numbers of blocks
+# Arguments whose large values would take minutes to build, before any weight is compared: pattern -> largest value.
+SMALL_ARGUMENTS = {
     r"stage\d|levels|depth_mult(iplier)?|width_mult(iplier)?|channel_multiplier|width_factor": 8,
     r".*(depth|layers|blocks|block_config|stages).*": 128,
     r".*window.*|kernel_sizes?|.*patch_sizes?": 128,
     r"img_size|ref_feat_shape|global_pos_size": 4096,
 }
-BLOCKS = re.compile(r".*(depths?|layers|blocks|block_config|stages)")
-NAME = re.compile(r"[A-Za-z0-9_.-]{0,40}")  # of a layer, a padding, ...: no path and no address
+BLOCK_ARGUMENTS = re.compile(r".*(depths?|layers|blocks|block_config|stages)")
+NAME = re.compile(r"[A-Za-z0-9_.-]{0,40}")  # of a layer, a padding, ...: no path and no URL
 
 
 def check_backbone_kwargs(kwargs: Any) -> None:
-    """Raise ``UserError`` for the first of a backbone's ``kwargs`` that describes no architecture, or not plainly.
+    """Check that a backbone's ``kwargs`` are architecture arguments with bounded values.
 
     Args:
-        kwargs: argument -> value for ``timm.create_model``, or None. A value is a number of at most :data:`LARGEST`,
-            true, false, null, a short name, or a list or a mapping of these, nested at most three deep.
+        kwargs: argument -> value for ``timm.create_model``, or None. A value is a number of at most
+            :data:`MAX_NUMBER`, true, false, null, a short name, or a list or a mapping of these, at most three levels
+            deep.
+
+    Raises:
+        ParameterError: names the first argument that is not.
     """
     if kwargs is None:
         return
     if not isinstance(kwargs, Mapping):
-        raise UserError(f"backbone.kwargs={kwargs!r} must be a mapping {{argument: value}}, or null")
+        raise ParameterError("kwargs", f"={kwargs!r} must be a mapping {{argument: value}}, or null")
     for name, value in kwargs.items():
         if name not in ARCHITECTURE:
             close = difflib.get_close_matches(str(name), ARCHITECTURE, n=1, cutoff=0.75)
-            hint = f"did you mean {close[0]}?" if close else "weights come from backbone.weights only"
-            raise UserError(f"backbone.kwargs.{str(name)[:80]} is not an architecture argument that may be set; {hint}")
-        largest = next((largest for pattern, largest in SMALL.items() if re.fullmatch(pattern, name)), LARGEST)
-        if not _is_plain(value, largest, levels=3):
-            raise UserError(
-                f"backbone.kwargs.{name}={str(value)[:80]} must be a number up to {largest}, true, false, null, a "
-                "name, or a list or mapping of these"
+            hint = f"did you mean {close[0]}?" if close else "weights have a key of their own"
+            raise ParameterError(
+                f"kwargs.{str(name)[:80]}", f" is not an architecture argument that may be set; {hint}"
             )
-    blocks = sum(_sum(value) for name, value in kwargs.items() if BLOCKS.fullmatch(name))
-    if blocks > MOST_BLOCKS:
-        raise UserError(f"backbone.kwargs ask for {blocks:g} blocks; at most {MOST_BLOCKS} can be built")
+        largest = next(
+            (largest for pattern, largest in SMALL_ARGUMENTS.items() if re.fullmatch(pattern, name)), MAX_NUMBER
+        )
+        if not _is_plain(value, largest, levels=3):
+            raise ParameterError(
+                f"kwargs.{name}",
+                f"={str(value)[:80]} must be a number up to {largest}, true, false, null, a name, or a list or mapping "
+                "of these",
+            )
+    blocks = sum(_sum(value) for name, value in kwargs.items() if BLOCK_ARGUMENTS.fullmatch(name))
+    if blocks > MAX_BLOCKS:
+        raise ParameterError("kwargs", f" ask for {blocks:g} blocks; at most {MAX_BLOCKS} can be built")
 
 
 def _is_plain(value: Any, largest: int, levels: int) -> bool:
-    """Tell whether a value is a bounded number, a name, or a bounded nest of these."""
+    """Return whether a value is a bounded number, a name, or a bounded nest of these."""
     if isinstance(value, Mapping):  # HRNet's stages
         names = all(isinstance(key, str) and NAME.fullmatch(key) for key in value)
         widths = [value[key] for key in value if key == "num_channels"]
         others = [value[key] for key in value if key != "num_channels"]
-        return names and _is_plain(widths, LARGEST, levels) and _is_plain(others, largest, levels)
+        return names and _is_plain(widths, MAX_NUMBER, levels) and _is_plain(others, largest, levels)
     if isinstance(value, list | tuple):
-        return levels > 0 and len(value) <= LONGEST and all(_is_plain(item, largest, levels - 1) for item in value)
+        return (
+            levels > 0 and len(value) <= MAX_LIST_LENGTH and all(_is_plain(item, largest, levels - 1) for item in value)
+        )
     if isinstance(value, str):
         return NAME.fullmatch(value) is not None
     return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) <= largest)
 
 
 def _sum(value: Any) -> float:
-    """Add up the sizes of the numbers in a value and its lists."""
+    """Return the sum of the absolute numbers in a value and its lists."""
     if isinstance(value, list | tuple):
         return sum(map(_sum, value))
     return abs(value) if isinstance(value, int | float) else 0

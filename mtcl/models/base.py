@@ -1,63 +1,59 @@
-"""What every multi-task model promises, whatever is inside."""
+"""The interface of a multi-task model, and the common one: a backbone followed by a decoder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtcl.models.backbones import Backbone
 from mtcl.models.decoders.base import Decoder
-
-Size = tuple[int, int]
-
-
-class DenseOutput(NamedTuple):
-    """What a forward pass in training gives.
-
-    ``taps`` are the feature maps that a regulariser may look at: tap name -> task -> (B, C_t, h, w). Every model names
-    its final pre-logit map ``final``. A tap covers ``frame`` (height, width in pixels), which is the picture, or a
-    little more at its right and bottom where the model had to pad it.
-    """
-
-    predictions: dict[str, Tensor]  # raw, (B, C, H, W): logits, metres, unnormalised vectors
-    features: dict[str, dict[str, Tensor]]
-    intermediate: list[dict[str, Tensor]]  # further predictions to supervise; may be empty
-    frame: Size
+from mtcl.models.output import DenseOutput, Size
 
 
 class DenseModel(nn.Module, ABC):
-    """One network, many pixel-wise tasks. Takes a normalised picture (B, 3, H, W) of any height and width."""
+    """One network for several dense prediction tasks; takes a normalised image (B, 3, H, W) of any height and width.
+
+    Attributes:
+        backbone: the pretrained part.
+        mean: RGB mean of the normalisation that the model expects, for images scaled to 0..1.
+        std: RGB standard deviation of that normalisation.
+        feature_channels: feature name -> task -> C_t of the maps in :attr:`DenseOutput.features`.
+    """
 
     backbone: Backbone
-    mean: tuple[float, float, float]  # of the normalisation it expects, pictures scaled to 0..1
+    mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    feature_channels: dict[str, dict[str, int]]  # tap -> task -> C_t, known before the first forward
+    feature_channels: dict[str, dict[str, int]]
 
     @abstractmethod
     def forward(self, image: Tensor) -> DenseOutput:
-        """Predictions, taps and intermediate predictions of a normalised picture."""
+        """Return the predictions, features and intermediate predictions of a normalised image, for training."""
 
     @abstractmethod
     def predict(self, image: Tensor) -> dict[str, Tensor]:
-        """Task -> raw prediction (B, C, H, W): the inference and export path, with nothing of training in it."""
+        """Return task -> raw prediction (B, C, H, W): the path of inference and export, without training-only heads."""
 
     def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Further losses of the model's own (heads of another kind, balance of experts): name -> scalar, weighted."""
+        """Return further losses of the model itself (load balancing of experts, ...): name -> weighted scalar."""
         return {}
 
     @abstractmethod
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
-        """The pretrained part, which trains at a learning rate of its own."""
+        """Return the pretrained parameters, which have a learning rate of their own."""
 
     @abstractmethod
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """What all tasks share, for balancers that look at gradients."""
+        """Return the parameters that all tasks share, for gradient-based balancers."""
 
 
 class EncoderDecoder(DenseModel):
-    """A timm backbone and a decoder."""
+    """A timm backbone followed by a decoder.
+
+    Args:
+        backbone: gives feature maps; padding of the image follows its ``multiple``.
+        decoder: built for the backbone's channels and strides.
+    """
 
     def __init__(self, backbone: Backbone, decoder: Decoder):
         super().__init__()
@@ -69,31 +65,41 @@ class EncoderDecoder(DenseModel):
         self.feature_channels = decoder.feature_channels
 
     def forward(self, image: Tensor) -> DenseOutput:
-        size, frame, features = self._features(image)
+        """Return the decoder's output with predictions cropped to the image."""
+        size, frame, features = self._encode(image)
         output = self.decoder(features, frame)
-        intermediate = [crop_to_image(maps, size) for maps in output.intermediate]
-        return DenseOutput(crop_to_image(output.predictions, size), output.features, intermediate, frame)
+        return output._replace(
+            predictions=crop_to_image(output.predictions, size),
+            intermediate=[crop_to_image(maps, size) for maps in output.intermediate],
+        )
 
     def predict(self, image: Tensor) -> dict[str, Tensor]:
-        size, frame, features = self._features(image)
+        """Return task -> raw prediction (B, C, H, W)."""
+        size, frame, features = self._encode(image)
         return crop_to_image(self.decoder.predict(features, frame), size)
 
-    def _features(self, image: Tensor) -> tuple[Size, Size, list[Tensor]]:
-        """The picture's size, the frame it was padded to, the backbone's maps of that frame."""
+    def _encode(self, image: Tensor) -> tuple[Size, Size, list[Tensor]]:
+        """Return the size of the image, that of the padded image, and the backbone's maps of the padded image."""
         height, width = image.shape[-2:]
         image, frame = pad_to_multiple(image, (self.backbone.multiple, self.backbone.multiple))
         return (height, width), frame, self.backbone(image)
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the backbone."""
         return self.backbone.parameters()
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the backbone's parameters and those that the decoder shares between tasks."""
         yield from self.backbone.parameters()
         yield from self.decoder.shared_parameters()
 
 
 def pad_to_multiple(image: Tensor, multiples: Size) -> tuple[Tensor, Size]:
-    """A normalised picture (B, 3, H, W) padded at its right and bottom to such multiples, and the size it has then."""
+    """Pad a normalised image (B, 3, H, W) at its right and bottom to multiples of ``multiples``.
+
+    Returns:
+        The padded image and its height and width.
+    """
     height, width = image.shape[-2:]
     frame = (-(-height // multiples[0]) * multiples[0], -(-width // multiples[1]) * multiples[1])
     if frame != (height, width):  # zero is the mean colour after normalisation
@@ -102,5 +108,5 @@ def pad_to_multiple(image: Tensor, multiples: Size) -> tuple[Tensor, Size]:
 
 
 def crop_to_image(maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
-    """The part of maps (B, C, H, W) that shows the picture."""
+    """Crop maps (B, C, H, W) of a padded image to the ``size`` (height, width) of the image."""
     return {task: m[..., : size[0], : size[1]] for task, m in maps.items()}

@@ -1,4 +1,4 @@
-"""Check weights that somebody else may have written, before they go into a model."""
+"""Check weights from an untrusted file before they are loaded into a model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,16 +10,19 @@ from torch import Tensor
 from mtcl.errors import UserError
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 
 
 def check_weights(weights: Any, expected: Mapping[str, Tensor], source: str | Path) -> None:
-    """Raise ``UserError`` where weights are not those of a model, or no model can compute with them.
+    """Check that weights fit a model and are finite.
 
     Args:
-        weights: what is to be loaded: name -> tensor.
-        expected: the model's own state dict; of it names, shapes and kinds of numbers count (it may lie on "meta").
-        source: where the weights come from, for messages.
+        weights: name -> tensor, to be loaded.
+        expected: state dict of the model, for names, shapes and dtypes (it may be on "meta").
+        source: of the weights, for messages.
+
+    Raises:
+        UserError: names the first tensor that does not fit, or is damaged.
     """
     if not isinstance(weights, Mapping):
         raise UserError(f"{source} holds no weights but a {type(weights).__name__}")
@@ -39,15 +42,24 @@ def check_weights(weights: Any, expected: Mapping[str, Tensor], source: str | Pa
 
 
 def check_tensor_values(name: str, tensor: Tensor, model: Tensor, source: str | Path) -> None:
-    """Raise ``UserError`` where the numbers of a tensor can't take the place of the model's.
+    """Check that a tensor's dtype fits that of the model's, and that its values are finite.
 
-    They are cast in silence otherwise (int8, complex), or every prediction would be NaN.
+    Otherwise torch would cast int8 or complex numbers silently, or every prediction would be NaN.
+
+    Args:
+        name: of the tensor in the state dict.
+        tensor: to be loaded.
+        model: the tensor of the model that it replaces.
+        source: of the weights, for messages.
+
+    Raises:
+        UserError: the tensor does not fit, or is damaged.
     """
-    if tensor.dtype not in (FLOATS if model.is_floating_point() else (*FLOATS, *WHOLE)):  # counters may be floats
+    if tensor.dtype not in (FLOATS if model.is_floating_point() else (*FLOATS, *INTEGERS)):  # counters may be floats
         raise UserError(
             f"the weights in {source} do not fit: {name} has numbers of type {tensor.dtype}, not {model.dtype}"
         )
-    if tensor.is_meta:  # has a shape and no numbers
+    if tensor.is_meta:  # has a shape but no values
         return
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise UserError(f"the weights in {source} are damaged: {name} has values that are NaN or infinite")

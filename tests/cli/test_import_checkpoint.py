@@ -80,7 +80,7 @@ def test_invpt_predicts_as_published(data, tmp_path):
         assert len(sources) == 1, name
     unused_keys = [key for key in state if key.startswith(IDLE)]
     assert sorted(done.unused_keys) == sorted(unused_keys)
-    assert len(model.state_dict()) == done.tensors == len(state) - len(unused_keys)
+    assert len(model.state_dict()) == done.num_tensors == len(state) - len(unused_keys)
 
     image = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

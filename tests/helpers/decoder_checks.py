@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.models.decoders import Decoder, DecoderOutput
+from mtcl.models.decoders import Decoder
+from mtcl.models.output import DenseOutput
 
 TASKS = {"semseg": 5, "depth": 1, "normals": 3}
 CHANNELS = [4, 6, 8, 10]
@@ -25,7 +26,7 @@ def made(make: Make, tasks: Iterable[str] = TASKS, strides: Sequence[int] = PYRA
     return make(CHANNELS, strides, {t: TASKS[t] for t in tasks})
 
 
-def outputs(output: DecoderOutput) -> Iterable[Tensor]:
+def outputs(output: DenseOutput) -> Iterable[Tensor]:
     """All that is supervised."""
     for predictions in (output.predictions, *output.intermediate):
         yield from predictions.values()

@@ -347,7 +347,7 @@ def test_bad_files_are_refused(what, tmp_path):
     path = bad_file(what, tmp_path)
     with pytest.raises(UserError) as error:
         build_backbone("test_resnet", weights=path)
-    assert f"backbone.weights={path} " in str(error.value)
+    assert f"{path} " in str(error.value)
     assert BAD_FILES[what] in str(error.value)
     assert not (tmp_path / "executed").exists()
 
@@ -411,7 +411,7 @@ def test_an_unreachable_hub_is_a_user_error(error, monkeypatch):
         return create(name, pretrained=False, **kwargs)
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(UserError, match="the hub gave no weights for backbone test_resnet") as caught:
+    with pytest.raises(UserError, match="weights=hub gave no weights for backbone test_resnet") as caught:
         build_backbone("test_resnet", weights="hub")
     assert asked[-1] == ("test_resnet", True)  # and no second try without weights
     assert "\n" not in str(caught.value)
@@ -439,7 +439,7 @@ def test_without_weights_the_hub_is_never_asked(monkeypatch, tmp_path):
 def test_unknown_names(name, hint):
     with pytest.raises(UserError, match=hint) as error:
         build_backbone(name)
-    assert f"backbone.name={name} " in str(error.value)
+    assert f"name={name} " in str(error.value)
 
 
 def test_a_known_tag_is_accepted():
@@ -447,7 +447,7 @@ def test_a_known_tag_is_accepted():
 
 
 def test_a_model_of_a_fixed_size():
-    with pytest.raises(UserError, match=r"its own size only.*backbone\.kwargs=\{img_size"):
+    with pytest.raises(UserError, match=r"its own size only.*kwargs \{img_size"):
         build_backbone("mixer_s16_224")
     backbone = build_backbone("mixer_s16_224", kwargs={"img_size": (32, 64)})
     assert [tuple(f.shape) for f in backbone(make_image(2, 3, 32, 64))] == [(2, 512, 2, 4)] * 4
@@ -480,7 +480,7 @@ def test_options_that_timm_refuses(options):
 )
 def test_only_architecture_arguments_reach_timm(kwargs, monkeypatch):
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("timm was asked"))
-    with pytest.raises(UserError, match=rf"backbone\.kwargs\.{next(iter(kwargs))}[ =]"):
+    with pytest.raises(UserError, match=rf"kwargs\.{next(iter(kwargs))}[ =]"):
         build_backbone("mobilenetv2_100", kwargs=kwargs)
 
 

@@ -372,8 +372,8 @@ def test_published_checkpoints_fit(cross):
     theirs = published_state(TASKS, cross=cross)
     method = taskprompter.METHOD
     ours, unused_keys = translate_state_dict(theirs, method, list(TASKS))
-    config = method.settings(theirs, NATIVE)
-    options = {key.removeprefix("decoder."): value for key, value in config.items() if key.startswith("decoder.")}
+    config = method.config_overrides(theirs, NATIVE)
+    options = config["decoder"]
     assert options == {"size": list(NATIVE), "width": 8, "head_width": 6, "cross_task": cross, "windows": 4}
     model = make_model(**options)
     check_state_dict(ours, model.state_dict(), method.name)
@@ -390,7 +390,7 @@ def test_windows_of_the_published_checkpoints():
     """They leave no trace in the weights; 1 is that of ViT-L (24 layers) on PASCAL-Context alone."""
     for depth, cross, windows in ((24, True, 1), (24, False, 4), (12, True, 4)):
         theirs = published_state({"depth": 1}, depth=depth, cross=cross)
-        assert METHODS["taskprompter"].settings(theirs, NATIVE)["decoder.windows"] == windows
+        assert METHODS["taskprompter"].config_overrides(theirs, NATIVE)["decoder"]["windows"] == windows
 
 
 # --- From the config

@@ -253,7 +253,7 @@ def test_a_failure_does_not_end_the_table(cli, monkeypatch):
         (["rooms"], "rooms is not an override key=value; give --experiment NAME"),
         (["decoder=invtp"], "decoder=invtp is not known; choose among atrc"),
         (["decoder=multi_head", "backbone=resnet18", "data.sise=[32,64]"], "there is no config key data.sise"),
-        (["decoder=taskprompter", "backbone=resnet18"], "decoder=taskprompter puts its prompts"),
+        (["decoder=taskprompter", "backbone=resnet18"], "TaskPrompter puts its prompts"),
         (["--repeats", "0"], "--repeats 0: at least one"),
     ],
 )

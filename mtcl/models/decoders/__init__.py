@@ -1,7 +1,7 @@
 """Multi-task decoders, one file each."""
 
 from mtcl.models.decoders.atrc import ATRC
-from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.deeplab import DeepLab
 from mtcl.models.decoders.invpt import InvPT
 from mtcl.models.decoders.mqtransformer import MQTransformer
@@ -9,4 +9,4 @@ from mtcl.models.decoders.mti_net import MTINet
 from mtcl.models.decoders.multi_head import MultiHead
 from mtcl.models.decoders.pad_net import PADNet
 
-__all__ = ["ATRC", "Decoder", "DecoderOutput", "DeepLab", "InvPT", "MQTransformer", "MTINet", "MultiHead", "PADNet"]
+__all__ = ["ATRC", "Decoder", "DeepLab", "InvPT", "MQTransformer", "MTINet", "MultiHead", "PADNet"]

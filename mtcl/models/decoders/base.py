@@ -1,40 +1,51 @@
-"""What a decoder is given and what it gives back."""
+"""The interface of a decoder."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
-
-class DecoderOutput(NamedTuple):
-    predictions: dict[str, Tensor]  # raw, (B, C, H, W)
-    features: dict[str, dict[str, Tensor]]  # tap -> task -> (B, C_t, h, w); "final" is always there
-    intermediate: list[dict[str, Tensor]]
+from mtcl.models.output import DenseOutput, Size
 
 
 class Decoder(nn.Module, ABC):
-    """From a backbone's feature maps to every task's prediction.
+    """Map a backbone's feature maps to the prediction of every task.
 
-    A subclass is made as ``SomeDecoder(channels, strides, tasks, **its own options)``: ``channels`` and ``strides``
-    of the feature maps, finest first; ``tasks`` maps each task's name to the channels of its prediction.
+    Args:
+        channels: number of channels of each backbone feature map, finest map first.
+        strides: stride of each feature map, in pixels.
+        tasks: task name -> number of channels of its prediction.
+
+    A subclass takes its own options as further keyword arguments; they are the keys of its file in ``configs/decoder``.
+
+    Attributes:
+        feature_channels: feature name -> task -> C_t of the maps in :attr:`DenseOutput.features`.
+        used_levels: indices of the backbone feature maps that the decoder reads; None: all of them.
     """
 
     feature_channels: dict[str, dict[str, int]]
-    used_levels: Collection[int] | None = None  # which of the feature maps; None: all
+    used_levels: Collection[int] | None = None
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], tasks: Mapping[str, int]):
         super().__init__()
         self.channels, self.strides, self.tasks = list(channels), list(strides), dict(tasks)
 
     @abstractmethod
-    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
-        """``features`` (B, C_i, size / stride_i), finest first -> predictions of ``size`` (height, width)."""
+    def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
+        """Decode in training: predictions, features and intermediate predictions.
 
-    def predict(self, features: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
-        """The predictions alone. A decoder with heads for training only leaves them out here."""
+        Args:
+            features: backbone maps (B, C_i, height / stride_i, width / stride_i), finest first.
+            size: height and width of the predictions, which is the ``frame`` of the output.
+        """
+
+    def predict(self, features: list[Tensor], size: Size) -> dict[str, Tensor]:
+        """Return task -> prediction (B, C, *size) alone, for inference and export.
+
+        A decoder with heads that only training needs overrides this and leaves them out.
+        """
         return self.forward(features, size).predictions
 
     @abstractmethod
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """The decoder's parameters that serve more than one task."""
+        """Return the decoder's parameters that serve more than one task."""

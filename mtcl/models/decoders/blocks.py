@@ -1,4 +1,4 @@
-"""Building blocks that several decoders share."""
+"""Building blocks of several decoders."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -8,16 +8,17 @@ from torch import Tensor, nn
 
 
 class SpatialNorm(nn.BatchNorm2d):
-    """Batch norm that keeps to its running statistics where a channel has one value only (a 1x1 map, batch of one)."""
+    """Batch norm that uses its running statistics where a channel has a single value (a 1x1 map, batch of one)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, C, H, W)."""
         if self.training and x.numel() == x.shape[1]:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         return super().forward(x)
 
 
 class ConvBlock(nn.Sequential):
-    """Convolution ("same" size), batch norm, ReLU."""
+    """Convolution with "same" padding, batch norm, ReLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, dilation: int = 1):
         super().__init__(
@@ -28,26 +29,25 @@ class ConvBlock(nn.Sequential):
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, pixel centres aligned; the input itself where the size already fits."""
+    """Resize maps (B, C, h, w) bilinearly, pixel centres aligned; return the input itself if it has that size."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def predict_fp32(head: nn.Module, x: Tensor) -> Tensor:
-    """A head's prediction in single precision: bf16 would round a depth of 3 m to steps of 16 mm."""
+    """Run a head in single precision: bf16 would round a depth of 3 m to steps of 16 mm."""
     with torch.autocast(x.device.type, enabled=False):
         return head(x.float())
 
 
 def predict_tasks(heads: nn.ModuleDict, maps: Mapping[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
-    """Every task's prediction of its map, at ``size``."""
+    """Run every task's head on its map and resize the prediction to ``size``: task -> (B, C, *size)."""
     return {task: resize(predict_fp32(heads[task], m), size) for task, m in maps.items()}
 
 
 class Fusion(nn.Module):
-    """Feature maps of several scales -> one map (B, width, h, w): BN and ReLU of a 1x1 convolution of their
-    concatenation.
+    """Fuse maps of several scales into one (B, width, h, w): concatenation, 1x1 convolution, BN, ReLU.
 
     A 1x1 convolution and bilinear resizing commute, so each scale is projected at its own resolution and the
     projections are added: the wide concatenation at the finest resolution is never built.
@@ -59,6 +59,7 @@ class Fusion(nn.Module):
         self.norm = SpatialNorm(width)
 
     def forward(self, features: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+        """Return the fused map at ``size`` (height, width)."""
         total = None
         for feature, project in zip(features, self.project):
             part = resize(project(feature), size)
@@ -67,18 +68,18 @@ class Fusion(nn.Module):
 
 
 def projection_shortcut(inputs: int, outputs: int) -> nn.Sequential | None:
-    """The shortcut of a residual block that changes the number of channels; None where it does not."""
+    """Return the shortcut of a residual block that changes the number of channels; None if it does not."""
     if inputs == outputs:
         return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), SpatialNorm(outputs))
 
 
 class Distillation(nn.Module):
-    """Multi-modal distillation: to each task's map (B, C, h, w) a gated message of every other task's map is added.
+    """Multi-modal distillation: add to each task's map (B, C, h, w) a gated message from every other task's map.
 
         out_k = F_k + sum over l != k of  (W_kl * F_l) x sigmoid(G_kl * F_l)        (*: a 3x3 convolution, no bias)
 
-    A task on its own keeps its map as it is.
+    A single task keeps its map unchanged.
     """
 
     def __init__(self, tasks: Iterable[str], channels: int):
@@ -97,6 +98,7 @@ class Distillation(nn.Module):
         return nn.Sequential(nn.Conv2d(channels, 2 * channels, 3, padding=1, bias=False), nn.GLU(dim=1))
 
     def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return task -> refined map."""
         refined = {}
         for task, messages in self.messages.items():
             total = maps[task]

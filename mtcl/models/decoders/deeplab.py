@@ -1,4 +1,4 @@
-"""DeepLab heads: the field's multi-task baseline on (dilated) ResNets; with a single task its single-task baseline.
+"""DeepLab heads: the standard multi-task baseline on (dilated) ResNets; with one task the single-task baseline.
 
 Chen et al. Rethinking Atrous Convolution for Semantic Image Segmentation. 2017, arXiv:1706.05587 (v3).
 Chen et al. Encoder-Decoder with Atrous Separable Convolution. ECCV 2018, arXiv:1802.02611 (v3+, the skip).
@@ -6,7 +6,7 @@ Chen et al. Encoder-Decoder with Atrous Separable Convolution. ECCV 2018, arXiv:
     per task:  coarsest feature -> ASPP -> [with a skip: upsampled, and the finest feature through a 1x1] -> 3x3
     convolutions -> final -> 1x1 -> prediction
 
-Nothing but the backbone is shared. The baseline of Vandenhende et al. (PAMI 2021) and of MTI-Net is v3 on a backbone
+Only the backbone is shared. The baseline of Vandenhende et al. (PAMI 2021) and of MTI-Net is v3 on a backbone
 dilated to stride 8: ``skip_width`` 0, ``depth`` 1.
 """
 
@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import ConvBlock, predict_tasks, resize
+from mtcl.models.output import DenseOutput, Size
 
 
 class ASPP(nn.Module):
     """Atrous spatial pyramid pooling: (B, inputs, h, w) -> (B, width, h, w).
 
-    The concatenation of a 1x1 convolution, 3x3 convolutions of several dilations and the mean over the map, projected.
-    The mean's branch has a bias in place of batch norm, which one picture's 1x1 map does not allow in training.
+    A 1x1 convolution, 3x3 convolutions with the dilations ``rates`` and the mean over the map are concatenated and
+    projected. The branch of the mean has a bias in place of batch norm, which cannot train on one image's 1x1 map.
     """
 
     def __init__(self, inputs: int, width: int, rates: Sequence[int], dropout: float):
@@ -36,12 +37,13 @@ class ASPP(nn.Module):
         self.project = nn.Sequential(ConvBlock((2 + len(rates)) * width, width, 1), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Concatenate the branches and project them."""
         mean = F.relu(self.pooled(x.mean((2, 3), keepdim=True)))
         return self.project(torch.cat([*(b(x) for b in self.branches), mean.expand(-1, -1, *x.shape[-2:])], dim=1))
 
 
 class DeepLabHead(nn.Module):
-    """One task's way from the backbone's maps to its pre-logit map (B, width, h, w)."""
+    """The layers of one task, from the backbone's maps to its pre-logit map (B, width, h, w)."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class DeepLabHead(nn.Module):
         self.layers = nn.Sequential(*(ConvBlock(width if i else width + skip_width, width) for i in range(depth)))
 
     def forward(self, features: list[Tensor]) -> Tensor:
+        """Return the pre-logit map of backbone features, finest first."""
         x = self.aspp(features[-1])
         if self.skip is not None:
             x = torch.cat([resize(x, features[0].shape[-2:]), self.skip(features[0])], dim=1)
@@ -65,11 +68,20 @@ class DeepLabHead(nn.Module):
 
 
 class DeepLab(Decoder):
-    """A head for each task, ``width`` wide, with ``depth`` 3x3 convolutions after the pyramid of dilations ``rates``.
+    """One DeepLab head per task.
 
-    With a skip (``skip_width`` > 0) the head ends at the stride of the finest feature, else at that of the coarsest.
+    Features: ``final`` (each task's pre-logit map).
 
-    Taps: ``final`` (each task's pre-logit map).
+    Args:
+        channels: see :class:`Decoder`.
+        strides: see :class:`Decoder`.
+        tasks: see :class:`Decoder`.
+        width: channels of a head.
+        rates: dilations of the spatial pyramid pooling.
+        depth: number of 3x3 convolutions after the pyramid.
+        skip_width: channels taken from the finest feature map; the head then ends at its stride. 0: no skip, and the
+            head ends at the stride of the coarsest map.
+        dropout: probability, after the pyramid.
     """
 
     def __init__(
@@ -91,10 +103,12 @@ class DeepLab(Decoder):
         self.logits = nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()})
         self.feature_channels = {"final": dict.fromkeys(self.tasks, width)}
 
-    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+    def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
+        """Run every task's head on the backbone's maps."""
         final = {task: head(features) for task, head in self.heads.items()}
         predictions = predict_tasks(self.logits, final, size)
-        return DecoderOutput(predictions, {"final": final}, [])
+        return DenseOutput(predictions, {"final": final}, [], size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """Return nothing: tasks share the backbone only."""
         return iter(())

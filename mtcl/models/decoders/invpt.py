@@ -2,14 +2,14 @@
 
     last encoder map -> 1/32 -> per task: two 3x3 convolutions -> preliminary prediction (supervised, too)
     per task: (features, preliminary prediction) -> 1x1 -> stage 0 (1/32) -> stage 1 (1/16) -> stage 2 (1/8)
-    a stage:  per task: twice as large, half as wide (the UP of stages 1 and 2), plus an encoder map of that scale; then
-              self-attention among all positions of all tasks, fused with the scores of the stage before; an MLP
+    a stage:  per task: twice the resolution, half the channels (UP, stages 1 and 2), plus an encoder map of that scale;
+              then self-attention among all positions of all tasks, fused with the previous stage's scores; an MLP
     per task: all stages' features, normalised, brought to one width, resized to 1/4, added -> 3x3 -> final -> 1x1
 
-Facts (shapes, orders, constants) are those of the authors' public code. Its sizes are fixed; here every size follows
-from that of the last encoder map, whatever it is, and equals the published one where that is even.
+Shapes, orders and constants are those of the authors' public code. Its sizes are fixed; here every size follows from
+that of the last encoder map, and equals the published one where that is even.
 
-Shapes: B pictures, T tasks, C channels, H heads, Q queries and K keys of all tasks together.
+Shapes: B images, T tasks, C channels, H heads, Q queries and K keys of all tasks together.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,24 +19,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.errors import UserError
-from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.errors import ParameterError
+from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm, predict_fp32, predict_tasks, resize
+from mtcl.models.output import DenseOutput, Size
 
 STAGES = 3
-FIRST_STRIDE = 32  # of the first stage, in pixels of the picture
-Size = tuple[int, int]
+FIRST_STRIDE = 32  # of the first stage, in pixels of the image
 
 
 class InvPT(Decoder):
-    """``width``: of the preliminary features; stage s is (width + prediction_width) / 2^s wide, with ``heads``.
+    """Preliminary predictions per task, then three transformer stages over the tokens of all tasks.
 
-    ``downsample``: from the last encoder map to the first stage; null: to stride 32 or what comes nearest.
-    ``aggregate_first``: the first stage, too, takes an encoder map and a 1x1 convolution on its way out, as the others
-    do. The public code makes these layers, and the published 423 M parameters count them, but its forward leaves them
-    idle: false is the network of the public checkpoints.
+    Features: ``final`` (each task's pre-logit map, at 1/4), ``preliminary`` (the first task-specific features, at
+    1/32).
 
-    Taps: ``final`` (each task's pre-logit map, at 1/4), ``preliminary`` (the first features of a task's own, at 1/32).
+    Args:
+        channels: see :class:`Decoder`.
+        strides: see :class:`Decoder`.
+        tasks: see :class:`Decoder`.
+        width: channels of the preliminary features.
+        prediction_width: added to it; stage s has (width + prediction_width) / 2^s channels.
+        heads: number of attention heads in every stage.
+        mlp_ratio: hidden channels of a stage's MLP, relative to the stage.
+        downsample: factor from the last encoder map to the first stage; None: to the stride closest to 32.
+        aggregate_first: whether the first stage also takes an encoder map and ends in a 1x1 convolution, as the others
+            do. The public code builds these layers, and the published 423 M parameters count them, but its forward
+            does not use them: false is the network of the public checkpoints.
     """
 
     def __init__(
@@ -56,12 +65,13 @@ class InvPT(Decoder):
         wide = width + prediction_width
         widths = [wide // 2**s for s in range(STAGES)]
         if any(w % heads for w in widths):
-            raise UserError(
-                f"decoder.heads={heads} must divide the stages' widths {widths}, which are decoder.width + "
-                "decoder.prediction_width, its half and its quarter"
+            raise ParameterError(
+                "heads",
+                f"={heads} must divide the widths of the stages {widths}, which are width + prediction_width, its half "
+                "and its quarter",
             )
         self.downsample = downsample or max(1, round(FIRST_STRIDE / self.strides[-1]))
-        self.first = 0 if aggregate_first else 1  # of the stages that take an encoder map and are reduced
+        self.first = 0 if aggregate_first else 1  # first stage that takes an encoder map and is reduced
         self.sources = select_encoder_levels(self.strides, self.downsample)
         self.used_levels = {len(self.channels) - 1, *self.sources[self.first :]}
         self.preliminary = nn.ModuleDict(
@@ -72,7 +82,7 @@ class InvPT(Decoder):
         self.mix = nn.ModuleDict({t: nn.Conv2d(width + c, wide, 1) for t, c in self.tasks.items()})
         self.skips = nn.ModuleDict(
             {
-                str(s): Skip(self.channels[source], widths[s], grows=self.strides[source] > stride)
+                str(s): Skip(self.channels[source], widths[s], upsamples=self.strides[source] > stride)
                 for s, (source, stride) in enumerate(zip(self.sources, stage_strides(self.strides, self.downsample)))
                 if s >= self.first
             }
@@ -97,20 +107,22 @@ class InvPT(Decoder):
             if isinstance(module, nn.Conv2d):
                 nn.init.trunc_normal_(module.weight, std=0.02)
 
-    def forward(self, features: list[Tensor], size: Size) -> DecoderOutput:
+    def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
+        """Decode with the preliminary predictions as intermediate ones."""
         preliminary, first, final = self._decode(features)
         predictions = self._predictions(final, size)
         intermediate = {t: resize(p, size) for t, p in first.items()}
-        return DecoderOutput(predictions, {"final": final, "preliminary": preliminary}, [intermediate])
+        return DenseOutput(predictions, {"final": final, "preliminary": preliminary}, [intermediate], size)
 
     def predict(self, features: list[Tensor], size: Size) -> dict[str, Tensor]:
+        """Return the final predictions."""
         return self._predictions(self._decode(features)[2], size)
 
     def _predictions(self, final: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
         return predict_tasks(self.logits, final, size)
 
     def _decode(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Each task's preliminary features, its preliminary prediction, its final map."""
+        """Return each task's preliminary features, preliminary predictions and final maps."""
         *sizes, final_size = self._sizes(features[-1])
         base = resize(features[-1], sizes[0])
         preliminary = {t: decoder(base) for t, decoder in self.preliminary.items()}
@@ -122,7 +134,7 @@ class InvPT(Decoder):
             skip = self.skips[str(s)](features[self.sources[s]], sizes[s]) if s >= self.first else None
             x, scores = stage(maps, skip, scores, sizes[s])
             maps = {t: x[:, i].permute(0, 3, 1, 2) for i, t in enumerate(self.tasks)}
-            # One normalisation over all tasks' channels at a place.
+            # One normalisation over all tasks' channels of a pixel.
             normed = self.norms[s](x.permute(0, 2, 3, 1, 4).flatten(3)).chunk(len(self.tasks), dim=-1)
             for task, part in zip(self.tasks, normed):
                 part = part.permute(0, 3, 1, 2)
@@ -133,26 +145,29 @@ class InvPT(Decoder):
         return preliminary, first, {t: block(total[t]) for t, block in self.project.items()}
 
     def _sizes(self, last: Tensor) -> list[Size]:
-        """Height and width of the three stages and of the final maps."""
+        """Return the height and width of the three stages and of the final maps."""
         height, width = last.shape[-2:]
         return [(-(-height * 2**s // self.downsample), -(-width * 2**s // self.downsample)) for s in range(STAGES + 1)]
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """All but what comes after the last exchange between tasks: by the attention, nearly all serves every task."""
+        """Return all parameters before the last attention between tasks: they serve every task."""
         last_queries: Any = self.stages[-1].attention.shrink  # type: ignore[union-attr]
-        own = {id(p) for part in (self.reduce, self.project, self.logits, last_queries) for p in part.parameters()}
-        return (p for p in self.parameters() if id(p) not in own)
+        task_specific = {
+            id(p) for part in (self.reduce, self.project, self.logits, last_queries) for p in part.parameters()
+        }
+        return (p for p in self.parameters() if id(p) not in task_specific)
 
 
 def stage_strides(strides: Sequence[int], downsample: int) -> list[float]:
+    """Return the stride of each stage, in pixels."""
     return [strides[-1] * downsample / 2**s for s in range(STAGES)]
 
 
 def select_encoder_levels(strides: Sequence[int], downsample: int) -> list[int]:
-    """Which encoder map each stage takes.
+    """Return the index of the encoder map that each stage takes.
 
-    Of a ViT, whose maps all have one stride, the later stages take the earlier ones (published: 2, 1, 0 of 0..3). Of a
-    pyramid (ours; there is no public code for one) the map of the stage's own scale.
+    For a ViT, whose maps all have one stride, later stages take earlier maps (published: 2, 1, 0 of 0..3). For a
+    pyramid (our choice; there is no public code for one) each stage takes the map of the closest stride.
     """
     count = len(strides)
     if len(set(strides)) == 1:
@@ -168,23 +183,30 @@ def select_encoder_levels(strides: Sequence[int], downsample: int) -> list[int]:
 
 
 class Skip(nn.Module):
-    """An encoder map (B, C_in, h, w) -> (B, C, size): its way into a stage. ``grows``: by a transposed convolution."""
+    """Convolve and resize an encoder map (B, C_in, h, w) for a stage: (B, C, *size).
 
-    def __init__(self, inputs: int, outputs: int, grows: bool):
+    Args:
+        inputs: C_in.
+        outputs: C.
+        upsamples: whether the convolution is a transposed one of stride 2.
+    """
+
+    def __init__(self, inputs: int, outputs: int, upsamples: bool):
         super().__init__()
         self.conv: nn.Module = (
             nn.ConvTranspose2d(inputs, outputs, 3, stride=2, padding=1, output_padding=1)
-            if grows
+            if upsamples
             else nn.Conv2d(inputs, outputs, 3, padding=1)
         )
-        self.grows = grows
+        self.upsamples = upsamples
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
-        return resize(self.conv(x), size) if self.grows else self.conv(resize(x, size))
+        """Return the map at ``size`` (height, width)."""
+        return resize(self.conv(x), size) if self.upsamples else self.conv(resize(x, size))
 
 
 class Stage(nn.Module):
-    """One resolution: UP (but for the first), attention among the tasks, MLP. Stage ``index`` is ``width`` wide."""
+    """One resolution: UP (except in stage 0), attention among the tasks, MLP; ``width`` channels."""
 
     def __init__(self, tasks: Sequence[str], inputs: int, width: int, heads: int, mlp_ratio: float, index: int):
         super().__init__()
@@ -193,8 +215,8 @@ class Stage(nn.Module):
         }
         self.up = nn.ModuleDict(ups if index else {})
         self.norm1 = nn.LayerNorm(width)
-        # Keys at 1/64 of the picture in every stage, so that scores of one stage can be added to those of the next.
-        self.attention = TaskAttention(tasks, width, heads, pool=2 ** (index + 1), hears=index > 0)
+        # Keys at 1/64 of the image in every stage, so that scores of one stage can be added to those of the next.
+        self.attention = TaskAttention(tasks, width, heads, pool=2 ** (index + 1), fuses_scores=index > 0)
         self.norm2 = nn.LayerNorm(width)
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
@@ -206,7 +228,7 @@ class Stage(nn.Module):
     def forward(
         self, maps: dict[str, Tensor], skip: Tensor | None, scores: Tensor | None, size: Size
     ) -> tuple[Tensor, Tensor]:
-        """Maps (B, C_in, h', w') of every task -> (B, T, h, w, C) and the attention's scores."""
+        """Map every task's (B, C_in, h', w') to (B, T, h, w, C); return it and the attention scores."""
         parts = [self.up[t](resize(m, size)) if len(self.up) else m for t, m in maps.items()]
         if skip is not None:
             parts = [part + skip for part in parts]
@@ -220,14 +242,14 @@ class Stage(nn.Module):
 class TaskAttention(nn.Module):
     """Self-attention among all positions of all tasks: queries at half the resolution, keys and values at 1 / ``pool``.
 
-    A stage that ``hears`` mixes, by a 1x1 convolution over heads, its scores with those of the stage before (attention
-    message passing), resized over the queries' places; its own, mixed, are what the next one hears.
+    With ``fuses_scores`` the scores are mixed, by a 1x1 convolution over heads, with those of the previous stage
+    (attention message passing), which are resized over the query positions. The mixed scores go on to the next stage.
     """
 
-    def __init__(self, tasks: Sequence[str], width: int, heads: int, pool: int, hears: bool):
+    def __init__(self, tasks: Sequence[str], width: int, heads: int, pool: int, fuses_scores: bool):
         super().__init__()
         self.heads, self.pool = heads, pool
-        self.scale = width**-0.5  # of the whole width, not of a head's
+        self.scale = width**-0.5  # of all channels, not of one head's
         self.shrink = nn.ModuleDict(
             {
                 t: nn.Sequential(
@@ -239,37 +261,44 @@ class TaskAttention(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
-        self.fuse = nn.Conv2d(2 * heads, heads, 1) if hears else None
+        self.fuse = nn.Conv2d(2 * heads, heads, 1) if fuses_scores else None
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor]:
-        """``x`` (B, T, h, w, C), ``scores`` (B, H, T, h', w', K) of the stage before -> (B, T, h / 2, w / 2, C), and
-        this stage's scores before the softmax (B, H, T, h / 2, w / 2, K)."""
+        """Attend among all positions of all tasks.
+
+        Args:
+            x: tokens (B, T, h, w, C).
+            scores: (B, H, T, h', w', K) of the previous stage.
+
+        Returns:
+            The attended values (B, T, h / 2, w / 2, C), and the scores before the softmax (B, H, T, h / 2, w / 2, K).
+        """
         maps = x.permute(0, 1, 4, 2, 3)
         shrunk = torch.stack([shrink(maps[:, i]) for i, shrink in enumerate(self.shrink.values())], dim=1)
         grid = (shrunk.shape[1], *shrunk.shape[-2:])  # T, h / 2, w / 2
         pooled = F.avg_pool2d(maps.flatten(0, 1), self.pool, ceil_mode=True).unflatten(0, x.shape[:2])
         pooled = _tokens(pooled)
         query = self._split(self.query(_tokens(shrunk))) * self.scale
-        own = query @ self._split(self.key(pooled)).transpose(-2, -1)  # (B, H, Q, K)
+        fused = query @ self._split(self.key(pooled)).transpose(-2, -1)  # (B, H, Q, K)
         if self.fuse is not None and scores is not None:
-            heard = upsample_scores(scores, grid[1:]).flatten(2, 4)
-            own = self.fuse(torch.cat([own, heard.to(own.dtype)], dim=1))
-        # Written out: torch's scaled_dot_product_attention does not give the scores away.
-        attended = own.softmax(dim=-1).to(own.dtype) @ self._split(self.value(pooled))
-        return self.out(attended.transpose(1, 2).flatten(2)).unflatten(1, grid), own.unflatten(2, grid)
+            previous = upsample_scores(scores, grid[1:]).flatten(2, 4)
+            fused = self.fuse(torch.cat([fused, previous.to(fused.dtype)], dim=1))
+        # Not torch's scaled_dot_product_attention, which does not return the scores.
+        attended = fused.softmax(dim=-1).to(fused.dtype) @ self._split(self.value(pooled))
+        return self.out(attended.transpose(1, 2).flatten(2)).unflatten(1, grid), fused.unflatten(2, grid)
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, N, C) -> (B, H, N, C / H)."""
+        """Split heads: (B, N, C) -> (B, H, N, C / H)."""
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, T, C, h, w) -> (B, T h w, C)."""
+    """Flatten maps (B, T, C, h, w) to tokens (B, T h w, C)."""
     return x.permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 def upsample_scores(scores: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, H, T, h, w, K) -> (B, H, T, size, K): each task's and key's scores, bilinearly over the queries' places."""
+    """Resize scores (B, H, T, h, w, K) bilinearly over the query positions: (B, H, T, *size, K)."""
     flat = scores.permute(0, 1, 2, 5, 3, 4).flatten(0, 2)
     return resize(flat, size).unflatten(0, scores.shape[:3]).permute(0, 1, 2, 4, 5, 3)

@@ -1,4 +1,4 @@
-"""MTI-Net: tasks exchange what they know at every scale, and hand it on from coarse to fine.
+"""MTI-Net: tasks exchange features at every scale, and propagate them from coarse to fine.
 
 Vandenhende, Georgoulis, Van Gool. MTI-Net: Multi-Scale Task Interaction Networks for Multi-Task Learning. ECCV 2020,
 arXiv:2001.06902.
@@ -21,52 +21,58 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import Distillation, Fusion, predict_tasks, projection_shortcut, resize
+from mtcl.models.output import DenseOutput, Size
 
 
 class Propagation(nn.Module):
     """The feature propagation module: task -> map (B, C, h, w) to task -> map of the same shape, for the finer scale.
 
-    A non-linear function of all tasks' maps gives each place and channel a softmax over the tasks; the maps, weighted
-    so, are reduced to one of C channels, which each task weighs by a squeeze-and-excitation of its own and adds to
-    its own map.
+    A non-linear function of all tasks' maps gives each pixel and channel a softmax over the tasks. The maps, weighted
+    by it, are reduced to one map of C channels, which every task scales by its own squeeze-and-excitation and adds to
+    its map.
     """
 
     def __init__(self, tasks: Iterable[str], channels: int):
         super().__init__()
         names = list(tasks)
-        together = len(names) * channels
-        if len(names) > 1:  # the softmax over a single task is one, whatever is before it
-            hidden = max(1, together // 4)
+        total = len(names) * channels
+        if len(names) > 1:  # the softmax over a single task is 1
+            hidden = max(1, total // 4)
             self.attention = nn.Sequential(
-                BasicBlock(together, hidden, downsample=projection_shortcut(together, hidden)),
+                BasicBlock(total, hidden, downsample=projection_shortcut(total, hidden)),
                 BasicBlock(hidden, hidden),
-                nn.Conv2d(hidden, together, 1),
+                nn.Conv2d(hidden, total, 1),
             )
-        self.reduction = BasicBlock(together, channels, downsample=projection_shortcut(together, channels))
+        self.reduction = BasicBlock(total, channels, downsample=projection_shortcut(total, channels))
         self.excitation = nn.ModuleDict(
             {task: SqueezeExcite(channels, rd_channels=max(1, channels // 16)) for task in names}
         )
 
     def forward(self, maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return every task's map with what the tasks share added."""
         shared = torch.cat([maps[task] for task in self.excitation], dim=1)
         if len(self.excitation) > 1:
-            apart = (len(self.excitation), -1)  # tasks, C
-            weights = self.attention(shared).unflatten(1, apart).softmax(dim=1)
-            shared = (weights * shared.unflatten(1, apart)).flatten(1, 2)
+            by_task = (len(self.excitation), -1)  # (T, C)
+            weights = self.attention(shared).unflatten(1, by_task).softmax(dim=1)
+            shared = (weights * shared.unflatten(1, by_task)).flatten(1, 2)
         shared = self.reduction(shared)
         return {task: excite(shared) + maps[task] for task, excite in self.excitation.items()}
 
 
 class MTINet(Decoder):
-    """Maps of every task at every scale of the backbone, as wide as the backbone's map of that scale.
+    """Maps of every task at every scale of the backbone, with as many channels as the backbone's map of that scale.
 
-    That is meant for HRNet's own narrow branches. ``pyramid_width``: the width of a feature pyramid (FPN) put
-    before it, as the paper does for ResNets; None: none.
-
-    Taps: ``final`` (each task's pre-logit map, all scales together), ``initial`` (its map of the finest scale,
+    Features: ``final`` (each task's pre-logit map, all scales together), ``initial`` (its map of the finest scale,
     before the distillation).
+
+    Args:
+        channels: see :class:`Decoder`.
+        strides: see :class:`Decoder`.
+        tasks: see :class:`Decoder`.
+        pyramid_width: channels of a feature pyramid (FPN) before the decoder, as the paper uses for ResNets; None: no
+            pyramid, for the narrow branches of HRNet.
     """
 
     def __init__(
@@ -79,7 +85,7 @@ class MTINet(Decoder):
         super().__init__(channels, strides, tasks)
         self.pyramid = None if pyramid_width is None else FeaturePyramidNetwork(list(channels), pyramid_width)
         widths = list(channels) if pyramid_width is None else [pyramid_width] * len(channels)
-        coarser = [*widths[1:], 0]  # channels that a scale is handed by the next coarser one
+        coarser = [*widths[1:], 0]  # channels that the next coarser scale propagates to a scale
         # All lists go from the finest scale to the coarsest, as the features do.
         self.initial = nn.ModuleList(
             nn.ModuleDict({task: _residual(width + further, width) for task in self.tasks})
@@ -97,19 +103,20 @@ class MTINet(Decoder):
             "initial": dict.fromkeys(self.tasks, widths[0]),
         }
 
-    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+    def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
+        """Decode with the initial predictions of all scales as intermediate ones."""
         scales = self._initial_maps(features)
         final = self._final_maps(scales)
         intermediate = [self._predictions(logits, maps, size) for logits, maps in zip(self.initial_logits, scales)]
-        return DecoderOutput(
-            self._predictions(self.logits, final, size), {"final": final, "initial": scales[0]}, intermediate
-        )
+        predictions = self._predictions(self.logits, final, size)
+        return DenseOutput(predictions, {"final": final, "initial": scales[0]}, intermediate, size)
 
-    def predict(self, features: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    def predict(self, features: list[Tensor], size: Size) -> dict[str, Tensor]:
+        """Return the final predictions; the initial heads are not run."""
         return self._predictions(self.logits, self._final_maps(self._initial_maps(features)), size)
 
     def _initial_maps(self, features: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Each scale's initial maps, finest first."""
+        """Return each scale's initial maps, finest first."""
         if self.pyramid is not None:
             features = list(self.pyramid(OrderedDict((str(i), f) for i, f in enumerate(features))).values())
         scales: list[dict[str, Tensor]] = []
@@ -117,8 +124,8 @@ class MTINet(Decoder):
             feature = features[i]
             inputs = dict.fromkeys(self.tasks, feature)
             if scales:
-                handed = self.propagation[i](scales[0])
-                inputs = {t: torch.cat([feature, resize(m, feature.shape[-2:])], dim=1) for t, m in handed.items()}
+                propagated = self.propagation[i](scales[0])
+                inputs = {t: torch.cat([feature, resize(m, feature.shape[-2:])], dim=1) for t, m in propagated.items()}
             layers = self.initial[i]
             scales.insert(0, {task: layers[task](inputs[task]) for task in self.tasks})  # type: ignore[index]
         return scales
@@ -131,11 +138,11 @@ class MTINet(Decoder):
         }
 
     @staticmethod
-    def _predictions(logits: nn.Module, maps: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    def _predictions(logits: nn.Module, maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
         return predict_tasks(cast(nn.ModuleDict, logits), maps, size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """All up to the distillation: a task's maps go into every task's, there and to the next scale."""
+        """Return all up to the distillation, which feeds every task's maps into those of every other."""
         if self.pyramid is not None:
             yield from self.pyramid.parameters()
         yield from self.initial.parameters()

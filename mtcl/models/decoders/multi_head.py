@@ -1,23 +1,33 @@
-"""The multi-task baseline of the field: task-specific heads over fused multi-scale features.
+"""The standard multi-task baseline: task-specific heads on fused multi-scale features.
 
     features (strides 4..32) -> Fusion at 1/4 -> trunk -> per task: convolutions -> final -> 1x1 -> prediction
 
-It is what PAD-Net, MTI-Net, ATRC and InvPT call the multi-task baseline (HRNet's fusion by concatenation, then a
-head for each task); with a single task it is their single-task baseline.
+PAD-Net, MTI-Net, ATRC and InvPT call this the multi-task baseline (HRNet's fusion by concatenation, then a head for
+each task); with one task it is their single-task baseline.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import ConvBlock, Fusion, predict_tasks
+from mtcl.models.output import DenseOutput, Size
 
 
 class MultiHead(Decoder):
-    """Heads of ``depth`` 3x3 convolutions, ``head_width`` wide, on a shared map ``width`` wide at ``stride``.
+    """Convolutional heads on one shared feature map.
 
-    Taps: ``final`` (each task's pre-logit map), ``trunk`` (the shared map, the same tensor for every task).
+    Features: ``final`` (each task's pre-logit map), ``trunk`` (the shared map, the same tensor for every task).
+
+    Args:
+        channels: see :class:`Decoder`.
+        strides: see :class:`Decoder`.
+        tasks: see :class:`Decoder`.
+        width: channels of the shared map.
+        head_width: channels of a head's convolutions and of the pre-logit map.
+        depth: number of 3x3 convolutions of a head.
+        stride: stride of the shared map and of the heads, in pixels.
     """
 
     def __init__(
@@ -45,11 +55,13 @@ class MultiHead(Decoder):
             "trunk": dict.fromkeys(self.tasks, width),
         }
 
-    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+    def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
+        """Fuse the features, run the heads."""
         trunk = self.fusion(features, [-(-s // self.stride) for s in size])
         final = {task: head(trunk) for task, head in self.heads.items()}
         predictions = predict_tasks(self.logits, final, size)
-        return DecoderOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, trunk)}, [])
+        return DenseOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, trunk)}, [], size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters of the fusion."""
         return self.fusion.parameters()

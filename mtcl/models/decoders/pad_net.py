@@ -1,4 +1,4 @@
-"""PAD-Net: predictions of all tasks, made from one another's features.
+"""PAD-Net: each task's initial features are refined with messages from those of the other tasks.
 
 Xu, Ouyang, Wang, Sebe. PAD-Net: Multi-Tasks Guided Prediction-and-Distillation Network for Simultaneous Depth
 Estimation and Scene Parsing. CVPR 2018, arXiv:1805.04409.
@@ -6,9 +6,9 @@ Estimation and Scene Parsing. CVPR 2018, arXiv:1805.04409.
     features -> Fusion at 1/4 -> trunk -> per task: 2 bottlenecks -> initial map -> 1x1 -> initial prediction
     initial maps of all tasks -> Distillation -> per task: 2 bottlenecks -> final -> 1x1 -> prediction
 
-Initial predictions are supervised as the final ones are, and left out at inference. Shapes and the gate follow the
-form in which the field compares with it (Vandenhende et al., PAMI 2021, on HRNet): a message is gated by its
-source. The 2018 paper gates it by its target, one gate for all sources.
+Initial predictions are supervised like the final ones, and left out at inference. Shapes and the gate follow the
+version that later papers compare with (Vandenhende et al., PAMI 2021, on HRNet): a message is gated by its source. The
+2018 paper gates it by its target, one gate for all sources.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,18 +16,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
 
-from mtcl.errors import UserError
-from mtcl.models.decoders.base import Decoder, DecoderOutput
+from mtcl.errors import ParameterError
+from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import Distillation, Fusion, predict_tasks, projection_shortcut
+from mtcl.models.output import DenseOutput, Size
 
 
 class PADNet(Decoder):
-    """Every task's maps are ``width`` wide, at ``stride``, from a shared map ``trunk_width`` wide.
+    """Initial maps per task, multi-modal distillation between them, final heads.
 
-    ``trunk_width`` None: as wide as the backbone's maps together. ``width`` must be a multiple of 4.
-
-    Taps: ``final`` (each task's pre-logit map), ``initial`` (its map before the distillation), ``trunk`` (the
+    Features: ``final`` (each task's pre-logit map), ``initial`` (its map before the distillation), ``trunk`` (the
     shared map, the same tensor for every task).
+
+    Args:
+        channels: see :class:`Decoder`.
+        strides: see :class:`Decoder`.
+        tasks: see :class:`Decoder`.
+        width: channels of every task's maps, a multiple of 4.
+        trunk_width: channels of the shared map; None: the sum of the backbone's channels.
+        stride: stride of all maps, in pixels.
     """
 
     def __init__(
@@ -41,7 +48,7 @@ class PADNet(Decoder):
     ):
         super().__init__(channels, strides, tasks)
         if width % 4:
-            raise UserError(f"decoder.width={width} must be a multiple of 4: a bottleneck is a quarter as wide")
+            raise ParameterError("width", f"={width} must be a multiple of 4: a bottleneck is a quarter as wide")
         self.stride = stride
         trunk_width = trunk_width or sum(channels)
         self.fusion = Fusion(channels, trunk_width)
@@ -56,32 +63,35 @@ class PADNet(Decoder):
             "trunk": dict.fromkeys(self.tasks, trunk_width),
         }
 
-    def forward(self, features: list[Tensor], size: tuple[int, int]) -> DecoderOutput:
+    def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
+        """Decode with the initial predictions as intermediate ones."""
         trunk, initial, final = self._maps(features, size)
-        return DecoderOutput(
+        return DenseOutput(
             self._predictions(self.logits, final, size),
             {"final": final, "initial": initial, "trunk": dict.fromkeys(final, trunk)},
             [self._predictions(self.initial_logits, initial, size)],
+            size,
         )
 
-    def predict(self, features: list[Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    def predict(self, features: list[Tensor], size: Size) -> dict[str, Tensor]:
+        """Return the final predictions; the initial heads are not run."""
         return self._predictions(self.logits, self._maps(features, size)[-1], size)
 
-    def _maps(
-        self, features: list[Tensor], size: tuple[int, int]
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    def _maps(self, features: list[Tensor], size: Size) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+        """Return the trunk, the initial maps and the final maps."""
         trunk = self.fusion(features, [-(-s // self.stride) for s in size])
         initial = {task: layers(trunk) for task, layers in self.initial.items()}
         refined = self.distillation(initial)
         return trunk, initial, {task: head(refined[task]) for task, head in self.heads.items()}
 
     @staticmethod
-    def _predictions(logits: nn.ModuleDict, maps: dict[str, Tensor], size: tuple[int, int]) -> dict[str, Tensor]:
+    def _predictions(logits: nn.ModuleDict, maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:
         return predict_tasks(logits, maps, size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the fusion and the initial layers."""
         yield from self.fusion.parameters()
-        yield from self.initial.parameters()  # a task's initial map goes into every task's final one
+        yield from self.initial.parameters()  # every final map depends on every initial one
 
 
 def _bottlenecks(inputs: int, outputs: int) -> nn.Sequential:

@@ -1,12 +1,12 @@
-"""ATRC's relational contexts: what the pixels of a target task gather from the features of a source task.
+"""Relational contexts of ATRC: attention of a target task's pixels to the features of a source task.
 
     global   every pixel of the source, by attention that is linear in the pixels
-    local    the source's pixels in a window around one's own place
+    local    the source's pixels in a window around the target's pixel
     t_label  one prototype of the source's features per label of the target task
     s_label  one prototype of the source's features per label of the source task
 
 After Brüggemann et al., "Exploring Relational Context for Multi-Task Dense Prediction", ICCV 2021
-(https://arxiv.org/abs/2104.13874), and the facts of their public code.
+(https://arxiv.org/abs/2104.13874), and their public code.
 """
 
 import torch
@@ -17,16 +17,23 @@ from mtcl.models.decoders.blocks import ConvBlock, SpatialNorm
 
 
 def prototypes(logits: Tensor, features: Tensor) -> Tensor:
-    """Per label of ``logits`` (B, K, h, w) the mean of ``features`` (B, C, h, w), weighted by a softmax of the label's
-    map over the *pixels*: (B, C, K)."""
+    """Average features per label, weighted by a softmax of the label's logits over the *pixels*.
+
+    Args:
+        logits: (B, K, h, w), of K labels.
+        features: (B, C, h, w).
+
+    Returns:
+        Prototypes (B, C, K).
+    """
     weights = logits.flatten(2).softmax(dim=-1)
     return features.flatten(2) @ weights.transpose(1, 2)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = None) -> Tensor:
-    """softmax(q k / sqrt(C)) v, channels last: (B, N, L, C), (B, N, M, C) -> (B, N, L, C).
+    """Return softmax(q k / sqrt(C)) v, channels last: (B, N, L, C), (B, N, M, C) -> (B, N, L, C).
 
-    ATRC's channels are odd (33); the fused kernels want multiples of 8, and further zeros change nothing.
+    ATRC has an odd number of channels (33); the fused kernels need multiples of 8, and zero padding changes nothing.
     """
     channels = query.shape[-1]
     query, key, value = (F.pad(x, (0, -channels % 8)) for x in (query, key, value))
@@ -35,9 +42,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None = N
 
 
 class Context(nn.Module):
-    """Projections of a target's (B, inputs, h, w) to queries, of a source's to keys and values, ``width`` channels.
+    """Project a target's features (B, inputs, h, w) to queries, a source's to keys and values of ``width`` channels.
 
-    ``forward(target, source)`` -> (B, width, h, w), the source's values as the target's pixels see them.
+    ``forward(target, source)`` returns the values that the target's pixels attend to: (B, width, h, w).
     """
 
     def __init__(self, inputs: int, width: int):
@@ -50,6 +57,7 @@ class Context(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
 
     def projection(self, inputs: int, width: int) -> nn.Module:
+        """Return the layers that make queries or keys."""
         return nn.Sequential(ConvBlock(inputs, width, 1), ConvBlock(width, width, 1))
 
 
@@ -59,10 +67,12 @@ class GlobalContext(Context):
     eps = 1e-12
 
     def projection(self, inputs: int, width: int) -> nn.Module:
+        """Return the layers that make positive queries or keys."""
         last = (nn.Conv2d(width, width, 1, bias=False), SpatialNorm(width), nn.Softplus())
         return nn.Sequential(ConvBlock(inputs, width, 1), *last)
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """Attend to all pixels of the source."""
         query, key, value = self.query(target), self.key(source), self.value(source)
         with torch.autocast(query.device.type, enabled=False):  # sums over all pixels, small beside the projections
             q, k, v = (x.flatten(2).float() for x in (query, key, value))
@@ -74,14 +84,13 @@ class GlobalContext(Context):
 
 
 class LocalContext(Context):
-    """Attention to the ``window`` x ``window`` pixels around one's own place.
+    """Attention to the ``window`` x ``window`` pixels around the target's pixel.
 
-    As in the authors' kernel, places beyond the border count as keys and values of zero.
+    As in the authors' kernel, pixels beyond the border count as keys and values of zero.
 
-    All windows written out (unfold) would hold window^2 = 81 copies of the source, and the authors' CUDA kernel runs
-    nowhere else. Here the map is cut into tiles of ``tile`` x ``tile`` queries that share one field of
-    (tile + window - 1)^2 keys, and a mask leaves each query its own window: 4 copies in place of 81, and the rest is
-    one call of the fused attention.
+    Unfolding all windows would hold window^2 = 81 copies of the source, and the authors' kernel is for CUDA only. Here
+    the map is split into tiles of ``tile`` x ``tile`` queries that share one field of (tile + window - 1)^2 keys, and a
+    mask restricts each query to its window: 4 copies instead of 81, and one call of the fused attention.
     """
 
     visible: Tensor
@@ -90,13 +99,14 @@ class LocalContext(Context):
         super().__init__(inputs, width)
         self.radius, self.tile, self.field = window // 2, tile, tile + window - 1
         offset = torch.arange(self.field) - torch.arange(tile)[:, None]  # of key and query, along one side
-        near = (offset >= 0) & (offset < window)
-        visible = near[:, None, :, None] & near[None, :, None, :]
+        within = (offset >= 0) & (offset < window)
+        visible = within[:, None, :, None] & within[None, :, None, :]
         self.register_buffer("visible", visible.reshape(tile**2, self.field**2), persistent=False)
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """Attend to the window of each pixel."""
         height, width = target.shape[-2:]
-        down, right = -height % self.tile, -width % self.tile  # so that whole tiles cover the map
+        down, right = -height % self.tile, -width % self.tile  # so that full tiles cover the map
         query = F.pad(self.query(target), (0, right, 0, down))
         border = (self.radius, self.radius + right, self.radius, self.radius + down)
         key, value = (F.pad(x, border) for x in (self.key(source), self.value(source)))
@@ -106,7 +116,7 @@ class LocalContext(Context):
         return out.permute(0, 5, 1, 3, 2, 4).reshape(query.shape)[..., :height, :width]
 
     def _tiles(self, x: Tensor, side: int) -> Tensor:
-        """(B, C, H, W) -> (B, tiles, side^2, C): squares of ``side``, one every ``tile`` pixels."""
+        """Split (B, C, H, W) into squares of ``side``, one every ``tile`` pixels: (B, tiles, side^2, C)."""
         x = x.unfold(2, side, self.tile).unfold(3, side, self.tile)
         return x.permute(0, 2, 3, 4, 5, 1).flatten(3, 4).flatten(1, 2)
 
@@ -115,6 +125,7 @@ class LabelContext(Context):
     """Attention to prototypes: ``source`` is (B, inputs, K), one column per label."""
 
     def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        """Attend to the prototypes."""
         query = self.query(target)
         key, value = self.key(source.unsqueeze(-1)), self.value(source.unsqueeze(-1))
         q, k, v = (x.flatten(2).transpose(1, 2).unsqueeze(1) for x in (query, key, value))

@@ -1,22 +1,24 @@
-"""TaskPrompter: github.com/prismformore/Multi-Task-Transformer, TaskPrompter/models (taskprompter_wrapper.py, ViT)."""
+"""Rules for TaskPrompter.
+
+Source: github.com/prismformore/Multi-Task-Transformer, TaskPrompter/models (taskprompter_wrapper.py, ViT).
+"""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
-from mtcl.models.published.table import Method, Rule
-from mtcl.models.published.vit import VIT, vit_settings
+from mtcl.models.published.translation import Method, Overrides, Rule
+from mtcl.models.published.vit import VIT_RULES, get_vit_overrides
 
 
-def depth(state: Mapping[str, Tensor]) -> int:
-    """The number of the ViT's layers."""
+def count_blocks(state: Mapping[str, Tensor]) -> int:
+    """Return the number of blocks of the ViT."""
     return len({key.split(".")[2] for key in state if key.startswith("backbone.blocks.")})
 
 
-def table(state: Mapping[str, Tensor]) -> tuple[Rule, ...]:
-    """The prompts that come out of the last layer are never used."""
-    last = depth(state) - 1
+def get_rules(state: Mapping[str, Tensor]) -> tuple[Rule, ...]:
+    """Return the rules; the prompts after the last block are never used, so its ``token_trans1`` is dropped."""
+    last = count_blocks(state) - 1
     return (
         Rule("backbone.task_prompts", "prompts"),
         Rule(
@@ -25,7 +27,7 @@ def table(state: Mapping[str, Tensor]) -> tuple[Rule, ...]:
         Rule("backbone.blocks.{n}.attn.token_trans.*", "channel_prompts.{n}.spread.*"),
         Rule(f"backbone.blocks.{last}.attn.token_trans1.*", None),
         Rule("backbone.blocks.{n}.attn.token_trans1.*", "channel_prompts.{n}.gather.*"),
-        *VIT,
+        *VIT_RULES,
         Rule("backbone.fea_decode_spa.{n}.{task}.0.*", "levels.{n}.spatial.{task}.*"),
         Rule("backbone.fea_decode_chan.{n}.{task}.0.*", "levels.{n}.channel.{task}.*"),
         Rule("backbone.fea_fuse.{n}.{task}.*", "levels.{n}.fuse.{task}.*"),
@@ -35,20 +37,24 @@ def table(state: Mapping[str, Tensor]) -> tuple[Rule, ...]:
     )
 
 
-def settings(state: Mapping[str, Tensor], size: tuple[int, int]) -> dict[str, Any]:
-    """``decoder.windows`` leaves no trace in the weights: published are 1 for ViT-L on PASCAL-Context, which alone of
-    that depth has weights between tasks, and 4 for all others."""
-    vit = vit_settings(state, size)
+def get_config_overrides(state: Mapping[str, Tensor], size: tuple[int, int]) -> Overrides:
+    """Return the config keys that the published network needs.
+
+    The number of windows can't be read from the weights: published are 1 for ViT-L on PASCAL-Context, the only one of
+    that depth with cross-task reweighting, and 4 for all others.
+    """
+    vit = get_vit_overrides(state, size)
     fused = next(v for k, v in state.items() if k.startswith("backbone.fea_fuse.0.") and k.endswith(".0.weight"))
     crosses = any(key.startswith("backbone.ctr_attn_conv.") for key in state)
     return {
-        "backbone.mean": vit["backbone.mean"],
-        "backbone.std": vit["backbone.std"],
-        "decoder.size": list(size),
-        "decoder.width": fused.shape[1] // 2,
-        "decoder.head_width": fused.shape[0],
-        "decoder.cross_task": crosses,
-        "decoder.windows": 1 if crosses and depth(state) == 24 else 4,
+        "backbone": {"mean": vit["mean"], "std": vit["std"]},
+        "decoder": {
+            "size": list(size),
+            "width": fused.shape[1] // 2,
+            "head_width": fused.shape[0],
+            "cross_task": crosses,
+            "windows": 1 if crosses and count_blocks(state) == 24 else 4,
+        },
     }
 
 
@@ -56,6 +62,6 @@ METHOD = Method(
     name="taskprompter",
     model="TaskPrompter",
     tasks=("semseg", "depth", "human_parts", "sal", "normals", "edge"),  # TaskPrompter/utils/config.py
-    table=table,
-    settings=settings,
+    rules=get_rules,
+    config_overrides=get_config_overrides,
 )

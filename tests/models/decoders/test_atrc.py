@@ -14,7 +14,7 @@ from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.resolve import plain
 from mtcl.models.decoders import ATRC
-from mtcl.models.decoders.atrc import KINDS, PUBLISHED, directions, label_space, log_bins, read_genotype
+from mtcl.models.decoders.atrc import KINDS, PUBLISHED, build_label_space, directions, log_bins, read_genotype
 from mtcl.models.decoders.relational import GlobalContext, LabelContext, LocalContext, prototypes
 
 TASKS = {"semseg": 5, "depth": 1, "normals": 3, "edge": 1}
@@ -161,7 +161,7 @@ def test_named_genotypes():
     ],
 )
 def test_bad_genotypes(genotype, message):
-    with pytest.raises(UserError, match=f"decoder.genotype.*{message}") as error:
+    with pytest.raises(UserError, match=f"genotype.*{message}") as error:
         read_genotype(genotype, ["sal", "edge"])
     assert "\n" not in str(error.value)
 
@@ -174,7 +174,7 @@ def test_bad_genotype_files(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
         read_genotype(str(path), TASKS)
-    assert f"decoder.genotype={path} " in str(error.value)
+    assert f"genotype={path} " in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -190,15 +190,15 @@ def test_label_spaces():
     assert vectors[:, 2].min() > 0
     apart = (vectors @ vectors.T).fill_diagonal_(-1).amax(dim=1).clamp(-1, 1).acos().rad2deg()
     assert 15 < apart.min() < apart.max() < 30  # evenly spread
-    count, decode = label_space("depth", 1, BINS["depth"])
+    count, decode = build_label_space("depth", 1, BINS["depth"])
     logits = torch.full((1, count, 1, 2), -30.0)
     logits[0, 2, 0, 0] = logits[0, 2, 0, 1] = logits[0, 3, 0, 1] = 30
     bins = log_bins(6, 0.7, 10.0).flatten()
     torch.testing.assert_close(decode(logits).flatten(), torch.stack([bins[2], (bins[2] + bins[3]) / 2]))
-    count, decode = label_space("edge", 1, None)
+    count, decode = build_label_space("edge", 1, None)
     logits = randn(2, count, 3, 3)
     torch.testing.assert_close(decode(logits).sigmoid()[:, 0], logits.softmax(dim=1)[:, 1])
-    assert label_space("semseg", 21, None)[0] == 21
+    assert build_label_space("semseg", 21, None)[0] == 21
 
 
 @pytest.mark.parametrize(
@@ -215,8 +215,8 @@ def test_label_spaces():
     ],
 )
 def test_bad_label_spaces(options, message):
-    with pytest.raises(UserError, match=f"decoder.kinds.depth.*{message}"):
-        label_space("depth", 1, options)
+    with pytest.raises(UserError, match=f"kinds.depth.*{message}"):
+        build_label_space("depth", 1, options)
 
 
 def test_a_window_has_a_centre():

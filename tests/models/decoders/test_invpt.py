@@ -112,8 +112,8 @@ def bilinear(grid, i, j, size):
 @pytest.mark.parametrize("size", [(4, 8), (5, 6)])
 def test_attention_hears_the_scores_of_the_stage_before(size):
     torch.manual_seed(0)
-    first = TaskAttention(["a", "b"], 4, heads=2, pool=2, hears=False).eval()
-    second = TaskAttention(["a", "b"], 6, heads=2, pool=4, hears=True).eval()
+    first = TaskAttention(["a", "b"], 4, heads=2, pool=2, fuses_scores=False).eval()
+    second = TaskAttention(["a", "b"], 6, heads=2, pool=4, fuses_scores=True).eval()
     for module in (first, second):
         for norm in (m for m in module.modules() if isinstance(m, SpatialNorm)):
             norm.running_mean.normal_()
@@ -236,7 +236,7 @@ def test_encoder_maps():
 
 
 def test_heads_must_divide_the_widths():
-    with pytest.raises(UserError, match=r"decoder.heads=3 .*\[16, 8, 4\]"):
+    with pytest.raises(UserError, match=r"heads=3 .*\[16, 8, 4\]"):
         make_decoder(heads=3)
 
 

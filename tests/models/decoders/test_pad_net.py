@@ -84,7 +84,7 @@ def test_promises(check):
 
 
 def test_width_of_no_bottleneck():
-    with pytest.raises(UserError, match=r"decoder\.width=6 must be a multiple of 4"):
+    with pytest.raises(UserError, match=r"width=6 must be a multiple of 4"):
         make([4], [4], TASKS, width=6)
 
 

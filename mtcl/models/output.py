@@ -1,0 +1,27 @@
+"""The output of a model and of a decoder: predictions and feature maps."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+Size = tuple[int, int]  # height, width in pixels
+
+
+class DenseOutput(NamedTuple):
+    """What ``forward`` of a decoder, and of a whole model, returns.
+
+    A decoder returns maps of the padded image that the backbone saw; :class:`~mtcl.models.EncoderDecoder` crops the
+    predictions to the image. Features are not cropped, so ``frame`` says which area they cover.
+
+    Attributes:
+        predictions: task -> raw prediction (B, C, H, W): logits, metres, unnormalised vectors.
+        features: feature name -> task -> map (B, C_t, h, w), for the regularizer. Every model has ``final``, the maps
+            before the logits; the other names are the decoder's own.
+        intermediate: further predictions to supervise, each task -> (B, C, H, W); may be empty.
+        frame: height and width of the padded image, in pixels, that a feature map covers.
+    """
+
+    predictions: dict[str, Tensor]
+    features: dict[str, dict[str, Tensor]]
+    intermediate: list[dict[str, Tensor]]
+    frame: Size
