@@ -171,7 +171,7 @@ def broken(state, how):
         ("an index more", "redu_chan.1.5.bias"),
         ("missing key", "lacks 1 .* decoder.logits.edge.bias"),
         ("another shape", r"decoder.logits.semseg.bias \(40,\) instead of \(21,\)"),
-        ("another grid", "9 places, pictures of 64x128 have 4x8; .* data.size"),
+        ("another grid", "9 patches, images of 64x128 have 4x8; give the image size"),
         ("another backbone", "its backbone is no ViT"),
     ],
 )
