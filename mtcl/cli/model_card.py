@@ -10,7 +10,8 @@ import yaml
 from mtcl.config.load import LoadedModel
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.evaluation.format_metrics import COUNT_UNITS, format_value
-from mtcl.results.run_files import METRICS, RECORD, read_metrics, read_record
+from mtcl.results.run_files import read_metrics, read_record
+from mtcl.run_folder import METRICS, RECORD
 from mtcl.version import __version__
 
 RAW_MEANINGS = {  # what a raw prediction stands for, by a task's kind

@@ -28,15 +28,11 @@ from mtcl.launch.search_file import DELTA_OBJECTIVES, SIGNIFICANT_DIGITS, Range,
 from mtcl.launch.study_file import LAUNCHER_KEYS, check_overrides, merge_overrides
 from mtcl.metrics.delta import delta_mtl
 from mtcl.results.columns import make_column, primary_metrics
-from mtcl.results.compare import (
-    Run,
-    check_same_data,
-    find_runs,
-    read_run,
-    split_baseline,
-)
+from mtcl.results.comparability import check_same_data
+from mtcl.results.compare import split_baseline
 from mtcl.results.list_runs import nest_metrics
 from mtcl.results.run_files import read_json_object
+from mtcl.results.runs import Run, find_runs, read_run
 from mtcl.results.tables import align_columns, format_value
 from mtcl.run_lock import is_locked, lock_run
 
@@ -498,7 +494,7 @@ def report(search: Search, words: Sequence[str], storage: Storage, command: Sequ
     ]
     unit = f" ({search.column.unit})" if search.column.unit else ""
     arrow = "↑" if search.column.higher_is_better else "↓"
-    lines += ["", align_columns([["trial", f"{search.objective} {arrow}{unit}", *names]], body, lefts=1)]
+    lines += ["", align_columns([["trial", f"{search.objective} {arrow}{unit}", *names]], body, num_left=1)]
     if len(best) >= ENOUGH:
         evaluator = storage.optuna.importance.PedAnovaImportanceEvaluator()
         with contextlib.suppress(ValueError, RuntimeError):  # of values that are all alike

@@ -18,23 +18,15 @@ from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.study_file import NAME, Study, Variant, is_file_path, is_machine_key, make_portable
 from mtcl.metrics.delta import delta_mtl
 from mtcl.results.columns import Column
-from mtcl.results.compare import (
-    Comparison,
-    Row,
-    Run,
-    add_delta_column,
+from mtcl.results.comparability import (
     check_same_data,
     check_same_scoring,
-    choose_columns,
     describe_provenance,
-    fill_row,
-    holm_p_values,
-    is_primary,
     join_some,
-    make_baseline_row,
     note_missing_values,
-    paired_differences,
 )
+from mtcl.results.compare import Comparison, add_delta_column, holm_p_values, make_baseline_row, paired_differences
+from mtcl.results.rows import Row, choose_columns, fill_row, is_primary
 from mtcl.results.run_files import (
     NON_NEGATIVE_INT,
     TEXT,
@@ -47,6 +39,7 @@ from mtcl.results.run_files import (
     read_json_object,
     read_record,
 )
+from mtcl.results.runs import Run
 from mtcl.results.statistics import MIN_PAIRS, PairedDifference, minimum_detectable_effect, paired_difference
 from mtcl.results.tables import (
     ALPHA,
@@ -463,7 +456,9 @@ def format_text(report: Report) -> str:
     blocks = [table.rstrip("\n")]
     for one in report.effects:
         head = [["", *EFFECT_HEAD[1:]]]
-        blocks.append(f"{one.row.label} minus {one.reference.label}\n" + align_columns(head, effect_grid(one), lefts=1))
+        blocks.append(
+            f"{one.row.label} minus {one.reference.label}\n" + align_columns(head, effect_grid(one), num_left=1)
+        )
     lines = [*map(format_verdicts, report.effects), *list_notes(report), *variant_notes(report.study)]
     notes = [textwrap.fill(line, 120, subsequent_indent="  ") for line in lines]
     return "\n\n".join([*blocks, "\n".join(notes)]) + "\n"
@@ -478,7 +473,7 @@ def format_markdown(report: Report, command: str) -> str:
             name = f"{markdown_code(one.row.label)} minus {markdown_code(one.reference.label)}"
             for i, line in enumerate(effect_grid(one)):
                 lines.append(["" if i else name, *map(escape_markdown, line)])
-        blocks.append(markdown_table(["arms", *EFFECT_HEAD], lines, lefts=2))
+        blocks.append(markdown_table(["arms", *EFFECT_HEAD], lines, num_left=2))
     spread = footnotes(Comparison(report.columns, report.rows, [], []))
     sentences = [*map(format_verdicts, report.effects), *spread, *list_notes(report)]
     blocks.append("\n".join(f"- {sentence}" for sentence in sentences))
@@ -494,7 +489,7 @@ def format_means(report: Report) -> str:
         [markdown_code(row.label), str(row.num_seeds), *(format_cell(c, row) for c in report.columns)]
         for row in report.rows
     ]
-    return markdown_table(head, body, lefts=1)
+    return markdown_table(head, body, num_left=1)
 
 
 def format_settings(study: Study) -> list[str]:

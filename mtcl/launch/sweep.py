@@ -28,8 +28,9 @@ from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.processes import EXIT_REQUEUE, catch_signals, format_duration, killed, reason, started
 from mtcl.launch.study_file import is_file_path, merge_overrides, strip_prefix
 from mtcl.results.columns import make_column, primary_metrics
-from mtcl.results.run_files import CONFIG, METRICS, read_metrics, read_nested_config
+from mtcl.results.run_files import read_metrics, read_nested_config
 from mtcl.results.tables import format_value
+from mtcl.run_folder import CONFIG, METRICS
 from mtcl.run_lock import is_locked
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words

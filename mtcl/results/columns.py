@@ -1,4 +1,4 @@
-"""Name a task's numbers: metrics, units, which is better, which of them stands for the task."""
+"""Name a task's metrics, their units, which direction is better, and which of them represents the task."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,33 +6,38 @@ from typing import Any
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 
 # Primary metrics and units do not depend on the classes.
-OPTIONS: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
-TASKS = {name: build_task(name, **OPTIONS.get(name, {})) for name in TASK_NAMES}
+TASK_OPTIONS: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
+TASKS = {name: build_task(name, **TASK_OPTIONS.get(name, {})) for name in TASK_NAMES}
 LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "log_rmse", "mErr", "median", "loss", "not_finite")
 UNRANKED_METRICS = ("threshold", "absent_classes")  # of odsF, of the labels: neither good nor bad
-NOT_FINITE = "not_finite"  # pixels without a finite prediction; a metric beside a task's own
+NOT_FINITE = "not_finite"  # number of pixels without a finite prediction
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric of one task, or a Delta (``task`` is empty, values are in percent already)."""
+    """One metric of one task, or a Delta, whose ``task`` is empty and whose values are in percent already.
+
+    ``unit``: %, m, deg, pixels or empty; values in % are fractions.
+    """
 
     task: str
     metric: str
     higher_is_better: bool
-    unit: str  # %, m, deg, pixels or none; a fraction is shown in %
+    unit: str
 
     @property
     def key(self) -> str:
+        """``task/metric``, or the name of a Delta."""
         return f"{self.task}/{self.metric}" if self.task else self.metric
 
 
 def primary_metrics(task: str) -> tuple[str, ...]:
-    """The metrics that may stand for a task, best first: edges have odsF only where boundaries were matched."""
-    own = TASKS[task].primary_metric
-    return tuple(dict.fromkeys(("odsF", own, "loss"))) if task == "edge" else (own,)
+    """Return the metrics that may represent a task, best first; edges have odsF only if boundaries were matched."""
+    primary = TASKS[task].primary_metric
+    return tuple(dict.fromkeys(("odsF", primary, "loss"))) if task == "edge" else (primary,)
 
 
 def make_column(task: str, metric: str) -> Column:
+    """Return the column of a task's metric, with its unit and direction."""
     unit = "pixels" if metric == NOT_FINITE else TASKS[task].units.get(metric, "%")
     return Column(task, metric, metric not in LOWER_IS_BETTER, unit)

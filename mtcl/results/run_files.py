@@ -1,7 +1,7 @@
-"""Read the files of a run folder, which anybody may have written or edited: config.yaml, run.json, metrics.json.
+"""Read config, record and metrics of a run folder, which anybody may have written or edited.
 
 Each reader returns plain values of checked types, or raises a :class:`UserError` of one sentence that names the file.
-The fourth, log.jsonl, is :mod:`mtcl.run_log`'s.
+The log is read by :mod:`mtcl.run_log`.
 """
 
 import math
@@ -16,8 +16,7 @@ from mtcl.results.columns import NOT_FINITE, make_column, primary_metrics
 from mtcl.safe_files import MAX_DIGITS, read_json, read_yaml
 from mtcl.tasks import TASK_NAMES
 
-METRICS, RECORD, CONFIG = "metrics.json", "run.json", "config.yaml"
-LARGEST = 1e12  # of a metric: what is larger is no measurement, and its square still a number
+MAX_METRIC = 1e12  # no measurement is larger, and its square is still finite
 MAX_INT = 10**MAX_DIGITS
 
 Metrics = dict[str, dict[str, float]]
@@ -47,7 +46,7 @@ TEXT_MAPPING: Check = (
 )
 MAPPING: Check = ("a mapping {key: value}", lambda value: isinstance(value, dict))
 
-# The types of what is computed or compared with; null counts as absent. Further keys hold any plain value.
+# Types of the values that are computed or compared with; null counts as absent. Other keys may hold any plain value.
 RECORD_CHECKS: Mapping[str, Check] = {
     "seed": NON_NEGATIVE_INT,
     "step": NON_NEGATIVE_INT,
@@ -70,7 +69,7 @@ CONFIG_CHECKS: Mapping[str, Check] = {
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``, its keys as texts."""
+    """Read a JSON object; ``UserError`` if the file holds anything else."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
@@ -78,12 +77,20 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Return what a run's run.json tells of it; keys that are null there are left out."""
+    """Read a run.json, leaving out keys that are null."""
     return check_record(path, read_json_object(path))
 
 
 def check_record(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``content``, of the run.json ``path``, without nulls; ``UserError`` for a value of another type."""
+    """Return the content of a run.json without nulls and with the config keys of today.
+
+    Args:
+        path: the file, for messages.
+        content: the file's content.
+
+    Raises:
+        UserError: a value has the wrong type.
+    """
     record = {key: value for key, value in content.items() if value is not None}
     check_types(path, record, RECORD_CHECKS)
     if "overrides" in record:
@@ -94,12 +101,12 @@ def check_record(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's config.yaml, in which everything is resolved, as dotted key -> value."""
+    """Read a run's config.yaml, in which everything is resolved, as dotted key -> value."""
     return {key: value for key, value in flatten(read_nested_config(path)) if value != {}}
 
 
 def read_nested_config(path: Path) -> dict[str, Any]:
-    """Return a run's config.yaml as it stands, checked as :func:`read_config` does; an empty file is an empty one."""
+    """Read a run's config.yaml as nested dicts, checked as by :func:`read_config`; empty for an empty file."""
     content = read_yaml(path)
     if content is None:
         return {}
@@ -111,7 +118,7 @@ def read_nested_config(path: Path) -> dict[str, Any]:
 
 
 def _plain_items(path: Path, mapping: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield a mapping's items with keys as texts; ``UserError`` for what JSON could not hold."""
+    """Yield a mapping's items with keys as text; ``UserError`` for values that JSON can't represent."""
     for key, value in mapping.items():
         if not isinstance(key, str | int | float | None):
             raise UserError(f"{path} has a key of type {type(key).__name__}; keys are texts.")
@@ -119,6 +126,7 @@ def _plain_items(path: Path, mapping: Mapping[Any, Any]) -> Iterator[tuple[str, 
 
 
 def _plain(path: Path, key: str, value: Any) -> Any:
+    """Return a value if JSON can represent it, its mappings with keys as text; otherwise raise ``UserError``."""
     if isinstance(value, dict):
         return dict(_plain_items(path, value))
     if isinstance(value, list):
@@ -133,51 +141,56 @@ def _plain(path: Path, key: str, value: Any) -> Any:
 
 
 def check_types(path: Path, content: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
-    """Raise ``UserError`` for the first value of ``content``, of the file ``path``, that is not what it must be."""
-    for key, (words, holds) in checks.items():
-        if key in content and not holds(content[key]):
-            raise UserError(f"{path} has {_shown(content[key])} for {key}; it must be {words}, or null.")
+    """Raise ``UserError`` for the first value of ``content``, read from ``path``, that fails its check."""
+    for key, (expected, is_valid) in checks.items():
+        if key in content and not is_valid(content[key]):
+            raise UserError(f"{path} has {_shorten(content[key])} for {key}; it must be {expected}, or null.")
 
 
-def _shown(value: Any) -> str:
+def _shorten(value: Any) -> str:
+    """Return a value for a message, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Return the metrics in ``path``; see :func:`parse_metrics`."""
+    """Read a file of metrics; see :func:`parse_metrics`."""
     return parse_metrics(path, read_json_object(path))
 
 
 def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
-    """Return task -> metric -> value of a file's ``content``; null becomes NaN.
+    """Return task -> metric -> value; null becomes NaN.
 
     Args:
-        path: the file, for the message.
+        path: the file, for messages.
         content: ``{task: {metric: number or null}}``, or ``{task: number}`` for its primary metric.
+
+    Raises:
+        UserError: the content has another form, or a value that is no measurement.
     """
     metrics: Metrics = {}
     for task, values in content.items():
         if task not in TASK_NAMES:
             raise UserError(
-                f"{path} has {_shown(task)} in place of a task; it must be {{task: {{metric: value}}}} with tasks "
+                f"{path} has {_shorten(task)} in place of a task; it must be {{task: {{metric: value}}}} with tasks "
                 f"among {', '.join(TASK_NAMES)}."
             )
-        named = values if isinstance(values, dict) else {primary_metrics(task)[0]: values}
+        by_name = values if isinstance(values, dict) else {primary_metrics(task)[0]: values}
         metrics[task] = {
-            name: _number(path, task, name, v) for name, v in zip(map(escape_control_characters, named), named.values())
+            name: _parse_metric(path, task, name, value)
+            for name, value in zip(map(escape_control_characters, by_name), by_name.values())
         }
     if not metrics:
         raise UserError(f"{path} holds no task.")
     return {task: metrics[task] for task in TASK_NAMES if task in metrics}
 
 
-def _number(path: Path, task: str, metric: str, value: Any) -> float:
+def _parse_metric(path: Path, task: str, metric: str, value: Any) -> float:
     column = make_column(task, metric)
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return math.nan
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > LARGEST:
-        raise UserError(f"{path} has {_shown(value)} for {column.key}; it must be a finite number or null.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > MAX_METRIC:
+        raise UserError(f"{path} has {_shorten(value)} for {column.key}; it must be a finite number or null.")
     if metric in primary_metrics(task) and column.unit == "%" and value > 1:
         raise UserError(
             f"{path} has {value:g} for {column.key}; files hold fractions, for percent write {value / 100:g}."

@@ -17,7 +17,8 @@ from scipy import integrate, stats
 
 from mtcl import UserError
 from mtcl.metrics.delta import delta_mtl
-from mtcl.results.compare import compare, compares_on_off, natural_key, read_run
+from mtcl.results.compare import compare, compares_on_off
+from mtcl.results.runs import natural_key, read_run
 from mtcl.results.statistics import adjust_by_holm, paired_difference, summarize_values
 from mtcl.results.tables import FORMATS, render
 
@@ -408,7 +409,7 @@ def test_a_json_file_of_values_is_a_baseline_too_in_both_layouts(tmp_path, arms)
         (tmp_path / "single.json").write_text(json.dumps(content))
         found = compare([arms], [tmp_path / "single.json"])
         deltas.append(found.rows[1].summarize(found.columns[-1]).mean)
-        assert any("not known of which backbone" in note for note in found.notes)
+        assert any("the backbone of" in note for note in found.notes)
     assert (
         deltas[0]
         == deltas[1]
@@ -488,7 +489,7 @@ def test_single_task_runs_stand_in_rows_of_their_own_with_dashes(singles):
     assert [row.label for row in found.rows] == ["tasks.names=[depth]", "tasks.names=[semseg]"]
     assert "-" in lines(found)[3].split()
     assert found.differences == []
-    assert any("different tasks (depth, semseg): they compare metric by metric" in note for note in found.notes)
+    assert any("different tasks (depth, semseg): compare them metric by metric" in note for note in found.notes)
 
 
 # Formats
@@ -510,7 +511,7 @@ Delta_on/off ↑ (points)        +3.62       [-0.56, +7.80]       2   too few pa
 Mean ± standard deviation (n - 1) over seeds.
 No verdict below 3 pairs: of two, one outlier makes any interval.
 3 intervals of Student's t, not corrected for their number (--holm does).
-4 runs, 500 pictures of split standard, data 8d9e, on cpu, commit e518452713.
+4 runs, 500 images of split standard, data 8d9e, on cpu, commit e518452713.
 Delta_on/off = (100/T) sum_t s_t (M_t - B_t) / B_t over semseg mIoU, depth rmse; B: mean of regularizer=none.
 """
 
@@ -649,7 +650,7 @@ def test_runs_on_other_validation_data_do_not_share_a_table(tmp_path, fact, valu
     single = write_run(tmp_path / "c", 0, {"depth": {"rmse": 0.5}}, facts={fact: value})
     refused(fact, paths[:1], [single])
     (paths[1] / "run.json").unlink()
-    assert any("not known on which validation data" in note for note in compare(paths).notes)
+    assert any("the validation data of" in note for note in compare(paths).notes)
 
 
 def test_the_same_seed_twice_in_a_row_is_refused(tmp_path):

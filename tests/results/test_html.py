@@ -22,7 +22,7 @@ from mtcl.evaluation.evaluator import VisualSample
 from mtcl.results.html import collect, document
 from mtcl.results.html import images as pictures_module
 from mtcl.results.html.figures import POINTS, average_points, swept_keys
-from mtcl.results.html.images import build_image_grid, cut
+from mtcl.results.html.images import build_image_grid, cut_tiles
 from mtcl.tasks import VOC21, build_task
 from mtcl.training.run_logger import RunLogger, write_panels
 from mtcl.visualization.panels import CORRECT_COLOUR, LAYOUT_KEY, WRONG_COLOUR, draw_error, error_map, panel_layout
@@ -87,12 +87,12 @@ def write_run(
     if log:
         for step in range(0, 400 if finished else 200, 20):
             losses = {t: 2 * math.exp(-step / 150) + 0.1 * rng.random() for t in tasks}
-            recorder.scalars(step, "train", {**losses, "contrast": 0.4 + 0.1 * rng.random(), "lr": 1e-3})
+            recorder.log_scalars(step, "train", {**losses, "contrast": 0.4 + 0.1 * rng.random(), "lr": 1e-3})
             if step % 100 == 0 or step == 380:
                 values = {
                     f"{t}/{m}": v * (0.5 + step / 800) for t in tasks for m, v in metrics[t].items() if m != "odsF"
                 }
-                recorder.scalars(step, "val", values)
+                recorder.log_scalars(step, "val", values)
     if panels:
         samples = [shown(f"room {i}", seed + int(100 * better) + 100) for i in range(panels)]
         write_panels(folder / "panels", samples, {t: TASKS[t] for t in tasks})
@@ -152,10 +152,10 @@ def test_the_table_is_that_of_compare_with_the_best_marked(tmp_path):
         for column in (column for column in found.columns if column.task):
             scale = 100 if column.unit == "%" else 1
             digits = 4 if column.unit == "m" else 2
-            assert f"{line.cell(column).mean * scale:.{digits}f}" in row
-            assert f"± {line.cell(column).std * scale:.{digits}f}" in row
+            assert f"{line.summarize(column).mean * scale:.{digits}f}" in row
+            assert f"± {line.summarize(column).std * scale:.{digits}f}" in row
     assert [row.count("(best)") for row in rows] == [0, 0, 5]
-    assert data_of(page)["cells"][0][0][0] == pytest.approx(found.rows[0].cell(found.columns[0]).mean, rel=1e-4)
+    assert data_of(page)["cells"][0][0][0] == pytest.approx(found.rows[0].summarize(found.columns[0]).mean, rel=1e-4)
 
 
 def test_with_against_the_paired_differences_are_there(tmp_path):
@@ -220,7 +220,7 @@ def test_settings_that_differ_are_marked_and_equal_ones_told_once(tmp_path):
 def test_tiles_are_cut_as_they_were_drawn(tmp_path):
     sample = shown("a/b", 1)
     write_panels(tmp_path, [sample], TASKS)
-    layout, tiles = cut(tmp_path / "a_b.png")
+    layout, tiles = cut_tiles(tmp_path / "a_b.png")
     assert layout["id"] == "a/b"
     assert (tiles["image"] == sample.image).all()
     for name, task in TASKS.items():
@@ -777,7 +777,7 @@ def test_sixty_runs_of_a_search_stay_small_and_quick(browser, tmp_path):
     assert page.stat().st_size < 15e6
     browser.open(page)
     assert browser.js("performance.timing.domComplete - performance.timing.domInteractive") < 5000
-    assert browser.js("document.querySelectorAll('#wall .tile').length") == pictures_module.MOST_RUNS * 4
+    assert browser.js("document.querySelectorAll('#wall .tile').length") == pictures_module.MAX_ROWS * 4
     assert "The first 24 of 60 rows are here" in browser.js("document.body.innerText")
     browser.click("#legend .bar button", 0)
     assert browser.js("document.querySelectorAll('.toggle[aria-pressed=true]').length") == 60

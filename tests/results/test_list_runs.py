@@ -62,8 +62,8 @@ def test_every_state_is_told(tmp_path, begun):
     assert found["broken"].state == "broken"
     assert "metrics.json is not a readable JSON" in found["broken"].note
     assert found["failed"].note == "too bad"
-    assert found["done"].headline("edge") == ("odsF", 0.7)
-    assert found["begun"].headline("depth") == ("rmse", 0.7), "of the last validation"
+    assert found["done"].primary_metric("edge") == ("odsF", 0.7)
+    assert found["begun"].primary_metric("depth") == ("rmse", 0.7), "of the last validation"
     with lock_run(begun):
         assert read_state(begun).state == "running"
     with lock_run(done):
@@ -90,7 +90,7 @@ def test_looking_makes_no_run_fail_that_is_starting(begun):
 def test_a_long_log_is_read_from_its_end(begun):
     log(begun, *((step, "train", {"x" * 200: 1.0}) for step in range(60, 60 + 2000)))
     run = read_state(begun)
-    assert (run.step, run.headline("depth")[1]) == (2060, 0.7)
+    assert (run.step, run.primary_metric("depth")[1]) == (2060, 0.7)
     with (begun / "log.jsonl").open("a") as file:
         file.write('{"step": 9999, "ki')  # being written
     assert read_state(begun).step == 2060

@@ -15,10 +15,11 @@ from mtcl import UserError
 from mtcl.launch.study_file import Study, Variant
 from mtcl.launch.study_tables import format_markdown, read_results, record, report, to_json, write_results
 from mtcl.launch.sweep import find_run_state
-from mtcl.results.compare import compare, read_run
+from mtcl.results.compare import compare
 from mtcl.results.html import collect, document
 from mtcl.results.list_runs import format_runs, list_runs, read_state, to_records
 from mtcl.results.run_files import read_config, read_metrics, read_record
+from mtcl.results.runs import read_run
 from mtcl.results.tables import FORMATS, format_csv, render
 from mtcl.run_log import read_tail
 from mtcl.training.run_logger import DAMAGED, RunLogger

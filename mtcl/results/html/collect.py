@@ -9,23 +9,13 @@ from typing import Any
 
 from mtcl import run_log
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.results.compare import (
-    Comparison,
-    Row,
-    Run,
-    check_same_data,
-    choose_columns,
-    compare_runs,
-    describe_provenance,
-    fill_row,
-    join_some,
-    make_labels,
-    natural_key,
-    read_run,
-    result_settings,
-    sort_by_settings,
-)
-from mtcl.results.run_files import CONFIG, METRICS, RECORD, read_config, read_record
+from mtcl.results.comparability import check_same_data, describe_provenance, join_some
+from mtcl.results.compare import Comparison, compare_runs
+from mtcl.results.row_labels import make_labels
+from mtcl.results.rows import Row, choose_columns, fill_row
+from mtcl.results.run_files import read_config, read_record
+from mtcl.results.runs import Run, natural_key, read_run, result_settings, sort_by_settings
+from mtcl.run_folder import CONFIG, METRICS, RECORD
 from mtcl.run_lock import is_locked
 
 MARKS = (METRICS, CONFIG, run_log.NAME)  # of a run folder, from its first minute on

@@ -14,10 +14,13 @@ from typing import Any
 
 from mtcl.config.schema import flatten
 from mtcl.results.columns import Column
-from mtcl.results.compare import SAME_DATA, Comparison, Run, differing_keys, format_setting, join_some
+from mtcl.results.comparability import DATA_KEYS, join_some
+from mtcl.results.compare import Comparison
 from mtcl.results.html import figures
 from mtcl.results.html.collect import ReportData, ReportRow, ReportRun
 from mtcl.results.html.images import build_image_grid
+from mtcl.results.row_labels import format_setting
+from mtcl.results.runs import Run, differing_keys
 from mtcl.results.tables import (
     NO_VALUE,
     TOO_FEW,
@@ -230,7 +233,7 @@ def scored_on(run: Run) -> str:
     """Its validation data in a few words, "" where nothing is known of it."""
     words = ("{}", "{} pictures", "data {}")
     return ", ".join(
-        word.format(run.record[key]) for word, key in zip(words, SAME_DATA) if run.record.get(key) is not None
+        word.format(run.record[key]) for word, key in zip(words, DATA_KEYS) if run.record.get(key) is not None
     )
 
 

@@ -10,8 +10,10 @@ from typing import Any
 from mtcl import run_log
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import TASKS, Column, make_column, primary_metrics
-from mtcl.results.compare import WEIGHT, Row, differing_keys, format_setting, is_regularizer_off, result_settings
 from mtcl.results.html.collect import ReportData, ReportRow
+from mtcl.results.row_labels import format_setting
+from mtcl.results.rows import Row
+from mtcl.results.runs import WEIGHT, differing_keys, is_regularizer_off, result_settings
 from mtcl.results.tables import DIGITS, column_heading, find_best
 from mtcl.tasks import TASK_NAMES
 

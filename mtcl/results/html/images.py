@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.results.compare import natural_key
 from mtcl.results.html.collect import ReportRow, ReportRun
+from mtcl.results.runs import natural_key
 from mtcl.safe_files import parse_json, read_bytes
 from mtcl.visualization.panels import LAYOUT_KEY, TILE_KINDS
 

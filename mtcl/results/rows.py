@@ -1,0 +1,167 @@
+"""Group runs that differ in the seed only into the rows of a table, and choose its columns."""
+
+import difflib
+import json
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mtcl.errors import UserError, escape_control_characters
+from mtcl.results.columns import NOT_FINITE, UNRANKED_METRICS, Column, make_column, primary_metrics
+from mtcl.results.row_labels import make_labels, typed_choices, unique_name
+from mtcl.results.runs import Run, differing_keys, distinguishing_settings, result_settings
+from mtcl.results.statistics import Summary, summarize_values
+from mtcl.run_folder import CONFIG, RECORD
+from mtcl.tasks import TASK_NAMES
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """Runs that differ in nothing but the seed.
+
+    Attributes:
+        label: the row's name in the table.
+        runs: one run per seed; of a baseline row the single-task runs.
+        values: column -> seed -> value; without the columns of tasks that the runs do not have.
+        is_baseline: the runs are the single-task baselines, each of another task.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+    values: dict[Column, dict[Hashable, float]] = field(default_factory=dict)
+    is_baseline: bool = False
+
+    def summarize(self, column: Column) -> Summary:
+        """Return mean, standard deviation and number of the values over seeds."""
+        return summarize_values(self.values.get(column, {}).values())
+
+    @property
+    def num_seeds(self) -> int:
+        """The number of seeds; of a baseline row the smallest of any column that has a value."""
+        counts = [count for column in self.values if (count := self.summarize(column).num)]
+        return min(counts, default=0) if self.is_baseline else len(self.runs)
+
+
+def make_rows(runs: Sequence[Run], by: Sequence[str], notes: list[str]) -> list[Row]:
+    """Group runs that differ in nothing but the seed into rows, named by the settings in which the rows differ.
+
+    A run without a config is a row of its own. Runs with the regulariser off are equal, whatever its settings.
+
+    Args:
+        runs: the runs, in the order in which their rows shall be.
+        by: config keys, or groups of keys, that alone distinguish rows; empty for all that affect the numbers.
+        notes: gets notes on runs that are left out and on settings that the names do not tell.
+
+    Raises:
+        UserError: two runs of a row have the same seed, or no run has a key of ``by``.
+    """
+    settings = [select_keys(run, by, runs) if by else result_settings(run) for run in runs]
+    groups: dict[str, list[int]] = {}
+    for index, one in enumerate(settings):
+        decisive = one if by else distinguishing_settings(runs[index])
+        key = json.dumps(decisive, sort_keys=True, default=str) if one else str(runs[index].path.resolve())
+        groups.setdefault(key, []).append(index)
+    first = [members[0] for members in groups.values()]
+    with_settings = [index for index in first if settings[index]]
+    texts = make_labels(
+        [settings[i] for i in with_settings], [typed_choices(runs[i]) for i in with_settings], bool(by), notes
+    )
+    labels = dict(zip(with_settings, texts))
+    names = {index: escape_control_characters(labels.get(index) or unique_name(runs[index], runs)) for index in first}
+    rows = [Row(names[members[0]], tuple(runs[i] for i in members)) for members in groups.values()]
+    if not by:
+        rows = [drop_repeats(row, notes) for row in rows]
+    for row in rows:
+        check_unique_seeds(row)
+        if by and (differing := differing_keys([result_settings(run) for run in row.runs])):
+            notes.append(f"warning: the runs of {row.label} differ in {', '.join(differing)}, too.")
+    return rows
+
+
+def drop_repeats(row: Row, notes: list[str]) -> Row:
+    """Leave out runs with the regulariser off that repeat another's seed with other settings of the regulariser."""
+    distinct: list[Run] = []
+    for run in row.runs:
+        same = next((one for one in distinct if run.seed is not None and one.seed == run.seed), None)
+        if same is None or result_settings(same) == result_settings(run):
+            distinct.append(run)
+            continue
+        notes.append(
+            f"warning: {run.path} is left out: its regulariser is off, as that of {same.path} with the same seed."
+        )
+    return Row(row.label, tuple(distinct))
+
+
+def select_keys(run: Run, by: Sequence[str], runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the values of the keys, or groups of keys, ``by`` from the run's config or else its record."""
+    values: dict[str, Any] = {}
+    for key in by:
+        settings = {**{k: v for k, v in run.record.items() if not isinstance(v, dict | list)}, **run.config}
+        matches = {k: v for k, v in settings.items() if k == key or k.startswith(f"{key}.")}
+        if not matches and not any(k == key or k.startswith(f"{key}.") for r in runs for k in (*r.record, *r.config)):
+            close = difflib.get_close_matches(key, settings, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise UserError(f"--by {key}: no {CONFIG} or {RECORD} of the given runs has that key{hint}")
+        values |= matches or {key: None}
+    return values
+
+
+def check_unique_seeds(row: Row) -> None:
+    """Raise ``UserError`` if two runs of a row have the same seed."""
+    seen: dict[int, Run] = {}
+    for run in row.runs:
+        if run.seed is not None and run.seed in seen:
+            raise UserError(
+                f"{seen[run.seed].path} and {run.path} are both {row.label} with seed {run.seed}; leave one of them "
+                "out, or tell them apart with --by KEY."
+            )
+        if run.seed is not None:
+            seen[run.seed] = run
+
+
+def choose_columns(runs: Sequence[Run], all_metrics: bool, notes: list[str]) -> list[Column]:
+    """Return a column per task for its primary metric, with ``all_metrics`` one for each other metric of any run."""
+    columns = []
+    for task in (task for task in TASK_NAMES if any(task in run.metrics for run in runs)):
+        task_runs = [run for run in runs if task in run.metrics]
+        primary = choose_primary_metric(task, task_runs, notes)
+        others = [
+            m
+            for run in task_runs
+            for m, value in run.metrics[task].items()
+            if m not in (primary, *UNRANKED_METRICS) and (m != NOT_FINITE or value)
+        ]
+        metrics = [primary, *dict.fromkeys(others)] if all_metrics else [primary]
+        columns += [make_column(task, metric) for metric in metrics]
+    return columns
+
+
+def choose_primary_metric(task: str, runs: Sequence[Run], notes: list[str]) -> str:
+    """Return the first primary metric that all ``runs`` have, or the first that any run has if there is none."""
+    names = primary_metrics(task)
+    common = [name for name in names if all(name in run.metrics[task] for run in runs)]
+    chosen = common[0] if common else next((n for n in names if any(n in run.metrics[task] for run in runs)), names[0])
+    if task == "edge" and chosen == "loss":
+        lacking = next(run for run in runs if "odsF" not in run.metrics[task])
+        notes.append(
+            f"edge is compared by its loss, because {lacking.path} has no odsF; this does not compare with papers."
+        )
+    return chosen
+
+
+def is_primary(column: Column, columns: Sequence[Column]) -> bool:
+    """Is this the first column of its task?"""
+    return next(c for c in columns if c.task == column.task) == column
+
+
+def fill_row(row: Row, columns: Iterable[Column]) -> None:
+    """Fill ``row.values`` from the row's runs; runs without a seed are keyed by their folder."""
+    for column in columns:
+        values: dict[Hashable, float] = {
+            str(run.path) if run.seed is None else run.seed: run.metrics[column.task].get(column.metric, math.nan)
+            for run in row.runs
+            if column.task in run.metrics
+        }
+        if values:
+            row.values[column] = values
