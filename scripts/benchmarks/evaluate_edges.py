@@ -1,4 +1,4 @@
-"""The boundary F-measure of saved edge maps, without MATLAB: odsF, oisF, ap.
+"""Compute the boundary F-measure of saved edge maps without MATLAB: odsF, oisF, ap.
 
 python scripts/benchmarks/evaluate_edges.py --pred DIR --gt DIR --max-dist 0.011 [--thresholds 99]
     [--nms [sak|invpt|none]] [--preset bsds|default|sak|invpt] [--workers N] --json OUT
@@ -27,9 +27,13 @@ from mtcl.data.worker_pool import run_jobs
 from mtcl.metrics.boundaries import NMS, PRESETS, Preset, best_image_counts, compute_scores, get_preset
 
 
-def pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
-    """The files of either folder with equal names, in order. ``UserError``: no files, or a name in one folder only."""
-    found: list[dict[str, Path]] = []
+def find_pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
+    """Pair the files of the two folders by their names, in order.
+
+    Raises:
+        UserError: a folder has no files, or a name is in one folder only.
+    """
+    files_by_name: list[dict[str, Path]] = []
     for folder, suffixes in ((predictions, (".png",)), (truths, (".png", ".mat"))):
         if not folder.is_dir():
             raise UserError(f"{folder} is not a folder; give the folder of the maps.")
@@ -40,35 +44,40 @@ def pairs(predictions: Path, truths: Path) -> list[tuple[Path, Path]]:
         if len(names) < len(files):
             double = next(p for p in files if names[p.stem] != p)
             raise UserError(f"{folder} has both {double.name} and {names[double.stem].name}; keep one of them.")
-        found.append(names)
+        files_by_name.append(names)
+    predicted, true = files_by_name
     for kind, lacking, folder in (
-        ("no prediction", found[1].keys() - found[0].keys(), predictions),
-        ("no ground truth", found[0].keys() - found[1].keys(), truths),
+        ("no prediction", true.keys() - predicted.keys(), predictions),
+        ("no ground truth", predicted.keys() - true.keys(), truths),
     ):
         if lacking:
             first = ", ".join(sorted(lacking)[:3]) + (", ..." if len(lacking) > 3 else "")
             raise UserError(f"{folder} has {kind} of {len(lacking)} maps ({first}); both folders need the same names.")
-    return [(found[0][name], found[1][name]) for name in sorted(found[0])]
+    return [(predicted[name], true[name]) for name in sorted(predicted)]
 
 
 def read_truths(path: Path) -> list[np.ndarray]:
-    """One label (H, W) of each annotator."""
+    """Read the label (H, W) of each annotator."""
     if path.suffix.lower() == ".png":
         return [read_label_image(path)]
     try:
         cell = scipy.io.loadmat(path, variable_names=["groundTruth"])["groundTruth"]
-        found = [np.asarray(entry["Boundaries"][0, 0]) for entry in cell.ravel()]
+        truths = [np.asarray(entry["Boundaries"][0, 0]) for entry in cell.ravel()]
     except (KeyError, ValueError, IndexError, TypeError, NotImplementedError, OSError) as error:
         raise UserError(
             f"{path} holds no groundTruth{{k}}.Boundaries that can be read; save it again with -v7."
         ) from error
-    if not found:
+    if not truths:
         raise UserError(f"{path} holds no annotator; drop it and its prediction.")
-    return found
+    return truths
 
 
-def count(pair: tuple[Path, Path], preset: Preset, max_distance: float) -> np.ndarray:
-    """int64 (K, 4) of one image. ``UserError``: it is no 8-bit map of one channel, or the sizes differ."""
+def count_matches(pair: tuple[Path, Path], preset: Preset, max_distance: float) -> np.ndarray:
+    """Count the matches of one image at every threshold: int64 (K, 4).
+
+    Raises:
+        UserError: a file is no 8-bit map of one channel, or the sizes differ.
+    """
     prediction, truths = read_label_image(pair[0]), read_truths(pair[1])
     for truth in truths:
         if truth.shape != prediction.shape:
@@ -79,7 +88,8 @@ def count(pair: tuple[Path, Path], preset: Preset, max_distance: float) -> np.nd
     return preset.counts(prediction, truths, max_distance)
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pred", type=Path, required=True, help="folder of the predicted maps, PNG")
     parser.add_argument("--gt", type=Path, required=True, help="folder of the ground truth, PNG or .mat")
@@ -95,23 +105,28 @@ def main() -> None:
     parser.add_argument("--preset", choices=list(PRESETS), default="bsds", help="toolchain; default: %(default)s")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes; 0: this one")
     parser.add_argument("--json", type=Path, required=True, help="file for the scores, in 0..1")
-    given = parser.parse_args()
+    args = parser.parse_args()
+    if not 0 < args.max_dist < 1:
+        raise UserError(f"--max-dist {args.max_dist} is not a fraction of the diagonal in 0..1; NYUD takes 0.011.")
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers} is no number of processes; take 0 or more.")
+    return args
 
-    if not 0 < given.max_dist < 1:
-        raise UserError(f"--max-dist {given.max_dist} is not a fraction of the diagonal in 0..1; NYUD takes 0.011.")
-    if given.workers < 0:
-        raise UserError(f"--workers {given.workers} is no number of processes; take 0 or more.")
-    preset = get_preset(given.preset, given.thresholds)
-    if given.nms is not None:
-        preset = replace(preset, suppression=NMS[given.nms], rounded=given.nms == "sak")
-    found = pairs(given.pred, given.gt)
-    work = functools.partial(count, preset=preset, max_distance=given.max_dist)
-    counts = run_jobs(work, found, min(given.workers, len(found)), "edges")
+
+def main() -> None:
+    """Score the maps, print the scores and write them as JSON."""
+    args = parse_args()
+    preset = get_preset(args.preset, args.thresholds)
+    if args.nms is not None:
+        preset = replace(preset, suppression=NMS[args.nms], rounded=args.nms == "sak")
+    pairs = find_pairs(args.pred, args.gt)
+    work = functools.partial(count_matches, preset=preset, max_distance=args.max_dist)
+    counts = run_jobs(work, pairs, min(args.workers, len(pairs)), "edges")
     best = np.sum([best_image_counts(c) for c in counts], axis=0)
     result = compute_scores(np.sum(counts, axis=0), best, np.array(preset.thresholds), preset.interpolate)._asdict()
     values = {name: None if np.isnan(value) else value for name, value in result.items()}
-    write_atomically(given.json, lambda path: path.write_text(json.dumps(values, indent=2) + "\n", "utf-8"))
-    print(f"{len(found)} images, preset {given.preset}, {len(preset.thresholds)} thresholds, max-dist {given.max_dist}")
+    write_atomically(args.json, lambda path: path.write_text(json.dumps(values, indent=2) + "\n", "utf-8"))
+    print(f"{len(pairs)} images, preset {args.preset}, {len(preset.thresholds)} thresholds, max-dist {args.max_dist}")
     for name, value in result.items():
         print(f"{name:>10}  {value:.4f}")
 

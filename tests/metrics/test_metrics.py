@@ -663,11 +663,11 @@ def test_the_benchmark_s_loops_score_the_same(task, monkeypatch):
 
     monkeypatch.setattr(benchmark_metrics, "HEIGHT", 20)
     monkeypatch.setattr(benchmark_metrics, "WIDTH", 30)
-    row = benchmark_metrics.measured(task, pictures=3, batch=2)
-    assert benchmark_metrics.different(row) == []
-    assert min(row.ours, row.field) > 0
-    row.scores_of_field[next(iter(row.scores_of_field))] += 0.01
-    assert benchmark_metrics.different(row)
+    row = benchmark_metrics.measure(task, num_images=3, batch=2)
+    assert benchmark_metrics.find_disagreements(row) == []
+    assert min(row.ours, row.reference) > 0
+    row.reference_scores[next(iter(row.reference_scores))] += 0.01
+    assert benchmark_metrics.find_disagreements(row)
 
 
 def test_an_unknown_task_names_the_choices():
