@@ -28,7 +28,7 @@ def load(
     """A trained model as a predictor.
 
     ``source``: a checkpoint, a run's folder, an exported folder, or a name on the Hugging Face hub. ``device``: auto,
-    cpu or cuda. ``tasks``: only those. ``precision``: auto, bf16 or fp32. ``options``: ``large``, ``flip``, ``scales``,
+    cpu or cuda. ``tasks``: only those. ``precision``: auto, bf16 or fp32. ``options``: ``mode``, ``flip``, ``scales``,
     ``max_pixels``, see :class:`mtcl.inference.Predictor`. ``UserError``: what was given is none of this.
 
     >>> predictor = mtcl.load("outputs/rooms/TIME")  # doctest: +SKIP

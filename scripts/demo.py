@@ -6,7 +6,7 @@ checkpoint: a .pt file, a run's folder, an exported folder, or a name on the Hug
 shown beside it with the tasks that both have.
 
 port=7860      host=127.0.0.1   only this machine; another address of it lets others in, too
-device=auto|cpu|cuda            large=shrink|slide|whole   pictures much larger than those trained on
+device=auto|cpu|cuda            mode=resize|sliding_window|full   images much larger than those trained on
 max_mb=25  max_pixels=50000000  larger files and pictures are refused
 
 One picture is predicted at a time. Pictures are not kept; nothing is sent elsewhere. Ctrl-C ends it.

@@ -16,7 +16,7 @@ FOLDER/predict.json      what was done, with the classes' names and the depth's 
 The same command again goes on where it was interrupted (a video starts afresh). A video gives FOLDER/NAME.mp4, the
 picture and all tasks side by side (and with frames=true the maps of every frame, NAME/000000 and so on).
 
-tasks=[semseg,depth]   only those            large=shrink|slide|whole   pictures much larger than those trained on
+tasks=[semseg,depth]   only those            mode=resize|sliding_window|full   images much larger than those trained on
 flip=true              mean with the mirrored picture           scales=0.75,1,1.25   mean over sizes
 batch=4                pictures of one size at once             seconds=10   of a video or camera at most
 device=auto|cpu|cuda   precision=auto|bf16|fp32

@@ -53,7 +53,7 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
         raise UserError(f"{target} exists already; choose another name")
     chosen = METHODS[method]
     published, step = read_published_checkpoint(source)
-    config = composed(overrides, configs)
+    config = compose_config(overrides, configs, check=False)
     if str(config.decoder._target_).rpartition(".")[2] != chosen.model:
         raise UserError(f"the config describes {config.decoder._target_}, not {method}; give decoder={method}")
     needed = {
@@ -88,10 +88,6 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     target.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(target, content)
     return ImportResult(len(weights), unused_keys, needed)
-
-
-def composed(overrides: Sequence[str], configs: Path) -> DictConfig:
-    return compose_config(overrides, configs, check=False)
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:

@@ -28,7 +28,7 @@ from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
 from mtcl.inference.image_reading import SUFFIXES
 from mtcl.inference.map_files import describe_values, write_jpeg, write_map
-from mtcl.inference.predictor import LARGE
+from mtcl.inference.predictor import MODES
 from mtcl.safe_files import open_regular, read_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
@@ -42,7 +42,7 @@ KEYS: dict[str, Callable[[str], Any]] = {
     "input": str,
     "output": read.path,
     "tasks": read.names,
-    "large": read.choice(*LARGE),
+    "mode": read.choice(*MODES),
     "flip": read.flag,
     "scales": read.numbers,
     "batch": read.whole,
@@ -53,7 +53,7 @@ KEYS: dict[str, Callable[[str], Any]] = {
     "frames": read.flag,
     "seconds": read.positive,
 }
-OF_THE_PREDICTOR = ("tasks", "large", "flip", "scales", "device", "precision")
+OF_THE_PREDICTOR = ("tasks", "mode", "flip", "scales", "device", "precision")
 RECORD = "predict.json"
 MOST_CAMERAS = 999
 KINDS = {*TASK_NAMES, "panel"}  # folders of what is written
@@ -127,7 +127,7 @@ def facts(loaded: LoadedModel, predictor: Predictor) -> dict[str, Any]:
     return {
         "checkpoint": str(loaded.saved.path.resolve()),
         "step": loaded.saved.step,
-        "large": predictor.large,
+        "mode": predictor.mode,
         "flip": predictor.flip,
         "scales": list(predictor.scales),
         "precision": predictor.precision,
@@ -309,7 +309,7 @@ def read_ahead(
     """Paths with their pictures to come; the next group is read while one is in use."""
     before = None
     for group in groups:
-        now = [(path, reader.submit(predictor.read, path)) for path in group]
+        now = [(path, reader.submit(predictor.read_image, path)) for path in group]
         if before is not None:
             yield before
         before = now
@@ -320,7 +320,7 @@ def read_ahead(
 def predict_group(predictor: Predictor, pictures: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
     """The maps of every picture, one by one where the memory does not suffice for all; None where not even so."""
     try:
-        return [*predictor.batch(pictures)]
+        return [*predictor.predict_batch(pictures)]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -336,7 +336,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def too_large(what: object, picture: np.ndarray, predictor: Predictor) -> str:
-    then = "use large=shrink" if predictor.large != "shrink" else "make it smaller, or use device=cpu"
+    then = "use mode=resize" if predictor.mode != "resize" else "make it smaller, or use device=cpu"
     height, width = picture.shape[:2]
     return f"{what}: {width} x {height} pixels are too many for the memory of {predictor.device}; {then}"
 

@@ -1,4 +1,4 @@
-"""Trained models on pictures without labels."""
+"""Predict images without labels with a trained model."""
 
 from mtcl.inference.image_reading import MAX_PIXELS, load_image
 from mtcl.inference.predictor import Predictor

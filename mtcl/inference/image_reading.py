@@ -1,4 +1,4 @@
-"""Any picture that people have, as the pixels a model takes."""
+"""Read images of common formats as uint8 RGB arrays."""
 
 import warnings
 from pathlib import Path
@@ -13,63 +13,73 @@ from mtcl.safe_files import open_regular
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif"
 )  # fmt: skip
-# What Pillow may take a file for, whatever its name: no formats that call other programs (EPS) or draw vectors.
+# Formats that Pillow may use, whatever the file's name: none that call other programs (EPS) or draw vectors.
 FORMATS = ("JPEG", "MPO", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
 
 def load_image(path: Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A picture file as uint8 RGB (H, W, 3): upright (EXIF), grey in three equal channels, 16 bits as 8, what is
-    transparent on white. Of a file with several pictures the first.
+    """Read an image file.
 
-    ``UserError``: no picture, damaged, or of more than ``max_pixels`` (found out before it is decoded).
+    Args:
+        path: of the file. Its content decides on the format, not its name; of several images the first is read.
+        max_pixels: limit on height x width, checked before the image is decoded.
+
+    Returns:
+        uint8 RGB (H, W, 3): turned upright (EXIF), grey in three equal channels, 16 bits reduced to 8, transparent
+        pixels on white.
+
+    Raises:
+        UserError: the file is no image, is damaged, or has too many pixels.
     """
     try:
         Image.init()
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="PIL")  # of many pixels (the limit here is ours), of odd metadata
+            warnings.filterwarnings("ignore", module="PIL")  # about many pixels (there is a limit below) and metadata
             formats = [name for name in FORMATS if name in Image.OPEN]
-            with open_regular(path) as file, Image.open(file, formats=formats) as picture:
-                return convert_pil_image(picture, max_pixels, str(path))
+            with open_regular(path) as file, Image.open(file, formats=formats) as image:
+                return convert_pil_image(image, max_pixels, str(path))
     except UserError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             raise UserError(f"{path} does not exist") from error
         raise
     except Image.DecompressionBombError as error:
-        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow's own is the double of that
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))  # Pillow refuses more than twice its limit
         raise UserError(f"{path} has more pixels than the limit of {limit:,}; make it smaller") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{path} is damaged, or not a picture (it has no format that is read here)") from error
+        raise UserError(
+            f"{path} is damaged, or not an image (its format is not among those that can be read)"
+        ) from error
     except MemoryError as error:
         raise UserError(f"{path} has too many pixels for the memory of this machine; make it smaller") from error
-    except Exception as error:  # of damaged files Pillow raises nearly anything
-        raise UserError(f"{path} is damaged, or not a picture ({_line(error)})") from error
+    except Exception as error:  # for damaged files Pillow raises nearly any error
+        raise UserError(f"{path} is damaged, or not an image ({_line(error)})") from error
 
 
-def convert_pil_image(picture: Image.Image, max_pixels: int = MAX_PIXELS, what: str = "this picture") -> np.ndarray:
-    """A PIL picture of any mode as :func:`load_image` gives it; ``what`` it is called in complaints."""
-    check_pixels(what, picture.height, picture.width, max_pixels)
+def convert_pil_image(image: Image.Image, max_pixels: int = MAX_PIXELS, name: str = "this image") -> np.ndarray:
+    """Convert a PIL image of any mode as :func:`load_image` does; ``name`` is used in messages."""
+    check_pixels(name, image.height, image.width, max_pixels)
     try:
-        picture.load()
+        image.load()
     except OSError as error:
-        raise UserError(f"{what} is damaged, or not a picture ({_line(error)})") from error
-    transparent = picture.has_transparency_data
-    picture = _upright(picture)
-    if picture.mode == "I" or picture.mode.startswith("I;16"):
-        values = np.asarray(picture).astype(np.int64)
+        raise UserError(f"{name} is damaged, or not an image ({_line(error)})") from error
+    transparent = image.has_transparency_data
+    image = _upright(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
-            raise UserError(f"{what} holds values of 32 bits; save it with 8 or 16 bits")
+            raise UserError(f"{name} holds values of 32 bits; save it with 8 or 16 bits")
         return convert_array(values.astype(np.uint16), max_pixels)
-    if picture.mode == "F":
-        raise UserError(f"{what} holds floating-point values; save it with 8 or 16 bits")
-    return convert_array(np.asarray(picture.convert("RGBA" if transparent else "RGB")), max_pixels)
+    if image.mode == "F":
+        raise UserError(f"{name} holds floating-point values; save it with 8 or 16 bits")
+    return convert_array(np.asarray(image.convert("RGBA" if transparent else "RGB")), max_pixels)
 
 
 def convert_array(array: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """An array as :func:`load_image` gives it: uint8 or uint16, (H, W), (H, W, 3) RGB or (H, W, 4) RGBA."""
+    """Convert an array, uint8 or uint16, (H, W), (H, W, 3) RGB or (H, W, 4) RGBA, as :func:`load_image` does."""
     fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3, 4))
     if array.dtype not in (np.uint8, np.uint16) or not fits or 0 in array.shape:
         raise UserError(
-            f"a picture is uint8 (or uint16) of shape (H, W, 3), (H, W, 4) or (H, W), this array is {array.dtype} of "
+            f"an image is uint8 (or uint16) of shape (H, W, 3), (H, W, 4) or (H, W), this array is {array.dtype} of "
             f"shape {array.shape}"
         )
     check_pixels("this array", array.shape[0], array.shape[1], max_pixels)
@@ -81,19 +91,20 @@ def convert_array(array: np.ndarray, max_pixels: int = MAX_PIXELS) -> np.ndarray
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
-def check_pixels(what: str, height: int, width: int, max_pixels: int) -> None:
+def check_pixels(name: str, height: int, width: int, max_pixels: int) -> None:
+    """Raise ``UserError`` for an image of more than ``max_pixels``, or of none."""
     if height * width > max_pixels:
-        raise UserError(f"{what} has {width} x {height} pixels, more than the limit of {max_pixels:,}; make it smaller")
+        raise UserError(f"{name} has {width} x {height} pixels, more than the limit of {max_pixels:,}; make it smaller")
     if height * width == 0:
-        raise UserError(f"{what} has {width} x {height} pixels; give a picture")
+        raise UserError(f"{name} has {width} x {height} pixels; give an image")
 
 
-def _upright(picture: Image.Image) -> Image.Image:
-    """Turned as its EXIF says; where that can't be understood, as it lies."""
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotate an image as its EXIF data say; return it unchanged if they can't be read."""
     try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # Pillow raises nearly anything
-        return picture
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises nearly any error
+        return image
 
 
 def _line(error: BaseException) -> str:

@@ -36,6 +36,7 @@ class DenseModel(nn.Module, ABC):
 
     def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return further losses of the model itself (load balancing of experts, ...): name -> weighted scalar."""
+        del output, labels
         return {}
 
     @abstractmethod

@@ -50,7 +50,7 @@ class Made:
     tasks: ClassVar = {
         name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in NAMES
     }
-    device, max_pixels, read = torch.device("cpu"), 10**6, Predictor.read
+    device, max_pixels, read_image = torch.device("cpu"), 10**6, Predictor.read_image
 
     def __init__(self, trouble: Exception | None = None):
         self.trouble = trouble
@@ -154,7 +154,7 @@ def test_two_models_stand_beside_each_other(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(b"hello", "damaged, or not a picture"), (b"\x89PNG\r\n\x1a\n123", "damaged"), (None, "limit of 1,000,000")],
+    [(b"hello", "damaged, or not an image"), (b"\x89PNG\r\n\x1a\n123", "damaged"), (None, "limit of 1,000,000")],
 )
 def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_path, content, said):
     path = tmp_path / f"bad {HOSTILE.replace('/', '')}.png"
@@ -226,7 +226,7 @@ def test_models_without_a_common_task_are_told(monkeypatch):
 
     loaded = {"a.pt": One("depth", "edge"), "b.pt": One("semseg"), "c.pt": One("edge", "semseg")}
     monkeypatch.setattr(demo_module, "load_model", loaded.get)
-    monkeypatch.setattr(demo_module, "predictor_of", lambda one, tasks: tasks)
+    monkeypatch.setattr(demo_module, "build_predictor", lambda one, tasks: tasks)
     with pytest.raises(UserError, match=r"no task in common \(a.pt: depth, edge; b.pt: semseg\)"):
         demo_module.load(["a.pt", "b.pt"], {})
     assert demo_module.load(["a.pt", "c.pt"], {}) == [("a.pt", ["edge"]), ("c.pt", ["edge"])]
@@ -484,7 +484,7 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
         (tmp_path / name).write_bytes(content)
         upload(browser, tmp_path / name)
         said = wait(browser, "(document.querySelector('#found .fault') || {}).textContent")
-        assert said.startswith(f"{name} is damaged, or not a picture")
+        assert said.startswith(f"{name} is damaged, or not an image")
     assert [c for c in browser.complaints if GRADIO_SAYS not in c] == []
     (tmp_path / "big.png").write_bytes((tmp_path / "room.png").read_bytes() + bytes(2**21))
     upload(browser, tmp_path / "big.png")

@@ -102,7 +102,7 @@ def test_maps_are_read_back(predict, run, tmp_path):
     assert (found["edge"] > 0).any()
     assert cv2.imread(str(out / "panel/a.jpg")).shape[2] == 3
     assert facts["inputs"] == {str(tmp_path / "a.png"): ["a"]}
-    assert (facts["step"], facts["large"], facts["scales"]) == (2, "shrink", [1.0])
+    assert (facts["step"], facts["mode"], facts["scales"]) == (2, "resize", [1.0])
 
 
 def test_a_folder_with_everything_in_it(predict, tmp_path):
@@ -157,15 +157,15 @@ def test_words_of_the_command(predict, tmp_path, monkeypatch):
     put(tmp_path / "in/a.png", height=150, width=90)
     put(tmp_path / "in/b.png", height=24, width=40)
     seen = []
-    batch = Predictor.batch
+    batch = Predictor.predict_batch
 
     def watched(self, pictures):
-        seen.append((len(pictures), self.large, self.flip, self.scales, self.precision, list(self.tasks)))
+        seen.append((len(pictures), self.mode, self.flip, self.scales, self.precision, list(self.tasks)))
         return batch(self, pictures)
 
-    monkeypatch.setattr(Predictor, "batch", watched)
+    monkeypatch.setattr(Predictor, "predict_batch", watched)
     words = (
-        "large=slide",
+        "mode=sliding_window",
         "flip=true",
         "scales=0.5,1",
         "batch=2",
@@ -175,7 +175,7 @@ def test_words_of_the_command(predict, tmp_path, monkeypatch):
     )
     result = predict(tmp_path / "in", *words)
     assert result.code == 0, result.err
-    assert seen == [(2, "slide", True, (0.5, 1.0), "bf16", ["sal", "depth"])]
+    assert seen == [(2, "sliding_window", True, (0.5, 1.0), "bf16", ["sal", "depth"])]
     assert written(tmp_path / "out") == maps_of("a", "b", tasks=("sal", "depth")) - {"panel/a.jpg", "panel/b.jpg"}
     assert Image.open(tmp_path / "out/depth/a.png").size == (90, 150)
 
@@ -183,8 +183,8 @@ def test_words_of_the_command(predict, tmp_path, monkeypatch):
 def test_wrong_words(cli, predict, run, tmp_path):
     put(tmp_path / "a.png")
     for words, told in [
-        (["larg=slide"], "did you mean large=?"),
-        (["large=huge"], "choose shrink, slide, whole"),
+        (["mod=full"], "did you mean mode=?"),
+        (["mode=huge"], "choose resize, sliding_window, full"),
         (["flip=yes"], "true or false"),
         (["batch=0"], "whole number"),
         (["scales=a"], "numbers"),
@@ -207,7 +207,7 @@ def test_wrong_words(cli, predict, run, tmp_path):
     fails(
         cli(SCRIPT, "checkpoint=none.pt", f"input={tmp_path}/a.png", f"output={tmp_path}/out"), "none.pt does not exist"
     )
-    assert "large=shrink|slide|whole" in cli(SCRIPT, "--help").out
+    assert "mode=resize|sliding_window|full" in cli(SCRIPT, "--help").out
 
 
 def test_what_is_no_file_is_not_waited_for_and_names_do_not_reach_the_terminal_raw(predict, tmp_path):
@@ -268,7 +268,7 @@ def test_maps_are_not_written_or_removed_through_links(predict, tmp_path):
 def test_a_single_bad_file_is_told_once(predict, tmp_path):
     (tmp_path / "a.jpg").write_text("hello")
     result = predict(tmp_path / "a.jpg")
-    fails(result, "a.jpg is damaged, or not a picture")
+    fails(result, "a.jpg is damaged, or not an image")
     assert result.err.count("a.jpg") == 1
 
 
@@ -385,7 +385,7 @@ def test_a_name_that_the_disk_does_not_take_leaves_the_others(predict, tmp_path)
     assert written(tmp_path / "out") == maps_of("y")
 
 
-@pytest.mark.parametrize("method", ["read", "_predicted"])  # of the thread that reads, and the main one
+@pytest.mark.parametrize("method", ["read_image", "_predict_group"])  # of the thread that reads, and the main one
 def test_what_is_done_stays_after_ctrl_c(predict, tmp_path, monkeypatch, method):
     for name in "abc":
         put(tmp_path / f"in/{name}.png")
@@ -413,8 +413,8 @@ def test_too_little_memory(predict, tmp_path, monkeypatch):
     put(tmp_path / "in/a.png", height=20)
     put(tmp_path / "in/big.png", height=32)
     put(tmp_path / "in/c.png", height=20)
-    inner = Predictor._predicted
-    monkeypatch.setattr(Predictor, "_predicted", lambda self, pictures: (
+    inner = Predictor._predict_group
+    monkeypatch.setattr(Predictor, "_predict_group", lambda self, pictures: (
         torch.empty(10**15) if len(pictures) > 1 or len(pictures[0]) == 32 else inner(self, pictures)
     ))  # fmt: skip
     result = predict(tmp_path / "in", "batch=3")
@@ -446,7 +446,7 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
     """However slow the disk is, the model waits for it."""
     for i in range(12):
         put(tmp_path / f"in/{i}.png")
-    write, work, most, waiting = predicting.write, Predictor._predicted, [], []
+    write, work, most, waiting = predicting.write, Predictor._predict_group, [], []
 
     def counted(self, pictures):
         waiting.extend(pictures)
@@ -458,7 +458,7 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
         write(*words)
         waiting.pop()
 
-    monkeypatch.setattr(Predictor, "_predicted", counted)
+    monkeypatch.setattr(Predictor, "_predict_group", counted)
     monkeypatch.setattr(predicting, "write", slow)
     monkeypatch.setattr(predicting, "UNWRITTEN", 2 * 24 * 40)
     assert predict(tmp_path / "in").code == 0

@@ -198,9 +198,9 @@ def test_damage_is_told(tmp_path, ending):
     path = tmp_path / f"cut{ending}"
     path.write_bytes(data[: len(data) // 2])
     if ending != ".jp2":  # its first half is a coarser picture
-        assert "damaged, or not a picture" in complaint(path)
+        assert "damaged, or not an image" in complaint(path)
     path.write_bytes(data[:20])
-    assert "damaged, or not a picture" in complaint(path)
+    assert "damaged, or not an image" in complaint(path)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_damage_is_told(tmp_path, ending):
 def test_no_picture(tmp_path, content):
     path = tmp_path / "a.jpg"
     path.write_bytes(content)
-    assert "damaged, or not a picture" in complaint(path)
+    assert "damaged, or not an image" in complaint(path)
 
 
 def test_formats_that_run_other_programs_are_not_opened(tmp_path):
@@ -217,7 +217,7 @@ def test_formats_that_run_other_programs_are_not_opened(tmp_path):
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
     with Image.open(path) as opened:
         assert opened.format == "EPS"  # Pillow alone would hand it to Ghostscript
-    assert "no format that is read" in complaint(path)
+    assert "its format is not among those that can be read" in complaint(path)
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,4 +1,4 @@
-"""A predictor gives what an evaluation gives; large pictures, averages and odd sizes against slow references."""
+"""A predictor gives what an evaluation gives; large images, averages and odd sizes against slow references."""
 
 import numpy as np
 import pytest
@@ -148,12 +148,12 @@ def test_bit_equal_to_an_evaluation(run, ours, batch):
     sizes = [(32, 64)] * 3 + [(30, 60)] * 2 + [(40, 70)] + [(64, 40)] * 3 + [(10, 12), (1, 1), (1, 40), (33, 1)]
     arrays = [picture(*size, seed=i) for i, size in enumerate(sizes)]
     expected, start = [], 0
-    for group in module._alike(arrays):
+    for group in module._group_by_size(arrays):
         expected += evaluated(run, group, batch)
     found = []
     while start < len(arrays):
         alike = [a for a in arrays[start : start + batch] if a.shape == arrays[start].shape]
-        found += ours.batch(alike)
+        found += ours.predict_batch(alike)
         start += len(alike)
     for one, other in zip(found, expected, strict=True):
         same(one, other)
@@ -161,9 +161,9 @@ def test_bit_equal_to_an_evaluation(run, ours, batch):
 
 def test_a_batch_of_many_sizes(ours):
     arrays = [picture(*size) for size in [(32, 64), (32, 64), (20, 30), (32, 64), (100, 100), (100, 100)]]
-    for one, array in zip(ours.batch(arrays), arrays, strict=True):
+    for one, array in zip(ours.predict_batch(arrays), arrays, strict=True):
         same(one, ours(array), atol=1e-5)
-    assert ours.batch([]) == []
+    assert ours.predict_batch([]) == []
 
 
 def test_in_three_lines(run, tmp_path):
@@ -254,7 +254,7 @@ def test_no_dataset_is_needed(run, tmp_path):
 
 def test_wrong_options(run):
     for options, told in [
-        ({"large": "huge"}, "large=huge"),
+        ({"mode": "huge"}, "mode=huge"),
         ({"scales": []}, "scales="),
         ({"scales": [1, float("nan")]}, "scales="),
         ({"scales": [5]}, "scales="),
@@ -280,16 +280,16 @@ sides = st.integers(1, 90)
 
 
 @settings(max_examples=40, deadline=None)
-@given(sides, sides, st.sampled_from(["shrink", "slide", "whole"]), st.booleans())
-def test_any_size_has_maps_of_its_size(height, width, large, flip):
-    found = predictor(large=large, flip=flip, scales=(1.0, 0.6))(picture(height, width))
+@given(sides, sides, st.sampled_from(["resize", "sliding_window", "full"]), st.booleans())
+def test_any_size_has_maps_of_its_size(height, width, mode, flip):
+    found = predictor(mode=mode, flip=flip, scales=(1.0, 0.6))(picture(height, width))
     assert all(a.shape[:2] == (height, width) and np.isfinite(a).all() for a in found.values())
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 2000)])
 def test_long_and_thin_needs_no_huge_frame(size):
-    for large in ("shrink", "slide"):
-        ours = predictor(large=large)
+    for mode in ("resize", "sliding_window"):
+        ours = predictor(mode=mode)
         assert ours(picture(*size))["depth"].shape == size
         assert all(np.prod(frame[2:]) <= 2 * np.prod(FRAME) for frame in ours.model.frames)
 
@@ -305,11 +305,11 @@ def test_enlarged_in_strips(height, width, low, narrow, strip):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_STRIP_VALUES", strip * 40)
         for name, one in raw.items():
-            parts = list(module._enlarged(one[0], size))
+            parts = list(module._resize_in_strips(one[0], size))
             assert all(part.numel() <= max(strip * 40, part.shape[0] * size[1]) for part in parts)
             torch.testing.assert_close(torch.cat(parts, dim=1), whole[name], atol=1e-5, rtol=1e-5)
         # F.normalize is steep near 0, and a tie may be decided either way
-        found = predictor()._decoded(raw, size)[0]
+        found = predictor()._decode(raw, size)[0]
     # Depth is clipped before it is enlarged, as in an exported program.
     clipped = F.interpolate(raw["depth"].clamp(min=0), size, mode="bilinear", align_corners=False)[0, 0]
     np.testing.assert_allclose(found["depth"], clipped, atol=1e-5)
@@ -334,7 +334,7 @@ def test_shrunk_pictures():
 @given(st.integers(1, 500), st.integers(1, 100))
 def test_windows_cover_everything_and_overlap_by_half(length, window):
     window = min(length, window)
-    starts = module._starts(length, window)
+    starts = module._window_starts(length, window)
     assert starts[0] == 0
     assert starts[-1] == length - window
     gaps = np.diff(starts)
@@ -350,8 +350,8 @@ def slid(model: Synthetic, array: np.ndarray, frame) -> dict[str, np.ndarray]:
     weight = torch.from_numpy(np.outer(rise, run)).double()
     sums = {n: torch.zeros(t.channels, height, width, dtype=torch.float64) for n, t in TASKS.items()}
     weights = torch.zeros(height, width, dtype=torch.float64)
-    for top in module._starts(height, h):
-        for left in module._starts(width, w):
+    for top in module._window_starts(height, h):
+        for left in module._window_starts(width, w):
             area = (..., slice(top, top + h), slice(left, left + w))
             weights[area] += weight
             for name, raw in raw_of(model, array[top : top + h, left : left + w], frame).items():
@@ -365,7 +365,7 @@ def slid(model: Synthetic, array: np.ndarray, frame) -> dict[str, np.ndarray]:
 @given(st.integers(1, 150), st.integers(1, 150), st.sampled_from([(32, 48), (48, 32), (32, 32), (20, 28)]))
 def test_windows_against_all_of_them_in_full_size(height, width, frame):
     array = picture(height, width)
-    ours = predictor(0.01, frame=frame, large="slide")
+    ours = predictor(0.01, frame=frame, mode="sliding_window")
     if height * width <= 1.6 * frame[0] * frame[1] and max(height, width) <= 1.6 * max(frame):
         expected = decoded(raw_of(Synthetic(0.01), array, frame))
     else:
@@ -375,39 +375,39 @@ def test_windows_against_all_of_them_in_full_size(height, width, frame):
 
 def test_windows_of_several_pictures_at_once():
     arrays = [picture(100, 90, seed) for seed in range(3)]
-    ours = predictor(0.01, large="slide")
-    together = ours.batch(arrays)
+    ours = predictor(0.01, mode="sliding_window")
+    together = ours.predict_batch(arrays)
     assert {frame[0] for frame in ours.model.frames} == {3}
     for found, array in zip(together, arrays):
-        same(found, predictor(0.01, large="slide")(array), atol=1e-4)
+        same(found, predictor(0.01, mode="sliding_window")(array), atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 150), st.integers(1, 150))
 def test_windows_of_a_pixelwise_model_are_as_the_whole(height, width):
     array = picture(height, width)
-    same(predictor(large="slide")(array), predictor(large="whole")(array), atol=1e-3)
+    same(predictor(mode="sliding_window")(array), predictor(mode="full")(array), atol=1e-3)
 
 
 def test_things_look_nearer_in_larger_pictures():
     """A constant answer for the same view, taken with three times the pixels, means three times the depth."""
     grey = np.full((96, 144, 3), 128, np.uint8)
     metres = predictor()(grey[:32, :48])["depth"].mean()
-    assert predictor(large="shrink")(grey)["depth"].mean() == pytest.approx(metres, rel=1e-4)
-    for large in ("slide", "whole"):
-        assert predictor(large=large)(grey)["depth"].mean() == pytest.approx(3 * metres, rel=1e-4)
+    assert predictor(mode="resize")(grey)["depth"].mean() == pytest.approx(metres, rel=1e-4)
+    for mode in ("sliding_window", "full"):
+        assert predictor(mode=mode)(grey)["depth"].mean() == pytest.approx(3 * metres, rel=1e-4)
 
 
 # Averages
 
 
 @pytest.mark.parametrize("size", [(32, 48), (31, 47), (5, 4), (100, 90)])
-@pytest.mark.parametrize("large", ["shrink", "slide", "whole"])
-def test_a_mirror_changes_nothing_for_a_symmetric_model(size, large):
+@pytest.mark.parametrize("mode", ["resize", "sliding_window", "full"])
+def test_a_mirror_changes_nothing_for_a_symmetric_model(size, mode):
     array = picture(*size)
-    if large == "shrink" and size == (100, 90):
+    if mode == "resize" and size == (100, 90):
         array = np.concatenate([array[:, :45], array[:, :45][:, ::-1]], axis=1)  # INTER_AREA need not be symmetric
-    same(predictor(pure=False, large=large, flip=True)(array), predictor(pure=False, large=large)(array), atol=2e-3)
+    same(predictor(pure=False, mode=mode, flip=True)(array), predictor(pure=False, mode=mode)(array), atol=2e-3)
 
 
 def test_the_mean_with_the_mirrored_picture():

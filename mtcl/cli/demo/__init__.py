@@ -22,7 +22,7 @@ from mtcl.cli.demo.answer import Named, answer, answer_image, esc, example_image
 from mtcl.cli.demo.guard import Guard, is_upload, patient_protocol
 from mtcl.config.load import build_predictor, load_model
 from mtcl.errors import UserError
-from mtcl.inference.predictor import LARGE
+from mtcl.inference.predictor import MODES
 
 KEYS: dict[str, Any] = {
     "checkpoint": str,
@@ -30,7 +30,7 @@ KEYS: dict[str, Any] = {
     "host": str,
     "port": read.whole,
     "device": read.choice("auto", "cpu", "cuda"),
-    "large": read.choice(*LARGE),
+    "mode": read.choice(*MODES),
     "max_pixels": read.whole,
     "max_mb": read.whole,
 }
@@ -46,7 +46,7 @@ def demo(words: Sequence[str]) -> None:
     need_gradio()
     door = opened(given.get("host", "127.0.0.1"), given.get("port", 7860))
     with door:
-        options: dict[str, Any] = {key: given[key] for key in ("device", "large", "max_pixels") if key in given}
+        options: dict[str, Any] = {key: given[key] for key in ("device", "mode", "max_pixels") if key in given}
         sources = [given[key] for key in ("checkpoint", "compare") if given.get(key)]
         models = load(sources, options)
         serve(models, door, given.get("max_mb", 25))

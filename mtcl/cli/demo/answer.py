@@ -46,7 +46,7 @@ class Named(NamedTuple):
 def answer(models: Sequence[Named], path: Path) -> str:
     """All tasks of all models for an uploaded file, or a sentence that says why not. The file is gone afterwards."""
     try:
-        picture = models[0].predictor.read(path)
+        picture = models[0].predictor.read_image(path)
     except UserError as error:
         if not path.exists():  # Gradio keeps equal files once
             return fault(f"{path.name} is gone: it has just been predicted for another page; choose it again")
