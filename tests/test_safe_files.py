@@ -40,10 +40,10 @@ JSON = {
 @pytest.mark.parametrize("case", YAML)
 def test_yaml_of_a_stranger(case, tmp_path):
     (tmp_path / "a.yaml").write_text(YAML[case])
-    before = time.monotonic()
+    original = time.monotonic()
     with pytest.raises(UserError, match=r"a\.yaml") as error:
         read_yaml(tmp_path / "a.yaml")
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - original < 5
     assert "\n" not in str(error.value)
 
 

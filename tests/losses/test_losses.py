@@ -71,15 +71,15 @@ def reference(task, prediction, label, positive_weight=0.95):
             if any(v != 0 for v in t)
         ]
     else:
-        kept = [(a, int(t[0])) for a, t in pixels if t[0] != 255]
+        valid = [(a, int(t[0])) for a, t in pixels if t[0] != 255]
         if task == "edge":
             w = positive_weight
-            costs = [-w * log_sigmoid(a[0]) if t else -(1 - w) * log_sigmoid(-a[0]) for a, t in kept]
+            costs = [-w * log_sigmoid(a[0]) if t else -(1 - w) * log_sigmoid(-a[0]) for a, t in valid]
         elif task == "sal":
-            w = sum(t == 0 for _, t in kept) / max(len(kept), 1)
-            costs = [-(w if t else 1 - w) * log_softmax(a, t) for a, t in kept]
+            w = sum(t == 0 for _, t in valid) / max(len(valid), 1)
+            costs = [-(w if t else 1 - w) * log_softmax(a, t) for a, t in valid]
         else:
-            costs = [-log_softmax(a, t) for a, t in kept]
+            costs = [-log_softmax(a, t) for a, t in valid]
     return sum(costs) / len(costs) if costs else 0.0
 
 
@@ -181,14 +181,14 @@ def test_gradient_equals_finite_differences(task):
 def test_runs_with_deterministic_algorithms(task):
     prediction, label, _ = make_case(task, (2, 3, 4), 6)
     expected = LOSSES[task]()(prediction, label)
-    before = torch.are_deterministic_algorithms_enabled()
+    original = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         prediction.requires_grad_()
         loss = LOSSES[task]()(prediction, label)
         loss.backward()
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(original)
     assert loss.item() == expected.item()
 
 

@@ -289,12 +289,12 @@ def test_the_official_scores_of_five_images(tmp_path):
         cells = scipy.io.loadmat(REFERENCE / "groundTruth" / f"{path.stem}.mat")["groundTruth"].ravel()
         truths = [cell["Boundaries"][0, 0] for cell in cells]
         counts = preset.counts(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), truths, 0.0075)
-        own = best_image_counts(counts)
-        image = compute_scores(counts, own, np.array(preset.thresholds), True)
+        image_best = best_image_counts(counts)
+        image = compute_scores(counts, image_best, np.array(preset.thresholds), True)
         assert image.threshold == pytest.approx(expected[1], abs=1e-5)
         assert (image.recall, image.precision, image.odsF) == pytest.approx(expected[2:], abs=1.5e-3)
         assert image.odsF == pytest.approx(expected[4], abs=1e-3)
-        total, best = total + counts, best + own
+        total, best = total + counts, best + image_best
     for row, (_, recall, precision, f) in zip(total, np.loadtxt(REFERENCE / "expected_eval_bdry_thr.txt"), strict=True):
         at = compute_scores(row[None], row, np.array([0.5]), False)
         assert (at.recall, at.precision, at.odsF) == pytest.approx((recall, precision, f), abs=6e-4)
@@ -332,10 +332,10 @@ def test_the_metric_equals_the_counts_of_8_bit_maps():
         counts = PRESETS["default"].counts(edges, [y == 1], 0.02, y != 255)
         total, best = total + counts, best + best_image_counts(counts)
     expected = compute_scores(total, best, linspace_thresholds(99), False)
-    found = metric.compute()
-    assert set(found) == {"loss", "odsF", "oisF", "ap", "threshold", "not_finite"}
+    result = metric.compute()
+    assert set(result) == {"loss", "odsF", "oisF", "ap", "threshold", "not_finite"}
     for name in ("odsF", "oisF", "ap", "threshold"):
-        assert float(found[name]) == getattr(expected, name)
+        assert float(result[name]) == getattr(expected, name)
     assert 0.3 < expected.odsF < 1
 
 
@@ -355,17 +355,17 @@ def test_void_hides_truth_and_prediction():
 
 def test_two_halves_add_up_to_the_whole():
     logit, label = batch(4)
-    whole, halves, merged = fresh(thresholds=9), [fresh(thresholds=9), fresh(thresholds=9)], fresh(thresholds=9)
-    whole.update(logit, label)
+    full, halves, merged = fresh(thresholds=9), [fresh(thresholds=9), fresh(thresholds=9)], fresh(thresholds=9)
+    full.update(logit, label)
     for i, half in enumerate(halves):
         half.update(logit[i::2], label[i::2])
     for name in merged._defaults:
         setattr(merged, name, sum(getattr(half, name) for half in halves))
     merged._update_count = 1
-    assert torch.equal(merged.counts, whole.counts)
-    assert torch.equal(merged.best, whole.best)
+    assert torch.equal(merged.counts, full.counts)
+    assert torch.equal(merged.best, full.best)
     assert {k: float(v) for k, v in merged.compute().items()} == pytest.approx(
-        {k: float(v) for k, v in whole.compute().items()}, rel=1e-12
+        {k: float(v) for k, v in full.compute().items()}, rel=1e-12
     )
 
 
@@ -394,16 +394,16 @@ def test_no_process_is_started_for_a_few_small_images():
 def test_processes_give_the_same_counts(monkeypatch):
     monkeypatch.setattr("mtcl.metrics.edge.MIN_PIXELS_FOR_WORKERS", 0)
     logit, label = batch(3)
-    here, there = fresh(thresholds=3), fresh(thresholds=3, workers=1)
+    here, parallel = fresh(thresholds=3), fresh(thresholds=3, workers=1)
     here.update(logit, label)
-    there.update(logit[:2], label[:2])
-    value = there(logit[2:], label[2:])  # forward keeps what is under way
+    parallel.update(logit[:2], label[:2])
+    value = parallel(logit[2:], label[2:])  # forward keeps what is under way
     assert 0 < value["odsF"] <= 1
-    assert {k: float(v) for k, v in there.compute().items()} == {k: float(v) for k, v in here.compute().items()}
-    assert torch.equal(copy.deepcopy(there).counts, here.counts)
-    there.update(logit, label)
-    there.reset()
-    assert not there.counts.any()
+    assert {k: float(v) for k, v in parallel.compute().items()} == {k: float(v) for k, v in here.compute().items()}
+    assert torch.equal(copy.deepcopy(parallel).counts, here.counts)
+    parallel.update(logit, label)
+    parallel.reset()
+    assert not parallel.counts.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -437,8 +437,8 @@ def test_labels_and_sizes_are_checked():
 
 
 def test_nonsense_options_are_refused():
-    for options, words in [({"every": 0}, "every=0"), ({"thresholds": 0}, "0 thresholds"), ({"preset": "x"}, "'x'")]:
-        with pytest.raises(UserError, match=words):
+    for options, message in [({"every": 0}, "every=0"), ({"thresholds": 0}, "0 thresholds"), ({"preset": "x"}, "'x'")]:
+        with pytest.raises(UserError, match=message):
             fresh(**options)
     with pytest.raises(UserError, match="max_distance=11"):
         build_metric("edge", score_boundaries=True, max_distance=11)
@@ -479,19 +479,19 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_the_script_scores_png_and_mat(folder):
-    done = script(folder, "--thresholds", "9")
-    assert done.returncode == 0, done.stderr
-    found = json.loads((folder / "out.json").read_text())
-    assert list(found) == ["odsF", "oisF", "ap", "threshold", "precision", "recall"]
+    completed = script(folder, "--thresholds", "9")
+    assert completed.returncode == 0, completed.stderr
+    result = json.loads((folder / "out.json").read_text())
+    assert list(result) == ["odsF", "oisF", "ap", "threshold", "precision", "recall"]
     truths = [[thin(blobs(0) > 150)], [thin(blobs(1) > 150), thin(blobs(2) > 150)]]
     counts = [boundary_counts(blobs(i), truths[i], linspace_thresholds(9), 0.02) for i in range(2)]
     expected = compute_scores(sum(counts), sum(map(best_image_counts, counts)), linspace_thresholds(9), True)
-    assert found == pytest.approx(expected._asdict())
-    assert f"{expected.odsF:.4f}" in done.stdout
+    assert result == pytest.approx(expected._asdict())
+    assert f"{expected.odsF:.4f}" in completed.stdout
     suppressed = script(folder, "--thresholds", "9", "--nms", "sak")
     assert suppressed.returncode == 0, suppressed.stderr
     with_name = json.loads((folder / "out.json").read_text())
-    assert with_name != found
+    assert with_name != result
     assert script(folder, "--thresholds", "9", "--nms").returncode == 0
     assert json.loads((folder / "out.json").read_text()) == with_name
 
@@ -525,7 +525,7 @@ def twice(folder):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "pattern"),
     [
         (remove_truth, r"gt has no ground truth of 1 maps \(0\)"),
         (remove_map, r"pred has no prediction of 1 maps \(1\)"),
@@ -536,10 +536,10 @@ def twice(folder):
         (twice, r"gt has both 1\.mat and 1\.png"),
     ],
 )
-def test_the_scripts_complaints_are_sentences(folder, spoil, words, monkeypatch):
+def test_the_scripts_complaints_are_sentences(folder, spoil, pattern, monkeypatch):
     spoil(folder)
     complaint = run_here(folder, monkeypatch)
-    assert_matches(complaint, words)
+    assert_matches(complaint, pattern)
 
 
 def test_the_script_refuses_nonsense_options(folder, monkeypatch):

@@ -61,8 +61,8 @@ def make_case(task, b=4, h=6, w=7, seed=0, void=0.25):
 
 
 def expected_segmentation(p, y):
-    kept = y != 255
-    guess, truth = p.argmax(1)[kept], y[kept]
+    valid = y != 255
+    guess, truth = p.argmax(1)[valid], y[valid]
     iou = []
     for c in range(CLASSES):
         union = ((guess == c) | (truth == c)).sum()
@@ -89,14 +89,16 @@ def expected_saliency(p, y, protocol="standard"):
     for t in thresholds:
         counts, precisions, recalls, ious = np.zeros(3), [], [], []
         for one, label in zip(probability, y):
-            kept = label != 255
-            if not kept.any():
+            valid = label != 255
+            if not valid.any():
                 continue
-            taken, truth = (one > t if protocol == "mtinet" else one >= t)[kept], label[kept] == 1
-            counts += (taken & truth).sum(), taken.sum(), truth.sum()
-            precisions.append(ratio((taken & truth).sum(), taken.sum()))
-            recalls.append(ratio((taken & truth).sum(), truth.sum()))
-            ious.append(ratio((taken & truth).sum(), (taken | truth).sum()) if (taken | truth).any() else 1.0)
+            predicted, truth = (one > t if protocol == "mtinet" else one >= t)[valid], label[valid] == 1
+            counts += (predicted & truth).sum(), predicted.sum(), truth.sum()
+            precisions.append(ratio((predicted & truth).sum(), predicted.sum()))
+            recalls.append(ratio((predicted & truth).sum(), truth.sum()))
+            ious.append(
+                ratio((predicted & truth).sum(), (predicted | truth).sum()) if (predicted | truth).any() else 1.0
+            )
         precision, recall, beta2 = ratio(counts[0], counts[1]), ratio(counts[0], counts[2]), 0.3
         if protocol == "mtinet":
             precision, recall, beta2 = np.mean(precisions), np.mean(recalls), 1
@@ -106,9 +108,9 @@ def expected_saliency(p, y, protocol="standard"):
 
 
 def expected_depth(p, y, protocol="standard", max_depth=math.inf):
-    kept = (y > 0) & (y < max_depth)
-    pictures = [np.sqrt(((np.maximum(a, 0) - b)[k] ** 2).mean()) for a, b, k in zip(p, y, kept) if k.any()]
-    p, y = np.maximum(p[kept], 0), y[kept]
+    valid = (y > 0) & (y < max_depth)
+    pictures = [np.sqrt(((np.maximum(a, 0) - b)[k] ** 2).mean()) for a, b, k in zip(p, y, valid) if k.any()]
+    p, y = np.maximum(p[valid], 0), y[valid]
     q = np.maximum(p, 1e-9)
     deltas = {f"delta{k}": (np.maximum(q / y, y / q) < 1.25**k).mean() for k in (1, 2, 3)}
     return {
@@ -121,8 +123,8 @@ def expected_depth(p, y, protocol="standard", max_depth=math.inf):
 
 
 def expected_normals(p, y):
-    kept = (y != 0).any(1)
-    p, y = np.moveaxis(p, 1, -1)[kept], np.moveaxis(y, 1, -1)[kept]
+    valid = (y != 0).any(1)
+    p, y = np.moveaxis(p, 1, -1)[valid], np.moveaxis(y, 1, -1)[valid]
     cosine = (p * y).sum(-1) / np.linalg.norm(p, axis=-1) / np.linalg.norm(y, axis=-1)
     angle = np.degrees(np.arccos(cosine.clip(-1, 1)))
     within = {f"within_{t}": (angle < t).mean() for t in (11.25, 22.5, 30)}
@@ -131,8 +133,8 @@ def expected_normals(p, y):
 
 
 def expected_edge(p, y, score_boundaries=False):
-    kept = y != 255
-    s, y = 1 / (1 + np.exp(-p[kept])), y[kept]
+    valid = y != 255
+    s, y = 1 / (1 + np.exp(-p[valid])), y[valid]
     return {"loss": -(0.95 * y * np.log(s) + 0.05 * (1 - y) * np.log(1 - s)).mean()}
 
 
@@ -146,15 +148,15 @@ EXPECTED = {
 }
 
 
-def agrees(task, found, p, y, not_finite=0, **options):
+def agrees(task, result, p, y, not_finite=0, **options):
     """Whether ``found`` is the reference's dict, key by key, and the number of pixels not finite."""
     y = y.numpy() if task in ("semseg", "human_parts", "sal") else y.double().numpy()
-    wanted = EXPECTED[task](p.double().numpy(), y, **options)
+    expected = EXPECTED[task](p.double().numpy(), y, **options)
     if task != "edge":
-        wanted["not_finite"] = not_finite
-    assert set(found) == set(wanted)
-    for name, value in wanted.items():
-        assert found[name] == (
+        expected["not_finite"] = not_finite
+    assert set(result) == set(expected)
+    for name, value in expected.items():
+        assert result[name] == (
             pytest.approx(value, rel=1e-6, nan_ok=True) if isinstance(value, float | int) else value
         ), name
     return True
@@ -214,19 +216,19 @@ def test_ranks_add_up(task, options):
 def one_of_two(rank, port, folder):
     """A process of the test below: scores its half of the pictures, and saves what both of them get."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = {}
+    result = {}
     for index, (task, options) in enumerate(VARIANTS):
         metric = fresh(task, **options)
         p, y = make_case(task, b=5)
         metric.update(p[rank::2], y[rank::2])  # three pictures and two
         with metric.sync_context():
             states = {name: getattr(metric, name).clone() for name in metric._defaults}
-        found[index] = (states, values(metric))
+        result[index] = (states, values(metric))
     bad = fresh("semseg")
     bad.update(torch.zeros(1, CLASSES, 1, 1), torch.tensor([[[77 if rank else 0]]]))
     with pytest.raises(UserError, match=r"1 pixel has"):  # raised by both, or one would wait for the other for ever
         bad.compute()
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.save(result, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -237,11 +239,11 @@ def test_two_processes_count_as_one(tmp_path):
         port = probe.getsockname()[1]
     mp.spawn(one_of_two, (port, str(tmp_path)), nprocs=2)
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
+        result = torch.load(tmp_path / f"{rank}.pt")
         for index, (task, options) in enumerate(VARIANTS):
             alone = fresh(task, **options)
             alone.update(*make_case(task, b=5))
-            states, numbers = found[index]
+            states, numbers = result[index]
             for name, state in states.items():
                 exact = state.dtype == torch.int64
                 assert torch.allclose(state, getattr(alone, name), rtol=0 if exact else 1e-13, atol=0), (task, name)
@@ -253,9 +255,9 @@ def test_perfect_predictions_of_a_list_without_some_classes_reach_one_in_the_sec
     label = torch.tensor([[[0, 0, 2, 255]]])
     metric = fresh(task)
     metric.update(torch.nn.functional.one_hot(label.clamp(max=CLASSES - 1), CLASSES).permute(0, 3, 1, 2).float(), label)
-    found = values(metric)
-    assert found["mIoU"] == pytest.approx(2 / CLASSES)  # the field's
-    assert (found["mIoU_present"], found["absent_classes"]) == (1, CLASSES - 2)
+    result = values(metric)
+    assert result["mIoU"] == pytest.approx(2 / CLASSES)  # the field's
+    assert (result["mIoU_present"], result["absent_classes"]) == (1, CLASSES - 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"protocol": "invpt"}, {"protocol": "mtinet"}])
@@ -279,8 +281,8 @@ def test_predictions_of_other_precision(task, options, dtype):
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"score_boundaries": False})])
 def test_nothing_valid_is_nan_and_reset_forgets(task, options):
-    def nothing(found):
-        return all(value == 0 if name == "not_finite" else math.isnan(value) for name, value in found.items())
+    def nothing(result):
+        return all(value == 0 if name == "not_finite" else math.isnan(value) for name, value in result.items())
 
     assert nothing(values(fresh(task, **options)))
     p, y = make_case(task, void=1.1)
@@ -318,26 +320,26 @@ def test_both_ways_of_counting_count_the_same():
 @pytest.mark.parametrize(("task", "options"), VARIANTS)
 def test_on_cuda_the_counts_are_the_same_and_nothing_waits(task, options):
     p, y = make_case(task)
-    here, there = fresh(task, **options), fresh(task, **options).to("cuda")
+    here, on_cuda = fresh(task, **options), fresh(task, **options).to("cuda")
     here.update(p, y)
     p, y = p.cuda(), y.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        there.update(p, y)
+        on_cuda.update(p, y)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert values(there) == pytest.approx(values(here), rel=1e-9)
+    assert values(on_cuda) == pytest.approx(values(here), rel=1e-9)
 
 
 @pytest.mark.parametrize("task", COUNTED)
 def test_large_pictures_are_scored_in_bands_to_the_same_numbers(task, monkeypatch):
     p, y = make_case(task, b=3, h=9)
-    whole, banded = fresh(task), fresh(task)
-    whole.update(p, y)
+    full, banded = fresh(task), fresh(task)
+    full.update(p, y)
     for module in ("masked", "segmentation"):
         monkeypatch.setattr(f"mtcl.metrics.{module}.BAND", 2 * 3 * 7)
     banded.update(p, y)
-    assert exact_and_close(banded, whole)
+    assert exact_and_close(banded, full)
 
 
 @pytest.mark.parametrize("task", COUNTED)
@@ -378,20 +380,20 @@ def test_not_finite_counts_as_no_prediction_and_is_reported(task, bad):
         spoilt[:, -1] = torch.where(where, bad, spoilt[:, -1])
     metric = fresh(task)
     metric.update(spoilt, y)
-    found = values(metric)
-    assert found.pop("not_finite") == valid.sum() > 0
+    result = values(metric)
+    assert result.pop("not_finite") == valid.sum() > 0
     if none is None:
         guess, truth = p.argmax(1).masked_fill(where, -1)[y != 255], y[y != 255]
         hits = torch.stack([((guess == c) & (truth == c)).sum() for c in range(CLASSES)])
         unions = torch.stack([((guess == c) | (truth == c)).sum() for c in range(CLASSES)])
-        assert found["mIoU"] == pytest.approx((hits / unions).double().mean().item(), rel=1e-6)
-        assert found["pixel_accuracy"] == pytest.approx((guess == truth).double().mean().item())
+        assert result["mIoU"] == pytest.approx((hits / unions).double().mean().item(), rel=1e-6)
+        assert result["pixel_accuracy"] == pytest.approx((guess == truth).double().mean().item())
         return
     clean = fresh(task)
     clean.update(none, y)
-    wanted = values(clean)
-    assert wanted.pop("not_finite") == 0
-    assert found == pytest.approx(wanted, rel=1e-9)
+    expected = values(clean)
+    assert expected.pop("not_finite") == 0
+    assert result == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -413,12 +415,12 @@ def test_labels_out_of_range_are_an_error_that_names_the_task_and_how_many(task,
     p, y = make_case(task)
     metric = fresh(task)
     metric.update(p, y)
-    before = [metric.not_finite.clone()] if task == "normals" else []
+    original = [metric.not_finite.clone()] if task == "normals" else []
     (y[1, 0] if task == "normals" else y[1])[2, :3] = wrong
     metric.update(p, y)
     with pytest.raises(UserError, match=rf"{task}: 3 pixels have labels out of range;.*{allowed}"):
         metric.compute()
-    assert [metric.not_finite] == before if before else True
+    assert [metric.not_finite] == original if original else True
     metric.reset()
     metric.update(*make_case(task))
     assert agrees(task, values(metric), *make_case(task))
@@ -529,8 +531,8 @@ def test_the_fast_search_finds_what_bucketize_finds(steps, inclusive):
     near = [torch.nextafter(thresholds, torch.full_like(thresholds, way)) for way in (-9.0, 9.0)]
     cells = torch.arange(65) / 64
     p = torch.cat([thresholds, *near, cells, cells - 1e-7, torch.rand(10000)]).clamp(0, 1)
-    found = count_thresholds_reached(p, thresholds, inclusive)
-    assert torch.equal(found, torch.bucketize(p, thresholds, right=inclusive, out_int32=True))
+    result = count_thresholds_reached(p, thresholds, inclusive)
+    assert torch.equal(result, torch.bucketize(p, thresholds, right=inclusive, out_int32=True))
 
 
 def test_only_four_thresholds_bite_after_a_second_sigmoid():
@@ -546,8 +548,8 @@ def test_saliency_of_no_salient_pixel(protocol):
     metric.update(nobody, torch.zeros(1, 3, 3, dtype=torch.int64))
     assert values(metric) == pytest.approx({"maxF": math.nan, "mIoU": 1, "not_finite": 0}, nan_ok=True)  # the two agree
     metric.update(-nobody, torch.zeros(1, 3, 3, dtype=torch.int64))
-    wanted = 1 if protocol == "invpt" else 0.5  # its upper thresholds are never reached
-    assert values(metric) == pytest.approx({"maxF": math.nan, "mIoU": wanted, "not_finite": 0}, nan_ok=True)
+    expected = 1 if protocol == "invpt" else 0.5  # its upper thresholds are never reached
+    assert values(metric) == pytest.approx({"maxF": math.nan, "mIoU": expected, "not_finite": 0}, nan_ok=True)
 
 
 def test_salient_pixels_and_an_empty_prediction_score_zero():
@@ -571,17 +573,17 @@ def test_negative_depth_counts_as_zero():
     metric = fresh("depth")
     label = torch.tensor([[[[2.0, 2.0, 0.0, math.inf, math.nan, -1.0]]]])  # the last four are void
     metric.update(torch.tensor([[[[-3.0, 2.0, 5.0, 5.0, 5.0, 5.0]]]]), label)
-    found = values(metric)
-    assert found.pop("log_rmse") == pytest.approx(math.sqrt(math.log(2e9) ** 2 / 2))
-    wanted = {"rmse": math.sqrt(2), "abs_rel": 0.5, "sq_rel": 1.0, "not_finite": 0}
-    assert found == pytest.approx(wanted | {"delta1": 0.5, "delta2": 0.5, "delta3": 0.5})
+    result = values(metric)
+    assert result.pop("log_rmse") == pytest.approx(math.sqrt(math.log(2e9) ** 2 / 2))
+    expected = {"rmse": math.sqrt(2), "abs_rel": 0.5, "sq_rel": 1.0, "not_finite": 0}
+    assert result == pytest.approx(expected | {"delta1": 0.5, "delta2": 0.5, "delta3": 0.5})
 
 
 def test_a_ratio_at_its_limit_is_not_within_it():
     metric = fresh("depth")
     metric.update(torch.tensor([[[[5.0, 4.0, 25.0, 4.9]]]]), torch.tensor([[[[4.0, 5.0, 16.0, 4.0]]]]))
-    found = values(metric)
-    assert [found[f"delta{k}"] for k in (1, 2, 3)] == [0.25, 0.75, 1.0]
+    result = values(metric)
+    assert [result[f"delta{k}"] for k in (1, 2, 3)] == [0.25, 0.75, 1.0]
 
 
 def test_rmse_is_pooled_over_pixels_not_pictures_but_in_astmt():
@@ -625,9 +627,9 @@ def test_the_median_is_within_half_a_bin(angles):
 def test_a_prediction_of_length_zero_is_a_right_angle_off():
     metric = fresh("normals")
     metric.update(torch.zeros(1, 3, 1, 1), at_angles(0)[1])
-    found = values(metric)
-    assert found["mErr"] == pytest.approx(90, rel=1e-12)
-    assert found["not_finite"] == found["within_30"] == 0
+    result = values(metric)
+    assert result["mErr"] == pytest.approx(90, rel=1e-12)
+    assert result["not_finite"] == result["within_30"] == 0
 
 
 def test_limits_of_angles_are_edges_of_bins():

@@ -1,127 +1,21 @@
-"""Delta_MTL, paired differences and tables: against published rows, obvious references and golden strings."""
+"""Comparisons of runs and their tables: against obvious references and golden strings."""
 
 import csv
 import io
 import itertools
 import json
-import math
 import statistics
 from pathlib import Path
 
 import pytest
 from helpers.common import Result
+from helpers.published import HIGHER, NYUD, PUBLISHED, SINGLE
 from helpers.run_folders import ON, VALUES, write_run
-from hypothesis import given
-from hypothesis import strategies as st
-from scipy import integrate, stats
 
 from mtcl import UserError
-from mtcl.metrics.delta import delta_mtl
 from mtcl.results.compare import compare, compares_on_off
 from mtcl.results.runs import natural_key, read_run
-from mtcl.results.statistics import adjust_by_holm, paired_difference, summarize_values
 from mtcl.results.tables import FORMATS, render
-
-# Rows of the README of robotyingtang/PRISM-VFM, ViT-B (published_results.md C.1, C.2), and the Delta_MTL printed there.
-NYUD = ("semseg", "depth", "normals", "edge")
-PASCAL = ("semseg", "human_parts", "sal", "normals", "edge")
-SINGLE = {NYUD: (51.15, 0.5792, 19.77, 77.35), PASCAL: (80.25, 70.54, 84.54, 13.57, 74.22)}
-PUBLISHED = [
-    ("MTL baseline", PASCAL, (76.76, 65.26, 84.39, 13.98, 70.37), -4.04),
-    ("InvPT", PASCAL, (77.33, 66.62, 85.14, 13.78, 73.20), -2.28),
-    ("SAK", PASCAL, (81.88, 74.30, 84.79, 14.02, 74.09), 0.83),
-    ("MTL baseline", NYUD, (49.27, 0.5823, 19.92, 75.88), -1.72),
-    ("InvPT", NYUD, (50.30, 0.5367, 19.00, 77.60), 2.47),
-    ("TaskPrompter", NYUD, (50.40, 0.5402, 18.91, 77.60), 2.49),
-    ("SAK", NYUD, (59.93, 0.4942, 17.60, 78.60), 11.11),
-]
-HIGHER = {"semseg": True, "human_parts": True, "sal": True, "edge": True, "depth": False, "normals": False}
-
-POSITIVE = st.floats(0.01, 100)
-SEEDS = st.dictionaries(st.integers(0, 20), st.floats(-100, 100), min_size=1, max_size=8)
-
-
-# Pure arithmetic
-
-
-@pytest.mark.parametrize(("method", "tasks", "values", "published"), PUBLISHED)
-def test_delta_mtl_of_the_published_rows_is_the_published_one(method, tasks, values, published):
-    delta = delta_mtl(dict(zip(tasks, values)), dict(zip(tasks, SINGLE[tasks])), HIGHER)
-    assert f"{delta:.2f}" == f"{published:.2f}"
-
-
-@given(st.dictionaries(st.sampled_from(sorted(HIGHER)), POSITIVE, min_size=1))
-def test_delta_mtl_of_the_baseline_itself_is_zero(values):
-    assert delta_mtl(values, values, HIGHER) == 0
-
-
-@pytest.mark.parametrize("task", sorted(HIGHER))
-def test_a_tenth_better_is_plus_ten_percent_in_either_direction(task):
-    better = 1.1 if HIGHER[task] else 0.9
-    assert delta_mtl({task: better * 3}, {task: 3.0}, HIGHER) == pytest.approx(10)
-
-
-@given(st.dictionaries(st.sampled_from(sorted(HIGHER)), st.tuples(POSITIVE, POSITIVE), min_size=1), POSITIVE)
-def test_delta_mtl_is_a_plain_mean_and_knows_no_units(pairs, unit):
-    values, base = ({t: p[i] for t, p in pairs.items()} for i in (0, 1))
-    total = 0.0
-    for task in values:
-        gain = (values[task] - base[task]) / base[task]
-        total += gain if HIGHER[task] else -gain
-    expected = 100 * total / len(values)
-    scaled = ({t: unit * v for t, v in d.items()} for d in (values, base))
-    assert delta_mtl(values, base, HIGHER) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-    assert delta_mtl(*scaled, HIGHER) == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("values", "base", "word"),
-    [({"depth": 1.0}, {"sal": 1.0}, "same tasks"), ({}, {}, "same tasks"), ({"sal": 1.0}, {"sal": 0.0}, "sal is 0")],
-)
-def test_delta_mtl_complains_about_what_it_cannot_divide(values, base, word):
-    with pytest.raises(UserError, match=word):
-        delta_mtl(values, base, HIGHER)
-
-
-@given(st.lists(st.floats(-100, 100), max_size=8), st.integers(0, 3))
-def test_summary_is_that_of_the_statistics_module_without_nan(values, nans):
-    mean, std, count = summarize_values([*values, *[math.nan] * nans])
-    assert count == len(values)
-    assert mean == pytest.approx(statistics.fmean(values), abs=1e-9) if values else math.isnan(mean)
-    assert std == pytest.approx(statistics.stdev(values), abs=1e-9) if len(values) > 1 else math.isnan(std)
-
-
-@given(SEEDS, SEEDS)
-def test_paired_differences_are_antisymmetric_and_over_common_seeds_only(a, b):
-    one, other = paired_difference(a, b), paired_difference(b, a)
-    common = sorted(set(a) & set(b))
-    assert one.pairs == other.pairs == len(common)
-    if common:
-        assert one.mean == pytest.approx(statistics.fmean(a[s] - b[s] for s in common), abs=1e-9)
-        assert one.mean == -other.mean
-    if len(common) > 1:
-        assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
-        assert one.excludes_zero == other.excludes_zero
-    else:
-        assert math.isnan(one.low)
-        assert not one.excludes_zero
-
-
-@pytest.mark.parametrize("differences", [[1.0, 2.0], [0.5, 0.1, -0.3], [1.0, 1.2, 0.9, 1.4, 0.7]])
-def test_the_interval_holds_95_percent_of_students_t(differences):
-    found = paired_difference(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
-    dof = len(differences) - 1
-    t = (found.high - found.mean) * math.sqrt(len(differences)) / statistics.stdev(differences)
-    scale = math.gamma((dof + 1) / 2) / math.sqrt(dof * math.pi) / math.gamma(dof / 2)
-    inside, _ = integrate.quad(lambda x: scale * (1 + x * x / dof) ** (-(dof + 1) / 2), -t, t)
-    assert inside == pytest.approx(0.95, abs=1e-6)
-
-
-def test_a_constant_difference_excludes_zero_and_a_nan_is_no_pair():
-    a, b = {0: 2.0, 1: 3.0, 2: math.nan}, {0: 1.0, 1: 2.0, 2: 0.0}
-    assert paired_difference(a, b) == (1.0, 1.0, 1.0, 2)
-    assert paired_difference(a, b).excludes_zero
-
 
 # Made-up runs
 
@@ -296,23 +190,6 @@ def test_holm_takes_verdicts_back_and_says_so(tmp_path):
     assert all(one.adjusted_p_values[semseg] >= value for one, value in zip(holm.differences, values))
     head, *lines = csv.reader(io.StringIO(render(holm, "csv")))
     assert float(dict(zip(head, lines[1]))["semseg/mIoU p (Holm)"]) == holm.differences[0].adjusted_p_values[semseg]
-
-
-@given(st.lists(st.floats(0, 1), max_size=6))
-def test_holms_values_are_those_of_the_definition(values):
-    adjusted, order = adjust_by_holm(values), sorted(values)
-    for value, found in zip(values, adjusted):
-        rank = max(i for i, other in enumerate(order) if other == value)
-        expected = max((min(1, (len(values) - i) * order[i]) for i in range(rank + 1)), default=0)
-        first = order.index(value)
-        assert min(1, max((len(values) - i) * order[i] for i in range(first + 1))) - 1e-12 <= found <= expected + 1e-12
-
-
-def test_p_values_are_those_of_scipys_paired_test():
-    a, b = {0: 1.0, 1: 2.5, 2: 2.0, 3: 4.0}, {0: 0.5, 1: 1.0, 2: 2.5, 3: 2.0}
-    expected = stats.ttest_rel(list(a.values()), list(b.values())).pvalue
-    assert paired_difference(a, b).p_value == pytest.approx(expected)
-    assert paired_difference(a, a).p_value == 1
 
 
 def test_rows_without_a_metric_in_common_are_not_paired_and_that_is_said(tmp_path):

@@ -145,8 +145,8 @@ def test_loss_and_metric_fit_the_layouts(name):
     assert torch.equal(used, task.valid(label))
     metric = task.metric()
     metric.update(prediction.detach(), label)
-    found = metric.compute()
-    assert found[task.choose_metric(found)[0]].isfinite()
+    result = metric.compute()
+    assert result[task.choose_metric(result)[0]].isfinite()
     assert task.metric() is not metric
 
 
@@ -242,10 +242,10 @@ def make_samples(name, seed, count=12):
 @given(st.sampled_from(TASK_NAMES), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
 def test_places_are_as_far_apart_as_labels(name, seed, low, high):
     task, label = make_task(name), make_samples(name, seed)
-    place = task.embed_label(label)
-    assert place.dtype == torch.float32
-    assert place.shape == (2, 12, 3)
-    distance, apart = task.distance(label, label), torch.cdist(place.double(), place.double())
+    points = task.embed_label(label)
+    assert points.dtype == torch.float32
+    assert points.shape == (2, 12, 3)
+    distance, apart = task.distance(label, label), torch.cdist(points.double(), points.double())
     most = {"depth": 4.0, "normals": 175.0}.get(name, 1.0)
     for near, far in (
         (task.positive_threshold, task.negative_threshold),
@@ -312,12 +312,12 @@ def test_strata_of_normals_are_the_sides_of_a_cube():
 
 def test_scaled():
     label = make_array("depth")
-    before = label.copy()
+    original = label.copy()
     scaled = make_task("depth").scale_label(label, 1.5)
     assert scaled.dtype == np.float32
-    np.testing.assert_allclose(scaled, before / 1.5, rtol=1e-6)
+    np.testing.assert_allclose(scaled, original / 1.5, rtol=1e-6)
     assert make_task("depth").scale_label(label, np.float64(1.5)).dtype == np.float32
-    np.testing.assert_array_equal(label, before)
+    np.testing.assert_array_equal(label, original)
     for name in set(TASK_NAMES) - {"depth"}:
         np.testing.assert_array_equal(make_task(name).scale_label(make_array(name), 1.5), make_array(name))
 
@@ -353,11 +353,11 @@ def make_codes(seed):
 def test_flipping_normals_before_or_after_they_are_finished_is_the_same(validity, form):
     task = build_task("normals", normals_valid=validity)
     label = make_codes(3) if form == "codes" else np.random.default_rng(0).normal(size=(5, 6, 3)).astype(np.float32)
-    before = label.copy()
+    original = label.copy()
     one = task.finalize_label(task.flip_label(label[:, ::-1]))
     other = task.finalize_label(label)[:, ::-1] * np.float32([-1, 1, 1])
     np.testing.assert_allclose(one, other, atol=1e-6)
-    np.testing.assert_array_equal(label, before)
+    np.testing.assert_array_equal(label, original)
 
 
 def test_vectors_of_normals_become_units_or_stay_as_they_are():
@@ -371,12 +371,12 @@ def test_vectors_of_normals_become_units_or_stay_as_they_are():
 
 def test_flipped():
     label = make_array("normals")
-    before = label.copy()
+    original = label.copy()
     flipped = make_task("normals").flip_label(label)
     assert flipped.dtype == np.float32
-    np.testing.assert_array_equal(flipped[..., 0], -before[..., 0])
-    np.testing.assert_array_equal(flipped[..., 1:], before[..., 1:])
-    np.testing.assert_array_equal(label, before)
+    np.testing.assert_array_equal(flipped[..., 0], -original[..., 0])
+    np.testing.assert_array_equal(flipped[..., 1:], original[..., 1:])
+    np.testing.assert_array_equal(label, original)
     for name in set(TASK_NAMES) - {"normals"}:
         np.testing.assert_array_equal(make_task(name).flip_label(make_array(name)), make_array(name))
 
@@ -384,10 +384,10 @@ def test_flipped():
 def test_finished():
     task = make_task("human_parts")
     without = np.array([[0, 255], [0, 0]], np.uint8)
-    before = without.copy()
+    original = without.copy()
     assert task.finalize_label(without).tolist() == [[255, 255], [255, 255]]
     assert task.finalize_label(without).dtype == np.uint8
-    np.testing.assert_array_equal(without, before)
+    np.testing.assert_array_equal(without, original)
     with_part = np.array([[0, 255], [6, 0]], np.uint8)
     assert task.finalize_label(with_part).tolist() == [[0, 255], [6, 0]]
     empty = np.zeros((2, 2), np.uint8)
