@@ -28,8 +28,16 @@ from PIL import Image
 import mtcl.cli.demo as demo_module
 import mtcl.cli.demo.guard as guard_module
 from mtcl import UserError, load
-from mtcl.cli.demo.answer import WIDEST, Named, answer, answer_image, example_image, reading, task_tile
 from mtcl.cli.demo.guard import Guard, is_upload
+from mtcl.cli.demo.tiles import (
+    MAX_TILE_SIDE,
+    NamedPredictor,
+    encode_values,
+    render_example,
+    render_file_prediction,
+    render_prediction,
+    render_task,
+)
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.resolve import plain
@@ -101,10 +109,10 @@ def unpacked(values: dict) -> np.ndarray:
 
 def test_a_picture_becomes_a_tile_per_task_with_its_legend_and_its_values(tmp_path):
     path = picture(tmp_path / "room.png")
-    text = answer([Named("a", Made())], path)
+    text = render_file_prediction([NamedPredictor("a", Made())], path)
     page = Page(text)
     alts = [image["alt"] for image in page.all("img")]
-    assert alts == ["the picture", *(f"{n}, predicted" for n in ("classes", "depth", "surface normals", "edges"))]
+    assert alts == ["the image", *(f"{n}, predicted" for n in ("classes", "depth", "surface normals", "edges"))]
     assert "room.png, 40 x 30 pixels" in page.text
     for word in (NYUD40[0], NYUD40[9], "10 m", "to the viewer", "no edge"):
         assert word in page.text
@@ -118,21 +126,23 @@ def test_a_picture_becomes_a_tile_per_task_with_its_legend_and_its_values(tmp_pa
 
 
 def test_what_is_seen_of_a_large_picture_is_what_is_read(tmp_path):
-    page = Page(answer([Named("a", Made())], picture(tmp_path / "large.png", 500, 2 * WIDEST)))
+    page = Page(
+        render_file_prediction([NamedPredictor("a", Made())], picture(tmp_path / "large.png", 500, 2 * MAX_TILE_SIDE))
+    )
     figure = page.all("figure")[1]
     values = json.loads(figure["data-values"])
     data = base64.b64decode(page.all("img")[1]["src"].partition(",")[2])
     shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-    assert shown.shape == (250, WIDEST, 3)
-    assert values["size"] == [WIDEST, 250]
+    assert shown.shape == (250, MAX_TILE_SIDE, 3)
+    assert values["size"] == [MAX_TILE_SIDE, 250]
     assert set(unpacked(values)) == {0, 9}  # no class between two is made up
-    assert np.array_equal(Made.tasks["semseg"].draw(unpacked(values).reshape(250, WIDEST)), shown)
+    assert np.array_equal(Made.tasks["semseg"].draw(unpacked(values).reshape(250, MAX_TILE_SIDE)), shown)
 
 
 def test_a_depth_that_is_no_number_or_beyond_the_scale_is_told_as_such():
     array = np.array([[np.nan, np.inf, 0, 1.2345, 99]], np.float32)
-    assert unpacked(reading(Made.tasks["depth"], array)).tolist() == [0, 0, 1, 1234, 65535]
-    text = task_tile(Made.tasks["depth"], array, "")
+    assert unpacked(encode_values(Made.tasks["depth"], array)).tolist() == [0, 0, 1, 1234, 65535]
+    text = render_task(Made.tasks["depth"], array, "")
     assert "0 m or less" in Page(text).text
     data = base64.b64decode(Page(text).all("img")[0]["src"].partition(",")[2])
     shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[0, :, ::-1]
@@ -141,7 +151,11 @@ def test_a_depth_that_is_no_number_or_beyond_the_scale_is_told_as_such():
 
 
 def test_two_models_stand_beside_each_other(tmp_path):
-    page = Page(answer([Named("first.pt", Made()), Named(HOSTILE, Made())], picture(tmp_path / "a.png")))
+    page = Page(
+        render_file_prediction(
+            [NamedPredictor("first.pt", Made()), NamedPredictor(HOSTILE, Made())], picture(tmp_path / "a.png")
+        )
+    )
     alts = [image["alt"] for image in page.all("img")]
     assert alts[1:4] == [
         "classes, predicted by first.pt",
@@ -162,7 +176,7 @@ def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_pat
         Image.new("1", (20000, 20000)).save(path)
     else:
         path.write_bytes(content)
-    text = answer([Named("a", Made())], path)
+    text = render_file_prediction([NamedPredictor("a", Made())], path)
     page = Page(text)
     assert page.text.startswith(path.name)
     assert said in page.text
@@ -178,16 +192,16 @@ def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_pat
 )
 def test_trouble_in_the_model_is_a_sentence(tmp_path, trouble, said):
     path = picture(tmp_path / "a.png")
-    assert said in Page(answer([Named("a", Made(trouble))], path)).text
+    assert said in Page(render_file_prediction([NamedPredictor("a", Made(trouble))], path)).text
     assert not path.exists()
 
 
 def test_the_example_is_a_rendered_room_of_about_the_training_frame():
-    image = example_image((96, 128))
+    image = render_example((96, 128))
     assert image.shape == (96, 128, 3)
     assert image.dtype == np.uint8
     assert image.std() > 20
-    text = answer_image([Named("a", Made())], image, "the example")
+    text = render_prediction([NamedPredictor("a", Made())], image, "the example")
     assert len(Page(text).all("figure")) == 1 + len(NAMES)
 
 
@@ -206,17 +220,17 @@ def test_without_gradio_the_package_to_install_is_told(cli, monkeypatch):
 
 
 def test_a_port_in_use_or_impossible_and_a_foreign_host_are_told():
-    with demo_module.opened("127.0.0.1", 0) as door:
+    with demo_module.bind_socket("127.0.0.1", 0) as door:
         port = door.getsockname()[1]
         with pytest.raises(UserError, match=f"port={port} is in use on 127.0.0.1; give another"):
-            demo_module.opened("127.0.0.1", port)
+            demo_module.bind_socket("127.0.0.1", port)
     for host, number, said in (
         ("127.0.0.1", 70000, "up to 65535"),
         ("192.0.2.1", 0, "host=192.0.2.1"),
         ("no host", 0, "no IPv4 address"),
     ):
         with pytest.raises(UserError, match=said):
-            demo_module.opened(host, number)
+            demo_module.bind_socket(host, number)
 
 
 def test_models_without_a_common_task_are_told(monkeypatch):
@@ -338,7 +352,7 @@ def test_uploads_are_bounded_in_size_time_and_number(guard, monkeypatch):
     assert not (guard.folder / "tmp1").exists()  # what was cut off is gone
     monkeypatch.setattr(guard_module, "SILENT_SECONDS", 0)
     assert asked(guard, "POST", upload) == 408
-    guard.uploads = guard_module.UPLOADS
+    guard.uploads = guard_module.MAX_UPLOADS
     assert asked(guard, "POST", upload) == 503
 
 
@@ -348,7 +362,7 @@ def test_uploads_that_nobody_reads_make_room(tmp_path):
         path.parent.mkdir()
         path.write_bytes(bytes(size))
         os.utime(path, (time.time() - age,) * 2)
-    guard_module.make_room(tmp_path, 800)
+    guard_module.delete_old_uploads(tmp_path, 800)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 

@@ -1,4 +1,4 @@
-// Runs once, as the body of a function of `element`, whose content changes with every picture.
+// Runs once, as the body of a function of `element`, whose content changes with every image.
 const decoded = new WeakMap(); // figure -> promise of its values
 const place = { x: 0.5, y: 0.5 };
 let shown = 0;

@@ -1,6 +1,6 @@
-"""Let only what the page itself asks for through to Gradio, which would serve far more, and bound what one asks for.
+"""Middleware that passes only the page's own requests to Gradio, which would serve far more, and bounds their size.
 
-Gradio checks the paths of files only where it was started by its own ``launch``; mounted, as here, it takes any path.
+Gradio checks file paths only when started by its own ``launch``; mounted, as here, it accepts any path.
 """
 
 import asyncio
@@ -21,20 +21,24 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-PAGES = re.compile(
+ALLOWED_PATHS = re.compile(
     r"/(config/?|theme\.css|favicon\.ico|manifest\.json|robots\.txt|(assets|static|svelte)/.+)?"
     r"|/gradio_api/(info/?|startup-events|app_id/?|heartbeat/[\w-]+|queue/data|upload_progress)"
 )
 FILE, UPLOAD, JOIN, RESET = (f"/gradio_api/{name}" for name in ("file=", "upload", "queue/join", "reset"))
-UPLOADS = 8  # at once; more are refused
-KEPT_SECONDS = 600  # of a file that was uploaded and never read
-HEAD_SECONDS, SILENT_SECONDS, BODY_SECONDS = 10, 10, 120  # for a request's head; between two parts of a body; for all
-CONNECTIONS = 256  # at once; more are closed
-SMALL = 64 << 10  # bytes of a request that uploads nothing
+MAX_UPLOADS = 8  # at the same time
+UPLOAD_LIFETIME_SECONDS = 600  # of an uploaded file that is never read
+HEAD_SECONDS, SILENT_SECONDS, BODY_SECONDS = (
+    10,
+    10,
+    120,
+)  # for a request's head; between two parts of a body; for the complete body
+MAX_CONNECTIONS = 256  # at the same time
+MAX_REQUEST_BYTES = 64 << 10  # of a request that is not an upload
 
 
-class Refused(Exception):
-    """A request that is answered with this status and nothing else."""
+class RefusedRequestError(Exception):
+    """A request that is answered with a status and a reason only."""
 
     def __init__(self, status: int, reason: str):
         super().__init__(reason)
@@ -45,8 +49,9 @@ class Guard:
     """ASGI middleware: the page's own requests pass, others are refused.
 
     Args:
-        folder: where Gradio puts uploads; no other file is served, read or removed.
-        max_mb: of an uploaded file.
+        app: the application behind it.
+        folder: of Gradio's uploads; no other file is served, read or deleted.
+        max_mb: size limit of an uploaded file.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]], folder: Path, max_mb: int):
@@ -54,12 +59,13 @@ class Guard:
         self.uploads = 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Check a request and pass it on, or refuse it."""
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":
             return await send({"type": "websocket.close", "code": 1008})
         path = scope["path"]
-        body = Body(receive, self.max_bytes + SMALL if path == UPLOAD else SMALL)
+        body = RequestBody(receive, self.max_bytes + MAX_REQUEST_BYTES if path == UPLOAD else MAX_REQUEST_BYTES)
 
         async def send_unless_cut(message: Message) -> None:
             if body.refused is None:
@@ -70,93 +76,105 @@ class Guard:
             if path == UPLOAD:
                 await self.upload(scope, body, send_unless_cut)
             elif path == JOIN:
-                content = self.checked_call(await body.read_all())
+                content = self.sanitize_call(await body.read_all())
                 scope["headers"] = [(key, value) for key, value in scope["headers"] if key != b"content-length"]
                 scope["headers"].append((b"content-length", str(len(content)).encode()))
-                await self.app(scope, replayed(content, receive), send)
+                await self.app(scope, replay_body(content, receive), send)
             elif scope["method"] == "POST":
                 await self.app(scope, body.receive, send_unless_cut)
             else:
                 await self.app(scope, receive, send)
-        except Refused as refused:
+        except RefusedRequestError as refused:
             body.refused = refused
         except Exception:
             if body.refused is None:
                 raise
         if body.refused is not None:
-            await answer(send, body.refused)
+            await send_refusal(send, body.refused)
 
     def check(self, scope: Message) -> None:
-        """Raise :class:`Refused` for a page of another server, and for what this page never asks for."""
+        """Raise :class:`RefusedRequestError` for requests of other pages, and for those that this page never makes."""
         headers = {key.lower(): value.decode("latin-1") for key, value in scope["headers"]}
         origin = headers.get(b"origin")
         if origin is not None and urlsplit(origin).netloc != headers.get(b"host"):
-            raise Refused(403, "this page is not for other pages")
+            raise RefusedRequestError(403, "requests from other pages are refused")
         method, path = scope["method"], scope["path"]
         if method == "POST":
             allowed = path in (UPLOAD, JOIN, RESET)
         elif path.startswith(FILE):
             allowed = is_upload(self.folder, path.removeprefix(FILE))
         else:
-            allowed = PAGES.fullmatch(path) is not None
+            allowed = ALLOWED_PATHS.fullmatch(path) is not None
         if not allowed or method not in ("GET", "HEAD", "POST"):
-            raise Refused(403, "not served")
+            raise RefusedRequestError(403, "not served")
 
-    def checked_call(self, content: bytes) -> bytes:
-        """A request for a prediction with nothing in it but an uploaded file, or none; :class:`Refused` otherwise."""
+    def sanitize_call(self, content: bytes) -> bytes:
+        """Return a prediction request reduced to its uploaded file, if any; raise for any other content."""
         try:
             call = parse_json(content, "the request")
             data = []
-            for file in call["data"][:1]:  # none for the example
+            for file in call["data"][:1]:  # empty for the example
                 path = file and file["path"]
                 if not (path is None or (isinstance(path, str) and is_upload(self.folder, path))):
-                    raise Refused(403, "no file that was uploaded here")
+                    raise RefusedRequestError(403, "no file that was uploaded here")
                 data.append(path and {"path": path, "meta": {"_type": "gradio.FileData"}})
-            kept = {key: call.get(key) for key in ("fn_index", "session_hash", "trigger_id")}
-            return json.dumps({"data": data, **kept}).encode()
+            allowed_keys = {key: call.get(key) for key in ("fn_index", "session_hash", "trigger_id")}
+            return json.dumps({"data": data, **allowed_keys}).encode()
         except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Refused(400, "no request of this page") from error
+            raise RefusedRequestError(400, "no request of this page") from error
 
-    async def upload(self, scope: Message, body: "Body", send: Send) -> None:
-        if self.uploads >= UPLOADS:
-            raise Refused(503, f"{UPLOADS} images are being uploaded already; try again")
+    async def upload(self, scope: Message, body: "RequestBody", send: Send) -> None:
+        """Pass an upload on, unless too many are in progress."""
+        if self.uploads >= MAX_UPLOADS:
+            raise RefusedRequestError(503, f"{MAX_UPLOADS} images are being uploaded already; try again")
         self.uploads += 1
         try:
-            make_room(self.folder, UPLOADS * self.max_bytes)
+            delete_old_uploads(self.folder, MAX_UPLOADS * self.max_bytes)
             await self.app(scope, body.receive, send)
         finally:
             self.uploads -= 1
-            if not self.uploads:  # what lies there without a folder of its own was cut off
+            if not self.uploads:  # files outside a subfolder are of interrupted uploads
                 for path in self.folder.iterdir():
                     if path.is_file():
                         path.unlink(missing_ok=True)
 
 
-class Body:
-    """A request's body as it comes in, of bounded size and time. ``refused`` says why it was cut off."""
+class RequestBody:
+    """The body of a request, limited in size and time.
+
+    Args:
+        receive: of the request.
+        max_bytes: size limit.
+
+    Attributes:
+        refused: why the request was cut off, or None.
+        is_complete: whether all of the body has been received.
+    """
 
     def __init__(self, receive: Receive, max_bytes: int):
-        self.next, self.left, self.until = receive, max_bytes, time.monotonic() + BODY_SECONDS
-        self.refused: Refused | None = None
+        self.next, self.remaining, self.deadline = receive, max_bytes, time.monotonic() + BODY_SECONDS
+        self.refused: RefusedRequestError | None = None
         self.is_complete = False
 
     async def receive(self) -> Message:
-        if self.is_complete:  # what comes now is the end of the connection, whenever that is
+        """Return the next message, or a disconnect once a limit is exceeded."""
+        if self.is_complete:  # only the end of the connection follows
             return await self.next()
         try:
-            seconds = min(SILENT_SECONDS, self.until - time.monotonic())
+            seconds = min(SILENT_SECONDS, self.deadline - time.monotonic())
             message = await asyncio.wait_for(self.next(), max(0.0, seconds))
         except TimeoutError:
-            self.refused = Refused(408, "the upload is too slow")
+            self.refused = RefusedRequestError(408, "the upload is too slow")
             return {"type": "http.disconnect"}
-        self.left -= len(message.get("body", b""))
+        self.remaining -= len(message.get("body", b""))
         self.is_complete = not message.get("more_body", False)
-        if self.left < 0:
-            self.refused = Refused(413, "the upload exceeds the maximum allowed size")
+        if self.remaining < 0:
+            self.refused = RefusedRequestError(413, "the upload exceeds the maximum allowed size")
             return {"type": "http.disconnect"}
         return message
 
     async def read_all(self) -> bytes:
+        """Return the complete body; raise :class:`RefusedRequestError` if a limit is exceeded."""
         content = b""
         while not self.is_complete:
             message = await self.receive()
@@ -167,7 +185,7 @@ class Body:
 
 
 def is_upload(folder: Path, name: str) -> bool:
-    """Tell whether ``name``, links resolved, is a regular file below ``folder``, or would be one if it were there."""
+    """Return whether ``name``, links resolved, is a regular file in ``folder``, or a missing one."""
     try:
         path = Path(name).resolve()
         if not path.is_relative_to(folder.resolve()):
@@ -179,8 +197,8 @@ def is_upload(folder: Path, name: str) -> bool:
         return False
 
 
-def make_room(folder: Path, max_bytes: int) -> None:
-    """Remove uploads that nobody read in time, and the oldest while all together have more than ``max_bytes``."""
+def delete_old_uploads(folder: Path, max_bytes: int) -> None:
+    """Delete uploads that were not read in time, and the oldest ones while the total exceeds ``max_bytes``."""
     files = []
     for path in folder.rglob("*"):
         with suppress(OSError):
@@ -189,17 +207,17 @@ def make_room(folder: Path, max_bytes: int) -> None:
                 files.append((state.st_mtime, state.st_size, path))
     total = sum(size for _, size, _ in files)
     for modified, size, path in sorted(files):
-        if total <= max_bytes and time.time() - modified < KEPT_SECONDS:
+        if total <= max_bytes and time.time() - modified < UPLOAD_LIFETIME_SECONDS:
             continue
         path.unlink(missing_ok=True)
         total -= size
     for path in folder.iterdir():
-        with suppress(OSError):  # of a folder that holds something
+        with suppress(OSError):  # the folder is not empty
             path.rmdir()
 
 
-def replayed(content: bytes, receive: Receive) -> Receive:
-    """``content`` as the whole body of a request; what follows comes from ``receive``."""
+def replay_body(content: bytes, receive: Receive) -> Receive:
+    """Return a receive function with ``content`` as the body of a request, followed by messages of ``receive``."""
     parts = [content]
 
     async def receive_replayed() -> Message:
@@ -208,14 +226,15 @@ def replayed(content: bytes, receive: Receive) -> Receive:
     return receive_replayed
 
 
-async def answer(send: Send, refused: Refused) -> None:
+async def send_refusal(send: Send, refused: RefusedRequestError) -> None:
+    """Answer a refused request and close the connection."""
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": refused.status, "headers": headers})
     await send({"type": "http.response.body", "body": f"{refused}\n".encode()})
 
 
-def patient_protocol() -> type:
-    """uvicorn's HTTP/1.1 with a limit on connections, and on the time that the head of a request may take."""
+def build_http_protocol() -> type:
+    """Return uvicorn's HTTP/1.1 protocol with limits on connections and on the time for a request's head."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class Protocol(H11Protocol):
@@ -223,7 +242,7 @@ def patient_protocol() -> type:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            if len(self.connections) > CONNECTIONS:
+            if len(self.connections) > MAX_CONNECTIONS:
                 transport.abort()
             else:
                 self.await_head()
@@ -237,7 +256,7 @@ def patient_protocol() -> type:
             self.stop_waiting()
 
         def await_head(self) -> None:
-            """Close the connection in a while, unless a request has begun by then."""
+            """Close the connection unless a request begins in time."""
             if self.cycle is not None and not self.cycle.response_complete:
                 self.stop_waiting()
             elif self.deadline is None:
