@@ -15,8 +15,7 @@ from mtcl import UserError
 from mtcl.atomic import write_atomically, write_json
 from mtcl.evaluation.evaluator import Evaluator, VisualSample
 from mtcl.models import DenseModel, DenseOutput
-from mtcl.run_lock import lock_run
-from mtcl.runtime import autocast, choose_device, peak_memory, rng_state, seed_everything, set_rng_state
+from mtcl.runtime import rng_state, set_rng_state
 from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint as checkpoint_module
 from mtcl.training.balancing import FixedWeights
@@ -283,53 +282,6 @@ def test_a_weight_of_zero_counts():
     assert x.grad.item() == 4
 
 
-# --- Runtime
-
-
-def test_choose_device(monkeypatch):
-    for present in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
-        assert choose_device("cpu").type == "cpu"
-        assert choose_device("auto").type == ("cuda" if present else "cpu")
-    assert choose_device("cuda").type == "cuda"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match=r"^device=cuda, but PyTorch sees no CUDA device"):
-        choose_device("cuda")
-    with pytest.raises(UserError, match=r"^device=gpu is not known; choose auto, cpu or cuda"):
-        choose_device("gpu")
-
-
-def test_seeding(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
-    try:
-        seed_everything(3, deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        first = torch.rand(3)
-        seed_everything(3)
-        assert not torch.are_deterministic_algorithms_enabled()
-        assert torch.equal(first, torch.rand(3))
-        seed_everything(4)
-        assert not torch.equal(first, torch.rand(3))
-    finally:
-        torch.use_deterministic_algorithms(False)
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
-def test_autocast_on_a_cpu(precision, dtype):
-    layer = nn.Linear(3, 2)
-    with autocast(CPU, precision):
-        assert layer(torch.ones(1, 3)).dtype == getattr(torch, dtype)
-    assert layer(torch.ones(1, 3)).dtype == torch.float32
-
-
-def test_autocast_of_unknown_precision():
-    with pytest.raises(UserError, match=r"^precision=fp16 is not known"):
-        autocast(CPU, "fp16")
-
-
 def test_generator_state_round_trip(tmp_path):
     torch.manual_seed(5)
     torch.rand(7)
@@ -338,10 +290,6 @@ def test_generator_state_round_trip(tmp_path):
     torch.manual_seed(0)
     set_rng_state(load_checkpoint(tmp_path / "a.pt")["rng"], CPU)
     assert torch.equal(torch.rand(4), want)
-
-
-def test_peak_memory_is_in_gib():
-    assert 0.05 < peak_memory(CPU) < 1000
 
 
 # --- Panels
@@ -509,14 +457,6 @@ def test_json_and_flat(tmp_path):
     assert flatten_metrics(metrics) == {"depth/rmse": 0.5, "depth/log": 0.1, "edge/loss": 0.2}
 
 
-def test_a_folder_is_held_by_one_run(tmp_path):
-    lock = lock_run(tmp_path)
-    with pytest.raises(UserError, match="another run"):
-        lock_run(tmp_path)
-    lock.close()
-    lock_run(tmp_path).close()
-
-
 def test_a_loaded_optimizer_keeps_its_own_settings():
     model = Tiny()
     old = ScheduledOptimizer(build_optimizer(model, "adamw", lr=1e-2, weight_decay=0.1), lambda step: 0.5)
@@ -555,4 +495,6 @@ def test_moments_of_another_memory_format_are_those_of_their_weights(name):
 def test_quick_scores_of_edges_do_not_compete_with_whole_ones():
     quick = Evaluator({}, [], torch.device("cpu"), quick={"edge": {"thresholds": 5, "every": 2}})
     assert [quick.is_comparable(name) for name in ("edge/odsF", "edge/loss", "semseg/mIoU")] == [False, True, True]
-    assert Evaluator({}, [], torch.device("cpu"), quick={"edge": {"score_boundaries": False}}).is_comparable("edge/loss")
+    assert Evaluator({}, [], torch.device("cpu"), quick={"edge": {"score_boundaries": False}}).is_comparable(
+        "edge/loss"
+    )
