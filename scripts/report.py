@@ -13,7 +13,7 @@ from pathlib import Path
 from mtcl.atomic import convert_disk_errors, write_atomically
 from mtcl.cli.script import run
 from mtcl.errors import UserError
-from mtcl.results.html import collect, document
+from mtcl.results.html import collect, render_page
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     found = collect(given.runs, given.baseline, given.against, given.by, given.holm)
     names = ", ".join(source.resolve().name for source in given.runs[:3])
     title = given.title or names + (", ..." if len(given.runs) > 3 else "")
-    text = document(found, title)
+    text = render_page(found, title)
     with convert_disk_errors(given.output):
         write_atomically(given.output, lambda temporary: temporary.write_text(text, "utf-8"))
     megabytes = len(text.encode()) / 1e6

@@ -19,9 +19,9 @@ from mtcl import UserError
 from mtcl.atomic import write_json
 from mtcl.errors import escape_control_characters
 from mtcl.evaluation.evaluator import VisualSample
-from mtcl.results.html import collect, document
-from mtcl.results.html import images as pictures_module
-from mtcl.results.html.figures import POINTS, average_points, swept_keys
+from mtcl.results.html import collect, render_page
+from mtcl.results.html import images as images_module
+from mtcl.results.html.charts import MAX_POINTS, average_points, swept_keys
 from mtcl.results.html.images import build_image_grid, cut_tiles
 from mtcl.tasks import VOC21, build_task
 from mtcl.training.run_logger import RunLogger, write_panels
@@ -116,7 +116,7 @@ def sweep(folder: Path, weights=(0.0, 0.1, 0.3), seeds=(0, 1), **options) -> Pat
 
 
 def page_of(*sources: Path, **options) -> str:
-    return document(collect(sources, **options), "made up")
+    return render_page(collect(sources, **options), "made up")
 
 
 def data_of(page: str) -> dict:
@@ -182,9 +182,9 @@ def test_curves_hold_the_recorded_numbers_of_each_seed(tmp_path):
 
 def test_long_curves_are_means_over_stretches():
     points = [(step, float(step % 2)) for step in range(3000)]
-    width = math.ceil(3000 / POINTS)
+    width = math.ceil(3000 / MAX_POINTS)
     found = average_points(points, width)
-    assert len(found) == POINTS
+    assert len(found) == MAX_POINTS
     assert {value for _, value in found} == {0.5}
 
 
@@ -202,7 +202,7 @@ def test_flags_and_words_are_not_swept_and_two_keys_make_parallel_coordinates(tm
         write_run(tmp_path / "s" / str(i), 0, config, panels=0, log=False)
     found = collect([tmp_path / "s"])
     assert list(swept_keys(found.comparison.rows)) == ["regularizer.weight", "optimizer.lr"]
-    page = document(found, "x")
+    page = render_page(found, "x")
     assert 'id="parallel"' in page
     assert 'id="parallel"' not in page_of(tmp_path / "s" / "0", tmp_path / "s" / "2")
 
@@ -251,15 +251,15 @@ def test_error_maps_are_as_far_off_as_the_regulariser_would_say():
 def test_the_wall_is_the_same_pictures_down_the_rows_and_keeps_its_budget(tmp_path, monkeypatch):
     sweep(tmp_path / "s", log=False)
     found = collect([tmp_path / "s"])
-    wall, told = build_image_grid(found.lines)
+    wall, told = build_image_grid(found.rows)
     assert [entry["id"] for entry in wall.content] == ["room 0", "room 1"]
     assert all(set(entry["lines"]) == {0, 1, 2} for entry in wall.content)
     assert not told
     assert wall.size == sum(len(uri) for uri in re.findall(r"data:image/webp[^\"]*", json.dumps(wall.content)))
-    monkeypatch.setattr(pictures_module, "MAX_CHARACTERS", wall.size - 1)
-    smaller, _ = build_image_grid(found.lines)
+    monkeypatch.setattr(images_module, "MAX_CHARACTERS", wall.size - 1)
+    smaller, _ = build_image_grid(found.rows)
     assert len(smaller.content) == 1
-    assert any("1 of 2 pictures are here" in note for note in smaller.notes)
+    assert any("1 of 2 images are shown" in note for note in smaller.notes)
 
 
 def test_the_legend_of_a_task_has_the_classes_of_all_rows_and_the_void_last(tmp_path):
@@ -270,7 +270,7 @@ def test_the_legend_of_a_task_has_the_classes_of_all_rows_and_the_void_last(tmp_
         sample.labels["semseg"][:] = 255
         sample.predictions["semseg"][:] = value
         write_panels(run / "panels", [sample], TASKS)
-    wall, _ = build_image_grid(collect([tmp_path / "s"]).lines)
+    wall, _ = build_image_grid(collect([tmp_path / "s"]).rows)
     names = [text for text, _ in wall.content[0]["tasks"]["semseg"]["legend"]]
     assert [name for name in names if not name.startswith("error")] == [VOC21[1], VOC21[2], "void"]
     assert names[-2:] == ["error: none", f"error: {TASKS['semseg'].error_label}"]
@@ -292,9 +292,9 @@ def test_another_picture_of_the_same_name_is_left_out_and_told(tmp_path):
     sweep(tmp_path / "s", weights=(0.0, 0.1), seeds=(0,), log=False)
     other = shown("room 0", 0)._replace(image=np.zeros((48, 64, 3), np.uint8))
     write_panels(tmp_path / "s/w0.1_s0/panels", [other], TASKS)
-    wall, _ = build_image_grid(collect([tmp_path / "s"]).lines)
+    wall, _ = build_image_grid(collect([tmp_path / "s"]).rows)
     assert set(wall.content[0]["lines"]) == {0}
-    assert any("shows another picture" in note for note in wall.notes)
+    assert any("shows another image" in note for note in wall.notes)
 
 
 # What is missing, broken, hostile
@@ -319,7 +319,7 @@ def test_broken_and_unfinished_runs_are_told_and_the_others_compared(tmp_path):
     assert "7 runs" in text
     assert "1 unfinished, 1 broken" in text
     for words in (
-        "It has no metrics.json: it broke off",
+        "It has no metrics.json: it was interrupted",
         "metrics.json is not a readable JSON file",
         "It has no log.jsonl, so it has no curves",
         "2 lines of its log.jsonl can't be read",
@@ -349,7 +349,7 @@ def test_a_log_alone_is_a_run_and_no_run_at_all_is_one_sentence(tmp_path):
     [
         ({"data_fingerprint": "other"}, tuple(TASKS), "scored on different validation data"),
         ({"split": "tune"}, tuple(TASKS), "scored on different validation data"),
-        ({}, ("depth", "edge"), "The runs learned different sets of tasks"),
+        ({}, ("depth", "edge"), "The runs were trained on different sets of tasks"),
         ({"evaluation": {"options": {"depth": {"protocol": "astmt"}}}}, tuple(TASKS), "scored in different ways"),
     ],
 )
@@ -362,7 +362,7 @@ def test_what_does_not_compare_is_not_ranked_and_the_page_says_why(tmp_path, fac
     assert "(best)" not in page
     table = page[page.index('id="table"') : page.index("</table>")]
     assert table.count("<tr>") == 3
-    assert ("standard, 500 pictures, data 8d9e" in table) == ("validation data" in words)
+    assert ("standard, 500 images, data 8d9e" in table) == ("validation data" in words)
     same = page_of(
         write_run(tmp_path / "t/a", 0, panels=0), write_run(tmp_path / "t/b", 0, {"x.y": 1}, better=0.1, panels=0)
     )
@@ -379,7 +379,7 @@ def test_hostile_names_settings_and_files_are_text(tmp_path):
     write_run(tmp_path / "s" / "c<b>", 0, finished=False, panels=0)
     going = write_run(tmp_path / "s" / "d", 1, finished=False, panels=0)
     going.rename(tmp_path / "s" / os.fsdecode(b"no text \xff"))
-    page = document(collect([tmp_path / "s"]), HOSTILE)
+    page = render_page(collect([tmp_path / "s"]), HOSTILE)
     page.encode()  # a folder's name need not be UTF-8
     reader = MultiTaskDataset(page)
     assert [tag for tag, _ in reader.tags].count("script") == 2
@@ -413,7 +413,7 @@ def test_a_forged_layout_leaves_the_pictures_out(tmp_path, text):
     info.add_text(LAYOUT_KEY, text)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(run / "panels/x.png", pnginfo=info)
     page = page_of(run)
-    assert "No run has pictures." in page
+    assert "No run has images." in page
     assert "x.png can&#x27;t be read" in page
 
 
@@ -459,7 +459,7 @@ def test_a_thousand_runs_take_seconds(tmp_path):
     page = page_of(tmp_path / "s")
     assert time.perf_counter() - began < 30
     assert len(data_of(page)["cells"]) == 1000
-    assert "The first 60 of 1000 rows are here" in page
+    assert "The first 60 of 1000 rows are shown" in page
     assert len(page) < 15e6
 
 
@@ -737,7 +737,7 @@ def test_hostile_runs_do_nothing_in_a_browser(browser, tmp_path):
         run = write_run(folder / name, 0, config, {"device": HOSTILE, "command": HOSTILE})
         write_panels(run / "panels", [shown(HOSTILE, 0)], TASKS)
     page = tmp_path / "page.html"
-    page.write_text(document(collect([folder]), HOSTILE), "utf-8")
+    page.write_text(render_page(collect([folder]), HOSTILE), "utf-8")
     browser.open(page, width=320)
     browser.click("#wall .tile")
     assert browser.js("document.querySelectorAll('img').length") > 4
@@ -777,8 +777,8 @@ def test_sixty_runs_of_a_search_stay_small_and_quick(browser, tmp_path):
     assert page.stat().st_size < 15e6
     browser.open(page)
     assert browser.js("performance.timing.domComplete - performance.timing.domInteractive") < 5000
-    assert browser.js("document.querySelectorAll('#wall .tile').length") == pictures_module.MAX_ROWS * 4
-    assert "The first 24 of 60 rows are here" in browser.js("document.body.innerText")
+    assert browser.js("document.querySelectorAll('#wall .tile').length") == images_module.MAX_ROWS * 4
+    assert "The first 24 of 60 rows are shown" in browser.js("document.body.innerText")
     browser.click("#legend .bar button", 0)
     assert browser.js("document.querySelectorAll('.toggle[aria-pressed=true]').length") == 60
     quiet(browser)

@@ -16,7 +16,7 @@ from mtcl.launch.study_file import Study, Variant
 from mtcl.launch.study_tables import format_markdown, read_results, record, report, to_json, write_results
 from mtcl.launch.sweep import find_run_state
 from mtcl.results.compare import compare
-from mtcl.results.html import collect, document
+from mtcl.results.html import collect, render_page
 from mtcl.results.list_runs import format_runs, list_runs, read_state, to_records
 from mtcl.results.run_files import read_config, read_metrics, read_record
 from mtcl.results.runs import read_run
@@ -84,7 +84,7 @@ def read_everything(folder: Path) -> list[UserError]:
         json.dumps(to_records(found))
 
     def page() -> None:
-        document(collect([folder.parent]), "x").encode()
+        render_page(collect([folder.parent]), "x").encode()
 
     def study() -> None:
         made = Study("x", (), (Variant("a", (), (1,)),))

@@ -1,10 +1,10 @@
-"""Runs as one self-contained HTML file: numbers, curves, pictures, configs. What it says is :mod:`..compare`'s.
+"""Reports: runs as one self-contained HTML file with table, curves, sweeps, images and settings.
 
-``collect`` reads folders, ``figures`` makes the numbers that are drawn, ``pictures`` cuts panels into embedded tiles,
-``document`` writes HTML around them; ``page.css`` and ``page.js`` go into the file as they are.
+:mod:`.collect` reads the folders, :mod:`.charts` computes the numbers that are drawn, :mod:`.images` cuts panels into
+embedded tiles, :mod:`.page` writes the HTML; ``page.css`` and ``page.js`` are embedded unchanged.
 """
 
 from mtcl.results.html.collect import collect
-from mtcl.results.html.document import document
+from mtcl.results.html.page import render_page
 
-__all__ = ["collect", "document"]
+__all__ = ["collect", "render_page"]

@@ -508,7 +508,7 @@ function wall() {
   const bar = byId("wall-bar");
   if (!bar) return;
   const pictures = data.wall.map((entry, i) => [i, entry.id]);
-  bar.append(select("picture", pictures, 0, (value) => { view.picture = Number(value); drawWall(); drawSlider(); }),
+  bar.append(select("image", pictures, 0, (value) => { view.picture = Number(value); drawWall(); drawSlider(); }),
     select("show", Object.entries(KINDS), view.kind, (value) => { view.kind = value; drawWall(); }));
   drawWall();
   drawSlider();
@@ -518,14 +518,14 @@ function drawWall() {
   const entry = data.wall[view.picture], tasks = Object.keys(entry.tasks);
   const cell = (task, content) => el("td", {}, el("span", { class: "what" }, ...breakable(task)), content);
   const head = el("thead", {}, el("tr", {}, el("td", { class: "lead-cell" }), ...tasks.map((task) => el("th", { scope: "col" }, ...breakable(task)))));
-  const label = el("tr", {}, el("th", { scope: "row" }, "label"), ...tasks.map((task) => cell(task, el("span", { class: "still" }, image(entry.tasks[task].label, `label of ${task}, picture ${entry.id}`)))));
+  const label = el("tr", {}, el("th", { scope: "row" }, "label"), ...tasks.map((task) => cell(task, el("span", { class: "still" }, image(entry.tasks[task].label, `label of ${task}, image ${entry.id}`)))));
   const rows = linesOf(entry).map((i) => el("tr", {}, el("th", { scope: "row" }, bdi(labelOf(i))), ...tasks.map((task) => {
     const own = entry.lines[i][task];
     if (!own) return cell(task, "–");
-    const words = `${KINDS[view.kind]} of ${task}, ${labelOf(i)}, picture ${entry.id}`;
+    const words = `${KINDS[view.kind]} of ${task}, ${labelOf(i)}, image ${entry.id}`;
     return cell(task, el("button", { type: "button", class: "tile", "aria-label": `Enlarge: ${words}`, onclick: () => openViewer(i, task) }, image(own[view.kind], words)));
   })));
-  const top = el("tr", {}, el("th", { scope: "row" }, "picture"), el("td", {}, el("span", { class: "still" }, image(entry.image, `picture ${entry.id}`, false))));
+  const top = el("tr", {}, el("th", { scope: "row" }, "image"), el("td", {}, el("span", { class: "still" }, image(entry.image, `image ${entry.id}`, false))));
   byId("wall").replaceChildren(el("table", { class: "wall" }, el("caption", { class: "hidden" }, `Picture ${entry.id}: label, then ${KINDS[view.kind]} of each row`), head, el("tbody", {}, top, label, ...rows)), keybox(entry, tasks));
   const table = byId("wall").firstChild;
   table.style.setProperty("max-width", `${12 + tasks.length * 17}rem`);
@@ -558,7 +558,7 @@ function openViewer(line, task) {
   const lines = linesOf(entry), tasks = Object.keys(entry.tasks);
   let [row, column] = [lines.indexOf(line), tasks.indexOf(task)];
   const draw = () => {
-    const i = lines[row], name = tasks[column], own = entry.lines[i][name], about = `${name}, picture ${entry.id}`;
+    const i = lines[row], name = tasks[column], own = entry.lines[i][name], about = `${name}, image ${entry.id}`;
     const part = (title, source, alt, map = true) => el("figure", {}, el("figcaption", {}, title), source ? image(source, alt, map) : "–");
     const arrow = (text, words, dx, dy) => el("button", { type: "button", "aria-label": words, title: words, onclick: () => move(dx, dy) }, text);
     dialog.replaceChildren(el("div", { class: "viewer" },
@@ -568,7 +568,7 @@ function openViewer(line, task) {
           el("button", { type: "button", autofocus: true, onclick: () => dialog.close() }, "Close"))),
       el("div", { class: "grid2" },
         part("prediction", own?.prediction, `prediction of ${about}`), part("label", entry.tasks[name].label, `label of ${about}`),
-        part("error", own?.error, `error map of ${about}`), part(`picture ${entry.id}`, entry.image, `picture ${entry.id}`, false)),
+        part("error", own?.error, `error map of ${about}`), part(`image ${entry.id}`, entry.image, `image ${entry.id}`, false)),
       legendList(entry.tasks[name].legend)));
   };
   const move = (dx, dy) => {
@@ -593,8 +593,8 @@ function openViewer(line, task) {
 const sides = { task: null, left: null, right: null, cut: 50 };
 function drawSlider() {
   const host = byId("slider"), entry = data.wall[view.picture], tasks = Object.keys(entry.tasks), lines = linesOf(entry);
-  if (!tasks.length) return host.replaceChildren(el("p", { class: "empty" }, "This picture has no predictions."));
-  const options = [...lines.map((i) => [String(i), labelOf(i)]), ["label", "label"], ["image", "picture"]];
+  if (!tasks.length) return host.replaceChildren(el("p", { class: "empty" }, "This image has no predictions."));
+  const options = [...lines.map((i) => [String(i), labelOf(i)]), ["label", "label"], ["image", "image"]];
   const keys = options.map(([key]) => key);
   if (!tasks.includes(sides.task)) sides.task = tasks[0];
   if (!keys.includes(sides.left)) sides.left = keys[0];
@@ -610,7 +610,7 @@ function drawSlider() {
     host.replaceChildren(bar, el("p", { class: "empty" }, "One of the two has no prediction of this task."));
   } else {
     const over = el("div", { class: "over" }, image(left, `left: ${sides.task}, ${text(sides.left)}`, sides.left !== "image"));
-    const range = el("input", { type: "range", min: 0, max: 100, step: 1, value: sides.cut, "aria-label": "Where the left picture ends, in percent" });
+    const range = el("input", { type: "range", min: 0, max: 100, step: 1, value: sides.cut, "aria-label": "Where the left image ends, in percent" });
     const box = el("div", { class: "slider" }, image(right, `right: ${sides.task}, ${text(sides.right)}`, sides.right !== "image"), over, el("div", { class: "edge" }), range);
     const place = () => { sides.cut = Number(range.value); box.style.setProperty("--cut", `${sides.cut}%`); };
     range.addEventListener("input", place);
