@@ -13,6 +13,7 @@ from helpers.published import HIGHER, NYUD, PUBLISHED, SINGLE
 from helpers.run_folders import ON, VALUES, write_run
 
 from mtcl import UserError
+from mtcl.config.schema import RULES, role_of
 from mtcl.results.compare import compare, compares_on_off
 from mtcl.results.runs import natural_key, read_run
 from mtcl.results.tables import FORMATS, render
@@ -97,6 +98,18 @@ def test_the_order_is_the_given_one_and_ten_comes_after_nine(tmp_path):
     rates = [row.label for row in compare([tmp_path / "s" / "5", tmp_path / "s"]).rows]
     assert rates == [f"optimizer.lr={i / 1000:g}" for i in (5, 0, 1, 2, 3, 4, 6, 7, 8, 9, 10)]
     assert natural_key(Path("a/9/x")) < natural_key(Path("a/10/x"))
+
+
+def test_four_runs_of_one_method_are_one_row_whatever_their_machines(tmp_path, cli):
+    """They differ in the seed and in every key whose role is not ``result``."""
+    keys = [key for key in RULES if role_of(key) not in ("result", "seed")]
+    assert {"trainer.keep_checkpoint_interval", "trainer.compile", "trainer.parallel", "data.root"} <= set(keys)
+    for seed in range(4):
+        config = {key: f"value {seed}" for key in keys if not key.endswith("*")}
+        write_run(tmp_path / f"seed_{seed}", seed, config=ON | config)
+    (row,) = compare([tmp_path]).rows
+    assert row.num_seeds == 4
+    assert "differ" not in cli("scripts/compare.py", str(tmp_path)).out
 
 
 def test_runs_that_differ_in_how_they_ran_and_what_they_wrote_are_one_row(tmp_path):
