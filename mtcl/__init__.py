@@ -25,16 +25,22 @@ def load(
     precision: str = "auto",
     **options: Any,
 ) -> "Predictor":
-    """A trained model as a predictor.
-
-    ``source``: a checkpoint, a run's folder, an exported folder, or a name on the Hugging Face hub. ``device``: auto,
-    cpu or cuda. ``tasks``: only those. ``precision``: auto, bf16 or fp32. ``options``: ``mode``, ``flip``, ``scales``,
-    ``max_pixels``, see :class:`mtcl.inference.Predictor`. ``UserError``: what was given is none of this.
+    """Load a trained model as a predictor.
 
     >>> predictor = mtcl.load("outputs/rooms/TIME")  # doctest: +SKIP
-    >>> maps = predictor("picture.jpg")  # or a PIL picture, or uint8 RGB (H, W, 3)  # doctest: +SKIP
+    >>> maps = predictor("image.jpg")  # or a PIL image, or uint8 RGB (H, W, 3)  # doctest: +SKIP
     >>> maps["depth"]  # float32 (H, W), metres; maps["semseg"]: uint8 (H, W), classes  # doctest: +SKIP
-    """
-    from mtcl.config import load as loading  # takes a moment: it imports torch and timm
 
-    return loading.load(source, device, tasks, precision, **options)
+    Args:
+        source: a checkpoint, a run's folder, an exported folder, or a name on the Hugging Face hub.
+        device: auto, cpu or cuda.
+        tasks: predict only these; None: all tasks of the model.
+        precision: auto, bf16 or fp32.
+        **options: ``mode``, ``flip``, ``scales``, ``max_pixels``, see :class:`mtcl.inference.Predictor`.
+
+    Raises:
+        UserError: the source is none of these, or an option is out of range.
+    """
+    from mtcl.config import load as config_load  # here, for it imports torch and timm, which takes seconds
+
+    return config_load.load(source, device, tasks, precision, **options)

@@ -37,10 +37,8 @@ class Depth(Task):
     error_label: ClassVar[str] = "22 % off"  # exp(0.2)
     units: ClassVar[Mapping[str, str]] = {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}
     max_plausible_median: ClassVar[float] = 100.0  # metres: a median beyond it is of another unit
-    min_drawn_depth: ClassVar[float] = (
-        1e-6  # metres: what stands for a prediction of 0 or less in pictures, where 0 is void
-    )
-    max_drawn_depth: ClassVar[float] = 10.0  # metres; pictures have one range, so that colours can be compared
+    min_drawn_depth: ClassVar[float] = 1e-6  # metres: drawn for a prediction of 0 or less, since 0 itself is void
+    max_drawn_depth: ClassVar[float] = 10.0  # metres: the same in all images, so that colours can be compared
 
     @cached_property
     def criterion(self) -> nn.Module:
