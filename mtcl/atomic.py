@@ -54,27 +54,27 @@ def remove_temporary_files(folder: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def convert_disk_errors(path: Path, then: str = "run it again (a training run: with resume=auto)") -> Iterator[None]:
+def convert_disk_errors(path: Path, advice: str = "run it again (a training run: with resume=auto)") -> Iterator[None]:
     """Convert an ``OSError`` of writing ``path`` to a ``UserError``.
 
     Args:
         path: the file that is written in the context.
-        then: what to do once the disk is in order.
+        advice: what to do once the disk is in order.
     """
     try:
         yield
     except OSError as error:
-        raise UserError(disk_error(path, error, then)) from error
+        raise UserError(describe_disk_error(path, error, advice)) from error
 
 
-def disk_error(path: Path, error: OSError, then: str) -> str:
+def describe_disk_error(path: Path, error: OSError, advice: str) -> str:
     """Return a sentence about an ``error`` of writing ``path``; see :func:`convert_disk_errors`."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk of {path.parent} while writing {path.name}; free some, then {then}"
+        return f"no space left on the disk of {path.parent} while writing {path.name}; free some, then {advice}"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{path.parent} can't be written to ({reason}); make it writable or choose another folder, then {then}"
-    return f"{path} can't be written ({reason}); check its disk, then {then}"
+        return f"{path.parent} can't be written to ({reason}); make it writable or choose another folder, then {advice}"
+    return f"{path} can't be written ({reason}); check its disk, then {advice}"
 
 
 def _temporary(path: Path) -> Path:
