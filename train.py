@@ -10,10 +10,11 @@ from mtcl.cli.train import train
 
 
 def main(config: DictConfig) -> None:
+    """Train with the composed config, in the folder that Hydra has made."""
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
-    own_folder = any("hydra.run.dir" in word for word in job.overrides.hydra)
-    train(config, folder, None if own_folder else folder.parent, overrides=list(job.overrides.task))
+    chosen_folder = any("hydra.run.dir" in override for override in job.overrides.hydra)
+    train(config, folder, None if chosen_folder else folder.parent, overrides=list(job.overrides.task))
 
 
 if __name__ == "__main__":

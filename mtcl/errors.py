@@ -21,6 +21,12 @@ class ParameterError(UserError):
         self.parameter, self.problem = parameter, problem
 
 
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an error's text without a full stop at its end, or the name of its class."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else "" if isinstance(error, str) else type(error).__name__
+
+
 def describe_load_error(error: Exception) -> str:
     """Say in one line why ``torch.load`` refused a file, without its advice to run whatever code the file holds."""
     text = str(error).strip().split("\n")[0]

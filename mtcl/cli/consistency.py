@@ -154,16 +154,14 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
 def restore_settings(state: Mapping[str, Any], path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
     """A checkpoint's own config with the command's overrides, as evaluate.py would use it."""
     words = quote_paths(overrides)
-    own_data = infer_dataset_override([f"checkpoint={path}", *words], configs)
-    composed, choices = compose_with_choices(
-        [*words, *([own_data] if own_data else [])], configs, "evaluate", check=False
-    )
-    groups = list(choices)
-    settings = adapt_config(read_checkpoint_model(path, state), composed)
+    saved = read_checkpoint_model(path, state)
+    dataset = infer_dataset_override(saved, words, configs)
+    composed, groups = compose_with_choices([*words, *([dataset] if dataset else [])], configs, "evaluate", check=False)
+    settings = adapt_config(saved, composed)
     for word in words:
         if word.lstrip("+").startswith("regularizer"):
             raise UserError(f"{word}: the regulariser is looked at as it was trained; leave this out")
-    settings = apply_overrides(settings, composed, words, groups)
+    settings = apply_overrides(settings, composed, words, list(groups))
     check_config(plain(settings))
     return settings
 

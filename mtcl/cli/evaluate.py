@@ -1,4 +1,4 @@
-"""One evaluation: of a checkpoint, from which everything is rebuilt, or of saved maps of any origin."""
+"""Evaluate a checkpoint, from which everything is rebuilt, or saved maps of any origin."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -12,14 +12,22 @@ from mtcl.atomic import write_json
 from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
 from mtcl.config.build_evaluator import build_evaluator
-from mtcl.config.load import SavedModel, convert_build_errors, read_saved_model, rebuild_model, restore_config
+from mtcl.config.load import (
+    SavedModel,
+    convert_build_errors,
+    read_saved_model,
+    rebuild_model,
+    restore_config,
+)
 from mtcl.config.resolve import plain
+from mtcl.config.schema import COMMAND, MODEL_GROUPS, role_of
 from mtcl.config.stored_config import check_tasks
 from mtcl.errors import UserError
 from mtcl.evaluation.evaluator import EvaluationResult
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, check_maps, report_problems
 from mtcl.evaluation.saved_predictions import PredictionWriter, SavedPredictions, find_map_folder
+from mtcl.run_folder import RunFolder
 from mtcl.runtime import choose_device, seed_everything
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
@@ -27,54 +35,59 @@ from mtcl.training.run_logger import write_panels
 
 log = logging.getLogger(__name__)
 
-MODEL_GROUPS = ("backbone", "decoder")  # what a checkpoint's weights belong to
-GLOBAL_GROUPS = ("experiment", "debug")
-COMMAND_KEYS = ("checkpoint", "save_predictions")  # keys of the evaluation, not of the run
-MODEL_FACTS = ("precision", "seed")  # facts that mean nothing for saved maps
+MODEL_FACTS = ("precision", "seed")  # entries of the run record that mean nothing for saved maps
 
 
 def evaluate(
-    config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
+    config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path, saved: SavedModel | None = None
 ) -> dict[str, dict[str, float]]:
-    """Score ``config.checkpoint`` or the maps in ``config.predictions``; the metrics.
+    """Score ``config.checkpoint`` or the maps in ``config.predictions``.
 
-    Writes metrics.json, run.json and panels into ``folder``, and with ``config.save_predictions`` the checkpoint's maps
-    there. ``config``: the composed defaults with the command's overrides in them; ``overrides``: those words;
-    ``groups``: which of their keys choose a whole config group.
+    Writes metrics, record and panels into ``folder``, and with ``config.save_predictions`` the checkpoint's maps there.
+
+    Args:
+        config: the composed defaults with the command's overrides in them.
+        overrides: the command's overrides, for the record and for what replaces the checkpoint's own config.
+        groups: the names of the config groups.
+        folder: the folder of the evaluation; it must not hold one already.
+        saved: what :func:`read_named_model` has read; a checkpoint of the same name is not read again.
+
+    Returns:
+        Task -> metric -> value.
     """
     if (config.checkpoint is None) == (config.predictions is None):
         both = "not both" if config.checkpoint is not None else "neither is given"
         raise UserError(f"evaluate.py scores checkpoint=PATH or predictions=DIR data=NAME, {both}")
     if config.predictions is not None:
-        return score_predictions(config, overrides, folder)
-    return score_checkpoint(config, overrides, groups, folder)
+        return evaluate_predictions(config, overrides, folder)
+    if saved is None or saved.source != str(config.checkpoint):
+        saved = read_saved_model(config.checkpoint)
+    return evaluate_checkpoint(saved, config, overrides, groups, folder)
 
 
-def score_checkpoint(
-    config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
+def evaluate_checkpoint(
+    saved: SavedModel, config: DictConfig, overrides: Sequence[str], groups: Sequence[str], folder: Path
 ) -> dict[str, dict[str, float]]:
-    """Everything is rebuilt from the checkpoint, then the command's overrides apply; ``tasks.names`` may be fewer."""
-    saved = read_saved_model(config.checkpoint)
+    """Score a saved model with its own config, changed by the command's overrides; ``tasks.names`` may be fewer."""
     check_folder_unused(folder)
-    settings = adapt_config(saved, config)
-    settings = apply_overrides(settings, config, overrides, groups)
+    settings = apply_overrides(adapt_config(saved, config), config, overrides, groups)
     with convert_build_errors(saved.path, passthrough=UserError):
         tasks = select_tasks(settings, saved)
-    device = choose_device(settings.trainer.device, "trainer.device")
+    device = choose_device(settings.trainer.device)
     seed_everything(settings.seed, settings.trainer.deterministic)
-    given = config.save_predictions
-    writer = None if given is None else PredictionWriter(Path(given), tasks, settings.data.root)
-    reader = build_dataset(settings, "val", tasks)
-    warnings = report_problems(check_labels(reader, tasks, "validation"), settings.data.get("strict", False))
+    output = config.save_predictions
+    writer = None if output is None else PredictionWriter(Path(output), tasks, settings.data.root)
+    dataset = build_dataset(settings, "val", tasks)
+    warnings = report_problems(check_labels(dataset, tasks, "validation"), settings.data.get("strict", False))
     model = rebuild_model(settings, build_model_tasks(saved), saved)
-    evaluator = build_evaluator(settings, tasks, build_eval_loader(settings, reader, tasks, device), device)
+    evaluator = build_evaluator(settings, tasks, build_eval_loader(settings, dataset, tasks, device), device)
     evaluation = evaluator.run(model.to(device), on_prediction=None if writer is None else writer.write)
-    facts = build_run_record(settings, reader, evaluation.num_images, device, overrides)
-    facts |= {"checkpoint": str(saved.path), "step": saved.step, "warnings": warnings}
-    told = f"{saved.path} on {evaluation.num_images} pictures of {settings.data.name}"
-    write_evaluation(folder, evaluation, tasks, facts, f"step {saved.step}", told)
+    record = build_run_record(settings, dataset, evaluation.num_images, device, overrides)
+    record |= {"checkpoint": str(saved.path), "step": saved.step, "warnings": warnings}
+    title = f"{saved.path} on {evaluation.num_images} images of {settings.data.name}"
+    write_evaluation(folder, evaluation, tasks, record, f"step {saved.step}", title)
     if writer is not None:
-        log.info("its predictions are in %s; score them with predictions=%s", given, given)
+        log.info("its predictions are in %s; score them with predictions=%s", output, output)
     return evaluation.metrics
 
 
@@ -88,7 +101,7 @@ def adapt_config(saved: SavedModel, composed: DictConfig) -> DictConfig:
 
 
 def build_model_tasks(saved: SavedModel) -> dict[str, Task]:
-    """All tasks that a checkpoint's model predicts, on the data that it was trained on."""
+    """Build all tasks that a checkpoint's model predicts, on the data that it was trained on."""
     with convert_build_errors(saved.path):
         tasks = build_tasks(restore_config(saved))
     check_tasks(dict(saved.tasks), tasks, saved.path)
@@ -96,7 +109,11 @@ def build_model_tasks(saved: SavedModel) -> dict[str, Task]:
 
 
 def select_tasks(settings: DictConfig, saved: SavedModel) -> dict[str, Task]:
-    """The tasks to score: those that ``settings`` name, all of the checkpoint's. ``UserError`` where it lacks one."""
+    """Build the tasks to score: those that ``settings`` name, or all of the checkpoint's.
+
+    Raises:
+        UserError: the checkpoint's model does not predict one of them.
+    """
     names = settings.tasks.names
     for name in names if names != "auto" else ():
         if name in TASK_NAMES and name not in saved.tasks:
@@ -108,7 +125,7 @@ def select_tasks(settings: DictConfig, saved: SavedModel) -> dict[str, Task]:
     return tasks
 
 
-def score_predictions(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
+def evaluate_predictions(config: DictConfig, overrides: Sequence[str], folder: Path) -> dict[str, dict[str, float]]:
     """Score saved maps (:mod:`mtcl.evaluation.saved_predictions`) on the validation list, without any model.
 
     ``tasks.names=auto``: the tasks that have a folder and that the dataset has labels for.
@@ -116,88 +133,109 @@ def score_predictions(config: DictConfig, overrides: Sequence[str], folder: Path
     if config.save_predictions is not None:
         raise UserError("save_predictions writes the maps of a checkpoint; leave it out with predictions=DIR")
     check_folder_unused(folder)
-    chosen = config.tasks.names
+    names = config.tasks.names
     config = config.copy()
     config.tasks.names = "auto"
-    offered = list(build_tasks(config))
-    maps, found = find_map_folder(Path(config.predictions), offered)
-    if chosen == "auto" and len(found) < len(offered):
-        log.info("%s has no folder of %s: not scored", maps, ", ".join(name for name in offered if name not in found))
-    config.tasks.names = found if chosen == "auto" else chosen
+    labelled = list(build_tasks(config))
+    maps, predicted = find_map_folder(Path(config.predictions), labelled)
+    if names == "auto" and len(predicted) < len(labelled):
+        missing = ", ".join(name for name in labelled if name not in predicted)
+        log.info("%s has no folder of %s: not scored", maps, missing)
+    config.tasks.names = predicted if names == "auto" else names
     tasks = build_tasks(config)
-    device = choose_device(config.trainer.device, "trainer.device")
+    device = choose_device(config.trainer.device)
     seed_everything(config.seed, config.trainer.deterministic)
-    reader = build_dataset(config, "val", tasks)
-    # Both lists are shorter than that of the dataset: human parts alone keep to pictures with persons.
+    dataset = build_dataset(config, "val", tasks)
+    # Both lists are shorter than that of the dataset: human parts alone keep to images with persons.
     shortened = config.data.limit is not None or list(tasks) == ["human_parts"]
-    saved = SavedPredictions(maps, tasks, reader, device, allow_extra_maps=shortened)
-    problems = check_labels(reader, tasks, "validation") + check_maps(saved, reader, tasks)
+    predictions = SavedPredictions(maps, tasks, dataset, device, allow_extra_maps=shortened)
+    problems = check_labels(dataset, tasks, "validation") + check_maps(predictions, dataset, tasks)
     warnings = report_problems(problems, config.data.get("strict", False))
-    evaluation = build_evaluator(config, tasks, build_eval_loader(config, reader, tasks, device), device).score(
-        saved.predict
-    )
-    facts = build_run_record(config, reader, evaluation.num_images, device, overrides)
-    facts = {key: value for key, value in facts.items() if key not in MODEL_FACTS}
-    facts |= {"predictions": str(maps), "predictions_fingerprint": saved.fingerprint(), "warnings": warnings}
-    told = f"{maps} on {evaluation.num_images} pictures of {config.data.name}"
-    write_evaluation(folder, evaluation, tasks, facts, "saved maps", told)
+    evaluator = build_evaluator(config, tasks, build_eval_loader(config, dataset, tasks, device), device)
+    evaluation = evaluator.score(predictions.predict)
+    record = build_run_record(config, dataset, evaluation.num_images, device, overrides)
+    record = {key: value for key, value in record.items() if key not in MODEL_FACTS}
+    record |= {"predictions": str(maps), "predictions_fingerprint": predictions.fingerprint(), "warnings": warnings}
+    title = f"{maps} on {evaluation.num_images} images of {config.data.name}"
+    write_evaluation(folder, evaluation, tasks, record, "saved maps", title)
     return evaluation.metrics
 
 
 def check_folder_unused(folder: Path) -> None:
-    """``UserError`` where an evaluation has been written to ``folder`` already."""
-    for name in ("metrics.json", "run.json"):
-        if (folder / name).exists():
-            raise UserError(f"{folder / name} exists already; choose another hydra.run.dir")
+    """Raise ``UserError`` if an evaluation or a run has been written to ``folder`` already."""
+    files = RunFolder(folder)
+    for path in (files.metrics, files.record):
+        if path.exists():
+            raise UserError(f"{path} exists already; choose another hydra.run.dir")
 
 
 def write_evaluation(
     folder: Path,
     evaluation: EvaluationResult,
     tasks: Mapping[str, Task],
-    facts: Mapping[str, Any],
+    record: Mapping[str, Any],
     column: str,
-    told: str,
+    title: str,
 ) -> None:
-    """Write run.json, metrics.json and panels into ``folder``; log ``told`` with the table, its column so headed."""
+    """Write record, metrics and panels into ``folder`` and log the table with one ``column`` under a ``title``."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_panels(folder / "panels", evaluation.visual_samples, tasks)
-    write_json(folder / "run.json", facts)
-    write_json(folder / "metrics.json", evaluation.metrics)
-    table = format_metrics(tasks, {column: evaluation.metrics})
-    log.info("%s:\n\n%s\n", told, table)
-    log.info("metrics.json, run.json and panels/ are in %s", folder)
+    files = RunFolder(folder)
+    write_panels(files.panels, evaluation.visual_samples, tasks)
+    write_json(files.record, record)
+    write_json(files.metrics, evaluation.metrics)
+    log.info("%s:\n\n%s\n", title, format_metrics(tasks, {column: evaluation.metrics}))
+    log.info("%s, %s and %s/ are in %s", files.metrics.name, files.record.name, files.panels.name, folder)
 
 
-def infer_dataset_override(words: Sequence[str], configs: Path) -> str | None:
-    """``data=NAME`` for the checkpoint named among the command's words, so that the keys of its dataset are known.
+def read_named_model(overrides: Sequence[str]) -> SavedModel | None:
+    """Read the model of the last ``checkpoint=`` among a command's overrides.
 
-    None where the words choose a dataset themselves, or where there is nothing to know (evaluate will say so).
+    None if there is none or it cannot be read; :func:`evaluate` then says what is wrong.
     """
-    found = [word.partition("=")[2] for word in words if word.startswith("checkpoint=")]
-    if not found or any(word.startswith("data=") for word in words):
+    sources = [override.partition("=")[2] for override in overrides if override.startswith("checkpoint=")]
+    if not sources:
         return None
     try:
-        name = str(read_saved_model(found[-1].strip("'\"")).config["data"]["name"])
-    except (UserError, KeyError):
+        return read_saved_model(sources[-1].strip("'\""))
+    except UserError:
         return None
+
+
+def infer_dataset_override(saved: SavedModel | None, overrides: Sequence[str], configs: Path) -> str | None:
+    """Return ``data=NAME`` of a saved model, so that the keys of its dataset exist in the composed config.
+
+    None if the command chooses a dataset itself, or if the model's dataset is not one of ``configs``.
+    """
+    if saved is None or any(override.startswith("data=") for override in overrides):
+        return None
+    name = str(saved.config["data"]["name"])
     return f"data={name}" if name in {path.stem for path in (configs / "data").glob("*.yaml")} else None
 
 
 def apply_overrides(
-    saved: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]
+    settings: DictConfig, composed: DictConfig, overrides: Sequence[str], groups: Sequence[str]
 ) -> DictConfig:
-    """The checkpoint's config with the command's overrides: whole groups first, then single keys."""
-    words = OverridesParser.create().parse_overrides(list(overrides))
-    for word in sorted(words, key=lambda w: w.key_or_group not in groups):
-        key = word.key_or_group
+    """Change a checkpoint's config by the command's overrides: groups as a unit first, then single keys.
+
+    Args:
+        settings: the checkpoint's config, which is changed.
+        composed: the defaults with the overrides in them, where the values come from.
+        overrides: as typed.
+        groups: the names of the config groups.
+
+    Returns:
+        ``settings``.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    for override in sorted(parsed, key=lambda one: one.key_or_group not in groups):
+        key = override.key_or_group
         if key.split(".")[0] in MODEL_GROUPS:
             raise UserError(f"{key} belongs to the checkpoint's model and can't be changed when evaluating")
-        if key in GLOBAL_GROUPS:
+        if key in groups and key not in composed:  # @package _global_: experiment, debug, recipe
             raise UserError(f"{key}= sets keys of many groups; when evaluating, override the keys themselves")
-        if word.is_delete():
-            raise UserError(f"{word.input_line}: nothing can be taken out of a checkpoint's config; set it to null")
-        if key not in COMMAND_KEYS:
-            with open_dict(saved):
-                OmegaConf.update(saved, key, OmegaConf.select(composed, key), merge=False)
-    return saved
+        if override.is_delete():
+            raise UserError(f"{override.input_line}: nothing can be taken out of a checkpoint's config; set it to null")
+        if role_of(key) != COMMAND:
+            with open_dict(settings):
+                OmegaConf.update(settings, key, OmegaConf.select(composed, key), merge=False)
+    return settings

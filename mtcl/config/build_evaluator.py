@@ -13,26 +13,26 @@ from mtcl.evaluation.evaluator import Evaluator
 from mtcl.tasks.base import Task
 
 
-def choose_monitor(name: str, tasks: Mapping[str, Task], quick: Sequence[int] | None) -> tuple[str, bool]:
-    """(``task/metric``, higher is better) of ``trainer.monitor``; ``auto``: the headline of the first task.
+def choose_monitor(name: str, tasks: Mapping[str, Task], fast_boundaries: Sequence[int] | None) -> tuple[str, bool]:
+    """Return ``task/metric`` of ``trainer.monitor`` and whether higher is better; ``auto``: the first task's primary.
 
     Of edges, validations between training steps have their loss only, unless ``evaluation.fast_boundaries`` is given.
     """
-    known = {}
+    metrics = {}
     for task in tasks.values():
-        metric, higher = task.choose_metric(() if quick is None else (task.primary_metric,))
-        known[f"{task.name}/{metric}"] = higher
-    name = next(iter(known)) if name == "auto" else name
-    if name not in known:
+        metric, higher = task.choose_metric(() if fast_boundaries is None else (task.primary_metric,))
+        metrics[f"{task.name}/{metric}"] = higher
+    name = next(iter(metrics)) if name == "auto" else name
+    if name not in metrics:
         hint = "; edge/odsF needs evaluation.fast_boundaries=[9,4]" if name == "edge/odsF" else ""
-        raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(known)}{hint}")
-    return name, known[name]
+        raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(metrics)}{hint}")
+    return name, metrics[name]
 
 
 def build_evaluator(
     config: DictConfig, tasks: Mapping[str, Task], loader: DataLoader, device: torch.device
 ) -> Evaluator:
-    """Scores as ``config.evaluation`` says."""
+    """Build the evaluator of ``config.evaluation``."""
     settings = plain(config.evaluation)
     options = {name: dict(settings["options"].get(name) or {}) for name in tasks}
     quick: dict[str, dict[str, Any]] = {}
@@ -44,14 +44,14 @@ def build_evaluator(
         if settings["fast_boundaries"] is not None and settings["score_boundaries"]:
             thresholds, every = settings["fast_boundaries"]
             quick["edge"] = {"thresholds": thresholds, "every": every}
-    for name, task in tasks.items():  # says now what an option lacks
+    for name, task in tasks.items():  # refuses a wrong option before training
         construct_metric(task, options[name])
     precision, panels = config.trainer.precision, config.trainer.num_panels
     return Evaluator(tasks, loader, device, precision, num_visual_samples=panels, options=options, quick=quick)
 
 
 def construct_metric(task: Task, options: Mapping[str, Any]) -> None:
-    """UserError for an option that a task's metric does not have."""
+    """Raise ``UserError`` for an option that a task's metric does not have."""
     try:
         task.metric(**options)
     except (TypeError, ValueError) as error:

@@ -15,9 +15,16 @@ def _flatten_both(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str,
 def find_changed_keys(
     saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
 ) -> list[str]:
-    """The keys below ``prefixes`` that differ, but for those that may; ``max_steps``: that one, too, if it does.
+    """Return the keys that differ between a saved config and that of the run that continues it.
 
-    A key younger than the saved config stands for what its run did (:data:`LEGACY_VALUES`).
+    Keys that may differ on resume are left out.
+
+    Args:
+        saved: nested config of the checkpoint; keys may have the names of an older version. A key that is younger
+            than it has the value of what its run did (:data:`LEGACY_VALUES`).
+        now: nested config of the run.
+        prefixes: beginnings of the keys to compare.
+        max_steps: report a change of ``trainer.max_steps``, too.
     """
     old, new = (LEGACY_VALUES | values for values in _flatten_both(saved, now))
     keys = [key for key in {**old, **new} if key.startswith(tuple(prefixes))]
@@ -34,10 +41,11 @@ def find_changed_experiment_keys(saved: dict[str, Any], now: dict[str, Any]) -> 
 
 
 def format_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
-    """``key is a, was b``."""
+    """Return ``key is a, was b`` for each of the keys, as one text."""
     old, new = _flatten_both(saved, now)
     return "; ".join(f"{key} is {new.get(key)}, was {old.get(key)}" for key in keys)
 
 
 def describe_changes(saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:
+    """Return the differences below ``prefixes`` as one text, empty if there are none."""
     return format_changes(saved, now, find_changed_keys(saved, now, prefixes))

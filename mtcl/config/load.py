@@ -1,4 +1,4 @@
-"""From what was saved or published to a model in working order."""
+"""Load models from checkpoints, run folders, exported folders and the Hugging Face hub."""
 
 import contextlib
 import os
@@ -17,10 +17,11 @@ from torch import Tensor
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.stored_config import check_stored_config, check_stored_tasks, check_tasks
-from mtcl.errors import UserError, escape_control_characters
+from mtcl.errors import UserError, escape_control_characters, first_line
 from mtcl.inference import Predictor
 from mtcl.models import DenseModel
 from mtcl.models.weights import check_weights
+from mtcl.run_folder import CHECKPOINTS, LAST_CHECKPOINT, RunFolder
 from mtcl.runtime import choose_device
 from mtcl.safe_files import read_json
 from mtcl.tasks.base import Task
@@ -46,11 +47,14 @@ class SavedModel(NamedTuple):
     path: Path
     weights: Mapping[str, Tensor]
     config: Mapping[str, Any]
-    tasks: Mapping[str, Any]  # facts, as described has them
+    tasks: Mapping[str, Any]  # as describe_tasks has them
     step: int
+    source: str = ""  # as it was named to :func:`read_saved_model`
 
 
 class LoadedModel(NamedTuple):
+    """A model with its weights and what is needed to use it."""
+
     model: DenseModel  # in evaluation mode, on the CPU
     tasks: dict[str, Task]
     size: tuple[int, int]  # of the frame it was trained in
@@ -64,10 +68,21 @@ def load(
     precision: str = "auto",
     **options: Any,
 ) -> Predictor:
-    """The model in ``source`` as a :class:`mtcl.inference.Predictor`, which ``options`` go to.
+    """Load a trained model for inference.
 
-    ``source``: a checkpoint (.pt), a run's folder (its ``last.pt``), a folder that ``scripts/export.py`` wrote, or the
-    name of one on the Hugging Face hub (``user/model``). ``tasks``: only those. ``device``: auto, cpu or cuda.
+    Args:
+        source: a checkpoint (.pt), a run folder (its last checkpoint), a folder that ``mtcl export`` wrote, or the
+            name of one on the Hugging Face hub (``user/model``).
+        device: ``auto``, ``cpu`` or ``cuda``.
+        tasks: the tasks to predict; None: all of the model's.
+        precision: ``auto``, ``bf16`` or ``fp32``.
+        options: further arguments of :class:`mtcl.inference.Predictor`.
+
+    Returns:
+        A predictor of images of any size.
+
+    Raises:
+        UserError: the source is missing or damaged, or its config describes no model that can be built.
     """
     return build_predictor(load_model(source), device, tasks, precision, **options)
 
@@ -79,14 +94,14 @@ def build_predictor(
     precision: str = "auto",
     **options: Any,
 ) -> Predictor:
-    """See :func:`load`."""
-    wanted = list(loaded.tasks) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
-    if not wanted:
+    """Build the predictor of a loaded model; for the arguments see :func:`load`."""
+    names = list(loaded.tasks) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
+    if not names:
         raise UserError(f"tasks= is empty; {loaded.saved.path} has {', '.join(loaded.tasks)}")
-    for name in wanted:
+    for name in names:
         if name not in loaded.tasks:
             raise UserError(f"{loaded.saved.path} has no task {name}; it has {', '.join(loaded.tasks)}")
-    chosen = {name: task for name, task in loaded.tasks.items() if name in wanted}
+    chosen = {name: task for name, task in loaded.tasks.items() if name in names}
     return Predictor(loaded.model, chosen, loaded.size, choose_device(device, "device"), precision, **options)
 
 
@@ -127,7 +142,7 @@ def convert_build_errors(path: Path, passthrough: type[Exception] | tuple[()] = 
     """Convert what building from a stored config raises to a ``UserError`` that names the file it is stored in.
 
     Values that fit their rules one by one may still not go together; timm, torch and the decoders raise many kinds.
-    ``but``: what is left as it is.
+    Exceptions of the type ``passthrough`` stay as they are.
     """
     try:
         yield
@@ -135,19 +150,23 @@ def convert_build_errors(path: Path, passthrough: type[Exception] | tuple[()] = 
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        first_line = escape_control_characters((reason.splitlines() or [""])[0])
-        raise UserError(f"the config stored in {path} describes no model that can be built: {first_line}") from error
+        reason = escape_control_characters(first_line(reason))
+        raise UserError(f"the config stored in {path} describes no model that can be built: {reason}") from error
 
 
 def read_saved_model(source: str | Path) -> SavedModel:
     """Read what a model is rebuilt from; ``source``: see :func:`load`. The config has passed the schema."""
+    return _read_saved_model(source)._replace(source=str(source))
+
+
+def _read_saved_model(source: str | Path) -> SavedModel:
     path = find_model_file(source)
     if path.suffix != ".json":
         return read_checkpoint_model(path, load_checkpoint(path))
     if path.name != METADATA_FILE:
         raise UserError(f"{path} is neither a checkpoint (.pt) nor an exported folder; give one of these")
-    facts = read_json(path, MAX_METADATA_BYTES)
-    missing = [key for key in ("config", "tasks", "step") if not isinstance(facts, dict) or key not in facts]
+    metadata = read_json(path, MAX_METADATA_BYTES)
+    missing = [key for key in ("config", "tasks", "step") if not isinstance(metadata, dict) or key not in metadata]
     if missing:
         raise UserError(f"{path} is damaged, or of no exported model: it has no {missing[0]}; export the model again")
     file = path.with_name(WEIGHTS_FILE)
@@ -157,7 +176,9 @@ def read_saved_model(source: str | Path) -> SavedModel:
         weights = load_file(file)
     except Exception as error:  # of safetensors, of the disk
         raise UserError(f"{file} is damaged, or holds no weights ({error}); export the model again") from error
-    return validate_saved_model(SavedModel(path.parent, weights, facts["config"], facts["tasks"], facts["step"]))
+    return validate_saved_model(
+        SavedModel(path.parent, weights, metadata["config"], metadata["tasks"], metadata["step"])
+    )
 
 
 def read_checkpoint_model(path: Path, state: Mapping[str, Any]) -> SavedModel:
@@ -179,43 +200,55 @@ def validate_saved_model(saved: SavedModel) -> SavedModel:
 
 
 def find_model_file(source: str | Path) -> Path:
-    """The checkpoint, or the facts of an exported folder."""
+    """Return the path of the checkpoint, or of the metadata of an exported folder, that ``source`` means."""
     path = Path(source).expanduser()
     if path.is_dir():
-        for candidate in (path / METADATA_FILE, path / "checkpoints" / "last.pt", path / "last.pt"):
+        for candidate in (path / METADATA_FILE, RunFolder(path).last_checkpoint, path / LAST_CHECKPOINT):
             if candidate.is_file():
                 return candidate
-        raise UserError(f"{path} holds neither an exported model ({METADATA_FILE}) nor a run (checkpoints/last.pt)")
+        raise UserError(
+            f"{path} holds neither an exported model ({METADATA_FILE}) nor a run ({CHECKPOINTS}/{LAST_CHECKPOINT})"
+        )
     if path.is_file() or not HUB_ID.fullmatch(str(source)) or path.suffix == ".pt":
-        return path  # what is missing is told where it is read
+        return path  # whoever reads it says that it is missing
     return download_model(str(source)) / METADATA_FILE
 
 
 def download_model(name: str, revision: str | None = None, folder: Path | None = None) -> Path:
-    """An exported model on the Hugging Face hub, fetched unless it lies in the hub's cache: the folder it is in.
+    """Download an exported model from the Hugging Face hub, unless it is in the hub's cache.
 
-    ``folder``: put it there, with all formats that were published.
+    Args:
+        name: ``USER/NAME`` on the hub.
+        revision: branch, tag or commit; None: the newest.
+        folder: where to put the model, with all formats that were published; None: leave it in the hub's cache.
+
+    Returns:
+        The folder that contains the model.
     """
     if not HUB_ID.fullmatch(name):
         raise UserError(f"{name} is no name on the hub; give USER/NAME")
     if folder is None:
-        return _fetched(name, revision, HUB_FILES[:3], None, f"{name} is no file or folder here")
-    with replace_model_files(folder) as place:  # a folder that holds files would hide a failure
-        _fetched(name, revision, HUB_FILES, place, f"pull={name}")
+        return _fetch(name, revision, HUB_FILES[:3], None, f"{name} is no file or folder here")
+    with replace_model_files(folder) as staging:  # a folder that holds files would hide a failure
+        _fetch(name, revision, HUB_FILES, staging, f"pull={name}")
     return folder
 
 
 @contextlib.contextmanager
 def replace_model_files(folder: Path, names: Sequence[str] = HUB_FILES) -> Iterator[Path]:
-    """A place for files that belong together. Those of these ``names`` go into ``folder`` in the end, in place of an
-    earlier model's in any format, or none. ``UserError`` where one is a link or no file.
+    """Replace the model in ``folder``, in any format, by what is written into the folder that is yielded.
+
+    At the end the files of these ``names`` move into ``folder`` together; if anything fails, none does.
+
+    Raises:
+        UserError: one of them is a link or not a file.
     """
-    made = not folder.exists()
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=".new.", dir=folder))
     try:
-        yield place
-        paths = [place / name for name in names if os.path.lexists(place / name)]
+        yield staging
+        paths = [staging / name for name in names if os.path.lexists(staging / name)]
         for path in paths:
             if path.is_symlink() or not path.is_file():
                 raise UserError(f"{path.name} of what was to go into {folder} is a link or no file; nothing was taken")
@@ -227,29 +260,29 @@ def replace_model_files(folder: Path, names: Sequence[str] = HUB_FILES) -> Itera
                 os.fsync(file.fileno())
             path.replace(folder / path.name)
     finally:
-        shutil.rmtree(place, ignore_errors=True)
-        if made:
-            with contextlib.suppress(OSError):  # it holds something by now
+        shutil.rmtree(staging, ignore_errors=True)
+        if is_new:
+            with contextlib.suppress(OSError):  # it contains something by now
                 folder.rmdir()
 
 
-def _fetched(name: str, revision: str | None, files: Sequence[str], place: Path | None, what: str) -> Path:
-    """``what``: how a complaint begins."""
-    library = import_hub(what)
+def _fetch(name: str, revision: str | None, files: Sequence[str], target: Path | None, subject: str) -> Path:
+    """Fetch files of a model on the hub; ``subject`` begins the message of an error."""
+    library = import_hub(subject)
     try:
-        found = library.snapshot_download(name, revision=revision, allow_patterns=list(files), local_dir=place)
+        folder = library.snapshot_download(name, revision=revision, allow_patterns=list(files), local_dir=target)
     except Exception as error:  # the library raises many kinds
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"{what}, and the hub did not give it ({reason})") from error
-    if not (Path(found) / METADATA_FILE).is_file():
+        reason = first_line(error)
+        raise UserError(f"{subject}, and the hub did not give it ({reason})") from error
+    if not (Path(folder) / METADATA_FILE).is_file():
         raise UserError(f"{name} on the hub is no model of mtcl: it has no {METADATA_FILE}")
-    return Path(found)
+    return Path(folder)
 
 
-def import_hub(what: str) -> Any:
-    """The hub's library; ``what``: how a complaint that it is missing begins."""
+def import_hub(subject: str) -> Any:
+    """Import the hub's library; ``subject`` begins the message that it is missing."""
     try:
         import huggingface_hub
     except ImportError as error:
-        raise UserError(f"{what}; models on the Hugging Face hub need pip install 'mtcl[hub]'") from error
+        raise UserError(f"{subject}; models on the Hugging Face hub need pip install 'mtcl[hub]'") from error
     return huggingface_hub

@@ -1,4 +1,4 @@
-"""The words ``key=value`` of a command, before Hydra reads them: paths need no quotes, ``~`` is the home folder."""
+"""Prepare overrides ``key=value`` for Hydra, so that paths need no quotes, and explain what Hydra refuses."""
 
 import difflib
 import os
@@ -17,8 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 from mtcl.config.quoting import expand_tilde, quote_value
 from mtcl.config.renamed import explain_renamed_key, explain_renamed_value
 from mtcl.config.schema import RULES
+from mtcl.errors import first_line
 
-# Keys whose value is a path, or a part of one; or a word such as auto, hub, one.
+# Keys whose value is a path, or a part of one; or a keyword such as auto, hub, one.
 PATH_KEYS: tuple[str, ...] = (
     "data.root",
     "data.cache",
@@ -34,40 +35,40 @@ SPECIAL_CHARACTERS = re.compile(
 )  # of those that Hydra's grammar takes only in quotes
 
 
-def quote_paths(words: Sequence[str], sweeps: bool = False) -> list[str]:
-    """Return a command's words as Hydra reads them: values of :data:`PATH_KEYS` in quotes where they need some.
+def quote_paths(args: Sequence[str], sweeps: bool = False) -> list[str]:
+    """Return a command's arguments as Hydra reads them: values of :data:`PATH_KEYS` in quotes where they need some.
 
     Args:
-        words: of the command line; flags and keys that name no path are kept, but for ``~`` at a value's beginning.
+        args: of the command line; flags and keys that name no path are kept, but for ``~`` at a value's beginning.
         sweeps: a comma separates the values of several runs; else it is a part of the path.
 
-    >>> readable(["data.root=/a=b", "name=run[1]", "resume=auto", "seed=1", "data.cache=null"])
+    >>> quote_paths(["data.root=/a=b", "name=run[1]", "resume=auto", "seed=1", "data.cache=null"])
     ["data.root='/a=b'", "name='run[1]'", 'resume=auto', 'seed=1', 'data.cache=null']
     """
-    return [_readable(expand_tilde(word), sweeps) for word in words]
+    return [_quote_path(expand_tilde(arg), sweeps) for arg in args]
 
 
-def _readable(word: str, sweeps: bool) -> str:
-    key, equals, text = word.partition("=")
+def _quote_path(arg: str, sweeps: bool) -> str:
+    key, equals, text = arg.partition("=")
     if not equals or key.lstrip("+") not in PATH_KEYS or (key.endswith("genotype") and text.startswith("{")):
-        return word
-    if not sweeps or _parsed(text) is not None:
-        return f"{key}={_quoted_where_needed(text, sweeps)}"
-    return f"{key}={','.join(_quoted_where_needed(expand_tilde(f'={part}')[1:], sweeps) for part in text.split(','))}"
+        return arg
+    if not sweeps or _parse_value(text) is not None:
+        return f"{key}={_quote_if_needed(text, sweeps)}"
+    return f"{key}={','.join(_quote_if_needed(expand_tilde(f'={part}')[1:], sweeps) for part in text.split(','))}"
 
 
-def _parsed(text: str) -> Any:
-    """Return a value as Hydra reads it; None where it can't."""
+def _parse_value(text: str) -> Any:
+    """Return a value as Hydra reads it; None if it cannot."""
     try:
         return OverridesParser.create().parse_override(f"key={text}")
     except HydraException:
         return None
 
 
-def _quoted_where_needed(text: str, sweeps: bool) -> str:
+def _quote_if_needed(text: str, sweeps: bool) -> str:
     if text[:1] in ("'", '"'):
         return text
-    override = _parsed(text)
+    override = _parse_value(text)
     if override is not None:
         if override.is_sweep_override():
             return text if sweeps else quote_value(text)
@@ -77,15 +78,15 @@ def _quoted_where_needed(text: str, sweeps: bool) -> str:
     return quote_value(text)
 
 
-def add_checkpoint_key(words: Sequence[str]) -> list[str]:
-    """Return the words with the first that is a path and has no key, a run's folder say, as ``checkpoint=PATH``."""
-    for place, word in enumerate(words):
-        if word.startswith("-") or (place and words[place - 1] in FLAGS_WITH_VALUE):
+def add_checkpoint_key(args: Sequence[str]) -> list[str]:
+    """Return the arguments with the first path that has no key, say a run folder, as ``checkpoint=PATH``."""
+    for index, arg in enumerate(args):
+        if arg.startswith("-") or (index and args[index - 1] in FLAGS_WITH_VALUE):
             continue
-        path = Path(os.path.expanduser(word))
-        if path.exists() or (re.fullmatch(r"[^=~]+", word) and ("/" in word or path.suffix == ".pt")):
-            return [*words[:place], f"checkpoint={quote_value(path)}", *words[place + 1 :]]
-    return list(words)
+        path = Path(os.path.expanduser(arg))
+        if path.exists() or (re.fullmatch(r"[^=~]+", arg) and ("/" in arg or path.suffix == ".pt")):
+            return [*args[:index], f"checkpoint={quote_value(path)}", *args[index + 1 :]]
+    return list(args)
 
 
 def expand_home(config: DictConfig, keys: Sequence[str] = PATH_KEYS) -> None:
@@ -98,26 +99,27 @@ def expand_home(config: DictConfig, keys: Sequence[str] = PATH_KEYS) -> None:
 
 
 class ExpandHome(Callback):
-    """Expands ``~`` in the path of a run's or a sweep's folder, also from a YAML file, before Hydra makes it."""
+    """Expand ``~`` in the path of a run's or a sweep's folder, also from a YAML file, before Hydra creates it."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Expand the folder of a single run."""
         expand_home(config, ["hydra.run.dir"])
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Expand the folder of a sweep."""
         expand_home(config, ["hydra.sweep.dir"])
 
 
-def explain_parse_error(word: str, reason: str) -> str:
-    """Say in one sentence why Hydra can't read a word, and what to type instead."""
-    key, equals, text = word.partition("=")
+def explain_parse_error(override: str, reason: str) -> str:
+    """Return a sentence on why Hydra cannot read an override and what to type instead."""
+    key, equals, text = override.partition("=")
     if not equals:
-        named = Path(os.path.expanduser(word))
-        if named.exists() or "/" in word:
-            return f"{word} has no key; type the key before it, such as data.root={word} or resume={word}"
-        return f"{word} is not of the form key=value; --help lists the groups, --cfg job all keys"
+        if "/" in override or Path(os.path.expanduser(override)).exists():
+            return f"{override} has no key; type the key before it, such as data.root={override} or resume={override}"
+        return f"{override} is not of the form key=value; --help lists the groups, --cfg job all keys"
     sign = SPECIAL_CHARACTERS.search(text)
     if sign is None or text[:1] in "[{'\"":
-        return f"{word} can't be read ({reason}); a list is [a,b], a mapping {{a:b}}, quotes come in pairs"
+        return f"{override} can't be read ({reason}); a list is [a,b], a mapping {{a:b}}, quotes come in pairs"
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     typed = shlex.quote(f'{key}="{escaped}"')
     return f"{key}: the value holds {sign[0]} (character {sign.start() + 1}), which needs quotes; type {typed}"
@@ -127,7 +129,7 @@ COMMON_GROUPS = ("optimizer", "trainer", "data", "backbone", "decoder")  # first
 
 
 def format_error(error: BaseException) -> str:
-    """A config error in one line: the key or choice, and what there is instead."""
+    """Return an error of composing a config as one sentence: the key or choice, and what there is instead."""
     if isinstance(error, MissingConfigException) and error.options is not None:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         if renamed := explain_renamed_value(group, choice):
@@ -136,34 +138,34 @@ def format_error(error: BaseException) -> str:
         return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
-        return explain_parse_error(error.override, str(cause or error).strip().split("\n")[0])
+        return explain_parse_error(error.override, first_line(cause or error))
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException) and cause.key:
         key = str(cause.full_key)
         if renamed := explain_renamed_key(key):
             return renamed
-        parent, known = key.rpartition(".")[0], _keys(cause)
-        close = difflib.get_close_matches(str(cause.key), known, n=1)
+        parent, siblings = key.rpartition(".")[0], _list_siblings(cause)
+        close = difflib.get_close_matches(str(cause.key), siblings, n=1)
         if close:
             return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
-        if meant := _keys_named(str(cause.key)):
-            return f"there is no config key {key}; did you mean {' or '.join(meant)}?"
-        return f"there is no config key {key}; {parent or 'the config'} has {', '.join(known)}"
+        if similar := _find_similar_keys(str(cause.key)):
+            return f"there is no config key {key}; did you mean {' or '.join(similar)}?"
+        return f"there is no config key {key}; {parent or 'the config'} has {', '.join(siblings)}"
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text.split(" full_key:")[0].split(" Set the environment variable")[0]
 
 
-def _keys_named(name: str) -> list[str]:
-    """The keys of any group with this name, or one much like it; at most three, the most used first."""
+def _find_similar_keys(name: str) -> list[str]:
+    """Return the keys of any group with this name or one much like it; at most three, the most used first."""
     by_name: dict[str, list[str]] = {}
     for key in RULES:
         by_name.setdefault(key.rpartition(".")[2], []).append(key)
     close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
     group = {key: key.partition(".")[0] for key in by_name[close[0]]} if close else {}
-    order = {name: place for place, name in enumerate(COMMON_GROUPS)}
+    order = {name: index for index, name in enumerate(COMMON_GROUPS)}
     return sorted(group, key=lambda key: (key.count("."), order.get(group[key], len(order))))[:3]
 
 
-def _keys(error: OmegaConfBaseException) -> list[str]:
+def _list_siblings(error: OmegaConfBaseException) -> list[str]:
     parent = error.parent_node
     return [str(key) for key in parent] if isinstance(parent, DictConfig) else []
 

@@ -1,4 +1,4 @@
-"""Write paths as a shell's user and Hydra's grammar mean them."""
+"""Quote values for Hydra's override grammar and expand ``~`` in overrides."""
 
 import os
 import re
@@ -6,9 +6,9 @@ from pathlib import Path
 
 
 def quote_value(folder: str | Path) -> str:
-    r"""A path as Hydra's grammar reads it, where a backslash is escaped only before a quote.
+    r"""Return a path as Hydra's grammar reads it, where a backslash is escaped only before a quote.
 
-    >>> print(quoted("/a/b-1"), quoted("/a=b"), quoted("it's"), quoted("a\\b"))
+    >>> print(quote_value("/a/b-1"), quote_value("/a=b"), quote_value("it's"), quote_value("a\\b"))
     /a/b-1 '/a=b' 'it\'s' 'a\b'
     """
     text = str(folder)
@@ -18,19 +18,19 @@ def quote_value(folder: str | Path) -> str:
 
 
 def _is_no_text(text: str) -> bool:
-    """Does Hydra read a number, a truth value or null?"""
+    """Return whether Hydra reads a number, a truth value or null."""
     return bool(re.fullmatch(r"true|false|null|nan|inf|[-+]?[\d_.]+(e[-+]?\d+)?", text, re.IGNORECASE))
 
 
-def expand_tilde(word: str) -> str:
-    """Return ``word`` with the home folder for a ``~`` that begins it or its value, as shells do it only in part.
+def expand_tilde(argument: str) -> str:
+    """Return an argument with the home folder for a ``~`` that begins it or its value, which shells do only in part.
 
     ``~key`` (Hydra: take the key out) is kept, as is the ``~`` of a name's backup, ``name~``.
     """
-    if word == "~" or word.startswith("~/"):
-        return os.path.expanduser(word)
-    head, equals, text = word.partition("=")
+    if argument == "~" or argument.startswith("~/"):
+        return os.path.expanduser(argument)
+    head, equals, text = argument.partition("=")
     quote = text[:1] if text[:1] in ("'", '"') else ""
     if not equals or not text.startswith(f"{quote}~"):
-        return word
+        return argument
     return f"{head}={quote}{os.path.expanduser(text[len(quote) :])}"

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def plain(config: Any) -> Any:
-    """A config node as plain Python containers."""
+    """Return a config node as plain Python containers with interpolations resolved."""
     return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
 
 
@@ -53,8 +53,18 @@ def add_key_prefix(prefix: str) -> Iterator[None]:
 
 
 def locate(target: str, group: str, kind: type | None = None, required_attribute: str | None = None) -> Any:
-    """Return the class that a config's ``_target_`` names, a ``kind`` or with the method ``needs``. A config may come
-    out of a checkpoint: only the package of the group ``what`` is imported from.
+    """Return the class that a config's ``_target_`` names.
+
+    A config may come out of a checkpoint of a stranger: only the package of its group is imported from.
+
+    Args:
+        target: dotted name of the class; names of before version 0.2 are resolved, too (:data:`MOVED`).
+        group: config group, a key of :data:`PACKAGES`.
+        kind: base class that it must have, if any.
+        required_attribute: attribute that it must have, if any.
+
+    Raises:
+        UserError: it is not a class of mtcl, of the group's package, or of that kind.
     """
     module, _, name = current_name(str(target)).rpartition(".")
     if not module.startswith("mtcl."):
@@ -73,12 +83,18 @@ def locate(target: str, group: str, kind: type | None = None, required_attribute
     return located
 
 
-def construct(factory: Callable[..., T], group: str, *given: Any, **options: Any) -> T:
-    """``maker(*given, **options)``, where a config key that it does not know is the user's mistake."""
-    known = [name for name, p in inspect.signature(factory).parameters.items() if p.kind != p.VAR_KEYWORD]
+def construct(factory: Callable[..., T], group: str, *args: Any, **options: Any) -> T:
+    """Call ``factory(*args, **options)`` with the options of a config.
+
+    Raises:
+        UserError: an option does not exist, or the factory refuses its value; the message names the key
+            ``group.option``.
+    """
+    names = [name for name, p in inspect.signature(factory).parameters.items() if p.kind != p.VAR_KEYWORD]
     for name in options:
-        if name not in known:
+        if name not in names:
             raise UserError(
-                f"{group}.{name} is not an option of {factory.__name__}; it has {', '.join(known[len(given) :])}"
+                f"{group}.{name} is not an option of {factory.__name__}; it has {', '.join(names[len(args) :])}"
             )
-    return factory(*given, **options)
+    with add_key_prefix(f"{group}."):
+        return factory(*args, **options)

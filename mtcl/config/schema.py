@@ -1,4 +1,4 @@
-"""What each config value must be, checked once, before anything is built."""
+"""Define every config key: what its value must be and what the value bears on."""
 
 import difflib
 import math
@@ -66,6 +66,7 @@ def _is_int(value: Any) -> bool:
 
 
 def number(low: float = -math.inf, high: float = math.inf) -> Rule:
+    """Return the rule of a finite number in a range."""
     bounds = f" from {low:g} to {high:g}" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
     return Rule(f"a number{bounds}", lambda v: _is_number(v) and low <= v <= high)
 
@@ -76,8 +77,9 @@ def count(low: int = 0, high: int | None = None) -> Rule:
     return Rule(f"a whole number {bounds}", lambda v: _is_int(v) and low <= v <= (10**12 if high is None else high))
 
 
-def pair(of: str, is_valid: Callable[[Any], bool]) -> Rule:
-    return Rule(f"a list of two, {of}", lambda v: isinstance(v, list) and len(v) == 2 and all(map(is_valid, v)))
+def pair(text: str, is_valid: Callable[[Any], bool]) -> Rule:
+    """Return the rule of a list of two values that each pass ``is_valid``."""
+    return Rule(f"a list of two, {text}", lambda v: isinstance(v, list) and len(v) == 2 and all(map(is_valid, v)))
 
 
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
@@ -94,12 +96,12 @@ SIZE = Rule(
         and v[0] * v[1] <= MAX_PIXELS
     ),
 )
-COLOUR = Rule(
+COLOR = Rule(
     "a list of three numbers on the 0..1 scale, from -10 to 10",
     lambda v: isinstance(v, list) and len(v) == 3 and all(_is_number(x) and abs(x) <= 10 for x in v),
 )
 SPREAD = Rule(
-    "a list of three numbers on the 0..1 scale, from 0.001 to 10", lambda v: COLOUR.is_valid(v) and min(v) >= 0.001
+    "a list of three numbers on the 0..1 scale, from 0.001 to 10", lambda v: COLOR.is_valid(v) and min(v) >= 0.001
 )
 WIDTH = count(1, 100_000)  # of feature maps
 BLOCKS = count(1, 128)
@@ -118,6 +120,8 @@ FILE_NAME = Rule(
     "a name of letters, digits, - _ and .", lambda v: isinstance(v, str) and bool(re.fullmatch(r"\w[\w.-]{0,99}", v))
 )
 TARGET = Rule("a class of mtcl", lambda v: isinstance(v, str) and v.startswith("mtcl."))
+
+MODEL_GROUPS = ("backbone", "decoder")  # what a checkpoint's weights belong to
 
 # Every key of a config: its rule and its role.
 RULES: dict[str, Rule] = {
@@ -145,7 +149,7 @@ RULES: dict[str, Rule] = {
     "data.options.num_classes": count(1, 65535).with_role(RESULT, orders_samples=True),
     "data.options.resize": SIZE.or_null().with_role(RESULT, orders_samples=True),
     "data.options.length": pair(
-        "pictures to train and to validate on, at most a million", lambda v: _is_int(v) and 0 < v <= 10**6
+        "images to train and to validate on, at most a million", lambda v: _is_int(v) and 0 < v <= 10**6
     ).with_role(RESULT, orders_samples=True),
     "data.options.seed": SEED_VALUE.with_role(RESULT, orders_samples=True),
     "data.augment.scale": pair("from and to", lambda v: _is_number(v) and v > 0),
@@ -156,7 +160,7 @@ RULES: dict[str, Rule] = {
     "tasks.names": NAMES,
     "backbone.name": TEXT,
     "backbone.weights": TEXT.or_null(),
-    "backbone.mean": COLOUR.or_null(),
+    "backbone.mean": COLOR.or_null(),
     "backbone.std": SPREAD.or_null(),
     "backbone.out_indices": LEVELS.or_null(),
     "backbone.kwargs": MAPPING.or_null(),
@@ -233,7 +237,7 @@ RULES: dict[str, Rule] = {
     "balancing.aggregator": TEXT,
     "balancing.options": MAPPING.or_null(),
     "evaluation.score_boundaries": FLAG,
-    "evaluation.fast_boundaries": pair("thresholds, and every how many pictures", lambda v: _is_int(v) and v > 0)
+    "evaluation.fast_boundaries": pair("thresholds, and every how many images", lambda v: _is_int(v) and v > 0)
     .or_null()
     .with_role(RECORD),
     "evaluation.workers": count(0, 1024).with_role(MACHINE),
@@ -310,7 +314,7 @@ def affects_sample_order(key: str) -> bool:
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of all that is not a group of further keys; a mapping with a rule counts as a value."""
+    """Yield (dotted key, value) of a nested config; a mapping with a rule of its own counts as a value."""
     for name, value in config.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and rule_of(key) is None:
@@ -338,8 +342,8 @@ def describe_unknown_key(key: str, value: Any) -> str:
     if renamed := explain_renamed_key(key):
         return renamed
     group, _, name = key.rpartition(".")
-    siblings = {known.rpartition(".")[2]: known for known in RULES if known.rpartition(".")[0] == group}
-    anywhere = {known.rpartition(".")[2]: known for known in RULES}
+    siblings = {other.rpartition(".")[2]: other for other in RULES if other.rpartition(".")[0] == group}
+    anywhere = {other.rpartition(".")[2]: other for other in RULES}
     for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.8)):
         if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return f"there is no config key {truncate(key)}; did you mean {candidates[close[0]]}?"

@@ -1,4 +1,4 @@
-"""The one door for configs of others: what a checkpoint or an exported folder says of its model.
+"""Check configs that come out of files of others: checkpoints and exported folders.
 
 Such a config may come from anybody. It is data: nothing in it is resolved, and before anything is built from it, it
 passes the same schema as the command line, and what names a file or a folder is left out of it.
@@ -115,10 +115,11 @@ def drop_paths(config: dict[str, Any]) -> None:
 
 
 def _check_genotype(genotype: Any) -> None:
+    """Refuse a genotype that is the path of a file."""
     if isinstance(genotype, str) and not is_named_genotype(genotype):
         raise UserError(
-            f"decoder.genotype={truncate(genotype)} names a file of the machine it was trained on; continue that run once "
-            "with train.py resume=auto, which stores what the file says"
+            f"decoder.genotype={truncate(genotype)} names a file of the machine it was trained on; continue that run "
+            "once with train.py resume=auto, which stores what the file says"
         )
 
 
@@ -140,20 +141,20 @@ def check_stored_tasks(tasks: Any, source: str | Path) -> dict[str, dict[str, An
 
 
 def describe_tasks(tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:
-    """Plain facts of the tasks, for a checkpoint: channels, and the classes' names where there are some."""
+    """Return what a checkpoint records of tasks: channels, and the names of the classes if there are any."""
     return {n: {"channels": t.channels, "classes": list(getattr(t, "classes", ()))} for n, t in tasks.items()}
 
 
 def check_tasks(saved: Mapping[str, dict[str, Any]], tasks: Mapping[str, Task], path: Path) -> None:
-    """The tasks of a checkpoint must be those of the run, with the same classes."""
+    """Raise ``UserError`` unless the tasks of a checkpoint are those of the run, with the same classes."""
 
-    def told(facts: Mapping[str, dict[str, Any]]) -> str:
+    def format_channels(facts: Mapping[str, dict[str, Any]]) -> str:
         return ", ".join(f"{name} ({fact['channels']})" for name, fact in facts.items())
 
-    own = describe_tasks(tasks)
-    if dict(saved) != own:
-        same = told(saved) == told(own)
+    current = describe_tasks(tasks)
+    if dict(saved) != current:
+        same = format_channels(saved) == format_channels(current)
         raise UserError(
-            f"checkpoint {path} was trained for the tasks (channels) {told(saved)}, this command is for "
-            f"{'classes of other names' if same else told(own)}; give the same data and tasks"
+            f"checkpoint {path} was trained for the tasks (channels) {format_channels(saved)}, this command is for "
+            f"{'classes of other names' if same else format_channels(current)}; give the same data and tasks"
         )
