@@ -19,7 +19,7 @@ class Composition(NamedTuple):
     """A composed config and the choice that was made in each of its groups."""
 
     config: DictConfig
-    choices: dict[str, str]  # group -> choice
+    choices: dict[str, str | None]  # group -> choice
 
 
 def compose_config(overrides: Sequence[str], configs: Path, name: str = "train", check: bool = True) -> DictConfig:
@@ -49,7 +49,7 @@ def compose_with_choices(
         with initialize_config_dir(str(configs.resolve()), version_base="1.3"):
             config = compose(name, quote_paths(overrides), return_hydra_config=True)
         choices = {
-            group: str(choice)
+            group: None if choice is None else str(choice)
             for group, choice in config.hydra.runtime.choices.items()
             if not group.startswith("hydra/")
         }

@@ -1,20 +1,20 @@
-"""Latency of inference: eager, compiled and ONNX Runtime, per decoder; with and without the regulariser attached.
+"""Latency of inference: eager, compiled and ONNX Runtime, per decoder; with and without the regularizer attached.
 
     python scripts/benchmarks/benchmark_inference.py [overrides ...] [--decoders NAME ...] [--size H W] [--batch N ...]
         [--backends NAME ...] [--repeats N] [--seconds N] [--device DEVICE] [--precision fp32|bf16] [--json OUT]
 
 Each decoder is that of an experiment in configs/ on the backbone that it was published with (EXPERIMENTS below), with
-the four tasks of NYUD-v2 and random weights; nothing is downloaded. Overrides are those of train.py and go to every
+the four tasks of NYUD-v2 and random weights; nothing is downloaded. Overrides are those of train.py and apply to every
 row, e.g. backbone=resnet18. Default: all decoders, 448 x 576, batches of 1 and 16, all backends.
 
-A row is the median of some passes (--repeats, --seconds) of ``model.predict`` (ONNX Runtime's with normalisation
-inside), after a first one; the backends take turns, pass by pass, so that a drifting machine is fair to all. In single
-precision, unless --precision says otherwise (of ONNX it is always fp32, and on CUDA with the copies from and to the
-host). Memory is what a pass holds at its peak beyond weights and input: the CUDA allocator's count, or on a CPU the
-profiler's record of tensors.
+A row is the median of several passes (--repeats, --seconds) of ``model.predict`` (with ONNX Runtime including the
+normalisation), after a first one; the backends take turns, pass by pass, so that drift of the machine affects all
+equally. In single precision, unless --precision says otherwise (ONNX is always fp32, and on CUDA includes the copies
+from and to the host). Memory is the peak of a pass beyond weights and input: the CUDA allocator's count, or on a CPU
+the profiler's record of tensors.
 
-``regulariser`` compares, pass by pass in turns, the model as it is trained with regularizer=none and with the
-regulariser beside it, built from one seed: their outputs must be equal bit for bit, or the script ends with 1.
+The row ``regulariser`` compares, pass by pass in turns, the model trained with regularizer=none and the model with the
+regularizer attached, built from one seed: their outputs must be bit-equal, or the script exits with 1.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter; both are read when torch is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less log output of the profiler; both are read when torch is imported
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import numpy as np
@@ -69,36 +69,38 @@ BACKENDS = ("eager", "compiled", "onnx")
 MIB = 2**20
 
 Pass = Callable[[], Any]
-Backend = Callable[[Tensor], Pass]  # of a picture
+Backend = Callable[[Tensor], Pass]  # image -> pass
 Row = dict[str, Any]
 
 
-def composed(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> DictConfig:
-    words = [f"experiment={EXPERIMENTS[decoder]}", "data=nyud", "tasks=nyud", f"data.size=[{size[0]},{size[1]}]"]
-    return compose_config([*words, *overrides], CONFIGS)
+def compose_benchmark(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> DictConfig:
+    """Return the config of a decoder's experiment for this benchmark."""
+    defaults = [f"experiment={EXPERIMENTS[decoder]}", "data=nyud", "tasks=nyud", f"data.size=[{size[0]},{size[1]}]"]
+    return compose_config([*defaults, *overrides], CONFIGS)
 
 
-def built(config: DictConfig, device: torch.device, regularised: bool) -> TrainingStep:
-    """Model and regulariser, as a run of this config would begin, ready for inference."""
+def build_step(config: DictConfig, device: torch.device, with_regularizer: bool) -> TrainingStep:
+    """Build model and regularizer as at the start of a run, ready for inference."""
     seed_everything(0)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).to(device)
-    normalise(model, pictures(2, get_image_size(config), device))
-    regularizer = build_regularizer(config, tasks, model) if regularised else None
+    calibrate_batch_norms(model, make_images(2, get_image_size(config), device))
+    regularizer = build_regularizer(config, tasks, model) if with_regularizer else None
     return TrainingStep(model, regularizer.to(device) if regularizer is not None else None).eval()
 
 
-def pictures(count: int, size: Sequence[int], device: torch.device) -> Tensor:
-    """About as a model sees photographs."""
+def make_images(count: int, size: Sequence[int], device: torch.device) -> Tensor:
+    """Return random images (count, 3, H, W) with about the statistics of normalised photographs."""
     return (
         torch.from_numpy(np.stack(smooth_random_images(count, *size))).permute(0, 3, 1, 2).float().to(device) - 120
     ) / 60
 
 
 @torch.no_grad()
-def normalise(model: nn.Module, image: Tensor) -> None:
-    """Batch norms with the statistics of pictures, as trained ones have; else values grow from layer to layer until
-    the last digits of single precision, which backends differ in, count.
+def calibrate_batch_norms(model: nn.Module, image: Tensor) -> None:
+    """Set the running statistics of batch norms to those of ``image``, as after training.
+
+    Otherwise values grow from layer to layer until rounding errors, in which backends differ, matter.
     """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -106,26 +108,26 @@ def normalise(model: nn.Module, image: Tensor) -> None:
     model.train()(image)
 
 
-def in_turns(passes: Sequence[Pass], device: torch.device, words: argparse.Namespace) -> list[list[float]]:
-    """Seconds of every pass; they take turns, so that a drifting machine is fair to all. Each was made once before."""
-    found: list[list[float]] = [[] for _ in passes]
+def time_in_turns(passes: Sequence[Pass], device: torch.device, args: argparse.Namespace) -> list[list[float]]:
+    """Return the seconds of every pass; passes take turns, so that drift of the machine affects all equally."""
+    seconds: list[list[float]] = [[] for _ in passes]
     began = time.perf_counter()
-    for turn in range(words.repeats):
+    for turn in range(args.repeats):
         order = list(enumerate(passes))
         for index, work in order if turn % 2 else order[::-1]:
-            found[index].append(measure_time(work, device)[0])
-        if time.perf_counter() - began > words.seconds:
+            seconds[index].append(measure_time(work, device)[0])
+        if time.perf_counter() - began > args.seconds:
             break
-    return found
+    return seconds
 
 
 def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -> Any:
-    """The model as scripts/export.py exports it, for this size, under ONNX Runtime; None where it can't be here."""
+    """Export the model for this size as scripts/export.py does; return None without a provider for the device."""
     import onnxruntime
 
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
     if provider not in onnxruntime.get_available_providers():
-        print(f"onnx: left out, this onnxruntime has no {provider}; pip install onnxruntime-gpu")
+        print(f"onnx: omitted, this onnxruntime has no {provider}; pip install onnxruntime-gpu")
         return None
     tasks = build_tasks(config)
     model = deepcopy(step.model).cpu()
@@ -141,47 +143,48 @@ def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -
 
 
 def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: torch.device) -> Backend | None:
-    """None: it can't be here."""
+    """Return the backend, or None if it is not available."""
     if name == "eager":
         return lambda image: partial(step.model.predict, image)
     if name == "compiled":
         torch._dynamo.reset()
-        work = torch.compile(step.model.predict, dynamic=False)  # each size of batch by itself
+        work = torch.compile(step.model.predict, dynamic=False)  # compiled for each batch size
         return lambda image: partial(work, image)
     try:
         session = onnx_session(config, step, device)
     except UserError as error:
-        why = str(error)
-        return lambda image: partial(refuse, why)
+        reason = str(error)
+        return lambda _: partial(raise_reason, reason)
     if session is None:
         return None
     return lambda image: partial(session.run, None, {"image": (image.cpu() * 60 + 120).numpy()})  # 0..255
 
 
-def refuse(why: str) -> None:
-    raise RuntimeError(why)
+def raise_reason(reason: str) -> None:
+    """Raise ``RuntimeError``: the pass of a backend that could not be built."""
+    raise RuntimeError(reason)
 
 
-def compare(
-    step: TrainingStep, beside: TrainingStep, image: Tensor, device: torch.device, words: argparse.Namespace
+def compare_with_regularizer(
+    step: TrainingStep, regularized: TrainingStep, image: Tensor, device: torch.device, args: argparse.Namespace
 ) -> Row:
-    """Without and with the regulariser: equal outputs, or UserError; times in turns."""
-    if beside.regularizer is None:
-        raise UserError("there is no regulariser in this setting; leave regularizer=none out")
-    without, with_it = step.model.predict(image), beside.model.predict(image)
+    """Time the model without and with the regularizer; raise ``UserError`` if their outputs differ."""
+    if regularized.regularizer is None:
+        raise UserError("this config has no regularizer; remove regularizer=none")
+    without, with_it = step.model.predict(image), regularized.model.predict(image)
     for task in without:
         if not torch.equal(without[task], with_it[task]):
-            raise UserError(f"{task} is not the same with the regulariser attached: this must not be")
-    seconds = in_turns([lambda: step.model.predict(image), lambda: beside.model.predict(image)], device, words)
+            raise UserError(f"the predictions of {task} differ with the regularizer attached; this is a bug")
+    seconds = time_in_turns([lambda: step.model.predict(image), lambda: regularized.model.predict(image)], device, args)
     off, on = (1e3 * statistics.median(values) for values in seconds)
     return {"batch": len(image), "off_ms": off, "on_ms": on, "identical": True}
 
 
-def failure(backend: str, work: Pass) -> str | None:
-    """Why a pass can't be made; the first one is also where a compiler works."""
+def try_pass(backend: str, work: Pass) -> str | None:
+    """Run a first pass, in which compilers compile; return why it failed, or None."""
     try:
         work()
-    except Exception as error:  # of a compiler, of ONNX Runtime
+    except Exception as error:  # compilers and ONNX Runtime raise many kinds
         if is_out_of_memory(error):
             return "not enough memory"
         if backend == "eager":
@@ -190,23 +193,24 @@ def failure(backend: str, work: Pass) -> str | None:
     return None
 
 
-def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device: torch.device) -> list[Row]:
+def compute_rows(decoder: str, config: DictConfig, args: argparse.Namespace, device: torch.device) -> list[Row]:
+    """Measure a decoder with all backends and batch sizes."""
     rows: list[Row] = []
-    step, beside = (built(config, device, regularised=on) for on in (False, True))
+    step, regularized = (build_step(config, device, with_regularizer=on) for on in (False, True))
     parameters = sum(p.numel() for p in step.model.parameters())
     compared: Row = {}
-    made = {backend: backend_passes(backend, config, step, device) for backend in words.backends}
-    works = {backend: work for backend, work in made.items() if work is not None}
-    for batch in words.batch:
-        image = pictures(batch, words.size, device)
-        with torch.inference_mode(), autocast(device, words.precision):
+    available = {backend: backend_passes(backend, config, step, device) for backend in args.backends}
+    works = {backend: work for backend, work in available.items() if work is not None}
+    for batch in args.batch:
+        image = make_images(batch, args.size, device)
+        with torch.inference_mode(), autocast(device, args.precision):
             passes = {backend: work(image) for backend, work in works.items()}
-            errors = {backend: failure(backend, work) for backend, work in passes.items()}
+            errors = {backend: try_pass(backend, work) for backend, work in passes.items()}
             passes = {backend: work for backend, work in passes.items() if errors[backend] is None}
-            seconds = dict(zip(passes, in_turns(list(passes.values()), device, words)))
+            seconds = dict(zip(passes, time_in_turns(list(passes.values()), device, args)))
             for backend in works:
                 row: Row = {"decoder": decoder, "backbone": config.backbone.name, "parameters": parameters}
-                row |= {"size": list(words.size), "batch": batch, "backend": backend, "ms": None, "memory_mib": None}
+                row |= {"size": list(args.size), "batch": batch, "backend": backend, "ms": None, "memory_mib": None}
                 if backend in passes:
                     row["ms"] = 1e3 * statistics.median(seconds[backend])
                     row["repeats"] = len(seconds[backend])
@@ -215,9 +219,9 @@ def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device:
                     row["error"] = errors[backend]
                 if backend == "eager" and backend in passes:
                     row["memory_mib"] = measure_peak_memory(passes[backend], device) / MIB
-                    compared = compared or compare(step, beside, image, device, words)
+                    compared = compared or compare_with_regularizer(step, regularized, image, device, args)
                 rows.append(row)
-                show(row)
+                print_row(row)
     if compared:
         rows.append({"decoder": decoder, "backend": "regulariser", **compared})
         off, on, batch = compared["off_ms"], compared["on_ms"], compared["batch"]
@@ -228,7 +232,8 @@ def rows_of(decoder: str, config: DictConfig, words: argparse.Namespace, device:
     return rows
 
 
-def show(row: Row) -> None:
+def print_row(row: Row) -> None:
+    """Print a row of the table."""
     start = f"{row['decoder']:13} {row['backend']:10} {row['batch']:5}"
     if row["ms"] is None:
         print(f"{start}  {row['error']}", flush=True)
@@ -237,40 +242,44 @@ def show(row: Row) -> None:
     print(f"{start} {row['ms']:10.1f} {row['images_per_s']:9.2f} {memory:>8}  {row['backbone']}", flush=True)
 
 
-def positive(text: str) -> int:
+def parse_positive(text: str) -> int:
+    """Return a positive integer of the command line."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
     return int(text)
 
 
 def main() -> None:
+    """Parse the command line and run the benchmark."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--decoders", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
-    parser.add_argument("--size", nargs=2, type=positive, default=[448, 576], metavar=("H", "W"))
-    parser.add_argument("--batch", nargs="+", type=positive, default=[1, 16])
+    parser.add_argument("--size", nargs=2, type=parse_positive, default=[448, 576], metavar=("H", "W"))
+    parser.add_argument("--batch", nargs="+", type=parse_positive, default=[1, 16])
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
-    parser.add_argument("--repeats", type=positive, help="passes timed; default 30 on CUDA, 5 on a CPU")
-    parser.add_argument("--seconds", type=positive, default=30, help="no further passes with a batch after so many")
+    parser.add_argument("--repeats", type=parse_positive, help="passes timed; default 30 on CUDA, 5 on a CPU")
+    parser.add_argument(
+        "--seconds", type=parse_positive, default=30, help="no further passes with a batch after so many"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     parser.add_argument("overrides", nargs="*", help="of train.py, for every row")
-    words = parser.parse_intermixed_args()  # and overrides before or between them
-    for word in words.overrides:
-        if "=" not in word:
-            raise UserError(f"{word} is not an override key=value of train.py")
-    device = choose_device(words.device, "--device")
-    words.repeats = words.repeats or (30 if device.type == "cuda" else 5)
-    configs = {name: composed(name, words.size, words.overrides) for name in words.decoders}
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{platform.machine()}, {where}, torch {torch.__version__}, {words.size[0]} x {words.size[1]}")
+    args = parser.parse_intermixed_args()  # and overrides before or between them
+    for override in args.overrides:
+        if "=" not in override:
+            raise UserError(f"{override} is not an override key=value of train.py")
+    device = choose_device(args.device, "--device")
+    args.repeats = args.repeats or (30 if device.type == "cuda" else 5)
+    configs = {name: compose_benchmark(name, args.size, args.overrides) for name in args.decoders}
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{platform.machine()}, {device_name}, torch {torch.__version__}, {args.size[0]} x {args.size[1]}")
     print(f"{'decoder':13} {'backend':10} {'batch':>5} {'ms':>10} {'images/s':>9} {'peak MiB':>8}  backbone")
     rows: list[Row] = []
     for decoder, config in configs.items():
-        rows += rows_of(decoder, config, words, device)
-        if words.json:
-            facts = {"machine": platform.machine(), "device": where, "torch": torch.__version__}
-            write_json(words.json, {**facts, "precision": words.precision, "rows": rows})
+        rows += compute_rows(decoder, config, args, device)
+        if args.json:
+            metadata = {"machine": platform.machine(), "device": device_name, "torch": torch.__version__}
+            write_json(args.json, {**metadata, "precision": args.precision, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""What models cost: parameters, multiply-adds, peak memory and latency of every decoder x backbone, or of experiments.
+"""Tabulate parameters, multiply-adds, peak memory and latency of every decoder x backbone, or of experiments.
 
     python scripts/benchmarks/model_table.py [--experiment NAME ...] [--json OUT] [--markdown] [--no-measure]
         [--device DEVICE] [--repeats N] [overrides ...]
 
 Without ``--experiment`` there is a row for every file of configs/decoder with every file of configs/backbone, with the
-tasks and the size of data=nyud. ``--experiment`` takes names of configs/experiment instead, each with its own.
-Overrides are those of train.py and go to every row; ``decoder=A,B`` and ``backbone=C`` choose among the rows, e.g.
-``decoder=invpt data=pascal``. Weights are never fetched, data are never read.
+tasks and the image size of data=nyud. ``--experiment`` takes names of configs/experiment instead, with their own data.
+Overrides are those of train.py and apply to every row; ``decoder=A,B`` and ``backbone=C`` select rows, e.g.
+``decoder=invpt data=pascal``. No weights are downloaded, no data are read.
 
-parameters     of the whole model, what only training uses included
-flops          multiply-adds (not twice that) of one forward pass, ``predict`` of one picture of ``data.size``, as
-               papers print them: of convolutions and matrix products, those of attention included
-memory         peak of that pass: the model's parameters and buffers, and what the pass holds at its worst moment
-latency        median of that pass, batch of one, eager, after a warm-up; trainer.precision holds, as in evaluate.py
+parameters     of the complete model, including heads for training only
+flops          multiply-adds (not twice that) of one forward pass, ``predict`` of one image of ``data.size``, as
+               papers report them: of convolutions and matrix products, including attention
+memory         peak of that pass: the model's parameters and buffers, and the tensors of the pass
+latency        median of that pass, batch of one, eager, after a warm-up, in trainer.precision as in evaluate.py
 
-Parameters and flops are counted without weights or memory for them (mtcl/profiling/flops.py), in seconds for the
-largest model. Memory and latency are measured, on CUDA where there is one; all rows on a CPU take long: --no-measure
-leaves them out. What can't be built (decoder=taskprompter on a CNN) is named below the table. The JSON file has an
-object per row, in plain units, complete after every row: experiment, decoder, backbone, network (timm's name), tasks,
-size, parameters, flops, peak_memory_mib, latency_ms, device, precision.
+Parameters and flops are counted without allocating weights (mtcl/profiling/flops.py), in seconds for the largest
+model. Memory and latency are measured, on CUDA if available; all rows on a CPU take long, --no-measure omits them.
+Combinations that can't be built (decoder=taskprompter on a CNN) are listed below the table. The JSON file has an
+object per row, in plain units, and is written after every row: experiment, decoder, backbone, network (timm's name),
+tasks, size, parameters, flops, peak_memory_mib, latency_ms, device, precision.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter; both are read when torch is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less log output of the profiler; both are read when torch is imported
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
@@ -56,21 +56,25 @@ MIB = 2**20
 Row = dict[str, Any]  # as in the JSON file
 
 
-class Composed(NamedTuple):
+class ComposedRow(NamedTuple):
+    """The config of a row and the names of the files that it is composed of."""
+
     config: DictConfig
     experiment: str | None
-    decoder: str  # the names of their files
+    decoder: str
     backbone: str
 
 
 class Entry(NamedTuple):
-    """A row to come: what it is called, and its config once it is its turn."""
+    """A row to compute: its name, and a function that composes its config."""
 
     label: str
-    compose: Callable[[], Composed]
+    compose: Callable[[], ComposedRow]
 
 
-class Measured(NamedTuple):
+class Measurement(NamedTuple):
+    """Cost of a forward pass."""
+
     peak_bytes: int
     seconds: float
     precision: str  # as PyTorch calls it
@@ -79,41 +83,42 @@ class Measured(NamedTuple):
 # Which rows
 
 
-def choices(group: str) -> list[str]:
+def list_choices(group: str) -> list[str]:
+    """Return the names of the files of a config group."""
     return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
 
 
-def composed(overrides: Sequence[str]) -> Composed:
-    """The config of train.py with these overrides; ``UserError`` if it would refuse them."""
+def compose_row(overrides: Sequence[str]) -> ComposedRow:
+    """Compose the config of train.py with overrides; raise ``UserError`` if they are not valid."""
     config, chosen = compose_with_choices(overrides, CONFIGS)
-    return Composed(config, chosen["experiment"], chosen["decoder"], chosen["backbone"])
+    return ComposedRow(config, chosen["experiment"], str(chosen["decoder"]), str(chosen["backbone"]))
 
 
-def named_entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
-    """A row per experiment. A name that is not known ends the table before it has begun."""
-    found = {name: composed([f"experiment={name}", *overrides]) for name in names}
-    return [Entry(name, partial(found.__getitem__, name)) for name in found]
+def experiment_entries(names: Sequence[str], overrides: Sequence[str]) -> list[Entry]:
+    """Return a row per experiment; an unknown name raises before anything is computed."""
+    configs = {name: compose_row([f"experiment={name}", *overrides]) for name in names}
+    return [Entry(name, partial(configs.__getitem__, name)) for name in configs]
 
 
 def grid_entries(overrides: Sequence[str]) -> list[Entry]:
-    """A row for every decoder with every backbone, or with those that the overrides choose."""
-    groups = {group: choices(group) for group in GRID}
+    """Return a row for every decoder with every backbone, or for those that the overrides select."""
+    groups = {group: list_choices(group) for group in GRID}
     others = []
-    for word in overrides:
-        group, _, names = word.partition("=")
+    for override in overrides:
+        group, _, names = override.partition("=")
         if group not in groups:
-            others.append(word)
+            others.append(override)
             continue
         for name in names.split(","):
-            if name not in choices(group):
-                raise UserError(f"{group}={name} is not known; choose among {', '.join(choices(group))}")
+            if name not in list_choices(group):
+                raise UserError(f"{group}={name} is not known; choose among {', '.join(list_choices(group))}")
         groups[group] = names.split(",")
-    if not any(word.startswith("data=") for word in others):
+    if not any(override.startswith("data=") for override in others):
         others.insert(0, SETTING)
     return [
         Entry(
             f"{decoder} with {backbone}",
-            partial(composed, [f"decoder={decoder}", f"backbone={backbone}", *others]),
+            partial(compose_row, [f"decoder={decoder}", f"backbone={backbone}", *others]),
         )
         for decoder in groups["decoder"]
         for backbone in groups["backbone"]
@@ -123,18 +128,18 @@ def grid_entries(overrides: Sequence[str]) -> list[Entry]:
 # A row
 
 
-def row_of(made: Composed, device: torch.device | None, repeats: int) -> Row:
-    """``device``: where to measure; None: nowhere."""
-    config = made.config
+def compute_row(composed: ComposedRow, device: torch.device | None, repeats: int) -> Row:
+    """Compute a row; memory and latency are measured on ``device``, if there is one."""
+    config = composed.config
     tasks = build_tasks(config)
     size = get_image_size(config)
     with torch.device("meta"):
         counted = count(build_model(config, tasks, pretrained=False), size)
     measured = None if device is None else measure(config, tasks, device, repeats)
     return {
-        "experiment": made.experiment,
-        "decoder": made.decoder,
-        "backbone": made.backbone,
+        "experiment": composed.experiment,
+        "decoder": composed.decoder,
+        "backbone": composed.backbone,
         "network": config.backbone.name,
         "tasks": list(tasks),
         "size": list(size),
@@ -142,17 +147,17 @@ def row_of(made: Composed, device: torch.device | None, repeats: int) -> Row:
         "flops": counted.multiply_adds,
         "peak_memory_mib": None if measured is None else measured.peak_bytes / MIB,
         "latency_ms": None if measured is None else measured.seconds * 1e3,
-        "device": None if device is None else described(device),
+        "device": None if device is None else describe_device(device),
         "precision": None if measured is None else measured.precision,
     }
 
 
-def measure(config: DictConfig, tasks: dict[str, Task], device: torch.device, repeats: int) -> Measured | None:
-    """The forward pass as evaluate.py makes it; None where there was not enough memory."""
+def measure(config: DictConfig, tasks: dict[str, Task], device: torch.device, repeats: int) -> Measurement | None:
+    """Measure the forward pass of evaluate.py; return None if memory does not suffice."""
     try:
         model = build_model(config, tasks, pretrained=False).to(device).eval()
         image = torch.zeros(1, 3, *get_image_size(config), device=device)
-        held = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+        model_bytes = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
 
         def predict() -> dict[str, Tensor]:
             return model.predict(image)
@@ -162,28 +167,31 @@ def measure(config: DictConfig, tasks: dict[str, Task], device: torch.device, re
             precision = torch.get_autocast_dtype(device.type) if half else image.dtype
             predict()
             seconds = statistics.median(measure_time(predict, device)[0] for _ in range(repeats))
-            most = held + measure_peak_memory(predict, device)
+            peak_bytes = model_bytes + measure_peak_memory(predict, device)
     except torch.OutOfMemoryError:
         return None
-    return Measured(most, seconds, str(precision).removeprefix("torch."))
+    return Measurement(peak_bytes, seconds, str(precision).removeprefix("torch."))
 
 
 def choose_device(name: str) -> torch.device:
+    """Return the device of ``--device``."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no CUDA device; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def described(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
+    """Return the name of the GPU, or the processor and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-# The table, line by line: a full one takes long
+# The table, printed line by line because a full one takes long
 
 
-def cells(row: Row) -> list[str]:
+def format_cells(row: Row) -> list[str]:
+    """Return the texts of a row's cells."""
     memory, latency = row["peak_memory_mib"], row["latency_ms"]
     return [
         row["experiment"] or "-",
@@ -203,27 +211,39 @@ RIGHT = range(4, 8)  # of numbers
 
 
 class Table:
-    """Prints rows as they come, aligned or as Markdown; the columns' widths follow from the names there are.
+    """Print rows as they are computed, aligned or as Markdown.
 
-    ``names``: of experiments; none: a grid. ``measured``: with memory and latency.
+    Args:
+        names: of experiments, for the width of the column; empty: a grid.
+        measured: whether there are memory and latency.
+        markdown: print a Markdown table.
+        header: text above the table.
     """
 
-    def __init__(self, names: Sequence[str], measured: bool, markdown: bool, facts: str):
-        self.markdown, self.facts = markdown, facts
+    def __init__(self, names: Sequence[str], measured: bool, markdown: bool, header: str):
+        self.markdown, self.header = markdown, header
         without = {*([] if names else ["experiment"]), *([] if measured else ["memory", "latency"])}
         self.columns = [i for i, title in enumerate(HEAD) if title not in without]
-        widest = [[*names], choices("decoder"), choices("backbone"), ["1024x1024"], *[["9999.99 MiB"]] * 4, []]
+        widest = [
+            [*names],
+            list_choices("decoder"),
+            list_choices("backbone"),
+            ["1024x1024"],
+            *[["9999.99 MiB"]] * 4,
+            [],
+        ]
         self.widths = [max(map(len, [title, *texts])) for title, texts in zip(HEAD, widest)]
         self.has_head = False
 
     def add(self, row: Row) -> None:
+        """Print a row."""
         if not self.has_head:
             self.has_head = True
-            print(self.facts, end="\n\n")
+            print(self.header, end="\n\n")
             self._line(HEAD)
             if self.markdown:
                 self._line(["---:" if i in RIGHT else "---" for i in range(len(HEAD))])
-        self._line(cells(row))
+        self._line(format_cells(row))
 
     def _line(self, texts: Sequence[str]) -> None:
         if self.markdown:
@@ -235,30 +255,31 @@ class Table:
         print("  ".join(aligned).rstrip(), flush=True)
 
 
-def facts(device: torch.device | None, repeats: int) -> str:
-    text = "flops: multiply-adds of predict() of one picture, as papers print them"
+def format_header(device: torch.device | None, repeats: int) -> str:
+    """Return the text above the table: what is counted, where it is measured."""
+    text = "flops: multiply-adds of predict() of one image, as papers report them"
     if device is None:
         return text
     return (
-        f"{text}\nmemory (parameters, buffers and the pass at its worst moment) and latency (median of {repeats}): "
-        f"{described(device)}, torch {torch.__version__}"
+        f"{text}\nmemory (peak of parameters, buffers and the pass) and latency (median of {repeats}): "
+        f"{describe_device(device)}, torch {torch.__version__}"
     )
 
 
-def rows_of(
+def compute_rows(
     entries: Sequence[Entry], device: torch.device | None, repeats: int
 ) -> Iterator[tuple[Entry, Row | Exception]]:
-    """What can't be built, or fails, does not end the table; a row on its own shows the whole trace."""
+    """Yield each entry with its row, or with its error; the error of a single entry is raised."""
     for entry in entries:
         try:
-            yield entry, row_of(entry.compose(), device, repeats)
+            yield entry, compute_row(entry.compose(), device, repeats)
         except Exception as error:
             if len(entries) == 1:
                 raise
             yield entry, error
 
 
-def tabulate(
+def print_table(
     names: Sequence[str],
     overrides: Sequence[str],
     device: torch.device | None,
@@ -266,29 +287,29 @@ def tabulate(
     out: Path | None = None,
     markdown: bool = False,
 ) -> list[Row]:
-    """Print the table and write ``out``. ``UserError`` at the end if there is no row, or if one failed."""
-    entries = named_entries(names, overrides) if names else grid_entries(overrides)
-    table = Table(names, device is not None, markdown, facts(device, repeats))
+    """Print the table and write ``out``; raise ``UserError`` at the end if there is no row, or if one failed."""
+    entries = experiment_entries(names, overrides) if names else grid_entries(overrides)
+    table = Table(names, device is not None, markdown, format_header(device, repeats))
     rows: list[Row] = []
-    left_out: dict[str, list[str]] = {}  # reason -> labels
+    omitted: dict[str, list[str]] = {}  # reason -> labels
     too_large: list[str] = []
     num_failed = 0
-    for entry, found in rows_of(entries, device, repeats):
-        if isinstance(found, Exception):
-            is_failure = not isinstance(found, UserError)
-            reason = f"{type(found).__name__}: {found}" if is_failure else str(found)
-            left_out.setdefault(reason, []).append(entry.label)
+    for entry, row in compute_rows(entries, device, repeats):
+        if isinstance(row, Exception):
+            is_failure = not isinstance(row, UserError)
+            reason = f"{type(row).__name__}: {row}" if is_failure else str(row)
+            omitted.setdefault(reason, []).append(entry.label)
             num_failed += is_failure
             continue
-        rows.append(found)
-        table.add(found)
+        rows.append(row)
+        table.add(row)
         if out is not None:
             write_json(out, rows)
-        if device is not None and found["latency_ms"] is None:
+        if device is not None and row["latency_ms"] is None:
             too_large.append(entry.label)
     if not rows:
-        raise UserError(next(iter(left_out)))
-    for reason, labels in left_out.items():
+        raise UserError(next(iter(omitted)))
+    for reason, labels in omitted.items():
         print(f"\nleft out: {', '.join(labels)}\n  {reason}")
     if too_large:
         print(f"\nnot measured, for lack of memory: {', '.join(too_large)}")
@@ -298,6 +319,7 @@ def tabulate(
 
 
 def main() -> None:
+    """Parse the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experiment", nargs="+", metavar="NAME", help="of configs/experiment, instead of the grid")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there, too")
@@ -306,20 +328,20 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="passes timed; default: %(default)s")
     parser.add_argument("overrides", nargs="*", help="of every row, as for train.py")
-    given = parser.parse_intermixed_args()
-    if given.repeats < 1:
-        raise UserError(f"--repeats {given.repeats}: at least one pass is timed; --no-measure leaves latency out")
-    words = [*given.overrides, *(given.experiment or [])]  # --experiment takes all that follows it
-    overrides = [word for word in words if "=" in word and not word.startswith("experiment=")]
-    names = [word.removeprefix("experiment=") for word in words if word not in overrides]
-    if given.experiment is None and any("=" not in word for word in words):
+    args = parser.parse_intermixed_args()
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: at least one pass is timed; --no-measure leaves latency out")
+    positional = [*args.overrides, *(args.experiment or [])]  # --experiment takes all that follows it
+    overrides = [arg for arg in positional if "=" in arg and not arg.startswith("experiment=")]
+    names = [arg.removeprefix("experiment=") for arg in positional if arg not in overrides]
+    if args.experiment is None and any("=" not in arg for arg in positional):
         raise UserError(
-            f"{next(w for w in words if '=' not in w)} is not an override key=value; give --experiment NAME"
+            f"{next(arg for arg in positional if '=' not in arg)} is not an override key=value; give --experiment NAME"
         )
-    if given.experiment is not None and not names:
-        raise UserError(f"--experiment names none; choose among {', '.join(choices('experiment'))}")
-    device = None if given.no_measure else choose_device(given.device)
-    tabulate(names, overrides, device, given.repeats, given.json, given.markdown)
+    if args.experiment is not None and not names:
+        raise UserError(f"--experiment names none; choose among {', '.join(list_choices('experiment'))}")
+    device = None if args.no_measure else choose_device(args.device)
+    print_table(names, overrides, device, args.repeats, args.json, args.markdown)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def test_every_decoder_has_an_experiment():
     script = runpy.run_path(str(ROOT / SCRIPT), run_name="benchmark_inference")
     assert sorted(script["EXPERIMENTS"]) == choices("decoder")
     assert set(script["EXPERIMENTS"].values()) <= set(choices("experiment"))
-    config = script["composed"]("mqtransformer", (64, 96), ["backbone=resnet18"])
+    config = script["compose_benchmark"]("mqtransformer", (64, 96), ["backbone=resnet18"])
     assert (config.decoder._target_, config.backbone.name) == ("mtcl.models.decoders.MQTransformer", "resnet18")
     assert (get_image_size(config), list(build_tasks(config))) == (
         (64, 96),
@@ -62,7 +62,7 @@ def test_a_regulariser_that_changes_the_model_is_found(cli, monkeypatch):
 
     monkeypatch.setattr("mtcl.config.build_training.build_regularizer", meddling)
     result = cli(SCRIPT, *WORDS, *SMALL, "--batch", "1", "--backends", "eager")
-    assert_fails(result, "not the same with the regulariser attached")
+    assert_fails(result, "differ with the regularizer attached")
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_all_backends(cli, tmp_path):
     [
         (["resnet18"], "resnet18 is not an override key=value"),
         (["data.sise=3"], "data.sise"),
-        (["regularizer=none", "--backends", "eager", "--batch", "1", *SMALL, *WORDS], "leave regularizer=none out"),
+        (["regularizer=none", "--backends", "eager", "--batch", "1", *SMALL, *WORDS], "remove regularizer=none"),
     ],
 )
 def test_mistakes_are_one_sentence(cli, words, sentence):
