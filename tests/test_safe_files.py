@@ -1,4 +1,4 @@
-"""Small files of strangers: one sentence, soon, whatever they hold."""
+"""Small files of strangers: any problem is one sentence, quickly."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""The boundary F-measure: each step against a slow obvious reference, the whole against MATLAB's output."""
+"""The boundary F-measure: each step against a slow obvious reference, all together against MATLAB."""
 
 import copy
 import json
@@ -530,8 +530,8 @@ def twice(folder):
         (remove_truth, r"gt has no ground truth of 1 maps \(0\)"),
         (remove_map, r"pred has no prediction of 1 maps \(1\)"),
         (larger_map, r"1\.png is 44x50 but .*1\.mat is 40x50"),
-        (sixteen_bits, r"0\.png holds .*8-bit picture of 1 channel"),
-        (three_channels, r"0\.png holds .*8-bit picture of 1 channel"),
+        (sixteen_bits, r"0\.png holds .*8-bit (picture|image) of 1 channel"),
+        (three_channels, r"0\.png holds .*8-bit (picture|image) of 1 channel"),
         (other_mat, r"1\.mat holds no groundTruth"),
         (twice, r"gt has both 1\.mat and 1\.png"),
     ],

@@ -78,7 +78,7 @@ def ratio(a, b):
 
 
 def expected_saliency(p, y, protocol="standard"):
-    """Picture by picture, threshold by threshold; p, y: (B, 2, H, W), (B, H, W)."""
+    """Picture by image, threshold by threshold; p, y: (B, 2, H, W), (B, H, W)."""
     probability = np.exp(p[:, 1]) / np.exp(p).sum(1)
     thresholds = [k / 20 for k in range(1, 20)]
     if protocol == "invpt":
@@ -109,12 +109,12 @@ def expected_saliency(p, y, protocol="standard"):
 
 def expected_depth(p, y, protocol="standard", max_depth=math.inf):
     valid = (y > 0) & (y < max_depth)
-    pictures = [np.sqrt(((np.maximum(a, 0) - b)[k] ** 2).mean()) for a, b, k in zip(p, y, valid) if k.any()]
+    images = [np.sqrt(((np.maximum(a, 0) - b)[k] ** 2).mean()) for a, b, k in zip(p, y, valid) if k.any()]
     p, y = np.maximum(p[valid], 0), y[valid]
     q = np.maximum(p, 1e-9)
     deltas = {f"delta{k}": (np.maximum(q / y, y / q) < 1.25**k).mean() for k in (1, 2, 3)}
     return {
-        "rmse": np.mean(pictures) if protocol == "astmt" else np.sqrt(((p - y) ** 2).mean()),
+        "rmse": np.mean(images) if protocol == "astmt" else np.sqrt(((p - y) ** 2).mean()),
         "abs_rel": (abs(p - y) / y).mean(),
         "sq_rel": ((p - y) ** 2 / y).mean(),
         "log_rmse": np.sqrt(((np.log(q) - np.log(y)) ** 2).mean()),
@@ -214,13 +214,13 @@ def test_ranks_add_up(task, options):
 
 
 def one_of_two(rank, port, folder):
-    """A process of the test below: scores its half of the pictures, and saves what both of them get."""
+    """A process of the test below: scores its half of the images, and saves what both of them get."""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     result = {}
     for index, (task, options) in enumerate(VARIANTS):
         metric = fresh(task, **options)
         p, y = make_case(task, b=5)
-        metric.update(p[rank::2], y[rank::2])  # three pictures and two
+        metric.update(p[rank::2], y[rank::2])  # three images and two
         with metric.sync_context():
             states = {name: getattr(metric, name).clone() for name in metric._defaults}
         result[index] = (states, values(metric))
@@ -332,7 +332,7 @@ def test_on_cuda_the_counts_are_the_same_and_nothing_waits(task, options):
 
 
 @pytest.mark.parametrize("task", COUNTED)
-def test_large_pictures_are_scored_in_bands_to_the_same_numbers(task, monkeypatch):
+def test_large_images_are_scored_in_bands_to_the_same_numbers(task, monkeypatch):
     p, y = make_case(task, b=3, h=9)
     full, banded = fresh(task), fresh(task)
     full.update(p, y)
@@ -488,10 +488,10 @@ def logits_like(kind):
         p = p[:, :1].contiguous()
     if kind == "channels last":
         p = p.contiguous(memory_format=torch.channels_last)
-    return p[:0] if kind == "no picture" else p.half() if kind == "half" else p.bfloat16() if kind == "bf16" else p
+    return p[:0] if kind == "no image" else p.half() if kind == "half" else p.bfloat16() if kind == "bf16" else p
 
 
-KINDS = ["ties", "nan", "infinite", "cropped", "one class", "channels last", "no picture", "half", "bf16"]
+KINDS = ["ties", "nan", "infinite", "cropped", "one class", "channels last", "no image", "half", "bf16"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -559,7 +559,7 @@ def test_salient_pixels_and_an_empty_prediction_score_zero():
     assert values(metric) == {"maxF": 0, "mIoU": 0, "not_finite": 0}
 
 
-def test_a_picture_all_void_is_no_picture():
+def test_an_image_all_void_does_not_count():
     for protocol in ("standard", "mtinet"):
         p, y = make_case("sal", void=0)
         alone, beside = fresh("sal", protocol=protocol), fresh("sal", protocol=protocol)
@@ -586,14 +586,14 @@ def test_a_ratio_at_its_limit_is_not_within_it():
     assert [result[f"delta{k}"] for k in (1, 2, 3)] == [0.25, 0.75, 1.0]
 
 
-def test_rmse_is_pooled_over_pixels_not_pictures_but_in_astmt():
-    pooled, pictures = fresh("depth"), fresh("depth", protocol="astmt")
-    for metric in (pooled, pictures):
+def test_rmse_is_pooled_over_pixels_not_images_but_in_astmt():
+    pooled, images = fresh("depth"), fresh("depth", protocol="astmt")
+    for metric in (pooled, images):
         metric.update(torch.tensor([[[[2.0, 2.0, 2.0]]]]), torch.tensor([[[[1.0, 1.0, 1.0]]]]))
         metric.update(torch.tensor([[[[4.0, 9.0, 9.0]]]]), torch.tensor([[[[1.0, 0.0, 0.0]]]]))
-        metric.update(torch.tensor([[[[4.0, 9.0, 9.0]]]]), torch.zeros(1, 1, 1, 3))  # no picture
+        metric.update(torch.tensor([[[[4.0, 9.0, 9.0]]]]), torch.zeros(1, 1, 1, 3))  # no image
     assert values(pooled)["rmse"] == pytest.approx(math.sqrt((3 + 9) / 4))
-    assert values(pictures)["rmse"] == pytest.approx((1 + 3) / 2)
+    assert values(images)["rmse"] == pytest.approx((1 + 3) / 2)
 
 
 def test_labels_from_max_depth_on_are_void():

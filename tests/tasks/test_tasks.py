@@ -1,4 +1,4 @@
-"""What every task promises to readers, transforms, trainer and regulariser."""
+"""The interface of every task: layouts, losses, metrics, label geometry and drawing."""
 
 import dataclasses
 import math
@@ -226,7 +226,7 @@ def test_distance_of_normals_is_stable_at_both_ends(degrees):
 
 
 def make_samples(name, seed, count=12):
-    """Valid labels as sampled from two pictures: (2, count, c)."""
+    """Valid labels as sampled from two images: (2, count, c)."""
     generator = torch.Generator().manual_seed(seed)
     if name == "depth":
         return (5 * torch.rand(2, count, 1, generator=generator) - 2).exp()
@@ -240,7 +240,7 @@ def make_samples(name, seed, count=12):
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(st.sampled_from(TASK_NAMES), st.integers(0, 10**6), st.floats(0, 1), st.floats(0, 1))
-def test_places_are_as_far_apart_as_labels(name, seed, low, high):
+def test_embedded_labels_are_as_far_apart_as_labels(name, seed, low, high):
     task, label = make_task(name), make_samples(name, seed)
     points = task.embed_label(label)
     assert points.dtype == torch.float32
@@ -310,7 +310,7 @@ def test_strata_of_normals_are_the_sides_of_a_cube():
 # The data pipeline's rules
 
 
-def test_scaled():
+def test_scale_label():
     label = make_array("depth")
     original = label.copy()
     scaled = make_task("depth").scale_label(label, 1.5)
@@ -350,7 +350,7 @@ def make_codes(seed):
 
 @pytest.mark.parametrize("validity", ["length", "standard"])
 @pytest.mark.parametrize("form", ["codes", "vectors"])
-def test_flipping_normals_before_or_after_they_are_finished_is_the_same(validity, form):
+def test_flipping_normals_before_or_after_they_are_finalized_is_the_same(validity, form):
     task = build_task("normals", normals_valid=validity)
     label = make_codes(3) if form == "codes" else np.random.default_rng(0).normal(size=(5, 6, 3)).astype(np.float32)
     original = label.copy()
@@ -369,7 +369,7 @@ def test_vectors_of_normals_become_units_or_stay_as_they_are():
         build_task("normals", normals_valid="8bit")
 
 
-def test_flipped():
+def test_flip_label():
     label = make_array("normals")
     original = label.copy()
     flipped = make_task("normals").flip_label(label)
@@ -381,7 +381,7 @@ def test_flipped():
         np.testing.assert_array_equal(make_task(name).flip_label(make_array(name)), make_array(name))
 
 
-def test_finished():
+def test_finalize_label():
     task = make_task("human_parts")
     without = np.array([[0, 255], [0, 0]], np.uint8)
     original = without.copy()
@@ -395,12 +395,12 @@ def test_finished():
     assert make_task("semseg").finalize_label(empty).tolist() == [[0, 0], [0, 0]]
 
 
-# Predictions as pictures
+# Predictions as images
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", TASK_NAMES)
-def test_decoded(name, dtype):
+def test_decode(name, dtype):
     task = make_task(name)
     prediction = make_prediction(task).to(dtype)
     array = task.decode(prediction.requires_grad_())
@@ -425,14 +425,14 @@ def test_drawn_labels_and_predictions(name):
     label = make_array(name)
     decoded = task.decode(make_prediction(task))
     for array in (label, decoded):
-        picture = task.draw(array)
-        assert picture.dtype == np.uint8
-        assert picture.shape == (H, W, 3)
-        np.testing.assert_array_equal(picture, task.draw(array))
-    picture = task.draw(label)
-    void_colour = picture[0, 0]
-    assert (picture[0] == void_colour).all()
-    assert (picture[1:] != void_colour).any(axis=-1).all()
+        image = task.draw(array)
+        assert image.dtype == np.uint8
+        assert image.shape == (H, W, 3)
+        np.testing.assert_array_equal(image, task.draw(array))
+    image = task.draw(label)
+    void_colour = image[0, 0]
+    assert (image[0] == void_colour).all()
+    assert (image[1:] != void_colour).any(axis=-1).all()
     legend = task.legend([label])
     assert legend[-1] == ("void", tuple(void_colour.tolist()))
     assert "void" not in dict(task.legend([label[1:]]))
