@@ -1,4 +1,4 @@
-"""How an entry point starts and how it fails: a user's mistake is one sentence and exit code 1."""
+"""Run train.py and evaluate.py with Hydra; a user's mistake is one sentence and exit code 1."""
 
 import argparse
 import atexit
@@ -21,8 +21,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.cli.terminal import DISK_FULL_ERRORS, ensure_utf8, print_error, tolerate_closed_output
 from mtcl.config.build_model import inline_genotype
-from mtcl.config.overrides import expand_home, format_error, quote_paths
-from mtcl.config.schema import check_config
+from mtcl.config.compose import finish_config
+from mtcl.config.overrides import format_error, quote_paths
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch import sweep as sweep
 from mtcl.launch.processes import EXIT_REQUEUE
@@ -34,12 +34,18 @@ PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
 
 
 def run_hydra_app(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None = None) -> None:
-    """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does (``-m`` sweeps,
-    too). ``script``: a sweep's jobs are processes of it, see :mod:`mtcl.launch.sweep`; None: they run here.
+    """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does; ``-m`` sweeps.
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
-    keep their trace; a run that was told to make room exits with :data:`EXIT_REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace.
-    Where nobody reads the output any longer, the work goes on.
+    keep their trace; a preempted run exits with :data:`EXIT_REQUEUE`; HYDRA_FULL_ERROR=1 shows every trace. When the
+    output is closed, the work goes on.
+
+    Args:
+        job: called with the composed and checked config.
+        configs: the folder of configs.
+        name: the main config, ``train`` or ``evaluate``.
+        script: the script whose processes run a sweep's jobs, see :mod:`mtcl.launch.sweep`; None: they run in this
+            process.
     """
     ensure_utf8()
     with tolerate_closed_output(extra_errors=DISK_FULL_ERRORS):  # a run's numbers are in its folder
@@ -47,48 +53,23 @@ def run_hydra_app(job: Callable[[DictConfig], None], configs: Path, name: str, s
 
 
 def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None) -> None:
-    if (
-        int(os.environ.get("RANK", "0")) > 0
-    ):  # torchrun: process 0 has the run's folder, Hydra's of the others goes away
+    if int(os.environ.get("RANK", "0")) > 0:  # torchrun: only process 0 keeps the folder that Hydra creates
         sys.argv.append(f"hydra.run.dir={_temporary_folder()}")
     wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
     task = _Task(job, script, wants_trace)
-    multirun = any(word in ("-m", "--multirun", "hydra.mode=MULTIRUN") for word in sys.argv)
+    multirun = any(arg in ("-m", "--multirun", "hydra.mode=MULTIRUN") for arg in sys.argv)
     sweeps = script is not None and multirun
     sys.argv[1:] = quote_paths(sys.argv[1:], sweeps=multirun)
     sweep.job_outcomes.clear()
     sweep.received_signals.clear()
     try:
-        if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("torchrun can't start a sweep; start torchrun train.py once per run, without -m")
-        with _hydra_raises(), sweep.forward_signals() if sweeps else contextlib.nullcontext():
-            hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(task)()
-        if task.ending is not None:
-            raise task.ending
-    except sweep.SweepStopped:
-        pass
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if wants_trace:
-            raise
-        print_error(format_error(error))
-        sys.exit(1)
-    except OSError as error:
-        if wants_trace or error.errno not in (DISK_ERRORS if error is task.ending else DISK_ERRORS | PATH_ERRORS):
-            raise
-        where = error.filename or "the run folder"
-        print_error(f"{truncate_path(where)} can't be written ({error.strerror}); choose another hydra.run.dir")
-        sys.exit(1)
-    except Preempted as stopped:
-        print(f"{stopped}, its state is saved; the same command with resume=auto goes on from there", file=sys.stderr)
-        sys.exit(EXIT_REQUEUE)
-    except KeyboardInterrupt:
-        print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        if wants_trace or not sweeps:
-            raise
-        print_error(f"the launcher ended with {type(error).__name__}: {format_error(error)}")
-        sys.exit(1)
+        with contextlib.nullcontext() if wants_trace else _exit_on_errors(task, sweeps), _exit_when_stopped():
+            if sweeps and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                raise UserError("torchrun can't start a sweep; start torchrun train.py once per run, without -m")
+            with _hydra_raises(), sweep.forward_signals() if sweeps else contextlib.nullcontext():
+                hydra.main(version_base="1.3", config_path=str(configs.resolve()), config_name=name)(task)()
+            if task.error is not None:
+                raise task.error
     finally:
         if sweep.job_outcomes or sweep.received_signals:
             print(*map(escape_control_characters, sweep.summary()), sep="\n", file=sys.stderr)
@@ -96,13 +77,49 @@ def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script:
         sys.exit(code)
 
 
+@contextlib.contextmanager
+def _exit_on_errors(task: "_Task", sweeps: bool) -> Iterator[None]:
+    """Print what the user can fix as one sentence and exit with code 1."""
+    try:
+        yield
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print_error(format_error(error))
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (DISK_ERRORS if error is task.error else DISK_ERRORS | PATH_ERRORS):
+            raise
+        path = error.filename or "the run folder"
+        print_error(f"{truncate_path(path)} can't be written ({error.strerror}); choose another hydra.run.dir")
+        sys.exit(1)
+    except Exception as error:
+        if not sweeps:
+            raise
+        print_error(f"the launcher ended with {type(error).__name__}: {format_error(error)}")
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def _exit_when_stopped() -> Iterator[None]:
+    """Say how to go on where a signal has ended the run, and exit with the code that a scheduler expects."""
+    try:
+        yield
+    except sweep.SweepStopped:
+        pass
+    except Preempted as stopped:
+        print(f"{stopped}, its state is saved; the same command with resume=auto goes on from there", file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
+    except KeyboardInterrupt:
+        print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
 class _Task:
-    """What Hydra calls: ``job``; or of a sweep ``script``, in whatever process the launcher has pickled this to."""
+    """What Hydra calls: ``job``, or for a sweep ``script``, in whichever process the launcher has pickled this to."""
 
     def __init__(self, job: Callable[[DictConfig], None], script: Path | None, wants_trace: bool):
         self.job, self.script, self.wants_trace = job, script, wants_trace
         self.pid, self.folders = os.getpid(), _config_folders()
-        self.ending: Exception | None = None  # of a single run; Hydra would print before it
+        self.error: Exception | None = None  # of a single run; Hydra would print before it
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | ({"job": None} if self.script else {})
@@ -111,15 +128,14 @@ class _Task:
         hydra_config = HydraConfig.get()
         sweeps = hydra_config.mode == RunMode.MULTIRUN
         try:
-            expand_home(config)
-            check_config(cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True)))
+            finish_config(config)
             inline_genotype(config)
             plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
             if not sweeps or self.script is None:
                 return self.job(config)
             return sweep.run_job(
                 [sys.executable, str(self.script), *self.folders],
-                [*hydra_config.overrides.task, *map(str, filter(_is_of_runs, hydra_config.overrides.hydra))],
+                [*hydra_config.overrides.task, *map(str, filter(_is_for_jobs, hydra_config.overrides.hydra))],
                 plain,
                 Path(hydra_config.runtime.output_dir),
                 hydra_config.job.num,
@@ -128,44 +144,44 @@ class _Task:
             )
         except (UserError, OmegaConfBaseException, OSError, Preempted) as error:
             if sweeps and self.script is not None and isinstance(error, UserError | OmegaConfBaseException):
-                words = tuple(hydra_config.overrides.task)
-                return sweep.JobOutcome(hydra_config.job.num, words, sweep.FAILED, format_error(error))
+                overrides = tuple(hydra_config.overrides.task)
+                return sweep.JobOutcome(hydra_config.job.num, overrides, sweep.FAILED, format_error(error))
             if self.wants_trace or sweeps:
                 raise  # Hydra says which job of the sweep it was
-            self.ending = error
+            self.error = error
             return None
 
     def environment(self) -> dict[str, str]:
-        """Of a sweep's processes: ours, without what is only for Hydra here."""
+        """Return the environment of a sweep's processes: ours without what is only for Hydra here."""
         variables = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
         return variables | ({"HYDRA_FULL_ERROR": "1"} if self.wants_trace else {})
 
 
-def _is_of_runs(word: str) -> bool:
-    """Is this word about Hydra one for a sweep's runs, not for the sweep?"""
-    return not word.startswith(("hydra.sweep", "hydra.launcher", "hydra.mode", "hydra.run", "hydra/", "hydra.job."))
+def _is_for_jobs(override: str) -> bool:
+    """Return whether an override of Hydra's own config is for a sweep's jobs, not for the sweep."""
+    return not override.startswith(("hydra.sweep", "hydra.launcher", "hydra.mode", "hydra.run", "hydra/", "hydra.job."))
 
 
 def _config_folders() -> list[str]:
-    """The flags of the command that say where configs are."""
+    """Return the command's flags that say where configs are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd")
-    found = parser.parse_known_args()[0].config_dir
-    return [] if found is None else ["--config-dir", found]
+    folder = parser.parse_known_args()[0].config_dir
+    return [] if folder is None else ["--config-dir", folder]
 
 
 @contextlib.contextmanager
 def _hydra_raises() -> Iterator[None]:
-    """Let Hydra's exceptions reach us instead of being printed by it."""
-    before = os.environ.get("HYDRA_FULL_ERROR")
+    """Make Hydra raise its exceptions instead of printing them."""
+    original = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         yield
     finally:
-        if before is None:
+        if original is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
-            os.environ["HYDRA_FULL_ERROR"] = before
+            os.environ["HYDRA_FULL_ERROR"] = original
 
 
 def _temporary_folder() -> str:
@@ -175,6 +191,6 @@ def _temporary_folder() -> str:
 
 
 def truncate_path(path: object, length: int = 200) -> str:
-    """A path of any length as a sentence can hold it."""
+    """Return a path as text, cut in the middle where it is long."""
     text = str(path)
     return text if len(text) <= length else f"{text[: length // 2]}...{text[-length // 4 :]} ({len(text)} characters)"

@@ -1,4 +1,4 @@
-"""What a command tells at its end: the table, and run.json."""
+"""Record how a command was run: versions, commit, device, seed and data."""
 
 import platform
 import shlex
@@ -19,9 +19,20 @@ PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-pyt
 
 
 def build_run_record(
-    config: DictConfig, reader: MultiTaskDataset, num_images: int, device: torch.device, overrides: Sequence[str]
+    config: DictConfig, dataset: MultiTaskDataset, num_images: int, device: torch.device, overrides: Sequence[str]
 ) -> dict[str, Any]:
-    """``run.json``: what one needs to know to trust, or repeat, the numbers in ``metrics.json``."""
+    """Build the record of a run: what one needs to know to trust or repeat its metrics.
+
+    Args:
+        config: the resolved config of the run or evaluation.
+        dataset: what was evaluated.
+        num_images: how many images were evaluated.
+        device: where it ran.
+        overrides: the command's overrides.
+
+    Returns:
+        What is written to the run folder's record, a JSON object.
+    """
     commit, clean = _commit()
     height, width = config.data.size
     return {
@@ -35,30 +46,30 @@ def build_run_record(
         "seed": config.seed,
         "split": config.data.split,
         "num_images": num_images,
-        "protocol": f"un-padded pictures, label resolution; frames {height}x{width} or more",
+        "protocol": f"un-padded images, label resolution; frames {height}x{width} or more",
         "evaluation": OmegaConf.to_container(config.evaluation, resolve=True),
-        "data_fingerprint": reader.fingerprint(),
+        "data_fingerprint": dataset.fingerprint(),
     }
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "not installed as a package"
-    return found
+            versions[package] = "not installed as a package"
+    return versions
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """The commit of mtcl's own checkout and whether it was clean; None where it is not a checkout."""
+    """Return the commit of mtcl's own checkout and whether it is clean; None if it is not a checkout."""
 
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True
+    def git(*args: str) -> str:
+        process = subprocess.run(
+            ["git", *args], cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True
         )
-        return done.stdout.strip()
+        return process.stdout.strip()
 
     try:
         return git("rev-parse", "HEAD"), git("status", "--porcelain") == ""

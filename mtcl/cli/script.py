@@ -1,4 +1,4 @@
-"""How a script ends: a user's mistake is one sentence and exit code 1, as in train.py."""
+"""Run a script so that a user's mistake ends it with one sentence and exit code 1, as train.py does."""
 
 import errno
 import logging
@@ -11,10 +11,10 @@ from mtcl.errors import UserError
 
 
 def run(main: Callable[[], object]) -> None:
-    """``main()``, from under ``if __name__ == "__main__":``, with ``~`` in the command's words replaced.
+    """Run ``main()`` under ``if __name__ == "__main__":``, with ``~`` in the command's arguments expanded.
 
-    A UserError, or a disk that refuses, is one sentence and exit code 1. Where nobody reads the output any longer, the
-    work goes on.
+    A UserError or a full or read-only disk is printed as one sentence, exit code 1. When the output is closed, the work
+    goes on.
     """
     ensure_utf8()
     sys.argv[1:] = map(expand_tilde, sys.argv[1:])
@@ -30,17 +30,19 @@ def run(main: Callable[[], object]) -> None:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
                 raise
             where = error.filename or "the output"
-            print_error(f"{where}: {error.strerror}; make room and rights there, or choose another folder")
+            print_error(
+                f"{where}: {error.strerror}; make room there or get the right to write, or choose another folder"
+            )
             sys.exit(1)
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
 
-def run_with_args(work: Callable[[list[str]], object], text: str | None) -> None:
-    """``work`` of the command's words, or, where there are none or help is asked for, the script's own ``text``."""
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
-        run(lambda: print(text))
+def run_with_args(main: Callable[[list[str]], object], help_text: str | None) -> None:
+    """Run ``main(args)`` with the command's arguments; print ``help_text`` if there are none or ``--help`` is one."""
+    args = sys.argv[1:]
+    if not args or {"-h", "--help"} & set(args):
+        run(lambda: print(help_text))
     else:
-        run(lambda: work(sys.argv[1:]))
+        run(lambda: main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Write to a terminal or into a pipe: nobody need read it, and no name in it steers the terminal."""
+"""Write to a terminal or a pipe that may be closed, and escape what would control the terminal."""
 
 import contextlib
 import errno
@@ -15,37 +15,38 @@ DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ToleratingStream:
-    """A stream whose reader may go: what is written from then on is dropped, and the work goes on.
-
-    Everything else is the wrapped stream's.
+    """A standard stream that drops what is written once its reader has closed it, so that the work goes on.
 
     Args:
-        stream: the standard output, or that of errors.
-        also: errors of the system on which it is given up, besides those of a closed pipe or terminal.
+        stream: standard output or standard error.
+        extra_errors: numbers of system errors after which output is dropped, besides those of a closed pipe or
+            terminal.
     """
 
     def __init__(self, stream: TextIO, extra_errors: Sequence[int] = ()):
         self._stream = stream
-        self._gone = (errno.EPIPE, *((errno.EIO,) if stream.isatty() else ()), *extra_errors)
+        self._tolerated = (errno.EPIPE, *((errno.EIO,) if stream.isatty() else ()), *extra_errors)
 
     def write(self, text: str) -> int:
-        with self._may_be_gone():
+        """Write, or drop, a text; return its length."""
+        with self._tolerate_errors():
             return self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._may_be_gone():
+        """Flush the stream unless its reader has closed it."""
+        with self._tolerate_errors():
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     @contextlib.contextmanager
-    def _may_be_gone(self) -> Iterator[None]:
+    def _tolerate_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno not in self._gone:
+            if error.errno not in self._tolerated:
                 raise
             with contextlib.suppress(OSError, ValueError):  # a stream of a test has no number
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -54,8 +55,11 @@ class ToleratingStream:
 
 
 def ensure_utf8() -> None:
-    """Start the command again in Python's UTF-8 mode where the locale knows ASCII only: else a path with other letters
-    could neither be opened nor written down. Python itself does so in the locale C, unless it is told not to."""
+    """Restart the command in Python's UTF-8 mode if the locale knows ASCII only.
+
+    Otherwise a path with other letters could neither be opened nor printed. Python does so by itself in the locale C,
+    unless it is configured not to.
+    """
     if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"  # of processes that are started later
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
@@ -63,12 +67,13 @@ def ensure_utf8() -> None:
 
 @contextlib.contextmanager
 def tolerate_closed_output(extra_errors: Sequence[int] = ()) -> Iterator[None]:
-    """Let the command outlast whoever reads its output; write what the terminal's alphabet lacks as escapes.
+    """Keep a command running when its output is closed; write what the terminal's encoding lacks as escapes.
 
-    ``also``: see :class:`ToleratingStream`.
+    Args:
+        extra_errors: see :class:`ToleratingStream`.
     """
-    before = sys.stdout, sys.stderr
-    streams = [_opened(1) if sys.stdout is None else sys.stdout, _opened(2) if sys.stderr is None else sys.stderr]
+    originals = sys.stdout, sys.stderr
+    streams = [_open_null(1) if sys.stdout is None else sys.stdout, _open_null(2) if sys.stderr is None else sys.stderr]
     for stream in streams:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -79,12 +84,14 @@ def tolerate_closed_output(extra_errors: Sequence[int] = ()) -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, ToleratingStream):
                 stream.flush()
-        sys.stdout, sys.stderr = before
+        sys.stdout, sys.stderr = originals
 
 
-def _opened(number: int) -> TextIO:
-    """A stream to nowhere for one that was closed before the start; else a file that is opened next has its number, and
-    takes in what a library prints."""
+def _open_null(number: int) -> TextIO:
+    """Return a stream to nowhere in place of one that was closed before the start.
+
+    Otherwise the next file that is opened gets its number, and what a library prints would go into that file.
+    """
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.fstat(number)
@@ -94,12 +101,13 @@ def _opened(number: int) -> TextIO:
 
 
 class EscapingFormatter(logging.Formatter):
-    """Escapes what would steer the terminal, line by line: a table is a message of several lines."""
+    """A formatter that escapes control characters line by line: a table is a message of several lines."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the formatted record with control characters escaped."""
         return "\n".join(map(escape_control_characters, super().format(record).split("\n")))
 
 
 def print_error(text: str) -> None:
-    """Write ``error: text`` to the terminal, a single line."""
+    """Print ``error: text`` to standard error as a single line."""
     print(f"error: {escape_control_characters(text)}", file=sys.stderr)

@@ -147,7 +147,7 @@ def test_a_reader_that_goes_ends_nothing_and_a_full_disk_is_told(capfd):
     for stream in (Broken(errno.ENOSPC), Broken(errno.EIO)):
         with pytest.raises(OSError, match=os.strerror(stream.number)):
             ToleratingStream(stream).write("text")
-    assert ToleratingStream(Broken(errno.ENOSPC), also=terminal.FULL).write("text") == 4
+    assert ToleratingStream(Broken(errno.ENOSPC), extra_errors=terminal.DISK_FULL_ERRORS).write("text") == 4
     with tolerate_closed_output():
         print("seen", file=sys.stderr)
     assert capfd.readouterr().err == "seen\n"
