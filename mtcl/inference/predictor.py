@@ -168,8 +168,8 @@ class Predictor:
         image, _ = prepare_batch(batch, self.model.mean, self.model.std, self.device)
         with autocast(self.device, self.precision):
             raw = self.model.predict(image)
-        (top, left), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
-        maps = {name: raw[name][..., top : top + height, left : left + width].float() for name in self.tasks}
+        (y, x), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
+        maps = {name: raw[name][..., y : y + height, x : x + width].float() for name in self.tasks}
         self._warn_of_overflow(maps)
         return maps
 
@@ -202,22 +202,22 @@ class Predictor:
         """
         height, width = images[0].shape[:2]
         window = (min(self.size[0], height), min(self.size[1], width))
-        tops, lefts = _window_starts(height, window[0]), _window_starts(width, window[1])
+        y_starts, x_starts = _window_starts(height, window[0]), _window_starts(width, window[1])
         weight = _blending_weights(window, self.device)
         sums: dict[str, Tensor] = {}  # (B, C, window's height, W)
         weights = torch.zeros(window[0], width, device=self.device)
         strips: list[dict[str, list[np.ndarray]]] = [{name: [] for name in self.tasks} for _ in images]
-        for top, following in zip(tops, [*tops[1:], height]):
-            for left in lefts:
-                area = (..., slice(left, left + window[1]))
-                views = [np.ascontiguousarray(x[top : top + window[0], left : left + window[1]]) for x in images]
+        for y, next_y in zip(y_starts, [*y_starts[1:], height]):
+            for x in x_starts:
+                area = (..., slice(x, x + window[1]))
+                views = [np.ascontiguousarray(image[y : y + window[0], x : x + window[1]]) for image in images]
                 for name, prediction in self._predict_raw(views, magnification).items():
                     raw = self.tasks[name].to_averageable(prediction)
                     if name not in sums:
                         sums[name] = raw.new_zeros(*raw.shape[:3], width)
                     sums[name][area] += weight * raw
                 weights[area] += weight
-            num_rows = following - top  # that are complete
+            num_rows = next_y - y  # that are complete
             for name, task in self.tasks.items():
                 for parts, total in zip(strips, sums[name]):
                     parts[name].append(task.decode(total[:, :num_rows] / weights[:num_rows]))

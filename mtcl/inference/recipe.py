@@ -73,7 +73,7 @@ def shrink(image: np.ndarray, metadata: Mapping[str, Any]) -> np.ndarray:
 
 
 def find_frame(size: tuple[int, ...], metadata: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-    """Find the (top, left) of an image of that size in its frame, and the frame's (height, width)."""
+    """Find the (y, x) of an image of that size in its frame, and the frame's (height, width)."""
     # It is centred in the training frame, or in its own size rounded up where that is larger ...
     sides = [max(least, round_up(side, metadata["rounding"])) for side, least in zip(size, metadata["size"])]
     offset = [(side - length) // 2 for side, length in zip(sides, size)]
@@ -89,10 +89,10 @@ def round_up(length: int, multiple: int) -> int:
 def run_framed(run: Run, image: np.ndarray, metadata: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Run the program on an image in its frame; return the outputs float32 (C, H, W) cropped to the image."""
     height, width = image.shape[:2]
-    (top, left), frame = find_frame((height, width), metadata)
+    (y, x), frame = find_frame((height, width), metadata)
     if not metadata["any_size"]:
         frame = metadata["frame"]
-    area = (..., slice(top, top + height), slice(left, left + width))
+    area = (..., slice(y, y + height), slice(x, x + width))
     filled = np.empty((1, 3, *frame), np.float32)
     filled[:] = 255 * np.array(metadata["mean"], np.float32)[:, None, None]  # 0 after normalisation
     filled[area] = image.transpose(2, 0, 1)

@@ -272,11 +272,11 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
     # A deeper sibling's file (resnet34 for resnet18) has all these names and shapes, and further blocks of their kind.
     names = {key.replace(".", "_") for key in complete.state_dict()}
     kinds = {re.sub(r"\d+", "#", key) for key in names}
-    further = [key for key in by_name if key not in names and re.sub(r"\d+", "#", key) in kinds]
-    if further:
+    unexpected = [key for key in by_name if key not in names and re.sub(r"\d+", "#", key) in kinds]
+    if unexpected:
         raise ParameterError(
             "weights",
-            f"={path} has {len(further)} tensors more than backbone {name} (first: {further[0]}); "
+            f"={path} has {len(unexpected)} tensors more than backbone {name} (first: {unexpected[0]}); "
             "is it a file for a deeper model?",
         )
     net.load_state_dict({key: target[key] if value is None else value for key, value in matches.items()})

@@ -28,10 +28,10 @@ def check_weights(weights: Any, expected: Mapping[str, Tensor], source: str | Pa
         raise UserError(f"{source} holds no weights but a {type(weights).__name__}")
     misfit = f"the weights in {source} do not fit the model that its own config describes"
     missing = [name for name in expected if name not in weights]
-    further = [name for name in weights if name not in expected]
-    if missing or further:
-        first = f"{missing[0]} is missing" if missing else f"there is no {str(further[0])[:80]} in the model"
-        raise UserError(f"{misfit}: {first} ({len(missing)} missing, {len(further)} too many)")
+    unexpected = [name for name in weights if name not in expected]
+    if missing or unexpected:
+        first = f"{missing[0]} is missing" if missing else f"there is no {str(unexpected[0])[:80]} in the model"
+        raise UserError(f"{misfit}: {first} ({len(missing)} missing, {len(unexpected)} too many)")
     for name, model in expected.items():
         tensor = weights[name]
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:

@@ -295,8 +295,8 @@ class ATRC(Decoder):
         """Decode with the auxiliary predictions as intermediate ones."""
         initial, labels, final = self._refine(features, size)
         auxiliary = {task: resize(predict_fp32(self.decode[task], x), size) for task, x in labels.items()}
-        named = {"final": final, "initial": initial}
-        return DenseOutput(self._predictions(final, size), named, [auxiliary] if auxiliary else [], size)
+        maps = {"final": final, "initial": initial}
+        return DenseOutput(self._predictions(final, size), maps, [auxiliary] if auxiliary else [], size)
 
     def predict(self, features: list[Tensor], size: Size) -> dict[str, Tensor]:
         """Return the final predictions; of the auxiliary heads only the logits, which label contexts need, are run."""

@@ -131,8 +131,8 @@ def translate_state_dict(state: Mapping[str, Tensor], method: Method, tasks: Seq
 
 def check_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], method: str) -> None:
     """Raise ``UserError`` unless ``state`` has exactly the names and shapes of ``expected``."""
-    missing, further = expected.keys() - state.keys(), state.keys() - expected.keys()
-    for verb, names in (("lacks", missing), ("has too much:", further)):
+    missing, unexpected = expected.keys() - state.keys(), state.keys() - expected.keys()
+    for verb, names in (("lacks", missing), ("has too much:", unexpected)):
         if names:
             raise UserError(
                 f"the checkpoint {verb} {len(names)} of the tensors of the model that the config describes, the first: "
