@@ -1,75 +1,83 @@
-"""The words ``key=value`` of a script that has no config."""
+"""Parser and argument types shared by the ``mtcl`` commands."""
 
+import argparse
 import difflib
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 from mtcl.errors import UserError
 
-
-def parse(words: Sequence[str], keys: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-    """key -> value as ``keys[key]`` reads it (it raises ``ValueError`` for what it does not take)."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if key not in keys or not equals:
-            close = difflib.get_close_matches(key, keys, n=1)
-            hint = f"did you mean {close[0]}=?" if close else f"there are {', '.join(keys)}"
-            raise UserError(f"{word}: {'no key of this script' if equals else 'not of the form key=value'}; {hint}")
-        try:
-            found[key] = keys[key](text.strip("'\""))
-        except ValueError as error:
-            raise UserError(f"{word}: {error}") from error
-    return found
+OUTDATED = "options are written --name VALUE; key=value is for train.py and evaluate.py"
 
 
-def path(text: str) -> Path:
+class CommandParser(argparse.ArgumentParser):
+    """Parser whose errors are one sentence, raised as ``UserError``, in place of the usage text."""
+
+    def __init__(self, prog: str, description: str | None):
+        super().__init__(
+            prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ``UserError``, with a hint where an option is misspelled or written ``key=value``."""
+        head, _, rest = message.partition("unrecognized arguments: ")
+        hint = f"{self.prog} --help lists the options"
+        if not head and rest:
+            first = rest.split()[0]
+            similar = difflib.get_close_matches(first.partition("=")[0], self._option_string_actions, n=1)
+            if first.startswith("-") and similar:
+                hint = f"did you mean {similar[0]}?"
+            elif "=" in first and not first.startswith("-"):
+                hint = OUTDATED
+        raise UserError(f"{message}; {hint}")
+
+
+def output_path(text: str) -> Path:
+    """Parse a path that is to be written; an empty one would be the current folder."""
     if not text:
-        raise ValueError("give a path")
-    return Path(os.path.expanduser(text))
+        raise argparse.ArgumentTypeError("give a path")
+    return Path(text).expanduser()
 
 
-def flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError("give true or false")
-    return text.lower() == "true"
-
-
-def whole(text: str) -> int:
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError("give a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
     return int(text)
 
 
-def positive(text: str) -> float:
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not 0 < number < math.inf:
-        raise ValueError("give a number above 0")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
     return number
 
 
-def names(text: str) -> list[str]:
-    """``a,b`` or ``[a,b]``."""
+def name_list(text: str) -> list[str]:
+    """Parse names separated by commas.
+
+    >>> name_list("semseg,depth"), name_list("[depth]")
+    (['semseg', 'depth'], ['depth'])
+    """
     return [part.strip() for part in text.strip("[]").split(",") if part.strip()]
 
 
-def numbers(text: str) -> list[float]:
+def number_list(text: str) -> list[float]:
+    """Parse numbers separated by commas."""
     try:
-        return [float(part) for part in names(text)]
+        return [float(part) for part in name_list(text)]
     except ValueError:
-        raise ValueError("give numbers, such as 0.75,1,1.25") from None
+        raise argparse.ArgumentTypeError(f"{text} are not numbers, such as 0.75,1,1.25") from None
 
 
-def choice(*known: str) -> Callable[[str], str]:
-    def read(text: str) -> str:
-        if text not in known:
-            raise ValueError(f"choose {', '.join(known)}")
-        return text
-
-    return read
+def require_extra(purpose: str, extra: str, *packages: str) -> None:
+    """Raise ``UserError`` where a package of an optional extra is not installed."""
+    for package in packages:
+        if find_spec(package) is None:
+            raise UserError(f"{purpose} needs the package {package}; pip install 'mtcl[{extra}]'")
