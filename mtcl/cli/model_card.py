@@ -10,17 +10,12 @@ import yaml
 from mtcl.config.load import LoadedModel
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.evaluation.format_metrics import COUNT_UNITS, format_value
+from mtcl.inference.export import RAW_MEANINGS, round_values
 from mtcl.results.run_files import read_metrics, read_record
-from mtcl.run_folder import METRICS, RECORD
+from mtcl.run_folder import METRICS, RunFolder
 from mtcl.version import __version__
 
-RAW_MEANINGS = {  # what a raw prediction stands for, by a task's kind
-    "class": "logits of the classes; the class is the argmax over channels",
-    "metres": "metres, negative ones clipped to 0",
-    "direction": "vectors to be normalised; x to the left, y up, z to the viewer",
-    "probability": "a logit; its sigmoid is the probability",
-}
-DATASETS = {  # by data.name: the hub's name and people's
+DATASETS = {  # dataset of the config -> its name on the hub, its title
     "nyud": ("nyu_depth_v2", "NYUD-v2"),
     "nyud_small": ("nyu_depth_v2", "NYUD-v2, small edition"),
     "pascal": ("pascal_context", "PASCAL-Context"),
@@ -36,6 +31,8 @@ BIBTEX = """@inproceedings{yang2023contrastive,
 
 
 class Score(NamedTuple):
+    """A metric of a task."""
+
     task: str
     metric: str
     value: float
@@ -43,7 +40,7 @@ class Score(NamedTuple):
 
 
 def format_model_card(loaded: LoadedModel) -> str:
-    """Write the card's text: what the model is, how to use it, what it scored."""
+    """Return the card's text: what the model is, how to use it, what it scored."""
     config, saved = loaded.saved.config, loaded.saved
     data = config["data"]
     height, width = loaded.size
@@ -72,7 +69,7 @@ pip install 'mtcl[hub]'
 ```python
 import mtcl
 predictor = mtcl.load("FOLDER_OR_USER/MODEL")
-maps = predictor("picture.jpg")  # task -> array of the picture's height and width
+maps = predictor("image.jpg")  # task -> array of the image's height and width
 ```
 
 | task | channels | classes, or what it predicts |
@@ -80,7 +77,7 @@ maps = predictor("picture.jpg")  # task -> array of the picture's height and wid
 {rows}
 
 - **Training data**: {cell(data["name"])}, the training part of its split `{cell(data.get("split"))}`.
-- **Size**: frames of {height} x {width} (height x width); other sizes work, larger pictures are shrunk to about that.
+- **Size**: frames of {height} x {width} (height x width); other sizes work, larger images are shrunk to about that.
 - **Normalisation** (inside the predictor): RGB on the 0..1 scale,
   mean {round_values(loaded.model.mean)}, std {round_values(loaded.model.std)}.
 
@@ -90,7 +87,7 @@ maps = predictor("picture.jpg")  # task -> array of the picture's height and wid
 
 ## Licence
 
-To be filled in by who publishes this: those of the training data and of the backbone's weights hold for it, too.
+To be filled in by the publisher: the licences of the training data and of the backbone's weights apply, too.
 
 ## Citation
 
@@ -103,7 +100,7 @@ mtcl implements the method of [Contrastive Multi-Task Dense Prediction]({PAPER})
 
 
 def front_matter(loaded: LoadedModel, name: str, scores: Sequence[Score]) -> dict[str, Any]:
-    """Describe the model as the hub's own fields."""
+    """Return the fields by which the hub describes the model."""
     config = loaded.saved.config
     has_classes = any(task.prediction_type == "class" for task in loaded.tasks.values())
     pipeline = "image-segmentation" if has_classes else "image-to-image"
@@ -139,20 +136,20 @@ def front_matter(loaded: LoadedModel, name: str, scores: Sequence[Score]) -> dic
 
 
 def find_base_model(loaded: LoadedModel) -> str | None:
-    """Name the model on the hub whose weights the backbone began with; None where it did not."""
+    """Return the hub's name of the model whose weights the backbone was initialised with, or None."""
     backbone = loaded.saved.config["backbone"]
     if backbone.get("weights") != "hub":
         return None
-    known = timm.get_pretrained_cfg(str(backbone["name"]), allow_unregistered=True)
-    return getattr(known, "hf_hub_id", None)
+    pretrained = timm.get_pretrained_cfg(str(backbone["name"]), allow_unregistered=True)
+    return getattr(pretrained, "hf_hub_id", None)
 
 
 def read_scores(loaded: LoadedModel) -> tuple[list[Score], str]:
-    """Read the metrics of the run, where the checkpoint is the run's last one, and say what they were computed on."""
-    run = loaded.saved.path.parent.parent
+    """Read the metrics of the run whose last checkpoint this is; return them and what they were computed on."""
+    run = RunFolder(loaded.saved.path.parent.parent)
     try:
-        metrics, record = read_metrics(run / METRICS), read_record(run / RECORD)
-    except UserError:  # there is none, or it is damaged
+        metrics, record = read_metrics(run.metrics), read_record(run.record)
+    except UserError:  # missing or damaged
         return [], ""
     if record.get("step") != loaded.saved.step:
         return [], ""
@@ -166,19 +163,19 @@ def read_scores(loaded: LoadedModel) -> tuple[list[Score], str]:
             for key in (first, *others)
             if key in values
         ]
-    return scores, f"{cell(record.get('num_images'))} validation pictures ({cell(record.get('protocol'))})"
+    return scores, f"{cell(record.get('num_images'))} validation images ({cell(record.get('protocol'))})"
 
 
 def format_scores(scores: Sequence[Score], scored_on: str) -> str:
-    """Write metrics as a table."""
+    """Format metrics as a table."""
     if not scores:
-        return "Not known: there was no metrics.json of this checkpoint beside it."
+        return f"Not known: this checkpoint's run has no {METRICS}."
     rows = [f"| {score.task} | {cell(score.metric)} | {score.text} |" for score in scores]
     return "\n".join([f"On {scored_on}:", "", "| task | metric | value |", "| --- | --- | ---: |", *rows])
 
 
 def cell(text: Any) -> str:
-    """Write text of a config or a file into Markdown: nothing of it is markup."""
+    """Escape text of a config or a file for Markdown."""
     return (
         escape_control_characters(str(text))
         .replace("\\", "\\\\")
@@ -186,8 +183,3 @@ def cell(text: Any) -> str:
         .replace("<", "&lt;")
         .replace("`", "'")
     )
-
-
-def round_values(values: Sequence[float]) -> list[float]:
-    """Round what is written for people and programs."""
-    return [round(value, 6) for value in values]

@@ -1,5 +1,25 @@
-"""A trained model on a person's own pictures, video or camera."""
+"""Predict all tasks of a trained model for your own images: no labels, no dataset.
 
+    mtcl predict CHECKPOINT INPUT --output FOLDER [options]
+
+CHECKPOINT: a .pt file, a run's folder, an exported folder, or a name on the Hugging Face hub. INPUT: an image, a folder
+of images (with all below it, but for what is hidden or was written by this command), a video, or a camera's number (0;
+until Ctrl-C). Written, per image NAME, without replacing anything (--overwrite does):
+
+FOLDER/semseg/NAME.png   classes (human_parts, sal alike): 8-bit numbers, with the colours of the panel as palette
+FOLDER/depth/NAME.png    16 bits, millimetres (65535: that or more)
+FOLDER/normals/NAME.png  3 x 8 bits: v stands for 2 v / 255 - 1; red: left, green: up, blue: to the viewer
+FOLDER/edge/NAME.png     8 bits, 255 times the probability, smoothed and thinned to lines (non-maximum suppression)
+FOLDER/panel/NAME.jpg    the image with all of them in colours; --no-panel leaves it out
+FOLDER/predict.json      what was done, with the classes' names and the depth's scale
+
+The same command again continues where it was interrupted (a video starts afresh). A video gives FOLDER/NAME.mp4, the
+image and all tasks side by side (and with --save-frames the maps of every frame, NAME/000000 and so on).
+
+A file that can't be predicted is named and skipped; the others are done, and the exit code is then 1.
+"""
+
+import argparse
 import errno
 import json
 import math
@@ -8,7 +28,7 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import chain, islice
@@ -22,7 +42,7 @@ import torch
 from tqdm import tqdm
 
 from mtcl.atomic import convert_disk_errors, write_atomically
-from mtcl.cli import arguments as read
+from mtcl.cli.arguments import name_list, number_list, output_path, positive_float, positive_int
 from mtcl.config.load import LoadedModel, build_predictor, load_model
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
@@ -34,83 +54,90 @@ from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 from mtcl.visualization.panels import draw_predictions
 
-VIDEOS = (
+VIDEO_SUFFIXES = (
     ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".3gp"
 )  # fmt: skip
-KEYS: dict[str, Callable[[str], Any]] = {
-    "checkpoint": str,
-    "input": str,
-    "output": read.path,
-    "tasks": read.names,
-    "mode": read.choice(*MODES),
-    "flip": read.flag,
-    "scales": read.numbers,
-    "batch": read.whole,
-    "device": read.choice("auto", "cpu", "cuda"),
-    "precision": read.choice("auto", "bf16", "fp32"),
-    "panel": read.flag,
-    "overwrite": read.flag,
-    "frames": read.flag,
-    "seconds": read.positive,
-}
-OF_THE_PREDICTOR = ("tasks", "mode", "flip", "scales", "device", "precision")
-RECORD = "predict.json"
-MOST_CAMERAS = 999
-KINDS = {*TASK_NAMES, "panel"}  # folders of what is written
-AGAIN = "run it again: what is there stays"
-FOR_ALL = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # what ails the disk, not one name
-WRITERS, UNWRITTEN = 4, 2**24  # threads that write maps; pixels of pictures whose maps wait for them
-NO_MEMORY = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+PREDICTOR_OPTIONS = ("tasks", "mode", "flip", "scales", "device", "precision")
+RECORD_FILE = "predict.json"
+OLD_MODES = {"shrink": "resize", "slide": "sliding_window", "whole": "full"}
+MAX_CAMERA = 999
+OUTPUT_FOLDERS = {*TASK_NAMES, "panel"}
+RETRY_HINT = "run it again: what is written stays"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # of the disk, not of one file name
+NUM_WRITERS = 4  # threads that write maps
+MAX_UNWRITTEN_PIXELS = 2**24  # of images whose maps wait for the writers
+OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class Settings(NamedTuple):
+    """Where predictions are written, and which."""
+
     output: Path
-    batch: int = 1
+    batch_size: int = 1
     panel: bool = True
     overwrite: bool = False
-    frames: bool = False
-    seconds: float | None = None
+    save_frames: bool = False
+    seconds: float | None = None  # of a video or camera at most
 
 
-def predict(words: Sequence[str]) -> None:
-    """What ``scripts/predict.py`` does with its words."""
-    given = read.parse(words, KEYS)
-    for key in ("checkpoint", "input", "output"):
-        if not given.get(key):
-            raise UserError(f"predict.py needs {key}=; python scripts/predict.py --help says more")
-    source, checkpoint = given.pop("input"), given.pop("checkpoint")
-    options = {key: given.pop(key) for key in OF_THE_PREDICTOR if key in given}
-    settings = Settings(**given)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mtcl predict``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("input", metavar="INPUT", help="an image, a folder, a video, or a camera's number")
+    parser.add_argument("--output", type=output_path, required=True, metavar="FOLDER")
+    parser.add_argument("--tasks", type=name_list, metavar="TASK,...", help="only these, default: all of the model")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        help="how images much larger than the training frame are predicted, default: resize",
+    )
+    parser.add_argument("--flip", action="store_true", help="average with the prediction of the mirrored image")
+    parser.add_argument("--scales", type=number_list, metavar="X,...", help="average over sizes, such as 0.75,1,1.25")
+    parser.add_argument(
+        "--batch-size", type=positive_int, default=1, metavar="N", help="images of one size at once, default: 1"
+    )
+    parser.add_argument("--seconds", type=positive_float, metavar="S", help="of a video or camera at most")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--no-panel", action="store_false", dest="panel", help="write no image with all tasks")
+    parser.add_argument("--save-frames", action="store_true", help="write the maps of every frame of a video")
+    parser.add_argument("--overwrite", action="store_true", help="replace what was written before")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Predict and write what the arguments ask for."""
+    options = {key: getattr(args, key) for key in PREDICTOR_OPTIONS if getattr(args, key) is not None}
+    settings = Settings(**{key: getattr(args, key) for key in Settings._fields})
     if settings.output.is_file():
-        raise UserError(f"output={settings.output} is a file; give a folder")
-    refuse_links(settings.output)
-    path, camera = Path(source), source.isdecimal()
-    video = path.suffix.lower() in VIDEOS and not os.path.isdir(path) and os.path.exists(path)
-    if video:
+        raise UserError(f"--output {settings.output} is a file; give a folder")
+    check_links(settings.output)
+    path, is_camera = Path(args.input), args.input.isdecimal()
+    is_video = path.suffix.lower() in VIDEO_SUFFIXES and not os.path.isdir(path) and os.path.exists(path)
+    if is_video:
         open_regular(path).close()  # OpenCV would wait for a FIFO
-    files, unread = ([], {}) if camera or video else found(path, settings.output)
-    if camera and int(source) > MOST_CAMERAS:
+    files, unreadable = ([], {}) if is_camera or is_video else find_images(path, settings.output)
+    if is_camera and int(args.input) > MAX_CAMERA:
         raise UserError(
-            f"input={source}: a camera's number is at most {MOST_CAMERAS}; for a file of that name, ./{source}"
+            f"INPUT {args.input}: a camera's number is at most {MAX_CAMERA}; for a file of that name, ./{args.input}"
         )
-    loaded = load_model(checkpoint)
+    loaded = load_model(args.checkpoint)
     predictor = build_predictor(loaded, **options)
-    record = Record(settings, source, facts(loaded, predictor))
-    if camera:
-        predict_video(int(source), f"camera_{int(source)}", predictor, settings, record)
-    elif video:
-        predict_video(source, path.stem, predictor, settings, record)
+    record = PredictionRecord(settings, args.input, describe_predictions(loaded, predictor))
+    if is_camera:
+        predict_video(int(args.input), f"camera_{int(args.input)}", predictor, settings, record)
+    elif is_video:
+        predict_video(args.input, path.stem, predictor, settings, record)
     else:
-        pictures(files, output_names(files, path), unread, predictor, settings, record)
+        predict_images(files, output_names(files, path), unreadable, predictor, settings, record)
 
 
-def refuse_links(output: Path) -> None:
-    """Raise ``UserError`` where what is written below ``output`` would lie, or be replaced, elsewhere."""
-    for name in sorted({*KINDS, RECORD}):
+def check_links(output: Path) -> None:
+    """Raise ``UserError`` where a link in ``output`` would lead written or replaced files elsewhere."""
+    for name in sorted({*OUTPUT_FOLDERS, RECORD_FILE}):
         if (output / name).is_symlink():
             raise UserError(
-                f"output={output} holds the link {name} to {os.readlink(output / name)}; maps are written into folders "
-                "of their own only: remove the link, or choose another output="
+                f"--output {output} holds the link {name} to {os.readlink(output / name)}; maps are written into "
+                "folders of their own only: remove the link, or choose another --output"
             )
 
 
@@ -119,11 +146,11 @@ def is_inside(folder: Path, path: Path) -> bool:
     return path.parent.resolve().is_relative_to(folder.resolve())
 
 
-# What was done
+# The record
 
 
-def facts(loaded: LoadedModel, predictor: Predictor) -> dict[str, Any]:
-    """What the maps depend on, and what they mean."""
+def describe_predictions(loaded: LoadedModel, predictor: Predictor) -> dict[str, Any]:
+    """Describe what the maps depend on, and what their values mean."""
     return {
         "checkpoint": str(loaded.saved.path.resolve()),
         "step": loaded.saved.step,
@@ -135,348 +162,471 @@ def facts(loaded: LoadedModel, predictor: Predictor) -> dict[str, Any]:
     }
 
 
-class Record:
+class PredictionRecord:
     """``predict.json`` of an output folder: the maps of one model, and which of them belong to which input.
 
-    Names are those of :func:`output_names`; a video's is ``NAME.mp4``, and ``NAME/`` for the maps of its frames. ``UserError``
-    where it was written for another model or with other options, unless they are to be overwritten.
+    Names are those of :func:`output_names`; a video's is ``NAME.mp4``, and ``NAME/`` for the maps of its frames.
+
+    Args:
+        settings: The output folder, and whether it may be overwritten.
+        source: The input, as it is typed.
+        facts: What :func:`describe_predictions` says of the model and its options.
+
+    Raises:
+        UserError: The record was written for another model or with other options, and is not to be overwritten.
     """
 
     def __init__(self, settings: Settings, source: str, facts: Mapping[str, Any]) -> None:
-        self.path, self.facts, self.overwrite = settings.output / RECORD, facts, settings.overwrite
+        self.path, self.facts, self.overwrite = settings.output / RECORD_FILE, facts, settings.overwrite
         self.source = source if source.isdecimal() else str(Path(source).resolve())
-        self.before = self._before() if self.path.exists() else {"inputs": {}, "tasks": {}}
-        others = [key for key in facts if key in self.before and key != "tasks" and facts[key] != self.before[key]]
-        if others and not self.overwrite:
-            key = others[0]
+        self.previous = self._read() if self.path.exists() else {"inputs": {}, "tasks": {}}
+        changed = [
+            key for key in facts if key in self.previous and key != "tasks" and facts[key] != self.previous[key]
+        ]
+        if changed and not self.overwrite:
+            key = changed[0]
             raise UserError(
-                f"{settings.output} holds predictions with {key}={self.before[key]}, not {facts[key]}; choose another "
-                "output=, or replace them with overwrite=true"
+                f"{settings.output} holds predictions with {key}={self.previous[key]}, not {facts[key]}; choose "
+                "another --output, or replace them with --overwrite"
             )
-        self.is_stale = bool(others)  # all that is there goes before anything is written
-        self.own = set(self.before["inputs"].get(self.source, []))
-        self.taken = {n for source, names in self.before["inputs"].items() if source != self.source for n in names}
-        self.folders = tuple(name for name in self.taken if name.endswith("/"))
+        self.is_stale = bool(changed)  # all maps are deleted before anything is written
+        inputs = self.previous["inputs"]
+        self.names = set(inputs.get(self.source, []))  # of this input
+        self.other_names = {name for source, names in inputs.items() if source != self.source for name in names}
+        self.other_folders = tuple(name for name in self.other_names if name.endswith("/"))
 
-    def is_foreign(self, name: str, is_there: bool) -> bool:
-        """Whether these maps are another input's, or nobody's that is known."""
+    def is_foreign(self, name: str, exists: bool) -> bool:
+        """Tell whether the maps of this name belong to another input, or to none that is recorded."""
         if self.overwrite:
             return False
-        inside = name.endswith("/") and any(other.startswith(name) for other in self.taken)
-        return inside or name in self.taken or name.startswith(self.folders) or (is_there and name not in self.own)
+        contains_others = name.endswith("/") and any(other.startswith(name) for other in self.other_names)
+        return (
+            contains_others
+            or name in self.other_names
+            or name.startswith(self.other_folders)
+            or (exists and name not in self.names)
+        )
 
     def begin(self, names: Iterable[str]) -> None:
-        """These names are this input's from now on."""
+        """Record that these names belong to this input from now on."""
         new = set(names)
-        inputs = {source: [n for n in found if n not in new] for source, found in self.before["inputs"].items()}
-        with convert_disk_errors(self.path, AGAIN):
+        inputs = {
+            source: [name for name in names if name not in new] for source, names in self.previous["inputs"].items()
+        }
+        with convert_disk_errors(self.path, RETRY_HINT):
             if self.is_stale:
-                self._clear()
-                inputs, self.own = {}, set()
-            inputs[self.source] = sorted(self.own | new)
-            tasks = self.facts["tasks"] if self.is_stale else self.before["tasks"] | self.facts["tasks"]
+                self._delete_maps()
+                inputs, self.names = {}, set()
+            inputs[self.source] = sorted(self.names | new)
+            tasks = self.facts["tasks"] if self.is_stale else self.previous["tasks"] | self.facts["tasks"]
             text = json.dumps({**self.facts, "tasks": tasks, "inputs": inputs}, indent=2) + "\n"
             write_atomically(self.path, lambda temporary: temporary.write_text(text, "utf-8"))
 
-    def _clear(self) -> None:
-        """Of the model before; its record goes last, so that what is left is known."""
+    def _delete_maps(self) -> None:
+        """Delete the maps of the previous model; the record is replaced last, so that remaining ones are known."""
         folder = self.path.parent
-        for name in self.taken | self.own:
-            if not all(is_inside(folder, folder / kind / name) for kind in KINDS):
+        for name in self.other_names | self.names:
+            if not all(is_inside(folder, folder / kind / name) for kind in OUTPUT_FOLDERS):
                 continue
             if name.endswith(".mp4"):
                 (folder / name).unlink(missing_ok=True)
-            for kind in KINDS:
+            for kind in OUTPUT_FOLDERS:
                 if name.endswith("/"):
                     shutil.rmtree(folder / kind / name, ignore_errors=True)
                 else:
                     (folder / kind / f"{name}{'.jpg' if kind == 'panel' else '.png'}").unlink(missing_ok=True)
 
-    def _before(self) -> dict[str, Any]:
+    def _read(self) -> dict[str, Any]:
         try:
             content = read_json(self.path)
             inputs = {source: list(names) for source, names in content["inputs"].items()}
             if any(Path(name).is_absolute() or ".." in Path(name).parts for names in inputs.values() for name in names):
-                raise ValueError("these names lead elsewhere")  # and may be deleted
+                raise ValueError("a name leads out of the folder")  # and could be deleted
+            if "large" in content:  # of version 0.1
+                content["mode"] = OLD_MODES[content.pop("large")]
             return {**content, "inputs": inputs, "tasks": dict(content["tasks"])}
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             if self.overwrite:
                 return {"inputs": {}, "tasks": {}}
             raise UserError(
-                f"{self.path} was not written by predict.py, or is damaged; choose another output=, or overwrite=true"
+                f"{self.path} was not written by mtcl predict, or is damaged; choose another --output, or --overwrite"
             ) from error
 
 
-# Pictures
+# Images
 
 
-def pictures(
+class ImageWriter:
+    """Write the maps of images in threads, keep count, and skip files that can't be predicted or written.
+
+    Args:
+        total: Number of files, the unreadable ones included.
+        skipped: File -> why it is skipped; grows.
+        bar: The progress bar.
+    """
+
+    def __init__(self, total: int, skipped: dict[Path, str], bar: tqdm) -> None:
+        self.total, self.skipped, self.bar, self.num_done = total, skipped, bar, 0
+        self.threads = ThreadPoolExecutor(NUM_WRITERS)
+        self.pending: deque[tuple[Path, np.ndarray, Future[None]]] = deque()
+
+    def skip(self, path: Path, reason: object) -> None:
+        """Note that a file is skipped; with several files, say so."""
+        self.skipped[path] = str(reason)
+        if self.total > 1:
+            self.bar.write(escape_control_characters(f"skipped: {reason}"), file=sys.stderr)
+
+    def submit(self, path: Path, image: np.ndarray, *args: Any) -> None:
+        """Start :func:`write` with ``args`` once few enough maps are pending."""
+        self.wait(MAX_UNWRITTEN_PIXELS)
+        self.pending.append((path, image, self.threads.submit(write, *args)))
+
+    def wait(self, max_pixels: int) -> None:
+        """Count what is written; wait until the pending images have at most ``max_pixels`` pixels."""
+        while self.pending and (
+            self.pending[0][2].done()
+            or sum(image.shape[0] * image.shape[1] for _, image, _ in self.pending) > max_pixels
+        ):
+            path, image, future = self.pending.popleft()
+            try:
+                future.result()
+                self.num_done += 1
+            except UserError as error:
+                if getattr(error.__cause__, "errno", None) in DISK_ERRORS:
+                    raise
+                self.skip(path, error)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                size = f"{path}: {image.shape[1]} x {image.shape[0]} pixels"
+                self.skip(path, f"{size} are too many for the memory of this machine; make it smaller")
+            self.bar.update()
+
+
+def predict_images(
     files: Sequence[Path],
     names: Mapping[Path, str],
-    bad: dict[Path, str],
+    skipped: dict[Path, str],
     predictor: Predictor,
     settings: Settings,
-    record: Record,
+    record: PredictionRecord,
 ) -> None:
-    """Predict and write all files; UserError at the end where some could not be done, or were ``bad`` before.
+    """Predict and write images.
 
-    Pictures are read ahead and maps written behind, by threads, while the model works.
+    They are read ahead and their maps written behind, by threads, while the model works.
+
+    Args:
+        files: Paths of the images.
+        names: Path -> name of what is written.
+        skipped: Unreadable path -> reason.
+        predictor: The model.
+        settings: What is written, and where.
+        record: The record of the output folder.
+
+    Raises:
+        UserError: Some could not be predicted; raised at the end.
     """
-    total, began, before, done = len(files) + len(bad), time.perf_counter(), 0, 0
-    waiting = []
+    total, start_time = len(files) + len(skipped), time.perf_counter()
+    waiting = select_unwritten(files, names, skipped, predictor, settings, record)
+    with tqdm(total=len(waiting), desc="predict", unit="image", disable=len(waiting) < 2) as bar:
+        writer, reader = ImageWriter(total, skipped, bar), ThreadPoolExecutor(1)
+        with reader, writer.threads:
+            for path, reason in list(skipped.items()):
+                writer.skip(path, reason)
+            try:
+                for group in read_ahead(reader, predictor, split_groups(waiting, settings.batch_size)):
+                    predict_and_submit(group, names, predictor, settings, writer)
+                writer.wait(-1)
+            except BaseException as error:
+                reader.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, UserError):  # of the disk; otherwise what is predicted is written
+                    writer.threads.shutdown(wait=False, cancel_futures=True)
+                raise
+    seconds = time.perf_counter() - start_time
+    if total == 1 and skipped:
+        raise UserError(*skipped.values())
+    rate = f"{writer.num_done / max(seconds, 1e-9):.2f} per second"
+    print(escape_control_characters(f"{writer.num_done} images in {seconds:.1f} s ({rate}): {settings.output}"))
+    if skipped:
+        examples = ", ".join(map(str, islice(skipped, 3))) + (", ..." if len(skipped) > 3 else "")
+        raise UserError(f"{len(skipped)} of {total} images could not be predicted, see above: {examples}")
+
+
+def select_unwritten(
+    files: Sequence[Path],
+    names: Mapping[Path, str],
+    skipped: dict[Path, str],
+    predictor: Predictor,
+    settings: Settings,
+    record: PredictionRecord,
+) -> list[Path]:
+    """Return the files whose maps are still to be written; add those with another input's maps to ``skipped``."""
+    total, num_written, waiting = len(files) + len(skipped), 0, []
     for path in files:
-        exist = [os.path.isfile(target) for target in targets(settings, predictor.tasks, names[path]).values()]
+        exist = [os.path.isfile(file) for file in output_files(settings, predictor.tasks, names[path]).values()]
         if record.is_foreign(names[path], any(exist)):
-            bad[path] = f"{path}: {others(settings, names[path])}"
+            skipped[path] = f"{path}: {describe_conflict(settings, names[path])}"
         elif all(exist) and not settings.overwrite:
-            before += 1
+            num_written += 1
         else:
             waiting.append(path)
-    record.begin(names[path] for path in files if path not in bad)
-    if before:
-        print(f"{before} of {total} pictures have been predicted before; overwrite=true does it again")
-    writing: deque[tuple[Path, np.ndarray, Future[None]]] = deque()
-    with (
-        tqdm(total=len(waiting), desc="predict", unit="picture", disable=len(waiting) < 2) as bar,
-        ThreadPoolExecutor(1) as reader,
-        ThreadPoolExecutor(WRITERS) as writers,
-    ):
+    record.begin(names[path] for path in files if path not in skipped)
+    if num_written:
+        print(f"{num_written} of {total} images have been predicted before; --overwrite predicts them again")
+    return waiting
 
-        def leave_out(path: Path, why: object) -> None:
-            bad[path] = str(why)
-            if total > 1:
-                bar.write(escape_control_characters(f"left out: {why}"), file=sys.stderr)
 
-        def settle(pixels: int) -> None:
-            """Account for what is written; wait until the maps of no more than so many pixels are not."""
-            nonlocal done
-            while writing and (writing[0][2].done() or sum(a.shape[0] * a.shape[1] for _, a, _ in writing) > pixels):
-                path, array, future = writing.popleft()
-                try:
-                    future.result()
-                    done += 1
-                except UserError as error:
-                    if getattr(error.__cause__, "errno", None) in FOR_ALL:
-                        raise
-                    leave_out(path, error)
-                except Exception as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    what = f"{path}: {array.shape[1]} x {array.shape[0]} pixels"
-                    leave_out(path, f"{what} are too many for the memory of this machine; make it smaller")
-                bar.update()
-
-        for path, why in list(bad.items()):
-            leave_out(path, why)
+def predict_and_submit(
+    group: Sequence[tuple[Path, Future[np.ndarray]]],
+    names: Mapping[Path, str],
+    predictor: Predictor,
+    settings: Settings,
+    writer: ImageWriter,
+) -> None:
+    """Predict a group of images and hand their maps to the writer."""
+    images: dict[Path, np.ndarray] = {}
+    for path, future in group:
         try:
-            for group in read_ahead(reader, predictor, batched(waiting, settings.batch)):
-                arrays: dict[Path, np.ndarray] = {}
-                for path, picture in group:
-                    try:
-                        arrays[path] = picture.result()
-                    except UserError as error:
-                        leave_out(path, error)
-                        bar.update()
-                results = deque(predict_group(predictor, list(arrays.values())))
-                for path, array in arrays.items():
-                    maps = results.popleft()  # written, it can go
-                    if maps is None:
-                        leave_out(path, too_large(path, array, predictor))
-                        bar.update()
-                        continue
-                    settle(UNWRITTEN)
-                    future = writers.submit(write, settings, predictor.tasks, names[path], array, maps)
-                    writing.append((path, array, future))
-            settle(-1)
-        except BaseException as error:
-            reader.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, UserError):  # the disk's; else what is predicted is written
-                writers.shutdown(wait=False, cancel_futures=True)
-            raise
-    seconds = time.perf_counter() - began
-    if total == 1 and bad:
-        raise UserError(*bad.values())
-    rate = f"{done / max(seconds, 1e-9):.2f} per second"
-    print(escape_control_characters(f"{done} pictures in {seconds:.1f} s ({rate}): {settings.output}"))
-    if bad:
-        few = ", ".join(map(str, islice(bad, 3))) + (", ..." if len(bad) > 3 else "")
-        raise UserError(f"{len(bad)} of {total} pictures could not be predicted, see above: {few}")
+            images[path] = future.result()
+        except UserError as error:
+            writer.skip(path, error)
+            writer.bar.update()
+    results = deque(predict_group(predictor, list(images.values())))
+    for path, image in images.items():
+        maps = results.popleft()  # freed once written
+        if maps is None:
+            writer.skip(path, explain_too_large(path, image, predictor))
+            writer.bar.update()
+            continue
+        writer.submit(path, image, settings, predictor.tasks, names[path], image, maps)
 
 
 def read_ahead(
     reader: ThreadPoolExecutor, predictor: Predictor, groups: Iterable[Sequence[Path]]
 ) -> Iterator[list[tuple[Path, Future[np.ndarray]]]]:
-    """Paths with their pictures to come; the next group is read while one is in use."""
-    before = None
+    """Yield paths with the futures of their images; the next group is read while one is in use."""
+    previous = None
     for group in groups:
-        now = [(path, reader.submit(predictor.read_image, path)) for path in group]
-        if before is not None:
-            yield before
-        before = now
-    if before is not None:
-        yield before
+        current = [(path, reader.submit(predictor.read_image, path)) for path in group]
+        if previous is not None:
+            yield previous
+        previous = current
+    if previous is not None:
+        yield previous
 
 
-def predict_group(predictor: Predictor, pictures: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
-    """The maps of every picture, one by one where the memory does not suffice for all; None where not even so."""
+def predict_group(predictor: Predictor, images: Sequence[np.ndarray]) -> list[dict[str, np.ndarray] | None]:
+    """Return the maps of every image, predicted one by one where memory is too small for all; None where for one."""
     try:
-        return [*predictor.predict_batch(pictures)]
+        return [*predictor.predict_batch(images)]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    return [None] if len(pictures) == 1 else [predict_group(predictor, [picture])[0] for picture in pictures]
+    return [None] if len(images) == 1 else [predict_group(predictor, [image])[0] for image in images]
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of the device or of this machine."""
+    """Tell whether an error says that the device or this machine has too little memory."""
     if isinstance(error, cv2.error):
         return error.code == cv2.Error.StsNoMem
-    told = isinstance(error, RuntimeError) and any(text in str(error) for text in NO_MEMORY)
-    return told or isinstance(error, torch.OutOfMemoryError | MemoryError)
+    is_allocation = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+    return is_allocation or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
-def too_large(what: object, picture: np.ndarray, predictor: Predictor) -> str:
-    then = "use mode=resize" if predictor.mode != "resize" else "make it smaller, or use device=cpu"
-    height, width = picture.shape[:2]
-    return f"{what}: {width} x {height} pixels are too many for the memory of {predictor.device}; {then}"
+def explain_too_large(source: object, image: np.ndarray, predictor: Predictor) -> str:
+    """Say that an image needs too much memory, and what to do."""
+    advice = "use --mode resize" if predictor.mode != "resize" else "make it smaller, or use --device cpu"
+    height, width = image.shape[:2]
+    return f"{source}: {width} x {height} pixels are too many for the memory of {predictor.device}; {advice}"
 
 
-def found(source: Path, output: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The pictures of a folder, with all below it, and why folders could not be read. Of a file that itself, whatever
-    its name. Left out: what is hidden, the output folder and others that predict.py wrote, folders that links lead to.
+def find_images(source: Path, output: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Find the images of a folder and all below it; a file is returned whatever its name.
 
-    ``UserError``: there is none; or the maps would lie among the pictures.
+    Hidden files, the output folder and other folders that this command wrote, and linked folders are not searched.
+
+    Args:
+        source: A folder or a file.
+        output: Where predictions are written.
+
+    Returns:
+        Sorted paths, and for each unreadable folder the reason.
+
+    Raises:
+        UserError: There is no image, or the maps would be written among the images.
     """
     if not os.path.exists(source):
-        raise UserError(f"input={source} does not exist; give a picture, a folder, a video or a camera's number")
-    inside, place = source.resolve(), output.resolve()
-    if inside == place or any(f.parent == place and f.name in KINDS for f in (inside, *inside.parents)):
-        raise UserError(f"input={source} lies where output={output} has its maps; choose another output=")
+        raise UserError(f"INPUT {source} does not exist; give an image, a folder, a video or a camera's number")
+    inside, target = source.resolve(), output.resolve()
+    if inside == target or any(f.parent == target and f.name in OUTPUT_FOLDERS for f in (inside, *inside.parents)):
+        raise UserError(f"INPUT {source} lies where --output {output} has its maps; choose another --output")
     if not source.is_dir():
         return [source], {}
     files: list[Path] = []
-    unread: dict[Path, str] = {}
+    unreadable: dict[Path, str] = {}
 
     def note(error: OSError) -> None:
-        unread[Path(error.filename)] = f"{error.filename} can't be read ({error.strerror})"
+        unreadable[Path(error.filename)] = f"{error.filename} can't be read ({error.strerror})"
 
     for name, folders, names in os.walk(source, onerror=note):
         folder = Path(name)
-        folders[:] = [f for f in folders if not f.startswith(".") and (folder / f).resolve() != place]
-        if RECORD in names and folder != source:
+        folders[:] = [f for f in folders if not f.startswith(".") and (folder / f).resolve() != target]
+        if RECORD_FILE in names and folder != source:
             folders.clear()
             continue
         paths = (folder / n for n in names if not n.startswith("."))
-        # A link that leads nowhere is told when it is read; what is no file (a pipe) is not waited for.
+        # A broken link fails when it is read; a FIFO or device is not opened.
         files += [path for path in paths if path.suffix.lower() in SUFFIXES and (path.is_file() or path.is_symlink())]
-    if not files and not unread:
-        raise UserError(f"input={source} holds no picture ({', '.join(SUFFIXES)})")
-    return sorted(files), unread
+    if not files and not unreadable:
+        raise UserError(f"INPUT {source} holds no image ({', '.join(SUFFIXES)})")
+    return sorted(files), unreadable
 
 
 def output_names(files: Sequence[Path], source: Path) -> dict[Path, str]:
-    """Names of what is written: the path below ``source`` without its ending, with it where two would be one."""
-    whole = {path: (path.relative_to(source) if source.is_dir() else Path(path.name)).as_posix() for path in files}
-    bare = {path: name.removesuffix(path.suffix) for path, name in whole.items()}
-    taken = Counter([*bare.values(), *whole.values()])  # a.jpg.png is a.jpg, too, where a.jpg and a.png are
-    return {path: name if taken[name] == 1 else whole[path] for path, name in bare.items()}
+    """Return a name for what is written of each file: its path below ``source`` without suffix.
+
+    The suffix stays where two files would have one name.
+    """
+    full = {path: (path.relative_to(source) if source.is_dir() else Path(path.name)).as_posix() for path in files}
+    short = {path: name.removesuffix(path.suffix) for path, name in full.items()}
+    counts = Counter([*short.values(), *full.values()])  # a.jpg.png is a.jpg, too, where a.jpg and a.png exist
+    return {path: name if counts[name] == 1 else full[path] for path, name in short.items()}
 
 
-def others(settings: Settings, name: str) -> str:
+def describe_conflict(settings: Settings, name: str) -> str:
+    """Say that maps of this name belong to another input."""
     return (
-        f"{settings.output} has maps of another input's {name}; choose another output=, or replace them with "
-        "overwrite=true"
+        f"{settings.output} has maps of another input's {name}; choose another --output, or replace them with "
+        "--overwrite"
     )
 
 
-def targets(settings: Settings, tasks: Iterable[str], name: str) -> dict[str, Path]:
-    """The files of a picture: task -> path, and ``panel``."""
+def output_files(settings: Settings, tasks: Iterable[str], name: str) -> dict[str, Path]:
+    """Return the files of an image: task -> path, and ``panel``."""
     paths = {task: settings.output / task / f"{name}.png" for task in tasks}
     return paths | ({"panel": settings.output / "panel" / f"{name}.jpg"} if settings.panel else {})
 
 
 def write(
-    settings: Settings, tasks: Mapping[str, Task], name: str, picture: np.ndarray, maps: Mapping[str, np.ndarray]
+    settings: Settings, tasks: Mapping[str, Task], name: str, image: np.ndarray, maps: Mapping[str, np.ndarray]
 ) -> None:
-    for kind, path in targets(settings, tasks, name).items():
+    """Write the maps and the panel of an image."""
+    for kind, path in output_files(settings, tasks, name).items():
         if not is_inside(settings.output, path):
-            raise UserError(f"{path.parent} leads out of output={settings.output}; remove the link, or choose another")
-        with convert_disk_errors(path, AGAIN):
+            raise UserError(
+                f"{path.parent} leads out of --output {settings.output}; remove the link, or choose another --output"
+            )
+        with convert_disk_errors(path, RETRY_HINT):
             if kind == "panel":
-                write_jpeg(path, draw_predictions(picture, maps, tasks))
+                write_jpeg(path, draw_predictions(image, maps, tasks))
             else:
                 write_map(path, tasks[kind], maps[kind])
 
 
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+def split_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Yield lists of ``size`` items; the last may be shorter."""
     stream = iter(items)
     while group := list(islice(stream, size)):
         yield group
 
 
-# Films
+# Videos
 
 
-def predict_video(source: str | int, name: str, predictor: Predictor, settings: Settings, record: Record) -> None:
-    """``output/name.mp4``: each frame with all tasks beside it, whole or not at all. A camera goes on until Ctrl-C."""
-    video = isinstance(source, str)
+def predict_video(
+    source: str | int, name: str, predictor: Predictor, settings: Settings, record: PredictionRecord
+) -> None:
+    """Write ``output/name.mp4``, each frame with all tasks beside it, completely or not at all.
+
+    A camera is read until Ctrl-C.
+
+    Args:
+        source: A video's path, or a camera's number.
+        name: Name of what is written.
+        predictor: The model.
+        settings: What is written, and where.
+        record: The record of the output folder.
+    """
+    is_video = isinstance(source, str)
     target = settings.output / f"{name}.mp4"
-    for path in (str(source), str(target)):
-        if not _is_utf8(path):  # OpenCV falls over it
-            raise UserError(f"{path} has a name that is not UTF-8, which OpenCV can't open; rename it")
-    if video and Path(str(source)).resolve() == target.resolve():
-        raise UserError(f"{target} is the video itself; choose another output=")
-    if target.exists() and not settings.overwrite:
-        raise UserError(f"{target} exists already; overwrite=true writes it again")
-    folders = [settings.output / task / name for task in predictor.tasks] if settings.frames else []
+    check_video_paths(str(source), target, is_video, settings)
+    folders = [settings.output / task / name for task in predictor.tasks] if settings.save_frames else []
     if folders and record.is_foreign(f"{name}/", any(folder.exists() for folder in folders)):
-        raise UserError(others(settings, f"{name}/"))
-    _silence()
+        raise UserError(describe_conflict(settings, f"{name}/"))
+    _silence_opencv()
     capture = cv2.VideoCapture(source)
     rate, expected = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
     rate = rate if 0.1 <= rate <= 240 else 25.0
-    # What a container says of its length may be wrong: the frames that are there are read.
-    total = int(expected) if video and 0 < expected < sys.maxsize else None
-    limit = max(1, round(settings.seconds * rate)) if settings.seconds is not None and video else None
+    # The length in a container's header may be wrong: all frames are read.
+    total = int(expected) if is_video and 0 < expected < sys.maxsize else None
+    limit = max(1, round(settings.seconds * rate)) if settings.seconds is not None and is_video else None
     total = min(limit, total or limit) if limit is not None else total
-    count, began = 0, time.perf_counter()
-    with closing(frames(capture, math.inf if video else settings.seconds or math.inf)) as stream:
+    start_time = time.perf_counter()
+    with closing(frames(capture, math.inf if is_video else settings.seconds or math.inf)) as stream:
         first = next(stream, None)
-        if first is None and video:
-            raise UserError(f"{source} has no frame that can be read; is it whole, and a video that OpenCV reads?")
+        if first is None and is_video:
+            raise UserError(f"{source} has no frame that can be read; is it complete, and a video that OpenCV reads?")
         if first is None:
             raise UserError(f"camera {source} can't be opened; is it connected, free, and yours to use?")
-        record.begin([f"{name}.mp4", *[f"{name}/"] * settings.frames])
+        record.begin([f"{name}.mp4", *[f"{name}/"] * settings.save_frames])
         with (
             convert_disk_errors(target, "run it again"),
             TemporaryDirectory(prefix=".predict-", dir=settings.output) as folder,
-            closing(VideoWriter(Path(folder) / "film.mp4", rate)) as made,
+            closing(VideoWriter(Path(folder) / "film.mp4", rate)) as video,
         ):
-            try:
-                with tqdm(total=total, desc="predict", unit="frame") as bar:
-                    for group in batched(islice(chain([first], stream), limit), settings.batch):
-                        for picture, maps in zip(group, predict_group(predictor, group)):
-                            if maps is None:
-                                raise UserError(too_large(source, picture, predictor))
-                            # A camera's film is as long as it took, however fast the model is.
-                            due = 0 if video else round((time.perf_counter() - began) * rate) - made.count
-                            made.add(draw_predictions(picture, maps, predictor.tasks, legends=False), max(1, due))
-                            if settings.frames:
-                                extra = settings._replace(panel=False)
-                                write(extra, predictor.tasks, f"{name}/{count:06d}", picture, maps)
-                            count += 1
-                            bar.update()
-            except KeyboardInterrupt:
-                if video or not count:
-                    raise
-            made.close()
-            if not made.is_whole():
+            limited = islice(chain([first], stream), limit)
+            with tqdm(total=total, desc="predict", unit="frame") as bar:
+                count = predict_frames(limited, source, name, predictor, settings, video, bar, start_time)
+            video.close()
+            if not video.is_complete():
                 raise OSError(errno.EIO, "OpenCV did not write all of it; is there space?")
-            os.replace(made.path, target)
-    seconds = time.perf_counter() - began
+            os.replace(video.path, target)
+    seconds = time.perf_counter() - start_time
     print(escape_control_characters(f"{count} frames in {seconds:.1f} s ({count / seconds:.2f} frames/s): {target}"))
     if total is not None and expected > 0 and count < 0.9 * total - 1:  # containers count roughly
-        raise UserError(f"only {count} of about {total} frames of {source} could be read; is it whole?")
+        raise UserError(f"only {count} of about {total} frames of {source} could be read; is it complete?")
+
+
+def check_video_paths(source: str, target: Path, is_video: bool, settings: Settings) -> None:
+    """Raise ``UserError`` where the video can't be opened or written, or would be replaced."""
+    for path in (source, str(target)):
+        if not _is_utf8(path):  # OpenCV crashes
+            raise UserError(f"{path} has a name that is not UTF-8, which OpenCV can't open; rename it")
+    if is_video and Path(source).resolve() == target.resolve():
+        raise UserError(f"{target} is the video itself; choose another --output")
+    if target.exists() and not settings.overwrite:
+        raise UserError(f"{target} exists already; --overwrite writes it again")
+
+
+def predict_frames(
+    stream: Iterable[np.ndarray],
+    source: str | int,
+    name: str,
+    predictor: Predictor,
+    settings: Settings,
+    video: "VideoWriter",
+    bar: tqdm,
+    start_time: float,
+) -> int:
+    """Predict frames, add them to ``video`` and return their number; Ctrl-C ends a camera's recording."""
+    count, is_camera = 0, isinstance(source, int)
+    try:
+        for group in split_groups(stream, settings.batch_size):
+            for frame, maps in zip(group, predict_group(predictor, group)):
+                if maps is None:
+                    raise UserError(explain_too_large(source, frame, predictor))
+                # A camera's video is as long as its recording, however fast the model is.
+                due = round((time.perf_counter() - start_time) * video.rate) - video.count if is_camera else 0
+                video.add(draw_predictions(frame, maps, predictor.tasks, legends=False), max(1, due))
+                if settings.save_frames:
+                    maps_only = settings._replace(panel=False)
+                    write(maps_only, predictor.tasks, f"{name}/{count:06d}", frame, maps)
+                count += 1
+                bar.update()
+    except KeyboardInterrupt:
+        if not is_camera or not count:
+            raise
+    return count
 
 
 class VideoWriter:
@@ -486,38 +636,40 @@ class VideoWriter:
         self.path, self.rate, self.count = path, rate, 0
         self.writer: cv2.VideoWriter | None = None
 
-    def add(self, picture: np.ndarray, times: int = 1) -> None:
-        height, width = picture.shape[:2]
-        # Codecs want even sides.
-        picture = cv2.copyMakeBorder(picture, 0, height % 2, 0, width % 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+    def add(self, frame: np.ndarray, times: int = 1) -> None:
+        """Write a frame, ``times`` times."""
+        height, width = frame.shape[:2]
+        # Codecs need even sides.
+        frame = cv2.copyMakeBorder(frame, 0, height % 2, 0, width % 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
         if self.writer is None:
-            size = (picture.shape[1], picture.shape[0])
+            size = (frame.shape[1], frame.shape[0])
             self.writer = cv2.VideoWriter(str(self.path), cv2.VideoWriter.fourcc(*"mp4v"), self.rate, size)
             if not self.writer.isOpened():
                 raise OSError(errno.EIO, "OpenCV can't write such a video")
         for _ in range(times):
-            self.writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+            self.writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
             self.count += 1
 
     def close(self) -> None:
+        """Finish the file."""
         if self.writer is not None:
             self.writer.release()
 
-    def is_whole(self) -> bool:
-        """OpenCV does not say when a disk is full."""
-        written = cv2.VideoCapture(str(self.path))
-        count = int(written.get(cv2.CAP_PROP_FRAME_COUNT))
-        written.release()
+    def is_complete(self) -> bool:
+        """Count the frames of the file: OpenCV does not report a full disk."""
+        capture = cv2.VideoCapture(str(self.path))
+        count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+        capture.release()
         return count >= self.count  # Ctrl-C may come between a frame and its count
 
 
 def frames(capture: Any, seconds: float) -> Generator[np.ndarray]:
-    """uint8 RGB, for so long."""
-    began = time.perf_counter()
+    """Yield frames, uint8 RGB (H, W, 3), for that long."""
+    start_time = time.perf_counter()
     try:
-        while time.perf_counter() - began < seconds:
-            there, frame = capture.read()
-            if not there:
+        while time.perf_counter() - start_time < seconds:
+            is_read, frame = capture.read()
+            if not is_read:
                 return
             yield cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
     finally:
@@ -532,7 +684,7 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _silence() -> None:
-    """What OpenCV and FFmpeg would write into the progress bar."""
+def _silence_opencv() -> None:
+    """Silence messages of OpenCV and FFmpeg, which would break the progress bar."""
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)

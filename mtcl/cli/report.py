@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mtcl.atomic import convert_disk_errors, write_atomically
 from mtcl.cli.compare import add_comparison_arguments, check_output_file
-from mtcl.results.html import collect, document
+from mtcl.results.html import collect, render_page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
     check_output_file(args.output)
     collection = collect(args.runs, args.baseline, args.against, args.by, args.holm)
     names = ", ".join(source.resolve().name for source in args.runs[:3])
-    text = document(collection, args.title or names + (", ..." if len(args.runs) > 3 else ""))
+    text = render_page(collection, args.title or names + (", ..." if len(args.runs) > 3 else ""))
     with convert_disk_errors(args.output):
         write_atomically(args.output, lambda temporary: temporary.write_text(text, "utf-8"))
     megabytes = len(text.encode()) / 1e6

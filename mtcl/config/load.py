@@ -19,6 +19,7 @@ from mtcl.config.build_model import build_model
 from mtcl.config.stored_config import check_stored_config, check_stored_tasks, check_tasks
 from mtcl.errors import UserError, escape_control_characters, first_line
 from mtcl.inference import Predictor
+from mtcl.inference.model_files import HUB_FILES, METADATA_FILE, RECIPE_FILE, WEIGHTS_FILE
 from mtcl.models import DenseModel
 from mtcl.models.weights import check_weights
 from mtcl.run_folder import CHECKPOINTS, LAST_CHECKPOINT, RunFolder
@@ -27,16 +28,6 @@ from mtcl.safe_files import read_json
 from mtcl.tasks.base import Task
 from mtcl.training.checkpoint import load_checkpoint
 
-WEIGHTS_FILE, METADATA_FILE, CARD_FILE = "model.safetensors", "mtcl.json", "README.md"  # of an exported folder
-HUB_FILES = (
-    WEIGHTS_FILE,
-    METADATA_FILE,
-    CARD_FILE,
-    "model.pt2",
-    "model.onnx",
-    "model.onnx.data",
-)  # what goes to the hub, where it is there
-RECIPE_FILE = "recipe.py"  # beside a program; code of strangers is never fetched
 MAX_METADATA_BYTES = 4 << 20  # bytes of mtcl.json
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -230,7 +221,7 @@ def download_model(name: str, revision: str | None = None, folder: Path | None =
     if folder is None:
         return _fetch(name, revision, HUB_FILES[:3], None, f"{name} is no file or folder here")
     with replace_model_files(folder) as staging:  # a folder that holds files would hide a failure
-        _fetch(name, revision, HUB_FILES, staging, f"pull={name}")
+        _fetch(name, revision, HUB_FILES, staging, f"--pull {name}")
     return folder
 
 
