@@ -156,7 +156,9 @@ def push(folder: Path, name: str, private: bool = False) -> str:
     try:
         api.create_repo(name, private=private, exist_ok=True)
         if private and not api.repo_info(name).private:
-            raise UserError(f"--push {name} exists already, and is public; make it private on the hub, or choose another")
+            raise UserError(
+                f"--push {name} exists already, and is public; make it private on the hub, or choose another"
+            )
         return str(api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(HUB_FILES)))
     except UserError:
         raise

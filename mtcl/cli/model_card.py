@@ -13,6 +13,7 @@ from mtcl.evaluation.format_metrics import COUNT_UNITS, format_value
 from mtcl.inference.export import RAW_MEANINGS, round_values
 from mtcl.results.run_files import read_metrics, read_record
 from mtcl.run_folder import METRICS, RunFolder
+from mtcl.tasks.base import Task
 from mtcl.version import __version__
 
 DATASETS = {  # dataset of the config -> its name on the hub, its title
@@ -48,10 +49,7 @@ def format_model_card(loaded: LoadedModel) -> str:
     name = cell(config.get("name") or data["name"])
     scores, scored_on = read_scores(loaded)
     front = yaml.safe_dump(front_matter(loaded, name, scores), sort_keys=False, allow_unicode=True)
-    rows = "\n".join(
-        f"| {key} | {task.channels} | {cell(', '.join(getattr(task, 'classes', ())) or RAW_MEANINGS[task.prediction_type])} |"
-        for key, task in loaded.tasks.items()
-    )
+    rows = "\n".join(f"| {key} | {task.channels} | {describe_output(task)} |" for key, task in loaded.tasks.items())
     target = str(config["decoder"]["_target_"]).rpartition(".")[2]
     return f"""---
 {front}---
@@ -97,6 +95,11 @@ mtcl implements the method of [Contrastive Multi-Task Dense Prediction]({PAPER})
 {BIBTEX}
 ```
 """
+
+
+def describe_output(task: Task) -> str:
+    """Return a task's classes, or what its prediction means, for a table's cell."""
+    return cell(", ".join(getattr(task, "classes", ())) or RAW_MEANINGS[task.prediction_type])
 
 
 def front_matter(loaded: LoadedModel, name: str, scores: Sequence[Score]) -> dict[str, Any]:

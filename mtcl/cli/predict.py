@@ -180,9 +180,7 @@ class PredictionRecord:
         self.path, self.facts, self.overwrite = settings.output / RECORD_FILE, facts, settings.overwrite
         self.source = source if source.isdecimal() else str(Path(source).resolve())
         self.previous = self._read() if self.path.exists() else {"inputs": {}, "tasks": {}}
-        changed = [
-            key for key in facts if key in self.previous and key != "tasks" and facts[key] != self.previous[key]
-        ]
+        changed = [key for key in facts if key in self.previous and key != "tasks" and facts[key] != self.previous[key]]
         if changed and not self.overwrite:
             key = changed[0]
             raise UserError(

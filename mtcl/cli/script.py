@@ -37,12 +37,3 @@ def run(main: Callable[[], object]) -> None:
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
-
-
-def run_with_args(main: Callable[[list[str]], object], help_text: str | None) -> None:
-    """Run ``main(args)`` with the command's arguments; print ``help_text`` if there are none or ``--help`` is one."""
-    args = sys.argv[1:]
-    if not args or {"-h", "--help"} & set(args):
-        run(lambda: print(help_text))
-    else:
-        run(lambda: main(sys.argv[1:]))

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtcl.atomic import write_json
-from mtcl.cli.export import ONNX, export_model, smooth_random_images
+from mtcl.cli.export import export_model
 from mtcl.cli.predict import is_out_of_memory
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks, get_image_size
@@ -50,6 +50,8 @@ from mtcl.config.load import LoadedModel, SavedModel
 from mtcl.config.resolve import plain
 from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
+from mtcl.inference.export import smooth_random_images
+from mtcl.inference.model_files import ONNX_FILE
 from mtcl.profiling.timing import measure_peak_memory, measure_time
 from mtcl.runtime import autocast, choose_device, seed_everything
 from mtcl.training.train_step import TrainingStep
@@ -136,9 +138,9 @@ def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         export_model(
-            LoadedModel(model, tasks, get_image_size(config), saved), "onnx", Path(folder) / "model", fixed=True
+            LoadedModel(model, tasks, get_image_size(config), saved), "onnx", Path(folder) / "model", fixed_size=True
         )
-        session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX, options, providers=[provider])
+        session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX_FILE, options, providers=[provider])
     return session
 
 

@@ -1,4 +1,4 @@
-"""scripts/demo.py: what the page is made of, its refusals, and the page itself in a browser."""
+"""``mtcl demo``: what the page is made of, its refusals, and the page itself in a browser."""
 
 import asyncio
 import base64
@@ -209,24 +209,24 @@ def test_the_example_is_a_rendered_room_of_about_the_training_frame():
 
 
 def test_words_that_do_not_fit_are_told(cli):
-    assert_fails(cli("scripts/demo.py", "port=7860"), "needs checkpoint=")
-    assert_fails(cli("scripts/demo.py", "chekpoint=a.pt"), "did you mean checkpoint=?")
-    assert_fails(cli("scripts/demo.py", "checkpoint=a.pt", "port=x"), "port=x")
+    assert_fails(cli("scripts/demo.py", "--port=7860"), "required: CHECKPOINT")
+    assert_fails(cli("scripts/demo.py", "a.pt", "--prot=1"), "did you mean --port?")
+    assert_fails(cli("scripts/demo.py", "a.pt", "--port=x"), "--port: x is not a whole number")
 
 
 def test_without_gradio_the_package_to_install_is_told(cli, monkeypatch):
-    monkeypatch.setattr(demo_module, "find_spec", lambda name: None)
-    assert_fails(cli("scripts/demo.py", "checkpoint=a.pt"), "pip install 'mtcl[demo]'")
+    monkeypatch.setattr("mtcl.cli.arguments.find_spec", lambda name: None)
+    assert_fails(cli("scripts/demo.py", "a.pt"), "pip install 'mtcl[demo]'")
 
 
 def test_a_port_in_use_or_impossible_and_a_foreign_host_are_told():
     with demo_module.bind_socket("127.0.0.1", 0) as door:
         port = door.getsockname()[1]
-        with pytest.raises(UserError, match=f"port={port} is in use on 127.0.0.1; give another"):
+        with pytest.raises(UserError, match=f"--port {port} is in use on 127.0.0.1; give another"):
             demo_module.bind_socket("127.0.0.1", port)
     for host, number, said in (
         ("127.0.0.1", 70000, "up to 65535"),
-        ("192.0.2.1", 0, "host=192.0.2.1"),
+        ("192.0.2.1", 0, "--host 192.0.2.1"),
         ("no host", 0, "no IPv4 address"),
     ):
         with pytest.raises(UserError, match=said):
@@ -429,7 +429,7 @@ def served(tmp_path_factory):
         checkpoint(folder / f"{name}.pt", seed=ord(name))
     (folder / "tmp").mkdir()
     port = free_port()
-    words = [f"checkpoint={folder / 'a.pt'}", f"compare={folder / 'b.pt'}", f"port={port}", "device=cpu", "max_mb=1"]
+    words = [str(folder / "a.pt"), f"--compare={folder / 'b.pt'}", f"--port={port}", "--device=cpu", "--max-mb=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(

@@ -21,16 +21,12 @@ from safetensors.torch import load_file
 
 import mtcl
 from mtcl import UserError
-from mtcl.cli import export as exporting
-from mtcl.cli.export import METADATA_FILE, ONNX, PROGRAM, WEIGHTS_FILE, export_model, push, remove_local_paths
+from mtcl.cli.export import export_model, push, remove_local_paths
 from mtcl.cli.model_card import BIBTEX, format_model_card
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.build_model import build_model, inline_genotype
 from mtcl.config.load import (
-    CARD_FILE,
-    HUB_FILES,
-    RECIPE_FILE,
     LoadedModel,
     SavedModel,
     build_predictor,
@@ -39,7 +35,17 @@ from mtcl.config.load import (
 )
 from mtcl.config.resolve import plain
 from mtcl.config.stored_config import describe_tasks
+from mtcl.inference import export as exporting
 from mtcl.inference import recipe
+from mtcl.inference.model_files import (
+    CARD_FILE,
+    HUB_FILES,
+    METADATA_FILE,
+    ONNX_FILE,
+    PROGRAM_FILE,
+    RECIPE_FILE,
+    WEIGHTS_FILE,
+)
 from mtcl.training.checkpoint import load_checkpoint
 
 SCRIPT = "scripts/export.py"
@@ -68,6 +74,10 @@ def folder(trained, tmp_path_factory):
 
 
 ALL_TASKS = "[semseg,human_parts,sal,depth,normals,edge]"
+
+
+def as_trained(loaded: LoadedModel) -> exporting.TrainedModel:
+    return exporting.TrainedModel(loaded.model, loaded.tasks, loaded.size, loaded.saved.step)
 
 
 def random_model(decoder: str, backbone: str, names: str = "[semseg,depth]", size=(64, 96)) -> LoadedModel:
@@ -183,7 +193,7 @@ def test_another_model_replaces_all_that_was_exported(trained, folder, tmp_path)
     out = tmp_path / "out"
     shutil.copytree(folder, out)
     (out / "notes.txt").write_text("kept")
-    (out / ONNX).write_bytes(b"of an earlier checkpoint")
+    (out / ONNX_FILE).write_bytes(b"of an earlier checkpoint")
     export_model(load_model(trained), "safetensors", out)
     assert {path.name for path in out.iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE, "notes.txt"}
 
@@ -195,7 +205,7 @@ def test_a_full_disk(trained, tmp_path, monkeypatch, kind):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="no space left on the disk"):
-        export_model(load_model(trained), kind, tmp_path / "out", fixed=True)
+        export_model(load_model(trained), kind, tmp_path / "out", fixed_size=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -261,12 +271,12 @@ FIT_ONE_SIZE = [(64, 96), (40, 70), (203, 311)]
 
 
 def test_a_torch_program(cli, trained, tmp_path):
-    result = cli(SCRIPT, f"checkpoint={trained}", "format=torch", f"output={tmp_path}/out", "fixed=true")
+    result = cli(SCRIPT, trained, "--format=torch", f"--output={tmp_path}/out", "--fixed-size")
     assert result.code == 0, result.err
-    assert "batches up to 256, pictures of 64 x 96 only (as asked for)" in result.out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {PROGRAM, RECIPE_FILE}
+    assert "batches up to 256, images of 64 x 96 only (as asked for)" in result.out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {PROGRAM_FILE, RECIPE_FILE}
     extra = {METADATA_FILE: ""}
-    program = torch.export.load(tmp_path / "out" / PROGRAM, extra_files=extra)
+    program = torch.export.load(tmp_path / "out" / PROGRAM_FILE, extra_files=extra)
     model = load_model(trained).model
     # Model weights only, by name and size.
     assert {f"model.{name}" for name in model.state_dict()} == set(program.state_dict)
@@ -284,7 +294,7 @@ def test_the_recipe_of_the_document_gives_the_scored_model(tmp_path, monkeypatch
     loaded = with_negative_depth(random_model("multi_head", "resnet18", names=ALL_TASKS, size=(60, 100)))
     whole = exporting.ExportModule(loaded.model, loaded.tasks)
     facts = json.loads(
-        json.dumps(exporting.describe_program(loaded, exporting.InputSpec((64, 128), 32, True, any_size)))
+        json.dumps(exporting.describe_program(as_trained(loaded), exporting.InputSpec((64, 128), 32, True, any_size)))
     )
 
     @torch.inference_mode()
@@ -293,7 +303,7 @@ def test_the_recipe_of_the_document_gives_the_scored_model(tmp_path, monkeypatch
         return {name: raw.numpy() for name, raw in whole(torch.from_numpy(image)).items()}
 
     monkeypatch.setattr(recipe, "open_program", lambda path: (run, facts))
-    check_recipe(loaded, tmp_path / ONNX, tmp_path, SIZES if any_size else FIT_ONE_SIZE)
+    check_recipe(loaded, tmp_path / ONNX_FILE, tmp_path, SIZES if any_size else FIT_ONE_SIZE)
 
 
 @pytest.mark.slow
@@ -302,7 +312,7 @@ def test_a_torch_program_used_as_the_document_says_is_the_scored_model(tmp_path,
     loaded = with_negative_depth(random_model("multi_head", "resnet18", names=ALL_TASKS))
     told = export_model(loaded, "torch", tmp_path / "out", fixed)
     assert fixed or "any height and width that are multiples of 32, from 64 x 96 on" in told
-    check_recipe(loaded, tmp_path / "out" / PROGRAM, tmp_path, FIT_ONE_SIZE if fixed else SIZES)
+    check_recipe(loaded, tmp_path / "out" / PROGRAM_FILE, tmp_path, FIT_ONE_SIZE if fixed else SIZES)
 
 
 @needs_onnx
@@ -318,7 +328,7 @@ def test_a_torch_program_used_as_the_document_says_is_the_scored_model(tmp_path,
 def test_an_onnx_file_used_as_the_document_says_is_the_scored_model(tmp_path, decoder, backbone, size):
     loaded = with_negative_depth(random_model(decoder, backbone, names=ALL_TASKS, size=size))
     told = export_model(loaded, "onnx", tmp_path / "out")
-    check_recipe(loaded, tmp_path / "out" / ONNX, tmp_path, FIT_ONE_SIZE if " only " in told else SIZES)
+    check_recipe(loaded, tmp_path / "out" / ONNX_FILE, tmp_path, FIT_ONE_SIZE if " only " in told else SIZES)
 
 
 @needs_onnx
@@ -327,10 +337,10 @@ def test_an_onnx_file(cli, trained, tmp_path):
     import onnx
     import onnxruntime
 
-    result = cli(SCRIPT, f"checkpoint={trained}", "format=onnx", f"output={tmp_path}/out")
+    result = cli(SCRIPT, trained, "--format=onnx", f"--output={tmp_path}/out")
     assert result.code == 0, result.err
-    path = tmp_path / "out" / ONNX
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {ONNX, RECIPE_FILE}
+    path = tmp_path / "out" / ONNX_FILE
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {ONNX_FILE, RECIPE_FILE}
     file = onnx.load(path)
     onnx.checker.check_model(file)
     # Not more numbers than the model's own, the constants of shapes and of the normalisation aside.
@@ -360,7 +370,7 @@ def test_an_onnx_file(cli, trained, tmp_path):
 def test_every_decoder_becomes_onnx(decoder, tmp_path):
     told = export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out")
     assert "batches up to 256, any height and width that are multiples of 32, from 64 x 96 on" in told
-    assert (tmp_path / "out" / ONNX).is_file()
+    assert (tmp_path / "out" / ONNX_FILE).is_file()
 
 
 @needs_onnx
@@ -369,7 +379,7 @@ def test_every_decoder_becomes_onnx(decoder, tmp_path):
 def test_transformers_become_onnx(decoder, backbone, tmp_path):
     told = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out")
     windows = backbone == "swin_tiny"
-    assert ("pictures of 64 x 96 only (its backbone cuts pictures into windows" in told) == windows
+    assert ("images of 64 x 96 only (its backbone cuts images into windows" in told) == windows
     assert ("any height and width that are multiples of 16, from 64 x 96 on" in told) == (not windows)
 
 
@@ -377,10 +387,10 @@ def test_transformers_become_onnx(decoder, backbone, tmp_path):
 @pytest.mark.parametrize(
     ("decoder", "backbone", "size", "takes"),
     [
-        ("invpt", "resnet18", (64, 96), "pictures of 64 x 96 only"),
+        ("invpt", "resnet18", (64, 96), "images of 64 x 96 only"),
         ("invpt", "resnet18", (128, 160), "from 128 x 160 on"),
-        ("multi_head", "resnet18", (32, 64), "pictures of 32 x 64 only (a side of its training frame"),
-        ("multi_head", "vit_small", (64, 96), "pictures of 64 x 96 only"),
+        ("multi_head", "resnet18", (32, 64), "images of 32 x 64 only (a side of its training frame"),
+        ("multi_head", "vit_small", (64, 96), "images of 64 x 96 only"),
     ],
 )
 def test_torch_programs_that_take_less(decoder, backbone, size, takes, tmp_path):
@@ -396,8 +406,8 @@ def test_a_model_for_one_picture_at_a_time(trained, tmp_path, monkeypatch):
         return run(self, image)
 
     monkeypatch.setattr(exporting.ExportModule, "forward", alone)
-    told = export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
-    assert "one picture at a time, pictures of 64 x 96 only" in told
+    told = export_model(load_model(trained), "torch", tmp_path / "out", fixed_size=True)
+    assert "one image at a time, images of 64 x 96 only" in told
 
 
 def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
@@ -412,7 +422,7 @@ def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"can't be exported so: model.pt2, run at 1 x 64 x 96, gives another depth .* by [123]\.\de-03"
     ):
-        export_model(loaded, "torch", tmp_path / "out", fixed=True)
+        export_model(loaded, "torch", tmp_path / "out", fixed_size=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -425,7 +435,7 @@ def test_what_is_none_of_the_models_weights_is_not_exported(trained, tmp_path, m
 
     monkeypatch.setattr(exporting.ExportModule, "__init__", with_projector)
     with pytest.raises(UserError, match=r"projector\.bias, which is none of its weights"):
-        export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
+        export_model(load_model(trained), "torch", tmp_path / "out", fixed_size=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -435,7 +445,7 @@ def test_outputs_that_are_no_numbers_are_not_kept(trained, tmp_path, monkeypatch
         exporting.ExportModule, "forward", lambda s, x: {t: r * torch.nan for t, r in run(s, x).items()}
     )
     with pytest.raises(UserError, match="than the model, by nan"):
-        export_model(load_model(trained), "torch", tmp_path / "out", fixed=True)
+        export_model(load_model(trained), "torch", tmp_path / "out", fixed_size=True)
 
 
 # --- Mistakes
@@ -443,10 +453,10 @@ def test_outputs_that_are_no_numbers_are_not_kept(trained, tmp_path, monkeypatch
 
 def test_a_full_folder_is_left_alone(cli, trained, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    words = [f"checkpoint={trained}", "format=safetensors", f"output={tmp_path}"]
-    assert_fails(cli(SCRIPT, *words), "holds something already", "overwrite=true")
+    words = [str(trained), "--format=safetensors", f"--output={tmp_path}"]
+    assert_fails(cli(SCRIPT, *words), "is not empty", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    assert cli(SCRIPT, *words, "overwrite=true").code == 0
+    assert cli(SCRIPT, *words, "--overwrite").code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
@@ -454,13 +464,13 @@ def test_a_full_folder_is_left_alone(cli, trained, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["format=onnx", "output=x"], "needs checkpoint="),
-        (["checkpoint=x.pt", "output=x"], "needs format="),
-        (["checkpoint=x.pt", "format=onx", "output=x"], "choose safetensors, torch, onnx"),
-        (["checkpoint=missing.pt", "format=torch", "output=x"], "missing.pt does not exist"),
-        (["push=me/model"], "needs folder="),
-        (["push=me/model", "folder=x", "fixed=true"], "fixed= makes no sense"),
-        (["push=me", "folder=x"], "give USER/NAME"),
+        (["--format=onnx", "--output=x"], "give a CHECKPOINT, --push or --pull"),
+        (["x.pt", "--output=x"], "CHECKPOINT needs --format"),
+        (["x.pt", "--format=onx", "--output=x"], "choose from"),
+        (["missing.pt", "--format=torch", "--output=x"], "missing.pt does not exist"),
+        (["--push=me/model"], "--push needs --folder"),
+        (["--push=me/model", "--folder=x", "--fixed-size"], "--fixed-size makes no sense"),
+        (["--push=me", "--folder=x"], "give USER/NAME"),
     ],
 )
 def test_mistakes_are_one_sentence(cli, words, sentence, tmp_path, monkeypatch):
@@ -470,8 +480,8 @@ def test_mistakes_are_one_sentence(cli, words, sentence, tmp_path, monkeypatch):
 
 
 def test_without_onnx(cli, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "find_spec", lambda name: None)
-    words = [f"checkpoint={trained}", "format=onnx", f"output={tmp_path}/out"]
+    monkeypatch.setattr("mtcl.cli.arguments.find_spec", lambda name: None)
+    words = [str(trained), "--format=onnx", f"--output={tmp_path}/out"]
     assert_fails(cli(SCRIPT, *words), "pip install 'mtcl[export]'")
     assert not (tmp_path / "out").exists()
 
@@ -535,7 +545,7 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
     published = tmp_path / "published"
     shutil.copytree(folder, published)
     (published / "secret.txt").write_text("not for everybody")
-    result = cli(SCRIPT, "push=me/model", f"folder={published}")
+    result = cli(SCRIPT, "--push=me/model", f"--folder={published}")
     assert result.code == 0, result.err
     assert "https://huggingface.co/me/model" in result.out
     assert {path.name for path in (server.root / "me" / "model").iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
@@ -544,19 +554,19 @@ def test_push_load_and_pull(cli, server, folder, tmp_path, monkeypatch):
     got = mtcl.load("me/model", device="cpu")(picture(32, 64))
     assert np.array_equal(got["depth"], want["depth"])
 
-    result = cli(SCRIPT, "pull=me/model", "folder=here")
+    result = cli(SCRIPT, "--pull=me/model", "--folder=here")
     assert result.code == 0, result.err
     assert (tmp_path / "here" / WEIGHTS_FILE).read_bytes() == (folder / WEIGHTS_FILE).read_bytes()
-    assert_fails(cli(SCRIPT, "pull=me/model", "folder=here"), "holds something already")
+    assert_fails(cli(SCRIPT, "--pull=me/model", "--folder=here"), "is not empty")
     server.error = ConnectionError("no network")
-    assert_fails(cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true"), "did not give it (no network)")
+    assert_fails(cli(SCRIPT, "--pull=me/model", "--folder=here", "--overwrite"), "did not give it (no network)")
     server.error = None
     assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
-    assert cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true").code == 0
-    assert_fails(cli(SCRIPT, "push=me/model", f"folder={published}", "private=true"), "is there already, and public")
-    assert cli(SCRIPT, "push=me/secret", f"folder={published}", "private=true").code == 0
-    (tmp_path / "here" / ONNX).write_bytes(b"of another model")
-    assert cli(SCRIPT, "pull=me/model", "folder=here", "overwrite=true").code == 0
+    assert cli(SCRIPT, "--pull=me/model", "--folder=here", "--overwrite").code == 0
+    assert_fails(cli(SCRIPT, "--push=me/model", f"--folder={published}", "--private"), "exists already, and is public")
+    assert cli(SCRIPT, "--push=me/secret", f"--folder={published}", "--private").code == 0
+    (tmp_path / "here" / ONNX_FILE).write_bytes(b"of another model")
+    assert cli(SCRIPT, "--pull=me/model", "--folder=here", "--overwrite").code == 0
     assert {path.name for path in (tmp_path / "here").iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
     (server.root / "me/model" / METADATA_FILE).unlink()
     with pytest.raises(UserError, match="me/model on the hub is no model of mtcl"):
@@ -602,7 +612,7 @@ def test_the_hub_without_connection_or_token(server, folder, tmp_path):
     from huggingface_hub.errors import LocalTokenNotFoundError
 
     server.error = ConnectionError("Name or service not known\nand a long trace")
-    with pytest.raises(UserError, match=r"did not take it \(Name or service not known\); check the connection"):
+    with pytest.raises(UserError, match=r"refused it \(Name or service not known\); check the connection"):
         push(folder, "me/model")
     with pytest.raises(UserError, match=r"the hub did not give it \(Name or service not known\)"):
         download_model("me/model")
@@ -617,7 +627,7 @@ def test_without_the_hubs_library(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"me/model is no file or folder here; .* pip install 'mtcl\[hub\]'"):
         mtcl.load("me/model")
-    with pytest.raises(UserError, match=r"push=me/model; .* pip install 'mtcl\[hub\]'"):
+    with pytest.raises(UserError, match=r"----push me/model; .* pip install 'mtcl\[hub\]'"):
         push(folder, "me/model")
 
 
@@ -628,7 +638,7 @@ def test_the_library_is_called_as_it_is(monkeypatch, folder):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_TOKEN", "hf_none")
-    with pytest.raises(UserError, match=r"did not take it \(.*offline"):
+    with pytest.raises(UserError, match=r"refused it \(.*offline"):
         push(folder, "me/model")
     with pytest.raises(UserError, match="the hub did not give it"):
         download_model("me/no-such-model")

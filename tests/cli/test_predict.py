@@ -1,4 +1,4 @@
-"""scripts/predict.py as users type it: what it writes, what it leaves out, how it fails."""
+"""``mtcl predict`` as users type it: what it writes, what it leaves out, how it fails."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ def run(tmp_path_factory):
 @pytest.fixture
 def predict(cli, run, tmp_path):
     def with_words(source, *words: str, output="out"):
-        return cli(SCRIPT, f"checkpoint={run}", f"input={source}", f"output={tmp_path / output}", "device=cpu", *words)
+        return cli(SCRIPT, str(run), str(source), f"--output={tmp_path / output}", "--device=cpu", *words)
 
     return with_words
 
@@ -118,19 +118,19 @@ def test_a_folder_with_everything_in_it(predict, tmp_path):
     (folder / "loop").symlink_to(folder)
     (folder / "itself.jpg").symlink_to("itself.jpg")
     os.mkfifo(folder / "pipe.jpg")
-    result = predict(folder, "batch=3")
+    result = predict(folder, "--batch-size=3")
     bad = ("text.jpg", "empty.png", "cut.png", "itself.jpg")
-    fails(result, "4 of 12 pictures", "see above")
+    fails(result, "4 of 12 images", "see above")
     for name in bad:
-        assert f"left out: {folder / name}" in result.err
+        assert f"skipped: {folder / name}" in result.err
     names = ("a", "b/a", "b/c/ünï ✓ 100%d", "x.png", "x.jpg", "x.jpg.png", "B", "whole")
     assert written(out) == maps_of(*names)
-    assert "8 pictures in" in result.out
+    assert "8 images in" in result.out
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     put(folder / "new.png", seed=7)
     again = predict(folder)
-    fails(again, "4 of 13 pictures")
-    assert "8 of 13 pictures have been predicted before" in again.out
+    fails(again, "4 of 13 images")
+    assert "8 of 13 images have been predicted before" in again.out
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert (out / "edge/new.png").is_file()
 
@@ -140,7 +140,7 @@ def test_a_name_that_is_not_unicode(predict, tmp_path):
     folder = tmp_path / "in"
     put(folder / "a.png")
     os.rename(os.fsencode(folder / "a.png"), os.fsencode(folder) + b"/\xff\xfe.png")
-    assert predict(folder, "tasks=[depth]", "panel=false").code == 0
+    assert predict(folder, "--tasks=depth", "--no-panel").code == 0
     assert os.listdir(os.fsencode(tmp_path / "out/depth")) == [b"\xff\xfe.png"]
     os.rename(os.fsencode(folder) + b"/\xff\xfe.png", os.fsencode(folder) + b"/\xff.mp4")
     fails(predict(os.fsdecode(os.fsencode(folder) + b"/\xff.mp4")), "not UTF-8")  # OpenCV would crash
@@ -165,13 +165,13 @@ def test_words_of_the_command(predict, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Predictor, "predict_batch", watched)
     words = (
-        "mode=sliding_window",
-        "flip=true",
-        "scales=0.5,1",
-        "batch=2",
-        "precision=bf16",
-        "tasks=[depth,sal]",
-        "panel=false",
+        "--mode=sliding_window",
+        "--flip",
+        "--scales=0.5,1",
+        "--batch-size=2",
+        "--precision=bf16",
+        "--tasks=depth,sal",
+        "--no-panel",
     )
     result = predict(tmp_path / "in", *words)
     assert result.code == 0, result.err
@@ -183,31 +183,29 @@ def test_words_of_the_command(predict, tmp_path, monkeypatch):
 def test_wrong_words(cli, predict, run, tmp_path):
     put(tmp_path / "a.png")
     for words, told in [
-        (["mod=full"], "did you mean mode=?"),
-        (["mode=huge"], "choose resize, sliding_window, full"),
-        (["flip=yes"], "true or false"),
-        (["batch=0"], "whole number"),
-        (["scales=a"], "numbers"),
-        (["scales=9"], "0.1 to 4"),
-        (["seconds=-1"], "above 0"),
-        (["seconds=nan"], "above 0"),
-        (["tasks=[flow]"], "has no task flow"),
-        (["tasks=[]"], "empty"),
-        (["flip"], "key=value"),
-        (["output="], "output=: give a path"),
+        (["--mod=full"], "did you mean --mode?"),
+        (["--mode=huge"], "choose from"),
+        (["--flip=yes"], "ignored explicit argument"),
+        (["--batch-size=0"], "whole number"),
+        (["--scales=a"], "numbers"),
+        (["--scales=9"], "0.1 to 4"),
+        (["--seconds=-1"], "above 0"),
+        (["--seconds=nan"], "above 0"),
+        (["--tasks=flow"], "has no task flow"),
+        (["--tasks="], "empty"),
+        (["flip=true"], "options are written --name VALUE"),
+        (["--output="], "--output: give a path"),
     ]:
         fails(predict(tmp_path / "a.png", *words), told)
     fails(predict(tmp_path / "none.png"), "none.png does not exist")
     fails(predict(tmp_path / "none.mp4"), "none.mp4 does not exist")
     (tmp_path / "empty").mkdir()
-    fails(predict(tmp_path / "empty"), "holds no picture")
+    fails(predict(tmp_path / "empty"), "holds no image")
     fails(predict(tmp_path / "a.png", output="a.png"), "is a file")
     assert not (tmp_path / "out").exists()
-    fails(cli(SCRIPT, "input=a", "output=b"), "needs checkpoint=")
-    fails(
-        cli(SCRIPT, "checkpoint=none.pt", f"input={tmp_path}/a.png", f"output={tmp_path}/out"), "none.pt does not exist"
-    )
-    assert "mode=resize|sliding_window|full" in cli(SCRIPT, "--help").out
+    fails(cli(SCRIPT, "--output=b"), "required: CHECKPOINT, INPUT")
+    fails(cli(SCRIPT, "none.pt", f"{tmp_path}/a.png", f"--output={tmp_path}/out"), "none.pt does not exist")
+    assert "--mode {resize,sliding_window,full}" in cli(SCRIPT, "--help").out
 
 
 def test_what_is_no_file_is_not_waited_for_and_names_do_not_reach_the_terminal_raw(predict, tmp_path):
@@ -228,8 +226,8 @@ def test_what_is_no_file_is_not_waited_for_and_names_do_not_reach_the_terminal_r
         listening.bind("sock.png")
         os.chdir(here)
         result = predict(folder)
-    fails(result, "4 of 6 pictures could not be predicted")
-    left = [line for line in result.err.replace("\r", "\n").split("\n") if line.startswith("left out:")]
+    fails(result, "4 of 6 images could not be predicted")
+    left = [line for line in result.err.replace("\r", "\n").split("\n") if line.startswith("skipped:")]
     assert len(left) == 4
     assert {Path(line.split(" is ")[0].split(" can't ")[0]).name for line in left} == {
         *("bad\\x1b[2J.png", "loop.png", "pipe.png", "zero.png")
@@ -251,12 +249,12 @@ def test_maps_are_not_written_or_removed_through_links(predict, tmp_path):
     content = mine.read_bytes()
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to(tmp_path / "real")  # of the output folder itself it is the user's choice
-    assert predict(tmp_path / "in", "panel=false", "tasks=[depth]").code == 0
+    assert predict(tmp_path / "in", "--no-panel", "--tasks=depth").code == 0
     (tmp_path / "real" / "depth" / "sub" / "a.png").unlink()
     (tmp_path / "real" / "depth" / "sub").rmdir()
     (tmp_path / "real" / "depth" / "sub").symlink_to(tmp_path / "mine")
-    words = ("panel=false", "tasks=[depth]", "overwrite=true", "flip=true")
-    fails(predict(tmp_path / "in", *words), "leads out of output=")
+    words = ("--no-panel", "--tasks=depth", "--overwrite", "--flip")
+    fails(predict(tmp_path / "in", *words), "leads out of --output")
     assert mine.read_bytes() == content
     (tmp_path / "real" / "depth" / "sub").unlink()
     (tmp_path / "real" / "depth").rmdir()
@@ -279,8 +277,8 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(predict, tmp_path):
     assert predict(tmp_path / "one").code == 0
     depth = tmp_path / "out/depth/a.png"
     before = depth.read_bytes()
-    result = predict(tmp_path / "two", "tasks=[depth,edge]")  # another picture of the same name
-    fails(result, "1 of 2 pictures")
+    result = predict(tmp_path / "two", "--tasks=depth,edge")  # another picture of the same name
+    fails(result, "1 of 2 images")
     assert "another input" in result.err
     assert depth.read_bytes() == before
     assert (tmp_path / "out/depth/b.png").is_file()
@@ -288,19 +286,19 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(predict, tmp_path):
     assert facts["inputs"] == {str(tmp_path / "one"): ["a"], str(tmp_path / "two"): ["b"]}
     assert set(facts["tasks"]) == set(TASKS)
     for _ in range(2):  # what was refused is not taken for done the next time
-        fails(predict(tmp_path / "two"), "1 of 2 pictures")
+        fails(predict(tmp_path / "two"), "1 of 2 images")
         assert depth.read_bytes() == before
-    fails(predict(tmp_path / "one", "flip=true"), "flip=False, not True", "overwrite=true")
+    fails(predict(tmp_path / "one", "--flip"), "flip=False, not True", "--overwrite")
     assert depth.read_bytes() == before
-    assert predict(tmp_path / "two", "overwrite=true").code == 0
+    assert predict(tmp_path / "two", "--overwrite").code == 0
     assert depth.read_bytes() != before
     facts = json.loads((tmp_path / "out/predict.json").read_text())
     assert facts["inputs"] == {str(tmp_path / "one"): [], str(tmp_path / "two"): ["a", "b"]}
     elsewhere = put(tmp_path / "mine.png")
     for content in ("{}", json.dumps(facts | {"flip": True, "inputs": {"x": ["../../mine"]}})):
         (tmp_path / "out/predict.json").write_text(content)
-        fails(predict(tmp_path / "one"), "predict.json was not written by predict.py")
-        assert predict(tmp_path / "two", "overwrite=true").code == 0
+        fails(predict(tmp_path / "one"), "predict.json was not written by mtcl predict")
+        assert predict(tmp_path / "two", "--overwrite").code == 0
     assert elsewhere.is_file()
 
 
@@ -320,9 +318,9 @@ def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
         write(*words)
 
     monkeypatch.setattr(predicting, "write", interrupted)
-    monkeypatch.setattr(predicting, "UNWRITTEN", -1)
-    words = ("flip=true", "tasks=[depth]")
-    assert predict(tmp_path / "in", *words, "overwrite=true").code == 130
+    monkeypatch.setattr(predicting, "MAX_UNWRITTEN_PIXELS", -1)
+    words = ("--flip", "--tasks=depth")
+    assert predict(tmp_path / "in", *words, "--overwrite").code == 130
     assert written(tmp_path / "out") <= maps_of("a", "b", "c", tasks=["depth"]) | {"mine.txt"}
     monkeypatch.undo()
     result = predict(tmp_path / "in", *words)
@@ -335,7 +333,7 @@ def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
 def test_an_output_inside_the_input_is_not_predicted_the_next_time(predict, tmp_path):
     put(tmp_path / "in/a.png")
     for output in ("in/out", "in/out", "in/other"):
-        result = predict(tmp_path / "in", "tasks=[sal]", output=output)
+        result = predict(tmp_path / "in", "--tasks=sal", output=output)
         assert result.code == 0, result.err
         assert written(tmp_path / output) == maps_of("a", tasks=["sal"])
 
@@ -344,11 +342,11 @@ def test_maps_never_replace_pictures(predict, tmp_path):
     path = put(tmp_path / "in/depth/a.png")
     before = path.read_bytes()
     for source in (tmp_path / "in", path, path.parent):
-        fails(predict(source, output="in"), "choose another output=")
+        fails(predict(source, output="in"), "choose another --output")
     assert path.read_bytes() == before
     assert written(tmp_path / "in") == {"depth/a.png"}
     put(tmp_path / "in/fine/b.png")
-    assert predict(tmp_path / "in/fine", "tasks=[sal]", output="in").code == 0
+    assert predict(tmp_path / "in/fine", "--tasks=sal", output="in").code == 0
 
 
 @pytest.mark.parametrize(
@@ -380,7 +378,7 @@ def test_a_name_that_the_disk_does_not_take_leaves_the_others(predict, tmp_path)
         put(tmp_path / "in" / f"{'z' * 251}.{suffix}")
     put(tmp_path / "in/y.png")
     result = predict(tmp_path / "in")
-    fails(result, "3 of 4 pictures")
+    fails(result, "3 of 4 images")
     assert "File name too long" in result.err
     assert written(tmp_path / "out") == maps_of("y")
 
@@ -405,7 +403,7 @@ def test_what_is_done_stays_after_ctrl_c(predict, tmp_path, monkeypatch, method)
     assert written(tmp_path / "out") == maps_of("a")
     result = predict(tmp_path / "in")
     assert result.code == 0
-    assert "1 of 3 pictures have been predicted before" in result.out
+    assert "1 of 3 images have been predicted before" in result.out
     assert written(tmp_path / "out") == maps_of("a", "b", "c")
 
 
@@ -417,8 +415,8 @@ def test_too_little_memory(predict, tmp_path, monkeypatch):
     monkeypatch.setattr(Predictor, "_predict_group", lambda self, pictures: (
         torch.empty(10**15) if len(pictures) > 1 or len(pictures[0]) == 32 else inner(self, pictures)
     ))  # fmt: skip
-    result = predict(tmp_path / "in", "batch=3")
-    fails(result, "1 of 3 pictures", "big.png")
+    result = predict(tmp_path / "in", "--batch-size=3")
+    fails(result, "1 of 3 images", "big.png")
     assert "40 x 32 pixels are too many for the memory of cpu" in result.err
     assert written(tmp_path / "out") == maps_of("a", "c")
 
@@ -434,7 +432,7 @@ def test_too_little_memory_to_write(predict, tmp_path, monkeypatch):
         write_map(path, task, array)
 
     monkeypatch.setattr(predicting, "write_map", heavy)
-    fails(predict(tmp_path / "in"), "1 of 3 pictures", "b.png")
+    fails(predict(tmp_path / "in"), "1 of 3 images", "b.png")
     assert maps_of("a", "c") <= written(tmp_path / "out")
     monkeypatch.undo()
     assert predict(tmp_path / "in").code == 0  # b's are not whole, so they are made again
@@ -460,7 +458,7 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Predictor, "_predict_group", counted)
     monkeypatch.setattr(predicting, "write", slow)
-    monkeypatch.setattr(predicting, "UNWRITTEN", 2 * 24 * 40)
+    monkeypatch.setattr(predicting, "MAX_UNWRITTEN_PIXELS", 2 * 24 * 40)
     assert predict(tmp_path / "in").code == 0
     assert max(most) <= 4  # two wait, one more is written, the next one is predicted
     assert written(tmp_path / "out") == maps_of(*map(str, range(12)))
@@ -484,7 +482,7 @@ def test_only_a_lack_of_memory_is_one():
 
 def test_a_video(predict, run, tmp_path):
     source = video(tmp_path / "film.mp4")
-    result = predict(source, "batch=2", "frames=true", "tasks=[depth,sal]")
+    result = predict(source, "--batch-size=2", "--save-frames", "--tasks=depth,sal")
     assert result.code == 0, result.err
     out = tmp_path / "out"
     frames = {f"{task}/film/{i:06d}.png" for task in ("depth", "sal") for i in range(5)}
@@ -503,14 +501,14 @@ def test_a_video(predict, run, tmp_path):
     found = np.asarray(Image.open(out / "depth/film/000000.png"))
     assert np.abs(found / 1000 - first["depth"]).max() < 0.001
     before = (out / "film.mp4").read_bytes()
-    fails(predict(source, "tasks=[depth,sal]"), "film.mp4 exists already")
+    fails(predict(source, "--tasks=depth,sal"), "film.mp4 exists already")
     assert (out / "film.mp4").read_bytes() == before
-    fails(predict(source, "overwrite=true", output="."), "is the video itself")
+    fails(predict(source, "--overwrite", output="."), "is the video itself")
     assert cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FRAME_COUNT) == 5
 
 
 def test_the_beginning_of_a_video(predict, tmp_path):
-    result = predict(video(tmp_path / "film.avi", 20, rate=10), "seconds=0.5", "tasks=[sal]")
+    result = predict(video(tmp_path / "film.avi", 20, rate=10), "--seconds=0.5", "--tasks=sal")
     assert result.code == 0, result.err
     assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 5
 
@@ -527,16 +525,16 @@ def test_videos_that_are_none(predict, tmp_path):
 
 def test_frames_of_a_film_and_pictures_of_a_folder_do_not_mix(predict, tmp_path):
     put(tmp_path / "in/film/000000.png")
-    assert predict(tmp_path / "in", "tasks=[sal]").code == 0
+    assert predict(tmp_path / "in", "--tasks=sal").code == 0
     before = (tmp_path / "out/sal/film/000000.png").read_bytes()
     source = video(tmp_path / "film.mp4")
-    fails(predict(source, "tasks=[sal]", "frames=true"), "maps of another input's film/", "choose another output=")
+    fails(predict(source, "--tasks=sal", "--save-frames"), "maps of another input's film/", "choose another --output")
     assert (tmp_path / "out/sal/film/000000.png").read_bytes() == before
-    assert predict(source, "tasks=[sal]").code == 0  # alone it has a name of its own
+    assert predict(source, "--tasks=sal").code == 0  # alone it has a name of its own
 
-    assert predict(source, "tasks=[sal]", "frames=true", output="other").code == 0
-    fails(predict(tmp_path / "in", "tasks=[sal]", output="other"), "another input's film/000000")
-    assert predict(tmp_path / "in", "tasks=[sal]", "flip=true", "overwrite=true", output="other").code == 0
+    assert predict(source, "--tasks=sal", "--save-frames", output="other").code == 0
+    fails(predict(tmp_path / "in", "--tasks=sal", output="other"), "another input's film/000000")
+    assert predict(tmp_path / "in", "--tasks=sal", "--flip", "--overwrite", output="other").code == 0
     assert written(tmp_path / "other") == maps_of("film/000000", tasks=["sal"])  # the film's are gone
 
 
@@ -560,17 +558,17 @@ def test_a_video_whose_length_is_wrong_in_its_header_is_read_to_its_end(predict,
     video(tmp_path / "walk.mp4", 5)
     for says in (2, math.nan, -1e18, math.inf):
         Lying.says = says
-        result = predict(tmp_path / "walk.mp4", "tasks=[depth]", "overwrite=true")
+        result = predict(tmp_path / "walk.mp4", "--tasks=depth", "--overwrite")
         assert result.code == 0, result.err
         assert "5 frames in" in result.out
     Lying.says = 1e6
-    fails(predict(tmp_path / "walk.mp4", "tasks=[depth]", "overwrite=true"), "only 5 of about 1000000 frames")
+    fails(predict(tmp_path / "walk.mp4", "--tasks=depth", "--overwrite"), "only 5 of about 1000000 frames")
 
 
 def test_a_video_that_ends_early(predict, tmp_path, monkeypatch):
     source, frames = video(tmp_path / "film.mp4", 20), predicting.frames
     monkeypatch.setattr(predicting, "frames", lambda *a: (f for f, _ in zip(frames(*a), range(3))))
-    fails(predict(source, "tasks=[sal]"), "only 3 of about 20 frames")
+    fails(predict(source, "--tasks=sal"), "only 3 of about 20 frames")
     assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
 
 
@@ -630,9 +628,9 @@ def test_a_camera(predict, tmp_path, monkeypatch):
     fails(predict("77"), "camera 77 can't be opened")
     capture = cv2.VideoCapture
     monkeypatch.setattr(cv2, "VideoCapture", lambda source: Camera(4) if source == 0 else capture(source))
-    result = predict("0", "tasks=[sal]")
+    result = predict("0", "--tasks=sal")
     assert result.code == 0, result.err
     assert "4 frames in" in result.out
     assert capture(str(tmp_path / "out/camera_0.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) >= 6, "as long as it took"
     monkeypatch.setattr(cv2, "VideoCapture", lambda source: Camera(10**6) if source == 1 else capture(source))
-    assert predict("1", "tasks=[sal]", "seconds=0.5").code == 0
+    assert predict("1", "--tasks=sal", "--seconds=0.5").code == 0

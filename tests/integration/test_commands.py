@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from mtcl.cli import terminal
-from mtcl.cli.arguments import parse, path
+from mtcl.cli.arguments import output_path
 from mtcl.cli.hydra_app import run_hydra_app
-from mtcl.cli.script import run, run_with_args
+from mtcl.cli.script import run
 from mtcl.cli.terminal import EscapingFormatter, ToleratingStream, tolerate_closed_output
 from mtcl.config.overrides import add_checkpoint_key, expand_home, quote_paths
 from mtcl.config.quoting import expand_tilde, quote_value
@@ -81,11 +81,11 @@ def test_a_homes_sign_is_replaced_in_every_script(monkeypatch, tmp_path):
     words = ["~/a", "--out=~/b", "input='~/c'", "~data.limit", "x=a~", "~", "--cfg", "y=~nobody-here/z"]
     expected = [f"{tmp_path}/a", f"--out={tmp_path}/b", f"input='{tmp_path}/c'", "~data.limit", "x=a~"]
     assert [expand_tilde(word) for word in words] == [*expected, str(tmp_path), "--cfg", "y=~nobody-here/z"]
-    assert parse(["output=~/o"], {"output": path}) == {"output": tmp_path / "o"}
+    assert output_path("~/o") == tmp_path / "o"
     seen = []
-    monkeypatch.setattr(sys, "argv", ["predict.py", "input=~/a b"])
-    run_with_args(seen.extend, "help")
-    assert seen == [f"input={tmp_path}/a b"]
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--input=~/a b"])
+    run(lambda: seen.extend(sys.argv[1:]))
+    assert seen == [f"--input={tmp_path}/a b"]
 
 
 def test_paths_of_yaml_files_have_the_home_folder_too(cli, monkeypatch, tmp_path):

@@ -1,8 +1,17 @@
-"""The demo command: a local web page, served by Gradio, that predicts all tasks of an image.
+"""Show a trained model as a web page on this machine: drop an image, see all tasks, point at them to read metres.
 
-``tiles`` renders the predictions; ``guard`` filters requests; ``demo.css`` and ``demo.js`` are the page's assets.
+    mtcl demo CHECKPOINT [--compare OTHER] [options]
+
+CHECKPOINT: a .pt file, a run's folder, an exported folder, or a name on the Hugging Face hub. OTHER: another one, shown
+beside it with the tasks that both have.
+
+One image is predicted at a time. Images are not kept; nothing is sent elsewhere. Ctrl-C ends it. With --host, other
+machines can open the page, too. Needs Gradio: pip install 'mtcl[demo]'.
 """
 
+# tiles.py renders what the page shows of an image; demo.css and demo.js go into the page as they are.
+
+import argparse
 import errno
 import ipaddress
 import os
@@ -13,11 +22,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mtcl.cli import arguments as read
+from mtcl.cli.arguments import positive_int, require_extra
 from mtcl.cli.demo.guard import Guard, build_http_protocol, is_upload
 from mtcl.cli.demo.tiles import (
     NamedPredictor,
@@ -31,53 +39,46 @@ from mtcl.config.load import build_predictor, load_model
 from mtcl.errors import UserError
 from mtcl.inference.predictor import MODES
 
-KEYS: dict[str, Any] = {
-    "checkpoint": str,
-    "compare": str,
-    "host": str,
-    "port": read.whole,
-    "device": read.choice("auto", "cpu", "cuda"),
-    "mode": read.choice(*MODES),
-    "max_pixels": read.whole,
-    "max_mb": read.whole,
-}
 MAX_WAITING = 8  # images that may wait while another is predicted
 SHUTDOWN_SECONDS = 2  # for pages that are open when the server stops
 
 
-def demo(words: Sequence[str]) -> None:
-    """Run the demo command."""
-    given = read.parse(words, KEYS)
-    if not given.get("checkpoint"):
-        raise UserError("demo.py needs checkpoint=; python scripts/demo.py --help says more")
-    require_gradio()
-    listener = bind_socket(given.get("host", "127.0.0.1"), given.get("port", 7860))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mtcl demo``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--compare", metavar="OTHER", help="a second model, shown beside it")
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only")
+    parser.add_argument("--port", type=positive_int, default=7860, help="default: %(default)s")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--mode", choices=MODES, help="how images much larger than the training frame are predicted")
+    parser.add_argument("--max-pixels", type=positive_int, metavar="N", help="refuse images with more pixels")
+    parser.add_argument("--max-mb", type=positive_int, default=25, help="refuse larger files; default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load the models and serve the page until Ctrl-C."""
+    require_extra("mtcl demo", "demo", "gradio")  # imported later, once its settings are known
+    listener = bind_socket(args.host, args.port)
     with listener:
-        options: dict[str, Any] = {key: given[key] for key in ("device", "mode", "max_pixels") if key in given}
-        sources = [given[key] for key in ("checkpoint", "compare") if given.get(key)]
-        models = load(sources, options)
-        serve(models, listener, given.get("max_mb", 25))
-
-
-def require_gradio() -> None:
-    """Raise ``UserError`` if Gradio is not installed; it is imported later, once its settings are known."""
-    if find_spec("gradio") is None:
-        raise UserError("scripts/demo.py needs Gradio; pip install 'mtcl[demo]' (gradio>=6)")
+        options = {key: getattr(args, key) for key in ("device", "mode", "max_pixels")}
+        sources = [source for source in (args.checkpoint, args.compare) if source]
+        models = load(sources, {key: value for key, value in options.items() if value is not None})
+        serve(models, listener, args.max_mb)
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
     """Return a listening socket; it is bound before a model is loaded, so that mistakes are reported early."""
     if port > 65535:  # the C library would use its last 16 bits
-        raise UserError(f"port={port}: a port is a number up to 65535")
+        raise UserError(f"--port {port}: a port is a number up to 65535")
     try:
         address = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0][4]
         return socket.create_server(address)
     except socket.gaierror as error:
-        raise UserError(f"host={host} is no IPv4 address, or a name that is not known here") from error
+        raise UserError(f"--host {host} is no IPv4 address, or a name that is not known here") from error
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise UserError(f"port={port} is in use on {host}; give another, such as port={port + 1}") from error
-        raise UserError(f"host={host} port={port}: {error.strerror}; give another") from error
+            raise UserError(f"--port {port} is in use on {host}; give another, such as --port {port + 1}") from error
+        raise UserError(f"--host {host} --port {port}: {error.strerror}; give another") from error
 
 
 def load(sources: Sequence[str], options: dict[str, Any]) -> list[NamedPredictor]:
@@ -102,7 +103,7 @@ def serve(models: Sequence[NamedPredictor], listener: socket.socket, max_mb: int
         host, port = listener.getsockname()[:2]
         app = build_app(models, host, port, max_mb, Path(folder))
         if not ipaddress.ip_address(host).is_loopback:
-            print(f"host={host}: whoever reaches this machine over its network can open this page and use the model.")
+            print(f"--host {host}: whoever reaches this machine over its network can open this page and use the model.")
         print(f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}   (Ctrl-C ends it)", flush=True)
         # Open pages are disconnected at the end, which uvicorn would log as errors with traces.
         config = uvicorn.Config(
