@@ -627,7 +627,7 @@ def test_without_the_hubs_library(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"me/model is no file or folder here; .* pip install 'mtcl\[hub\]'"):
         mtcl.load("me/model")
-    with pytest.raises(UserError, match=r"----push me/model; .* pip install 'mtcl\[hub\]'"):
+    with pytest.raises(UserError, match=r"--push me/model; .* pip install 'mtcl\[hub\]'"):
         push(folder, "me/model")
 
 

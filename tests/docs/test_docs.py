@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -15,10 +16,8 @@ import yaml
 from helpers.common import ROOT, TINY, choices, composed
 from PIL import Image
 
-from mtcl.cli import arguments as read
-from mtcl.cli import demo
-from mtcl.cli import export as exporting
-from mtcl.cli import predict as predicting
+from mtcl.cli.arguments import CommandParser
+from mtcl.cli.main import COMMANDS
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 
@@ -26,16 +25,16 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = re.compile(r"<!-- table: .*?<!-- end -->", re.DOTALL)  # made by commands of their own; dear ones
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 CODE = re.compile(r"`([^`\n]+)`")
-INLINE = re.compile(r"`((?:python|torchrun|make) [^`]+)`")
+INLINE = re.compile(r"`((?:python|torchrun|make|mtcl) [^`]+)`")
 # What stands for something else: a folder of data, of runs, a file of weights.
 STANDS_FOR = re.compile(
     r"\$\w+|\b(?:PATH|FILE|DIR|FOLDER|ROOT|RUN|OTHER|TIME\w*|SINGLES|NAME|METHOD|OUTPUT|VALUE|USER)\b|<\w+>|\.\.\."
 )
 FAR_AWAY = re.compile(
-    r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|input=0|nyud_small_cpu|outputs/singles"
+    r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|mtcl predict \S+ 0|nyud_small_cpu|outputs/singles"
 )
-LONG = re.compile(r"scripts/(search|study|demo|model_table)\.py")  # they have tests of their own
-KEYS = {"scripts/predict.py": predicting.KEYS, "scripts/export.py": exporting.KEYS, "scripts/demo.py": demo.KEYS}
+LONG = re.compile(r"scripts/(search|study|model_table)\.py|mtcl demo")  # they have tests of their own
+MTCL = ["-c", "from mtcl.cli.main import main; main()"]  # as the installed command
 
 
 def commands(document: Path) -> list[str]:
@@ -128,10 +127,15 @@ def test_what_a_command_names_is_there(document, command, told_by):
             key, equals, _ = word.partition("=")
             if word.startswith("--"):
                 assert key in told_by(script), f"{script} has no {word}"
-            elif script in KEYS:
-                read.parse([STANDS_FOR.sub("x", word).replace("x|x|x|x", "x")], KEYS[script])
             elif equals:
                 assert key in KNOWN or f"{key}=" in told_by(script), f"{script} has no {key}="
+    elif script == "mtcl" and words[0] in COMMANDS:
+        module = import_module(f"mtcl.cli.{words[0]}")
+        parser = CommandParser(command, "")
+        module.add_arguments(parser)
+        parser.parse_intermixed_args(words[1:])
+    elif script == "mtcl":
+        assert words[0] in ("--help", "--version"), f"{document.name}: {command}"
     elif script == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[0] in targets
@@ -183,7 +187,9 @@ def run_in(folder: Path, words: list[str]) -> subprocess.CompletedProcess:
 def runnable(command: str) -> bool:
     command = re.sub(r"\bRUN\b|\bOTHER\b|outputs/rooms/TIME", "", command)
     script, words = split(command)
-    alone = script.endswith(".py") and not STANDS_FOR.search(command) and not FAR_AWAY.search(command)
+    alone = (
+        (script.endswith(".py") or script == "mtcl") and not STANDS_FOR.search(command) and not FAR_AWAY.search(command)
+    )
     return alone and not LONG.search(command) and not {"resume=auto"} & set(words)
 
 
@@ -197,7 +203,7 @@ def test_a_command_that_needs_nothing_else_runs(command, place):
     if script == "train.py":
         words = [*TINY, *(first_of_sweep(word) for word in words if word != "-m")]
         words += [] if "--cfg" in words else [f"hydra.run.dir=outputs/typed/{abs(hash(command))}"]
-    run_in(place, [str(ROOT / script), *words])
+    run_in(place, [*MTCL, *words] if script == "mtcl" else [str(ROOT / script), *words])
 
 
 @pytest.mark.slow
@@ -208,13 +214,7 @@ def test_blocks_of_python_run(document, place, monkeypatch):
     if document.stem == "export":
         run_in(
             place,
-            [
-                str(ROOT / "scripts/export.py"),
-                "checkpoint=outputs/rooms/TIME",
-                "format=onnx",
-                "output=onnx",
-                "overwrite=true",
-            ],
+            [*MTCL, "export", "outputs/rooms/TIME", "--format=onnx", "--output=onnx", "--overwrite"],
         )
     names: dict = {"__name__": "document"}
     for kind, block in BLOCK.findall(document.read_text()):
