@@ -1,5 +1,6 @@
 """The ``mtcl`` command: what it lists, how it refuses, and that a wheel of it needs no checkout."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -67,13 +68,16 @@ def test_a_wheel_without_extras_has_the_six_commands(tmp_path):
     assert "finished" in call([mtcl, "runs", RUN.parent], tmp_path)
     assert "depth" in call([mtcl, "compare", RUN.parent], tmp_path)
     assert "rows" in call([mtcl, "report", RUN.parent, "--output=page.html"], tmp_path)
-    without = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['demo', 'a.pt']; from mtcl.cli.main import main; main()"
-    done = subprocess.run([python, "-c", without], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert "pip install 'mtcl[demo]'" in done.stderr
+    blocked = "import sys; sys.modules['gradio'] = None; sys.argv[1:] = ['demo', 'a.pt']; import mtcl.cli.main as m; "
+    failed = call([python, "-c", f"{blocked}m.main()"], tmp_path, code=1)
+    assert failed.count("\n") == 1
+    assert "pip install 'mtcl[demo]'" in failed
 
 
-def call(words: list, folder: Path) -> str:
-    done = subprocess.run([*map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+def call(words: list, folder: Path, code: int = 0) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == code, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
+    return done.stderr if code else done.stdout

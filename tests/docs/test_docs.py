@@ -31,7 +31,8 @@ STANDS_FOR = re.compile(
     r"\$\w+|\b(?:PATH|FILE|DIR|FOLDER|ROOT|RUN|OTHER|TIME\w*|SINGLES|NAME|METHOD|OUTPUT|VALUE|USER)\b|<\w+>|\.\.\."
 )
 FAR_AWAY = re.compile(
-    r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|mtcl predict \S+ 0|nyud_small_cpu|outputs/singles"
+    r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|mtcl predict \S+ 0|"
+    r"nyud_small_cpu|outputs/singles"
 )
 LONG = re.compile(r"scripts/(search|study|model_table)\.py|mtcl demo")  # they have tests of their own
 MTCL = ["-c", "from mtcl.cli.main import main; main()"]  # as the installed command
