@@ -76,8 +76,6 @@ def test_a_wheel_without_extras_has_the_six_commands(tmp_path):
 
 def call(words: list, folder: Path, code: int = 0) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run(
-        [*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = subprocess.run([*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == code, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
     return done.stderr if code else done.stdout
