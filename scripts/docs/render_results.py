@@ -2,13 +2,13 @@
 
     python scripts/docs/render_results.py [--check] [--add TABLE LABEL COMMAND RUN] [--add-output TABLE COMMAND FILE]
 
-Each ``docs/results/TABLE.json`` holds rows: a label, the command that made the row, ``metrics`` (a run's
-metrics.json) and ``run`` (its run.json). ``--add`` puts the figures of the run folder RUN in, in place of an earlier
-row of that label. ``--add-output`` keeps what a command printed, from FILE, to be shown as it is. A folder
-``docs/results/TABLE/`` holds a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
+Each ``docs/results/TABLE.json`` contains rows: a label, the command that made the row, ``metrics`` (a run's
+metrics.json) and ``run`` (its run.json). ``--add`` adds the metrics of the run folder RUN, replacing an earlier row of
+that label. ``--add-output`` stores the output of a command, from FILE, to be rendered unchanged. A folder
+``docs/results/TABLE/`` contains a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
 table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md,
-docs/models.md and README.md.
-A study as ``<!-- table: TABLE means -->`` is without its differences, notes and settings.
+docs/models.md and README.md. A study as ``<!-- table: TABLE means -->`` is rendered without differences, notes and
+settings.
 """
 
 import argparse
@@ -18,46 +18,47 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mtcl.config.renamed import upgrade_override
 from mtcl.errors import UserError
 from mtcl.launch.study_tables import format_markdown, format_means, read_results, report
+from mtcl.results.columns import TASKS
 from mtcl.results.run_files import parse_metrics, read_json_object, read_record
-from mtcl.tasks import NYUD40, TASK_NAMES, Task, build_task
+from mtcl.run_folder import RunFolder
+from mtcl.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = (*(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models")), ROOT / "README.md")
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means)? -->\n.*?<!-- end -->", re.DOTALL)
+SHARED_KEYS = ("num_images", "split", "step", "device")  # of run.json: equal in all rows of one table
 
 
-SHARED = ("num_images", "split", "step", "device")  # what the rows of one table must have in common
-
-
-def table(content: dict[str, Any]) -> str:
-    """A Markdown table with a column per task that the rows have, and the facts of its runs below."""
+def render_rows(content: dict[str, Any]) -> str:
+    """Return a Markdown table with a column per task that the rows have, followed by data, machine and commands."""
     rows = content["rows"]
-    for fact in SHARED:
-        values = {row["run"][fact] for row in rows}
+    for key in SHARED_KEYS:
+        values = {row["run"][key] for row in rows}
         if len(values) > 1:
-            raise SystemExit(f"the rows of a table differ in {fact}: {', '.join(map(str, values))}; make two tables")
-    tasks = [task for task in known_tasks() if any(task.name in row["metrics"] for row in rows)]
-    headings, chosen = [], {}
+            raise SystemExit(f"the rows of a table differ in {key}: {', '.join(map(str, values))}; make two tables")
+    tasks = [task for task in TASKS.values() if any(task.name in row["metrics"] for row in rows)]
+    headings, metrics = [], {}
     for task in tasks:
-        found = [set(row["metrics"][task.name]) for row in rows if task.name in row["metrics"]]
-        metric, higher_is_better = task.choose_metric(set.intersection(*found))
-        chosen[task.name] = metric
+        names = [set(row["metrics"][task.name]) for row in rows if task.name in row["metrics"]]
+        metric, higher_is_better = task.choose_metric(set.intersection(*names))
+        metrics[task.name] = metric
         unit = task.units.get(metric, "%")
         name = f"{task.name} {metric} {'↑' if higher_is_better else '↓'}"
         headings.append(f"{name} ({unit})" if unit else name)
     lines = ["| run | " + " | ".join(headings) + " |", "|---|" + "---|" * len(headings)]
     for row in rows:
-        cells = [cell(task, chosen[task.name], row["metrics"].get(task.name, {})) for task in tasks]
+        cells = [format_cell(task, metrics[task.name], row["metrics"].get(task.name, {})) for task in tasks]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     run = rows[0]["run"]
     seeds = sorted({row["run"]["seed"] for row in rows})
     commits = sorted({row["run"]["commit"][:10] for row in rows})
     lines += [
         "",
-        f"{run['num_images']} pictures of split `{run['split']}`, seed {', '.join(map(str, seeds))}, "
+        f"{run['num_images']} images of split `{run['split']}`, seed {', '.join(map(str, seeds))}, "
         f"{run['step']} steps, on {run['device']}, torch {run['versions']['torch']}, commit {', '.join(commits)}. "
         "Commands:",
         "",
@@ -69,25 +70,20 @@ def table(content: dict[str, Any]) -> str:
 
 
 def current_command(command: str) -> str:
-    """Return a recorded command as it has to be typed today: some scripts have moved since."""
-    return re.sub(
+    """Return a recorded command as one types it today: with the present places of scripts and names of keys."""
+    command = re.sub(
         r"scripts/(benchmark_\w+|compare_curves|evaluate_edges|model_table)\.py", r"scripts/benchmarks/\1.py", command
     )
+    return re.sub(r"(?<=[ '\"])[a-z_.]+=[^ '\"]+", lambda match: upgrade_override(match[0]), command)
 
 
-def output(content: dict[str, Any]) -> str:
-    """A command and what it printed."""
+def render_output(content: dict[str, Any]) -> str:
+    """Return a command and its output as Markdown."""
     return "\n".join(["```sh", current_command(content["command"]), "```", "```text", *content["printed"], "```"])
 
 
-def known_tasks() -> list[Task]:
-    """All of them; how a metric is written does not depend on the classes."""
-    options: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
-    return [build_task(name, **options.get(name, {})) for name in TASK_NAMES]
-
-
-def cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
-    """One metric: percent with two decimals, degrees with two, metres and losses with four."""
+def format_cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
+    """Format one metric: percent and degrees with two decimals, metres and losses with four; "" if it is missing."""
     value = metrics.get(metric)
     if value is None:
         return ""
@@ -96,49 +92,53 @@ def cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
 
 
 def render_tables(text: str) -> str:
-    def block(found: re.Match[str]) -> str:
-        name, part = found["name"], found["part"] or ""
-        return f"<!-- table: {name}{part} -->\n{shown(name, bool(part))}\n<!-- end -->"
+    """Return a document with its tables rendered anew."""
+
+    def block(match: re.Match[str]) -> str:
+        name, part = match["name"], match["part"] or ""
+        return f"<!-- table: {name}{part} -->\n{render_table(name, bool(part))}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
 
 
-def shown(name: str, means_only: bool = False) -> str:
-    """The Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
+def render_table(name: str, means_only: bool = False) -> str:
+    """Return the Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
     path, folder = RESULTS / f"{name}.json", RESULTS / name
     if path.is_file() and folder.is_dir():
         raise SystemExit(f"{path.relative_to(ROOT)} and a folder of that name both exist; keep one")
     if path.is_file():
         content = json.loads(path.read_text("utf-8"))
-        return output(content) if "printed" in content else table(content)
+        return render_output(content) if "printed" in content else render_rows(content)
     if not (folder / "study.json").is_file():
         raise SystemExit(
             f"a document asks for the table {name}, but there is no {path.relative_to(ROOT)} and no folder of that name"
         )
     try:
-        return study_markdown(folder, means_only)
+        return render_study(folder, means_only)
     except UserError as error:
-        raise SystemExit(f"the study {name} can't be shown: {error}") from error
+        raise SystemExit(f"the study {name} can't be rendered: {error}") from error
 
 
-def study_markdown(folder: Path, means_only: bool) -> str:
+def render_study(folder: Path, means_only: bool) -> str:
+    """Return the Markdown of a study."""
     study, records, command = read_results(folder)
-    found = report(study, records)
+    results = report(study, records)
     if means_only:
-        return f"{format_means(found)}\n\n```sh\n{current_command(command)}\n```"
-    return format_markdown(found, current_command(command)).rstrip("\n")
+        return f"{format_means(results)}\n\n```sh\n{current_command(command)}\n```"
+    return format_markdown(results, current_command(command)).rstrip("\n")
 
 
 def add(name: str, label: str, command: str, run: Path) -> None:
-    """Put a run's figures into a table's JSON, in place of an earlier row of that label."""
+    """Add a run's metrics to a table's JSON, replacing an earlier row of that label."""
     path = RESULTS / f"{name}.json"
     content = json.loads(path.read_text("utf-8")) if path.is_file() else {"rows": []}
-    facts = read_record(run / "run.json")
-    for key in ("command", "overrides"):  # they may name folders of one machine; ``command`` says it in general
-        facts.pop(key, None)
-    scores = read_json_object(run / "metrics.json")
-    parse_metrics(run / "metrics.json", scores)
-    row = {"label": label, "command": command, "metrics": scores, "run": facts}
+    files = RunFolder(run)
+    record = read_record(files.record)
+    for key in ("command", "overrides"):  # they may name folders of one machine; ``command`` is general
+        record.pop(key, None)
+    metrics = read_json_object(files.metrics)
+    parse_metrics(files.metrics, metrics)  # raises for malformed files
+    row = {"label": label, "command": command, "metrics": metrics, "run": record}
     rows = [row if old["label"] == label else old for old in content["rows"]]
     content["rows"] = rows if row in rows else [*rows, row]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,22 +146,23 @@ def add(name: str, label: str, command: str, run: Path) -> None:
 
 
 def add_output(name: str, command: str, file: Path) -> None:
-    """Keep what a command printed as a table's JSON."""
+    """Store the output of a command as a table's JSON."""
     content = {"command": command, "printed": file.read_text("utf-8").rstrip("\n").split("\n")}
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def main() -> int:
+    """Render or check the documents; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
-    parser.add_argument("--add", nargs=4, metavar=("TABLE", "LABEL", "COMMAND", "RUN"), help="first put in a run")
-    parser.add_argument("--add-output", nargs=3, metavar=("TABLE", "COMMAND", "FILE"), help="first put in an output")
-    arguments = parser.parse_args()
-    if arguments.add:
-        table_name, label, command, run = arguments.add
+    parser.add_argument("--add", nargs=4, metavar=("TABLE", "LABEL", "COMMAND", "RUN"), help="add a run first")
+    parser.add_argument("--add-output", nargs=3, metavar=("TABLE", "COMMAND", "FILE"), help="add an output first")
+    args = parser.parse_args()
+    if args.add:
+        table_name, label, command, run = args.add
         add(table_name, label, command, Path(run))
-    if arguments.add_output:
-        table_name, command, file = arguments.add_output
+    if args.add_output:
+        table_name, command, file = args.add_output
         add_output(table_name, command, Path(file))
     stale = []
     for document in DOCUMENTS:
@@ -171,9 +172,9 @@ def main() -> int:
         new = render_tables(text)
         if new != text:
             stale.append(str(document.relative_to(ROOT)))
-            if not arguments.check:
+            if not args.check:
                 document.write_text(new, "utf-8")
-    if arguments.check and stale:
+    if args.check and stale:
         print(f"out of date: {', '.join(stale)}; run python scripts/docs/render_results.py", file=sys.stderr)
         return 1
     return 0

@@ -662,4 +662,4 @@ def test_curves_of_two_arms(cli, tmp_path):
     (tmp_path / "b" / "seed_1").rename(tmp_path / "b" / "seed_2")
     refused = cli("scripts/benchmarks/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
     assert refused.code == 1
-    assert "other runs" in refused.err
+    assert "different runs" in refused.err
