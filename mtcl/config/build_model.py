@@ -14,7 +14,17 @@ from mtcl.tasks.base import Task
 
 
 def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool) -> DenseModel:
-    """``pretrained`` is true only for a fresh run: else neither a hub nor a weight file is asked for."""
+    """Build the model of a config, on the CPU.
+
+    Args:
+        config: the composed config.
+        tasks: name -> task; the model predicts these.
+        pretrained: load the backbone's pretrained weights. True for a fresh run only: otherwise neither a hub nor a
+            file is read.
+
+    Raises:
+        UserError: an option is refused; the message names its key.
+    """
     source = config.backbone.weights
     source = None if source in (None, "none") else str(source)
     with add_key_prefix("backbone."):
@@ -31,13 +41,12 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     kind = locate(target, "decoder")
     channels = {name: task.channels for name, task in tasks.items()}
     model: DenseModel
-    with add_key_prefix("decoder."):
-        if isinstance(kind, type) and issubclass(kind, DenseModel):  # a model of its own, woven into the backbone
-            model = construct(kind, "decoder", backbone, channels, **options)
-        else:
-            kind = locate(target, "decoder", Decoder)
-            decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
-            model = EncoderDecoder(backbone, decoder)
+    if issubclass(kind, DenseModel):  # a model of its own, woven into the backbone
+        model = construct(kind, "decoder", backbone, channels, **options)
+    else:
+        kind = locate(target, "decoder", Decoder)
+        decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
+        model = EncoderDecoder(backbone, decoder)
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -45,7 +54,7 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
 
 
 def inline_genotype(config: DictConfig) -> None:
-    """Replace the path of a genotype's file in ``config`` by what the file says: what is saved stands on its own."""
+    """Replace the path of a genotype file in ``config`` by the file's content, so that a saved config is complete."""
     genotype = config.decoder.get("genotype")
     if isinstance(genotype, str) and not is_named_genotype(genotype):
         with add_key_prefix("decoder."):
@@ -54,7 +63,7 @@ def inline_genotype(config: DictConfig) -> None:
 
 
 def saved_config(config: DictConfig, model: DenseModel) -> dict[str, Any]:
-    """The config a checkpoint carries: enough to rebuild the model even where timm's own defaults have changed."""
+    """Return the config for a checkpoint: enough to rebuild the model even if timm's defaults change."""
     saved = plain(config)
     saved["backbone"] |= {"mean": list(model.mean), "std": list(model.std)}
     return saved

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
+
+from mtcl.config.compose import compose_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,8 +23,8 @@ class Result(NamedTuple):
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return compose(name, list(overrides))
+    """Compose a config as the command line does, without checking its values."""
+    return compose_config(overrides, ROOT / "configs", name, check=False)
 
 
 def choices(group: str) -> list[str]:
