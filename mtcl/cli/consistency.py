@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +40,7 @@ from mtcl.regularizers import Contrastive
 from mtcl.regularizers.sampling import sample_features, sample_labels
 from mtcl.runtime import choose_device
 from mtcl.tasks.base import Task
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint import Checkpoint, load_checkpoint
 from mtcl.visualization.consistency_figures import draw_distances, draw_separation
 
 PIXELS = 256  # per frame
@@ -110,12 +111,12 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
     """
     if (options.output / "consistency.json").exists():
         raise UserError(f"{options.output / 'consistency.json'} exists already; choose another output")
-    state = load_checkpoint(options.checkpoint)
-    settings = restore_settings(state, options.checkpoint, overrides, configs)
+    checkpoint = load_checkpoint(options.checkpoint)
+    settings = restore_settings(checkpoint, options.checkpoint, overrides, configs)
     tasks = build_tasks(settings)
-    check_tasks(read_checkpoint_model(options.checkpoint, state).tasks, tasks, options.checkpoint)
+    check_tasks(read_checkpoint_model(options.checkpoint, checkpoint).tasks, tasks, options.checkpoint)
     targets = choose_targets(options.target, list(tasks))
-    arms = [load_trained_model(options.checkpoint, state, tasks)]
+    arms = [load_trained_model(options.checkpoint, checkpoint, tasks)]
     if options.compare is not None:
         other = load_checkpoint(options.compare)
         check_tasks(read_checkpoint_model(options.compare, other).tasks, tasks, options.compare)
@@ -151,10 +152,10 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
     return content
 
 
-def restore_settings(state: Mapping[str, Any], path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
+def restore_settings(checkpoint: Checkpoint, path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
     """A checkpoint's own config with the command's overrides, as evaluate.py would use it."""
     words = quote_paths(overrides)
-    saved = read_checkpoint_model(path, state)
+    saved = read_checkpoint_model(path, checkpoint)
     dataset = infer_dataset_override(saved, words, configs)
     composed, groups = compose_with_choices([*words, *([dataset] if dataset else [])], configs, "evaluate", check=False)
     settings = adapt_config(saved, composed)
@@ -174,19 +175,19 @@ def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
     return list(tasks) if name == "all" else [name]
 
 
-def load_trained_model(path: Path, state: Mapping[str, Any], tasks: Mapping[str, Task]) -> TrainedModel:
+def load_trained_model(path: Path, checkpoint: Checkpoint, tasks: Mapping[str, Task]) -> TrainedModel:
     """The model, and the projectors if there are some, with the checkpoint's weights."""
-    saved = read_checkpoint_model(path, {**state, "ema": None})
+    saved = read_checkpoint_model(path, replace(checkpoint, ema=None))
     settings = restore_config(saved)
     model = rebuild_model(settings, tasks, saved)
     fresh = regularizer = None
-    if state.get("regularizer") is not None:
+    if checkpoint.regularizer is not None:
         with convert_build_errors(path):
             fresh = build_regularizer(settings, tasks, model)
             regularizer = build_regularizer(settings, tasks, model)
     if regularizer is not None:
         try:
-            regularizer.load_state_dict(dict(state["regularizer"]))
+            regularizer.load_state_dict(dict(checkpoint.regularizer or {}))
         except Exception as error:  # names, shapes, or no tensors at all
             raise UserError(f"the projectors in {path} do not fit what its own config describes") from error
     name = "no regulariser"

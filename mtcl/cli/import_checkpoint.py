@@ -16,7 +16,7 @@ from mtcl.config.schema import check_config
 from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
 from mtcl.models.published import METHODS, check_state_dict, read_published_checkpoint, translate_state_dict
-from mtcl.training.checkpoint import save_checkpoint
+from mtcl.training.checkpoint import Checkpoint, save_checkpoint
 
 
 class ImportResult(NamedTuple):
@@ -69,24 +69,18 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
         model = build_model(config, tasks, pretrained=False)
     weights, unused_keys = translate_state_dict(published, chosen, list(tasks))
     check_state_dict(weights, model.state_dict(), method)
-    content = {
-        "model": weights,
-        "ema": None,
-        "regularizer": None,
-        "share": None,
-        "optimizer": {},
-        "schedule": {},
-        "step": step,
-        "rng": {},
-        "config": saved_config(config, model),
-        "meta": {
+    checkpoint = Checkpoint(
+        model=weights,
+        config=saved_config(config, model),
+        step=step,
+        meta={
             "tasks": describe_tasks(tasks),
             "best": math.nan,
             "imported": {"method": method, "file": source.name, "idle": unused_keys},
         },
-    }
+    )
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_checkpoint(target, content)
+    save_checkpoint(target, checkpoint)
     return ImportResult(len(weights), unused_keys, needed)
 
 

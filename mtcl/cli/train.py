@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -15,7 +14,7 @@ from mtcl.atomic import remove_temporary_files, write_json, write_text
 from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import inline_genotype
-from mtcl.config.build_training import TrainingRun, build_trainer
+from mtcl.config.build_training import TrainingRun, build_training_run
 from mtcl.config.diff import describe_changes, find_changed_experiment_keys, find_changed_keys, format_changes
 from mtcl.config.resolve import plain
 from mtcl.config.schema import affects_sample_order
@@ -27,7 +26,7 @@ from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, rep
 from mtcl.models.weights import check_tensor_values
 from mtcl.run_lock import lock_run
 from mtcl.runtime import choose_device, seed_everything
-from mtcl.training.checkpoint import LoadedCheckpoint, latest_valid_checkpoint, load_checkpoint
+from mtcl.training.checkpoint import Checkpoint, LoadedCheckpoint, latest_valid_checkpoint, load_checkpoint
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -52,31 +51,31 @@ def train(
     before = list_run_files(folder)
     found = find_checkpoint(config, folder, siblings) if distributed.rank() == 0 else None
     path = distributed.broadcast_object(None if found is None else found.path)
-    state = found.content if found is not None else None if path is None else load_checkpoint(path)
+    checkpoint = found.checkpoint if found is not None else None if path is None else load_checkpoint(path)
     tasks = build_tasks(config)
-    if state is not None and path is not None:
-        check_tasks(check_stored_tasks(state.get("meta", {}).get("tasks"), path), tasks, path)
-        check_optimizer(state, config, path)
-        check_steps(state, config, path)
-    start = 0 if state is None else state["step"]
-    run = build_trainer(config, tasks, folder, device, pretrained=state is None, start_step=start)
+    if checkpoint is not None and path is not None:
+        check_tasks(check_stored_tasks(checkpoint.meta.get("tasks"), path), tasks, path)
+        check_optimizer(checkpoint, config, path)
+        check_steps(checkpoint, config, path)
+    start = 0 if checkpoint is None else checkpoint.step
+    run = build_training_run(config, tasks, folder, device, pretrained=checkpoint is None, start_step=start)
     if distributed.rank() > 0:
         torch.manual_seed(
             config.seed + 2**20 * distributed.rank()
         )  # dropout of its own; the model's start is process 0's
-    if state is not None:
-        restore(run.trainer, state, path, config)
+    if checkpoint is not None:
+        restore(run.trainer, checkpoint, path, config)
     if distributed.rank() > 0:
         with convert_torch_errors(device):
             return run.trainer.fit().metrics
-    with lock_run(folder), run.trainer.checkpoints:
+    with lock_run(folder), run.trainer.checkpoint_writer:
         if list_run_files(folder) != before:
             raise UserError(f"another run has just written into {folder}; start again, with resume=auto to continue it")
         for part in (folder, folder / "checkpoints"):
             remove_temporary_files(part)
         if found is not None:
             log_resume(found, config)
-        log_setup(config, run, fresh=state is None)
+        log_setup(config, run, fresh=checkpoint is None)
         warnings = check_dataset_labels(config, run)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config, resolve=True))
         return finish(config, run, folder, overrides, warnings)
@@ -92,12 +91,12 @@ def log_setup(config: DictConfig, run: TrainingRun, fresh: bool) -> None:
     regularizer = run.trainer.regularizer
     if regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regulariser is off")
-    log.info("%s", run.train_reader.summary())
+    log.info("%s", run.train_dataset.summary())
     log.info(
         "%s: %d training and %d validation pictures, tasks %s, %s, %.2f M parameters, on %s",
         config.data.name,
-        len(run.train_reader.ids),
-        len(run.val_reader.ids),
+        len(run.train_dataset.ids),
+        len(run.val_dataset.ids),
         ", ".join(run.trainer.tasks),
         "no regulariser" if regularizer is None else f"contrast with weight {config.regularizer.weight}",
         sum(p.numel() for p in run.trainer.model.parameters()) / 1e6,
@@ -138,8 +137,8 @@ def convert_torch_errors(device: torch.device) -> Iterator[None]:
 
 def check_dataset_labels(config: DictConfig, run: TrainingRun) -> list[str]:
     """Look at the labels of both lists; the sentences, which are logged, or an error with ``data.strict``."""
-    problems = find_unlabeled_tasks(run.train_reader, run.trainer.tasks)
-    for reader, part in ((run.train_reader, "training"), (run.val_reader, "validation")):
+    problems = find_unlabeled_tasks(run.train_dataset, run.trainer.tasks)
+    for reader, part in ((run.train_dataset, "training"), (run.val_dataset, "validation")):
         problems += check_labels(reader, run.trainer.tasks, part)
     return report_problems(problems, config.data.get("strict", False))
 
@@ -156,18 +155,18 @@ def finish(
     finally:
         trainer.run_logger.close()
     seconds = time.perf_counter() - began
-    facts = build_run_record(config, run.val_reader, evaluation.num_images, trainer.device, overrides)
-    facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.nonfinite_guard.count}
+    facts = build_run_record(config, run.val_dataset, evaluation.num_images, trainer.device, overrides)
+    facts |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.num_skipped_steps}
     facts |= {"processes": distributed.world_size(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
     write_json(folder / "run.json", facts)
     write_json(folder / "metrics.json", evaluation.metrics)
-    columns = {"untrained": trainer.first.metrics} if trainer.first else {}
+    columns = {"untrained": trainer.first_evaluation.metrics} if trainer.first_evaluation else {}
     table = format_metrics(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation pictures:\n\n%s\n", evaluation.num_images, table)
     for text in warnings:  # they were logged at the start, far up
         log.warning("%s", text)
     if config.trainer.dry_run:
-        log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.memory())
+        log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.peak_memory())
     shown = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
     log.info(
         "%.0f s\n  pictures:   %s\n  checkpoint: %s\n  curves:     tensorboard --logdir %s",
@@ -179,34 +178,34 @@ def finish(
     return evaluation.metrics
 
 
-def restore(trainer: Trainer, state: dict[str, Any], path: Path | None, config: DictConfig) -> None:
+def restore(trainer: Trainer, checkpoint: Checkpoint, path: Path | None, config: DictConfig) -> None:
     for name, tensor in trainer.model.state_dict().items():
-        saved = state["model"].get(name)
+        saved = checkpoint.model.get(name)
         if isinstance(saved, torch.Tensor) and saved.shape == tensor.shape:  # else it does not fit, as said below
             check_tensor_values(name, saved, tensor, path or "the checkpoint")
     try:
-        trainer.restore(state)
+        trainer.restore(checkpoint)
     except UserError:
         raise
     except Exception as error:  # of torch and of ours, for parts of other names, shapes or kinds
-        changed = describe_changes(state["config"], plain(config), ("backbone.", "decoder.", "regularizer."))
+        changed = describe_changes(checkpoint.config, plain(config), ("backbone.", "decoder.", "regularizer."))
         raise UserError(f"checkpoint {path} does not fit this run: {changed or error}") from error
 
 
-def check_optimizer(state: dict[str, Any], config: DictConfig, path: Path) -> None:
-    if not state.get("optimizer"):
+def check_optimizer(checkpoint: Checkpoint, config: DictConfig, path: Path) -> None:
+    if not checkpoint.optimizer:
         raise UserError(
             f"checkpoint {path} was imported: it has weights only, which evaluate.py scores; nothing to resume"
         )
-    group, now = state["config"].get("optimizer"), config.optimizer.name
+    group, now = checkpoint.config.get("optimizer"), config.optimizer.name
     before = group.get("name") if isinstance(group, Mapping) else None
     if before != now:
         raise UserError(f"checkpoint {path} was trained with optimizer={before}, not {now}; its moments do not fit")
 
 
-def check_steps(state: dict[str, Any], config: DictConfig, path: Path) -> None:
+def check_steps(checkpoint: Checkpoint, config: DictConfig, path: Path) -> None:
     """``UserError`` where the run has taken more steps than it is to take in all."""
-    done, wanted = state["step"], config.trainer.max_steps
+    done, wanted = checkpoint.step, config.trainer.max_steps
     if done > wanted and not config.trainer.dry_run:
         raise UserError(
             f"checkpoint {path} is at step {done}, behind trainer.max_steps={wanted}; give trainer.max_steps of {done} "
@@ -218,8 +217,8 @@ def log_resume(found: LoadedCheckpoint, config: DictConfig) -> None:
     """From where, what is damaged, and what is not as it was."""
     for error in found.rejected:
         log.warning("checkpoint %s is damaged (%s): it is passed over", error.path, error.why)
-    log.info("resumed at step %d from %s", found.content["step"], found.path)
-    saved, now = found.content["config"], plain(config)
+    log.info("resumed at step %d from %s", found.checkpoint.step, found.path)
+    saved, now = found.checkpoint.config, plain(config)
     if keys := find_changed_experiment_keys(saved, now):
         shuffled = any(map(affects_sample_order, keys))
         order = "; pictures come in another order from here on" if shuffled else ""
@@ -266,8 +265,8 @@ def find_resumable_run(config: DictConfig, siblings: Path | None) -> LoadedCheck
         except UserError as error:
             log.warning("%s is passed over: %s", folder.parent, error)
             continue
-        if found is None or found.content["step"] >= config.trainer.max_steps:
+        if found is None or found.checkpoint.step >= config.trainer.max_steps:
             continue
-        if not find_changed_keys(found.content["config"], plain(config)):
+        if not find_changed_keys(found.checkpoint.config, plain(config)):
             return found
     return None

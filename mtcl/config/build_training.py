@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -11,32 +11,161 @@ from mtcl import distributed
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
 from mtcl.config.build_evaluator import build_evaluator, choose_monitor
 from mtcl.config.build_model import build_model, saved_config
-from mtcl.config.resolve import construct, locate, plain
+from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
 from mtcl.regularizers import Contrastive, GradientNormWeight, Regularizer
+from mtcl.regularizers.weighting import Lambda
 from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer, DynamicWeightAveraging, FixedWeights, UncertaintyWeighting
 from mtcl.training.balancing_torchjd import GradientAggregation
 from mtcl.training.ema import ModelEma
-from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, lambda_schedule
+from mtcl.training.optimizers import Schedule, ScheduledOptimizer, build_optimizer, build_schedule
+from mtcl.training.options import CheckpointPolicy, Regularization, TrainerOptions, ValidationPolicy
 from mtcl.training.run_logger import RunLogger
 from mtcl.training.sharding import ShardedWeights
 from mtcl.training.trainer import Trainer
 
+CONTRAST = "contrast"  # the regulariser's objective, beside the tasks' names
+
+
+class TrainingRun(NamedTuple):
+    """A trainer and the datasets that it trains and validates on."""
+
+    trainer: Trainer
+    train_dataset: MultiTaskDataset
+    val_dataset: MultiTaskDataset
+
+
+def build_training_run(
+    config: DictConfig,
+    tasks: Mapping[str, Task],
+    folder: Path,
+    device: torch.device,
+    pretrained: bool = False,
+    start_step: int = 0,
+) -> TrainingRun:
+    """Build the datasets, the model and the trainer of a config. Nothing is written.
+
+    Args:
+        config: as ``train.py`` composes it.
+        tasks: of :func:`mtcl.config.build_data.build_tasks`.
+        folder: the run folder, where the trainer will write.
+        device: to train on.
+        pretrained: whether the backbone takes its pretrained weights, as a fresh run does.
+        start_step: the step to continue from.
+    """
+    limit = config.data.eval_batch_size if config.trainer.dry_run else None
+    train_dataset = build_dataset(config, "train", tasks)
+    val_dataset = build_dataset(config, "val", tasks, limit=limit)
+    model = build_model(config, tasks, pretrained).to(device)
+    trainer = build_trainer(config, tasks, model, train_dataset, val_dataset, folder, device, start_step)
+    return TrainingRun(trainer, train_dataset, val_dataset)
+
+
+def build_trainer(
+    config: DictConfig,
+    tasks: Mapping[str, Task],
+    model: DenseModel,
+    train_dataset: MultiTaskDataset,
+    val_dataset: MultiTaskDataset,
+    folder: Path,
+    device: torch.device,
+    start_step: int = 0,
+) -> Trainer:
+    """Build what trains ``model``, which is on ``device``. Nothing is written before all of it is checked.
+
+    Raises:
+        UserError: a value is refused, or values do not go together; it names the keys.
+    """
+    settings = config.trainer
+    if settings.on_unreadable not in ("stop", "skip"):
+        raise UserError(f"trainer.on_unreadable={settings.on_unreadable} is not known; choose stop or skip")
+    with add_key_prefix("trainer."):
+        autocast(device, settings.precision)  # refuses an unknown precision now
+    validation = build_validation_policy(config, tasks)
+    if settings.grad_checkpointing and not model.backbone.set_grad_checkpointing():
+        raise UserError(
+            f"backbone {config.backbone.name} knows no gradient checkpointing; set trainer.grad_checkpointing=false"
+        )
+    ema = None if settings.ema is None else ModelEma(model, settings.ema)
+    regularizer = build_regularizer(config, tasks, model)
+    if regularizer is not None:
+        regularizer.to(device)
+    weights = None
+    if settings.parallel == "fsdp" and distributed.world_size() > 1:
+        weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
+    with add_key_prefix("optimizer."):
+        optimizer = construct(build_optimizer, "optimizer", model, **plain(config.optimizer))
+    return Trainer(
+        model=model,
+        tasks=tasks,
+        balancer=build_balancer(config, tasks, regularizer, train_dataset, device),
+        optimizer=ScheduledOptimizer(optimizer, build_lr_schedule(config)),
+        batches=build_train_loader(config, train_dataset, tasks, start_step * settings.accumulate_grad_batches, device),
+        evaluator=build_evaluator(config, tasks, build_eval_loader(config, val_dataset, tasks, device), device),
+        run_logger=RunLogger(folder, start_step),
+        folder=folder,
+        device=device,
+        options=build_trainer_options(config, start_step),
+        validation=validation,
+        checkpointing=CheckpointPolicy(
+            config=saved_config(config, model),
+            meta={"tasks": describe_tasks(tasks)},
+            interval=settings.checkpoint_interval,
+            keep_interval=settings.keep_checkpoint_interval,
+            asynchronous=settings.async_checkpoints,
+        ),
+        regularization=build_regularization(config, regularizer, device),
+        ema=ema,
+        weights=weights,
+        start_step=start_step,
+    )
+
+
+def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions:
+    """Return the options of the training loop; a dry run takes a single step."""
+    settings = config.trainer
+    return TrainerOptions(
+        max_steps=start_step + 1 if settings.dry_run else settings.max_steps,
+        precision=settings.precision,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        clip_norm=settings.clip_norm,
+        grad_checkpointing=settings.grad_checkpointing,
+        compile=settings.compile,
+        max_nonfinite_steps=settings.max_nonfinite_steps,
+        log_interval=settings.log_interval,
+    )
+
+
+def build_validation_policy(config: DictConfig, tasks: Mapping[str, Task]) -> ValidationPolicy:
+    """Return when to validate and which metric decides ``best.pt``."""
+    settings, evaluation = config.trainer, config.evaluation
+    quick = evaluation.fast_boundaries if evaluation.score_boundaries else None
+    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
+    validate_first = settings.validate_first and not settings.dry_run
+    return ValidationPolicy(monitor, higher_is_better, settings.val_interval, validate_first)
+
+
+def build_lr_schedule(config: DictConfig) -> Schedule:
+    """Return the factor of the learning rates as a function of the step."""
+    with add_key_prefix("schedule."):
+        return build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
+
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
+    """Return the regulariser, on the CPU; None where the config has none or there is no other task to contrast with."""
     settings = config.regularizer
-    if settings._target_ is None or len(tasks) < 2:  # one task has no other to contrast with
+    if settings._target_ is None or len(tasks) < 2:
         return None
     options = plain(settings.options)
     options.setdefault("feature", "final")
     if options["feature"] not in model.feature_channels:
         raise UserError(
-            f"regularizer.options.feature={options['feature']} is not a tap of this decoder; "
+            f"regularizer.options.feature={options['feature']} is not a feature of this decoder; "
             f"choose one of {', '.join(model.feature_channels)}"
         )
     if "thresholds" in options:
@@ -45,155 +174,87 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         raise UserError(
             "regularizer.options.shuffle=true takes labels of another image; give data.batch_size of 2 or more"
         )
-    kind = locate(settings._target_, "regularizer", Regularizer)
+    regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     channels = model.feature_channels[options["feature"]]
-    return construct(kind, "regularizer.options", tasks, channels, seed=config.seed, **options)
+    with add_key_prefix("regularizer.options."):
+        return construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
 
 
-def build_gradient_norm_weight(
+def build_regularization(
     config: DictConfig, regularizer: Regularizer | None, device: torch.device
-) -> GradientNormWeight | None:
-    balance = config.regularizer.weighting
-    if balance not in ("fixed", "gradient_norm"):
-        raise UserError(f"regularizer.weighting={balance} is not known; choose fixed or gradient_norm")
-    if regularizer is None or balance == "fixed":
-        return None
-    if not isinstance(regularizer, Contrastive):
-        raise UserError("regularizer.weighting=gradient_norm is for regularizer=contrastive; use fixed")
-    return GradientNormWeight(regularizer.task_names).to(device)
-
-
-def build_optimizers(
-    config: DictConfig, model: DenseModel, regularizer: Regularizer | None
-) -> tuple[ScheduledOptimizer, ScheduledOptimizer | None]:
-    """The model's optimiser and the projectors', both on the config's schedule."""
-    schedule = build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
-    optimizer = ScheduledOptimizer(construct(build_optimizer, "optimizer", model, **plain(config.optimizer)), schedule)
+) -> Regularization | None:
+    """Return the regulariser with its optimiser and lambda; None without one."""
+    lambda_ = build_lambda(config, regularizer, device)
     if regularizer is None:
-        return optimizer, None
-    own = regularizer.build_optimizer(config.regularizer.lr, config.regularizer.weight_decay)
-    return optimizer, ScheduledOptimizer(own, schedule)
+        return None
+    optimizer = regularizer.build_optimizer(config.regularizer.lr, config.regularizer.weight_decay)
+    return Regularization(regularizer, ScheduledOptimizer(optimizer, build_lr_schedule(config)), lambda_)
+
+
+def build_lambda(config: DictConfig, regularizer: Regularizer | None, device: torch.device) -> Lambda:
+    """Return the weight of the regulariser's loss over the course of the training."""
+    settings = config.regularizer
+    if settings.weighting not in ("fixed", "gradient_norm"):
+        raise UserError(f"regularizer.weighting={settings.weighting} is not known; choose fixed or gradient_norm")
+    gradient_norm_weight = None
+    if regularizer is not None and settings.weighting == "gradient_norm":
+        if not isinstance(regularizer, Contrastive):
+            raise UserError("regularizer.weighting=gradient_norm is for regularizer=contrastive; use fixed")
+        gradient_norm_weight = GradientNormWeight(regularizer.task_names).to(device)
+    return Lambda(
+        settings.weight, config.trainer.max_steps, settings.warmup_steps, settings.stop_fraction, gradient_norm_weight
+    )
 
 
 def build_balancer(
     config: DictConfig,
     tasks: Mapping[str, Task],
     regularizer: Regularizer | None,
-    reader: MultiTaskDataset,
+    train_dataset: MultiTaskDataset,
     device: torch.device,
 ) -> Balancer:
-    """How losses become gradients. UserError for what a method can't be combined with."""
-    settings, trainer = config.balancing, config.trainer
-    method, weights = settings.method, {name: task.weight for name, task in tasks.items()}
+    """Return what turns loss terms into gradients.
+
+    Raises:
+        UserError: the method is unknown, or can't be combined with other settings.
+    """
+    settings = config.balancing
+    weights: dict[str, float] = {name: task.weight for name, task in tasks.items()}
     if regularizer is not None and settings.contrast_as_objective:
-        weights["contrast"] = 1.0  # the trainer has multiplied it by lambda
-        if method in ("uncertainty", "dwa") and config.regularizer.weighting == "gradient_norm":
-            raise UserError(
-                f"balancing.method={method} judges objectives by their losses, which regularizer.weighting=gradient_norm "
-                "rescales; use balancing.contrast_as_objective=false or regularizer.weighting=fixed"
-            )
-    if method == "fixed":
+        weights[CONTRAST] = 1.0  # lambda has multiplied it already
+    _check_balancing(config, weights)
+    if settings.method == "fixed":
         return FixedWeights(weights)
-    if len(weights) < 2:
-        raise UserError(f"balancing.method={method} has one objective only, {next(iter(weights))}; use balancing=fixed")
-    if method == "uncertainty":
-        for name, weight in weights.items():
-            if weight == 0:
-                raise UserError(
-                    f"loss.weights.{name}=0 leaves balancing=uncertainty nothing to learn from; leave it out"
-                )
-        schedule = build_schedule(max_steps=trainer.max_steps, **plain(config.schedule))
-        return UncertaintyWeighting(weights, device, settings.lr, schedule)
-    if method == "dwa":
-        epoch = -(-(len(reader.ids) // config.data.batch_size) // trainer.accumulate_grad_batches)
-        return DynamicWeightAveraging(weights, device, settings.every or max(epoch, 1), settings.temperature)
-    if method == "torchjd":
-        if distributed.world_size() > 1:
-            raise UserError(
-                "balancing.method=torchjd trains in one process; start without torchrun or use another method"
-            )
-        if trainer.compile:
-            raise UserError("balancing.method=torchjd needs a backward pass per objective; set trainer.compile=false")
-        return GradientAggregation(weights, device, settings.aggregator, plain(settings.options), config.seed)
-    raise UserError(f"balancing.method={method} is not known; choose fixed, uncertainty, dwa or torchjd")
-
-
-class TrainingRun(NamedTuple):
-    trainer: Trainer
-    train_reader: MultiTaskDataset
-    val_reader: MultiTaskDataset
-
-
-def build_trainer(
-    config: DictConfig,
-    tasks: Mapping[str, Task],
-    folder: Path,
-    device: torch.device,
-    pretrained: bool = False,
-    start_step: int = 0,
-) -> TrainingRun:
-    """Everything of a training run, on ``device``. Writes nothing before all of it has been checked."""
-    settings, dry = config.trainer, config.trainer.dry_run
-    if settings.on_unreadable not in ("stop", "skip"):
-        raise UserError(f"trainer.on_unreadable={settings.on_unreadable} is not known; choose stop or skip")
-    autocast(device, settings.precision, "trainer.precision")  # refuses an unknown one now
-    quick = config.evaluation.fast_boundaries if config.evaluation.score_boundaries else None
-    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
-    train_reader = build_dataset(config, "train", tasks)
-    val_reader = build_dataset(config, "val", tasks, limit=config.data.eval_batch_size if dry else None)
-    model = build_model(config, tasks, pretrained).to(device)
-    regularizer = build_regularizer(config, tasks, model)
-    if settings.grad_checkpointing and not model.backbone.set_grad_checkpointing():
-        raise UserError(
-            f"backbone {config.backbone.name} knows no gradient checkpointing; set trainer.grad_checkpointing=false"
+    if settings.method == "uncertainty":
+        return UncertaintyWeighting(weights, device, settings.lr, build_lr_schedule(config))
+    if settings.method == "dwa":
+        steps_per_epoch = -(
+            -(len(train_dataset.ids) // config.data.batch_size) // config.trainer.accumulate_grad_batches
         )
-    if regularizer is not None:
-        regularizer.to(device)
-    ema = None if settings.ema is None else ModelEma(model, settings.ema)
-    weights = None
-    if settings.parallel == "fsdp" and distributed.world_size() > 1:
-        weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
-    optimizer, regularizer_optimizer = build_optimizers(config, model, regularizer)
-    val_loader = build_eval_loader(config, val_reader, tasks, device)
-    batches = build_train_loader(config, train_reader, tasks, start_step * settings.accumulate_grad_batches, device)
-    trainer = Trainer(
-        model=model,
-        tasks=tasks,
-        regularizer=regularizer,
-        balancer=build_balancer(config, tasks, regularizer, train_reader, device),
-        optimizer=optimizer,
-        regularizer_optimizer=regularizer_optimizer,
-        batches=batches,
-        evaluator=build_evaluator(config, tasks, val_loader, device),
-        run_logger=RunLogger(folder, start_step),
-        folder=folder,
-        device=device,
-        max_steps=start_step + 1 if dry else settings.max_steps,
-        monitor=monitor,
-        higher_is_better=higher_is_better,
-        config=saved_config(config, model),
-        meta={"tasks": describe_tasks(tasks)},
-        weight=lambda_schedule(
-            config.regularizer.weight,
-            settings.max_steps,
-            config.regularizer.warmup_steps,
-            config.regularizer.stop_fraction,
-        ),
-        share=build_gradient_norm_weight(config, regularizer, device),
-        precision=settings.precision,
-        grad_checkpointing=settings.grad_checkpointing,
-        compile=settings.compile,
-        accumulate_grad_batches=settings.accumulate_grad_batches,
-        ema=ema,
-        weights=weights,
-        max_nonfinite_steps=settings.max_nonfinite_steps,
-        async_checkpoints=settings.async_checkpoints,
-        keep_checkpoint_interval=settings.keep_checkpoint_interval,
-        clip_norm=settings.clip_norm,
-        val_interval=settings.val_interval,
-        checkpoint_interval=settings.checkpoint_interval,
-        log_interval=settings.log_interval,
-        start_step=start_step,
-        validate_first=settings.validate_first and not dry,
-    )
-    return TrainingRun(trainer, train_reader, val_reader)
+        every = settings.every or max(steps_per_epoch, 1)
+        return DynamicWeightAveraging(weights, device, every, settings.temperature)
+    with add_key_prefix("balancing."):
+        return GradientAggregation(weights, device, settings.aggregator, plain(settings.options), config.seed)
+
+
+def _check_balancing(config: DictConfig, weights: Mapping[str, Any]) -> None:
+    """Refuse a method of balancing that is unknown or can't be combined with other settings."""
+    method = config.balancing.method
+    is_rescaled = CONTRAST in weights and config.regularizer.weighting == "gradient_norm"
+    if method in ("uncertainty", "dwa") and is_rescaled:
+        raise UserError(
+            f"balancing.method={method} judges objectives by their losses, which regularizer.weighting=gradient_norm "
+            "rescales; use balancing.contrast_as_objective=false or regularizer.weighting=fixed"
+        )
+    if method not in ("fixed", "uncertainty", "dwa", "torchjd"):
+        raise UserError(f"balancing.method={method} is not known; choose fixed, uncertainty, dwa or torchjd")
+    if method != "fixed" and len(weights) < 2:
+        raise UserError(f"balancing.method={method} has one objective only, {next(iter(weights))}; use balancing=fixed")
+    if method == "uncertainty" and (unweighted := [name for name, weight in weights.items() if weight == 0]):
+        raise UserError(
+            f"loss.weights.{unweighted[0]}=0 leaves balancing=uncertainty nothing to learn from; leave it out"
+        )
+    if method == "torchjd" and distributed.world_size() > 1:
+        raise UserError("balancing.method=torchjd trains in one process; start without torchrun or use another method")
+    if method == "torchjd" and config.trainer.compile:
+        raise UserError("balancing.method=torchjd needs a backward pass per objective; set trainer.compile=false")

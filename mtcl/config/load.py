@@ -26,7 +26,7 @@ from mtcl.run_folder import CHECKPOINTS, LAST_CHECKPOINT, RunFolder
 from mtcl.runtime import choose_device
 from mtcl.safe_files import read_json
 from mtcl.tasks.base import Task
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint import Checkpoint, load_checkpoint
 
 MAX_METADATA_BYTES = 4 << 20  # bytes of mtcl.json
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -172,14 +172,12 @@ def _read_saved_model(source: str | Path) -> SavedModel:
     )
 
 
-def read_checkpoint_model(path: Path, state: Mapping[str, Any]) -> SavedModel:
+def read_checkpoint_model(path: Path, checkpoint: Checkpoint) -> SavedModel:
     """Take from a checkpoint what a model is rebuilt from: the running mean of the weights where there is one, as that
     was validated.
     """
-    weights = state["ema"]["model"] if state.get("ema") else state["model"]
-    return validate_saved_model(
-        SavedModel(path, weights, state["config"], state.get("meta", {}).get("tasks"), state["step"])
-    )
+    tasks = checkpoint.meta.get("tasks")
+    return validate_saved_model(SavedModel(path, checkpoint.weights, checkpoint.config, tasks, checkpoint.step))
 
 
 def validate_saved_model(saved: SavedModel) -> SavedModel:

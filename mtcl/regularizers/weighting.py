@@ -1,18 +1,26 @@
-"""The weight of the contrast relative to the task: by the gradients that both send into the task's features."""
+"""Lambda, the weight of the contrastive loss beside the tasks' losses, over the course of a training."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mtcl.regularizers.diagnostics import gradient_norms
+
 
 class GradientNormWeight(nn.Module):
-    """Keeps per target a factor that makes the contrast's gradient at F_t as long as the task's own.
+    """Scales the contrastive loss so that its gradient at the task features has the same norm as the task loss's.
 
-    The factor is a running mean of the ratio of the two norms, measured every ``every`` steps (a backward pass down to
-    the features, not through the backbone). It stays on the device and is part of a run's state. One factor serves all
-    sources of a target, so at a single step the contrast may have more or less than its share. In several
-    processes the norms are those of all of them together (:func:`mtcl.regularizers.diagnostics.length`).
+    There is a factor per target: a running mean of the ratio of the two norms, measured at every ``every``-th step (a
+    backward pass down to the features, not through the backbone). It stays on the device and is part of a run's state.
+    One factor serves all sources of a target, so that at a single step the norms may differ. In several processes the
+    norms are those of the gradients of all of them together (:func:`mtcl.regularizers.diagnostics.global_norm`).
+
+    Args:
+        names: the targets.
+        every: number of steps from one measurement to the next.
+        momentum: of the running mean.
     """
 
     def __init__(self, names: Sequence[str], every: int = 10, momentum: float = 0.9):
@@ -23,15 +31,88 @@ class GradientNormWeight(nn.Module):
 
     @torch.no_grad()
     def update(self, norm_task: Mapping[str, Tensor], norm_contrast: Mapping[str, Tensor]) -> None:
-        """Take in gradient norms, target -> scalar. A target whose batch has no labels, or no anchors, keeps its
-        factor."""
+        """Take in gradient norms, target -> scalar. A target without labels or anchors in the batch keeps its factor."""
         task = torch.stack([norm_task[name] for name in self.names])
         contrast = torch.stack([norm_contrast[name] for name in self.names])
         ratio = task / contrast.clamp(min=torch.finfo(contrast.dtype).tiny)
-        mixed = torch.where(self.factor > 0, self.momentum * self.factor + (1 - self.momentum) * ratio, ratio)
-        seen = (task > 0) & (contrast > 0) & ratio.isfinite()
-        self.factor.copy_(torch.where(seen, mixed, self.factor))
+        mean = torch.where(self.factor > 0, self.momentum * self.factor + (1 - self.momentum) * ratio, ratio)
+        is_measured = (task > 0) & (contrast > 0) & ratio.isfinite()
+        self.factor.copy_(torch.where(is_measured, mean, self.factor))
 
-    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The losses' sum, each times its factor."""
+    def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the sum of the targets' losses, each times its factor."""
         return (torch.stack([losses[name] for name in self.names]) * self.factor).sum()
+
+
+class Lambda:
+    """lambda in the method's loss, L = sum_t w_t L_task_t + lambda * L_contrast.
+
+    Called with a step it returns lambda: ``weight``, reached linearly over ``warmup_steps``, and 0 after the part
+    ``stop_fraction`` of the training. With a ``gradient_norm_weight`` the contrastive loss that it multiplies is
+    rescaled first, so that lambda is the ratio of the two gradients' norms at the task features.
+
+    A balancer that treats the contrastive loss as an objective multiplies it by no further weight.
+
+    Args:
+        weight: the final value; 0: the regulariser only reports, and the training is that without it.
+        max_steps: length of the training.
+        warmup_steps: steps of the linear increase; 0: none.
+        stop_fraction: 0 to 1.
+        gradient_norm_weight: None: lambda is a plain factor.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        max_steps: int,
+        warmup_steps: int = 0,
+        stop_fraction: float = 1.0,
+        gradient_norm_weight: GradientNormWeight | None = None,
+    ):
+        self.weight, self.warmup_steps, self.stop_step = weight, warmup_steps, stop_fraction * max_steps
+        self.gradient_norm_weight = gradient_norm_weight
+
+    def __call__(self, step: int) -> float:
+        """Return lambda at ``step``."""
+        if step >= self.stop_step:
+            return 0.0
+        return self.weight * linear_warmup(step, self.warmup_steps)
+
+    def measures_gradients(self, step: int) -> bool:
+        """Return whether :meth:`update` is due at ``step``."""
+        return self.gradient_norm_weight is not None and step % self.gradient_norm_weight.every == 0
+
+    def update(self, task_loss: Tensor, contrast: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> None:
+        """Measure the gradients of both losses at the task features.
+
+        Args:
+            task_loss: the weighted sum over the tasks, a scalar.
+            contrast: target -> contrastive loss.
+            features: target -> its feature map, in the graph of both.
+        """
+        assert self.gradient_norm_weight is not None
+        total = torch.stack(list(contrast.values())).sum()
+        self.gradient_norm_weight.update(gradient_norms(task_loss, features), gradient_norms(total, features))
+
+    def rescale(self, loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the contrastive loss that lambda multiplies: ``loss``, or the sum of the rescaled ``losses``.
+
+        Args:
+            loss: the mean over the targets.
+            losses: target -> loss.
+        """
+        return loss if self.gradient_norm_weight is None else self.gradient_norm_weight.weighted_sum(losses)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the measured factors; None where nothing is measured."""
+        return None if self.gradient_norm_weight is None else self.gradient_norm_weight.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from :meth:`state_dict`; None: start afresh."""
+        if self.gradient_norm_weight is not None and state is not None:
+            self.gradient_norm_weight.load_state_dict(state)
+
+
+def linear_warmup(step: int, warmup_steps: int) -> float:
+    """Return a factor that grows linearly from 1 / ``warmup_steps`` at step 0 to 1; 1 where ``warmup_steps`` is 0."""
+    return min((step + 1) / warmup_steps, 1.0) if warmup_steps else 1.0

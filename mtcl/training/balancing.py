@@ -25,6 +25,8 @@ class Balancer(ABC):
     :meth:`update` after the model's own step.
     """
 
+    saved_name: str  # in checkpoints, where it must not change
+
     def __init__(self, weights: Mapping[str, float]):
         self.weights = dict(weights)
 
@@ -47,12 +49,12 @@ class Balancer(ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"method": type(self).__name__, "objectives": list(self.weights), **self._state()}
+        return {"method": self.saved_name, "objectives": list(self.weights), **self._state()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Go on from :meth:`state_dict`; afresh, after a warning, where that is of another balancing."""
-        state = state or {"method": FixedWeights.__name__}  # of before the key
-        same = state["method"] == type(self).__name__ and state.get("objectives") == list(self.weights)
+        state = state or {"method": FixedWeights.saved_name}  # of before the key
+        same = state["method"] == self.saved_name and state.get("objectives") == list(self.weights)
         if self._state() and not same:
             log.warning("the checkpoint was trained with another balancing: this one starts afresh")
         elif self._state():
@@ -68,6 +70,8 @@ class Balancer(ABC):
 class FixedWeights(Balancer):
     """The field's way: one backward pass through the sum of fixed multiples. An objective without a weight counts
     once."""
+
+    saved_name = "FixedWeights"
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         return sum((self.weight(name) * loss for name, loss in losses.items()), start=_zero(losses))
@@ -118,6 +122,8 @@ class UncertaintyWeighting(_AdaptiveWeights):
     ``lr``: of SliceAdamW on all s, times the ``schedule``: an objective without a label in a step keeps its own.
     """
 
+    saved_name = "Uncertainty"
+
     def __init__(self, weights: Mapping[str, float], device: torch.device, lr: float, schedule: Schedule):
         super().__init__(weights, device)
         self.log_variance = nn.Parameter(torch.zeros_like(self.factors))
@@ -155,6 +161,8 @@ class DynamicWeightAveraging(_AdaptiveWeights):
     ``every``: steps of a window (the paper: an epoch). 1 in the first two windows, and for an objective that was not
     seen in both of the last two, which then has no part in the softmax and in K.
     """
+
+    saved_name = "DynamicAverage"
 
     def __init__(self, weights: Mapping[str, float], device: torch.device, every: int, temperature: float = 2.0):
         super().__init__(weights, device)

@@ -43,6 +43,8 @@ class GradientAggregation(Balancer):
         options: the aggregator's; a vector over objectives is a list in the order of ``weights``, or a mapping.
     """
 
+    saved_name = "Aggregated"
+
     def __init__(
         self,
         weights: Mapping[str, float],

@@ -1,5 +1,4 @@
-"""Steps whose loss or gradient is not finite: they are skipped, counted and written down, and end a run that makes
-nothing else."""
+"""Steps whose loss or gradient is not finite: they are skipped, counted and reported, and too many end the training."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -12,79 +11,94 @@ from mtcl.errors import UserError
 
 
 class SkippedStep(NamedTuple):
+    """A step that was skipped: what was not finite, and the ids of the batch's images (of this process)."""
+
     step: int
-    terms: list[str]  # what was not finite
-    ids: list[str]  # the batch's pictures (of this process)
+    terms: list[str]
+    ids: list[str]
 
 
 class NonFiniteGuard:
-    """Keeps an eye on every step without making the host wait: :meth:`look` leaves flags on the device, :meth:`settle`
-    reads those of all steps since the last time.
+    """Skips steps that are not finite without making the host wait for the device at every step.
 
-    A forward pass that meets NaN leaves it in the running statistics of batch norms, which training does not read:
-    ``settle`` puts them back to where they were the last time. ``limit``: so many skipped steps in a row end the run.
+    :meth:`record` leaves flags on the device, :meth:`flush` reads those of all steps since the last call. A forward pass
+    that meets NaN leaves it in the running statistics of batch norms, which training does not read: ``flush`` resets
+    them to their values at the last call.
+
+    Args:
+        model: whose batch norms are reset.
+        limit: this many consecutive skipped steps end the training.
     """
 
     def __init__(self, model: nn.Module, limit: int):
         self.model, self.limit = model, limit
         self.count = self.num_consecutive = 0
-        self.seen: list[tuple[int, list[str], list[str], Tensor]] = []
-        self.good = self._copied()
-        self.first = SkippedStep(0, [], [])  # of those in a row
+        self.pending: list[tuple[int, list[str], list[str], Tensor]] = []  # step, ids, names, flags
+        self.finite_statistics = self._copy_statistics()
+        self.first_consecutive = SkippedStep(0, [], [])
 
     def record(self, step: int, ids: Sequence[str], finite: Mapping[str, Tensor]) -> Tensor:
-        """Take down which of a step's numbers are finite (bool scalars by name). 1.0 where the step, in any process, is
-        to be skipped, else 0.0: an optimiser's ``found_inf``."""
+        """Record which of a step's numbers are finite.
+
+        Args:
+            step: number of the step.
+            ids: of the batch's images.
+            finite: name -> bool scalar on the device.
+
+        Returns:
+            1.0 on the device if the step is to be skipped because of a number in any process, else 0.0: the
+            ``found_inf`` of an optimiser.
+        """
         flags = torch.stack(list(finite.values()))
-        self.seen.append((step, list(ids), list(finite), flags))
+        self.pending.append((step, list(ids), list(finite), flags))
         return (distributed.all_reduce_sum((~flags.all()).float()) > 0).float()
 
     def flush(self) -> list[SkippedStep]:
-        """The steps skipped since the last time."""
-        seen, self.seen = self.seen, []
-        if not seen:
+        """Return the steps skipped since the last call. Waits for the device once."""
+        pending, self.pending = self.pending, []
+        if not pending:
             return []
         skipped = []
-        own = [flags for *_, flags in seen]
-        any_bad = distributed.all_reduce_sum(torch.stack([(~flags.all()).float() for flags in own]))
-        read = torch.cat([any_bad.bool(), *own]).tolist()  # waits for the device, once
-        together, read = read[: len(own)], read[len(own) :]
-        for (step, ids, names, _), bad in zip(seen, together):
-            row, read = read[: len(names)], read[len(names) :]
+        flags_per_step = [flags for *_, flags in pending]
+        is_bad = distributed.all_reduce_sum(torch.stack([(~flags.all()).float() for flags in flags_per_step]))
+        values = torch.cat([is_bad.bool(), *flags_per_step]).tolist()
+        is_skipped, values = values[: len(pending)], values[len(pending) :]
+        for (step, ids, names, _), bad in zip(pending, is_skipped):
+            row, values = values[: len(names)], values[len(names) :]
             self.num_consecutive = self.num_consecutive + 1 if bad else 0
             if bad:
                 skipped.append(SkippedStep(step, [name for name, ok in zip(names, row) if not ok], ids))
-                self.first = skipped[-1] if self.num_consecutive == 1 else self.first
+                self.first_consecutive = skipped[-1] if self.num_consecutive == 1 else self.first_consecutive
                 if self.num_consecutive >= self.limit:
                     break
         self.count += len(skipped)
         if skipped:
-            for buffer, good in zip(_statistics(self.model), self.good):
-                buffer.copy_(torch.where(buffer.isfinite(), buffer, good))
-        self.good = self._copied()
+            for buffer, finite in zip(_running_statistics(self.model), self.finite_statistics):
+                buffer.copy_(torch.where(buffer.isfinite(), buffer, finite))
+        self.finite_statistics = self._copy_statistics()
         return skipped
 
     def check(self) -> None:
-        """UserError where too many steps in a row were skipped, by the last :meth:`settle`."""
+        """Raise ``UserError`` if too many consecutive steps were skipped, as of the last :meth:`flush`."""
         if self.num_consecutive >= self.limit:
-            first = self.first
+            first = self.first_consecutive
             terms = ", the ".join(first.terms) or "numbers of another process"
             raise UserError(
-                f"{self.num_consecutive} steps in a row were not finite and were skipped, from step {first.step} on (the "
-                f"{terms}; pictures {', '.join(first.ids)}): lower optimizer.lr or trainer.clip_norm, or look at these "
-                "pictures; checkpoints hold the last good state"
+                f"{self.num_consecutive} steps in a row were not finite and were skipped, from step {first.step} on "
+                f"(the {terms}; images {', '.join(first.ids)}): lower the learning rate or the norm at which gradients "
+                "are clipped, or check these images; checkpoints hold the last good state"
             )
 
-    def _copied(self) -> list[Tensor]:
-        return [buffer.detach().clone() for buffer in _statistics(self.model)]
+    def _copy_statistics(self) -> list[Tensor]:
+        return [buffer.detach().clone() for buffer in _running_statistics(self.model)]
 
 
 def merge_skipped(parts: Sequence[SkippedStep]) -> SkippedStep:
-    """What several processes know of one skipped step."""
+    """Merge what several processes know about one skipped step."""
     terms = dict.fromkeys(term for part in parts for term in part.terms)
     return SkippedStep(parts[0].step, list(terms), [name for part in parts for name in part.ids])
 
 
-def _statistics(model: nn.Module) -> list[Tensor]:
+def _running_statistics(model: nn.Module) -> list[Tensor]:
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     return [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]

@@ -9,6 +9,7 @@ from torch import nn
 
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
+from mtcl.regularizers.weighting import linear_warmup
 
 Schedule = Callable[[int], float]  # of the step: a factor of the learning rate, or the regulariser's lambda
 
@@ -74,16 +75,6 @@ def build_schedule(name: str, max_steps: int, warmup_steps: int = 0, power: floa
         return decay * linear_warmup(step, warmup_steps)
 
     return factor
-
-
-def linear_warmup(step: int, steps: int) -> float:
-    """Linear from 1/steps at step 0 to 1; 1 throughout where ``steps`` is 0."""
-    return min((step + 1) / steps, 1.0) if steps else 1.0
-
-
-def lambda_schedule(weight: float, max_steps: int, warmup_steps: int = 0, until: float = 1.0) -> Schedule:
-    """lambda(step): ``weight``, reached linearly over ``warmup_steps``; 0 after the part ``until`` of the training."""
-    return lambda step: weight * linear_warmup(step, warmup_steps) if step < until * max_steps else 0.0
 
 
 class ScheduledOptimizer:

@@ -94,7 +94,7 @@ class RunLogger:
         self._ready()
         self._append(json.dumps({"step": step, "kind": kind, **content}))
 
-    def panels(self, step: int, shown: Sequence[VisualSample], tasks: Mapping[str, Task]) -> None:
+    def log_panels(self, step: int, shown: Sequence[VisualSample], tasks: Mapping[str, Task]) -> None:
         self._ready()
         try:
             panels = write_panels(self.folder / "panels", shown, tasks)

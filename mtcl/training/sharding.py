@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from mtcl import distributed
 from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.training.optimizers import ScheduledOptimizer
-from mtcl.training.train_step import CompiledModule, StepFunction, TrainingStep, parallel
+from mtcl.training.train_step import CompiledModule, StepFunction, TrainingStep, wrap_parallel
 
 
 class ReplicatedWeights:
@@ -28,11 +28,11 @@ class ReplicatedWeights:
     def __init__(self, model: DenseModel):
         self.parameters: list[nn.Parameter] = list(model.parameters())
 
-    def parallel(self, step: TrainingStep, device: torch.device) -> nn.Module:
+    def wrap_parallel(self, step: TrainingStep, device: torch.device) -> nn.Module:
         """What runs a training step of this process."""
-        return parallel(step, device)
+        return wrap_parallel(step, device)
 
-    def compiled(self, module: nn.Module) -> StepFunction:
+    def compile(self, module: nn.Module) -> StepFunction:
         """The module through ``torch.compile``."""
         return CompiledModule(module)
 
@@ -42,7 +42,7 @@ class ReplicatedWeights:
     def collect_gradients(self) -> None:
         """After the last backward pass of a step: ``parameters`` have their gradients, meaned over the processes."""
 
-    def norm(self, norm: Tensor) -> Tensor:
+    def global_norm(self, norm: Tensor) -> Tensor:
         """The 2-norm of a tensor or list, from that of its part here: of ``parameters`` or of their gradients."""
         return norm
 
@@ -94,13 +94,13 @@ class ShardedWeights(ReplicatedWeights):
         self.parameters = [nn.Parameter(p.to_local().detach(), p.requires_grad) for p in self.spread]
         self.regularizer: nn.Module | None = None
 
-    def parallel(self, step: TrainingStep, device: torch.device) -> nn.Module:
+    def wrap_parallel(self, step: TrainingStep, device: torch.device) -> nn.Module:
         self.regularizer = step.regularizer
         if self.regularizer is not None:
             _same_start(self.regularizer)
         return step
 
-    def compiled(self, module: nn.Module) -> StepFunction:
+    def compile(self, module: nn.Module) -> StepFunction:
         """Each block by itself: FSDP's own work lies between them. The regulariser is not compiled."""
         parts: list[CompiledModule] = []
         for unit in self.units:
@@ -129,7 +129,7 @@ class ShardedWeights(ReplicatedWeights):
             parts = (joined / distributed.world_size()).split([grad.numel() for grad in grads])
             torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads)])
 
-    def norm(self, norm: Tensor) -> Tensor:
+    def global_norm(self, norm: Tensor) -> Tensor:
         return (
             distributed.all_reduce_sum(norm.double().square()).sqrt().to(norm)
         )  # a square may be beyond single precision

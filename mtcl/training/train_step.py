@@ -46,7 +46,7 @@ class TrainingStep(nn.Module):
 StepFunction = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]
 
 
-def parallel(step: TrainingStep, device: torch.device) -> nn.Module:
+def wrap_parallel(step: TrainingStep, device: torch.device) -> nn.Module:
     """``step`` under DDP in a run of several processes; itself in one. On CUDA batch norms are then synchronised."""
     if distributed.world_size() == 1:
         return step

@@ -1,12 +1,11 @@
-"""The training loop: where a picture's walk and a label's walk meet."""
+"""The training loop: batches through model, losses and optimiser, with validation, logging and checkpoints."""
 
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,15 +16,19 @@ from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.models import DenseModel, DenseOutput
-from mtcl.regularizers import GradientNormWeight, Regularizer, RegularizerOutput
-from mtcl.regularizers.diagnostics import compare_feature_gradients, gradient_norms
+from mtcl.regularizers import RegularizerOutput
+from mtcl.regularizers.diagnostics import compare_feature_gradients
+from mtcl.regularizers.weighting import Lambda
 from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_state, set_rng_state
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer
-from mtcl.training.checkpoint import CheckpointWriter
+from mtcl.training.checkpoint import Checkpoint
+from mtcl.training.checkpoint_writer import CheckpointWriter
 from mtcl.training.ema import ModelEma
+from mtcl.training.loss_terms import LossTerms
 from mtcl.training.nonfinite import NonFiniteGuard, merge_skipped
-from mtcl.training.optimizers import Schedule, ScheduledOptimizer
+from mtcl.training.optimizers import ScheduledOptimizer
+from mtcl.training.options import CheckpointPolicy, Regularization, TrainerOptions, ValidationPolicy
 from mtcl.training.preemption import Preempted, PreemptionHandler
 from mtcl.training.run_logger import RunLogger, flatten_metrics
 from mtcl.training.sharding import ReplicatedWeights
@@ -35,24 +38,26 @@ log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """Trains ``model`` on ``tasks``, with a regulariser or without one. Its attributes are what can be swapped.
+    """Trains a model on several tasks, with or without a regulariser.
 
     Args:
-        regularizer: None switches it off; ``weight`` is its lambda as a function of the step. Where that is 0 it only
-            watches: the run is bit-equal to one without it.
-        share: ``weight`` is then the part that the contrast's gradient at F_t has of the task's; None: a plain factor.
-        balancer: turns the losses, one per objective, into gradients.
-        optimizer: the model's; ``regularizer_optimizer``: the projectors', None without a regulariser.
-        batches: endless training batches, from ``start_step`` on.
-        evaluator: run every ``val_interval`` steps, before the first step and after the last.
-        monitor: ``task/metric`` that decides ``best.pt``; ``higher_is_better`` its direction.
-        config, meta: plain containers, stored in the checkpoint beside the state.
-        clip_norm: of the model's gradient; None: no clipping. The regulariser's parameters are not counted.
-        compile: forward passes go through ``torch.compile``. ``accumulate_grad_batches``: batches per optimiser step.
-        ema: a running mean of the model's weights, which is then what is validated.
-        weights: where the model's weights are; None: whole, in every process.
-        max_nonfinite_steps: so many steps in a row that are not finite end the run.
-        async_checkpoints: checkpoints are written beside the training. ``keep_checkpoint_interval``: every so many steps one is kept.
+        model: on ``device``.
+        tasks: name -> task, each with its loss.
+        balancer: turns the loss terms into gradients.
+        optimizer: of the model's parameters.
+        batches: endless training batches, the first one being that of ``start_step``.
+        evaluator: scores the model on the validation data.
+        run_logger: takes the losses, metrics and panels.
+        folder: the run folder; checkpoints go to its subfolder ``checkpoints``.
+        device: where batches are moved to.
+        options: of the loop.
+        validation: when to validate.
+        checkpointing: when to save, and what is saved beside the state.
+        regularization: None: the tasks' losses alone. Where its lambda is 0, the regulariser only reports: the training
+            is bit-equal to one without it.
+        ema: a running mean of the model's weights; where there is one, it is what is validated.
+        weights: where the model's weights are; None: all of them in every process.
+        start_step: optimiser steps already taken.
     """
 
     def __init__(
@@ -60,152 +65,146 @@ class Trainer:
         *,
         model: DenseModel,
         tasks: Mapping[str, Task],
-        regularizer: Regularizer | None,
         balancer: Balancer,
         optimizer: ScheduledOptimizer,
-        regularizer_optimizer: ScheduledOptimizer | None,
         batches: Iterable[Batch],
         evaluator: Evaluator,
         run_logger: RunLogger,
         folder: Path,
         device: torch.device,
-        max_steps: int,
-        monitor: str,
-        higher_is_better: bool,
-        config: Mapping[str, Any],
-        meta: Mapping[str, Any],
-        weight: Schedule = lambda step: 0.0,
-        share: GradientNormWeight | None = None,
-        precision: str = "auto",
-        grad_checkpointing: bool = False,
-        compile: bool = False,
-        accumulate_grad_batches: int = 1,
+        options: TrainerOptions,
+        validation: ValidationPolicy,
+        checkpointing: CheckpointPolicy,
+        regularization: Regularization | None = None,
         ema: ModelEma | None = None,
         weights: ReplicatedWeights | None = None,
-        max_nonfinite_steps: int = 10,
-        async_checkpoints: bool = False,
-        keep_checkpoint_interval: int | None = None,
-        clip_norm: float | None = None,
-        val_interval: int | None = None,
-        checkpoint_interval: int | None = None,
-        log_interval: int = 20,
         start_step: int = 0,
-        validate_first: bool = True,
     ):
-        self.model, self.tasks, self.regularizer, self.balancer = model, dict(tasks), regularizer, balancer
-        self.optimizer, self.regularizer_optimizer = optimizer, regularizer_optimizer
-        self.batches, self.evaluator, self.run_logger, self.folder = batches, evaluator, run_logger, folder
-        self.device, self.precision, self.clip_norm = device, precision, clip_norm
+        self.model, self.tasks, self.balancer, self.optimizer = model, dict(tasks), balancer, optimizer
+        self.batches, self.evaluator, self.run_logger = batches, evaluator, run_logger
+        self.folder, self.device = folder, device
+        self.options, self.validation, self.checkpointing = options, validation, checkpointing
+        self.regularizer = regularization.regularizer if regularization else None
+        self.regularizer_optimizer = regularization.optimizer if regularization else None
+        self.lambda_ = regularization.lambda_ if regularization else Lambda(0.0, options.max_steps)
+        self.ema = ema
         self.weights = weights or ReplicatedWeights(model)
         self.weights.attach_optimizer(optimizer.optimizer)
-        self.wrapped = self.weights.parallel(TrainingStep(model, regularizer), device)
-        self.module = self.weights.compiled(self.wrapped) if compile else self.wrapped
-        self.trained = [*model.parameters(), *(regularizer.parameters() if regularizer is not None else ())]
-        self.grad_checkpointing = (
-            grad_checkpointing  # the model runs parts of its forward pass again in the backward pass
-        )
-        self.accumulate_grad_batches, self.ema, self.keep_checkpoint_interval = (
-            accumulate_grad_batches,
-            ema,
-            keep_checkpoint_interval,
-        )
-        self.nonfinite_guard, self.stop = NonFiniteGuard(model, max_nonfinite_steps), PreemptionHandler()
-        self.checkpoints = CheckpointWriter(folder / "checkpoints", async_checkpoints)
-        self.unreadable: set[str] = set()
-        self.told: set[str] = set()
-        self.max_steps, self.step, self.log_interval = max_steps, start_step, log_interval
-        self.val_interval, self.checkpoint_interval = val_interval, checkpoint_interval
-        self.validate_first = validate_first
-        self.weight, self.share = weight, share
-        self.monitor, self.higher_is_better, self.best = monitor, higher_is_better, math.nan
-        self.config, self.meta = dict(config), dict(meta)
-        self.first: EvaluationResult | None = None  # before the first step
+        self.eager_step = self.weights.wrap_parallel(TrainingStep(model, self.regularizer), device)
+        self.training_step = self.weights.compile(self.eager_step) if options.compile else self.eager_step
+        self.trained = [*model.parameters(), *(self.regularizer.parameters() if self.regularizer is not None else ())]
+        self.nonfinite_guard = NonFiniteGuard(model, options.max_nonfinite_steps)
+        self.preemption = PreemptionHandler()
+        self.checkpoint_writer = CheckpointWriter(folder / "checkpoints", checkpointing.asynchronous)
+        self.unreadable: set[str] = set()  # messages, one per image that could not be read
+        self.reported_unreadable: set[str] = set()
+        self.step = start_step
+        self.best = math.nan
+        self.first_evaluation: EvaluationResult | None = None  # before the first step
         self.seconds_per_step = math.nan
 
+    # The loop
+
     def fit(self) -> EvaluationResult:
-        """Train to ``max_steps``, validate, save; the evaluation of the last state."""
+        """Train until ``max_steps``, validating and saving on the way; return the evaluation of the final state.
+
+        Raises:
+            Preempted: a signal asked for an early end; the state is saved.
+            UserError: too many steps were not finite, or something could not be written.
+        """
         self.model.train()
-        if self.step == 0 and self.validate_first:
-            self.first = self.validate(quick=True)
-        evaluation = None
-        quiet = distributed.rank() > 0
+        if self.step == 0 and self.validation.validate_first:
+            self.first_evaluation = self.validate(quick=True)
+        max_steps, evaluation = self.options.max_steps, None
         with (
-            self.stop,
+            self.preemption,
             tqdm(
-                total=self.max_steps,
+                total=max_steps,
                 initial=self.step,
                 desc="train",
                 mininterval=0.5,
                 dynamic_ncols=True,
-                disable=quiet,
+                disable=distributed.rank() > 0,
             ) as bar,
         ):
-            for batches in self._batches():
-                began = time.perf_counter()
-                logged = self.step % self.log_interval == 0 or self.step + 1 == self.max_steps
-                values = self.train_step(*batches, with_diagnostics=logged)
-                if logged:
+            for batches in self.batches_per_step():
+                start = time.perf_counter()
+                is_logged = self.step % self.options.log_interval == 0 or self.step + 1 == max_steps
+                values = self.train_step(*batches, with_diagnostics=is_logged)
+                if is_logged:
                     self._log(values, bar)
                 self.step += 1
-                self.seconds_per_step = time.perf_counter() - began
+                self.seconds_per_step = time.perf_counter() - start
                 bar.update()
-                done = self.step >= self.max_steps
-                if done or _due(self.step, self.val_interval):
-                    self._settle()
-                    evaluation = self.validate(quick=not done)
-                    self._keep_best(evaluation, whole=done)
-                if done or _due(self.step, self.checkpoint_interval):
-                    self.save("last")
-                if _due(self.step, self.keep_checkpoint_interval):
-                    self.save(f"step_{self.step:08d}")
-                if done:
+                evaluation = self._validate_and_save()
+                if self.step >= max_steps:
                     break
-                if self.stop.should_stop(self.step):
+                if self.preemption.should_stop(self.step):
                     self.save("last")
-                    self.checkpoints.wait()
+                    self.checkpoint_writer.wait()
                     raise Preempted(self.step)
-        self.checkpoints.wait()
-        if evaluation is None:  # resumed at its end: nothing left to train
-            evaluation = self.evaluator.run(self.evaluation_model())
-            if distributed.rank() == 0:
-                self.run_logger.panels(self.step, evaluation.visual_samples, self.tasks)
-            self._keep_best(evaluation, whole=True)
-            self.save("last")
-            self.checkpoints.wait()
-        return evaluation
+        self.checkpoint_writer.wait()
+        return self._evaluate_finished_run() if evaluation is None else evaluation
 
-    def _batches(self) -> Iterator[list[Batch]]:
-        """The batches of one step after the other."""
-        if self.step >= self.max_steps:
+    def batches_per_step(self) -> Iterator[list[Batch]]:
+        """Yield the batches of one optimiser step after the other."""
+        if self.step >= self.options.max_steps:
             return
         stream = iter(self.batches)
         while True:
-            batches = [next(stream) for _ in range(self.accumulate_grad_batches)]
+            batches = [next(stream) for _ in range(self.options.accumulate_grad_batches)]
             for batch in batches:
                 self.unreadable.update(batch.get("unreadable", ()))
             yield batches
 
+    def _validate_and_save(self) -> EvaluationResult | None:
+        """Do what is due after a step; return the evaluation, if there was one."""
+        is_last = self.step >= self.options.max_steps
+        evaluation = None
+        if is_last or _is_due(self.step, self.validation.interval):
+            self._report_problems()
+            evaluation = self.validate(quick=not is_last)
+            self._save_best(evaluation, is_full=is_last)
+        if is_last or _is_due(self.step, self.checkpointing.interval):
+            self.save("last")
+        if _is_due(self.step, self.checkpointing.keep_interval):
+            self.save(f"step_{self.step:08d}")
+        return evaluation
+
+    def _evaluate_finished_run(self) -> EvaluationResult:
+        """Evaluate a run that was resumed at its end: there is no step left to take."""
+        evaluation = self.evaluator.run(self.evaluation_model())
+        if distributed.rank() == 0:
+            self.run_logger.log_panels(self.step, evaluation.visual_samples, self.tasks)
+        self._save_best(evaluation, is_full=True)
+        self.save("last")
+        self.checkpoint_writer.wait()
+        return evaluation
+
+    # One step
+
     def train_step(self, *batches: Batch, with_diagnostics: bool = False) -> dict[str, Tensor]:
-        """One optimiser step on the mean over ``batches``; detached device scalars by name: each loss, and on request
-        the diagnostics' gradients. Nothing takes a step where a loss or the gradient is not finite."""
-        parts: list[dict[str, Tensor]] = []
-        finite: dict[str, Tensor] = {}
+        """Take one optimiser step on the mean loss over ``batches``; skip it where a loss or gradient is not finite.
+
+        Args:
+            batches: as the data loader gives them.
+            with_diagnostics: also compare the gradients of the tasks and the regulariser at the task features.
+
+        Returns:
+            detached scalars on the device by name: each loss, and ``gradient/...`` for the diagnostics.
+        """
+        values_per_batch: list[dict[str, Tensor]] = []
+        is_finite: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, start=1):
-            last = number == len(batches)
-            with nullcontext() if last else no_gradient_sync(self.wrapped):
-                values = self._add_gradients(batch, len(batches), finite, with_diagnostics and last)
-            parts.append(values)
+            is_last = number == len(batches)
+            with nullcontext() if is_last else no_gradient_sync(self.eager_step):
+                values = self.accumulate_gradients(batch, len(batches), is_finite, with_diagnostics and is_last)
+            values_per_batch.append(values)
         self.balancer.finish_step(self.step)
         self.weights.collect_gradients()
-        grads = [p.grad for p in self.weights.parameters if p.grad is not None]
-        norm = self.weights.norm(torch.nn.utils.get_total_norm(grads))
-        finite["gradient"] = norm.isfinite()
-        own = [p.grad for p in self.regularizer.parameters() if p.grad is not None] if self.regularizer else []
-        if own:
-            finite["gradient of the regulariser"] = torch.nn.utils.get_total_norm(own).isfinite()
-        if self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.clip_norm, norm)
-        skip = self.nonfinite_guard.record(self.step, [meta.id for batch in batches for meta in batch["meta"]], finite)
+        is_finite |= self._clip_gradients()
+        ids = [meta.id for batch in batches for meta in batch["meta"]]
+        skip = self.nonfinite_guard.record(self.step, ids, is_finite)
         self.optimizer.step(self.step, skip)
         self.optimizer.zero_grad()
         if self.regularizer_optimizer is not None:
@@ -214,70 +213,57 @@ class Trainer:
         self.balancer.update(self.step, skip)
         if self.ema is not None:
             self.ema.update(self.model)
-        return (
-            parts[-1] | {n: torch.stack([p[n] for p in parts]).mean() for n in parts[0]} if len(parts) > 1 else values
-        )
+        if len(batches) == 1:
+            return values
+        first, last = values_per_batch[0], values_per_batch[-1]
+        return last | {name: torch.stack([values[name] for values in values_per_batch]).mean() for name in first}
 
-    def _add_gradients(
-        self, batch: Batch, count: int, finite: dict[str, Tensor], with_diagnostics: bool
+    def accumulate_gradients(
+        self, batch: Batch, num_batches: int, is_finite: dict[str, Tensor], with_diagnostics: bool
     ) -> dict[str, Tensor]:
-        """One batch of the ``count`` of a step, forward and backward. ``finite`` takes in whether its losses are."""
+        """Run forward and backward pass of one of the ``num_batches`` batches of a step.
+
+        Args:
+            batch: one batch.
+            num_batches: the losses are divided by it.
+            is_finite: "loss of NAME" -> whether it is finite in all batches up to here; updated.
+            with_diagnostics: as in :meth:`train_step`.
+
+        Returns:
+            detached scalars by name, as :meth:`train_step`.
+        """
         image, labels = prepare_batch(batch, self.model.mean, self.model.std, self.device)
-        weight, draw = self.weight(self.step), None
-        shares = self.share is not None and self.step % self.share.every == 0
-        # Between the outputs of a compiled step there is no graph: gradients at the taps are had from an eager one.
-        module = self.wrapped if weight > 0 and (shares or with_diagnostics) else self.module
+        draw = None
         if self.regularizer is not None:
             draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
-        with autocast(self.device, self.precision):
-            output, contrast = module(image, labels, draw, weight > 0)
-        losses = self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels)
-        values = {name: loss.detach() for name, loss in losses.items()}
-        if contrast is not None:
-            values["contrast"] = contrast.loss.detach()
+        lambda_ = self.lambda_(self.step)
+        needs_gradients = lambda_ > 0 and (with_diagnostics or self.lambda_.measures_gradients(self.step))
+        # Inside a compiled step there is no graph from which to take gradients at the features: those are run eagerly.
+        step = self.eager_step if needs_gradients else self.training_step
+        with autocast(self.device, self.options.precision):
+            output, regularizer_output = step(image, labels, draw, lambda_ > 0)
+        loss = task_loss = LossTerms(self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels))
+        values = {name: term.detach() for name, term in task_loss.items()}
+        if regularizer_output is not None:
+            values["contrast"] = regularizer_output.loss.detach()
         for name, value in values.items():
-            finite[f"loss of {name}"] = value.isfinite() & finite.get(f"loss of {name}", True)
-        if with_diagnostics:  # a batch without a task's labels has no loss to show for it
-            seen = distributed.all_reduce_sum(
-                torch.stack([task.valid(labels[name]).any() for name, task in self.tasks.items()]).float()
-            )
-            values |= {n: torch.where(seen[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
-        if contrast is not None and weight > 0:
-            term, gradients = self._contrast(losses, contrast, output, weight, shares, with_diagnostics)
-            values |= {f"gradient/{name}": value for name, value in gradients.items()}
-            losses["contrast"] = term
-        elif (
-            self.regularizer is not None and distributed.world_size() > 1
-        ):  # DDP waits for a gradient of every parameter
-            losses["idle"] = 0.0 * torch.stack([p.sum() for p in self.regularizer.parameters()]).sum()
-        if count > 1:
-            losses = {name: loss / count for name, loss in losses.items()}
-        with freeze_running_statistics(self.model) if self.grad_checkpointing else nullcontext():
-            self.balancer.backward(losses, self.trained)
+            is_finite[f"loss of {name}"] = value.isfinite() & is_finite.get(f"loss of {name}", True)
+        if with_diagnostics:
+            values |= self._mask_unlabelled(values, labels)
+        if regularizer_output is not None and lambda_ > 0:
+            contrast, gradients = self._weigh_contrast(task_loss, regularizer_output, output, lambda_, with_diagnostics)
+            loss = task_loss + lambda_ * contrast
+            values |= gradients
+        elif self.regularizer is not None and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
+            loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer.parameters()]).sum()}
+        if num_batches > 1:
+            loss = loss / num_batches
+        with freeze_running_statistics(self.model) if self.options.grad_checkpointing else nullcontext():
+            self.balancer.backward(loss, self.trained)
         return values
 
-    def _contrast(
-        self,
-        losses: Mapping[str, Tensor],
-        contrast: RegularizerOutput,
-        output: DenseOutput,
-        weight: float,
-        shares: bool,
-        with_diagnostics: bool,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The contrast as it enters the step, and on request its gradients beside the tasks'."""
-        assert self.regularizer is not None
-        total = torch.stack([self.balancer.weight(name) * losses[name] for name in self.tasks]).sum()
-        features, term = output.features[self.regularizer.feature], contrast.loss
-        if self.share is not None:
-            if shares:
-                sum_of_targets = torch.stack(list(contrast.losses.values())).sum()
-                self.share.update(gradient_norms(total, features), gradient_norms(sum_of_targets, features))
-            term = self.share.total(contrast.losses)
-        return weight * term, compare_feature_gradients(total, weight * term, features) if with_diagnostics else {}
-
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Each task's loss, with those of its intermediate predictions added (factor 1, as InvPT)."""
+        """Return each task's loss, including those of its intermediate predictions (with factor 1, as in InvPT)."""
         losses = {}
         for name, task in self.tasks.items():
             predictions = [output.predictions, *(p for p in output.intermediate if name in p)]
@@ -287,134 +273,192 @@ class Trainer:
             )
         return losses
 
+    def _weigh_contrast(
+        self,
+        task_loss: Mapping[str, Tensor],
+        regularizer_output: RegularizerOutput,
+        output: DenseOutput,
+        lambda_: float,
+        with_diagnostics: bool,
+    ) -> tuple[LossTerms, dict[str, Tensor]]:
+        """Return the contrastive loss that lambda multiplies, and on request the gradients at the task features."""
+        assert self.regularizer is not None
+        features = output.features[self.regularizer.feature]
+        total = torch.stack([self.balancer.weight(name) * task_loss[name] for name in self.tasks]).sum()
+        if self.lambda_.measures_gradients(self.step):
+            self.lambda_.update(total, regularizer_output.losses, features)
+        contrast = self.lambda_.rescale(regularizer_output.loss, regularizer_output.losses)
+        gradients = compare_feature_gradients(total, lambda_ * contrast, features) if with_diagnostics else {}
+        return LossTerms(contrast=contrast), {f"gradient/{name}": value for name, value in gradients.items()}
+
+    def _mask_unlabelled(self, values: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tasks' losses, NaN where the batch has no label of a task in any process."""
+        has_labels = torch.stack([task.valid(labels[name]).any() for name, task in self.tasks.items()]).float()
+        has_labels = distributed.all_reduce_sum(has_labels)
+        return {n: torch.where(has_labels[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
+
+    def _clip_gradients(self) -> dict[str, Tensor]:
+        """Clip the model's gradient; return which gradients are finite."""
+        grads = [p.grad for p in self.weights.parameters if p.grad is not None]
+        norm = self.weights.global_norm(torch.nn.utils.get_total_norm(grads))
+        is_finite = {"gradient": norm.isfinite()}
+        parameters = self.regularizer.parameters() if self.regularizer is not None else ()
+        if regularizer_grads := [p.grad for p in parameters if p.grad is not None]:
+            is_finite["gradient of the regulariser"] = torch.nn.utils.get_total_norm(regularizer_grads).isfinite()
+        if self.options.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.weights.parameters, self.options.clip_norm, norm)
+        return is_finite
+
+    # Validation
+
     def validate(self, quick: bool) -> EvaluationResult:
+        """Evaluate the current state and log its metrics and panels.
+
+        Args:
+            quick: leave out or shorten metrics that take long.
+        """
         evaluation = self.evaluator.run(self.evaluation_model(), quick=quick)
         if distributed.rank() == 0:
             self.run_logger.log_scalars(self.step, "val", flatten_metrics(evaluation.metrics))
-            self.run_logger.panels(self.step, evaluation.visual_samples, self.tasks)
+            self.run_logger.log_panels(self.step, evaluation.visual_samples, self.tasks)
         return evaluation
 
     def evaluation_model(self) -> DenseModel:
-        """What is validated: the model, or the running mean of its weights (``ema``)."""
-        self._agree()
+        """Return what is validated: the running mean of the weights where there is one, else the model."""
+        self._synchronize_buffers()
         return self.weights.unsharded_copy(self.model if self.ema is None else self.ema.model)
 
-    def _agree(self) -> None:
-        """Buffers are those of process 0 everywhere, also beside the running mean."""
+    def _synchronize_buffers(self) -> None:
+        """Give process 0's buffers to all processes, and to the running mean of the weights."""
         broadcast_buffers(self.model)
         if self.ema is not None:
             self.ema.copy_buffers(self.model)
 
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs, tensors and plain containers only."""
-        regularizer, its_optimizer = self.regularizer, self.regularizer_optimizer
-        return {
-            "model": self.weights.state(self.model),
-            "ema": None
-            if self.ema is None
-            else {"model": self.weights.state(self.ema.model), "updates": self.ema.updates},
-            "regularizer": None if regularizer is None else regularizer.state_dict(),
-            "share": None if self.share is None else self.share.state_dict(),
-            "balancer": self.balancer.state_dict(),
-            "optimizer": {
-                "model": self.weights.optimizer_state(self.optimizer.optimizer),
-                "regularizer": None if its_optimizer is None else its_optimizer.optimizer.state_dict(),
-            },
-            "schedule": {},  # a function of the step
-            "step": self.step,
-            "rng": distributed.all_gather_object(rng_state(self.device)),
-            "config": self.config,
-            "meta": {**self.meta, "best": self.best, "skipped": self.nonfinite_guard.count},
-        }
+    # State
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state`. A regulariser the checkpoint knows nothing of starts afresh."""
-        self.weights.load(self.model, state["model"])
-        self.weights.load_optimizer(self.optimizer, state["optimizer"]["model"])
+    @property
+    def num_skipped_steps(self) -> int:
+        """Steps that were skipped since the start of the training because they were not finite."""
+        return self.nonfinite_guard.count
+
+    def checkpoint(self) -> Checkpoint:
+        """Return everything that a resumed run needs. All processes must call it; process 0 has all of it."""
+        ema = None
+        if self.ema is not None:
+            ema = {"model": self.weights.state(self.ema.model), "updates": self.ema.updates}
+        regularizer_optimizer = self.regularizer_optimizer
+        return Checkpoint(
+            model=self.weights.state(self.model),
+            config=dict(self.checkpointing.config),
+            step=self.step,
+            meta={**self.checkpointing.meta, "best": self.best, "skipped": self.num_skipped_steps},
+            ema=ema,
+            regularizer=None if self.regularizer is None else self.regularizer.state_dict(),
+            gradient_norm_weight=self.lambda_.state_dict(),
+            balancer=self.balancer.state_dict(),
+            optimizer={
+                "model": self.weights.optimizer_state(self.optimizer.optimizer),
+                "regularizer": None if regularizer_optimizer is None else regularizer_optimizer.optimizer.state_dict(),
+            },
+            rng=distributed.all_gather_object(rng_state(self.device)),
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. What it has no state of starts afresh, after a warning."""
+        self.weights.load(self.model, checkpoint.model)
+        self.weights.load_optimizer(self.optimizer, checkpoint.optimizer["model"])
         if self.regularizer is not None and self.regularizer_optimizer is not None:
-            if state["regularizer"] is None:
+            if checkpoint.regularizer is None:
                 log.warning("the checkpoint was trained without a regulariser: its projectors start afresh")
             else:
-                self.regularizer.load_state_dict(state["regularizer"])
-                self.regularizer_optimizer.load(state["optimizer"]["regularizer"])
-        if self.share is not None and state.get("share") is not None:
-            self.share.load_state_dict(state["share"])
-        self.balancer.load_state_dict(state.get("balancer"))
-        if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run goes on in another folder
-            self.best = state["meta"]["best"]
-        self.step = state["step"]
-        states = state["rng"] if isinstance(state["rng"], list) else [state["rng"]]
-        if len(states) == distributed.world_size():
+                self.regularizer.load_state_dict(checkpoint.regularizer)
+                self.regularizer_optimizer.load(checkpoint.optimizer["regularizer"])
+        self.lambda_.load_state_dict(checkpoint.gradient_norm_weight)
+        self.balancer.load_state_dict(checkpoint.balancer)
+        if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run continues in another folder
+            self.best = checkpoint.meta["best"]
+        self.step = checkpoint.step
+        self._restore_rng(checkpoint)
+        if self.ema is not None:
+            if checkpoint.ema is None:
+                log.warning("the checkpoint has no running mean of the weights: it starts from its weights")
+            else:
+                self.ema.updates = checkpoint.ema["updates"]
+            self.weights.load(self.ema.model, checkpoint.weights)
+        self.nonfinite_guard = NonFiniteGuard(self.model, self.options.max_nonfinite_steps)
+        self.nonfinite_guard.count = checkpoint.meta.get("skipped", 0)
+
+    def _restore_rng(self, checkpoint: Checkpoint) -> None:
+        states = checkpoint.rng if isinstance(checkpoint.rng, list) else [checkpoint.rng]
+        num_processes = distributed.world_size()
+        if len(states) == num_processes:
             set_rng_state(states[distributed.rank()], self.device)
         else:
             log.warning(
-                "the checkpoint is of %d processes, this run of %d: dropout is drawn anew",
-                len(states),
-                distributed.world_size(),
+                "the checkpoint is of %d processes, this run of %d: dropout is drawn anew", len(states), num_processes
             )
-        if self.ema is not None:
-            if state.get("ema") is None:
-                log.warning("the checkpoint has no running mean of the weights: it starts from its weights")
-                self.weights.load(self.ema.model, state["model"])
-            else:
-                self.weights.load(self.ema.model, state["ema"]["model"])
-                self.ema.updates = state["ema"]["updates"]
-        self.nonfinite_guard = NonFiniteGuard(self.model, self.nonfinite_guard.limit)
-        self.nonfinite_guard.count = state["meta"].get("skipped", 0)
 
     def save(self, name: str) -> None:
-        """Never what has seen a number that is not finite."""
-        self._settle()
+        """Save the state as checkpoint ``name``.
+
+        Raises:
+            UserError: weights are not finite, or too many steps were not; nothing is written then.
+        """
+        self._report_problems()
         parameters = [p for p in self.weights.parameters if p.numel()]
-        largest = self.weights.norm(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf))
+        largest = self.weights.global_norm(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf))
         if not math.isfinite(largest.item()):
             raise UserError(
-                f"weights of the model were not finite by step {self.step}; lower optimizer.lr or trainer.clip_norm "
-                "(checkpoints hold the last good state)"
+                f"weights of the model were not finite by step {self.step}; lower the learning rate or the norm at "
+                "which gradients are clipped (checkpoints hold the last good state)"
             )
-        self._agree()
-        state = self.state()
+        self._synchronize_buffers()
+        checkpoint = self.checkpoint()
         if distributed.rank() == 0:
-            self.checkpoints.save(name, state)
+            self.checkpoint_writer.save(name, checkpoint)
 
-    def _keep_best(self, evaluation: EvaluationResult, whole: bool) -> None:
-        """A ``whole`` evaluation competes with earlier quick ones only where both are on one scale."""
-        if whole and not math.isnan(self.best) and not self.evaluator.is_comparable(self.monitor):
+    def _save_best(self, evaluation: EvaluationResult, is_full: bool) -> None:
+        """Save ``best`` if the monitored metric has improved.
+
+        A full evaluation competes with earlier quick ones only where both are on one scale.
+        """
+        monitor = self.validation.monitor
+        if is_full and not math.isnan(self.best) and not self.evaluator.is_comparable(monitor):
             return
-        value = flatten_metrics(evaluation.metrics)[self.monitor]
-        if math.isnan(self.best) or (value > self.best if self.higher_is_better else value < self.best):
+        value = flatten_metrics(evaluation.metrics)[monitor]
+        is_better = value > self.best if self.validation.higher_is_better else value < self.best
+        if math.isnan(self.best) or is_better:
             self.best = value
             self.save("best")
 
+    # Records
+
     def _log(self, values: Mapping[str, Tensor], bar: tqdm) -> None:
-        """Read the step's scalars from the device, once, and write them down."""
-        numbers = dict(
-            zip(
-                values,
-                (
-                    distributed.all_reduce_sum(torch.stack([v.float() for v in values.values()]))
-                    / distributed.world_size()
-                ).tolist(),
-            )
-        )
+        """Read the step's scalars from the device, once, and log their means over all processes."""
+        sums = distributed.all_reduce_sum(torch.stack([value.float() for value in values.values()]))
+        numbers = dict(zip(values, (sums / distributed.world_size()).tolist()))
         losses = {name: value for name, value in numbers.items() if "/" not in name}
-        self._settle()
+        self._report_problems()
         if distributed.rank() > 0:
             return
-        rate = self.optimizer.optimizer.param_groups[0]["lr"]
-        self.run_logger.log_scalars(self.step, "train", {**losses, "lr": rate})
+        lr = self.optimizer.optimizer.param_groups[0]["lr"]
+        self.run_logger.log_scalars(self.step, "train", {**losses, "lr": lr})
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if "/" in name}
             self.run_logger.log_scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
-        if balancing := self.balancer.summary():
-            read = torch.stack([torch.as_tensor(value, device=self.device) for value in balancing.values()]).tolist()
-            self.run_logger.log_scalars(self.step, "balancing", dict(zip(balancing, read)))
+        if summary := self.balancer.summary():
+            scalars = torch.stack([torch.as_tensor(value, device=self.device) for value in summary.values()])
+            self.run_logger.log_scalars(self.step, "balancing", dict(zip(summary, scalars.tolist())))
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
 
-    def _settle(self) -> None:
-        """Write down which steps were skipped since the last time, and which pictures could not be read."""
+    def _report_problems(self) -> None:
+        """Log the steps that were skipped and the images that could not be read since the last call.
+
+        Raises:
+            UserError: too many consecutive steps were skipped.
+        """
         skipped = self.nonfinite_guard.flush()
-        if distributed.world_size() > 1:  # all skip the same steps, each has its own pictures
+        if distributed.world_size() > 1:  # all processes skip the same steps, each knows its own images
             skipped = [merge_skipped(parts) for parts in zip(*distributed.all_gather_object(skipped))]
             self.unreadable.update(*distributed.all_gather_object(self.unreadable))
         if distributed.rank() > 0:
@@ -423,20 +467,23 @@ class Trainer:
         for step, terms, ids in skipped:
             log.warning("step %d was skipped: the %s was not finite", step, ", the ".join(terms))
             self.run_logger.log_event(step, "skipped", {"terms": terms, "ids": ids})
-        for message in sorted(self.unreadable - self.told):
-            log.warning("%s (skipped; %d so far)", message, len(self.unreadable))
-            self.run_logger.log_event(self.step, "unreadable", {"message": message})
-        self.told |= self.unreadable
+        self._report_unreadable(sorted(self.unreadable - self.reported_unreadable))
         try:
             self.nonfinite_guard.check()
         except UserError:
-            self.checkpoints.wait()
+            self.checkpoint_writer.wait()
             raise
 
-    def memory(self) -> float:
-        """Peak memory so far, GiB."""
+    def _report_unreadable(self, messages: Sequence[str]) -> None:
+        for message in messages:
+            log.warning("%s (skipped; %d so far)", message, len(self.unreadable))
+            self.run_logger.log_event(self.step, "unreadable", {"message": message})
+        self.reported_unreadable |= self.unreadable
+
+    def peak_memory(self) -> float:
+        """Return the peak memory up to now, in GiB."""
         return peak_memory(self.device)
 
 
-def _due(step: int, interval: int | None) -> bool:
+def _is_due(step: int, interval: int | None) -> bool:
     return interval is not None and step % interval == 0

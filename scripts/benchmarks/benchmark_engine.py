@@ -28,7 +28,7 @@ import torch
 
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_trainer
+from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch
 from mtcl.errors import UserError
@@ -55,15 +55,15 @@ def built(overrides: Sequence[str]) -> Trainer:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     seed_everything(config.seed)
-    trainer = build_trainer(config, build_tasks(config), Path("unused"), device).trainer
+    trainer = build_training_run(config, build_tasks(config), Path("unused"), device).trainer
     trainer.model.train()
-    trainer.step = trainer.max_steps // 2 + 1  # not one that measures gradients
+    trainer.step = trainer.options.max_steps // 2 + 1  # not one that measures gradients
     return trainer
 
 
 def one_step(trainer: Trainer, batch: Batch) -> None:
     trainer.train_step(batch)
-    trainer.nonfinite_guard.seen.clear()
+    trainer.nonfinite_guard.pending.clear()
     synchronize(trainer.device)
 
 
@@ -80,12 +80,12 @@ def parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
 
         return call
 
-    replaced: list[tuple[Any, str]] = [(trainer, "module"), (trainer.balancer, "backward"), (trainer.optimizer, "step")]
+    replaced: list[tuple[Any, str]] = [(trainer, "training_step"), (trainer.balancer, "backward"), (trainer.optimizer, "step")]
     names = ["forward", "backward", "optimiser"]
-    if trainer.regularizer is not None and not isinstance(trainer.module, torch.nn.Module):
+    if trainer.regularizer is not None and not isinstance(trainer.training_step, torch.nn.Module):
         pass  # inside a compiled step it has no time of its own
     elif trainer.regularizer is not None:
-        replaced.append((trainer.regularizer, "penalty"))
+        replaced.append((trainer.regularizer, "compute_loss"))
         names.append("regulariser")
     kept = [getattr(owner, name) for owner, name in replaced]
     for (owner, attribute), name, work in zip(replaced, names, kept):

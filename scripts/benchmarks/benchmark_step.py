@@ -51,7 +51,7 @@ import mtcl.regularizers
 import mtcl.tasks
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_trainer
+from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
@@ -84,9 +84,9 @@ def built(config: DictConfig) -> Trainer:
     """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
     seed_everything(config.seed)
     device = choose_device(config.trainer.device, "trainer.device")
-    trainer = build_trainer(config, build_tasks(config), Path("unused"), device).trainer
+    trainer = build_training_run(config, build_tasks(config), Path("unused"), device).trainer
     trainer.model.train()
-    trainer.step = trainer.max_steps // 2
+    trainer.step = trainer.options.max_steps // 2
     return trainer
 
 
@@ -125,20 +125,20 @@ def measure(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) 
 
 def to_weighing_step(trainer: Trainer) -> None:
     """On to a step at which the gradients of contrast and task are measured (``regularizer.weighting=gradient_norm``)."""
-    if trainer.share is not None:
-        trainer.step += -trainer.step % trainer.share.every
+    if trainer.lambda_.gradient_norm_weight is not None:
+        trainer.step += -trainer.step % trainer.lambda_.gradient_norm_weight.every
 
 
 def weighing_seconds(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:
     """What measuring those gradients takes, spread over the steps it serves."""
-    if trainer.share is None:
+    if trainer.lambda_.gradient_norm_weight is None:
         return 0.0
     extra = []
     for _ in range(repeats):
         to_weighing_step(trainer)
         with_it, without = (measure_time(partial(one_step, trainer, batch), trainer.device)[0] for _ in range(2))
         extra.append(with_it - without)
-    return statistics.median(extra) / trainer.share.every
+    return statistics.median(extra) / trainer.lambda_.gradient_norm_weight.every
 
 
 def added(off: Sequence[float], on: Sequence[float]) -> list[float]:
@@ -265,7 +265,7 @@ class Alone:
         self.regularizer: Regularizer = trainer.regularizer
         self.ids = [meta.id for meta in batch["meta"]]
         image, self.labels = prepare_batch(batch, trainer.model.mean, trainer.model.std, self.device)
-        with torch.no_grad(), autocast(self.device, trainer.precision):
+        with torch.no_grad(), autocast(self.device, trainer.options.precision):
             self.output = trainer.model(image)
         self.tap = self.output.features[self.regularizer.feature]
         self.step = trainer.step

@@ -32,7 +32,7 @@ from mtcl.evaluation.feature_consistency import (
 )
 from mtcl.regularizers.sampling import sample_features, sample_labels
 from mtcl.tasks import build_task
-from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
 
 NAMES = ["semseg", "depth", "normals"]
 
@@ -233,7 +233,7 @@ def runs(tmp_path_factory):
             "step": 0,
             "meta": {"tasks": describe_tasks(tasks)},
         }
-        save_checkpoint(paths[name], {**content, "config": saved_config(config, model)})
+        write_checkpoint_file(paths[name], {**content, "config": saved_config(config, model)})
     return paths
 
 
@@ -299,7 +299,7 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
     result = call(cli, f"checkpoint={runs['with']}", "target=depth", "frames=1", f"output={tmp_path}/a")
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "a" / "consistency.json").read_text())["arms"][0]
-    state = load_checkpoint(runs["with"])
+    state = read_checkpoint_file(runs["with"])
     config = OmegaConf.create(state["config"])
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).eval()
@@ -355,9 +355,9 @@ def test_labels_without_pairs_are_null_and_drawn_nevertheless(cli, runs, tmp_pat
 
 def test_says_what_is_wrong(cli, runs, tmp_path):
     good = f"checkpoint={runs['with']}"
-    broken = load_checkpoint(runs["with"])
+    broken = read_checkpoint_file(runs["with"])
     broken["regularizer"].popitem()
-    save_checkpoint(tmp_path / "broken.pt", broken)
+    write_checkpoint_file(tmp_path / "broken.pt", broken)
     wrong = [
         ([f"checkpoint={tmp_path}/none.pt"], ["none.pt", "does not exist"]),
         ([good, f"compare={tmp_path}/none.pt"], ["none.pt", "does not exist"]),

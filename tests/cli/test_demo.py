@@ -45,7 +45,7 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.inference import Predictor
 from mtcl.tasks import NYUD40, build_task
 from mtcl.tasks.palette import VOID_COLOUR
-from mtcl.training.checkpoint import save_checkpoint
+from mtcl.training.checkpoint_file import write_checkpoint_file
 
 NAMES = ("semseg", "depth", "normals", "edge")
 HOSTILE = "<img src=x onerror=alert(1)>\"'"
@@ -381,7 +381,7 @@ def checkpoint(path: Path, seed: int) -> None:
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     content = {"model": model.state_dict(), "config": plain(config), "step": 1}
-    save_checkpoint(path, {**content, "meta": {"tasks": describe_tasks(tasks)}})
+    write_checkpoint_file(path, {**content, "meta": {"tasks": describe_tasks(tasks)}})
 
 
 def wait(browser: Browser, expression: str, seconds: float = 120):

@@ -46,7 +46,7 @@ from mtcl.inference.model_files import (
     RECIPE_FILE,
     WEIGHTS_FILE,
 )
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 SCRIPT = "scripts/export.py"
 needs_onnx = pytest.mark.skipif(
@@ -115,7 +115,7 @@ def test_an_exported_folder_is_scored_like_its_checkpoint(cli, trained, folder, 
 
 
 def test_the_weights_are_the_running_mean_and_the_model_alone(trained, folder):
-    state = load_checkpoint(trained / "checkpoints" / "last.pt")
+    state = read_checkpoint_file(trained / "checkpoints" / "last.pt")
     assert state["regularizer"]  # there is something to leave out
     assert any(not torch.equal(t, state["model"][n]) for n, t in state["ema"]["model"].items())
     found = load_file(folder / WEIGHTS_FILE)
@@ -347,7 +347,7 @@ def test_an_onnx_file(cli, trained, tmp_path):
     model = load_model(trained).model
     count = sum(int(np.prod(weight.dims)) for weight in file.graph.initializer)
     assert count < 1.01 * sum(t.numel() for t in model.state_dict().values()) + 100
-    regularizer = load_checkpoint(trained / "checkpoints" / "last.pt")["regularizer"]
+    regularizer = read_checkpoint_file(trained / "checkpoints" / "last.pt")["regularizer"]
     names = {weight.name for weight in file.graph.initializer}
     assert not any(name.endswith(part) for part in regularizer for name in names)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -17,7 +17,7 @@ from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.stored_config import check_tasks
 from mtcl.models.published import METHODS, check_state_dict, translate_state_dict
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 CONFIGS = ROOT / "configs"
 SIZE = (64, 128)
@@ -56,7 +56,7 @@ def published(words, seed=0, **options):
 
 def rebuilt(path):
     """The model of our checkpoint, as evaluate.py builds it."""
-    state = load_checkpoint(path)
+    state = read_checkpoint_file(path)
     config = OmegaConf.create(state["config"])
     tasks = build_tasks(config)
     check_tasks(state["meta"]["tasks"], tasks, path)
@@ -141,7 +141,7 @@ def test_a_bare_state_dict_will_do(tmp_path):
     words = words_of(*PASCAL)
     torch.save(published(words), tmp_path / "bare.pth")
     import_checkpoint("invpt", tmp_path / "bare.pth", tmp_path / "ours.pt", words, CONFIGS)
-    assert load_checkpoint(tmp_path / "ours.pt")["step"] == 0
+    assert read_checkpoint_file(tmp_path / "ours.pt")["step"] == 0
 
 
 def broken(state, how):

@@ -17,7 +17,7 @@ from mtcl.data import Rooms
 from mtcl.errors import UserError
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.tasks import TASK_NAMES
-from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_train_writes_everything(cli, tmp_path):
             "data_fingerprint"} <= facts.keys()  # fmt: skip
     assert facts["num_images"] == 4
     for name in ("last", "best"):
-        checkpoint = load_checkpoint(folder / "checkpoints" / f"{name}.pt")
+        checkpoint = read_checkpoint_file(folder / "checkpoints" / f"{name}.pt")
         assert {
             "format",
             "model",
@@ -72,7 +72,7 @@ def test_dry_run(cli, tmp_path):
     result = cli("train.py", *TINY, "trainer.dry_run=true", "trainer.max_steps=1000", f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     assert "dry run: the step took" in result.out
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
+    assert read_checkpoint_file(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
 
 
 @pytest.mark.parametrize("words", [["tasks.names=[depth,semseg]"], ["tasks=single_normals"], ["tasks=pascal"]])
@@ -484,7 +484,7 @@ def test_resume_with_other_tasks_is_refused(cli, trained, tmp_path):
 
 
 def test_resume_from_an_odd_checkpoint_is_refused(trained, tmp_path):
-    content = load_checkpoint(trained / "checkpoints" / "last.pt")
+    content = read_checkpoint_file(trained / "checkpoints" / "last.pt")
     name = next(key for key, weight in content["model"].items() if weight.dim() == 4)
     not_finite = {**content["model"], name: content["model"][name] * float("nan")}
     int8 = {**content["model"], name: content["model"][name].to(torch.int8)}
@@ -492,7 +492,7 @@ def test_resume_from_an_odd_checkpoint_is_refused(trained, tmp_path):
     odd += [{"optimizer": {"model": 5}}, {"optimizer": {}}, {"config": {}}, {"config": {"optimizer": 5}}, {"rng": {}}]
     odd += [{"regularizer": {"x": 1}}, {"balancer": {"x": 1}}, {"share": {"x": 1}}]
     for number, part in enumerate(odd):
-        save_checkpoint(tmp_path / "odd.pt", {**content, **part})
+        write_checkpoint_file(tmp_path / "odd.pt", {**content, **part})
         config = composed(*TINY, f"resume={tmp_path}/odd.pt", "trainer.max_steps=3")
         with pytest.raises(UserError, match=r"odd\.pt"):
             train(config, tmp_path / f"run{number}")

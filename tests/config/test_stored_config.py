@@ -24,7 +24,7 @@ from mtcl.config.load import load_model
 from mtcl.config.stored_config import check_stored_config, describe_tasks
 from mtcl.errors import UserError
 from mtcl.run_lock import is_locked, lock_run
-from mtcl.training.checkpoint import save_checkpoint
+from mtcl.training.checkpoint_file import write_checkpoint_file
 
 WORDS = ["backbone.name=test_resnet", "decoder.width=8", "decoder.head_width=4", "data.size=[32,64]"]
 WORDS += ["tasks.names=[semseg,depth]", "trainer.device=cpu"]
@@ -190,7 +190,7 @@ def test_odd_stored_configs_are_refused_in_a_sentence(key, value, state, tmp_pat
 
 def load_model_of(content: dict, tmp_path: Path) -> object:
     path = tmp_path / "odd.pt"
-    save_checkpoint(path, content)
+    write_checkpoint_file(path, content)
     return load_model(path)
 
 
@@ -282,7 +282,7 @@ def test_odd_weights_are_refused_in_a_sentence(kind, state, tmp_path):
 def test_predictions_that_overflow_are_told_once(state, tmp_path, caplog):
     """Every weight is finite, what is computed with them is not."""
     weights = {key: w * 1e30 if key.endswith("weight") else w for key, w in state["model"].items()}
-    save_checkpoint(tmp_path / "odd.pt", {**state, "model": weights})
+    write_checkpoint_file(tmp_path / "odd.pt", {**state, "model": weights})
     predictor = mtcl.load(tmp_path / "odd.pt", device="cpu", tasks="depth")
     for _ in range(2):
         predictor(np.full((20, 30, 3), 128, np.uint8))
@@ -461,7 +461,7 @@ def _mutate(content: dict, path: tuple, value: object) -> dict:
 def check_mutation(content: dict, folder: Path) -> None:
     """A mutated checkpoint ends in one sentence or in a model, soon, and nothing else is written."""
     path = folder / "odd.pt"
-    save_checkpoint(path, content)
+    write_checkpoint_file(path, content)
     before = time.monotonic()
     sentence = ""
     try:

@@ -15,7 +15,8 @@ from torch import nn
 from helpers.common import composed
 from mtcl import distributed
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_trainer
+from mtcl.config.build_training import build_training_run
+from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.train_step import CompiledModule
 
 STEPS = 3
@@ -30,15 +31,15 @@ def main(folder: Path, words: list[str]) -> None:
     if "compiler" in own:
         CompiledModule.backend = own["compiler"]
     tasks = build_tasks(config)
-    trainer = build_trainer(config, tasks, folder, device).trainer
+    trainer = build_training_run(config, tasks, folder, device).trainer
     if "from" in own:
-        trainer.restore(torch.load(own["from"], weights_only=True))
+        trainer.restore(Checkpoint.from_dict(torch.load(own["from"], weights_only=True)))
     trainer.model.train()
     for module in trainer.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # a batch norm knows its process's pictures only
     losses = []
-    for number, batches in zip(range(STEPS), trainer._batches()):
+    for number, batches in zip(range(STEPS), trainer.batches_per_step()):
         if own.get("spoil") == str(number) and distributed.rank() == distributed.world_size() - 1:
             theirs = slice(1, None, 2) if distributed.world_size() == 1 else slice(None)
             batches[0]["labels"]["normals"][theirs] = math.nan
@@ -51,9 +52,9 @@ def main(folder: Path, words: list[str]) -> None:
             }
         )
     evaluation = trainer.evaluator.run(trainer.evaluation_model())
-    state = trainer.state()
+    state = trainer.checkpoint().to_dict()
     moments = trainer.optimizer.optimizer.state_dict()["state"]
-    skipped = [entry.step for entry in trainer.nonfinite_guard.settle()]
+    skipped = [entry.step for entry in trainer.nonfinite_guard.flush()]
     if distributed.rank() == 0:
         torch.save(state, folder / "state.pt")
         found = {"losses": losses, "metrics": evaluation.metrics, "images": evaluation.num_images}

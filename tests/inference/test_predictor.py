@@ -24,7 +24,7 @@ from mtcl.inference import Predictor
 from mtcl.inference import predictor as module
 from mtcl.models import DenseModel
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
-from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
 
 TASKS = {name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES}
 FRAME = (32, 48)
@@ -128,7 +128,7 @@ class Pictures:
 
 def evaluated(run, arrays, batch: int) -> list[dict[str, np.ndarray]]:
     """What evaluate.py's evaluator predicts, in label layout."""
-    state = load_checkpoint(run / "checkpoints" / "last.pt")
+    state = read_checkpoint_file(run / "checkpoints" / "last.pt")
     config = composed(*TINY)
     tasks = build_tasks(config)
     reader = Pictures(arrays)
@@ -211,11 +211,11 @@ def test_some_tasks_only(run, ours):
 
 
 def test_the_running_mean_of_the_weights_is_used_where_there_is_one(run, ours, tmp_path):
-    state = load_checkpoint(run / "checkpoints" / "last.pt")
+    state = read_checkpoint_file(run / "checkpoints" / "last.pt")
     weights = ours.model.state_dict()
     assert all(torch.equal(w, state["ema"]["model"][k]) for k, w in weights.items())
     assert any(not torch.equal(w, state["model"][k]) for k, w in weights.items())
-    save_checkpoint(tmp_path / "plain.pt", {**state, "ema": None})
+    write_checkpoint_file(tmp_path / "plain.pt", {**state, "ema": None})
     weights = mtcl.load(tmp_path / "plain.pt").model.state_dict()
     assert all(torch.equal(w, state["model"][k]) for k, w in weights.items())
 
@@ -241,12 +241,12 @@ def test_where_a_model_is_looked_for(run, ours, tmp_path):
 
 def test_no_dataset_is_needed(run, tmp_path):
     """Nor is the folder that it was trained on looked at."""
-    state = load_checkpoint(run / "checkpoints" / "last.pt")
+    state = read_checkpoint_file(run / "checkpoints" / "last.pt")
     config = plain(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone", "backbone.weights=hub"))
     tasks = build_tasks(composed(*TINY, "data=nyud", f"data.root={tmp_path}/gone"))
     model = build_model(composed(*TINY, "data=nyud"), tasks, pretrained=False)
     meta = {**state["meta"], "tasks": describe_tasks(tasks)}
-    save_checkpoint(
+    write_checkpoint_file(
         tmp_path / "a.pt", {**state, "config": config, "meta": meta, "model": model.state_dict(), "ema": None}
     )
     assert set(mtcl.load(tmp_path / "a.pt")(picture(20, 30))) == set(tasks)

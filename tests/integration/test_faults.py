@@ -14,7 +14,8 @@ import pytest
 import torch
 from helpers.common import ROOT, TINY, flip
 
-from mtcl.training.checkpoint import latest_valid_checkpoint, load_checkpoint
+from mtcl.training.checkpoint import latest_valid_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 pytestmark = pytest.mark.slow
 
@@ -140,7 +141,7 @@ def assert_same(a, b, where: str = "") -> None:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """The last checkpoints, bit for bit, and every record."""
-    states = [load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (a, b)]
+    states = [read_checkpoint_file(folder / "checkpoints" / "last.pt") for folder in (a, b)]
     for state in states:
         for name in ("resume", "trainer"):
             del state["config"][name]
@@ -154,7 +155,7 @@ def whole(tmp_path_factory) -> Path:
     """60 steps without an interruption."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     drive(folder, "trainer.checkpoint_interval=2")
-    assert load_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 60
+    assert read_checkpoint_file(folder / "checkpoints" / "last.pt")["step"] == 60
     return folder
 
 
@@ -212,10 +213,10 @@ def test_damage_anywhere_is_seen_and_the_one_before_is_used(whole, tmp_path):
         for position in found:
             flip(path, position)
             best = latest_valid_checkpoint(folder)
-            assert (best.path.name, best.content["step"]) == ("previous.pt", 58), (what, position)
+            assert (best.path.name, best.checkpoint.step) == ("previous.pt", 58), (what, position)
             assert [error.path for error in best.rejected] == [path]
             flip(path, position)
-    assert latest_valid_checkpoint(folder).content["step"] == 60
+    assert latest_valid_checkpoint(folder).checkpoint.step == 60
     whole_file = path.read_bytes()
     for what, found in places.items():
         for position in found[:4]:
@@ -264,7 +265,7 @@ def test_a_full_file_system_costs_nothing_that_was_written(whole, tmp_path):
         assert_one_sentence(run(folder, *words), "no space left on the disk of", "while writing last.pt", "resume=auto")
         checkpoints = folder / "checkpoints"
         assert not list(checkpoints.glob(".*.tmp"))
-        assert [load_checkpoint(path)["step"] for path in sorted(checkpoints.glob("*.pt"))] == [4, 2]
+        assert [read_checkpoint_file(path)["step"] for path in sorted(checkpoints.glob("*.pt"))] == [4, 2]
         remount("size=200m")
         result = run(folder, *words, "resume=auto")
         assert result.returncode == 0, result.stderr
@@ -284,9 +285,9 @@ def test_a_folder_removed_in_mid_run_is_made_anew(whole, tmp_path):
         shutil.rmtree(folder, ignore_errors=True)
         out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
-    assert "vanished in mid-run" in out
+    assert "vanished during the run" in out
     assert "Traceback" not in err
-    ours, theirs = (load_checkpoint(path / "checkpoints" / "last.pt") for path in (folder, whole))
+    ours, theirs = (read_checkpoint_file(path / "checkpoints" / "last.pt") for path in (folder, whole))
     assert_same(ours["model"], theirs["model"])
 
 
@@ -302,7 +303,7 @@ def test_two_runs_told_to_use_one_folder(tmp_path):
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
     assert any(words in lines[0] for words in ("another run", "already holds a run"))
-    assert load_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 60
+    assert read_checkpoint_file(folder / "checkpoints" / "last.pt")["step"] == 60
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
 
@@ -310,11 +311,13 @@ def test_two_runs_told_to_use_one_folder(tmp_path):
 ENDING = """
 import sys, time, torch
 from pathlib import Path
-import mtcl.training.checkpoint as module
+import mtcl.training.checkpoint_file as module
 original = module._write
 module._write = lambda content, path: (time.sleep(1), original(content, path))
-writer = module.CheckpointWriter(Path(sys.argv[1]), asynchronous=True)
-writer.save("last", {"model": {}, "config": {}, "step": 5})
+from mtcl.training.checkpoint import Checkpoint
+from mtcl.training.checkpoint_writer import CheckpointWriter
+writer = CheckpointWriter(Path(sys.argv[1]), asynchronous=True)
+writer.save("last", Checkpoint({}, {}, 5))
 if sys.argv[2] == "raises":
     raise KeyError
 sys.exit(int(sys.argv[2]))
@@ -325,4 +328,4 @@ sys.exit(int(sys.argv[2]))
 def test_a_process_that_ends_waits_for_what_is_being_written(tmp_path, how):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", ENDING, tmp_path, how], env=environment, capture_output=True, timeout=100)
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 5
+    assert read_checkpoint_file(tmp_path / "last.pt")["step"] == 5

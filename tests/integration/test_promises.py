@@ -15,14 +15,14 @@ from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
 from mtcl.errors import UserError
 from mtcl.models import EncoderDecoder
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 FOUR = [*TINY, "trainer.max_steps=4", "trainer.val_interval=null", "trainer.checkpoint_interval=2"]
 
 
 def run(folder: Path, *words: str) -> dict:
     train(composed(*FOUR, *words), folder)
-    return load_checkpoint(folder / "checkpoints" / "last.pt")
+    return read_checkpoint_file(folder / "checkpoints" / "last.pt")
 
 
 def records(folder: Path, kind: str) -> list[dict]:
@@ -98,7 +98,7 @@ def test_a_contrast_trained_run_goes_on_without_regularizer(tmp_path):
     on = run(tmp_path / "on")
     words = ["regularizer=none", f"resume={tmp_path}/on/checkpoints/last.pt", "trainer.max_steps=5"]
     train(composed(*FOUR, *words), tmp_path / "on2")
-    after = load_checkpoint(tmp_path / "on2" / "checkpoints" / "last.pt")
+    after = read_checkpoint_file(tmp_path / "on2" / "checkpoints" / "last.pt")
     assert after["step"] == 5
     assert after["regularizer"] is None
     assert after["model"].keys() == on["model"].keys()
@@ -126,7 +126,7 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
         patch.setattr(Trainer, "save", save_and_die)
         with pytest.raises(Cut):
             train(composed(*FOUR, *words), tmp_path / "cut")
-    assert load_checkpoint(tmp_path / "cut" / "checkpoints" / "last.pt")["step"] == 3
+    assert read_checkpoint_file(tmp_path / "cut" / "checkpoints" / "last.pt")["step"] == 3
     resumed = run(tmp_path / "cut", *words, "resume=auto")
     assert_equal_state(whole["model"], resumed["model"])
     if regularizer == "contrastive":
@@ -169,7 +169,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
     words = ["optimizer.lr=1e30", "trainer.log_interval=1000", "trainer.checkpoint_interval=1", "trainer.max_steps=20"]
     with pytest.raises(UserError, match="not finite"):
         run(tmp_path, *words)
-    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
     assert state["step"] < 20
     assert all(value.isfinite().all() for value in state["model"].values())
 

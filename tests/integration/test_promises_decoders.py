@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_regularizer, build_trainer
+from mtcl.config.build_training import build_regularizer, build_training_run
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
 from mtcl.regularizers import Contrastive
@@ -50,7 +50,7 @@ def trainer_of(tmp_path, *overrides: str) -> tuple[Trainer, dict]:
     config = composed(*overrides)
     torch.manual_seed(0)
     tasks = build_tasks(config)
-    trainer = build_trainer(config, tasks, tmp_path, torch.device("cpu")).trainer
+    trainer = build_training_run(config, tasks, tmp_path, torch.device("cpu")).trainer
     trainer.model.train()
     return trainer, next(iter(trainer.batches))
 

@@ -19,7 +19,7 @@ from mtcl import UserError
 from mtcl.launch.search import Storage, compute_objective, run_search
 from mtcl.launch.search_file import Range, read_search
 from mtcl.launch.study import compose_task_names
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 optuna = pytest.importorskip("optuna")
 
@@ -427,5 +427,5 @@ def test_a_search_for_real(tmp_path):
     records = {p.stem: json.loads(p.read_text())["state"] for p in Path(tmp_path / "out").glob("trial_*.json")}
     assert set(records.values()) <= {"finished", "pruned"}
     for name, state in records.items():
-        step = load_checkpoint(tmp_path / "out" / name / "checkpoints" / "last.pt")["step"]
+        step = read_checkpoint_file(tmp_path / "out" / name / "checkpoints" / "last.pt")["step"]
         assert (step == 40) == (state == "finished") or state == "pruned"

@@ -19,7 +19,7 @@ from mtcl.models.base import DenseOutput
 from mtcl.regularizers import CrossTaskConsistency
 from mtcl.regularizers.mtpsl import FilmLayer, choose_sources, encode_label, encode_prediction
 from mtcl.tasks import build_task
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 NAMES = ("semseg", "depth", "normals", "edge")
 CLASSES = ("a", "b", "c")
@@ -316,7 +316,7 @@ def test_what_a_user_may_get_wrong():
 def test_training_takes_steps(labels, tmp_path):
     words = [*TINY, "regularizer=mtpsl", f"data.label_assignment={labels}"]
     train(composed(*words), tmp_path)
-    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
     config = composed(*words)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)

@@ -16,14 +16,14 @@ from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_gradient_norm_weight, build_regularizer
+from mtcl.config.build_training import build_lambda, build_regularizer
 from mtcl.config.schema import check_config
 from mtcl.regularizers import Contrastive, GradientNormWeight
 from mtcl.regularizers.contrastive import CRITERIA, list_allowed_sources
 from mtcl.regularizers.diagnostics import compare_feature_gradients
 from mtcl.regularizers.sampling import balanced_sample, draw_sources, pixel_index
-from mtcl.training.checkpoint import load_checkpoint
-from mtcl.training.optimizers import lambda_schedule
+from mtcl.regularizers.weighting import Lambda
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 # --- Against the reference
 
@@ -366,10 +366,10 @@ def test_a_gradient_share_makes_the_norms_at_the_taps_equal():
     task = sum(10**i * leaf.square().mean() for i, leaf in enumerate(leaves.values()))
     losses = regularizer(leaves, labels, draw, frame).losses
     share = GradientNormWeight(regularizer.task_names)
-    assert share.total(losses) == 0  # nothing measured yet
+    assert share.weighted_sum(losses) == 0  # nothing measured yet
     before = compare_feature_gradients(task, sum(losses.values()), leaves)
     share.update(*({t: before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "contrast")))
-    after = compare_feature_gradients(task, share.total(losses), leaves)
+    after = compare_feature_gradients(task, share.weighted_sum(losses), leaves)
     for t in leaves:
         assert before[f"{t}/norm_contrast"].item() != pytest.approx(before[f"{t}/norm_task"].item(), rel=0.1)
         assert after[f"{t}/norm_contrast"].item() == pytest.approx(before[f"{t}/norm_task"].item(), rel=1e-5)
@@ -389,14 +389,14 @@ def test_a_gradient_share_is_a_running_mean_of_what_could_be_measured():
         share.update(*values)
         assert share.factor.tolist() == pytest.approx(list(expected.values()))
     losses = {name: torch.tensor(float(i + 1)) for i, name in enumerate(names)}
-    assert share.total(losses).item() == pytest.approx(sum((i + 1) * expected[n] for i, n in enumerate(names)))
+    assert share.weighted_sum(losses).item() == pytest.approx(sum((i + 1) * expected[n] for i, n in enumerate(names)))
 
 
 def test_weight_rises_and_ends():
-    assert [lambda_schedule(0.5, 10)(step) for step in (0, 9, 10)] == [0.5, 0.5, 0]
-    ramped = lambda_schedule(0.5, 8, warmup_steps=2, until=0.5)
+    assert [Lambda(0.5, 10)(step) for step in (0, 9, 10)] == [0.5, 0.5, 0]
+    ramped = Lambda(0.5, 8, warmup_steps=2, stop_fraction=0.5)
     assert [ramped(step) for step in range(8)] == [0.25, 0.5, 0.5, 0.5, 0, 0, 0, 0]
-    assert all(lambda_schedule(0.5, 8, until=0)(step) == 0 for step in range(8))
+    assert all(Lambda(0.5, 8, stop_fraction=0)(step) == 0 for step in range(8))
 
 
 GRADIENT = [*TINY, "backbone.name=test_resnet", "schedule=constant", "trainer.validate_first=false", "trainer.num_panels=0",
@@ -408,7 +408,7 @@ GRADIENT = [*TINY, "backbone.name=test_resnet", "schedule=constant", "trainer.va
 
 def run(folder, *words):
     train(composed(*GRADIENT, *words), folder)
-    return load_checkpoint(folder / "checkpoints" / "last.pt")
+    return read_checkpoint_file(folder / "checkpoints" / "last.pt")
 
 
 def contrast_log(folder):
@@ -446,7 +446,7 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
     zero = run(tmp_path / "zero", "regularizer.weight=0", "trainer.max_steps=2")
     none = [word for word in GRADIENT if "regularizer" not in word]
     train(composed(*none, "regularizer=none", "trainer.max_steps=2"), tmp_path / "none")
-    assert equal(zero["model"], load_checkpoint(tmp_path / "none" / "checkpoints" / "last.pt")["model"])
+    assert equal(zero["model"], read_checkpoint_file(tmp_path / "none" / "checkpoints" / "last.pt")["model"])
     assert not zero["share"]["factor"].any()
 
 
@@ -466,7 +466,7 @@ def test_what_cannot_be_built_is_refused(words, message):
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     with pytest.raises(UserError, match=message):
-        build_gradient_norm_weight(config, build_regularizer(config, tasks, model), torch.device("cpu"))
+        build_lambda(config, build_regularizer(config, tasks, model), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from mtcl import UserError, distributed
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_balancer, build_trainer
+from mtcl.config.build_training import build_balancer, build_training_run
 from mtcl.training.balancing import Balancer, DynamicWeightAveraging, FixedWeights, UncertaintyWeighting
 from mtcl.training.balancing_torchjd import GradientAggregation, _private_randomness, list_aggregators
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
 from mtcl.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -243,9 +245,9 @@ def test_every_aggregator(name, tmp_path):
         assert found["trunk"].stride() == toy.trunk.stride()
         assert same(found, toy.step(again, number)), "the same once more"
     assert any(found[n].any() for n in ("trunk", "bias"))
-    save_checkpoint(tmp_path / "a.pt", {"model": {}, "config": {}, "step": 3, "balancer": balancer.state_dict()})
+    write_checkpoint_file(tmp_path / "a.pt", {"model": {}, "config": {}, "step": 3, "balancer": balancer.state_dict()})
     resumed = aggregated(name)
-    resumed.load_state_dict(load_checkpoint(tmp_path / "a.pt")["balancer"])
+    resumed.load_state_dict(read_checkpoint_file(tmp_path / "a.pt")["balancer"])
     for number in range(3, 6):
         found = {n: g.clone() for n, g in toy.step(balancer, number).items()}
         assert same(found, toy.step(resumed, number))
@@ -512,7 +514,7 @@ def test_train_says_it_in_one_sentence(cli, tmp_path):
 def made(folder: Path, *words: str) -> Trainer:
     config = composed(*WORDS, *words)
     torch.manual_seed(0)
-    trainer = build_trainer(config, build_tasks(config), folder, CPU).trainer
+    trainer = build_training_run(config, build_tasks(config), folder, CPU).trainer
     trainer.model.train()
     return trainer
 
@@ -582,7 +584,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
     ):
         composition = composed(*words, *balancing)
         torch.manual_seed(0)
-        trainer = build_trainer(composition, build_tasks(composition), tmp_path, CPU).trainer
+        trainer = build_training_run(composition, build_tasks(composition), tmp_path, CPU).trainer
         trainer.model.train()
         found.append(one_step(trainer))
     (want, _), (gradients, reached) = found
@@ -620,7 +622,7 @@ def test_accumulated_batches_are_one_batch(tmp_path):
         for module in trainer.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        found.append(one_step(trainer, *next(iter(trainer._batches())))[0])
+        found.append(one_step(trainer, *next(iter(trainer.batches_per_step())))[0])
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-4)
 
@@ -673,8 +675,8 @@ def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
     for name in [n for n in before if n.startswith("model/")] + [n for n in learned if "weight" not in n]:
         assert torch.equal(before[name], after[name]), name
     trainer.step += 1
-    assert len(trainer.nonfinite_guard.settle()) == 1
-    save_checkpoint(tmp_path / "a.pt", trainer.state())
+    assert len(trainer.nonfinite_guard.flush()) == 1
+    save_checkpoint(tmp_path / "a.pt", trainer.checkpoint())
     resumed = made(tmp_path / "b", *words)
     resumed.restore(load_checkpoint(tmp_path / "a.pt"))
     for batch in batches[4:]:
@@ -689,8 +691,8 @@ def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
 def test_another_balancing_starts_afresh(tmp_path, caplog):
     old = made(tmp_path / "a", THREE)
     old.train_step(next(iter(old.batches)))
-    states = [old.state()]
-    states.append({name: value for name, value in states[0].items() if name != "balancer"})  # of before the key
+    states = [old.checkpoint()]
+    states.append(replace(states[0], balancer=None))  # of before the key
     trainer = made(tmp_path / "b", THREE, "balancing=dwa")
     for number, state in enumerate(states, start=1):
         trainer.restore(state)
@@ -703,9 +705,9 @@ def test_the_tasks_gradients_are_shown_as_they_enter(tmp_path):
     """The contrast's share is measured beside the tasks' losses as they are weighted by now."""
     trainer = made(tmp_path, THREE, "balancing=uncertainty")
     batch = next(iter(trainer.batches))
-    before = trainer._add_gradients(batch, 1, {}, True)
+    before = trainer.accumulate_gradients(batch, 1, {}, True)
     trainer.balancer.factors = torch.tensor([0.5, 1.0, 1.0])
-    after = trainer._add_gradients(batch, 1, {}, True)
+    after = trainer.accumulate_gradients(batch, 1, {}, True)
     ratio = {
         name: float(after[f"gradient/{name}/norm_task"] / before[f"gradient/{name}/norm_task"])
         for name in trainer.tasks

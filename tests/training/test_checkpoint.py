@@ -19,7 +19,7 @@ import torch
 from helpers.common import ROOT, TINY, composed, flip
 
 import mtcl.atomic
-import mtcl.training.checkpoint as module
+import mtcl.training.checkpoint_file as module
 from mtcl.atomic import convert_disk_errors, remove_temporary_files, write_atomically
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
@@ -29,14 +29,14 @@ from mtcl.config.resolve import plain
 from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
 from mtcl.run_lock import lock_run
-from mtcl.training.checkpoint import (
-    CheckpointWriter,
+from mtcl.training.checkpoint import Checkpoint, latest_valid_checkpoint
+from mtcl.training.checkpoint_file import (
     CorruptCheckpointError,
     find_corruption,
-    latest_valid_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
+    read_checkpoint_file,
+    write_checkpoint_file,
 )
+from mtcl.training.checkpoint_writer import CheckpointWriter
 from mtcl.training.run_logger import RunLogger
 
 QUICK = [*TINY, "tasks.names=[semseg,depth]", "trainer.validate_first=false", "trainer.val_interval=null"]
@@ -45,6 +45,10 @@ QUICK += ["trainer.num_panels=0", "decoder.head_width=4", "trainer.max_steps=4",
 
 def some(step: int = 7, size: int = 20) -> dict:
     return {"model": {"w": torch.arange(float(size))}, "config": {"seed": 3}, "step": step}
+
+
+def make_checkpoint(step: int = 7, size: int = 20) -> Checkpoint:
+    return Checkpoint.from_dict(some(step, size))
 
 
 def names(folder: Path) -> list[str]:
@@ -57,7 +61,7 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize("every", [61, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_flipped_bit_of_any_byte_and_any_shorter_file_is_seen(tmp_path, every):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, some())
+    write_checkpoint_file(path, some())
     whole = path.read_bytes()
     positions = {*range(0, len(whole), every), *range(len(whole) - 100, len(whole), min(every, 9)), len(whole) - 77}
     for position in positions:
@@ -65,21 +69,21 @@ def test_a_flipped_bit_of_any_byte_and_any_shorter_file_is_seen(tmp_path, every)
         with pytest.raises(
             CorruptCheckpointError, match=r"last\.pt is damaged \(.*resume=auto finds the newest intact one"
         ):
-            load_checkpoint(path)
+            read_checkpoint_file(path)
         flip(path, position)
-    assert load_checkpoint(path)["step"] == 7
+    assert read_checkpoint_file(path)["step"] == 7
     for length in positions:
         path.write_bytes(whole[:length])
         with pytest.raises(CorruptCheckpointError):
-            load_checkpoint(path)
+            read_checkpoint_file(path)
     path.write_bytes(whole + b"\0")
     with pytest.raises(CorruptCheckpointError):
-        load_checkpoint(path)
+        read_checkpoint_file(path)
 
 
 def test_plain_torch_and_zip_read_the_file(tmp_path):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, some(size=50_000))
+    write_checkpoint_file(path, some(size=50_000))
     for mapped in (False, True):
         assert torch.equal(torch.load(path, weights_only=True, mmap=mapped)["model"]["w"], torch.arange(50_000.0))
     with zipfile.ZipFile(path) as archive:
@@ -91,10 +95,10 @@ def test_files_of_before_checksums_are_read(tmp_path):
     path = tmp_path / "last.pt"
     torch.save({"format": 1, **some()}, path)
     assert find_corruption(path) is None
-    assert load_checkpoint(path)["step"] == 7
+    assert read_checkpoint_file(path)["step"] == 7
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(CorruptCheckpointError):
-        load_checkpoint(path)
+        read_checkpoint_file(path)
 
 
 # --- Disks that fail
@@ -123,18 +127,18 @@ def full_disk(monkeypatch):
 def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, full_disk, asynchronous):
     writer = CheckpointWriter(tmp_path, asynchronous)
     for step in (1, 2):
-        writer.save("last", some(step))
+        writer.save("last", make_checkpoint(step))
     writer.wait()
     full_disk()
     with pytest.raises(UserError) as error:  # noqa: PT012 - of a thread it comes out of wait
-        writer.save("last", some(3, size=100_000))
+        writer.save("last", make_checkpoint(3, size=100_000))
         writer.wait()
     assert str(error.value) == (
         f"no space left on the disk of {tmp_path} while writing last.pt; free some, then continue with resume=auto"
     )
     writer.close()  # told once
     assert names(tmp_path) == ["last.pt", "previous.pt"]
-    assert [load_checkpoint(tmp_path / name)["step"] for name in names(tmp_path)] == [2, 1]
+    assert [read_checkpoint_file(tmp_path / name)["step"] for name in names(tmp_path)] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +162,7 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
     with pytest.raises(UserError, match="can't be written"):
         lock_run(tmp_path / "file" / "run")
     with pytest.raises(UserError, match="can't be written"):
-        CheckpointWriter(tmp_path / "file" / "checkpoints").save("last", some())
+        CheckpointWriter(tmp_path / "file" / "checkpoints").save("last", make_checkpoint())
 
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
@@ -180,7 +184,7 @@ def test_at_every_moment_one_of_last_and_previous_is_intact(tmp_path, monkeypatc
 
     def look():
         found = [tmp_path / name for name in ("last.pt", "previous.pt") if (tmp_path / name).exists()]
-        seen.append([load_checkpoint(path)["step"] for path in found])
+        seen.append([read_checkpoint_file(path)["step"] for path in found])
 
     def watched(call):
         def run(*args, **kwargs):
@@ -191,7 +195,7 @@ def test_at_every_moment_one_of_last_and_previous_is_intact(tmp_path, monkeypatc
 
         return run
 
-    writer.save("last", some(1))
+    writer.save("last", make_checkpoint(1))
     for name in ("link", "replace", "unlink", "fsync"):
         monkeypatch.setattr(os, name, watched(getattr(os, name)))
     if not has_links:
@@ -201,31 +205,31 @@ def test_at_every_moment_one_of_last_and_previous_is_intact(tmp_path, monkeypatc
 
         monkeypatch.setattr(os, "link", refuse)
     for step in (2, 3):
-        writer.save("last", some(step))
+        writer.save("last", make_checkpoint(step))
     monkeypatch.undo()
     assert all(seen)
     assert len(seen) > 8
     if has_links:
         assert all((step in (1, 2, 3)) for steps in seen for step in steps[:1])
     assert names(tmp_path) == ["last.pt", "previous.pt"]
-    assert latest_valid_checkpoint(tmp_path).content["step"] == 3
+    assert latest_valid_checkpoint(tmp_path).checkpoint.step == 3
     flip(tmp_path / "last.pt", 900)
-    assert latest_valid_checkpoint(tmp_path).content["step"] == 2
+    assert latest_valid_checkpoint(tmp_path).checkpoint.step == 2
 
 
 def test_a_damaged_last_does_not_replace_an_intact_previous(tmp_path):
     for step in (1, 2):
         writer = CheckpointWriter(tmp_path)
-        writer.save("last", some(step))
+        writer.save("last", make_checkpoint(step))
     flip(tmp_path / "last.pt", 900)
-    CheckpointWriter(tmp_path).save("last", some(3))
-    assert load_checkpoint(tmp_path / "previous.pt")["step"] == 1
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 3
+    CheckpointWriter(tmp_path).save("last", make_checkpoint(3))
+    assert read_checkpoint_file(tmp_path / "previous.pt")["step"] == 1
+    assert read_checkpoint_file(tmp_path / "last.pt")["step"] == 3
 
 
 def test_the_newest_intact_one_is_found(tmp_path):
     def write(name: str, step: int) -> None:
-        save_checkpoint(tmp_path / f"{name}.pt", some(step))
+        write_checkpoint_file(tmp_path / f"{name}.pt", some(step))
         write.clock += 10
         os.utime(tmp_path / f"{name}.pt", (write.clock, write.clock))
 
@@ -295,7 +299,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk):
     }
     content["model"]["grid"] = content["model"]["grid"].to(memory_format=torch.channels_last)
     writer = CheckpointWriter(tmp_path, asynchronous=True)
-    writer.save("last", content)
+    writer.save("last", Checkpoint.from_dict(content))
     assert not list(tmp_path.glob("*.pt"))
     with torch.no_grad():
         parameter += 1
@@ -303,27 +307,27 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk):
         settings["lr"][0] = 2.0
     gate.set()
     writer.close()
-    found = load_checkpoint(tmp_path / "last.pt")
+    found = read_checkpoint_file(tmp_path / "last.pt")
     assert found["model"]["w"].tolist() == found["model"]["same"].tolist() == [0, 0, 0]
     assert found["model"]["w"].data_ptr() == found["model"]["same"].data_ptr()
     assert found["model"]["grid"].is_contiguous(memory_format=torch.channels_last)
     assert found["optimizer"]["groups"] == {"lr": [1.0]}
     assert found["optimizer"]["state"][0].tolist() == found["optimizer"]["pair"][1].tolist() == [0, 0]
     gate.clear()
-    writer.save("last", some(1))
+    writer.save("last", make_checkpoint(1))
     threading.Timer(0.2, gate.set).start()
-    writer.save("best", some(2))  # waits for the first
+    writer.save("best", make_checkpoint(2))  # waits for the first
     writer.close()
     assert counts["most"] == 1
-    assert latest_valid_checkpoint(tmp_path).content["step"] == 2
+    assert latest_valid_checkpoint(tmp_path).checkpoint.step == 2
 
 
 def test_an_asynchronous_file_is_that_of_a_plain_save(tmp_path):
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
     content = some() | {"model": model.state_dict()}
-    CheckpointWriter(tmp_path).save("plain", content)
+    CheckpointWriter(tmp_path).save("plain", Checkpoint.from_dict(content))
     writer = CheckpointWriter(tmp_path, asynchronous=True)
-    writer.save("thread", content)
+    writer.save("thread", Checkpoint.from_dict(content))
     writer.close()
     assert (tmp_path / "plain.pt").read_bytes() == (tmp_path / "thread.pt").read_bytes()
 
@@ -336,22 +340,22 @@ def test_what_the_thread_met_comes_out(tmp_path, monkeypatch, how):
     writer = CheckpointWriter(tmp_path, asynchronous=True)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_write", fail)
-        writer.save("last", some())
+        writer.save("last", make_checkpoint())
         writer.thread.join()
-    act = {"save": lambda: writer.save("last", some(8)), "wait": writer.wait, "close": writer.close}
+    act = {"save": lambda: writer.save("last", make_checkpoint(8)), "wait": writer.wait, "close": writer.close}
     act["leave"] = lambda: writer.__exit__(None)
     with pytest.raises(UserError, match=r"last\.pt could not be written \(ValueError: a defect\)$"):
         act[how]()
-    writer.save("last", some(9))
+    writer.save("last", make_checkpoint(9))
     writer.close()
-    assert load_checkpoint(tmp_path / "last.pt")["step"] == 9
+    assert read_checkpoint_file(tmp_path / "last.pt")["step"] == 9
 
 
 def test_what_ends_a_run_is_not_hidden_by_a_failing_disk(tmp_path, full_disk, caplog):
     writer = CheckpointWriter(tmp_path, asynchronous=True)
     full_disk()
     with pytest.raises(KeyError), writer:  # noqa: PT012
-        writer.save("last", some())
+        writer.save("last", make_checkpoint())
         raise KeyError
     assert "no space left" in caplog.text
 
@@ -372,19 +376,19 @@ def test_a_run_outlives_the_removal_of_its_folder(tmp_path, caplog):
     writer, run_logger = CheckpointWriter(folder / "checkpoints"), RunLogger(folder)
     with lock_run(folder):
         run_logger.log_scalars(0, "train", {"depth": 1.0})
-        writer.save("last", some(1))
+        writer.save("last", make_checkpoint(1))
         shutil.rmtree(folder)
         run_logger.log_scalars(1, "train", {"depth": 2.0})
         run_logger.log_scalars(2, "train", {"depth": 3.0})
         run_logger.log_event(2, "skipped", {"ids": ["a"]})
-        writer.save("last", some(2))
+        writer.save("last", make_checkpoint(2))
         run_logger.close()
         with pytest.raises(UserError, match="another run"):
             lock_run(folder)
-    told = [record.message for record in caplog.records if "vanished in mid-run" in record.message]
+    told = [record.message for record in caplog.records if "vanished during the run" in record.message]
     assert len(told) == 2  # of the records, of the checkpoints
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 2]
-    assert load_checkpoint(folder / "checkpoints" / "last.pt")["step"] == 2
+    assert read_checkpoint_file(folder / "checkpoints" / "last.pt")["step"] == 2
     assert len(list(folder.glob("events.*"))) == 1
 
 
@@ -392,14 +396,14 @@ def test_a_removed_folder_that_another_run_has_taken_is_left_alone(tmp_path):
     folder = tmp_path / "run"
     writer = CheckpointWriter(folder / "checkpoints")
     with lock_run(folder):
-        writer.save("last", some(1))
+        writer.save("last", make_checkpoint(1))
         shutil.rmtree(folder)
         folder.mkdir()
         with subprocess.Popen([sys.executable, "-c", HOLD, folder / ".lock"], stdout=subprocess.PIPE) as other:
             other.stdout.readline()
             try:
                 with pytest.raises(UserError, match="another run is writing"):
-                    writer.save("last", some(2))
+                    writer.save("last", make_checkpoint(2))
             finally:
                 other.kill()
     assert names(folder) == [".lock"]
@@ -429,11 +433,11 @@ def test_records_wait_for_space(tmp_path, caplog):
 SAVING = """
 import sys, torch
 from pathlib import Path
-from mtcl.training.checkpoint import CheckpointWriter
+from mtcl.training.checkpoint import Checkpoint
+from mtcl.training.checkpoint_writer import CheckpointWriter
 writer = CheckpointWriter(Path(sys.argv[1]))
 for step in range(10**6):
-    content = {"model": {"w": torch.full((300_000,), float(step))}, "config": {}, "step": step}
-    writer.save("last", content)
+    writer.save("last", Checkpoint({"w": torch.full((300_000,), float(step))}, {}, step))
     print(step, flush=True)
 """
 
@@ -448,9 +452,9 @@ def test_a_process_killed_while_saving_leaves_an_intact_checkpoint(tmp_path):
         process.send_signal(signal.SIGKILL)
         told = [int(line) for line in process.stdout.read().split()]
     found = latest_valid_checkpoint(tmp_path)
-    step = found.content["step"]
+    step = found.checkpoint.step
     assert step >= max([2, *told])
-    assert found.content["model"]["w"].unique().tolist() == [step]
+    assert found.checkpoint.model["w"].unique().tolist() == [step]
     remove_temporary_files(tmp_path)
     assert names(tmp_path) == ["last.pt", "previous.pt"]
 
@@ -466,7 +470,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplo
     train(composed(*words, "trainer.max_steps=3"), tmp_path / "cut")
     # The schedule of 4 steps: what a run of 4 steps that was killed after the third leaves.
     for name in ("last", "previous"):
-        assert load_checkpoint(folder / f"{name}.pt")["step"] == {"last": 3, "previous": 2}[name]
+        assert read_checkpoint_file(folder / f"{name}.pt")["step"] == {"last": 3, "previous": 2}[name]
     shutil.rmtree(tmp_path / "cut")
     with pytest.MonkeyPatch.context() as patch:
         from mtcl.training.trainer import Trainer
@@ -492,7 +496,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplo
     assert f"resumed at step 2 from {folder}/previous.pt" in caplog.text
     assert "is not the one of its checkpoint" not in caplog.text
     assert not list(folder.glob(".*.tmp"))
-    ours, theirs = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("cut", "whole"))
+    ours, theirs = (read_checkpoint_file(tmp_path / name / "checkpoints" / "last.pt") for name in ("cut", "whole"))
     assert ours["step"] == theirs["step"] == 4
     for name in theirs["model"]:
         assert torch.equal(ours["model"][name], theirs["model"][name]), name
@@ -523,16 +527,16 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplo
 def test_a_run_that_another_finished_in_the_meantime_is_not_written_over(tmp_path, monkeypatch):
     import mtcl.cli.train as entry
 
-    original = entry.build_trainer
+    original = entry.build_training_run
 
     def meanwhile(*args, **kwargs):
-        save_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt", some(9))
+        write_checkpoint_file(tmp_path / "run" / "checkpoints" / "last.pt", some(9))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(entry, "build_trainer", meanwhile)
+    monkeypatch.setattr(entry, "build_training_run", meanwhile)
     with pytest.raises(UserError, match="another run has just written"):
         train(composed(*QUICK), tmp_path / "run")
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 9
+    assert read_checkpoint_file(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 9
 
 
 # --- What a file may not do
@@ -585,7 +589,7 @@ def test_foreign_targets_in_a_checkpoint_are_refused(cli, tmp_path, monkeypatch,
     tasks = describe_tasks(build_tasks(composed(*QUICK)))
     config[group]["_target_"] = target
     content = {**some(), "model": {}, "config": config, "meta": {"tasks": tasks}}
-    save_checkpoint(tmp_path / "evil.pt", content)
+    write_checkpoint_file(tmp_path / "evil.pt", content)
     result = cli("evaluate.py", f"checkpoint={tmp_path}/evil.pt", f"hydra.run.dir={tmp_path}/out")
     assert result.code == 1
     (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]

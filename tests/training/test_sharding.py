@@ -15,9 +15,9 @@ from torch._dynamo.exc import TorchDynamoException
 from mtcl import UserError
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_trainer
+from mtcl.config.build_training import build_training_run
 from mtcl.config.schema import check_config
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.training.checkpoint_file import read_checkpoint_file
 from mtcl.training.sharding import ReplicatedWeights, fsdp_units
 from mtcl.training.train_step import CompiledModule
 
@@ -88,7 +88,7 @@ def test_train_py_with_shared_out_weights(tmp_path):
     run(tmp_path / "whole")
     run(tmp_path / "cut", "trainer.max_steps=2")
     assert "resumed at step 2" in run(tmp_path / "cut", "resume=auto")
-    a, b = (load_checkpoint(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "cut"))
+    a, b = (read_checkpoint_file(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "cut"))
     assert len(a["rng"]) == 2
     for part in ("model", "regularizer"):
         assert all(torch.equal(value, b[part][name]) for name, value in a[part].items())
@@ -102,7 +102,7 @@ def test_train_py_with_shared_out_weights(tmp_path):
     for task, metrics in own.items():
         assert scores[task] == pytest.approx(metrics, rel=1e-2, abs=1e-3, nan_ok=True), task
     assert "resumed at step 4" in run(tmp_path / "on", f"resume={path}", "trainer.max_steps=6", command=ONE)
-    assert load_checkpoint(tmp_path / "on" / "checkpoints" / "last.pt")["step"] == 6
+    assert read_checkpoint_file(tmp_path / "on" / "checkpoints" / "last.pt")["step"] == 6
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_blocks_are_units(decoder, backbone, want):
 
 def test_alone_it_means_nothing(tmp_path):
     config = composed(*TINY, FSDP)
-    trainer = build_trainer(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
+    trainer = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
     assert type(trainer.weights) is ReplicatedWeights
     with pytest.raises(UserError, match=r"trainer\.parallel=zero must be ddp or fsdp"):
         check_config({"trainer": {"parallel": "zero"}})

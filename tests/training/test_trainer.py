@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from torch._dynamo.backends.common import aot_autograd
 from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_trainer
-from mtcl.training.checkpoint import load_checkpoint
+from mtcl.config.build_training import build_training_run
+from mtcl.training.checkpoint_file import read_checkpoint_file
 from mtcl.training.preemption import Preempted
 from mtcl.training.trainer import Trainer
 
@@ -28,7 +29,7 @@ WORDS = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null",
 def made(tmp_path: Path, *words: str) -> Trainer:
     config = composed(*WORDS, *words)
     torch.manual_seed(0)
-    trainer = build_trainer(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
+    trainer = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
     trainer.model.train()
     return trainer
 
@@ -71,7 +72,7 @@ def test_a_step_that_is_not_finite_is_no_step(optimizer, first, tmp_path):
         assert torch.equal(value, before.get(name, torch.zeros_like(value))), name
     assert all(value.isfinite() for value in trainer.train_step(after).values())
     assert any(not torch.equal(value, before[name]) for name, value in state().items() if name in before)
-    (skipped,) = trainer.nonfinite_guard.settle()
+    (skipped,) = trainer.nonfinite_guard.flush()
     assert "loss of normals" in skipped.terms
     assert "loss of depth" not in skipped.terms
     assert skipped.ids == [meta.id for meta in bad["meta"]]
@@ -81,7 +82,7 @@ def test_statistics_that_saw_nan_are_put_back(tmp_path):
     trainer = made(tmp_path, "trainer.max_nonfinite_steps=3")
     batch = next(iter(trainer.batches))
     trainer.train_step(batch)
-    assert trainer.nonfinite_guard.settle() == []
+    assert trainer.nonfinite_guard.flush() == []
     with torch.no_grad():
         weight = next(trainer.model.parameters())
         kept = weight.clone()
@@ -91,7 +92,7 @@ def test_statistics_that_saw_nan_are_put_back(tmp_path):
         weight.copy_(kept)
     running = [b for name, b in trainer.model.named_buffers() if name.endswith("running_mean")]
     assert any(not b.isfinite().all() for b in running)
-    assert len(trainer.nonfinite_guard.settle()) == 1
+    assert len(trainer.nonfinite_guard.flush()) == 1
     assert all(b.isfinite().all() for b in running)
 
 
@@ -127,7 +128,7 @@ def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
     ) as told:
         train(composed(*WORDS, *words), tmp_path)
     assert "optimizer.lr" in str(told.value)
-    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt")
+    state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -150,7 +151,7 @@ def test_a_signal_ends_the_run_after_its_step(name, tmp_path, monkeypatch):
             train(composed(*words), tmp_path / "cut")
     assert signal.getsignal(getattr(signal, name)) == before
     train(composed(*words, "resume=auto"), tmp_path / "cut")
-    a, b = (load_checkpoint(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
+    a, b = (read_checkpoint_file(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
 
 
@@ -184,8 +185,8 @@ def test_accumulated_batches_are_one_batch(tmp_path):
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
-        trainer.clip_norm = None
-        for _, batches in zip(range(2), trainer._batches()):
+        trainer.options = replace(trainer.options, clip_norm=None)
+        for _, batches in zip(range(2), trainer.batches_per_step()):
             values = trainer.train_step(*batches)
             trainer.step += 1
         found.append((dict(trainer.model.named_parameters()), values))
@@ -208,7 +209,7 @@ def test_a_resumed_run_accumulates_on(tmp_path):
     train(composed(*words), tmp_path / "whole")
     train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
     train(composed(*words, "resume=auto"), tmp_path / "cut")
-    a, b = (load_checkpoint(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
+    a, b = (read_checkpoint_file(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
 
 
@@ -243,12 +244,14 @@ def test_compiled_steps_learn_the_same(tmp_path):
         trainer = made(tmp_path, f"trainer.compile={str(compiled).lower()}", "tasks.names=[depth,normals]")
         gradients = []
         for _, batch in zip(range(2), trainer.batches):
-            values = trainer._add_gradients(batch, 1, {}, with_diagnostics=trainer.step == 0)
-            gradients.append({n: p.grad.clone() for n, p in trainer.wrapped.named_parameters() if p.grad is not None})
+            values = trainer.accumulate_gradients(batch, 1, {}, with_diagnostics=trainer.step == 0)
+            gradients.append(
+                {n: p.grad.clone() for n, p in trainer.eager_step.named_parameters() if p.grad is not None}
+            )
             assert any(name.startswith("gradient/") for name in values) == (trainer.step == 0)
-            trainer.wrapped.zero_grad()
+            trainer.eager_step.zero_grad()
             trainer.step += 1
-        assert trainer.share.factor.min() > 0
+        assert trainer.lambda_.gradient_norm_weight.factor.min() > 0
         found.append(gradients)
     for eager, compiled in zip(*found, strict=True):
         assert eager.keys() == compiled.keys()

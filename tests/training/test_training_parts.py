@@ -15,12 +15,13 @@ from mtcl import UserError
 from mtcl.atomic import write_atomically, write_json
 from mtcl.evaluation.evaluator import Evaluator, VisualSample
 from mtcl.models import DenseModel, DenseOutput
+from mtcl.regularizers.weighting import linear_warmup
 from mtcl.runtime import rng_state, set_rng_state
 from mtcl.tasks import VOC21, build_task
-from mtcl.training import checkpoint as checkpoint_module
+from mtcl.training import checkpoint_file as checkpoint_module
 from mtcl.training.balancing import FixedWeights
-from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
-from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule, linear_warmup
+from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
+from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer, build_schedule
 from mtcl.training.run_logger import RunLogger, flatten_metrics, write_panels
 from mtcl.visualization.panels import GAP, LINE_HEIGHT, draw_panel
 
@@ -163,20 +164,20 @@ def some_content(value=1.0):
 
 def test_checkpoint_round_trip(tmp_path):
     path = tmp_path / "new" / "folder" / "last.pt"
-    save_checkpoint(path, some_content())
-    found = load_checkpoint(str(path))
+    write_checkpoint_file(path, some_content())
+    found = read_checkpoint_file(str(path))
     assert torch.equal(found.pop("model")["w"], torch.ones(2, 3))
     assert found == {"format": 1, "config": {"seed": 3, "data": {"size": [4, 5]}}, "step": 7}
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
-    save_checkpoint(path, some_content(2.0))
-    assert load_checkpoint(path)["model"]["w"].unique().tolist() == [2]
+    write_checkpoint_file(path, some_content(2.0))
+    assert read_checkpoint_file(path)["model"]["w"].unique().tolist() == [2]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("moment", ["while writing", "while flushing", "while renaming"])
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, error, moment):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, some_content(1.0))
+    write_checkpoint_file(path, some_content(1.0))
     old = path.read_bytes()
 
     def fail(*args, **kwargs):
@@ -191,7 +192,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch, error, m
     else:
         monkeypatch.setattr(f"os.{'fsync' if moment == 'while flushing' else 'replace'}", fail)
     with pytest.raises(error, match="power failure"):
-        save_checkpoint(path, some_content(2.0))
+        write_checkpoint_file(path, some_content(2.0))
     monkeypatch.undo()
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
@@ -225,7 +226,7 @@ class Evil:
 def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path):
     torch.save({"format": 1, **some_content(), "extra": Evil(tmp_path / "executed")}, tmp_path / "evil.pt")
     with pytest.raises(UserError, match=r"evil\.pt names posix mkdir"):
-        load_checkpoint(tmp_path / "evil.pt")
+        read_checkpoint_file(tmp_path / "evil.pt")
     assert not (tmp_path / "executed").exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)  # the trap itself works
     assert (tmp_path / "executed").exists()
@@ -251,12 +252,12 @@ def test_checkpoints_that_cannot_be_used(tmp_path, content, reason):
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content == "truncated":
-        save_checkpoint(path, some_content())
+        write_checkpoint_file(path, some_content())
         path.write_bytes(path.read_bytes()[:-200])
     elif content is not None:
         torch.save(content, path)
     with pytest.raises(UserError, match=reason) as error:
-        load_checkpoint(path)
+        read_checkpoint_file(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -285,10 +286,10 @@ def test_a_weight_of_zero_counts():
 def test_generator_state_round_trip(tmp_path):
     torch.manual_seed(5)
     torch.rand(7)
-    save_checkpoint(tmp_path / "a.pt", {**some_content(), "rng": rng_state(CPU)})
+    write_checkpoint_file(tmp_path / "a.pt", {**some_content(), "rng": rng_state(CPU)})
     want = torch.rand(4)
     torch.manual_seed(0)
-    set_rng_state(load_checkpoint(tmp_path / "a.pt")["rng"], CPU)
+    set_rng_state(read_checkpoint_file(tmp_path / "a.pt")["rng"], CPU)
     assert torch.equal(torch.rand(4), want)
 
 
@@ -439,7 +440,7 @@ def test_recorder_survives_a_line_cut_short(tmp_path):
 def test_recorder_draws_panels(tmp_path):
     run_logger = RunLogger(tmp_path / "run")
     sample = make_shown(24, 32, id="a/b")
-    run_logger.panels(5, [sample], TASKS)
+    run_logger.log_panels(5, [sample], TASKS)
     run_logger.log_scalars(5, "val", {"depth/rmse": 0.5})
     run_logger.close()
     assert (tmp_path / "run/panels/a_b.png").is_file()
