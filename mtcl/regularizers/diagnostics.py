@@ -1,4 +1,4 @@
-"""Does the regulariser do anything? Its gradient at the tapped features, beside the tasks' own."""
+"""Compare the gradients of the regulariser and of the tasks at the task features."""
 
 from collections.abc import Mapping
 
@@ -9,30 +9,38 @@ from mtcl import distributed
 
 
 def compare_feature_gradients(task_loss: Tensor, contrast: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Per target, detached scalars: ``norm_task``, ``norm_contrast`` (weighted, as they enter the step), ``cosine``
-    of the two.
+    """Compare the gradients of two losses at the task features.
 
-    Costs two backward passes from the losses down to ``taps``, not through the model; call it when logging. Leaves
-    ``.grad`` and the graph as they are.
+    Costs two backward passes from the losses down to the features, not through the model; call it when logging. Leaves
+    ``.grad`` and the graph unchanged.
+
+    Args:
+        task_loss: weighted sum over the tasks, as it enters the step.
+        contrast: the regulariser's loss times lambda.
+        features: target -> feature map, in the graph of both.
+
+    Returns:
+        detached scalars ``TARGET/norm_task``, ``TARGET/norm_contrast`` and ``TARGET/cosine``.
     """
     maps = list(features.values())
-    own = torch.autograd.grad(task_loss, maps, retain_graph=True, allow_unused=True)
-    ours = torch.autograd.grad(contrast, maps, retain_graph=True, allow_unused=True)
-    found = {}
-    for name, feature, a, b in zip(features, maps, own, ours):
+    task_gradients = torch.autograd.grad(task_loss, maps, retain_graph=True, allow_unused=True)
+    contrast_gradients = torch.autograd.grad(contrast, maps, retain_graph=True, allow_unused=True)
+    result = {}
+    for name, feature, a, b in zip(features, maps, task_gradients, contrast_gradients):
         a = torch.zeros_like(feature) if a is None else a
         b = torch.zeros_like(feature) if b is None else b
         a, b = a.float().flatten(), b.float().flatten()
-        found[f"{name}/norm_task"], found[f"{name}/norm_contrast"] = global_norm(a), global_norm(b)
+        result[f"{name}/norm_task"], result[f"{name}/norm_contrast"] = global_norm(a), global_norm(b)
         dot = distributed.all_reduce_sum((a * b).sum()) / distributed.world_size() ** 2
-        found[f"{name}/cosine"] = dot / (global_norm(a).clamp(min=1e-8) * global_norm(b).clamp(min=1e-8))
-    return found
+        result[f"{name}/cosine"] = dot / (global_norm(a).clamp(min=1e-8) * global_norm(b).clamp(min=1e-8))
+    return result
 
 
 def gradient_norms(loss: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Target -> length of the gradient of ``loss`` at its tapped features, detached.
+    """Return target -> norm of the gradient of ``loss`` at its features, detached.
 
-    One map after the other: never more than one gradient of that size. Leaves ``.grad`` and the graph as they are.
+    Takes one feature map after the other, so that only one gradient of that size is in memory. Leaves ``.grad`` and the
+    graph unchanged.
     """
     norms: dict[int, Tensor] = {}  # by map: targets may share one
     for feature in features.values():
@@ -45,7 +53,7 @@ def gradient_norms(loss: Tensor, features: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def global_norm(part: Tensor) -> Tensor:
-    """The norm of the gradient of the mean over processes, of which each has the part of its own pictures."""
+    """Return the norm of the gradient of the mean loss over all processes, each of which has its own images' part."""
     if distributed.world_size() == 1:
         return part.norm()
     return distributed.all_reduce_sum(part.square().sum()).sqrt() / distributed.world_size()

@@ -31,7 +31,7 @@ class GradientNormWeight(nn.Module):
 
     @torch.no_grad()
     def update(self, norm_task: Mapping[str, Tensor], norm_contrast: Mapping[str, Tensor]) -> None:
-        """Take in gradient norms, target -> scalar. A target without labels or anchors in the batch keeps its factor."""
+        """Take in gradient norms, target -> scalar. A target without labels or anchors keeps its factor."""
         task = torch.stack([norm_task[name] for name in self.names])
         contrast = torch.stack([norm_contrast[name] for name in self.names])
         ratio = task / contrast.clamp(min=torch.finfo(contrast.dtype).tiny)

@@ -1,4 +1,4 @@
-"""From one loss per objective to gradients."""
+"""Balance objectives: from one loss per objective to the gradients of the model."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -16,13 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class Balancer(ABC):
-    """Decides how much each objective moves the model.
+    """Decides how much each objective contributes to the gradients.
 
-    ``weights``: the objectives, and by how much each loss is multiplied first. Losses of other names (a model's
-    auxiliary ones, the contrast where it is no objective) are added as they come.
+    A step calls :meth:`backward` for each of its batches, :meth:`finish_step` before the gradients are used, and
+    :meth:`update` after the optimiser's step.
 
-    A step calls :meth:`backward` for each of its batches, :meth:`finish` before gradients are looked at, and
-    :meth:`update` after the model's own step.
+    Args:
+        weights: objective -> fixed factor of its loss. Losses of other names (a model's auxiliary ones, the contrast
+            where it is not an objective) are added with factor 1.
     """
 
     saved_name: str  # in checkpoints, where it must not change
@@ -31,29 +32,35 @@ class Balancer(ABC):
         self.weights = dict(weights)
 
     def weight(self, name: str) -> float | Tensor:
-        """What this loss counts now, before gradients are aggregated."""
+        """Return the current factor of a loss, before gradients are aggregated."""
         return self.weights.get(name, 1.0)
 
     @abstractmethod
     def backward(self, losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:
-        """Add the gradients of a batch's scalar losses, by name; ``parameters``: all that is trained."""
+        """Add the gradients of a batch's losses.
 
-    def finish_step(self, step: int) -> None:  # noqa: B027  # nothing to do is a fine answer
-        """All batches of the step are in: ``.grad`` is complete afterwards."""
+        Args:
+            losses: name -> scalar.
+            parameters: all that are trained.
+        """
+
+    def finish_step(self, step: int) -> None:  # noqa: B027  # optional
+        """Complete ``.grad`` after the step's last batch."""
 
     def update(self, step: int, skip: Tensor) -> None:  # noqa: B027
-        """Learn from the step; ``skip``: 1.0 on the device where nothing is to be learnt from it."""
+        """Update the balancer's own state after a step, unless ``skip`` is 1.0 on the device."""
 
     def summary(self) -> dict[str, Tensor | float]:
-        """``objective/what`` -> scalar, for the log."""
+        """Return ``objective/quantity`` -> scalar, for the log."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state for a checkpoint."""
         return {"method": self.saved_name, "objectives": list(self.weights), **self._state()}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from :meth:`state_dict`; afresh, after a warning, where that is of another balancing."""
-        state = state or {"method": FixedWeights.saved_name}  # of before the key
+        """Continue from :meth:`state_dict`; start afresh, after a warning, if that is of another method."""
+        state = state or {"method": FixedWeights.saved_name}  # checkpoints from before there were balancers
         same = state["method"] == self.saved_name and state.get("objectives") == list(self.weights)
         if self._state() and not same:
             log.warning("the checkpoint was trained with another balancing: this one starts afresh")
@@ -64,32 +71,32 @@ class Balancer(ABC):
         return {}
 
     def _load(self, state: Mapping[str, Any]) -> None:  # noqa: B027
-        """Take back what :meth:`_state` gave."""
+        """Load what :meth:`_state` returned."""
 
 
 class FixedWeights(Balancer):
-    """The field's way: one backward pass through the sum of fixed multiples. An objective without a weight counts
-    once."""
+    """Sums the losses with fixed factors, the standard way, and runs one backward pass."""
 
     saved_name = "FixedWeights"
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the losses."""
         return sum((self.weight(name) * loss for name, loss in losses.items()), start=_zero(losses))
 
-    def backward(self, losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    def backward(self, losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:  # noqa: ARG002
+        """Add the gradients of the weighted sum."""
         self.total(losses).backward()
 
 
 class _AdaptiveWeights(FixedWeights):
-    """One backward pass, too, but the multiples follow the losses: those of a step, over its batches and all
-    processes, are at hand when it is finished."""
+    """Factors that follow the losses. :meth:`finish_step` averages these over a step's batches and all processes."""
 
     def __init__(self, weights: Mapping[str, float], device: torch.device):
         super().__init__(weights)
         self.fixed = torch.tensor(list(self.weights.values()), dtype=torch.float32, device=device)
         self.factors = torch.ones_like(self.fixed)
         self.sums = torch.zeros_like(self.factors)  # of this step's batches
-        self.means = torch.zeros_like(self.factors)  # of the finished step; 0: the objective was not there
+        self.means = torch.zeros_like(self.factors)  # of the last step; 0: the objective had no labels
 
     def weight(self, name: str) -> float | Tensor:
         if name not in self.weights:
@@ -101,7 +108,7 @@ class _AdaptiveWeights(FixedWeights):
         zero = _zero(losses).float()
         self.sums += torch.stack([losses[name].detach().float() if name in losses else zero for name in self.weights])
 
-    def finish_step(self, step: int) -> None:
+    def finish_step(self, step: int) -> None:  # noqa: ARG002
         self.means = distributed.all_reduce_sum(self.sums) / distributed.world_size()
         self.sums = torch.zeros_like(self.sums)
 
@@ -110,16 +117,22 @@ class _AdaptiveWeights(FixedWeights):
 
 
 class UncertaintyWeighting(_AdaptiveWeights):
-    """Each objective has a learned log-variance s (Kendall, Gal, Cipolla, CVPR 2018): the sum of
+    """Learns a log-variance s per objective (Kendall, Gal, Cipolla, CVPR 2018).
+
+    The sum of
 
         exp(-s) w L + s
 
     is minimised over the model and over s. All s start at 0, so a run begins with the fixed weights w; where s has
-    settled, exp(s) is the size of w L. This is the likelihood of Laplace's distribution, i.e. of the L1 losses of
+    converged, exp(s) is the size of w L. This is the likelihood of Laplace's distribution, i.e. of the L1 losses of
     depth and normals; the paper's forms for Gaussians (exp(-s) L / 2 + s / 2) and for classes (exp(-s) L + s / 2)
     differ from it in a constant of each task.
 
-    ``lr``: of SliceAdamW on all s, times the ``schedule``: an objective without a label in a step keeps its own.
+    Args:
+        weights: objective -> w.
+        device: of the losses.
+        lr: learning rate of all s. The optimiser is MaskedAdamW: an objective without labels in a step keeps its s.
+        schedule: of that learning rate.
     """
 
     saved_name = "Uncertainty"
@@ -130,17 +143,20 @@ class UncertaintyWeighting(_AdaptiveWeights):
         self.optimizer = ScheduledOptimizer(MaskedAdamW([self.log_variance], lr=lr, weight_decay=0.0), schedule)
 
     def finish_step(self, step: int) -> None:
+        """Compute the gradient of each s from the mean losses of the step."""
         super().finish_step(step)
         self.log_variance.grad = torch.where(self.means == 0, 0.0, 1 - self.factors * self.fixed * self.means)
 
     def update(self, step: int, skip: Tensor) -> None:
+        """Take a step on all s."""
         self.optimizer.step(step, skip)
         self.optimizer.zero_grad()
         self.factors = torch.exp(-self.log_variance.detach())
 
     def summary(self) -> dict[str, Tensor | float]:
-        learned = self.log_variance.detach().unbind()
-        return super().summary() | {f"{name}/log_variance": s for name, s in zip(self.weights, learned)}
+        """Return the current factors and log-variances."""
+        log_variances = self.log_variance.detach().unbind()
+        return super().summary() | {f"{name}/log_variance": s for name, s in zip(self.weights, log_variances)}
 
     def _state(self) -> dict[str, Any]:
         return {"log_variance": self.log_variance.detach(), "optimizer": self.optimizer.optimizer.state_dict()}
@@ -153,13 +169,20 @@ class UncertaintyWeighting(_AdaptiveWeights):
 
 
 class DynamicWeightAveraging(_AdaptiveWeights):
-    """Dynamic weight averaging (Liu, Johns, Davison, CVPR 2019): of K objectives, the one whose loss falls the slowest
-    counts the most,
+    """Dynamic weight averaging (Liu, Johns, Davison, CVPR 2019).
+
+    Of K objectives, the one whose loss decreases the slowest has the largest factor,
 
         K softmax(r / temperature) w L,        r = mean loss of the last window / of the one before
 
-    ``every``: steps of a window (the paper: an epoch). 1 in the first two windows, and for an objective that was not
-    seen in both of the last two, which then has no part in the softmax and in K.
+    The factor is 1 in the first two windows, and for an objective without labels in one of the last two, which is then
+    left out of the softmax and of K.
+
+    Args:
+        weights: objective -> w.
+        device: of the losses.
+        every: steps of a window (in the paper an epoch).
+        temperature: of the softmax.
     """
 
     saved_name = "DynamicAverage"
@@ -167,12 +190,15 @@ class DynamicWeightAveraging(_AdaptiveWeights):
     def __init__(self, weights: Mapping[str, float], device: torch.device, every: int, temperature: float = 2.0):
         super().__init__(weights, device)
         self.every, self.temperature = every, temperature
-        self.windows = torch.zeros(4, len(self.weights), device=device)  # sum and count of this one, earlier two's mean
+        self.windows = torch.zeros(
+            4, len(self.weights), device=device
+        )  # sum and count of this one, means of the two before
 
     def update(self, step: int, skip: Tensor) -> None:
-        seen = (self.means != 0) & self.means.isfinite() & (skip == 0)
-        self.windows[0] += torch.where(seen, self.means, 0.0)
-        self.windows[1] += seen
+        """Take in the mean losses of the step; compute new factors at the end of a window."""
+        has_labels = (self.means != 0) & self.means.isfinite() & (skip == 0)
+        self.windows[0] += torch.where(has_labels, self.means, 0.0)
+        self.windows[1] += has_labels
         if (step + 1) % self.every == 0:
             sums, counts, newer, _ = self.windows
             mean = torch.where(counts > 0, sums / counts, 0.0)
@@ -181,9 +207,9 @@ class DynamicWeightAveraging(_AdaptiveWeights):
 
     def _factors(self) -> Tensor:
         newer, older = self.windows[2:]
-        known = (newer > 0) & (older > 0)
-        rate = torch.where(known, newer / older / self.temperature, -torch.inf)
-        return torch.where(known, known.sum() * torch.softmax(rate, dim=0), 1.0)
+        has_both = (newer > 0) & (older > 0)
+        rate = torch.where(has_both, newer / older / self.temperature, -torch.inf)
+        return torch.where(has_both, has_both.sum() * torch.softmax(rate, dim=0), 1.0)
 
     def _state(self) -> dict[str, Any]:
         return {"windows": self.windows}

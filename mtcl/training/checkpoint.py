@@ -1,7 +1,7 @@
 """A run's checkpoints: what one holds, and from which one a run is continued."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ class Checkpoint:
     gradient_norm_weight: Mapping[str, Any] | None = None
     balancer: Mapping[str, Any] | None = None
     optimizer: Mapping[str, Any] = field(default_factory=dict)
-    rng: Sequence[Mapping[str, Any]] | Mapping[str, Any] = field(default_factory=dict)
+    rng: list[dict[str, Tensor]] | dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
@@ -108,15 +108,15 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def latest_valid_checkpoint(folder: Path) -> LoadedCheckpoint | None:
     """Read the checkpoint from which a run is continued; None where ``folder`` has none.
 
-    That is ``last``, or where it is damaged ``previous``; or what the run wrote afterwards at a later step: ``best``, or
-    a numbered one.
+    That is ``last``, or where it is damaged ``previous``; or what the run wrote afterwards at a later step: ``best``,
+    or a numbered one.
 
     Raises:
         UserError: all checkpoints are damaged.
     """
     numbered = {path: int(match[1]) for path in folder.glob("*.pt") if (match := NUMBERED.fullmatch(path.stem))}
-    named = [folder / f"{name}.pt" for name in ("last", "previous")]
-    candidates = [*named, *sorted(numbered, key=lambda path: -numbered[path]), folder / "best.pt"]
+    last_two = [folder / f"{name}.pt" for name in ("last", "previous")]
+    candidates = [*last_two, *sorted(numbered, key=lambda path: -numbered[path]), folder / "best.pt"]
     latest: LoadedCheckpoint | None = None
     rejected: list[CorruptCheckpointError] = []
     for path in (path for path in candidates if path.is_file()):
@@ -124,7 +124,7 @@ def latest_valid_checkpoint(folder: Path) -> LoadedCheckpoint | None:
             # An older file is of an earlier step, or of a course of training that the run has been reset from.
             is_newer = path.stat().st_mtime_ns > latest.path.stat().st_mtime_ns
             step = latest.checkpoint.step
-            if path in named or not is_newer or numbered.get(path, step + 1) <= step:
+            if path in last_two or not is_newer or numbered.get(path, step + 1) <= step:
                 continue
         try:
             checkpoint = load_checkpoint(path)

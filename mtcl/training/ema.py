@@ -1,4 +1,4 @@
-"""A running mean of a model's weights."""
+"""An exponential moving average of a model's weights."""
 
 import copy
 
@@ -10,9 +10,13 @@ from mtcl.models import DenseModel
 
 
 class ModelEma:
-    """``model``: a copy whose parameters become decay * old + (1 - decay) * now at each :meth:`update`.
+    """Keeps a copy of a model whose parameters are averaged: decay * average + (1 - decay) * current, at each update.
 
     (torch's AveragedModel makes the host wait for the device at every update, and copies buffers one by one.)
+
+    Args:
+        model: its weights are where the average starts.
+        decay: 0 to 1.
     """
 
     def __init__(self, model: DenseModel, decay: float):
@@ -21,20 +25,21 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, model: DenseModel) -> None:
-        mean, now = _here(self.model), _here(model)
+        """Take in the current weights; the first update replaces the average."""
+        average, current = _local_parameters(self.model), _local_parameters(model)
         if self.updates:
-            torch._foreach_lerp_(mean, now, 1 - self.decay)
+            torch._foreach_lerp_(average, current, 1 - self.decay)
         else:
-            torch._foreach_copy_(mean, now)
+            torch._foreach_copy_(average, current)
         self.updates += 1
 
     @torch.no_grad()
     def copy_buffers(self, model: DenseModel) -> None:
-        """Running statistics are the model's own: to be called before the mean is used or saved."""
-        for mine, its in zip(self.model.buffers(), model.buffers()):
-            mine.copy_(its)
+        """Copy the running statistics, which are not averaged; call it before the average is used or saved."""
+        for own_buffer, buffer in zip(self.model.buffers(), model.buffers()):
+            own_buffer.copy_(buffer)
 
 
-def _here(model: nn.Module) -> list[Tensor]:
-    """The weights, or where they are shared out this process's part of each."""
+def _local_parameters(model: nn.Module) -> list[Tensor]:
+    """Return the parameters, or where they are sharded this process's part of each."""
     return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]

@@ -21,9 +21,9 @@ class SkippedStep(NamedTuple):
 class NonFiniteGuard:
     """Skips steps that are not finite without making the host wait for the device at every step.
 
-    :meth:`record` leaves flags on the device, :meth:`flush` reads those of all steps since the last call. A forward pass
-    that meets NaN leaves it in the running statistics of batch norms, which training does not read: ``flush`` resets
-    them to their values at the last call.
+    :meth:`record` leaves flags on the device, :meth:`flush` reads those of all steps since the last call. A forward
+    pass that meets NaN leaves it in the running statistics of batch norms, which training does not read: ``flush``
+    resets them to their values at the last call.
 
     Args:
         model: whose batch norms are reset.

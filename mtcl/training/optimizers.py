@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules, from plain numbers."""
+"""Optimisers and learning-rate schedules."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtcl.errors import UserError
+from mtcl.errors import ParameterError
 from mtcl.models import DenseModel
 from mtcl.regularizers.weighting import linear_warmup
 
-Schedule = Callable[[int], float]  # of the step: a factor of the learning rate, or the regulariser's lambda
+Schedule = Callable[[int], float]  # step -> factor of the learning rate
 
 
 def build_optimizer(
@@ -25,11 +25,24 @@ def build_optimizer(
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
 ) -> torch.optim.Optimizer:
-    """AdamW, Adam (both with ``betas`` and ``eps``) or SGD (``momentum`` and ``nesterov``), with a learning rate of its
-    own for the backbone (None: the same).
+    """Build the optimiser of a model.
 
-    Vectors (biases, norm scales) take no weight decay. All are torch's fused ones, which alone take the flag that a
-    step is to be skipped (:class:`ScheduledOptimizer`) without a wait for the device.
+    Vectors (biases, norm scales) have no weight decay. All optimisers are torch's fused ones: only these can skip a
+    step (:class:`ScheduledOptimizer`) without a wait for the device.
+
+    Args:
+        model: only parameters that require gradients are trained.
+        name: ``adamw``, ``adam`` or ``sgd``.
+        lr: learning rate.
+        backbone_lr: learning rate of the backbone; None: ``lr``.
+        weight_decay: of matrices and kernels.
+        momentum: of ``sgd``.
+        nesterov: of ``sgd``; needs a momentum.
+        betas: of ``adamw`` and ``adam``.
+        eps: of ``adamw`` and ``adam``.
+
+    Raises:
+        ParameterError: the name is unknown, or parameters do not go together.
     """
     backbone = {id(p) for p in model.backbone_parameters()}
     buckets: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -50,20 +63,32 @@ def build_optimizer(
         return torch.optim.Adam(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
     if name == "sgd":
         if nesterov and not momentum:
-            raise UserError("optimizer.nesterov=true needs optimizer.momentum above 0")
+            raise ParameterError("nesterov", "=true needs a momentum above 0")
         optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=True)
-        if momentum:  # else a skipped first step would leave them as the memory happened to be
+        if momentum:  # else a skipped first step would leave them uninitialised
             for parameter in (p for bucket in buckets.values() for p in bucket):
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
-    raise UserError(f"optimizer.name={name} is not known; choose adamw, adam or sgd")
+    raise ParameterError("name", f"={name} is not known; choose adamw, adam or sgd")
 
 
 def build_schedule(name: str, max_steps: int, warmup_steps: int = 0, power: float = 0.9) -> Schedule:
-    """``poly``: (1 - step / max_steps) ** power; ``cosine``: half a cosine to zero; ``constant``. All after a linear
-    warm-up."""
+    """Build a learning-rate schedule.
+
+    Args:
+        name: ``poly``: (1 - step / max_steps) ** power; ``cosine``: half a cosine to zero; or ``constant``.
+        max_steps: length of the training.
+        warmup_steps: over so many steps the factor grows linearly; 0: none.
+        power: of ``poly``.
+
+    Returns:
+        step -> factor of the learning rate.
+
+    Raises:
+        ParameterError: the name is unknown.
+    """
     if name not in ("poly", "cosine", "constant"):
-        raise UserError(f"schedule.name={name} is not known; choose poly, cosine or constant")
+        raise ParameterError("name", f"={name} is not known; choose poly, cosine or constant")
 
     def factor(step: int) -> float:
         progress = min(step / max(max_steps, 1), 1.0)
@@ -78,30 +103,36 @@ def build_schedule(name: str, max_steps: int, warmup_steps: int = 0, power: floa
 
 
 class ScheduledOptimizer:
-    """An optimiser whose learning rates are its base rates times the schedule's factor of the step."""
+    """An optimiser with a learning-rate schedule.
+
+    Args:
+        optimizer: its learning rates are the base rates.
+        schedule: step -> factor of the base rates.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: Schedule):
         self.optimizer, self.schedule = optimizer, schedule
-        self.base = [group["lr"] for group in optimizer.param_groups]
+        self.base_lrs = [group["lr"] for group in optimizer.param_groups]
 
     def step(self, step: int, skip: torch.Tensor | None = None) -> None:
-        """``skip``: 1.0 on the device where nothing is to happen; the host does not ask."""
+        """Take step number ``step``, unless ``skip`` is 1.0 on the device; the host does not read it."""
         factor = self.schedule(step)
-        for group, base in zip(self.optimizer.param_groups, self.base):
-            group["lr"] = base * factor
-        # The names under which fused optimisers (and SliceAdamW) expect what a GradScaler would tell them.
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs):
+            group["lr"] = base_lr * factor
+        # The attributes where fused optimisers (and MaskedAdamW) expect the values of a GradScaler.
         self.optimizer.grad_scale, self.optimizer.found_inf = None, skip  # type: ignore[attr-defined]
         self.optimizer.step()
 
     def load(self, state: dict[str, Any]) -> None:
-        """The moments of a state dict; learning rate, weight decay and the like stay those of this optimiser."""
-        own, saved = self.optimizer.param_groups, state["param_groups"]
-        groups = [{**group, "params": its["params"]} for group, its in zip(own, saved, strict=True)]
+        """Load the moments of a state dict; learning rate, weight decay and the like stay those of this optimiser."""
+        current, saved = self.optimizer.param_groups, state["param_groups"]
+        groups = [{**group, "params": other["params"]} for group, other in zip(current, saved, strict=True)]
         self.optimizer.load_state_dict({**state, "param_groups": groups})
         for parameter, entry in self.optimizer.state.items():
-            for name, value in entry.items():  # laid out as by a run in another memory format: fused steps mix them up
+            for name, value in entry.items():  # fused steps need moments in the memory format of their parameter
                 if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                     entry[name] = torch.empty_like(parameter).copy_(value)
 
     def zero_grad(self) -> None:
+        """Set all gradients to None."""
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
-"""Look through a pickle without running it: what it names, and whether reading it would go on without end.
+"""Scan a pickle without running it: what it names, and whether reading it would take forever.
 
-``torch.load(weights_only=True)`` runs no code of a stranger, but it calls what it allows with whatever numbers the file
+``torch.load(weights_only=True)`` runs no foreign code, but it calls what it allows with any numbers that the file
 gives: a file of 400 bytes can ask for gigabytes (``bytearray``, ``FloatTensor``), and a tuple that holds itself twice,
-44 times over, is hashed for hours where it is a key. So only what a checkpoint of mtcl needs is let through.
+44 times over, is hashed for hours where it is a key. So only what a checkpoint of mtcl needs is allowed.
 """
 
 import pickletools
@@ -16,16 +16,28 @@ ALLOWED = re.compile(
     r"collections OrderedDict|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)|torch\.storage UntypedStorage"
     r"|torch (Float|Double|Half|BFloat16|Byte|Char|Short|Int|Long|Bool|ComplexFloat|ComplexDouble)Storage|torch Size"
 )
-OTHER_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")  # torch.save has none
+OTHER_CALLS = (
+    "STACK_GLOBAL",
+    "INST",
+    "OBJ",
+    "NEWOBJ",
+    "NEWOBJ_EX",
+    "EXT1",
+    "EXT2",
+    "EXT4",
+)  # not written by torch.save
 MAX_TUPLE_DEPTH = 8  # of tuples in tuples
 
 
 def validate_pickle(data: bytes, path: Path) -> None:
-    """Raise ``UserError`` where a pickle names anything but tensors and containers, or nests tuples without end.
+    """Refuse a pickle that names anything but tensors and containers, or nests tuples too deeply.
 
     Args:
-        data: the pickle, of protocol 2 or so.
-        path: the file it lies in, for the message.
+        data: the pickle, as torch.save writes it (protocol 2).
+        path: the file it comes from, for the message.
+
+    Raises:
+        UserError: the pickle is refused.
     """
     stack: list[Any] = []  # how deep tuples are nested in each value; a mark is itself
     memo: dict[int, Any] = {}
@@ -33,7 +45,8 @@ def validate_pickle(data: bytes, path: Path) -> None:
         name = opcode.name
         if name == "GLOBAL" and ALLOWED.fullmatch(str(argument)) is None:
             raise UserError(
-                f"checkpoint {path} names {escape_control_characters(str(argument))}; it may hold tensors and plain containers"
+                f"checkpoint {path} names {escape_control_characters(str(argument))}; it may hold tensors and plain "
+                "containers"
             )
         if name in OTHER_CALLS:
             raise UserError(f"checkpoint {path} makes objects of classes; it may hold tensors and plain containers")
@@ -46,9 +59,9 @@ def validate_pickle(data: bytes, path: Path) -> None:
         if name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[int(str(argument))])
             continue
-        taken = _take(stack, opcode)
+        operands = _pop_operands(stack, opcode)
         if name.endswith("TUPLE") or name.startswith("TUPLE"):
-            depth = 1 + max(taken, default=0)
+            depth = 1 + max(operands, default=0)
             if depth > MAX_TUPLE_DEPTH:
                 raise UserError(f"checkpoint {path} nests tuples deeper than {MAX_TUPLE_DEPTH} levels")
         else:
@@ -56,12 +69,12 @@ def validate_pickle(data: bytes, path: Path) -> None:
         stack += [pickletools.markobject if item is pickletools.markobject else depth for item in opcode.stack_after]
 
 
-def _take(stack: list[Any], opcode: Any) -> list[int]:
-    """Take from the stack what an operation takes; return its depths."""
-    before = list(opcode.stack_before)
-    taken: list[int] = []
-    if pickletools.markobject in before:
+def _pop_operands(stack: list[Any], opcode: Any) -> list[int]:
+    """Remove an operation's operands from the stack; return their depths."""
+    expected = list(opcode.stack_before)
+    depths: list[int] = []
+    if pickletools.markobject in expected:
         while (top := stack.pop()) is not pickletools.markobject:
-            taken.append(top)
-        before = before[: before.index(pickletools.markobject)]
-    return taken + [stack.pop() for _ in before]
+            depths.append(top)
+        expected = expected[: expected.index(pickletools.markobject)]
+    return depths + [stack.pop() for _ in expected]

@@ -1,19 +1,19 @@
-"""A run that is told to make room: it finishes its step, saves and ends, to be continued later."""
+"""Preemption: on a signal a run finishes its step, saves and ends, to be continued later."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
 
 from mtcl import distributed
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # what schedulers send, and a terminal that is closed
-AGREE_EVERY = 10  # steps at which several processes ask each other
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # sent by schedulers, and by a terminal that is closed
+SYNC_INTERVAL = 10  # steps from one exchange among several processes to the next
 
 
-class Preempted(Exception):
-    """Training ended early at :attr:`step`, its state saved."""
+class Preempted(Exception):  # noqa: N818 - not an error
+    """Training has ended early at :attr:`step`, and its state is saved."""
 
     def __init__(self, step: int):
         super().__init__(f"stopped at step {step}")
@@ -21,37 +21,37 @@ class Preempted(Exception):
 
 
 class PreemptionHandler:
-    """Inside ``with``, a signal of :data:`SIGNALS` does no more than to make :meth:`wanted` true.
+    """Inside ``with``, a signal of :data:`SIGNALS` only makes :meth:`should_stop` true.
 
-    Of several processes not all may have it at the same step: they agree every :data:`AGREE_EVERY` steps.
+    Several processes may receive it at different steps, so they exchange it every :data:`SYNC_INTERVAL` steps.
     """
 
     def __init__(self) -> None:
-        self.signalled = False
-        self._before: dict[int, Any] = {}
+        self.is_signalled = False
+        self._previous_handlers: dict[int, Any] = {}
 
     def should_stop(self, step: int) -> bool:
-        """To be asked after every step, by all processes."""
+        """Return whether the run should end after this step. All processes must call it after every step."""
         if distributed.world_size() == 1:
-            return self.signalled
-        if step % AGREE_EVERY:
+            return self.is_signalled
+        if step % SYNC_INTERVAL:
             return False
         device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-        return bool(distributed.all_reduce_sum(torch.tensor(float(self.signalled), device=device)).item())
+        return bool(distributed.all_reduce_sum(torch.tensor(float(self.is_signalled), device=device)).item())
 
     def __enter__(self) -> None:
         for name in SIGNALS:
             number = getattr(signal, name, None)  # Windows lacks some
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 try:
-                    self._before[number] = signal.signal(number, self._note)
-                except ValueError:  # not the main thread: whoever runs us there handles signals
+                    self._previous_handlers[number] = signal.signal(number, self._handle)
+                except ValueError:  # not the main thread: the caller handles signals
                     return
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
-        self._before.clear()
+        self._previous_handlers.clear()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signalled = True
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self.is_signalled = True

@@ -1,4 +1,4 @@
-"""What a run leaves behind: TensorBoard, a line per record in ``log.jsonl``, panels, metrics."""
+"""Log a run: TensorBoard curves, a line per record in ``log.jsonl``, and panels."""
 
 import contextlib
 import errno
@@ -30,31 +30,35 @@ DAMAGED = "log.damaged.jsonl"  # beside a log: its lines that are no records
 
 
 class RunLogger:
-    """Writes into one run folder, nothing before the first record.
+    """Writes losses, metrics, events and panels into a run folder; nothing before the first record.
 
-    A run resumed at ``start_step`` writes what comes after it anew, so an interrupted run's records from there on are
-    dropped. A folder that vanishes in mid-run, or a disk that is full, is told once and ends nothing: records wait
-    until they can be written.
+    If the folder vanishes during the run, or the disk is full, there is one warning and the run continues: records
+    wait until they can be written.
+
+    Args:
+        folder: the run folder.
+        start_step: the step from which the run is resumed; records of an interrupted run from there on are dropped.
     """
 
     def __init__(self, folder: Path, start_step: int = 0):
         self.folder, self.start_step = folder, start_step
         self.log = folder / NAME
         self.waiting: list[str] = []  # lines that the disk did not take yet
-        self.told: set[str] = set()
+        self.warned: set[str] = set()
 
     @cached_property
     def writer(self) -> "SummaryWriter | NullSummaryWriter":
+        """Return TensorBoard's writer; the first call creates the folder and rewrites the log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._keep_earlier_records()
-        return self._curves(self.start_step + 1 if self.start_step else None)
+        return self._make_writer(self.start_step + 1 if self.start_step else None)
 
-    def _curves(self, purge_step: int | None = None) -> "SummaryWriter | NullSummaryWriter":
-        """TensorBoard's writer; a silent one where the folder is none for it."""
+    def _make_writer(self, purge_step: int | None = None) -> "SummaryWriter | NullSummaryWriter":
+        """Return TensorBoard's writer; one that writes nothing where it can't write into the folder."""
         try:
             return _summary_writer(self.folder, purge_step)
         except (OSError, UnicodeError) as error:  # a name that is not UTF-8
-            self._tell(f"TensorBoard's curves are not written ({error_reason(error)})", once="curves")
+            self._warn_once(f"TensorBoard's curves are not written ({error_reason(error)})", topic="curves")
             return NullSummaryWriter()
 
     def _keep_earlier_records(self) -> None:
@@ -64,7 +68,7 @@ class RunLogger:
 
         def write(temporary: Path) -> None:
             nonlocal damaged
-            with temporary.open("wb") as kept, contextlib.ExitStack() as stack:
+            with temporary.open("wb") as file, contextlib.ExitStack() as stack:
                 for line in read_lines(self.log) if self.start_step else ():
                     if line.record is None:
                         if not damaged:
@@ -72,7 +76,7 @@ class RunLogger:
                         rest.write(line.data if line.data.endswith(b"\n") else line.data + b"\n")
                         damaged += 1
                     elif _is_before(line.record, self.start_step):
-                        kept.write(line.data)
+                        file.write(line.data)
 
         with convert_disk_errors(self.log):
             write_atomically(self.log, write)
@@ -81,8 +85,14 @@ class RunLogger:
             log.warning("%s had %s: moved to %s, training goes on", self.log, lines, aside.name)
 
     def log_scalars(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """``kind`` is ``train``, ``contrast`` or ``val``; ``values`` by name, NaN where nothing was seen."""
-        self._ready()
+        """Log numbers.
+
+        Args:
+            step: of the record.
+            kind: ``train``, ``contrast``, ``balancing`` or ``val``.
+            values: name -> number, NaN where there was nothing to measure.
+        """
+        self._prepare_folder()
         with self._curves_may_fail():
             for name, value in values.items():
                 if not math.isnan(value):
@@ -90,48 +100,50 @@ class RunLogger:
         self._append(json.dumps(replace_non_finite({"step": step, "kind": kind, **values}), allow_nan=False))
 
     def log_event(self, step: int, kind: str, content: Mapping[str, Any]) -> None:
-        """A record of another kind than numbers: plain containers."""
-        self._ready()
+        """Log something else than numbers, as plain containers."""
+        self._prepare_folder()
         self._append(json.dumps({"step": step, "kind": kind, **content}))
 
-    def log_panels(self, step: int, shown: Sequence[VisualSample], tasks: Mapping[str, Task]) -> None:
-        self._ready()
+    def log_panels(self, step: int, samples: Sequence[VisualSample], tasks: Mapping[str, Task]) -> None:
+        """Write a panel (image, predictions and labels) per sample."""
+        self._prepare_folder()
         try:
-            panels = write_panels(self.folder / "panels", shown, tasks)
+            panels = write_panels(self.folder / "panels", samples, tasks)
         except OSError as error:
-            self._tell(f"pictures of step {step} are not written ({error.strerror or error})", once="panels")
+            self._warn_once(f"panels of step {step} are not written ({error.strerror or error})", topic="panels")
             return
         with self._curves_may_fail():
-            for sample, panel in zip(shown, panels):
+            for sample, panel in zip(samples, panels):
                 self.writer.add_image(f"panel/{sample.id}", panel, step, dataformats="HWC")
 
     def close(self) -> None:
+        """Write what is left and close the files."""
         if self.waiting:
             self._append()
         if "writer" in self.__dict__:
             with self._curves_may_fail():
                 self.writer.close()
 
-    def _ready(self) -> None:
-        """The folder is there, with its log, or made anew."""
+    def _prepare_folder(self) -> None:
+        """Create the folder, with its log, or create it anew if it has been removed."""
         if "writer" not in self.__dict__:
-            self.writer  # noqa: B018 - makes it
+            self.writer  # noqa: B018 - creates it
         elif not self.log.exists():
-            before = set(self.folder.glob("events.*"))
+            existing = set(self.folder.glob("events.*"))
             with contextlib.suppress(OSError):
                 self.writer.close()
-            for rest in set(self.folder.glob("events.*")) - before:  # the end of a file whose beginning is gone
-                rest.unlink(missing_ok=True)
-            message = f"{self.folder} vanished in mid-run: records go on in a new one, the earlier ones are lost"
-            self._tell(message, once="vanished")
+            for path in set(self.folder.glob("events.*")) - existing:  # the end of a file whose beginning is gone
+                path.unlink(missing_ok=True)
+            message = f"{self.folder} vanished during the run: records continue in a new one, the earlier ones are lost"
+            self._warn_once(message, topic="vanished")
             with self._curves_may_fail():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log.touch()
-                self.told.discard("vanished")
-                self.__dict__["writer"] = self._curves()
+                self.warned.discard("vanished")
+                self.__dict__["writer"] = self._make_writer()
 
     def _append(self, *lines: str) -> None:
-        """Add lines to the log, behind those that wait; whole or not at all."""
+        """Append the waiting lines and these to the log: all of them or none."""
         self.waiting += [f"{line}\n" for line in lines]
         data = "".join(self.waiting).encode()
         try:
@@ -144,22 +156,22 @@ class RunLogger:
                     file.truncate(size)
                     raise
         except OSError as error:
-            self._tell(f"{self.log} can't be written ({error.strerror or error}): records wait", once="records")
+            self._warn_once(f"{self.log} can't be written ({error.strerror or error}): records wait", topic="records")
             return
         self.waiting.clear()
-        self.told.discard("records")
+        self.warned.discard("records")
 
     @contextlib.contextmanager
     def _curves_may_fail(self) -> Iterator[None]:
         try:
             yield
         except (OSError, UnicodeError) as error:
-            self._tell(f"TensorBoard's curves are not written ({error_reason(error)})", once="curves")
+            self._warn_once(f"TensorBoard's curves are not written ({error_reason(error)})", topic="curves")
 
-    def _tell(self, message: str, once: str) -> None:
-        if once not in self.told:
+    def _warn_once(self, message: str, topic: str) -> None:
+        if topic not in self.warned:
             log.warning("%s", message)
-        self.told.add(once)
+        self.warned.add(topic)
 
 
 def _open_to_append(path: Path) -> int:
@@ -168,24 +180,28 @@ def _open_to_append(path: Path) -> int:
 
 
 class NullSummaryWriter:
-    """Takes what TensorBoard's writer takes, and writes nothing."""
+    """Has the methods of TensorBoard's writer that are used here, and writes nothing."""
 
-    def add_scalar(self, *_: Any, **__: Any) -> None: ...
+    def add_scalar(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
 
-    def add_image(self, *_: Any, **__: Any) -> None: ...
+    def add_image(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def error_reason(error: Exception) -> str:
+    """Return an error's reason without its number and path."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def _summary_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    """What its thread meets on a bad disk comes out of the next call; the thread itself is not to print a trace."""
-    before = threading.excepthook
-    if before is not _excepthook:
-        _excepthooks.append(before)
+    """Build a writer whose thread prints no traceback of a disk error; the next call raises the error."""
+    current = threading.excepthook
+    if current is not _excepthook:
+        _excepthooks.append(current)
         threading.excepthook = _excepthook
     return SummaryWriter(str(folder), purge_step=purge_step)
 
@@ -193,15 +209,15 @@ def _summary_writer(folder: Path, purge_step: int | None = None) -> SummaryWrite
 _excepthooks: list[Any] = [threading.__excepthook__]
 
 
-def _excepthook(told: threading.ExceptHookArgs) -> None:
-    if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard.")):
-        _excepthooks[-1](told)
+def _excepthook(args: threading.ExceptHookArgs) -> None:
+    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+        _excepthooks[-1](args)
 
 
-def write_panels(folder: Path, shown: Sequence[VisualSample], tasks: Mapping[str, Task]) -> list[np.ndarray]:
-    """One PNG per sample, ``folder/<id>.png``, with its layout as a text of it; the pictures themselves (uint8 RGB)."""
-    panels = [draw_panel(sample, tasks) for sample in shown]
-    for sample, panel in zip(shown, panels):
+def write_panels(folder: Path, samples: Sequence[VisualSample], tasks: Mapping[str, Task]) -> list[np.ndarray]:
+    """Write a PNG per sample, ``folder/<id>.png``, with its layout as a text chunk; return the panels (uint8 RGB)."""
+    panels = [draw_panel(sample, tasks) for sample in samples]
+    for sample, panel in zip(samples, panels):
         name = re.sub(r"[^\w.-]", "_", sample.id)
         layout = PngInfo()
         layout.add_text(LAYOUT_KEY, json.dumps(panel_layout(sample, tasks)))
@@ -214,10 +230,13 @@ def write_panels(folder: Path, shown: Sequence[VisualSample], tasks: Mapping[str
 
 
 def flatten_metrics(metrics: Metrics) -> dict[str, float]:
-    """task -> metric -> value as ``task/metric`` -> value."""
+    """Convert task -> metric -> value to ``task/metric`` -> value."""
     return {f"{task}/{name}": value for task, values in metrics.items() for name, value in values.items()}
 
 
 def _is_before(record: Mapping[str, Any], start_step: int) -> bool:
-    """Step s's losses are of the update from s to s + 1, its validation is of the state before that update."""
+    """Return whether a record belongs to the part of the run before ``start_step``.
+
+    Step s's losses are of the update from s to s + 1, its validation is of the state before that update.
+    """
     return record["step"] < start_step or (record["kind"] == "val" and record["step"] == start_step > 0)

@@ -1,4 +1,4 @@
-"""What runs in one training step between a batch and its losses, as one module."""
+"""The forward pass of a training step as one module: compiled, or in several processes."""
 
 import contextlib
 import logging
@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 
 class TrainingStep(nn.Module):
-    """Model and regulariser together: what is compiled, and what DDP wraps, so that projectors are synchronised, too.
+    """Model and regulariser in one module, which is compiled or wrapped in DDP.
 
-    It owns nothing: both live on as they are, under their own names.
+    So the projectors are synchronised, too. Checkpoints hold the two separately.
     """
 
     def __init__(self, model: DenseModel, regularizer: Regularizer | None):
@@ -30,16 +30,26 @@ class TrainingStep(nn.Module):
         self.model, self.regularizer = model, regularizer
 
     def forward(
-        self, image: Tensor, labels: Mapping[str, Tensor], draw: Draw | None, contrasts: bool
+        self, image: Tensor, labels: Mapping[str, Tensor], draw: Draw | None, needs_grad: bool
     ) -> tuple[DenseOutput, RegularizerOutput | None]:
-        """A normalised batch and its labels -> what the model says, what the regulariser says of it (None without a
-        ``draw``). ``contrasts``: false where the regulariser only watches, and sends no gradient."""
+        """Run the model, and the regulariser on its output.
+
+        Args:
+            image: normalised batch (B, 3, H, W).
+            labels: task -> label in batch layout.
+            draw: the regulariser's random choices; None: without it.
+            needs_grad: False where the regulariser's loss is only reported.
+
+        Returns:
+            the model's output and the regulariser's, None without a ``draw``.
+        """
         output = self.model(image)
         if self.regularizer is None or draw is None:
             return output, None
-        # With weight 0 the model's graph, and so its gradient, stays untouched. Before the tasks' losses: backward goes
-        # the other way round, and the contrast's gradient maps then fit below the peak of the tasks'.
-        with torch.set_grad_enabled(contrasts), torch.autocast(image.device.type, enabled=False):
+        # Where lambda is 0 the model's graph, and so its gradient, stays unchanged. This comes before the
+        # tasks' losses: the backward pass has the reverse order, and the contrast's gradient maps then fit below the
+        # peak of the tasks'.
+        with torch.set_grad_enabled(needs_grad), torch.autocast(image.device.type, enabled=False):
             return output, self.regularizer.compute_loss(output, labels, draw)
 
 
@@ -47,11 +57,12 @@ StepFunction = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]
 
 
 def wrap_parallel(step: TrainingStep, device: torch.device) -> nn.Module:
-    """``step`` under DDP in a run of several processes; itself in one. On CUDA batch norms are then synchronised."""
+    """Wrap ``step`` in DDP, with synchronised batch norms on CUDA; in a run of one process return it as it is."""
     if distributed.world_size() == 1:
         return step
-    if device.type == "cuda":  # torch has it on CUDA only
-        step.model = convert_sync_batchnorm(step.model)  # timm's: torch's own drops what timm's norms do beside
+    if device.type == "cuda":  # torch supports it on CUDA only
+        # timm's function: torch's own drops the activations of timm's norms
+        step.model = convert_sync_batchnorm(step.model)
     return DistributedDataParallel(
         step,
         device_ids=[device.index] if device.type == "cuda" else None,
@@ -60,10 +71,14 @@ def wrap_parallel(step: TrainingStep, device: torch.device) -> nn.Module:
 
 
 class CompiledModule:
-    """``module`` through ``torch.compile``; as it is, after one warning, where that fails. All ``parts`` of one model
-    are compiled or none.
+    """Runs a module through ``torch.compile``, or eagerly after one warning where that fails.
 
-    The backward pass is compiled with the forward pass, not when it is first needed: there nobody could step in.
+    The backward pass is compiled with the forward pass, not when it is first needed, where its failure could not be
+    caught.
+
+    Args:
+        module: the module or function.
+        parts: the compiled modules of the same model; where one fails, all are run eagerly.
     """
 
     backend = "inductor"
@@ -74,6 +89,7 @@ class CompiledModule:
         self.works = True
 
     def __call__(self, *args: Any, **options: Any) -> Any:
+        """Run the module."""
         if not self.works:
             return self.eager(*args, **options)
         try:
@@ -81,19 +97,19 @@ class CompiledModule:
                 return self.call(*args, **options)
         except torch._dynamo.exc.TorchDynamoException as error:
             reason = str(error).strip().split("\n")[0]
-            log.warning("torch.compile failed (%s); training goes on without it, trainer.compile=false", reason)
+            log.warning("torch.compile failed (%s); training continues without it", reason)
             for part in (self, *self.parts):
                 part.works = False
             return self.eager(*args, **options)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Process 0's buffers for all: without SyncBatchNorm every process has running statistics of its own pictures."""
+    """Copy process 0's buffers to all: without SyncBatchNorm every process has running statistics of its own images."""
     if distributed.world_size() > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, src=0)
 
 
 def no_gradient_sync(module: nn.Module) -> contextlib.AbstractContextManager:
-    """DDP leaves the gradients of backward passes inside to this process: there is more to add to them."""
+    """Return a context in which DDP does not average gradients, as more batches of the step will add to them."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()

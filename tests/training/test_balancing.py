@@ -334,12 +334,12 @@ def test_an_objective_without_a_gradient_is_left_out():
     balancer.backward({**losses, "c": 0.0 * losses["c"]}, toy.parameters())
     balancer.finish_step(1)
     assert toy.trunk.grad.any()
-    assert list(balancer.made) == [("a", "b")]
+    assert list(balancer.aggregators) == [("a", "b")]
     assert toy.heads["c"].grad is not None
     assert not toy.heads["c"].grad.any()
     assert "c/weight" not in balancer.summary()
     toy.step(balancer, 2)
-    assert list(balancer.made) == [("a", "b"), ("a", "b", "c")]
+    assert list(balancer.aggregators) == [("a", "b"), ("a", "b", "c")]
     found = toy.step(balancer, 3, "a")
     want = plain(toy, 3, "a")
     assert same(found, want), "one objective alone has nothing to be balanced with"

@@ -124,7 +124,7 @@ def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
         "trainer.checkpoint_interval=2",
     ]
     with pytest.raises(
-        UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; pictures "
+        UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; images "
     ) as told:
         train(composed(*WORDS, *words), tmp_path)
     assert "optimizer.lr" in str(told.value)
@@ -276,7 +276,7 @@ def test_a_compiler_that_fails_is_done_without(where, tmp_path, caplog, monkeypa
     for _, batch in zip(range(2), trainer.batches):
         values = trainer.train_step(batch)
     assert all(value.isfinite() for value in values.values())
-    assert caplog.text.count("goes on without it") == 1
+    assert caplog.text.count("continues without it") == 1
     torch._dynamo.reset()
 
 
