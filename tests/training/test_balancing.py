@@ -437,7 +437,7 @@ def test_solvers_that_are_not_installed(monkeypatch):
 
 def test_without_torchjd(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
-    with pytest.raises(UserError, match=r"balancing.method=torchjd needs TorchJD: pip install 'mtcl\[balancing\]'"):
+    with pytest.raises(UserError, match=r"^method=torchjd needs TorchJD: pip install 'mtcl\[balancing\]'"):
         GradientAggregation(WEIGHTS, CPU, "UPGrad")
 
 

@@ -618,11 +618,11 @@ def test_nothing_is_unpickled_or_unpacked_unguarded():
                 module_names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
                 assert not {"tarfile", "shelve", "joblib", "dill", "marshal"} & set(module_names), path
                 if "zipfile" in module_names:
-                    assert path.name == "checkpoint.py", path  # it lists an archive's members, and unpacks none
+                    assert path.name == "checkpoint_file.py", path  # it lists an archive's members, and unpacks none
                 if "pickle" in module_names:
-                    assert path.name == "partial.py", (
+                    assert path.name == "partial_labels.py", (
                         path
-                    )  # its Unpickler knows a list of classes, tests/test_partial.py
+                    )  # its Unpickler knows a list of classes, tests/data/test_partial_labels.py
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
