@@ -411,8 +411,8 @@ def test_vectors_over_objectives():
     [
         ("PCgrad", {}, r"aggregator=PCgrad is not known; choose one of AlignedMTL, .*UPGrad"),
         ("PCGradWeighting", {}, "is not known"),
-        ("CAGrad", {}, r"aggregator=CAGrad needs 'balancing.options=\{c: VALUE\}'"),
-        ("PCGrad", {"c": 1}, "balancing.options.c is not an option of PCGrad; it has none"),
+        ("CAGrad", {}, r"aggregator=CAGrad needs the option c"),
+        ("PCGrad", {"c": 1}, "options.c is not an option of PCGrad; it has none"),
         ("MGDA", {"iterations": 1}, "options.iterations is not an option of MGDA; it has epsilon, max_iters"),
         ("NashMTL", {"n_tasks": 3}, "options.n_tasks is not an option"),
         ("Constant", {"weights": [1.0, 2.0]}, "weights=.* must have a number for each of a, b, c"),

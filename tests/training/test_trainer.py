@@ -123,11 +123,9 @@ def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
         "trainer.log_interval=2",
         "trainer.checkpoint_interval=2",
     ]
-    with pytest.raises(
-        UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; images "
-    ) as told:
+    with pytest.raises(UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; images ") as told:
         train(composed(*WORDS, *words), tmp_path)
-    assert "optimizer.lr" in str(told.value)
+    assert "lower the learning rate" in str(told.value)
     state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
     assert all(value.isfinite().all() for value in state["model"].values())
 
