@@ -3,15 +3,16 @@
     mtcl compare RUN|FOLDER ... [--baseline RUN|FILE ...] [--against RUN|LABEL] [--by KEY]
         [--format text|markdown|latex|csv] [--metrics primary|all] [--holm] [--output FILE]
 
-RUN is a folder with a metrics.json, FOLDER holds such folders (a sweep). Runs that differ in nothing but the seed
-(and in keys that change neither what is learned nor what is measured) are one row, named by the keys in which the rows
-differ; rows of one folder are in the order of their values.
+RUN is a folder with a metrics.json, FOLDER contains such folders (a sweep). Runs that differ in the seed only, and in
+keys that change neither training nor evaluation, are one row, named by the keys in which the rows differ. The rows of
+one folder are sorted by their values.
 
 --baseline takes single-task runs (train.py -m tasks=single_semseg,single_depth), with any number of seeds, or a JSON
-file {task: {metric: value}} or {task: value} of fractions, metres, degrees: a column Delta_MTL. Given one multi-task
-run, or with --against, the column is Delta_on/off or "Delta vs. LABEL", and differences are paired over seeds. Without
-either, the one row with the regulariser off (none, or weight 0) is compared with, or the first of two. A difference of
-fewer than three pairs gets no verdict; --holm corrects the p-values of all differences for their number.
+file {task: {metric: value}} or {task: value} of fractions, metres, degrees, and adds a column Delta_MTL. With one
+multi-task run, or with --against, the column is Delta_on/off or "Delta vs. LABEL", and differences are paired over
+seeds. Without either, the reference is the only row with the regulariser off (none, or weight 0), or the first of two
+rows. A difference of fewer than three pairs gets no verdict; --holm corrects the p-values of all differences for their
+number.
 """
 
 import argparse
@@ -38,9 +39,9 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments that choose runs and what they are compared with, as in ``mtcl report``."""
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN|FOLDER")
     parser.add_argument("--baseline", nargs="+", type=Path, default=[], metavar="RUN|FILE")
-    parser.add_argument("--against", metavar="RUN|LABEL", help="the row that the others are compared with")
+    parser.add_argument("--against", metavar="RUN|LABEL", help="the row to compare the others with")
     parser.add_argument(
-        "--by", action="append", default=[], metavar="KEY", help="config key (or group) that makes rows"
+        "--by", action="append", default=[], metavar="KEY", help="config key (or group) that distinguishes rows"
     )
     parser.add_argument("--holm", action="store_true", help="correct p-values for the number of comparisons (Holm)")
 

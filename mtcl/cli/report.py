@@ -1,9 +1,9 @@
-"""Write runs as a page: the table, curves, sweeps, images, settings, in one HTML file that needs no network.
+"""Write an HTML report of runs: table, curves, sweeps, images and settings in one file that needs no network.
 
     mtcl report RUN|FOLDER ... --output FILE.html [--title TEXT]
         [--baseline RUN|FILE ...] [--against RUN|LABEL] [--by KEY] [--holm]
 
-RUN is a run folder, FOLDER holds such folders (a sweep, a study). Unfinished runs are shown with what they have.
+RUN is a run folder, FOLDER contains such folders (a sweep, a study). Unfinished runs are shown with their data so far.
 --baseline, --against, --by and --holm are those of mtcl compare. The page contains paths, host names and configs;
 review it before sharing.
 """

@@ -1,11 +1,11 @@
-"""List runs, newest first: state, steps done, the main metric of each task as last scored, age, folder.
+"""List runs, newest first: state, steps done, age, the primary metric of each task at its last evaluation, folder.
 
     mtcl runs [FOLDER ...] [--state STATE ...] [--format text|csv|json]
 
-FOLDER: runs or folders of runs, default: outputs. Metrics: fractions as percent, metres, degrees (in CSV and JSON
-fractions). In a terminal, long folder names are shortened to its width. States: running (a process holds the folder),
-finished, interrupted (ended before its last step: resume=auto continues it), pruned and failed (by a search), not
-started (no step is logged), evaluation, broken (says why).
+FOLDER is a run or a folder of runs, by default outputs. Metrics are in percent, metres and degrees; in CSV and JSON
+fractions stay fractions. In a terminal, long folder names are shortened to its width. States: running (a process writes
+into the folder), finished, interrupted (ended before its last step; resume=auto continues it), pruned and failed (in a
+search), not started (no step is logged), evaluation, broken (with the reason).
 """
 
 import argparse

@@ -109,15 +109,15 @@ def select_keys(run: Run, by: Sequence[str], runs: Sequence[Run]) -> dict[str, A
 
 def check_unique_seeds(row: Row) -> None:
     """Raise ``UserError`` if two runs of a row have the same seed."""
-    seen: dict[int, Run] = {}
+    by_seed: dict[int, Run] = {}
     for run in row.runs:
-        if run.seed is not None and run.seed in seen:
+        if run.seed is not None and run.seed in by_seed:
             raise UserError(
-                f"{seen[run.seed].path} and {run.path} are both {row.label} with seed {run.seed}; leave one of them "
+                f"{by_seed[run.seed].path} and {run.path} are both {row.label} with seed {run.seed}; leave one of them "
                 "out, or tell them apart with --by KEY."
             )
         if run.seed is not None:
-            seen[run.seed] = run
+            by_seed[run.seed] = run
 
 
 def choose_columns(runs: Sequence[Run], all_metrics: bool, notes: list[str]) -> list[Column]:

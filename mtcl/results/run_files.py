@@ -69,7 +69,7 @@ CONFIG_CHECKS: Mapping[str, Check] = {
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ``UserError`` if the file holds anything else."""
+    """Read a JSON object; ``UserError`` if the file contains anything else."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}.")
@@ -181,7 +181,7 @@ def parse_metrics(path: Path, content: Mapping[str, Any]) -> Metrics:
             for name, value in zip(map(escape_control_characters, by_name), by_name.values())
         }
     if not metrics:
-        raise UserError(f"{path} holds no task.")
+        raise UserError(f"{path} contains no task.")
     return {task: metrics[task] for task in TASK_NAMES if task in metrics}
 
 
@@ -193,7 +193,7 @@ def _parse_metric(path: Path, task: str, metric: str, value: Any) -> float:
         raise UserError(f"{path} has {_shorten(value)} for {column.key}; it must be a finite number or null.")
     if metric in primary_metrics(task) and column.unit == "%" and value > 1:
         raise UserError(
-            f"{path} has {value:g} for {column.key}; files hold fractions, for percent write {value / 100:g}."
+            f"{path} has {value:g} for {column.key}; files contain fractions, for percent write {value / 100:g}."
         )
     if metric == NOT_FINITE and value < 0:
         raise UserError(f"{path} has {value:g} for {column.key}, a number of pixels; it must be 0 or more.")

@@ -575,7 +575,7 @@ def test_a_baseline_of_another_backbone_is_refused_and_other_differences_are_tol
     [
         ("{", "not a readable JSON"),
         ("[]", "JSON object, not a list"),
-        ("{}", "holds no task"),
+        ("{}", "contains no task"),
         ('{"odsF": 0.7}', "'odsF' in place of a task"),
         ('{"semseg": {"mIoU": "high"}}', "'high' for semseg/mIoU"),
         ('{"semseg": {"mIoU": true}}', "True for semseg/mIoU"),

@@ -1,11 +1,11 @@
 
 "use strict";
-// Draws what the page's data hold. Words from runs become text nodes and attributes, never markup.
+// Draw the page's data. Text from runs becomes text nodes and attributes, never markup.
 const data = JSON.parse(document.getElementById("data").textContent);
 const byId = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const COLOURS = 7;
-const FIRST = 7; // lines that are drawn at the start
+const FIRST = 7; // curves that are drawn at the start
 const IN_TIP = 10;
 
 function el(tag, attributes = {}, ...children) {
@@ -23,7 +23,7 @@ function fill(node, attributes, children) {
   node.append(...children);
   return node;
 }
-const breakable = (text) => text.split(/(?<=_)/).flatMap((part) => [part, el("wbr")]); // a heading: nowhere else
+const breakable = (text) => text.split(/(?<=_)/).flatMap((part) => [part, el("wbr")]); // headings break nowhere else
 const bdi = (text) => el("bdi", { class: "name" }, ...text.split(/(?<=[,\/_=])/).flatMap((part) => [part, el("wbr")]));
 const colour = (i) => `var(--c${i % COLOURS})`;
 const dash = (i) => ["", "7 4", "2 3", "9 3 2 3"][Math.floor(i / COLOURS) % 4];
@@ -99,7 +99,7 @@ function sorting() {
     const words = new Intl.Collator("en", { numeric: true });
     const order = (a, b) => {
       if (column === 0) return words.compare(a.cells[0].textContent, b.cells[0].textContent) * (down ? -1 : 1);
-      if (value(a) === "" || value(b) === "") return (value(a) === "") - (value(b) === ""); // without a value: last
+      if (value(a) === "" || value(b) === "") return (value(a) === "") - (value(b) === ""); // rows without a value come last
       return (Number(value(a)) - Number(value(b))) * (down ? -1 : 1);
     };
     const fixed = (row) => row.classList.contains("baseline");
@@ -110,8 +110,8 @@ function sorting() {
 
 // Charts
 
-// A figure that is drawn anew where its width changes. draw(svg, width) returns {positions, tell(position) -> rows} for
-// the pointer and the keys; values() -> {head, rows} is the chart in words.
+// A figure that is redrawn when its width changes. draw(svg, width) returns {positions, tell(position) -> rows} for the
+// pointer and the keys; values() -> {head, rows} is the chart as a table.
 function chart(title, alt, height, draw, values) {
   const picture = svg("svg", { role: "img", "aria-label": alt, tabindex: 0, height });
   const tip = el("div", { class: "tip", hidden: true, role: "status" });
@@ -192,7 +192,7 @@ function leftOf(low, high) {
 
 const shownLines = new Set();
 
-// Over steps: the mean of the seeds that have a value there, the lowest and the highest.
+// Over steps: mean, lowest and highest of the seeds that have a value.
 function merged(seeds) {
   const at = new Map();
   for (const [steps, values] of seeds) steps.forEach((step, i) => { if (!at.has(step)) at.set(step, []); at.get(step).push(values[i]); });
@@ -294,9 +294,9 @@ function legend(present, changed) {
     const bar = el("div", { class: "bar" },
       el("button", { type: "button", onclick: () => only(present) }, "All"), el("button", { type: "button", onclick: () => only([]) }, "None"));
     if (present.length > 12) {
-      const search = el("input", { type: "search", placeholder: "part of a name", "aria-label": "Only rows whose name holds" });
+      const search = el("input", { type: "search", placeholder: "part of a name", "aria-label": "Only rows whose name contains" });
       search.addEventListener("input", () => items.querySelectorAll("li").forEach((li, k) => { li.hidden = !data.rows[present[k]].label.toLowerCase().includes(search.value.toLowerCase()); }));
-      bar.append(search, el("button", { type: "button", onclick: () => only(present.filter((i, k) => !items.children[k].hidden)) }, "Draw those found"));
+      bar.append(search, el("button", { type: "button", onclick: () => only(present.filter((i, k) => !items.children[k].hidden)) }, "Draw matches"));
     }
     host.append(bar);
   }
@@ -307,7 +307,7 @@ function legend(present, changed) {
 
 // Sweeps
 
-// A scale for values as one sweeps them: logarithmic where they span more than a decade, 0 before a gap.
+// A scale for swept values: logarithmic if they span more than a decade, 0 before a gap.
 function sweepScale(values, left, right) {
   const known = [...new Set(values.filter((v) => v !== null))].sort((a, b) => a - b);
   const positive = known.filter((v) => v > 0);
@@ -459,7 +459,7 @@ function parallel() {
       picture.append(svg("text", { x: place(k), y: height - 6, "text-anchor": "middle" }, axis.text(ends[0])), svg("text", { x: place(k), y: top - 6, "text-anchor": "middle" }, axis.text(ends[1])));
     });
     const light = (at) => paths.forEach((path, n) => { path.classList.toggle("lit", n === at); path.classList.toggle("dim", at >= 0 && n !== at); if (n === at) picture.append(path); });
-    const far = (n, px, py) => { // how far the pointer is from a line, at the pointer's x
+    const far = (n, px, py) => { // distance of the pointer from a line, at the pointer's x
       const known = axes.map((axis, k) => [axis.values[rows[n]], k]).filter(([v]) => v !== null).map(([v, k]) => [place(k), fits[k].y(v)]);
       const beyond = known.findIndex(([x]) => x >= px), k = beyond < 0 ? known.length - 1 : Math.max(1, beyond);
       const [[x0, y0], [x1, y1]] = [known[k - 1], known[k]];
@@ -487,7 +487,7 @@ function parallel() {
   if (metrics.length) say(); else choice.closest(".bar").hidden = true;
 }
 
-// Pictures
+// Images
 
 const view = { picture: 0, kind: "prediction" };
 const KINDS = { prediction: "prediction", error: "error map" };
@@ -530,12 +530,12 @@ function drawWall() {
   const table = byId("wall").firstChild;
   table.style.setProperty("max-width", `${12 + tasks.length * 17}rem`);
 }
-// What the colours of a task's labels and predictions stand for, beside its name.
+// The meaning of the colours of a task's labels and predictions, beside its name.
 function taskLegend(entry, task) {
   const rows = entry.tasks[task].legend.filter(([text]) => !text.startsWith("error: "));
   return rows.length ? el("div", {}, el("span", {}, ...breakable(task)), legendList(rows)) : "";
 }
-// What the colours of predictions stand for, or the darkest colour of the error maps, task by task.
+// The meaning of the colours of predictions, or of the darkest colour of the error maps, task by task.
 function keybox(entry, tasks) {
   if (view.kind !== "error") return el("div", { class: "legends" }, ...tasks.map((task) => taskLegend(entry, task)));
   const rows = tasks.map((task) => [task, entry.tasks[task].legend.filter(([text]) => text.startsWith("error: "))]).filter(([, own]) => own.length === 2);
