@@ -1,4 +1,4 @@
-"""Multi-task decoders, one file each."""
+"""Multi-task decoders, one file each: :class:`Decoder` says what they take, ``DenseOutput`` what they return."""
 
 from mtcl.models.decoders.atrc import ATRC
 from mtcl.models.decoders.base import Decoder
