@@ -35,7 +35,7 @@ class Checkpoint:
     """
 
     model: Mapping[str, Tensor]
-    config: Mapping[str, Any]
+    config: dict[str, Any]
     step: int
     meta: Mapping[str, Any] = field(default_factory=dict)
     ema: Mapping[str, Any] | None = None
