@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> None:
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("search", type=Path, metavar="SEARCH.yaml")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/searches/<name of the file>")
@@ -34,32 +35,33 @@ def main() -> None:
         "--baseline", nargs="+", default=[], metavar="RUN|FILE", help="for a Delta, in place of runs made here"
     )
     parser.add_argument("overrides", nargs="*", help="of every run, as for train.py")
-    given = parser.parse_intermixed_args()
-    for option, number in (("--jobs", given.jobs), ("--trials", given.trials)):
+    args = parser.parse_intermixed_args()
+    for option, number in (("--jobs", args.jobs), ("--trials", args.trials)):
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: it must be a whole number >= 1.")
     overrides = [
-        *given.overrides,
-        *(word for word in given.baseline if "=" in word),
+        *args.overrides,
+        *(text for text in args.baseline if "=" in text),
     ]  # --baseline takes what follows it
     run_search(
-        given.search,
-        given.output or Path("outputs/searches") / given.search.stem,
+        args.search,
+        args.output or Path("outputs/searches") / args.search.stem,
         overrides,
         command=[sys.executable, "train.py"],
         root=ROOT,
-        tasks_of=lambda words: compose_task_names(words, ROOT / "configs"),
-        trials=given.trials,
-        num_parallel=given.jobs,
-        baseline=[Path(word) for word in given.baseline if "=" not in word],
+        list_tasks=lambda overrides: compose_task_names(overrides, ROOT / "configs"),
+        trials=args.trials,
+        num_parallel=args.jobs,
+        baseline=[Path(text) for text in args.baseline if "=" not in text],
         gpus=visible_gpus(),
         say=lambda text: print(text, flush=True),
     )
 
 
 def visible_gpus() -> list[str]:
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(number) for number in range(torch.cuda.device_count())]
+    """Return the numbers of the GPUs that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
 if __name__ == "__main__":

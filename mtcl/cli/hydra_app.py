@@ -140,7 +140,7 @@ class _Task:
                 Path(hydra_config.runtime.output_dir),
                 hydra_config.job.num,
                 self.environment(),
-                here=os.getpid() == self.pid,
+                in_main_process=os.getpid() == self.pid,
             )
         except (UserError, OmegaConfBaseException, OSError, Preempted) as error:
             if sweeps and self.script is not None and isinstance(error, UserError | OmegaConfBaseException):

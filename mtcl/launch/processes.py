@@ -1,4 +1,4 @@
-"""Processes that train, as a study, a sweep or a search starts them: their words, their logs, how they are ended."""
+"""Start, stop and log the processes that train, for studies, sweeps and searches."""
 
 import contextlib
 import os
@@ -11,21 +11,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-EXIT_REQUEUE = (
-    75  # EX_TEMPFAIL: the exit code of a run that saved and made room; for the scheduler's list of such codes
-)
+EXIT_REQUEUE = 75  # EX_TEMPFAIL: exit code of a preempted run that saved its state; for the scheduler's list
 
 
-def started(
-    words: Sequence[str], log: Path, environment: Mapping[str, str], root: Path | None = None
+def start_process(
+    args: Sequence[str], log: Path, environment: Mapping[str, str], root: Path | None = None
 ) -> subprocess.Popen:
-    """A process that writes into ``log``, in a group of its own: a terminal's Ctrl-C reaches it through us only."""
+    """Start a process that writes to ``log``, in its own group: a terminal's Ctrl-C reaches it through us only."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(f"$ {shlex.join(words)}\n")
+        file.write(f"$ {shlex.join(args)}\n")
         file.flush()
         return subprocess.Popen(
-            words,
+            args,
             cwd=root,
             stdin=subprocess.DEVNULL,
             stdout=file,
@@ -35,62 +33,69 @@ def started(
         )
 
 
-def ended(
+def stop_processes(
     processes: Sequence[subprocess.Popen], number: signal.Signals, patience: float, signals: Sequence[int] = ()
 ) -> None:
-    """Send the signal; those that do not end in time, or until a second of ``signals`` comes in, are killed with all
-    their children."""
+    """Send a signal, and kill the processes that do not end.
+
+    Args:
+        processes: Leaders of process groups.
+        number: The signal.
+        patience: Seconds after which they are killed, with all their children.
+        signals: Signals that this process receives; a second one shortens the wait.
+    """
     for process in processes:
         process.send_signal(number)
     deadline = time.monotonic() + patience
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline or len(signals) > 1:
             for process in processes:
-                killed(process)
+                kill_process_group(process)
         time.sleep(0.05)
 
 
-def killed(process: subprocess.Popen) -> None:
-    """With all its children."""
+def kill_process_group(process: subprocess.Popen) -> None:
+    """Kill a process with all its children."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def reason(log: Path, code: int) -> str:
-    """How a process ended: the last line of its log, or what is known where that says nothing."""
+def explain_exit(log: Path, code: int) -> str:
+    """Return how a process ended: its exit code or signal, and the last line of its log."""
     lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text("utf-8", "replace")) if line.strip()]
-    how = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{how}: {lines[-1]}" if lines and not lines[-1].startswith("$ ") else how
+    cause = f"ended by signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{cause}: {lines[-1]}" if lines and not lines[-1].startswith("$ ") else cause
 
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """The signals that asked this process to end, in place of being ended by them.
+    """Collect the signals that would end this process.
 
-    A handler, unlike an ignored signal, is not inherited: the children hear Ctrl-C even where we do not, as in the
-    background of a shell's script.
+    A handler, unlike an ignored signal, is not inherited: the children react to Ctrl-C even where this process
+    ignores it, as in the background of a shell's script.
     """
     received: list[int] = []
-    before: dict[signal.Signals, Any] = {}
+    previous: dict[signal.Signals, Any] = {}
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before[number] = signal.getsignal(number)
-        is_ignored = before[number] == signal.SIG_IGN
-        signal.signal(number, ignore_signal if is_ignored else lambda heard, frame: received.append(heard))
+        previous[number] = signal.getsignal(number)
+        is_ignored = previous[number] == signal.SIG_IGN
+        signal.signal(number, ignore_signal if is_ignored else lambda caught, frame: received.append(caught))
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 def ignore_signal(number: int, frame: Any) -> None:
-    """A signal handler."""
+    """Do nothing, as a signal handler."""
 
 
 def format_duration(seconds: float) -> str:
-    """
-    >>> duration(12.3), duration(130), duration(3900)
+    """Format seconds for people.
+
+    >>> format_duration(12.3), format_duration(130), format_duration(3900)
     ('12 s', '2 min 10 s', '1 h 05 min')
     """
     minutes, rest = divmod(round(seconds), 60)

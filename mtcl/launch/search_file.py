@@ -1,4 +1,4 @@
-"""A search's YAML file: which keys of a run's config are searched, in what range, and what for."""
+"""Read a search's YAML file: which keys of a run's config are searched, in which ranges, for which objective."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mtcl.errors import UserError
-from mtcl.launch.study_file import LAUNCHER_KEYS, check_overrides
+from mtcl.launch.overrides import LAUNCHER_KEYS, check_overrides, split_override
 from mtcl.results.columns import Column, make_column
 from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
@@ -23,7 +23,7 @@ SIGNIFICANT_DIGITS = 4  # significant, of a value that is tried
 
 @dataclass(frozen=True)
 class Range:
-    """What one key may be: numbers from ``low`` to ``high``, or one of ``choices`` (as they are typed)."""
+    """The values of one key: numbers from ``low`` to ``high``, or one of ``choices`` (as they are typed)."""
 
     key: str
     low: float = 0.0
@@ -33,7 +33,7 @@ class Range:
     choices: tuple[str, ...] = ()
 
     def to_override(self, trial: Any) -> str:
-        """The override for an Optuna trial."""
+        """Return the override for an Optuna trial."""
         if self.choices:
             return f"{self.key}={trial.suggest_categorical(self.key, list(self.choices))}"
         if self.is_integer:
@@ -41,7 +41,7 @@ class Range:
         return f"{self.key}={trial.suggest_float(self.key, self.low, self.high, log=self.log):.{SIGNIFICANT_DIGITS}g}"
 
     def bound_overrides(self) -> tuple[str, ...]:
-        """Overrides with its outermost values."""
+        """Return overrides with the lowest and the highest value, or all choices."""
         if self.choices:
             return tuple(f"{self.key}={choice}" for choice in self.choices)
         return tuple(f"{self.key}={int(end) if self.is_integer else end}" for end in (self.low, self.high))
@@ -49,7 +49,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Search:
-    """A YAML file. ``pruning``: trials before, and steps in a trial before which none is pruned; None: none is."""
+    """The content of a search's file.
+
+    ``pruning``: the number of trials before the first is pruned, and of steps in a trial before it may be; None: no
+    pruning.
+    """
 
     name: str
     overrides: tuple[str, ...]
@@ -62,59 +66,60 @@ class Search:
 
     @property
     def column(self) -> Column:
+        """The objective as a column of tables."""
         if self.objective in DELTA_OBJECTIVES:
             return Column("", self.objective, True, "%")
         return make_column(*self.objective.split("/"))
 
 
 def read_search(path: Path) -> Search:
-    """The search in ``path``; ``UserError`` naming file and key for whatever is wrong with it."""
+    """Read a search; ``UserError`` names the file and the key of a mistake."""
     try:
-        content = yaml.load(read_text(path), yaml.BaseLoader)  # every value as the text that stands there
+        content = yaml.load(read_text(path), yaml.BaseLoader)  # every value as text
         check_depth(content, path)
     except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
-    known = _mapping(path, "the file", content, KEYS)
-    overrides = known.get("overrides", [])
-    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+    definition = _mapping(path, "the file", content, KEYS)
+    overrides = definition.get("overrides", [])
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
         raise UserError(f"{path}: overrides must be a list of texts, e.g. [experiment=nyud_small_cpu].")
     check_overrides(f"{path}: overrides", overrides)
-    space = _mapping(path, "space", known.get("space"), None)
+    space = _mapping(path, "space", definition.get("space"), None)
     if not space:
         raise UserError(f"{path}: space must hold a key of the config or more, e.g. regularizer.weight: {{...}}.")
-    ranges = tuple(_range(path, key, given) for key, given in space.items())
-    fixed = {word.partition("=")[0].lstrip("+~") for word in overrides}
-    for one in ranges:
-        if one.key in fixed:
-            raise UserError(f"{path}: {one.key} is both in overrides and in space; leave it out of one.")
-    pruning = known.get("pruning", {})
+    ranges = tuple(_range(path, key, bounds) for key, bounds in space.items())
+    fixed = {split_override(override)[0] for override in overrides}
+    for searched in ranges:
+        if searched.key in fixed:
+            raise UserError(f"{path}: {searched.key} is both in overrides and in space; leave it out of one.")
+    pruning = definition.get("pruning", {})
     if pruning in ("none", "null", "false"):
         startup = None
     else:
-        given = _mapping(path, "pruning", pruning, PRUNING_KEYS)
+        fields = _mapping(path, "pruning", pruning, PRUNING_KEYS)
         startup = (
-            _whole(path, "pruning.startup_trials", given.get("startup_trials", "5")),
-            _whole(path, "pruning.warmup_steps", given.get("warmup_steps", "0")),
+            _integer(path, "pruning.startup_trials", fields.get("startup_trials", "5")),
+            _integer(path, "pruning.warmup_steps", fields.get("warmup_steps", "0")),
         )
     return Search(
-        name=_text(path, "name", known.get("name", path.stem)),
+        name=_text(path, "name", definition.get("name", path.stem)),
         overrides=tuple(overrides),
         space=ranges,
-        objective=_objective(path, known.get("objective"), ranges),
-        seed=_whole(path, "seed", known.get("seed", "0")),
-        trials=_whole(path, "trials", known.get("trials", "20"), least=1),
+        objective=_objective(path, definition.get("objective"), ranges),
+        seed=_integer(path, "seed", definition.get("seed", "0")),
+        trials=_integer(path, "trials", definition.get("trials", "20"), least=1),
         pruning=startup,
         environment={
             key: _text(path, f"environment.{key}", value)
-            for key, value in _mapping(path, "environment", known.get("environment", {}), None).items()
+            for key, value in _mapping(path, "environment", definition.get("environment", {}), None).items()
         },
     )
 
 
 def _mapping(path: Path, where: str, content: Any, keys: Sequence[str] | None) -> dict[str, Any]:
     if not isinstance(content, dict):
-        told = f" with keys among {', '.join(keys)}" if keys else ""
-        raise UserError(f"{path}: {where} must be a mapping{told}.")
+        allowed = f" with keys among {', '.join(keys)}" if keys else ""
+        raise UserError(f"{path}: {where} must be a mapping{allowed}.")
     for key in content:
         if keys is not None and key not in keys:
             raise UserError(f"{path}: {where} has an unknown key {key}; it may have {', '.join(keys)}.")
@@ -127,29 +132,29 @@ def _text(path: Path, where: str, value: Any) -> str:
     return value
 
 
-def _whole(path: Path, where: str, value: Any, least: int = 0) -> int:
+def _integer(path: Path, where: str, value: Any, least: int = 0) -> int:
     if not isinstance(value, str) or not value.isdecimal() or int(value) < least:
         raise UserError(f"{path}: {where} must be a whole number >= {least}, not {value}.")
     return int(value)
 
 
-def _range(path: Path, key: str, given: Any) -> Range:
+def _range(path: Path, key: str, bounds: Any) -> Range:
     where = f"space.{key}"
-    check_overrides(f"{path}: {where}", [f"{key}=0"], own=(*LAUNCHER_KEYS, "data.split"))
-    if isinstance(given, list):
-        if len(given) < 2 or not all(isinstance(value, str) for value in given) or len(set(given)) < len(given):
+    check_overrides(f"{path}: {where}", [f"{key}=0"], reserved=(*LAUNCHER_KEYS, "data.split"))
+    if isinstance(bounds, list):
+        if len(bounds) < 2 or not all(isinstance(value, str) for value in bounds) or len(set(bounds)) < len(bounds):
             raise UserError(f"{path}: {where} must be a list of two different values or more.")
-        return Range(key, choices=tuple(given))
-    known = _mapping(path, where, given, RANGE_KEYS)
+        return Range(key, choices=tuple(bounds))
+    fields = _mapping(path, where, bounds, RANGE_KEYS)
     flags = {}
     for flag in ("log", "int"):
-        if known.get(flag, "false") not in ("true", "false"):
+        if fields.get(flag, "false") not in ("true", "false"):
             raise UserError(f"{path}: {where}.{flag} must be true or false.")
-        flags[flag] = known.get(flag) == "true"
+        flags[flag] = fields.get(flag) == "true"
     ends = []
     for end in ("low", "high"):
         try:
-            value = float(known[end])
+            value = float(fields[end])
         except (KeyError, TypeError, ValueError):
             value = math.nan
         if not math.isfinite(value) or (flags["int"] and value != int(value)):
@@ -165,12 +170,13 @@ def _objective(path: Path, value: Any, space: Sequence[Range]) -> str:
     task = value.partition("/")[0] if isinstance(value, str) else ""
     if value not in DELTA_OBJECTIVES and (task not in TASK_NAMES or value.count("/") != 1 or value.endswith("/")):
         raise UserError(
-            f"{path}: objective: {value} is neither {' nor '.join(DELTA_OBJECTIVES)} nor a task/metric such as depth/rmse."
+            f"{path}: objective: {value} is neither {' nor '.join(DELTA_OBJECTIVES)} nor a task/metric such as "
+            "depth/rmse."
         )
-    for one in space:
-        if value == "Delta_on/off" and one.key.partition(".")[0] != "regularizer":
+    for searched in space:
+        if value == "Delta_on/off" and searched.key.partition(".")[0] != "regularizer":
             raise UserError(
                 f"{path}: objective: Delta_on/off compares runs that differ in the regulariser only, but space has "
-                f"{one.key}; take Delta_MTL or a task/metric."
+                f"{searched.key}; choose Delta_MTL or a task/metric."
             )
     return value

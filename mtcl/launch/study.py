@@ -1,4 +1,4 @@
-"""A study: the runs of one YAML file, several at a time, each in a process of its own; then their table.
+"""Run a study: the runs of one YAML file, several at a time, each in its own process; then write its table.
 
 Definition: :mod:`mtcl.launch.study_file`; numbers and tables: :mod:`mtcl.launch.study_tables`.
 """
@@ -18,75 +18,66 @@ from typing import Any
 from mtcl.atomic import write_json, write_text
 from mtcl.config.build_data import build_tasks
 from mtcl.config.compose import compose_config
-from mtcl.config.quoting import quote_value
 from mtcl.config.renamed import upgrade_override
 from mtcl.errors import UserError
 from mtcl.launch import study_tables
-from mtcl.launch.processes import catch_signals, ended, format_duration, reason, started
-from mtcl.launch.study_file import (
-    Study,
-    Variant,
+from mtcl.launch.job import Job
+from mtcl.launch.overrides import (
     check_overrides,
     is_file_path,
     make_portable,
     merge_overrides,
-    read_study,
-    strip_prefix,
+    split_override,
 )
+from mtcl.launch.processes import catch_signals, explain_exit, format_duration, stop_processes
+from mtcl.launch.study_file import Study, Variant, read_study
 from mtcl.results.run_files import TEXT_LIST, TEXT_MAPPING, check_types, read_json_object, read_record
-from mtcl.run_lock import is_locked, lock_run
+from mtcl.run_lock import lock_run
 
-TasksOf = Callable[[Sequence[str]], list[str]]
+ListTasks = Callable[[Sequence[str]], list[str]]
 POLL = 0.1  # seconds between two looks at the running processes
 PATIENCE = 30.0  # seconds that an interrupted run has to end by itself
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a study: in ``folder``, with its record and log beside it."""
+@dataclass
+class StudyJob(Job):
+    """One run of a study; ``overrides`` are all but the seed and the folder."""
 
     variant: Variant
     seed: int
-    folder: Path
-    overrides: tuple[str, ...]  # all but the seed and the folder
 
     @property
     def title(self) -> str:
+        """Name the run for people."""
         return f"{self.variant.name} seed {self.seed}"
-
-    @property
-    def record(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.json")
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
-
-    @property
-    def is_finished(self) -> bool:
-        return all((self.folder / name).is_file() for name in ("metrics.json", "run.json"))
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / "last.pt"
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that ended without its numbers. ``reason``: the last line of its log."""
+    """A run that ended without its metrics, and how it ended."""
 
-    job: Job
+    job: StudyJob
     reason: str
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """How runs are started: ``command`` in the folder ``root``, ``num_parallel`` at once."""
+
+    command: Sequence[str]
+    root: Path
+    num_parallel: int
+    say: Callable[[str], None]
 
 
 def run_study(
     path: Path,
     output: Path,
-    given: Sequence[str] = (),
+    overrides: Sequence[str] = (),
     *,
     command: Sequence[str],
     root: Path,
-    tasks_of: TasksOf,
+    list_tasks: ListTasks,
     num_parallel: int = 1,
     only: Sequence[str] = (),
     results: Path | None = None,
@@ -94,115 +85,135 @@ def run_study(
     holm: bool = False,
     say: Callable[[str], None] = print,
 ) -> list[Failure]:
-    """Run what is not finished of the study in ``path``, write and show its table; the runs that failed.
+    """Run the unfinished runs of a study, then write and print its table.
 
-    ``given``: overrides of every run, on top of the file's. ``command``: what trains, started in ``root`` with the
-    overrides as words. ``tasks_of``: the tasks of a run with these overrides, ``UserError`` if train.py would refuse
-    them. ``only``: the arms (with ``singles``, all of theirs) to run; the table is of all that is there. ``results``:
-    a folder for one small JSON per run. ``holm``: verdicts by corrected p-values. ``UserError`` before anything is
-    started where an earlier run in ``output`` was made by other overrides.
+    Args:
+        path: The study's YAML file.
+        output: The folder of runs and table.
+        overrides: Overrides of every run, after the file's.
+        command: What trains.
+        root: The folder that it is started in.
+        list_tasks: Returns the tasks of a run with these overrides; ``UserError`` if train.py would refuse them.
+        num_parallel: Runs at once.
+        only: The variants to run (``single_task``: all single-task ones); the table has all that are finished.
+        results: A folder for one small JSON per run.
+        table_only: Run nothing.
+        holm: Base verdicts on p-values corrected by Holm's method.
+        say: Prints a line.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        UserError: A mistake in file or overrides, or ``output`` has runs of other overrides; nothing was started.
     """
-    check_overrides("the command", given)
+    check_overrides("the command", overrides)
     study = read_study(path)
-    if table_only and not given:  # those of the runs that are there
-        given = read_last_overrides(output)
+    if table_only and not overrides:  # those of the finished runs
+        overrides = read_last_overrides(output)
     output = output.resolve()
-    common = merge_overrides(study.overrides, given)
     if study.single_task is not None:
-        study = study.with_single_task_variants(
-            study.single_task_names or tasks_of(merge_overrides(common, study.single_task.overrides))
-        )
-    jobs = list_jobs(study, output, given)
+        common = merge_overrides(study.overrides, overrides, study.single_task.overrides)
+        study = study.with_single_task_variants(study.single_task_names or list_tasks(common))
+    jobs = list_jobs(study, output, overrides)
     chosen = [job for job in jobs if not only or is_chosen(job.variant, only)]
     for name in only:
         if not any(is_chosen(variant, [name]) for variant in study.variants):
-            raise UserError(
-                f"--only {name}: {path} has no such arm; choose among {', '.join(a.name for a in study.variants)}."
-            )
+            names = ", ".join(variant.name for variant in study.variants)
+            raise UserError(f"--only {name}: {path} has no such variant; choose among {names}.")
     for job in jobs:
-        check_same(job, study.environment)
+        check_same_settings(job, study.environment)
     failures: list[Failure] = []
     if not table_only:
-        wanted = {job.variant.name: job for job in reversed(chosen) if not job.is_finished}
-        for job in wanted.values():
-            try:
-                tasks_of(job.overrides)
-            except UserError as error:
-                raise UserError(f"{path}: {job.variant.name}: {error}") from error
+        check_variants(path, chosen, list_tasks)
         with lock_output(output):
-            failures = run_jobs(chosen, given, study, command, root, num_parallel, say)
+            launcher = Launcher(command, root, num_parallel, say)
+            failures = run_jobs(chosen, overrides, study, launcher)
     records = [
-        study_tables.record(study, job.variant, job.seed, job.overrides, job.folder) for job in jobs if job.is_finished
+        study_tables.make_record(study, job.variant, job.seed, job.overrides, job.folder)
+        for job in jobs
+        if job.is_finished
     ]
     if not records:
         say("no run has finished: there is no table")
         return failures
-    report = study_tables.report(study, records, holm)
+    report = study_tables.build_report(study, records, holm)
     say("\n" + study_tables.format_text(report))
-    how = format_command(path, study.name, given, root)
-    write_text(output / "study.md", study_tables.format_markdown(report, how))
+    repeat_command = format_command(path, study.name, overrides, root)
+    write_text(output / "study.md", study_tables.format_markdown(report, repeat_command))
     write_json(output / "study.json", study_tables.to_json(report))
-    say(f"{output / 'study.md'} and study.json hold this table")
+    say(f"{output / 'study.md'} and study.json contain this table")
     if results is not None:
-        study_tables.write_results(results, study, records, how)
+        study_tables.write_results(results, study, records, repeat_command)
         say(f"{results}: {len(records)} runs, one file each")
     return failures
 
 
+def check_variants(path: Path, jobs: Sequence[StudyJob], list_tasks: ListTasks) -> None:
+    """Raise ``UserError`` where train.py would refuse the overrides of a variant with unfinished runs."""
+    jobs_by_variant = {job.variant.name: job for job in reversed(jobs) if not job.is_finished}
+    for job in jobs_by_variant.values():
+        try:
+            list_tasks(job.overrides)
+        except UserError as error:
+            raise UserError(f"{path}: {job.variant.name}: {error}") from error
+
+
 def is_chosen(variant: Variant, only: Sequence[str]) -> bool:
-    return variant.name in only or (bool(variant.task) and "singles" in only)
+    """Is this variant among those to run?"""
+    return variant.name in only or (bool(variant.task) and "single_task" in only)
 
 
-def list_jobs(study: Study, output: Path, given: Sequence[str]) -> list[Job]:
-    """Every run, seed by seed: a study that is stopped early has whole pairs."""
-    order = list(dict.fromkeys(seed for variant in study.variants for seed in variant.seeds))
+def list_jobs(study: Study, output: Path, overrides: Sequence[str]) -> list[StudyJob]:
+    """Return every run, seed by seed, so that a study that is stopped early has complete pairs."""
+    seeds = list(dict.fromkeys(seed for variant in study.variants for seed in variant.seeds))
     return [
-        Job(
+        StudyJob(
+            output / variant.name / f"seed_{seed}",
+            tuple(merge_overrides(study.overrides, variant.overrides, overrides)),
             variant,
             seed,
-            output / variant.name / f"seed_{seed}",
-            tuple(merge_overrides(study.overrides, variant.overrides, given)),
         )
-        for seed in order
+        for seed in seeds
         for variant in study.variants
         if seed in variant.seeds
     ]
 
 
 def compose_task_names(overrides: Sequence[str], configs: Path) -> list[str]:
-    """The tasks of train.py with these overrides; ``UserError`` if it would refuse them."""
+    """Return the tasks of train.py with these overrides; ``UserError`` if it would refuse them."""
     return list(build_tasks(compose_config(overrides, configs)))
 
 
-# What is there already
+# Earlier runs
 
 
-def check_same(job: Job, environment: Mapping[str, str]) -> None:
-    """``UserError`` where the run in the job's folder, finished or to be continued, was made by other overrides."""
-    if not job.checkpoint.is_file() and not (job.folder / "metrics.json").is_file():
+def check_same_settings(job: StudyJob, environment: Mapping[str, str]) -> None:
+    """Raise ``UserError`` where the job's folder has a run, finished or to be resumed, of other overrides."""
+    run = job.run_folder
+    if not job.can_resume and not run.metrics.is_file():
         return
-    ending = "remove the folder or choose another --output"
+    advice = "remove the folder or choose another --output"
     if job.record.is_file():
-        before = read_job(job.record)
-    elif (job.folder / "run.json").is_file():
-        before = {"overrides": read_record(job.folder / "run.json").get("overrides", []), "environment": environment}
+        earlier = read_job(job.record)
+    elif run.record.is_file():
+        earlier = {"overrides": read_record(run.record).get("overrides", []), "environment": environment}
     else:
-        raise UserError(f"{job.folder} holds a run that this study did not make; {ending}.")
-    then, now = (as_dict(make_portable(words)) for words in (before.get("overrides", []), job.overrides))
-    then |= before.get("environment", {})
-    now |= environment
-    keys = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    if keys:
-        told = [f"{key} was {then.get(key, 'not given')}, now {now.get(key, 'not given')}" for key in keys]
-        raise UserError(f"{job.folder} was made by other settings ({'; '.join(told)}); {ending}.")
-
-
-def as_dict(overrides: Sequence[str]) -> dict[str, str]:
-    return {strip_prefix(key): value for key, _, value in (word.partition("=") for word in overrides)}
+        raise UserError(f"{job.folder} has a run of another origin than this study; {advice}.")
+    old, new = (
+        dict(map(split_override, make_portable(overrides)))
+        for overrides in (earlier.get("overrides", []), job.overrides)
+    )
+    old |= earlier.get("environment", {})
+    new |= environment
+    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+    if changed:
+        changes = [f"{key} was {old.get(key, 'not set')}, now {new.get(key, 'not set')}" for key in changed]
+        raise UserError(f"{job.folder} was made by other settings ({'; '.join(changes)}); {advice}.")
 
 
 def read_last_overrides(output: Path) -> list[str]:
-    """The words given to the command that made the newest run in ``output``."""
+    """Return the overrides of the command that started the newest run in ``output``."""
     records = sorted(output.glob("*/seed_*.json"), key=lambda path: path.stat().st_mtime)
     return list(read_job(records[-1]).get("given", [])) if records else []
 
@@ -217,7 +228,7 @@ def read_job(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def lock_output(output: Path) -> Iterator[None]:
-    """``output`` for this process alone."""
+    """Lock ``output`` against other studies."""
     try:
         lock = lock_run(output)
     except UserError as error:
@@ -226,105 +237,133 @@ def lock_output(output: Path) -> Iterator[None]:
         yield
 
 
-def format_command(path: Path, name: str, given: Sequence[str], root: Path) -> str:
-    """The command for others to repeat: machines' folders and files as shell variables, or left out."""
+def format_command(path: Path, name: str, overrides: Sequence[str], root: Path) -> str:
+    """Return the command for others to repeat; folders and files of this machine become shell variables or go."""
     file = path.resolve().relative_to(root.resolve()) if path.resolve().is_relative_to(root.resolve()) else path.name
-    words = ["python scripts/study.py", shlex.quote(str(file)), f"--output outputs/{name}"]
-    for word in given:
-        key, _, value = word.partition("=")
+    parts = ["python scripts/study.py", shlex.quote(str(file)), f"--output outputs/{name}"]
+    for override in overrides:
+        key, value = split_override(override)
+        prefixed = override.partition("=")[0]
         if key == "data.root":
-            words.append("data.root=$DATA")
-        elif is_file_path(strip_prefix(key), value) and make_portable([word]):
-            words.append(f"{key}=${re.sub('[^A-Z]', '_', strip_prefix(key).rpartition('.')[2].upper())}")
-        elif make_portable([word]):
-            words.append(shlex.quote(word))
-    return " ".join(words)
+            parts.append("data.root=$DATA")
+        elif is_file_path(key, value) and make_portable([override]):
+            parts.append(f"{prefixed}=${re.sub('[^A-Z]', '_', key.rpartition('.')[2].upper())}")
+        elif make_portable([override]):
+            parts.append(shlex.quote(override))
+    return " ".join(parts)
 
 
 # Running
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    given: Sequence[str],
-    study: Study,
-    command: Sequence[str],
-    root: Path,
-    num_parallel: int,
-    say: Callable[[str], None],
-) -> list[Failure]:
-    """Run the jobs that are not finished, ``num_parallel`` at once; those that failed. What a process of an earlier
-    study still runs is waited for.
+def run_jobs(jobs: Sequence[StudyJob], overrides: Sequence[str], study: Study, launcher: Launcher) -> list[Failure]:
+    """Run the unfinished jobs, several at once, and wait for runs that processes of an earlier study still hold.
 
-    ``KeyboardInterrupt`` once a signal has ended them.
+    Args:
+        jobs: All jobs, finished ones included.
+        overrides: Those of the command, for the jobs' records.
+        study: The study.
+        launcher: How runs are started.
+
+    Returns:
+        The jobs that failed.
+
+    Raises:
+        KeyboardInterrupt: A signal ended the runs; they can be resumed.
     """
-    waiting = [job for job in jobs if not job.is_finished]
-    say(f"{study.name}: {len(jobs)} runs, {len(jobs) - len(waiting)} of them finished before")
-    running: dict[subprocess.Popen, tuple[Job, float]] = {}
-    failures: list[Failure] = []
-    took: list[float] = []
-    for job in waiting:
-        if is_locked(job.folder):
-            say(f"{job.title} is still run by a process of a study that was killed: it is waited for")
-    began, number, num_done = time.monotonic(), len(jobs) - len(waiting), len(jobs) - len(waiting)
+    queue = JobQueue(jobs, overrides, study, launcher)
+    say = launcher.say
     with catch_signals() as signals:
-        while (waiting or running) and not signals:
-            while waiting and len(running) < num_parallel:
-                free = next((one for one in waiting if not is_locked(one.folder)), None)
-                if free is None:  # all that is left is run by processes of a study that was killed
-                    break
-                job = free
-                waiting.remove(job)
-                if job.is_finished:
-                    num_done, number = num_done + 1, number + 1
-                    say(f"[{num_done}/{len(jobs)}] {job.title} finished by a process of a study before this one")
-                    continue
-                continued = job.checkpoint.is_file()
-                running[start_job(job, given, study, command, root)] = (job, time.monotonic())
-                number += 1
-                say(f"[{number}/{len(jobs)}] {job.title} {'continued' if continued else 'started'}, log {job.log}")
-            for process in [process for process in running if process.poll() is not None]:
-                job, since = running.pop(process)
-                num_done += 1
-                took.append(time.monotonic() - since)
-                if process.returncode == 0 and job.is_finished:
-                    told = "finished"
-                else:
-                    failures.append(Failure(job, reason(job.log, process.returncode)))
-                    told = f"FAILED ({failures[-1].reason})"
-                left = remaining(took, [since for _, since in running.values()], len(waiting), num_parallel)
-                rest = f", about {format_duration(left)} left" if waiting or running else ""
-                elapsed = format_duration(time.monotonic() - began)
-                say(
-                    f"[{num_done}/{len(jobs)}] {job.title} {told} after {format_duration(took[-1])}; {elapsed} so far{rest}"
-                )
+        while (queue.waiting or queue.running) and not signals:
+            queue.start_jobs()
+            queue.collect_jobs()
             time.sleep(POLL)
-        if signals and (running or waiting):
-            say(f"interrupted: ending {len(running)} run{'s' * (len(running) != 1)}")
-            ended(list(running), signal.SIGINT, PATIENCE)
+        if signals and (queue.running or queue.waiting):
+            say(f"interrupted: ending {len(queue.running)} run{'s' * (len(queue.running) != 1)}")
+            stop_processes(list(queue.running), signal.SIGINT, PATIENCE)
             say("the same command continues this study")
             raise KeyboardInterrupt
-    return failures
+    return queue.failures
 
 
-def start_job(job: Job, given: Sequence[str], study: Study, command: Sequence[str], root: Path) -> subprocess.Popen:
-    """The job's process."""
+class JobQueue:
+    """The jobs of a study that wait, run and failed."""
+
+    def __init__(self, jobs: Sequence[StudyJob], overrides: Sequence[str], study: Study, launcher: Launcher) -> None:
+        self.overrides, self.study, self.launcher, self.say = overrides, study, launcher, launcher.say
+        self.waiting = [job for job in jobs if not job.is_finished]
+        self.total = len(jobs)
+        self.num_done = self.num_started = self.total - len(self.waiting)
+        self.running: dict[subprocess.Popen, tuple[StudyJob, float]] = {}
+        self.failures: list[Failure] = []
+        self.durations: list[float] = []
+        self.start_time = time.monotonic()
+        self.say(f"{study.name}: {self.total} runs, {self.num_done} of them finished before")
+        for job in self.waiting:
+            if job.is_locked:
+                self.say(f"{job.title} is still run by a process of a study that was killed: waiting for it")
+
+    def start_jobs(self) -> None:
+        """Start jobs that no process holds, as far as there are free slots."""
+        while self.waiting and len(self.running) < self.launcher.num_parallel:
+            job = next((job for job in self.waiting if not job.is_locked), None)
+            if job is None:  # processes of a study that was killed hold all of them
+                return
+            self.waiting.remove(job)
+            self.num_started += 1
+            if job.is_finished:
+                self.num_done += 1
+                self.say(f"[{self.num_done}/{self.total}] {job.title} finished by a process of an earlier study")
+                continue
+            verb = "continued" if job.can_resume else "started"
+            self.running[start_job(job, self.overrides, self.study, self.launcher)] = (job, time.monotonic())
+            self.say(f"[{self.num_started}/{self.total}] {job.title} {verb}, log {job.log}")
+
+    def collect_jobs(self) -> None:
+        """Report the jobs that have ended since the last call."""
+        for process in [process for process in self.running if process.poll() is not None]:
+            job, job_start = self.running.pop(process)
+            self.num_done += 1
+            self.durations.append(time.monotonic() - job_start)
+            outcome = "finished"
+            if process.returncode != 0 or not job.is_finished:
+                self.failures.append(Failure(job, explain_exit(job.log, process.returncode)))
+                outcome = f"FAILED ({self.failures[-1].reason})"
+            starts = [start for _, start in self.running.values()]
+            seconds = estimate_remaining(self.durations, starts, len(self.waiting), self.launcher.num_parallel)
+            remaining = f", about {format_duration(seconds)} left" if self.waiting or self.running else ""
+            elapsed = format_duration(time.monotonic() - self.start_time)
+            duration = format_duration(self.durations[-1])
+            self.say(
+                f"[{self.num_done}/{self.total}] {job.title} {outcome} after {duration}; {elapsed} so far{remaining}"
+            )
+
+
+def start_job(job: StudyJob, overrides: Sequence[str], study: Study, launcher: Launcher) -> subprocess.Popen:
+    """Write the job's record and start its process."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    facts = {"study": study.name, "arm": job.variant.name, "seed": job.seed, "overrides": job.overrides, "given": given}
-    write_json(job.record, {**facts, "environment": study.environment})
-    words = [*command, *job.overrides, f"seed={job.seed}", f"hydra.run.dir={quote_value(job.folder)}"]
-    if job.checkpoint.is_file():
-        words.append("resume=auto")  # of its own folder
-    return started(words, job.log, {**os.environ, **study.environment}, root)
+    record = {
+        "study": study.name,
+        "arm": job.variant.name,
+        "seed": job.seed,
+        "overrides": job.overrides,
+        "given": overrides,
+        "environment": study.environment,
+    }
+    write_json(job.record, record)
+    environment = {**os.environ, **study.environment}
+    return job.start(launcher.command, environment, launcher.root, [f"seed={job.seed}"])
 
 
-def remaining(took: Sequence[float], since: Sequence[float], num_waiting: int, num_parallel: int) -> float:
-    """Seconds still to go, if every run takes as long as those so far did on average."""
-    mean, now = sum(took) / len(took), time.monotonic()
-    return (mean * num_waiting + sum(max(mean - (now - began), 0) for began in since)) / num_parallel
+def estimate_remaining(
+    durations: Sequence[float], starts: Sequence[float], num_waiting: int, num_parallel: int
+) -> float:
+    """Return the seconds to go if every run takes as long as the finished ones did on average."""
+    mean, now = sum(durations) / len(durations), time.monotonic()
+    return (mean * num_waiting + sum(max(mean - (now - start), 0) for start in starts)) / num_parallel
 
 
 def format_failures(failures: Sequence[Failure]) -> str:
-    """One sentence on the runs that failed."""
-    told = "; ".join(f"{one.job.title}: {one.reason} ({one.job.log})" for one in failures)
-    return f"{len(failures)} run{'s' * (len(failures) > 1)} failed, the same command tries again: {told}"
+    """Return one sentence on the runs that failed."""
+    texts = "; ".join(f"{failure.job.title}: {failure.reason} ({failure.job.log})" for failure in failures)
+    return f"{len(failures)} run{'s' * (len(failures) > 1)} failed, the same command tries again: {texts}"

@@ -15,7 +15,8 @@ from mtcl.atomic import write_text
 from mtcl.config.renamed import upgrade_flat_config, upgrade_override
 from mtcl.config.schema import flatten, role_of
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.launch.study_file import NAME, Study, Variant, is_file_path, is_machine_key, make_portable
+from mtcl.launch.overrides import is_file_path, is_machine_key, make_portable
+from mtcl.launch.study_file import NAME, Study, Variant
 from mtcl.metrics.delta import delta_mtl
 from mtcl.results.columns import Column
 from mtcl.results.comparability import (
@@ -59,6 +60,7 @@ from mtcl.results.tables import (
     markdown_table,
     render,
 )
+from mtcl.run_folder import RunFolder
 
 DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the table of means
 OTHER_DELTA = Column("", "Delta", True, "%")  # against its others
@@ -117,18 +119,19 @@ class Report:
 # Records
 
 
-def record(study: Study, variant: Variant, seed: int, overrides: Sequence[str], folder: Path) -> Record:
+def make_record(study: Study, variant: Variant, seed: int, overrides: Sequence[str], folder: Path) -> Record:
     """One finished run in small: without single classes and without anything of its machine but the device's name."""
-    facts = {key: value for key, value in read_record(folder / "run.json").items() if key not in LEFT_OUT}
-    metrics = read_json_object(folder / "metrics.json")
-    parse_metrics(folder / "metrics.json", metrics)  # says what is wrong with the file while we know its path
+    run = RunFolder(folder)
+    facts = {key: value for key, value in read_record(run.record).items() if key not in LEFT_OUT}
+    metrics = read_json_object(run.metrics)
+    parse_metrics(run.metrics, metrics)  # says what is wrong with the file while we know its path
     return {
         "study": study.name,
         "arm": variant.name,
         "seed": seed,
         "overrides": make_portable(overrides),
         "metrics": {task: without_classes(values) for task, values in metrics.items()},
-        "config": portable_config(folder / "config.yaml"),
+        "config": portable_config(run.config),
         "run": facts,
     }
 
@@ -247,7 +250,7 @@ def read_result(path: Path, study: Study) -> Record:
 # Numbers
 
 
-def report(study: Study, records: Sequence[Record], holm: bool = False) -> Report:
+def build_report(study: Study, records: Sequence[Record], holm: bool = False) -> Report:
     """Everything the tables show, from the records of the finished runs; ``UserError`` if they do not compare.
 
     ``holm``: verdicts by p-values corrected for the number of intervals.

@@ -1,7 +1,7 @@
-"""Sweeps (``train.py -m``): every job is a train.py in a process of its own, whichever of Hydra's launchers starts it.
+"""Run sweeps (``train.py -m``): every job is a train.py in its own process, whichever of Hydra's launchers starts it.
 
-So what a run does to its process (a crash, no memory left, the kernel's SIGKILL) ends that run only. A job's folder
-follows from its words: started again, a sweep skips what is finished and continues what is not.
+A failure that ends a process (a crash, no memory, SIGKILL) ends that run only. A job's folder follows from its
+overrides: started again, a sweep skips finished runs and resumes the others.
 """
 
 import contextlib
@@ -22,16 +22,15 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from mtcl.config.diff import find_changed_experiment_keys, format_changes
-from mtcl.config.quoting import quote_value
 from mtcl.config.schema import role_of
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.launch.processes import EXIT_REQUEUE, catch_signals, format_duration, killed, reason, started
-from mtcl.launch.study_file import is_file_path, merge_overrides, strip_prefix
+from mtcl.launch.job import Job
+from mtcl.launch.overrides import is_file_path, split_override
+from mtcl.launch.processes import EXIT_REQUEUE, catch_signals, explain_exit, format_duration, kill_process_group
 from mtcl.results.columns import make_column, primary_metrics
 from mtcl.results.run_files import read_metrics, read_nested_config
 from mtcl.results.tables import format_value
-from mtcl.run_folder import CONFIG, METRICS
-from mtcl.run_lock import is_locked
+from mtcl.run_folder import RunFolder
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
 FOLDERS = ("data.root", "data.cache")  # not in that part
@@ -45,22 +44,22 @@ FINISHED, FINISHED_EARLIER, RUNNING_ELSEWHERE, STOPPED, FAILED = (
 )
 
 
-def job_folder(words: Sequence[str], folder: str | Path | None = None) -> str:
-    """Name a job's folder: a readable part, and a hash of all its words in whatever order.
+def job_folder(overrides: Sequence[str], folder: str | Path | None = None) -> str:
+    """Return the name of a job's folder: a readable part, and a hash of all its overrides in any order.
 
-    The words that sweeps mostly differ in come first: numbers, then tasks; those of the machine come last. Where
-    ``folder``, the sweep's, has one of that hash already (an earlier version called it otherwise), it keeps its name.
+    Overrides in which sweeps mostly differ come first: numbers, then tasks; those of the machine come last. A folder
+    of that hash in ``folder``, the sweep's, keeps its name, which an earlier version may have chosen differently.
 
     >>> job_folder(["data=nyud", "data.root=/my/data", "seed=1", "regularizer.weight=0.03"])
     'weight-0.03_seed-1_data-nyud_f51555a1'
     >>> job_folder(["data=nyud", "tasks.names=[semseg,depth]"])
     'tasks-semseg-depth_data-nyud_97bf6389'
     """
-    words = sorted(word for word in words if word not in ("resume=auto", "resume=null"))
-    digest = hashlib.sha256("\n".join(words).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    overrides = sorted(override for override in overrides if override not in ("resume=auto", "resume=null"))
+    digest = hashlib.sha256("\n".join(overrides).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     if folder is not None and len(earlier := list(Path(folder).glob(f"*_{digest}/"))) == 1:
         return earlier[0].name
-    pairs = [(strip_prefix(key), value) for key, _, value in (word.partition("=") for word in words)]
+    pairs = [split_override(override) for override in overrides]
     shown = [(key, value) for key, value in pairs if key not in FOLDERS and not is_file_path(key, value)]
     shown.sort(key=_order)
     parts = [_readable(f"{_short(key)}-{value.strip('[]')}")[:PART_LENGTH] for key, value in shown]
@@ -84,16 +83,21 @@ def _readable(text: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", text, flags=re.ASCII).rstrip("-")
 
 
-OmegaConf.register_new_resolver("job_folder", lambda words, folder=None: job_folder(list(words), folder), replace=True)
+OmegaConf.register_new_resolver(
+    "job_folder", lambda overrides, folder=None: job_folder(list(overrides), folder), replace=True
+)
 
 
 @dataclass(frozen=True)
 class JobOutcome:
-    """How a job of a sweep ended. Those of other processes and machines come back pickled: wherever one is made or
-    unpickled, it is kept in :data:`job_outcomes`; Hydra gives us none of them itself."""
+    """How a job of a sweep ended.
+
+    Outcomes of other processes and machines come back pickled. Wherever one is constructed or unpickled, it is added to
+    :data:`job_outcomes`, as Hydra does not return them.
+    """
 
     number: int
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     ending: str
     reason: str = ""
 
@@ -105,66 +109,67 @@ class JobOutcome:
 
 
 job_outcomes: dict[int, JobOutcome] = {}  # of this process's sweep, by the job's number
-received_signals: list[int] = []  # signals that told this process to end: no further job is started
+received_signals: list[int] = []  # signals that ended this process: no further job is started
 
 
 class SweepStopped(BaseException):
-    """The sweep was told to end and its job has; goes past Hydra, which takes exceptions for a job's own."""
+    """The sweep was stopped by a signal; not an ``Exception``, which Hydra would take for a job's own."""
 
 
 def run_job(
     command: Sequence[str],
-    words: Sequence[str],
+    overrides: Sequence[str],
     config: Mapping[str, Any],
     folder: Path,
     number: int,
     environment: Mapping[str, str],
-    here: bool,
+    in_main_process: bool,
 ) -> JobOutcome:
-    """``command words`` as a process that trains in ``folder``, unless the run is finished, or running elsewhere.
+    """Train in a process, unless the run is finished or running elsewhere.
 
-    ``config``: what the words are composed to. ``here``: in the process that was started as the sweep, one job after
-    the other; then what it writes into its log (``folder``'s name and ``.log``) is shown, too.
+    Args:
+        command: What trains.
+        overrides: Those of the job.
+        config: The config composed from them.
+        folder: The run folder.
+        number: The job's number.
+        environment: The process's environment variables.
+        in_main_process: Whether this process was started as the sweep; then the run's log is shown, too.
     """
-    told = tuple(words)
-    found = find_run_state(folder, config)
-    if found is not None or received_signals:
-        say(number, folder, f"{found or STOPPED}{score(folder)}")
-        return JobOutcome(number, told, found or STOPPED)
-    resume = ["resume=auto"] if any(folder.glob("checkpoints/*.pt")) else []
-    log = folder.with_name(f"{folder.name}.log")
-    full = [*command, *merge_overrides(words, resume), f"hydra.run.dir={quote_value(folder)}"]
-    say(number, folder, f"{'continued' if resume else 'started'}, log {log}")
-    began = time.monotonic()
-    with catch_signals() as signals, follow_log(log, here):
-        process = started(full, log, environment)
+    job = Job(folder, tuple(overrides))
+    state = find_run_state(folder, config)
+    if state is not None or received_signals:
+        say(number, folder, f"{state or STOPPED}{format_score(folder)}")
+        return JobOutcome(number, job.overrides, state or STOPPED)
+    say(number, folder, f"{'continued' if job.can_resume else 'started'}, log {job.log}")
+    start_time = time.monotonic()
+    with catch_signals() as signals, follow_log(job.log, in_main_process):
+        process = job.start(command, environment)
         code = wait_for_process(process, signals)
     received_signals.extend(signals)
-    found = find_run_state(folder, config)
-    if code == 0 and found == FINISHED_EARLIER:
-        ending, why = FINISHED, ""
+    state = find_run_state(folder, config)
+    ending, reason = state or FAILED, "" if state else f"{explain_exit(job.log, code)} ({job.log})"
+    if code == 0 and state == FINISHED_EARLIER:
+        ending, reason = FINISHED, ""
     elif code == EXIT_REQUEUE or received_signals:
-        ending, why = STOPPED, ""
-    else:  # another sweep may have taken the folder while ours was starting
-        ending, why = found or FAILED, "" if found else f"{reason(log, code)} ({log})"
-    say(
-        number, folder, f"{ending} after {format_duration(time.monotonic() - began)}{score(folder)}{why and f': {why}'}"
-    )
-    outcome = JobOutcome(number, told, ending, why)
-    if received_signals and here:
+        ending, reason = STOPPED, ""
+    duration = format_duration(time.monotonic() - start_time)
+    say(number, folder, f"{ending} after {duration}{format_score(folder)}{reason and f': {reason}'}")
+    outcome = JobOutcome(number, job.overrides, ending, reason)
+    if received_signals and in_main_process:
         raise SweepStopped
     return outcome
 
 
 def say(number: int, folder: Path, text: str) -> None:
-    """Write a line on a job to the standard error."""
+    """Print a line on a job to the standard error."""
     print(escape_control_characters(f"[{number + 1}] {folder.name}: {text}"), file=sys.stderr, flush=True)
 
 
-def score(folder: Path) -> str:
-    """The first task's main metric as the run's end scored it, for a line; "" where it did not."""
+def format_score(folder: Path) -> str:
+    """Return the first task's final main metric, for a line; "" without one."""
     try:
-        task, values = next(iter(read_metrics(folder / METRICS).items()))
+        task, values = next(iter(read_metrics(RunFolder(folder).metrics).items()))
         metric = next(name for name in primary_metrics(task) if name in values)
     except (UserError, StopIteration):
         return ""
@@ -173,33 +178,38 @@ def score(folder: Path) -> str:
 
 
 def find_run_state(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """None: the run in ``folder`` is to be started or continued. ``UserError`` where it is one of another config."""
-    if is_locked(folder):
+    """Return the state of the run in ``folder``; None: start or resume it.
+
+    Raises:
+        UserError: It is a run of another config.
+    """
+    run = RunFolder(folder)
+    if run.is_locked:
         return RUNNING_ELSEWHERE
-    if not os.path.lexists(folder / CONFIG):
+    if not os.path.lexists(run.config):
         return None
-    saved, now = read_nested_config(folder / CONFIG), dict(config)
-    if keys := find_changed_experiment_keys(saved, now):
+    saved, new = read_nested_config(run.config), dict(config)
+    if keys := find_changed_experiment_keys(saved, new):
         raise UserError(
-            f"{folder} holds a run of another config ({format_changes(saved, now, keys)}); "
+            f"{folder} holds a run of another config ({format_changes(saved, new, keys)}); "
             "remove it or choose another hydra.sweep.dir"
         )
-    return FINISHED_EARLIER if all((folder / name).is_file() for name in ("metrics.json", "run.json")) else None
+    return FINISHED_EARLIER if run.is_finished else None
 
 
 def wait_for_process(process: subprocess.Popen, signals: list[int]) -> int:
-    """The process's exit code. Told to end, so is the process, which saves first; told twice, it is killed."""
-    parent, asked = os.getppid(), False
+    """Return the process's exit code; a signal is passed on to it, a second one kills it."""
+    parent, is_terminated = os.getppid(), False
     in_pool = multiprocessing.parent_process() is not None
     try:
         while (code := process.poll()) is None:
             if in_pool and os.getppid() != parent and not signals:  # the sweep itself is gone
                 signals.append(signal.SIGTERM)
-            if signals and not asked:
+            if signals and not is_terminated:
                 process.terminate()
-                asked = True
+                is_terminated = True
             elif len(signals) > 1:
-                killed(process)
+                kill_process_group(process)
             time.sleep(POLL)
         return code
     finally:
@@ -209,18 +219,18 @@ def wait_for_process(process: subprocess.Popen, signals: list[int]) -> int:
 
 @contextlib.contextmanager
 def follow_log(log: Path, shown: bool) -> Iterator[None]:
-    """What is added to ``log`` meanwhile goes to the terminal, too."""
+    """Copy to the terminal what is added to ``log``."""
     if not shown:
         yield
         return
-    done = threading.Event()
+    is_over = threading.Event()
     start = log.stat().st_size if log.is_file() else 0
 
     def copy() -> None:
         with contextlib.ExitStack() as stack:
             file: IO[str] | None = None
             while True:
-                last = done.wait(POLL)
+                last = is_over.wait(POLL)
                 if file is None and log.is_file():
                     file = stack.enter_context(log.open(encoding="utf-8", errors="replace", newline=""))
                     file.seek(start)
@@ -235,7 +245,7 @@ def follow_log(log: Path, shown: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        done.set()
+        is_over.set()
         thread.join()
 
 
@@ -244,30 +254,30 @@ def follow_log(log: Path, shown: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forward_signals() -> Iterator[None]:
-    """A signal goes on to the processes of a launcher's pool, which end their runs; with none, or twice, it raises."""
+    """Pass signals on to the processes of a launcher's pool; without a pool, or a second time, raise."""
 
-    def hear(number: int, frame: Any) -> None:
+    def handle(number: int, frame: Any) -> None:
         received_signals.append(number)
         pool = multiprocessing.active_children()
         if len(received_signals) > 1 or not pool:
             raise SweepStopped
-        print("told to end: the runs save first (again: at once)", file=sys.stderr, flush=True)
+        print("stopping: the runs save first (a second signal stops them at once)", file=sys.stderr, flush=True)
         for process in pool:
             process.terminate()
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handlers.items():
         if handler != signal.SIG_IGN:
-            signal.signal(number, hear)
+            signal.signal(number, handle)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def exit_code() -> int:
-    """Of the sweep: 130 or 75 where it was told to end, 1 where a run failed."""
+    """Return the sweep's exit code: 130 or 75 where a signal stopped it, 1 where a run failed."""
     endings = [outcome.ending for outcome in job_outcomes.values()]
     if received_signals:
         return 130 if received_signals[0] == signal.SIGINT else EXIT_REQUEUE
@@ -275,19 +285,19 @@ def exit_code() -> int:
 
 
 def summary() -> list[str]:
-    """A line on all jobs, one for each that failed: the words that not all jobs have, and why."""
-    found = [job_outcomes[number] for number in sorted(job_outcomes)]
+    """Return a line on all jobs and one per failed job: the overrides that not all jobs have, and the reason."""
+    outcomes = [job_outcomes[number] for number in sorted(job_outcomes)]
     counts = {
-        ending: sum(one.ending == ending for one in found)
+        ending: sum(outcome.ending == ending for outcome in outcomes)
         for ending in (FINISHED, FINISHED_EARLIER, RUNNING_ELSEWHERE, STOPPED)
     }
-    failed = [one for one in found if one.ending == FAILED]
+    failed = [outcome for outcome in outcomes if outcome.ending == FAILED]
     parts = [f"{count} {ending}" for ending, count in {**counts, FAILED: len(failed)}.items() if count]
-    lines = [f"sweep of {len(found)} run{'s' * (len(found) != 1)}: {', '.join(parts)}"]
-    common = set.intersection(*(set(one.words) for one in found)) if len(found) > 1 else set()
-    for one in failed:
-        words = " ".join(word for word in one.words if word not in common)
-        lines.append(f"error: {words or f'job {one.number}'}: {one.reason}")
+    lines = [f"sweep of {len(outcomes)} run{'s' * (len(outcomes) != 1)}: {', '.join(parts)}"]
+    common = set.intersection(*(set(outcome.overrides) for outcome in outcomes)) if len(outcomes) > 1 else set()
+    for outcome in failed:
+        overrides = " ".join(override for override in outcome.overrides if override not in common)
+        lines.append(f"error: {overrides or f'job {outcome.number}'}: {outcome.reason}")
     if failed or counts[STOPPED] or received_signals:
         lines.append("the same command runs what is not finished")
     return lines

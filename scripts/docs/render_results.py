@@ -20,7 +20,7 @@ from typing import Any
 
 from mtcl.config.renamed import upgrade_override
 from mtcl.errors import UserError
-from mtcl.launch.study_tables import format_markdown, format_means, read_results, report
+from mtcl.launch.study_tables import build_report, format_markdown, format_means, read_results
 from mtcl.results.columns import TASKS
 from mtcl.results.run_files import parse_metrics, read_json_object, read_record
 from mtcl.run_folder import RunFolder
@@ -122,7 +122,7 @@ def render_table(name: str, means_only: bool = False) -> str:
 def render_study(folder: Path, means_only: bool) -> str:
     """Return the Markdown of a study."""
     study, records, command = read_results(folder)
-    results = report(study, records)
+    results = build_report(study, records)
     if means_only:
         return f"{format_means(results)}\n\n```sh\n{current_command(command)}\n```"
     return format_markdown(results, current_command(command)).rstrip("\n")

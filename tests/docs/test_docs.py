@@ -134,7 +134,7 @@ def test_what_a_command_names_is_there(document, command, told_by):
         module = import_module(f"mtcl.cli.{words[0]}")
         parser = CommandParser(command, "")
         module.add_arguments(parser)
-        if words[1:] != ["--help"]:
+        if words[1:] not in ([], ["--help"]):
             parser.parse_intermixed_args(words[1:])
     elif script == "mtcl":
         assert words[0] in ("--help", "--version"), f"{document.name}: {command}"

@@ -93,7 +93,7 @@ def run(file, tmp_path, monkeypatch):
     def conducted(*given, output="out", **options):
         said = []
         command = [sys.executable, str(tmp_path / "train.py")]
-        options = {"tasks_of": lambda words: ["depth"], "say": said.append, **options}
+        options = {"list_tasks": lambda words: ["depth"], "say": said.append, **options}
         try:
             run_search(file, tmp_path / output, given, command=command, root=tmp_path, **options)
         except BaseException as error:
@@ -182,7 +182,7 @@ def test_every_search_in_the_repository_is_one_that_train_py_takes(path):
 
 
 def test_a_search_finds_the_best_and_says_how_to_repeat_it(run, file, tmp_path, monkeypatch):
-    monkeypatch.setattr("mtcl.launch.search.ENOUGH", 5)
+    monkeypatch.setattr("mtcl.launch.search.MIN_FOR_IMPORTANCE", 5)
     said = run("data.root=/d")
     done = trials(file, tmp_path / "out")
     assert [trial.state.name for trial in done] == ["COMPLETE"] * 6
@@ -292,7 +292,7 @@ def test_two_searches_share_one_storage(run, file, tmp_path):
         "import sys; from pathlib import Path; from mtcl.launch.search import conduct\n"
         f"here = Path({str(tmp_path)!r})\n"
         "conduct(here / 'made_up.yaml', here / 'out', command=[sys.executable, str(here / 'train.py')], root=here, "
-        "tasks_of=lambda words: ['depth'], trials=3)"
+        "list_tasks=lambda words: ['depth'], trials=3)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL) as other:
@@ -332,7 +332,7 @@ def test_a_delta_is_against_runs_that_the_search_makes(run, file, tmp_path):
     run("regularizer.options.embed_dim=8", trials=2)
     assert sum(call[0] == "off" for call in calls(tmp_path)) == 1
     file.write_text(FILE.replace("depth/rmse", "Delta_MTL"))
-    run(trials=1, output="mtl", tasks_of=lambda words: ["semseg", "depth"])
+    run(trials=1, output="mtl", list_tasks=lambda words: ["semseg", "depth"])
     assert [call[0] for call in calls(tmp_path, "mtl")] == ["single_semseg", "single_depth", "trial_0000"]
 
 
@@ -350,7 +350,7 @@ def test_a_given_baseline_must_be_of_the_tune_split_and_of_the_right_kind(run, f
     with pytest.raises(UserError, match="Delta_MTL needs single-task runs"):
         run(baseline=[both], output="b")
     with pytest.raises(UserError, match="no value of semseg"):
-        run(baseline=[single], output="b", tasks_of=lambda words: ["semseg", "depth"])
+        run(baseline=[single], output="b", list_tasks=lambda words: ["semseg", "depth"])
     file.write_text(FILE)
     with pytest.raises(UserError, match="of no use with the objective depth/rmse"):
         run(baseline=[single], output="b")
@@ -383,9 +383,9 @@ def test_the_pictures_of_the_test_are_not_searched_on(run, file, tmp_path):
         return ["depth"]
 
     with pytest.raises(UserError, match=r"made_up\.yaml: space\.regularizer\.weight: too heavy"):
-        run(tasks_of=refuse)
+        run(list_tasks=refuse)
     with pytest.raises(UserError, match=r"objective: depth/rmse, but the runs have semseg"):
-        run(tasks_of=lambda words: ["semseg"])
+        run(list_tasks=lambda words: ["semseg"])
     assert not (tmp_path / "out").exists()
 
 

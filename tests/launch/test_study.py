@@ -17,17 +17,12 @@ from helpers.common import ROOT
 from scipy import stats
 
 from mtcl import UserError
-from mtcl.launch.study import (
-    compose_task_names,
-    format_command,
-    format_duration,
-    format_failures,
-    list_jobs,
-    quote_value,
-    run_study,
-)
-from mtcl.launch.study_file import Study, Variant, make_portable, merge_overrides, read_study
-from mtcl.launch.study_tables import format_markdown, format_text, read_results, report, to_json, write_results
+from mtcl.config.quoting import quote_value
+from mtcl.launch.overrides import make_portable, merge_overrides
+from mtcl.launch.processes import format_duration
+from mtcl.launch.study import compose_task_names, format_command, format_failures, list_jobs, run_study
+from mtcl.launch.study_file import Study, Variant, read_study
+from mtcl.launch.study_tables import build_report, format_markdown, format_text, read_results, to_json, write_results
 from mtcl.results.statistics import minimum_detectable_effect
 from mtcl.run_lock import lock_run
 
@@ -72,11 +67,11 @@ FILE = """
 name: made_up
 overrides: [trainer.max_steps=9]
 seeds: [3, 1, 2]
-arms:
+variants:
   off: {overrides: [regularizer=none]}
   on: {overrides: [gain=0.1], against: off, note: "with a gain"}
   self: {overrides: [gain=0.05], against: off, label: of itself, seeds: [1, 2]}
-singles: {overrides: [gain=0.01], seeds: [1]}
+single_task: {overrides: [gain=0.01], seeds: [1]}
 environment: {A_VARIABLE: 1}
 """
 
@@ -96,7 +91,7 @@ def run(study_file, tmp_path, monkeypatch):
     def conducted(*given, **options):
         said = []
         command = [sys.executable, str(tmp_path / "train.py")]
-        options = {"tasks_of": lambda words: ["semseg", "depth"], "say": said.append, **options}
+        options = {"list_tasks": lambda words: ["semseg", "depth"], "say": said.append, **options}
         failures = run_study(study_file, tmp_path / "out", given, command=command, root=tmp_path, **options)
         return "\n".join(said), failures
 
@@ -119,7 +114,7 @@ def test_a_study_is_read_as_it_stands_even_where_an_arm_is_called_off(study_file
         Variant("on", ("gain=0.1",), (3, 1, 2), ("off",), "on", "with a gain"),
         Variant("self", ("gain=0.05",), (1, 2), ("off",), "of itself"),
     )
-    assert study.single_task == Variant("singles", ("gain=0.01",), (1,), (), "singles")
+    assert study.single_task == Variant("single_task", ("gain=0.01",), (1,), (), "single_task")
     assert study.environment == {"A_VARIABLE": "1"}
     single_task = study.with_single_task_variants(["depth"]).variants[3:]
     assert [(variant.name, variant.overrides) for variant in single_task] == [
@@ -129,30 +124,35 @@ def test_a_study_is_read_as_it_stands_even_where_an_arm_is_called_off(study_file
 
 MISTAKES = {
     "unknown key": ("seeds: [3", "seed: [3", ["the file", "unknown key seed", "seeds"]),
-    "unknown key of an arm": ("against: off, label", "versus: off, label", ["arms.self", "versus", "against"]),
-    "unknown key of singles": ("seeds: [1]}", "against: off}", ["singles", "against", "tasks"]),
-    "against nothing": ("against: off, note", "against: of, note", ["arms.on.against", "of is no other arm", "off"]),
-    "against an arm twice": ("against: off, note", "against: [off, off], note", ["arms.on.against", "twice"]),
-    "against a mapping": ("against: off, note", "against: {off: 1}, note", ["arms.on.against", "list of names"]),
-    "against itself": ("against: off, note", "against: on, note", ["arms.on.against", "on is no other arm"]),
-    "no common seed": ("seeds: [1, 2]}", "seeds: [7]}", ["arms.self and arms.off", "no seed in common"]),
+    "unknown key of an arm": ("against: off, label", "versus: off, label", ["variants.self", "versus", "against"]),
+    "unknown key of singles": ("seeds: [1]}", "against: off}", ["single_task", "against", "tasks"]),
+    "against nothing": (
+        "against: off, note",
+        "against: of, note",
+        ["variants.on.against", "of is no other variant", "off"],
+    ),
+    "against an arm twice": ("against: off, note", "against: [off, off], note", ["variants.on.against", "twice"]),
+    "against a mapping": ("against: off, note", "against: {off: 1}, note", ["variants.on.against", "list of names"]),
+    "against itself": ("against: off, note", "against: on, note", ["variants.on.against", "on is no other variant"]),
+    "no common seed": ("seeds: [1, 2]}", "seeds: [7]}", ["variants.self and variants.off", "no seed in common"]),
     "a seed twice": ("[3, 1, 2]", "[3, 1, 3]", ["seeds", "seed 3 twice"]),
     "a seed that is none": ("[3, 1, 2]", "[3, -1]", ["seeds", "whole numbers"]),
     "seeds that are no list": ("[3, 1, 2]", "3", ["seeds", "whole numbers"]),
-    "no seeds at all": ("seeds: [3, 1, 2]", "", ["arms.off has no seeds"]),
-    "overrides that are no list": ("[regularizer=none]", "regularizer=none", ["arms.off.overrides", "list"]),
-    "an override that is none": ("[regularizer=none]", "[regularizer]", ["arms.off.overrides", "'regularizer'"]),
-    "an override as a mapping": ("[regularizer=none]", "[{gain: 1}]", ["arms.off.overrides", "list of texts"]),
-    "a seed as an override": ("[gain=0.1]", "[seed=4]", ["arms.on.overrides", "seed=4", "itself"]),
-    "a folder as an override": ("[gain=0.1]", "[hydra.run.dir=x]", ["arms.on.overrides", "itself"]),
-    "two equal labels": ("of itself", "on", ["arms.on and arms.self", "label on"]),
-    "an arm twice": ("  self:", "  on:", ["on is given twice"]),
-    "an arm with a slash": ("  self:", "  a/b:", ["arms", "'a/b'"]),
-    "an arm like the singles": ("  self:", "  single_depth:", ["arms.single_depth"]),
-    "no YAML": ("arms:", "arms: [", ["not a readable YAML"]),
+    "no seeds at all": ("seeds: [3, 1, 2]", "", ["variants.off has no seeds"]),
+    "overrides that are no list": ("[regularizer=none]", "regularizer=none", ["variants.off.overrides", "list"]),
+    "an override that is none": ("[regularizer=none]", "[regularizer]", ["variants.off.overrides", "'regularizer'"]),
+    "an override as a mapping": ("[regularizer=none]", "[{gain: 1}]", ["variants.off.overrides", "list of texts"]),
+    "a seed as an override": ("[gain=0.1]", "[seed=4]", ["variants.on.overrides", "seed=4", "itself"]),
+    "a folder as an override": ("[gain=0.1]", "[hydra.run.dir=x]", ["variants.on.overrides", "itself"]),
+    "two equal labels": ("of itself", "on", ["variants.on and variants.self", "label on"]),
+    "an arm twice": ("  self:", "  on:", ["the key on appears twice"]),
+    "an arm with a slash": ("  self:", "  a/b:", ["variants", "'a/b'"]),
+    "an arm like the singles": ("  self:", "  single_depth:", ["variants.single_depth"]),
+    "an old key": ("variants:", "arms:", ["the key arms is called variants now"]),
+    "no YAML": ("variants:", "variants: [", ["not a readable YAML"]),
     "an environment that is none": ("{A_VARIABLE: 1}", "[A]", ["environment"]),
-    "a task that is none": ("seeds: [1]}", "tasks: [deph]}", ["singles.tasks", "deph", "depth"]),
-    "a label that is none": ("label: of itself", "label: ", ["arms.self.label"]),
+    "a task that is none": ("seeds: [1]}", "tasks: [deph]}", ["single_task.tasks", "deph", "depth"]),
+    "a label that is none": ("label: of itself", "label: ", ["variants.self.label"]),
 }
 
 
@@ -171,8 +171,8 @@ def test_a_mistake_in_the_file_is_one_sentence(study_file, name):
 def test_a_file_that_is_not_there_or_has_no_arms(tmp_path):
     with pytest.raises(UserError, match=r"none\.yaml"):
         read_study(tmp_path / "none.yaml")
-    (tmp_path / "empty.yaml").write_text("name: x\narms: {}\n")
-    with pytest.raises(UserError, match="arms must be a mapping of one arm or more"):
+    (tmp_path / "empty.yaml").write_text("name: x\nvariants: {}\n")
+    with pytest.raises(UserError, match="variants must be a mapping of one variant or more"):
         read_study(tmp_path / "empty.yaml")
 
 
@@ -266,10 +266,10 @@ def test_a_study_runs_once_and_tells_where_it_is(run, tmp_path):
 
 
 def test_only_some_arms_are_run_and_the_table_names_what_is_missing(run, tmp_path):
-    said, _ = run(only=["off", "singles"])
+    said, _ = run(only=["off", "single_task"])
     assert calls(tmp_path) == ["off 3", "off 1", "single_semseg 1", "single_depth 1", "off 2"]
     assert "5 runs missing: on seed 3, on seed 1, on seed 2, self seed 1, self seed 2." in " ".join(said.split())
-    with pytest.raises(UserError, match=r"--only onn: .* no such arm; choose among off, on, self"):
+    with pytest.raises(UserError, match=r"--only onn: .* no such variant; choose among off, on, self"):
         run(only=["onn"])
     with pytest.raises(UserError, match="--multirun"):
         run("--multirun")
@@ -282,7 +282,7 @@ def test_nothing_finished_is_no_table(run, tmp_path):
 
 
 def test_two_runs_at_once(run, study_file, tmp_path):
-    study_file.write_text("seeds: [0]\narms: {a: {overrides: [wait=2]}, b: {overrides: [wait=2]}}\n")
+    study_file.write_text("seeds: [0]\nvariants: {a: {overrides: [wait=2]}, b: {overrides: [wait=2]}}\n")
     assert not run(num_parallel=2)[1]
     assert sorted(calls(tmp_path)) == ["a 0", "b 0"]
 
@@ -305,7 +305,7 @@ def test_finished_runs_of_other_settings_stop_the_study_before_it_starts(run, st
     assert "--output" in told
     assert calls(tmp_path) == before
     study_file.write_text(FILE)
-    with pytest.raises(UserError, match="extra was not given, now 1"):
+    with pytest.raises(UserError, match="extra was not set, now 1"):
         run("extra=1")
     if record:
         study_file.write_text(FILE.replace("A_VARIABLE: 1", "A_VARIABLE: 2"))
@@ -336,12 +336,12 @@ def test_a_config_that_is_refused_stops_the_study_before_it_starts(run, tmp_path
         return ["depth"]
 
     with pytest.raises(UserError, match=r"made_up\.yaml: self: gain is no key"):
-        run(tasks_of=refuse)
+        run(list_tasks=refuse)
     assert not calls(tmp_path)
 
 
 def test_a_signal_ends_the_runs_and_the_same_command_continues_them(run, study_file, tmp_path):
-    study_file.write_text(f"seeds: [0]\narms: {{a: {{overrides: [trouble={tmp_path}/t.hang]}}, b: {{}}}}\n")
+    study_file.write_text(f"seeds: [0]\nvariants: {{a: {{overrides: [trouble={tmp_path}/t.hang]}}, b: {{}}}}\n")
     (tmp_path / "t.hang").touch()
 
     def interrupt():
@@ -389,7 +389,7 @@ def test_what_a_killed_studys_process_still_runs_is_waited_for(run, tmp_path):
     _, failures = run(only=["off"], say=say)
     assert not failures
     assert calls(tmp_path) == before
-    assert "off seed 3 finished by a process of a study before this one" in "\n".join(said)
+    assert "off seed 3 finished by a process of an earlier study" in "\n".join(said)
 
 
 def test_two_studies_in_one_folder_are_refused(run, tmp_path):
@@ -451,7 +451,7 @@ def records():
 
 
 def test_intervals_are_those_of_a_paired_t_test(records):
-    (effects,) = report(STUDY, records).effects
+    (effects,) = build_report(STUDY, records).effects
     for column, effect in list(effects.columns.items())[:2]:
         expected = stats.ttest_rel(ON[column.task], OFF[column.task]).confidence_interval(0.95)
         assert (effect.paired.low, effect.paired.high) == pytest.approx((expected.low, expected.high))
@@ -463,10 +463,10 @@ def test_intervals_are_those_of_a_paired_t_test(records):
 
 
 def test_two_pairs_get_no_verdict_and_holm_corrects_those_of_more(records):
-    (few,) = report(STUDY, [one for one in records if one["seed"] < 2], holm=True).effects
+    (few,) = build_report(STUDY, [one for one in records if one["seed"] < 2], holm=True).effects
     assert {effect.side(column) for column, effect in few.columns.items()} == {"too few pairs"}
-    assert "fewer than 3 pairs" in format_text(report(STUDY, [one for one in records if one["seed"] < 2]))
-    found = report(STUDY, records, holm=True)
+    assert "fewer than 3 pairs" in format_text(build_report(STUDY, [one for one in records if one["seed"] < 2]))
+    found = build_report(STUDY, records, holm=True)
     (effects,) = found.effects
     values = [effect.paired.p_value for effect in effects.columns.values()]
     assert next(iter(effects.columns.values())).adjusted == pytest.approx(3 * min(values))
@@ -476,7 +476,7 @@ def test_two_pairs_get_no_verdict_and_holm_corrects_those_of_more(records):
 
 
 def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
-    found = report(STUDY, records)
+    found = build_report(STUDY, records)
     deltas = [
         100 / 2 * ((a - b) / b - (c - d) / d)
         for a, b, c, d in zip(ON["semseg"], OFF["semseg"], ON["depth"], OFF["depth"])
@@ -495,7 +495,9 @@ def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
 def test_an_arm_may_be_compared_with_several_and_its_delta_is_against_the_first(records):
     variants = (*STUDY.variants[:2], replace(STUDY.variants[1], name="both", label="both", against=("on", "off")))
     more = [{**one, "arm": "both"} for one in records if one["arm"] == "off"]
-    found = report(replace(STUDY, variants=variants), [one for one in records if "single" not in one["arm"]] + more)
+    found = build_report(
+        replace(STUDY, variants=variants), [one for one in records if "single" not in one["arm"]] + more
+    )
     assert [(one.row.label, one.reference.label) for one in found.effects] == [
         *(("on", "off"), ("both", "on"), ("both", "off"))
     ]
@@ -523,38 +525,38 @@ def test_words_and_missing_runs(records):
     for one in worse:
         if one["arm"] == "on":
             one["metrics"]["depth"]["rmse"] = OFF["depth"][one["seed"]] + 0.01 + one["seed"] / 1000
-    text = " ".join(format_text(report(STUDY, worse)).split())
+    text = " ".join(format_text(build_report(STUDY, worse)).split())
     assert "on against off: the interval is wholly better for semseg; is wholly worse for depth; contains 0 for" in text
     assert "3 runs missing: off seed 3, on seed 3, single_depth seed 0." in text
     assert "no Delta_MTL: there is no single-task run of depth." in text
-    one_pair = format_text(report(STUDY, [r for r in records if r["seed"] == 0]))
+    one_pair = format_text(build_report(STUDY, [r for r in records if r["seed"] == 0]))
     assert "the interval is not known for semseg, depth, Delta_on/off" in " ".join(one_pair.split())
 
 
 def test_what_does_not_compare(records):
     records[0]["run"]["data_fingerprint"] = "other"
     with pytest.raises(UserError, match="different validation data"):
-        report(STUDY, records)
+        build_report(STUDY, records)
 
 
 def test_a_baseline_of_zero_gives_no_delta_but_a_table(records):
     for one in records:
         if one["arm"] != "on" and "semseg" in one["metrics"]:
             one["metrics"]["semseg"]["mIoU"] = 0.0
-    found = report(STUDY, records)
+    found = build_report(STUDY, records)
     assert [column.task for column in found.columns] == ["semseg", "depth"]
     assert any("no Delta of on: a metric of off is 0" in note for note in found.notes)
     assert any("no Delta_MTL: the single-task value of semseg is 0" in note for note in found.notes)
 
 
 def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
-    lines = format_markdown(report(STUDY, records), "python scripts/study.py x.yaml").splitlines()
+    lines = format_markdown(build_report(STUDY, records), "python scripts/study.py x.yaml").splitlines()
     assert lines[0] == "| arm | n | semseg mIoU ↑ (%) | depth rmse ↓ (m) | Delta_on/off ↑ (%) | Delta_MTL ↑ (%) |"
     assert "| off | 4 | 40.17 ± 0.62 | 0.6050 ± 0.0129 | - | -4.67 ± 1.09 |" in lines
     table = [line for line in lines if line.startswith("| on minus off | semseg")]
     assert table == ["| on minus off | semseg mIoU ↑ (points) | +2.15 | [+1.20, +3.10] | wholly better | 4 | 1.24 |"]
     assert "python scripts/study.py x.yaml" in lines
-    assert to_json(report(STUDY, records))["differences"][0]["metrics"]["depth/rmse"]["pairs"] == 4
+    assert to_json(build_report(STUDY, records))["differences"][0]["metrics"]["depth/rmse"]["pairs"] == 4
 
 
 # What is kept in the repository
@@ -574,7 +576,7 @@ def test_results_are_small_files_without_a_machines_paths_and_give_the_same_tabl
     assert one["run"]["commit"] == "e51845271362f65d"
     study, records, command = read_results(kept)
     assert "data.root=$DATA backbone.weights=$WEIGHTS" in command
-    assert format_markdown(report(study, records), command) == (tmp_path / "out" / "study.md").read_text()
+    assert format_markdown(build_report(study, records), command) == (tmp_path / "out" / "study.md").read_text()
 
     before = {path: path.read_bytes() for path in kept.iterdir()}
     run(table_only=True, results=kept)
@@ -602,7 +604,7 @@ def test_documents_show_a_study_and_notice_when_it_drifts(records, tmp_path, mon
         script.main()
     write_results(tmp_path / "results" / "numbers", STUDY, records, "python scripts/study.py x.yaml")
     assert script.main() == 0
-    assert format_markdown(report(STUDY, records), "python scripts/study.py x.yaml") in document.read_text()
+    assert format_markdown(build_report(STUDY, records), "python scripts/study.py x.yaml") in document.read_text()
     assert document.read_text().endswith("```\n<!-- end -->\n\nAfter.\n")
     monkeypatch.setattr(sys, "argv", ["render_results.py", "--check"])
     assert script.main() == 0
@@ -633,17 +635,17 @@ def test_a_small_study_for_real(cli, tmp_path):
     assert len(list((tmp_path / "kept").glob("*.json"))) == 7
     result = cli("scripts/study.py", *words, "trainer.max_steps=3")
     assert result.code == 1
-    assert "trainer.max_steps was not given, now 3" in result.err
+    assert "trainer.max_steps was not set, now 3" in result.err
 
 
 def test_an_arm_of_changed_defaults_is_told(records):
     for one, weight in zip((one for one in records if one["arm"] == "on"), (0.3, 0.5, 0.5, 0.5)):
         one["config"] = {"regularizer.weight": weight, "optimizer.lr": 1e-3}
-    notes = report(STUDY, records).notes
+    notes = build_report(STUDY, records).notes
     assert "warning: the runs of on were made by different settings: regularizer.weight." in notes
     for one in records:
         one["config"] = {"regularizer.weight": 0.3}
-    assert not any("different settings" in note for note in report(STUDY, records).notes)
+    assert not any("different settings" in note for note in build_report(STUDY, records).notes)
 
 
 def test_curves_of_two_arms(cli, tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mtcl import UserError
 from mtcl.launch.study_file import Study, Variant
-from mtcl.launch.study_tables import format_markdown, read_results, record, report, to_json, write_results
+from mtcl.launch.study_tables import build_report, format_markdown, make_record, read_results, to_json, write_results
 from mtcl.launch.sweep import find_run_state
 from mtcl.results.compare import compare
 from mtcl.results.html import collect, render_page
@@ -88,7 +88,7 @@ def read_everything(folder: Path) -> list[UserError]:
 
     def study() -> None:
         made = Study("x", (), (Variant("a", (), (1,)),))
-        found = report(made, [record(made, made.variants[0], 1, (), folder)])
+        found = build_report(made, [make_record(made, made.variants[0], 1, (), folder)])
         format_markdown(found, "x").encode()
         json.dumps(to_json(found))
 
@@ -344,7 +344,7 @@ def test_bad_lines_of_a_log_are_set_aside_when_the_run_goes_on(tmp_path, caplog)
 @pytest.mark.parametrize("content", [b"\xff", b"[1]", b'{"arms": 5}', b'{"arms": [{"name": "../x"}]}', b"[" * 90_000])
 def test_a_damaged_study_is_one_sentence(tmp_path, content):
     study = Study("x", (), (Variant("a", (), (1,), label="a"),))
-    made = record(study, study.variants[0], 1, (), write_run(tmp_path / "run", 1))
+    made = make_record(study, study.variants[0], 1, (), write_run(tmp_path / "run", 1))
     for name in ("study.json", "a_seed1.json"):
         folder = tmp_path / name
         write_results(folder, study, [made], "x")
