@@ -20,7 +20,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mtcl.atomic import convert_disk_errors, replace_non_finite, write_atomically
 from mtcl.evaluation.evaluator import Metrics, VisualSample
-from mtcl.run_log import NAME, read_lines
+from mtcl.run_folder import RunFolder
+from mtcl.run_log import read_lines
 from mtcl.tasks.base import Task
 from mtcl.visualization.panels import LAYOUT_KEY, draw_panel, panel_layout
 
@@ -42,7 +43,7 @@ class RunLogger:
 
     def __init__(self, folder: Path, start_step: int = 0):
         self.folder, self.start_step = folder, start_step
-        self.log = folder / NAME
+        self.log = RunFolder(folder).log
         self.waiting: list[str] = []  # lines that the disk did not take yet
         self.warned: set[str] = set()
 
@@ -108,7 +109,7 @@ class RunLogger:
         """Write a panel (image, predictions and labels) per sample."""
         self._prepare_folder()
         try:
-            panels = write_panels(self.folder / "panels", samples, tasks)
+            panels = write_panels(RunFolder(self.folder).panels, samples, tasks)
         except OSError as error:
             self._warn_once(f"panels of step {step} are not written ({error.strerror or error})", topic="panels")
             return

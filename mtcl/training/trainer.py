@@ -19,6 +19,7 @@ from mtcl.models import DenseModel, DenseOutput
 from mtcl.regularizers import RegularizerOutput
 from mtcl.regularizers.diagnostics import compare_feature_gradients
 from mtcl.regularizers.weighting import Lambda
+from mtcl.run_folder import RunFolder
 from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_state, set_rng_state
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer
@@ -95,7 +96,7 @@ class Trainer:
         self.trained = [*model.parameters(), *(self.regularizer.parameters() if self.regularizer is not None else ())]
         self.nonfinite_guard = NonFiniteGuard(model, options.max_nonfinite_steps)
         self.preemption = PreemptionHandler()
-        self.checkpoint_writer = CheckpointWriter(folder / "checkpoints", checkpointing.asynchronous)
+        self.checkpoint_writer = CheckpointWriter(RunFolder(folder).checkpoints, checkpointing.asynchronous)
         self.unreadable: set[str] = set()  # messages, one per image that could not be read
         self.reported_unreadable: set[str] = set()
         self.step = start_step
@@ -375,7 +376,7 @@ class Trainer:
                 self.regularizer_optimizer.load(checkpoint.optimizer["regularizer"])
         self.lambda_.load_state_dict(checkpoint.gradient_norm_weight)
         self.balancer.load_state_dict(checkpoint.balancer)
-        if (self.folder / "checkpoints" / "best.pt").is_file():  # else the run continues in another folder
+        if RunFolder(self.folder).best_checkpoint.is_file():  # else the run continues in another folder
             self.best = checkpoint.meta["best"]
         self.step = checkpoint.step
         self._restore_rng(checkpoint)
