@@ -176,7 +176,7 @@ def read_checkpoint_model(path: Path, checkpoint: Checkpoint) -> SavedModel:
     """Take from a checkpoint what a model is rebuilt from: the running mean of the weights where there is one, as that
     was validated.
     """
-    tasks = checkpoint.meta.get("tasks")
+    tasks = checkpoint.meta.get("tasks") or {}
     return validate_saved_model(SavedModel(path, checkpoint.weights, checkpoint.config, tasks, checkpoint.step))
 
 

@@ -14,7 +14,7 @@ from mtcl.training.checkpoint_file import CorruptCheckpointError, read_checkpoin
 NUMBERED = re.compile(r"step_(\d+)")
 
 
-@dataclass
+@dataclass(eq=False)
 class Checkpoint:
     """Everything that a resumed run needs: tensors and plain containers only.
 

@@ -440,7 +440,7 @@ def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> di
     on = list(trainers.values())[-1]
     if len(trainers) < 2 or on.regularizer is None:
         raise UserError("there is no regulariser in this setting; give at least two tasks and a regularizer")
-    if on.weight(on.step) <= 0:
+    if on.lambda_(on.step) <= 0:
         raise UserError(f"regularizer.weight is 0 at step {on.step}, so there would be nothing to measure")
     batches = list(islice(on.batches, BATCHES))
     steps = steps or (20 if on.device.type == "cuda" else 6)

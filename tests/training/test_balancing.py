@@ -688,6 +688,13 @@ def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
     assert any(not torch.equal(a[name], before[name]) for name in before if name.startswith("balancer"))
 
 
+def test_names_in_checkpoints_stay():
+    names = {
+        kind.saved_name for kind in (FixedWeights, UncertaintyWeighting, DynamicWeightAveraging, GradientAggregation)
+    }
+    assert names == {"FixedWeights", "Uncertainty", "DynamicAverage", "Aggregated"}
+
+
 def test_another_balancing_starts_afresh(tmp_path, caplog):
     old = made(tmp_path / "a", THREE)
     old.train_step(next(iter(old.batches)))
