@@ -73,7 +73,7 @@ def evaluate_checkpoint(
     settings = apply_overrides(adapt_config(saved, config), config, overrides, groups)
     with convert_build_errors(saved.path, passthrough=UserError):
         tasks = select_tasks(settings, saved)
-    device = choose_device(settings.trainer.device)
+    device = choose_device(settings.trainer.device, "trainer.device")
     seed_everything(settings.seed, settings.trainer.deterministic)
     output = config.save_predictions
     writer = None if output is None else PredictionWriter(Path(output), tasks, settings.data.root)
@@ -143,7 +143,7 @@ def evaluate_predictions(config: DictConfig, overrides: Sequence[str], folder: P
         log.info("%s has no folder of %s: not scored", maps, missing)
     config.tasks.names = predicted if names == "auto" else names
     tasks = build_tasks(config)
-    device = choose_device(config.trainer.device)
+    device = choose_device(config.trainer.device, "trainer.device")
     seed_everything(config.seed, config.trainer.deterministic)
     dataset = build_dataset(config, "val", tasks)
     # Both lists are shorter than that of the dataset: human parts alone keep to images with persons.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -62,10 +62,9 @@ def compose_with_choices(
     return Composition(config, choices)
 
 
-def finish_config(config: DictConfig) -> dict[str, object]:
+def finish_config(config: DictConfig) -> dict[str, Any]:
     """Expand ``~`` in a composed config, check it against the schema and return it as plain containers."""
     expand_home(config)
-    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    assert isinstance(plain, dict)
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     check_config(plain)
     return plain

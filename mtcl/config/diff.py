@@ -1,19 +1,19 @@
 """Compare the config of a run with that of its checkpoint."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtcl.config.renamed import upgrade_config
 from mtcl.config.schema import LEGACY_VALUES, flatten, may_differ_on_resume
 
 
-def _flatten_both(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _flatten_both(saved: Mapping[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return both configs as dotted key -> value; the saved one may be older than the names of today's keys."""
     return dict(flatten(upgrade_config(saved))), dict(flatten(now))
 
 
 def find_changed_keys(
-    saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
+    saved: Mapping[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
 ) -> list[str]:
     """Return the keys that differ between a saved config and that of the run that continues it.
 
@@ -34,18 +34,18 @@ def find_changed_keys(
     return [key for key in keys if old.get(key) != new.get(key)]
 
 
-def find_changed_experiment_keys(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def find_changed_experiment_keys(saved: Mapping[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the keys whose change makes another run; those that the saved config lacks make none."""
     old, _ = _flatten_both(saved, now)
     return [key for key in find_changed_keys(saved, now, max_steps=True) if key in old]
 
 
-def format_changes(saved: dict[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
+def format_changes(saved: Mapping[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:
     """Return ``key is a, was b`` for each of the keys, as one text."""
     old, new = _flatten_both(saved, now)
     return "; ".join(f"{key} is {new.get(key)}, was {old.get(key)}" for key in keys)
 
 
-def describe_changes(saved: dict[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:
+def describe_changes(saved: Mapping[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",)) -> str:
     """Return the differences below ``prefixes`` as one text, empty if there are none."""
     return format_changes(saved, now, find_changed_keys(saved, now, prefixes))

@@ -38,7 +38,7 @@ class SavedModel(NamedTuple):
     path: Path
     weights: Mapping[str, Tensor]
     config: Mapping[str, Any]
-    tasks: Mapping[str, Any]  # as describe_tasks has them
+    tasks: Any  # as describe_tasks has them
     step: int
     source: str = ""  # as it was named to :func:`read_saved_model`
 
@@ -173,9 +173,7 @@ def _read_saved_model(source: str | Path) -> SavedModel:
 
 
 def read_checkpoint_model(path: Path, checkpoint: Checkpoint) -> SavedModel:
-    """Take from a checkpoint what a model is rebuilt from: the running mean of the weights where there is one, as that
-    was validated.
-    """
+    """Take from a checkpoint what a model is rebuilt from; the weights are those that were validated."""
     tasks = checkpoint.meta.get("tasks") or {}
     return validate_saved_model(SavedModel(path, checkpoint.weights, checkpoint.config, tasks, checkpoint.step))
 

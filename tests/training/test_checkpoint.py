@@ -536,13 +536,13 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplo
 def test_a_run_that_another_finished_in_the_meantime_is_not_written_over(tmp_path, monkeypatch):
     import mtcl.cli.train as entry
 
-    original = entry.build_training_run
+    original = entry.build_trainer
 
     def meanwhile(*args, **kwargs):
         write_checkpoint_file(tmp_path / "run" / "checkpoints" / "last.pt", some(9))
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(entry, "build_training_run", meanwhile)
+    monkeypatch.setattr(entry, "build_trainer", meanwhile)
     with pytest.raises(UserError, match="another run has just written"):
         train(composed(*QUICK), tmp_path / "run")
     assert read_checkpoint_file(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 9
