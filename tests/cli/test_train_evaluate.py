@@ -82,7 +82,7 @@ def test_task_subsets(cli, tmp_path, words):
     names = composed(*words).tasks.names
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == set(names)
     if len(names) == 1:
-        assert "the regulariser is off" in result.out
+        assert "the regularizer is off" in result.out
 
 
 @pytest.mark.slow

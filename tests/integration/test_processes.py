@@ -43,7 +43,7 @@ def test_train_py_under_torchrun(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["processes"] == 2
-    assert done.stdout.count("validation pictures:\n") == 1
+    assert done.stdout.count("validation images:\n") == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert run(tmp_path / "cut", "trainer.max_steps=2", "schedule=constant").returncode == 0
