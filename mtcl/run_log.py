@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 from mtcl.errors import UserError
 from mtcl.safe_files import open_regular, parse_json
 
-NAME = "log.jsonl"
 NUMERIC = ("train", "contrast", "val")
 MAX_LINE = 1 << 20  # bytes; a longer line is no record
 MAX_STEP = 10**15
