@@ -80,7 +80,7 @@ def catch_signals() -> Iterator[list[int]]:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         previous[number] = signal.getsignal(number)
         is_ignored = previous[number] == signal.SIG_IGN
-        signal.signal(number, ignore_signal if is_ignored else lambda caught, frame: received.append(caught))
+        signal.signal(number, ignore_signal if is_ignored else lambda caught, _: received.append(caught))
     try:
         yield received
     finally:
@@ -88,7 +88,7 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def ignore_signal(number: int, frame: Any) -> None:
+def ignore_signal(_number: int, _frame: Any) -> None:
     """Do nothing, as a signal handler."""
 
 

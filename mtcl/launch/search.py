@@ -113,7 +113,7 @@ def run_search(
         with contextlib.suppress(OSError):
             searcher.rmdir()
     completed = storage.completed_trials()
-    say("\n" + format_report(search, overrides, storage, command))
+    say("\n" + format_report(search, overrides, storage))
     if not completed:
         raise UserError(f"no trial of {output} finished; look at the logs named above.")
 
@@ -318,26 +318,31 @@ def run_baselines(
             jobs = [
                 TrialJob(output / f"single_{t}", tuple(merge_overrides(off, [f"tasks.names=[{t}]"]))) for t in tasks
             ]
-        waiting = [job for job in jobs if not job.is_finished]
-        if waiting:
-            pool.say(f"{len(waiting)} of {len(jobs)} runs to compare with: {', '.join(j.folder.name for j in waiting)}")
-        while waiting or pool.jobs:
-            while waiting and not pool.is_full:
-                pool.add(waiting.pop(0))
-            for job, code in pool.collect():
-                if not job.is_finished:
-                    pool.stop()
-                    reason = explain_exit(job.log, code)
-                    raise UserError(f"{job.folder.name}, to compare with, failed: {reason} ({job.log})")
-            if signals:
-                pool.stop(signals)
-                raise KeyboardInterrupt
-            time.sleep(POLL)
+        run_baseline_jobs(jobs, pool, signals)
         runs = find_runs([job.folder for job in jobs])[0]
     absent = [task for task in tasks if not any(task in run.metrics for run in runs)]
     if absent:
         raise UserError(f"--baseline has no value of {', '.join(absent)}, which the runs of this search have.")
     return runs
+
+
+def run_baseline_jobs(jobs: Sequence[TrialJob], pool: JobPool, signals: list[int]) -> None:
+    """Run the unfinished jobs; ``UserError`` where one fails."""
+    waiting = [job for job in jobs if not job.is_finished]
+    if waiting:
+        pool.say(f"{len(waiting)} of {len(jobs)} runs to compare with: {', '.join(j.folder.name for j in waiting)}")
+    while waiting or pool.jobs:
+        while waiting and not pool.is_full:
+            pool.add(waiting.pop(0))
+        for job, code in pool.collect():
+            if not job.is_finished:
+                pool.stop()
+                reason = explain_exit(job.log, code)
+                raise UserError(f"{job.folder.name}, to compare with, failed: {reason} ({job.log})")
+        if signals:
+            pool.stop(signals)
+            raise KeyboardInterrupt
+        time.sleep(POLL)
 
 
 def run_trials(
@@ -475,7 +480,7 @@ def mean(values: Sequence[float]) -> float:
 # The report
 
 
-def format_report(search: Search, overrides: Sequence[str], storage: Storage, command: Sequence[str]) -> str:
+def format_report(search: Search, overrides: Sequence[str], storage: Storage) -> str:
     """Return the best trials, the importance of the keys, and how to repeat the best trial."""
     best, latest = storage.completed_trials(), storage.latest_trials()
     states = storage.optuna.trial.TrialState

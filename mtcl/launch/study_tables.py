@@ -1,4 +1,4 @@
-"""What a study found: one small record per run, means over seeds, paired differences, the smallest visible effect.
+"""Compute and format a study's results: means over seeds, paired differences, the smallest visible effect.
 
 The tables come from the records alone, so that those under docs/results/ give the same Markdown as the runs did.
 """
@@ -62,9 +62,9 @@ from mtcl.results.tables import (
 )
 from mtcl.run_folder import RunFolder
 
-DELTA = Column("", "Delta_on/off", True, "%")  # against an arm's first; in the table of means
+DELTA = Column("", "Delta_on/off", True, "%")  # against the first reference of a variant; in the table of means
 OTHER_DELTA = Column("", "Delta", True, "%")  # against its others
-LEFT_OUT = ("command", "overrides")  # of run.json: they may name folders of one machine
+OMITTED_FACTS = ("command", "overrides")  # of run.json: they may name folders of one machine
 CONTAINS = "contains 0"
 UNDECIDED = "not below 0.05"  # of a corrected p-value
 
@@ -106,7 +106,7 @@ class VariantEffects:
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """What a study's tables show. ``notes``: whole sentences for below them."""
+    """The content of a study's tables; notes are sentences below them."""
 
     study: Study
     columns: list[Column]
@@ -120,11 +120,11 @@ class Report:
 
 
 def make_record(study: Study, variant: Variant, seed: int, overrides: Sequence[str], folder: Path) -> Record:
-    """One finished run in small: without single classes and without anything of its machine but the device's name."""
+    """Return the record of a finished run, without single classes, paths or other traces of the machine."""
     run = RunFolder(folder)
-    facts = {key: value for key, value in read_record(run.record).items() if key not in LEFT_OUT}
+    facts = {key: value for key, value in read_record(run.record).items() if key not in OMITTED_FACTS}
     metrics = read_json_object(run.metrics)
-    parse_metrics(run.metrics, metrics)  # says what is wrong with the file while we know its path
+    parse_metrics(run.metrics, metrics)  # its errors name the file
     return {
         "study": study.name,
         "arm": variant.name,
@@ -137,12 +137,12 @@ def make_record(study: Study, variant: Variant, seed: int, overrides: Sequence[s
 
 
 def without_classes(values: Any) -> Any:
-    """A task's metrics without those of single classes."""
+    """Return a task's metrics without those of single classes."""
     return {m: v for m, v in values.items() if not m.startswith("IoU/")} if isinstance(values, dict) else values
 
 
 def portable_config(path: Path) -> dict[str, Any]:
-    """A run's resolved config, dotted key -> value, without what belongs to its machine; empty if there is no file."""
+    """Return a run's resolved config, dotted key -> value, without the keys of its machine; empty without a file."""
     content = read_config(path) if path.is_file() else {}
     return {
         key: Path(value).name if isinstance(value, str) and is_file_path(key, value) else value
@@ -152,7 +152,7 @@ def portable_config(path: Path) -> dict[str, Any]:
 
 
 def write_results(folder: Path, study: Study, records: Sequence[Record], command: str) -> None:
-    """``study.json`` and a file per record in ``folder``; the study's files of other runs are removed."""
+    """Write ``study.json`` and a file per record; remove the study's files of other runs."""
     definition = {
         "name": study.name,
         "command": command,
@@ -185,19 +185,22 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
 
 
 def read_results(folder: Path) -> tuple[Study, list[Record], str]:
-    """The study, its records and its command, from the files that :func:`write_results` wrote."""
+    """Read the study, its records and its command from the files of :func:`write_results`."""
     path = folder / "study.json"
-    known = read_json_object(path)
-    check_types(path, known, STUDY_CHECKS)
+    definition = read_json_object(path)
+    check_types(path, definition, STUDY_CHECKS)
     try:
-        variants = tuple(read_variant(path, variant) for variant in known["arms"])
+        variants = tuple(read_variant(path, variant) for variant in definition["arms"])
         study = Study(
-            known["name"], tuple(map(upgrade_override, known["overrides"])), variants, environment=known["environment"]
+            definition["name"],
+            tuple(map(upgrade_override, definition["overrides"])),
+            variants,
+            environment=definition["environment"],
         )
         files = [folder / f"{variant.name}_seed{seed}.json" for variant in variants for seed in variant.seeds]
-        return study, [read_result(file, study) for file in files if file.is_file()], known["command"]
+        return study, [read_result(file, study) for file in files if file.is_file()], definition["command"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not of scripts/study.py: {error!r} is amiss.") from error
+        raise UserError(f"{path} is not of scripts/study.py: {error!r} is missing or wrong.") from error
 
 
 STUDY_CHECKS = {
@@ -223,7 +226,7 @@ RESULT_CHECKS = {
 
 
 def read_variant(path: Path, variant: Mapping[str, Any]) -> Variant:
-    """The arm of a study that a ``study.json`` describes."""
+    """Read a variant of ``study.json``."""
     check_types(path, variant, VARIANT_CHECKS)
     return Variant(
         variant["name"],
@@ -237,12 +240,14 @@ def read_variant(path: Path, variant: Mapping[str, Any]) -> Variant:
 
 
 def read_result(path: Path, study: Study) -> Record:
-    """One run's record, of an arm of ``study``."""
+    """Read one run's record, of a variant of ``study``."""
     content = read_json_object(path)
     check_types(path, content, RESULT_CHECKS)
     absent = [key for key in ("arm", "seed", "metrics", "run") if content.get(key) is None]
     if absent or content["arm"] not in [variant.name for variant in study.variants]:
-        raise UserError(f"{path} is not of scripts/study.py: {absent[0] if absent else content['arm']} is amiss.")
+        raise UserError(
+            f"{path} is not of scripts/study.py: {absent[0] if absent else content['arm']} is missing or wrong."
+        )
     config = {} if content.get("config") is None else {"config": upgrade_flat_config(content["config"])}
     return content | {"run": check_record(path, content["run"])} | config
 
@@ -251,20 +256,26 @@ def read_result(path: Path, study: Study) -> Record:
 
 
 def build_report(study: Study, records: Sequence[Record], holm: bool = False) -> Report:
-    """Everything the tables show, from the records of the finished runs; ``UserError`` if they do not compare.
+    """Compute the content of the tables.
 
-    ``holm``: verdicts by p-values corrected for the number of intervals.
+    Args:
+        study: The study.
+        records: Those of its finished runs.
+        holm: Base verdicts on p-values corrected for the number of intervals (Holm).
+
+    Raises:
+        UserError: The runs can't be compared.
     """
     runs: dict[str, dict[int, Run]] = {variant.name: {} for variant in study.variants}
-    for one in records:
-        path = Path(one["arm"]) / f"seed_{one['seed']}"
-        facts = {"seed": one["seed"], **one["run"]}
+    for record in records:
+        path = Path(record["arm"]) / f"seed_{record['seed']}"
+        facts = {"seed": record["seed"], **record["run"]}
         scoring = flatten({"evaluation": facts["evaluation"]}) if isinstance(facts.get("evaluation"), dict) else ()
-        runs[one["arm"]][one["seed"]] = Run(path, parse_metrics(path, one["metrics"]), facts, dict(scoring))
+        runs[record["arm"]][record["seed"]] = Run(path, parse_metrics(path, record["metrics"]), facts, dict(scoring))
     missing = [f"{a.name} seed {seed}" for a in study.variants for seed in a.seeds if seed not in runs[a.name]]
-    found = [run for of_arm in runs.values() for run in of_arm.values()]
-    notes = check_same_data(found) + check_same_scoring(found) + check_same_settings(study, records)
-    columns = choose_columns(found, False, notes)
+    all_runs = [run for variant_runs in runs.values() for run in variant_runs.values()]
+    notes = check_same_data(all_runs) + check_same_scoring(all_runs) + check_same_settings(study, records)
+    columns = choose_columns(all_runs, False, notes)
     tasks = [column for column in columns if is_primary(column, columns)]
     rows: dict[str, Row] = {}
     for variant in study.variants:
@@ -282,19 +293,24 @@ def build_report(study: Study, records: Sequence[Record], holm: bool = False) ->
     if any(DELTA in row.values for row in rows.values()):
         columns.append(DELTA)
     single_task = [run for variant in study.variants if variant.task for run in runs[variant.name].values()]
-    shown = list(rows.values())
+    table_rows = list(rows.values())
     if single_task:
         base = make_baseline_row(single_task, tasks)
-        add_delta_mtl(shown, base, tasks, columns, notes)
-        shown = [base, *shown]
-    notes += note_missing_values(shown, columns)
+        add_delta_mtl(table_rows, base, tasks, columns, notes)
+        table_rows = [base, *table_rows]
+    notes += note_missing_values(table_rows, columns)
     return Report(
-        study, columns, shown, effects, missing, [*map(escape_control_characters, [*describe_runs(found), *notes])]
+        study,
+        columns,
+        table_rows,
+        effects,
+        missing,
+        [*map(escape_control_characters, [*describe_runs(all_runs), *notes])],
     )
 
 
 def apply_holm(effects: Sequence[VariantEffects]) -> list[VariantEffects]:
-    """The same effects with Holm's p-values of all intervals that may have a verdict."""
+    """Add Holm's p-values, over all intervals that may have a verdict."""
     values = holm_p_values([{column: effect.paired for column, effect in one.columns.items()} for one in effects])
     return [
         replace(one, columns={c: replace(effect, adjusted=of_one.get(c)) for c, effect in one.columns.items()})
@@ -303,7 +319,7 @@ def apply_holm(effects: Sequence[VariantEffects]) -> list[VariantEffects]:
 
 
 def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
-    """A warning for an arm whose runs were made by different settings: a default that was changed in between."""
+    """Return warnings for variants whose runs have different settings: a default was changed in between."""
     notes = []
     for variant in study.variants:
         configs = [one["config"] for one in records if one["arm"] == variant.name and one.get("config")]
@@ -319,13 +335,13 @@ def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
 def paired_effects(
     row: Row, reference: Row, tasks: Sequence[Column], delta: Column, notes: list[str]
 ) -> list[VariantEffects]:
-    """``row`` against ``reference``, with ``delta`` as a further column of the row; empty without common seeds."""
-    found = paired_differences(row, reference, tasks, notes)
-    if found is None:
+    """Compare ``row`` with ``reference`` and add the column ``delta`` to the row; [] without common seeds."""
+    differences = paired_differences(row, reference, tasks, notes)
+    if differences is None:
         return []
     effects = {
         column: PairedEffect(paired, minimum_detectable_effect(row.values[column], reference.values[column]))
-        for column, paired in found.columns.items()
+        for column, paired in differences.columns.items()
     }
     deltas = delta_by_pairs(row, reference, list(effects), notes)
     if deltas:
@@ -336,7 +352,7 @@ def paired_effects(
 
 
 def delta_by_pairs(row: Row, reference: Row, tasks: Sequence[Column], notes: list[str]) -> dict[Hashable, float]:
-    """Seed -> Delta of the row's run against the reference's run of the same seed, in percent."""
+    """Return seed -> Delta of the row's run against the reference's run of the same seed, in percent."""
     seeds = [run.seed for run in row.runs if run.seed in {other.seed for other in reference.runs}]
     direction = {column.task: column.higher_is_better for column in tasks}
     deltas: dict[Hashable, float] = {}
@@ -352,20 +368,20 @@ def delta_by_pairs(row: Row, reference: Row, tasks: Sequence[Column], notes: lis
 def add_delta_mtl(
     rows: Sequence[Row], base: Row, tasks: Sequence[Column], columns: list[Column], notes: list[str]
 ) -> None:
-    """Delta_MTL of the rows against the means of the single-task runs; a note where there are not all of these yet."""
-    wanted = [column for column in tasks if any(column in row.values for row in rows)]
-    absent = [c.task for c in wanted if math.isnan(base.summarize(c).mean)]
-    zero = [c.task for c in wanted if base.summarize(c).mean <= 0]
+    """Add Delta_MTL of the rows against the means of the single-task runs; a note where some are missing."""
+    used = [column for column in tasks if any(column in row.values for row in rows)]
+    absent = [c.task for c in used if math.isnan(base.summarize(c).mean)]
+    zero = [c.task for c in used if base.summarize(c).mean <= 0]
     if absent:
         notes.append(f"warning: no Delta_MTL: there is no single-task run of {join_some(absent)}.")
     elif zero:
         notes.append(f"warning: no Delta_MTL: the single-task value of {join_some(zero)} is 0.")
     else:
-        add_delta_column(rows, base, wanted, "Delta_MTL", columns, notes)
+        add_delta_column(rows, base, used, "Delta_MTL", columns, notes)
 
 
 def describe_runs(runs: Sequence[Run]) -> list[str]:
-    """Where the numbers come from: data, machine, commit; steps and versions."""
+    """Return notes on where the numbers come from: data, machine, commit; steps and versions."""
 
     def values(fact: str) -> list[str]:
         return list(dict.fromkeys(str(run.record[fact]) for run in runs if run.record.get(fact) is not None))
@@ -379,22 +395,22 @@ def describe_runs(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-# Words
+# Formatting
 
 
 def effect_grid(one: VariantEffects) -> Grid:
-    """A line per metric: difference, interval, where it lies, pairs, smallest visible effect."""
+    """Return a line per metric: difference, interval, its side, pairs, smallest visible effect."""
     lines = []
     for column, effect in one.columns.items():
-        found, unit = effect.paired, difference_unit(column)
+        paired, unit = effect.paired, difference_unit(column)
         arrow = "↑" if column.higher_is_better else "↓"
         name = f"{column.task} {column.metric} {arrow}".strip() + (f" ({unit if column.task else '%'})" if unit else "")
-        paired_differences = format_value(column, found.mean, signed=True)
+        difference = format_value(column, paired.mean, signed=True)
         smallest = format_value(column, effect.smallest).lstrip("+")
         if effect.adjusted is not None:
             smallest += f" (p {effect.adjusted:.3g})"
         lines.append(
-            [name, paired_differences, format_interval(column, found), effect.side(column), str(found.pairs), smallest]
+            [name, difference, format_interval(column, paired), effect.side(column), str(paired.pairs), smallest]
         )
     return lines
 
@@ -415,16 +431,16 @@ VERDICTS = {
 
 
 def format_verdicts(one: VariantEffects) -> str:
-    """One sentence on where the intervals of one arm lie."""
+    """Return one sentence on the sides of the intervals of one variant."""
     sides: dict[str, list[str]] = {side: [] for side in VERDICTS}
     for column, effect in one.columns.items():
         sides[effect.side(column)].append(column.task or column.metric)
-    told = [f"{VERDICTS[side]} {', '.join(names)}" for side, names in sides.items() if names]
-    return f"{one.row.label} against {one.reference.label}: the interval {'; '.join(told)}."
+    texts = [f"{VERDICTS[side]} {', '.join(names)}" for side, names in sides.items() if names]
+    return f"{one.row.label} against {one.reference.label}: the interval {'; '.join(texts)}."
 
 
 def list_notes(report: Report) -> list[str]:
-    """What is to be known of the numbers, and what is missing."""
+    """Return notes on how the numbers are computed, and on missing runs."""
     lines = []
     if report.effects:
         names = [f"{c.task} {c.metric}" for c in report.effects[0].columns if c.task]
@@ -450,11 +466,12 @@ def list_notes(report: Report) -> list[str]:
 
 
 def variant_notes(study: Study) -> list[str]:
+    """Return the notes of the study's file."""
     return [f"{variant.label}: {variant.note}" for variant in study.variants if variant.note]
 
 
 def format_text(report: Report) -> str:
-    """For a terminal."""
+    """Format the report for a terminal."""
     table = render(Comparison(report.columns, report.rows, [], []), "text")
     blocks = [table.rstrip("\n")]
     for one in report.effects:
@@ -468,7 +485,7 @@ def format_text(report: Report) -> str:
 
 
 def format_markdown(report: Report, command: str) -> str:
-    """Two tables, what they say in words, and how to repeat them."""
+    """Format the report as Markdown: two tables, their verdicts, and how to repeat them."""
     blocks = [format_means(report)]
     if report.effects:
         lines: Grid = []
@@ -486,7 +503,7 @@ def format_markdown(report: Report, command: str) -> str:
 
 
 def format_means(report: Report) -> str:
-    """Each arm's mean and standard deviation over its seeds, in Markdown."""
+    """Format each variant's mean and standard deviation over its seeds, as Markdown."""
     head = ["arm", "n", *(escape_markdown(f"{c.task} {column_heading(c)}".strip()) for c in report.columns)]
     body = [
         [markdown_code(row.label), str(row.num_seeds), *(format_cell(c, row) for c in report.columns)]
@@ -496,20 +513,21 @@ def format_means(report: Report) -> str:
 
 
 def format_settings(study: Study) -> list[str]:
-    """The overrides of all runs and of each arm, as Markdown."""
+    """Format the overrides of all runs and of each variant, as Markdown."""
     common = " ".join(make_portable(study.overrides)) or "the defaults"
     environment = " ".join(f"{key}={value}" for key, value in study.environment.items())
     lines = [f"Every run: `{common}`" + (f", with `{environment}`" if environment else "") + ".", ""]
     for variant in study.variants:
-        own = " ".join(make_portable(variant.overrides))
+        overrides = " ".join(make_portable(variant.overrides))
         seeds = ", ".join(map(str, variant.seeds))
         note = f" {variant.note}" if variant.note else ""
-        lines.append(f"- {markdown_code(variant.label)}: {f'`{own}`' if own else 'nothing more'}, seeds {seeds}.{note}")
+        settings = f"`{overrides}`" if overrides else "nothing more"
+        lines.append(f"- {markdown_code(variant.label)}: {settings}, seeds {seeds}.{note}")
     return lines
 
 
 def to_json(report: Report) -> Mapping[str, Any]:
-    """The numbers in full: fractions, metres, degrees; Deltas in percent."""
+    """Return the numbers in full: fractions, metres, degrees; Deltas in percent."""
     return {
         "study": report.study.name,
         "rows": {

@@ -32,7 +32,7 @@ from mtcl.results.run_files import read_metrics, read_nested_config
 from mtcl.results.tables import format_value
 from mtcl.run_folder import RunFolder
 
-NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its words
+NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its overrides
 FOLDERS = ("data.root", "data.cache")  # not in that part
 POLL = 0.1  # seconds between two looks at a running job
 FINISHED, FINISHED_EARLIER, RUNNING_ELSEWHERE, STOPPED, FAILED = (
@@ -256,7 +256,7 @@ def follow_log(log: Path, shown: bool) -> Iterator[None]:
 def forward_signals() -> Iterator[None]:
     """Pass signals on to the processes of a launcher's pool; without a pool, or a second time, raise."""
 
-    def handle(number: int, frame: Any) -> None:
+    def handle(number: int, _frame: Any) -> None:
         received_signals.append(number)
         pool = multiprocessing.active_children()
         if len(received_signals) > 1 or not pool:
