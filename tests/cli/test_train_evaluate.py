@@ -319,7 +319,7 @@ TRAIN_MISTAKES = {
     "key of another group": (["optimizer.batch_size=2"], ["did you mean data.batch_size?"]),
     "task twice": (["tasks.names=[depth,depth]"], ["tasks.names=", "different names"]),
     "betas": (["optimizer.betas=[0.9,1.0]"], ["optimizer.betas=[0.9, 1.0]", "below 1"]),
-    "nesterov": (["optimizer=sgd", "optimizer.nesterov=true", "momentum above 0"], ["optimizer.momentum"]),
+    "nesterov": (["optimizer=sgd", "optimizer.nesterov=true", "optimizer.momentum=0"], ["momentum above 0"]),
     "option of no optimizer": (["+optimizer.foo=1"], ["optimizer.foo"]),
     "sign that needs quotes": (["trainer.monitor=a=b"], ["holds = (character 2)", "type 'trainer.monitor=\"a=b\"'"]),
     "bracket": (["data.size=[32,64"], ["data.size=[32,64 can't be read", "a list is [a,b]"]),
