@@ -1,5 +1,7 @@
 """Evaluate a checkpoint, or maps that any code has saved; see configs/evaluate.yaml.
 
+Usage::
+
     python evaluate.py [checkpoint=]PATH [save_predictions=DIR] [key=value ...]
     python evaluate.py predictions=DIR data=NAME [data.root=PATH] [key=value ...]
 """

@@ -101,11 +101,11 @@ def expand_home(config: DictConfig, keys: Sequence[str] = PATH_KEYS) -> None:
 class ExpandHome(Callback):
     """Expand ``~`` in the path of a run's or a sweep's folder, also from a YAML file, before Hydra creates it."""
 
-    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_run_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Expand the folder of a single run."""
         expand_home(config, ["hydra.run.dir"])
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, **_kwargs: Any) -> None:
         """Expand the folder of a sweep."""
         expand_home(config, ["hydra.sweep.dir"])
 

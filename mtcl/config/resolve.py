@@ -96,5 +96,16 @@ def construct(factory: Callable[..., T], group: str, *args: Any, **options: Any)
             raise UserError(
                 f"{group}.{name} is not an option of {factory.__name__}; it has {', '.join(names[len(args) :])}"
             )
-    with add_key_prefix(f"{group}."):
+    try:
         return factory(*args, **options)
+    except ParameterError as error:
+        raise UserError(f"{_find_key(group, error.parameter)}{error.problem}") from error
+
+
+def _find_key(group: str, parameter: str) -> str:
+    """Return the key of a parameter: ``data.options.num_classes``, but ``data.root``, which is no option."""
+    from mtcl.config.schema import RULES  # which needs this module
+
+    parent = group.rpartition(".")[0]
+    above = f"{parent}.{parameter}" if parent else parameter
+    return above if f"{group}.{parameter}" not in RULES and above in RULES else f"{group}.{parameter}"
