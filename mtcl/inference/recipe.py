@@ -1,6 +1,6 @@
 """Run an exported program as the model was evaluated: frame the image, run, crop, decode.
 
-``scripts/export.py`` writes this file beside every program. It needs NumPy and OpenCV, and ONNX Runtime for a
+``mtcl export`` writes this file beside every program. It needs NumPy and OpenCV, and ONNX Runtime for a
 ``model.onnx`` or PyTorch for a ``model.pt2``; nothing of mtcl.
 """
 

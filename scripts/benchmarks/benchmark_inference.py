@@ -124,7 +124,7 @@ def time_in_turns(passes: Sequence[Pass], device: torch.device, args: argparse.N
 
 
 def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -> Any:
-    """Export the model for this size as scripts/export.py does; return None without a provider for the device."""
+    """Export the model for this size as ``mtcl export`` does; return None without a provider for the device."""
     import onnxruntime
 
     provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
