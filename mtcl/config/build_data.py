@@ -73,6 +73,7 @@ def build_dataset(
 
 
 def get_image_size(config: DictConfig) -> tuple[int, int]:
+    """Return height and width of the frames that the model sees."""
     height, width = config.data.size
     return height, width
 
@@ -80,6 +81,7 @@ def get_image_size(config: DictConfig) -> tuple[int, int]:
 def build_train_loader(
     config: DictConfig, reader: MultiTaskDataset, tasks: Mapping[str, Task], start_step: int, device: torch.device
 ) -> DataLoader:
+    """Build the endless loader of augmented training batches from ``start_step`` on, for this process's share."""
     augment = plain(config.data.augment)
     augment["scale"] = tuple(augment["scale"])
     return train_loader(
@@ -99,6 +101,7 @@ def build_train_loader(
 def build_eval_loader(
     config: DictConfig, reader: MultiTaskDataset, tasks: Mapping[str, Task], device: torch.device
 ) -> DataLoader:
+    """Build the loader of validation batches, for this process's share."""
     return eval_loader(
         reader,
         tasks,
