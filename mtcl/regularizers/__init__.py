@@ -1,6 +1,7 @@
 """The cross-task contrastive regulariser: a training-only loss on any model's task features."""
 
-from mtcl.regularizers.contrastive import Contrastive, Regularizer, RegularizerOutput
+from mtcl.regularizers.base import Regularizer, RegularizerOutput
+from mtcl.regularizers.contrastive import Contrastive
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.mtpsl import CrossTaskConsistency
 from mtcl.regularizers.sampling import Draw

@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 class MaskedAdamW(torch.optim.Optimizer):
-    """AdamW, except that a slice (first axis) whose gradient is all zero takes no step at all.
+    """AdamW in which a slice (first axis) whose gradient is all zero takes no step at all.
 
     Equal to ``torch.optim.AdamW`` over separate parameters of which the unused ones have no gradient: no moment decays,
     no weight decay, no count. The projectors of source tasks that were not drawn stay as they are (and so does one
     that was drawn when none of its triplets was active). No host synchronisation.
-    ``found_inf``: as torch's fused optimisers have it, a scalar on the device: where it is not 0 nothing takes a step.
+    ``found_inf`` is a scalar on the device, as in torch's fused optimizers: where it is not 0 nothing takes a step.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return the result of ``closure``, if there is one."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -41,7 +42,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
     def _step(self, parameter: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
-        column = (-1,) + (1,) * (parameter.ndim - 1)  # a value per slice, to broadcast
+        column = (-1,) + (1,) * (parameter.ndim - 1)  # shape of a value per slice, to broadcast
         if not state:
             # Not named "step": torch would leave that on the CPU when a checkpoint is loaded.
             state["steps"] = torch.zeros(parameter.shape[0], device=parameter.device)

@@ -1,5 +1,7 @@
-"""Cross-task consistency in joint pairwise task spaces: Li, Liu, Bilen, "Learning Multiple Dense Prediction Tasks from
-Partially Annotated Data" (MTPSL, CVPR 2022). The comparator of the contrastive regulariser, training-only as well.
+"""Cross-task consistency in joint pairwise task spaces, MTPSL.
+
+Li, Liu, Bilen, "Learning Multiple Dense Prediction Tasks from Partially Annotated Data", CVPR 2022: the comparator of
+the contrastive regularizer, training-only as well.
 
 For a target t that labels the image and another task s, both are mapped into a space of the pair, where they must agree
 with each other and with the image's feature, which keeps the mapping from a trivial solution:
@@ -8,8 +10,8 @@ with each other and with the image's feature, which keeps the mapping from a tri
     L_st = mean over cells of (1 - cos(a, b)) + image_weight * ((1 - cos(a, f)) + (1 - cos(b, f)))
     L    = sum_t w_t L_task_t + lambda * mean over images of sum_st L_st
 
-M is one convolutional network for all pairs: an input layer per task, then layers whose scale and shift are the pair's
-own (FiLM). What is the paper's or its code's (VICO-UoE/MTPSL, model/mapfns.py) and what is our choice is said in
+M is one convolutional network for all pairs: an input layer per task, then layers whose scale and shift belong to the
+pair (FiLM). What is the paper's or its code's (VICO-UoE/MTPSL, model/mapfns.py) and what is our choice is said in
 ``configs/regularizer/mtpsl.yaml``.
 """
 
@@ -21,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl.errors import UserError
+from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers.contrastive import Regularizer, RegularizerOutput
+from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw
+from mtcl.regularizers.statistics import PairSums
 from mtcl.tasks.base import Task
 from mtcl.tasks.class_task import ClassTask
 from mtcl.tasks.depth import Depth
@@ -32,12 +35,14 @@ from mtcl.tasks.edge import Edge
 from mtcl.tasks.normals import Normals
 
 Size = tuple[int, int]
-FILM_LR_FACTOR = 10.0  # as the authors' code: 1e-3 beside 1e-4
+FILM_LR_FACTOR = 10.0  # as in the authors' code: 1e-3 beside 1e-4
 SOURCE_RULES = ("auto", "any", "unlabelled")
 
 
 class CrossTaskConsistency(Regularizer):
-    """Consistency of each labelled target's label with other tasks' predictions. Three lines in any training loop:
+    """Consistency of each labelled target's label with other tasks' predictions.
+
+    Three lines in any training loop:
 
     >>> from mtcl.tasks import build_task
     >>> tasks = {name: build_task(name) for name in ("depth", "normals", "edge")}
@@ -53,13 +58,13 @@ class CrossTaskConsistency(Regularizer):
     >>> loss.backward()
 
     An image counts for the targets that label any of its pixels. ``losses`` of the result: per target the sum over its
-    sources, mean over the images; ``loss`` is their sum (not their mean), as in the authors' code.
+    sources, averaged over the images; ``loss`` is their sum (not their mean), as in the authors' code.
 
     Args:
         tasks: name -> task, at least two; each is a target and a source.
-        channels: task -> channels of its tapped feature map, equal for all; that of the pairs' spaces.
-        seed: of the mapping's start and of every draw; torch's global generator is never touched.
-        feature: which of a model's taps is the image's feature (a target's own, where they differ).
+        channels: task -> channels of its feature map, equal for all; the width of the pairs' spaces.
+        seed: of the mapping's initialization and of every draw; torch's global generator is never touched.
+        feature: which of a model's features is the image's (that of the target, where they differ by task).
         stride: pixels per cell of the maps that enter the mapping (averages over stride x stride pixels).
         widths: channels of the mapping's levels before the last, whose channels are the feature's; each level ends in
             a pooling by two.
@@ -84,16 +89,16 @@ class CrossTaskConsistency(Regularizer):
     ):
         super().__init__()
         if len(tasks) < 2:
-            raise UserError("cross-task consistency needs at least two tasks; use regularizer=none for one")
+            raise UserError("cross-task consistency needs at least two tasks; switch the regularizer off for one")
         if source_rule not in SOURCE_RULES:
-            raise UserError(
-                f"regularizer.options.source_rule={source_rule} is not known; choose one of {', '.join(SOURCE_RULES)}"
-            )
+            raise ParameterError("source_rule", f"={source_rule} is not known; choose one of {', '.join(SOURCE_RULES)}")
         feature_channels = {channels[name] for name in tasks}
         if len(feature_channels) > 1:
-            raise UserError(
-                f"regularizer.options.feature={feature} has maps of {', '.join(map(str, sorted(feature_channels)))} channels; "
-                "cross-task consistency needs a tap with as many for every task"
+            all_widths = ", ".join(map(str, sorted(feature_channels)))
+            raise ParameterError(
+                "feature",
+                f"={feature} has maps of {all_widths} channels; cross-task consistency needs a feature with equally "
+                "many for every task",
             )
         self.tasks, self.task_names = dict(tasks), list(tasks)
         self.seed, self.feature, self.stride = seed, feature, stride
@@ -106,29 +111,28 @@ class CrossTaskConsistency(Regularizer):
             {name: FilmLayer(task.channels, outputs[0], 1, generator) for name, task in self.tasks.items()}
         )
         self.mapping = Mapper(outputs, pairs, generator)
-        # Sums since the last summary: [target, source, (images, 1 - cos of a b, of a f, of b f)]
-        self.sums: Tensor
-        self.register_buffer("sums", torch.zeros(len(tasks), len(tasks), 4), persistent=False)
+        self.stats = PairSums(self.task_names, num_values=4)  # images, 1 - cos of (a, b), of (a, f), of (b, f)
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
-        """The step's order of sources per target, f(seed, step), equal on every rank; there are no pixels to draw."""
+        """Draw the order of sources per target, f(seed, step), equal on every rank; there are no pixels to draw."""
         rng = np.random.default_rng([0x6D747073, self.seed, step])  # a stream of its own
         orders = [rng.permutation(np.delete(np.arange(len(self.tasks)), t)) for t in range(len(self.tasks))]
         return Draw(sources=torch.from_numpy(np.stack(orders)), pixels=torch.zeros(len(ids), 0, 2))
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """AdamW at ``lr``; the pairs' own scales and shifts at :data:`FILM_LR_FACTOR` times that."""
+        """Build AdamW at ``lr``, with the pairs' scales and shifts at :data:`FILM_LR_FACTOR` times that."""
         films = [p for name, p in self.mapping.named_parameters() if name.endswith(("gamma", "beta"))]
-        own = {id(p) for p in films}
-        rest = [p for p in self.parameters() if id(p) not in own]
+        film_ids = {id(p) for p in films}
+        rest = [p for p in self.parameters() if id(p) not in film_ids]
         groups: list[dict[str, Any]] = [{"params": rest}, {"params": films, "lr": FILM_LR_FACTOR * lr}]
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+        """Compute the consistency of a model's predictions with the labels; see the module's formulas."""
         device = draw.sources.device
         with torch.autocast(device.type, enabled=False):
-            predicted, labelled, known = self._enter(output, labels)
-            has_label = known.amax(dim=(2, 3, 4)) > 0  # (T, B)
+            predicted, labelled, coverage = self._apply_stems(output, labels)
+            has_label = coverage.amax(dim=(2, 3, 4)) > 0  # (T, B)
             chosen = choose_sources(draw.sources, has_label, self.num_sources, self.source_rule)
 
             # Rows of one batch, (target, draw, image): all predictions first, then all labels.
@@ -148,60 +152,69 @@ class CrossTaskConsistency(Regularizer):
                 F.interpolate(features[name].detach().float(), tuple(grid), mode="area") for name in self.task_names
             ]
             f = self._per_draw(F.normalize(torch.stack(image_features), dim=2, eps=1e-6))
-            counts = self._per_draw(torch.stack([self.mapping.pooled(k > 0) for k in known]))[:, 0]  # (rows, h, w)
-            apart = [mean_cosine_distance(*two, counts).view_as(chosen.weight) for two in ((a, b), (a, f), (b, f))]
-            value = apart[0] + self.image_weight * (apart[1] + apart[2])  # (T, draws, B)
+            counts = self._per_draw(torch.stack([self.mapping.pool_mask(k > 0) for k in coverage]))[
+                :, 0
+            ]  # (rows, h, w)
+            ab, af, bf = (
+                mean_cosine_distance(*pair, counts).view_as(chosen.weight) for pair in ((a, b), (a, f), (b, f))
+            )
+            value = ab + self.image_weight * (af + bf)  # (T, draws, B)
             losses = (value * chosen.weight).sum(dim=1).mean(dim=1)  # (T,)
-            self._record(chosen, apart)
+            self._accumulate_stats(chosen, (ab, af, bf))
         return RegularizerOutput(losses.sum(), dict(zip(self.task_names, losses.unbind())))
 
-    def _enter(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Through the input layers: predictions and labels (T, B, widths[0], h, w), and the part of each cell's pixels
-        that has a label (T, B, 1, h, w)."""
-        predicted, labelled, known = [], [], []
-        for name, task in self.tasks.items():
-            stem, part = self.stems[name], self._cells(task.valid(labels[name])[:, None].float(), output.frame)
-            mean = self._cells(encode_label(task, labels[name]), output.frame) / part.clamp(min=1e-6)
-            labelled.append(stem(mean))
-            predicted.append(stem(encode_prediction(task, self._cells(output.predictions[name].float(), output.frame))))
-            known.append(part)
-        return torch.stack(predicted), torch.stack(labelled), torch.stack(known)
+    def _apply_stems(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Apply the input layers.
 
-    def _cells(self, x: Tensor, frame: Size) -> Tensor:
-        """Averages over stride x stride pixels of a map (B, C, H, W), grown to ``frame`` by zeros."""
+        Returns:
+            predictions and labels (T, B, widths[0], h, w), and the fraction of each cell's pixels that has a label
+            (T, B, 1, h, w).
+        """
+        predicted, labelled, coverage = [], [], []
+        for name, task in self.tasks.items():
+            stem, fraction = self.stems[name], self._pool(task.valid(labels[name])[:, None].float(), output.frame)
+            mean = self._pool(encode_label(task, labels[name]), output.frame) / fraction.clamp(min=1e-6)
+            labelled.append(stem(mean))
+            predicted.append(stem(encode_prediction(task, self._pool(output.predictions[name].float(), output.frame))))
+            coverage.append(fraction)
+        return torch.stack(predicted), torch.stack(labelled), torch.stack(coverage)
+
+    def _pool(self, x: Tensor, frame: Size) -> Tensor:
+        """Average a map (B, C, H, W), padded to ``frame`` by zeros, over stride x stride pixels."""
         if tuple(x.shape[-2:]) != tuple(frame):
             x = F.pad(x, (0, frame[1] - x.shape[-1], 0, frame[0] - x.shape[-2]))
         return F.avg_pool2d(x, self.stride, ceil_mode=True) if self.stride > 1 else x
 
     def _per_draw(self, x: Tensor) -> Tensor:
-        """(T, B, ...) -> the rows (T * draws * B, ...)."""
+        """Repeat (T, B, ...) for each draw: rows (T * draws * B, ...)."""
         return x[:, None].expand(-1, self.num_sources, *x.shape[1:]).flatten(0, 2)
 
     @torch.no_grad()
-    def _record(self, chosen: "ChosenSources", apart: Sequence[Tensor]) -> None:
-        counted = torch.stack([torch.ones_like(chosen.weight), *apart], dim=-1)  # (T, draws, B, 4)
-        used = (chosen.weight > 0)[..., None]
-        drawn = F.one_hot(chosen.source, len(self.task_names)).to(counted) * used  # (T, draws, B, S)
-        self.sums += (drawn[..., None] * counted[..., None, :]).sum(dim=(1, 2))
+    def _accumulate_stats(self, chosen: "ChosenSources", distances: Sequence[Tensor]) -> None:
+        values = torch.stack([torch.ones_like(chosen.weight), *distances], dim=-1)  # (T, draws, B, 4)
+        values = values * (chosen.weight > 0)[..., None]
+        self.stats.add(chosen.source.flatten(1), values.flatten(1, 2))
 
     def summary(self) -> dict[str, float]:
-        """Per (target, source) drawn since the last call, means over images of 1 - cos between the mapped prediction
-        and label (``apart``), and of each to the image's feature (``source_image``, ``target_image``)."""
-        sums = self.sums.tolist()
-        self.sums.zero_()
-        found = {}
-        for t, target in enumerate(self.task_names):
-            for s, source in enumerate(self.task_names):
-                images, *terms = sums[t][s]
-                if images:
-                    for name, value in zip(("apart", "source_image", "target_image"), terms):
-                        found[f"{target}<-{source}/{name}"] = value / images
-        return found
+        """Return diagnostics of each drawn pair since the last call.
+
+        Per ``target<-source`` the means over images of 1 - cos between the mapped prediction and label (``apart``), and
+        of each to the image's feature (``source_image``, ``target_image``).
+        """
+        summary = {}
+        for pair, (images, *terms) in self.stats.pop().items():
+            if images:
+                for name, value in zip(("apart", "source_image", "target_image"), terms):
+                    summary[f"{pair}/{name}"] = value / images
+        return summary
 
 
 def encode_prediction(task: Task, x: Tensor) -> Tensor:
-    """Raw predictions (B, C, h, w), fp32, as the mapping sees them: probabilities of classes and of an edge, unit
-    normals, depth over the image's largest (at least 1 m: the gradient of a head that starts near zero is bounded)."""
+    """Encode raw predictions (B, C, h, w), fp32, for the mapping.
+
+    Probabilities of classes and of an edge, unit normals, depth over the image's largest (at least 1 m: the gradient of
+    a head that starts near zero is bounded).
+    """
     if isinstance(task, ClassTask):
         return x.softmax(dim=1)
     if isinstance(task, Depth):
@@ -214,39 +227,46 @@ def encode_prediction(task: Task, x: Tensor) -> Tensor:
 
 
 def encode_label(task: Task, label: Tensor) -> Tensor:
-    """A batch's label in the same layout, zero where it is void: one class hot, 1 for an edge."""
+    """Encode a batch's label in the layout of :func:`encode_prediction`, one-hot for classes, zero where it is void."""
     if isinstance(task, ClassTask):  # no class is as large as the void
         return (label[:, None] == torch.arange(task.channels, device=label.device)[:, None, None]).float()
-    known = torch.where(task.valid(label)[:, None], label.float(), 0.0)
+    filled = torch.where(task.valid(label)[:, None], label.float(), 0.0)
     if isinstance(task, Depth):
-        return known / known.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+        return filled / filled.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
     if isinstance(task, Normals | Edge):
-        return known
+        return filled
     raise TypeError(f"no encoding of {type(task).__name__}")
 
 
 def mean_cosine_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
-    """1 - a . b of unit vectors (N, C, h, w), mean over the cells by ``weight`` (N, h, w): (N,), 0 without weight."""
+    """Average 1 - a . b of unit vectors (N, C, h, w) over cells with ``weight`` (N, h, w): (N,), 0 without weight."""
     distance = 1 - (a * b).sum(dim=1)
     return (distance * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
 
 
 class ChosenSources(NamedTuple):
-    """The sources of each target in each image, (T, draws, B)."""
+    """Sources of each target in each image, (T, draws, B)."""
 
     source: Tensor  # int64
     weight: Tensor  # float32: how many sources it stands for; 0 where there is none
 
 
 def choose_sources(order: Tensor, has_label: Tensor, count: int, rule: str) -> ChosenSources:
-    """The first ``count`` tasks of each target's drawn ``order`` (T, T - 1) that may be its sources in an image.
+    """Choose the first ``count`` tasks of each target's drawn order that may be its sources in an image.
 
-    ``has_label``: bool (T, B). The weights of one target and image sum to the number of sources it could have had.
+    Args:
+        order: int64 (T, T - 1), the other tasks in random order.
+        has_label: bool (T, B).
+        count: sources per target and image.
+        rule: see :class:`CrossTaskConsistency`.
+
+    Returns:
+        the sources; the weights of one target and image sum to the number of sources it could have had.
     """
-    may = torch.ones_like(has_label) if rule == "any" else ~has_label
+    eligible = torch.ones_like(has_label) if rule == "any" else ~has_label
     if rule == "auto":
-        may = may | has_label.all(dim=0)
-    ok = may[order] & has_label[:, None]  # (T, T - 1, B)
+        eligible = eligible | has_label.all(dim=0)
+    ok = eligible[order] & has_label[:, None]  # (T, T - 1, B)
     rank = ok.long().cumsum(dim=1)
     total = rank[:, -1]  # (T, B)
     sources, weights = [], []
@@ -258,9 +278,9 @@ def choose_sources(order: Tensor, has_label: Tensor, count: int, rule: str) -> C
 
 
 class FilmLayer(nn.Module):
-    """3x3 convolution, normalisation over each map of each image, scale and shift, ReLU: (N, C, h, w) -> (N, D, h, w).
+    """3x3 convolution, normalization over each map of each image, scale and shift, ReLU.
 
-    Scale and shift are a shared one and then, with more than one of ``conditions``, the row's own.
+    Scale and shift are shared; with more than one of ``conditions`` they are followed by those of the row's condition.
     """
 
     def __init__(self, inputs: int, outputs: int, conditions: int, generator: torch.Generator):
@@ -272,7 +292,8 @@ class FilmLayer(nn.Module):
             self.beta = nn.Parameter(torch.zeros(conditions, outputs))
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        x = F.conv2d(x, self.weight, padding=1)  # a bias would be taken off again by the normalisation
+        """Map (N, C, h, w) to (N, D, h, w); ``condition``: int64 (N,)."""
+        x = F.conv2d(x, self.weight, padding=1)  # the normalization would remove a bias
         scale, shift = self.scale.expand(len(x), -1), self.shift.expand(len(x), -1)  # (N, D)
         if condition is not None:
             gamma, beta = self.gamma.index_select(0, condition), self.beta.index_select(0, condition)
@@ -281,9 +302,9 @@ class FilmLayer(nn.Module):
 
 
 def _normalize_maps(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Each map of (N, D, h, w) to mean ``shift`` and deviation ``scale``, both (N, D).
+    """Normalize each map of (N, D, h, w) to mean ``shift`` and deviation ``scale``, both (N, D).
 
-    Batch norm of one image with N D channels, in a single kernel; ``F.instance_norm`` knows no scale per row, and
+    This is batch norm of one image with N D channels, in a single kernel; ``F.instance_norm`` has no scale per row and
     refuses maps of one cell.
     """
     cudnn = torch.backends.cudnn.enabled
@@ -292,8 +313,10 @@ def _normalize_maps(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class Mapper(nn.Module):
-    """The mapping shared by all pairs, conditioned on the pair: (N, widths[0], h, w), pair (N,) -> (N, widths[-1], h /
-    2**levels, w / 2**levels). Two layers a level, three from the third level on, and a maximum pooling."""
+    """Mapping that all pairs share, conditioned on the pair.
+
+    Each level has two layers, three from the third level on, and max pooling.
+    """
 
     def __init__(self, widths: Sequence[int], pairs: int, generator: torch.Generator):
         super().__init__()
@@ -306,14 +329,15 @@ class Mapper(nn.Module):
             previous = width
 
     def forward(self, x: Tensor, pair: Tensor) -> Tensor:
+        """Map (N, widths[0], h, w) of ``pair`` (N,) to (N, widths[-1], h / 2**levels, w / 2**levels)."""
         for layer, ends_level in zip(self.layers, self.ends_level):
             x = layer(x, pair)
             if ends_level:
                 x = F.max_pool2d(x, 2, ceil_mode=True)
         return x
 
-    def pooled(self, mask: Tensor) -> Tensor:
-        """Which cells of the result cover a cell of ``mask`` (B, 1, h, w): float (B, 1, h', w')."""
+    def pool_mask(self, mask: Tensor) -> Tensor:
+        """Return which cells of the result cover a cell of ``mask`` (B, 1, h, w): float (B, 1, h', w')."""
         x = mask.float()
         for _ in range(sum(self.ends_level)):
             x = F.max_pool2d(x, 2, ceil_mode=True)

@@ -1,51 +1,68 @@
-"""Which sampled pixels are alike, and which differ, under a task's labels: one rule for discrete and continuous ones.
+"""Positive and negative pairs of sampled pixels: one rule for discrete and continuous labels.
 
-Every task places its labels in a space of three dimensions in which Euclidean distance orders pairs as its label
-distance does (``Task.place``, ``Task.span``). So one batched distance serves all sources of a step.
+Every task embeds its labels in three dimensions so that Euclidean distance orders pairs as its label distance does
+(``Task.embed_label``, ``Task.embedded_distance``). One batched distance then serves all sources of a step.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtcl.regularizers.sampling import Size, pixel_index
+from mtcl.errors import ParameterError
+from mtcl.tasks.base import Task
 
 EXACT = "donot_use_mm_for_euclid_dist"  # the faster mode cancels for labels close to each other
 
 
+class PixelLabels(NamedTuple):
+    """Labels at the K sampled pixels of each group (an image, or all images of a batch), for T targets."""
+
+    source: Tensor  # int64 (T, B, 1 or K): the task whose labels these are
+    pixels: Tensor  # float32 (T or 1, B, K, 2): row and column as fractions of the image
+    pixel_id: Tensor  # int32 (T or 1, B, K): equal for a pixel that was sampled twice
+    label: Tensor  # float32 (T, B, K, 3): embedded label of the source
+    valid: Tensor  # bool (T, B, K): whether the source labels the pixel
+    target_label: Tensor  # float32 (T, B, K, 3): embedded label of the target itself, NaN where void
+
+
 class Pairs(NamedTuple):
-    """Relations among the K pixels of each group (an image, or all images of a batch): bool (T, B, K, K)."""
+    """Relations among the K pixels of each group: bool (T, B, K, K)."""
 
     positive: Tensor
     negative: Tensor
 
 
-def pairwise_distances(place: Tensor) -> Tensor:
-    """Placed labels (T, B, K, 3) -> their distances (T, B, K, K)."""
-    return torch.cdist(place, place, compute_mode=EXACT)
+def make_pairs(pixels: PixelLabels, thresholds: Tensor) -> Pairs:
+    """Relate pixels by their source labels: similar ones are positive pairs, dissimilar ones negative.
+
+    Args:
+        pixels: sampled pixels; a pixel that was sampled twice makes no pair with itself.
+        thresholds: (S, 2), per source the largest distance of a positive and the least of a negative pair, embedded.
+    """
+    limit = thresholds[pixels.source]  # (T, B, 1 or K, 2)
+    label = torch.where(pixels.valid[..., None], pixels.label, torch.nan)  # no comparison with NaN holds
+    distance = pairwise_distances(label)
+    different = pixels.pixel_id[..., :, None] != pixels.pixel_id[..., None, :]
+    positive, negative = distance <= limit[..., 0, None], distance >= limit[..., 1, None]
+    # A pixel that was sampled twice may have two labels where those of another image are used.
+    return Pairs(positive & different, negative & different)
 
 
-def make_pairs(place: Tensor, valid: Tensor, near: Tensor, far: Tensor) -> Pairs:
-    """Positive up to ``near`` and negative from ``far`` on, both (T, B, K or 1), where both pixels are ``valid`` (T, B,
-    K)."""
-    apart = pairwise_distances(torch.where(valid[..., None], place, torch.nan))  # no comparison with NaN holds
-    return Pairs(apart <= near[..., None], apart >= far[..., None])
+def pairwise_distances(label: Tensor) -> Tensor:
+    """Compute Euclidean distances of embedded labels: (T, B, K, 3) -> (T, B, K, K)."""
+    return torch.cdist(label, label, compute_mode=EXACT)
 
 
-def flat_index(pixels: Tensor, size: Size) -> Tensor:
-    """Which pixel of a map of ``size`` each sampled one (..., K, 2) is: int32 (..., K)."""
-    row, column = pixel_index(pixels, size)
-    return (row * size[1] + column).int()
-
-
-def is_other_pixel(pixels: Tensor, size: Size) -> Tensor:
-    """Whether two sampled pixels (..., K, 2) are different pixels of a map of ``size``: bool (..., K, K). A position
-    that was sampled twice is no pair with itself."""
-    number = flat_index(pixels, size)
-    return number[..., :, None] != number[..., None, :]
-
-
-def within_window(pixels: Tensor, window: float) -> Tensor:
-    """Whether two sampled pixels lie at most ``window`` (a part of the picture's height and of its width) apart."""
-    return torch.cdist(pixels, pixels, p=torch.inf) <= window
+def choose_thresholds(
+    tasks: Mapping[str, Task], overrides: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Return task -> (positive, negative) threshold, by default the task's own."""
+    thresholds = {
+        name: overrides.get(name) or (task.positive_threshold, task.negative_threshold) for name, task in tasks.items()
+    }
+    for name, (positive, negative) in thresholds.items():
+        if not 0 <= positive < negative:
+            raise ParameterError(f"thresholds.{name}", f"=[{positive}, {negative}] must be 0 <= positive < negative")
+    return thresholds

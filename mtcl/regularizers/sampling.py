@@ -1,4 +1,4 @@
-"""What is random in the regulariser, and how maps are read at the drawn places."""
+"""Random draws of a regularizer, and bilinear or nearest sampling of maps at the drawn pixels."""
 
 import zlib
 from collections.abc import Sequence
@@ -12,12 +12,13 @@ Size = tuple[int, int]
 
 
 class Draw(NamedTuple):
-    """The randomness of one step, made on the host, moved once."""
+    """All randomness of one step, drawn on the host and moved to the device once."""
 
     sources: Tensor  # int64 (T, n): for each target its possible sources, in random order; the first is the draw
-    pixels: Tensor  # float32 (B, M, 2): row and column of each sampled pixel as a fraction 0..1 of the picture
+    pixels: Tensor  # float32 (B, M, 2): row and column of each sampled pixel as a fraction 0..1 of the image
 
     def to(self, device: torch.device | str) -> "Draw":
+        """Copy to a device without waiting for it."""
         return Draw(
             self.sources.to(device, non_blocking=True),
             self.pixels.to(device, non_blocking=True),
@@ -25,28 +26,46 @@ class Draw(NamedTuple):
 
 
 def draw_sources(seed: int, step: int, allowed: Sequence[Sequence[int]]) -> Tensor:
-    """Each target's ``allowed`` sources in uniformly random order, independent per target: int64 (T, most), f(seed,
-    step). A target with fewer than the others has its own repeated."""
+    """Draw the order of each target's sources, uniform and independent per target, as a function of (seed, step).
+
+    Args:
+        seed: of the regularizer.
+        step: training step.
+        allowed: per target the indices of its sources.
+
+    Returns:
+        int64 (T, largest number of sources); a target with fewer has its sources repeated.
+    """
     rng = _generator(seed, step, 0)
-    most = max(map(len, allowed))
-    return torch.from_numpy(np.stack([np.resize(rng.permutation(np.asarray(own)), most) for own in allowed]))
+    length = max(map(len, allowed))
+    orders = [np.resize(rng.permutation(np.asarray(sources)), length) for sources in allowed]
+    return torch.from_numpy(np.stack(orders))
 
 
 def draw_pixels(seed: int, step: int, ids: Sequence[str], count: int) -> Tensor:
-    """``count`` uniform positions for each sample: f(seed, step, sample id), wherever in whichever batch it stands."""
+    """Draw ``count`` uniform positions per sample: float32 (B, count, 2), fractions of the image.
+
+    Each is a function of (seed, step, sample id), wherever in whichever batch the sample stands.
+    """
     rows = [_generator(seed, step, 1 + zlib.crc32(id.encode())).random((count, 2), dtype=np.float32) for id in ids]
     return torch.from_numpy(np.stack(rows))
 
 
 def pixel_index(pixels: Tensor, size: Size) -> tuple[Tensor, Tensor]:
-    """Row and column, int64 (B, K), of drawn positions in a map of ``size`` (height, width)."""
+    """Return row and column, int64 (..., K), of drawn positions (..., K, 2) in a map of ``size`` (height, width)."""
     row = (pixels[..., 0] * size[0]).long().clamp(max=size[0] - 1)
     column = (pixels[..., 1] * size[1]).long().clamp(max=size[1] - 1)
     return row, column
 
 
+def flat_index(pixels: Tensor, size: Size) -> Tensor:
+    """Return the row-major index of sampled pixels (..., K, 2) in a map of ``size``: int32 (..., K)."""
+    row, column = pixel_index(pixels, size)
+    return (row * size[1] + column).int()
+
+
 def sample_labels(label: Tensor, pixels: Tensor) -> Tensor:
-    """A label map (B, H, W) or (B, c, H, W) at the drawn pixels: (B, K, c)."""
+    """Sample a label map (B, H, W) or (B, c, H, W) at the drawn pixels (B, K, 2), nearest: (B, K, c)."""
     flat = label.flatten(2) if label.ndim == 4 else label.flatten(1)[:, None]  # (B, c, H * W)
     height, width = label.shape[-2:]
     row, column = pixel_index(pixels, (height, width))
@@ -55,11 +74,19 @@ def sample_labels(label: Tensor, pixels: Tensor) -> Tensor:
 
 
 def sample_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) -> Tensor:
-    """A feature map (B, C, h, w) that covers ``frame``, read bilinearly where the drawn pixels of ``size`` lie: (B,
-    K, C), fp32.
+    """Sample a feature map bilinearly at the centres of drawn pixels.
 
     Four neighbours by one gather: unlike ``grid_sample`` its backward is deterministic on CUDA, too. Channels-last maps
     are read in whole rows, and neither layout is ever copied.
+
+    Args:
+        feature: (B, C, h, w).
+        pixels: (B, K, 2), fractions of the image.
+        size: height and width of the labels that the pixels belong to.
+        frame: height and width in pixels that the feature map covers, at least ``size``.
+
+    Returns:
+        (B, K, C), fp32.
     """
     batch, channels, height, width = feature.shape
     row, column = pixel_index(pixels, size)
@@ -82,24 +109,9 @@ def sample_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) ->
     return (values * weights[..., None]).sum(dim=1)
 
 
-def balanced_sample(stratum: Tensor, valid: Tensor, count: int, strata: int = 256) -> Tensor:
-    """Of M candidates the indices of ``count`` in which each stratum (class, range) present has an equal share: int64
-    (..., count), in the candidates' (random) order.
-
-    ``stratum`` int64 (..., M) in 0..strata - 1; invalid candidates are taken only where there is no valid one. A
-    stratum with few candidates has them repeated.
-    """
-    weight = valid.float()
-    counts = weight.new_zeros(*weight.shape[:-1], strata).scatter_add_(-1, stratum, weight)
-    weight = weight / counts.gather(-1, stratum).clamp(min=1)
-    weight = torch.where(valid.any(dim=-1, keepdim=True), weight, 1.0)
-    upto = weight.cumsum(dim=-1)
-    ticks = (torch.arange(count, device=weight.device) + 0.5) / count  # systematic: no further draw
-    found = torch.searchsorted(upto, (ticks * upto[..., -1:]).contiguous())
-    return found.clamp(max=stratum.shape[-1] - 1)
-
-
 def _generator(seed: int, step: int, key: int) -> np.random.Generator:
-    """A stream of its own: the leading constant keeps it apart from the data's, which also start from (seed,
-    number)."""
+    """Return a separate random stream.
+
+    The leading constant keeps it apart from those of the data, which also start from (seed, number).
+    """
     return np.random.default_rng([0x6D74636C, seed, step, key])

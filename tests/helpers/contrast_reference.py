@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from mtcl.regularizers import Contrastive, criteria
-from mtcl.regularizers.sampling import balanced_sample
+from mtcl.regularizers import Contrastive
+from mtcl.regularizers.pair_options import balanced_sample
 from mtcl.tasks import build_task
 
 KINDS = ("random", "void", "single", "one")  # what one task says of one picture
@@ -330,6 +330,6 @@ def agrees_with_reference(regularizer, features, labels, draw, frame):
 
 def relations(regularizer, features, labels, draw, frame):
     """What the regulariser takes for alike and for different."""
-    with mock.patch.object(criteria, regularizer.criterion, wraps=getattr(criteria, regularizer.criterion)) as seen:
+    with mock.patch.object(regularizer, "select_pairs", wraps=regularizer.select_pairs) as seen:
         regularizer(features, labels, draw, frame)
-    return seen.call_args.args[1]
+    return regularizer.select_pairs(*seen.call_args.args)

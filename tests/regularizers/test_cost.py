@@ -19,8 +19,8 @@ OPTIONS = [
     {"criterion": "semihard"},
     {"criterion": "ranked"},
     {"criterion": "infonce"},
-    {"quotas": True, "agree": True, "window": 0.5},
-    {"across_images": True, "sources": "any"},
+    {"class_balanced": True, "drop_conflicting_positives": True, "window": 0.5},
+    {"across_images": True, "source_tasks": "any"},
 ]
 
 script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark_step.py"), run_name="benchmark_step")

@@ -19,9 +19,11 @@ from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_lambda, build_regularizer
 from mtcl.config.schema import check_config
 from mtcl.regularizers import Contrastive, GradientNormWeight
-from mtcl.regularizers.contrastive import CRITERIA, list_allowed_sources
+from mtcl.regularizers.contrastive import CRITERIA
 from mtcl.regularizers.diagnostics import compare_feature_gradients
-from mtcl.regularizers.sampling import balanced_sample, draw_sources, pixel_index
+from mtcl.regularizers.pair_options import balanced_sample
+from mtcl.regularizers.sampling import draw_sources, pixel_index
+from mtcl.regularizers.sources import list_allowed_sources
 from mtcl.regularizers.weighting import Lambda
 from mtcl.training.checkpoint_file import read_checkpoint_file
 
@@ -208,31 +210,31 @@ def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source_tasks": "others"}, r"options\.source_tasks=others .*other, self, any or a task"),
-        ({"source_tasks": "sal"}, r"options\.source_tasks=sal "),  # not in use
-        ({"excluded_pairs": ["semseg->depth"]}, r"options\.excluded_pairs: semseg->depth is no pair .*semseg<-depth"),
-        ({"excluded_pairs": ["semseg"]}, r"options\.excluded_pairs: semseg is no pair"),
-        ({"excluded_pairs": ["depth<-tiefe"]}, r"options\.excluded_pairs: depth<-tiefe"),
+        ({"source_tasks": "others"}, r"source_tasks=others .*other, self, any or a task"),
+        ({"source_tasks": "sal"}, r"source_tasks=sal "),  # not in use
+        ({"excluded_pairs": ["semseg->depth"]}, r"excluded_pairs: semseg->depth is no pair .*semseg<-depth"),
+        ({"excluded_pairs": ["semseg"]}, r"excluded_pairs: semseg is no pair"),
+        ({"excluded_pairs": ["depth<-tiefe"]}, r"excluded_pairs: depth<-tiefe"),
         ({"excluded_pairs": [f"edge<-{s}" for s in NAMES]}, r"excluded_pairs leaves edge without a source"),
         ({"source_tasks": "self", "excluded_pairs": ["depth<-depth"]}, r"excluded_pairs leaves depth without"),
         ({"source_tasks": "depth", "excluded_pairs": ["normals<-depth"]}, r"excluded_pairs leaves normals without"),
-        ({"criterion": "hinge"}, r"options\.criterion=hinge .*triplet, semihard, ranked, infonce"),
+        ({"criterion": "hinge"}, r"criterion=hinge .*triplet, semihard, ranked, infonce"),
         *(
             (
                 {"criterion": "ranked"} | option,
-                r"options\.criterion=ranked .*leave out window, drop_conflicting_positives, across_images",
+                r"criterion=ranked .*leave out window, drop_conflicting_positives, across_images",
             )
             for option in ({"window": 0.5}, {"drop_conflicting_positives": True}, {"across_images": True})
         ),
-        ({"projector_sharing": "none"}, r"options\.projector_sharing=none .*pair, target or all"),
-        ({"projector_sharing": "all"}, r"options\.projector_sharing=all .*equal width"),
-        ({"num_pixels": 0}, r"options\.num_pixels=0 .*1 to 32767"),
-        ({"num_pixels": 2**15}, r"options\.num_pixels=32768 "),
+        ({"projector_sharing": "none"}, r"projector_sharing=none .*pair, target or all"),
+        ({"projector_sharing": "all"}, r"projector_sharing=all .*equal width"),
+        ({"num_pixels": 0}, r"num_pixels=0 .*1 to 32767"),
+        ({"num_pixels": 2**15}, r"num_pixels=32768 "),
     ],
     ids=str,
 )
 def test_options_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(UserError, match=rf"regularizer\..*{message}"):
+    with pytest.raises(UserError, match=f"^{message}"):
         Contrastive(make_tasks(), {name: 2 + i for i, name in enumerate(NAMES)}, **options)
 
 
@@ -458,7 +460,7 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
             ["regularizer=mtpsl", "regularizer.weighting=gradient_norm"],
             r"weighting=gradient_norm is for regularizer=contrastive",
         ),
-        (["regularizer.options.shuffle=true", "data.batch_size=1"], r"options\.shuffle=true .*another image"),
+        (["regularizer.options.shuffle=true", "data.batch_size=1"], r"shuffle=true .*another image"),
     ],
 )
 def test_what_cannot_be_built_is_refused(words, message):

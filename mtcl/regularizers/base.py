@@ -1,0 +1,57 @@
+"""The interface of all regularizers: a training-only loss on the output of any dense model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mtcl.models.base import DenseOutput
+from mtcl.regularizers.sampling import Draw
+
+
+class RegularizerOutput(NamedTuple):
+    """Losses of one batch."""
+
+    loss: Tensor  # scalar: ``losses`` as the regularizer combines them; contrast: the mean over targets with an anchor
+    losses: dict[str, Tensor]  # target -> scalar; zero, but with a graph, for a target without an anchor
+
+
+class Regularizer(nn.Module, ABC):
+    """A training-only loss on a model's output. Its parameters live here, never in the model."""
+
+    feature: str = "final"  # the decoder feature that it reads
+
+    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Build the optimizer of the regularizer's own parameters."""
+        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+    @abstractmethod
+    def sample(self, step: int, ids: Sequence[str]) -> Draw:
+        """Draw all randomness of one training step.
+
+        Args:
+            step: training step, 0 for the first.
+            ids: sample ids of the batch, in order.
+
+        Returns:
+            a function of (seed, step, ids) on the CPU; the data order never depends on it.
+        """
+
+    @abstractmethod
+    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+        """Compute the loss of a model's output.
+
+        Args:
+            output: a forward pass in training.
+            labels: task -> label in batch layout.
+            draw: result of :meth:`sample`, on the device of the labels.
+        """
+
+    @abstractmethod
+    def summary(self) -> dict[str, float]:
+        """Return diagnostics since the last call, name -> value.
+
+        This synchronizes with the device: call it when logging, not at every step.
+        """

@@ -1,0 +1,100 @@
+"""Ablations of which pixels are sampled and which of them make pairs; none of them is stated in the paper."""
+
+import torch
+from torch import Tensor
+
+from mtcl.regularizers.pairs import Pairs, PixelLabels, pairwise_distances
+
+
+def keep_within_window(pairs: Pairs, pixels: PixelLabels, window: float) -> Pairs:
+    """Keep pairs of pixels at most ``window`` (a fraction of the image's height and of its width) apart."""
+    near = torch.cdist(pixels.pixels, pixels.pixels, p=torch.inf) <= window
+    return Pairs(pairs.positive & near, pairs.negative & near)
+
+
+def drop_conflicting(pairs: Pairs, pixels: PixelLabels, negative_thresholds: Tensor) -> Pairs:
+    """Drop positives that the target's own labels call different; a void label contradicts nothing.
+
+    Args:
+        pairs: relations of a group's pixels.
+        pixels: the pixels.
+        negative_thresholds: (T,), embedded, of the targets' labels.
+    """
+    conflict = pairwise_distances(pixels.target_label) >= negative_thresholds[:, None, None, None]
+    return Pairs(pairs.positive & ~conflict, pairs.negative)
+
+
+def keep_equal_sources(pairs: Pairs, pixels: PixelLabels) -> Pairs:
+    """Keep pairs whose labels come from one task: with partial labels, images differ in their source."""
+    comparable = pixels.source[..., :, None] == pixels.source[..., None, :]
+    return Pairs(pairs.positive & comparable, pairs.negative & comparable)
+
+
+def merge_groups(pixels: PixelLabels, num_pixels: int) -> PixelLabels:
+    """Merge all images of a batch into one group, so that pairs may lie in different images.
+
+    Args:
+        pixels: one group per image.
+        num_pixels: H * W of an image.
+    """
+    batch, count = pixels.valid.shape[1:]
+    image = torch.arange(batch, device=pixels.valid.device, dtype=torch.int32)[:, None]
+    return PixelLabels(
+        source=merge_images(pixels.source.expand(-1, -1, count)),
+        pixels=merge_images(pixels.pixels),
+        pixel_id=merge_images(pixels.pixel_id + image * num_pixels),
+        label=merge_images(pixels.label),
+        valid=merge_images(pixels.valid),
+        target_label=merge_images(pixels.target_label),
+    )
+
+
+def merge_images(x: Tensor) -> Tensor:
+    """Merge the images of a batch into one group: (T, B, K, ...) -> (T, 1, K B, ...).
+
+    Pixel by pixel, not image by image: random choices within a group follow its order.
+    """
+    return x.transpose(1, 2).flatten(1, 2)[:, None]
+
+
+def balance_classes(pixels: PixelLabels, bins: Tensor, count: int) -> PixelLabels:
+    """Choose ``count`` of the candidates so that each class (range of values) of the source has an equal part.
+
+    Args:
+        pixels: M candidates per image, in random order.
+        bins: int64 (T, B, M), the class of each.
+        count: K.
+    """
+    index = balanced_sample(bins, pixels.valid, count)  # (T, B, K)
+    return PixelLabels(
+        source=pixels.source,
+        pixels=torch.take_along_dim(pixels.pixels, index[..., None], dim=2),
+        pixel_id=torch.take_along_dim(pixels.pixel_id, index, dim=2),
+        label=torch.take_along_dim(pixels.label, index[..., None], dim=2),
+        valid=pixels.valid.gather(2, index),
+        target_label=torch.take_along_dim(pixels.target_label, index[..., None], dim=2),
+    )
+
+
+def balanced_sample(bins: Tensor, valid: Tensor, count: int, num_bins: int = 256) -> Tensor:
+    """Sample candidates so that each bin (class, range of values) that is present has an equal share.
+
+    Invalid candidates are taken only where there is no valid one. A bin with few candidates has them repeated.
+
+    Args:
+        bins: int64 (..., M) in 0..num_bins - 1, in the candidates' (random) order.
+        valid: bool (..., M).
+        count: number of samples.
+        num_bins: number of bins.
+
+    Returns:
+        indices into the candidates in ascending order, int64 (..., count).
+    """
+    weight = valid.float()
+    counts = weight.new_zeros(*weight.shape[:-1], num_bins).scatter_add_(-1, bins, weight)
+    weight = weight / counts.gather(-1, bins).clamp(min=1)
+    weight = torch.where(valid.any(dim=-1, keepdim=True), weight, 1.0)
+    cumulative = weight.cumsum(dim=-1)
+    ticks = (torch.arange(count, device=weight.device) + 0.5) / count  # systematic: no further draw
+    index = torch.searchsorted(cumulative, (ticks * cumulative[..., -1:]).contiguous())
+    return index.clamp(max=bins.shape[-1] - 1)

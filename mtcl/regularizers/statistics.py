@@ -1,0 +1,77 @@
+"""Diagnostics of a regularizer, summed per (target, source) pair until they are read."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtcl.regularizers.pairs import PixelLabels
+
+
+class PairSums(nn.Module):
+    """Sums per (target, source) pair since the last read-out, on the device; not part of a state dict."""
+
+    def __init__(self, task_names: Sequence[str], num_values: int):
+        """Start at zero.
+
+        Args:
+            task_names: targets, which are the sources as well.
+            num_values: number of values summed per pair.
+        """
+        super().__init__()
+        self.task_names = list(task_names)
+        self.sums: Tensor
+        self.register_buffer("sums", torch.zeros(len(task_names), len(task_names), num_values), persistent=False)
+
+    @torch.no_grad()
+    def add(self, source: Tensor, values: Tensor) -> None:
+        """Add values to the pairs they belong to.
+
+        Args:
+            source: int64 (T, N), the source of each of a target's N rows.
+            values: (T, N, num_values).
+        """
+        sources = torch.arange(len(self.task_names), device=source.device)
+        drawn = (source[..., None] == sources).to(values)  # (T, N, S); one_hot would wait for the device
+        # Not a matrix product: under autocast that would count in bf16.
+        self.sums += (drawn[..., None] * values[:, :, None]).sum(dim=1)
+
+    def pop(self) -> dict[str, list[float]]:
+        """Return ``target<-source`` -> sums of all pairs and start again at zero; synchronizes with the device."""
+        rows = self.sums.tolist()
+        self.sums.zero_()
+        return {
+            f"{target}<-{source}": values
+            for target, row in zip(self.task_names, rows)
+            for source, values in zip(self.task_names, row)
+        }
+
+
+class TripletStats(PairSums):
+    """Counts and distances of a contrastive criterion."""
+
+    def __init__(self, task_names: Sequence[str]):
+        """Start at zero for these targets and sources."""
+        super().__init__(task_names, num_values=5)  # pixels, anchors, active triplets, sum of d_ap, sum of d_an
+
+    @torch.no_grad()
+    def accumulate(self, pixels: PixelLabels, stats: Tensor) -> None:
+        """Accumulate the ``stats`` (T, B, 4) of a criterion; one group of all images counts for the first's source."""
+        count = torch.full_like(stats[..., :1], float(pixels.valid.shape[2]))
+        self.add(pixels.source[..., 0], torch.cat([count, stats], dim=-1))
+
+    def summary(self) -> dict[str, float]:
+        """Return means per pair since the last call.
+
+        Per ``target<-source`` the fraction of pixels that were anchors (``anchors``), of triplets inside the margin
+        (``active``), and the mean distances to positives (``d_ap``) and negatives (``d_an``).
+        """
+        summary = {}
+        for pair, (pixels, anchors, active, d_ap, d_an) in self.pop().items():
+            if pixels:
+                summary[f"{pair}/anchors"] = anchors / pixels
+            if anchors:
+                summary[f"{pair}/active"] = active / anchors
+                summary[f"{pair}/d_ap"] = d_ap / anchors
+                summary[f"{pair}/d_an"] = d_an / anchors
+        return summary
