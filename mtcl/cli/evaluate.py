@@ -19,7 +19,7 @@ from mtcl.config.load import (
     rebuild_model,
     restore_config,
 )
-from mtcl.config.resolve import plain
+from mtcl.config.resolve import add_key_prefix, plain
 from mtcl.config.schema import COMMAND, MODEL_GROUPS, role_of
 from mtcl.config.stored_config import check_tasks
 from mtcl.errors import UserError
@@ -78,7 +78,8 @@ def evaluate_checkpoint(
     output = config.save_predictions
     writer = None if output is None else PredictionWriter(Path(output), tasks, settings.data.root)
     dataset = build_dataset(settings, "val", tasks)
-    warnings = report_problems(check_labels(dataset, tasks, "validation"), settings.data.get("strict", False))
+    with add_key_prefix("data."):
+        warnings = report_problems(check_labels(dataset, tasks, "validation"), settings.data.get("strict", False))
     model = rebuild_model(settings, build_model_tasks(saved), saved)
     evaluator = build_evaluator(settings, tasks, build_eval_loader(settings, dataset, tasks, device), device)
     evaluation = evaluator.run(model.to(device), on_prediction=None if writer is None else writer.write)
@@ -150,7 +151,8 @@ def evaluate_predictions(config: DictConfig, overrides: Sequence[str], folder: P
     shortened = config.data.limit is not None or list(tasks) == ["human_parts"]
     predictions = SavedPredictions(maps, tasks, dataset, device, allow_extra_maps=shortened)
     problems = check_labels(dataset, tasks, "validation") + check_maps(predictions, dataset, tasks)
-    warnings = report_problems(problems, config.data.get("strict", False))
+    with add_key_prefix("data."):
+        warnings = report_problems(problems, config.data.get("strict", False))
     evaluator = build_evaluator(config, tasks, build_eval_loader(config, dataset, tasks, device), device)
     evaluation = evaluator.score(predictions.predict)
     record = build_run_record(config, dataset, evaluation.num_images, device, overrides)

@@ -187,7 +187,8 @@ def check_dataset_labels(
     problems = find_unlabeled_tasks(train_dataset, tasks)
     for dataset, name in ((train_dataset, "training"), (val_dataset, "validation")):
         problems += check_labels(dataset, tasks, name)
-    return report_problems(problems, config.data.get("strict", False))
+    with add_key_prefix("data."):
+        return report_problems(problems, config.data.get("strict", False))
 
 
 @contextmanager

@@ -47,7 +47,7 @@ def build_evaluator(
     for name, task in tasks.items():  # refuses a wrong option before training
         construct_metric(task, options[name])
     precision, panels = config.trainer.precision, config.trainer.num_panels
-    return Evaluator(tasks, loader, device, precision, num_visual_samples=panels, options=options, quick=quick)
+    return Evaluator(tasks, loader, device, precision, num_visual_samples=panels, options=options, fast_options=quick)
 
 
 def construct_metric(task: Task, options: Mapping[str, Any]) -> None:

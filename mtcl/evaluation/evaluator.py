@@ -1,4 +1,4 @@
-"""Scores a model on a validation list: every task's metrics over un-padded pictures, and a few pictures to look at."""
+"""Evaluate a model on a validation list: every task's metrics over unpadded images, and a few samples to draw."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,16 +16,13 @@ from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
 
 Metrics = dict[str, dict[str, float]]  # task -> metric -> value
-PredictFunction = Callable[
-    [Batch], Mapping[str, Tensor]
-]  # a batch -> task -> raw predictions (B, C, H, W) in its frame
-PredictionCallback = Callable[
-    [str, Mapping[str, Tensor]], object
-]  # a picture's id, task -> its raw prediction (C, H, W), un-padded
+PredictFunction = Callable[[Batch], Mapping[str, Tensor]]  # batch -> task -> raw predictions (B, C, H, W) in its frame
+# An image's id, task -> its raw prediction (C, H, W), unpadded.
+PredictionCallback = Callable[[str, Mapping[str, Tensor]], object]
 
 
 class VisualSample(NamedTuple):
-    """One sample to draw: everything un-padded, labels and predictions in NumPy label layout."""
+    """One sample to draw: everything unpadded, labels and predictions in NumPy label layout."""
 
     id: str
     image: np.ndarray  # uint8 RGB (H, W, 3)
@@ -34,15 +31,24 @@ class VisualSample(NamedTuple):
 
 
 class EvaluationResult(NamedTuple):
+    """Metrics of an evaluation, and what to draw of it."""
+
     metrics: Metrics
     visual_samples: list[VisualSample]
-    num_images: int
+    num_images: int  # of all processes
 
 
 class Evaluator:
-    """``loader`` gives evaluation batches; the first ``num_shown`` samples come back for drawing.
+    """Evaluates models, or anything that predicts, on one list of images.
 
-    ``options``: task -> options of its metric; ``quick``: those that differ in a validation between training steps.
+    Args:
+        tasks: name -> task.
+        loader: gives evaluation batches.
+        device: where the metrics are computed.
+        precision: of the model, see :func:`mtcl.runtime.autocast`.
+        num_visual_samples: number of samples, the first of the list, that are returned for drawing.
+        options: task -> options of its metric.
+        fast_options: task -> options that replace those in a fast validation between training steps.
     """
 
     def __init__(
@@ -53,16 +59,16 @@ class Evaluator:
         precision: str = "auto",
         num_visual_samples: int = 0,
         options: Mapping[str, Mapping[str, Any]] | None = None,
-        quick: Mapping[str, Mapping[str, Any]] | None = None,
+        fast_options: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         self.tasks, self.loader, self.device = dict(tasks), loader, device
         self.precision, self.num_visual_samples = precision, num_visual_samples
-        self.options, self.quick = dict(options or {}), dict(quick or {})
+        self.options, self.fast_options = dict(options or {}), dict(fast_options or {})
 
     def run(
-        self, model: DenseModel, on_prediction: PredictionCallback | None = None, quick: bool = False
+        self, model: DenseModel, on_prediction: PredictionCallback | None = None, fast: bool = False
     ) -> EvaluationResult:
-        """The model's metrics, see :meth:`score`. Leaves the model in the mode it was in."""
+        """Evaluate a model, which keeps its mode (training or evaluation); see :meth:`score`."""
 
         def predict(batch: Batch) -> Mapping[str, Tensor]:
             image, _ = prepare_batch({**batch, "labels": {}}, model.mean, model.std, self.device)
@@ -71,70 +77,81 @@ class Evaluator:
 
         was_training = model.training
         model.eval()
-        evaluation = self.score(predict, on_prediction, quick)
+        evaluation = self.score(predict, on_prediction, fast)
         model.train(was_training)
         return evaluation
 
     @torch.inference_mode()
     def score(
-        self, predict: PredictFunction, on_prediction: PredictionCallback | None = None, quick: bool = False
+        self, predict: PredictFunction, on_prediction: PredictionCallback | None = None, fast: bool = False
     ) -> EvaluationResult:
-        """Metrics, in fractions, degrees, metres, of whatever predicts; ``keep`` is given every picture's
-        predictions in float32."""
-        metrics = {name: task.metric(**self._options(name, quick)).to(self.device) for name, task in self.tasks.items()}
+        """Score the predictions of a function on all images of the list.
+
+        Args:
+            predict: batch -> task -> raw predictions (B, C, H, W) in the batch's frame.
+            on_prediction: called with the id and the unpadded float32 predictions (C, H, W) of every image.
+            fast: use ``fast_options``.
+
+        Returns:
+            metrics in fractions, degrees and metres, with the samples to draw.
+        """
+        metrics = {name: task.metric(**self._options(name, fast)).to(self.device) for name, task in self.tasks.items()}
         visual_samples: list[VisualSample] = []
         count = 0
         for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=distributed.rank() > 0):
             predictions = predict(batch)
             labels = {name: label.to(self.device, non_blocking=True) for name, label in batch["labels"].items()}
-            for rows, top, left, height, width in _windows(batch["meta"]):
-                area = (rows, ..., slice(top, top + height), slice(left, left + width))
+            for rows, (y, x, height, width) in _group_by_window(batch["meta"]):
+                area = (rows, ..., slice(y, y + height), slice(x, x + width))
                 for name, metric in metrics.items():
                     metric.update(predictions[name][area].float(), labels[name][area])
-            wanted = range(min(self.num_visual_samples - len(visual_samples), len(batch["meta"])))
-            visual_samples += [_show(batch, predictions, row, self.tasks) for row in wanted]
+            rows_to_draw = range(min(self.num_visual_samples - len(visual_samples), len(batch["meta"])))
+            visual_samples += [_to_visual_sample(batch, predictions, row, self.tasks) for row in rows_to_draw]
             if on_prediction is not None:
                 for row, sample in enumerate(batch["meta"]):
-                    on_prediction(
-                        sample.id, {name: predictions[name][row][_area(sample)].float() for name in self.tasks}
-                    )
+                    area = _image_area(sample)
+                    on_prediction(sample.id, {name: predictions[name][row][area].float() for name in self.tasks})
             count += len(batch["meta"])
-        # Of several processes each has its own pictures: torchmetrics adds up their states.
+        # Of several processes each has images of its own: torchmetrics adds up their states.
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
-        return EvaluationResult(
-            values, visual_samples, int(distributed.all_reduce_sum(torch.tensor(count, device=self.device)))
-        )
+        num_images = int(distributed.all_reduce_sum(torch.tensor(count, device=self.device)))
+        return EvaluationResult(values, visual_samples, num_images)
 
     def is_comparable(self, monitor: str) -> bool:
-        """Whether ``task/metric`` of a quick evaluation and of a whole one are on one scale."""
+        """Return whether ``task/metric`` of a fast and of a full evaluation are on one scale."""
         task, metric = monitor.split("/")
-        return metric == "loss" or not {"thresholds", "every"} & set(self.quick.get(task, {}))
+        return metric == "loss" or not {"thresholds", "every"} & set(self.fast_options.get(task, {}))
 
-    def _options(self, name: str, quick: bool) -> dict[str, Any]:
-        return {**self.options.get(name, {}), **(self.quick.get(name, {}) if quick else {})}
+    def _options(self, name: str, fast: bool) -> dict[str, Any]:
+        return {**self.options.get(name, {}), **(self.fast_options.get(name, {}) if fast else {})}
 
 
-def _windows(meta: list[SampleMeta]) -> list[tuple[slice, int, int, int, int]]:
-    """(rows, top, left, height, width): neighbouring samples that lie alike in their frame are scored together."""
-    windows: list[tuple[slice, int, int, int, int]] = []
+Window = tuple[int, int, int, int]  # y, x, height, width of an image in its frame
+
+
+def _group_by_window(meta: list[SampleMeta]) -> list[tuple[slice, Window]]:
+    """Group neighbouring samples whose images lie at equal windows of their frames, to be scored together."""
+    groups: list[tuple[slice, Window]] = []
     for row, sample in enumerate(meta):
-        place = (*sample.offset, *sample.native_size)
-        if windows and windows[-1][1:] == place:
-            windows[-1] = (slice(windows[-1][0].start, row + 1), *place)
+        window = (*sample.offset, *sample.native_size)
+        if groups and groups[-1][1] == window:
+            groups[-1] = (slice(groups[-1][0].start, row + 1), window)
         else:
-            windows.append((slice(row, row + 1), *place))
-    return windows
+            groups.append((slice(row, row + 1), window))
+    return groups
 
 
-def _area(sample: SampleMeta) -> tuple[Any, ...]:
-    """The index that cuts a sample's picture out of its frame (..., H, W)."""
-    (top, left), (height, width) = sample.offset, sample.native_size
-    return ..., slice(top, top + height), slice(left, left + width)
+def _image_area(sample: SampleMeta) -> tuple[Any, ...]:
+    """Return the index that cuts a sample's image out of its frame (..., H, W)."""
+    (y, x), (height, width) = sample.offset, sample.native_size
+    return ..., slice(y, y + height), slice(x, x + width)
 
 
-def _show(batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapping[str, Task]) -> VisualSample:
+def _to_visual_sample(
+    batch: Batch, predictions: Mapping[str, Tensor], row: int, tasks: Mapping[str, Task]
+) -> VisualSample:
     sample = batch["meta"][row]
-    area = _area(sample)
+    area = _image_area(sample)
 
     def label(name: str) -> np.ndarray:
         array = batch["labels"][name][row][area].numpy()

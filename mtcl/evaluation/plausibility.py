@@ -1,6 +1,6 @@
-"""Cheap looks at what is about to be used: labels and maps that can be read, but hardly mean what they should.
+"""Cheap plausibility checks of labels and saved maps that can be read, but hardly mean what they should.
 
-Each gives sentences; :func:`report_problems` makes them warnings, or one of them an error (``data.strict``).
+Each check returns sentences; :func:`report_problems` logs them as warnings, or raises the first as an error.
 """
 
 import logging
@@ -11,41 +11,41 @@ from tqdm import tqdm
 
 from mtcl.data.sample import MultiTaskDataset, Sample
 from mtcl.data.transforms import finalize_labels
-from mtcl.errors import UserError
+from mtcl.errors import ParameterError, UserError
 from mtcl.evaluation.saved_predictions import SavedPredictions, has_label
 from mtcl.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
-COUNT = 8  # images that are looked at, evenly spread over a list
+NUM_SAMPLES = 8  # images that are checked, evenly spaced over a list
 
 
-def check_labels(reader: MultiTaskDataset, tasks: Mapping[str, Task], part: str) -> list[str]:
-    """Look at the values of some images' labels.
+def check_labels(dataset: MultiTaskDataset, tasks: Mapping[str, Task], split: str) -> list[str]:
+    """Check the values of some images' labels.
 
     Args:
-        reader: the list.
-        tasks: those in use, which know their range.
-        part: what its images are called, "training" or "validation".
+        dataset: the images.
+        tasks: name -> task; each knows the range of its labels.
+        split: "training" or "validation", for the messages.
     """
-    chosen = dict(_readable(reader, _spread(len(reader.ids))))
+    chosen = dict(_readable(dataset, _spread(len(dataset.ids))))
     problems = []
     for name, task in tasks.items():
         labels = [sample.labels[name] for sample in chosen.values()]
         sentences = task.check_values(labels) if labels else []
-        problems += [f"the labels of {name} of the {part} images {text}" for text in sentences]
+        problems += [f"the labels of {name} of the {split} images {text}" for text in sentences]
     return problems
 
 
-def find_unlabeled_tasks(reader: MultiTaskDataset, tasks: Mapping[str, Task]) -> list[str]:
-    """Look for tasks without any label in a training list; the first label of each ends its search.
+def find_unlabeled_tasks(dataset: MultiTaskDataset, tasks: Mapping[str, Task]) -> list[str]:
+    """Find tasks without any label in a training list; the first label of each ends its search.
 
     Raises:
         UserError: the only task has none, so that nothing would be trained.
     """
     missing = list(tasks)
-    every = tqdm(range(len(reader.ids)), desc="looking for labels", leave=False, delay=2, mininterval=1)
-    for _, sample in _readable(reader, every):
+    indices = tqdm(range(len(dataset.ids)), desc="looking for labels", leave=False, delay=2, mininterval=1)
+    for _, sample in _readable(dataset, indices):
         labels = finalize_labels(sample, {name: tasks[name] for name in missing}).labels
         missing = [name for name in missing if not has_label(tasks[name], labels[name])]
         if not missing:
@@ -59,14 +59,14 @@ def find_unlabeled_tasks(reader: MultiTaskDataset, tasks: Mapping[str, Task]) ->
     return sentences
 
 
-def check_maps(saved: SavedPredictions, reader: MultiTaskDataset, tasks: Mapping[str, Task]) -> list[str]:
-    """Look at some saved maps beside their labels."""
+def check_maps(saved: SavedPredictions, dataset: MultiTaskDataset, tasks: Mapping[str, Task]) -> list[str]:
+    """Compare some saved maps with their labels."""
     problems = list(saved.problems)
     for name, task in tasks.items():
-        listed = [index for index, id in enumerate(reader.ids) if id in saved.paths[name]]
+        with_map = [index for index, id in enumerate(dataset.ids) if id in saved.paths[name]]
         pairs = []
-        for index, sample in _readable(reader, (listed[i] for i in _spread(len(listed)))):
-            values = saved.formats[name].load(saved.paths[name][reader.ids[index]])
+        for index, sample in _readable(dataset, (with_map[i] for i in _spread(len(with_map)))):
+            values = saved.formats[name].load(saved.paths[name][dataset.ids[index]])
             label = finalize_labels(sample, {name: task}).labels[name]
             if values.shape[:2] == label.shape[:2]:  # else its scoring says so
                 pairs.append((values, label))
@@ -77,22 +77,30 @@ def check_maps(saved: SavedPredictions, reader: MultiTaskDataset, tasks: Mapping
 
 
 def report_problems(problems: Sequence[str], strict: bool) -> list[str]:
-    """Log each of ``doubts``; ``UserError`` of the first where ``strict``."""
+    """Log problems as warnings and return them.
+
+    Args:
+        problems: one sentence each.
+        strict: raise the first one instead.
+
+    Raises:
+        ParameterError: ``strict``, and there is a problem.
+    """
     if problems and strict:
-        raise UserError(f"{problems[0]} (data.strict=true makes this an error)")
+        raise ParameterError("strict", f"=true turns a warning into an error: {problems[0]}")
     for text in problems:
         log.warning("%s", text)
     return list(problems)
 
 
 def _spread(count: int) -> list[int]:
-    return sorted(set(np.linspace(0, count - 1, COUNT).astype(int).tolist())) if count else []
+    return sorted(set(np.linspace(0, count - 1, NUM_SAMPLES).astype(int).tolist())) if count else []
 
 
-def _readable(reader: MultiTaskDataset, indices: Iterable[int]) -> Iterator[tuple[int, Sample]]:
-    """The samples that can be read; the loader says of the others what is wrong with them."""
+def _readable(dataset: MultiTaskDataset, indices: Iterable[int]) -> Iterator[tuple[int, Sample]]:
+    """Yield the samples that can be read; the loader reports what is wrong with the others."""
     for index in indices:
         try:
-            yield index, reader.read(index)
+            yield index, dataset.read(index)
         except UserError:
             continue

@@ -1,6 +1,6 @@
-"""Maps of predictions on the disk, ``DIR/<task>/<id>.<suffix>``: reading anyone's, writing our own.
+"""Read and write saved predictions, ``DIR/<task>/<id>.<suffix>``.
 
-The folders, names and values are those that the field's code writes (MTI = Multi-Task-Learning-PyTorch,
+The folders, names and values are those that published code writes (MTI = Multi-Task-Learning-PyTorch,
 MTI/evaluation/evaluate_utils.py:197-222 and MTI/utils/utils.py:58-76; InvPT/evaluation/evaluate_utils.py:69-106 and
 InvPT/utils/utils.py:20-50; TaskPrompter alike), with .npy as a further choice:
 
@@ -13,11 +13,11 @@ normals                 .png, 3 x 8 bits RGB: v stands for 2 v / 255 - 1 (MTI/ev
                         .npy: floating-point vectors (H, W, 3) of any length. x to the left, y up, z to the viewer.
 ======================  ===========================================================================================
 
-Maps have the size of their label, without padding. That code writes no map of a picture without any label of the task
+Maps have the size of their label, without padding. That code writes no map of an image without any label of the task
 (MTI/evaluation/evaluate_utils.py:213-214), so those may be missing here, too.
 
-What we write differs in one thing: normals are rounded, not truncated, which halves their error (to about 0.3 degrees
-a pixel). Classes and depth are read back exactly.
+What we write differs in one respect: normals are rounded, not truncated, which halves their error (to about 0.3 degrees
+per pixel). Classes and depth are read back exactly.
 """
 
 import hashlib
@@ -48,45 +48,46 @@ from mtcl.data.image_io import (
 )
 from mtcl.data.sample import Batch, MultiTaskDataset, SampleMeta
 from mtcl.data.transforms import finalize_labels
-from mtcl.errors import UserError, escape_control_characters
+from mtcl.errors import ParameterError, UserError, escape_control_characters
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GREY, _RGB, _PALETTE = 0, 2, 3  # colour types of PNG
 _CHANNELS = {_GREY: "1 channel", _RGB: "3 channels", _PALETTE: "a palette", 4: "2 channels", 6: "4 channels"}
-_NAMED = 3  # how many files a complaint names
+_MAX_LISTED = 3  # files that a message names
 
 
 @dataclass(frozen=True)
 class MapFormat(ABC):
-    """How the maps of one task lie on the disk, and how they become what its metric takes."""
+    """File format of one task's maps, and their conversion to raw predictions."""
 
     task: Task
 
-    suffixes: ClassVar[tuple[str, ...]]  # that are read; the first is written
+    suffixes: ClassVar[tuple[str, ...]]  # read; the first is written
     dtype: ClassVar[type] = np.uint8  # of loaded values
-    trailing: ClassVar[tuple[int, ...]] = ()  # their shape behind (H, W)
+    trailing: ClassVar[tuple[int, ...]] = ()  # further axes of loaded values, after (H, W)
 
     @abstractmethod
     def load(self, path: Path) -> np.ndarray:
-        """The file's values, (H, W, *trailing); ``UserError``: not such a map."""
+        """Load a file's values, (H, W, *trailing); raise ``UserError`` if it is not such a map."""
 
     @abstractmethod
     def to_raw(self, values: Tensor) -> Tensor:
-        """Loaded values (B, H, W, *trailing) as raw predictions float32 (B, C, H, W), on the same device."""
+        """Convert loaded values (B, H, W, *trailing) to raw predictions float32 (B, C, H, W), on the same device."""
 
     @abstractmethod
     def from_raw(self, prediction: Tensor) -> np.ndarray:
-        """A raw prediction (C, H, W) as the values to write."""
+        """Convert a raw prediction (C, H, W) to the values to write."""
 
 
 class ClassMaps(MapFormat):
-    """Predicted classes from 0, as logits 1 for the class and 0 for the others."""
+    """Predicted classes from 0; as raw predictions, logits of 1 for the class and 0 for the others."""
 
     suffixes = (".png",)
 
     def load(self, path: Path) -> np.ndarray:
+        """Load classes (H, W), uint8."""
         values = _read_png(path, self.task, (_GREY, _PALETTE))
         highest = int(values.max(initial=0))
         if highest >= self.task.channels:
@@ -99,23 +100,30 @@ class ClassMaps(MapFormat):
         return values
 
     def to_raw(self, values: Tensor) -> Tensor:
+        """Convert classes (B, H, W) to logits."""
         index = values.long().unsqueeze(1)
         logits = torch.zeros(len(index), self.task.channels, *index.shape[2:], device=index.device)
         return logits.scatter_(1, index, 1.0)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
+        """Decode a prediction to classes."""
         return self.task.decode(prediction)
 
 
 @dataclass(frozen=True)
 class ProbabilityMaps(MapFormat):
-    """Probabilities in 8 bits. ``binary``: the files hold 0 and 1, as label files may, in place of 0 and 255."""
+    """Probabilities in 8 bits.
+
+    Args:
+        binary: the files hold 0 and 1, as label files may, instead of 0 and 255.
+    """
 
     binary: bool = False
 
     suffixes = (".png",)
 
     def load(self, path: Path) -> np.ndarray:
+        """Load codes of probabilities (H, W), uint8."""
         values = _read_png(path, self.task, (_GREY,))
         return values * np.uint8(255) if self.binary else values
 
@@ -127,35 +135,43 @@ class SaliencyMaps(ProbabilityMaps):
     threshold that v / 255 reaches.
     """
 
-    above: ClassVar[float] = 2**-10  # of a step
+    offset: ClassVar[float] = 2**-10  # of a step
 
     def to_raw(self, values: Tensor) -> Tensor:
-        logit = _logits(self.above).to(values.device)[values.long()]
+        """Convert codes (B, H, W) to two logits."""
+        logit = _logits(self.offset).to(values.device)[values.long()]
         return torch.stack([torch.zeros_like(logit), logit], dim=1)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
-        return _truncated(prediction.float().softmax(dim=0)[1])
+        """Convert two logits to codes."""
+        return _truncate(prediction.float().softmax(dim=0)[1])
 
 
 class EdgeMaps(ProbabilityMaps):
-    """Truncated probabilities, as the logit of the middle (v + 0.5) / 255 of what v stands for; 255 as certainty."""
+    """Truncated probabilities; as raw predictions, the logit of the middle (v + 0.5) / 255 of a code's range.
 
-    above: ClassVar[float] = 0.5
+    The code 255 is certainty.
+    """
+
+    offset: ClassVar[float] = 0.5
 
     def to_raw(self, values: Tensor) -> Tensor:
-        return _logits(self.above).to(values.device)[values.long()].unsqueeze(1)
+        """Convert codes (B, H, W) to a logit."""
+        return _logits(self.offset).to(values.device)[values.long()].unsqueeze(1)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
-        return _truncated(prediction[0].float().sigmoid())
+        """Convert a logit to codes."""
+        return _truncate(prediction[0].float().sigmoid())
 
 
 class DepthMaps(MapFormat):
-    """Metres; what is not finite is left for the metric to count. Written: clamped at 0, as the metric does."""
+    """Metres; values that are not finite are left for the metric to count. Written ones are clamped at 0, as by it."""
 
     suffixes = (".npy", ".mat")
     dtype = np.float32
 
     def load(self, path: Path) -> np.ndarray:
+        """Load metres (H, W), float32."""
         array = read_npy(path) if path.suffix == ".npy" else read_mat(path, "depth")
         flat = array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
         if flat.ndim != 2 or flat.dtype.kind != "f":
@@ -165,20 +181,23 @@ class DepthMaps(MapFormat):
         return flat.astype(np.float32)
 
     def to_raw(self, values: Tensor) -> Tensor:
+        """Add the channel axis."""
         return values.unsqueeze(1)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
+        """Decode a prediction to metres."""
         return self.task.decode(prediction)
 
 
 class NormalMaps(MapFormat):
-    """Vectors, taken as they are: also black pixels of a picture are a prediction, as in the field's code."""
+    """Vectors, taken as they are: black pixels of a PNG are a prediction, too, as in published code."""
 
     suffixes = (".png", ".npy")
     dtype = np.float32
     trailing = (3,)
 
     def load(self, path: Path) -> np.ndarray:
+        """Load vectors (H, W, 3), float32."""
         if path.suffix == ".png":
             levels = (2 * np.arange(256) / 255 - 1).astype(np.float32)
             return levels[_read_png(path, self.task, (_RGB,))]
@@ -190,9 +209,11 @@ class NormalMaps(MapFormat):
         return array.astype(np.float32)
 
     def to_raw(self, values: Tensor) -> Tensor:
+        """Move the channels to the front."""
         return values.permute(0, 3, 1, 2)
 
     def from_raw(self, prediction: Tensor) -> np.ndarray:
+        """Encode vectors as 8-bit RGB."""
         return np.round(255 * (self.task.decode(prediction) + 1) / 2).clip(0, 255).astype(np.uint8)
 
 
@@ -207,17 +228,24 @@ FORMATS: dict[str, type[MapFormat]] = {
 
 
 class SavedPredictions:
-    """The maps below ``folder`` of the pictures that ``reader`` lists: raw predictions for its evaluation batches.
+    """Saved maps of a dataset's images, as raw predictions for its evaluation batches.
 
-    ``UserError``, here: a map is missing of a picture that has a label, there are maps of other pictures (unless
-    ``may_hold_more``) or two of one. In :meth:`predict`: a map that can't be read, of another form, or another size.
+    Args:
+        folder: holds a folder of maps per task.
+        tasks: name -> task, those that are scored.
+        dataset: the images.
+        device: of the predictions.
+        allow_extra_maps: allow maps of images that the dataset does not list.
+
+    Raises:
+        UserError: a map is missing of an image that has a label, there are maps of other images, or two of one.
     """
 
     def __init__(
         self,
         folder: Path,
         tasks: Mapping[str, Task],
-        reader: MultiTaskDataset,
+        dataset: MultiTaskDataset,
         device: torch.device | str = "cpu",
         allow_extra_maps: bool = False,
     ) -> None:
@@ -225,43 +253,48 @@ class SavedPredictions:
         self.device = device
         self.paths = {name: list_maps(folder / name, maps.suffixes) for name, maps in self.formats.items()}
         self._digests: dict[str, str] = {}
-        listed = set(reader.ids)
+        listed = set(dataset.ids)
         for name, paths in self.paths.items():
-            more = [id for id in paths if id not in listed]
-            if more and not allow_extra_maps:
+            extra = [id for id in paths if id not in listed]
+            if extra and not allow_extra_maps:
                 raise UserError(
-                    f"{folder / name} holds {_maps(len(more))} of pictures that are not in the list of "
-                    f"{len(reader.ids)}: {_few(more)}; take them out or choose their list (data=, data.split=)."
+                    f"{folder / name} holds {_count_maps(len(extra))} of images that are not in the list of "
+                    f"{len(dataset.ids)}: {_shorten(extra)}; remove them, or choose the dataset and split of the maps."
                 )
-            _check_missing(folder / name, self.formats[name], paths, reader)
-        self.problems: list[str] = []  # for the user, of how the maps are taken
+            _check_missing(folder / name, self.formats[name], paths, dataset)
+        self.problems: list[str] = []  # sentences for the user about how the maps are read
         for name, maps in self.formats.items():
-            wanted = [path for id, path in self.paths[name].items() if id in listed]
-            if isinstance(maps, ProbabilityMaps) and _is_binary(maps, wanted):
+            scored = [path for id, path in self.paths[name].items() if id in listed]
+            if isinstance(maps, ProbabilityMaps) and _is_binary(maps, scored):
                 self.formats[name] = replace(maps, binary=True)
                 self.problems.append(
                     f"the maps of {name} in {folder / name} hold 0 and 1 only and are read so; probabilities are 0..255"
                 )
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
-        """Task -> raw predictions float32 (B, C, H, W) in the batch's frame, arbitrary in its padding and where a
-        picture has no map."""
+        """Return task -> raw predictions float32 (B, C, H, W) of a batch's images, in the frame of the batch.
+
+        They are arbitrary in the padding and where an image has no map.
+
+        Raises:
+            UserError: a map can't be read, or has another form or size.
+        """
         frame = batch["image"].shape[-2:]
-        return {name: self.formats[name].to_raw(self._framed(name, batch["meta"], frame)) for name in self.formats}
+        return {name: self.formats[name].to_raw(self._load_batch(name, batch["meta"], frame)) for name in self.formats}
 
     def fingerprint(self) -> str:
-        """First 16 hexadecimal digits of a SHA-256 of all maps read so far: their tasks, ids and contents."""
-        known = repr(sorted(self._digests.items()))
-        return hashlib.sha256(known.encode()).hexdigest()[:16]
+        """Return 16 hexadecimal digits of a SHA-256 of all maps read so far: their tasks, ids and contents."""
+        content = repr(sorted(self._digests.items()))
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
 
-    def _framed(self, name: str, meta: Sequence[SampleMeta], frame: tuple[int, ...]) -> Tensor:
-        """Values of the maps of a batch's samples in frames of zeros: (B, *frame, *trailing)."""
-        framed: np.ndarray = np.zeros((len(meta), *frame, *self.formats[name].trailing), self.formats[name].dtype)
-        for target, sample in zip(framed, meta):
+    def _load_batch(self, name: str, meta: Sequence[SampleMeta], frame: tuple[int, ...]) -> Tensor:
+        """Load the maps of a batch's samples into frames of zeros: (B, *frame, *trailing)."""
+        frames: np.ndarray = np.zeros((len(meta), *frame, *self.formats[name].trailing), self.formats[name].dtype)
+        for target, sample in zip(frames, meta):
             if sample.id in self.paths[name]:  # else it has no label either
-                (top, left), (height, width) = sample.offset, sample.native_size
-                target[top : top + height, left : left + width] = self._load(name, sample)
-        return torch.from_numpy(framed).to(self.device)
+                (y, x), (height, width) = sample.offset, sample.native_size
+                target[y : y + height, x : x + width] = self._load(name, sample)
+        return torch.from_numpy(frames).to(self.device)
 
     def _load(self, name: str, sample: SampleMeta) -> np.ndarray:
         path = self.paths[name][sample.id]
@@ -276,31 +309,46 @@ class SavedPredictions:
 
 
 class PredictionWriter:
-    """Writes every picture's predictions below ``folder``, which must be new or empty and outside of the data."""
+    """Writes every image's predictions.
+
+    Args:
+        folder: where to write, new or empty.
+        tasks: name -> task.
+        data_root: folder of the dataset, in which ``folder`` must not lie.
+
+    Raises:
+        ParameterError: ``folder`` is not empty or lies in the dataset.
+    """
 
     def __init__(self, folder: Path, tasks: Mapping[str, Task], data_root: str | Path | None) -> None:
         self.folder, self.formats = folder, {name: FORMATS[name](task) for name, task in tasks.items()}
         if folder.exists() and (not folder.is_dir() or list_folder(folder)):
-            what = "is not empty" if folder.is_dir() else "is a file"
-            raise UserError(f"save_predictions={folder} {what}; give a new folder.")
+            state = "is not empty" if folder.is_dir() else "is a file"
+            raise ParameterError("save_predictions", f"={folder} {state}; give a new folder.")
         if data_root is not None and folder.resolve().is_relative_to(Path(data_root).resolve()):
-            raise UserError(f"save_predictions={folder} lies in the dataset {data_root}; give a folder outside.")
+            raise ParameterError(
+                "save_predictions", f"={folder} lies in the dataset {data_root}; give a folder outside."
+            )
 
     def write(self, id: str, predictions: Mapping[str, Tensor]) -> None:
-        """One file per task of the un-padded raw predictions (C, H, W); ``UserError``: NaN that 8 bits can't hold, or
-        an id that would lead out of the folder (a dataset of one's own)."""
+        """Write one file per task of an image's unpadded raw predictions (C, H, W).
+
+        Raises:
+            UserError: NaN, which 8 bits can't hold, or an id that would lead out of the folder (a custom dataset).
+        """
         if find_invalid_id([id]) is not None:
-            raise UserError(
-                f"save_predictions: the dataset has {escape_control_characters(id[:80])!r}, {INVALID_ID_MESSAGE}."
+            raise ParameterError(
+                "save_predictions",
+                f": the dataset has {escape_control_characters(id[:80])!r}, {INVALID_ID_MESSAGE}.",
             )
         for name, maps in self.formats.items():
             path = self.folder / name / f"{id}{maps.suffixes[0]}"
             if path.suffix == ".png" and predictions[name].isnan().any():
                 raise UserError(
                     f"the prediction of {name} for {id} holds NaN, which a map of 8 bits can't; evaluate without "
-                    "save_predictions to see how much, and mend the model."
+                    "save_predictions to see how much, and fix the model."
                 )
-            data = _encoded(maps.from_raw(predictions[name]), path.suffix)
+            data = _encode(maps.from_raw(predictions[name]), path.suffix)
             try:
                 write_atomically(path, partial(Path.write_bytes, data=data), durable=False)
             except OSError as error:
@@ -309,22 +357,38 @@ class PredictionWriter:
                 ) from error
 
 
-def find_map_folder(given: Path, offered: Sequence[str]) -> tuple[Path, list[str]]:
-    """The folder that holds the tasks' folders (``given``, or the ``results`` in it that the field's code makes), and
-    which of the ``offered`` tasks have one. ``UserError``: none."""
-    if not given.is_dir():
-        raise UserError(f"predictions={given} is not a folder; give the one that holds a folder of maps per task.")
-    for folder in (given, given / "results"):
-        names = [name for name in TASK_NAMES if name in offered and (folder / name).is_dir()]
+def find_map_folder(root: Path, task_names: Sequence[str]) -> tuple[Path, list[str]]:
+    """Find the folder with a folder of maps per task: ``root``, or the ``results`` that published code makes in it.
+
+    Args:
+        root: folder that the user named.
+        task_names: tasks that the dataset labels.
+
+    Returns:
+        the folder, and which of the tasks have maps in it.
+
+    Raises:
+        ParameterError: none has.
+    """
+    if not root.is_dir():
+        raise ParameterError("predictions", f"={root} is not a folder; give the one with a folder of maps per task.")
+    for folder in (root, root / "results"):
+        names = [name for name in TASK_NAMES if name in task_names and (folder / name).is_dir()]
         if names:
             return folder, names
-    raise UserError(f"predictions={given} holds none of the folders {', '.join(offered)}; maps are <task>/<id>.png.")
+    raise ParameterError(
+        "predictions", f"={root} holds none of the folders {', '.join(task_names)}; maps are <task>/<id>.png."
+    )
 
 
 def list_maps(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
-    """id -> file of the maps in a task's folder; other and hidden files are left alone. ``UserError``: two of one."""
+    """List the maps in a task's folder, id -> file; ignore hidden files and those with another suffix.
+
+    Raises:
+        UserError: no folder, or two maps of one image.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder} is missing; give the task's maps there or leave it out, tasks.names=[...].")
+        raise UserError(f"{folder} is missing; save the task's maps there or leave the task out.")
     paths: dict[str, Path] = {}
     for path in sorted(list_folder(folder)):
         if path.suffix in suffixes and not path.name.startswith("."):
@@ -335,7 +399,7 @@ def list_maps(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
 
 
 def _is_binary(maps: MapFormat, paths: Sequence[Path]) -> bool:
-    """Tell whether maps hold 0 and 1 only, and both; the first that holds more ends the search."""
+    """Return whether maps hold 0 and 1 only, and both; the first that holds more ends the search."""
     highest = 0
     for path in paths:
         highest = max(highest, int(maps.load(path).max(initial=0)))
@@ -344,64 +408,66 @@ def _is_binary(maps: MapFormat, paths: Sequence[Path]) -> bool:
     return highest == 1
 
 
-def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], reader: MultiTaskDataset) -> None:
-    """``UserError`` if a picture has a label of the task, but no map; names the first three of them."""
-    missing = [index for index, id in enumerate(reader.ids) if id not in paths]
+def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], dataset: MultiTaskDataset) -> None:
+    """Raise ``UserError`` if an image has a label of the task, but no map; name the first three of them."""
+    missing = [index for index, id in enumerate(dataset.ids) if id not in paths]
     labelled: list[str] = []
-    what = f"labels without a map of {maps.task.name}"
-    for index in tqdm(missing, desc=what, leave=False, mininterval=1, disable=not missing):
-        if _is_labelled(reader, index, maps.task):
-            labelled.append(reader.ids[index])
-        if len(labelled) == _NAMED:  # the others need not be read
+    description = f"labels without a map of {maps.task.name}"
+    for index in tqdm(missing, desc=description, leave=False, mininterval=1, disable=not missing):
+        if _is_labelled(dataset, index, maps.task):
+            labelled.append(dataset.ids[index])
+        if len(labelled) == _MAX_LISTED:  # the others need not be read
             break
     if labelled:
-        others = describe_other_files(folder, {reader.ids[index] for index in missing})
+        others = describe_other_files(folder, {dataset.ids[index] for index in missing})
         raise UserError(
-            f"{folder} has no map ({', '.join(maps.suffixes)}) of {len(missing)} of the {len(reader.ids)} pictures, "
-            f"among them {', '.join(labelled)}{others}; add them or choose the list they were made for (data=, "
-            "data.split=)."
+            f"{folder} has no map ({', '.join(maps.suffixes)}) of {len(missing)} of the {len(dataset.ids)} images, "
+            f"among them {', '.join(labelled)}{others}; add them, or choose the dataset and split that "
+            "the maps were made for."
         )
 
 
-def _is_labelled(reader: MultiTaskDataset, index: int, task: Task) -> bool:
-    """Has a picture any valid pixel of a task?"""
-    return has_label(task, finalize_labels(reader.read(index), {task.name: task}).labels[task.name])
+def _is_labelled(dataset: MultiTaskDataset, index: int, task: Task) -> bool:
+    """Return whether an image has any valid pixel of a task."""
+    return has_label(task, finalize_labels(dataset.read(index), {task.name: task}).labels[task.name])
 
 
 def has_label(task: Task, label: np.ndarray) -> bool:
-    """Tell whether a label (layout of the data pipeline, finished) has any valid pixel."""
+    """Return whether a finalized label (layout of the data pipeline) has any valid pixel."""
     planes = label if label.ndim == 2 else label.transpose(2, 0, 1)
     return bool(task.valid(task.collate(np.ascontiguousarray(planes[None]))).any())
 
 
-def _read_png(path: Path, task: Task, kinds: Sequence[int]) -> np.ndarray:
-    """An 8-bit PNG of one of the colour types ``kinds``: uint8 (H, W), of a palette its indices, or RGB (H, W, 3)."""
+def _read_png(path: Path, task: Task, colour_types: Sequence[int]) -> np.ndarray:
+    """Read an 8-bit PNG of one of the given colour types: uint8 (H, W), of a palette its indices, or RGB (H, W, 3)."""
     data = read_bytes(path)
     if not data.startswith(_PNG) or len(data) < 26:
         raise UserError(f"{path} is not a PNG; write it again.")
-    bits, kind = data[24], data[25]
-    if kind not in kinds or (bits != 8 and kind != _PALETTE):
+    bits, colour_type = data[24], data[25]
+    if colour_type not in colour_types or (bits != 8 and colour_type != _PALETTE):
         raise UserError(
-            f"{path} is a picture of {bits} bits and {_CHANNELS.get(kind, 'no known kind')}, but maps of {task.name} "
-            f"are 8-bit pictures of {_CHANNELS[kinds[0]]}; write them so."
+            f"{path} is an image of {bits} bits and {_CHANNELS.get(colour_type, 'an unknown type')}, but maps of "
+            f"{task.name} are 8-bit images of {_CHANNELS[colour_types[0]]}; write them so."
         )
     return read_png(path, data)
 
 
-def _logits(above: float) -> Tensor:
-    """float32 (256,): the logit of the probability (v + ``above``) / 255 of every code v; of 255 a probability that is
-    1 in float64, too."""
-    p = (torch.arange(255, dtype=torch.float64) + above) / 255
+def _logits(offset: float) -> Tensor:
+    """Return the logit of the probability (v + offset) / 255 of every code v, float32 (256,).
+
+    That of 255 is of a probability that is 1 in float64, too.
+    """
+    p = (torch.arange(255, dtype=torch.float64) + offset) / 255
     return torch.cat([p.logit(), torch.tensor([40.0])]).float()
 
 
-def _truncated(probability: Tensor) -> np.ndarray:
-    """Probabilities (H, W) as codes of 8 bits, truncated as in the field (InvPT/evaluation/evaluate_utils.py:106)."""
+def _truncate(probability: Tensor) -> np.ndarray:
+    """Convert probabilities (H, W) to codes of 8 bits, truncated as in InvPT/evaluation/evaluate_utils.py:106."""
     return (255 * probability).to(torch.uint8).cpu().numpy()
 
 
-def _encoded(values: np.ndarray, suffix: str) -> bytes:
-    """The content of a .npy or .png file."""
+def _encode(values: np.ndarray, suffix: str) -> bytes:
+    """Encode values as the content of a .npy or .png file."""
     if suffix == ".npy":
         buffer = io.BytesIO()
         np.save(buffer, values)
@@ -409,11 +475,11 @@ def _encoded(values: np.ndarray, suffix: str) -> bytes:
     return cv2.imencode(suffix, values if values.ndim == 2 else cv2.cvtColor(values, cv2.COLOR_RGB2BGR))[1].tobytes()
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
+def _shorten(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (" ..." if len(names) > _MAX_LISTED else "")
 
 
-def _maps(count: int) -> str:
+def _count_maps(count: int) -> str:
     return f"{count} map{'' if count == 1 else 's'}"
 
 

@@ -318,7 +318,7 @@ class Trainer:
         Args:
             quick: leave out or shorten metrics that take long.
         """
-        evaluation = self.evaluator.run(self.evaluation_model(), quick=quick)
+        evaluation = self.evaluator.run(self.evaluation_model(), fast=quick)
         if distributed.rank() == 0:
             self.run_logger.log_scalars(self.step, "val", flatten_metrics(evaluation.metrics))
             self.run_logger.log_panels(self.step, evaluation.visual_samples, self.tasks)

@@ -149,11 +149,11 @@ def test_histograms_hold_every_anchor_once():
 
 def test_shared_histograms_zoom_on_what_there_is():
     nothing = compute_pair_statistics(torch.zeros(1, 2, 2), *[torch.zeros(1, 2, 2, dtype=torch.bool)] * 2)
-    empty = build_histograms([nothing], most=8)
+    empty = build_histograms([nothing], max_bins=8)
     assert empty.ap == empty.an == [[0.0] * 8]
     near, far = torch.zeros(BINS).double(), torch.zeros(BINS).double()
     near[0], near[BINS // 4], far[BINS // 2 - 1] = 3, 1, 4  # distances 0, 1, just below 2
-    found = build_histograms([nothing._replace(histogram_ap=near, histogram_an=far)], most=8)
+    found = build_histograms([nothing._replace(histogram_ap=near, histogram_an=far)], max_bins=8)
     assert found.width == 0.25
     assert found.ap == [[0.75, 0, 0, 0, 0.25, 0, 0, 0]]
     assert found.an == [[0, 0, 0, 0, 0, 0, 0, 1.0]]

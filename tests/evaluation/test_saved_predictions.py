@@ -277,7 +277,7 @@ def test_missing_extra_and_double_maps_are_told(tmp_path):
     for id in "bcdefg":
         write_png(tmp_path / "edge" / f"{id}.png", np.zeros(SIZE, np.uint8))
     message = told(tmp_path, ["edge"], "bcxyzvw")
-    assert "4 maps of pictures" in message
+    assert "4 maps of images" in message
     assert "d, e, f ..." in message
     message = told(tmp_path, ["edge"], "bcxyzvw", allow_extra_maps=True)
     assert "5 of the 7" in message
@@ -285,7 +285,7 @@ def test_missing_extra_and_double_maps_are_told(tmp_path):
     message = told(tmp_path, ["edge"], "bcdefgx")
     assert "1 of the 7" in message
     assert "among them x;" in message
-    assert "1 map of pictures" in told(tmp_path, ["edge"], "bcdef")
+    assert "1 map of images" in told(tmp_path, ["edge"], "bcdef")
     assert "sal is missing" in told(tmp_path, ["edge", "sal"], "bcdefg")
     for name in ("a.npy", "a.png"):
         (tmp_path / "normals").mkdir(exist_ok=True)

@@ -494,8 +494,8 @@ def test_moments_of_another_memory_format_are_those_of_their_weights(name):
 
 
 def test_quick_scores_of_edges_do_not_compete_with_whole_ones():
-    quick = Evaluator({}, [], torch.device("cpu"), quick={"edge": {"thresholds": 5, "every": 2}})
+    quick = Evaluator({}, [], torch.device("cpu"), fast_options={"edge": {"thresholds": 5, "every": 2}})
     assert [quick.is_comparable(name) for name in ("edge/odsF", "edge/loss", "semseg/mIoU")] == [False, True, True]
-    assert Evaluator({}, [], torch.device("cpu"), quick={"edge": {"score_boundaries": False}}).is_comparable(
+    assert Evaluator({}, [], torch.device("cpu"), fast_options={"edge": {"score_boundaries": False}}).is_comparable(
         "edge/loss"
     )
