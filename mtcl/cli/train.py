@@ -22,6 +22,7 @@ from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.build_model import build_model, inline_genotype
 from mtcl.config.build_training import build_trainer
+from mtcl.config.resolve import add_key_prefix
 from mtcl.data import MultiTaskDataset
 from mtcl.data.loader import explain_worker_error
 from mtcl.errors import UserError, first_line

@@ -48,7 +48,9 @@ def test_units_of_depth_and_codes_of_normals_are_told(task, array, says) -> None
     if says is None:
         assert found == []
         return
-    with pytest.raises(UserError, match=f"^strict=true .*: the labels of {task.name} of the validation images .*{says}"):
+    with pytest.raises(
+        UserError, match=f"^strict=true .*: the labels of {task.name} of the validation images .*{says}"
+    ):
         report_problems(found, strict=True)
     assert report_problems(found, strict=False) == found
 
