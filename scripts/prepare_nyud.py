@@ -1,11 +1,12 @@
-"""NYU Depth v2's official files as the folder that data=nyud reads, or with --size that of data=nyud_small.
+"""Convert NYU Depth v2's official files to the folder that data=nyud reads, or with --size that of data=nyud_small.
 
-python scripts/prepare_nyud.py --labeled nyu_depth_v2_labeled.mat --splits splits.mat --classes classMapping40.mat \\
+python scripts/prepare_nyud.py --labeled nyu_depth_v2_labeled.mat --splits splits.mat --classes classMapping40.mat
     --out data/NYUDv2 [--size WIDTHxHEIGHT] [--workers N]
 """
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from mtcl.cli.script import run
@@ -15,16 +16,17 @@ OPTIONS = {
     "--labeled": "nyu_depth_v2_labeled.mat, the labelled dataset (2.8 GB)",
     "--splits": "splits.mat, the official training and test frames",
     "--classes": "classMapping40.mat, the 40 classes of the 894 labels",
-    "--out": "the folder to write; a second run goes on where the first was stopped",
+    "--out": "the folder to write; a second run continues where the first was stopped",
 }
 
 
 def main() -> None:
+    """Parse the command line, convert, and print a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for option, help_text in OPTIONS.items():
         parser.add_argument(option, type=Path, metavar="PATH", required=True, help=help_text)
     parser.add_argument(
-        "--size", metavar="WIDTHxHEIGHT", help="of a small edition, 4:3, e.g. 256x192 (default: the field's 560x425)"
+        "--size", metavar="WIDTHxHEIGHT", help="of a small edition, 4:3, e.g. 256x192 (default: the standard 560x425)"
     )
     parser.add_argument(
         "--workers",
@@ -33,7 +35,9 @@ def main() -> None:
         metavar="N",
         help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",
     )
-    print(prepare_nyud(**vars(parser.parse_args())))
+    result = prepare_nyud(**vars(parser.parse_args()))
+    overrides = [f"data={result.group}", *(f"data.{key}={value}" for key, value in result.options.items())]
+    print(f"{result.summary}\nNext: python train.py {shlex.join(overrides)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The official VOC2010, PASCAL-Context and PASCAL-Part releases as the folder that data=pascal reads.
+"""Convert the official VOC2010, PASCAL-Context and PASCAL-Part releases to the folder that data=pascal reads.
 
 python scripts/prepare_pascal.py --voc VOCdevkit/VOC2010 --context DIR --parts DIR --out data/PASCALContext
 """
 
 import argparse
 import os
+import shlex
 from pathlib import Path
 
 from mtcl.cli.script import run
@@ -13,16 +14,17 @@ from mtcl.data.prepare.pascal import prepare_pascal
 OPTIONS = {
     "--voc": "VOC2010 as unpacked: has JPEGImages, SegmentationClass and ImageSets/Main",
     "--context": "PASCAL-Context as unpacked: has trainval/<id>.mat (459 classes)",
-    "--out": "the folder to write; a second run goes on where the first was stopped",
+    "--out": "the folder to write; a second run continues where the first was stopped",
     "--parts": "PASCAL-Part as unpacked: has Annotations_Part/<id>.mat; human_parts needs it",
     "--voc-labels": "the VOC folder whose SegmentationClass is used, e.g. VOC2012's, which has more (default: --voc)",
-    "--normals": "has normals_distill/<id>.png of the field's archive; no official release has them",
-    "--saliency": "has sal_distill/<id>.png of the field's archive; no official release has them",
+    "--normals": "has normals_distill/<id>.png of the published archive; no official release has them",
+    "--saliency": "has sal_distill/<id>.png of the published archive; no official release has them",
 }
 REQUIRED = ("--voc", "--context", "--out")
 
 
 def main() -> None:
+    """Parse the command line, convert, and print a summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for option, help_text in OPTIONS.items():
         parser.add_argument(option, type=Path, metavar="DIR", required=option in REQUIRED, help=help_text)
@@ -34,7 +36,11 @@ def main() -> None:
         metavar="N",
         help="processes; 0: none besides this one (default: %(default)s, the machine's cores up to 8)",
     )
-    print(prepare_pascal(**vars(parser.parse_args())))
+    result = prepare_pascal(**vars(parser.parse_args()))
+    overrides = [f"data={result.group}", *(f"data.{key}={value}" for key, value in result.options.items())]
+    if result.tasks is not None:
+        overrides.append(f"tasks.names=[{','.join(result.tasks)}]")
+    print(f"{result.summary}\nNext: python train.py {shlex.join(overrides)}")
 
 
 if __name__ == "__main__":

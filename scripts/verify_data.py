@@ -1,4 +1,4 @@
-"""Check a dataset folder in full: lists, files, sizes, values, and whether labels lie on their pictures.
+"""Check a dataset folder in full: lists, files, sizes, values, and whether labels lie on their images.
 
 python scripts/verify_data.py ROOT [--dataset nyud|nyud_small|pascal] [--workers N] [--limit N] [--sheet FILE.png]
 
@@ -16,35 +16,36 @@ from mtcl.data.verify import FACTS, find_dataset, format_report, verify, write_s
 
 
 def main() -> None:
+    """Parse the command line, check the folder, print the table and write the contact sheet."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("root", type=Path, help="folder of the dataset, or the one that holds it")
     parser.add_argument("--dataset", choices=list(FACTS), help="default: seen from what is there")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes; 0: this one")
-    parser.add_argument("--limit", type=int, help="measure only the first N pictures of each list")
+    parser.add_argument("--limit", type=int, help="measure only the first N images of each list")
     parser.add_argument("--sheet", type=Path, help="contact sheet; default: verify_<dataset>.png in this folder")
     parser.add_argument("--frequencies", action="store_true", help="print the semseg classes' shares and nothing else")
-    given = parser.parse_args()
+    args = parser.parse_args()
 
-    dataset, root = find_dataset(given.root, given.dataset)
-    sheet = given.sheet or Path(f"verify_{dataset}.png")
+    name, root = find_dataset(args.root, args.dataset)
+    sheet = args.sheet or Path(f"verify_{name}.png")
     if sheet.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{sheet} lies in the dataset {root}; give a place outside, --sheet FILE.png.")
-    result = verify(given.root, dataset, given.workers, given.limit)
-    if given.frequencies:
+    result = verify(args.root, name, args.workers, args.limit)
+    if args.frequencies:
         print(*(f"{share:.5f}" for share in result.shares), sep=", ")
         return
     print(format_report(result))
     try:
-        write_sheet(sheet, result.parts, result.tasks, f"{FACTS[dataset].title}: {root.name}")
+        write_sheet(sheet, result.lists, result.tasks, f"{FACTS[name].title}: {root.name}")
         print(f"contact sheet: {sheet}")
     except OSError as error:  # the checks are done, and count
         reason = error.strerror or error
         print(f"no contact sheet: {sheet} can't be written ({reason}); give another place, --sheet FILE.png")
     if result.damages:
         first = result.damages[0]
-        told = first.details[0] if first.details else f"{first.check}: {first.found}, expected {first.expected}."
+        detail = first.details[0] if first.details else f"{first.check}: {first.value}, expected {first.expected}."
         count = f"{len(result.damages)} problem{'' if len(result.damages) == 1 else 's'}"
-        raise UserError(f"{count} in {root}, the first: {told}")
+        raise UserError(f"{count} in {root}, the first: {detail}")
 
 
 if __name__ == "__main__":

@@ -57,9 +57,7 @@ def _find_checkpoint(config: DictConfig, folder: Path, siblings: Path | None) ->
     resume, checkpoints = config.resume, RunFolder(folder).checkpoints
     is_elsewhere = resume not in (None, "auto") and Path(str(resume)).resolve().parent != checkpoints.resolve()
     if list_run_files(folder) and (resume is None or is_elsewhere):
-        raise UserError(
-            f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir"
-        )
+        raise UserError(f"{folder} already holds a run; continue it with resume=auto or choose another hydra.run.dir")
     if resume is None:
         return None
     if resume != "auto" and Path(str(resume)).is_dir():

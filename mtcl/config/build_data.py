@@ -47,13 +47,13 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
 
 
 def build_dataset(
-    config: DictConfig, shard: str, tasks: Mapping[str, Task], limit: int | None = None
+    config: DictConfig, subset: str, tasks: Mapping[str, Task], limit: int | None = None
 ) -> MultiTaskDataset:
-    """The list ``part`` ("train" or "val") of the config's dataset and split; to train on, with ``data.label_assignment``."""
+    """Build the ``subset`` ("train" or "val") of the config's dataset and split; "train" with its label assignment."""
     data = config.data
     reader = locate(data._target_, "data")
     limits = [n for n in (limit, data.limit) if n is not None]
-    options = {"part": shard, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
+    options = {"subset": subset, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
     accepted = inspect.signature(reader).parameters
     if "root" in accepted:
         if data.root is None:
@@ -65,11 +65,10 @@ def build_dataset(
         options["size"] = get_image_size(config)
     options |= {key: data[key] for key in ("cache", "memory_map") if key in data}
     built = construct(reader, "data.options", **options, **plain(data.options))
-    return (
-        apply_label_assignment(built, tasks, str(data.label_assignment), data.labels_seed)
-        if shard == "train"
-        else built
-    )
+    if subset != "train":
+        return built
+    with add_key_prefix("data."):
+        return apply_label_assignment(built, tasks, str(data.label_assignment), data.labels_seed)
 
 
 def get_image_size(config: DictConfig) -> tuple[int, int]:
@@ -84,18 +83,19 @@ def build_train_loader(
     """Build the endless loader of augmented training batches from ``start_step`` on, for this process's share."""
     augment = plain(config.data.augment)
     augment["scale"] = tuple(augment["scale"])
-    return train_loader(
-        reader,
-        tasks,
-        Augment(size=get_image_size(config), **augment),
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-        workers=config.data.workers,
-        start_step=start_step,
-        pin_memory=device.type == "cuda",
-        shard=(distributed.rank(), distributed.world_size()),
-        skip_unreadable=config.trainer.on_unreadable == "skip",
-    )
+    with add_key_prefix("data."):
+        return train_loader(
+            reader,
+            tasks,
+            Augment(size=get_image_size(config), **augment),
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            workers=config.data.workers,
+            start_step=start_step,
+            pin_memory=device.type == "cuda",
+            shard=(distributed.rank(), distributed.world_size()),
+            skip_unreadable=config.trainer.on_unreadable == "skip",
+        )
 
 
 def build_eval_loader(

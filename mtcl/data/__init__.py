@@ -1,4 +1,4 @@
-"""Datasets, augmentation and batches: everything between files and the device."""
+"""Datasets, augmentation, batches and loaders: everything between files and the device."""
 
 from mtcl.data.datasets.nyud import NYUD
 from mtcl.data.datasets.pascal_context import PascalContext

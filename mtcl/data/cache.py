@@ -1,8 +1,8 @@
-"""Decoded arrays kept on a disk of the user's choice, so that a file is decoded once; a damaged one is made anew.
+"""A cache of decoded arrays on disk, so that a file is decoded once; a damaged entry is recomputed.
 
 An entry is one file: its magic (which changes with the format), a checked header, then the array: plain, to be mapped
-into memory, or packed by zlib. It belongs to the content of the files it was made from. Entries appear whole, so any
-number of processes may fill one store.
+into memory, or compressed by zlib. It belongs to the content of its source files. Entries appear atomically, so any
+number of processes may fill one cache.
 """
 
 import json
@@ -28,59 +28,76 @@ _ALIGNMENT = 64
 
 
 class CacheEntry(NamedTuple):
-    """An array as it is used, and the size of the picture or label it was made from."""
+    """An array as it is used, and the size of the image or label it was made from."""
 
     array: np.ndarray
     native_size: tuple[int, int]  # height, width
 
 
 class ArrayCache:
-    """Arrays by (kind, name) below ``folder``, which is made now: a UserError where it can't be."""
+    """Arrays by (kind, name) below ``folder``, which is created if missing.
+
+    Raises:
+        UserError: the folder can't be created.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._trusted: dict[Path, int] = {}  # entry -> checksum, once this process has checked it
+        self._trusted: dict[Path, int] = {}  # entry -> checksum that this process has verified
         self._writable = True
         self._warned = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"the cache {folder} can't be made ({error.strerror}); give another folder, data.cache=PATH, or null."
+                f"the cache {folder} can't be created ({error.strerror}); choose another folder, or no cache."
             ) from error
 
     def get(
         self, kind: str, name: str, sources: Sequence[Path], make: Callable[[], CacheEntry], compressed: bool = False
     ) -> CacheEntry:
-        """The entry, or ``make()``, which is kept; ``sources``: the files it is made from.
+        """Return the cached entry, or compute it with ``make()`` and cache it.
 
-        The array may be read-only. Where the disk is full the arrays are made each time, after one warning.
+        Where the disk is full the arrays are recomputed each time, after one warning.
+
+        Args:
+            kind: subfolder of the entry.
+            name: id of the image.
+            sources: files that the entry is made from.
+            make: computes the entry.
+            compressed: compress the array by zlib instead of mapping it into memory.
+
+        Returns:
+            The entry; its array may be read-only.
         """
         path = self.folder / kind / f"{name}.array"
-        found = self._open(path, sources)
-        if found is not None:
-            return found
-        before = [_stamp(source) for source in sources] if self._writable else []  # what changes meanwhile is stale
-        made = make()
+        entry = self._open(path, sources)
+        if entry is not None:
+            return entry
+        stamps = (
+            [_stamp(source) for source in sources] if self._writable else []
+        )  # before decoding: a source that changes meanwhile makes the entry stale
+        new_entry = make()
         if self._writable:
-            self._write(path, made, before, [_checksum(source) for source in sources], compressed)
-        return made
+            self._write(path, new_entry, stamps, [_checksum(source) for source in sources], compressed)
+        return new_entry
 
-    def _write(self, path: Path, made: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> None:
+    def _write(self, path: Path, entry: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> None:
+        """Write an entry; on a full disk warn once and stop writing."""
         try:
-            data = _entry(made, stamps, sums, compressed)
+            data = _serialize(entry, stamps, sums, compressed)
             write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
         except OSError as error:
             self._writable = False
             log.warning(
-                "the cache %s can't be written (%s): files are decoded at each access from here on; free some space or "
-                "give another folder, data.cache=PATH",
+                "the cache %s can't be written (%s): files are decoded at each access from now on; free some space or "
+                "choose another folder",
                 self.folder,
                 error.strerror,
             )
 
     def _open(self, path: Path, sources: Sequence[Path]) -> CacheEntry | None:
-        """The entry if it is there, whole, and made from the sources as they are now."""
+        """Return the entry if it exists, is intact, and was made from the sources as they are now."""
         try:
             with path.open("rb") as file:
                 content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -92,54 +109,55 @@ class ArrayCache:
         except ValueError:  # an empty file
             self._warn("is damaged", path)
             return None
-        header = _header(content)
+        header = _read_header(content)
         if header is None or len(content) != header["begin"] + header["bytes"]:
             self._warn("is damaged or of another version", path)
             return None
         if self._trusted.get(path) == header["crc"]:
-            return _array(content, header)
+            return _read_array(content, header)
         if zlib.crc32(memoryview(content)[header["begin"] :]) != header["crc"]:
             self._warn("is damaged", path)
             return None
         stamps = [_stamp(source) for source in sources]
-        found = _array(content, header)
+        entry = _read_array(content, header)
         if stamps != header["stamps"]:
-            # Moved, or unpacked again: what counts is the content. Next time the stamps will do.
+            # Moved, or unpacked again: the content decides. With the new stamps, the next check is fast again.
             sums = [_checksum(source) for source in sources]
             if sums != header["sums"]:
                 return None
             if self._writable:
-                self._write(path, found, stamps, sums, header["packed"])
+                self._write(path, entry, stamps, sums, header["packed"])
         self._trusted[path] = header["crc"]
-        return found
+        return entry
 
-    def _warn(self, what: str, path: Path, *details: object) -> None:
-        """Say of the first entry what is wrong; of thousands it would only fill the log."""
+    def _warn(self, problem: str, path: Path, *details: object) -> None:
+        """Warn about the first bad entry only; thousands of warnings would fill the log."""
         level = logging.DEBUG if self._warned else logging.WARNING
-        log.log(level, f"the cached %s {what}: such entries are made anew", path, *details)
+        log.log(level, f"the cached %s {problem}: such entries are recomputed", path, *details)
         self._warned = True
 
 
-def _entry(stored: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> bytes:
-    array = np.ascontiguousarray(stored.array)
+def _serialize(entry: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> bytes:
+    """Serialise an entry: magic, header and payload."""
+    array = np.ascontiguousarray(entry.array)
     payload = zlib.compress(array.tobytes(), 1) if compressed else array.tobytes()
-    facts = {
+    metadata = {
         "dtype": array.dtype.str,
         "shape": array.shape,
-        "native": stored.native_size,
+        "native": entry.native_size,
         "packed": compressed,
         "bytes": len(payload),
         "crc": zlib.crc32(payload),
         "stamps": stamps,
         "sums": sums,
     }
-    header = json.dumps(facts).encode()
+    header = json.dumps(metadata).encode()
     head = MAGIC + _LENGTHS.pack(len(header), zlib.crc32(header)) + header
     return head + bytes(-len(head) % _ALIGNMENT) + payload
 
 
-def _header(content: mmap.mmap) -> dict[str, Any] | None:
-    """The facts of an entry and where its array begins; None if they can't be trusted."""
+def _read_header(content: mmap.mmap) -> dict[str, Any] | None:
+    """Return the metadata of an entry and where its array begins; None if they fail their checksum."""
     start = len(MAGIC) + _LENGTHS.size
     if len(content) < start or content[: len(MAGIC)] != MAGIC:
         return None
@@ -151,7 +169,8 @@ def _header(content: mmap.mmap) -> dict[str, Any] | None:
     return {**json.loads(text), "begin": end + -end % _ALIGNMENT}
 
 
-def _array(content: mmap.mmap, header: dict[str, Any]) -> CacheEntry:
+def _read_array(content: mmap.mmap, header: dict[str, Any]) -> CacheEntry:
+    """Return the array of an entry, mapped or decompressed."""
     data: Any = content
     begin = header["begin"]
     if header["packed"]:
@@ -163,7 +182,7 @@ def _array(content: mmap.mmap, header: dict[str, Any]) -> CacheEntry:
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes with a file, and, but for the time of its last change, survives a move."""
+    """Return size and times of a file, which tell a changed one; a moved file keeps all but the last."""
     try:
         status = path.stat()
     except OSError as error:
@@ -172,4 +191,5 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _checksum(path: Path) -> int:
+    """Return the CRC-32 of a file's content."""
     return zlib.crc32(read_bytes(path))

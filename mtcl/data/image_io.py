@@ -1,4 +1,4 @@
-"""Single files as arrays: pictures, label images, .npy and .mat, each complaint naming the file."""
+"""Read single files as arrays: images, label images, .npy and .mat; every error names the file."""
 
 import io
 import re
@@ -27,11 +27,11 @@ MAX_NESTING = 100  # PASCAL-Part has 7
 _MATRIX, _PACKED = 14, 15  # kinds of elements of a .mat of format 5
 _KINDS = frozenset({*range(1, 8), 9, 12, 13, _MATRIX, _PACKED, 16, 17, 18})
 _ID = re.compile(r"[^./\\:][^/\\:]{0,199}")
-INVALID_ID_MESSAGE = "which is no id: an id is the name of its files without their ending, never a path"
+INVALID_ID_MESSAGE = "which is not a valid id: an id is the name of its files without their ending, never a path"
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the whole of a regular file of up to :data:`MAX_BYTES`; a FIFO or device is refused, not waited for."""
+    """Return the content of a regular file of up to :data:`MAX_BYTES`; refuse a FIFO or device instead of blocking."""
     try:
         return safe_files.read_bytes(path, MAX_BYTES)
     except UserError as error:
@@ -41,49 +41,49 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """A picture as uint8 RGB (H, W, 3), as its pixels are stored (an EXIF orientation is not applied)."""
-    pixels = _decoded(path, read_bytes(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    """Read an image as uint8 RGB (H, W, 3), as its pixels are stored (an EXIF orientation is not applied)."""
+    pixels = _decode(path, read_bytes(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def read_label_image(path: Path) -> np.ndarray:
-    """A label image's numbers as uint8 (H, W): grey levels, or the indices of a palette."""
+    """Read a label image's numbers as uint8 (H, W): grey levels, or the indices of a palette."""
     data = read_bytes(path)
     bits, kind = (data[24], data[25]) if data.startswith(_PNG) and len(data) > 25 else (8, 0)
     if kind == 3:  # OpenCV would give the colours of the palette
         return read_png(path, data)
-    pixels = _decoded(path, data, cv2.IMREAD_UNCHANGED)
-    if bits in (2, 4):  # OpenCV has spread the levels over 0..255
-        raise UserError(f"{path} is a grey picture of {bits} bits; save this label with 8 bits.")
+    pixels = _decode(path, data, cv2.IMREAD_UNCHANGED)
+    if bits in (2, 4):  # OpenCV has scaled the levels to 0..255
+        raise UserError(f"{path} is a grey image of {bits} bits; save this label with 8 bits.")
     if pixels.dtype != np.uint8 or pixels.ndim != 2:
-        raise UserError(f"{path} holds {describe_array(pixels)}, but this label is an 8-bit picture of 1 channel.")
+        raise UserError(f"{path} holds {describe_array(pixels)}, but this label is an 8-bit image of 1 channel.")
     return pixels
 
 
 def read_png(path: Path, data: bytes) -> np.ndarray:
-    """Decode ``data``, a PNG that was read from ``path``, as it is stored: of a palette the indices."""
+    """Decode ``data``, a PNG that was read from ``path``, as it is stored: a palette image gives its indices."""
     check_pixels(path, data)
     try:
-        with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
-            return np.array(picture)
+        with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+            return np.array(image)
     except (OSError, ValueError, SyntaxError) as error:
-        raise _damaged(path) from error
+        raise _damaged_image_error(path) from error
 
 
 def check_pixels(path: Path, data: bytes) -> None:
-    """Raise ``UserError`` where a PNG or JPEG says that it has more than :data:`MAX_PIXELS`; nothing is decoded."""
+    """Raise ``UserError`` if a PNG or JPEG declares more than :data:`MAX_PIXELS`; nothing is decoded."""
     if data.startswith(_PNG):
         width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
     else:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(data), formats=["JPEG"]) as picture:
-                    width, height = picture.size
+                with Image.open(io.BytesIO(data), formats=["JPEG"]) as image:
+                    width, height = image.size
         except Image.DecompressionBombError as error:
             raise UserError(f"{path} has more than the {MAX_PIXELS:,} pixels that an image may have.") from error
         except Exception as error:  # of damaged bytes Pillow raises nearly anything
-            raise _damaged(path) from error
+            raise _damaged_image_error(path) from error
     if width * height > MAX_PIXELS:
         raise UserError(
             f"{path} has {height}x{width} pixels (height x width), more than the {MAX_PIXELS:,} that an image may have."
@@ -91,19 +91,19 @@ def check_pixels(path: Path, data: bytes) -> None:
 
 
 def read_color_label(path: Path) -> np.ndarray:
-    """A label image of three 8-bit channels as uint8 RGB (H, W, 3), unchanged."""
-    pixels = _decoded(path, read_bytes(path), cv2.IMREAD_UNCHANGED)
+    """Read a label image of three 8-bit channels as uint8 RGB (H, W, 3), unchanged."""
+    pixels = _decode(path, read_bytes(path), cv2.IMREAD_UNCHANGED)
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
-        raise UserError(f"{path} holds {describe_array(pixels)}, but this label is an 8-bit picture of 3 channels.")
+        raise UserError(f"{path} holds {describe_array(pixels)}, but this label is an 8-bit image of 3 channels.")
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file; pickled objects are refused."""
+    """Read the array of a .npy file; pickled objects are refused."""
     data = read_bytes(path)
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
-    except Exception as error:  # NumPy raises whatever the damaged header leads to, MemoryError among it
+    except Exception as error:  # NumPy raises whatever the damaged header leads to, even MemoryError
         raise UserError(f"{path} is not a readable .npy file ({error}); unpack it again.") from error
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path} holds {describe_array(array)}, but a label is one array.")
@@ -111,17 +111,25 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def read_mat(path: Path, key: str) -> np.ndarray:
-    """The variable ``key`` of a MATLAB file, format 5 (with its structures) or 7.3 (HDF5, plain arrays only)."""
+    """Read one variable of a MATLAB file.
+
+    Args:
+        path: a file of format 5 (structures included) or 7.3 (HDF5, plain arrays only).
+        key: name of the variable.
+
+    Raises:
+        UserError: the file is damaged, too large, or lacks the variable.
+    """
     data = read_bytes(path)
     try:
         if _is_hdf5(data):
             with h5py.File(io.BytesIO(data), "r") as file:
                 dataset = read_dataset(file, key, path)
                 return np.ascontiguousarray(dataset[()].T)  # MATLAB stores columns first
-        data = _unpacked(path, data)
+        data = _decompress_mat(path, data)
         content = scipy.io.loadmat(io.BytesIO(data), variable_names=[key])
         if key not in content:
-            raise _lacks(path, key, [name for name, *_ in scipy.io.whosmat(io.BytesIO(data))])
+            raise _missing_variable_error(path, key, [name for name, *_ in scipy.io.whosmat(io.BytesIO(data))])
     except UserError:
         raise
     except Exception as error:  # scipy raises whatever the damaged bytes lead to
@@ -132,13 +140,13 @@ def read_mat(path: Path, key: str) -> np.ndarray:
 def read_dataset(file: h5py.File, key: str, path: Path, max_bytes: int = MAX_BYTES) -> h5py.Dataset:
     """Return an array of an HDF5 file, unread; it must lie in this file.
 
-    HDF5 can point to other files (external links, external storage, virtual datasets): so a stranger's could read any
-    file of this machine.
+    HDF5 can point to other files (external links, external storage, virtual datasets), so a stranger's file could read
+    any file of this machine.
 
     Args:
         file: the open file.
         key: the name of the array.
-        path: where the file lies, for the message.
+        path: the file's path, for the message.
         max_bytes: the largest size of the array.
 
     Raises:
@@ -146,7 +154,7 @@ def read_dataset(file: h5py.File, key: str, path: Path, max_bytes: int = MAX_BYT
     """
     link = file.get(key, getlink=True)
     if link is None:
-        raise _lacks(path, key, list(file))
+        raise _missing_variable_error(path, key, list(file))
     if not isinstance(link, h5py.HardLink):
         raise UserError(f"{key} in {path} is a link to another place, which is not followed; save the array itself.")
     dataset = file[key]
@@ -159,74 +167,81 @@ def read_dataset(file: h5py.File, key: str, path: Path, max_bytes: int = MAX_BYT
     return dataset
 
 
-def _unpacked(path: Path, data: bytes) -> bytes:
-    """A .mat of format 5 with its variables unpacked; others as they are.
+def _decompress_mat(path: Path, data: bytes) -> bytes:
+    """Return a .mat of format 5 with its variables decompressed; other formats unchanged.
 
-    ``UserError``: they unpack to more than :data:`MAX_BYTES`, or are nested deeper than :data:`MAX_NESTING` (scipy reads
-    them by recursion in C, which ends the process).
+    Raises:
+        UserError: they unpack to more than :data:`MAX_BYTES`, or are nested deeper than :data:`MAX_NESTING` (scipy
+        reads
+            them by recursion in C, which ends the process).
     """
     if len(data) < 128 or 0 in data[:4]:  # format 4 has no packed variables and no structures
         return data
     order = ">" if data[126:128] == b"MI" else "<"
-    parts, size, place = [data[:128]], 0, 128
-    while place < len(data):
-        kind, length = struct.unpack(f"{order}II", data[place : place + 8])
-        part = data[place : place + 8 + length]
-        if len(part) < 8 + length:
+    parts, size, offset = [data[:128]], 0, 128
+    while offset < len(data):
+        kind, length = struct.unpack(f"{order}II", data[offset : offset + 8])
+        variable = data[offset : offset + 8 + length]
+        if len(variable) < 8 + length:
             raise ValueError("it is truncated")
         if kind == _PACKED:
             inflater = zlib.decompressobj()
-            part = inflater.decompress(part[8:], max(MAX_BYTES - size, 1))  # 0 would be no limit
-            if inflater.unconsumed_tail or size + len(part) > MAX_BYTES:
+            variable = inflater.decompress(variable[8:], max(MAX_BYTES - size, 1))  # 0 would be no limit
+            if inflater.unconsumed_tail or size + len(variable) > MAX_BYTES:
                 raise UserError(f"{path} unpacks to more than the {MAX_BYTES:,} bytes that such a file may have.")
-        if _nesting(part, order) > MAX_NESTING:
+        if _nesting_depth(variable, order) > MAX_NESTING:
             raise UserError(f"{path} holds structures nested deeper than {MAX_NESTING} levels; simplify them.")
-        parts.append(part)
-        size += len(part)
-        place += 8 + length
+        parts.append(variable)
+        size += len(variable)
+        offset += 8 + length
     return b"".join(parts)
 
 
-def _nesting(part: bytes, order: str) -> int:
+def _nesting_depth(variable: bytes, order: str) -> int:
     """Count how deep the arrays of one variable are nested, at most a little beyond :data:`MAX_NESTING`.
 
-    ``ValueError``: an element of a kind that there is not, by whose number scipy would look up memory that is not its.
+    Raises:
+        ValueError: an element is of an undefined kind, with whose number scipy would read memory out of bounds.
     """
-    ends, place, deepest = [len(part)], 0, 0
-    while place + 8 <= len(part) and deepest <= MAX_NESTING:
-        while len(ends) > 1 and place >= ends[-1]:
+    ends, offset, deepest = [len(variable)], 0, 0
+    while offset + 8 <= len(variable) and deepest <= MAX_NESTING:
+        while len(ends) > 1 and offset >= ends[-1]:
             ends.pop()
-        kind, length = struct.unpack_from(f"{order}II", part, place)
+        kind, length = struct.unpack_from(f"{order}II", variable, offset)
         if kind & 0xFFFF not in _KINDS:
             raise ValueError(f"it has an element of the kind {kind & 0xFFFF}")
-        place += 8
+        offset += 8
         if kind == _MATRIX:
-            ends.append(place + length)
+            ends.append(offset + length)
             deepest = max(deepest, len(ends) - 1)
         elif kind < 2**16:  # else the values are in the second half of the tag
-            place += length + -length % 8
+            offset += length + -length % 8
     return deepest
 
 
-def read_ids(path: Path, what: str) -> list[str]:
-    """The ids of a list file, one per line, in order; ``what`` names the list in complaints."""
+def read_ids(path: Path, description: str) -> list[str]:
+    """Read the ids of a list file, one per line, in order; ``description`` names the list in errors."""
     try:
         ids = read_bytes(path).decode("utf-8-sig").split()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text (byte {error.start}); {what} holds one id per line.") from error
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start}); {description} holds one id per line."
+        ) from error
     if not ids:
-        raise UserError(f"{path} lists no picture; {what} must hold one id per line.")
-    if (strange := find_invalid_id(ids)) is not None:
-        raise UserError(f"{path} lists {escape_control_characters(strange[:80])!r}, {INVALID_ID_MESSAGE}; mend {what}.")
+        raise UserError(f"{path} lists no image; {description} must hold one id per line.")
+    if (invalid := find_invalid_id(ids)) is not None:
+        raise UserError(
+            f"{path} lists {escape_control_characters(invalid[:80])!r}, {INVALID_ID_MESSAGE}; correct {description}."
+        )
     if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        twice = next(name for name in ids if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UserError(f"{path} lists {twice} more than once; take out the repeated lines.")
+        ids_so_far: set[str] = set()
+        repeated = next(name for name in ids if name in ids_so_far or ids_so_far.add(name))  # type: ignore[func-returns-value]
+        raise UserError(f"{path} lists {repeated} more than once; take out the repeated lines.")
     return ids
 
 
 def find_invalid_id(ids: Iterable[str]) -> str | None:
-    """Return the first of ``ids`` that is no plain file name, None where all are.
+    """Return the first of ``ids`` that is no plain file name, None if all are.
 
     Ids are joined to folders, for reading and for writing: a path in their place would leave the folder.
     """
@@ -234,7 +249,7 @@ def find_invalid_id(ids: Iterable[str]) -> str | None:
 
 
 def validate_depth(array: np.ndarray, path: Path) -> np.ndarray:
-    """Depth as float32 (H, W) in metres; 0 where there is no finite positive value."""
+    """Return depth as float32 (H, W) in metres; 0 where there is no finite positive value."""
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
         raise UserError(
             f"{path} holds {describe_array(array)}, but depth is one floating-point array (height, width) in metres."
@@ -243,7 +258,7 @@ def validate_depth(array: np.ndarray, path: Path) -> np.ndarray:
 
 
 def validate_normals(array: np.ndarray, path: Path) -> np.ndarray:
-    """Normal vectors as float32 (H, W, 3), zero where one is not finite."""
+    """Return normal vectors as float32 (H, W, 3), zero where one is not finite."""
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype.kind != "f" or not array.size:
         raise UserError(
             f"{path} holds {describe_array(array)}, but normals are floating-point vectors (height, width, 3)."
@@ -253,7 +268,7 @@ def validate_normals(array: np.ndarray, path: Path) -> np.ndarray:
 
 
 def validate_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
-    """Class ids 0 (void), 1 ... ``num_classes`` as uint8 (H, W): void is 255, id v is class v - 1."""
+    """Map class ids 0 (void), 1 ... ``num_classes`` to uint8 (H, W): void is 255, id v is class v - 1."""
     is_map = isinstance(values, np.ndarray) and values.ndim == 2 and values.size > 0 and values.dtype.kind in "ufi"
     if not is_map or (values != np.floor(values)).any():
         raise UserError(
@@ -263,50 +278,54 @@ def validate_classes(values: np.ndarray, path: Path, num_classes: int) -> np.nda
     if not (low >= 0 and high <= num_classes):
         raise UserError(
             f"{path} holds the class id {low if low < 0 else high:g}, but num_classes={num_classes} allows 0 to "
-            f"{num_classes}; raise num_classes or mend the file."
+            f"{num_classes}; increase num_classes or correct the file."
         )
     return values.astype(np.uint8) - np.uint8(1)  # wraps 0 around to 255
 
 
 def validate_edges(array: np.ndarray, path: Path) -> np.ndarray:
-    """Edges as uint8 (H, W) in {0, 1}: 1 above half of the range, which is 0..255 or 0..1."""
+    """Return edges as uint8 (H, W) in {0, 1}: 1 above half of the range, which is 0..255 or 0..1."""
     if array.ndim != 2 or not array.size or array.dtype.kind not in "ufib" or not np.isfinite(array).all():
         raise UserError(f"{path} holds {describe_array(array)}, but edges are one array (height, width) of numbers.")
     return (array > (127.5 if array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
 
 
 def file_error(path: Path, error: OSError) -> UserError:
-    """What to say of a file that the system does not give."""
+    """Return the ``UserError`` for a file that the system can't read."""
     if isinstance(error, FileNotFoundError):
-        return UserError(f"{path} does not exist; check the path, or unpack the dataset whole.")
-    return UserError(f"{path} can't be read ({error.strerror}); mend its permissions, or unpack it again.")
+        return UserError(f"{path} does not exist; check the path, or unpack the full dataset.")
+    return UserError(f"{path} can't be read ({error.strerror}); correct its permissions, or unpack it again.")
 
 
 def describe_array(array: Any) -> str:
-    """What an array is, for a complaint: its type and shape."""
+    """Describe an array by its type and shape, for an error message."""
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
 
 
-def _decoded(path: Path, data: bytes, flag: int) -> np.ndarray:
+def _decode(path: Path, data: bytes, flag: int) -> np.ndarray:
+    """Decode a PNG or JPEG that is complete and not too large."""
     # OpenCV fills what a truncated file lacks with grey, and only prints a warning.
-    whole = b"IEND" in data[-4096:] if data.startswith(_PNG) else b"\xff\xd9" in data[-4096:]
-    known = data.startswith((_PNG, _JPEG))
-    if known and whole:
+    is_complete = b"IEND" in data[-4096:] if data.startswith(_PNG) else b"\xff\xd9" in data[-4096:]
+    is_png_or_jpeg = data.startswith((_PNG, _JPEG))
+    if is_png_or_jpeg and is_complete:
         check_pixels(path, data)
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if known and whole else None
+    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flag) if is_png_or_jpeg and is_complete else None
     if pixels is None:
-        raise _damaged(path)
+        raise _damaged_image_error(path)
     return pixels
 
 
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path} is not a readable picture (truncated or damaged); unpack it again.")
+def _damaged_image_error(path: Path) -> UserError:
+    """Return the error for an image that can't be decoded."""
+    return UserError(f"{path} is not a readable image (truncated or damaged); unpack it again.")
 
 
-def _lacks(path: Path, key: str, there: list[str]) -> UserError:
-    there = [name for name in there if not name.startswith("#")]
-    return UserError(f"{path} has no variable {key}; it holds {', '.join(there) or 'nothing'}.")
+def _missing_variable_error(path: Path, key: str, variables: list[str]) -> UserError:
+    """Return the error for a file without the variable ``key``."""
+    variables = [name for name in variables if not name.startswith("#")]
+    return UserError(f"{path} has no variable {key}; it holds {', '.join(variables) or 'nothing'}.")
 
 
 def _is_hdf5(data: bytes) -> bool:
+    """Return whether a .mat file is of format 7.3."""
     return data.startswith((_HDF5, b"MATLAB 7.3")) or data[512:520] == _HDF5

@@ -1,4 +1,4 @@
-"""From readers to batches: which sample with which randomness, in which order, in which frame.
+"""Loaders from datasets to batches: randomness, order and frame of each sample.
 
 Sample ``i`` of an epoch is augmented by f(seed, epoch, i) and the order of an epoch is f(seed, epoch). No
 generator lives in a worker or in the process, so the number of workers, a resumed run and other users of
@@ -24,34 +24,36 @@ from torch.utils.data import DataLoader, Dataset
 
 from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
 from mtcl.data.transforms import Augment, finalize_labels
-from mtcl.errors import UserError
+from mtcl.errors import ParameterError, UserError
 from mtcl.tasks.base import Task
 
 WORKER_DIED_MESSAGE = "DataLoader worker"  # in what torch raises then
 LOST_BATCH_MESSAGE = "a process that reads data can't send its batch"
 TOO_MANY_OPEN_FILES_MESSAGE = (
-    "too many open files for the processes that read data; raise the limit (ulimit -n 4096), or use fewer data.workers "
-    "(0: none)"
+    "too many open files for the processes that read data; raise the limit (ulimit -n 4096) or use fewer data workers "
+    "(0 reads in the main process)"
 )
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class AugmentedDataset(Dataset[Sample | UserError]):
-    """Augmented samples by (epoch, index); without ``augment`` the labels are only finished.
+    """Augmented samples by (epoch, index); without ``augment`` the labels are only finalized.
 
-    A ``UserError`` is returned, not raised: a DataLoader would bury its sentence in a worker's traceback.
+    A ``UserError`` is returned, not raised: a DataLoader would bury its message in a worker's traceback.
     """
 
-    def __init__(self, reader: MultiTaskDataset, tasks: Mapping[str, Task], augment: Augment | None, seed: int) -> None:
-        self.reader, self.tasks, self.augment, self.seed = reader, dict(tasks), augment, seed
+    def __init__(
+        self, dataset: MultiTaskDataset, tasks: Mapping[str, Task], augment: Augment | None, seed: int
+    ) -> None:
+        self.dataset, self.tasks, self.augment, self.seed = dataset, dict(tasks), augment, seed
 
     def __len__(self) -> int:
-        return len(self.reader.ids)
+        return len(self.dataset.ids)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
         epoch, index = key
         try:
-            sample = self.reader.read(index)
+            sample = self.dataset.read(index)
         except UserError as error:
             return error
         if self.augment is None:
@@ -62,23 +64,33 @@ class AugmentedDataset(Dataset[Sample | UserError]):
 
 
 class EpochBatchSampler:
-    """Endless batches of (epoch, index): each epoch a permutation of its own without an incomplete batch.
+    """Endless batches of (epoch, index); each epoch is a new permutation without its incomplete last batch.
 
-    Iteration begins at batch ``start_step`` of the stream, so a resumed run sees the tail of the whole one. ``part``
-    (i, n): only the i-th of n equal parts of every batch, for the i-th of n processes.
+    Iteration begins at batch ``start_step`` of the stream, so a resumed run continues the stream of the interrupted
+    one.
+
+    Args:
+        num_samples: length of the dataset.
+        batch_size: samples per batch, summed over all processes.
+        seed: seed of the permutations; not negative.
+        start_step: number of batches to skip.
+        shard: (index, count); yield only the index-th of count equal shards of every batch, one per process.
+
+    Raises:
+        UserError: the batch size does not fit the dataset or the number of processes, or the seed is negative.
     """
 
     def __init__(
         self, num_samples: int, batch_size: int, seed: int, start_step: int = 0, shard: tuple[int, int] = (0, 1)
     ) -> None:
         if batch_size % shard[1]:
-            raise UserError(
-                f"data.batch_size={batch_size} is that of all {shard[1]} processes; give a multiple of {shard[1]}"
+            raise ParameterError(
+                "batch_size", f"={batch_size} is the total of {shard[1]} processes; choose a multiple of {shard[1]}"
             )
-        self.part = shard
+        self.shard = shard
         if not 1 <= batch_size <= num_samples:
             raise UserError(
-                f"A batch of {batch_size} cannot be drawn from {num_samples} training pictures; "
+                f"A batch of {batch_size} cannot be drawn from {num_samples} training images; "
                 f"choose a batch size from 1 to {num_samples}."
             )
         if seed < 0:
@@ -92,19 +104,23 @@ class EpochBatchSampler:
             order = self._order(epoch)
             for start in range(first * self.batch_size, self.batches_per_epoch * self.batch_size, self.batch_size):
                 batch = order[start : start + self.batch_size]
-                yield [(epoch, index) for index in batch[self.part[0] :: self.part[1]]]
+                yield [(epoch, index) for index in batch[self.shard[0] :: self.shard[1]]]
             epoch, first = epoch + 1, 0
 
     def _order(self, epoch: int) -> list[int]:
-        # `count` is nobody's index; NumPy pads seeds with zeros, so [seed, epoch] would be sample 0's.
+        """Return the permutation of one epoch."""
+        # `num_samples` is no sample's index; NumPy pads seeds with zeros, so [seed, epoch] would be sample 0's.
         return np.random.default_rng([self.seed, epoch, self.num_samples]).permutation(self.num_samples).tolist()
 
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int) -> Batch:
-    """Samples padded around their centres to one frame: the picture with 0, labels with ``task.void``.
+    """Pad samples around their centres to one frame: the image with 0, labels with ``task.void``.
 
-    The samples' largest height and width are rounded up to ``multiple``; the frame is that, or ``size`` where
-    it is larger (``size`` itself is not rounded).
+    Args:
+        samples: samples of any sizes.
+        tasks: tasks whose labels the batch contains.
+        size: smallest frame (height, width), itself not rounded; None for the samples' largest size.
+        multiple: the samples' largest height and width are rounded up to multiples of this.
     """
     native = [sample.image.shape[:2] for sample in samples]
     largest = [-(-max(side) // multiple) * multiple for side in zip(*native)]
@@ -112,9 +128,9 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
     offsets = [((frame[0] - height) // 2, (frame[1] - width) // 2) for height, width in native]
 
     return {
-        "image": torch.from_numpy(_framed([sample.image for sample in samples], frame, offsets, 0)),
+        "image": torch.from_numpy(_pad_to_frames([sample.image for sample in samples], frame, offsets, 0)),
         "labels": {
-            name: task.collate(_framed([sample.labels[name] for sample in samples], frame, offsets, task.void))
+            name: task.collate(_pad_to_frames([sample.labels[name] for sample in samples], frame, offsets, task.void))
             for name, task in tasks.items()
         },
         "meta": [SampleMeta(s.id, (h, w), offset) for s, (h, w), offset in zip(samples, native, offsets)],
@@ -122,7 +138,7 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
 
 
 def train_loader(
-    reader: MultiTaskDataset,
+    dataset: MultiTaskDataset,
     tasks: Mapping[str, Task],
     augment: Augment,
     batch_size: int,
@@ -133,14 +149,24 @@ def train_loader(
     shard: tuple[int, int] = (0, 1),
     skip_unreadable: bool = False,
 ) -> DataLoader:
-    """The endless stream of augmented batches in frames of ``augment.size``, from batch ``start_step`` on.
+    """Return an endless stream of augmented batches in frames of ``augment.size``.
 
-    ``part``: see :class:`EpochBatchSampler`. ``skip_unreadable``: a sample that can't be read gives its place to another one
-    of its batch, and the batch says so (``unreadable``); else it ends the stream with its ``UserError``.
+    Args:
+        dataset: images and labels to train on.
+        tasks: tasks in use, by name.
+        augment: random augmentation; its ``size`` is the frame.
+        batch_size: samples per batch, summed over all processes.
+        seed: seed of the order and of the augmentation.
+        workers: number of worker processes; 0 loads in this process.
+        start_step: number of batches to skip, for a resumed run.
+        pin_memory: allocate batches in page-locked memory, for copies to a CUDA device.
+        shard: see :class:`EpochBatchSampler`.
+        skip_unreadable: replace a sample that can't be read by another one of its batch and list the reason under
+            ``unreadable``; by default its ``UserError`` ends the stream.
     """
     return _Loader(
-        AugmentedDataset(reader, tasks, augment, seed),
-        batch_sampler=EpochBatchSampler(len(reader.ids), batch_size, seed, start_step, shard),
+        AugmentedDataset(dataset, tasks, augment, seed),
+        batch_sampler=EpochBatchSampler(len(dataset.ids), batch_size, seed, start_step, shard),
         collate_fn=partial(
             _collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1, skip_unreadable=skip_unreadable
         ),
@@ -151,7 +177,7 @@ def train_loader(
 
 
 def eval_loader(
-    reader: MultiTaskDataset,
+    dataset: MultiTaskDataset,
     tasks: Mapping[str, Task],
     size: tuple[int, int] | None,
     batch_size: int,
@@ -160,13 +186,23 @@ def eval_loader(
     pin_memory: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> DataLoader:
-    """Every sample once, in order, unaugmented; the last batch may be smaller. Frames: :func:`collate`. ``part``
-    (i, n): the i-th of n processes has every n-th batch."""
+    """Return a loader of every sample once, in order and without augmentation; the last batch may be smaller.
+
+    Args:
+        dataset: images and labels to evaluate on.
+        tasks: tasks in use, by name.
+        size: smallest frame (height, width); see :func:`collate`.
+        batch_size: samples per batch.
+        workers: number of worker processes; 0 loads in this process.
+        multiple: see :func:`collate`.
+        pin_memory: allocate batches in page-locked memory, for copies to a CUDA device.
+        shard: (index, count); process ``index`` of ``count`` gets every count-th batch.
+    """
     if batch_size < 1:
-        raise UserError(f"A batch of {batch_size} pictures is not possible; choose a batch size of at least 1.")
-    keys = [(0, index) for index in range(len(reader.ids))]
+        raise UserError(f"A batch of {batch_size} images is not possible; choose a batch size of at least 1.")
+    keys = [(0, index) for index in range(len(dataset.ids))]
     return _Loader(
-        AugmentedDataset(reader, tasks, None, seed=0),
+        AugmentedDataset(dataset, tasks, None, seed=0),
         batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)][
             shard[0] :: shard[1]
         ],
@@ -180,61 +216,76 @@ def eval_loader(
 def prepare_batch(
     batch: Batch, mean: Sequence[float], std: Sequence[float], device: torch.device | str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The batch on ``device``: normalised pictures float32 (B, 3, H, W), exactly 0 in padding, and labels.
+    """Copy a batch to ``device`` and normalise its images; nothing here waits for the device.
 
-    ``mean`` and ``std`` are per channel on the 0..1 scale. Nothing here waits for the device; a CUDA device copies the
-    batch beside what it is still computing.
+    A CUDA device copies the batch on a stream of its own while it still computes the previous step.
+
+    Args:
+        batch: a collated batch.
+        mean: per channel, on the 0..1 scale.
+        std: per channel, on the 0..1 scale.
+        device: target device.
+
+    Returns:
+        Images float32 (B, 3, H, W), exactly 0 in padding, and the labels by task.
     """
 
-    def moved(tensor: Tensor) -> Tensor:
+    def to_device(tensor: Tensor) -> Tensor:
+        """Copy a tensor to the device without waiting."""
         return tensor.to(device, non_blocking=True)
 
-    with _beside(torch.device(device)) as arrived:
-        image, labels = moved(batch["image"]), {name: moved(label) for name, label in batch["labels"].items()}
-    arrived(image, *labels.values())
+    with _copy_stream_context(torch.device(device)) as wait_for:
+        image, labels = to_device(batch["image"]), {name: to_device(label) for name, label in batch["labels"].items()}
+    wait_for(image, *labels.values())
     image = image.float()
-    constants = 255 * moved(torch.tensor([mean, std], dtype=torch.float32))[:, None, :, None, None]
+    constants = 255 * to_device(torch.tensor([mean, std], dtype=torch.float32))[:, None, :, None, None]
     image = image.sub_(constants[0]).div_(constants[1])
-    image.masked_fill_(~_inside(batch["meta"], image.shape[-2:], moved), 0.0)
+    image.masked_fill_(~_image_mask(batch["meta"], image.shape[-2:], to_device), 0.0)
     return image, labels
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[..., None]]:
-    """Work inside goes to a stream of its own on CUDA, so that it need not queue up behind the last step's; what is
-    yielded, called with the results, makes the device's main stream wait for them."""
-    if device.type != "cuda":
-        yield lambda *tensors: None
-        return
-    stream, main = _copying(device), torch.cuda.current_stream(device)
+def _copy_stream_context(device: torch.device) -> Iterator[Callable[..., None]]:
+    """Run the enclosed copies on a separate CUDA stream, so that they do not queue behind the last step's work.
 
-    def arrived(*tensors: Tensor) -> None:
+    Yields:
+        A function that, called with the results, makes the device's main stream wait for them.
+    """
+    if device.type != "cuda":
+        yield lambda *_tensors: None
+        return
+    stream, main = _copy_stream(device), torch.cuda.current_stream(device)
+
+    def wait_for(*tensors: Tensor) -> None:
+        """Make the main stream wait for the copies."""
         main.wait_stream(stream)
         for tensor in tensors:
             tensor.record_stream(main)  # else the memory could be given away while `main` still reads it
 
     with torch.cuda.stream(stream):
-        yield arrived
+        yield wait_for
 
 
 @cache
-def _copying(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the copy stream of a device, created once."""
     return torch.cuda.Stream(device)
 
 
 class _Loader(DataLoader):
-    """A DataLoader that raises the error a worker returned and leaves torch's global generator alone."""
+    """A DataLoader that raises errors returned by workers and leaves torch's global generator alone."""
 
     def __init__(self, dataset: AugmentedDataset, **kwargs: Any) -> None:
         # Workers are seeded from this generator, though nothing of ours draws from their global state.
-        super().__init__(dataset, worker_init_fn=_in_worker, generator=torch.Generator(), **kwargs)
+        super().__init__(dataset, worker_init_fn=_init_worker, generator=torch.Generator(), **kwargs)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        return self._told()
+        return self._batches()
 
-    def _told(self) -> Iterator[Batch]:
+    def _batches(self) -> Iterator[Batch]:
+        """Yield batches; convert failures of workers to ``UserError``."""
         try:
-            yield from map(_raised, super().__iter__())
+            yield from map(_raise_error, super().__iter__())
         except RuntimeError as error:
             if (sentence := explain_worker_error(error)) is None:
                 raise
@@ -247,7 +298,8 @@ class _Loader(DataLoader):
             raise
 
 
-def _raised(batch: Batch | UserError) -> Batch:
+def _raise_error(batch: Batch | UserError) -> Batch:
+    """Raise the error that a worker returned in place of a batch."""
     if isinstance(batch, UserError):
         # A new error: one that this frame knows by name would keep the loader and its workers in a cycle.
         raise UserError(*batch.args) from batch
@@ -261,6 +313,7 @@ def _collate_or_error(
     multiple: int,
     skip_unreadable: bool = False,
 ) -> Batch | UserError:
+    """Collate the readable samples, or return the error of an unreadable one."""
     good = [sample for sample in samples if not isinstance(sample, UserError)]
     errors = [sample for sample in samples if isinstance(sample, UserError)]
     if errors and not (skip_unreadable and good):
@@ -272,15 +325,15 @@ def _collate_or_error(
     return batch
 
 
-def _in_worker(worker: int) -> None:
-    """Workers are the parallelism; threads inside them would only fight over the cores.
+def _init_worker(_worker: int) -> None:
+    """Set up a worker process: one thread, since the workers are the parallelism.
 
-    A scheduler's SIGTERM goes to all processes of a run. What it means is the main one's to say, so a worker obeys
-    that of its parent only.
+    A scheduler sends SIGTERM to all processes of a run. The main process decides what it means, so a worker obeys
+    only a SIGTERM from its parent.
     """
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
-    _end_on_lost_batches()
+    _report_lost_batches()
     if not hasattr(signal, "sigwaitinfo"):  # macOS, Windows
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -293,16 +346,16 @@ def _in_worker(worker: int) -> None:
     threading.Thread(target=obey, daemon=True).start()
 
 
-def _end_on_lost_batches() -> None:
-    """Answer with a sentence where a worker can't send a batch, for want of open files or of shared memory.
+def _report_lost_batches() -> None:
+    """Report when a worker can't send a batch, for lack of open files or shared memory.
 
-    Python's queue would only print a trace, and the process that waits for the batch would wait for ever; the thread
-    that hands over open files would try again without end, and fill the log.
+    Python's queue would only print a traceback while the process that waits for the batch waits for ever; the thread
+    that passes open files on would retry without end and fill the log.
     """
 
     def answer(queue: Queue, error: Exception, item: tuple[int, Any]) -> None:
         lacks_files = getattr(error, "errno", None) in _NO_FILES or os.strerror(errno.EMFILE) in str(error)
-        remedy = "give it more shared memory (docker run --shm-size=8g, a larger /dev/shm), or use data.workers=0"
+        remedy = "give it more shared memory (docker run --shm-size=8g, a larger /dev/shm), or use 0 data workers"
         reason = (
             TOO_MANY_OPEN_FILES_MESSAGE
             if lacks_files
@@ -320,33 +373,33 @@ def _end_on_lost_batches() -> None:
 
 
 def explain_worker_error(error: RuntimeError) -> str | None:
-    """Return a sentence on an error of torch's loader; None where it is none."""
+    """Return a message for an error of torch's loader; None if it is another kind of error."""
     text = str(error)
     if "Too many open files" in text or "ancdata" in text:
         return TOO_MANY_OPEN_FILES_MESSAGE
     if WORKER_DIED_MESSAGE not in text:
         return None
     return (
-        f"a process that reads data was killed, maybe for want of memory, of shared memory (/dev/shm) or of open files "
-        f"({text.splitlines()[0]}); choose fewer data.workers, or a smaller data.batch_size"
+        f"a process that reads data was killed, maybe for lack of memory, shared memory (/dev/shm) or open files "
+        f"({text.splitlines()[0]}); use fewer data workers or a smaller batch size"
     )
 
 
-def _framed(
+def _pad_to_frames(
     arrays: list[np.ndarray], frame: tuple[int, int], offsets: list[tuple[int, int]], void: float
 ) -> np.ndarray:
-    """Arrays (h, w[, C]) in void frames, their corners at ``offsets``: (B[, C], *frame), channels first."""
+    """Place arrays (h, w[, C]) at ``offsets`` in frames filled with void: (B[, C], *frame), channels first."""
     framed = np.full((len(arrays), *arrays[0].shape[2:], *frame), void, arrays[0].dtype)
-    for target, array, (top, left) in zip(framed, arrays, offsets):
+    for target, array, (row, column) in zip(framed, arrays, offsets):
         planes = array if array.ndim == 2 else array.transpose(2, 0, 1)
-        target[..., top : top + array.shape[0], left : left + array.shape[1]] = planes
+        target[..., row : row + array.shape[0], column : column + array.shape[1]] = planes
     return framed
 
 
-def _inside(meta: Sequence[SampleMeta], frame: torch.Size, moved: Callable[[Tensor], Tensor]) -> Tensor:
-    """Which pixels of a batch's frame show a picture: bool (B, 1, H, W)."""
+def _image_mask(meta: Sequence[SampleMeta], frame: torch.Size, to_device: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the mask of a batch's pixels that belong to an image, not to padding: bool (B, 1, H, W)."""
     corners = torch.tensor([[m.offset, (m.offset[0] + m.native_size[0], m.offset[1] + m.native_size[1])] for m in meta])
-    corners = moved(corners)  # (B, first or one past the last, row or column)
+    corners = to_device(corners)  # (B, first or one past the last, row or column)
     rows = torch.arange(frame[0], device=corners.device)
     columns = torch.arange(frame[1], device=corners.device)
     in_rows = (rows >= corners[:, 0, :1]) & (rows < corners[:, 1, :1])

@@ -1,4 +1,4 @@
-"""Partially annotated training: each picture keeps the labels of some tasks only.
+"""Partially annotated training: each image keeps the labels of some tasks only.
 
 The setting of MTPSL (Li et al., CVPR 2022), DiffusionMTL and hierarchical task tokens; validation is always complete.
 """
@@ -17,139 +17,161 @@ import torch
 
 from mtcl.data.image_io import read_bytes
 from mtcl.data.sample import MultiTaskDataset, Sample
-from mtcl.errors import UserError, describe_load_error
+from mtcl.errors import ParameterError, UserError, describe_load_error
 from mtcl.safe_files import parse_json
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
-LabelAssignment = Mapping[str, frozenset[str]]  # picture id -> the tasks it has labels of
+LabelAssignment = Mapping[str, frozenset[str]]  # image id -> the tasks it has labels of
+
+PARAMETER = "label_assignment"  # the parameter that errors name
 
 # The columns of the published tables, which do not name them.
-MTPSL_NYUD = ("semseg", "depth", "normals")  # nyuv2_settings/*.pth, a row per training picture
+MTPSL_NYUD = ("semseg", "depth", "normals")  # nyuv2_settings/*.pth, a row per training image
 DIFFUSION_PASCAL = ("semseg", "human_parts", "sal", "normals", "edge")  # ssl_mapping/pascal/new_*.pth, by id
 
 
 class PartiallyLabeledDataset:
-    """A reader whose pictures keep the labels that ``labelled`` gives them; the others are void."""
+    """A dataset whose images keep the labels that ``label_assignment`` gives them; other labels are void."""
 
-    def __init__(self, reader: MultiTaskDataset, tasks: Mapping[str, Task], label_assignment: LabelAssignment) -> None:
-        self.reader, self.tasks, self.label_assignment = reader, dict(tasks), label_assignment
-        self.ids: Sequence[str] = reader.ids
+    def __init__(self, dataset: MultiTaskDataset, tasks: Mapping[str, Task], label_assignment: LabelAssignment) -> None:
+        self.dataset, self.tasks, self.label_assignment = dataset, dict(tasks), label_assignment
+        self.ids: Sequence[str] = dataset.ids
 
     def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
-        sample = self.reader.read(index, self.label_assignment[self.ids[index]])
+        """Return an image with its assigned labels of ``tasks`` (default: all in use); other labels are void."""
+        assigned = self.label_assignment[self.ids[index]]
+        sample = self.dataset.read(index, assigned if tasks is None else assigned & set(tasks))
         height, width = sample.image.shape[:2]
         return sample._replace(
             labels={
                 name: sample.labels[name] if name in sample.labels else task.empty_label(height, width)
                 for name, task in self.tasks.items()
+                if tasks is None or name in tasks
             }
         )
 
     def summary(self) -> str:
+        """Describe the dataset and the number of labels of each task."""
         counts = {name: sum(name in self.label_assignment[id] for id in self.ids) for name in self.tasks}
-        told = ", ".join(f"{name} {count}" for name, count in counts.items())
-        return f"{self.reader.summary()}; labels of {len(self.ids)} pictures: {told}"
+        text = ", ".join(f"{name} {count}" for name, count in counts.items())
+        return f"{self.dataset.summary()}; labels of {len(self.ids)} images: {text}"
 
     def fingerprint(self) -> str:
-        known = [(id, sorted(self.label_assignment[id])) for id in self.ids]
-        return hashlib.sha256(repr((self.reader.fingerprint(), known)).encode()).hexdigest()[:16]
+        """Return a short hash of the dataset and the assignment."""
+        assignment = [(id, sorted(self.label_assignment[id])) for id in self.ids]
+        return hashlib.sha256(repr((self.dataset.fingerprint(), assignment)).encode()).hexdigest()[:16]
 
 
 def apply_label_assignment(
-    reader: MultiTaskDataset, tasks: Mapping[str, Task], mode: str, seed: int
+    dataset: MultiTaskDataset, tasks: Mapping[str, Task], mode: str, seed: int
 ) -> MultiTaskDataset:
-    """``reader`` with the labels that ``choice`` leaves: ``full``, ``one`` or ``random`` (drawn from ``seed``), or
-    those of a mapping file."""
+    """Return ``dataset`` restricted to some of its labels.
+
+    Args:
+        dataset: images with all labels.
+        tasks: tasks in use, by name.
+        mode: ``full``; ``one`` or ``random``, drawn from ``seed``; or the path of a mapping file.
+        seed: seed of the drawn assignments.
+
+    Raises:
+        UserError: the mode is unknown, or the file does not cover the dataset and the tasks.
+    """
     if mode == "full":
-        return reader
+        return dataset
     if mode in ("one", "random"):
-        label_assignment = draw_label_assignment(reader.ids, list(tasks), mode, seed)
+        label_assignment = draw_label_assignment(dataset.ids, list(tasks), mode, seed)
     else:
         if not Path(mode).is_file():
-            raise UserError(f"data.label_assignment={mode} is neither full, one or random, nor a file with a mapping.")
-        label_assignment = read_label_assignment(Path(mode), reader.ids, list(tasks))
-    return PartiallyLabeledDataset(reader, tasks, label_assignment)
+            raise ParameterError(PARAMETER, f"={mode} is neither full, one or random, nor a file with a mapping.")
+        label_assignment = read_label_assignment(Path(mode), dataset.ids, list(tasks))
+    return PartiallyLabeledDataset(dataset, tasks, label_assignment)
 
 
 def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, seed: int) -> LabelAssignment:
-    """Which picture has which labels.
+    """Draw the tasks that each image is labelled for.
 
-    ``one``: a task each, every task equally often, a function of (seed, list of ids, tasks). ``random``: as in MTPSL, 1
-    to all but one, every number and then every set of that size equally likely, a function of (seed, id, tasks).
+    ``one``: a task each, every task equally often, a function of (seed, list of ids, tasks). ``random``: as in MTPSL,
+    1 to all but one, every number and then every set of that size equally likely, a function of (seed, id, tasks).
     """
     if len(tasks) < 2:
-        raise UserError(
-            f"data.label_assignment={mode} needs at least two tasks to choose from; use data.label_assignment=full."
-        )
+        raise ParameterError(PARAMETER, f"={mode} needs at least two tasks to choose from; use full.")
     if mode == "one":
         order = np.random.default_rng([seed, len(tasks)]).permutation(len(ids))
-        return {ids[i]: frozenset([tasks[place % len(tasks)]]) for place, i in enumerate(order)}
-    return {id: _some(tasks, np.random.default_rng([seed, zlib.crc32(id.encode())])) for id in ids}
+        return {ids[i]: frozenset([tasks[position % len(tasks)]]) for position, i in enumerate(order)}
+    return {id: _draw_tasks(tasks, np.random.default_rng([seed, zlib.crc32(id.encode())])) for id in ids}
 
 
-def _some(tasks: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
-    """A random number of tasks, but all and none, and then random ones."""
+def _draw_tasks(tasks: Sequence[str], rng: np.random.Generator) -> frozenset[str]:
+    """Draw a random number of tasks, at least one and not all, and then that many tasks."""
     return frozenset(rng.choice(np.array(tasks), rng.integers(1, len(tasks)), replace=False).tolist())
 
 
 def read_label_assignment(path: Path, ids: Sequence[str], tasks: Sequence[str]) -> LabelAssignment:
-    """Which picture has which labels, from a file in one of the published forms.
+    """Read the tasks that each image is labelled for from a file in one of the published formats.
 
     - MTPSL, PASCAL-Context (``pascal_settings/*.npy``): task -> ids.
     - DiffusionMTL, PASCAL-Context (``ssl_mapping/pascal/new_*.pth``): id -> flags of semseg, human_parts, sal, normals,
       edge.
     - MTPSL, NYU-v2 (``nyuv2_settings/*.pth``, in DiffusionMTL ``ssl_mapping/nyud_low``): ``labels_weights`` (N, 3) of
-      semseg, depth, normals; row i is for picture i of the list.
+      semseg, depth, normals; row i is for image i of the list.
     - ours (``*.json``): id -> tasks.
 
-    Code in a file is never run. A picture of the list or a task in use that the file does not know is a UserError.
+    Code in a file is never run.
+
+    Raises:
+        UserError: the format is unknown, or the file lacks an image of the list or a task in use.
     """
-    content = _content(path)
+    content = _load_mapping(path)
     if not isinstance(content, dict) or not content:
-        raise _unknown_form(path)
+        raise _unknown_format_error(path)
     columns: tuple[str, ...]
     if "labels_weights" in content:
         columns, table = MTPSL_NYUD, np.asarray(torch.as_tensor(content["labels_weights"]).detach())
         if table.shape != (len(ids), len(columns)):
             raise UserError(
                 f"{path} is a table {table.shape} for {len(columns)} tasks, but the training list has {len(ids)} "
-                "pictures; use it with the whole standard split."
+                "images; use it with the whole standard split."
             )
-        found = {id: _flagged(path, columns, row) for id, row in zip(ids, table.tolist())}
+        assignment = {id: _tasks_of_flags(path, columns, row) for id, row in zip(ids, table.tolist())}
     elif all(_is_list_of(value, (int, float)) for value in content.values()):
         columns = DIFFUSION_PASCAL
-        found = {str(id): _flagged(path, columns, row) for id, row in content.items()}
+        assignment = {str(id): _tasks_of_flags(path, columns, row) for id, row in content.items()}
     elif not all(_is_list_of(value, str) for value in content.values()):
-        raise _unknown_form(path)
+        raise _unknown_format_error(path)
     elif path.suffix == ".npy":
         columns = tuple(str(name) for name in content)
         members = {str(name): {str(id) for id in listed} for name, listed in content.items()}
-        known = set().union(*members.values())
-        found = {id: frozenset(name for name in columns if id in members[name]) for id in known}
+        listed_ids = set().union(*members.values())
+        assignment = {id: frozenset(name for name in columns if id in members[name]) for id in listed_ids}
     else:
         columns = tuple(sorted({str(name) for value in content.values() for name in value}))
-        found = {str(id): frozenset(map(str, names)) for id, names in content.items()}
-    if strange := [name for name in columns if name not in TASK_NAMES]:
-        raise UserError(f"{path} names {strange[0]!r}, which is no task; the tasks are {', '.join(TASK_NAMES)}.")
-    if unknown := [name for name in tasks if name not in columns]:
-        raise UserError(f"{path} says nothing of {', '.join(unknown)}; choose tasks.names among {', '.join(columns)}.")
-    if missing := [id for id in ids if id not in found]:
-        raise UserError(f"{path} lacks {len(missing)} pictures of the training list, first {', '.join(missing[:3])}.")
-    return {id: found[id] & frozenset(tasks) for id in ids}
+        assignment = {str(id): frozenset(map(str, names)) for id, names in content.items()}
+    if unknown_tasks := [name for name in columns if name not in TASK_NAMES]:
+        raise UserError(f"{path} names {unknown_tasks[0]!r}, which is no task; the tasks are {', '.join(TASK_NAMES)}.")
+    if missing_tasks := [name for name in tasks if name not in columns]:
+        raise UserError(f"{path} says nothing of {', '.join(missing_tasks)}; choose tasks among {', '.join(columns)}.")
+    if missing_ids := [id for id in ids if id not in assignment]:
+        raise UserError(
+            f"{path} lacks {len(missing_ids)} images of the training list, first {', '.join(missing_ids[:3])}."
+        )
+    return {id: assignment[id] & frozenset(tasks) for id in ids}
 
 
 def _is_list_of(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """Return whether a value is a list of this type only."""
     return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
 
 
-def _flagged(path: Path, columns: Sequence[str], row: Sequence[float]) -> frozenset[str]:
+def _tasks_of_flags(path: Path, columns: Sequence[str], row: Sequence[float]) -> frozenset[str]:
+    """Return the tasks whose flag is 1."""
     if len(row) != len(columns) or not set(row) <= {0, 1}:
-        raise UserError(f"{path} has {list(row)} for a picture, but its form has {len(columns)} flags, 0 or 1.")
+        raise UserError(f"{path} has {list(row)} for an image, but its form has {len(columns)} flags, 0 or 1.")
     return frozenset(name for name, flag in zip(columns, row) if flag)
 
 
-def _content(path: Path) -> Any:
+def _load_mapping(path: Path) -> Any:
+    """Read the object of a mapping file without running code."""
     data = read_bytes(path)
     if path.suffix == ".json":
         return parse_json(data, path)
@@ -158,10 +180,10 @@ def _content(path: Path) -> Any:
             with torch.serialization.safe_globals(_STRINGS):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         if path.suffix == ".npy":
-            return _unpickled_npy(data)
+            return _unpickle_npy(data)
     except Exception as error:
         raise UserError(f"{path} can't be read as a mapping of labels ({describe_load_error(error)}).") from error
-    raise _unknown_form(path)
+    raise _unknown_format_error(path)
 
 
 # What NumPy's strings and arrays consist of in a pickle; the published tables are keyed by such strings.
@@ -175,34 +197,37 @@ _STRINGS: list[Any] = [
 
 
 class _Unpickler(pickle.Unpickler):
-    """Arrays, strings and containers only."""
+    """Unpickles arrays, strings and containers only."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return one of the few harmless globals; refuse all others."""
         module = module.replace("numpy.core.", "numpy._core.")
-        known = {
+        allowed = {
             ("numpy._core.multiarray", "scalar"): _SCALAR,
             ("numpy._core.multiarray", "_reconstruct"): _ARRAY,
             ("numpy", "ndarray"): np.ndarray,
             ("numpy", "dtype"): np.dtype,
             ("_codecs", "encode"): codecs.encode,
         }
-        if (module, name) not in known:
+        if (module, name) not in allowed:
             raise pickle.UnpicklingError(f"it would run {module}.{name}")
-        return known[module, name]
+        return allowed[module, name]
 
 
-def _unpickled_npy(data: bytes) -> Any:
-    """The one object of a pickled .npy file."""
+def _unpickle_npy(data: bytes) -> Any:
+    """Return the single object of a pickled .npy file."""
     stream = io.BytesIO(data)
     version = np.lib.format.read_magic(stream)
-    reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = reader(stream)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(stream)
     content = _Unpickler(stream).load() if dtype.hasobject else None
     return content.item() if shape == () and isinstance(content, np.ndarray) else content
 
 
-def _unknown_form(path: Path) -> UserError:
-    return UserError(
-        f"data.label_assignment={path} is not full, one, random, or a mapping in a form that is known: MTPSL's .npy or .pth, "
-        "DiffusionMTL's .pth, or JSON {id: [tasks]}."
+def _unknown_format_error(path: Path) -> UserError:
+    """Return the error for a file whose format is unknown."""
+    return ParameterError(
+        PARAMETER,
+        f"={path} is not full, one, random, or a mapping in a known format: MTPSL's .npy or .pth, DiffusionMTL's .pth, "
+        "or JSON {id: [tasks]}.",
     )

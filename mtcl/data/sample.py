@@ -1,4 +1,4 @@
-"""The forms in which a picture and its labels travel: from a reader, through the transforms, to a batch."""
+"""Types in which an image and its labels travel from a dataset, through the transforms, to a batch."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Sample(NamedTuple):
-    """One picture with its labels, all of one height and width."""
+    """One image with its labels, all of the same height and width."""
 
     id: str
     image: np.ndarray  # uint8 RGB (H, W, 3)
@@ -17,51 +17,61 @@ class Sample(NamedTuple):
 
 
 class SampleMeta(NamedTuple):
-    """Where a sample lies in its batch's frame; outside of ``offset + native_size`` there is padding."""
+    """Position of a sample in its batch's frame; pixels outside ``offset + native_size`` are padding."""
 
     id: str
-    native_size: tuple[int, int]  # height, width of the picture before padding
+    native_size: tuple[int, int]  # height, width of the image before padding
     offset: tuple[int, int]  # top, left
 
 
 class Batch(TypedDict):
-    """Samples in frames of one size.
+    """Samples padded to frames of one size.
 
-    Evaluation never resizes or crops, so cutting ``native_size`` at ``offset`` out of a frame gives back each label
-    at the resolution at which it was read.
+    Evaluation never resizes or crops, so cutting ``native_size`` at ``offset`` out of a frame restores each label at
+    the resolution at which it was read.
     """
 
     image: Tensor  # uint8 (B, 3, H, W), not normalised; padding is 0
     labels: dict[str, Tensor]  # task -> label in batch layout; padding is void
     meta: list[SampleMeta]
-    unreadable: NotRequired[list[str]]  # why samples of this batch gave their places to others
+    unreadable: NotRequired[list[str]]  # errors of samples that were replaced by others of the batch
 
 
 class MultiTaskDataset(Protocol):
-    """One list of a dataset (its training or its validation pictures), read without augmentation."""
+    """One list of a dataset (its training or validation images), read without augmentation."""
 
     ids: Sequence[str]
 
     def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
-        """A picture with its labels; those of ``tasks`` suffice if that is given."""
+        """Return an image with its labels.
+
+        Args:
+            index: position in ``ids``.
+            tasks: load the labels of these tasks only; the default is every task in use.
+        """
         ...
 
     def summary(self) -> str:
-        """What was found, in one line for the log."""
+        """Describe the dataset in one line for the log."""
         ...
 
     def fingerprint(self) -> str:
-        """A short hash of what the list holds (ids and whatever else identifies the data), for ``run.json``."""
+        """Return a short hash of the list's contents (ids and whatever identifies the data), for ``run.json``."""
         ...
 
 
 class ConfigurableDataset(MultiTaskDataset, Protocol):
-    """A dataset that a config names: ``SomeDataset(part="train" | "val", split=..., tasks=names, **its own options)``.
+    """A dataset class that a config can name.
 
-    That raises :class:`mtcl.UserError` when what is on disk does not fit.
+    It is built as ``SomeDataset(subset="train" | "val", split=..., tasks=names, **its own options)`` and raises
+    :class:`mtcl.UserError` when the files on disk do not fit.
     """
 
     @classmethod
     def task_options(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
-        """Task name -> options for ``mtcl.tasks.build_task``, for a dataset of these options, without opening it."""
+        """Return the options of each task that a dataset with these options has labels for, without opening it.
+
+        Returns:
+            Task name -> keyword arguments for ``mtcl.tasks.build_task``.
+        """
         ...

@@ -1,4 +1,4 @@
-"""The field's training augmentation: scale, crop, flip, colour; evaluation only finishes the labels.
+"""The standard training augmentation: scale, crop, flip, colour; evaluation only finalizes the labels.
 
 That of ATRC, InvPT, TaskPrompter and their successors (InvPT/utils/common_config.py:57-82, InvPT/data/transforms.py;
 atrc/src/data/pl_data.py:31-46).
@@ -21,20 +21,31 @@ CROP_RETRIES = 10
 class Window(NamedTuple):
     """A rectangle of pixels."""
 
-    top: int
-    left: int
+    row: int  # of its top left pixel
+    column: int
     height: int
     width: int
 
     def crop(self, array: np.ndarray) -> np.ndarray:
-        return array[self.top : self.top + self.height, self.left : self.left + self.width]
+        """Return the window's part of an array (H, W[, C])."""
+        return array[self.row : self.row + self.height, self.column : self.column + self.width]
 
 
 @dataclass(frozen=True)
 class Augment:
-    """One random view of a training sample, drawn from the generator that is passed in and nothing else.
+    """A random view of a training sample, drawn only from the generator that is passed in.
 
-    The result is at most ``size`` (height, width) and smaller where the scaled picture is: the collate pads.
+    The result is at most ``size`` and smaller where the scaled image is; collating pads it.
+
+    Args:
+        size: crop (height, width).
+        scale: range of the scale factor, uniform and continuous.
+        flip: probability of a horizontal flip.
+        photometric: distort brightness, contrast, saturation and hue.
+        class_cap: largest share of non-void pixels that one semseg class of a crop should fill.
+
+    Raises:
+        UserError: a parameter is out of range.
     """
 
     size: tuple[int, int]
@@ -56,6 +67,7 @@ class Augment:
             raise UserError(f"class_cap={self.class_cap} is no share of pixels; give a number above 0 and up to 1.")
 
     def __call__(self, sample: Sample, tasks: Mapping[str, Task], rng: np.random.Generator) -> Sample:
+        """Return a random view of ``sample`` with finalized labels."""
         factor = rng.uniform(*self.scale)
         height, width = sample.image.shape[:2]
         scaled_size = (max(1, round(height * factor)), max(1, round(width * factor)))
@@ -74,12 +86,12 @@ class Augment:
         scaled_size: tuple[int, int],
         rng: np.random.Generator,
     ) -> Window:
-        """A random crop of the scaled picture, drawn again while one class fills most of it."""
+        """Sample a crop of the scaled image, again while one class fills most of it."""
         window = sample_window(scaled_size, self.size, rng)
         if "semseg" not in tasks or (window.height, window.width) == scaled_size:
             return window
         classes, void = sample.labels["semseg"], int(tasks["semseg"].void)
-        if (classes == void).all():  # a picture without this label
+        if (classes == void).all():  # an image without this label
             return window
         for _ in range(CROP_RETRIES):
             if has_varied_classes(resize_nearest(classes, scaled_size, window), void, self.class_cap):
@@ -89,20 +101,20 @@ class Augment:
 
 
 def finalize_labels(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
-    """The last step of training and the only one of evaluation: every label as its loss sees it."""
+    """Convert every label to the form its loss expects; the last step of training and the only one of evaluation."""
     return sample._replace(labels={name: task.finalize_label(sample.labels[name]) for name, task in tasks.items()})
 
 
 def sample_window(inside: tuple[int, int], size: tuple[int, int], rng: np.random.Generator) -> Window:
-    """A uniformly random window of at most ``size`` (height, width) inside a picture."""
+    """Sample a uniformly random window of at most ``size`` (height, width) inside an image."""
     height, width = min(inside[0], size[0]), min(inside[1], size[1])
-    top = int(rng.integers(inside[0] - height, endpoint=True))
-    left = int(rng.integers(inside[1] - width, endpoint=True))
-    return Window(top, left, height, width)
+    row = int(rng.integers(inside[0] - height, endpoint=True))
+    column = int(rng.integers(inside[1] - width, endpoint=True))
+    return Window(row, column, height, width)
 
 
 def has_varied_classes(classes: np.ndarray, void: int, cap: float) -> bool:
-    """Whether uint8 classes (H, W) hold more than one class and none fills ``cap`` of the non-void pixels."""
+    """Return whether classes uint8 (H, W) hold more than one class and none fills ``cap`` of the non-void pixels."""
     counts = np.bincount(classes.ravel(), minlength=256)
     counts[void] = 0
     return bool(np.count_nonzero(counts) > 1 and counts.max() < cap * counts.sum())
@@ -111,7 +123,7 @@ def has_varied_classes(classes: np.ndarray, void: int, cap: float) -> bool:
 def scale_and_crop(
     sample: Sample, tasks: Mapping[str, Task], factor: float, scaled_size: tuple[int, int], window: Window
 ) -> Sample:
-    """``window`` of the sample scaled by ``factor`` to ``scaled_size``: picture bilinear, labels nearest."""
+    """Return ``window`` of the sample scaled by ``factor`` to ``scaled_size``: image bilinear, labels nearest."""
     image = sample.image
     if image.shape[:2] != scaled_size:
         image = cv2.resize(image, scaled_size[::-1], interpolation=cv2.INTER_LINEAR)
@@ -122,15 +134,15 @@ def scale_and_crop(
 
 
 def resize_nearest(label: np.ndarray, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
-    """``window`` (default: all) of a label (H, W[, C]) resampled to ``size``: the values at pixel centres.
+    """Resample ``window`` (default: all) of a label (H, W[, C]) to ``size`` by the values at pixel centres.
 
-    Equal to resampling all of it and cropping, but touches the window's pixels only.
+    Equal to resampling the full label and cropping, but reads the window's pixels only.
     """
     window = window or Window(0, 0, *size)
     if label.shape[:2] == size:
         return window.crop(label)
-    rows = _centres(label.shape[0], size[0])[window.top : window.top + window.height]
-    columns = _centres(label.shape[1], size[1])[window.left : window.left + window.width]
+    rows = _centres(label.shape[0], size[0])[window.row : window.row + window.height]
+    columns = _centres(label.shape[1], size[1])[window.column : window.column + window.width]
     if label.ndim == 2:
         return label[rows][:, columns]
     planes = label.transpose(2, 0, 1)  # NumPy is slow on a last axis of three
@@ -138,24 +150,25 @@ def resize_nearest(label: np.ndarray, size: tuple[int, int], window: Window | No
 
 
 def _centres(length: int, count: int) -> np.ndarray:
-    """Which of ``length`` pixels holds the centre of each of ``count`` equal cells (exact: integers)."""
+    """Return which of ``length`` pixels holds the centre of each of ``count`` equal cells (exact: integers)."""
     return (2 * np.arange(count) + 1) * length // (2 * count)
 
 
 def flip(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
-    """The sample mirrored left to right."""
+    """Mirror a sample left to right."""
     labels = {name: task.flip_label(sample.labels[name][:, ::-1]) for name, task in tasks.items()}
     return Sample(sample.id, cv2.flip(sample.image, 1), labels)
 
 
 def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Random brightness (+-32), contrast and saturation (0.5 to 1.5), hue (+-18 of 180), each with p = 0.5.
+    """Distort brightness (+-32), contrast and saturation (0.5 to 1.5) and hue (+-18 of 180), each with p = 0.5.
 
     Contrast comes before or after saturation and hue, also at random. uint8 RGB in and out. Every step makes
-    a new level from an old one, so the field's float arithmetic is done on the 256 levels and looked up.
+    a new level from an old one, so the usual float arithmetic is done on the 256 levels and looked up.
     """
 
     def coin() -> bool:
+        """Return True with p = 0.5."""
         return rng.random() < 0.5
 
     brightness = _line(1.0, rng.uniform(-32, 32)) if coin() else _IDENTITY
@@ -168,7 +181,7 @@ def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _line(gain: float, offset: float) -> np.ndarray:
-    """The table of level -> gain * level + offset, clipped to 0..255 and truncated: uint8 (256,)."""
+    """Return the table of level -> gain * level + offset, clipped to 0..255 and truncated: uint8 (256,)."""
     return np.clip(np.arange(256, dtype=np.float32) * gain + offset, 0, 255).astype(np.uint8)
 
 
@@ -176,11 +189,12 @@ _IDENTITY = _line(1.0, 0.0)
 
 
 def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Map every level of an image by a table."""
     return image if table is _IDENTITY else cv2.LUT(image, table)
 
 
 def _recolour(image: np.ndarray, saturation: np.ndarray, shift: int) -> np.ndarray:
-    """RGB after the table ``saturation`` in HSV and a turn of the hue by ``shift`` (180: full circle)."""
+    """Apply the table ``saturation`` in HSV and rotate the hue by ``shift`` (180: full circle); RGB in and out."""
     if saturation is _IDENTITY and shift == 0:
         return image
     hue = ((np.arange(256) + shift) % 180).astype(np.uint8)

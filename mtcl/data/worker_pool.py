@@ -18,9 +18,15 @@ R = TypeVar("R")
 
 
 def run_jobs(work: Callable[[T], R], items: Sequence[T], workers: int, label: str) -> list[R]:
-    """``work(item)`` of every item, in order, from ``workers`` processes (0: this one), with a progress bar ``label``.
+    """Return ``work(item)`` of every item, in order, computed by a pool of processes.
 
-    ``work`` and the items must be picklable. The first exception, or Ctrl-C, ends everything and is raised here.
+    The first exception, or Ctrl-C, stops everything and is raised here.
+
+    Args:
+        work: picklable function.
+        items: picklable arguments.
+        workers: number of processes; 0 works in this one.
+        label: label of the progress bar.
     """
     with tqdm(total=len(items), desc=label, dynamic_ncols=True, disable=not items) as bar:
         if workers == 0:
@@ -49,12 +55,12 @@ def run_jobs(work: Callable[[T], R], items: Sequence[T], workers: int, label: st
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes started here never see Ctrl-C: this one does, and ends them."""
+    """Start the enclosed processes with SIGINT ignored: only this process handles Ctrl-C, and stops them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)

@@ -1,11 +1,11 @@
-"""How fast training pictures come: synthetic rooms, NYUD-v2 cold and cached, and the same steps written the plain way.
+"""Measure how fast training images are loaded: synthetic rooms, NYUD-v2 cold and cached, and a plain implementation.
 
 python scripts/benchmarks/benchmark_data.py [--root NYUDv2] [--size HEIGHTxWIDTH] [--images N] [--step] [--json OUT]
 
 Rates are images per second of one core, the thread's own CPU time, so that a busy machine does not count. Without
---root an archive is made up: rooms at NYUD-v2's 425x560 in its formats. The rows:
+--root an archive is generated: rooms at NYUD-v2's 425x560 in its formats. The rows:
   rooms, rendered / cached   the built-in scenes at 96x128, without augmentation
-  plain                      how the field writes it: PIL, float32 from the start, np.unique for the class cap
+  plain                      the usual implementation: PIL, float32 from the start, np.unique for the class cap
   files                      this code, every file decoded at each access (data.memory_map=false)
   first epoch                this code while it fills its cache
   cached                     this code from the memory-mapped cache
@@ -40,35 +40,37 @@ MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224,
 
 
 def rate(work: Callable[[], int]) -> float:
-    """Images per second of this thread's CPU time; ``work`` returns how many it made."""
-    began = time.thread_time()
+    """Return images per second of this thread's CPU time; ``work`` returns how many it made."""
+    start = time.thread_time()
     count = work()
-    return count / (time.thread_time() - began)
+    return count / (time.thread_time() - start)
 
 
 def rooms_rates(count: int = 200) -> dict[str, float]:
-    reader = Rooms("train", TASK_NAMES, size=(96, 128), length=(count, 1))
+    """Measure the built-in rooms."""
+    dataset = Rooms("train", TASK_NAMES, size=(96, 128), length=(count, 1))
     Rooms("val", TASK_NAMES, size=(96, 128), cache=False).read(0)  # make the textures
 
     def read() -> int:
         for index in range(count):
-            reader.read(index)
+            dataset.read(index)
         return count
 
     return {"rooms, rendered": rate(read), "rooms, cached": rate(read)}
 
 
 def nyud_tasks() -> dict[str, Task]:
+    """Build the four tasks of NYUD-v2."""
     return {name: build_task(name, **options) for name, options in NYUD.task_options().items()}
 
 
 def make_archive(root: Path, count: int) -> None:
-    """``count`` rooms in the files of the NYUDv2 archive; a class per number, so that the cap has work to do."""
-    reader = Rooms("train", NAMES, size=(425, 560), length=(count, 1))
+    """Write ``count`` rooms in the files of the NYUDv2 archive."""
+    dataset = Rooms("train", NAMES, size=(425, 560), length=(count, 1))
     for folder in ("images", "segmentation", "depth", "normals", "edge", "gt_sets"):
         (root / folder).mkdir(parents=True)
-    for index, name in enumerate(reader.ids):
-        sample = reader.read(index)
+    for index, name in enumerate(dataset.ids):
+        sample = dataset.read(index)
         noise = np.random.default_rng(index).normal(0, 4, sample.image.shape)  # a camera's: PNG can't pack it away
         image = np.clip(sample.image + noise, 0, 255).astype(np.uint8)
         cv2.imwrite(str(root / f"images/{name}.png"), image[..., ::-1])
@@ -77,11 +79,11 @@ def make_archive(root: Path, count: int) -> None:
         codes = np.round((sample.labels["normals"] + 1) * 127.5).astype(np.uint8)
         cv2.imwrite(str(root / f"normals/{name}.png"), codes[..., ::-1])
         cv2.imwrite(str(root / f"edge/{name}.png"), sample.labels["edge"] * np.uint8(255))
-    (root / "gt_sets" / "train.txt").write_text("\n".join(reader.ids), "utf-8")
+    (root / "gt_sets" / "train.txt").write_text("\n".join(dataset.ids), "utf-8")
 
 
-def batches_of(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> Callable[[], int]:
-    """One epoch of augmented batches in this thread, up to the normalised picture."""
+def epoch_function(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> Callable[[], int]:
+    """Return a function that loads one epoch of augmented batches in this thread, up to the normalised image."""
     dataset = AugmentedDataset(reader, tasks, Augment(size), seed=0)
 
     def epoch() -> int:
@@ -95,22 +97,25 @@ def batches_of(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> C
 
 
 class Plain:
-    """The same steps the plain way; its arithmetic is the field's, step by step on whole float32 arrays."""
+    """The same steps in a plain implementation, step by step on full float32 arrays, as is usual."""
 
     def __init__(self, root: Path, ids: Sequence[str], size: tuple[int, int]) -> None:
         self.root, self.ids, self.size = root, ids, size
         self.rng = np.random.default_rng(0)
 
     def __call__(self) -> int:
+        """Load one epoch."""
         for start in range(0, len(self.ids) - BATCH + 1, BATCH):
             samples = [self.sample(name) for name in self.ids[start : start + BATCH]]
             {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
         return len(self.ids) // BATCH * BATCH
 
     def read(self, folder: str, name: str) -> np.ndarray:
+        """Read a PNG as float32."""
         return np.array(Image.open(self.root / folder / f"{name}.png")).astype(np.float32)
 
     def sample(self, name: str) -> dict[str, Tensor]:
+        """Load and augment one sample."""
         semseg = self.read("segmentation", name)
         semseg[semseg == 0] = 256
         sample = {
@@ -132,23 +137,25 @@ class Plain:
         return {key: torch.from_numpy(array.transpose(2, 0, 1).copy()).float() for key, array in sample.items()}
 
     def scaled(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Scale a sample at random."""
         factor = self.rng.uniform(0.5, 2.0)
-        found: dict[str, np.ndarray] = {}
+        scaled: dict[str, np.ndarray] = {}
         for key, array in sample.items():
-            how = cv2.INTER_LINEAR if key == "image" else cv2.INTER_NEAREST
-            resized = cv2.resize(array, None, fx=factor, fy=factor, interpolation=how)
-            found[key] = resized if resized.ndim == 3 else resized[..., None]
-        found["depth"] = found["depth"] / factor
-        return found
+            interpolation = cv2.INTER_LINEAR if key == "image" else cv2.INTER_NEAREST
+            resized = cv2.resize(array, None, fx=factor, fy=factor, interpolation=interpolation)
+            scaled[key] = resized if resized.ndim == 3 else resized[..., None]
+        scaled["depth"] = scaled["depth"] / factor
+        return scaled
 
     def cropped(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Crop a sample at random, again while one class fills most of the crop."""
         height, width = sample["image"].shape[:2]
         if height <= self.size[0] and width <= self.size[1]:
             return sample
         for _ in range(11):
-            top = self.rng.integers(0, max(height - self.size[0], 0) + 1)
-            left = self.rng.integers(0, max(width - self.size[1], 0) + 1)
-            window = (slice(top, top + self.size[0]), slice(left, left + self.size[1]))
+            row = self.rng.integers(0, max(height - self.size[0], 0) + 1)
+            column = self.rng.integers(0, max(width - self.size[1], 0) + 1)
+            window = (slice(row, row + self.size[0]), slice(column, column + self.size[1]))
             values, counts = np.unique(sample["semseg"][window], return_counts=True)
             counts = counts[values != 255]
             if len(counts) > 1 and counts.max() < 0.75 * counts.sum():
@@ -156,6 +163,8 @@ class Plain:
         return {key: array[window] for key, array in sample.items()}
 
     def distorted(self, image: np.ndarray) -> np.ndarray:
+        """Distort the colours at random."""
+
         def line(array: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
             return np.clip(array.astype(np.float32) * gain + offset, 0, 255).astype(np.uint8)
 
@@ -179,29 +188,32 @@ class Plain:
         return image.astype(np.float32)
 
     def padded(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Pad a sample to the crop size."""
         height, width = sample["image"].shape[:2]
-        above, left = max(self.size[0] - height, 0) // 2, max(self.size[1] - width, 0) // 2
-        below, right = max(self.size[0] - height, 0) - above, max(self.size[1] - width, 0) - left
+        pad_top, pad_left = max(self.size[0] - height, 0) // 2, max(self.size[1] - width, 0) // 2
+        pad_bottom, pad_right = max(self.size[0] - height, 0) - pad_top, max(self.size[1] - width, 0) - pad_left
         void = {"semseg": 255.0, "edge": 255.0}
         return {
-            key: np.pad(array, ((above, below), (left, right), (0, 0)), constant_values=void.get(key, 0.0))
+            key: np.pad(
+                array, ((pad_top, pad_bottom), (pad_left, pad_right), (0, 0)), constant_values=void.get(key, 0.0)
+            )
             for key, array in sample.items()
         }
 
 
-def waiting(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int], workers: int, steps: int = 12) -> float:
-    """Share of a training step that waits for its batch, after two steps to warm up."""
+def waiting_share(dataset: NYUD, tasks: dict[str, Task], size: tuple[int, int], workers: int, steps: int = 12) -> float:
+    """Return the share of a training step that waits for its batch, after two steps to warm up."""
     backbone = build_backbone("mobilenetv2_100", weights=None)
     channels = {name: task.channels for name, task in tasks.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = EncoderDecoder(backbone, MultiHead(backbone.channels, backbone.strides, channels)).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    stream = iter(train_loader(reader, tasks, Augment(size), BATCH, seed=0, workers=workers, pin_memory=False))
-    waited = spent = 0.0
+    stream = iter(train_loader(dataset, tasks, Augment(size), BATCH, seed=0, workers=workers, pin_memory=False))
+    wait_s = total_s = 0.0
     for step in range(steps + 2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         batch = next(stream)
-        arrived = time.perf_counter()
+        loaded = time.perf_counter()
         image, labels = prepare_batch(batch, model.mean, model.std, device)
         output = model(image)
         loss = torch.stack([task.weight * task.loss(output.predictions[n], labels[n]) for n, task in tasks.items()])
@@ -211,32 +223,35 @@ def waiting(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int], workers
         if device.type == "cuda":
             torch.cuda.synchronize()
         if step >= 2:
-            waited += arrived - began
-            spent += time.perf_counter() - began
-    return waited / spent
+            wait_s += loaded - start
+            total_s += time.perf_counter() - start
+    return wait_s / total_s
 
 
 def nyud_rates(root: Path, cache: Path, size: tuple[int, int], limit: int | None) -> dict[str, float]:
-    def reader(store: Path | None) -> NYUD:
+    """Measure NYUD-v2 in the four ways."""
+
+    def open_dataset(store: Path | None) -> NYUD:
         return NYUD(root, "train", NAMES, cache=store, limit=limit)
 
-    files = reader(None)
+    files = open_dataset(None)
     if set(files.suffixes.values()) != {".png", ".npy"} or files.suffixes["normals"] != ".png":
         raise UserError(f"{files.root} is not in the files of the NYUDv2 archive, which the plain way is written for.")
     tasks = nyud_tasks()
-    rates = {"plain": rate(Plain(files.root, files.ids, size)), "files": rate(batches_of(files, tasks, size))}
-    rates["first epoch"] = rate(batches_of(reader(cache), tasks, size))
-    warm = batches_of(reader(cache), tasks, size)
+    rates = {"plain": rate(Plain(files.root, files.ids, size)), "files": rate(epoch_function(files, tasks, size))}
+    rates["first epoch"] = rate(epoch_function(open_dataset(cache), tasks, size))
+    warm = epoch_function(open_dataset(cache), tasks, size)
     warm()  # checks every entry once
     rates["cached"] = rate(warm)
     return rates
 
 
-def parsed() -> argparse.Namespace:
+def parse_args() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--root", type=Path, help="NYUD-v2; by default made up from rooms")
     parser.add_argument("--size", default="448x576", help="of training crops, HEIGHTxWIDTH")
-    parser.add_argument("--images", type=int, default=96, help="how many pictures to use")
+    parser.add_argument("--images", type=int, default=96, help="how many images to use")
     parser.add_argument("--step", action="store_true", help="also measure a training step's wait for data")
     parser.add_argument("--workers", type=int, default=1, help="of the training step's loader")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
@@ -244,37 +259,38 @@ def parsed() -> argparse.Namespace:
 
 
 def main() -> None:
-    words = parsed()
+    """Run the benchmark and print its table."""
+    args = parse_args()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
-        height, width = (int(side) for side in words.size.split("x"))
+        height, width = (int(side) for side in args.size.split("x"))
     except ValueError:
-        raise UserError(f"--size {words.size} is not HEIGHTxWIDTH, e.g. 448x576.") from None
+        raise UserError(f"--size {args.size} is not HEIGHTxWIDTH, e.g. 448x576.") from None
     size = (height, width)
-    if min(size) < 1 or words.images < BATCH:
-        raise UserError(f"--size {words.size} --images {words.images} is too small; give at least {BATCH} pictures.")
+    if min(size) < 1 or args.images < BATCH:
+        raise UserError(f"--size {args.size} --images {args.images} is too small; give at least {BATCH} images.")
     with tempfile.TemporaryDirectory() as scratch:
-        root, cache = words.root, Path(scratch) / "cache"
+        root, cache = args.root, Path(scratch) / "cache"
         if root is None:
             root = Path(scratch) / "NYUDv2"
-            make_archive(root, words.images)
-        rates = {**rooms_rates(), **nyud_rates(root, cache, size, words.images)}
+            make_archive(root, args.images)
+        rates = {**rooms_rates(), **nyud_rates(root, cache, size, args.images)}
         print(f"{platform.machine()}, {os.cpu_count()} cores, OpenCV {cv2.__version__}, torch {torch.__version__}")
         print(f"images per second of one core; training crops {height}x{width}, tasks {', '.join(NAMES)}")
         for name, value in rates.items():
-            beside = "" if name.startswith("rooms") else f"{value / rates['plain']:6.1f} x plain"
-            print(f"{name:<16} {value:8.0f}  {beside}".rstrip())
-        found: dict[str, float] = dict(rates)
-        if words.step:
+            ratio = "" if name.startswith("rooms") else f"{value / rates['plain']:6.1f} x plain"
+            print(f"{name:<16} {value:8.0f}  {ratio}".rstrip())
+        results: dict[str, float] = dict(rates)
+        if args.step:
             torch.set_num_threads(threads)
-            reader = NYUD(root, "train", NAMES, cache=cache, limit=words.images)
-            found["waiting"] = waiting(reader, nyud_tasks(), size, words.workers)
-            percent = 100 * found["waiting"]
-            print(f"a training step waits for data {percent:.1f} % of its time (loader workers: {words.workers})")
-    if words.json:
-        words.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+            dataset = NYUD(root, "train", NAMES, cache=cache, limit=args.images)
+            results["waiting"] = waiting_share(dataset, nyud_tasks(), size, args.workers)
+            percent = 100 * results["waiting"]
+            print(f"a training step waits for data {percent:.1f} % of its time (loader workers: {args.workers})")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

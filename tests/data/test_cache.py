@@ -41,7 +41,7 @@ def entry(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("array", [ARRAY, np.float32([[0.5, -1]]), np.zeros((0, 3), np.int64), ARRAY[::2, :, 1]])
 def test_an_entry_is_made_once_and_read_back_equal(tmp_path: Path, source: Path, compressed: bool, array) -> None:
     make = Maker(array)
@@ -86,7 +86,7 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("kept", [0, 1, 20, 100, 250, -1])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("compressed", [False, True])
 def test_a_truncated_entry_is_made_anew_with_a_warning(
     tmp_path: Path, source: Path, caplog, kept: int, compressed
 ) -> None:
@@ -198,7 +198,7 @@ def test_a_full_disk_costs_one_warning_and_no_array(tmp_path: Path, source: Path
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/cache.*data\.cache=PATH"):
+    with pytest.raises(UserError, match=r"file/cache.*choose another folder"):
         ArrayCache(tmp_path / "file" / "cache")
 
 

@@ -1,4 +1,4 @@
-"""Partially annotated training: which picture keeps which labels, and what the rest of a training step makes of it."""
+"""Partially annotated training: which image keeps which labels, and what the rest of a training step makes of it."""
 
 import json
 import pickle
@@ -112,7 +112,7 @@ def test_each_picture_is_contrasted_with_a_source_it_has_labels_of() -> None:
     for target in tasks:
         (gradient,) = (features[target].grad,)
         for row, name in enumerate(ids):
-            # The one task that the picture has is its source, but never the target's own.
+            # The one task that the image has is its source, but never the target's own.
             if target in labelled[name]:
                 assert not gradient[row].any()
     assert any(gradient.any() for gradient in (features[name].grad for name in tasks))
@@ -141,7 +141,7 @@ def test_the_published_form_of_nyud_is_read_by_row(tmp_path: Path) -> None:
     found = read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "depth", "normals"])
     assert found[IDS[0]] == {"semseg"}
     assert found[IDS[59]] == {"depth", "normals"}
-    with pytest.raises(UserError, match=r"\(60, 3\).*59 pictures"):
+    with pytest.raises(UserError, match=r"\(60, 3\).*59 images"):
         read_label_assignment(tmp_path / "onelabel.pth", IDS[:59], ["semseg"])
     with pytest.raises(UserError, match="says nothing of edge"):
         read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "edge"])
@@ -190,13 +190,13 @@ def test_pictures_and_files_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.json does not exist"):
         read_label_assignment(tmp_path / "no.json", IDS, TASKS)
     reader, tasks = rooms()
-    with pytest.raises(UserError, match=r"data\.label_assignment=some is neither full, one or random, nor a file"):
+    with pytest.raises(UserError, match=r"label_assignment=some is neither full, one or random, nor a file"):
         apply_label_assignment(reader, tasks, "some", seed=0)
     np.save(tmp_path / "other.npy", np.array({"depth": ["0001"], "edge": ["0002"]}, dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=f"lacks 60 pictures.*{IDS[0]}"):
+    with pytest.raises(UserError, match=f"lacks 60 images.*{IDS[0]}"):
         read_label_assignment(tmp_path / "other.npy", IDS, ["depth", "edge"])
     (tmp_path / "few.json").write_text(json.dumps({IDS[0]: list(TASKS)}))
-    with pytest.raises(UserError, match=f"lacks 59 pictures.*{IDS[1]}"):
+    with pytest.raises(UserError, match=f"lacks 59 images.*{IDS[1]}"):
         read_label_assignment(tmp_path / "few.json", IDS, TASKS)
 
 

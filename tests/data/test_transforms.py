@@ -1,4 +1,4 @@
-"""Each rule of the training augmentation by itself, over picture sizes and sets of tasks."""
+"""Each rule of the training augmentation by itself, over image sizes and sets of tasks."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ task_sets = st.sets(st.sampled_from(TASK_NAMES), min_size=1).map(lambda names: {
 
 
 def coordinates(size: tuple[int, int], tasks: dict[str, Task]) -> Sample:
-    """Every pixel's picture and labels are functions of its row and column (up to 24 x 24)."""
+    """Every pixel's image and labels are functions of its row and column (up to 24 x 24)."""
     rows, columns = (axis.astype(np.float32) for axis in np.mgrid[: size[0], : size[1]])
     number = rows * 24 + columns
     labels = {
@@ -136,8 +136,8 @@ def test_labels_stay_with_the_picture_through_scaling(factor, seed) -> None:
 def test_windows_lie_inside(size, height, width, seed) -> None:
     window = sample_window(size, (height, width), np.random.default_rng(seed))
     assert (window.height, window.width) == (min(size[0], height), min(size[1], width))
-    assert 0 <= window.top <= size[0] - window.height
-    assert 0 <= window.left <= size[1] - window.width
+    assert 0 <= window.row <= size[0] - window.height
+    assert 0 <= window.column <= size[1] - window.width
 
 
 def test_windows_reach_every_corner() -> None:

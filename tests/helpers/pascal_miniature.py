@@ -1,4 +1,4 @@
-"""PASCAL-Context of a few tiny pictures, written as the official releases and as the final layout.
+"""PASCAL-Context of a few tiny images, written as the official releases and as the final layout.
 
 ``write_devkit`` writes what one downloads (VOCdevkit, PASCAL-Context, PASCAL-Part), ``write_archive`` what the
 reader reads; both return the arrays that they wrote. The same ids always give the same arrays.
@@ -36,7 +36,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Picture:
-    """All that is known of one picture."""
+    """All that is known of one image."""
 
     id: str
     jpeg: bytes
@@ -45,7 +45,7 @@ class Picture:
     voc: np.ndarray | None  # uint8 (H, W): 0 to 20 and 255; None where VOC has no segmentation
     from_context: np.ndarray  # uint8 (H, W): `context` as VOC's classes, 255 where it is 0
     objects: tuple[Object, ...]
-    normals: np.ndarray  # uint8 RGB (h, w, 3), of the picture's size unless `distilled` says another
+    normals: np.ndarray  # uint8 RGB (h, w, 3), of the image's size unless `distilled` says another
     saliency: np.ndarray  # uint8 (h, w), likewise; 127 and 128 occur
 
     @property
@@ -54,8 +54,8 @@ class Picture:
         return self.from_context if self.voc is None else self.voc
 
 
-def picture(name: str, position: int, distilled: tuple[int, int] | None = None, unlabelled: bool = False) -> Picture:
-    """The picture at ``position`` of all the ids; what is on it goes in a circle of four.
+def image(name: str, position: int, distilled: tuple[int, int] | None = None, unlabelled: bool = False) -> Picture:
+    """The image at ``position`` of all the ids; what is on it goes in a circle of four.
 
     0: two persons with overlapping parts, the second one painted over the first; VOC label.
     1: a person without parts; no VOC label.
@@ -106,10 +106,10 @@ def write_archive(
 
     semseg/pascal-context has every id, also those with a (different) VOC label, which counts. VOC labels are PNGs
     with a palette, the others are grey. tune_train is all but the last training id, tune_val the last one. Keywords:
-    see :func:`picture`; ids go round its four cases, training ids first.
+    see :func:`image`; ids go round its four cases, training ids first.
     """
-    pictures = _pictures(ids_train, ids_val, distilled, unlabelled)
-    for name, shown in pictures.items():
+    images = _pictures(ids_train, ids_val, distilled, unlabelled)
+    for name, shown in images.items():
         _write_bytes(root / "JPEGImages" / f"{name}.jpg", shown.jpeg)
         if shown.voc is not None:
             write_palette(root / "semseg" / "VOC12" / f"{name}.png", shown.voc)
@@ -121,16 +121,16 @@ def write_archive(
     lists = {"train": ids_train, "val": ids_val, "tune_train": ids_train[:-1], "tune_val": ids_train[-1:]}
     for part, ids in lists.items():
         write_list(root / "ImageSets" / "Context" / f"{part}.txt", ids)
-    return pictures
+    return images
 
 
 @dataclass(frozen=True)
 class Devkit:
     """Where :func:`write_devkit` put things, and what."""
 
-    pictures: Mapping[str, Picture]
-    voc: Path  # VOCdevkit/VOC2010; it lacks the VOC label of the last picture that has one
-    labels: Path  # VOCdevkit/VOC2012; has all VOC labels, and one of a picture that is in no list
+    images: Mapping[str, Picture]
+    voc: Path  # VOCdevkit/VOC2010; it lacks the VOC label of the last image that has one
+    labels: Path  # VOCdevkit/VOC2012; has all VOC labels, and one of an image that is in no list
     context: Path  # PASCAL-Context as unpacked: trainval/<id>.mat and labels.txt
     parts: Path  # PASCAL-Part as unpacked: Annotations_Part/<id>.mat
     distilled: Path  # normals_distill/<id>.png and sal_distill/<id>.png
@@ -146,7 +146,7 @@ def write_devkit(
 ) -> Devkit:
     """Write the official releases under ``root``, with the lists and labels that a converter must not take.
 
-    Keywords: see :func:`picture`; ids go round its four cases, training ids first.
+    Keywords: see :func:`image`; ids go round its four cases, training ids first.
     """
     devkit = root / "VOCdevkit"
     made = Devkit(
@@ -157,8 +157,8 @@ def write_devkit(
         root / "parts",
         root / "distilled",
     )
-    labelled = [name for name, shown in made.pictures.items() if shown.voc is not None]
-    for name, shown in made.pictures.items():
+    labelled = [name for name, shown in made.images.items() if shown.voc is not None]
+    for name, shown in made.images.items():
         _write_bytes(made.voc / "JPEGImages" / f"{name}.jpg", shown.jpeg)
         if shown.voc is not None:
             write_palette(made.labels / "SegmentationClass" / f"{name}.png", shown.voc)
@@ -205,9 +205,9 @@ def write_parts(path: Path, name: str, objects: Sequence[Object]) -> None:
 def write_palette(path: Path, indices: np.ndarray) -> None:
     """uint8 (H, W) as a PNG whose colours come from a palette, as VOC's labels are."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.fromarray(indices).convert("L")
-    picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())  # turns L into P
-    picture.save(path)
+    image = Image.fromarray(indices).convert("L")
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())  # turns L into P
+    image.save(path)
 
 
 def write_png(path: Path, array: np.ndarray) -> None:
@@ -228,9 +228,7 @@ def _write_bytes(path: Path, content: bytes) -> None:
 def _pictures(
     ids_train: Sequence[str], ids_val: Sequence[str], distilled: tuple[int, int] | None, unlabelled: bool
 ) -> dict[str, Picture]:
-    return {
-        name: picture(name, position, distilled, unlabelled) for position, name in enumerate([*ids_train, *ids_val])
-    }
+    return {name: image(name, position, distilled, unlabelled) for position, name in enumerate([*ids_train, *ids_val])}
 
 
 def _structures(fields: Sequence[str], rows: Sequence[Sequence[object]]) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Datasets: each maps an index to a sample."""
+"""Datasets: NYUD-v2, PASCAL-Context and the built-in rooms."""

@@ -1,4 +1,4 @@
-"""NYUD-v2 in every archive that the field passes around: which files there are, and what their numbers mean."""
+"""NYUD-v2 in every archive in circulation: which files there are, and what their numbers mean."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,17 +28,28 @@ FOLDERS = {  # kind -> folder, and its files' suffixes in the archives: NYUDv2, 
 class NYUD(FileDataset):
     """The training or the validation list of NYUD-v2, or of anything in the layout of one of its archives.
 
-    ``root`` is the archive's folder or the folder that holds it. ``split="standard"`` reads ``gt_sets/train.txt``
-    and ``val.txt``, another name ``X`` reads ``X_train.txt`` and ``X_val.txt``; only the list of ``part`` is opened,
-    and only the folders of the ``tasks`` in use have to exist. What kind of files they hold is seen from what is
-    there. ``resize`` is (height, width) in pixels; ``limit`` keeps the first so many ids of the list. ``cache`` and
-    ``memory_map``: :meth:`FileDataset.open_cache`.
+    Only the list of ``subset`` is opened, and only the folders of the ``tasks`` in use have to exist. The kind of
+    their files is seen from what is there.
+
+    Args:
+        root: the archive's folder or the folder that holds it.
+        subset: "train" or "val".
+        tasks: names of the tasks in use.
+        split: "standard" for ``gt_sets/train.txt`` and ``val.txt``, X for ``X_train.txt`` and ``X_val.txt``.
+        num_classes: number of semseg classes; the files' ids run from 1.
+        resize: size (height, width) in pixels of images and labels; None keeps the files'.
+        limit: keep the first so many ids of the list.
+        cache: see :meth:`FileDataset.open_cache`.
+        memory_map: see :meth:`FileDataset.open_cache`.
+
+    Raises:
+        UserError: what is on disk does not fit.
     """
 
     def __init__(
         self,
         root: str | Path,
-        part: Literal["train", "val"],
+        subset: Literal["train", "val"],
         tasks: Sequence[str],
         split: str = "standard",
         num_classes: int = 40,
@@ -57,35 +68,40 @@ class NYUD(FileDataset):
         self.tasks = tuple(tasks)
         self.num_classes = num_classes
         self.resize = None if resize is None else (int(resize[0]), int(resize[1]))
-        self.ids = read_id_list(self.root / "gt_sets", part, split, limit)
+        self.ids = read_id_list(self.root / "gt_sets", subset, split, limit)
         self.suffixes = {kind: self._suffix(kind) for kind in FOLDERS}
         self.check_files(LAYOUT)
         self.open_cache(cache, memory_map)
 
     @classmethod
-    def task_options(cls, num_classes: int = 40, **options: Any) -> Mapping[str, Mapping[str, Any]]:
-        """Task name -> options for ``mtcl.tasks.build_task``; other options of a reader change nothing."""
+    def task_options(cls, num_classes: int = 40, **_options: Any) -> Mapping[str, Mapping[str, Any]]:
+        """Return task name -> options for ``mtcl.tasks.build_task``; other options of the dataset change nothing."""
         _check_classes(num_classes)
         return {"semseg": {"class_names": NYUD40[:num_classes]}, "depth": {}, "normals": {}, "edge": {}}
 
     def summary(self) -> str:
+        """Describe the files in one line for the log."""
         height, width = self.decode(IMAGE, self.ids[0]).shape[:2]
         kinds = [f"{FOLDERS[kind][0]} {self.suffixes[kind]}" for kind in (IMAGE, *self.tasks)]
-        kept = "decoded at each access"
+        caching = "decoded at each access"
         if self.array_cache is not None and self.memory_map:
-            kept = f"decoded once, kept in {self.array_cache.folder}"
-        return f"{self.root}: {', '.join(kinds)}, pictures {height}x{width}; {kept}"
+            caching = f"decoded once, kept in {self.array_cache.folder}"
+        return f"{self.root}: {', '.join(kinds)}, images {height}x{width}; {caching}"
 
     def source_files(self, kind: str, name: str) -> tuple[Path, ...]:
+        """Return the single file of an array."""
         return (self.root / FOLDERS[kind][0] / f"{name}{self.suffixes[kind]}",)
 
     def decode_settings(self) -> Mapping[str, Any]:
+        """Return the number of classes."""
         return {"num_classes": self.num_classes}
 
     def array_kinds(self) -> Sequence[str]:
+        """Return "image" and the four tasks."""
         return list(FOLDERS)
 
     def decode(self, kind: str, name: str) -> np.ndarray:
+        """Return the array at the size of its file."""
         (path,) = self.source_files(kind, name)
         match kind, path.suffix:
             case "image", _:
@@ -108,12 +124,13 @@ class NYUD(FileDataset):
                 return files.validate_edges(files.read_label_image(path), path)
 
     def _suffix(self, kind: str) -> str:
-        """Of the suffixes a folder may have, that which covers most ids of the list."""
+        """Return, of the suffixes a folder may have, the one that covers most ids of the list."""
         folder, suffixes = FOLDERS[kind]
-        there = {entry.name for entry in list_folder(self.root / folder)}
-        return max(suffixes, key=lambda suffix: sum(f"{name}{suffix}" in there for name in self.ids))
+        names = {entry.name for entry in list_folder(self.root / folder)}
+        return max(suffixes, key=lambda suffix: sum(f"{name}{suffix}" in names for name in self.ids))
 
 
 def _check_classes(num_classes: int) -> None:
+    """Raise ``UserError`` for an impossible number of classes."""
     if not 1 <= num_classes <= len(NYUD40):
         raise UserError(f"num_classes={num_classes} is not possible; NYUD-v2 has 1 to {len(NYUD40)} classes.")

@@ -1,8 +1,8 @@
-"""Facts about the labels of PASCAL-Context and PASCAL-Part that the readers and converters share."""
+"""Facts about the labels of PASCAL-Context and PASCAL-Part that datasets and converters share."""
 
 PERSON = 15  # class of a person in PASCAL-Part's `anno`
 
-# PASCAL-Part's names of a person's parts -> mtcl.tasks.HUMAN_PARTS, the field's six parts.
+# PASCAL-Part's names of a person's parts -> mtcl.tasks.HUMAN_PARTS, the six parts of the benchmark.
 PART_NAME_TO_ID = {
     **dict.fromkeys(("hair", "head", "lear", "rear", "lebrow", "rebrow", "leye", "reye", "mouth", "nose"), 1),
     **dict.fromkeys(("neck", "torso"), 2),

@@ -1,4 +1,4 @@
-"""PASCAL-Context in the archives that the field passes around, with the labels that have to be derived."""
+"""PASCAL-Context in the archives in circulation, with the labels that have to be derived."""
 
 import contextlib
 import functools
@@ -27,23 +27,32 @@ LAYOUT = (
 )
 ROOTS = ("PASCALContext", "PASCAL_MT")  # the archives' own folders
 TASKS = ("semseg", "human_parts", "sal", "normals", "edge")
-FILES_PER_WORKER = 256  # files that are worth a process of their own when persons are searched
+FILES_PER_WORKER = 256  # in the search for persons; fewer files do not justify another process
 
 
 class PascalContext(FileDataset):
     """The training or the validation list of PASCAL-Context, or of anything in its archives' layout.
 
-    ``root`` is the archive's folder or the folder that holds it. ``split="standard"`` reads
-    ``ImageSets/Context/train.txt`` and ``val.txt``, another name ``X`` reads ``X_train.txt`` and ``X_val.txt``; only
-    the folders of the ``tasks`` in use have to exist. With human parts alone, pictures without a person are left out,
-    as the field does. ``limit`` keeps the first so many of what there is then. ``cache`` and ``memory_map``:
-    :meth:`FileDataset.open_cache`; nothing is written below ``root``.
+    Only the folders of the ``tasks`` in use have to exist. With human parts alone, images without a person are left
+    out, as is standard. Nothing is written below ``root``.
+
+    Args:
+        root: the archive's folder or the folder that holds it.
+        subset: "train" or "val".
+        tasks: names of the tasks in use.
+        split: "standard" for ``ImageSets/Context/train.txt`` and ``val.txt``, X for ``X_train.txt`` and ``X_val.txt``.
+        limit: keep the first so many ids, of those with persons if human parts are the only task.
+        cache: see :meth:`FileDataset.open_cache`.
+        memory_map: see :meth:`FileDataset.open_cache`.
+
+    Raises:
+        UserError: what is on disk does not fit.
     """
 
     def __init__(
         self,
         root: str | Path,
-        part: Literal["train", "val"],
+        subset: Literal["train", "val"],
         tasks: Sequence[str],
         split: str = "standard",
         limit: int | None = None,
@@ -57,37 +66,37 @@ class PascalContext(FileDataset):
         self.tasks = tuple(tasks)
         self._only_parts = set(tasks) == {"human_parts"}
         self._in_voc = frozenset(entry.stem for entry in list_folder(self.root / "semseg" / "VOC12"))
-        listed = functools.partial(read_id_list, self.root / "ImageSets" / "Context", part, split)
-        self.ids = listed(limit)
-        if self._only_parts:  # the limit counts pictures with persons
-            self.ids = listed(None)
+        read_ids = functools.partial(read_id_list, self.root / "ImageSets" / "Context", subset, split)
+        self.ids = read_ids(limit)
+        if self._only_parts:  # the limit counts images with persons
+            self.ids = read_ids(None)
         self.check_files(LAYOUT)
         self.open_cache(cache, memory_map)
         if self._only_parts:
-            self.ids = self._with_persons(part, limit)
+            self.ids = self._with_persons(subset, limit)
 
     @classmethod
-    def task_options(cls, **options: Any) -> Mapping[str, Mapping[str, Any]]:
-        """Task name -> options for ``mtcl.tasks.build_task``; the same whatever the reader's options."""
+    def task_options(cls, **_options: Any) -> Mapping[str, Mapping[str, Any]]:
+        """Return task name -> options for ``mtcl.tasks.build_task``, whatever the dataset's options."""
         return {"semseg": {"class_names": VOC21}, "human_parts": {}, "sal": {}, "normals": {}, "edge": {}}
 
     def summary(self) -> str:
-        told = [f"{self.root}: {len(self.ids)} pictures"]
+        """Describe the list and how derived labels are made, in one line for the log."""
+        texts = [f"{self.root}: {len(self.ids)} images"]
         if self._only_parts:
-            told[0] += " with persons"
+            texts[0] += " with persons"
         if "semseg" in self.tasks:
-            told[0] += f", {sum(name in self._in_voc for name in self.ids)} with labels of VOC12"
+            texts[0] += f", {sum(name in self._in_voc for name in self.ids)} with labels of VOC12"
         derived = {"human_parts": "parts", "normals": "masks of normals", "edge": "edges"}
         if kinds := ", ".join(derived[task] for task in self.tasks if task in derived):
             where = (
-                "at each access: data.cache is null"
-                if self.array_cache is None
-                else f"once, kept in {self.array_cache.folder}"
+                "at each access (no cache)" if self.array_cache is None else f"once, kept in {self.array_cache.folder}"
             )
-            told.append(f"{kinds} derived {where}")
-        return "; ".join(told)
+            texts.append(f"{kinds} derived {where}")
+        return "; ".join(texts)
 
     def source_files(self, kind: str, name: str) -> tuple[Path, ...]:
+        """Return the files of an array; a derived label can have two."""
         image = self.root / "JPEGImages" / f"{name}.jpg"
         context = self.root / "pascal-context" / "trainval" / f"{name}.mat"
         match kind:
@@ -96,7 +105,7 @@ class PascalContext(FileDataset):
             case "semseg":
                 folder = "VOC12" if name in self._in_voc else "pascal-context"
                 return (self.root / "semseg" / folder / f"{name}.png",)
-            case "human_parts":  # without any object, the label takes its size from the picture
+            case "human_parts":  # without any object, the label takes its size from the image
                 return self.root / "human_parts" / f"{name}.mat", image
             case "normals":
                 return self.root / "normals_distill" / f"{name}.png", context
@@ -106,12 +115,15 @@ class PascalContext(FileDataset):
                 return (self.root / "sal_distill" / f"{name}.png",)
 
     def decode_settings(self) -> Mapping[str, Any]:
+        """Return no settings."""
         return {}
 
     def array_kinds(self) -> Sequence[str]:
+        """Return "image" and the five tasks."""
         return (IMAGE, *TASKS)
 
     def decode(self, kind: str, name: str) -> np.ndarray:
+        """Return the array at the size of its file."""
         sources = self.source_files(kind, name)
         match kind:
             case "image":
@@ -119,112 +131,120 @@ class PascalContext(FileDataset):
             case "semseg":
                 return pascal_labels.validate_voc_classes(files.read_label_image(sources[0]), sources[0])
             case "human_parts":
-                return self.cached_label("human_parts", name, sources, lambda: _human_parts(*sources))
+                return self.cached_label("human_parts", name, sources, lambda: _read_human_parts(*sources))
             case "normals":
-                return self._normals(name, *sources)
+                return self._decode_normals(name, *sources)
             case "edge":
                 return self.cached_label(
-                    "edge", name, sources, lambda: pascal_labels.semantic_edges(_context(sources[0]))
+                    "edge", name, sources, lambda: pascal_labels.semantic_edges(_read_context(sources[0]))
                 )
             case _:
                 return (files.read_label_image(sources[0]) >= 128).astype(np.uint8)  # v / 255 > 0.5
 
-    def _normals(self, name: str, path: Path, context: Path) -> np.ndarray:
-        """The file's codes, uint8 (H, W, 3), (0, 0, 0) where the class of the picture has no normals."""
+    def _decode_normals(self, name: str, path: Path, context: Path) -> np.ndarray:
+        """Return the file's codes, uint8 (H, W, 3), (0, 0, 0) where the image's class has no normals."""
         codes = files.read_color_label(path)
-        gate = self.cached_label("gate", name, (context,), lambda: pascal_labels.has_normals(_context(context)))
+        gate = self.cached_label("gate", name, (context,), lambda: pascal_labels.has_normals(_read_context(context)))
         size = codes.shape[0], codes.shape[1]
         if not same_aspect((gate.shape[0], gate.shape[1]), size):
             raise UserError(
                 f"{context} is {gate.shape[0]}x{gate.shape[1]} pixels (height x width), but {path} is "
-                f"{size[0]}x{size[1]}; both must show the same."
+                f"{size[0]}x{size[1]}; both must show the same view."
             )
         return codes * resize_nearest(gate, size)[..., None]
 
-    def _with_persons(self, part: str, limit: int | None) -> list[str]:
-        """The first ``limit`` ids with a person; as ``ImageSets/Parts`` says, or else by a search that is remembered.
+    def _with_persons(self, subset: str, limit: int | None) -> list[str]:
+        """Return the first ``limit`` ids with a person.
 
-        The search goes through the list in pieces, so that a small limit costs little.
+        ``ImageSets/Parts`` lists them; without it they are searched for, and the result is stored. The search goes
+        through the list in chunks, so that a small limit costs little.
         """
-        known = _listed_persons(self.root / "ImageSets" / "Parts" / f"{part}.txt", self.ids)
+        has_person = _listed_persons(self.root / "ImageSets" / "Parts" / f"{subset}.txt", self.ids)
         memory = None if self.array_cache is None else self.array_cache.folder / "persons.json"
-        if known is None:
-            known = {} if memory is None else self._remembered(memory)
-        piece = len(self.ids) if limit is None else max(limit, FILES_PER_WORKER)
-        kept: list[str] = []
-        for start in range(0, len(self.ids), piece):
-            names = self.ids[start : start + piece]
-            self._search_persons([name for name in names if name not in known], known, memory)
-            kept += [name for name in names if known[name]]
-            if limit is not None and len(kept) >= limit:
+        if has_person is None:
+            has_person = {} if memory is None else self._stored_search(memory)
+        chunk = len(self.ids) if limit is None else max(limit, FILES_PER_WORKER)
+        ids: list[str] = []
+        for start in range(0, len(self.ids), chunk):
+            names = self.ids[start : start + chunk]
+            self._search_persons([name for name in names if name not in has_person], has_person, memory)
+            ids += [name for name in names if has_person[name]]
+            if limit is not None and len(ids) >= limit:
                 break
-        if not kept:
-            raise UserError(f"{self.root} shows no person in any picture of this list; human_parts needs some.")
-        return kept[:limit]
+        if not ids:
+            raise UserError(f"{self.root} shows no person in any image of this list; human_parts needs some.")
+        return ids[:limit]
 
-    def _remembered(self, memory: Path) -> dict[str, bool]:
-        """What a search has written of files that are unchanged."""
-        told = _told(memory)
-        listed = [name for name in self.ids if name in told]
-        return {n: bool(told[n][0]) for n in listed if told[n][1:] == _stamp(self.source_files("human_parts", n)[0])}
+    def _stored_search(self, memory: Path) -> dict[str, bool]:
+        """Return the stored search results of files that are unchanged."""
+        results = _read_search_results(memory)
+        names = [name for name in self.ids if name in results]
+        return {
+            n: bool(results[n][0]) for n in names if results[n][1:] == _stamp(self.source_files("human_parts", n)[0])
+        }
 
-    def _search_persons(self, names: Sequence[str], known: dict[str, bool], memory: Path | None) -> None:
-        """Add to ``known`` whether ``names`` show persons, from their files, and keep it in ``memory``."""
+    def _search_persons(self, names: Sequence[str], has_person: dict[str, bool], memory: Path | None) -> None:
+        """Add to ``has_person`` whether ``names`` show persons, from their files, and store it in ``memory``."""
         if not names:
             return
         paths = [self.source_files("human_parts", name)[0] for name in names]
         workers = min(os.cpu_count() or 1, len(paths) // FILES_PER_WORKER)
-        found = run_jobs(_shows_person, paths, workers if workers > 1 else 0, "pictures with persons")
-        known.update(zip(names, found))
+        flags = run_jobs(_shows_person, paths, workers if workers > 1 else 0, "images with persons")
+        has_person.update(zip(names, flags))
         if memory is not None:
-            told = {name: [shown, *_stamp(path)] for name, shown, path in zip(names, found, paths)}
-            text = json.dumps({**_told(memory), **told})  # what another process added stays
-            with contextlib.suppress(OSError):  # a full disk: the search is made again
+            results = {name: [flag, *_stamp(path)] for name, flag, path in zip(names, flags, paths)}
+            text = json.dumps({**_read_search_results(memory), **results})  # keep what another process added
+            with contextlib.suppress(OSError):  # a full disk: the search is repeated next time
                 write_atomically(memory, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
-def _context(path: Path) -> np.ndarray:
+def _read_context(path: Path) -> np.ndarray:
+    """Read the LabelMap of PASCAL-Context."""
     return pascal_labels.validate_context_classes(files.read_mat(path, "LabelMap"), path)
 
 
-def _persons(path: Path) -> list[pascal_labels.Person]:
+def _read_persons(path: Path) -> list[pascal_labels.Person]:
+    """Read the persons of PASCAL-Part."""
     return pascal_labels.parse_persons(files.read_mat(path, "anno"), path)
 
 
-def _human_parts(path: Path, image: Path) -> np.ndarray:
-    """The label of native size, all 0 where there is no part."""
-    persons = _persons(path)
-    shown = persons[0].mask if persons else files.read_image(image)
-    return pascal_labels.draw_human_parts(persons, (shown.shape[0], shown.shape[1]), path)
+def _read_human_parts(path: Path, image: Path) -> np.ndarray:
+    """Return the label of native size, all 0 where there is no part."""
+    persons = _read_persons(path)
+    reference = persons[0].mask if persons else files.read_image(image)
+    return pascal_labels.draw_human_parts(persons, (reference.shape[0], reference.shape[1]), path)
 
 
 def _shows_person(path: Path) -> bool:
-    return pascal_labels.shows_person(_persons(path))
+    """Return whether an annotation file shows a person."""
+    return pascal_labels.shows_person(_read_persons(path))
 
 
 def _stamp(path: Path) -> list[int]:
-    """What changes with a file."""
+    """Return size and modification time of a file, which tell a changed one."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 
 def _listed_persons(path: Path, ids: Sequence[str]) -> dict[str, bool] | None:
-    """id -> whether a person is among the objects that an archive's list gives it; None if that is not all of it."""
+    """Return id -> whether the archive's list names a person among its objects; None if it lacks an id."""
     listed = _json_object(path)
     if any(not isinstance(listed.get(name), list) for name in ids):
         return None
     return {name: PERSON in listed[name] for name in ids}
 
 
-def _told(path: Path) -> dict[str, list[Any]]:
-    """id -> whether it shows a person, and its file's stamp, as a search has written it; what is damaged is dropped."""
-    return {name: told for name, told in _json_object(path).items() if isinstance(told, list) and len(told) == 3}
+def _read_search_results(path: Path) -> dict[str, list[Any]]:
+    """Return id -> [shows a person, stamp of the file] as a search stored it; damaged entries are dropped."""
+    return {
+        name: result for name, result in _json_object(path).items() if isinstance(result, list) and len(result) == 3
+    }
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty if it is missing or damaged."""
+    """Return the object of a JSON file; empty if it is missing or damaged."""
     try:
-        content = json.loads(files.read_bytes(path))  # times in nanoseconds have more digits than read_json takes
+        content = json.loads(files.read_bytes(path))  # times in nanoseconds have more digits than read_json accepts
     except (UserError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -24,7 +24,7 @@ class Person(NamedTuple):
 
 
 def validate_context_classes(labels: Any, path: Path) -> np.ndarray:
-    """A LabelMap read from ``path`` as uint16 (H, W), 0 (nothing) to 459."""
+    """Return a LabelMap read from ``path`` as uint16 (H, W), 0 (nothing) to 459."""
     is_map = isinstance(labels, np.ndarray) and labels.ndim == 2 and labels.size > 0 and labels.dtype.kind in "uif"
     if not is_map or (labels != np.floor(labels)).any():
         raise UserError(
@@ -40,7 +40,7 @@ def validate_context_classes(labels: Any, path: Path) -> np.ndarray:
 
 
 def validate_voc_classes(values: np.ndarray, path: Path) -> np.ndarray:
-    """VOC's classes read from ``path``, uint8 (H, W), unchanged: 0 (background) to 20, 255 for void."""
+    """Return VOC's classes read from ``path``, uint8 (H, W), unchanged: 0 (background) to 20, 255 for void."""
     wrong = values[(values > 20) & (values != 255)]
     if wrong.size:
         raise UserError(f"{path} holds the class {wrong[0]}, but VOC has 0 to 20, and 255 for void; unpack it again.")
@@ -48,56 +48,58 @@ def validate_voc_classes(values: np.ndarray, path: Path) -> np.ndarray:
 
 
 def semantic_edges(classes: np.ndarray) -> np.ndarray:
-    """Thinned boundaries of a LabelMap: uint8 (H, W) in {0, 1}, from where its Laplacian is not 0
-    (InvPT/data/pascal_context.py)."""
+    """Return the thinned boundaries of a LabelMap, where its Laplacian is not 0: uint8 (H, W) in {0, 1}.
+
+    As InvPT/data/pascal_context.py.
+    """
     return thin(cv2.Laplacian(classes.astype(np.float64), cv2.CV_64F) != 0).astype(np.uint8)
 
 
 def has_normals(classes: np.ndarray) -> np.ndarray:
-    """Where distilled normals count, bool (H, W): on the classes that NYU-v2 has, too."""
+    """Return where distilled normals count, bool (H, W): on the classes that NYU-v2 has, too."""
     return _HAS_NORMALS[classes]
 
 
 def parse_persons(anno: Any, path: Path) -> list[Person]:
-    """The persons of PASCAL-Part's structure ``anno``, read from ``path``, in file order; other objects are not
-    looked at."""
+    """Return the persons of PASCAL-Part's structure ``anno``, read from ``path``, in file order; skip other objects."""
     try:
-        found = [_person(entry) for entry in anno[0][0][1].ravel() if int(entry[1].item()) == PERSON]
+        found_persons = [_person(entry) for entry in anno[0][0][1].ravel() if int(entry[1].item()) == PERSON]
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"anno in {path} is not a structure of PASCAL-Part ({error}); unpack it again.") from error
-    sizes = {mask.shape for one in found for mask in (one.mask, *(mask for _, mask in one.parts))}
+    sizes = {mask.shape for person in found_persons for mask in (person.mask, *(mask for _, mask in person.parts))}
     if len(sizes) > 1:
-        both = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
+        sizes_text = " and ".join(f"{height}x{width}" for height, width in sorted(sizes)[:2])
         raise UserError(
-            f"anno in {path} has masks of {both} pixels (height x width), not of one size; unpack it again."
+            f"anno in {path} has masks of {sizes_text} pixels (height x width), not of one size; unpack it again."
         )
-    return found
+    return found_persons
 
 
-def shows_person(found: Sequence[Person]) -> bool:
-    """Whether any pixel belongs to a person."""
-    return any(one.mask.any() for one in found)
+def shows_person(persons: Sequence[Person]) -> bool:
+    """Return whether any pixel belongs to a person."""
+    return any(person.mask.any() for person in persons)
 
 
-def draw_human_parts(found: Sequence[Person], size: tuple[int, int], path: Path) -> np.ndarray:
-    """The field's six parts of all persons as uint8 (H, W), 0 elsewhere; a later part covers earlier ones.
+def draw_human_parts(persons: Sequence[Person], size: tuple[int, int], path: Path) -> np.ndarray:
+    """Return the standard six parts of all persons as uint8 (H, W), 0 elsewhere; a later part covers earlier ones.
 
     Without a pixel of a person there are no parts either (InvPT/data/pascal_context.py).
     """
-    painted = np.zeros(size, np.uint8)
-    for name, mask in (part for one in found for part in one.parts if shows_person(found)):
+    label = np.zeros(size, np.uint8)
+    for name, mask in (part for person in persons for part in person.parts if shows_person(persons)):
         if name not in PART_NAME_TO_ID:
             raise UserError(f"{path} has a person's part {name!r}, which PASCAL-Part does not know; unpack it again.")
-        painted[mask != 0] = PART_NAME_TO_ID[name]
-    return painted
+        label[mask != 0] = PART_NAME_TO_ID[name]
+    return label
 
 
 def _person(entry: Any) -> Person:
-    """An entry of `objects`: class name, class index, mask, parts, in this order whatever the fields' names."""
+    """Parse an entry of `objects`: class name, class index, mask, parts, in this order whatever the fields' names."""
     return Person(_mask(entry[2]), tuple((str(part[0].item()), _mask(part[1])) for part in entry[3].ravel()))
 
 
 def _mask(array: Any) -> np.ndarray:
+    """Return a mask after a check of its form."""
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "buif":
         raise ValueError(f"a mask is {describe_array(array)}")
     return array

@@ -1,1 +1,1 @@
-"""Turn official releases into the layout that mtcl reads."""
+"""Conversion of official releases into the layout that mtcl reads."""

@@ -1,9 +1,9 @@
-"""What is written when a dataset is prepared: whole files only, so that a run that was stopped goes on where it was."""
+"""Output of a prepared dataset: every file is written atomically, so that an interrupted run can be resumed."""
 
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -15,39 +15,50 @@ from mtcl.safe_files import read_json
 STAMP_FILE = "prepared.json"
 
 
+class Prepared(NamedTuple):
+    """A finished dataset: a summary to print, and the config that reads it."""
+
+    summary: str
+    group: str  # option of the config group `data`
+    options: Mapping[str, Any]  # of that group, besides its defaults
+    tasks: Sequence[str] | None = None  # the tasks it has labels for; None: all of the group
+
+
 def start_output(destination: Path, settings: Mapping[str, Any]) -> None:
-    """Make ``destination`` ready: empty, or begun with the same ``settings`` (JSON values), which it remembers."""
+    """Make ``destination`` ready: empty, or started with the same ``settings`` (JSON values), which it stores."""
     stamp = destination / STAMP_FILE
-    remove_temporary_files(destination)  # of a run that was killed while it wrote the stamp
+    remove_temporary_files(destination)  # of a run that was killed while writing the stamp
     if stamp.is_file():
         try:
-            before = read_json(stamp)
+            previous = read_json(stamp)
         except UserError as error:
-            raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.") from error
-        if not isinstance(before, dict):
-            raise UserError(f"{stamp} is damaged; delete {destination} and begin anew.")
-        if before != settings:
-            changed = sorted(k for k in {**before, **settings} if before.get(k) != settings.get(k))
+            raise UserError(f"{stamp} is damaged; delete {destination} and start again.") from error
+        if not isinstance(previous, dict):
+            raise UserError(f"{stamp} is damaged; delete {destination} and start again.")
+        if previous != settings:
+            changed = sorted(k for k in {**previous, **settings} if previous.get(k) != settings.get(k))
             raise UserError(
-                f"{destination} was begun with another {', '.join(changed)}; give another folder or delete this one."
+                f"{destination} was started with another {', '.join(changed)}; choose another folder or delete "
+                "this one."
             )
         return
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UserError(f"{destination} is not empty and was not begun by this command; give a new folder.")
+        raise UserError(f"{destination} is not empty and was not started by this command; choose a new folder.")
     write_atomically(stamp, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8"))
 
 
 def write_image(path: Path, array: np.ndarray) -> None:
-    """uint8 RGB (H, W, 3) or one channel (H, W) as a PNG, whole or not at all."""
+    """Write uint8 RGB (H, W, 3) or one channel (H, W) as a PNG, atomically."""
     coloured = cv2.cvtColor(array, cv2.COLOR_RGB2BGR) if array.ndim == 3 else array
     _, data = cv2.imencode(".png", coloured)
     write_atomically(path, lambda temporary: temporary.write_bytes(data.tobytes()))
 
 
 def write_array(path: Path, array: np.ndarray) -> None:
-    """An array as .npy, whole or not at all."""
+    """Write an array as .npy, atomically."""
 
     def write(temporary: Path) -> None:
+        """Save the array without pickling."""
         with temporary.open("wb") as file:
             np.save(file, array, allow_pickle=False)
 
@@ -55,12 +66,12 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:
-    """Lines of text, whole or not at all."""
+    """Write lines of text, atomically."""
     write_atomically(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8"))
 
 
 def split_tuning_ids(train_ids: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(tune_train, tune_val): the training ids split for choosing settings.
+    """Split the training ids into (tune_train, tune_val) for choosing settings.
 
     Of the sorted ids, position i is for validation where i mod 80 >= 64: contiguous blocks, because neighbouring
     frames of NYUD-v2 show the same room.

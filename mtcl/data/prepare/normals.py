@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-# Of the square windows, in pixels of a 480x640 frame. Half a width of 10 keeps the mean error on a wall at 3 m below
-# 3 degrees with a Kinect's noise and steps (there is a test); 4 is for what is thinner than that.
+# Half widths of the square windows, in pixels of a 480x640 frame. 10 keeps the mean error on a wall at 3 m below
+# 3 degrees with a Kinect's noise and steps (see the test); 4 is for thinner things.
 RADII = (4, 10)
 # 1/m. A Kinect counts disparity in eighths of a pixel, 1 / (8 * 580 px * 0.075 m) of inverse depth, whatever the
 # distance: that step over sqrt(12). Windows that fit better than this are equally good.
@@ -32,13 +32,22 @@ KINECT = Camera(518.857901, 519.469611, 325.582449 - 1, 253.736166 - 1)
 def estimate_normals(
     depth: np.ndarray, camera: Camera = KINECT, radii: tuple[int, ...] = RADII, noise: float = NOISE
 ) -> np.ndarray:
-    """Unit normals float32 (H, W, 3), axes x left, y up, z to the viewer, of depth (H, W) in metres; zero if unknown.
+    """Estimate unit normals from depth.
 
     A plane is linear in inverse depth, 1/Z = a x + b y + c with x = (u - cx)/fx, y = (v - cy)/fy, and (a, b, c) is
     its normal in these axes. A Kinect measures disparity, so the noise of 1/Z is the same at any distance, and
     ordinary least squares is right. A pixel takes the mean of the fits of all windows of ``radii`` that hold it, each
-    weighted by the power ``SHARPNESS`` of how surely it knows its slopes: a window across a step fits badly and counts
+    weighted by the power ``SHARPNESS`` of the certainty of its slopes: a window across a step fits badly and counts
     for nothing beside one that ends there.
+
+    Args:
+        depth: depth (H, W) in metres; not positive or not finite where unknown.
+        camera: intrinsics of the depth map.
+        radii: half widths of the windows in pixels.
+        noise: standard deviation of 1/Z in 1/m.
+
+    Returns:
+        Normals float32 (H, W, 3), axes x left, y up, z to the viewer; zero where unknown.
     """
     depth = depth.astype(np.float64)
     valid = np.isfinite(depth) & (depth > 0)
@@ -46,26 +55,27 @@ def estimate_normals(
     planes = np.zeros((*depth.shape, 3))
     for radius in radii:
         weighted = _weighted_fits(inverse, valid, radius, noise)
-        # Sums anew at every pixel: a running sum would leave traces of large weights where all are small.
+        # New sums at every pixel: a running sum would leave traces of large weights where all are small.
         ones = np.ones(2 * radius + 1)
         planes += cv2.sepFilter2D(weighted, cv2.CV_64F, ones, ones, borderType=cv2.BORDER_CONSTANT)
     return _directions(planes, valid, camera)
 
 
 def encode_normals(normals: np.ndarray) -> np.ndarray:
-    """Unit normals as uint8 (H, W, 3), round((n + 1) / 2 * 255); the zero vector, no direction, is black."""
-    known = normals.any(axis=-1, keepdims=True)
-    return np.where(known, np.rint((normals + 1) * 127.5), 0).astype(np.uint8)
+    """Encode unit normals as uint8 (H, W, 3), round((n + 1) / 2 * 255); the zero vector, no direction, is black."""
+    has_direction = normals.any(axis=-1, keepdims=True)
+    return np.where(has_direction, np.rint((normals + 1) * 127.5), 0).astype(np.uint8)
 
 
 def _weighted_fits(inverse: np.ndarray, valid: np.ndarray, radius: int, noise: float) -> np.ndarray:
-    """Least-squares planes (H, W, 3) of the windows around every pixel, times their weights; zero if there is none.
+    """Fit least-squares planes (H, W, 3) to the windows around every pixel, times their weights; zero if there is none.
 
     A plane is 1/Z = a u + b v + c in pixels, so that its weights need no camera.
     """
     side = 2 * radius + 1
 
     def sums(values: np.ndarray) -> np.ndarray:
+        """Sum values over each pixel's window."""
         return cv2.boxFilter(values, cv2.CV_64F, (side, side), normalize=False, borderType=cv2.BORDER_CONSTANT)
 
     mask = valid.astype(np.float64)
@@ -81,20 +91,20 @@ def _weighted_fits(inverse: np.ndarray, valid: np.ndarray, radius: int, noise: f
     determinant = uu * vv - uv**2
     spread = uu + vv
     # Pixels on one line tell one slope only: their determinant is 0; that of 2x2 pixels is 1/16.
-    known = (count >= MIN_SHARE * side**2) & (determinant > 0.01)
-    determinant = np.where(known, determinant, 1)
+    has_plane = (count >= MIN_SHARE * side**2) & (determinant > 0.01)
+    determinant = np.where(has_plane, determinant, 1)
     a, b = (ud * vv - vd * uv) / determinant, (vd * uu - ud * uv) / determinant
     c = mean_d - a * (mean_u + width / 2) - b * (mean_v + height / 2)
     residual = np.maximum(dd - a * ud - b * vd, 0) + noise**2
     # The variance of the slopes, var(a) + var(b), is residual * spread / (count * determinant).
-    certainty = np.where(known, count * determinant / (residual * np.maximum(spread, 1e-9)), 0)
+    certainty = np.where(has_plane, count * determinant / (residual * np.maximum(spread, 1e-9)), 0)
     return np.stack([a, b, c], axis=-1) * (certainty**SHARPNESS)[..., None]
 
 
 def _directions(planes: np.ndarray, valid: np.ndarray, camera: Camera) -> np.ndarray:
-    """Unit normals of planes (H, W, 3) in pixels, zero where a pixel is not ``valid`` or has no plane."""
+    """Return unit normals of planes (H, W, 3) in pixels, zero where a pixel is not ``valid`` or has no plane."""
     a, b, c = np.moveaxis(planes, -1, 0)
     normals = np.stack([a * camera.fx, b * camera.fy, a * camera.cx + b * camera.cy + c], axis=-1)
     length = np.linalg.norm(normals, axis=-1, keepdims=True)
-    known = valid[..., None] & (length > 0)
-    return np.divide(normals, length, out=np.zeros_like(normals), where=known).astype(np.float32)
+    has_normal = valid[..., None] & (length > 0)
+    return np.divide(normals, length, out=np.zeros_like(normals), where=has_normal).astype(np.float32)

@@ -1,9 +1,8 @@
-"""NYU Depth v2's official files to the field's ``NYUDv2`` layout, whole or small."""
+"""Conversion of NYU Depth v2's official files to the standard ``NYUDv2`` layout, in full or small."""
 
 import functools
 import os
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ OUTPUTS = {"images": ".png", "segmentation": ".png", "depth": ".npy", "normals":
 
 @dataclass(frozen=True)
 class Edition:
-    """What is kept of a frame: a window, brought to ``size`` (height, width), and the classes 1 to ``num_classes``."""
+    """The output of a frame: a window, resized to ``size`` (height, width), and the classes 1 to ``num_classes``."""
 
     window: Window
     size: tuple[int, int]
@@ -42,7 +41,7 @@ class Edition:
         return f"{self.size[1]}x{self.size[0]}"
 
 
-# Gupta et al.'s valid part of a frame, MATLAB's I(46:470, 41:600), which the field uses.
+# Gupta et al.'s valid part of a frame, MATLAB's I(46:470, 41:600), the standard crop.
 FULL_EDITION = Edition(Window(45, 40, 425, 560), (425, 560), NUM_CLASSES)
 WINDOW_4_TO_3 = Window(47, 41, 420, 560)  # one column further right than WHOLE, within the toolbox's valid part
 
@@ -58,7 +57,7 @@ class RawFrame(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Where the frames come from and go to."""
+    """Source, destination and edition of a conversion."""
 
     labeled: Path
     out: Path
@@ -67,7 +66,7 @@ class Plan:
 
 
 def parse_edition(size: str) -> Edition:
-    """The edition for ``size``, "WIDTHxHEIGHT": 4:3 (to a pixel) and no larger than its window."""
+    """Return the edition for ``size``, "WIDTHxHEIGHT": 4:3 (to a pixel) and no larger than its window."""
     match = re.fullmatch(r"(\d+)x(\d+)", size)
     if match is None:
         raise UserError(f"--size {size} is not a size; give WIDTHxHEIGHT in pixels, e.g. 256x192.")
@@ -83,11 +82,21 @@ def parse_edition(size: str) -> Edition:
 
 def prepare_nyud(
     labeled: Path, splits: Path, classes: Path, out: Path, size: str | None = None, workers: int = 4
-) -> str:
-    """Write the layout to ``out`` from the official .mat files, and return a summary to print.
+) -> jobs.Prepared:
+    """Write the layout to ``out`` from the official .mat files.
 
-    ``size``: None for the field's 425x560 pixels and 40 classes, or :func:`parse_edition`'s. ``workers``: see
-    :func:`mtcl.data.worker_pool.run_jobs`. Frames whose files are there are kept; the lists are written last.
+    Frames whose files exist are kept; the lists are written last.
+
+    Args:
+        labeled: nyu_depth_v2_labeled.mat.
+        splits: splits.mat.
+        classes: classMapping40.mat.
+        out: folder to write.
+        size: None for the standard 425x560 pixels and 40 classes, or a size for :func:`parse_edition`.
+        workers: see :func:`mtcl.data.worker_pool.run_jobs`.
+
+    Returns:
+        A summary to print, and the config group and options that read the result.
     """
     if workers < 0:
         raise UserError(f"--workers {workers} is not possible; give the number of processes, 0 for none besides this.")
@@ -95,21 +104,21 @@ def prepare_nyud(
     train, val = read_splits(splits, check_labeled(labeled))
     plan = Plan(labeled, out, read_classes(classes), edition)
     try:
-        jobs.start_output(out, {"made": "NYUDv2", "size": str(edition)} | _sources(labeled, splits, classes))
-        run_jobs(functools.partial(_convert, plan), _missing(out, sorted(train + val)), workers, "NYUD-v2")
+        jobs.start_output(out, {"made": "NYUDv2", "size": str(edition)} | _describe_sources(labeled, splits, classes))
+        run_jobs(functools.partial(_convert, plan), _missing_frames(out, sorted(train + val)), workers, "NYUD-v2")
         _write_lists(out, train, val)
     except OSError as error:  # of the result: what can't be read is a UserError
         raise UserError(
-            f"{out} can't be written ({error.strerror or error}); mend that, then repeat the command and it goes on "
-            "where it stopped."
+            f"{out} can't be written ({error.strerror or error}); solve that, then repeat the command, which "
+            "continues where it stopped."
         ) from error
     finally:
-        _opened.cache_clear()
-    return _summary(out, edition, len(train), len(val))
+        _open_cached.cache_clear()
+    return _summarize(out, edition, len(train), len(val))
 
 
 def check_labeled(path: Path) -> int:
-    """The number of frames of nyu_depth_v2_labeled.mat, when its variables have the form of the official file's."""
+    """Return the number of frames of nyu_depth_v2_labeled.mat after a check of its variables' shapes and types."""
     with _open(path) as file:
         if lacks := [name for name in PIXELS if name not in file]:
             raise UserError(
@@ -129,7 +138,7 @@ def check_labeled(path: Path) -> int:
 
 
 def read_splits(path: Path, count: int) -> tuple[list[int], list[int]]:
-    """The sorted frame numbers, from 1 to ``count``, of the training and the test list of splits.mat."""
+    """Return the sorted frame numbers, from 1 to ``count``, of the training and the test list of splits.mat."""
     train, test = (sorted(_whole_numbers(path, key).tolist()) for key in ("trainNdxs", "testNdxs"))
     numbers = train + test
     if not train or not test or len(set(numbers)) < len(numbers):
@@ -143,7 +152,7 @@ def read_splits(path: Path, count: int) -> tuple[list[int], list[int]]:
 
 
 def read_classes(path: Path) -> np.ndarray:
-    """The class, 1 to 40, of every label as uint8 from classMapping40.mat; label 0, void, is class 0."""
+    """Return the class, 1 to 40, of every label as uint8 from classMapping40.mat; label 0, void, is class 0."""
     classes = _whole_numbers(path, "mapClass")
     if not classes.size or classes.min() < 1 or classes.max() > NUM_CLASSES:
         raise UserError(f"mapClass in {path} is not classes from 1 to {NUM_CLASSES}; give the one of 40 classes.")
@@ -151,8 +160,8 @@ def read_classes(path: Path) -> np.ndarray:
 
 
 def read_frame(path: Path, number: int) -> RawFrame:
-    """Frame ``number`` (from 1) of the labelled file, rows first."""
-    file = _opened(path)
+    """Return frame ``number`` (from 1) of the labelled file, rows first."""
+    file = _open_cached(path)
     try:
         return RawFrame(*(np.ascontiguousarray(file[name][number - 1].T) for name in PIXELS))
     except OSError as error:
@@ -160,12 +169,12 @@ def read_frame(path: Path, number: int) -> RawFrame:
 
 
 def convert_frame(frame: RawFrame, classes: np.ndarray, edition: Edition) -> dict[str, np.ndarray]:
-    """Output folder -> array, from one whole frame.
+    """Return output folder -> array of one frame.
 
-    Normals and regions are found on the whole frame, edges after the resizing, so that they stay one pixel thin.
+    Normals and regions are computed on the full frame, edges after the resizing, so that they stay one pixel thin.
     """
 
-    def kept(array: np.ndarray) -> np.ndarray:
+    def resize(array: np.ndarray) -> np.ndarray:
         return resize_nearest(edition.window.crop(array), edition.size)
 
     classes = np.where(classes > edition.num_classes, 0, classes).astype(np.uint8)
@@ -173,10 +182,10 @@ def convert_frame(frame: RawFrame, classes: np.ndarray, edition: Edition) -> dic
     image = edition.window.crop(frame.image)
     return {
         "images": cv2.resize(image, edition.size[::-1], interpolation=cv2.INTER_AREA),
-        "segmentation": kept(classes[frame.labels]),
-        "depth": kept(frame.depth),
-        "normals": kept(encode_normals(estimate_normals(frame.depth))),
-        "edge": region_edges(kept(regions)),
+        "segmentation": resize(classes[frame.labels]),
+        "depth": resize(frame.depth),
+        "normals": resize(encode_normals(estimate_normals(frame.depth))),
+        "edge": region_edges(resize(regions)),
     }
 
 
@@ -185,7 +194,7 @@ def _convert(plan: Plan, number: int) -> None:
     frame = read_frame(plan.labeled, number)
     if (highest := int(frame.labels.max())) >= len(plan.classes):
         raise UserError(
-            f"Frame {number} of {plan.labeled} has the label {highest}, but mapClass knows 1 to "
+            f"Frame {number} of {plan.labeled} has the label {highest}, but mapClass has 1 to "
             f"{len(plan.classes) - 1}; give the classMapping40.mat of this release."
         )
     for folder, array in convert_frame(frame, plan.classes, plan.edition).items():
@@ -197,47 +206,53 @@ def _convert(plan: Plan, number: int) -> None:
 
 
 def _open(path: Path) -> h5py.File:
+    """Open the labelled file."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; give nyu_depth_v2_labeled.mat, --labeled.")
     try:
         return h5py.File(path, "r")
     except OSError as error:
         raise UserError(
-            f"{path} is not a whole file of MATLAB's format 7.3 ({error}); give the official "
+            f"{path} is not a complete file of MATLAB's format 7.3 ({error}); give the official "
             "nyu_depth_v2_labeled.mat (2.8 GB), --labeled."
         ) from error
 
 
-_opened = functools.lru_cache(maxsize=1)(_open)  # one per process: a frame is quick to read, the file slow to open
+_open_cached = functools.lru_cache(maxsize=1)(_open)  # one per process: a frame is quick to read, the file slow to open
 
 
 def _whole_numbers(path: Path, key: str) -> np.ndarray:
+    """Read a variable of integers as int64 (N,)."""
     array = files.read_mat(path, key).ravel()
     if array.dtype.kind not in "uif" or (array != np.rint(array)).any():
         raise UserError(f"{key} in {path} is not a list of whole numbers; download the file again.")
     return array.astype(np.int64)
 
 
-def _sources(labeled: Path, splits: Path, classes: Path) -> dict[str, list[str | int]]:
-    given = {"labeled": labeled, "splits": splits, "classes": classes}
-    return {key: [path.name, path.stat().st_size] for key, path in given.items()}
+def _describe_sources(labeled: Path, splits: Path, classes: Path) -> dict[str, list[str | int]]:
+    """Return name and size of each source file, for the stamp."""
+    paths = {"labeled": labeled, "splits": splits, "classes": classes}
+    return {key: [path.name, path.stat().st_size] for key, path in paths.items()}
 
 
 def _id(number: int) -> str:
+    """Return the id of a frame."""
     return f"{number:04d}"
 
 
 def _file_name(folder: str, number: int) -> str:
+    """Return the file name of a frame in an output folder."""
     return f"{_id(number)}{OUTPUTS[folder]}"
 
 
-def _missing(out: Path, numbers: Sequence[int]) -> list[int]:
-    """The frames that lack a file."""
-    there = {folder: set(os.listdir(out / folder)) if (out / folder).is_dir() else set() for folder in OUTPUTS}
-    return [n for n in numbers if any(_file_name(folder, n) not in there[folder] for folder in OUTPUTS)]
+def _missing_frames(out: Path, numbers: Sequence[int]) -> list[int]:
+    """Return the frames that lack a file."""
+    existing = {folder: set(os.listdir(out / folder)) if (out / folder).is_dir() else set() for folder in OUTPUTS}
+    return [n for n in numbers if any(_file_name(folder, n) not in existing[folder] for folder in OUTPUTS)]
 
 
 def _write_lists(out: Path, train: Sequence[int], val: Sequence[int]) -> None:
+    """Write the lists; the training list, which completes the result, comes last."""
     ids = [_id(number) for number in train]
     tune_train, tune_val = jobs.split_tuning_ids(ids)
     lists = {"tune_train": tune_train, "tune_val": tune_val, "val": [_id(number) for number in val], "train": ids}
@@ -245,14 +260,14 @@ def _write_lists(out: Path, train: Sequence[int], val: Sequence[int]) -> None:
         jobs.write_lines(out / "gt_sets" / f"{name}.txt", lines)
 
 
-def _summary(out: Path, edition: Edition, train: int, val: int) -> str:
-    """What ``out`` holds and what to type next."""
+def _summarize(out: Path, edition: Edition, train: int, val: int) -> jobs.Prepared:
+    """Describe what ``out`` holds."""
     official = "" if (train, val) == OFFICIAL else f" (official: {OFFICIAL[0]} and {OFFICIAL[1]})"
     config = "nyud" if edition == FULL_EDITION else "nyud_small"
     height, width = edition.size
-    crop = "" if edition in (FULL_EDITION, parse_edition("256x192")) else f" 'data.size=[{height},{width}]'"
-    return (
+    size = {} if edition in (FULL_EDITION, parse_edition("256x192")) else {"size": f"[{height},{width}]"}
+    summary = (
         f"{out} has {train} training and {val} validation frames{official} of {edition} pixels, "
-        f"{edition.num_classes} classes.\n"
-        f"Next: python train.py data={config} {shlex.quote(f'data.root={out}')}{crop}"
+        f"{edition.num_classes} classes."
     )
+    return jobs.Prepared(summary, config, {"root": out, **size})

@@ -9,13 +9,13 @@ SEAM = 5
 
 
 def label_regions(labels: np.ndarray, instances: np.ndarray) -> np.ndarray:
-    """Numbers int32 (H, W) that are equal on one object: the pair of its label (0: void) and its instance; 0: void."""
+    """Number the objects, int32 (H, W): equal for pixels of one label (0: void) and instance; void is 0."""
     pairs = labels.astype(np.int32) * 2**16 + instances
     return np.where(labels > 0, pairs, 0)
 
 
 def close_seams(regions: np.ndarray, seam: int = SEAM) -> np.ndarray:
-    """Regions (H, W) whose void (0) is given to the nearest region where it is at most 2 ``seam`` pixels wide.
+    """Assign void (0) of regions (H, W) to the nearest region where it is at most 2 ``seam`` pixels wide.
 
     Wider void stays, in the shape it has: what a disk of that radius can't reach within the void is a seam.
     """
@@ -24,12 +24,12 @@ def close_seams(regions: np.ndarray, seam: int = SEAM) -> np.ndarray:
         return regions
     distance, nearest = scipy.ndimage.distance_transform_edt(void, return_indices=True)
     inner = distance > seam
-    kept = scipy.ndimage.distance_transform_edt(~inner) < seam + 1 if inner.any() else inner
-    return np.where(void & ~kept, regions[tuple(nearest)], regions)
+    wide = scipy.ndimage.distance_transform_edt(~inner) < seam + 1 if inner.any() else inner
+    return np.where(void & ~wide, regions[tuple(nearest)], regions)
 
 
 def region_edges(regions: np.ndarray) -> np.ndarray:
-    """Lines of one pixel as uint8 (H, W), 255 where the pixel to the right or below is of another region, else 0."""
+    """Draw one-pixel lines, uint8 (H, W): 255 where the pixel to the right or below is of another region, else 0."""
     edges = np.zeros(regions.shape, bool)
     edges[:, :-1] |= regions[:, :-1] != regions[:, 1:]
     edges[:-1] |= regions[:-1] != regions[1:]

@@ -1,4 +1,4 @@
-"""What the checker knows of each dataset before it looks."""
+"""Known facts about each dataset that the verification compares with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,37 +18,39 @@ SMALL_VAL = 500  # test frames of the small edition
 
 
 class UncheckedNYUD(NYUD):
-    """Opens whatever is there: the checker counts missing files itself."""
+    """NYUD-v2 without the check for missing files, which the verification counts itself."""
 
     def check_files(self, layout: str) -> None:
+        """Accept missing files."""
         pass
 
 
 class UncheckedPascalContext(PascalContext):
-    """The same of PASCAL-Context."""
+    """PASCAL-Context without the check for missing files."""
 
     def check_files(self, layout: str) -> None:
+        """Accept missing files."""
         pass
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """One dataset. ``known`` explains deviations by the name of their check; ``notes`` is what no check can see."""
+    """Facts about one dataset."""
 
     title: str
-    reader: type[FileDataset]
+    dataset_class: type[FileDataset]
     roots: tuple[str, ...]  # the archives' own folders
     lists: str  # the folder of the lists
-    official: Mapping[str, int]  # list -> pictures
-    sizes: frozenset[tuple[int, int]]  # height, width of the official pictures; empty: see `longest`
-    longest: int  # most pixels of a picture's longer side; 0: see `sizes`
+    official: Mapping[str, int]  # list -> images
+    sizes: frozenset[tuple[int, int]]  # height, width of the official images; empty: see `longest`
+    longest: int  # most pixels of an image's longer side; 0: see `sizes`
     classes: tuple[str, ...]  # of semseg
     shares: tuple[float, ...] = ()  # known pixel shares of the first classes
     most: tuple[str, str] | None = None  # the most frequent class, and the most frequent other one
     floor: int | None = None  # the class whose normals point up
     indoors: bool = False  # seen from inside: what is to the left faces right
-    known: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    known_deviations: Mapping[str, str] = field(default_factory=dict)  # name of a check -> explanation
+    notes: tuple[str, ...] = ()  # what no check can see
 
 
 # Pixel shares of classes 1 to 39 in the 795 training frames of the small edition, void excluded; its source has no
@@ -63,7 +65,7 @@ NYUD_SHARES = (
 
 _NYUD = DatasetFacts(
     title="NYUD-v2",
-    reader=UncheckedNYUD,
+    dataset_class=UncheckedNYUD,
     roots=NYUD_ROOTS,
     lists="gt_sets",
     official={"train": 795, "val": 654},
@@ -77,7 +79,7 @@ _NYUD = DatasetFacts(
 
 _SMALL = {
     "list val": "the small edition has 500 of the 654 official test frames",
-    "picture sizes": "the small edition is shrunk to 192x256 (height x width)",
+    "image sizes": "the small edition is shrunk to 192x256 (height x width)",
     "semseg classes": "the small edition's source merges class 40 (otherprop) and void",
     "normals length": "the small edition's normals are not all of unit length; training makes them so",
     "depth levels": "the small edition's source keeps depth in 8 bits, in steps of 39 mm",
@@ -89,13 +91,13 @@ FACTS: Mapping[str, DatasetFacts] = {
         **{
             **vars(_NYUD),
             "title": "NYUD-v2, small edition",
-            "known": _SMALL,
+            "known_deviations": _SMALL,
             "notes": ("normals: the small edition's are planes fitted to its depth (pseudo-normals)",),
         }
     ),
     "pascal": DatasetFacts(
         title="PASCAL-Context",
-        reader=UncheckedPascalContext,
+        dataset_class=UncheckedPascalContext,
         roots=PASCAL_ROOTS,
         lists="ImageSets/Context",
         official={"train": 4998, "val": 5105},
@@ -109,22 +111,29 @@ FACTS: Mapping[str, DatasetFacts] = {
 }
 
 
-def find_dataset(given: Path, name: str | None) -> tuple[str, Path]:
-    """(dataset, folder): what lies in ``given`` or in an archive's own folder there; ``name`` settles the dataset."""
-    if not given.is_dir():
-        raise UserError(f"{given} is not a folder; give the one that holds a dataset.")
+def find_dataset(folder: Path, name: str | None) -> tuple[str, Path]:
+    """Return (key of FACTS, folder) of the dataset in ``folder`` or in an archive's own folder there.
+
+    Args:
+        folder: the dataset's folder or its parent.
+        name: key of FACTS; None recognises the dataset.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; give the one that holds a dataset.")
     names = list(FACTS) if name is None else [name]
     for candidate in names:
         facts = FACTS[candidate]
-        for folder in (*(given / root for root in facts.roots), given):
-            if (folder / facts.lists).is_dir():
-                return (_edition(folder) if name is None and candidate == "nyud" else candidate), folder
-    wanted = " or ".join(sorted({FACTS[candidate].lists for candidate in names}))
-    raise UserError(f"{given} has no folder {wanted}; give the folder that holds a dataset's lists and pictures.")
+        for candidate_folder in (*(folder / root for root in facts.roots), folder):
+            if (candidate_folder / facts.lists).is_dir():
+                return (
+                    _edition(candidate_folder) if name is None and candidate == "nyud" else candidate
+                ), candidate_folder
+    expected = " or ".join(sorted({FACTS[candidate].lists for candidate in names}))
+    raise UserError(f"{folder} has no folder {expected}; give the folder that holds a dataset's lists and images.")
 
 
 def _edition(folder: Path) -> str:
-    """Small if the validation list is as long as the small edition's, and no command of ours wrote the folder."""
+    """Return the small edition if the validation list is as long as its own and no command of ours wrote the folder."""
     path = folder / "gt_sets" / "val.txt"
     lines = read_bytes(path).split() if path.is_file() else []
     return "nyud_small" if len(lines) == SMALL_VAL and not (folder / STAMP_FILE).is_file() else "nyud"

@@ -1,4 +1,4 @@
-"""What is measured on one picture and its labels, as sums that add up over pictures."""
+"""Measurements of one image and its labels, as sums that add up over images."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,17 +14,17 @@ from mtcl.errors import UserError
 from mtcl.tasks import Normals
 from mtcl.tasks.base import Task
 
-DISTINCT = 257  # depth levels that are remembered: one more than 8 bits have
-SHOWN = 3  # complaints that are remembered
+DISTINCT = 257  # depth levels that are kept: one more than 8 bits have
+SHOWN = 3  # errors that are kept
 # Bins of depth in metres: below the first edge, 100 per factor of ten, above the last.
 DEPTH_EDGES = np.logspace(-4, 6, 1001)
-BLANK = 1.0  # standard deviation of the levels below which a picture shows nothing
+BLANK = 1.0  # standard deviation of the levels below which an image shows nothing
 
 
 class Item(NamedTuple):
-    """One picture to be measured."""
+    """One image to be measured."""
 
-    part: str
+    subset: str
     name: str
     kinds: tuple[str, ...]  # "image" and the tasks whose files are there
     aligned: bool  # whether its labels are compared with it
@@ -32,17 +32,17 @@ class Item(NamedTuple):
 
 @dataclass
 class Measurements:
-    """Sums over pictures; each key begins with the task."""
+    """Sums over images; each key begins with the task."""
 
     sums: dict[str, np.ndarray | float] = field(default_factory=dict)
     sizes: dict[str, Counter[tuple[int, int]]] = field(default_factory=dict)  # kind -> (height, width) -> files
-    errors: dict[str, list[str]] = field(default_factory=dict)  # kind -> the first complaints
+    errors: dict[str, list[str]] = field(default_factory=dict)  # kind -> the first errors
     failed: Counter[str] = field(default_factory=Counter)  # kind -> files that can't be read
     levels: frozenset[float] = frozenset()  # of depth, at most DISTINCT
     matches: dict[tuple[str, str], list[align.Match]] = field(default_factory=dict)  # (task, part)
 
     def add(self, other: "Measurements") -> None:
-        """Take in what was measured on the pictures after these."""
+        """Add the measurements of the images after these."""
         for key, value in other.sums.items():
             self.sums[key] = self.sums.get(key, 0.0) + value
         for kind, sizes in other.sizes.items():
@@ -55,32 +55,32 @@ class Measurements:
             self.matches.setdefault(key2, []).extend(matches)
 
     def number(self, key: str) -> float:
-        """A sum of numbers; 0 if nothing was added."""
+        """Return a sum of numbers; 0 if nothing was added."""
         return float(self.sums.get(key, 0.0))
 
-    def values(self, task: str, parts: Sequence[str] = ("train", "val")) -> np.ndarray:
-        """How many pixels have each of the values 0 to 255, float64 (256,)."""
-        return np.sum([self.vector(f"{task} {part} values", 256) for part in parts], axis=0)
+    def values(self, task: str, subsets: Sequence[str] = ("train", "val")) -> np.ndarray:
+        """Return how many pixels have each of the values 0 to 255, float64 (256,)."""
+        return np.sum([self.vector(f"{task} {subset} values", 256) for subset in subsets], axis=0)
 
     def vector(self, key: str, length: int) -> np.ndarray:
-        """A sum of vectors; zeros if nothing was added."""
+        """Return a sum of vectors; zeros if nothing was added."""
         return np.broadcast_to(np.asarray(self.sums.get(key, 0.0)), (length,))
 
 
-def measure(item: Item, reader: FileDataset, tasks: Mapping[str, Task], floor: int | None) -> Measurements:
-    """Read one picture and its labels and measure them; complaints of the reader are part of the result."""
+def measure(item: Item, dataset: FileDataset, tasks: Mapping[str, Task], floor: int | None) -> Measurements:
+    """Read one image and its labels and measure them; read errors are part of the result."""
     result = Measurements()
-    arrays = _read(item, reader, result)
+    arrays = _read(item, dataset, result)
     image = arrays.pop(IMAGE, None)
     if image is not None:
-        _count(result, "image", pictures=1, blank=image.std() < BLANK)
+        _count(result, "image", images=1, blank=image.std() < BLANK)
     labels: dict[str, np.ndarray] = {}
     for name, array in arrays.items():
         task = tasks[name]
         if isinstance(task, Normals):  # with their lengths
             result.sums |= _lengths(Normals(normals_valid="standard").finalize_label(array))
         labels[name] = task.finalize_label(array)
-        result.sums |= _values(name, item.part, labels[name], task)
+        result.sums |= _values(name, item.subset, labels[name], task)
         if labels[name].ndim == 2 and labels[name].dtype != np.uint8:
             result.levels = _levels(labels[name])
     if "normals" in labels:
@@ -89,28 +89,28 @@ def measure(item: Item, reader: FileDataset, tasks: Mapping[str, Task], floor: i
         result.sums |= _directions(labels["normals"], mask)
     if item.aligned and image is not None:
         for name, label in labels.items():
-            found = align.match(image, resize_nearest(label, _size(image)))
-            if found is not None:
-                result.matches[name, item.part] = [found]
+            matched = align.match(image, resize_nearest(label, _size(image)))
+            if matched is not None:
+                result.matches[name, item.subset] = [matched]
     return result
 
 
 def merge_measurements(results: Iterable[Measurements]) -> Measurements:
-    """The sum of all."""
+    """Return the sum of all measurements."""
     total = Measurements()
     for result in results:
         total.add(result)
     return total
 
 
-def _read(item: Item, reader: FileDataset, result: Measurements) -> dict[str, np.ndarray]:
-    """The arrays that can be read, labels only if they fit their picture."""
+def _read(item: Item, dataset: FileDataset, result: Measurements) -> dict[str, np.ndarray]:
+    """Return the arrays that can be read, labels only if they fit their image."""
     arrays: dict[str, np.ndarray] = {}
     for kind in item.kinds:
         try:
-            array = reader.decode(kind, item.name)
+            array = dataset.decode(kind, item.name)
             if IMAGE in arrays:
-                reader.check_aspect(kind, item.name, _size(array), _size(arrays[IMAGE]))
+                dataset.check_aspect(kind, item.name, _size(array), _size(arrays[IMAGE]))
                 _count(result, kind, resampled=_size(array) != _size(arrays[IMAGE]))
         except UserError as error:
             result.failed[kind] += 1
@@ -121,9 +121,9 @@ def _read(item: Item, reader: FileDataset, result: Measurements) -> dict[str, np
     return arrays
 
 
-def _values(name: str, part: str, label: np.ndarray, task: Task) -> dict[str, np.ndarray | float]:
-    """Histograms by the label's layout: of the 256 values, or of depth; normals are measured elsewhere."""
-    sums: dict[str, np.ndarray | float] = {f"{name} pictures": 1.0}
+def _values(name: str, subset: str, label: np.ndarray, task: Task) -> dict[str, np.ndarray | float]:
+    """Return histograms by the label's layout: of the 256 values, or of depth; normals are measured elsewhere."""
+    sums: dict[str, np.ndarray | float] = {f"{name} images": 1.0}
     if label.ndim == 3:
         return sums
     if label.dtype == np.uint8:
@@ -131,9 +131,9 @@ def _values(name: str, part: str, label: np.ndarray, task: Task) -> dict[str, np
         some = counts.copy()
         some[int(task.void)] = 0
         return sums | {
-            f"{name} {part} values": counts,
-            f"{name} void pictures": float(not some.any()),
-            f"{name} foreground pictures": float(some[1:].any()),
+            f"{name} {subset} values": counts,
+            f"{name} void images": float(not some.any()),
+            f"{name} foreground images": float(some[1:].any()),
         }
     valid = label[label > 0]
     histogram = np.bincount(np.searchsorted(DEPTH_EDGES, valid), minlength=len(DEPTH_EDGES) + 1)
@@ -141,49 +141,51 @@ def _values(name: str, part: str, label: np.ndarray, task: Task) -> dict[str, np
         f"{name} pixels": float(label.size),
         f"{name} histogram": histogram.astype(np.float64),
         f"{name} total": float(valid.sum(dtype=np.float64)),
-        f"{name} void pictures": float(not len(valid)),
+        f"{name} void images": float(not len(valid)),
     }
 
 
 def _lengths(vectors: np.ndarray) -> dict[str, np.ndarray | float]:
-    """Of the vectors as they are stored: how many, how many short, how many of the others units; zeros are void."""
-    known = vectors.any(axis=2)
+    """Count stored vectors: zero (void), short, and of the others those of unit length."""
+    nonzero = vectors.any(axis=2)
     length = np.linalg.norm(vectors, axis=2)
-    long = known & (length >= Normals.min_length)
+    long = nonzero & (length >= Normals.min_length)
     return {
-        "normals pixels": float(known.size),
-        "normals zero": float((~known).sum()),
-        "normals short": float((known & ~long).sum()),
+        "normals pixels": float(nonzero.size),
+        "normals zero": float((~nonzero).sum()),
+        "normals short": float((nonzero & ~long).sum()),
         "normals units": float((long & (length >= 0.95) & (length <= 1.05)).sum()),
         "normals long": float(long.sum()),
     }
 
 
 def _directions(normals: np.ndarray, floor: np.ndarray | None) -> dict[str, np.ndarray | float]:
-    """Sums of unit vectors (H, W, 3): of all, of the floor (a mask, if known), of x by the side of the picture."""
-    known = normals.any(axis=2)
-    sides = np.where(np.arange(known.shape[1]) < known.shape[1] / 2, -1.0, 1.0)
+    """Sum unit vectors (H, W, 3): all, those of the floor (a mask, if known), and x by the side of the image."""
+    valid = normals.any(axis=2)
+    sides = np.where(np.arange(valid.shape[1]) < valid.shape[1] / 2, -1.0, 1.0)
     sums: dict[str, np.ndarray | float] = {
         "normals vectors": normals.sum(axis=(0, 1), dtype=np.float64),
         "normals outwards": float((normals[..., 0] * sides).sum()),
-        "normals void pictures": float(not known.any()),
+        "normals void images": float(not valid.any()),
     }
-    if floor is not None and floor.shape == known.shape:
-        sums["normals floor pixels"] = float((known & floor).sum())
-        sums["normals floor pictures"] = float((known & floor).any())
+    if floor is not None and floor.shape == valid.shape:
+        sums["normals floor pixels"] = float((valid & floor).sum())
+        sums["normals floor images"] = float((valid & floor).any())
         sums["normals floor vectors"] = normals[floor].sum(axis=0, dtype=np.float64)
     return sums
 
 
 def _count(result: Measurements, name: str, **amounts: float) -> None:
+    """Add numbers to the sums."""
     for key, amount in amounts.items():
         result.sums[f"{name} {key}"] = float(amount)
 
 
 def _levels(depth: np.ndarray) -> frozenset[float]:
-    """The distinct positive values of depth, at most DISTINCT of them."""
+    """Return the distinct positive values of depth, at most DISTINCT of them."""
     return frozenset(np.unique(depth[depth > 0])[:DISTINCT].tolist())
 
 
 def _size(array: np.ndarray) -> tuple[int, int]:
+    """Return height and width of an array."""
     return array.shape[0], array.shape[1]

@@ -108,8 +108,8 @@ def _thin_at_thresholds(
 class Scores(NamedTuple):
     """Boundary scores as fractions; NaN if there was no true boundary at all."""
 
-    odsF: float  # noqa: N815 - the name of the literature
-    oisF: float  # noqa: N815
+    odsF: float
+    oisF: float
     ap: float
     threshold: float
     precision: float

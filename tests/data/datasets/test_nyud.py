@@ -26,7 +26,7 @@ REAL = ROOT.parent / "shared" / "nyud_mini"
 
 
 def write(path: Path, array: np.ndarray, hdf5: bool = False) -> None:
-    """RGB or single-channel arrays as pictures, any as .npy, or as the one variable of a .mat named as in ASTMT's."""
+    """RGB or single-channel arrays as images, any as .npy, or as the one variable of a .mat named as in ASTMT's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".npy":
         np.save(path, array)
@@ -60,7 +60,7 @@ ASTMT = {"images": ".jpg", "segmentation": ".mat", "depth": ".mat", "normals": "
 
 
 def write_archive(root: Path, suffixes: dict[str, str] = NYUDV2, size: tuple[int, int] = (6, 8), hdf5=False) -> Path:
-    """Five pictures: three to train on, two to validate."""
+    """Five images: three to train on, two to validate."""
     for number in range(1, 6):
         for folder, array in arrays(number, size).items():
             if (folder, suffixes[folder]) == ("normals", ".npy"):
@@ -150,10 +150,10 @@ def test_jpeg_pictures_are_close_to_what_was_stored(tmp_path: Path) -> None:
 
 def test_a_rotating_exif_entry_does_not_turn_the_picture_from_its_labels(tmp_path: Path) -> None:
     root = write_archive(tmp_path / "NYUD_MT", MTI)
-    picture = Image.open(root / "images" / "0003.jpg")
-    exif = picture.getexif()
+    image = Image.open(root / "images" / "0003.jpg")
+    exif = image.getexif()
     exif[0x0112] = 6  # rotated by 90 degrees
-    picture.save(root / "images" / "0003.jpg", exif=exif)
+    image.save(root / "images" / "0003.jpg", exif=exif)
     assert NYUD(root, "train", TASKS).read(0).image.shape == (6, 8, 3)
 
 
@@ -168,10 +168,10 @@ def test_of_two_kinds_of_files_the_complete_one_is_taken(archive: Path) -> None:
 
 def test_palette_labels_are_indices_not_colours(archive: Path) -> None:
     ids = arrays(3)["segmentation"]
-    picture = Image.fromarray(ids, mode="P")
-    picture.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    image = Image.fromarray(ids, mode="P")
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
     before = NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"]
-    picture.save(archive / "segmentation" / "0003.png")
+    image.save(archive / "segmentation" / "0003.png")
     np.testing.assert_array_equal(NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"], before)
 
 
@@ -321,7 +321,7 @@ def test_splits_and_limit(archive: Path) -> None:
 
 
 def test_only_the_list_in_use_is_opened(archive: Path) -> None:
-    (archive / "gt_sets" / "val.txt").write_bytes(b"\xff\xfe no such picture")
+    (archive / "gt_sets" / "val.txt").write_bytes(b"\xff\xfe no such image")
     (archive / "gt_sets" / "tune_train.txt").unlink()
     assert len(NYUD(archive, "train", TASKS).ids) == 3
 
@@ -368,14 +368,14 @@ def test_unknown_split_names_its_list_and_the_splits_there(archive: Path) -> Non
     ("options", "parts"),
     [
         ({"tasks": ["semseg", "sal"]}, ["['sal']", "semseg"]),
-        ({"part": "test"}, ["'test'", "'val'"]),
+        ({"subset": "test"}, ["'test'", "'val'"]),
         ({"num_classes": 41}, ["41", "40"]),
         ({"resize": (0, 5)}, ["(0, 5)"]),
         ({"limit": 0}, ["limit=0"]),
     ],
 )
 def test_impossible_options_are_named(archive: Path, options: dict, parts: list[str]) -> None:
-    sentence = message(**({"root": archive, "part": "train", "tasks": TASKS} | options))
+    sentence = message(**({"root": archive, "subset": "train", "tasks": TASKS} | options))
     assert all(part in sentence for part in parts)
 
 

@@ -1,4 +1,4 @@
-"""The PASCAL-Context reader, on archives of a few tiny pictures."""
+"""The PASCAL-Context reader, on archives of a few tiny images."""
 
 import hashlib
 import itertools
@@ -156,11 +156,11 @@ def expected(shown: Picture, task: str) -> np.ndarray:
 
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_every_picture_and_label_is_what_the_slow_rules_say(shared, part: str) -> None:
-    root, pictures = shared
+    root, images = shared
     reader = PascalContext(root, part, TASKS)  # type: ignore[arg-type]
     assert reader.ids == list(TRAIN if part == "train" else VAL)
     for index, name in enumerate(reader.ids):
-        sample, shown = reader.read(index), pictures[name]
+        sample, shown = reader.read(index), images[name]
         assert sample.id == name
         assert tuple(sample.labels) == TASKS
         np.testing.assert_array_equal(sample.image, shown.image)
@@ -171,7 +171,7 @@ def test_every_picture_and_label_is_what_the_slow_rules_say(shared, part: str) -
 
 
 def test_the_miniature_holds_the_cases_that_the_rules_are_about(shared) -> None:
-    root, pictures = shared
+    root, images = shared
     reader = PascalContext(root, "train", TASKS)
     labels = {name: reader.read(index).labels for index, name in enumerate(TRAIN)}
     assert {int(v) for name in TRAIN for v in np.unique(labels[name]["human_parts"])} == set(range(7))
@@ -179,12 +179,12 @@ def test_the_miniature_holds_the_cases_that_the_rules_are_about(shared) -> None:
     for name in TRAIN:
         shares = [(labels[name]["normals"] == 0).all(axis=2).mean(), labels[name]["edge"].mean()]
         assert all(0 < share < 1 for share in shares)
-        thick = slow_laplacian(pictures[name].context)
+        thick = slow_laplacian(images[name].context)
         assert 0 < labels[name]["edge"].sum() < thick.sum()
         assert not (labels[name]["edge"] > thick).any()
-    both = [name for name in TRAIN if pictures[name].voc is not None]
+    both = [name for name in TRAIN if images[name].voc is not None]
     assert both
-    assert all((pictures[name].voc != pictures[name].from_context).any() for name in both)
+    assert all((images[name].voc != images[name].from_context).any() for name in both)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -216,12 +216,12 @@ def test_voc_labels_have_precedence_and_either_folder_will_do(archive: Path) -> 
         if (archive / "semseg" / "VOC12" / path.name).exists():
             path.write_bytes(b"not read")
     PascalContext(archive, "train", ["semseg"]).read(0)
-    pictures = write_archive(archive)
+    images = write_archive(archive)
     for path in (archive / "semseg" / "VOC12").iterdir():
         path.unlink()
     (archive / "semseg" / "VOC12").rmdir()
     label = PascalContext(archive, "train", ["semseg"]).read(0).labels["semseg"]
-    np.testing.assert_array_equal(label, pictures[FIRST].from_context)
+    np.testing.assert_array_equal(label, images[FIRST].from_context)
 
 
 def test_a_later_part_covers_an_earlier_one_in_the_order_of_the_file(archive: Path) -> None:
@@ -266,9 +266,9 @@ def test_a_label_map_may_be_of_any_type_of_number(archive: Path, dtype: type) ->
 
 
 def test_distilled_labels_of_another_size_are_resampled(tmp_path: Path) -> None:
-    pictures = write_archive(tmp_path, TRAIN[:1], VAL[:1], distilled=(48, 64))
+    images = write_archive(tmp_path, TRAIN[:1], VAL[:1], distilled=(48, 64))
     sample = PascalContext(tmp_path, "train", TASKS).read(0)
-    shown = pictures[FIRST]
+    shown = images[FIRST]
     assert sample.image.shape == (24, 32, 3)
     rows, columns = 2 * np.arange(24) + 1, 2 * np.arange(32) + 1  # a centre on the border of two goes to the later
     np.testing.assert_array_equal(sample.labels["sal"], (shown.saliency >= 128)[rows][:, columns])
@@ -332,7 +332,7 @@ def test_splits_and_limit(archive: Path) -> None:
 
 @pytest.mark.parametrize("tasks", SUBSETS, ids=",".join)
 def test_a_set_of_tasks_needs_its_own_folders_only(shared, tmp_path: Path, tasks: tuple[str, ...]) -> None:
-    root, pictures = shared
+    root, images = shared
     for folder in {"JPEGImages", "ImageSets"}.union(*(NEEDED[task] for task in tasks)):
         (tmp_path / folder).symlink_to(root / folder)
     reader = PascalContext(tmp_path, "train", tasks)
@@ -341,7 +341,7 @@ def test_a_set_of_tasks_needs_its_own_folders_only(shared, tmp_path: Path, tasks
         assert tuple(labels) == tasks
         for task, label in labels.items():
             if task != "edge":  # the slow one; another test has it
-                np.testing.assert_array_equal(label, expected(pictures[name], task))
+                np.testing.assert_array_equal(label, expected(images[name], task))
     for task in tasks:
         for folder in NEEDED[task]:
             (tmp_path / folder).unlink(missing_ok=True)
@@ -713,7 +713,7 @@ def test_an_id_without_files_names_the_first_of_them(archive: Path) -> None:
     [
         (f"{FIRST}\n{FIRST}\n".encode(), FIRST),
         (b"\xff\xfe\x00", "UTF-8"),
-        (b"\n", "lists no picture"),
+        (b"\n", "lists no image"),
     ],
 )
 def test_a_damaged_list_is_named(archive: Path, content: bytes, part: str) -> None:
@@ -728,14 +728,14 @@ def test_a_damaged_list_is_named(archive: Path, content: bytes, part: str) -> No
     ("options", "parts"),
     [
         ({"tasks": ["semseg", "depth"]}, ["['depth']", "human_parts"]),
-        ({"part": "test"}, ["'test'", "'val'"]),
+        ({"subset": "test"}, ["'test'", "'val'"]),
         ({"split": "tuned"}, ["tuned_train.txt", "['standard', 'tune']"]),
         ({"limit": 0}, ["limit=0"]),
         ({"limit": 0, "tasks": ["human_parts"]}, ["limit=0"]),
     ],
 )
 def test_impossible_options_are_named(archive: Path, options: dict, parts: list[str]) -> None:
-    sentence = message(**({"root": archive, "part": "train", "tasks": TASKS} | options))
+    sentence = message(**({"root": archive, "subset": "train", "tasks": TASKS} | options))
     assert all(part in sentence for part in parts)
 
 
@@ -765,12 +765,12 @@ def test_offered_builds_the_tasks() -> None:
 def test_summary_is_one_line_that_tells_what_is_derived_and_where(archive: Path, tmp_path: Path) -> None:
     plain = PascalContext(archive, "train", TASKS).summary()
     assert "\n" not in plain
-    assert f"{archive}: 4 pictures, 2 with labels of VOC12" in plain
+    assert f"{archive}: 4 images, 2 with labels of VOC12" in plain
     assert "edges derived at each access" in plain
     kept = PascalContext(archive, "train", TASKS, cache=tmp_path / "cache").summary()
     assert f"once, kept in {tmp_path / 'cache'}" in kept
     assert "derived" not in PascalContext(archive, "train", ["sal", "semseg"]).summary()
-    assert "3 pictures with persons" in PascalContext(archive, "train", ["human_parts"]).summary()
+    assert "3 images with persons" in PascalContext(archive, "train", ["human_parts"]).summary()
 
 
 def test_fingerprint_tells_lists_and_files_apart_but_not_tasks(archive: Path, tmp_path: Path) -> None:
@@ -779,7 +779,7 @@ def test_fingerprint_tells_lists_and_files_apart_but_not_tasks(archive: Path, tm
     others = {
         PascalContext(archive, "val", TASKS).fingerprint(),
         PascalContext(archive, "train", TASKS, limit=2).fingerprint(),
-        PascalContext(archive, "train", ["human_parts"]).fingerprint(),  # without the pictures that it drops
+        PascalContext(archive, "train", ["human_parts"]).fingerprint(),  # without the images that it drops
     }
     write_palette(archive / "semseg" / "VOC12" / f"{TRAIN[-1]}.png", RNG.integers(0, 21, (27, 27), dtype=np.uint8))
     others.add(PascalContext(archive, "train", TASKS).fingerprint())

@@ -185,7 +185,7 @@ def test_floor_ceiling_and_axes_of_the_normals():
             normals = arrays["normals"][arrays["semseg"] == CLASS_NAMES.index(name)]
             assert (sign * normals[:, 1] > 0.9).all()
             assert np.abs(normals[:, 0]).max(initial=0) < 1e-6  # the camera does not roll
-        # The walls seen on the left of the picture face right, which is negative x, and the other way round.
+        # The walls seen on the left of the image face right, which is negative x, and the other way round.
         scene, view = viewed(index)
         face = view.surface.reshape(HEIGHT, WIDTH)
         for row, sign in ((0, -1), (1, 1)):
@@ -301,8 +301,8 @@ def test_lists_are_disjoint():
         for seed in (0, 1)
     ]
     ids = [one for reader in lists for one in reader.ids]
-    pictures = {reader.read(i).image.tobytes() for reader in lists for i in range(len(reader.ids))}
-    assert len(ids) == len(set(ids)) == len(pictures) == 4 * 2 * 5
+    images = {reader.read(i).image.tobytes() for reader in lists for i in range(len(reader.ids))}
+    assert len(ids) == len(set(ids)) == len(images) == 4 * 2 * 5
 
 
 def test_the_cache_changes_nothing():
@@ -350,7 +350,7 @@ def test_offered():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"part": "test"}, ("part 'test'", "train, val")),
+        ({"subset": "test"}, ("subset 'test'", "train, val")),
         ({"split": "new"}, ("split 'new'", "standard, tune")),
         ({"tasks": ["depth", "flow"]}, ("task 'flow'", "semseg, human_parts, sal, depth, normals, edge")),
         ({"length": (0, 4)}, ("length 0", "train")),
@@ -365,7 +365,7 @@ def test_user_errors_name_the_value_and_the_choices(options, words):
 
 
 def test_the_cache_stops_at_its_limit(monkeypatch):
-    monkeypatch.setattr("mtcl.data.datasets.rooms.CACHE_BYTES", 3 * 16 * 16 * 2)  # two pictures of 16x16 without labels
+    monkeypatch.setattr("mtcl.data.datasets.rooms.CACHE_BYTES", 3 * 16 * 16 * 2)  # two images of 16x16 without labels
     reader = Rooms("train", (), size=(16, 16))
     first = [reader.read(i).image for i in range(4)]
     rendered = []

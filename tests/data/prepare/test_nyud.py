@@ -202,7 +202,7 @@ def test_normals_of_real_frames_agree_with_others(tmp_path: Path) -> None:
         pytest.skip("the small real frames are not beside this repository")
     subprocess.run([sys.executable, REAL / "unpack.py", tmp_path], check=True, capture_output=True)
     root, scale = tmp_path / "NYUDv2", 256 / WINDOW_4_TO_3.width
-    cx, cy = KINECT.cx - WINDOW_4_TO_3.left + 0.5, KINECT.cy - WINDOW_4_TO_3.top + 0.5
+    cx, cy = KINECT.cx - WINDOW_4_TO_3.column + 0.5, KINECT.cy - WINDOW_4_TO_3.row + 0.5
     camera = Camera(KINECT.fx * scale, KINECT.fy * scale, cx * scale - 0.5, cy * scale - 0.5)
     differences, floors, ceilings = [], [], []
     for path in sorted((root / "depth").iterdir())[::40]:
@@ -304,7 +304,7 @@ def test_frames_of_void_only_or_without_void_stay_as_they_are() -> None:
 
 
 def raw_frame(number: int) -> RawFrame:
-    """A frame of the true size: three planes of depth, blocks of labels with a seam of void, a gradient as picture."""
+    """A frame of the true size: three planes of depth, blocks of labels with a seam of void, a gradient as image."""
     v, u = np.mgrid[:480, :640]
     image = np.stack([u * 255 // 639, v * 255 // 479, np.full_like(u, 40 * number)], axis=-1).astype(np.uint8)
     block = v // 96 * 8 + u // 80
@@ -517,10 +517,10 @@ def test_a_second_run_goes_on_where_the_first_was_stopped(
 
 def test_a_folder_begun_with_another_size_or_file_is_refused(official: Path, tmp_path: Path) -> None:
     prepared(official, out := tmp_path / "out", "64x48")
-    with pytest.raises(UserError, match="begun with another size;"):
+    with pytest.raises(UserError, match="started with another size;"):
         prepared(official, out, "256x192")
     write_mats(official, classes=CLASSES[:800])
-    with pytest.raises(UserError, match="begun with another classes;"):
+    with pytest.raises(UserError, match="started with another classes;"):
         prepared(official, out, "64x48")
 
 
@@ -535,7 +535,7 @@ def test_a_full_disk_ends_in_one_sentence(official: Path, tmp_path: Path, monkey
     monkeypatch.setattr(os, "replace", replace)
     sentence = message(official, out, "64x48")
     assert f"{out} can't be written (No space left on device)" in sentence
-    assert "repeat the command and it goes on where it stopped" in sentence
+    assert "repeat the command, which continues where it stopped" in sentence
     assert not list(out.rglob("*.tmp"))
     monkeypatch.undo()
     assert "2 training" in prepared(official, out, "64x48")

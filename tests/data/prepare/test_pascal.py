@@ -19,7 +19,7 @@ from helpers.pascal_miniature import (
     VAL,
     Devkit,
     Picture,
-    picture,
+    image,
     write_archive,
     write_context,
     write_devkit,
@@ -119,10 +119,10 @@ def test_the_command_converts_everything_and_a_second_run_rewrites_only_the_list
     summary = subprocess.run(
         [sys.executable, ROOT / SCRIPT, *words], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
-    for shown in kit.pictures.values():
+    for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
     check_lists(out)
-    assert "has 4 training and 4 validation pictures (official: 4998 and 5105)" in summary
+    assert "has 4 training and 4 validation images (official: 4998 and 5105)" in summary
     assert [line.split() for line in summary.splitlines() if line.startswith(" ")] == [
         ["JPEGImages", "8"],
         ["semseg/VOC12", "4"],
@@ -144,8 +144,8 @@ def test_the_command_converts_everything_and_a_second_run_rewrites_only_the_list
 
 def test_the_result_has_the_files_of_the_archive_and_no_others(kit: Devkit, tmp_path: Path) -> None:
     prepared(kit, tmp_path / "out")
-    pictures = write_archive(tmp_path / "archive")
-    unused = {f"semseg/pascal-context/{name}.png" for name, shown in pictures.items() if shown.voc is not None}
+    images = write_archive(tmp_path / "archive")
+    unused = {f"semseg/pascal-context/{name}.png" for name, shown in images.items() if shown.voc is not None}
     stamps = {STAMP_FILE, f"human_parts/{STAMP_FILE}", f"normals_distill/{STAMP_FILE}", f"sal_distill/{STAMP_FILE}"}
     assert set(state(tmp_path / "out")) - stamps == set(state(tmp_path / "archive")) - unused
 
@@ -164,7 +164,7 @@ def test_only_what_was_deleted_is_written_again(kit: Devkit, tmp_path: Path) -> 
     assert {name for name in after if after[name] != before[name]} - deleted == {
         f"ImageSets/Context/{part}.txt" for part in ("train", "val", "tune_train", "tune_val")
     }
-    for shown in kit.pictures.values():
+    for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
 
 
@@ -188,7 +188,7 @@ def test_an_interrupted_run_leaves_no_lists_and_goes_on(
     prepared(kit, out)
     assert before.items() <= state(out).items()
     check_lists(out)
-    for shown in kit.pictures.values():
+    for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
 
 
@@ -207,14 +207,14 @@ def test_a_full_disk_says_that_the_command_goes_on(
     monkeypatch.setattr(os, "fsync", full)
     sentence = message(kit, out)
     assert f"{out} can't be written (No space left on device)" in sentence
-    assert "repeat the command and it goes on" in sentence
+    assert "repeat the command, which continues" in sentence
     monkeypatch.undo()
     before = state(out)
     assert len(before) == 20
     assert not any(".tmp" in name for name in before)
     prepared(kit, out)
     assert before.items() <= state(out).items()
-    for shown in kit.pictures.values():
+    for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
 
 
@@ -235,7 +235,7 @@ def test_link_copies_nothing_and_mends_broken_links(
     relative = {"voc": Path("VOCdevkit/VOC2010"), "voc_labels": Path("VOCdevkit/VOC2012"), "context": Path("context")}
     out = tmp_path / "out"
     prepared(kit, out, link=True, **relative)
-    for shown in kit.pictures.values():
+    for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
     written = {path.relative_to(out) for path in out.rglob("*") if path.is_file() and not path.is_symlink()}
     assert {str(path.parent) for path in written if path.name != STAMP_FILE} == {
@@ -266,21 +266,21 @@ def test_the_inner_folders_may_be_given_themselves(kit: Devkit, tmp_path: Path) 
         normals=kit.distilled / "normals_distill",
         saliency=kit.distilled / "sal_distill",
     )
-    for shown in kit.pictures.values():
+    for shown in kit.images.values():
         check_picture(tmp_path / "out", shown, labelled=shown.voc is not None)
 
 
 def test_distilled_maps_may_have_another_size_but_not_another_aspect(tmp_path: Path) -> None:
     kit = write_devkit(tmp_path / "releases")
-    for name, shown in kit.pictures.items():
+    for name, shown in kit.images.items():
         larger = np.repeat(np.repeat(shown.normals, 2, axis=0), 2, axis=1)
         assert cv2.imwrite(str(kit.distilled / "normals_distill" / f"{name}.png"), larger[..., ::-1])
     prepared(kit, tmp_path / "out")
     reader = PascalContext(tmp_path / "out", "val", ["normals"])
     for index, name in enumerate(reader.ids):
-        assert reader.read(index).labels["normals"].shape == kit.pictures[name].image.shape
+        assert reader.read(index).labels["normals"].shape == kit.images[name].image.shape
     odd = write_devkit(tmp_path / "odd", distilled=(11, 17))
-    assert "11x17 pixels (height x width), but its picture" in message(odd, tmp_path / "other")
+    assert "11x17 pixels (height x width), but its image" in message(odd, tmp_path / "other")
 
 
 def test_optional_releases_may_be_absent_and_added_later(kit: Devkit, tmp_path: Path) -> None:
@@ -307,16 +307,16 @@ def test_optional_releases_may_be_absent_and_added_later(kit: Devkit, tmp_path: 
 
 def test_labels_come_from_voc2010_itself_unless_another_folder_is_given(kit: Devkit, tmp_path: Path) -> None:
     prepared(kit, tmp_path / "out", voc_labels=None)
-    last = [name for name, shown in kit.pictures.items() if shown.voc is not None][-1]
+    last = [name for name, shown in kit.images.items() if shown.voc is not None][-1]
     assert not (kit.voc / "SegmentationClass" / f"{last}.png").exists()
-    for name, shown in kit.pictures.items():
+    for name, shown in kit.images.items():
         check_picture(tmp_path / "out", shown, labelled=shown.voc is not None and name != last)
 
 
 def test_pixels_without_a_context_label_are_void(tmp_path: Path) -> None:
     kit = write_devkit(tmp_path / "releases", unlabelled=True)
     prepared(kit, tmp_path / "out")
-    shown = kit.pictures[TRAIN[1]]
+    shown = kit.images[TRAIN[1]]
     label = files.read_label_image(tmp_path / "out" / "semseg" / "pascal-context" / f"{TRAIN[1]}.png")
     np.testing.assert_array_equal(label == 255, shown.context == 0)
     assert (label == 255).any()
@@ -332,7 +332,7 @@ def test_every_context_class_becomes_its_voc_class_or_background() -> None:
 
 @pytest.mark.parametrize("kind", [np.int32, np.float64])
 def test_a_label_map_may_be_stored_in_any_type_of_number(kit: Devkit, tmp_path: Path, kind: type) -> None:
-    shown = kit.pictures[TRAIN[1]]
+    shown = kit.images[TRAIN[1]]
     write_context(kit.context / "trainval" / f"{shown.id}.mat", shown.context.astype(kind))
     prepared(kit, tmp_path / "out")
     check_picture(tmp_path / "out", shown, labelled=False)
@@ -345,8 +345,8 @@ def test_the_reader_reads_the_result(kit: Devkit, tmp_path: Path) -> None:
         assert list(reader.ids) == list(ids)
         for index, name in enumerate(ids):
             sample = reader.read(index)
-            np.testing.assert_array_equal(sample.image, kit.pictures[name].image)
-            np.testing.assert_array_equal(sample.labels["semseg"], kit.pictures[name].semseg)
+            np.testing.assert_array_equal(sample.image, kit.images[name].image)
+            np.testing.assert_array_equal(sample.labels["semseg"], kit.images[name].semseg)
             assert tuple(sample.labels) == TASKS
 
 
@@ -388,7 +388,7 @@ def test_missing_files_are_counted_and_the_first_three_named(
         (source / f"{name}{suffix}").unlink()
     sentence = message(kit, tmp_path / "out")
     first = ", ".join(f"{name}{suffix}" for name in gone[:3])
-    assert f"{source} lacks the files of 4 of 8 pictures, first {first};" in sentence
+    assert f"{source} lacks the files of 4 of 8 images, first {first};" in sentence
     assert not (tmp_path / "out").exists()
 
 
@@ -405,7 +405,7 @@ def test_a_path_in_place_of_an_id_is_refused_and_nothing_is_written(kit: Devkit,
 def test_another_years_lists_are_refused(kit: Devkit, tmp_path: Path) -> None:
     write_list(kit.voc / "ImageSets" / "Main" / "train.txt", [*TRAIN, "2011_000001"])
     sentence = message(kit, tmp_path / "out")
-    assert "lacks the files of 1 of 9 pictures, first 2011_000001.jpg" in sentence
+    assert "lacks the files of 1 of 9 images, first 2011_000001.jpg" in sentence
     assert "the VOC of 2010" in sentence
 
 
@@ -414,12 +414,12 @@ def truncated(path: Path) -> None:
 
 
 GREY, COLOURS = np.zeros((31, 20), np.uint8), np.zeros((31, 20, 3), np.uint8)
-DAMAGE = {  # case: file of a picture of 31x20 pixels, how to spoil it, what is said
-    "picture": ("VOCdevkit/VOC2010/JPEGImages/{}.jpg", truncated, "is not a readable picture"),
+DAMAGE = {  # case: file of an image of 31x20 pixels, how to spoil it, what is said
+    "image": ("VOCdevkit/VOC2010/JPEGImages/{}.jpg", truncated, "is not a readable image"),
     "context size": (
         "context/trainval/{}.mat",
         lambda path: write_context(path, np.ones((31, 21), np.uint16)),
-        "is 31x21 pixels (height x width), but its picture",
+        "is 31x21 pixels (height x width), but its image",
     ),
     "context class": (
         "context/trainval/{}.mat",
@@ -451,15 +451,15 @@ DAMAGE = {  # case: file of a picture of 31x20 pixels, how to spoil it, what is 
     "voc size": (
         "VOCdevkit/VOC2012/SegmentationClass/{}.png",
         lambda path: write_palette(path, GREY.T),
-        "is 20x31 pixels (height x width), but its picture",
+        "is 20x31 pixels (height x width), but its image",
     ),
     "voc class": (
         "VOCdevkit/VOC2012/SegmentationClass/{}.png",
         lambda path: write_palette(path, GREY + np.uint8(21)),
         "holds the class 21",
     ),
-    "normals": ("distilled/normals_distill/{}.png", lambda path: write_png(path, GREY), "8-bit picture of 3 channels"),
-    "saliency": ("distilled/sal_distill/{}.png", lambda path: write_png(path, COLOURS), "8-bit picture of 1 channel"),
+    "normals": ("distilled/normals_distill/{}.png", lambda path: write_png(path, GREY), "8-bit image of 3 channels"),
+    "saliency": ("distilled/sal_distill/{}.png", lambda path: write_png(path, COLOURS), "8-bit image of 1 channel"),
 }
 
 
@@ -467,7 +467,7 @@ DAMAGE = {  # case: file of a picture of 31x20 pixels, how to spoil it, what is 
 def test_a_damaged_file_is_named(kit: Devkit, tmp_path: Path, case: str) -> None:
     pattern, spoil, said = DAMAGE[case]
     name = VAL[2]
-    assert kit.pictures[name].image.shape == (31, 20, 3)
+    assert kit.images[name].image.shape == (31, 20, 3)
     path = tmp_path / "releases" / pattern.format(name)
     spoil(path)
     sentence = message(kit, tmp_path / "out")
@@ -476,13 +476,13 @@ def test_a_damaged_file_is_named(kit: Devkit, tmp_path: Path, case: str) -> None
 
 
 def test_a_bad_label_map_leaves_no_label_derived_from_it(kit: Devkit, tmp_path: Path) -> None:
-    path = kit.context / "trainval" / f"{TRAIN[1]}.mat"  # of a picture without VOC label
+    path = kit.context / "trainval" / f"{TRAIN[1]}.mat"  # of an image without VOC label
     write_context(path, np.ones((3, 3), np.uint16))
     assert str(path) in message(kit, tmp_path / "out")
     assert not (tmp_path / "out" / "semseg" / "pascal-context" / f"{TRAIN[1]}.png").exists()
-    write_context(path, kit.pictures[TRAIN[1]].context)
+    write_context(path, kit.images[TRAIN[1]].context)
     prepared(kit, tmp_path / "out")
-    check_picture(tmp_path / "out", kit.pictures[TRAIN[1]], labelled=False)
+    check_picture(tmp_path / "out", kit.images[TRAIN[1]], labelled=False)
 
 
 def test_a_folder_of_something_else_is_left_alone(kit: Devkit, tmp_path: Path) -> None:
@@ -505,10 +505,10 @@ def test_a_run_killed_while_it_began_can_be_started_again(tmp_path: Path) -> Non
 def test_a_result_of_other_releases_is_not_mixed_with_these(kit: Devkit, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepared(kit, out)
-    with pytest.raises(UserError, match=f"{out} was begun with another voc-labels"):
+    with pytest.raises(UserError, match=f"{out} was started with another voc-labels"):
         prepared(kit, out, voc_labels=kit.voc)
     (kit.parts / "Annotations_Part" / "2007_000001.mat").write_bytes(b"one more than before")
-    with pytest.raises(UserError, match=f"{out / 'human_parts'} was begun with another parts"):
+    with pytest.raises(UserError, match=f"{out / 'human_parts'} was started with another parts"):
         prepared(kit, out)
 
 
@@ -554,7 +554,7 @@ def test_the_command_needs_only_two_releases_and_links_on_request(
 
 
 def test_the_miniature_has_the_cases_that_readers_must_get_right() -> None:
-    shown = [picture(name, position) for position, name in enumerate((*TRAIN, *VAL))]
+    shown = [image(name, position) for position, name in enumerate((*TRAIN, *VAL))]
     persons = [[thing for thing in p.objects if thing.kind == 15] for p in shown]
     assert [len(found) for found in persons[:4]] == [2, 1, 0, 2]
     assert not any(thing.parts for thing in persons[1])

@@ -105,15 +105,15 @@ def test_a_sound_miniature_has_no_damage_and_is_left_as_it_was(sound: Path) -> N
     before = {path: path.stat().st_mtime_ns for path in sound.rglob("*")}
     result = verify(sound)
     assert damages(result) == {}
-    assert result.dataset == "nyud"
+    assert result.name == "nyud"
     assert tuple(result.tasks) == NYUD_TASKS
     for check in ("lists train and val", "list tune_val", "decoded depth", "label sizes", "depth metres"):
         assert row(result, check).verdict == "ok", check
     for task in NYUD_TASKS:
-        assert row(result, f"{task} on picture").verdict == "ok", row(result, f"{task} on picture")
+        assert row(result, f"{task} on image").verdict == "ok", row(result, f"{task} on image")
         assert row(result, f"{task} left and right").verdict == "ok"
     assert row(result, "normals of floors").verdict == "ok"
-    assert row(result, "list train").verdict == "deviation"  # ten pictures
+    assert row(result, "list train").verdict == "deviation"  # ten images
     assert {path: path.stat().st_mtime_ns for path in sound.rglob("*")} == before
 
 
@@ -125,7 +125,7 @@ def test_the_script_prints_the_table_and_draws_the_sheet(
     assert done.code == 0, done.err
     assert "error" not in done.err
     assert all(len(line) <= 120 for line in done.out.splitlines() if "|" in line)
-    assert "deviation: list train: 10 pictures, the official list has 795" in done.out
+    assert "deviation: list train: 10 images, the official list has 795" in done.out
     sheet = cv2.imread(str(tmp_path / "verify_nyud.png"))
     assert sheet.shape[1] > 5 * 240
     assert sheet.shape[0] > 6 * 180
@@ -189,7 +189,7 @@ def test_a_task_without_its_folder_is_only_a_deviation(archive: Path) -> None:
     result = verify(archive)
     assert damages(result) == {}
     assert row(result, "files edge").verdict == "deviation"
-    assert "not there" in row(result, "files edge").found
+    assert "not there" in row(result, "files edge").value
     assert "edge" not in result.tasks
 
 
@@ -197,7 +197,7 @@ def test_a_task_without_its_folder_is_only_a_deviation(archive: Path) -> None:
 def test_nothing_to_measure_is_an_error(archive: Path, folder: str) -> None:
     for each in ["images"] if folder == "images" else LABELS:
         shutil.rmtree(archive / each)
-    with pytest.raises(UserError, match="holds no picture" if folder == "images" else "holds no label of any task"):
+    with pytest.raises(UserError, match="holds no image" if folder == "images" else "holds no label of any task"):
         verify(archive)
 
 
@@ -206,7 +206,7 @@ def test_an_id_twice_is_named_and_the_pictures_are_measured_all_the_same(archive
     result = verify(archive)
     assert "0007" in damages(result).pop("list train")
     assert len(damages(result)) == 1
-    assert row(result, "decoded depth").found == "16"
+    assert row(result, "decoded depth").value == "16"
 
 
 def test_a_list_that_is_missing_or_empty_is_damage(archive: Path) -> None:
@@ -242,9 +242,7 @@ def test_shifted_labels_are_found(archive: Path, down: int, right: int) -> None:
         change(archive / folder, lambda array: np.roll(array, (down, right), axis=(0, 1)))
     found = damages(verify(archive))
     for task in NYUD_TASKS:
-        told = re.findall(
-            r"of (?:train|val) lies ([+-]\d+) pixels down and ([+-]\d+) right", found[f"{task} on picture"]
-        )
+        told = re.findall(r"of (?:train|val) lies ([+-]\d+) pixels down and ([+-]\d+) right", found[f"{task} on image"])
         assert len(told) == 2
         assert all(abs(int(a) - down) <= 1 and abs(int(b) - right) <= 1 for a, b in told), (task, told)
 
@@ -261,7 +259,7 @@ def test_mirrored_labels_are_found(archive: Path) -> None:
 def test_labels_of_one_list_alone_are_found(archive: Path) -> None:
     for path in (archive / "segmentation").glob("01*.png"):
         write(path, np.roll(cv2.imread(str(path), cv2.IMREAD_UNCHANGED), 6, axis=1))
-    sentence = damages(verify(archive))["semseg on picture"]
+    sentence = damages(verify(archive))["semseg on image"]
     assert "of val" in sentence
     assert "of train" not in sentence
 
@@ -271,7 +269,7 @@ def test_labels_of_other_pictures_are_no_clear_answer(archive: Path) -> None:
     content = [path.read_bytes() for path in paths]
     for path, other in zip(paths, content[1:] + content[:1]):
         path.write_bytes(other)
-    assert row(verify(archive), "semseg on picture").verdict == "deviation"  # few pictures; of many it is damage
+    assert row(verify(archive), "semseg on image").verdict == "deviation"  # few images; of many it is damage
 
 
 @pytest.mark.parametrize("step", [1, -1])
@@ -333,7 +331,7 @@ def test_labels_of_another_size_are_a_deviation_and_of_another_shape_damage(arch
     change(archive / "edge", lambda array: cv2.resize(array, (256, 192), interpolation=cv2.INTER_NEAREST))
     result = verify(archive)
     assert damages(result) == {}
-    assert row(result, "label sizes").found == "edge 16 differ"
+    assert row(result, "label sizes").value == "edge 16 differ"
     change(archive / "edge", lambda array: array[:, :128])
     assert "192x128" in damages(verify(archive))["decoded edge"]
 
@@ -342,9 +340,9 @@ def test_a_limit_measures_the_first_pictures_but_checks_whole_lists(archive: Pat
     (archive / "edge" / "0009.png").write_bytes(b"")
     result = verify(archive, limit=7)
     assert damages(result) == {}
-    assert row(result, "decoded edge").found == "13"
-    assert row(result, "list train").found == "10"
-    assert "only the first 7 pictures of each list" in format_report(result)
+    assert row(result, "decoded edge").value == "13"
+    assert row(result, "list train").value == "10"
+    assert "only the first 7 images of each list" in format_report(result)
     for options, key in (({"limit": 0}, "limit=0"), ({"workers": -1}, "workers=-1")):
         with pytest.raises(UserError, match=key):
             verify(archive, **options)
@@ -384,19 +382,19 @@ def test_tables_have_aligned_columns_and_wrap() -> None:
     assert sum("word" in line for line in lines) == 4
 
 
-def slow_surface(picture: np.ndarray, marks: np.ndarray, extent: int) -> np.ndarray:
+def slow_surface(image: np.ndarray, marks: np.ndarray, extent: int) -> np.ndarray:
     """Correlations by definition: what is outside counts nothing."""
-    height, width = picture.shape
+    height, width = image.shape
     padded = np.pad(marks, extent)
     shifts = range(2 * extent + 1)
-    return np.array([[(picture * padded[y : y + height, x : x + width]).sum() for x in shifts] for y in shifts])
+    return np.array([[(image * padded[y : y + height, x : x + width]).sum() for x in shifts] for y in shifts])
 
 
 def test_the_surface_is_the_correlation_at_each_shift() -> None:
     rng = np.random.default_rng(0)
-    picture, marks = (rng.normal(size=(23, 30)).astype(np.float32) for _ in range(2))
-    expected = slow_surface(picture, marks, align.REACH + align.WINDOW)
-    np.testing.assert_allclose(align._surface(picture, marks), expected, atol=1e-3)
+    image, marks = (rng.normal(size=(23, 30)).astype(np.float32) for _ in range(2))
+    expected = slow_surface(image, marks, align.REACH + align.WINDOW)
+    np.testing.assert_allclose(align._surface(image, marks), expected, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -404,7 +402,7 @@ def test_the_surface_is_the_correlation_at_each_shift() -> None:
     [
         (100, (1, -2), True, 20, "ok"),
         (100, (0, 3), True, 20, "damage"),
-        (49, (5, 5), False, 0, "deviation"),  # few pictures say little
+        (49, (5, 5), False, 0, "deviation"),  # few images say little
         (50, (5, 5), False, 0, "damage"),  # many must say something
         (100, (5, 5), False, 9, "deviation"),  # but smooth labels may only be known from their mirror images
     ],
@@ -412,7 +410,7 @@ def test_the_surface_is_the_correlation_at_each_shift() -> None:
 def test_what_pictures_say_together_is_judged(
     count: int, shift: tuple[int, int], clear: bool, sided: float, verdict: str
 ) -> None:
-    found = align.Fit(count=count, shift=shift, clear=clear, own=0.2, mirrored=0.1, sided=sided)
+    found = align.Fit(count=count, shift=shift, clear=clear, correlation=0.2, mirrored=0.1, sided=sided)
     assert judge._shift_verdict(found) == verdict
 
 
@@ -471,12 +469,12 @@ def sound_pascal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_pascal_passes_and_its_damages_are_found(sound_pascal: Path, tmp_path: Path) -> None:
     result = verify(sound_pascal)
-    assert result.dataset == "pascal"
+    assert result.name == "pascal"
     assert set(result.tasks) == set(PascalContext.task_options())
     assert damages(result) == {}
     for task in ("semseg", "sal", "edge"):
-        assert row(result, f"{task} on picture").verdict == "ok", row(result, f"{task} on picture")
-    assert row(result, "semseg most frequent").found.startswith("background")
+        assert row(result, f"{task} on image").verdict == "ok", row(result, f"{task} on image")
+    assert row(result, "semseg most frequent").value.startswith("background")
 
     broken = Path(shutil.copytree(sound_pascal, tmp_path / "PASCALContext"))
     change(broken / "sal_distill", lambda array: np.roll(array, 6, axis=1))
@@ -484,18 +482,16 @@ def test_pascal_passes_and_its_damages_are_found(sound_pascal: Path, tmp_path: P
     scipy.io.savemat(broken / "human_parts" / "0003.mat", {"other": 1})
     (broken / "pascal-context" / "trainval" / "0102.mat").unlink()
     found = damages(verify(broken))
-    assert {"sal on picture", "semseg most frequent", "decoded human_parts", "files normals", "files edge"} <= set(
-        found
-    )
+    assert {"sal on image", "semseg most frequent", "decoded human_parts", "files normals", "files edge"} <= set(found)
     assert "pascal-context/trainval/0102.mat" in found["files edge"]
 
 
 def test_pascal_of_random_arrays_is_read_in_full(tmp_path: Path) -> None:
     write_archive(tmp_path / "PASCALContext")
     result = verify(tmp_path)
-    assert row(result, "decoded human_parts").found == "8"
-    assert row(result, "picture sizes").found.startswith("4 sizes")
-    assert row(result, "semseg on picture").found == "too few pictures"
+    assert row(result, "decoded human_parts").value == "8"
+    assert row(result, "image sizes").value.startswith("4 sizes")
+    assert row(result, "semseg on image").value == "too few images"
 
 
 @pytest.mark.slow
@@ -520,6 +516,6 @@ def test_real_small_frames_are_sound_but_for_their_known_deviations(
     root = tmp_path / "mini" / "NYUDv2"
     paths = sorted((root / "segmentation").iterdir())
     content = [path.read_bytes() for path in paths]
-    for path, other in zip(paths, content[5:] + content[:5]):  # labels of other pictures
+    for path, other in zip(paths, content[5:] + content[:5]):  # labels of other images
         path.write_bytes(other)
-    assert "labels of other ones" in damages(verify(root, workers=2))["semseg on picture"]
+    assert "labels of other ones" in damages(verify(root, workers=2))["semseg on image"]

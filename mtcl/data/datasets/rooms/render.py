@@ -1,4 +1,4 @@
-"""Exact ray casting of a scene, with the labels of all six tasks and a lit, textured picture.
+"""Exact ray casting of a scene, with the labels of all six tasks and a lit, textured image.
 
 On the pixel path there are only integer operations and + - * / sqrt, floor, comparisons and choices of single
 elements, so that the pixels are the same on every machine. Pixels are kept flat: an image of height H and
@@ -18,7 +18,7 @@ from mtcl.data.datasets.rooms.scene import FREE_STANDING, PERSON, Camera, Capsul
 from mtcl.data.datasets.rooms.textures import LEVELS, SIDE, SIDE_BITS, atlas, hash_noise
 
 NEAR = 0.05  # metres; nothing is closer to the camera
-LARGE_PERSON = 0.01  # of the picture; smaller persons are not salient
+LARGE_PERSON = 0.01  # of the image; smaller persons are not salient
 FALLOFF = 0.16  # of the lamp's light, per square metre
 
 Vectors = np.ndarray | Sequence[np.ndarray]  # (3, M), or three (M,)
@@ -26,7 +26,7 @@ Surfaces = tuple[np.ndarray, np.ndarray]  # unit normals (3, M), metres along an
 
 
 class View(NamedTuple):
-    """What every pixel of a picture shows, before labels and light."""
+    """What every pixel of an image shows, before labels and light."""
 
     rays: np.ndarray  # float32 (3, N): directions in the world, 1 long along the optical axis
     depth: np.ndarray  # float32 (N,): metres along the optical axis
@@ -48,16 +48,23 @@ class Tables(NamedTuple):
 
 
 def render(seed: int, index: int, height: int, width: int) -> dict[str, np.ndarray]:
-    """The picture and the labels of scene ``index`` of ``seed``, a pure function of its arguments.
+    """Render the image and the labels of one scene, a pure function of the arguments.
 
-    ``image``: uint8 RGB (H, W, 3).
-    ``semseg``: uint8 (H, W), indices of ``CLASS_NAMES``.
-    ``depth``: float32 (H, W), metres along the optical axis.
-    ``normals``: float32 (H, W, 3), unit vectors in camera axes: x to the left, y up, z towards the viewer.
-    ``edge``: uint8 (H, W), 1 where the right or the lower neighbour belongs to another instance.
-    ``human_parts``: uint8 (H, W), 0 background, 1 head, 2 torso and neck, 3 upper arms, 4 lower arms and
-    hands, 5 upper legs, 6 lower legs and feet.
-    ``sal``: uint8 (H, W), 1 on the salient object (see :func:`saliency_mask`).
+    Args:
+        seed: seed of the scenes.
+        index: number of the scene.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+
+    Returns:
+        ``image``: uint8 RGB (H, W, 3).
+        ``semseg``: uint8 (H, W), indices of ``CLASS_NAMES``.
+        ``depth``: float32 (H, W), metres along the optical axis.
+        ``normals``: float32 (H, W, 3), unit vectors in camera axes: x to the left, y up, z towards the viewer.
+        ``edge``: uint8 (H, W), 1 where the right or the lower neighbour belongs to another instance.
+        ``human_parts``: uint8 (H, W), 0 background, 1 head, 2 torso and neck, 3 upper arms, 4 lower arms and
+        hands, 5 upper legs, 6 lower legs and feet.
+        ``sal``: uint8 (H, W), 1 on the salient object (see :func:`saliency_mask`).
     """
     scene = build_scene(seed, index)
     tables, shapes = build_tables(scene), build_shapes(scene)
@@ -76,7 +83,7 @@ def render(seed: int, index: int, height: int, width: int) -> dict[str, np.ndarr
 
 
 def build_tables(scene: Scene) -> Tables:
-    """The table of the scene's surfaces."""
+    """Collect the scene's surfaces into arrays."""
     primitives: list[Solid | Capsule] = [*scene.boxes, *scene.ellipsoids, *scene.capsules]
     surfaces = scene.shell + [primitive.surface for primitive in primitives]
     colours = np.array([(*s.paint.first, *s.paint.second, s.paint.glow) for s in surfaces], np.float32).T.copy()
@@ -109,7 +116,7 @@ class Boxes:
         self.bounds = np.stack([self.centre - reach, self.centre + reach])
 
     def frames(self, origin: Vector) -> np.ndarray:
-        """What takes a ray from ``origin`` into the primitives' frames: float32 (8, primitives)."""
+        """Return coefficients that map rays from ``origin`` into the primitives' frames: float32 (8, primitives)."""
         x, y, z = np.array(origin)[:, None] - self.centre
         c, s = self.cos, self.sin
         hx, hy, hz = self.half
@@ -118,14 +125,14 @@ class Boxes:
 
     @staticmethod
     def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
-        """Ray lengths (M,) to the intersections of pairs (8, M) and (3, M); infinite where there is none."""
+        """Return ray lengths (M,) to the intersections of pairs (8, M) and (3, M); infinite where there is none."""
         near, far = _slabs(*_local(frames, rays))
         first = np.maximum(np.maximum(near[0], near[1]), near[2])
         last = np.minimum(np.minimum(far[0], far[1]), far[2])
         return np.where(first <= last, first, np.float32(np.inf))
 
     def surfaces(self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray) -> Surfaces:
-        """What rays (3, M) from ``origin`` meet at ``depth`` (M,), on the primitives ``which`` (M,)."""
+        """Return what rays (3, M) from ``origin`` hit at ``depth`` (M,), on the primitives ``which`` (M,)."""
         start, direction = _local(self.frames(origin)[:, which], rays)
         near, _ = _slabs(start, direction)
         axis = np.where(near[0] > near[1], np.where(near[0] > near[2], 0, 2), np.where(near[1] > near[2], 1, 2))
@@ -136,7 +143,7 @@ class Boxes:
         return self._turned(which, x, y, z), face_coordinates(local, axis)
 
     def _turned(self, which: np.ndarray, x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
-        """Vectors of the primitives' frames in the world: (3, M)."""
+        """Rotate vectors of the primitives' frames into the world: (3, M)."""
         c, s = self.cos.astype(np.float32)[which], self.sin.astype(np.float32)[which]
         return np.stack([c * x + s * z, y, c * z - s * x])
 
@@ -146,12 +153,14 @@ class Ellipsoids(Boxes):
 
     @staticmethod
     def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        """Return ray lengths (M,) to the ellipsoids; see :meth:`Boxes.distances`."""
         origin, direction = _local(frames, rays)
         a, b, c = dot(direction, direction), dot(origin, direction), dot(origin, origin) - 1
         h = b * b - a * c
         return np.where(h > 0, (-b - np.sqrt(np.maximum(h, 0))) / a, np.float32(np.inf))
 
     def surfaces(self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray) -> Surfaces:
+        """Return what rays hit on the ellipsoids; see :meth:`Boxes.surfaces`."""
         start, direction = _local(self.frames(origin)[:, which], rays)
         half = self.half.astype(np.float32)[:, which]
         x, y, z = (start[i] + depth * direction[i] for i in range(3))
@@ -169,7 +178,7 @@ class Capsules:
         self.bounds = np.stack([low - self.radius, high + self.radius])
 
     def frames(self, origin: Vector) -> np.ndarray:
-        """The axes, the ways from their ends to the origin, and their products: float32 (14, primitives)."""
+        """Return the axes, the vectors from their ends to the origin, and their products: float32 (14, primitives)."""
         axis = self.end - self.start
         start, end = (np.array(origin)[:, None] - one for one in (self.start, self.end))
         length, along, square = dot(axis, axis), dot(axis, start), self.radius * self.radius
@@ -179,6 +188,7 @@ class Capsules:
 
     @staticmethod
     def distances(frames: np.ndarray, rays: np.ndarray) -> np.ndarray:
+        """Return ray lengths (M,) to the capsules; see :meth:`Boxes.distances`."""
         axis, start, end = frames[:3], frames[3:6], frames[6:9]
         length, along, c, cap_start, cap_end = frames[9:]
         rr, ar, sr = dot(rays, rays), dot(axis, rays), dot(start, rays)
@@ -195,6 +205,7 @@ class Capsules:
         return np.where(h > 0, np.where((y > 0) & (y < length), t, cap), np.float32(np.inf))
 
     def surfaces(self, origin: Vector, which: np.ndarray, rays: np.ndarray, depth: np.ndarray) -> Surfaces:
+        """Return what rays hit on the capsules; see :meth:`Boxes.surfaces`."""
         frames = self.frames(origin)[:, which]
         axis, start, length = frames[:3], frames[3:6], frames[9]
         offset = start + depth * rays
@@ -206,28 +217,29 @@ Shape = Boxes | Capsules
 
 
 def build_shapes(scene: Scene) -> list[Shape]:
-    """The scene's primitives by kind, in the order of :func:`build_tables`."""
+    """Group the scene's primitives by kind, in the order of :func:`build_tables`."""
     return [Boxes(scene.boxes), Ellipsoids(scene.ellipsoids), Capsules(scene.capsules)]
 
 
 def dot(a: Vectors, b: Vectors) -> np.ndarray:
-    """Inner products of (3, M) and (3, M): (M,), added in one fixed order."""
+    """Return inner products of (3, M) and (3, M): (M,), added in one fixed order."""
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 def unit(a: np.ndarray) -> np.ndarray:
+    """Scale vectors (3, M) to unit length."""
     return a / np.sqrt(dot(a, a))
 
 
 def _local(frames: np.ndarray, rays: np.ndarray) -> tuple[Vectors, Vectors]:
-    """Origins and directions of rays in the frames of :meth:`Boxes.frames`."""
+    """Return origins and directions of rays in the frames of :meth:`Boxes.frames`."""
     xx, xz, yy, zx, zz = frames[:5]
     x, y, z = rays
     return frames[5:], [xx * x - xz * z, yy * y, zx * x + zz * z]
 
 
 def _slabs(origin: Vectors, direction: Vectors) -> tuple[Vectors, Vectors]:
-    """Where rays enter and leave the three slabs -1..1, in ray lengths."""
+    """Return where rays enter and leave the three slabs -1..1, in ray lengths."""
     near, far = [], []
     for start, step in zip(origin, direction):
         inverse = 1 / step
@@ -238,21 +250,21 @@ def _slabs(origin: Vectors, direction: Vectors) -> tuple[Vectors, Vectors]:
 
 
 def face_coordinates(points: Vectors, axis: np.ndarray) -> np.ndarray:
-    """Coordinates (2, M) in the plane of an axis-aligned face: z, y or x, z or x, y for the axes 0, 1, 2."""
+    """Return coordinates (2, M) in the plane of an axis-aligned face: z, y or x, z or x, y for the axes 0, 1, 2."""
     x, y, z = points
     return np.stack([np.where(axis == 0, z, x), np.where(axis == 1, z, y)])
 
 
 @cache
 def grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres in units of half the width, the optical axis at 0: to the right (1, W) and up (H, 1)."""
+    """Return pixel centres in units of half the width, the optical axis at 0: to the right (1, W) and up (H, 1)."""
     x = (2 * np.arange(width, dtype=np.float32) + 1 - width) / width
     y = (height - 1 - 2 * np.arange(height, dtype=np.float32)) / width
     return x[None, :], y[:, None]
 
 
 def camera_rays(camera: Camera, height: int, width: int) -> np.ndarray:
-    """Directions of the pixels' rays in the world, 1 long along the optical axis: float32 (3, N)."""
+    """Return directions of the pixels' rays in the world, 1 long along the optical axis: float32 (3, N)."""
     x, y = grid(height, width)
     right, up = (np.array(axis, np.float32) * np.float32(camera.half_width) for axis in (camera.right, camera.up))
     rays = np.empty((3, height, width), np.float32)
@@ -262,7 +274,7 @@ def camera_rays(camera: Camera, height: int, width: int) -> np.ndarray:
 
 
 def cast_rays(scene: Scene, shapes: list[Shape], height: int, width: int) -> View:
-    """The nearest surface along every pixel's ray."""
+    """Find the nearest surface along every pixel's ray."""
     rays = camera_rays(scene.camera, height, width)
     with np.errstate(divide="ignore", invalid="ignore"):
         depth, face = room_walls(scene, rays)
@@ -297,19 +309,19 @@ def intersect(
     surface: np.ndarray,
     size: tuple[int, int],
 ) -> None:
-    """Put into ``depth`` and ``surface`` the primitives of one kind, whose rows begin at ``first``."""
+    """Update ``depth`` and ``surface`` by the primitives of one kind, whose rows begin at ``first``."""
     rectangles = bounding_rectangles(corners(shape.bounds), _BOX_EDGES, camera, *size)
     which, pixel = primitive_pixel_pairs(rectangles, size[1])
     distance = shape.distances(np.take(shape.frames(camera.position), which, axis=1), np.take(rays, pixel, axis=1))
     near = np.flatnonzero((distance > NEAR) & (distance < np.take(depth, pixel)))
     which, pixel, distance = which[near], pixel[near], distance[near]
     np.minimum.at(depth, pixel, distance)
-    won = distance == depth[pixel]
-    surface[pixel[won]] = first + which[won]
+    is_nearest = distance == depth[pixel]
+    surface[pixel[is_nearest]] = first + which[is_nearest]
 
 
 def room_walls(scene: Scene, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Depth (N,) of the shell as seen from within, and the face met (N,): 2 * axis + (1 on the high side)."""
+    """Return depth (N,) of the shell as seen from within, and the face hit (N,): 2 * axis + (1 on the high side)."""
     exits = []
     for i in range(3):
         low, high = (np.float32(end[i] - scene.camera.position[i]) for end in (scene.low, scene.high))
@@ -327,48 +339,50 @@ _SHADOW_EDGES = np.concatenate([_BOX_EDGES, _BOX_EDGES + 8, [np.arange(8), np.ar
 
 
 def corners(bounds: np.ndarray) -> np.ndarray:
-    """The eight corners of boxes given as (2, 3, primitives): (3, 8, primitives)."""
+    """Return the eight corners of boxes given as (2, 3, primitives): (3, 8, primitives)."""
     i = np.arange(8)
     return np.stack([bounds[i & 1, 0], bounds[i >> 1 & 1, 1], bounds[i >> 2, 2]])
 
 
 def bounding_rectangles(points: np.ndarray, edges: np.ndarray, camera: Camera, height: int, width: int) -> np.ndarray:
-    """Pixel rectangles that bound the projections of solids: intp (4, primitives).
+    """Return pixel rectangles that bound the projections of solids: intp (4, primitives).
 
     A solid is given by its corners, ``points`` (3, K, primitives), and by its edges, pairs of corners (2, E).
     A rectangle is top, bottom, left, right, the second of each excluded; it is empty behind the camera.
     """
     offset = points - np.array(camera.position)[:, None, None]
-    place = np.stack([dot(np.array(axis)[:, None, None], offset) for axis in (camera.right, camera.up, camera.forward)])
-    if (place[2] < NEAR).any():
+    projected = np.stack(
+        [dot(np.array(axis)[:, None, None], offset) for axis in (camera.right, camera.up, camera.forward)]
+    )
+    if (projected[2] < NEAR).any():
         # What is behind the camera does not project; the solid's edges are cut just in front of it.
-        start, way = place[:, edges[0]], place[:, edges[1]] - place[:, edges[0]]
+        start, way = projected[:, edges[0]], projected[:, edges[1]] - projected[:, edges[0]]
         share = (NEAR - start[2]) / np.where(way[2] == 0, 1, way[2])
-        place = np.concatenate([place, start + np.minimum(np.maximum(share, 0), 1) * way], axis=1)
-    x, y, z = place
-    seen = z > 0.99 * NEAR
+        projected = np.concatenate([projected, start + np.minimum(np.maximum(share, 0), 1) * way], axis=1)
+    x, y, z = projected
+    visible = z > 0.99 * NEAR
     scale = width / 2 / camera.half_width
-    z = np.where(seen, z, 1)
+    z = np.where(visible, z, 1)
     columns, rows = width / 2 + x / z * scale, height / 2 - y / z * scale
     sides = [
-        np.where(seen, rows, height).min(axis=0),
-        np.where(seen, rows, -1).max(axis=0) + 1,
-        np.where(seen, columns, width).min(axis=0),
-        np.where(seen, columns, -1).max(axis=0) + 1,
+        np.where(visible, rows, height).min(axis=0),
+        np.where(visible, rows, -1).max(axis=0) + 1,
+        np.where(visible, columns, width).min(axis=0),
+        np.where(visible, columns, -1).max(axis=0) + 1,
     ]
     limits = np.array([[height], [height], [width], [width]])
     return np.minimum(np.maximum(np.floor(np.array(sides)), 0), limits).astype(np.intp)
 
 
 def primitive_pixel_pairs(rectangles: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pixels of the rectangles (4, primitives): the primitive and the pixel of each pair, intp (M,)."""
-    top, bottom, left, right = rectangles
-    across, down = np.maximum(right - left, 0), np.maximum(bottom - top, 0)
+    """Return the primitive and the pixel of all pixels of the rectangles (4, primitives): intp (M,) each."""
+    row0, row1, column0, column1 = rectangles
+    across, down = np.maximum(column1 - column0, 0), np.maximum(row1 - row0, 0)
     # First the rows of all the rectangles, then the pixels of all the rows.
-    owner = np.repeat(np.arange(len(top)), down)
+    owner = np.repeat(np.arange(len(row0)), down)
     row = np.arange(len(owner)) - np.repeat(np.cumsum(down) - down, down)
     length = across[owner]
-    start = (top[owner] + row) * width + left[owner]
+    start = (row0[owner] + row) * width + column0[owner]
     pixel = np.repeat(start - (np.cumsum(length) - length), length)
     pixel += np.arange(len(pixel))
     return np.repeat(owner, length), pixel
@@ -378,7 +392,7 @@ def primitive_pixel_pairs(rectangles: np.ndarray, width: int) -> tuple[np.ndarra
 
 
 def camera_normals(camera: Camera, normals: np.ndarray) -> np.ndarray:
-    """World normals (3, N) in camera axes x left, y up, z towards the viewer: float32 (N, 3)."""
+    """Express world normals (3, N) in camera axes x left, y up, z towards the viewer: float32 (N, 3)."""
     right, up, forward = (np.array(axis, np.float32) for axis in (camera.right, camera.up, camera.forward))
     result = np.empty((normals.shape[1], 3), np.float32)
     result[:, 0] = dot(-right, normals)
@@ -388,7 +402,7 @@ def camera_normals(camera: Camera, normals: np.ndarray) -> np.ndarray:
 
 
 def boundaries(instance: np.ndarray) -> np.ndarray:
-    """1 where the right or the lower neighbour belongs to another instance: uint8 (H, W)."""
+    """Return 1 where the right or the lower neighbour belongs to another instance: uint8 (H, W)."""
     edge = np.zeros(instance.shape, bool)
     edge[:, :-1] = instance[:, :-1] != instance[:, 1:]
     edge[:-1] |= instance[:-1] != instance[1:]
@@ -397,17 +411,17 @@ def boundaries(instance: np.ndarray) -> np.ndarray:
 
 @cache
 def centre_weights(height: int, width: int) -> np.ndarray:
-    """Integer weights (N,), in float64, that fall from the picture's centre to its borders."""
+    """Return integer weights (N,), in float64, that fall from the image's centre to its borders."""
     row, column = np.arange(height)[:, None], np.arange(width)[None, :]
     weights = np.minimum(row + 1, height - row) * np.minimum(column + 1, width - column)
     return weights.ravel().astype(np.float64)
 
 
 def saliency_mask(label: np.ndarray, instance: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The mask of what one looks at, uint8 (N,).
+    """Return the mask of what one looks at, uint8 (N,).
 
-    All persons that cover at least one hundredth of the picture; where there is none, the free-standing
-    object (of the classes ``FREE_STANDING``) with the most pixels, weighted towards the picture's centre;
+    All persons that cover at least one hundredth of the image; where there is none, the free-standing
+    object (of the classes ``FREE_STANDING``) with the most pixels, weighted towards the image's centre;
     nothing where no such object is in view.
     """
     instances = int(instance.max()) + 1
@@ -422,11 +436,11 @@ def saliency_mask(label: np.ndarray, instance: np.ndarray, height: int, width: i
     return chosen[instance].astype(np.uint8)
 
 
-# The picture.
+# The image.
 
 
 def shade_image(scene: Scene, tables: Tables, shapes: list[Shape], view: View, height: int, width: int) -> np.ndarray:
-    """What the camera records: uint8 RGB (H, W, 3)."""
+    """Compute what the camera records: uint8 RGB (H, W, 3)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         lamp, daylight, ambient = illumination(scene, shapes, view, height, width)
     mix = pattern_values(scene, tables, view, width)
@@ -444,7 +458,7 @@ def shade_image(scene: Scene, tables: Tables, shapes: list[Shape], view: View, h
 def illumination(
     scene: Scene, shapes: list[Shape], view: View, height: int, width: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How much of the lamp's, of the window's and of ambient light every pixel gets: float32 (N,) each."""
+    """Return how much of the lamp's, of the window's and of ambient light every pixel gets: float32 (N,) each."""
     to_point = view.points - np.array(scene.lamp.position, np.float32)[:, None]
     square = dot(to_point, to_point)
     lamp = np.maximum(-dot(to_point, view.normals), 0) / (np.sqrt(square) * (1 + FALLOFF * square))
@@ -466,7 +480,7 @@ def illumination(
 
 
 def shadows(scene: Scene, shapes: list[Shape], to_point: np.ndarray, height: int, width: int) -> np.ndarray:
-    """How much of the lamp every pixel loses to objects, 0 to 1, soft by a pixel: float32 (N,)."""
+    """Return how much of the lamp every pixel loses to objects, 0 to 1, soft by a pixel: float32 (N,)."""
     light = scene.lamp.position
     hidden = np.zeros(to_point.shape[1], np.float32)
     for shape in shapes:
@@ -488,7 +502,7 @@ def shadows(scene: Scene, shapes: list[Shape], to_point: np.ndarray, height: int
 
 
 def shadow_ends(scene: Scene, points: np.ndarray) -> np.ndarray:
-    """Where the lamp's rays through points below it (3, K, primitives) meet the shell."""
+    """Return where the lamp's rays through points below it (3, K, primitives) hit the shell."""
     light = np.array(scene.lamp.position)[:, None, None]
     ray = points - light
     low, high = (np.array(end)[:, None, None] - light for end in (scene.low, scene.high))
@@ -496,7 +510,7 @@ def shadow_ends(scene: Scene, points: np.ndarray) -> np.ndarray:
 
 
 def pattern_values(scene: Scene, tables: Tables, view: View, width: int) -> np.ndarray:
-    """The surfaces' patterns (N,), 0 to 1, from the mip level whose texels are as large as the pixel."""
+    """Return the surfaces' patterns (N,), 0 to 1, from the mip level whose texels are as large as the pixel."""
     values, starts = atlas()
     texels = np.take(tables.texels, view.surface)
     # A pixel's extent on the surface, in texels: larger where the surface is seen at a slant.
@@ -512,13 +526,13 @@ def pattern_values(scene: Scene, tables: Tables, view: View, width: int) -> np.n
 
 @cache
 def grain() -> np.ndarray:
-    """Fixed noise around 0, in display units: float32 (512, 512)."""
+    """Return fixed noise around 0, in display units: float32 (512, 512)."""
     i = np.arange(512)
     return (hash_noise(i[:, None], i[None, :], 99) + hash_noise(i[:, None], i[None, :], 100) - 1) * np.float32(0.025)
 
 
 def develop_image(display: np.ndarray, key: int) -> np.ndarray:
-    """Display values (3, H, W), 0 to about 1, through lens blur and sensor noise: uint8 (H, W, 3)."""
+    """Apply lens blur and sensor noise to display values (3, H, W), 0 to about 1: uint8 (H, W, 3)."""
     _, height, width = display.shape
     soft = display.copy()
     inner = display[:, 1:-1, 1:-1]

@@ -1,4 +1,4 @@
-"""Surface patterns of the rooms: small tiles of integer-hash noise, with their mip levels, made once."""
+"""Surface patterns of the rooms: small tiles of integer-hash noise, with their mip levels, computed once."""
 
 from collections.abc import Iterator
 from enum import IntEnum, auto
@@ -12,7 +12,7 @@ LEVELS = 6  # ... and 4 x 4 at its coarsest
 
 
 class Pattern(IntEnum):
-    """What a tile shows; its values 0..1 mix a surface's two colours."""
+    """Kinds of tiles; their values 0..1 mix a surface's two colours."""
 
     PLAIN = 0
     PLANKS = auto()
@@ -30,7 +30,7 @@ class Pattern(IntEnum):
 
 
 def hash_noise(x: np.ndarray, y: np.ndarray, salt: int) -> np.ndarray:
-    """Hash of integer coordinates: float32 in [0, 1), shape of ``x`` and ``y`` broadcast."""
+    """Hash integer coordinates: float32 in [0, 1), shape of ``x`` and ``y`` broadcast."""
     h = x.astype(np.uint32) * np.uint32(0x9E3779B1) + y.astype(np.uint32) * np.uint32(0x85EBCA77) + np.uint32(salt)
     for shift, factor in ((15, 0x2C1B3C6D), (12, 0x297A2D39)):
         h = (h ^ (h >> np.uint32(shift))) * np.uint32(factor)
@@ -39,20 +39,20 @@ def hash_noise(x: np.ndarray, y: np.ndarray, salt: int) -> np.ndarray:
 
 
 def value_noise(row: np.ndarray, column: np.ndarray, rows: int, columns: int, salt: int) -> np.ndarray:
-    """Smooth periodic noise in [0, 1) with ``rows`` x ``columns`` cells (powers of two) over one tile."""
+    """Return smooth periodic noise in [0, 1) with ``rows`` x ``columns`` cells (powers of two) over one tile."""
     y, x = row * np.float32(rows / SIDE), column * np.float32(columns / SIDE)
     y0, x0 = np.floor(y), np.floor(x)
     fy, fx = y - y0, x - x0
     fy, fx = fy * fy * (3 - 2 * fy), fx * fx * (3 - 2 * fx)
-    top, left = y0.astype(np.int32), x0.astype(np.int32)
-    bottom, right = (top + 1) % rows, (left + 1) % columns
-    above = hash_noise(top, left, salt) * (1 - fx) + hash_noise(top, right, salt) * fx
-    below = hash_noise(bottom, left, salt) * (1 - fx) + hash_noise(bottom, right, salt) * fx
+    row0, column0 = y0.astype(np.int32), x0.astype(np.int32)
+    row1, column1 = (row0 + 1) % rows, (column0 + 1) % columns
+    above = hash_noise(row0, column0, salt) * (1 - fx) + hash_noise(row0, column1, salt) * fx
+    below = hash_noise(row1, column0, salt) * (1 - fx) + hash_noise(row1, column1, salt) * fx
     return above * (1 - fy) + below * fy
 
 
 def _tiles(row: np.ndarray, column: np.ndarray) -> Iterator[tuple[Pattern, np.ndarray]]:
-    """Every pattern on the (128, 1) and (1, 128) float32 coordinates of a tile; row 0 is at the bottom."""
+    """Yield every pattern on the (128, 1) and (1, 128) float32 coordinates of a tile; row 0 is at the bottom."""
     r, c = row.astype(np.int32), column.astype(np.int32)
 
     fine = value_noise(row, column, 32, 32, 1)
@@ -98,7 +98,7 @@ def _tiles(row: np.ndarray, column: np.ndarray) -> Iterator[tuple[Pattern, np.nd
 
 @cache
 def atlas() -> tuple[np.ndarray, np.ndarray]:
-    """All tiles at all levels in one flat float32 array, and where in it each level starts (int32).
+    """Return all tiles at all levels in one flat float32 array, and where in it each level starts (int32).
 
     Texel (pattern p, row y, column x) of level l, whose tiles have the side s = 128 >> l, is at
     ``starts[l] + (p * s + y) * s + x``.
