@@ -6,9 +6,9 @@ python scripts/prepare_nyud.py --labeled nyu_depth_v2_labeled.mat --splits split
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 
+from mtcl.cli.prepared import format_prepared
 from mtcl.cli.script import run
 from mtcl.data.prepare.nyud import prepare_nyud
 
@@ -35,9 +35,7 @@ def main() -> None:
         metavar="N",
         help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",
     )
-    result = prepare_nyud(**vars(parser.parse_args()))
-    overrides = [f"data={result.group}", *(f"data.{key}={value}" for key, value in result.options.items())]
-    print(f"{result.summary}\nNext: python train.py {shlex.join(overrides)}")
+    print(format_prepared(prepare_nyud(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ python scripts/prepare_pascal.py --voc VOCdevkit/VOC2010 --context DIR --parts D
 
 import argparse
 import os
-import shlex
 from pathlib import Path
 
+from mtcl.cli.prepared import format_prepared
 from mtcl.cli.script import run
 from mtcl.data.prepare.pascal import prepare_pascal
 
@@ -36,11 +36,7 @@ def main() -> None:
         metavar="N",
         help="processes; 0: none besides this one (default: %(default)s, the machine's cores up to 8)",
     )
-    result = prepare_pascal(**vars(parser.parse_args()))
-    overrides = [f"data={result.group}", *(f"data.{key}={value}" for key, value in result.options.items())]
-    if result.tasks is not None:
-        overrides.append(f"tasks.names=[{','.join(result.tasks)}]")
-    print(f"{result.summary}\nNext: python train.py {shlex.join(overrides)}")
+    print(format_prepared(prepare_pascal(**vars(parser.parse_args()))))
 
 
 if __name__ == "__main__":

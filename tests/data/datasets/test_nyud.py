@@ -555,10 +555,10 @@ def test_a_path_in_place_of_an_id_is_refused_when_read(tmp_path: Path, path: str
     root = write_archive(tmp_path / "deep" / "est" / "NYUDv2")
     (root / "gt_sets" / "train.txt").write_text(f"0001\n{path}\n")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"train\.txt lists .* no id") as error:
+    with pytest.raises(UserError, match=r"train\.txt lists .* not a valid id") as error:
         NYUD(root, "train", TASKS, cache=tmp_path / "cache")
     assert str(error.value).isprintable()
     assert sorted(tmp_path.rglob("*")) == before
-    with pytest.raises(UserError, match="no id"):
+    with pytest.raises(UserError, match="not a valid id"):
         PredictionWriter(tmp_path / "maps", {"depth": build_task("depth")}, None).write(path, {})
     assert sorted(tmp_path.rglob("*")) == before

@@ -278,8 +278,8 @@ def test_pictures_are_well_exposed_and_no_class_has_a_colour_of_its_own():
 TASKS = ("semseg", "depth", "normals", "edge", "human_parts", "sal")
 
 
-def small(part: str = "train", tasks=TASKS, **options) -> Rooms:
-    return Rooms(part, tasks, **{"size": (16, 24), "length": (6, 4), **options})
+def small(subset: str = "train", tasks=TASKS, **options) -> Rooms:
+    return Rooms(subset, tasks, **{"size": (16, 24), "length": (6, 4), **options})
 
 
 def test_reading():

@@ -16,8 +16,10 @@ import scipy.io
 from helpers.common import ROOT, Result
 
 from mtcl import UserError
+from mtcl.cli.prepared import format_prepared
 from mtcl.data import NYUD
 from mtcl.data.prepare import nyud
+from mtcl.data.prepare.jobs import Prepared
 from mtcl.data.prepare.normals import KINECT, MIN_SHARE, NOISE, SHARPNESS, Camera, encode_normals, estimate_normals
 from mtcl.data.prepare.nyud import FULL_EDITION, WINDOW_4_TO_3, RawFrame, convert_frame, parse_edition, prepare_nyud
 from mtcl.data.prepare.regions import SEAM, close_seams, label_regions, region_edges
@@ -362,7 +364,7 @@ def prepared(official: Path, out: Path, size: str | None = None, workers: int = 
     labeled, splits, classes = (
         official / name for name in ("nyu_depth_v2_labeled.mat", "splits.mat", "classMapping40.mat")
     )
-    return prepare_nyud(labeled, splits, classes, out, size, workers)
+    return format_prepared(prepare_nyud(labeled, splits, classes, out, size, workers))
 
 
 def message(official: Path, out: Path, size: str | None = None, workers: int = 0) -> str:
@@ -634,8 +636,8 @@ def test_the_command_uses_every_core_by_itself(
     cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, official: Path, tmp_path: Path
 ) -> None:
     asked = []
-    monkeypatch.setattr(nyud, "prepare_nyud", lambda **options: asked.append(options) or "done")
-    assert cli(SCRIPT, *words(official, tmp_path / "out")).out == "done\n"
+    monkeypatch.setattr(nyud, "prepare_nyud", lambda **options: asked.append(options) or Prepared("done", "nyud", {}))
+    assert cli(SCRIPT, *words(official, tmp_path / "out")).out == "done\nNext: python train.py data=nyud\n"
     names = {"labeled": "nyu_depth_v2_labeled.mat", "splits": "splits.mat", "classes": "classMapping40.mat"}
     given = {key: official / name for key, name in names.items()}
     assert asked == [{**given, "out": tmp_path / "out", "size": None, "workers": os.cpu_count()}]

@@ -29,6 +29,7 @@ from helpers.pascal_miniature import (
 )
 
 from mtcl import UserError
+from mtcl.cli.prepared import format_prepared
 from mtcl.data import image_io as files
 from mtcl.data.datasets.pascal_classes import VOC_TO_CONTEXT
 from mtcl.data.datasets.pascal_context import TASKS, PascalContext
@@ -56,7 +57,7 @@ def prepared(kit: Devkit, out: Path, **options) -> str:
         "saliency": kit.distilled,
         "workers": 0,
     }
-    return prepare_pascal(out=out, **{**given, **options})
+    return format_prepared(prepare_pascal(out=out, **{**given, **options}))
 
 
 def message(kit: Devkit, out: Path, **options) -> str:
@@ -397,7 +398,7 @@ def test_a_path_in_place_of_an_id_is_refused_and_nothing_is_written(kit: Devkit,
     (voc / "ImageSets" / "Main").mkdir(parents=True)
     for part in ("train", "val"):
         (voc / "ImageSets" / "Main" / f"{part}.txt").write_text("../../../x\n")
-    with pytest.raises(UserError, match="which is no id"):
+    with pytest.raises(UserError, match="which is not a valid id"):
         prepare_pascal(voc, kit.context, tmp_path / "out", workers=0)
     assert not (tmp_path / "out").exists()
 

@@ -223,7 +223,7 @@ def test_a_path_in_place_of_an_id_is_damage_and_never_followed(archive: Path) ->
     write_list(archive / "gt_sets" / "train.txt", ["0001", "../../x"])
     found = verify(archive)
     (row,) = [row for row in found.damages if row.check == "list train"]
-    assert "lists '../../x', which is no id" in row.details[0]
+    assert "lists '../../x', which is not a valid id" in row.details[0]
 
 
 def test_training_pictures_in_the_validation_list_are_named(archive: Path) -> None:
