@@ -1,12 +1,15 @@
-# make install | train | test | test-slow | check | format
-# Extra words for the built-in example: make train ARGS="trainer.max_steps=2000"
+# Extra overrides for the built-in example: make train ARGS="trainer.max_steps=2000"
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+.DEFAULT_GOAL := help
 
-.PHONY: install train test test-slow check format
+.PHONY: help install train test test-slow coverage check format
 
-install: .venv/installed
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: .venv/installed ## make .venv with everything a developer needs
 
 # Cheap to repeat: runs again only when what is to be installed has changed.
 .venv/installed: pyproject.toml constraints.txt
@@ -15,22 +18,25 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-train: install
+train: install ## train the built-in example (procedural rooms, all six tasks)
 	$(BIN)/python train.py experiment=rooms $(ARGS)
 
-test: install
+test: install ## run the tests, in about six minutes on two cores
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-slow: install
+test-slow: install ## run the tests that start whole runs, in under 30 minutes
 	$(BIN)/python -m pytest -n auto -m slow
 
-check: install
+coverage: install ## run the tests and print which lines of mtcl they miss
+	$(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term
+
+check: install ## check format, lint, types, imports and generated tables
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/python scripts/docs/render_results.py --check
 
-format: install
+format: install ## format, and fix what can be fixed by itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

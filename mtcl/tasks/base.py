@@ -142,7 +142,7 @@ class Task(ABC):
             int64 (B, H, W) for classes, float32 (B, c, H, W) for the others.
         """
 
-    def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:
+    def check_values(self, arrays: Sequence[np.ndarray]) -> list[str]:  # noqa: ARG002
         """Describe what looks wrong about the values of some images' labels or maps, such as their unit or code.
 
         Args:
@@ -153,7 +153,7 @@ class Task(ABC):
         """
         return []
 
-    def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
+    def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:  # noqa: ARG002
         """Describe what looks wrong about predicted maps beside the labels of their images.
 
         Args:
@@ -173,13 +173,13 @@ class Task(ABC):
         """Return a decoded prediction in which nothing finite is void, for :meth:`draw` and :meth:`legend`."""
         return prediction
 
-    def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, tuple[int, int, int]]]:
+    def legend(self, arrays: list[np.ndarray]) -> list[tuple[str, tuple[int, int, int]]]:  # noqa: ARG002
         """Return rows (text, colour) that explain the colours of ``arrays`` in label layout."""
         return []
 
     # Geometry of the label in the data pipeline; resampling itself is nearest for every task.
 
-    def scale_label(self, label: np.ndarray, factor: float) -> np.ndarray:
+    def scale_label(self, label: np.ndarray, factor: float) -> np.ndarray:  # noqa: ARG002
         """Adapt the label's values to an image that was enlarged by ``factor`` about the camera's centre."""
         return label
 
@@ -197,7 +197,7 @@ class Task(ABC):
         """Convert a prediction so that it may be averaged with others of the same pixels."""
         return prediction
 
-    def unscale_prediction(self, prediction: Tensor, factor: float) -> Tensor:
+    def unscale_prediction(self, prediction: Tensor, factor: float) -> Tensor:  # noqa: ARG002
         """Convert the values predicted for an image enlarged by ``factor`` to those of the original image.
 
         The size of the map does not change.

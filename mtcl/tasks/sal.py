@@ -37,7 +37,7 @@ class Saliency(ClassTask):
         """Return two greys."""
         return ((96, 96, 96), (240, 240, 240))
 
-    def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:
+    def check_maps(self, maps: Sequence[np.ndarray], labels: Sequence[np.ndarray]) -> list[str]:  # noqa: ARG002
         """Check the values alone: maps are probabilities, not classes."""
         return self.check_values(maps)
 

@@ -83,7 +83,7 @@ class FixedWeights(Balancer):
         """Return the weighted sum of the losses."""
         return sum((self.weight(name) * loss for name, loss in losses.items()), start=_zero(losses))
 
-    def backward(self, losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    def backward(self, losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:  # noqa: ARG002
         """Add the gradients of the weighted sum."""
         self.total(losses).backward()
 
@@ -108,7 +108,7 @@ class _AdaptiveWeights(FixedWeights):
         zero = _zero(losses).float()
         self.sums += torch.stack([losses[name].detach().float() if name in losses else zero for name in self.weights])
 
-    def finish_step(self, step: int) -> None:
+    def finish_step(self, step: int) -> None:  # noqa: ARG002
         self.means = distributed.all_reduce_sum(self.sums) / distributed.world_size()
         self.sums = torch.zeros_like(self.sums)
 

@@ -12,7 +12,7 @@ SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # sent by schedulers, and by a termi
 SYNC_INTERVAL = 10  # steps from one exchange among several processes to the next
 
 
-class Preempted(Exception):
+class Preempted(Exception):  # noqa: N818
     """Training has ended early at :attr:`step`, and its state is saved."""
 
     def __init__(self, step: int):

@@ -107,7 +107,7 @@ class ShardedWeights(ReplicatedWeights):
         self.parameters = [nn.Parameter(p.to_local().detach(), p.requires_grad) for p in self.sharded]
         self.regularizer: nn.Module | None = None
 
-    def wrap_parallel(self, step: TrainingStep, device: torch.device) -> nn.Module:
+    def wrap_parallel(self, step: TrainingStep, device: torch.device) -> nn.Module:  # noqa: ARG002
         """Return the step itself: FSDP works inside the model. The regulariser starts as that of process 0."""
         self.regularizer = step.regularizer
         if self.regularizer is not None:

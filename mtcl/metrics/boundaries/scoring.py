@@ -108,8 +108,8 @@ def _thin_at_thresholds(
 class Scores(NamedTuple):
     """Boundary scores as fractions; NaN if there was no true boundary at all."""
 
-    odsF: float
-    oisF: float
+    odsF: float  # noqa: N815
+    oisF: float  # noqa: N815
     ap: float
     threshold: float
     precision: float
