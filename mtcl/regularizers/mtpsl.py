@@ -54,7 +54,7 @@ class CrossTaskConsistency(Regularizer):
     >>> regularizer = CrossTaskConsistency(tasks, channels={name: 16 for name in tasks}, seed=0)
     >>> draw = regularizer.sample(step=0, ids=["first", "second"])
     >>> output = DenseOutput(maps, features, [], (48, 64))
-    >>> loss = 2 * regularizer.penalty(output, labels, draw).loss  # train regularizer.parameters(), too
+    >>> loss = 2 * regularizer.compute_loss(output, labels, draw).loss  # train regularizer.parameters(), too
     >>> loss.backward()
 
     An image counts for the targets that label any of its pixels. ``losses`` of the result: per target the sum over its
