@@ -107,9 +107,9 @@ def test_evaluate_repeats_the_training_runs_numbers(cli, trained, tmp_path, monk
     original = Rooms.__init__
 
     @functools.wraps(original)
-    def only_val(self, part, *args, **kwargs):
-        assert part == "val", "evaluation opened the training list"
-        original(self, part, *args, **kwargs)
+    def only_val(self, subset, *args, **kwargs):
+        assert subset == "val", "evaluation opened the training list"
+        original(self, subset, *args, **kwargs)
 
     monkeypatch.setattr(Rooms, "__init__", only_val)
     path = trained / "checkpoints" / "last.pt"
