@@ -12,7 +12,8 @@ separation.png          for each target and each task's labels the chance that a
                         with compare=, e.g. the run without contrast, of both, and the difference
 consistency.json        all numbers
 
-Everything is rebuilt from the checkpoint; the other words override its config as with evaluate.py, e.g. data.root=PATH.
+Everything is rebuilt from the checkpoint; the other arguments override its config as with evaluate.py,
+e.g. data.root=PATH.
 """
 
 import sys
@@ -24,16 +25,17 @@ from mtcl.cli.script import run
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    if {"-h", "--help"} & set(words):
+    """Measure, write the figures, and print where they are."""
+    args = sys.argv[1:]
+    if {"-h", "--help"} & set(args):
         print(__doc__)
         return
-    options, overrides = parse_args(words, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    options, overrides = parse_args(args, time.strftime("%Y-%m-%d_%H-%M-%S"))
     content = measure_consistency(options, overrides, Path(__file__).resolve().parents[1] / "configs")
     for arm in content["arms"]:
         if not arm["projected"]:
             print(f"{arm['checkpoint']} ({arm['name']}) has no trained projectors: raw features only")
-    print(f"the pictures and consistency.json are in {options.output}")
+    print(f"the figures and consistency.json are in {options.output}")
 
 
 if __name__ == "__main__":

@@ -45,20 +45,22 @@ from mtcl.visualization.consistency_figures import draw_distances, draw_separati
 
 PIXELS = 256  # per frame
 CHUNK = 16  # frames whose pairs are held at a time
-NEARNESS = "nearness"  # the reference: how far apart two pixels lie in the picture
+NEARNESS = "nearness"  # the reference: how far apart two pixels lie in the image
 Tallies = dict[str, dict[str, PairStatistics]]  # target -> source of the labels -> sums
 
 
 class Options(NamedTuple):
+    """Arguments of the command."""
+
     checkpoint: Path
     compare: Path | None
-    target: str | None  # None: semseg, else the first task; "all": a picture each
+    target: str | None  # None: semseg, else the first task; "all": a figure each
     frames: int
     output: Path
 
 
 class TrainedModel(NamedTuple):
-    """A trained model as far as it is looked at here."""
+    """A trained model and its trained projectors."""
 
     path: Path
     step: int
@@ -69,45 +71,47 @@ class TrainedModel(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """What was read at the same N frames' K pixels, on the CPU."""
+    """Labels and features at K pixels of each of N frames, on the CPU."""
 
     ids: list[str]
-    places: Tensor  # (N, K, 2): row and column in pixels, as parts of the picture's diagonal
+    places: Tensor  # (N, K, 2): row and column in pixels, as fractions of the image's diagonal
     labels: dict[str, Tensor]  # task -> (N, K, c)
     valid: dict[str, Tensor]  # task -> bool (N, K)
     features: list[dict[str, Tensor]]  # for each arm: task -> (N, K, C_t)
 
 
-def parse_args(words: Sequence[str], now: str) -> tuple[Options, list[str]]:
-    """The script's own words, and the others: overrides of the checkpoint's config. ``now`` names the folder."""
-    own: dict[str, str] = {}
+def parse_args(args: Sequence[str], now: str) -> tuple[Options, list[str]]:
+    """Split the command line into the script's arguments and overrides of the checkpoint's config.
+
+    ``now`` names the default output folder.
+    """
+    options: dict[str, str] = {}
     others = []
-    for word in words:
-        key, equals, value = word.partition("=")
+    for arg in args:
+        key, equals, value = arg.partition("=")
         if key in Options._fields and equals:
-            own[key] = value.strip("'\"")
+            options[key] = value.strip("'\"")
         else:
-            others.append(word)
-    if not own.get("checkpoint"):
+            others.append(arg)
+    if not options.get("checkpoint"):
         raise UserError("consistency.py needs checkpoint=PATH, e.g. checkpoint=outputs/rooms/TIME/checkpoints/last.pt")
-    frames = own.get("frames", "64")
+    frames = options.get("frames", "64")
     if not frames.isdecimal() or int(frames) < 1:
         raise UserError(f"frames={frames} must be a whole number >= 1")
-    compare = own.get("compare")
+    compare = options.get("compare")
     return Options(
-        Path(own["checkpoint"]),
+        Path(options["checkpoint"]),
         Path(compare) if compare else None,
-        own.get("target"),
+        options.get("target"),
         int(frames),
-        Path(own.get("output", f"outputs/consistency/{now}")),
+        Path(options.get("output", f"outputs/consistency/{now}")),
     ), others
 
 
 def measure_consistency(options: Options, overrides: Sequence[str], configs: Path) -> dict[str, Any]:
-    """Write consistency.json, separation.png and a consistency_TARGET.png per target into ``options.output``; what the
-    JSON holds.
+    """Measure, write consistency.json and its figures into ``options.output``, and return what the JSON holds.
 
-    ``overrides``: words for the checkpoint's config, as evaluate.py takes them; ``configs``: the folder they refer to.
+    ``overrides``: of the checkpoint's config, as evaluate.py takes them; ``configs``: the folder they refer to.
     """
     if (options.output / "consistency.json").exists():
         raise UserError(f"{options.output / 'consistency.json'} exists already; choose another output")
@@ -121,11 +125,11 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
         other = load_checkpoint(options.compare)
         check_tasks(read_checkpoint_model(options.compare, other).tasks, tasks, options.compare)
         arms.append(load_trained_model(options.compare, other, tasks))
-    tap = choose_common_feature(arms, settings)
+    feature = choose_common_feature(arms, settings)
     device = choose_device(settings.trainer.device, "trainer.device")
     reader = take_evenly_spaced(build_dataset(settings, "val", tasks), options.frames)
     batches = build_eval_loader(settings, reader, tasks, device)
-    samples = collect(arms, batches, tasks, tap, device)
+    samples = collect(arms, batches, tasks, feature, device)
     lead = next((arm.regularizer for arm in arms if arm.regularizer is not None), None)
     thresholds = (
         lead.thresholds
@@ -133,16 +137,16 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
         else {name: (task.positive_threshold, task.negative_threshold) for name, task in tasks.items()}
     )
 
-    found = [measure(arm, features, samples, tasks, thresholds) for arm, features in zip(arms, samples.features)]
+    statistics = [measure(arm, features, samples, tasks, thresholds) for arm, features in zip(arms, samples.features)]
     nearness = measure_nearness(samples, tasks, thresholds)
     facts = build_run_record(settings, reader, len(samples.ids), device, overrides)
     facts = {k: v for k, v in facts.items() if k not in ("protocol", "evaluation", "precision", "seed")}
     content: dict[str, Any] = {
         "run": {**facts, "data": settings.data.name, "frames": samples.ids, "pixels": samples.places.shape[1]},
-        "tap": tap,
+        "tap": feature,
         "thresholds": {name: list(pair) for name, pair in thresholds.items()},
         NEARNESS: {source: summarize_pairs(sums) for source, sums in nearness.items()},
-        "arms": [to_plain(arm, kinds) for arm, kinds in zip(arms, found)],
+        "arms": [to_plain(arm, kinds) for arm, kinds in zip(arms, statistics)],
     }
     title = f"{settings.data.name}, {len(samples.ids)} validation frames of split {settings.data.split}"
     for target in targets:
@@ -153,21 +157,24 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
 
 
 def restore_settings(checkpoint: Checkpoint, path: Path, overrides: Sequence[str], configs: Path) -> DictConfig:
-    """A checkpoint's own config with the command's overrides, as evaluate.py would use it."""
-    words = quote_paths(overrides)
+    """Restore a checkpoint's config and apply the command's overrides, as evaluate.py does."""
+    quoted = quote_paths(overrides)
     saved = read_checkpoint_model(path, checkpoint)
-    dataset = infer_dataset_override(saved, words, configs)
-    composed, groups = compose_with_choices([*words, *([dataset] if dataset else [])], configs, "evaluate", check=False)
+    dataset = infer_dataset_override(saved, quoted, configs)
+    composed, groups = compose_with_choices(
+        [*quoted, *([dataset] if dataset else [])], configs, "evaluate", check=False
+    )
     settings = adapt_config(saved, composed)
-    for word in words:
-        if word.lstrip("+").startswith("regularizer"):
-            raise UserError(f"{word}: the regulariser is looked at as it was trained; leave this out")
-    settings = apply_overrides(settings, composed, words, list(groups))
+    for override in quoted:
+        if override.lstrip("+").startswith("regularizer"):
+            raise UserError(f"{override}: the regulariser is looked at as it was trained; leave this out")
+    settings = apply_overrides(settings, composed, quoted, list(groups))
     check_config(plain(settings))
     return settings
 
 
 def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
+    """Return the targets to draw: those named, by default semseg or the first task."""
     if name is None:
         return ["semseg" if "semseg" in tasks else tasks[0]]
     if name != "all" and name not in tasks:
@@ -176,7 +183,7 @@ def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
 
 
 def load_trained_model(path: Path, checkpoint: Checkpoint, tasks: Mapping[str, Task]) -> TrainedModel:
-    """The model, and the projectors if there are some, with the checkpoint's weights."""
+    """Load the model, and its projectors if there are some, with the checkpoint's weights."""
     saved = read_checkpoint_model(path, replace(checkpoint, ema=None))
     settings = restore_config(saved)
     model = rebuild_model(settings, tasks, saved)
@@ -205,42 +212,44 @@ def load_trained_model(path: Path, checkpoint: Checkpoint, tasks: Mapping[str, T
 def find_trained_projectors(
     regularizer: Contrastive, fresh: Contrastive, widths: Mapping[str, int]
 ) -> dict[str, list[str]]:
-    """For each target the sources whose projector is no longer the ``fresh`` one."""
-    found: dict[str, list[str]] = {}
+    """Return for each target the sources whose projector is no longer the ``fresh`` one."""
+    trained: dict[str, list[str]] = {}
     for target in regularizer.task_names:
         probe = torch.randn(1, 8, widths[target], generator=torch.Generator().manual_seed(0))
-        found[target] = []
+        trained[target] = []
         for index, source in enumerate(regularizer.task_names):
-            now, before = (project(r, target, probe, index) for r in (regularizer, fresh))
-            if not torch.equal(now, before):
-                found[target].append(source)
-    return found
+            final, initial = (project(r, target, probe, index) for r in (regularizer, fresh))
+            if not torch.equal(final, initial):
+                trained[target].append(source)
+    return trained
 
 
 def project(regularizer: Contrastive, target: str, feature: Tensor, source: int) -> Tensor:
-    """(B, K, C) -> unit vectors (B, K, D)."""
+    """Project features (B, K, C) to unit vectors (B, K, D)."""
     number = source if regularizer.projector_sharing == "pair" else 0
     return regularizer.projectors[target](feature, torch.full((len(feature),), number))
 
 
 def choose_common_feature(arms: Sequence[TrainedModel], settings: DictConfig) -> str:
-    """The feature map to look at: that of the first regulariser, in all arms of one width."""
-    for what in ("feature", "thresholds"):
-        found = [(arm.path, getattr(arm.regularizer, what)) for arm in arms if arm.regularizer]
-        if any(value != found[0][1] for _, value in found):
-            to_plain = ", ".join(f"{path}: {value}" for path, value in found)
-            raise UserError(f"compare= needs regularisers that look at the same: their {what} differ ({to_plain})")
-    own = OmegaConf.select(settings, "regularizer.options.feature", default="final")
-    tap = next((arm.regularizer.feature for arm in arms if arm.regularizer), str(own))
-    widths = [arm.model.feature_channels.get(tap) for arm in arms]
+    """Return the name of the feature to measure: the first regulariser's; all models must have it in one width."""
+    for attribute in ("feature", "thresholds"):
+        values = [(arm.path, getattr(arm.regularizer, attribute)) for arm in arms if arm.regularizer]
+        if any(value != values[0][1] for _, value in values):
+            to_plain = ", ".join(f"{path}: {value}" for path, value in values)
+            raise UserError(f"compare= needs regularisers that look at the same: their {attribute} differ ({to_plain})")
+    configured = OmegaConf.select(settings, "regularizer.options.feature", default="final")
+    feature = next((arm.regularizer.feature for arm in arms if arm.regularizer), str(configured))
+    widths = [arm.model.feature_channels.get(feature) for arm in arms]
     if widths[0] is None or any(width != widths[0] for width in widths):
         facts = ", ".join(f"{arm.path}: {width or 'none'}" for arm, width in zip(arms, widths))
-        raise UserError(f"compare= needs checkpoints of the same decoder; the channels of the tap {tap} are {facts}")
-    return tap
+        raise UserError(
+            f"compare= needs checkpoints of the same decoder; the channels of the feature {feature} are {facts}"
+        )
+    return feature
 
 
 class DatasetSubset:
-    """A reader's pictures at ``indices``."""
+    """The images of a dataset at ``indices``."""
 
     def __init__(self, reader: MultiTaskDataset, indices: Sequence[int]):
         self.reader, self.indices = reader, indices
@@ -248,28 +257,32 @@ class DatasetSubset:
         self.summary, self.fingerprint = reader.summary, reader.fingerprint
 
     def read(self, index: int, tasks: Any = None) -> Any:
+        """Read a sample by its number in the subset."""
         return self.reader.read(self.indices[index], tasks)
 
 
 def take_evenly_spaced(reader: MultiTaskDataset, count: int) -> MultiTaskDataset:
-    """``count`` pictures from the first to the last of a list; all of a shorter one."""
+    """Take ``count`` evenly spaced images from the first to the last; all of a shorter list."""
     last = len(reader.ids) - 1
     return DatasetSubset(reader, np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int)).tolist())
 
 
 def sample_positions(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Different pixels of each picture, none in its padding, f(id) alone so that all runs are looked at in the same
-    places: (B, K, 2) as parts of the frame, and as parts of the picture's diagonal."""
+    """Sample different pixels of each image, none in its padding.
+
+    They depend on the image's id alone, so that all runs are measured at the same pixels: (B, K, 2) as fractions of the
+    frame, and as fractions of the image's diagonal.
+    """
     height, width = batch["image"].shape[-2:]
-    in_frame, in_picture = [], []
+    in_frame, in_image = [], []
     for sample in batch["meta"]:
         h, w = sample.native_size
         rng = np.random.default_rng([0x636F6E73, zlib.crc32(sample.id.encode())])  # a stream of its own
         flat = rng.choice(h * w, PIXELS, replace=h * w < PIXELS)
-        place = np.stack([flat // w, flat % w], axis=1) + 0.5
-        in_frame.append((place + sample.offset) / (height, width))
-        in_picture.append(place / np.hypot(h, w))
-    return torch.from_numpy(np.stack(in_frame)).float(), torch.from_numpy(np.stack(in_picture))
+        position = np.stack([flat // w, flat % w], axis=1) + 0.5
+        in_frame.append((position + sample.offset) / (height, width))
+        in_image.append(position / np.hypot(h, w))
+    return torch.from_numpy(np.stack(in_frame)).float(), torch.from_numpy(np.stack(in_image))
 
 
 @torch.inference_mode()
@@ -277,38 +290,42 @@ def collect(
     arms: Sequence[TrainedModel],
     batches: Iterator[Batch] | Any,
     tasks: Mapping[str, Task],
-    tap: str,
+    feature_name: str,
     device: torch.device,
 ) -> Samples:
-    """Run every arm's model on the frames; features are read bilinearly from the tap."""
+    """Run every arm's model on the frames; features are sampled bilinearly."""
     for arm in arms:
         arm.model.to(device)
     ids: list[str] = []
     places, labels, valid = [], [], []
     features: list[list[dict[str, Tensor]]] = [[] for _ in arms]
-    shown: Iterable[Batch] = tqdm(batches, desc="frames", leave=False)
-    for batch in shown:
+    progress: Iterable[Batch] = tqdm(batches, desc="frames", leave=False)
+    for batch in progress:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
-        pixels, in_picture = sample_positions(batch)
+        pixels, in_image = sample_positions(batch)
         ids += [sample.id for sample in batch["meta"]]
-        places.append(in_picture)
+        places.append(in_image)
         labels.append({name: sample_labels(batch["labels"][name], pixels) for name in tasks})
         valid.append(
             {name: sample_labels(task.valid(batch["labels"][name]), pixels)[..., 0] for name, task in tasks.items()}
         )
-        for arm, kept in zip(arms, features):
+        for arm, sampled in zip(arms, features):
             image, _ = prepare_batch({**batch, "labels": {}}, arm.model.mean, arm.model.std, device)
             output = arm.model(image)
-            here = pixels.to(device)
-            kept.append(
-                {name: sample_features(output.features[tap][name], here, size, output.frame).cpu() for name in tasks}
+            positions = pixels.to(device)
+            sampled.append(
+                {
+                    name: sample_features(output.features[feature_name][name], positions, size, output.frame).cpu()
+                    for name in tasks
+                }
             )
     return Samples(
-        ids, torch.cat(places), concatenate(labels), concatenate(valid), [concatenate(kept) for kept in features]
+        ids, torch.cat(places), concatenate(labels), concatenate(valid), [concatenate(sampled) for sampled in features]
     )
 
 
 def concatenate(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the tensors of each key."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -318,7 +335,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]  # task -> positive and negative pairs
 def chunks(
     samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
 ) -> Iterator[tuple[slice, Pairs]]:
-    """Some frames at a time, with the pairs by each task's labels."""
+    """Yield some frames at a time, with the pairs by each task's labels."""
     for start in tqdm(range(0, len(samples.ids), CHUNK), desc="pairs", leave=False):
         rows = slice(start, start + CHUNK)
         pairs = {}
@@ -336,19 +353,23 @@ def measure(
     tasks: Mapping[str, Task],
     thresholds: Mapping[str, tuple[float, float]],
 ) -> dict[str, Tallies]:
-    """Sums for raw features, for centred ones (without their mean over all frames: what a ReLU's features all share),
-    and through the trained projectors.
+    """Compute the sums for raw, centred and projected features.
+
+    Centred features are without their mean over all frames, which the features of a ReLU share.
 
     Projected features of a target with the labels of a source go through the projector of that pair. Where that was
-    never trained (the target's own labels, mostly), through each of the target's trained ones in turn: does what was
-    projected for the others still hold its own?
+    never trained (the target's own labels, mostly), through each of the target's trained ones in turn: do features that
+    were projected for the others still separate its own labels?
     """
-    found: dict[str, Tallies] = {"raw": {}, "centred": {}, "projected": {}}
+    statistics: dict[str, Tallies] = {"raw": {}, "centred": {}, "projected": {}}
     names = list(tasks)
 
     def add(kind: str, target: str, source: str, z: Tensor, pairs: Pairs) -> None:
-        sums, own = compute_pair_statistics(squared_distances(z), *pairs[source]), found[kind].setdefault(target, {})
-        own[source] = own[source] + sums if source in own else sums
+        sums, by_source = (
+            compute_pair_statistics(squared_distances(z), *pairs[source]),
+            statistics[kind].setdefault(target, {}),
+        )
+        by_source[source] = by_source[source] + sums if source in by_source else sums
 
     for rows, pairs in chunks(samples, tasks, thresholds):
         for target in names:
@@ -362,30 +383,32 @@ def measure(
                 add("centred", target, source, centred, pairs)
                 for projector in projectors_for(arm, target, source):
                     add("projected", target, source, z[projector], pairs)
-    return found
+    return statistics
 
 
 def projectors_for(arm: TrainedModel, target: str, source: str) -> list[str]:
-    """The sources whose projectors a target's features go through where the labels are those of ``source``."""
+    """Return the sources whose projectors a target's features go through for the labels of ``source``."""
     return [source] if source in arm.trained[target] else arm.trained[target]
 
 
 def measure_nearness(
     samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
 ) -> dict[str, PairStatistics]:
-    """The same sums with the squared distance in the picture (as a part of its diagonal) for the features' distance:
-    what any smooth map would separate."""
-    found: dict[str, PairStatistics] = {}
+    """Compute the same sums with the squared distance in the image in place of the features' distance.
+
+    It is what any smooth map would separate. Distances are fractions of the diagonal.
+    """
+    statistics: dict[str, PairStatistics] = {}
     for rows, pairs in chunks(samples, tasks, thresholds):
         distance = torch.cdist(samples.places[rows], samples.places[rows]).square()
         for name in tasks:
             sums = compute_pair_statistics(distance, *pairs[name])
-            found[name] = found[name] + sums if name in found else sums
-    return found
+            statistics[name] = statistics[name] + sums if name in statistics else sums
+    return statistics
 
 
 def to_plain(arm: TrainedModel, kinds: Mapping[str, Tallies]) -> dict[str, Any]:
-    """Plain numbers: kind -> target -> source -> means and histograms, whose bins a target's sources share."""
+    """Convert sums to plain numbers: kind -> target -> source -> means and histograms with shared bins."""
     features: dict[str, Any] = {}
     for kind, targets in kinds.items():
         features[kind] = {}

@@ -92,11 +92,17 @@ def sample_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) ->
     row, column = pixel_index(pixels, size)
     y = ((row + 0.5) * (height / frame[0]) - 0.5).clamp(0, height - 1)
     x = ((column + 0.5) * (width / frame[1]) - 0.5).clamp(0, width - 1)
-    top, left = y.long(), x.long()
-    bottom, right = (top + 1).clamp(max=height - 1), (left + 1).clamp(max=width - 1)
-    dy, dx = y - top, x - left
+    top_row, left_column = y.long(), x.long()
+    bottom_row, right_column = (top_row + 1).clamp(max=height - 1), (left_column + 1).clamp(max=width - 1)
+    dy, dx = y - top_row, x - left_column
     corners = torch.stack(
-        [top * width + left, top * width + right, bottom * width + left, bottom * width + right], dim=1
+        [
+            top_row * width + left_column,
+            top_row * width + right_column,
+            bottom_row * width + left_column,
+            bottom_row * width + right_column,
+        ],
+        dim=1,
     )
     weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx], dim=1)  # (B, 4, K)
     if feature.is_contiguous(memory_format=torch.channels_last):

@@ -92,8 +92,10 @@ def outline(plot: Axes, cell: Mapping[str, Any]) -> list[float]:
 
 
 def draw_separation(path: Path, arms: Sequence[Mapping[str, Any]], nearness: Mapping[str, Any], title: str) -> None:
-    """Matrices of AUC, target x source, a row per kind of features. Of two arms: the compared one, the first one and
-    their difference side by side."""
+    """Draw matrices of AUC, target x source, a row per kind of features.
+
+    Of two models: the compared one, the first one and their difference side by side.
+    """
     # Taking the mean off hardly changes an order of distances; the JSON has those numbers, too.
     kinds = [kind for kind in ("raw", "projected") if any(arm[kind] for arm in arms)]
     tasks = list(arms[0]["raw"])
@@ -176,6 +178,7 @@ def matrix(
 
 
 def blank(plot: Axes, text: str) -> None:
+    """Show a text in place of a plot."""
     plot.text(0.5, 0.5, text, ha="center", va="center", transform=plot.transAxes, fontsize=11)
     plot.set_xticks([])
     plot.set_yticks([])
@@ -183,36 +186,39 @@ def blank(plot: Axes, text: str) -> None:
 
 
 def cells(arm: Mapping[str, Any], kind: str, tasks: Sequence[str]) -> np.ndarray:
-    """AUC, target x source; NaN where it is not to be had."""
+    """Return the AUC, target x source; NaN where it is not defined."""
     return np.array(
         [[arm[kind].get(target, {}).get(source, {}).get("auc", math.nan) for source in tasks] for target in tasks]
     )
 
 
 def largest(values: np.ndarray) -> float:
-    """The largest absolute number that is one, else 0."""
+    """Return the largest finite absolute value; 0 if there is none."""
     return float(np.abs(values[np.isfinite(values)]).max(initial=0))
 
 
 def reference(nearness: Mapping[str, Any], tasks: Sequence[str]) -> np.ndarray:
+    """Return the AUC of distances in the image, per source."""
     return np.array([nearness[source]["auc"] for source in tasks])
 
 
 def star(arm: Mapping[str, Any], kind: str, target: str, source: str) -> bool:
-    """Is a number from projectors of other pairs?"""
+    """Return whether a number comes from projectors of other pairs."""
     return arm[kind].get(target, {}).get(source, {}).get("projectors", [source]) != [source]
 
 
 def is_starred(arm: Mapping[str, Any], targets: Sequence[str]) -> bool:
+    """Return whether any number of these targets comes from projectors of other pairs."""
     return any(star(arm, "projected", t, s) for t in targets for s in arm["projected"].get(t, {}))
 
 
 def number(value: float, form: str = ".2f") -> str:
+    """Format a number; NaN is a dash."""
     return "-" if math.isnan(value) else format(value, form)
 
 
 def save(figure: Figure, path: Path, notes: str) -> None:
-    """With ``notes`` below, as wide as the figure."""
+    """Save the figure with ``notes`` below it, as wide as it is."""
     text = textwrap.fill(notes, int(figure.get_figwidth() * 13))
     figure.set_layout_engine("constrained", rect=(0.005, 0.012, 0.99, 0.98))  # room for the lowest line's descenders
     figure.supxlabel(text, x=0.02, ha="left", fontsize=9.5, color="#333333")

@@ -53,9 +53,10 @@ def draw_panel(sample: VisualSample, tasks: Mapping[str, Task]) -> np.ndarray:
 def draw_predictions(
     image: np.ndarray, predictions: Mapping[str, np.ndarray], tasks: Mapping[str, Task], legends: bool = True
 ) -> np.ndarray:
-    """uint8 RGB picture without labels: the image and a tile per task (predictions in label layout), up to four a row.
+    """Draw the image and a tile per task (predictions in label layout), up to four a row: uint8 RGB.
 
-    Tiles are at most :data:`MAX_TILE_SIDE` pixels wide or high. Without ``legends`` the size depends on the image's alone.
+    Tiles are at most :data:`MAX_TILE_SIDE` pixels wide or high.
+    Without ``legends`` the size depends on the image alone.
     """
     zoom = max(1, min(-(-MIN_HEIGHT // image.shape[0]), MAX_TILE_SIDE // max(image.shape[:2])))
     factor = min(1.0, MAX_TILE_SIDE / (zoom * max(image.shape[:2])))

@@ -75,13 +75,13 @@ class Variant(NamedTuple):
 
     seconds: list[float]
     cpu_seconds: list[float]
-    held: int  # bytes
+    resident_bytes: int  # bytes
     step: int  # bytes, of a step that measures gradients where there are such
     weighing: float  # seconds per step, on average, for measuring the gradients of contrast and task
 
 
-def built(config: DictConfig) -> Trainer:
-    """The trainer that train.py would build, with random weights, in the middle of its schedule; it writes nothing."""
+def build_trainer(config: DictConfig) -> Trainer:
+    """Build the trainer as train.py does, with random weights, in the middle of its schedule; it writes nothing."""
     seed_everything(config.seed)
     device = choose_device(config.trainer.device, "trainer.device")
     trainer = build_training_run(config, build_tasks(config), Path("unused"), device).trainer
@@ -90,125 +90,129 @@ def built(config: DictConfig) -> Trainer:
     return trainer
 
 
-def one_step(trainer: Trainer, batch: Batch) -> None:
+def run_step(trainer: Trainer, batch: Batch) -> None:
+    """Run a training step and wait for the device."""
     trainer.train_step(batch)
     trainer.step += 1
     synchronize(trainer.device)
 
 
-def held(trainer: Trainer) -> int:
-    """Bytes of what stays from step to step."""
+def resident_bytes(trainer: Trainer) -> int:
+    """Return the bytes of weights, buffers and moments, which stay from step to step."""
     modules = [m for m in (trainer.model, trainer.regularizer) if m is not None]
     optimizers = [o.optimizer for o in (trainer.optimizer, trainer.regularizer_optimizer) if o is not None]
-    kept = [*(m.state_dict(keep_vars=True) for m in modules), *(list(o.state.values()) for o in optimizers)]
-    return sum(t.nbytes for t in tree_leaves(kept) if isinstance(t, Tensor))
+    tensors = [*(m.state_dict(keep_vars=True) for m in modules), *(list(o.state.values()) for o in optimizers)]
+    return sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
 
 
 def measure(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) -> dict[str, Variant]:
+    """Time the trainers' steps in turns, then measure their memory."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
     turn = list(trainers)
     for step, batch in enumerate(islice(cycle(batches), WARMUP + steps)):
         for name in turn:
-            took = measure_time(partial(one_step, trainers[name], batch), trainers[name].device)
+            took = measure_time(partial(run_step, trainers[name], batch), trainers[name].device)
             if step >= WARMUP:
                 seconds[name].append(took)
         turn.reverse()
-    found = {}
+    results = {}
     for name, trainer in trainers.items():
-        weighing = weighing_seconds(trainer, batches[0])
-        to_weighing_step(trainer)
-        most = measure_peak_memory(partial(one_step, trainer, batches[0]), trainer.device)
+        weighing = measure_weighting(trainer, batches[0])
+        advance_to_weighting_step(trainer)
+        most = measure_peak_memory(partial(run_step, trainer, batches[0]), trainer.device)
         clock, cpu = (list(values) for values in zip(*seconds[name]))
-        found[name] = Variant(clock, cpu, held(trainer), most, weighing)
-    return found
+        results[name] = Variant(clock, cpu, resident_bytes(trainer), most, weighing)
+    return results
 
 
-def to_weighing_step(trainer: Trainer) -> None:
-    """On to a step at which the gradients of contrast and task are measured (``regularizer.weighting=gradient_norm``)."""
+def advance_to_weighting_step(trainer: Trainer) -> None:
+    """Advance to a step at which the gradients of contrast and task are measured (``weighting=gradient_norm``)."""
     if trainer.lambda_.gradient_norm_weight is not None:
         trainer.step += -trainer.step % trainer.lambda_.gradient_norm_weight.every
 
 
-def weighing_seconds(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:
-    """What measuring those gradients takes, spread over the steps it serves."""
+def measure_weighting(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:
+    """Return the seconds that measuring those gradients takes, divided among the steps it serves."""
     if trainer.lambda_.gradient_norm_weight is None:
         return 0.0
     extra = []
     for _ in range(repeats):
-        to_weighing_step(trainer)
-        with_it, without = (measure_time(partial(one_step, trainer, batch), trainer.device)[0] for _ in range(2))
+        advance_to_weighting_step(trainer)
+        with_it, without = (measure_time(partial(run_step, trainer, batch), trainer.device)[0] for _ in range(2))
         extra.append(with_it - without)
     return statistics.median(extra) / trainer.lambda_.gradient_norm_weight.every
 
 
-def added(off: Sequence[float], on: Sequence[float]) -> list[float]:
-    """Percent, pair by pair, in order of size."""
+def relative_increase(off: Sequence[float], on: Sequence[float]) -> list[float]:
+    """Return the increase of each pair in percent, sorted."""
     return sorted(100 * (b / a - 1) for a, b in zip(off, on))
 
 
 def report(variants: dict[str, Variant], batch: int, device: torch.device) -> dict[str, Any]:
+    """Print the times and memory of both variants, and return them as plain values."""
     print("regularizer   median ms   fastest ms   images/s   held MiB   step MiB")
-    for name, found in variants.items():
-        median, best = statistics.median(found.seconds), min(found.seconds)
-        memory = f"{found.held / MIB:9.1f}  {found.step / MIB:9.1f}"
+    for name, results in variants.items():
+        median, best = statistics.median(results.seconds), min(results.seconds)
+        memory = f"{results.resident_bytes / MIB:9.1f}  {results.step / MIB:9.1f}"
         print(f"{name:11}  {median * 1e3:10.1f}  {best * 1e3:11.1f}  {batch / median:9.2f}  {memory}")
     off, on = variants.values()
-    pairs = added(off.seconds, on.seconds)
+    pairs = relative_increase(off.seconds, on.seconds)
     low, high = pairs[len(pairs) // 4], pairs[-1 - len(pairs) // 4]
     percent = {"step": statistics.median(pairs)}
     percent["weighing"] = 100 * on.weighing / statistics.median(off.seconds)
-    percent["memory"] = 100 * ((on.held + on.step) / (off.held + off.step) - 1)
+    percent["memory"] = 100 * ((on.resident_bytes + on.step) / (off.resident_bytes + off.step) - 1)
     text = (
         f"the regulariser adds {percent['step']:.1f} % to a step (median of pairs, half of them {low:.1f} to {high:.1f}"
     )
     if device.type == "cpu":
-        percent["cpu"] = statistics.median(added(off.cpu_seconds, on.cpu_seconds))
+        percent["cpu"] = statistics.median(relative_increase(off.cpu_seconds, on.cpu_seconds))
         text += f"; of CPU time {percent['cpu']:.1f} %"
     print(f"{text}), {percent['memory']:.2f} % to its peak memory")
     if on.weighing:
         print(f"beside that, every few steps it measures gradients: {percent['weighing']:.1f} % of a step on average")
-    return {"percent added": percent, **{name: found._asdict() for name, found in variants.items()}}
+    return {"percent added": percent, **{name: results._asdict() for name, results in variants.items()}}
 
 
 # The regulariser alone
 
 
-class Made(NamedTuple):
-    """A tensor with memory of its own, as an operation left it."""
+class NewTensor(NamedTuple):
+    """A tensor that an operation allocated."""
 
     bytes: int
     floating: bool
-    what: str  # operation, shape, type
+    description: str  # operation, shape, type
 
 
-class Watch(TorchDispatchMode):
-    """Notes, of the operations inside it, each tensor they make and each one whose result the host waits for.
+class TensorRecorder(TorchDispatchMode):
+    """Record each tensor that operations allocate, and each operation whose result the host waits for.
 
-    Views and what is changed in place are not made. Values that Python asks for (``item``, ``if``), shapes that depend
+    Views and in-place changes allocate nothing. Values that Python asks for (``item``, ``if``), shapes that depend
     on values (``nonzero``, a boolean index) and copies from a device to the host are waited for.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[Made] = []
+        self.made: list[NewTensor] = []
         self.waits: Counter[str] = Counter()
 
     @property
-    def largest(self) -> Made:
+    def largest(self) -> NewTensor:
+        """Return the largest allocated tensor."""
         return max(self.made)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        given, found = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
-        known = {x.untyped_storage().data_ptr() for x in given}
-        for x in found:
-            if x.untyped_storage().data_ptr() not in known:
-                what = f"{func} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-                self.made.append(Made(x.untyped_storage().nbytes(), x.is_floating_point(), what))
-        from_device = any(x.device.type != "cpu" for x in given)
-        if _depends_on_values(func, args) or (from_device and any(x.device.type == "cpu" for x in found)):
+        inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
+        input_storages = {x.untyped_storage().data_ptr() for x in inputs}
+        for x in outputs:
+            if x.untyped_storage().data_ptr() not in input_storages:
+                description = f"{func} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
+                self.made.append(NewTensor(x.untyped_storage().nbytes(), x.is_floating_point(), description))
+        from_device = any(x.device.type != "cpu" for x in inputs)
+        if _depends_on_values(func, args) or (from_device and any(x.device.type == "cpu" for x in outputs)):
             self.waits[str(func)] += 1
         return result
 
@@ -219,8 +223,8 @@ def _depends_on_values(func: Any, args: tuple[Any, ...]) -> bool:
     return torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
 
 
-class Calls:
-    """Seconds in each function of the packages, by the path of calls that leads there; a context manager."""
+class FunctionTimer:
+    """Time each function of the packages, by the path of calls that leads to it; a context manager."""
 
     def __init__(self, device: torch.device, *packages: Any) -> None:
         self.device = device
@@ -228,14 +232,14 @@ class Calls:
         self.seconds: defaultdict[tuple[str, ...], float] = defaultdict(float)
         self._path: list[tuple[str, float]] = []
 
-    def __enter__(self) -> "Calls":
+    def __enter__(self) -> "FunctionTimer":
         sys.setprofile(self._event)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
 
-    def _event(self, frame: FrameType, kind: str, argument: Any) -> None:
+    def _event(self, frame: FrameType, kind: str, _: Any) -> None:
         code = frame.f_code
         if kind not in ("call", "return") or code.co_name[0] == "<" or not code.co_filename.startswith(self.folders):
             return
@@ -246,18 +250,18 @@ class Calls:
             self.seconds[tuple(name for name, _ in self._path)] += time.perf_counter() - self._path.pop()[1]
 
 
-class Given(NamedTuple):
-    """What the regulariser gets in a step, and the gradient that the tasks' losses bring to the same features."""
+class RegularizerInput(NamedTuple):
+    """The regulariser's inputs in a step, and the tasks' gradient at the same features."""
 
     output: DenseOutput
     labels: dict[str, Tensor]
     draw: Draw
-    leaf_features: list[Tensor]  # those of the output's tap, each once, with a graph behind them
-    own: list[Tensor]
+    leaf_features: list[Tensor]  # the output's features, each once, with a graph behind them
+    task_gradients: list[Tensor]
 
 
-class Alone:
-    """The regulariser's share of a step, part by part, without the model."""
+class RegularizerProfile:
+    """Run the regulariser's part of a step, piece by piece, without the model."""
 
     def __init__(self, trainer: Trainer, batch: Batch) -> None:
         assert trainer.regularizer is not None
@@ -267,85 +271,95 @@ class Alone:
         image, self.labels = prepare_batch(batch, trainer.model.mean, trainer.model.std, self.device)
         with torch.no_grad(), autocast(self.device, trainer.options.precision):
             self.output = trainer.model(image)
-        self.tap = self.output.features[self.regularizer.feature]
+        self.feature_maps = self.output.features[self.regularizer.feature]
         self.step = trainer.step
 
     def draw(self) -> Draw:
+        """Draw sources and pixels of the next step."""
         self.step += 1
         return self.regularizer.sample(self.step, self.ids).to(self.device)
 
-    def given(self) -> Given:
-        leaves = {id(x): x.detach().requires_grad_() for x in self.tap.values()}  # one map may serve every task
+    def inputs(self) -> RegularizerInput:
+        """Prepare leaf features, labels and a new draw."""
+        leaves = {
+            id(x): x.detach().requires_grad_() for x in self.feature_maps.values()
+        }  # one map may serve every task
         leaf_features = {key: leaf.view_as(leaf) for key, leaf in leaves.items()}
         features = {
             **self.output.features,
-            self.regularizer.feature: {name: leaf_features[id(x)] for name, x in self.tap.items()},
+            self.regularizer.feature: {name: leaf_features[id(x)] for name, x in self.feature_maps.items()},
         }
-        own = [torch.ones_like(x) for x in leaves.values()]
-        return Given(
-            self.output._replace(features=features), self.labels, self.draw(), list(leaf_features.values()), own
+        task_gradients = [torch.ones_like(x) for x in leaves.values()]
+        return RegularizerInput(
+            self.output._replace(features=features),
+            self.labels,
+            self.draw(),
+            list(leaf_features.values()),
+            task_gradients,
         )
 
-    def compute_loss(self, given: Given) -> Tensor:
-        return self.regularizer.compute_loss(given.output, given.labels, given.draw).loss
+    def compute_loss(self, inputs: RegularizerInput) -> Tensor:
+        """Compute the regulariser's loss."""
+        return self.regularizer.compute_loss(inputs.output, inputs.labels, inputs.draw).loss
 
-    def backward(self, given: Given, loss: Tensor) -> None:
-        """To the features, where the gradient is added to the tasks' own, and to the regulariser's parameters."""
-        torch.autograd.backward([loss, *given.leaf_features], [None, *given.own])
+    def backward(self, inputs: RegularizerInput, loss: Tensor) -> None:
+        """Backpropagate to the features, where the tasks' gradient is added, and to the projectors."""
+        torch.autograd.backward([loss, *inputs.leaf_features], [None, *inputs.task_gradients])
 
     def optimise(self) -> None:
+        """Step the regulariser's optimizer."""
         if self.trainer.regularizer_optimizer is not None:
             self.trainer.regularizer_optimizer.step(self.step)
             self.trainer.regularizer_optimizer.zero_grad()
 
     def once(self) -> dict[str, float]:
-        """Seconds of each part."""
-        found = {"draw": measure_time(self.draw, self.device)[0]}
-        given, losses = self.given(), []
-        found["forward"] = measure_time(lambda: losses.append(self.compute_loss(given)), self.device)[0]
-        found["backward"] = measure_time(lambda: self.backward(given, losses[0]), self.device)[0]
-        found["optimiser"] = measure_time(self.optimise, self.device)[0]
-        return found
+        """Return the seconds of each part."""
+        results = {"draw": measure_time(self.draw, self.device)[0]}
+        inputs, losses = self.inputs(), []
+        results["forward"] = measure_time(lambda: losses.append(self.compute_loss(inputs)), self.device)[0]
+        results["backward"] = measure_time(lambda: self.backward(inputs, losses[0]), self.device)[0]
+        results["optimiser"] = measure_time(self.optimise, self.device)[0]
+        return results
 
 
-def show(rows: Sequence[tuple[str, float]], whole: float) -> None:
-    """Rows of (name, seconds) beside the seconds of a step."""
+def print_rows(rows: Sequence[tuple[str, float]], step_seconds: float) -> None:
+    """Print rows of (name, seconds), and as percent of the seconds of a step."""
     for name, seconds in rows:
-        print(f"{name:<56} {seconds * 1e3:8.2f}  {100 * seconds / whole:6.2f}")
+        print(f"{name:<56} {seconds * 1e3:8.2f}  {100 * seconds / step_seconds:6.2f}")
 
 
-def fastest(found: Sequence[dict[K, float]]) -> dict[K, float]:
-    """Of each key the smallest: these times are short, and what disturbs them only adds."""
-    return {key: min(each[key] for each in found) for key in found[0]}
+def take_fastest(results: Sequence[dict[K, float]]) -> dict[K, float]:
+    """Return the smallest value of each key: disturbances only add to short times."""
+    return {key: min(each[key] for each in results) for key in results[0]}
 
 
-def functions(alone: Alone, repeats: int) -> list[tuple[str, float]]:
-    """The forward pass by function, indented by depth; some extra time goes into watching."""
-    found = []
+def time_functions(regularizer_profile: RegularizerProfile, repeats: int) -> list[tuple[str, float]]:
+    """Time the forward pass by function, indented by depth; the timing itself adds some."""
+    results = []
     for _ in range(repeats):
-        given = alone.given()
-        with Calls(alone.device, mtcl.regularizers, mtcl.tasks) as calls:
-            alone.compute_loss(given)
-        found.append(calls.seconds)
-    paths = fastest(found)
+        inputs = regularizer_profile.inputs()
+        with FunctionTimer(regularizer_profile.device, mtcl.regularizers, mtcl.tasks) as calls:
+            regularizer_profile.compute_loss(inputs)
+        results.append(calls.seconds)
+    paths = take_fastest(results)
     most = max(paths.values())
     # Every path behind the one it continues, the slowest first.
     order = sorted(paths, key=lambda path: [(-paths[path[:n]], path[n - 1]) for n in range(1, len(path) + 1)])
     return [("  " * len(path) + path[-1], paths[path]) for path in order if paths[path] >= 0.02 * most]
 
 
-def operations(alone: Alone, repeats: int) -> list[tuple[str, float]]:
-    """The backward pass by operation, each without those inside it."""
-    cuda = alone.device.type == "cuda"
+def time_operations(regularizer_profile: RegularizerProfile, repeats: int) -> list[tuple[str, float]]:
+    """Time the backward pass by operation, each without those inside it."""
+    cuda = regularizer_profile.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     spent: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
-        given = alone.given()
-        loss = alone.compute_loss(given)
+        inputs = regularizer_profile.inputs()
+        loss = regularizer_profile.compute_loss(inputs)
         with torch.profiler.profile(activities=activities) as profiled:
-            alone.backward(given, loss)
-            synchronize(alone.device)
-        alone.optimise()
+            regularizer_profile.backward(inputs, loss)
+            synchronize(regularizer_profile.device)
+        regularizer_profile.optimise()
         for event in profiled.key_averages():
             us = event.self_device_time_total if cuda else event.self_cpu_time_total
             spent[f"  {event.key}, {event.count} x"].append(us / 1e6)
@@ -353,34 +367,34 @@ def operations(alone: Alone, repeats: int) -> list[tuple[str, float]]:
     return sorted(rows, key=lambda row: -row[1])[:8]
 
 
-def waits(alone: Alone) -> str:
-    """What the host waits for, in words. On CUDA, PyTorch's own watch over synchronising calls is on as well."""
-    given = alone.given()
-    if alone.device.type == "cuda":
+def find_waits(regularizer_profile: RegularizerProfile) -> str:
+    """Name the operations that the host waits for. On CUDA, PyTorch's check of synchronising calls is on as well."""
+    inputs = regularizer_profile.inputs()
+    if regularizer_profile.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        with Watch() as watch:
-            alone.backward(given, alone.compute_loss(given))
-            alone.optimise()
+        with TensorRecorder() as watch:
+            regularizer_profile.backward(inputs, regularizer_profile.compute_loss(inputs))
+            regularizer_profile.optimise()
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
         return str(error).splitlines()[0]
     finally:
-        if alone.device.type == "cuda":
+        if regularizer_profile.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
     return ", ".join(f"{name} ({count} times)" for name, count in watch.waits.items()) or "none"
 
 
-def graphs(alone: Alone) -> str:
-    """Of the forward pass under torch.compile, over four draws."""
+def count_graphs(regularizer_profile: RegularizerProfile) -> str:
+    """Count the graphs of the forward pass under torch.compile, over four draws."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(alone.regularizer.compute_loss, fullgraph=True, backend="eager")
+    compiled = torch.compile(regularizer_profile.regularizer.compute_loss, fullgraph=True, backend="eager")
     try:
         for _ in range(4):
-            given = alone.given()
-            compiled(given.output, given.labels, given.draw)
+            inputs = regularizer_profile.inputs()
+            compiled(inputs.output, inputs.labels, inputs.draw)
     except torch._dynamo.exc.Unsupported as error:
         return f"breaks: {str(error).splitlines()[0]}"
     count = torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -389,41 +403,47 @@ def graphs(alone: Alone) -> str:
 
 def profile(trainer: Trainer, batch: Batch, step: float, repeats: int) -> dict[str, Any]:
     """Print where the regulariser's time and memory go; ``step``: seconds of the fastest step without it."""
-    alone = Alone(trainer, batch)
-    parts = fastest([alone.once() for _ in range(repeats + WARMUP)][WARMUP:])
-    inside = {"forward": functions(alone, repeats), "backward": operations(alone, repeats)}
+    regularizer_profile = RegularizerProfile(trainer, batch)
+    parts = take_fastest([regularizer_profile.once() for _ in range(repeats + WARMUP)][WARMUP:])
+    inside = {
+        "forward": time_functions(regularizer_profile, repeats),
+        "backward": time_operations(regularizer_profile, repeats),
+    }
     print(f"the regulariser alone, fastest of {repeats}{'':24}ms  % of the fastest step without it")
     for name, seconds in parts.items():
-        show([(name, seconds), *inside.get(name, [])], step)
-    show([("sum", sum(parts.values()))], step)
-    given = alone.given()
-    largest = max(given.leaf_features, key=lambda x: x.nbytes)
-    with Watch() as forward:
-        loss = alone.compute_loss(given)
-    with Watch() as backward:
-        alone.backward(given, loss)
+        print_rows([(name, seconds), *inside.get(name, [])], step)
+    print_rows([("sum", sum(parts.values()))], step)
+    inputs = regularizer_profile.inputs()
+    largest = max(inputs.leaf_features, key=lambda x: x.nbytes)
+    with TensorRecorder() as forward:
+        loss = regularizer_profile.compute_loss(inputs)
+    with TensorRecorder() as backward:
+        regularizer_profile.backward(inputs, loss)
     print(f"a feature map: {largest.nbytes / MIB:.2f} MiB {tuple(largest.shape)}")
     maps = {}
     for name, watch in {"forward": forward, "backward": backward}.items():
         made = watch.largest
         maps[name] = made.bytes / largest.nbytes
-        print(f"largest tensor made, {name}: {made.bytes / MIB:.2f} MiB = {maps[name]:.3f} of it, {made.what}")
-    given = alone.given()
-    both = measure_peak_memory(lambda: alone.compute_loss(given).backward(), alone.device)
-    alone.optimise()
+        print(
+            f"largest tensor allocated, {name}: {made.bytes / MIB:.2f} MiB = {maps[name]:.3f} of it, {made.description}"
+        )
+    inputs = regularizer_profile.inputs()
+    both = measure_peak_memory(lambda: regularizer_profile.compute_loss(inputs).backward(), regularizer_profile.device)
+    regularizer_profile.optimise()
     print(
-        f"peak of both passes: {both / MIB:.2f} MiB = {both / largest.nbytes:.2f} of it, for {len(alone.tap)} targets"
+        f"peak of both passes: {both / MIB:.2f} MiB = {both / largest.nbytes:.2f} of it, for "
+        f"{len(regularizer_profile.feature_maps)} targets"
     )
-    found = {"waits": waits(alone), "graph": graphs(alone)}
-    print(f"waits of the host: {found['waits']}\ngraph: {found['graph']}")
-    return {"seconds": parts, "largest tensor, in maps": maps, "peak, in maps": both / largest.nbytes, **found}
+    results = {"waits": find_waits(regularizer_profile), "graph": count_graphs(regularizer_profile)}
+    print(f"waits of the host: {results['find_waits']}\ngraph: {results['graph']}")
+    return {"seconds": parts, "largest tensor, in maps": maps, "peak, in maps": both / largest.nbytes, **results}
 
 
 # The command
 
 
-def settings(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Name -> overrides of train.py."""
+def choose_settings(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return name -> overrides of train.py."""
     if overrides:
         return {"as given": list(overrides)}
     batch = f"data.batch_size={8 if torch.cuda.is_available() else 2}"
@@ -432,11 +452,16 @@ def settings(overrides: Sequence[str]) -> dict[str, list[str]]:
 
 def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> dict[str, Any]:
     """Measure and print one setting."""
-    chosen = [word for word in overrides if word.startswith("regularizer=")] or ["regularizer=contrastive"]
-    words = [*(word for word in overrides if not word.startswith("regularizer=")), "data.workers=0"]
+    chosen = [override for override in overrides if override.startswith("regularizer=")] or ["regularizer=contrastive"]
+    shared_overrides = [
+        *(override for override in overrides if not override.startswith("regularizer=")),
+        "data.workers=0",
+    ]
     configs = Path(__file__).resolve().parents[2] / "configs"
-    config, other = (compose_config([*words, choice], configs) for choice in ("regularizer=none", chosen[-1]))
-    trainers = {"none": built(config), chosen[-1].removeprefix("regularizer="): built(other)}
+    config, other = (
+        compose_config([*shared_overrides, choice], configs) for choice in ("regularizer=none", chosen[-1])
+    )
+    trainers = {"none": build_trainer(config), chosen[-1].removeprefix("regularizer="): build_trainer(other)}
     on = list(trainers.values())[-1]
     if len(trainers) < 2 or on.regularizer is None:
         raise UserError("there is no regulariser in this setting; give at least two tasks and a regularizer")
@@ -451,35 +476,37 @@ def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> di
         flush=True,
     )
     variants = measure(trainers, batches, steps)
-    found = report(variants, config.data.batch_size, on.device)
-    own = sum(p.numel() for p in on.regularizer.parameters())
+    results = report(variants, config.data.batch_size, on.device)
+    num_projector_parameters = sum(p.numel() for p in on.regularizer.parameters())
     model, without = (sum(p.numel() for p in t.model.parameters()) for t in (on, trainers["none"]))
     print(
-        f"inference: the model has {model:,} parameters, {without:,} without; the regulariser's {own:,} are not in it"
+        f"inference: the model has {model:,} parameters, {without:,} without; "
+        f"the regulariser's {num_projector_parameters:,} are not in it"
     )
     if profiled:
-        found["profile"] = profile(on, batches[0], min(variants["none"].seconds), 20)
-    return found
+        results["profile"] = profile(on, batches[0], min(variants["none"].seconds), 20)
+    return results
 
 
 def main() -> None:
+    """Parse the command line, measure, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--profile", action="store_true", help="also look at the regulariser alone")
     parser.add_argument("--steps", type=int, help="pairs of steps timed; default 20 on CUDA, 6 on a CPU")
     parser.add_argument("--json", type=Path, help="write the numbers there, too")
     parser.add_argument("overrides", nargs="*", help="of train.py; by default NYUD-v2's setting for three backbones")
-    words = parser.parse_args()
-    if words.steps is not None and words.steps < 1:
-        raise UserError(f"--steps {words.steps} must be at least 1")
+    args = parser.parse_args()
+    if args.steps is not None and args.steps < 1:
+        raise UserError(f"--steps {args.steps} must be at least 1")
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {where}, torch {torch.__version__}")
-    found: dict[str, Any] = {}
-    for name, overrides in settings(words.overrides).items():
-        if found:
+    results: dict[str, Any] = {}
+    for name, overrides in choose_settings(args.overrides).items():
+        if results:
             print()
-        found[name] = benchmark(overrides, words.steps, words.profile)
-    if words.json:
-        words.json.write_text(json.dumps(found, indent=2) + "\n", "utf-8")
+        results[name] = benchmark(overrides, args.steps, args.profile)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

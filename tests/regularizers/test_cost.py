@@ -24,7 +24,7 @@ OPTIONS = [
 ]
 
 script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark_step.py"), run_name="benchmark_step")
-Watch, measure_peak_memory = script["Watch"], script["measure_peak_memory"]
+TensorRecorder, measure_peak_memory = script["TensorRecorder"], script["measure_peak_memory"]
 
 
 def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
@@ -51,12 +51,12 @@ def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
 def test_no_map_is_made_and_nothing_is_waited_for(options, layout):
     regularizer, output, labels = make(layout=layout, **options)
     draw = regularizer.sample(0, ["a", "b"])
-    with Watch() as forward:
+    with TensorRecorder() as forward:
         loss = regularizer.compute_loss(output, labels, draw).loss
     assert loss.item() > 0
     assert sum(made.floating for made in forward.made) > 10
     assert forward.largest.bytes < MAP_BYTES / 20, forward.largest  # what is read at 16 pixels: 1/770 of a map
-    with Watch() as backward:
+    with TensorRecorder() as backward:
         loss.backward()
     assert backward.largest.bytes == MAP_BYTES, "the gradient of a target's features, and nothing above it"
     assert not forward.waits
@@ -68,7 +68,7 @@ def test_an_optimiser_step_waits_for_nothing():
     optimizer = regularizer.build_optimizer(lr=1e-3, weight_decay=1e-4)
     for step in range(2):
         regularizer.compute_loss(output, labels, regularizer.sample(step, ["a", "b"])).loss.backward()
-        with Watch() as watch:
+        with TensorRecorder() as watch:
             optimizer.step()
         assert watch.made
         assert not watch.waits
@@ -108,11 +108,11 @@ def test_one_graph_without_breaks_serves_every_draw():
 
 def test_watch_sees_what_is_made():
     x = torch.randn(4, 8)
-    with Watch() as watch:
+    with TensorRecorder() as watch:
         y = x.view(8, 4).t().expand(3, 4, 8).flatten(1, 1)[1:]
         x.add_(1)
     assert not watch.made
-    with Watch() as watch:
+    with TensorRecorder() as watch:
         y.contiguous()
         x > 0  # noqa: B015
     assert [(made.bytes, made.floating) for made in watch.made] == [(2 * 32 * 4, True), (32, False)]
@@ -133,10 +133,10 @@ def test_watch_sees_what_is_made():
 )
 def test_watch_sees_what_is_waited_for(work):
     x = torch.tensor([1.0, -1.0, 2.0])
-    with Watch() as watch:
+    with TensorRecorder() as watch:
         work(x)
     assert watch.waits
-    with Watch() as watch:
+    with TensorRecorder() as watch:
         x[torch.tensor([0, 1])], x.where(x > 0, 0.0), x.topk(2), x.masked_fill(x > 0, 1.0)
     assert not watch.waits
 
@@ -163,7 +163,7 @@ def test_script_measures_and_profiles(cli, tmp_path):
     assert "graph: no break, 1 graph for 4 draws" in result.out
     found = json.loads((tmp_path / "out.json").read_text())["as given"]
     assert len(found["none"]["seconds"]) == len(found["contrastive"]["seconds"]) == 2
-    assert found["contrastive"]["held"] > found["none"]["held"] > 0
+    assert found["contrastive"]["resident_bytes"] > found["none"]["resident_bytes"] > 0
     assert found["contrastive"]["step"] > found["none"]["step"] > 0
     assert found["profile"]["seconds"].keys() == {"draw", "forward", "backward", "optimiser"}
     assert all(seconds > 0 for seconds in found["profile"]["seconds"].values())

@@ -401,11 +401,21 @@ def test_weight_rises_and_ends():
     assert all(Lambda(0.5, 8, stop_fraction=0)(step) == 0 for step in range(8))
 
 
-GRADIENT = [*TINY, "backbone.name=test_resnet", "schedule=constant", "trainer.validate_first=false", "trainer.num_panels=0",
-            "trainer.val_interval=null", "trainer.checkpoint_interval=null", "data.limit=5",
-            "tasks.names=[semseg,depth,normals]", "regularizer.weighting=gradient_norm",
-            "regularizer.options.criterion=semihard", "regularizer.options.class_balanced=true",
-            "regularizer.options.excluded_pairs=['semseg<-depth']"]  # fmt: skip
+GRADIENT = [
+    *TINY,
+    "backbone.name=test_resnet",
+    "schedule=constant",
+    "trainer.validate_first=false",
+    "trainer.num_panels=0",
+    "trainer.val_interval=null",
+    "trainer.checkpoint_interval=null",
+    "data.limit=5",
+    "tasks.names=[semseg,depth,normals]",
+    "regularizer.weighting=gradient_norm",
+    "regularizer.options.criterion=semihard",
+    "regularizer.options.class_balanced=true",
+    "regularizer.options.excluded_pairs=['semseg<-depth']",
+]
 
 
 def run(folder, *words):

@@ -1,0 +1,104 @@
+"""The code speaks the field's language: no fillers as names, no config keys below the config package."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.common import ROOT
+
+from mtcl.config.schema import RULES
+
+FILLERS = frozenset(
+    [
+        "found",
+        "told",
+        "given",
+        "own",
+        "whole",
+        "there",
+        "left",
+        "what",
+        "words",
+        "known",
+        "place",
+        "before",
+        "after",
+        "wanted",
+        "seen",
+        "taken",
+        "kept",
+        "said",
+        "done",
+        "held",
+        "named",
+        "meant",
+        "gone",
+    ]
+)
+SOURCES = [path for folder in ("mtcl", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+SOURCES += [ROOT / "train.py", ROOT / "evaluate.py"]
+KNOWS_KEYS = ("config", "results", "launch", "cli")  # the packages that may name config keys
+BELOW_CONFIG = [
+    path
+    for path in SOURCES
+    if path.is_relative_to(ROOT / "mtcl") and path.relative_to(ROOT / "mtcl").parts[0] not in KNOWS_KEYS
+]
+DOTTED = re.compile(r"(?<![\w./])[a-z_]+(\.[a-z_]+)+(?![\w(/])")
+PREFIXES = {key.rpartition(".")[0] for key in RULES if key.count(".") > 1}  # regularizer.options, ...
+
+
+def find_keys(text: str) -> list[str]:
+    """Return the config keys, and beginnings of such, that a text names."""
+    dotted = [match[0] for match in DOTTED.finditer(text)]
+    return [name for name in dotted if name in RULES or any(f"{name}.".startswith(f"{one}.") for one in PREFIXES)]
+
+
+def find_bound_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield every name that a file binds: variables, parameters, functions, classes, attributes and aliases."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()) | ast.arg(arg=name):
+                yield name, node.lineno
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                yield name, node.lineno
+            case ast.ExceptHandler(name=str(name)) | ast.MatchAs(name=str(name)) | ast.alias(asname=str(name)):
+                yield name, node.lineno
+
+
+def find_texts(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Yield the strings of a file that a user may read: all but docstrings."""
+    docstrings = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            yield node.value, node.lineno
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_names_say_what_they_hold(path: Path):
+    tree = ast.parse(path.read_text("utf-8"))
+    fillers = [f"line {line}: {name}" for name, line in find_bound_names(tree) if name in FILLERS]
+    assert not fillers, f"give these a name that says what they hold: {fillers}"
+
+
+@pytest.mark.parametrize("path", BELOW_CONFIG, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_message_below_config_names_a_key(path: Path):
+    tree = ast.parse(path.read_text("utf-8"))
+    keys = [f"line {line}: {key}" for text, line in find_texts(tree) for key in find_keys(text)]
+    assert not keys, f"name the constructor's parameter (mtcl.errors.ParameterError) instead of a config key: {keys}"
+
+
+def test_the_search_for_keys_finds_them():
+    assert find_keys("regularizer.options.num_pixels=0 must be at least 1; set trainer.precision=fp32") == [
+        "regularizer.options.num_pixels",
+        "trainer.precision",
+    ]
+    assert find_keys("of regularizer.options") == ["regularizer.options"]
+    assert not find_keys("mtcl.data.Rooms reads data.json and decoder.logits.depth")
