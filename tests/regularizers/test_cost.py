@@ -116,7 +116,7 @@ def test_watch_sees_what_is_made():
         y.contiguous()
         x > 0  # noqa: B015
     assert [(made.bytes, made.floating) for made in watch.made] == [(2 * 32 * 4, True), (32, False)]
-    assert watch.largest.what == "aten.clone.default (2, 4, 8) float32"
+    assert watch.largest.description == "aten.clone.default (2, 4, 8) float32"
 
 
 @pytest.mark.parametrize(
