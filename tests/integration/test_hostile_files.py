@@ -237,12 +237,12 @@ FILLING = """
 import sys
 from pathlib import Path
 import numpy as np
-from mtcl.data.cache import ArrayStore, Stored
-store, source = ArrayStore(Path(sys.argv[1])), Path(sys.argv[2])
+from mtcl.data.cache import ArrayCache, CacheEntry
+store, source = ArrayCache(Path(sys.argv[1])), Path(sys.argv[2])
 array = np.full((1000, 1000, 3), 7, np.uint8)
 print("begins", flush=True)
 for number in range(10**6):
-    store.get("image", f"{number % 50:04d}", [source], lambda: Stored(array, (1000, 1000)))
+    store.get("image", f"{number % 50:04d}", [source], lambda: CacheEntry(array, (1000, 1000)))
     if number % 50 == 49:
         for path in store.folder.rglob("*.array"):
             path.unlink()

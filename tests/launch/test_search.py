@@ -289,9 +289,9 @@ def test_two_searches_share_one_storage(run, file, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "hold").touch()
     code = (
-        "import sys; from pathlib import Path; from mtcl.launch.search import conduct\n"
+        "import sys; from pathlib import Path; from mtcl.launch.search import run_search\n"
         f"here = Path({str(tmp_path)!r})\n"
-        "conduct(here / 'made_up.yaml', here / 'out', command=[sys.executable, str(here / 'train.py')], root=here, "
+        "run_search(here / 'made_up.yaml', here / 'out', command=[sys.executable, str(here / 'train.py')], root=here, "
         "list_tasks=lambda words: ['depth'], trials=3)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

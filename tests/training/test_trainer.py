@@ -350,5 +350,5 @@ def test_signals_to_data_workers(what, code, tmp_path):
     )  # fmt: skip
     assert done.returncode == code, done.stderr[-2000:]
     assert "Traceback" not in done.stderr
-    told = {"worker": "data.workers", "group": "resume=auto"}[what]
+    told = {"worker": "use fewer data workers", "group": "resume=auto"}[what]
     assert told in done.stderr

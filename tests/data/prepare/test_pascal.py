@@ -224,7 +224,7 @@ def test_what_a_worker_process_can_not_write_is_told_too(kit: Devkit, tmp_path: 
     out = tmp_path / "out"
     with pytest.raises(UserError):
         prepared(kit, out, workers=-1)
-    pascal._begin(pascal.Plan(pascal._find_sources(kit.voc, kit.context, kit.labels, {}), out, False))
+    pascal._start_outputs(pascal.Plan(pascal._find_sources(kit.voc, kit.context, kit.labels, {}), out, False))
     (out / "JPEGImages").touch()
     assert f"{out} can't be written (File exists)" in message(kit, out, workers=1)
 
