@@ -8,8 +8,8 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from mtcl.atomic import write_json
 from mtcl.cli.run_record import build_run_record
+from mtcl.cli.write_metrics import write_metrics
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
 from mtcl.config.build_evaluator import build_evaluator
 from mtcl.config.load import (
@@ -183,8 +183,7 @@ def write_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     files = RunFolder(folder)
     write_panels(files.panels, evaluation.visual_samples, tasks)
-    write_json(files.record, record)
-    write_json(files.metrics, evaluation.metrics)
+    write_metrics(folder, evaluation.metrics, record)
     log.info("%s:\n\n%s\n", title, format_metrics(tasks, {column: evaluation.metrics}))
     log.info("%s, %s and %s/ are in %s", files.metrics.name, files.record.name, files.panels.name, folder)
 

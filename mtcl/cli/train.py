@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mtcl import distributed
-from mtcl.atomic import remove_temporary_files, write_json, write_text
+from mtcl.atomic import remove_temporary_files, write_text
 from mtcl.cli.resume import (
     check_resume,
     find_checkpoint,
@@ -19,6 +19,7 @@ from mtcl.cli.resume import (
     restore_trainer,
 )
 from mtcl.cli.run_record import build_run_record
+from mtcl.cli.write_metrics import write_metrics
 from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.build_model import build_model, inline_genotype
 from mtcl.config.build_training import build_trainer
@@ -53,7 +54,7 @@ def train(
     """
     # Config
     inline_genotype(config)
-    device = start_process(config)
+    device = set_up_process(config)
     folder = distributed.broadcast_object(folder)
     files_at_start = list_run_files(folder)
     resumed = find_checkpoint(config, folder, siblings)
@@ -90,7 +91,7 @@ def train(
         return fit(config, trainer, val_dataset, folder, overrides, warnings)
 
 
-def start_process(config: DictConfig) -> torch.device:
+def set_up_process(config: DictConfig) -> torch.device:
     """Join the process group, seed all generators and return the device to train on."""
     device = choose_device(config.trainer.device, "trainer.device")
     distributed.init_process_group(device)
@@ -124,8 +125,7 @@ def fit(
     record = build_run_record(config, val_dataset, evaluation.num_images, trainer.device, overrides)
     record |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.num_skipped_steps}
     record |= {"processes": distributed.world_size(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
-    write_json(RunFolder(folder).record, record)
-    write_json(RunFolder(folder).metrics, evaluation.metrics)
+    write_metrics(folder, evaluation.metrics, record)
     columns = {"untrained": trainer.first_evaluation.metrics} if trainer.first_evaluation else {}
     table = format_metrics(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation images:\n\n%s\n", evaluation.num_images, table)
