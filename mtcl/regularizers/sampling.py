@@ -92,18 +92,10 @@ def sample_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) ->
     row, column = pixel_index(pixels, size)
     y = ((row + 0.5) * (height / frame[0]) - 0.5).clamp(0, height - 1)
     x = ((column + 0.5) * (width / frame[1]) - 0.5).clamp(0, width - 1)
-    top_row, left_column = y.long(), x.long()
-    bottom_row, right_column = (top_row + 1).clamp(max=height - 1), (left_column + 1).clamp(max=width - 1)
-    dy, dx = y - top_row, x - left_column
-    corners = torch.stack(
-        [
-            top_row * width + left_column,
-            top_row * width + right_column,
-            bottom_row * width + left_column,
-            bottom_row * width + right_column,
-        ],
-        dim=1,
-    )
+    y0, x0 = y.long(), x.long()
+    y1, x1 = (y0 + 1).clamp(max=height - 1), (x0 + 1).clamp(max=width - 1)
+    dy, dx = y - y0, x - x0
+    corners = torch.stack([y0 * width + x0, y0 * width + x1, y1 * width + x0, y1 * width + x1], dim=1)
     weights = torch.stack([(1 - dy) * (1 - dx), (1 - dy) * dx, dy * (1 - dx), dy * dx], dim=1)  # (B, 4, K)
     if feature.is_contiguous(memory_format=torch.channels_last):
         image = torch.arange(batch, device=feature.device)[:, None, None] * (height * width)

@@ -39,14 +39,14 @@ BATCH = 8
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def rate(work: Callable[[], int]) -> float:
-    """Return images per second of this thread's CPU time; ``work`` returns how many it made."""
+def measure_rate(load: Callable[[], int]) -> float:
+    """Return images per second of this thread's CPU time; ``load`` returns how many it loaded."""
     start = time.thread_time()
-    count = work()
+    count = load()
     return count / (time.thread_time() - start)
 
 
-def rooms_rates(count: int = 200) -> dict[str, float]:
+def measure_rooms(count: int = 200) -> dict[str, float]:
     """Measure the built-in rooms."""
     dataset = Rooms("train", TASK_NAMES, size=(96, 128), length=(count, 1))
     Rooms("val", TASK_NAMES, size=(96, 128), cache=False).read(0)  # make the textures
@@ -56,10 +56,10 @@ def rooms_rates(count: int = 200) -> dict[str, float]:
             dataset.read(index)
         return count
 
-    return {"rooms, rendered": rate(read), "rooms, cached": rate(read)}
+    return {"rooms, rendered": measure_rate(read), "rooms, cached": measure_rate(read)}
 
 
-def nyud_tasks() -> dict[str, Task]:
+def build_nyud_tasks() -> dict[str, Task]:
     """Build the four tasks of NYUD-v2."""
     return {name: build_task(name, **options) for name, options in NYUD.task_options().items()}
 
@@ -71,7 +71,9 @@ def make_archive(root: Path, count: int) -> None:
         (root / folder).mkdir(parents=True)
     for index, name in enumerate(dataset.ids):
         sample = dataset.read(index)
-        noise = np.random.default_rng(index).normal(0, 4, sample.image.shape)  # a camera's: PNG can't pack it away
+        noise = np.random.default_rng(index).normal(
+            0, 4, sample.image.shape
+        )  # as of a camera, so that PNG compresses as usual
         image = np.clip(sample.image + noise, 0, 255).astype(np.uint8)
         cv2.imwrite(str(root / f"images/{name}.png"), image[..., ::-1])
         cv2.imwrite(str(root / f"segmentation/{name}.png"), sample.labels["semseg"] + np.uint8(1))
@@ -82,22 +84,22 @@ def make_archive(root: Path, count: int) -> None:
     (root / "gt_sets" / "train.txt").write_text("\n".join(dataset.ids), "utf-8")
 
 
-def epoch_function(reader: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> Callable[[], int]:
+def make_epoch_function(nyud: NYUD, tasks: dict[str, Task], size: tuple[int, int]) -> Callable[[], int]:
     """Return a function that loads one epoch of augmented batches in this thread, up to the normalised image."""
-    dataset = AugmentedDataset(reader, tasks, Augment(size), seed=0)
+    dataset = AugmentedDataset(nyud, tasks, Augment(size), seed=0)
 
     def epoch() -> int:
-        stream = iter(EpochBatchSampler(len(reader.ids), BATCH, seed=0))
-        for _ in range(len(reader.ids) // BATCH):
+        stream = iter(EpochBatchSampler(len(nyud.ids), BATCH, seed=0))
+        for _ in range(len(nyud.ids) // BATCH):
             samples = [sample for sample in map(dataset.__getitem__, next(stream)) if not isinstance(sample, UserError)]
             prepare_batch(collate(samples, tasks, size, 1), MEAN.tolist(), STD.tolist(), "cpu")
-        return len(reader.ids) // BATCH * BATCH
+        return len(nyud.ids) // BATCH * BATCH
 
     return epoch
 
 
-class Plain:
-    """The same steps in a plain implementation, step by step on full float32 arrays, as is usual."""
+class PlainPipeline:
+    """Runs the same steps in a plain implementation: one after another, on full float32 arrays, as is usual."""
 
     def __init__(self, root: Path, ids: Sequence[str], size: tuple[int, int]) -> None:
         self.root, self.ids, self.size = root, ids, size
@@ -125,18 +127,18 @@ class Plain:
             "normals": 2.0 * self.read("normals", name) / 255.0 - 1.0,
             "edge": (self.read("edge", name) / 255.0)[..., None],
         }
-        sample = self.scaled(sample)
-        sample = self.cropped(sample)
+        sample = self.scale(sample)
+        sample = self.crop(sample)
         if self.rng.random() < 0.5:
             sample = {key: np.ascontiguousarray(array[:, ::-1]) for key, array in sample.items()}
             sample["normals"][..., 0] *= -1
-        sample["image"] = (self.distorted(sample["image"]) / 255.0 - MEAN) / STD
-        sample = self.padded(sample)
+        sample["image"] = (self.distort(sample["image"]) / 255.0 - MEAN) / STD
+        sample = self.pad(sample)
         sample["normals"][np.linalg.norm(sample["normals"], axis=-1) == 0] = 255
         sample["depth"][sample["depth"] == 0] = 255
         return {key: torch.from_numpy(array.transpose(2, 0, 1).copy()).float() for key, array in sample.items()}
 
-    def scaled(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def scale(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Scale a sample at random."""
         factor = self.rng.uniform(0.5, 2.0)
         scaled: dict[str, np.ndarray] = {}
@@ -147,7 +149,7 @@ class Plain:
         scaled["depth"] = scaled["depth"] / factor
         return scaled
 
-    def cropped(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def crop(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Crop a sample at random, again while one class fills most of the crop."""
         height, width = sample["image"].shape[:2]
         if height <= self.size[0] and width <= self.size[1]:
@@ -162,21 +164,21 @@ class Plain:
                 break
         return {key: array[window] for key, array in sample.items()}
 
-    def distorted(self, image: np.ndarray) -> np.ndarray:
+    def distort(self, image: np.ndarray) -> np.ndarray:
         """Distort the colours at random."""
 
-        def line(array: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
+        def scale_values(array: np.ndarray, gain: float = 1, offset: float = 0) -> np.ndarray:
             return np.clip(array.astype(np.float32) * gain + offset, 0, 255).astype(np.uint8)
 
         image = image.astype(np.uint8)
         if self.rng.random() < 0.5:
-            image = line(image, offset=self.rng.uniform(-32, 32))
+            image = scale_values(image, offset=self.rng.uniform(-32, 32))
         first = self.rng.random() < 0.5
         if first and self.rng.random() < 0.5:
-            image = line(image, self.rng.uniform(0.5, 1.5))
+            image = scale_values(image, self.rng.uniform(0.5, 1.5))
         if self.rng.random() < 0.5:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-            hsv[..., 1] = line(hsv[..., 1], self.rng.uniform(0.5, 1.5))
+            hsv[..., 1] = scale_values(hsv[..., 1], self.rng.uniform(0.5, 1.5))
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
         if self.rng.random() < 0.5:
             hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
@@ -184,10 +186,10 @@ class Plain:
             hsv[..., 0] = (hue % 180).astype(np.uint8)
             image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
         if not first and self.rng.random() < 0.5:
-            image = line(image, self.rng.uniform(0.5, 1.5))
+            image = scale_values(image, self.rng.uniform(0.5, 1.5))
         return image.astype(np.float32)
 
-    def padded(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def pad(self, sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Pad a sample to the crop size."""
         height, width = sample["image"].shape[:2]
         pad_top, pad_left = max(self.size[0] - height, 0) // 2, max(self.size[1] - width, 0) // 2
@@ -201,7 +203,9 @@ class Plain:
         }
 
 
-def waiting_share(dataset: NYUD, tasks: dict[str, Task], size: tuple[int, int], workers: int, steps: int = 12) -> float:
+def measure_waiting_share(
+    dataset: NYUD, tasks: dict[str, Task], size: tuple[int, int], workers: int, steps: int = 12
+) -> float:
     """Return the share of a training step that waits for its batch, after two steps to warm up."""
     backbone = build_backbone("mobilenetv2_100", weights=None)
     channels = {name: task.channels for name, task in tasks.items()}
@@ -228,33 +232,38 @@ def waiting_share(dataset: NYUD, tasks: dict[str, Task], size: tuple[int, int], 
     return wait_s / total_s
 
 
-def nyud_rates(root: Path, cache: Path, size: tuple[int, int], limit: int | None) -> dict[str, float]:
-    """Measure NYUD-v2 in the four ways."""
+def measure_nyud(root: Path, cache: Path, size: tuple[int, int], limit: int | None) -> dict[str, float]:
+    """Measure NYUD-v2 with the plain implementation, from files, in the first epoch and from the cache."""
 
-    def open_dataset(store: Path | None) -> NYUD:
-        return NYUD(root, "train", NAMES, cache=store, limit=limit)
+    def open_dataset(folder: Path | None) -> NYUD:
+        return NYUD(root, "train", NAMES, cache=folder, limit=limit)
 
     files = open_dataset(None)
     if set(files.suffixes.values()) != {".png", ".npy"} or files.suffixes["normals"] != ".png":
-        raise UserError(f"{files.root} is not in the files of the NYUDv2 archive, which the plain way is written for.")
-    tasks = nyud_tasks()
-    rates = {"plain": rate(Plain(files.root, files.ids, size)), "files": rate(epoch_function(files, tasks, size))}
-    rates["first epoch"] = rate(epoch_function(open_dataset(cache), tasks, size))
-    warm = epoch_function(open_dataset(cache), tasks, size)
+        raise UserError(
+            f"{files.root} is not in the NYUDv2 archive's format, the only one that the plain implementation reads."
+        )
+    tasks = build_nyud_tasks()
+    rates = {
+        "plain": measure_rate(PlainPipeline(files.root, files.ids, size)),
+        "files": measure_rate(make_epoch_function(files, tasks, size)),
+    }
+    rates["first epoch"] = measure_rate(make_epoch_function(open_dataset(cache), tasks, size))
+    warm = make_epoch_function(open_dataset(cache), tasks, size)
     warm()  # checks every entry once
-    rates["cached"] = rate(warm)
+    rates["cached"] = measure_rate(warm)
     return rates
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--root", type=Path, help="NYUD-v2; by default made up from rooms")
+    parser.add_argument("--root", type=Path, help="NYUD-v2; default: rendered rooms")
     parser.add_argument("--size", default="448x576", help="of training crops, HEIGHTxWIDTH")
     parser.add_argument("--images", type=int, default=96, help="how many images to use")
     parser.add_argument("--step", action="store_true", help="also measure a training step's wait for data")
     parser.add_argument("--workers", type=int, default=1, help="of the training step's loader")
-    parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args()
 
 
@@ -276,7 +285,7 @@ def main() -> None:
         if root is None:
             root = Path(scratch) / "NYUDv2"
             make_archive(root, args.images)
-        rates = {**rooms_rates(), **nyud_rates(root, cache, size, args.images)}
+        rates = {**measure_rooms(), **measure_nyud(root, cache, size, args.images)}
         print(f"{platform.machine()}, {os.cpu_count()} cores, OpenCV {cv2.__version__}, torch {torch.__version__}")
         print(f"images per second of one core; training crops {height}x{width}, tasks {', '.join(NAMES)}")
         for name, value in rates.items():
@@ -286,7 +295,7 @@ def main() -> None:
         if args.step:
             torch.set_num_threads(threads)
             dataset = NYUD(root, "train", NAMES, cache=cache, limit=args.images)
-            results["waiting"] = waiting_share(dataset, nyud_tasks(), size, args.workers)
+            results["waiting"] = measure_waiting_share(dataset, build_nyud_tasks(), size, args.workers)
             percent = 100 * results["waiting"]
             print(f"a training step waits for data {percent:.1f} % of its time (loader workers: {args.workers})")
     if args.json:

@@ -1,25 +1,26 @@
-"""Time and memory of a training step, without and with the regulariser, side by side in one process.
+"""Measure time and memory of a training step without and with the regulariser, side by side in one process.
 
     python scripts/benchmarks/benchmark_step.py [--profile] [--steps N] [--json OUT] [group=choice ...] [key=value ...]
 
-Without overrides it measures NYUD-v2's setting, pictures of 448x576 with the tasks semseg, depth, normals and edge
-(made up from rooms: nothing to download), random weights, the baseline decoder, for a small CNN, a large one and a ViT:
+Without overrides it measures NYUD-v2's setting, images of 448x576 with the tasks semseg, depth, normals and edge
+(rendered rooms: nothing to download), random weights, the baseline decoder, for a small CNN, a large one and a ViT:
 mobilenetv2, resnet50, vit_base; batches of 8 on CUDA, of 2 on a CPU (minutes). With overrides it measures that one
 setting of train.py instead, e.g. ``data.size=[448,576] backbone=swin_tiny tasks=nyud data.batch_size=4``;
-``regularizer=NAME`` names another regulariser than ``contrastive``.
+``regularizer=NAME`` measures another regulariser than ``contrastive``.
 
-The two variants take turns step by step, on the same batches, so that a drifting machine is fair to both; batches are
-made beforehand. Steps start in the middle of the schedule, where lambda is past its warm-up. On a CPU the process's CPU
-time is compared, too: other work on the machine does not count there.
+The two variants alternate step by step, on the same batches, so that a machine that becomes slower affects both. The
+batches are loaded beforehand. Steps start in the middle of the schedule, where lambda is past its warm-up. On a CPU the
+process's CPU time is compared too: other work on the machine does not count there.
 
-``held``: parameters, buffers and the optimisers' moments. ``step``: what a step takes at its peak beyond what was
-allocated before it: by the CUDA allocator's count, or on a CPU by the profiler's record of every tensor allocated and
-freed in one untimed step (activations, gradients and temporaries; not the scratch memory inside oneDNN or BLAS).
+``held``: parameters, buffers and the optimisers' moments. ``step``: the peak memory of a step beyond what was
+allocated at its start, by the CUDA allocator's count, or on a CPU by the profiler's record of every tensor allocated
+and freed in one untimed step (activations, gradients and temporaries; not the scratch memory inside oneDNN or BLAS).
 
-``--profile`` looks at the regulariser alone, on the model's real features: time of its parts, of each function of
-mtcl.regularizers and mtcl.tasks that it calls, of the operations of its backward pass; the largest tensor it makes,
-beside a feature map (B, C, h, w) (its backward makes one of that size for each target: the gradient itself, which joins
-the task's own); operations whose result the host waits for; and breaks of the graph under torch.compile.
+``--profile`` measures the regulariser alone, on the model's real features: time of its parts, of each function of
+mtcl.regularizers and mtcl.tasks that it calls, of the operations of its backward pass; the largest tensor it allocates,
+relative to a feature map (B, C, h, w) (its backward pass allocates one of that size for each target: the gradient
+itself, which is added to the task's); operations whose result the host waits for; and breaks of the graph under
+torch.compile.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's chatter; both are read when torch is loaded
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less output of the profiler; torch reads both when it is imported
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
@@ -71,17 +72,22 @@ K = TypeVar("K")
 
 
 class Variant(NamedTuple):
-    """What was measured of one of the two, step by step or at its peak."""
+    """Measurements of one variant, per step or at its peak."""
 
     seconds: list[float]
     cpu_seconds: list[float]
-    resident_bytes: int  # bytes
-    step: int  # bytes, of a step that measures gradients where there are such
-    weighing: float  # seconds per step, on average, for measuring the gradients of contrast and task
+    state_bytes: int
+    step_bytes: int  # of a step that measures gradients, if any does
+    weighting_seconds: float  # per step, on average, to measure the gradients of contrast and task
+
+    def to_plain(self) -> dict[str, Any]:
+        """Return the entry of the variant in the JSON."""
+        sizes = {"held": self.state_bytes, "step": self.step_bytes, "weighing": self.weighting_seconds}
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, **sizes}
 
 
 def build_trainer(config: DictConfig) -> Trainer:
-    """Build the trainer as train.py does, with random weights, in the middle of its schedule; it writes nothing."""
+    """Build the trainer of train.py with random weights, in the middle of its schedule. It writes no files."""
     seed_everything(config.seed)
     device = choose_device(config.trainer.device, "trainer.device")
     trainer = build_training_run(config, build_tasks(config), Path("unused"), device).trainer
@@ -91,126 +97,126 @@ def build_trainer(config: DictConfig) -> Trainer:
 
 
 def run_step(trainer: Trainer, batch: Batch) -> None:
-    """Run a training step and wait for the device."""
+    """Train one step and wait for the device."""
     trainer.train_step(batch)
     trainer.step += 1
     synchronize(trainer.device)
 
 
-def resident_bytes(trainer: Trainer) -> int:
-    """Return the bytes of weights, buffers and moments, which stay from step to step."""
+def count_state_bytes(trainer: Trainer) -> int:
+    """Count the bytes of parameters, buffers and optimiser states."""
     modules = [m for m in (trainer.model, trainer.regularizer) if m is not None]
     optimizers = [o.optimizer for o in (trainer.optimizer, trainer.regularizer_optimizer) if o is not None]
-    tensors = [*(m.state_dict(keep_vars=True) for m in modules), *(list(o.state.values()) for o in optimizers)]
-    return sum(t.nbytes for t in tree_leaves(tensors) if isinstance(t, Tensor))
+    states = [*(m.state_dict(keep_vars=True) for m in modules), *(list(o.state.values()) for o in optimizers)]
+    return sum(t.nbytes for t in tree_leaves(states) if isinstance(t, Tensor))
 
 
-def measure(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) -> dict[str, Variant]:
-    """Time the trainers' steps in turns, then measure their memory."""
+def measure_variants(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) -> dict[str, Variant]:
+    """Measure the variants, which alternate step by step."""
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
-    turn = list(trainers)
+    order = list(trainers)
     for step, batch in enumerate(islice(cycle(batches), WARMUP + steps)):
-        for name in turn:
-            took = measure_time(partial(run_step, trainers[name], batch), trainers[name].device)
+        for name in order:
+            duration = measure_time(partial(run_step, trainers[name], batch), trainers[name].device)
             if step >= WARMUP:
-                seconds[name].append(took)
-        turn.reverse()
-    results = {}
+                seconds[name].append(duration)
+        order.reverse()
+    variants = {}
     for name, trainer in trainers.items():
-        weighing = measure_weighting(trainer, batches[0])
+        weighting_seconds = measure_weighting(trainer, batches[0])
         advance_to_weighting_step(trainer)
-        most = measure_peak_memory(partial(run_step, trainer, batches[0]), trainer.device)
+        peak = measure_peak_memory(partial(run_step, trainer, batches[0]), trainer.device)
         clock, cpu = (list(values) for values in zip(*seconds[name]))
-        results[name] = Variant(clock, cpu, resident_bytes(trainer), most, weighing)
-    return results
+        variants[name] = Variant(clock, cpu, count_state_bytes(trainer), peak, weighting_seconds)
+    return variants
 
 
 def advance_to_weighting_step(trainer: Trainer) -> None:
-    """Advance to a step at which the gradients of contrast and task are measured (``weighting=gradient_norm``)."""
+    """Set the step to the next one that measures the gradients of contrast and task (``weighting=gradient_norm``)."""
     if trainer.lambda_.gradient_norm_weight is not None:
         trainer.step += -trainer.step % trainer.lambda_.gradient_norm_weight.every
 
 
 def measure_weighting(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:
-    """Return the seconds that measuring those gradients takes, divided among the steps it serves."""
+    """Return the seconds per step, on average, that measuring the gradients of contrast and task takes."""
     if trainer.lambda_.gradient_norm_weight is None:
         return 0.0
     extra = []
     for _ in range(repeats):
         advance_to_weighting_step(trainer)
-        with_it, without = (measure_time(partial(run_step, trainer, batch), trainer.device)[0] for _ in range(2))
-        extra.append(with_it - without)
+        with_weighting, without = (measure_time(partial(run_step, trainer, batch), trainer.device)[0] for _ in range(2))
+        extra.append(with_weighting - without)
     return statistics.median(extra) / trainer.lambda_.gradient_norm_weight.every
 
 
-def relative_increase(off: Sequence[float], on: Sequence[float]) -> list[float]:
+def sort_increases(off: Sequence[float], on: Sequence[float]) -> list[float]:
     """Return the increase of each pair in percent, sorted."""
     return sorted(100 * (b / a - 1) for a, b in zip(off, on))
 
 
-def report(variants: dict[str, Variant], batch: int, device: torch.device) -> dict[str, Any]:
-    """Print the times and memory of both variants, and return them as plain values."""
+def report_variants(variants: dict[str, Variant], batch: int, device: torch.device) -> dict[str, Any]:
+    """Print the measurements and the difference of the variants; return them as in the JSON."""
     print("regularizer   median ms   fastest ms   images/s   held MiB   step MiB")
-    for name, results in variants.items():
-        median, best = statistics.median(results.seconds), min(results.seconds)
-        memory = f"{results.resident_bytes / MIB:9.1f}  {results.step / MIB:9.1f}"
+    for name, variant in variants.items():
+        median, best = statistics.median(variant.seconds), min(variant.seconds)
+        memory = f"{variant.state_bytes / MIB:9.1f}  {variant.step_bytes / MIB:9.1f}"
         print(f"{name:11}  {median * 1e3:10.1f}  {best * 1e3:11.1f}  {batch / median:9.2f}  {memory}")
     off, on = variants.values()
-    pairs = relative_increase(off.seconds, on.seconds)
+    pairs = sort_increases(off.seconds, on.seconds)
     low, high = pairs[len(pairs) // 4], pairs[-1 - len(pairs) // 4]
     percent = {"step": statistics.median(pairs)}
-    percent["weighing"] = 100 * on.weighing / statistics.median(off.seconds)
-    percent["memory"] = 100 * ((on.resident_bytes + on.step) / (off.resident_bytes + off.step) - 1)
+    percent["weighing"] = 100 * on.weighting_seconds / statistics.median(off.seconds)
+    percent["memory"] = 100 * ((on.state_bytes + on.step_bytes) / (off.state_bytes + off.step_bytes) - 1)
     text = (
         f"the regulariser adds {percent['step']:.1f} % to a step (median of pairs, half of them {low:.1f} to {high:.1f}"
     )
     if device.type == "cpu":
-        percent["cpu"] = statistics.median(relative_increase(off.cpu_seconds, on.cpu_seconds))
+        percent["cpu"] = statistics.median(sort_increases(off.cpu_seconds, on.cpu_seconds))
         text += f"; of CPU time {percent['cpu']:.1f} %"
     print(f"{text}), {percent['memory']:.2f} % to its peak memory")
-    if on.weighing:
-        print(f"beside that, every few steps it measures gradients: {percent['weighing']:.1f} % of a step on average")
-    return {"percent added": percent, **{name: results._asdict() for name, results in variants.items()}}
+    if on.weighting_seconds:
+        print(f"in addition, it measures gradients every few steps: {percent['weighing']:.1f} % of a step on average")
+    return {"percent added": percent, **{name: variant.to_plain() for name, variant in variants.items()}}
 
 
 # The regulariser alone
 
 
 class NewTensor(NamedTuple):
-    """A tensor that an operation allocated."""
+    """A tensor for which an operation allocated memory."""
 
     bytes: int
     floating: bool
     description: str  # operation, shape, type
 
 
-class TensorRecorder(TorchDispatchMode):
-    """Record each tensor that operations allocate, and each operation whose result the host waits for.
+class OperationRecorder(TorchDispatchMode):
+    """Records the tensors that operations inside it allocate, and the operations whose result the host waits for.
 
-    Views and in-place changes allocate nothing. Values that Python asks for (``item``, ``if``), shapes that depend
-    on values (``nonzero``, a boolean index) and copies from a device to the host are waited for.
+    Views and changes in place allocate nothing. The host waits for values that Python reads (``item``, ``if``), for
+    shapes that depend on values (``nonzero``, a boolean index) and for copies from a device to the host.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[NewTensor] = []
+        self.allocated: list[NewTensor] = []
         self.waits: Counter[str] = Counter()
 
     @property
     def largest(self) -> NewTensor:
-        """Return the largest allocated tensor."""
-        return max(self.made)
+        """Return the largest tensor that was allocated."""
+        return max(self.allocated)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         inputs, outputs = ([x for x in tree_leaves(tree) if isinstance(x, Tensor)] for tree in ((args, kwargs), result))
-        input_storages = {x.untyped_storage().data_ptr() for x in inputs}
+        storages = {x.untyped_storage().data_ptr() for x in inputs}
         for x in outputs:
-            if x.untyped_storage().data_ptr() not in input_storages:
+            if x.untyped_storage().data_ptr() not in storages:
                 description = f"{func} {tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}"
-                self.made.append(NewTensor(x.untyped_storage().nbytes(), x.is_floating_point(), description))
+                self.allocated.append(NewTensor(x.untyped_storage().nbytes(), x.is_floating_point(), description))
         from_device = any(x.device.type != "cpu" for x in inputs)
         if _depends_on_values(func, args) or (from_device and any(x.device.type == "cpu" for x in outputs)):
             self.waits[str(func)] += 1
@@ -223,8 +229,8 @@ def _depends_on_values(func: Any, args: tuple[Any, ...]) -> bool:
     return torch.Tag.dynamic_output_shape in func.tags or torch.Tag.data_dependent_output in func.tags
 
 
-class FunctionTimer:
-    """Time each function of the packages, by the path of calls that leads to it; a context manager."""
+class CallTimer:
+    """Sums the seconds in each function of some packages by chain of calls, as a context manager."""
 
     def __init__(self, device: torch.device, *packages: Any) -> None:
         self.device = device
@@ -232,14 +238,14 @@ class FunctionTimer:
         self.seconds: defaultdict[tuple[str, ...], float] = defaultdict(float)
         self._path: list[tuple[str, float]] = []
 
-    def __enter__(self) -> "FunctionTimer":
-        sys.setprofile(self._event)
+    def __enter__(self) -> "CallTimer":
+        sys.setprofile(self._record_event)
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
 
-    def _event(self, frame: FrameType, kind: str, _: Any) -> None:
+    def _record_event(self, frame: FrameType, kind: str, _argument: Any) -> None:
         code = frame.f_code
         if kind not in ("call", "return") or code.co_name[0] == "<" or not code.co_filename.startswith(self.folders):
             return
@@ -250,18 +256,18 @@ class FunctionTimer:
             self.seconds[tuple(name for name, _ in self._path)] += time.perf_counter() - self._path.pop()[1]
 
 
-class RegularizerInput(NamedTuple):
-    """The regulariser's inputs in a step, and the tasks' gradient at the same features."""
+class StepInputs(NamedTuple):
+    """The regulariser's inputs in a step, and the gradients of the task losses at the same features."""
 
     output: DenseOutput
     labels: dict[str, Tensor]
     draw: Draw
-    leaf_features: list[Tensor]  # the output's features, each once, with a graph behind them
-    task_gradients: list[Tensor]
+    leaf_features: list[Tensor]  # the feature maps that the regulariser uses, each once, as results of a graph
+    task_gradients: list[Tensor]  # of those maps
 
 
-class RegularizerProfile:
-    """Run the regulariser's part of a step, piece by piece, without the model."""
+class RegularizerRunner:
+    """Runs the regulariser's part of a step without the model."""
 
     def __init__(self, trainer: Trainer, batch: Batch) -> None:
         assert trainer.regularizer is not None
@@ -271,129 +277,122 @@ class RegularizerProfile:
         image, self.labels = prepare_batch(batch, trainer.model.mean, trainer.model.std, self.device)
         with torch.no_grad(), autocast(self.device, trainer.options.precision):
             self.output = trainer.model(image)
-        self.feature_maps = self.output.features[self.regularizer.feature]
+        self.features = self.output.features[self.regularizer.feature]
         self.step = trainer.step
 
     def draw(self) -> Draw:
-        """Draw sources and pixels of the next step."""
+        """Draw the pixels of the next step."""
         self.step += 1
         return self.regularizer.sample(self.step, self.ids).to(self.device)
 
-    def inputs(self) -> RegularizerInput:
-        """Prepare leaf features, labels and a new draw."""
-        leaves = {
-            id(x): x.detach().requires_grad_() for x in self.feature_maps.values()
-        }  # one map may serve every task
+    def prepare_inputs(self) -> StepInputs:
+        """Prepare the inputs of the next step."""
+        leaves = {id(x): x.detach().requires_grad_() for x in self.features.values()}  # one map may serve every task
         leaf_features = {key: leaf.view_as(leaf) for key, leaf in leaves.items()}
         features = {
             **self.output.features,
-            self.regularizer.feature: {name: leaf_features[id(x)] for name, x in self.feature_maps.items()},
+            self.regularizer.feature: {name: leaf_features[id(x)] for name, x in self.features.items()},
         }
         task_gradients = [torch.ones_like(x) for x in leaves.values()]
-        return RegularizerInput(
-            self.output._replace(features=features),
-            self.labels,
-            self.draw(),
-            list(leaf_features.values()),
-            task_gradients,
-        )
+        output = self.output._replace(features=features)
+        return StepInputs(output, self.labels, self.draw(), list(leaf_features.values()), task_gradients)
 
-    def compute_loss(self, inputs: RegularizerInput) -> Tensor:
-        """Compute the regulariser's loss."""
+    def compute_loss(self, inputs: StepInputs) -> Tensor:
+        """Compute the loss of the regulariser."""
         return self.regularizer.compute_loss(inputs.output, inputs.labels, inputs.draw).loss
 
-    def backward(self, inputs: RegularizerInput, loss: Tensor) -> None:
-        """Backpropagate to the features, where the tasks' gradient is added, and to the projectors."""
+    def backward(self, inputs: StepInputs, loss: Tensor) -> None:
+        """Compute the parameters' gradients and add those of the features to the tasks' gradients."""
         torch.autograd.backward([loss, *inputs.leaf_features], [None, *inputs.task_gradients])
 
     def optimise(self) -> None:
-        """Step the regulariser's optimizer."""
+        """Take a step of the regulariser's optimiser, if it has one."""
         if self.trainer.regularizer_optimizer is not None:
             self.trainer.regularizer_optimizer.step(self.step)
             self.trainer.regularizer_optimizer.zero_grad()
 
-    def once(self) -> dict[str, float]:
-        """Return the seconds of each part."""
-        results = {"draw": measure_time(self.draw, self.device)[0]}
-        inputs, losses = self.inputs(), []
-        results["forward"] = measure_time(lambda: losses.append(self.compute_loss(inputs)), self.device)[0]
-        results["backward"] = measure_time(lambda: self.backward(inputs, losses[0]), self.device)[0]
-        results["optimiser"] = measure_time(self.optimise, self.device)[0]
-        return results
+    def time_parts(self) -> dict[str, float]:
+        """Run one step and return the seconds of each part."""
+        seconds = {"draw": measure_time(self.draw, self.device)[0]}
+        inputs, losses = self.prepare_inputs(), []
+        seconds["forward"] = measure_time(lambda: losses.append(self.compute_loss(inputs)), self.device)[0]
+        seconds["backward"] = measure_time(lambda: self.backward(inputs, losses[0]), self.device)[0]
+        seconds["optimiser"] = measure_time(self.optimise, self.device)[0]
+        return seconds
 
 
 def print_rows(rows: Sequence[tuple[str, float]], step_seconds: float) -> None:
-    """Print rows of (name, seconds), and as percent of the seconds of a step."""
+    """Print rows of (name, seconds) with their percentage of a step."""
     for name, seconds in rows:
         print(f"{name:<56} {seconds * 1e3:8.2f}  {100 * seconds / step_seconds:6.2f}")
 
 
-def take_fastest(results: Sequence[dict[K, float]]) -> dict[K, float]:
-    """Return the smallest value of each key: disturbances only add to short times."""
-    return {key: min(each[key] for each in results) for key in results[0]}
+def take_minimum(timings: Sequence[dict[K, float]]) -> dict[K, float]:
+    """Return the smallest value of each key: the times are short, and disturbances only add to them."""
+    return {key: min(timing[key] for timing in timings) for key in timings[0]}
 
 
-def time_functions(regularizer_profile: RegularizerProfile, repeats: int) -> list[tuple[str, float]]:
-    """Time the forward pass by function, indented by depth; the timing itself adds some."""
-    results = []
+def time_functions(runner: RegularizerRunner, repeats: int) -> list[tuple[str, float]]:
+    """Return the seconds of the forward pass by function, indented by depth; they include some overhead."""
+    timings = []
     for _ in range(repeats):
-        inputs = regularizer_profile.inputs()
-        with FunctionTimer(regularizer_profile.device, mtcl.regularizers, mtcl.tasks) as calls:
-            regularizer_profile.compute_loss(inputs)
-        results.append(calls.seconds)
-    paths = take_fastest(results)
-    most = max(paths.values())
-    # Every path behind the one it continues, the slowest first.
+        inputs = runner.prepare_inputs()
+        with CallTimer(runner.device, mtcl.regularizers, mtcl.tasks) as calls:
+            runner.compute_loss(inputs)
+        timings.append(calls.seconds)
+    paths = take_minimum(timings)
+    slowest = max(paths.values())
+    # Each path follows the one it continues; the slowest come first.
     order = sorted(paths, key=lambda path: [(-paths[path[:n]], path[n - 1]) for n in range(1, len(path) + 1)])
-    return [("  " * len(path) + path[-1], paths[path]) for path in order if paths[path] >= 0.02 * most]
+    return [("  " * len(path) + path[-1], paths[path]) for path in order if paths[path] >= 0.02 * slowest]
 
 
-def time_operations(regularizer_profile: RegularizerProfile, repeats: int) -> list[tuple[str, float]]:
-    """Time the backward pass by operation, each without those inside it."""
-    cuda = regularizer_profile.device.type == "cuda"
+def time_operations(runner: RegularizerRunner, repeats: int) -> list[tuple[str, float]]:
+    """Return the seconds of the backward pass by operation, each without those that it calls."""
+    cuda = runner.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    spent: defaultdict[str, list[float]] = defaultdict(list)
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
-        inputs = regularizer_profile.inputs()
-        loss = regularizer_profile.compute_loss(inputs)
+        inputs = runner.prepare_inputs()
+        loss = runner.compute_loss(inputs)
         with torch.profiler.profile(activities=activities) as profiled:
-            regularizer_profile.backward(inputs, loss)
-            synchronize(regularizer_profile.device)
-        regularizer_profile.optimise()
+            runner.backward(inputs, loss)
+            synchronize(runner.device)
+        runner.optimise()
         for event in profiled.key_averages():
             us = event.self_device_time_total if cuda else event.self_cpu_time_total
-            spent[f"  {event.key}, {event.count} x"].append(us / 1e6)
-    rows = [(name, min(values)) for name, values in spent.items()]
+            seconds[f"  {event.key}, {event.count} x"].append(us / 1e6)
+    rows = [(name, min(values)) for name, values in seconds.items()]
     return sorted(rows, key=lambda row: -row[1])[:8]
 
 
-def find_waits(regularizer_profile: RegularizerProfile) -> str:
-    """Name the operations that the host waits for. On CUDA, PyTorch's check of synchronising calls is on as well."""
-    inputs = regularizer_profile.inputs()
-    if regularizer_profile.device.type == "cuda":
+def describe_waits(runner: RegularizerRunner) -> str:
+    """Describe what the host waits for. On CUDA, PyTorch also reports the calls that synchronise."""
+    inputs = runner.prepare_inputs()
+    if runner.device.type == "cuda":
         torch.cuda.set_sync_debug_mode("error")
     try:
-        with TensorRecorder() as watch:
-            regularizer_profile.backward(inputs, regularizer_profile.compute_loss(inputs))
-            regularizer_profile.optimise()
+        with OperationRecorder() as recorder:
+            runner.backward(inputs, runner.compute_loss(inputs))
+            runner.optimise()
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
         return str(error).splitlines()[0]
     finally:
-        if regularizer_profile.device.type == "cuda":
+        if runner.device.type == "cuda":
             torch.cuda.set_sync_debug_mode("default")
-    return ", ".join(f"{name} ({count} times)" for name, count in watch.waits.items()) or "none"
+    return ", ".join(f"{name} ({count} times)" for name, count in recorder.waits.items()) or "none"
 
 
-def count_graphs(regularizer_profile: RegularizerProfile) -> str:
-    """Count the graphs of the forward pass under torch.compile, over four draws."""
+def describe_graphs(runner: RegularizerRunner) -> str:
+    """Describe the graphs of the forward pass under torch.compile, over four draws."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(regularizer_profile.regularizer.compute_loss, fullgraph=True, backend="eager")
+    compiled = torch.compile(runner.regularizer.compute_loss, fullgraph=True, backend="eager")
     try:
         for _ in range(4):
-            inputs = regularizer_profile.inputs()
+            inputs = runner.prepare_inputs()
             compiled(inputs.output, inputs.labels, inputs.draw)
     except torch._dynamo.exc.Unsupported as error:
         return f"breaks: {str(error).splitlines()[0]}"
@@ -401,49 +400,50 @@ def count_graphs(regularizer_profile: RegularizerProfile) -> str:
     return f"no break, {count} graph{'s' if count > 1 else ''} for 4 draws"
 
 
-def profile(trainer: Trainer, batch: Batch, step: float, repeats: int) -> dict[str, Any]:
-    """Print where the regulariser's time and memory go; ``step``: seconds of the fastest step without it."""
-    regularizer_profile = RegularizerProfile(trainer, batch)
-    parts = take_fastest([regularizer_profile.once() for _ in range(repeats + WARMUP)][WARMUP:])
-    inside = {
-        "forward": time_functions(regularizer_profile, repeats),
-        "backward": time_operations(regularizer_profile, repeats),
-    }
+def profile_regularizer(trainer: Trainer, batch: Batch, step_seconds: float, repeats: int) -> dict[str, Any]:
+    """Print the time and memory of the regulariser's parts and return them.
+
+    Args:
+        trainer: with a regulariser.
+        batch: to measure with.
+        step_seconds: of the fastest step without the regulariser.
+        repeats: how often each part is measured.
+    """
+    runner = RegularizerRunner(trainer, batch)
+    parts = take_minimum([runner.time_parts() for _ in range(repeats + WARMUP)][WARMUP:])
+    inside = {"forward": time_functions(runner, repeats), "backward": time_operations(runner, repeats)}
     print(f"the regulariser alone, fastest of {repeats}{'':24}ms  % of the fastest step without it")
     for name, seconds in parts.items():
-        print_rows([(name, seconds), *inside.get(name, [])], step)
-    print_rows([("sum", sum(parts.values()))], step)
-    inputs = regularizer_profile.inputs()
+        print_rows([(name, seconds), *inside.get(name, [])], step_seconds)
+    print_rows([("sum", sum(parts.values()))], step_seconds)
+    inputs = runner.prepare_inputs()
     largest = max(inputs.leaf_features, key=lambda x: x.nbytes)
-    with TensorRecorder() as forward:
-        loss = regularizer_profile.compute_loss(inputs)
-    with TensorRecorder() as backward:
-        regularizer_profile.backward(inputs, loss)
+    with OperationRecorder() as forward:
+        loss = runner.compute_loss(inputs)
+    with OperationRecorder() as backward:
+        runner.backward(inputs, loss)
     print(f"a feature map: {largest.nbytes / MIB:.2f} MiB {tuple(largest.shape)}")
     maps = {}
-    for name, watch in {"forward": forward, "backward": backward}.items():
-        made = watch.largest
-        maps[name] = made.bytes / largest.nbytes
-        print(
-            f"largest tensor allocated, {name}: {made.bytes / MIB:.2f} MiB = {maps[name]:.3f} of it, {made.description}"
-        )
-    inputs = regularizer_profile.inputs()
-    both = measure_peak_memory(lambda: regularizer_profile.compute_loss(inputs).backward(), regularizer_profile.device)
-    regularizer_profile.optimise()
-    print(
-        f"peak of both passes: {both / MIB:.2f} MiB = {both / largest.nbytes:.2f} of it, for "
-        f"{len(regularizer_profile.feature_maps)} targets"
-    )
-    results = {"waits": find_waits(regularizer_profile), "graph": count_graphs(regularizer_profile)}
-    print(f"waits of the host: {results['find_waits']}\ngraph: {results['graph']}")
-    return {"seconds": parts, "largest tensor, in maps": maps, "peak, in maps": both / largest.nbytes, **results}
+    for name, recorder in {"forward": forward, "backward": backward}.items():
+        tensor = recorder.largest
+        maps[name] = tensor.bytes / largest.nbytes
+        size = f"{tensor.bytes / MIB:.2f} MiB = {maps[name]:.3f} of it"
+        print(f"largest tensor allocated, {name}: {size}, {tensor.description}")
+    inputs = runner.prepare_inputs()
+    peak = measure_peak_memory(lambda: runner.compute_loss(inputs).backward(), runner.device)
+    runner.optimise()
+    size = f"{peak / MIB:.2f} MiB = {peak / largest.nbytes:.2f} of it"
+    print(f"peak of both passes: {size}, for {len(runner.features)} targets")
+    texts = {"waits": describe_waits(runner), "graph": describe_graphs(runner)}
+    print(f"waits of the host: {texts['waits']}\ngraph: {texts['graph']}")
+    return {"seconds": parts, "largest tensor, in maps": maps, "peak, in maps": peak / largest.nbytes, **texts}
 
 
 # The command
 
 
-def choose_settings(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """Return name -> overrides of train.py."""
+def list_settings(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return the settings to measure: name -> overrides of train.py."""
     if overrides:
         return {"as given": list(overrides)}
     batch = f"data.batch_size={8 if torch.cuda.is_available() else 2}"
@@ -451,57 +451,52 @@ def choose_settings(overrides: Sequence[str]) -> dict[str, list[str]]:
 
 
 def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> dict[str, Any]:
-    """Measure and print one setting."""
-    chosen = [override for override in overrides if override.startswith("regularizer=")] or ["regularizer=contrastive"]
-    shared_overrides = [
-        *(override for override in overrides if not override.startswith("regularizer=")),
-        "data.workers=0",
-    ]
+    """Measure one setting, print the results and return them."""
+    chosen = [item for item in overrides if item.startswith("regularizer=")] or ["regularizer=contrastive"]
+    shared = [*(item for item in overrides if not item.startswith("regularizer=")), "data.workers=0"]
     configs = Path(__file__).resolve().parents[2] / "configs"
-    config, other = (
-        compose_config([*shared_overrides, choice], configs) for choice in ("regularizer=none", chosen[-1])
-    )
+    config, other = (compose_config([*shared, choice], configs) for choice in ("regularizer=none", chosen[-1]))
     trainers = {"none": build_trainer(config), chosen[-1].removeprefix("regularizer="): build_trainer(other)}
     on = list(trainers.values())[-1]
     if len(trainers) < 2 or on.regularizer is None:
-        raise UserError("there is no regulariser in this setting; give at least two tasks and a regularizer")
+        raise UserError("this setting has no regulariser; choose at least two tasks and a regularizer")
     if on.lambda_(on.step) <= 0:
-        raise UserError(f"regularizer.weight is 0 at step {on.step}, so there would be nothing to measure")
+        raise UserError(f"regularizer.weight is 0 at step {on.step}, so there is nothing to measure")
     batches = list(islice(on.batches, BATCHES))
     steps = steps or (20 if on.device.type == "cuda" else 6)
     height, width = config.data.size
     print(
         f"{config.backbone.name}, {height}x{width}, batch {config.data.batch_size}, tasks {', '.join(on.tasks)}, "
-        f"{steps} steps in turns",
+        f"{steps} alternating steps",
         flush=True,
     )
-    variants = measure(trainers, batches, steps)
-    results = report(variants, config.data.batch_size, on.device)
-    num_projector_parameters = sum(p.numel() for p in on.regularizer.parameters())
+    variants = measure_variants(trainers, batches, steps)
+    results = report_variants(variants, config.data.batch_size, on.device)
+    regularizer_size = sum(p.numel() for p in on.regularizer.parameters())
     model, without = (sum(p.numel() for p in t.model.parameters()) for t in (on, trainers["none"]))
     print(
         f"inference: the model has {model:,} parameters, {without:,} without; "
-        f"the regulariser's {num_projector_parameters:,} are not in it"
+        f"the regulariser's {regularizer_size:,} are not in it"
     )
     if profiled:
-        results["profile"] = profile(on, batches[0], min(variants["none"].seconds), 20)
+        results["profile"] = profile_regularizer(on, batches[0], min(variants["none"].seconds), 20)
     return results
 
 
 def main() -> None:
-    """Parse the command line, measure, and print."""
+    """Parse the command line and measure each setting."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--profile", action="store_true", help="also look at the regulariser alone")
+    parser.add_argument("--profile", action="store_true", help="also measure the regulariser alone")
     parser.add_argument("--steps", type=int, help="pairs of steps timed; default 20 on CUDA, 6 on a CPU")
-    parser.add_argument("--json", type=Path, help="write the numbers there, too")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", help="of train.py; by default NYUD-v2's setting for three backbones")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         raise UserError(f"--steps {args.steps} must be at least 1")
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
-    print(f"{platform.machine()}, {where}, torch {torch.__version__}")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    print(f"{platform.machine()}, {device}, torch {torch.__version__}")
     results: dict[str, Any] = {}
-    for name, overrides in choose_settings(args.overrides).items():
+    for name, overrides in list_settings(args.overrides).items():
         if results:
             print()
         results[name] = benchmark(overrides, args.steps, args.profile)

@@ -24,7 +24,7 @@ OPTIONS = [
 ]
 
 script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark_step.py"), run_name="benchmark_step")
-TensorRecorder, measure_peak_memory = script["TensorRecorder"], script["measure_peak_memory"]
+OperationRecorder, measure_peak_memory = script["OperationRecorder"], script["measure_peak_memory"]
 
 
 def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
@@ -38,7 +38,7 @@ def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
         "edge": (torch.rand(BATCH, 1, *size, generator=generator) < 0.3).float().masked_fill(void, 255),
     }
     features = {name: torch.randn(BATCH, CHANNELS, *shape, generator=generator) for name in NAMES}
-    features = {name: tap.contiguous(memory_format=layout).requires_grad_() for name, tap in features.items()}
+    features = {name: feature.contiguous(memory_format=layout).requires_grad_() for name, feature in features.items()}
     tasks = {name: build_task(name, **({"class_names": tuple("abcde")} if name == "semseg" else {})) for name in NAMES}
     regularizer = Contrastive(
         tasks, dict.fromkeys(NAMES, CHANNELS), **{"num_pixels": 16, "embed_dim": 8, "hidden_dim": 8} | options
@@ -51,12 +51,12 @@ def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
 def test_no_map_is_made_and_nothing_is_waited_for(options, layout):
     regularizer, output, labels = make(layout=layout, **options)
     draw = regularizer.sample(0, ["a", "b"])
-    with TensorRecorder() as forward:
+    with OperationRecorder() as forward:
         loss = regularizer.compute_loss(output, labels, draw).loss
     assert loss.item() > 0
-    assert sum(made.floating for made in forward.made) > 10
+    assert sum(tensor.floating for tensor in forward.allocated) > 10
     assert forward.largest.bytes < MAP_BYTES / 20, forward.largest  # what is read at 16 pixels: 1/770 of a map
-    with TensorRecorder() as backward:
+    with OperationRecorder() as backward:
         loss.backward()
     assert backward.largest.bytes == MAP_BYTES, "the gradient of a target's features, and nothing above it"
     assert not forward.waits
@@ -68,10 +68,10 @@ def test_an_optimiser_step_waits_for_nothing():
     optimizer = regularizer.build_optimizer(lr=1e-3, weight_decay=1e-4)
     for step in range(2):
         regularizer.compute_loss(output, labels, regularizer.sample(step, ["a", "b"])).loss.backward()
-        with TensorRecorder() as watch:
+        with OperationRecorder() as recorder:
             optimizer.step()
-        assert watch.made
-        assert not watch.waits
+        assert recorder.allocated
+        assert not recorder.waits
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -82,8 +82,8 @@ def test_peak_memory_is_the_gradients_of_the_features(layout):
     forward = measure_peak_memory(lambda: losses.append(regularizer.compute_loss(output, labels, draw).loss), device)
     assert 0 < forward < MAP_BYTES
     assert measure_peak_memory(losses[0].backward, device) < (len(NAMES) + 0.5) * MAP_BYTES
-    for tap in output.features["final"].values():
-        assert tap.grad.shape == tap.shape
+    for feature in output.features["final"].values():
+        assert feature.grad.shape == feature.shape
 
 
 def test_one_graph_without_breaks_serves_every_draw():
@@ -106,17 +106,17 @@ def test_one_graph_without_breaks_serves_every_draw():
 # --- The instruments themselves
 
 
-def test_watch_sees_what_is_made():
+def test_recorder_lists_allocated_tensors():
     x = torch.randn(4, 8)
-    with TensorRecorder() as watch:
+    with OperationRecorder() as recorder:
         y = x.view(8, 4).t().expand(3, 4, 8).flatten(1, 1)[1:]
         x.add_(1)
-    assert not watch.made
-    with TensorRecorder() as watch:
+    assert not recorder.allocated
+    with OperationRecorder() as recorder:
         y.contiguous()
         x > 0  # noqa: B015
-    assert [(made.bytes, made.floating) for made in watch.made] == [(2 * 32 * 4, True), (32, False)]
-    assert watch.largest.description == "aten.clone.default (2, 4, 8) float32"
+    assert [(tensor.bytes, tensor.floating) for tensor in recorder.allocated] == [(2 * 32 * 4, True), (32, False)]
+    assert recorder.largest.description == "aten.clone.default (2, 4, 8) float32"
 
 
 @pytest.mark.parametrize(
@@ -131,14 +131,14 @@ def test_watch_sees_what_is_made():
         lambda x: x.index_put((x > 0,), torch.zeros(1)),
     ],
 )
-def test_watch_sees_what_is_waited_for(work):
+def test_recorder_counts_waits(work):
     x = torch.tensor([1.0, -1.0, 2.0])
-    with TensorRecorder() as watch:
+    with OperationRecorder() as recorder:
         work(x)
-    assert watch.waits
-    with TensorRecorder() as watch:
+    assert recorder.waits
+    with OperationRecorder() as recorder:
         x[torch.tensor([0, 1])], x.where(x > 0, 0.0), x.topk(2), x.masked_fill(x > 0, 1.0)
-    assert not watch.waits
+    assert not recorder.waits
 
 
 def test_peak_counts_what_is_alive_at_once():
@@ -163,7 +163,7 @@ def test_script_measures_and_profiles(cli, tmp_path):
     assert "graph: no break, 1 graph for 4 draws" in result.out
     found = json.loads((tmp_path / "out.json").read_text())["as given"]
     assert len(found["none"]["seconds"]) == len(found["contrastive"]["seconds"]) == 2
-    assert found["contrastive"]["resident_bytes"] > found["none"]["resident_bytes"] > 0
+    assert found["contrastive"]["held"] > found["none"]["held"] > 0
     assert found["contrastive"]["step"] > found["none"]["step"] > 0
     assert found["profile"]["seconds"].keys() == {"draw", "forward", "backward", "optimiser"}
     assert all(seconds > 0 for seconds in found["profile"]["seconds"].values())
