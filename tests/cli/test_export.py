@@ -237,7 +237,7 @@ def check_recipe(loaded: LoadedModel, program: Path, folder: Path, sizes) -> Non
     """What docs/export.md says to do with a program gives what mtcl.load gives, for every task and size."""
     predictor = build_predictor(loaded, device="cpu")
     clipped = 0
-    block = recipe_block().replace("onnx/model.onnx", str(program)).replace("picture.jpg", str(folder / "picture.png"))
+    block = recipe_block().replace("onnx/model.onnx", str(program)).replace("image.jpg", str(folder / "picture.png"))
     for height, width in sizes:
         (image,) = exporting.smooth_random_images(1, height, width)
         Image.fromarray(image).save(folder / "picture.png")
