@@ -5,6 +5,7 @@ is meant, and say in the changelog why. Bits depend on the processor and on the 
 must be close.
 """
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -32,13 +33,14 @@ BACKBONES = {
 
 
 def machine() -> dict[str, str]:
-    model = next(
-        (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown"
-    )
+    """Name what the bits depend on: torch, and the processor's model and instructions."""
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    facts = {key.strip(): value.strip() for key, _, value in lines}
+    names = ("model name", "cpu family", "model", "stepping")
     return {
         "torch": torch.__version__,
-        "cpu": model.partition(":")[2].strip(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cpu": ", ".join(facts.get(name, "unknown") for name in names),
+        "flags": hashlib.sha256(facts.get("flags", "").encode()).hexdigest()[:16],
     }
 
 
@@ -71,7 +73,7 @@ def test_losses_of_twenty_steps(decoder, tmp_path):
         assert losses == golden["losses"][decoder]
     else:
         for step, expected in zip(losses, golden["losses"][decoder]):
-            assert step == pytest.approx(expected, rel=1e-2)
+            assert step == pytest.approx(expected, rel=5e-2, abs=1e-3)
 
 
 if __name__ == "__main__":
