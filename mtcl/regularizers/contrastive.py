@@ -186,12 +186,9 @@ class Contrastive(Regularizer):
             ]  # at the pixels alone: they are a label of M rows and one column
         )  # (S, B, M)
         label = torch.stack([task.embed_label(read[name]) for name, task in self.tasks.items()])  # (S, B, M, 3)
-        bins = torch.zeros_like(valid, dtype=torch.int64)  # (S, B, M): one class
-        if self.class_balanced:
-            bins = torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])
         target_label = torch.where(valid[..., None], label, torch.nan)
         if self.shuffle:
-            valid, label, bins = (x.roll(1, dims=1) for x in (valid, label, bins))
+            valid, label = valid.roll(1, dims=1), label.roll(1, dims=1)
         source = choose_available_source(draw.sources, valid.any(dim=2))  # (T, B)
         images = torch.arange(source.shape[1], device=source.device)
         pixels = PixelLabels(
@@ -203,6 +200,8 @@ class Contrastive(Regularizer):
             target_label=target_label,
         )
         if self.class_balanced:
+            bins = torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])  # (S, B, M)
+            bins = bins.roll(1, dims=1) if self.shuffle else bins
             pixels = pair_options.balance_classes(pixels, bins[source, images], self.num_pixels)
         return pixels
 

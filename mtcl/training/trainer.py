@@ -285,8 +285,10 @@ class Trainer:
         """Return the contrastive loss that lambda multiplies, and on request the gradients at the task features."""
         assert self.regularizer is not None
         features = output.features[self.regularizer.feature]
-        total = torch.stack([self.balancer.weight(name) * task_loss[name] for name in self.tasks]).sum()
-        if self.lambda_.measures_gradients(self.step):
+        measures_gradients = self.lambda_.measures_gradients(self.step)
+        if measures_gradients or with_diagnostics:
+            total = torch.stack([self.balancer.weight(name) * task_loss[name] for name in self.tasks]).sum()
+        if measures_gradients:
             self.lambda_.update(total, regularizer_output.losses, features)
         contrast = self.lambda_.rescale(regularizer_output.loss, regularizer_output.losses)
         gradients = compare_feature_gradients(total, lambda_ * contrast, features) if with_diagnostics else {}
