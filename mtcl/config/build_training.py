@@ -98,8 +98,7 @@ def build_trainer(
     weights = None
     if settings.parallel == "fsdp" and distributed.world_size() > 1:
         weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
-    with add_key_prefix("optimizer."):
-        optimizer = construct(build_optimizer, "optimizer", model, **plain(config.optimizer))
+    optimizer = construct(build_optimizer, "optimizer", model, **plain(config.optimizer))
     return Trainer(
         model=model,
         tasks=tasks,
@@ -176,8 +175,7 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         )
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     channels = model.feature_channels[options["feature"]]
-    with add_key_prefix("regularizer.options."):
-        return construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
+    return construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
 
 
 def build_regularization(
