@@ -12,6 +12,11 @@ from mtcl.models.output import DenseOutput
 TASKS = {"semseg": 5, "depth": 1, "normals": 3}
 CHANNELS = [4, 6, 8, 10]
 PYRAMID, VIT = [4, 8, 16, 32], [16] * 4
+# Channels and task sets with which the authors' public code was built.
+HRNET18, HRNET48 = [18, 36, 72, 144], [48, 96, 192, 384]
+NYUD2 = {"semseg": 40, "depth": 1}
+NYUD4 = {**NYUD2, "normals": 3, "edge": 1}
+PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "edge": 1, "normals": 3}
 Size = tuple[int, int]
 Make = Callable[..., Decoder]  # (channels, strides, tasks) -> decoder
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import decoder_checks as checks
-from helpers.decoder_checks import PYRAMID, TASKS, VIT
+from helpers.decoder_checks import NYUD2, NYUD4, PASCAL, PYRAMID, TASKS, VIT
 from torch import nn
 
 from mtcl.models.decoders import DeepLab
@@ -83,11 +83,6 @@ def test_promises(check):
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_shared])
 def test_promises_without_skip(check):
     check(make_v3)
-
-
-NYUD2 = {"semseg": 40, "depth": 1}
-NYUD4 = {**NYUD2, "normals": 3, "edge": 1}
-PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "edge": 1, "normals": 3}
 
 
 @pytest.mark.parametrize(

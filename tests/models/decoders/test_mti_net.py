@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import decoder_checks as checks
-from helpers.decoder_checks import CHANNELS, PYRAMID, TASKS, VIT
+from helpers.decoder_checks import CHANNELS, HRNET18, HRNET48, NYUD2, NYUD4, PASCAL, PYRAMID, TASKS, VIT
 from timm.layers import SqueezeExcite
 from torch import nn
 
@@ -100,12 +100,6 @@ def test_compiles_as_one_graph(maker):
 
 
 # The authors' public code (Vandenhende et al.) built with these channels, less its backbone.
-HRNET18, HRNET48 = [18, 36, 72, 144], [48, 96, 192, 384]
-NYUD2 = {"semseg": 40, "depth": 1}
-NYUD4 = {**NYUD2, "normals": 3, "edge": 1}
-PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "edge": 1, "normals": 3}
-
-
 @pytest.mark.parametrize(
     ("channels", "tasks", "public"),
     [(HRNET18, NYUD2, 4717459), (HRNET18, NYUD4, 14100225), (HRNET18, PASCAL, 20633996),

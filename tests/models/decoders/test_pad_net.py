@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import decoder_checks as checks
-from helpers.decoder_checks import PYRAMID, TASKS, VIT
+from helpers.decoder_checks import HRNET18, HRNET48, NYUD2, NYUD4, PASCAL, PYRAMID, TASKS, VIT
 
 from mtcl import UserError
 from mtcl.models.decoders import PADNet
@@ -89,12 +89,6 @@ def test_width_of_no_bottleneck():
 
 
 # The authors' public code (Vandenhende et al.) built with these channels, less its backbone.
-HRNET18, HRNET48 = [18, 36, 72, 144], [48, 96, 192, 384]
-NYUD2 = {"semseg": 40, "depth": 1}
-NYUD4 = {**NYUD2, "normals": 3, "edge": 1}
-PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "edge": 1, "normals": 3}
-
-
 @pytest.mark.parametrize(
     ("channels", "tasks", "public"),
     [(HRNET18, NYUD2, 3158336), (HRNET18, NYUD4, 15661128), (HRNET18, PASCAL, 25444786),
