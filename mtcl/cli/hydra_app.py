@@ -114,7 +114,7 @@ def _exit_when_stopped() -> Iterator[None]:
 
 
 class _Task:
-    """What Hydra calls: ``job``, or for a sweep ``script``, in whichever process the launcher has pickled this to."""
+    """The function that Hydra calls: runs ``job``, or for a sweep ``script``, in the launcher's process."""
 
     def __init__(self, job: Callable[[DictConfig], None], script: Path | None, wants_trace: bool):
         self.job, self.script, self.wants_trace = job, script, wants_trace

@@ -20,7 +20,7 @@ from mtcl.training.checkpoint import Checkpoint, save_checkpoint
 
 
 class ImportResult(NamedTuple):
-    """What an import wrote.
+    """Result of an import.
 
     Attributes:
         num_tensors: tensors of our model, each filled from the file.

@@ -70,7 +70,7 @@ OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBL
 
 
 class Settings(NamedTuple):
-    """Where predictions are written, and which."""
+    """Settings of the output: folder, batch size, and which files are written."""
 
     output: Path
     batch_size: int = 1

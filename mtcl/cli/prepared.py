@@ -1,4 +1,4 @@
-"""What the scripts that prepare a dataset print at their end."""
+"""Format the result of preparing a dataset, as the preparing scripts print it."""
 
 import shlex
 

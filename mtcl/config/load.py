@@ -33,7 +33,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 class SavedModel(NamedTuple):
-    """What a model is rebuilt from."""
+    """Weights, config and tasks of a saved model, from which it is rebuilt."""
 
     path: Path
     weights: Mapping[str, Tensor]

@@ -67,7 +67,7 @@ def _upgrade_group(group: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     for name, value in group.items():
         key = RENAMED_KEYS.get(f"{prefix}{name}", f"{prefix}{name}")
         new_name = key.rpartition(".")[2] if key != f"{prefix}{name}" else name
-        if new_name != name and new_name in group:  # both are given: today's counts
+        if new_name != name and new_name in group:  # the config has both keys: the value of today's counts
             continue
         if isinstance(value, Mapping):
             upgraded[new_name] = _upgrade_group(value, f"{key}.")

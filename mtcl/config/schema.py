@@ -25,7 +25,7 @@ ROLES = (RESULT, SEED, MACHINE, ENGINE, RECORD, COMMAND)
 
 @dataclass(frozen=True)
 class Rule:
-    """What a config key's value must be, and what it bears on.
+    """Rule of a config key: the values that it may have, and its role.
 
     Attributes:
         text: what a value must be, for messages.

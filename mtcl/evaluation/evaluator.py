@@ -112,7 +112,7 @@ class Evaluator:
                     area = _image_area(sample)
                     on_prediction(sample.id, {name: predictions[name][row][area].float() for name in self.tasks})
             count += len(batch["meta"])
-        # Of several processes each has images of its own: torchmetrics adds up their states.
+        # Each process scores a different part of the images: torchmetrics adds up their states.
         values = {name: {k: float(v) for k, v in metric.compute().items()} for name, metric in metrics.items()}
         num_images = int(distributed.all_reduce_sum(torch.tensor(count, device=self.device)))
         return EvaluationResult(values, visual_samples, num_images)

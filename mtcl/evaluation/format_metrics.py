@@ -39,7 +39,7 @@ def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) ->
         names = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths))
         return "  ".join([names, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:]))])
 
-    note = "* the task's main metric, which compare.py, runs.py and Delta_MTL take"
+    note = "* the task's main metric, which mtcl compare, mtcl runs and Delta_MTL take"
     return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:]), note])
 
 

@@ -8,7 +8,7 @@ Size = tuple[int, int]  # height, width in pixels
 
 
 class DenseOutput(NamedTuple):
-    """What ``forward`` of a decoder, and of a whole model, returns.
+    """Output of ``forward`` of a decoder, and of a whole model.
 
     A decoder returns maps of the padded image that the backbone saw; :class:`~mtcl.models.EncoderDecoder` crops the
     predictions to the image. Features are not cropped, so ``frame`` says which area they cover.

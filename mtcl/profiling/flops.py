@@ -14,7 +14,7 @@ from mtcl.models import DenseModel
 
 
 class Count(NamedTuple):
-    """What papers print as #Params and FLOPs."""
+    """Parameters and multiply-adds of a model, which papers print as #Params and FLOPs."""
 
     parameters: int
     multiply_adds: int

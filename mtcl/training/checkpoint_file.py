@@ -58,7 +58,7 @@ def write_checkpoint_file(path: Path, content: Mapping[str, Any], keep: Path | N
 
 
 class _HashingFile:
-    """What ``torch.save`` writes to: a file and its hash, except for the archive's end, which :meth:`finalize` writes.
+    """File that ``torch.save`` writes to, and its hash, except for the archive's end, which :meth:`finalize` writes.
 
     A disk error is raised by :meth:`finalize`, outside torch's own writer, which would hide its kind.
     """

@@ -1,4 +1,4 @@
-"""What a trainer is told: options of the loop, when it validates, what it saves, how it regularises."""
+"""Group the trainer's parameters: options of the loop, validation, checkpoints, regularisation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where a model's weights are: replicated in every process, or sharded among them (FSDP2).
+"""Hold a model's weights replicated in every process, or sharded among them (FSDP2).
 
 Optimiser, clipping and averaging use plain tensors in both cases, and the checkpoint is the same file.
 """

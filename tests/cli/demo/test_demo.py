@@ -85,8 +85,8 @@ def checkpoint(path: Path, seed: int) -> None:
 def wait(browser: Browser, expression: str, seconds: float = 120):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        if found := browser.js(expression):
-            return found
+        if value := browser.js(expression):
+            return value
         time.sleep(0.1)
     raise AssertionError(f"never came true: {expression}\n{browser.js('document.body.innerText')}")
 
@@ -104,8 +104,8 @@ def upload(browser: Browser, path: Path) -> None:
     """As if chosen in the file dialogue; what was found before is taken off the page first."""
     browser.js("document.querySelectorAll('#found .about, #found .tiles, #found .fault').forEach(e => e.remove())")
     root = browser.ask("DOM.getDocument")["root"]["nodeId"]
-    found = browser.ask("DOM.querySelector", nodeId=root, selector="#drop input[type=file]")["nodeId"]
-    browser.ask("DOM.setFileInputFiles", nodeId=found, files=[str(path)])
+    node_id = browser.ask("DOM.querySelector", nodeId=root, selector="#drop input[type=file]")["nodeId"]
+    browser.ask("DOM.setFileInputFiles", nodeId=node_id, files=[str(path)])
 
 
 def tell(browser: Browser, number: int, x: float, y: float) -> list[str]:
@@ -127,11 +127,11 @@ def served(tmp_path_factory):
         checkpoint(folder / f"{name}.pt", seed=ord(name))
     (folder / "tmp").mkdir()
     port = free_port()
-    words = [str(folder / "a.pt"), f"--compare={folder / 'b.pt'}", f"--port={port}", "--device=cpu", "--max-mb=1"]
+    arguments = [str(folder / "a.pt"), f"--compare={folder / 'b.pt'}", f"--port={port}", "--device=cpu", "--max-mb=1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts/demo.py"), *words], env=environment, stdout=log, stderr=log
+            [sys.executable, str(ROOT / "scripts/demo.py"), *arguments], env=environment, stdout=log, stderr=log
         )
     until = time.monotonic() + 300
     while f"http://127.0.0.1:{port}" not in (folder / "log").read_text():
@@ -169,17 +169,17 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
     assert browser.js("[...document.querySelectorAll('#found img')].every(i => i.complete && i.naturalWidth === 40)")
 
     # Hovering tells what the model predicts at that place, of both models.
-    known = [load(folder / f"{name}.pt", device="cpu")(tmp_path / "room.png") for name in ("a", "b")]
+    predictions = [load(folder / f"{name}.pt", device="cpu")(tmp_path / "room.png") for name in ("a", "b")]
     number = alts.index(f"depth, predicted by {folder / 'a.pt'}")
     for x, y in ((0.26, 0.35), (0.74, 0.62)):
         row, column = int(y * 30), int(x * 40)
-        told = tell(browser, number, x, y)
-        for offset, maps in enumerate(known):
+        texts = tell(browser, number, x, y)
+        for offset, maps in enumerate(predictions):
             metres = float(maps["depth"][row, column])
             wanted = f"{max(1, round(1000 * metres)) / 1000:.2f} m"
-            said = told[number + offset]
-            assert said == wanted or abs(float(said.split()[0]) - metres) < 0.011  # a half may be rounded either way
-            assert told[1 + offset] == load_classes(folder)[maps["semseg"][row, column]]
+            text = texts[number + offset]
+            assert text == wanted or abs(float(text.split()[0]) - metres) < 0.011  # a half may be rounded either way
+            assert texts[1 + offset] == load_classes(folder)[maps["semseg"][row, column]]
     browser.move(2, 2)
     wait(browser, "[...document.querySelectorAll('#found output')].every(o => !o.textContent)")
     browser.js("document.querySelector('#found .frame').focus()")
@@ -195,8 +195,8 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
     for name, content in (("text.jpg", b"hello"), ("broken.png", (tmp_path / "room.png").read_bytes()[:200])):
         (tmp_path / name).write_bytes(content)
         upload(browser, tmp_path / name)
-        said = wait(browser, "(document.querySelector('#found .fault') || {}).textContent")
-        assert said.startswith(f"{name} is damaged, or not an image")
+        message = wait(browser, "(document.querySelector('#found .fault') || {}).textContent")
+        assert message.startswith(f"{name} is damaged, or not an image")
     assert [c for c in browser.complaints if GRADIO_SAYS not in c] == []
     (tmp_path / "big.png").write_bytes((tmp_path / "room.png").read_bytes() + bytes(2**21))
     upload(browser, tmp_path / "big.png")
@@ -218,10 +218,10 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
         assert path.exists()
     outside = [u for u in asked + browser.requests if not u.startswith((url, "data:", "blob:"))]
     assert outside == []
-    kept = [
+    remaining = [
         path for path in (folder / "tmp").rglob("*") if path.suffix in (".png", ".jpg") or path.name.startswith("tmp")
     ]
-    assert kept == []
+    assert remaining == []
     process.send_signal(signal.SIGINT)
     assert process.wait(60) in (0, 130)
     assert list((folder / "tmp").glob("mtcl_demo_*")) == []

@@ -85,12 +85,14 @@ def test_a_picture_becomes_a_tile_per_task_with_its_legend_and_its_values(tmp_pa
     assert "room.png, 40 x 30 pixels" in page.text
     for word in (NYUD40[0], NYUD40[9], "10 m", "to the viewer", "no edge"):
         assert word in page.text
-    found = {v["kind"]: v for f in page.all("figure") if "data-values" in f for v in [json.loads(f["data-values"])]}
-    assert set(found) == {"class", "metres", "direction", "percent"}
-    depth = unpacked(found["metres"]).reshape(30, 40)
-    assert found["metres"]["size"] == [40, 30]
+    values_of_kind = {
+        v["kind"]: v for f in page.all("figure") if "data-values" in f for v in [json.loads(f["data-values"])]
+    }
+    assert set(values_of_kind) == {"class", "metres", "direction", "percent"}
+    depth = unpacked(values_of_kind["metres"]).reshape(30, 40)
+    assert values_of_kind["metres"]["size"] == [40, 30]
     assert np.array_equal(depth[:, 0], np.round(1000 + 1000 * np.arange(30) / 30))
-    assert np.array_equal(unpacked(found["direction"]).reshape(30, 40, 3)[0, 0], [40, 100, 180])
+    assert np.array_equal(unpacked(values_of_kind["direction"]).reshape(30, 40, 3)[0, 0], [40, 100, 180])
     assert not path.exists()  # nothing is kept
 
 

@@ -26,7 +26,7 @@ Surfaces = tuple[np.ndarray, np.ndarray]  # unit normals (3, M), metres along an
 
 
 class View(NamedTuple):
-    """What every pixel of an image shows, before labels and light."""
+    """Surface and depth that each pixel of an image shows, before labels and light."""
 
     rays: np.ndarray  # float32 (3, N): directions in the world, 1 long along the optical axis
     depth: np.ndarray  # float32 (N,): metres along the optical axis
