@@ -158,9 +158,11 @@ def log_setup(
 ) -> None:
     """Log what is about to be trained, and warn of what the user may not expect."""
     if is_fresh and config.backbone.weights in (None, "none"):
+        stays = " and stays so (backbone.trainable=frozen)" if trainer.model.backbone.is_frozen else ""
         log.warning(
-            "the backbone starts from random weights (backbone.weights=none); "
-            "backbone.weights=hub fetches ImageNet's, a path loads a file"
+            "the backbone starts from random weights (backbone.weights=none)%s; "
+            "backbone.weights=hub fetches ImageNet's, a path loads a file",
+            stays,
         )
     if trainer.regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regularizer is off")

@@ -10,6 +10,7 @@ from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.models import DenseModel, EncoderDecoder, build_backbone
 from mtcl.models.decoders import Decoder
 from mtcl.models.decoders.atrc import is_named_genotype, read_genotype_file
+from mtcl.models.trainable import set_trainable
 from mtcl.tasks.base import Task
 
 
@@ -47,6 +48,8 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
         kind = locate(target, "decoder", Decoder)
         decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
         model = EncoderDecoder(backbone, decoder)
+    with add_key_prefix("backbone."):
+        set_trainable(model.backbone, config.backbone.get("trainable", "full"))
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format

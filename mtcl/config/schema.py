@@ -160,6 +160,7 @@ RULES: dict[str, Rule] = {
     "tasks.names": NAMES,
     "backbone.name": TEXT,
     "backbone.weights": TEXT.or_null(),
+    "backbone.trainable": Rule("full or frozen", lambda v: v in ("full", "frozen")),
     "backbone.mean": COLOR.or_null(),
     "backbone.std": SPREAD.or_null(),
     "backbone.out_indices": LEVELS.or_null(),
@@ -285,7 +286,12 @@ RULES: dict[str, Rule] = {
 
 
 # Keys younger than some run folders, and what those runs did: with and without the key they are one row of a table.
-LEGACY_VALUES: dict[str, Any] = {"optimizer.betas": [0.9, 0.999], "optimizer.eps": 1e-8, "optimizer.nesterov": False}
+LEGACY_VALUES: dict[str, Any] = {
+    "optimizer.betas": [0.9, 0.999],
+    "optimizer.eps": 1e-8,
+    "optimizer.nesterov": False,
+    "backbone.trainable": "full",
+}
 
 
 def role_of(key: str) -> str:

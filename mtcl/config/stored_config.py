@@ -28,7 +28,14 @@ PATH_KEYS = ("data.cache", "backbone.weights", "resume", "checkpoint", "predicti
 WEIGHT_SOURCES = ("none", "hub")  # values of backbone.weights that say how training began
 LABEL_ASSIGNMENTS = ("full", "one", "random")  # of data.label_assignment; anything else is a path
 LEGACY_DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
-    "backbone": {"weights": None, "mean": None, "std": None, "out_indices": None, "kwargs": None},
+    "backbone": {
+        "weights": None,
+        "trainable": "full",
+        "mean": None,
+        "std": None,
+        "out_indices": None,
+        "kwargs": None,
+    },
     "data": {"options": {}},
     "loss": {"weights": {}, "options": {}},
 }

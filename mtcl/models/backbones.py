@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import timm
 import torch
@@ -36,7 +36,11 @@ class Backbone(nn.Module):
         channels: channels of each feature map.
         strides: stride of each feature map, in pixels.
         multiple: H and W must be multiples of it.
+        is_frozen: whether nothing in it is trained (:func:`mtcl.models.trainable.set_trainable`): parameters and
+            buffers stay as they are, ``net`` stays in evaluation mode, and the maps have no graph.
     """
+
+    is_frozen: bool = False
 
     def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
@@ -52,8 +56,19 @@ class Backbone(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Return the feature maps of a normalised image."""
-        features = self.net(image)
+        if self.is_frozen:
+            with torch.no_grad():
+                features = self.net(image)
+        else:
+            features = self.net(image)
         return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else list(features)
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch between training and evaluation mode; a frozen network stays in evaluation mode."""
+        super().train(mode)
+        if self.is_frozen:
+            self.net.eval()
+        return self
 
     def freeze_unused(self, used_levels: Collection[int]) -> None:
         """Freeze layers that only unused feature maps depend on, because DDP waits for every gradient.

@@ -69,6 +69,7 @@ class GradientAggregation(Balancer):
         self.device = device
         self.aggregators: dict[tuple[str, ...], nn.Module] = {}
         self.num_columns = 0  # of the Jacobian
+        self.has_warned = False  # that no parameter is shared
         self.rows: dict[nn.Parameter, dict[str, Tensor]] = {}  # parameter -> objective -> gradient, of this step
         self.losses: list[Tensor] = []
         self.logged: dict[str, Tensor | float] = {}
@@ -93,11 +94,15 @@ class GradientAggregation(Balancer):
         """Aggregate the gradients of the step's batches into ``.grad``."""
         rows, self.rows, losses, self.losses = self.rows, {}, self.losses, []
         shared = []
+        num_objectives = len({name for gradients in rows.values() for name in gradients})
         for parameter, gradients in rows.items():
             if len(gradients) == 1:
                 _add_gradient(parameter, gradients.popitem()[1])
             else:
                 shared.append(parameter)
+        if num_objectives > 1 and not shared and not self.has_warned:
+            log.warning("no trained parameter serves two objectives: %s has nothing to balance", self.name)
+            self.has_warned = True
         names = [name for name in self.weights if any(name in rows[p] for p in shared)]
         row_norms = [torch.nn.utils.get_total_norm([rows[p][n] for p in shared if n in rows[p]]) for n in names]
         rest = torch.nn.utils.get_total_norm([p.grad for p in rows if p.grad is not None])

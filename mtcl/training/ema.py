@@ -1,6 +1,7 @@
 """An exponential moving average of a model's weights."""
 
 import copy
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +26,11 @@ class ModelEma:
 
     @torch.no_grad()
     def update(self, model: DenseModel) -> None:
-        """Take in the current weights; the first update replaces the average."""
+        """Take in the current weights; the first update replaces the average, later ones pass over frozen ones."""
         average, current = _local_parameters(self.model), _local_parameters(model)
         if self.updates:
+            is_trained = [parameter.requires_grad for parameter in model.parameters()]
+            average, current = list(compress(average, is_trained)), list(compress(current, is_trained))
             torch._foreach_lerp_(average, current, 1 - self.decay)
         else:
             torch._foreach_copy_(average, current)

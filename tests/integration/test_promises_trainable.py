@@ -1,0 +1,116 @@
+"""Promises of trainings whose backbone is not trained, or in part."""
+
+import logging
+
+import pytest
+import torch
+from helpers.common import TINY, composed
+from helpers.processes import TORCHRUN, check_same, worked
+from helpers.shrunken import shrunk
+
+from mtcl import UserError
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_training import build_training_run
+from mtcl.training.checkpoint_file import read_checkpoint_file
+from mtcl.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+QUICK = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
+FROZEN = "backbone.trainable=frozen"
+MOBILE = ["backbone=mobilenetv2", "backbone.name=mobilenetv2_050"]
+VIT = ["backbone=vit_small", *shrunk("multi_head", "vit_small"), "++backbone.kwargs.drop_path_rate=0.5"]
+PROMPTS = ["decoder=taskprompter", *VIT, *shrunk("taskprompter", "vit_small")]
+
+
+def make_trainer(folder, *overrides) -> Trainer:
+    config = composed(*overrides)
+    torch.manual_seed(0)
+    trainer = build_training_run(config, build_tasks(config), folder, CPU).trainer
+    trainer.model.train()
+    return trainer
+
+
+def copy_state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_equal_states(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+ENGINES = {
+    "mobilenet": MOBILE,
+    "vit": VIT,
+    "taskprompter": PROMPTS,
+    "ema and accumulation": [*MOBILE, "trainer.ema=0.5", "trainer.accumulate_grad_batches=2"],
+    "checkpointed blocks": [*VIT, "trainer.grad_checkpointing=true"],
+    "sgd": [*MOBILE, "optimizer=sgd", "trainer.channels_last=false"],
+}
+
+
+@pytest.mark.parametrize("overrides", ENGINES.values(), ids=ENGINES)
+def test_training_leaves_a_frozen_backbone_as_it_is(overrides, tmp_path):
+    trainer = make_trainer(tmp_path, *QUICK, FROZEN, *overrides)
+    backbone, before = trainer.model.backbone, copy_state(trainer.model)
+    for _, batches in zip(range(3), trainer.batches_per_step()):
+        trainer.train_step(*batches)
+    after = copy_state(trainer.model)
+    inside = {name for name in before if name.startswith("backbone.")}
+    assert any("running_mean" in name for name in inside) or "backbone.net.model.blocks.0.norm1.weight" in inside
+    assert [name for name in inside if not torch.equal(before[name], after[name])] == []
+    assert any(not torch.equal(before[name], after[name]) for name in before if name not in inside)
+    optimized = {id(p) for group in trainer.optimizer.optimizer.param_groups for p in group["params"]}
+    assert optimized == {id(p) for p in trainer.model.parameters()} - {id(p) for p in backbone.parameters()}
+    if trainer.ema is not None:
+        trainer.ema.copy_buffers(trainer.model)
+        assert_equal_states(copy_state(trainer.ema.model.backbone), copy_state(backbone))
+
+
+def test_a_frozen_run_goes_on_as_if_it_had_never_stopped(tmp_path, caplog):
+    words = [*QUICK, *MOBILE, FROZEN, "trainer.max_steps=4", "schedule=constant", "trainer.ema=0.5"]
+    with caplog.at_level(logging.WARNING):
+        train(composed(*words), tmp_path / "whole")
+    assert "random weights (backbone.weights=none) and stays so (backbone.trainable=frozen)" in caplog.text
+    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
+    train(composed(*words, "resume=auto"), tmp_path / "cut")
+    whole, cut = (read_checkpoint_file(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "cut"))
+    assert_equal_states(whole["model"], cut["model"])
+    assert_equal_states(whole["ema"]["model"], cut["ema"]["model"])
+    with pytest.raises(UserError, match=r"does not fit this run: backbone\.trainable is full, was frozen"):
+        train(composed(*words, "backbone.trainable=full", "trainer.max_steps=6", "resume=auto"), tmp_path / "cut")
+
+
+def test_nothing_shared_is_nothing_to_balance(tmp_path, caplog):
+    """Heads of their own on frozen maps have one objective each: the step is that of fixed weights, after a warning."""
+    pytest.importorskip("torchjd")
+    words = [word for word in QUICK if not word.startswith("decoder.head_width")]
+    words += [*MOBILE, FROZEN, "decoder=deeplab", "decoder.dropout=0", "regularizer=none"]
+    states = []
+    for balancing in ("fixed", "pcgrad"):
+        trainer = make_trainer(tmp_path, *words, f"balancing={balancing}")
+        for _, batches in zip(range(2), trainer.batches_per_step()):
+            trainer.train_step(*batches)
+        states.append(copy_state(trainer.model))
+    assert_equal_states(*states)
+    assert caplog.text.count("has nothing to balance") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_train_on_one_frozen_backbone(parallel, tmp_path):
+    words = [*VIT, FROZEN, "optimizer=sgd", "regularizer.lr=1e-4", "trainer.ema=0.5", "trainer.max_steps=20"]
+    one = worked(tmp_path / "one", None, *words)
+    check_same(one, worked(tmp_path / "two", TORCHRUN, *words, f"trainer.parallel={parallel}"))
+
+
+@pytest.mark.slow
+def test_a_frozen_backbone_can_be_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr("mtcl.training.train_step.CompiledModule.backend", "aot_eager")
+    trainer = make_trainer(tmp_path, *QUICK, *MOBILE, FROZEN, "trainer.compile=true")
+    before = copy_state(trainer.model.backbone)
+    for _, batches in zip(range(2), trainer.batches_per_step()):
+        trainer.train_step(*batches)
+    assert trainer.training_step.works
+    assert_equal_states(before, copy_state(trainer.model.backbone))
