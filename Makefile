@@ -27,7 +27,7 @@ test: install ## run the tests, in about six minutes on two cores
 test-slow: install ## run the tests that start whole runs, in under 30 minutes
 	$(BIN)/python -m pytest -n auto -m slow
 
-coverage: install ## run the tests and print which lines of mtcl they miss
+coverage: install ## run the tests of "make test", print which lines of mtcl they miss; CI runs this
 	$(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term
 
 check: install ## check format, lint, types, imports and generated tables
