@@ -66,6 +66,12 @@ def broadcast_object(x: Any) -> Any:
     return objects[0]
 
 
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 def init_process_group(device: torch.device) -> None:
     """Join the other processes that ``torchrun`` started; do nothing in a run of one, or when called again."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():

@@ -57,12 +57,17 @@ def autocast(
     Raises:
         ParameterError: the precision is unknown.
     """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ParameterError(parameter, f"={precision} is not known; choose auto, bf16 or fp32")
-    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" or (precision == "auto" and native):
+    if uses_bf16(device, precision, parameter):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def uses_bf16(device: torch.device, precision: str, parameter: str = "precision") -> bool:
+    """Return whether a model at this ``precision`` runs in bf16; for arguments and errors see :func:`autocast`."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ParameterError(parameter, f"={precision} is not known; choose auto, bf16 or fp32")
+    is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return precision == "bf16" or (precision == "auto" and is_native)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from mtcl import distributed
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
-from mtcl.data import Augment, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
+from mtcl.data import Augment, FeatureCache, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
 from mtcl.errors import UserError
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
@@ -77,17 +77,36 @@ def get_image_size(config: DictConfig) -> tuple[int, int]:
     return height, width
 
 
-def build_train_loader(
-    config: DictConfig, reader: MultiTaskDataset, tasks: Mapping[str, Task], start_step: int, device: torch.device
-) -> DataLoader:
-    """Build the endless loader of augmented training batches from ``start_step`` on, for this process's share."""
+def build_augment(config: DictConfig) -> Augment:
+    """Build the augmentation of training images."""
     augment = plain(config.data.augment)
     augment["scale"] = tuple(augment["scale"])
+    return Augment(size=get_image_size(config), **augment)
+
+
+def build_train_loader(
+    config: DictConfig,
+    dataset: MultiTaskDataset,
+    tasks: Mapping[str, Task],
+    start_step: int,
+    device: torch.device,
+    features: FeatureCache | None = None,
+) -> DataLoader:
+    """Build the endless loader of augmented training batches from ``start_step`` on, for this process's share.
+
+    Args:
+        config: the composed config.
+        dataset: of the training images.
+        tasks: name -> task.
+        start_step: number of batches to skip.
+        device: to train on.
+        features: the cache of the frozen backbone's features, if there is one.
+    """
     with add_key_prefix("data."):
         return train_loader(
-            reader,
+            dataset,
             tasks,
-            Augment(size=get_image_size(config), **augment),
+            build_augment(config),
             batch_size=config.data.batch_size,
             seed=config.seed,
             workers=config.data.workers,
@@ -95,19 +114,27 @@ def build_train_loader(
             pin_memory=device.type == "cuda",
             shard=(distributed.rank(), distributed.world_size()),
             skip_unreadable=config.trainer.on_unreadable == "skip",
+            views=config.data.get("views"),
+            views_seed=config.data.get("views_seed", 0),
+            features=features,
         )
 
 
 def build_eval_loader(
-    config: DictConfig, reader: MultiTaskDataset, tasks: Mapping[str, Task], device: torch.device
+    config: DictConfig,
+    dataset: MultiTaskDataset,
+    tasks: Mapping[str, Task],
+    device: torch.device,
+    features: FeatureCache | None = None,
 ) -> DataLoader:
-    """Build the loader of validation batches, for this process's share."""
+    """Build the loader of validation batches, for this process's share; see :func:`build_train_loader`."""
     return eval_loader(
-        reader,
+        dataset,
         tasks,
         get_image_size(config),
         batch_size=config.data.eval_batch_size,
         workers=config.data.workers,
         pin_memory=device.type == "cuda",
         shard=(distributed.rank(), distributed.world_size()),
+        features=features,
     )

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from mtcl import distributed
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
 from mtcl.config.build_evaluator import build_evaluator, choose_monitor
+from mtcl.config.build_features import build_feature_caches
 from mtcl.config.build_model import build_model, saved_config
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.config.stored_config import describe_tasks
@@ -99,13 +100,25 @@ def build_trainer(
     if settings.parallel == "fsdp" and distributed.world_size() > 1:
         weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
     optimizer = construct(build_optimizer, "optimizer", model, **plain(config.optimizer))
+    features = None
+    if not settings.dry_run:  # its one step would wait for the features of all images
+        features = build_feature_caches(config, tasks, model, train_dataset, val_dataset, device)
+    batches = build_train_loader(
+        config,
+        train_dataset,
+        tasks,
+        start_step * settings.accumulate_grad_batches,
+        device,
+        features.train if features else None,
+    )
+    val_batches = build_eval_loader(config, val_dataset, tasks, device, features.val if features else None)
     return Trainer(
         model=model,
         tasks=tasks,
         balancer=build_balancer(config, tasks, regularizer, train_dataset, device),
         optimizer=ScheduledOptimizer(optimizer, build_lr_schedule(config)),
-        batches=build_train_loader(config, train_dataset, tasks, start_step * settings.accumulate_grad_batches, device),
-        evaluator=build_evaluator(config, tasks, build_eval_loader(config, val_dataset, tasks, device), device),
+        batches=batches,
+        evaluator=build_evaluator(config, tasks, val_batches, device),
         run_logger=RunLogger(folder, start_step),
         folder=folder,
         device=device,
@@ -121,6 +134,7 @@ def build_trainer(
         regularization=build_regularization(config, regularizer, device),
         ema=ema,
         weights=weights,
+        feature_fillers=features.fillers if features else (),
         start_step=start_step,
     )
 

@@ -142,6 +142,10 @@ RULES: dict[str, Rule] = {
     "data.limit": count(1).or_null().with_role(RESULT, orders_samples=True),
     "data.cache": TEXT.or_null().with_role(MACHINE),
     "data.memory_map": FLAG.with_role(MACHINE),
+    "data.feature_cache": TEXT.or_null().with_role(MACHINE),
+    "data.feature_precision": TEXT,
+    "data.views": count(1, 65536).or_null(),
+    "data.views_seed": SEED_VALUE,
     "data.normals_valid": TEXT,
     "data.strict": FLAG.with_role(MACHINE),
     "data.label_assignment": TEXT,
@@ -291,6 +295,9 @@ LEGACY_VALUES: dict[str, Any] = {
     "optimizer.eps": 1e-8,
     "optimizer.nesterov": False,
     "backbone.trainable": "full",
+    "data.feature_precision": "fp16",
+    "data.views": None,
+    "data.views_seed": 0,
 }
 
 

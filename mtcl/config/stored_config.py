@@ -24,7 +24,15 @@ MAX_TEXT_LENGTH, MAX_KEY_LENGTH = 4_096, 200
 MAX_CHANNELS = 100_000  # of a task
 # Where the machine of the training had its files. Reading images from data.root is what evaluate.py is asked for; the
 # others are the reader's own to say.
-PATH_KEYS = ("data.cache", "backbone.weights", "resume", "checkpoint", "predictions", "save_predictions")
+PATH_KEYS = (
+    "data.cache",
+    "data.feature_cache",
+    "backbone.weights",
+    "resume",
+    "checkpoint",
+    "predictions",
+    "save_predictions",
+)
 WEIGHT_SOURCES = ("none", "hub")  # values of backbone.weights that say how training began
 LABEL_ASSIGNMENTS = ("full", "one", "random")  # of data.label_assignment; anything else is a path
 LEGACY_DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints

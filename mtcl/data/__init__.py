@@ -3,7 +3,17 @@
 from mtcl.data.datasets.nyud import NYUD
 from mtcl.data.datasets.pascal_context import PascalContext
 from mtcl.data.datasets.rooms import Rooms
-from mtcl.data.loader import AugmentedDataset, EpochBatchSampler, collate, eval_loader, prepare_batch, train_loader
+from mtcl.data.feature_cache import FeatureCache, FeatureFormat
+from mtcl.data.loader import (
+    AugmentedDataset,
+    EpochBatchSampler,
+    collate,
+    eval_loader,
+    prepare_batch,
+    prepare_features,
+    train_loader,
+    view_loader,
+)
 from mtcl.data.partial_labels import apply_label_assignment
 from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
 from mtcl.data.transforms import Augment, finalize_labels
@@ -14,6 +24,8 @@ __all__ = [
     "AugmentedDataset",
     "Batch",
     "EpochBatchSampler",
+    "FeatureCache",
+    "FeatureFormat",
     "MultiTaskDataset",
     "PascalContext",
     "Rooms",
@@ -24,5 +36,7 @@ __all__ = [
     "eval_loader",
     "finalize_labels",
     "prepare_batch",
+    "prepare_features",
     "train_loader",
+    "view_loader",
 ]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mtcl.atomic import write_atomically
+from mtcl.atomic import convert_disk_errors, write_atomically
 from mtcl.data.image_io import file_error, read_bytes
 from mtcl.errors import UserError
 
@@ -35,22 +35,35 @@ class CacheEntry(NamedTuple):
 
 
 class ArrayCache:
-    """Arrays by (kind, name) below ``folder``, which is created if missing.
+    """Arrays by (kind, name) below ``folder``.
+
+    Args:
+        folder: of all entries.
+        create: create it now, if it is missing.
 
     Raises:
         UserError: the folder can't be created.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, create: bool = True) -> None:
         self.folder = folder
         self._trusted: dict[Path, int] = {}  # entry -> checksum that this process has verified
         self._writable = True
         self._warned = False
+        if create:
+            self.create_folder()
+
+    def create_folder(self) -> None:
+        """Create the folder, unless it exists.
+
+        Raises:
+            UserError: it can't be created.
+        """
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"the cache {folder} can't be created ({error.strerror}); choose another folder, or no cache."
+                f"the cache {self.folder} can't be created ({error.strerror}); choose another folder, or no cache."
             ) from error
 
     def get(
@@ -70,7 +83,7 @@ class ArrayCache:
         Returns:
             The entry; its array may be read-only.
         """
-        path = self.folder / kind / f"{name}.array"
+        path = self._path(kind, name)
         entry = self._open(path, sources)
         if entry is not None:
             return entry
@@ -81,6 +94,25 @@ class ArrayCache:
         if self._writable:
             self._write(path, new_entry, stamps, [_checksum(source) for source in sources], compressed)
         return new_entry
+
+    def find(self, kind: str, name: str, sources: Sequence[Path]) -> CacheEntry | None:
+        """Return the entry if it exists, is intact, and was made from ``sources`` as they are now; see :meth:`get`."""
+        return self._open(self._path(kind, name), sources)
+
+    def put(self, kind: str, name: str, sources: Sequence[Path], entry: CacheEntry) -> None:
+        """Write an entry, not compressed; see :meth:`get`.
+
+        Raises:
+            UserError: it can't be written.
+        """
+        path = self._path(kind, name)
+        stamps, sums = [_stamp(source) for source in sources], [_checksum(source) for source in sources]
+        with convert_disk_errors(path, "start again: what is written stays"):
+            data = _serialize(entry, stamps, sums, compressed=False)
+            write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / kind / f"{name}.array"
 
     def _write(self, path: Path, entry: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> None:
         """Write an entry; on a full disk warn once and stop writing."""

@@ -2,7 +2,8 @@
 
 Sample ``i`` of an epoch is augmented by f(seed, epoch, i) and the order of an epoch is f(seed, epoch). No
 generator lives in a worker or in the process, so the number of workers, a resumed run and other users of
-torch's global generator change nothing.
+torch's global generator change nothing. With a limited number of views, sample ``i`` shows view v = f(seed, epoch, i)
+of them, which is augmented by f(views_seed, v, i); the features of a frozen backbone are then kept by (v, i).
 """
 
 import errno
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mtcl.data.feature_cache import FeatureCache, stack_maps
 from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
 from mtcl.data.transforms import Augment, finalize_labels
 from mtcl.errors import ParameterError, UserError
@@ -40,27 +42,61 @@ class AugmentedDataset(Dataset[Sample | UserError]):
     """Augmented samples by (epoch, index); without ``augment`` the labels are only finalized.
 
     A ``UserError`` is returned, not raised: a DataLoader would bury its message in a worker's traceback.
+
+    Args:
+        dataset: images and labels.
+        tasks: tasks in use, by name.
+        augment: random augmentation; None: none.
+        seed: of the augmentation, or where ``views`` is given of the view that an image shows in an epoch.
+        views: number of different views of an image; None: a new one in each epoch.
+        views_seed: seed of the augmentation of a limited number of views.
+        features: where the backbone's features of the views are; the samples then have features, and an image only
+            where there is no augmentation.
     """
 
     def __init__(
-        self, dataset: MultiTaskDataset, tasks: Mapping[str, Task], augment: Augment | None, seed: int
+        self,
+        dataset: MultiTaskDataset,
+        tasks: Mapping[str, Task],
+        augment: Augment | None,
+        seed: int,
+        views: int | None = None,
+        views_seed: int = 0,
+        features: FeatureCache | None = None,
     ) -> None:
         self.dataset, self.tasks, self.augment, self.seed = dataset, dict(tasks), augment, seed
+        self.views, self.views_seed, self.features = views, views_seed, features
 
     def __len__(self) -> int:
         return len(self.dataset.ids)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
         epoch, index = key
+        view, seed = epoch, self.seed
+        if self.augment is None:
+            view = 0
+        elif self.views is not None:
+            view, seed = choose_view(self.seed, epoch, index, self.views), self.views_seed
         try:
             sample = self.dataset.read(index)
+            features = None if self.features is None else self.features.read(view, sample.id)
         except UserError as error:
             return error
         if self.augment is None:
             # Copies: a mapped array keeps its file open until the batch is made, and batches can be large.
             labels = {name: np.array(label) for name, label in sample.labels.items()}
-            return finalize_labels(Sample(sample.id, np.array(sample.image), labels), self.tasks)
-        return self.augment(sample, self.tasks, np.random.default_rng([self.seed, epoch, index]))
+            sample = finalize_labels(Sample(sample.id, np.array(sample.image), labels), self.tasks)
+        else:
+            rng = np.random.default_rng([seed, view, index])
+            sample = self.augment(sample, self.tasks, rng, with_image=self.features is None)
+        return sample._replace(features=features)
+
+
+def choose_view(seed: int, epoch: int, index: int, views: int) -> int:
+    """Return which of ``views`` views a sample shows in an epoch: every one once in each ``views`` epochs."""
+    cycle, position = divmod(epoch, views)
+    # Three numbers would be those of an augmentation.
+    return int(np.random.default_rng([seed, cycle, index, views]).permutation(views)[position])
 
 
 class EpochBatchSampler:
@@ -127,7 +163,7 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
     frame = (max(largest[0], size[0]), max(largest[1], size[1])) if size else (largest[0], largest[1])
     offsets = [((frame[0] - height) // 2, (frame[1] - width) // 2) for height, width in native]
 
-    return {
+    batch: Batch = {
         "image": torch.from_numpy(_pad_to_frames([sample.image for sample in samples], frame, offsets, 0)),
         "labels": {
             name: task.collate(_pad_to_frames([sample.labels[name] for sample in samples], frame, offsets, task.void))
@@ -135,6 +171,9 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
         },
         "meta": [SampleMeta(s.id, (h, w), offset) for s, (h, w), offset in zip(samples, native, offsets)],
     }
+    if all(sample.features is not None for sample in samples) and samples:
+        batch["features"] = [stack_maps(maps) for maps in zip(*(sample.features or () for sample in samples))]
+    return batch
 
 
 def train_loader(
@@ -148,6 +187,9 @@ def train_loader(
     pin_memory: bool = False,
     shard: tuple[int, int] = (0, 1),
     skip_unreadable: bool = False,
+    views: int | None = None,
+    views_seed: int = 0,
+    features: FeatureCache | None = None,
 ) -> DataLoader:
     """Return an endless stream of augmented batches in frames of ``augment.size``.
 
@@ -163,9 +205,12 @@ def train_loader(
         shard: see :class:`EpochBatchSampler`.
         skip_unreadable: replace a sample that can't be read by another one of its batch and list the reason under
             ``unreadable``; by default its ``UserError`` ends the stream.
+        views: see :class:`AugmentedDataset`.
+        views_seed: see :class:`AugmentedDataset`.
+        features: see :class:`AugmentedDataset`.
     """
     return _Loader(
-        AugmentedDataset(dataset, tasks, augment, seed),
+        AugmentedDataset(dataset, tasks, augment, seed, views, views_seed, features),
         batch_sampler=EpochBatchSampler(len(dataset.ids), batch_size, seed, start_step, shard),
         collate_fn=partial(
             _collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1, skip_unreadable=skip_unreadable
@@ -185,6 +230,8 @@ def eval_loader(
     multiple: int = 32,
     pin_memory: bool = False,
     shard: tuple[int, int] = (0, 1),
+    features: FeatureCache | None = None,
+    batches: Sequence[Sequence[int]] | None = None,
 ) -> DataLoader:
     """Return a loader of every sample once, in order and without augmentation; the last batch may be smaller.
 
@@ -197,18 +244,49 @@ def eval_loader(
         multiple: see :func:`collate`.
         pin_memory: allocate batches in page-locked memory, for copies to a CUDA device.
         shard: (index, count); process ``index`` of ``count`` gets every count-th batch.
+        features: the backbone's features of the frames, which are added to the batches.
+        batches: for each batch the indices of its samples; None: all samples, ``batch_size`` at a time.
     """
     if batch_size < 1:
         raise UserError(f"A batch of {batch_size} images is not possible; choose a batch size of at least 1.")
-    keys = [(0, index) for index in range(len(dataset.ids))]
+    if batches is None:
+        indices = range(len(dataset.ids))
+        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     return _Loader(
-        AugmentedDataset(dataset, tasks, None, seed=0),
-        batch_sampler=[keys[start : start + batch_size] for start in range(0, len(keys), batch_size)][
-            shard[0] :: shard[1]
-        ],
+        AugmentedDataset(dataset, tasks, None, seed=0, features=features),
+        batch_sampler=[[(0, index) for index in batch] for batch in batches[shard[0] :: shard[1]]],
         collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=size, multiple=multiple),
         num_workers=workers,
         persistent_workers=workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def view_loader(
+    dataset: MultiTaskDataset,
+    tasks: Mapping[str, Task],
+    augment: Augment,
+    batches: Sequence[Sequence[tuple[int, int]]],
+    views_seed: int,
+    workers: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader of given views of given images, as :func:`train_loader` with ``views`` shows them.
+
+    Args:
+        dataset: images and labels to train on.
+        tasks: tasks in use, by name.
+        augment: random augmentation; its ``size`` is the frame.
+        batches: for each batch the (view, index) of its samples.
+        views_seed: seed of the augmentation.
+        workers: number of worker processes; 0 loads in this process.
+        pin_memory: allocate batches in page-locked memory, for copies to a CUDA device.
+    """
+    return _Loader(
+        AugmentedDataset(dataset, tasks, augment, views_seed),
+        batch_sampler=[list(batch) for batch in batches],
+        collate_fn=partial(_collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1),
+        num_workers=workers,
         pin_memory=pin_memory,
     )
 
@@ -242,6 +320,23 @@ def prepare_batch(
     image = image.sub_(constants[0]).div_(constants[1])
     image.masked_fill_(~_image_mask(batch["meta"], image.shape[-2:], to_device), 0.0)
     return image, labels
+
+
+def prepare_features(batch: Batch, device: torch.device | str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Copy a batch's features and labels to ``device``; nothing here waits for the device.
+
+    Args:
+        batch: a collated batch with ``features``.
+        device: target device.
+
+    Returns:
+        Maps float32 (B, C, h, w), finest first, and the labels by task.
+    """
+    with _copy_stream_context(torch.device(device)) as wait_for:
+        maps = [m.to(device, non_blocking=True) for m in batch["features"]]
+        labels = {name: label.to(device, non_blocking=True) for name, label in batch["labels"].items()}
+    wait_for(*maps, *labels.values())
+    return [m.float() for m in maps], labels
 
 
 @contextmanager

@@ -14,6 +14,7 @@ class Sample(NamedTuple):
     image: np.ndarray  # uint8 RGB (H, W, 3)
     labels: dict[str, np.ndarray]  # every task in use, NumPy layout of mtcl.tasks.Task; an unlabelled one is all void
     # Arrays may be read-only: a cache maps them from the disk.
+    features: list[np.ndarray] | None = None  # maps of a frozen backbone, each (C, h, w), in place of an image
 
 
 class SampleMeta(NamedTuple):
@@ -31,9 +32,10 @@ class Batch(TypedDict):
     the resolution at which it was read.
     """
 
-    image: Tensor  # uint8 (B, 3, H, W), not normalised; padding is 0
+    image: Tensor  # uint8 (B, 3, H, W), not normalised; padding is 0. (B, 0, H, W) where only ``features`` are needed
     labels: dict[str, Tensor]  # task -> label in batch layout; padding is void
     meta: list[SampleMeta]
+    features: NotRequired[list[Tensor]]  # the frozen backbone's maps of the frames, each (B, C, h, w), from a cache
     unreadable: NotRequired[list[str]]  # errors of samples that were replaced by others of the batch
 
 

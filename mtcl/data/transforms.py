@@ -66,8 +66,20 @@ class Augment:
         if not 0 < self.class_cap <= 1:
             raise UserError(f"class_cap={self.class_cap} is no share of pixels; give a number above 0 and up to 1.")
 
-    def __call__(self, sample: Sample, tasks: Mapping[str, Task], rng: np.random.Generator) -> Sample:
-        """Return a random view of ``sample`` with finalized labels."""
+    def __call__(
+        self, sample: Sample, tasks: Mapping[str, Task], rng: np.random.Generator, with_image: bool = True
+    ) -> Sample:
+        """Return a random view of ``sample`` with finalized labels.
+
+        Args:
+            sample: an image and its labels.
+            tasks: name -> task, for all labels that are returned.
+            rng: source of all that is random.
+            with_image: False: the labels alone, which are the same; the image has the view's height and width, but no
+                channels.
+        """
+        if not with_image:
+            sample = sample._replace(image=sample.image[..., :0])
         factor = rng.uniform(*self.scale)
         height, width = sample.image.shape[:2]
         scaled_size = (max(1, round(height * factor)), max(1, round(width * factor)))
@@ -75,7 +87,7 @@ class Augment:
         sample = scale_and_crop(sample, tasks, factor, scaled_size, window)
         if rng.random() < self.flip:
             sample = flip(sample, tasks)
-        if self.photometric:
+        if self.photometric and with_image:
             sample = sample._replace(image=distort_colors(sample.image, rng))
         return finalize_labels(sample, tasks)
 
@@ -125,7 +137,9 @@ def scale_and_crop(
 ) -> Sample:
     """Return ``window`` of the sample scaled by ``factor`` to ``scaled_size``: image bilinear, labels nearest."""
     image = sample.image
-    if image.shape[:2] != scaled_size:
+    if image.shape[-1] == 0:
+        image = np.empty((*scaled_size, 0), image.dtype)
+    elif image.shape[:2] != scaled_size:
         image = cv2.resize(image, scaled_size[::-1], interpolation=cv2.INTER_LINEAR)
     labels = {name: resize_nearest(sample.labels[name], scaled_size, window) for name in tasks}
     if factor != 1:
@@ -157,7 +171,8 @@ def _centres(length: int, count: int) -> np.ndarray:
 def flip(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
     """Mirror a sample left to right."""
     labels = {name: task.flip_label(sample.labels[name][:, ::-1]) for name, task in tasks.items()}
-    return Sample(sample.id, cv2.flip(sample.image, 1), labels)
+    image = sample.image[:, ::-1] if sample.image.shape[-1] == 0 else cv2.flip(sample.image, 1)
+    return Sample(sample.id, image, labels)
 
 
 def distort_colors(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:

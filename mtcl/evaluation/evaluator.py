@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mtcl import distributed
-from mtcl.data import Batch, SampleMeta, prepare_batch
+from mtcl.data import Batch, SampleMeta
+from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel
 from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
@@ -71,7 +72,7 @@ class Evaluator:
         """Evaluate a model, which keeps its mode (training or evaluation); see :meth:`score`."""
 
         def predict(batch: Batch) -> Mapping[str, Tensor]:
-            image, _ = prepare_batch({**batch, "labels": {}}, model.mean, model.std, self.device)
+            image, _ = prepare_input({**batch, "labels": {}}, model, self.device)
             with autocast(self.device, self.precision):
                 return model.predict(image)
 

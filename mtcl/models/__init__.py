@@ -2,7 +2,7 @@
 
 from mtcl.models.backbones import Backbone, build_backbone
 from mtcl.models.base import DenseModel, EncoderDecoder
-from mtcl.models.output import DenseOutput
+from mtcl.models.output import DenseOutput, EncodedImage
 from mtcl.models.taskprompter import TaskPrompter
 
-__all__ = ["Backbone", "DenseModel", "DenseOutput", "EncoderDecoder", "TaskPrompter", "build_backbone"]
+__all__ = ["Backbone", "DenseModel", "DenseOutput", "EncodedImage", "EncoderDecoder", "TaskPrompter", "build_backbone"]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mtcl.models.backbones import Backbone
 from mtcl.models.decoders.base import Decoder
-from mtcl.models.output import DenseOutput, Size
+from mtcl.models.output import DenseOutput, EncodedImage, Size
 
 
 class DenseModel(nn.Module, ABC):
@@ -65,25 +65,33 @@ class EncoderDecoder(DenseModel):
         self.mean, self.std = backbone.mean, backbone.std
         self.feature_channels = decoder.feature_channels
 
-    def forward(self, image: Tensor) -> DenseOutput:
-        """Return the decoder's output with predictions cropped to the image."""
-        size, frame, features = self._encode(image)
-        output = self.decoder(features, frame)
+    def forward(self, image: Tensor | EncodedImage) -> DenseOutput:
+        """Return the decoder's output with predictions cropped to the image.
+
+        Args:
+            image: normalised (B, 3, H, W), or the backbone's maps of it.
+        """
+        encoded = self.encode(image) if isinstance(image, Tensor) else image
+        output = self.decoder(encoded.maps, encoded.frame)
         return output._replace(
-            predictions=crop_to_image(output.predictions, size),
-            intermediate=[crop_to_image(maps, size) for maps in output.intermediate],
+            predictions=crop_to_image(output.predictions, encoded.size),
+            intermediate=[crop_to_image(maps, encoded.size) for maps in output.intermediate],
         )
 
-    def predict(self, image: Tensor) -> dict[str, Tensor]:
-        """Return task -> raw prediction (B, C, H, W)."""
-        size, frame, features = self._encode(image)
-        return crop_to_image(self.decoder.predict(features, frame), size)
+    def predict(self, image: Tensor | EncodedImage) -> dict[str, Tensor]:
+        """Return task -> raw prediction (B, C, H, W); ``image``: see :meth:`forward`."""
+        encoded = self.encode(image) if isinstance(image, Tensor) else image
+        return crop_to_image(self.decoder.predict(encoded.maps, encoded.frame), encoded.size)
 
-    def _encode(self, image: Tensor) -> tuple[Size, Size, list[Tensor]]:
-        """Return the size of the image, that of the padded image, and the backbone's maps of the padded image."""
+    def encode(self, image: Tensor) -> EncodedImage:
+        """Return the backbone's maps of a normalised image (B, 3, H, W), which is padded to the backbone's multiple."""
         height, width = image.shape[-2:]
         image, frame = pad_to_multiple(image, (self.backbone.multiple, self.backbone.multiple))
-        return (height, width), frame, self.backbone(image)
+        return EncodedImage(self.backbone(image), (height, width), frame)
+
+    def padded_size(self, size: Size) -> Size:
+        """Return the height and width of the padded image for an image of this ``size``."""
+        return pad_size(size, (self.backbone.multiple, self.backbone.multiple))
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the backbone."""
@@ -102,10 +110,15 @@ def pad_to_multiple(image: Tensor, multiples: Size) -> tuple[Tensor, Size]:
         The padded image and its height and width.
     """
     height, width = image.shape[-2:]
-    frame = (-(-height // multiples[0]) * multiples[0], -(-width // multiples[1]) * multiples[1])
+    frame = pad_size((height, width), multiples)
     if frame != (height, width):  # zero is the mean colour after normalisation
         image = F.pad(image, (0, frame[1] - width, 0, frame[0] - height))
     return image, frame
+
+
+def pad_size(size: Size, multiples: Size) -> Size:
+    """Round height and width up to multiples of ``multiples``."""
+    return (-(-size[0] // multiples[0]) * multiples[0], -(-size[1] // multiples[1]) * multiples[1])
 
 
 def crop_to_image(maps: dict[str, Tensor], size: Size) -> dict[str, Tensor]:

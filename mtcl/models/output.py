@@ -1,10 +1,24 @@
-"""The output of a model and of a decoder: predictions and feature maps."""
+"""What passes between backbone and decoder, and the output of a decoder or model: predictions and feature maps."""
 
 from typing import NamedTuple
 
 from torch import Tensor
 
 Size = tuple[int, int]  # height, width in pixels
+
+
+class EncodedImage(NamedTuple):
+    """The backbone's maps of a batch of images, from which a model predicts as from the images.
+
+    Attributes:
+        maps: finest first, each (B, C_i, frame / stride_i).
+        size: height and width of the images, in pixels.
+        frame: height and width of the padded images that the maps cover.
+    """
+
+    maps: list[Tensor]
+    size: Size
+    frame: Size
 
 
 class DenseOutput(NamedTuple):

@@ -1,5 +1,6 @@
 """Check weights from an untrusted file before they are loaded into a model."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,13 @@ def check_tensor_values(name: str, tensor: Tensor, model: Tensor, source: str | 
         raise UserError(f"the weights in {source} are damaged: {name} has values that are NaN or infinite")
     if name.endswith("running_var") and bool((tensor < 0).any()):
         raise UserError(f"the weights in {source} are damaged: {name} has negative variances")
+
+
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256, 64 hexadecimal digits, of the names, shapes, types and values of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

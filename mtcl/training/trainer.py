@@ -12,9 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl import distributed
-from mtcl.data import Batch, prepare_batch
+from mtcl.data import Batch
 from mtcl.errors import UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
+from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel, DenseOutput
 from mtcl.regularizers import RegularizerOutput
 from mtcl.regularizers.diagnostics import compare_feature_gradients
@@ -26,6 +27,7 @@ from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.checkpoint_writer import CheckpointWriter
 from mtcl.training.ema import ModelEma
+from mtcl.training.feature_filling import FeatureFiller
 from mtcl.training.loss_terms import LossTerms
 from mtcl.training.nonfinite import NonFiniteGuard, merge_skipped
 from mtcl.training.optimizers import ScheduledOptimizer
@@ -58,6 +60,7 @@ class Trainer:
             is bit-equal to one without it.
         ema: a running mean of the model's weights; where there is one, it is what is validated.
         weights: where the model's weights are; None: all of them in every process.
+        feature_fillers: compute what the batches' feature caches lack, before the first step.
         start_step: optimiser steps already taken.
     """
 
@@ -79,6 +82,7 @@ class Trainer:
         regularization: Regularization | None = None,
         ema: ModelEma | None = None,
         weights: ReplicatedWeights | None = None,
+        feature_fillers: Sequence[FeatureFiller] = (),
         start_step: int = 0,
     ):
         self.model, self.tasks, self.balancer, self.optimizer = model, dict(tasks), balancer, optimizer
@@ -88,7 +92,7 @@ class Trainer:
         self.regularizer = regularization.regularizer if regularization else None
         self.regularizer_optimizer = regularization.optimizer if regularization else None
         self.lambda_ = regularization.lambda_ if regularization else Lambda(0.0, options.max_steps)
-        self.ema = ema
+        self.ema, self.feature_fillers = ema, feature_fillers
         self.weights = weights or ReplicatedWeights(model)
         self.weights.attach_optimizer(optimizer.optimizer)
         self.eager_step = self.weights.wrap_parallel(TrainingStep(model, self.regularizer), device)
@@ -114,6 +118,8 @@ class Trainer:
             UserError: too many steps were not finite, or something could not be written.
         """
         self.model.train()
+        for filler in self.feature_fillers:
+            filler.fill(self.model, self.device, self.options.precision)
         if self.step == 0 and self.validation.validate_first:
             self.first_evaluation = self.validate(quick=True)
         max_steps, evaluation = self.options.max_steps, None
@@ -233,7 +239,7 @@ class Trainer:
         Returns:
             detached scalars by name, as :meth:`train_step`.
         """
-        image, labels = prepare_batch(batch, self.model.mean, self.model.std, self.device)
+        image, labels = prepare_input(batch, self.model, self.device)
         draw = None
         if self.regularizer is not None:
             draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
