@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 Size = tuple[int, int]  # height, width in pixels
@@ -39,3 +40,8 @@ class DenseOutput(NamedTuple):
     features: dict[str, dict[str, Tensor]]
     intermediate: list[dict[str, Tensor]]
     frame: Size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the predictions are."""
+        return next(iter(self.predictions.values())).device

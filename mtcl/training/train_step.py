@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mtcl import distributed
-from mtcl.models import DenseModel, DenseOutput
+from mtcl.models import DenseModel, DenseOutput, EncodedImage
 from mtcl.regularizers import Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw
 
@@ -30,12 +30,12 @@ class TrainingStep(nn.Module):
         self.model, self.regularizer = model, regularizer
 
     def forward(
-        self, image: Tensor, labels: Mapping[str, Tensor], draw: Draw | None, needs_grad: bool
+        self, image: Tensor | EncodedImage, labels: Mapping[str, Tensor], draw: Draw | None, needs_grad: bool
     ) -> tuple[DenseOutput, RegularizerOutput | None]:
         """Run the model, and the regulariser on its output.
 
         Args:
-            image: normalised batch (B, 3, H, W).
+            image: normalised batch (B, 3, H, W), or a frozen backbone's maps of it.
             labels: task -> label in batch layout.
             draw: the regulariser's random choices; None: without it.
             needs_grad: False where the regulariser's loss is only reported.
@@ -49,7 +49,7 @@ class TrainingStep(nn.Module):
         # Where lambda is 0 the model's graph, and so its gradient, stays unchanged. This comes before the
         # tasks' losses: the backward pass has the reverse order, and the contrast's gradient maps then fit below the
         # peak of the tasks'.
-        with torch.set_grad_enabled(needs_grad), torch.autocast(image.device.type, enabled=False):
+        with torch.set_grad_enabled(needs_grad), torch.autocast(output.device.type, enabled=False):
             return output, self.regularizer.compute_loss(output, labels, draw)
 
 

@@ -24,16 +24,23 @@ OVERRIDES = [
     "data.views=2",
 ]
 OVERRIDES += ["trainer.validate_first=false", "data.feature_precision=fp32", "trainer.clip_norm=null"]
-RESNET = ["backbone=resnet18", "decoder=multi_head", "decoder.width=16", "decoder.head_width=8"]
-VIT = ["backbone=vit_small", "backbone.kwargs={embed_dim:32,depth:4,num_heads:2}", "decoder=multi_head"]
+RESNET = [
+    "backbone=resnet18",
+    "++backbone.kwargs={layers:[1,1,1,1],channels:[8,16,32,64]}",
+    "decoder=multi_head",
+    "decoder.width=16",
+    "decoder.head_width=8",
+]
+VIT = ["backbone=vit_small", "++backbone.kwargs={embed_dim:32,depth:4,num_heads:2}", "decoder=multi_head"]
 VIT += ["decoder.width=16", "decoder.head_width=8", "decoder.stride=8"]
 ROOMS = ["data=rooms", "data.size=[64,64]", "data.options.length=[6,5]", "data.batch_size=4", "data.eval_batch_size=2"]
 ROOMS += ["data.augment.scale=[0.7,1.3]", "data.augment.photometric=true", "regularizer.options.num_pixels=16"]
 
 
 def build(*overrides: str, folder: str | Path = "unused") -> TrainingRun:
-    config = composed(*OVERRIDES, *ROOMS, *overrides)
-    torch.manual_seed(config.seed)
+    rooms = () if "data=nyud" in overrides else ROOMS
+    config = composed(*OVERRIDES, *rooms, *overrides)
+    torch.manual_seed(config.seed if "seed=1" in overrides else 0)
     return build_training_run(config, build_tasks(config), Path(folder), DEVICE)
 
 
@@ -142,7 +149,7 @@ def test_a_damaged_entry_is_computed_again(part, tmp_path) -> None:
 def test_an_image_that_has_changed_is_computed_again(tmp_path) -> None:
     root = tiny_nyud(tmp_path / "nyud")
     overrides = [*RESNET, "data=nyud", f"data.root={root}", "data.cache=null", "data.memory_map=false", "tasks=nyud"]
-    overrides += ["data.size=[64,96]", "data.batch_size=2", "data.options={num_classes:40,resize:null}"]
+    overrides += ["data.size=[64,96]", "data.batch_size=2", "regularizer.options.num_pixels=16"]
     overrides += [f"data.feature_cache={tmp_path}/features"]
     fill(build(*overrides))
     entries = {path: path.read_bytes() for path in (tmp_path / "features").rglob("a.array")}
@@ -157,7 +164,7 @@ def test_an_image_that_has_changed_is_computed_again(tmp_path) -> None:
     ("override", "difference"),
     [
         ("seed=1", "weights"),  # random weights of another seed
-        ("data.size=[64,96]", "size"),
+        ("data.size=[64,96]", "images, labels, size"),
         ("data.augment.flip=0.25", "augmentation"),
         ("data.views_seed=1", "views_seed"),
         ("backbone.mean=[0.4,0.4,0.4]", "normalisation"),
@@ -190,7 +197,7 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message, tmp_pa
 
 
 def test_a_decoder_inside_the_backbone_is_refused(tmp_path) -> None:
-    overrides = ["backbone=vit_small", "backbone.kwargs={embed_dim:32,depth:4,num_heads:2}", "decoder=taskprompter"]
+    overrides = ["backbone=vit_small", "++backbone.kwargs={embed_dim:32,depth:4,num_heads:2}", "decoder=taskprompter"]
     overrides += ["decoder.size=[64,64]", "decoder.width=8", "decoder.head_width=8"]
     with pytest.raises(UserError, match="decoder=taskprompter works inside the backbone"):
         build(*overrides, f"data.feature_cache={tmp_path}")
