@@ -25,7 +25,7 @@ from mtcl.errors import ParameterError, UserError
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+DTYPES: dict[str, np.dtype] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 SETTINGS_FILE = "settings.json"
 
 

@@ -27,11 +27,15 @@ class DenseModel(nn.Module, ABC):
     feature_channels: dict[str, dict[str, int]]
 
     @abstractmethod
-    def forward(self, image: Tensor) -> DenseOutput:
-        """Return the predictions, features and intermediate predictions of a normalised image, for training."""
+    def forward(self, image: Tensor | EncodedImage) -> DenseOutput:
+        """Return the predictions, features and intermediate predictions, for training.
+
+        Args:
+            image: normalised (B, 3, H, W); or the backbone's maps of it, which an :class:`EncoderDecoder` alone takes.
+        """
 
     @abstractmethod
-    def predict(self, image: Tensor) -> dict[str, Tensor]:
+    def predict(self, image: Tensor | EncodedImage) -> dict[str, Tensor]:
         """Return task -> raw prediction (B, C, H, W): the path of inference and export, without training-only heads."""
 
     def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from mtcl.errors import UserError
 from mtcl.models.backbones import Backbone
 from mtcl.models.base import DenseModel, crop_to_image, pad_to_multiple
 from mtcl.models.decoders.blocks import SpatialNorm, predict_tasks, resize
-from mtcl.models.output import DenseOutput, Size
+from mtcl.models.output import DenseOutput, EncodedImage, Size
 
 
 class TaskPrompter(DenseModel):
@@ -97,15 +97,16 @@ class TaskPrompter(DenseModel):
         self.heads = nn.ModuleDict({task: _build_head(head_width) for task in self.tasks})
         self.logits = nn.ModuleDict({task: nn.Conv2d(head_width, c, 1) for task, c in self.tasks.items()})
 
-    def forward(self, image: Tensor) -> DenseOutput:
+    def forward(self, image: Tensor | EncodedImage) -> DenseOutput:
         """Return predictions cropped to the image, and the final maps as features."""
+        assert isinstance(image, Tensor), "the prompts need the image: maps of the backbone alone do not serve"
         height, width = image.shape[-2:]
         image, frame = pad_to_multiple(image, self.patch)
         final = {task: self.heads[task](m) for task, m in self._task_maps(image).items()}
         predictions = crop_to_image(predict_tasks(self.logits, final, frame), (height, width))
         return DenseOutput(predictions, {"final": final}, [], frame)
 
-    def predict(self, image: Tensor) -> dict[str, Tensor]:
+    def predict(self, image: Tensor | EncodedImage) -> dict[str, Tensor]:
         """Return task -> raw prediction (B, C, H, W)."""
         return self.forward(image).predictions
 
