@@ -20,11 +20,12 @@ from mtcl.models import DenseModel
 from mtcl.regularizers import Contrastive, GradientNormWeight, Regularizer
 from mtcl.regularizers.weighting import Lambda
 from mtcl.runtime import autocast
+from mtcl.schedules import Schedule, build_schedule
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer, DynamicWeightAveraging, FixedWeights, UncertaintyWeighting
 from mtcl.training.balancing_torchjd import GradientAggregation
 from mtcl.training.ema import ModelEma
-from mtcl.training.optimizers import Schedule, ScheduledOptimizer, build_optimizer, build_schedule
+from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer
 from mtcl.training.options import CheckpointPolicy, Regularization, TrainerOptions, ValidationPolicy
 from mtcl.training.run_logger import RunLogger
 from mtcl.training.sharding import ShardedWeights

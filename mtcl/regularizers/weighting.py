@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mtcl.regularizers.diagnostics import gradient_norms
+from mtcl.schedules import linear_warmup
 
 
 class GradientNormWeight(nn.Module):
@@ -111,8 +112,3 @@ class Lambda:
         """Continue from :meth:`state_dict`; None: start afresh."""
         if self.gradient_norm_weight is not None and state is not None:
             self.gradient_norm_weight.load_state_dict(state)
-
-
-def linear_warmup(step: int, warmup_steps: int) -> float:
-    """Return a factor that grows linearly from 1 / ``warmup_steps`` at step 0 to 1; 1 where ``warmup_steps`` is 0."""
-    return min((step + 1) / warmup_steps, 1.0) if warmup_steps else 1.0

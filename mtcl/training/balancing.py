@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mtcl import distributed
 from mtcl.regularizers.masked_adamw import MaskedAdamW
-from mtcl.training.optimizers import Schedule, ScheduledOptimizer
+from mtcl.schedules import Schedule
+from mtcl.training.optimizers import ScheduledOptimizer
 
 log = logging.getLogger(__name__)
 

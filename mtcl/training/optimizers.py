@@ -1,7 +1,6 @@
-"""Optimisers and learning-rate schedules."""
+"""Optimisers: building them, and steps at scheduled learning rates."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,9 +8,7 @@ from torch import nn
 
 from mtcl.errors import ParameterError
 from mtcl.models import DenseModel
-from mtcl.regularizers.weighting import linear_warmup
-
-Schedule = Callable[[int], float]  # step -> factor of the learning rate
+from mtcl.schedules import Schedule
 
 
 def build_optimizer(
@@ -70,36 +67,6 @@ def build_optimizer(
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     raise ParameterError("name", f"={name} is not known; choose adamw, adam or sgd")
-
-
-def build_schedule(name: str, max_steps: int, warmup_steps: int = 0, power: float = 0.9) -> Schedule:
-    """Build a learning-rate schedule.
-
-    Args:
-        name: ``poly``: (1 - step / max_steps) ** power; ``cosine``: half a cosine to zero; or ``constant``.
-        max_steps: length of the training.
-        warmup_steps: over so many steps the factor grows linearly; 0: none.
-        power: of ``poly``.
-
-    Returns:
-        step -> factor of the learning rate.
-
-    Raises:
-        ParameterError: the name is unknown.
-    """
-    if name not in ("poly", "cosine", "constant"):
-        raise ParameterError("name", f"={name} is not known; choose poly, cosine or constant")
-
-    def factor(step: int) -> float:
-        progress = min(step / max(max_steps, 1), 1.0)
-        decay = {
-            "poly": (1 - progress) ** power,
-            "cosine": (1 + math.cos(math.pi * progress)) / 2,
-            "constant": 1.0,
-        }[name]
-        return decay * linear_warmup(step, warmup_steps)
-
-    return factor
 
 
 class ScheduledOptimizer:
