@@ -11,6 +11,7 @@ from mtcl.config.renamed import explain_renamed_key
 from mtcl.config.resolve import add_key_prefix
 from mtcl.errors import UserError
 from mtcl.models.backbone_options import check_backbone_kwargs
+from mtcl.models.trainable import CHOICES, TRAINABLE
 from mtcl.tasks import TASK_NAMES
 
 # What a key's value bears on.
@@ -164,7 +165,7 @@ RULES: dict[str, Rule] = {
     "tasks.names": NAMES,
     "backbone.name": TEXT,
     "backbone.weights": TEXT.or_null(),
-    "backbone.trainable": Rule("full or frozen", lambda v: v in ("full", "frozen")),
+    "backbone.trainable": Rule(CHOICES, lambda v: isinstance(v, str) and bool(TRAINABLE.fullmatch(v))),
     "backbone.mean": COLOR.or_null(),
     "backbone.std": SPREAD.or_null(),
     "backbone.out_indices": LEVELS.or_null(),

@@ -31,6 +31,8 @@ class Backbone(nn.Module):
         net: a timm model built with ``features_only=True``.
         mean: RGB mean of the normalisation that it expects, for images scaled to 0..1.
         std: RGB standard deviation of that normalisation.
+        name: of the timm model.
+        kwargs: of ``timm.create_model``, from which the complete model can be built.
 
     Attributes:
         channels: channels of each feature map.
@@ -38,12 +40,22 @@ class Backbone(nn.Module):
         multiple: H and W must be multiples of it.
         is_frozen: whether nothing in it is trained (:func:`mtcl.models.trainable.set_trainable`): parameters and
             buffers stay as they are, ``net`` stays in evaluation mode, and the maps have no graph.
+        frozen_modules: submodules of ``net`` that stay in evaluation mode; ``""`` is all of it.
     """
 
     is_frozen: bool = False
+    frozen_modules: tuple[str, ...] = ()
 
-    def __init__(self, net: nn.Module, mean: Sequence[float], std: Sequence[float]):
+    def __init__(
+        self,
+        net: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        name: str,
+        kwargs: Mapping[str, Any] | None = None,
+    ):
         super().__init__()
+        self.name, self.kwargs = name, dict(kwargs or {})
         self.net = net
         info: Any = net.feature_info
         self.channels: list[int] = list(info.channels())
@@ -64,10 +76,10 @@ class Backbone(nn.Module):
         return [f.permute(0, 3, 1, 2) for f in features] if self.channels_last else list(features)
 
     def train(self, mode: bool = True) -> Self:
-        """Switch between training and evaluation mode; a frozen network stays in evaluation mode."""
+        """Switch between training and evaluation mode; what is frozen stays in evaluation mode."""
         super().train(mode)
-        if self.is_frozen:
-            self.net.eval()
+        for name in self.frozen_modules:
+            self.net.get_submodule(name).eval()
         return self
 
     def freeze_unused(self, used_levels: Collection[int]) -> None:
@@ -161,7 +173,15 @@ def build_backbone(
         _load_file(net, name, options, Path(str(weights)))
     config = timm.models.get_pretrained_cfg(name)
     return Backbone(net, mean or getattr(config, "mean", None) or (0.485, 0.456, 0.406),
-                    std or getattr(config, "std", None) or (0.229, 0.224, 0.225))  # fmt: skip
+                    std or getattr(config, "std", None) or (0.229, 0.224, 0.225), name, options)  # fmt: skip
+
+
+def get_complete_name(name: str) -> str:
+    """Return a name under which a tensor of a feature net and of its complete model are the same.
+
+    A feature net has the names of its complete model, except for a prefix or dots that became underscores.
+    """
+    return name.removeprefix("model.").replace(".", "_")
 
 
 def _check_name(name: str) -> None:
@@ -263,10 +283,9 @@ def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path
             state = convert(state, complete)
         except Exception as error:
             raise ParameterError("weights", f"={path} does not fit backbone {name}: {_first_line(error)}") from error
-    # A feature net has the names of its complete model, except for a prefix or dots that became underscores.
     by_name = {key.replace(".", "_"): value for key, value in state.items()}
     target = net.state_dict()
-    matches = {key: by_name.get(key.removeprefix("model.").replace(".", "_")) for key in target}
+    matches = {key: by_name.get(get_complete_name(key)) for key in target}
     missing = [key for key, value in matches.items() if value is None and not key.endswith("num_batches_tracked")]
     if missing:
         raise ParameterError(

@@ -1,6 +1,7 @@
 """Promises of trainings whose backbone is not trained, or in part."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -66,6 +67,32 @@ def test_training_leaves_a_frozen_backbone_as_it_is(overrides, tmp_path):
     if trainer.ema is not None:
         trainer.ema.copy_buffers(trainer.model)
         assert_equal_states(copy_state(trainer.ema.model.backbone), copy_state(backbone))
+
+
+LAST = {
+    "stages": ([*MOBILE, "backbone.trainable=last_2", "trainer.ema=0.5"], r"net\.blocks\.[56]\..*"),
+    "blocks": ([*VIT, "backbone.trainable=last_1", "trainer.grad_checkpointing=true"], r".*\.(blocks\.3|norm)\..*"),
+    "prompts": ([*PROMPTS, "backbone.trainable=last_3"], r".*\.(blocks\.[123]|norm)\..*"),
+}
+
+
+@pytest.mark.parametrize(("overrides", "trained"), LAST.values(), ids=LAST)
+def test_training_moves_the_last_layers_alone(overrides, trained, tmp_path):
+    trainer = make_trainer(tmp_path, *QUICK, *overrides)
+    backbone = trainer.model.backbone
+    names = {name for name, _ in backbone.named_parameters() if re.fullmatch(trained, name)}
+    before = copy_state(backbone)
+    for _, batches in zip(range(2), trainer.batches_per_step()):
+        trainer.train_step(*batches)
+    moved = {name for name, value in copy_state(backbone).items() if not torch.equal(value, before[name])}
+    assert all(re.fullmatch(trained, name) for name in moved)
+    assert names <= moved
+    optimized = {id(p) for group in trainer.optimizer.optimizer.param_groups for p in group["params"]}
+    assert {name for name, p in backbone.named_parameters() if id(p) in optimized} == names
+    if trainer.ema is not None:
+        average = copy_state(trainer.ema.model.backbone)
+        assert all(torch.equal(average[n], before[n]) for n, _ in backbone.named_parameters() if n not in names)
+        assert not all(torch.equal(average[n], before[n]) for n in names)
 
 
 def test_a_frozen_run_goes_on_as_if_it_had_never_stopped(tmp_path, caplog):
