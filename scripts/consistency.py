@@ -1,7 +1,7 @@
 """Draw the consistency figure (Fig. 1 of the paper): do features separate what each task's labels separate?
 
-    python scripts/consistency.py checkpoint=RUN/checkpoints/last.pt [compare=OTHER/checkpoints/last.pt]
-        [target=semseg|...|all] [frames=64] [output=FOLDER] [key=value ...]
+    python scripts/consistency.py RUN/checkpoints/last.pt [--compare OTHER/checkpoints/last.pt]
+        [--target semseg|...|all] [--frames 64] [--output FOLDER] [key=value ...]
 
 On evenly spaced validation frames, all pairs of 256 pixels a frame are positive or negative by each task's labels, as
 in the regulariser, and their distances are measured between the raw features that the regulariser uses, between the
@@ -9,7 +9,7 @@ same without their mean, and between projected ones. Written into FOLDER (output
 
 consistency_TARGET.png  the distributions of distances anchor-positive and anchor-negative, by each task's labels
 separation.png          for each target and each task's labels the chance that a negative is farther than a positive;
-                        with compare=, e.g. the run without contrast, of both, and the difference
+                        with --compare, e.g. the run without contrast, of both, and the difference
 consistency.json        all numbers
 
 Everything is rebuilt from the checkpoint; the other arguments override its config as with evaluate.py, e.g.
@@ -26,11 +26,7 @@ from mtcl.cli.script import run
 
 def main() -> None:
     """Parse the command line, measure, and report where the files are."""
-    args = sys.argv[1:]
-    if {"-h", "--help"} & set(args):
-        print(__doc__)
-        return
-    options, overrides = parse_args(args, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    options, overrides = parse_args(sys.argv[1:], __doc__, time.strftime("%Y-%m-%d_%H-%M-%S"))
     content = measure_consistency(options, overrides, Path(__file__).resolve().parents[1] / "configs")
     for variant in content["arms"]:
         if not variant["projected"]:

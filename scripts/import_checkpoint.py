@@ -10,9 +10,9 @@ those of train.py and describe the published run: dataset, backbone, decoder, th
 Every key of the file must be accounted for and every tensor of the model filled, or nothing is written.
 """
 
-import argparse
 from pathlib import Path
 
+from mtcl.cli.arguments import CommandParser
 from mtcl.cli.import_checkpoint import import_checkpoint
 from mtcl.cli.script import run
 from mtcl.models.published import METHODS
@@ -20,12 +20,12 @@ from mtcl.models.published import METHODS
 
 def main() -> None:
     """Parse the command line and import the checkpoint."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("method", help=f"whose checkpoint it is: {', '.join(METHODS)}")
     parser.add_argument("file", type=Path, help="the published checkpoint")
     parser.add_argument("output", type=Path, help="where to write ours")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of train.py that describe the run")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     configs = Path(__file__).resolve().parents[1] / "configs"
     result = import_checkpoint(args.method, args.file, args.output, args.overrides, configs)

@@ -4,10 +4,10 @@ python scripts/prepare_nyud.py --labeled nyu_depth_v2_labeled.mat --splits split
     --out data/NYUDv2 [--size WIDTHxHEIGHT] [--workers N]
 """
 
-import argparse
 import os
 from pathlib import Path
 
+from mtcl.cli.arguments import CommandParser, non_negative_int
 from mtcl.cli.prepared import format_prepared
 from mtcl.cli.script import run
 from mtcl.data.prepare.nyud import prepare_nyud
@@ -22,7 +22,7 @@ OPTIONS = {
 
 def main() -> None:
     """Parse the command line, convert, and print a summary."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(__doc__)
     for option, help_text in OPTIONS.items():
         parser.add_argument(option, type=Path, metavar="PATH", required=True, help=help_text)
     parser.add_argument(
@@ -30,7 +30,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=non_negative_int,
         default=os.cpu_count() or 1,
         metavar="N",
         help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",

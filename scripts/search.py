@@ -9,15 +9,14 @@ its output in FOLDER/trial_N.log, what Optuna knows in FOLDER/search.db. The sam
 a second one, started meanwhile, helps. scripts/searches/ has files to copy from, docs/sweeps.md says what they hold.
 """
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 import torch
 
+from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.script import run
-from mtcl.errors import UserError
 from mtcl.launch.search import run_search
 from mtcl.launch.study import compose_task_names
 
@@ -26,19 +25,18 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("search", type=Path, metavar="SEARCH.yaml")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="default: outputs/searches/<name of the file>")
-    parser.add_argument("--trials", type=int, metavar="N", help="in all, default: as the file says")
-    parser.add_argument("--jobs", type=int, default=1, metavar="J", help="trials at once; default: %(default)s")
+    parser.add_argument("--trials", type=positive_int, metavar="N", help="in all, default: as the file says")
+    parser.add_argument(
+        "--jobs", type=positive_int, default=1, metavar="J", help="trials at once; default: %(default)s"
+    )
     parser.add_argument(
         "--baseline", nargs="+", default=[], metavar="RUN|FILE", help="for a Delta, in place of runs made here"
     )
     parser.add_argument("overrides", nargs="*", help="of every run, as for train.py")
     args = parser.parse_intermixed_args()
-    for option, number in (("--jobs", args.jobs), ("--trials", args.trials)):
-        if number is not None and number < 1:
-            raise UserError(f"{option} {number}: it must be a whole number >= 1.")
     overrides = [
         *args.overrides,
         *(text for text in args.baseline if "=" in text),

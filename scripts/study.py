@@ -10,10 +10,10 @@ command continues a study that was interrupted and tries failed runs again; fini
 of what has finished: FOLDER/study.md and study.json. scripts/studies/ has studies to copy from.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.script import run
 from mtcl.errors import UserError
 from mtcl.launch.study import compose_task_names, format_failures, run_study
@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("study", type=Path, metavar="STUDY.yaml")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the runs and the table")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once; default: %(default)s")
+    parser.add_argument("--jobs", type=positive_int, default=1, metavar="N", help="runs at once; default: %(default)s")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="write a small JSON per run there, for the docs")
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="VARIANT", help="run these only (single_task: all those)"
@@ -35,8 +35,6 @@ def main() -> None:
     parser.add_argument("--holm", action="store_true", help="correct p-values for the number of comparisons (Holm)")
     parser.add_argument("overrides", nargs="*", help="of every run, as for train.py")
     args = parser.parse_intermixed_args()
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least one run at once.")
     only = [text for text in args.only if "=" not in text]
     overrides = [*args.overrides, *(text for text in args.only if "=" in text)]  # --only takes all that follows it
     failures = run_study(

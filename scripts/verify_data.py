@@ -6,22 +6,24 @@ Prints a table and writes a contact sheet. Exits with 1 if anything is damaged; 
 listed and are not errors. --frequencies prints the classes' pixel shares in the training list instead.
 """
 
-import argparse
 import os
 from pathlib import Path
 
 from mtcl import UserError
+from mtcl.cli.arguments import CommandParser, non_negative_int, positive_int
 from mtcl.cli.script import run
 from mtcl.data.verify import FACTS, find_dataset, format_report, verify, write_sheet
 
 
 def main() -> None:
     """Parse the command line, check the folder, print the table and write the contact sheet."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("root", type=Path, help="folder of the dataset, or its parent")
     parser.add_argument("--dataset", choices=list(FACTS), help="default: recognised by its files")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes; 0: no others")
-    parser.add_argument("--limit", type=int, help="measure only the first N images of each list")
+    parser.add_argument(
+        "--workers", type=non_negative_int, default=min(os.cpu_count() or 1, 8), help="processes; 0: no others"
+    )
+    parser.add_argument("--limit", type=positive_int, help="measure only the first N images of each list")
     parser.add_argument("--sheet", type=Path, help="contact sheet; default: verify_<dataset>.png in this folder")
     parser.add_argument("--frequencies", action="store_true", help="print only the semseg classes' shares")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Parser and argument types shared by the ``mtcl`` commands."""
+"""Parser and argument types shared by the ``mtcl`` commands and the scripts."""
 
 import argparse
 import difflib
@@ -13,9 +13,14 @@ OUTDATED = "options are written --name VALUE; key=value is for train.py and eval
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Parser whose errors are one sentence, raised as ``UserError``, in place of the usage text."""
+    """Parser whose errors are one sentence, raised as ``UserError``, in place of the usage text and exit code 2.
 
-    def __init__(self, prog: str, description: str | None):
+    Args:
+        description: the help text, mostly the module's docstring.
+        prog: the command's name; None: the script's file name.
+    """
+
+    def __init__(self, description: str | None, prog: str | None = None):
         super().__init__(
             prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
@@ -45,6 +50,13 @@ def positive_int(text: str) -> int:
     """Parse a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return int(text)
+
+
+def non_negative_int(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
     return int(text)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_json
+from mtcl.cli.arguments import CommandParser, output_path, positive_int
 from mtcl.cli.evaluate import adapt_config, apply_overrides, infer_dataset_override
 from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
@@ -80,34 +81,28 @@ class Samples(NamedTuple):
     features: list[dict[str, Tensor]]  # for each variant: task -> (N, K, C_t)
 
 
-def parse_args(args: Sequence[str], timestamp: str) -> tuple[Options, list[str]]:
+def parse_args(args: Sequence[str], description: str | None, timestamp: str) -> tuple[Options, list[str]]:
     """Split the command line into the script's options and overrides of the checkpoint's config.
 
     Args:
         args: the command line.
+        description: the help text.
         timestamp: names the default output folder.
     """
-    values: dict[str, str] = {}
-    overrides = []
-    for arg in args:
-        key, equals, value = arg.partition("=")
-        if key in Options._fields and equals:
-            values[key] = value.strip("'\"")
-        else:
-            overrides.append(arg)
-    if not values.get("checkpoint"):
-        raise UserError("consistency.py needs checkpoint=PATH, e.g. checkpoint=outputs/rooms/TIME/checkpoints/last.pt")
-    frames = values.get("frames", "64")
-    if not frames.isdecimal() or int(frames) < 1:
-        raise UserError(f"frames={frames} must be a whole number >= 1")
-    compare = values.get("compare")
-    return Options(
-        Path(values["checkpoint"]),
-        Path(compare) if compare else None,
-        values.get("target"),
-        int(frames),
-        Path(values.get("output", f"outputs/consistency/{timestamp}")),
-    ), overrides
+    parser = CommandParser(description)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("--compare", type=Path, metavar="CHECKPOINT", help="a second model, beside the first")
+    parser.add_argument("--target", metavar="TASK", help="or all; default: semseg, else the model's first task")
+    parser.add_argument("--frames", type=positive_int, default=64, metavar="N", help="default: %(default)s")
+    default = Path("outputs/consistency") / timestamp
+    parser.add_argument("--output", type=output_path, default=default, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the checkpoint's config")
+    values = vars(parser.parse_intermixed_args(args))
+    overrides: list[str] = values.pop("overrides")
+    for word in (values["checkpoint"], *overrides):
+        if word.partition("=")[0] in values:
+            raise UserError(f"{word}: give CHECKPOINT alone, and options as --name VALUE")
+    return Options(**{**values, "checkpoint": Path(values["checkpoint"])}), overrides
 
 
 def measure_consistency(options: Options, overrides: Sequence[str], configs: Path) -> dict[str, Any]:
@@ -122,7 +117,7 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
         The content of consistency.json.
     """
     if (options.output / "consistency.json").exists():
-        raise UserError(f"{options.output / 'consistency.json'} exists already; choose another output")
+        raise UserError(f"{options.output / 'consistency.json'} exists already; choose another --output")
     checkpoint = load_checkpoint(options.checkpoint)
     settings = restore_settings(checkpoint, options.checkpoint, overrides, configs)
     tasks = build_tasks(settings)
@@ -189,7 +184,7 @@ def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
     if name is None:
         return ["semseg" if "semseg" in tasks else tasks[0]]
     if name != "all" and name not in tasks:
-        raise UserError(f"target={name} is not a task of the checkpoint; choose all or one of {', '.join(tasks)}")
+        raise UserError(f"--target {name} is not a task of the checkpoint; choose all or one of {', '.join(tasks)}")
     return list(tasks) if name == "all" else [name]
 
 
@@ -251,14 +246,14 @@ def choose_common_feature(variants: Sequence[TrainedModel], settings: DictConfig
         values = [(variant.path, getattr(variant.regularizer, name)) for variant in variants if variant.regularizer]
         if any(value != values[0][1] for _, value in values):
             listed = ", ".join(f"{path}: {value}" for path, value in values)
-            raise UserError(f"compare= needs regularisers with the same {name}; theirs differ ({listed})")
+            raise UserError(f"--compare needs regularisers with the same {name}; theirs differ ({listed})")
     default = OmegaConf.select(settings, "regularizer.options.feature", default="final")
     feature = next((variant.regularizer.feature for variant in variants if variant.regularizer), str(default))
     widths = [variant.model.feature_channels.get(feature) for variant in variants]
     if widths[0] is None or any(width != widths[0] for width in widths):
         listed = ", ".join(f"{variant.path}: {width or 'none'}" for variant, width in zip(variants, widths))
         raise UserError(
-            f"compare= needs checkpoints of the same decoder; the channels of feature {feature} are {listed}"
+            f"--compare needs checkpoints of the same decoder; the channels of feature {feature} are {listed}"
         )
     return feature
 

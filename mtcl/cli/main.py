@@ -43,7 +43,7 @@ def run_command(arguments: Sequence[str]) -> None:
         raise UserError(f"{name} is no command of mtcl; choose among {', '.join(COMMANDS)}")
     else:
         module = import_module(f"mtcl.cli.{name}")
-        parser = CommandParser(f"mtcl {name}", module.__doc__)
+        parser = CommandParser(module.__doc__, f"mtcl {name}")
         module.add_arguments(parser)
         module.run(parser.parse_intermixed_args(arguments[1:]))
 

@@ -27,6 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mtcl.cli.arguments import CommandParser, non_negative_int, positive_int
 from mtcl.cli.script import run
 from mtcl.data import NYUD, Augment, AugmentedDataset, EpochBatchSampler, Rooms, collate, prepare_batch, train_loader
 from mtcl.errors import UserError
@@ -257,12 +258,12 @@ def measure_nyud(root: Path, cache: Path, size: tuple[int, int], limit: int | No
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--root", type=Path, help="NYUD-v2; default: rendered rooms")
     parser.add_argument("--size", default="448x576", help="of training crops, HEIGHTxWIDTH")
-    parser.add_argument("--images", type=int, default=96, help="how many images to use")
+    parser.add_argument("--images", type=positive_int, default=96, help="how many images to use")
     parser.add_argument("--step", action="store_true", help="also measure a training step's wait for data")
-    parser.add_argument("--workers", type=int, default=1, help="of the training step's loader")
+    parser.add_argument("--workers", type=non_negative_int, default=1, help="of the training step's loader")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     return parser.parse_args()
 

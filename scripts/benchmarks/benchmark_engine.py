@@ -13,7 +13,6 @@ model's forward pass, times six (one forward and two backward passes, two operat
 peak where it is known.
 """
 
-import argparse
 import gc
 import json
 import platform
@@ -27,12 +26,12 @@ from typing import Any
 
 import torch
 
+from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch
-from mtcl.errors import UserError
 from mtcl.profiling.flops import count
 from mtcl.profiling.timing import measure_peak_memory, measure_time, synchronize
 from mtcl.runtime import choose_device, seed_everything
@@ -177,7 +176,7 @@ def format_row(variant: str, batch: int, result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Parse the command line and benchmark each experiment."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--experiment", nargs="+", default=list(EXPERIMENTS), metavar="NAME")
     parser.add_argument(
         "--variants",
@@ -186,8 +185,8 @@ def main() -> None:
         metavar="NAME",
         help="default: all on CUDA; no compiled on a CPU",
     )
-    parser.add_argument("--steps", type=int, help="timed of each variant; default 20 on CUDA, 3 on a CPU")
-    parser.add_argument("--batch", type=int, help="default 8 on CUDA, 2 on a CPU")
+    parser.add_argument("--steps", type=positive_int, help="timed of each variant; default 20 on CUDA, 3 on a CPU")
+    parser.add_argument("--batch", type=positive_int, help="default 8 on CUDA, 2 on a CPU")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", help="of train.py")
     args = parser.parse_intermixed_args()
@@ -196,8 +195,6 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     steps, batch = args.steps or (20 if cuda else 3), args.batch or (8 if cuda else 2)
     variants = args.variants or (list(VARIANTS) if cuda else ["standard", "default"])
-    if steps < 1 or batch < 1:
-        raise UserError("--steps and --batch must be at least 1")
     processor = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {processor}, torch {torch.__version__}, 448x576")
     results: dict[str, Any] = {}

@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
+from mtcl.cli.arguments import CommandParser, non_negative_int, positive_int
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch
 from mtcl.data.feature_cache import format_bytes
-from mtcl.errors import UserError
 from mtcl.profiling.timing import measure_peak_memory, synchronize
 from mtcl.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
@@ -158,20 +158,20 @@ def report(variants: Mapping[str, Variant], memory: Mapping[str, float], batch_s
 
 def main() -> None:
     """Parse the command line and benchmark each case."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "--cases", nargs="+", choices=list(CASES), default=list(CASES), metavar="NAME", help=f"of {', '.join(CASES)}"
     )
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each variant in a round (default 5)")
-    parser.add_argument("--rounds", type=int, default=2, help="rounds (default 2)")
-    parser.add_argument("--views", type=int, default=2, help="views of an image in the cache (default 2)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read data (default 2)")
+    parser.add_argument(
+        "--steps", type=positive_int, default=5, help="timed steps of each variant in a round (default 5)"
+    )
+    parser.add_argument("--rounds", type=positive_int, default=2, help="rounds (default 2)")
+    parser.add_argument("--views", type=positive_int, default=2, help="views of an image in the cache (default 2)")
+    parser.add_argument("--workers", type=non_negative_int, default=2, help="processes that read data (default 2)")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", help="of train.py")
     args = parser.parse_intermixed_args()
     overrides = [*args.overrides, *(word for word in args.cases if "=" in word)]
-    if min(args.steps, args.rounds, args.views) < 1:
-        raise UserError("--steps, --rounds and --views must be at least 1")
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {processor}, torch {torch.__version__}")
     results: dict[str, Any] = {}

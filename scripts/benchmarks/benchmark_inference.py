@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mtcl.atomic import write_json
+from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.export import export_model
 from mtcl.cli.predict import is_out_of_memory
 from mtcl.cli.script import run
@@ -244,24 +245,15 @@ def print_row(row: Row) -> None:
     print(f"{start} {row['ms']:10.1f} {row['images_per_s']:9.2f} {memory:>8}  {row['backbone']}", flush=True)
 
 
-def parse_positive(text: str) -> int:
-    """Return a positive integer of the command line."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
-    return int(text)
-
-
 def main() -> None:
     """Parse the command line and run the benchmark."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--decoders", nargs="+", default=list(EXPERIMENTS), choices=list(EXPERIMENTS))
-    parser.add_argument("--size", nargs=2, type=parse_positive, default=[448, 576], metavar=("H", "W"))
-    parser.add_argument("--batch", nargs="+", type=parse_positive, default=[1, 16])
+    parser.add_argument("--size", nargs=2, type=positive_int, default=[448, 576], metavar=("H", "W"))
+    parser.add_argument("--batch", nargs="+", type=positive_int, default=[1, 16])
     parser.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
-    parser.add_argument("--repeats", type=parse_positive, help="passes timed; default 30 on CUDA, 5 on a CPU")
-    parser.add_argument(
-        "--seconds", type=parse_positive, default=30, help="no further passes with a batch after so many"
-    )
+    parser.add_argument("--repeats", type=positive_int, help="passes timed; default 30 on CUDA, 5 on a CPU")
+    parser.add_argument("--seconds", type=positive_int, default=30, help="no further passes with a batch after so many")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--json", type=Path, help="write the numbers there, too")

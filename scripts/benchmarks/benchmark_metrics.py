@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtcl.cli.arguments import CommandParser, non_negative_int, positive_int
 from mtcl.cli.script import run
 from mtcl.errors import UserError
 from mtcl.tasks import build_metric
@@ -205,10 +206,10 @@ def find_disagreements(row: Row) -> list[str]:
 
 def parse_args() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--images", type=int, default=654, help="images that the printed seconds are for")
-    parser.add_argument("--run", type=int, default=32, help="how many of them to score; 0: all")
-    parser.add_argument("--batch", type=int, default=4, help="images per update")
+    parser = CommandParser(__doc__)
+    parser.add_argument("--images", type=positive_int, default=654, help="images that the printed seconds are for")
+    parser.add_argument("--run", type=non_negative_int, default=32, help="how many of them to score; 0: all")
+    parser.add_argument("--batch", type=positive_int, default=4, help="images per update")
     parser.add_argument("--json", type=Path, help="also write the seconds per image to this file")
     return parser.parse_args()
 
@@ -216,8 +217,6 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Print a table of seconds, and write it as JSON if asked."""
     args = parse_args()
-    if min(args.images, args.batch) < 1 or args.run < 0:
-        raise UserError("--images and --batch must be at least 1, --run at least 0.")
     torch.set_num_threads(1)
     num_images = min(args.run or args.images, args.images)
     rows = {}

@@ -23,7 +23,6 @@ itself, which is added to the task's); operations whose result the host waits fo
 torch.compile.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -50,6 +49,7 @@ from torch.utils._pytree import tree_leaves
 
 import mtcl.regularizers
 import mtcl.tasks
+from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_training_run
@@ -485,14 +485,12 @@ def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> di
 
 def main() -> None:
     """Parse the command line and measure each setting."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--profile", action="store_true", help="also measure the regulariser alone")
-    parser.add_argument("--steps", type=int, help="pairs of steps timed; default 20 on CUDA, 6 on a CPU")
+    parser.add_argument("--steps", type=positive_int, help="pairs of steps timed; default 20 on CUDA, 6 on a CPU")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", help="of train.py; by default NYUD-v2's setting for three backbones")
-    args = parser.parse_args()
-    if args.steps is not None and args.steps < 1:
-        raise UserError(f"--steps {args.steps} must be at least 1")
+    args = parser.parse_intermixed_args()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {device}, torch {torch.__version__}")
     results: dict[str, Any] = {}

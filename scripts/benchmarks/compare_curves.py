@@ -9,12 +9,12 @@ of so many seeds would have by chance alone: std * sqrt(2 / n) * sqrt(2 / pi), f
 variants with equal seeds share images and random draws, so that ``distance`` is then rather below ``expected``.
 """
 
-import argparse
 import math
 from pathlib import Path
 
 import numpy as np
 
+from mtcl.cli.arguments import CommandParser
 from mtcl.cli.script import run
 from mtcl.errors import UserError
 from mtcl.run_folder import LOG
@@ -37,7 +37,7 @@ def read_curves(variant: Path, first_step: int) -> dict[str, dict[str, dict[int,
 
 def main() -> None:
     """Print a line per loss."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("variants", nargs=2, type=Path, metavar="VARIANT")
     parser.add_argument("--first-step", type=int, default=0, metavar="STEP", help="leave out earlier steps")
     args = parser.parse_args()

@@ -21,6 +21,7 @@ import scipy.io
 
 from mtcl import UserError
 from mtcl.atomic import write_atomically
+from mtcl.cli.arguments import CommandParser, non_negative_int, positive_int
 from mtcl.cli.script import run
 from mtcl.data.image_io import read_label_image
 from mtcl.data.worker_pool import run_jobs
@@ -90,11 +91,13 @@ def count_matches(pair: tuple[Path, Path], preset: Preset, max_distance: float) 
 
 def parse_args() -> argparse.Namespace:
     """Parse and check the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--pred", type=Path, required=True, help="folder of the predicted maps, PNG")
     parser.add_argument("--gt", type=Path, required=True, help="folder of the ground truth, PNG or .mat")
     parser.add_argument("--max-dist", type=float, required=True, help="of the diagonal: NYUD 0.011, PASCAL 0.0075")
-    parser.add_argument("--thresholds", type=int, help="even thresholds k/(N+1); default: the preset's, mostly 99")
+    parser.add_argument(
+        "--thresholds", type=positive_int, help="even thresholds k/(N+1); default: the preset's, mostly 99"
+    )
     parser.add_argument(
         "--nms",
         nargs="?",
@@ -103,13 +106,13 @@ def parse_args() -> argparse.Namespace:
         help="non-maximum suppression (without a name: sak); default: the preset's, which is none for bsds",
     )
     parser.add_argument("--preset", choices=list(PRESETS), default="bsds", help="toolchain; default: %(default)s")
-    parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8), help="processes; 0: this one")
+    parser.add_argument(
+        "--workers", type=non_negative_int, default=min(os.cpu_count() or 1, 8), help="processes; 0: this one"
+    )
     parser.add_argument("--json", type=Path, required=True, help="file for the scores, in 0..1")
     args = parser.parse_args()
     if not 0 < args.max_dist < 1:
         raise UserError(f"--max-dist {args.max_dist} is not a fraction of the diagonal in 0..1; NYUD takes 0.011.")
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers} is no number of processes; take 0 or more.")
     return args
 
 

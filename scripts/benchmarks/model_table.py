@@ -21,7 +21,6 @@ object per row, in plain units, and is written after every row: experiment, deco
 tasks, size, parameters, flops, peak_memory_mib, latency_ms, device, precision.
 """
 
-import argparse
 import os
 import platform
 import statistics
@@ -38,6 +37,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from mtcl.atomic import write_json
+from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
@@ -320,17 +320,17 @@ def print_table(
 
 def main() -> None:
     """Parse the command line and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--experiment", nargs="+", metavar="NAME", help="of configs/experiment, instead of the grid")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there, too")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     parser.add_argument("--no-measure", action="store_true", help="leave out memory and latency")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="passes timed; default: %(default)s")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=3, metavar="N", help="passes timed; default: %(default)s"
+    )
     parser.add_argument("overrides", nargs="*", help="of every row, as for train.py")
     args = parser.parse_intermixed_args()
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: at least one pass is timed; --no-measure leaves latency out")
     positional = [*args.overrides, *(args.experiment or [])]  # --experiment takes all that follows it
     overrides = [arg for arg in positional if "=" in arg and not arg.startswith("experiment=")]
     names = [arg.removeprefix("experiment=") for arg in positional if arg not in overrides]

@@ -11,13 +11,13 @@ docs/models.md and README.md. A study as ``<!-- table: TABLE means -->`` is rend
 settings.
 """
 
-import argparse
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
+from mtcl.cli.arguments import CommandParser
+from mtcl.cli.script import run
 from mtcl.config.renamed import upgrade_override
 from mtcl.errors import UserError
 from mtcl.launch.study_tables import build_report, format_markdown, format_means, read_results
@@ -39,7 +39,7 @@ def render_rows(content: dict[str, Any]) -> str:
     for key in SHARED_KEYS:
         values = {row["run"][key] for row in rows}
         if len(values) > 1:
-            raise SystemExit(f"the rows of a table differ in {key}: {', '.join(map(str, values))}; make two tables")
+            raise UserError(f"the rows of a table differ in {key}: {', '.join(map(str, values))}; make two tables")
     tasks = [task for task in TASKS.values() if any(task.name in row["metrics"] for row in rows)]
     headings, metrics = [], {}
     for task in tasks:
@@ -105,18 +105,18 @@ def render_table(name: str, means_only: bool = False) -> str:
     """Return the Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
     path, folder = RESULTS / f"{name}.json", RESULTS / name
     if path.is_file() and folder.is_dir():
-        raise SystemExit(f"{path.relative_to(ROOT)} and a folder of that name both exist; keep one")
+        raise UserError(f"{path.relative_to(ROOT)} and a folder of that name both exist; keep one")
     if path.is_file():
         content = json.loads(path.read_text("utf-8"))
         return render_output(content) if "printed" in content else render_rows(content)
     if not (folder / "study.json").is_file():
-        raise SystemExit(
+        raise UserError(
             f"a document asks for the table {name}, but there is no {path.relative_to(ROOT)} and no folder of that name"
         )
     try:
         return render_study(folder, means_only)
     except UserError as error:
-        raise SystemExit(f"the study {name} can't be rendered: {error}") from error
+        raise UserError(f"the study {name} can't be rendered: {error}") from error
 
 
 def render_study(folder: Path, means_only: bool) -> str:
@@ -151,16 +151,16 @@ def add_output(name: str, command: str, file: Path) -> None:
     (RESULTS / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
-def main() -> int:
-    """Render or check the documents; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    """Render or check the documents."""
+    parser = CommandParser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a document is out of date")
     parser.add_argument("--add", nargs=4, metavar=("TABLE", "LABEL", "COMMAND", "RUN"), help="add a run first")
     parser.add_argument("--add-output", nargs=3, metavar=("TABLE", "COMMAND", "FILE"), help="add an output first")
     args = parser.parse_args()
     if args.add:
-        table_name, label, command, run = args.add
-        add(table_name, label, command, Path(run))
+        table_name, label, command, folder = args.add
+        add(table_name, label, command, Path(folder))
     if args.add_output:
         table_name, command, file = args.add_output
         add_output(table_name, command, Path(file))
@@ -175,10 +175,8 @@ def main() -> int:
             if not args.check:
                 document.write_text(new, "utf-8")
     if args.check and stale:
-        print(f"out of date: {', '.join(stale)}; run python scripts/docs/render_results.py", file=sys.stderr)
-        return 1
-    return 0
+        raise UserError(f"out of date: {', '.join(stale)}; run python scripts/docs/render_results.py")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

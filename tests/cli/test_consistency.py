@@ -191,17 +191,19 @@ def test_frames_are_spread_over_the_list():
 
 
 def test_words():
-    options, others = parse_args(["checkpoint=a.pt", "data.split=tune", "frames=8", "target=all"], "now")
+    options, others = parse_args(["a.pt", "data.split=tune", "--frames", "8", "--target", "all"], "", "now")
     assert (str(options.checkpoint), options.compare, options.target, options.frames) == ("a.pt", None, "all", 8)
     assert str(options.output) == "outputs/consistency/now"
     assert others == ["data.split=tune"]
     for words, named in (
-        ([], "checkpoint="),
-        (["checkpoint=a", "frames=0"], "frames=0"),
-        (["checkpoint=a", "frames=x"], "x"),
+        ([], "CHECKPOINT"),
+        (["a", "--frames=0"], "frames: 0"),
+        (["a", "--frames=x"], "x"),
+        (["checkpoint=a"], "CHECKPOINT alone"),
+        (["a", "frames=8"], "--name VALUE"),
     ):
         with pytest.raises(UserError, match=named):
-            parse_args(words, "now")
+            parse_args(words, "", "now")
     assert choose_targets(None, ["depth", "semseg"]) == ["semseg"]
     assert choose_targets(None, ["depth", "edge"]) == ["depth"]
     assert choose_targets("all", ["depth", "edge"]) == ["depth", "edge"]
@@ -250,8 +252,8 @@ def call(cli, *words) -> Result:
 
 @pytest.mark.slow
 def test_two_arms_give_pictures_and_numbers(cli, runs, tmp_path):
-    words = [f"checkpoint={runs['with']}", f"compare={runs['without']}", "target=all", "frames=3"]
-    result = call(cli, *words, f"output={tmp_path}/a")
+    words = [runs["with"], f"--compare={runs['without']}", "--target=all", "--frames=3"]
+    result = call(cli, *words, f"--output={tmp_path}/a")
     assert result.code == 0, result.err
     assert str(tmp_path / "a") in result.out
     for name in (*(f"consistency_{task}" for task in NAMES), "separation"):
@@ -286,7 +288,7 @@ def test_two_arms_give_pictures_and_numbers(cli, runs, tmp_path):
 def test_batches_change_no_pair(cli, runs, tmp_path, undrawn):
     found = []
     for size in (1, 4):
-        words = [f"checkpoint={runs['with']}", f"data.eval_batch_size={size}", "frames=3", f"output={tmp_path}/{size}"]
+        words = [runs["with"], f"data.eval_batch_size={size}", "--frames=3", f"--output={tmp_path}/{size}"]
         assert call(cli, *words).code == 0
         found.append(json.loads((tmp_path / str(size) / "consistency.json").read_text()))
     one, four = (content["arms"][0]["raw"]["depth"]["semseg"] for content in found)
@@ -296,7 +298,7 @@ def test_batches_change_no_pair(cli, runs, tmp_path, undrawn):
 
 def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
     """Raw features of one frame, with everything rebuilt by hand and AUC by loops."""
-    result = call(cli, f"checkpoint={runs['with']}", "target=depth", "frames=1", f"output={tmp_path}/a")
+    result = call(cli, runs["with"], "--target=depth", "--frames=1", f"--output={tmp_path}/a")
     assert result.code == 0, result.err
     found = json.loads((tmp_path / "a" / "consistency.json").read_text())["arms"][0]
     state = read_checkpoint_file(runs["with"])
@@ -337,7 +339,7 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
 
 def test_a_run_without_projectors_and_one_of_a_single_task(cli, runs, tmp_path):
     for name, target in (("without", "semseg"), ("other", "depth")):
-        result = call(cli, f"checkpoint={runs[name]}", "frames=1", f"output={tmp_path}/{name}")
+        result = call(cli, runs[name], "--frames=1", f"--output={tmp_path}/{name}")
         assert result.code == 0, result.err
         assert "no trained projectors" in result.out
         assert (tmp_path / name / f"consistency_{target}.png").is_file()
@@ -347,32 +349,32 @@ def test_a_run_without_projectors_and_one_of_a_single_task(cli, runs, tmp_path):
 def test_labels_without_pairs_are_null_and_drawn_nevertheless(cli, runs, tmp_path, monkeypatch):
     depth = type(build_task("depth"))
     monkeypatch.setattr(depth, "valid", lambda self, label: torch.zeros_like(label[:, 0], dtype=torch.bool))
-    result = call(cli, f"checkpoint={runs['with']}", "frames=1", f"output={tmp_path}/a")
+    result = call(cli, runs["with"], "--frames=1", f"--output={tmp_path}/a")
     assert result.code == 0, result.err
     cell = json.loads((tmp_path / "a" / "consistency.json").read_text())["arms"][0]["raw"]["semseg"]["depth"]
     assert (cell["auc"], cell["d_ap"], cell["anchors"]) == (None, None, 0)
 
 
 def test_says_what_is_wrong(cli, runs, tmp_path):
-    good = f"checkpoint={runs['with']}"
+    good = runs["with"]
     broken = read_checkpoint_file(runs["with"])
     broken["regularizer"].popitem()
     write_checkpoint_file(tmp_path / "broken.pt", broken)
     wrong = [
-        ([f"checkpoint={tmp_path}/none.pt"], ["none.pt", "does not exist"]),
-        ([good, f"compare={tmp_path}/none.pt"], ["none.pt", "does not exist"]),
-        ([f"checkpoint={tmp_path}/broken.pt"], ["broken.pt", "do not fit"]),
-        ([good, "target=edge"], ["target=edge", "semseg, depth, normals"]),
-        ([good, "frames=-1"], ["frames=-1"]),
-        ([good, f"compare={runs['wide']}"], ["same decoder", str(runs["wide"])]),
-        ([good, f"compare={runs['other']}"], ["tasks", str(runs["other"])]),
+        ([f"{tmp_path}/none.pt"], ["none.pt", "does not exist"]),
+        ([good, f"--compare={tmp_path}/none.pt"], ["none.pt", "does not exist"]),
+        ([f"{tmp_path}/broken.pt"], ["broken.pt", "do not fit"]),
+        ([good, "--target=edge"], ["--target edge", "semseg, depth, normals"]),
+        ([good, "--frames=-1"], ["frames: -1"]),
+        ([good, f"--compare={runs['wide']}"], ["same decoder", str(runs["wide"])]),
+        ([good, f"--compare={runs['other']}"], ["tasks", str(runs["other"])]),
         ([good, "data.spilt=tune"], ["data.spilt", "data.split"]),
         ([good, "decoder.width=8"], ["decoder.width"]),
         ([good, "regularizer.weight=1"], ["regularizer.weight=1"]),
-        ([], ["checkpoint=PATH"]),
+        ([], ["CHECKPOINT"]),
     ]
     for words, named in wrong:
-        result = call(cli, *words, f"output={tmp_path}/out")
+        result = call(cli, *words, f"--output={tmp_path}/out")
         assert result.code == 1, (words, result)
         (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
         assert "Traceback" not in result.err
@@ -380,8 +382,8 @@ def test_says_what_is_wrong(cli, runs, tmp_path):
         assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "consistency.json").write_text("{}")
-    assert "exists already" in call(cli, good, f"output={tmp_path}/out").err
+    assert "exists already" in call(cli, good, f"--output={tmp_path}/out").err
 
 
 def test_help(cli):
-    assert "checkpoint=" in cli("scripts/consistency.py", "--help").out
+    assert "--compare" in cli("scripts/consistency.py", "--help").out

@@ -132,7 +132,7 @@ def test_what_a_command_names_is_there(document, command, told_by):
                 assert key in KNOWN or f"{key}=" in told_by(script), f"{script} has no {key}="
     elif script == "mtcl" and words[0] in COMMANDS:
         module = import_module(f"mtcl.cli.{words[0]}")
-        parser = CommandParser(command, "")
+        parser = CommandParser("", command)
         module.add_arguments(parser)
         if words[1:] not in ([], ["--help"]):
             parser.parse_intermixed_args(words[1:])

@@ -173,4 +173,4 @@ def test_script_measures_and_profiles(cli, tmp_path):
 def test_script_refuses_what_has_nothing_to_measure(cli):
     assert "at least two tasks" in cli("scripts/benchmarks/benchmark_step.py", *TINY, "tasks=single_depth").err
     assert "regularizer.weight is 0" in cli("scripts/benchmarks/benchmark_step.py", *TINY, "regularizer.weight=0").err
-    assert "--steps 0" in cli("scripts/benchmarks/benchmark_step.py", "--steps", "0", *TINY).err
+    assert "--steps: 0 is not" in cli("scripts/benchmarks/benchmark_step.py", "--steps", "0", *TINY).err

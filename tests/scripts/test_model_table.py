@@ -254,7 +254,7 @@ def test_a_failure_does_not_end_the_table(cli, monkeypatch):
         (["decoder=invtp"], "decoder=invtp is not known; choose among atrc"),
         (["decoder=multi_head", "backbone=resnet18", "data.sise=[32,64]"], "there is no config key data.sise"),
         (["decoder=taskprompter", "backbone=resnet18"], "TaskPrompter puts its prompts"),
-        (["--repeats", "0"], "--repeats 0: at least one"),
+        (["--repeats", "0"], "--repeats: 0 is not a whole number of at least 1"),
     ],
 )
 def test_mistakes_are_one_sentence(cli, words, sentence):
