@@ -31,8 +31,9 @@ class CommandParser(argparse.ArgumentParser):
         hint = f"{self.prog} --help lists the options"
         if not head and rest:
             first = rest.split()[0]
-            similar = difflib.get_close_matches(first.partition("=")[0], self._option_string_actions, n=1)
-            if first.startswith("-") and similar:
+            option = first.partition("=")[0]
+            similar = difflib.get_close_matches(option, self._option_string_actions, n=1)
+            if first.startswith("-") and similar and similar[0] != option:  # the option itself may follow a --
                 hint = f"did you mean {similar[0]}?"
             elif "=" in first and not first.startswith("-"):
                 hint = OUTDATED

@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.config.quoting import expand_tilde, quote_value
 from mtcl.config.renamed import explain_renamed_key, explain_renamed_value
-from mtcl.config.schema import RULES
+from mtcl.config.schema import RULES, flatten
 from mtcl.errors import first_line
 
 # Keys whose value is a path, or a part of one; or a keyword such as auto, hub, one.
@@ -144,22 +144,36 @@ def format_error(error: BaseException) -> str:
         key = str(cause.full_key)
         if renamed := explain_renamed_key(key):
             return renamed
-        parent, siblings = key.rpartition(".")[0], _list_siblings(cause)
-        close = difflib.get_close_matches(str(cause.key), siblings, n=1)
-        if close:
-            return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
-        if similar := _find_similar_keys(str(cause.key)):
-            return f"there is no config key {key}; did you mean {' or '.join(similar)}?"
-        return f"there is no config key {key}; {parent or 'the config'} has {', '.join(siblings)}"
+        return _explain_unknown_key(key, cause)
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text.split(" full_key:")[0].split(" Set the environment variable")[0]
 
 
-def _find_similar_keys(name: str) -> list[str]:
-    """Return the keys of any group with this name or one much like it; at most three, the most used first."""
+def _explain_unknown_key(key: str, cause: OmegaConfBaseException) -> str:
+    """Return a sentence on a key that the composed config lacks; it proposes only keys that the config has."""
+    parent, siblings = key.rpartition(".")[0], _list_siblings(cause)
+    if key in RULES and parent:  # of another choice of the group
+        return f"the {key.partition('.')[0]} chosen here has no key {key}; {parent} has {', '.join(siblings)}"
+    close = difflib.get_close_matches(str(cause.key), siblings, n=1)
+    if close:
+        return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
+    if similar := _find_similar_keys(str(cause.key), cause.parent_node):
+        return f"there is no config key {key}; did you mean {' or '.join(similar)}?"
+    return f"there is no config key {key}; {parent or 'the config'} has {', '.join(siblings)}"
+
+
+def _find_similar_keys(name: str, node: Any) -> list[str]:
+    """Return the keys of any group with this name or one much like it; at most three, the most used first.
+
+    Args:
+        name: the last part of a key.
+        node: a node of the config; only keys of its config are returned.
+    """
+    root = OmegaConf.to_container(node._get_root(), resolve=False) if isinstance(node, DictConfig) else {}
     by_name: dict[str, list[str]] = {}
-    for key in RULES:
-        by_name.setdefault(key.rpartition(".")[2], []).append(key)
+    for key, _ in flatten(cast(dict[str, Any], root)):
+        if key in RULES:
+            by_name.setdefault(key.rpartition(".")[2], []).append(key)
     close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
     group = {key: key.partition(".")[0] for key in by_name[close[0]]} if close else {}
     order = {name: index for index, name in enumerate(COMMON_GROUPS)}
@@ -168,7 +182,7 @@ def _find_similar_keys(name: str) -> list[str]:
 
 def _list_siblings(error: OmegaConfBaseException) -> list[str]:
     parent = error.parent_node
-    return [str(key) for key in parent] if isinstance(parent, DictConfig) else []
+    return [str(key) for key in parent if key not in ("hydra", "_target_")] if isinstance(parent, DictConfig) else []
 
 
 def _is_of_timm(name: str) -> bool:

@@ -3,7 +3,7 @@
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -339,25 +339,26 @@ def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 def check_config(config: dict[str, Any]) -> None:
     """Raise ``UserError`` for the first key of a plain config that is unknown or has a wrong value."""
-    for key, value in flatten(config):
+    keys = dict(flatten(config))
+    for key, value in keys.items():
         rule = rule_of(key)
         if rule is None:
-            raise UserError(describe_unknown_key(key, value))
+            raise UserError(describe_unknown_key(key, value, [other for other in keys if other in RULES]))
         if not (rule.is_valid(value) or (value is None and rule.nullable)):
             raise UserError(f"{key}={'null' if value is None else truncate(value)} must be {rule.text}")
     with add_key_prefix("backbone."):
         check_backbone_kwargs((config.get("backbone") or {}).get("kwargs"))
 
 
-def describe_unknown_key(key: str, value: Any) -> str:
-    """Return a sentence on a key without a rule, with the nearest one that has one."""
+def describe_unknown_key(key: str, value: Any, known: Sequence[str]) -> str:
+    """Return a sentence on a key without a rule, with the nearest of the config's ``known`` keys."""
     if any(pattern.startswith(f"{key}.") for pattern in RULES):
         return f"{key}={truncate(value)} must be a mapping with the keys of that group"
     if renamed := explain_renamed_key(key):
         return renamed
     group, _, name = key.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in RULES if other.rpartition(".")[0] == group}
-    anywhere = {other.rpartition(".")[2]: other for other in RULES}
+    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
+    anywhere = {other.rpartition(".")[2]: other for other in known}
     for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.8)):
         if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return f"there is no config key {truncate(key)}; did you mean {candidates[close[0]]}?"
