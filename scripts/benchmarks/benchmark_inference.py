@@ -41,7 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtcl.atomic import write_json
 from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.export import export_model
-from mtcl.cli.predict import is_out_of_memory
+from mtcl.cli.predict.batches import is_out_of_memory
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model

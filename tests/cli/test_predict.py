@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import socket
+import time
 from pathlib import Path
 
 import cv2
@@ -16,7 +17,8 @@ from helpers.common import TINY, composed
 from PIL import Image
 
 import mtcl
-from mtcl.cli import predict as predicting
+from mtcl.cli.predict import batches, images, videos
+from mtcl.cli.predict import output as output_module
 from mtcl.cli.train import train
 from mtcl.inference.predictor import Predictor
 from mtcl.metrics.boundaries.suppression import SAK, nms
@@ -148,7 +150,7 @@ def test_a_name_that_is_not_unicode(predict, tmp_path):
 
 def test_names_of_many_kinds_stay_apart(tmp_path):
     files = [tmp_path / n for n in ("a.jpg", "a.png", "a.jpg.png", "a.b.png", "a.b.jpg", "c.jpg", "d/a.jpg")]
-    names = predicting.output_names(files, tmp_path)
+    names = output_module.output_names(files, tmp_path)
     assert len(set(names.values())) == len(files)
     assert names[tmp_path / "c.jpg"] == "c"
 
@@ -309,7 +311,7 @@ def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("kept")
     assert predict(tmp_path / "in").code == predict(tmp_path / "more").code == 0
-    write, seen = predicting.write, []
+    write, seen = images.write, []
 
     def interrupted(*words):
         seen.append(words)
@@ -317,8 +319,8 @@ def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(*words)
 
-    monkeypatch.setattr(predicting, "write", interrupted)
-    monkeypatch.setattr(predicting, "MAX_UNWRITTEN_PIXELS", -1)
+    monkeypatch.setattr(images, "write", interrupted)
+    monkeypatch.setattr(images, "MAX_UNWRITTEN_PIXELS", -1)
     words = ("--flip", "--tasks=depth")
     assert predict(tmp_path / "in", *words, "--overwrite").code == 130
     assert written(tmp_path / "out") <= maps_of("a", "b", "c", tasks=["depth"]) | {"mine.txt"}
@@ -355,14 +357,14 @@ def test_maps_never_replace_pictures(predict, tmp_path):
 def test_no_space_or_no_rights(predict, tmp_path, monkeypatch, code, told):
     put(tmp_path / "in/a.png")
     put(tmp_path / "in/b.png")
-    write_map = predicting.write_map
+    write_map = output_module.write_map
 
     def refuse(path, task, array):
         if path.name == "b.png":
             raise OSError(code, os.strerror(code), str(path))
         write_map(path, task, array)
 
-    monkeypatch.setattr(predicting, "write_map", refuse)
+    monkeypatch.setattr(output_module, "write_map", refuse)
     fails(predict(tmp_path / "in"), *told)
     assert written(tmp_path / "out") == maps_of("a")
 
@@ -424,14 +426,14 @@ def test_too_little_memory(predict, tmp_path, monkeypatch):
 def test_too_little_memory_to_write(predict, tmp_path, monkeypatch):
     for name in "abc":
         put(tmp_path / f"in/{name}.png")
-    write_map = predicting.write_map
+    write_map = output_module.write_map
 
     def heavy(path, task, array):
         if path.name == "b.png" and task.name == "edge":
             raise MemoryError
         write_map(path, task, array)
 
-    monkeypatch.setattr(predicting, "write_map", heavy)
+    monkeypatch.setattr(output_module, "write_map", heavy)
     fails(predict(tmp_path / "in"), "1 of 3 images", "b.png")
     assert maps_of("a", "c") <= written(tmp_path / "out")
     monkeypatch.undo()
@@ -444,7 +446,7 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
     """However slow the disk is, the model waits for it."""
     for i in range(12):
         put(tmp_path / f"in/{i}.png")
-    write, work, most, waiting = predicting.write, Predictor._predict_group, [], []
+    write, work, most, waiting = images.write, Predictor._predict_group, [], []
 
     def counted(self, pictures):
         waiting.extend(pictures)
@@ -452,13 +454,13 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
         return work(self, pictures)
 
     def slow(*words):
-        predicting.time.sleep(0.2)
+        time.sleep(0.2)
         write(*words)
         waiting.pop()
 
     monkeypatch.setattr(Predictor, "_predict_group", counted)
-    monkeypatch.setattr(predicting, "write", slow)
-    monkeypatch.setattr(predicting, "MAX_UNWRITTEN_PIXELS", 2 * 24 * 40)
+    monkeypatch.setattr(images, "write", slow)
+    monkeypatch.setattr(images, "MAX_UNWRITTEN_PIXELS", 2 * 24 * 40)
     assert predict(tmp_path / "in").code == 0
     assert max(most) <= 4  # two wait, one more is written, the next one is predicted
     assert written(tmp_path / "out") == maps_of(*map(str, range(12)))
@@ -470,11 +472,11 @@ def test_only_a_lack_of_memory_is_one():
     with pytest.raises(cv2.error) as resize:
         cv2.resize(np.zeros((9, 9, 3), np.uint8), (2**21, 2**20))
     for error in (cpu.value, resize.value, torch.OutOfMemoryError("x"), MemoryError()):
-        assert predicting.is_out_of_memory(error), error
+        assert batches.is_out_of_memory(error), error
     with pytest.raises(cv2.error) as other:
         cv2.resize(np.zeros((0, 0), np.uint8), (3, 3))
     for error in (other.value, RuntimeError("an illegal allocation of ids"), ValueError("DefaultCPUAllocator")):
-        assert not predicting.is_out_of_memory(error), error
+        assert not batches.is_out_of_memory(error), error
 
 
 # Films
@@ -566,15 +568,15 @@ def test_a_video_whose_length_is_wrong_in_its_header_is_read_to_its_end(predict,
 
 
 def test_a_video_that_ends_early(predict, tmp_path, monkeypatch):
-    source, frames = video(tmp_path / "film.mp4", 20), predicting.frames
-    monkeypatch.setattr(predicting, "frames", lambda *a: (f for f, _ in zip(frames(*a), range(3))))
+    source, frames = video(tmp_path / "film.mp4", 20), videos.frames
+    monkeypatch.setattr(videos, "frames", lambda *a: (f for f, _ in zip(frames(*a), range(3))))
     fails(predict(source, "--tasks=sal"), "only 3 of about 20 frames")
     assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
 def test_half_a_video_is_not_left(predict, tmp_path, monkeypatch, error):
-    draw, seen = predicting.draw_predictions, []
+    draw, seen = videos.draw_predictions, []
 
     def failing(*args, **kwargs):
         seen.append(1)
@@ -582,7 +584,7 @@ def test_half_a_video_is_not_left(predict, tmp_path, monkeypatch, error):
             raise error("a reason")
         return draw(*args, **kwargs)
 
-    monkeypatch.setattr(predicting, "draw_predictions", failing)
+    monkeypatch.setattr(videos, "draw_predictions", failing)
     source = video(tmp_path / "film.mp4")
     if error is ValueError:
         with pytest.raises(ValueError, match="a reason"):
@@ -617,7 +619,7 @@ class Camera:
         self.count -= 1
         if self.count < 0:
             raise KeyboardInterrupt
-        predicting.time.sleep(0.2)
+        time.sleep(0.2)
         return True, np.full((32, 64, 3), 100, np.uint8)
 
     def release(self):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from mtcl.cli.predict import is_out_of_memory
+from mtcl.cli.predict.batches import is_out_of_memory
 from mtcl.data.datasets.rooms.render import render
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
