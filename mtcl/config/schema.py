@@ -350,15 +350,15 @@ def check_config(config: dict[str, Any]) -> None:
         check_backbone_kwargs((config.get("backbone") or {}).get("kwargs"))
 
 
-def describe_unknown_key(key: str, value: Any, known: Sequence[str]) -> str:
-    """Return a sentence on a key without a rule, with the nearest of the config's ``known`` keys."""
+def describe_unknown_key(key: str, value: Any, present: Sequence[str]) -> str:
+    """Return a sentence on a key without a rule, with the nearest of the config's ``present`` keys."""
     if any(pattern.startswith(f"{key}.") for pattern in RULES):
         return f"{key}={truncate(value)} must be a mapping with the keys of that group"
     if renamed := explain_renamed_key(key):
         return renamed
     group, _, name = key.rpartition(".")
-    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == group}
-    anywhere = {other.rpartition(".")[2]: other for other in known}
+    siblings = {other.rpartition(".")[2]: other for other in present if other.rpartition(".")[0] == group}
+    anywhere = {other.rpartition(".")[2]: other for other in present}
     for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.8)):
         if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
             return f"there is no config key {truncate(key)}; did you mean {candidates[close[0]]}?"
