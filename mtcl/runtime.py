@@ -5,10 +5,13 @@ import os
 import sys
 from collections.abc import Iterator
 
+import cv2
 import torch
 from torch import nn
 
 from mtcl.errors import ParameterError
+
+OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def choose_device(name: str, parameter: str = "device") -> torch.device:
@@ -110,3 +113,11 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that the device or this machine has too little memory."""
+    if isinstance(error, cv2.error):
+        return error.code == cv2.Error.StsNoMem
+    is_allocation = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
+    return is_allocation or isinstance(error, torch.OutOfMemoryError | MemoryError)

@@ -41,7 +41,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mtcl.atomic import write_json
 from mtcl.cli.arguments import CommandParser, positive_int
 from mtcl.cli.export import export_model
-from mtcl.cli.predict.batches import is_out_of_memory
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
@@ -54,7 +53,7 @@ from mtcl.errors import UserError
 from mtcl.inference.export import smooth_random_images
 from mtcl.inference.model_files import ONNX_FILE
 from mtcl.profiling.timing import measure_peak_memory, measure_time
-from mtcl.runtime import autocast, choose_device, seed_everything
+from mtcl.runtime import autocast, choose_device, is_out_of_memory, seed_everything
 from mtcl.training.train_step import TrainingStep
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

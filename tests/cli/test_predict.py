@@ -17,11 +17,12 @@ from helpers.common import TINY, composed
 from PIL import Image
 
 import mtcl
-from mtcl.cli.predict import batches, images, videos
+from mtcl.cli.predict import images, videos
 from mtcl.cli.predict import output as output_module
 from mtcl.cli.train import train
 from mtcl.inference.predictor import Predictor
 from mtcl.metrics.boundaries.suppression import SAK, nms
+from mtcl.runtime import is_out_of_memory
 
 SCRIPT = "scripts/predict.py"
 TASKS = ("semseg", "human_parts", "sal", "depth", "normals", "edge")
@@ -311,7 +312,7 @@ def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("kept")
     assert predict(tmp_path / "in").code == predict(tmp_path / "more").code == 0
-    write, seen = images.write, []
+    write, seen = images.write_maps, []
 
     def interrupted(*words):
         seen.append(words)
@@ -319,7 +320,7 @@ def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         write(*words)
 
-    monkeypatch.setattr(images, "write", interrupted)
+    monkeypatch.setattr(images, "write_maps", interrupted)
     monkeypatch.setattr(images, "MAX_UNWRITTEN_PIXELS", -1)
     words = ("--flip", "--tasks=depth")
     assert predict(tmp_path / "in", *words, "--overwrite").code == 130
@@ -446,7 +447,7 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
     """However slow the disk is, the model waits for it."""
     for i in range(12):
         put(tmp_path / f"in/{i}.png")
-    write, work, most, waiting = images.write, Predictor._predict_group, [], []
+    write, work, most, waiting = images.write_maps, Predictor._predict_group, [], []
 
     def counted(self, pictures):
         waiting.extend(pictures)
@@ -459,7 +460,7 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
         waiting.pop()
 
     monkeypatch.setattr(Predictor, "_predict_group", counted)
-    monkeypatch.setattr(images, "write", slow)
+    monkeypatch.setattr(images, "write_maps", slow)
     monkeypatch.setattr(images, "MAX_UNWRITTEN_PIXELS", 2 * 24 * 40)
     assert predict(tmp_path / "in").code == 0
     assert max(most) <= 4  # two wait, one more is written, the next one is predicted
@@ -472,11 +473,11 @@ def test_only_a_lack_of_memory_is_one():
     with pytest.raises(cv2.error) as resize:
         cv2.resize(np.zeros((9, 9, 3), np.uint8), (2**21, 2**20))
     for error in (cpu.value, resize.value, torch.OutOfMemoryError("x"), MemoryError()):
-        assert batches.is_out_of_memory(error), error
+        assert is_out_of_memory(error), error
     with pytest.raises(cv2.error) as other:
         cv2.resize(np.zeros((0, 0), np.uint8), (3, 3))
     for error in (other.value, RuntimeError("an illegal allocation of ids"), ValueError("DefaultCPUAllocator")):
-        assert not batches.is_out_of_memory(error), error
+        assert not is_out_of_memory(error), error
 
 
 # Films
@@ -568,8 +569,8 @@ def test_a_video_whose_length_is_wrong_in_its_header_is_read_to_its_end(predict,
 
 
 def test_a_video_that_ends_early(predict, tmp_path, monkeypatch):
-    source, frames = video(tmp_path / "film.mp4", 20), videos.frames
-    monkeypatch.setattr(videos, "frames", lambda *a: (f for f, _ in zip(frames(*a), range(3))))
+    source, frames = video(tmp_path / "film.mp4", 20), videos.read_frames
+    monkeypatch.setattr(videos, "read_frames", lambda *a: (f for f, _ in zip(frames(*a), range(3))))
     fails(predict(source, "--tasks=sal"), "only 3 of about 20 frames")
     assert cv2.VideoCapture(str(tmp_path / "out/film.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 3
 

@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from mtcl.cli.predict.batches import is_out_of_memory
 from mtcl.data.datasets.rooms.render import render
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
+from mtcl.runtime import is_out_of_memory
 from mtcl.tasks.base import Task
 
 MAX_TILE_SIDE = 800  # of a tile's image, in pixels

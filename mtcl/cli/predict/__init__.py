@@ -27,7 +27,7 @@ from mtcl.cli.arguments import name_list, number_list, output_path, positive_flo
 from mtcl.cli.predict.find_images import find_images
 from mtcl.cli.predict.images import predict_images
 from mtcl.cli.predict.output import Settings, check_links, output_names
-from mtcl.cli.predict.record import PredictionRecord, describe_predictions
+from mtcl.cli.predict.record import Job, PredictionRecord, describe_predictions
 from mtcl.cli.predict.videos import predict_video
 from mtcl.config.load import build_predictor, load_model
 from mtcl.errors import UserError
@@ -83,10 +83,10 @@ def run(args: argparse.Namespace) -> None:
         )
     loaded = load_model(args.checkpoint)
     predictor = build_predictor(loaded, **options)
-    record = PredictionRecord(settings, args.input, describe_predictions(loaded, predictor))
+    job = Job(predictor, settings, PredictionRecord(settings, args.input, describe_predictions(loaded, predictor)))
     if is_camera:
-        predict_video(int(args.input), f"camera_{int(args.input)}", predictor, settings, record)
+        predict_video(int(args.input), f"camera_{int(args.input)}", job)
     elif is_video:
-        predict_video(args.input, path.stem, predictor, settings, record)
+        predict_video(args.input, path.stem, job)
     else:
-        predict_images(files, output_names(files, path), unreadable, predictor, settings, record)
+        predict_images(output_names(files, path), unreadable, job)

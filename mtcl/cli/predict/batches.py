@@ -4,13 +4,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import cv2
 import numpy as np
-import torch
 
 from mtcl.inference import Predictor
-
-OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+from mtcl.runtime import is_out_of_memory
 
 
 def split_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -28,14 +25,6 @@ def predict_group(predictor: Predictor, images: Sequence[np.ndarray]) -> list[di
         if not is_out_of_memory(error):
             raise
     return [None] if len(images) == 1 else [predict_group(predictor, [image])[0] for image in images]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that the device or this machine has too little memory."""
-    if isinstance(error, cv2.error):
-        return error.code == cv2.Error.StsNoMem
-    is_allocation = isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY_TEXTS)
-    return is_allocation or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def explain_too_large(source: object, image: np.ndarray, predictor: Predictor) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mtcl.cli.predict.batches import explain_too_large, is_out_of_memory, predict_group, split_groups
-from mtcl.cli.predict.output import Settings, describe_conflict, output_files, write
-from mtcl.cli.predict.record import PredictionRecord
+from mtcl.cli.predict.batches import explain_too_large, predict_group, split_groups
+from mtcl.cli.predict.output import describe_conflict, output_files, write_maps
+from mtcl.cli.predict.record import Job
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.inference import Predictor
+from mtcl.runtime import is_out_of_memory
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # of the disk, not of one file name
 NUM_WRITERS = 4  # threads that write maps
@@ -46,9 +47,9 @@ class ImageWriter:
             self.bar.write(escape_control_characters(f"skipped: {reason}"), file=sys.stderr)
 
     def submit(self, path: Path, image: np.ndarray, *args: Any) -> None:
-        """Start :func:`write` with ``args`` once few enough maps are pending."""
+        """Start :func:`write_maps` with ``args`` once few enough maps are pending."""
         self.wait(MAX_UNWRITTEN_PIXELS)
-        self.pending.append((path, image, self.threads.submit(write, *args)))
+        self.pending.append((path, image, self.threads.submit(write_maps, *args)))
 
     def wait(self, max_pixels: int) -> None:
         """Count what is written; wait until the pending images have at most ``max_pixels`` pixels."""
@@ -72,39 +73,29 @@ class ImageWriter:
             self.bar.update()
 
 
-def predict_images(
-    files: Sequence[Path],
-    names: Mapping[Path, str],
-    skipped: dict[Path, str],
-    predictor: Predictor,
-    settings: Settings,
-    record: PredictionRecord,
-) -> None:
+def predict_images(names: Mapping[Path, str], skipped: dict[Path, str], job: Job) -> None:
     """Predict and write images.
 
     They are read ahead and their maps written behind, by threads, while the model works.
 
     Args:
-        files: Paths of the images.
-        names: Path -> name of what is written.
+        names: Path of an image -> name of what is written.
         skipped: Unreadable path -> reason.
-        predictor: The model.
-        settings: What is written, and where.
-        record: The record of the output folder.
+        job: The model, and where to write.
 
     Raises:
         UserError: Some could not be predicted; raised at the end.
     """
-    total, start_time = len(files) + len(skipped), time.perf_counter()
-    waiting = select_unwritten(files, names, skipped, predictor, settings, record)
+    total, start_time = len(names) + len(skipped), time.perf_counter()
+    waiting = select_unwritten(names, skipped, job)
     with tqdm(total=len(waiting), desc="predict", unit="image", disable=len(waiting) < 2) as bar:
         writer, reader = ImageWriter(total, skipped, bar), ThreadPoolExecutor(1)
         with reader, writer.threads:
             for path, reason in list(skipped.items()):
                 writer.skip(path, reason)
             try:
-                for group in read_ahead(reader, predictor, split_groups(waiting, settings.batch_size)):
-                    predict_and_submit(group, names, predictor, settings, writer)
+                for group in read_ahead(reader, job.predictor, split_groups(waiting, job.settings.batch_size)):
+                    predict_and_submit(group, names, job, writer)
                 writer.wait(-1)
             except BaseException as error:
                 reader.shutdown(wait=False, cancel_futures=True)
@@ -115,31 +106,25 @@ def predict_images(
     if total == 1 and skipped:
         raise UserError(*skipped.values())
     rate = f"{writer.num_done / max(seconds, 1e-9):.2f} per second"
-    print(escape_control_characters(f"{writer.num_done} images in {seconds:.1f} s ({rate}): {settings.output}"))
+    print(escape_control_characters(f"{writer.num_done} images in {seconds:.1f} s ({rate}): {job.settings.output}"))
     if skipped:
         examples = ", ".join(map(str, islice(skipped, 3))) + (", ..." if len(skipped) > 3 else "")
         raise UserError(f"{len(skipped)} of {total} images could not be predicted, see above: {examples}")
 
 
-def select_unwritten(
-    files: Sequence[Path],
-    names: Mapping[Path, str],
-    skipped: dict[Path, str],
-    predictor: Predictor,
-    settings: Settings,
-    record: PredictionRecord,
-) -> list[Path]:
+def select_unwritten(names: Mapping[Path, str], skipped: dict[Path, str], job: Job) -> list[Path]:
     """Return the files whose maps are still to be written; add those with another input's maps to ``skipped``."""
-    total, num_written, waiting = len(files) + len(skipped), 0, []
-    for path in files:
-        exist = [os.path.isfile(file) for file in output_files(settings, predictor.tasks, names[path]).values()]
-        if record.is_foreign(names[path], any(exist)):
-            skipped[path] = f"{path}: {describe_conflict(settings, names[path])}"
+    settings, record = job.settings, job.record
+    total, num_written, waiting = len(names) + len(skipped), 0, []
+    for path, name in names.items():
+        exist = [os.path.isfile(file) for file in output_files(settings, job.predictor.tasks, name).values()]
+        if record.is_foreign(name, any(exist)):
+            skipped[path] = f"{path}: {describe_conflict(settings, name)}"
         elif all(exist) and not settings.overwrite:
             num_written += 1
         else:
             waiting.append(path)
-    record.begin(names[path] for path in files if path not in skipped)
+    record.begin(name for path, name in names.items() if path not in skipped)
     if num_written:
         print(f"{num_written} of {total} images have been predicted before; --overwrite predicts them again")
     return waiting
@@ -148,8 +133,7 @@ def select_unwritten(
 def predict_and_submit(
     group: Sequence[tuple[Path, Future[np.ndarray]]],
     names: Mapping[Path, str],
-    predictor: Predictor,
-    settings: Settings,
+    job: Job,
     writer: ImageWriter,
 ) -> None:
     """Predict a group of images and hand their maps to the writer."""
@@ -160,14 +144,14 @@ def predict_and_submit(
         except UserError as error:
             writer.skip(path, error)
             writer.bar.update()
-    results = deque(predict_group(predictor, list(images.values())))
+    results = deque(predict_group(job.predictor, list(images.values())))
     for path, image in images.items():
         maps = results.popleft()  # freed once written
         if maps is None:
-            writer.skip(path, explain_too_large(path, image, predictor))
+            writer.skip(path, explain_too_large(path, image, job.predictor))
             writer.bar.update()
             continue
-        writer.submit(path, image, settings, predictor.tasks, names[path], image, maps)
+        writer.submit(path, image, job.settings, job.predictor.tasks, names[path], image, maps)
 
 
 def read_ahead(

@@ -71,7 +71,7 @@ def describe_conflict(settings: Settings, name: str) -> str:
     )
 
 
-def write(
+def write_maps(
     settings: Settings, tasks: Mapping[str, Task], name: str, image: np.ndarray, maps: Mapping[str, np.ndarray]
 ) -> None:
     """Write the maps and the panel of an image."""

@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mtcl.atomic import convert_disk_errors, write_atomically
 from mtcl.cli.predict.output import OUTPUT_FOLDERS, RECORD_FILE, RETRY_HINT, Settings, is_inside
@@ -117,3 +117,11 @@ class PredictionRecord:
             raise UserError(
                 f"{self.path} was not written by mtcl predict, or is damaged; choose another --output, or --overwrite"
             ) from error
+
+
+class Job(NamedTuple):
+    """A call of the command: the model, what it writes and where, and the record of that folder."""
+
+    predictor: Predictor
+    settings: Settings
+    record: PredictionRecord

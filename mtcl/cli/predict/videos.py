@@ -18,16 +18,13 @@ from tqdm import tqdm
 
 from mtcl.atomic import convert_disk_errors
 from mtcl.cli.predict.batches import explain_too_large, predict_group, split_groups
-from mtcl.cli.predict.output import Settings, describe_conflict, write
-from mtcl.cli.predict.record import PredictionRecord
+from mtcl.cli.predict.output import Settings, describe_conflict, write_maps
+from mtcl.cli.predict.record import Job
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.inference import Predictor
 from mtcl.visualization.panels import draw_predictions
 
 
-def predict_video(
-    source: str | int, name: str, predictor: Predictor, settings: Settings, record: PredictionRecord
-) -> None:
+def predict_video(source: str | int, name: str, job: Job) -> None:
     """Write ``output/name.mp4``, each frame with all tasks beside it, completely or not at all.
 
     A camera is read until Ctrl-C.
@@ -35,10 +32,9 @@ def predict_video(
     Args:
         source: A video's path, or a camera's number.
         name: Name of what is written.
-        predictor: The model.
-        settings: What is written, and where.
-        record: The record of the output folder.
+        job: The model, and where to write.
     """
+    predictor, settings, record = job
     is_video = isinstance(source, str)
     target = settings.output / f"{name}.mp4"
     check_video_paths(str(source), target, is_video, settings)
@@ -54,7 +50,7 @@ def predict_video(
     limit = max(1, round(settings.seconds * rate)) if settings.seconds is not None and is_video else None
     total = min(limit, total or limit) if limit is not None else total
     start_time = time.perf_counter()
-    with closing(frames(capture, math.inf if is_video else settings.seconds or math.inf)) as stream:
+    with closing(read_frames(capture, math.inf if is_video else settings.seconds or math.inf)) as stream:
         first = next(stream, None)
         if first is None and is_video:
             raise UserError(f"{source} has no frame that can be read; is it complete, and a video that OpenCV reads?")
@@ -68,7 +64,7 @@ def predict_video(
         ):
             limited = islice(chain([first], stream), limit)
             with tqdm(total=total, desc="predict", unit="frame") as bar:
-                count = predict_frames(limited, source, name, predictor, settings, video, bar, start_time)
+                count = predict_frames(limited, source, name, job, video, bar, start_time)
             video.close()
             if not video.is_complete():
                 raise OSError(errno.EIO, "OpenCV did not write all of it; is there space?")
@@ -94,13 +90,13 @@ def predict_frames(
     stream: Iterable[np.ndarray],
     source: str | int,
     name: str,
-    predictor: Predictor,
-    settings: Settings,
+    job: Job,
     video: "VideoWriter",
     bar: tqdm,
     start_time: float,
 ) -> int:
     """Predict frames, add them to ``video`` and return their number; Ctrl-C ends a camera's recording."""
+    predictor, settings = job.predictor, job.settings
     count, is_camera = 0, isinstance(source, int)
     try:
         for group in split_groups(stream, settings.batch_size):
@@ -112,7 +108,7 @@ def predict_frames(
                 video.add(draw_predictions(frame, maps, predictor.tasks, legends=False), max(1, due))
                 if settings.save_frames:
                     maps_only = settings._replace(panel=False)
-                    write(maps_only, predictor.tasks, f"{name}/{count:06d}", frame, maps)
+                    write_maps(maps_only, predictor.tasks, f"{name}/{count:06d}", frame, maps)
                 count += 1
                 bar.update()
     except KeyboardInterrupt:
@@ -155,7 +151,7 @@ class VideoWriter:
         return count >= self.count  # Ctrl-C may come between a frame and its count
 
 
-def frames(capture: Any, seconds: float) -> Generator[np.ndarray]:
+def read_frames(capture: Any, seconds: float) -> Generator[np.ndarray]:
     """Yield frames, uint8 RGB (H, W, 3), for that long."""
     start_time = time.perf_counter()
     try:
