@@ -174,6 +174,13 @@ RULES: dict[str, Rule] = {
     "decoder.width": WIDTH,
     "decoder.head_width": WIDTH,
     "decoder.depth": BLOCKS,
+    "decoder.final_width": WIDTH,
+    "decoder.level_widths": Rule(
+        "a list of up to 32 whole numbers from 1 to 100000",
+        lambda v: isinstance(v, list) and 0 < len(v) <= 32 and all(_is_int(w) and 0 < w <= 100_000 for w in v),
+    ),
+    "decoder.shared_neck": FLAG,
+    "decoder.use_bn": FLAG,
     "decoder.stride": WIDTH,
     "decoder.prediction_width": WIDTH,
     "decoder.heads": WIDTH,

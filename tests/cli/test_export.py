@@ -366,7 +366,9 @@ def test_an_onnx_file(cli, trained, tmp_path):
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize("decoder", ["atrc", "deeplab", "invpt", "mqtransformer", "mti_net", "multi_head", "pad_net"])
+@pytest.mark.parametrize(
+    "decoder", ["atrc", "deeplab", "dpt", "invpt", "linear", "mqtransformer", "mti_net", "multi_head", "pad_net"]
+)
 def test_every_decoder_becomes_onnx(decoder, tmp_path):
     told = export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out")
     assert "batches up to 256, any height and width that are multiples of 32, from 64 x 96 on" in told

@@ -29,6 +29,8 @@ BACKBONES = {
     "invpt": "vit_small",
     "taskprompter": "vit_small",
     "mqtransformer": "swin_tiny",
+    "linear": "vit_small",
+    "dpt": "vit_small",
 }
 
 

@@ -28,6 +28,7 @@ TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[64,96]", "data.batch_siz
 WIDER = {
     "multi_head": ["decoder.width=128", "decoder.head_width=64"],
     "invpt": ["decoder.width=112", "optimizer.lr=2e-3"],
+    "dpt": ["decoder.width=64", "decoder.head_width=32", "decoder.final_width=32"],
 }
 
 

@@ -3,10 +3,23 @@
 from mtcl.models.decoders.atrc import ATRC
 from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.deeplab import DeepLab
+from mtcl.models.decoders.dpt import DPT
 from mtcl.models.decoders.invpt import InvPT
+from mtcl.models.decoders.linear import Linear
 from mtcl.models.decoders.mqtransformer import MQTransformer
 from mtcl.models.decoders.mti_net import MTINet
 from mtcl.models.decoders.multi_head import MultiHead
 from mtcl.models.decoders.pad_net import PADNet
 
-__all__ = ["ATRC", "Decoder", "DeepLab", "InvPT", "MQTransformer", "MTINet", "MultiHead", "PADNet"]
+__all__ = [
+    "ATRC",
+    "DPT",
+    "Decoder",
+    "DeepLab",
+    "InvPT",
+    "Linear",
+    "MQTransformer",
+    "MTINet",
+    "MultiHead",
+    "PADNet",
+]
