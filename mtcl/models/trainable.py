@@ -94,8 +94,8 @@ def number_layers(backbone: Backbone, coarse: bool = False) -> dict[str, int]:
     except (AttributeError, AssertionError) as error:
         raise ParameterError("name", f"={backbone.name} has no layers that timm knows; train all of it") from error
     unmatched = "?"  # timm puts what belongs to no block into one group behind them all
-    named = iter([*complete.named_parameters(), (unmatched, None)])
-    groups = group_with_matcher(named, matcher, reverse=True)
+    parameters = iter([*complete.named_parameters(), (unmatched, None)])
+    groups = group_with_matcher(parameters, matcher, reverse=True)
     by_name = {get_complete_name(name): group for name, group in groups.items()}
     numbers = {name: by_name[get_complete_name(name)] for name, _ in backbone.net.named_parameters()}
     if coarse and (inside := [number for number in numbers.values() if number != groups[unmatched]]):
