@@ -18,7 +18,7 @@ from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
 from mtcl.regularizers import Contrastive, GradientNormWeight, Regularizer
-from mtcl.regularizers.weighting import Lambda
+from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
 from mtcl.runtime import autocast
 from mtcl.schedules import Schedule, build_schedule
 from mtcl.tasks.base import Task
@@ -234,7 +234,7 @@ def build_balancer(
     settings = config.balancing
     weights: dict[str, float] = {name: task.weight for name, task in tasks.items()}
     if regularizer is not None and settings.contrast_as_objective:
-        weights[CONTRAST] = 1.0  # lambda has multiplied it already
+        weights[CONTRAST] = OBJECTIVE_WEIGHT
     _check_balancing(config, weights)
     if settings.method == "fixed":
         return FixedWeights(weights)

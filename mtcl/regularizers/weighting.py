@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from mtcl.regularizers.diagnostics import gradient_norms
 from mtcl.schedules import linear_warmup
 
+OBJECTIVE_WEIGHT = 1.0  # of lambda * L_contrast as an objective beside the tasks': lambda alone weighs it
+
 
 class GradientNormWeight(nn.Module):
     """Scales the contrastive loss so that its gradient at the task features has the same norm as the task loss's.
@@ -52,7 +54,7 @@ class Lambda:
     ``stop_fraction`` of the training. With a ``gradient_norm_weight`` the contrastive loss that it multiplies is
     rescaled first, so that lambda is the ratio of the two gradients' norms at the task features.
 
-    A balancer that treats the contrastive loss as an objective multiplies it by no further weight.
+    A balancer that treats the contrastive loss as an objective multiplies it by :data:`OBJECTIVE_WEIGHT`.
 
     Args:
         weight: the final value; 0: the regulariser only reports, and the training is that without it.

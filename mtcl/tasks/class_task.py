@@ -19,13 +19,24 @@ def embed_scalar(label: Tensor) -> Tensor:
     return F.pad(label.float(), (0, 2))
 
 
-def class_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Compare labels (B, K, 1) and (B, L, 1): float32 (B, K, L), 0 where equal, 1 where different."""
-    return (a != b.transpose(1, 2)).float()
+class DiscreteTask(Task):
+    """A task whose labels are equal or different, nothing in between: classes, and edge or not."""
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compare labels (B, K, 1) and (B, L, 1): float32 (B, K, L), 0 where equal, 1 where different."""
+        return (a != b.transpose(1, 2)).float()
+
+    def embed_label(self, label: Tensor) -> Tensor:
+        """Map labels to points; different ones are at least 1 apart, how far beyond means nothing."""
+        return embed_scalar(label)
+
+    def sampling_bin(self, label: Tensor) -> Tensor:
+        """Return the label as the bin: int64 (..., K)."""
+        return label[..., 0].long()
 
 
 @dataclass(frozen=True)
-class ClassTask(Task):
+class ClassTask(DiscreteTask):
     """A task of classes: arrays uint8 (H, W), batches int64 (B, H, W), predictions logits (B, C, H, W); 255 is void."""
 
     prediction_type: ClassVar[str] = "class"
@@ -45,18 +56,6 @@ class ClassTask(Task):
     def valid(self, label: Tensor) -> Tensor:
         """Return the mask of pixels that are not void: bool (B, H, W)."""
         return label != self.void
-
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compute 0 for equal, 1 for different classes: float32 (B, K, L)."""
-        return class_distance(a, b)
-
-    def embed_label(self, label: Tensor) -> Tensor:
-        """Map classes to points; different ones are at least 1 apart, how far beyond means nothing."""
-        return embed_scalar(label)
-
-    def sampling_bin(self, label: Tensor) -> Tensor:
-        """Return the class as the bin: int64 (..., K)."""
-        return label[..., 0].long()
 
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels to int64 (B, H, W)."""

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from mtcl.losses import EdgeLoss
 from mtcl.metrics import EdgeMetric
-from mtcl.tasks.base import Task
-from mtcl.tasks.class_task import class_distance, embed_scalar
+from mtcl.tasks.class_task import DiscreteTask
 from mtcl.tasks.palette import RGB
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edge(Task):
+class Edge(DiscreteTask):
     """Edge detection: edge (1) or not (0), one logit.
 
     Arrays are uint8 (H, W), batches float32 (B, 1, H, W); 255 is void.
@@ -53,18 +52,6 @@ class Edge(Task):
     def valid(self, label: Tensor) -> Tensor:
         """Return the mask of pixels that are not void: bool (B, H, W)."""
         return label[:, 0] != self.void
-
-    def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compute 0 for equal, 1 for different labels: float32 (B, K, L)."""
-        return class_distance(a, b)
-
-    def embed_label(self, label: Tensor) -> Tensor:
-        """Map labels to points on a line."""
-        return embed_scalar(label)
-
-    def sampling_bin(self, label: Tensor) -> Tensor:
-        """Return the label as the bin: int64 (..., K)."""
-        return label[..., 0].long()
 
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels to float32 (B, 1, H, W)."""
