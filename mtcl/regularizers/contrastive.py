@@ -10,7 +10,7 @@ similar:
 
 This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampling`, :mod:`~mtcl.regularizers.pairs`,
 :mod:`~mtcl.regularizers.projector`, :mod:`~mtcl.regularizers.triplet`) and what serves ablations
-(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.pair_options`). What the paper states and what is our
+(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.sampling_ablations`). What the paper states and what is our
 choice is said in ``configs/regularizer/contrastive.yaml``.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers import criteria, pair_options
+from mtcl.regularizers import criteria, sampling_ablations
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.pairs import Pairs, PixelLabels, choose_thresholds, make_pairs
@@ -169,7 +169,7 @@ class Contrastive(Regularizer):
             ]
         )  # (T, B, K, D)
         if self.across_images:
-            z, pixels = pair_options.merge_images(z), pair_options.merge_groups(pixels, height * width)
+            z, pixels = sampling_ablations.merge_images(z), sampling_ablations.merge_groups(pixels, height * width)
         output = self._contrast(z, pixels)
         self.stats.accumulate(pixels, output.stats)
         has_anchor = output.has_anchor.to(output.losses)
@@ -202,7 +202,7 @@ class Contrastive(Regularizer):
         if self.class_balanced:
             bins = torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])  # (S, B, M)
             bins = bins.roll(1, dims=1) if self.shuffle else bins
-            pixels = pair_options.balance_classes(pixels, bins[source, images], self.num_pixels)
+            pixels = sampling_ablations.balance_classes(pixels, bins[source, images], self.num_pixels)
         return pixels
 
     def _project(
@@ -230,11 +230,11 @@ class Contrastive(Regularizer):
         """Select the positive and negative pairs, (T, B, K, K); (T, 1, B K, B K) across images."""
         pairs = make_pairs(pixels, self.embedded_thresholds)
         if self.across_images:
-            pairs = pair_options.keep_equal_sources(pairs, pixels)
+            pairs = sampling_ablations.keep_equal_sources(pairs, pixels)
         if self.drop_conflicting_positives:
-            pairs = pair_options.drop_conflicting(pairs, pixels, self.embedded_thresholds[:, 1])
+            pairs = sampling_ablations.drop_conflicting(pairs, pixels, self.embedded_thresholds[:, 1])
         if self.window is not None:
-            pairs = pair_options.keep_within_window(pairs, pixels, self.window)
+            pairs = sampling_ablations.keep_within_window(pairs, pixels, self.window)
         return pairs
 
     def summary(self) -> dict[str, float]:

@@ -25,7 +25,7 @@ from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_s
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import Checkpoint
-from mtcl.training.checkpoint_writer import CheckpointWriter
+from mtcl.training.checkpoint_thread import CheckpointWriter
 from mtcl.training.ema import ModelEma
 from mtcl.training.feature_filling import FeatureFiller
 from mtcl.training.loss_terms import LossTerms

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 from mtcl.regularizers import Contrastive
-from mtcl.regularizers.pair_options import balanced_sample
+from mtcl.regularizers.sampling_ablations import balanced_sample
 from mtcl.tasks import build_task
 
 KINDS = ("random", "void", "single", "one")  # what one task says of one picture

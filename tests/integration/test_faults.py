@@ -315,7 +315,7 @@ import mtcl.training.checkpoint_file as module
 original = module._write
 module._write = lambda content, path: (time.sleep(1), original(content, path))
 from mtcl.training.checkpoint import Checkpoint
-from mtcl.training.checkpoint_writer import CheckpointWriter
+from mtcl.training.checkpoint_thread import CheckpointWriter
 writer = CheckpointWriter(Path(sys.argv[1]), asynchronous=True)
 writer.save("last", Checkpoint({}, {}, 5))
 if sys.argv[2] == "raises":

@@ -21,8 +21,8 @@ from mtcl.config.schema import check_config
 from mtcl.regularizers import Contrastive, GradientNormWeight
 from mtcl.regularizers.contrastive import CRITERIA
 from mtcl.regularizers.diagnostics import compare_feature_gradients
-from mtcl.regularizers.pair_options import balanced_sample
 from mtcl.regularizers.sampling import draw_sources, pixel_index
+from mtcl.regularizers.sampling_ablations import balanced_sample
 from mtcl.regularizers.sources import list_allowed_sources
 from mtcl.regularizers.weighting import Lambda
 from mtcl.training.checkpoint_file import read_checkpoint_file

@@ -36,7 +36,7 @@ from mtcl.training.checkpoint_file import (
     read_checkpoint_file,
     write_checkpoint_file,
 )
-from mtcl.training.checkpoint_writer import CheckpointWriter
+from mtcl.training.checkpoint_thread import CheckpointWriter
 from mtcl.training.run_logger import RunLogger
 
 QUICK = [*TINY, "tasks.names=[semseg,depth]", "trainer.validate_first=false", "trainer.val_interval=null"]
@@ -443,7 +443,7 @@ SAVING = """
 import sys, torch
 from pathlib import Path
 from mtcl.training.checkpoint import Checkpoint
-from mtcl.training.checkpoint_writer import CheckpointWriter
+from mtcl.training.checkpoint_thread import CheckpointWriter
 writer = CheckpointWriter(Path(sys.argv[1]))
 for step in range(10**6):
     writer.save("last", Checkpoint({"w": torch.full((300_000,), float(step))}, {}, step))
