@@ -1,4 +1,4 @@
-"""Read a run's ``log.jsonl``: one record per line, damaged lines kept apart.
+"""Read a run's ``log.jsonl``, which run_logger.py writes: one record per line, damaged lines kept apart.
 
 A record is ``{"step": N, "kind": TEXT, ...}``. Of the kinds in :data:`NUMERIC` all other values are numbers or null.
 """

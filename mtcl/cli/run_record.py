@@ -1,4 +1,4 @@
-"""Record how a command was run: versions, commit, device, seed and data."""
+"""Collect the record of a run for run.json: versions, commit, device, seed and data."""
 
 import platform
 import shlex

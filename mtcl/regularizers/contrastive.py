@@ -10,8 +10,8 @@ similar:
 
 This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampling`, :mod:`~mtcl.regularizers.pairs`,
 :mod:`~mtcl.regularizers.projector`, :mod:`~mtcl.regularizers.triplet`) and what serves ablations
-(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.sampling_ablations`). What the paper states and what is our
-choice is said in ``configs/regularizer/contrastive.yaml``.
+(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.sampling_ablations`). What the paper states and what is
+our choice is said in ``configs/regularizer/contrastive.yaml``.
 """
 
 from collections.abc import Collection, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Positive and negative pairs of sampled pixels: one rule for discrete and continuous labels.
+"""Tell which sampled pixels are positive or negative to each other, by discrete or continuous labels.
 
 Every task embeds its labels in three dimensions so that Euclidean distance orders pairs as its label distance does
 (``Task.embed_label``, ``Task.embedded_distance``). One batched distance then serves all sources of a step.

@@ -1,4 +1,4 @@
-"""Random draws of a regularizer, and bilinear or nearest sampling of maps at the drawn pixels."""
+"""Draw the pixels of a regularizer at random, and sample maps at them, bilinear or nearest."""
 
 import zlib
 from collections.abc import Sequence

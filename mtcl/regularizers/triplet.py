@@ -1,4 +1,4 @@
-"""The triplet loss of the paper, on random positives and negatives of each anchor. Static shapes throughout.
+"""Draw a random positive and negative for each anchor, and compute the paper's triplet loss. Static shapes throughout.
 
 Features z (T, B, K, D) are unit vectors of T targets in B groups (images) of K pixels. Distances are d = 2 - 2 cos, so
 0..4.

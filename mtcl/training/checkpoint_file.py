@@ -1,4 +1,4 @@
-"""The checkpoint file: written as a whole or not at all, read without unpickling code.
+"""Write the bytes of a checkpoint file, as a whole or not at all, and read them without unpickling code.
 
 A file is what ``torch.save`` writes, a zip archive, with the SHA-256 of all bytes before it as the archive's comment.
 Plain ``torch.load`` reads it, too. Files without that comment (from older versions, or from ``torch.save`` alone) are

@@ -1,4 +1,4 @@
-"""Write a run's checkpoints, in the background where asked."""
+"""Save a run's checkpoints, in a thread where asked; checkpoint_file.py writes their bytes."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""Log a run: TensorBoard curves, a line per record in ``log.jsonl``, and panels."""
+"""Write a run's log: TensorBoard curves, a line per record in ``log.jsonl``, and panels."""
 
 import contextlib
 import errno
