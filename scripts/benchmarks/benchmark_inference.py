@@ -66,6 +66,8 @@ EXPERIMENTS = {
     "invpt": "nyud_invpt_vit_base",
     "taskprompter": "nyud_taskprompter_vit_base",
     "mqtransformer": "pascal_mqtransformer_swin_tiny",
+    "linear": "nyud_linear_dinov2_vit_base",
+    "dpt": "nyud_dpt_dinov2_vit_base",
 }
 BACKENDS = ("eager", "compiled", "onnx")
 MIB = 2**20

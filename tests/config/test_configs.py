@@ -63,7 +63,7 @@ FAST = {
 }
 EXPERIMENTS = choices("experiment")
 DECODERS = "multi_head|deeplab|pad_net|mti_net|atrc|invpt|taskprompter|mqtransformer"
-PUBLISHED = [name for name in EXPERIMENTS if re.fullmatch(rf"(nyud|pascal)_({DECODERS})_.*", name)]
+PUBLISHED = [name for name in EXPERIMENTS if re.fullmatch(rf"(nyud|pascal)_({DECODERS})_(?!dinov).*", name)]
 composed = functools.cache(compose_words)  # no test here changes a config
 
 
@@ -231,6 +231,27 @@ def test_published_experiments_say_what_they_reproduce(experiment):
     assert config.loss.options.edge.positive_weight == edge
 
 
+FOUNDATION = [name for name in EXPERIMENTS if "dinov" in name]
+
+
+@pytest.mark.parametrize("experiment", FOUNDATION)
+def test_experiments_of_foundation_backbones_say_what_is_nearest(experiment):
+    text = (ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line.removeprefix("# ") for line in text.split("\ndefaults:")[0].split("\n")[1:])
+    assert re.search(r"Nearest row: .*mIoU \d\d\.\d\d", comment)
+    assert "What differs:" in comment
+    config, choice = composed(f"experiment={experiment}"), chosen(experiment)
+    assert config.name == experiment
+    version, size = re.search(r"(dinov[23])_(vit_\w+?)(?:_lora)?$", experiment).groups()  # type: ignore[union-attr]
+    assert (choice["backbone"], choice["decoder"]) == (
+        f"{size}_{version}",
+        experiment.split("_dinov")[0].split("_", 1)[1],
+    )
+    assert config.backbone.trainable == ("lora" if experiment.endswith("_lora") else config.backbone.trainable)
+    if config.backbone.trainable == "frozen":
+        assert config.data.views == 8
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_compose_without_contrast(experiment):
     on, off = composed(f"experiment={experiment}"), composed(f"experiment={experiment}", "regularizer=none")
@@ -243,7 +264,7 @@ def test_experiments_compose_without_contrast(experiment):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experiment", PUBLISHED)
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_build_at_their_published_size(experiment):
     config = composed(f"experiment={experiment}")
     tasks = build_tasks(config)
