@@ -9,7 +9,7 @@ import torch
 from timm.models._manipulate import group_with_matcher
 from torch import nn
 
-from mtcl.errors import ParameterError
+from mtcl.errors import ParameterError, UserError
 from mtcl.models.backbones import Backbone, get_complete_name
 
 TRAINABLE = re.compile(r"full|frozen|last_[1-9]\d{0,3}")
@@ -44,7 +44,12 @@ def set_trainable(backbone: Backbone, trainable: str) -> None:
 
 def _freeze_first_stages(backbone: Backbone, num_trained: int) -> None:
     """Freeze all but the last blocks or stages; patch embedding and stem count as none."""
-    stages = number_layers(backbone, coarse=True)
+    try:
+        stages = number_layers(backbone, coarse=True)
+    except UserError as error:
+        raise ParameterError(
+            "trainable", f"=last_{num_trained} needs layers: {error}; choose full or frozen"
+        ) from error
     num_stages = max(stages.values())
     if num_trained > num_stages:
         raise ParameterError(
@@ -85,14 +90,14 @@ def number_layers(backbone: Backbone, coarse: bool = False) -> dict[str, int]:
         Name of a parameter of ``backbone.net`` -> number; every number up to the largest is used.
 
     Raises:
-        ParameterError: timm knows no layers of this model.
+        UserError: timm knows no layers of this model.
     """
     with torch.device("meta"):
         complete: Any = timm.create_model(backbone.name, **backbone.kwargs)
     try:
         matcher = complete.group_matcher(coarse=coarse)
     except (AttributeError, AssertionError) as error:
-        raise ParameterError("name", f"={backbone.name} has no layers that timm knows; train all of it") from error
+        raise UserError(f"timm knows no layers of backbone {backbone.name}") from error
     unmatched = "?"  # timm puts what belongs to no block into one group behind them all
     parameters = iter([*complete.named_parameters(), (unmatched, None)])
     groups = group_with_matcher(parameters, matcher, reverse=True)

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from mtcl.errors import ParameterError
-from mtcl.models import DenseModel
+from mtcl.errors import ParameterError, UserError
+from mtcl.models import Backbone, DenseModel
+from mtcl.models.trainable import number_layers
 from mtcl.schedules import Schedule
 
 
@@ -21,6 +22,7 @@ def build_optimizer(
     nesterov: bool = False,
     betas: Sequence[float] = (0.9, 0.999),
     eps: float = 1e-8,
+    layer_decay: float | None = None,
 ) -> torch.optim.Optimizer:
     """Build the optimiser of a model.
 
@@ -37,22 +39,27 @@ def build_optimizer(
         nesterov: of ``sgd``; needs a momentum.
         betas: of ``adamw`` and ``adam``.
         eps: of ``adamw`` and ``adam``.
+        layer_decay: layer i of the backbone's L layers learns at its learning rate * ``layer_decay`` ** (L - i), as in
+            timm's ``param_groups_layer_decay``, the decoder being layer L; above 0 up to 1. None: all layers learn at
+            the same rate.
 
     Raises:
         ParameterError: the name is unknown, or parameters do not go together.
     """
     backbone = {id(p) for p in model.backbone_parameters()}
-    buckets: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    factors = {} if layer_decay is None else _compute_layer_factors(model.backbone, layer_decay)
+    buckets: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for parameter in model.parameters():
         if parameter.requires_grad:
-            buckets.setdefault((id(parameter) in backbone, parameter.ndim > 1), []).append(parameter)
+            key = (id(parameter) in backbone, parameter.ndim > 1, factors.get(id(parameter), 1.0))
+            buckets.setdefault(key, []).append(parameter)
     groups = [
         {
             "params": parameters,
-            "lr": lr if backbone_lr is None or not is_backbone else backbone_lr,
+            "lr": (lr if backbone_lr is None or not is_backbone else backbone_lr) * factor,
             "weight_decay": weight_decay if decays else 0.0,
         }
-        for (is_backbone, decays), parameters in buckets.items()
+        for (is_backbone, decays, factor), parameters in buckets.items()
     ]
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
@@ -67,6 +74,16 @@ def build_optimizer(
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     raise ParameterError("name", f"={name} is not known; choose adamw, adam or sgd")
+
+
+def _compute_layer_factors(backbone: Backbone, layer_decay: float) -> dict[int, float]:
+    """Return the factor of the learning rate by a parameter's id."""
+    try:
+        numbers = number_layers(backbone)
+    except UserError as error:
+        raise ParameterError("layer_decay", f"={layer_decay} needs layers: {error}; use null") from error
+    num_layers = max(numbers.values()) + 1
+    return {id(backbone.net.get_parameter(name)): layer_decay ** (num_layers - i) for name, i in numbers.items()}
 
 
 class ScheduledOptimizer:

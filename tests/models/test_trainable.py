@@ -141,5 +141,7 @@ def test_bad_choices():
             set_trainable(make_backbone(family), "last_9")
     backbone = make_backbone("mobile")
     backbone.name = "caformer_s18"  # of timm, without groups
-    with pytest.raises(UserError, match=r"^name=caformer_s18 has no layers that timm knows; train all of it"):
+    with pytest.raises(UserError, match=r"^trainable=last_1 needs layers: timm knows no layers of backbone caformer_s"):
+        set_trainable(backbone, "last_1")
+    with pytest.raises(UserError, match=r"^timm knows no layers of backbone caformer_s18"):
         number_layers(backbone)

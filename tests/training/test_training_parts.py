@@ -6,14 +6,17 @@ import os
 import cv2
 import numpy as np
 import pytest
+import timm
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from mtcl import UserError
 from mtcl.atomic import write_atomically, write_json
 from mtcl.evaluation.evaluator import Evaluator, VisualSample
-from mtcl.models import DenseModel, DenseOutput
+from mtcl.models import DenseModel, DenseOutput, EncoderDecoder, build_backbone
+from mtcl.models.decoders import MultiHead
 from mtcl.runtime import rng_state, set_rng_state
 from mtcl.schedules import build_schedule
 from mtcl.tasks import VOC21, build_task
@@ -89,6 +92,37 @@ def test_optimizer_groups(backbone_lr):
         "head.weight": (0.01, 0.3),
         "head.bias": (0.01, 0.0),
     }
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet18", "swin_tiny_patch4_window7_224"])
+def test_layer_decay_is_timms(name):
+    """The learning rates of all layers that the feature net shares with the complete model."""
+    backbone = build_backbone(name)
+    model = EncoderDecoder(backbone, MultiHead(backbone.channels, backbone.strides, {"depth": 1}, width=8))
+    optimizer = build_optimizer(model, "adamw", 0.1, backbone_lr=0.01, weight_decay=0.3, layer_decay=0.5)
+    rates = {key.removeprefix("backbone.net."): rate for key, rate in settings_of(optimizer, model).items()}
+    complete = timm.create_model(name)
+    names = {id(p): key for key, p in complete.named_parameters()}
+    groups = param_groups_layer_decay(complete, weight_decay=0.3, layer_decay=0.5)
+    scales = {names[id(p)].replace(".", "_"): group["lr_scale"] for group in groups for p in group["params"]}
+    for key, parameter in backbone.net.named_parameters():
+        scale = scales[key.removeprefix("model.").replace(".", "_")]
+        assert rates[key] == (pytest.approx(0.01 * scale), 0.3 if parameter.ndim > 1 else 0.0), key
+    assert {rate for key, (rate, _) in rates.items() if key.startswith("decoder.")} == {0.1}
+    assert len({rate for rate, _ in rates.values()}) == {"v": 14, "r": 10, "s": 14}[name[0]]
+
+
+def test_without_layer_decay_the_groups_are_as_ever():
+    """Their order is that of the moments in checkpoints."""
+    model = Tiny()
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = build_optimizer(model, "adamw", lr=0.01, backbone_lr=0.001).param_groups
+    assert [[names[id(p)] for p in group["params"]] for group in groups] == [
+        ["backbone.0.weight"],
+        ["backbone.0.bias", "backbone.1.weight", "backbone.1.bias"],
+        ["head.weight"],
+        ["head.bias"],
+    ]
 
 
 @pytest.mark.parametrize(
