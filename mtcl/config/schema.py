@@ -86,6 +86,7 @@ def pair(text: str, is_valid: Callable[[Any], bool]) -> Rule:
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("text", lambda v: isinstance(v, str))
 MAPPING = Rule("a mapping {key: value}", lambda v: isinstance(v, dict))
+THRESHOLDS = "a positive and a negative threshold"
 MAX_SIDE = 16384
 MAX_PIXELS = 1 << 24
 SIZE = Rule(
@@ -239,7 +240,7 @@ RULES: dict[str, Rule] = {
     "regularizer.options.num_sources": count(1),
     "regularizer.options.source_rule": TEXT,
     "regularizer.options.image_weight": number(0),
-    **{f"regularizer.options.thresholds.{task}": pair("near and far", _is_number).or_null() for task in TASK_NAMES},
+    **{f"regularizer.options.thresholds.{task}": pair(THRESHOLDS, _is_number).or_null() for task in TASK_NAMES},
     **{f"loss.weights.{task}": number(0).or_null() for task in TASK_NAMES},
     "loss.options.edge.positive_weight": number(0, 1),
     "balancing.method": TEXT,
