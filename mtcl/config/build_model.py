@@ -49,7 +49,7 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
         decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
         model = EncoderDecoder(backbone, decoder)
     with add_key_prefix("backbone."):
-        set_trainable(model.backbone, config.backbone.get("trainable", "full"))
+        set_trainable(model.backbone, config.backbone.get("trainable", "full"), plain(config.backbone.get("lora")))
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format

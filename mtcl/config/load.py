@@ -21,6 +21,7 @@ from mtcl.errors import UserError, escape_control_characters, first_line
 from mtcl.inference import Predictor
 from mtcl.inference.model_files import HUB_FILES, METADATA_FILE, RECIPE_FILE, WEIGHTS_FILE
 from mtcl.models import DenseModel
+from mtcl.models.lora import merge_adapters
 from mtcl.models.weights import check_weights
 from mtcl.run_folder import CHECKPOINTS, LAST_CHECKPOINT, RunFolder
 from mtcl.runtime import choose_device
@@ -117,8 +118,11 @@ def restore_config(saved: SavedModel) -> DictConfig:
 def rebuild_model(config: DictConfig, tasks: Mapping[str, Task], saved: SavedModel) -> DenseModel:
     """Build the model that ``config`` describes and fill in the saved weights.
 
-    Its shapes are compared first: a config that describes more than the file holds allocates nothing.
+    Its shapes are compared first: a config that describes more than the file holds allocates nothing. What of the
+    backbone was trained makes no difference here: adapters are merged.
     """
+    config = config.copy()
+    config.backbone.trainable = "full"
     with convert_build_errors(saved.path), torch.device("meta"):
         outline = build_model(config, tasks, pretrained=False)
     check_weights(saved.weights, outline.state_dict(), saved.path)
@@ -173,9 +177,15 @@ def _read_saved_model(source: str | Path) -> SavedModel:
 
 
 def read_checkpoint_model(path: Path, checkpoint: Checkpoint) -> SavedModel:
-    """Take from a checkpoint what a model is rebuilt from; the weights are those that were validated."""
+    """Take from a checkpoint what a model is rebuilt from; the weights are those that were validated, merged."""
     tasks = checkpoint.meta.get("tasks") or {}
-    return validate_saved_model(SavedModel(path, checkpoint.weights, checkpoint.config, tasks, checkpoint.step))
+    saved = validate_saved_model(SavedModel(path, checkpoint.weights, checkpoint.config, tasks, checkpoint.step))
+    if saved.config["backbone"]["trainable"] != "lora":
+        return saved
+    try:
+        return saved._replace(weights=merge_adapters(saved.weights, saved.config["backbone"]["lora"].get("alpha", 16)))
+    except UserError as error:
+        raise UserError(f"the weights in {path} are damaged: {error}") from error
 
 
 def validate_saved_model(saved: SavedModel) -> SavedModel:

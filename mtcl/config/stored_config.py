@@ -39,6 +39,7 @@ LEGACY_DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
     "backbone": {
         "weights": None,
         "trainable": "full",
+        "lora": {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": None},
         "mean": None,
         "std": None,
         "out_indices": None,

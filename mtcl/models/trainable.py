@@ -1,7 +1,7 @@
 """Choose which parts of a backbone are trained, and number its layers from the image on."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -11,12 +11,13 @@ from torch import nn
 
 from mtcl.errors import ParameterError, UserError
 from mtcl.models.backbones import Backbone, get_complete_name
+from mtcl.models.lora import add_adapters, remove_inserted_names
 
-TRAINABLE = re.compile(r"full|frozen|last_[1-9]\d{0,3}")
-CHOICES = "full, frozen or last_N (such as last_2)"
+TRAINABLE = re.compile(r"full|frozen|lora|last_[1-9]\d{0,3}")
+CHOICES = "full, frozen, lora or last_N (such as last_2)"
 
 
-def set_trainable(backbone: Backbone, trainable: str) -> None:
+def set_trainable(backbone: Backbone, trainable: str, lora: Mapping[str, Any] | None = None) -> None:
     """Choose what of a backbone is trained; call it when the model around the backbone is complete.
 
     Frozen are parameters and buffers: no gradient, no update of running statistics, no dropout and no drop path. The
@@ -24,11 +25,12 @@ def set_trainable(backbone: Backbone, trainable: str) -> None:
 
     Args:
         backbone: changed in place.
-        trainable: ``full`` (all of it), ``frozen`` (nothing) or ``last_N``: the last N blocks of a ViT, the last N
-            stages of another network, as timm groups them.
+        trainable: ``full`` (all of it), ``frozen`` (nothing), ``last_N`` (the last N blocks of a ViT, the last N
+            stages of another network, as timm groups them) or ``lora`` (adapters, :mod:`mtcl.models.lora`).
+        lora: for ``lora``: arguments of :func:`mtcl.models.lora.add_adapters`.
 
     Raises:
-        ParameterError: ``trainable`` is unknown, or there are fewer than N blocks or stages.
+        ParameterError: ``trainable`` is unknown, there are fewer than N blocks or stages, or no layers to adapt.
     """
     if not TRAINABLE.fullmatch(trainable):
         raise ParameterError("trainable", f"={trainable} is not known; choose {CHOICES}")
@@ -37,6 +39,8 @@ def set_trainable(backbone: Backbone, trainable: str) -> None:
     if trainable == "frozen":
         backbone.requires_grad_(False)
         backbone.is_frozen, backbone.frozen_modules = True, ("",)
+    elif trainable == "lora":
+        add_adapters(backbone, **(lora or {}))
     else:
         _freeze_first_stages(backbone, int(trainable.removeprefix("last_")))
     backbone.train(backbone.training)
@@ -82,7 +86,7 @@ def number_layers(backbone: Backbone, coarse: bool = False) -> dict[str, int]:
     """Number the layers of a backbone from 0 (its stem, or the patch embedding) to the last one, as timm groups them.
 
     Args:
-        backbone: its parameters are still those of timm's model.
+        backbone: its parameters are those of timm's model, beside which there may be adapters.
         coarse: blocks of a ViT and stages of other networks, and layers behind the last stage count to it; otherwise
             each block of a stage is a layer.
 
@@ -102,7 +106,8 @@ def number_layers(backbone: Backbone, coarse: bool = False) -> dict[str, int]:
     parameters = iter([*complete.named_parameters(), (unmatched, None)])
     groups = group_with_matcher(parameters, matcher, reverse=True)
     by_name = {get_complete_name(name): group for name, group in groups.items()}
-    numbers = {name: by_name[get_complete_name(name)] for name, _ in backbone.net.named_parameters()}
+    names = {name: get_complete_name(remove_inserted_names(name)) for name, _ in backbone.net.named_parameters()}
+    numbers = {name: by_name[complete_name] for name, complete_name in names.items()}
     if coarse and (inside := [number for number in numbers.values() if number != groups[unmatched]]):
         numbers = {name: min(number, max(inside)) for name, number in numbers.items()}
     rank = {number: index for index, number in enumerate(sorted(set(numbers.values())))}

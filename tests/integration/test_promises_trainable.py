@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ from helpers.processes import TORCHRUN, check_same, worked
 from helpers.shrunken import shrunk
 
 from mtcl import UserError
+from mtcl.cli.export import export_model
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_training_run
+from mtcl.config.load import load_model
+from mtcl.models.lora import remove_inserted_names
 from mtcl.training.checkpoint_file import read_checkpoint_file
 from mtcl.training.trainer import Trainer
 
@@ -107,6 +112,38 @@ def test_a_frozen_run_goes_on_as_if_it_had_never_stopped(tmp_path, caplog):
     assert_equal_states(whole["ema"]["model"], cut["ema"]["model"])
     with pytest.raises(UserError, match=r"does not fit this run: backbone\.trainable is full, was frozen"):
         train(composed(*words, "backbone.trainable=full", "trainer.max_steps=6", "resume=auto"), tmp_path / "cut")
+
+
+def test_adapters_train_and_are_merged_when_the_checkpoint_is_loaded(tmp_path, monkeypatch):
+    """... which needs no peft. Resumed in the middle, the run ends at the same weights."""
+    pytest.importorskip("peft")
+    words = [*QUICK, *VIT, "backbone.trainable=lora", "backbone.lora.rank=2", "trainer.ema=0.5", "schedule=constant"]
+    words += ["optimizer.backbone_lr=0.1", "trainer.max_steps=4"]
+    plain = copy_state(make_trainer(tmp_path, *QUICK, *VIT).model)
+    train(composed(*words), tmp_path / "whole")
+    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
+    train(composed(*words, "resume=auto"), tmp_path / "cut")
+    paths = [tmp_path / name / "checkpoints" / "last.pt" for name in ("whole", "cut")]
+    whole, cut = (read_checkpoint_file(path) for path in paths)
+    assert_equal_states(whole["model"], cut["model"])
+    base = {remove_inserted_names(n): v for n, v in whole["model"].items() if ".lora_" not in n}
+    assert base.keys() == plain.keys()
+    for part in ("model", "ema"):
+        weights = whole["model"] if part == "model" else whole["ema"]["model"]
+        assert all(value.abs().max() > 0 for name, value in weights.items() if ".lora_B." in name)
+    config = composed(*words)
+    unmerged = build_model(config, build_tasks(config), pretrained=False).eval()
+    unmerged.load_state_dict(whole["ema"]["model"])
+    monkeypatch.setitem(sys.modules, "peft", None)
+    loaded = load_model(paths[0])
+    assert loaded.model.state_dict().keys() == plain.keys()
+    image = torch.randn(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for task, prediction in loaded.model.predict(image).items():
+            torch.testing.assert_close(prediction, unmerged.predict(image)[task], rtol=1e-5, atol=1e-5)
+    export_model(loaded, "safetensors", tmp_path / "exported")
+    again = load_model(tmp_path / "exported")
+    assert_equal_states(again.model.state_dict(), loaded.model.state_dict())
 
 
 def test_nothing_shared_is_nothing_to_balance(tmp_path, caplog):
