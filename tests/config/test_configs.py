@@ -247,9 +247,10 @@ def test_experiments_of_foundation_backbones_say_what_is_nearest(experiment):
         f"{size}_{version}",
         experiment.split("_dinov")[0].split("_", 1)[1],
     )
-    assert config.backbone.trainable == ("lora" if experiment.endswith("_lora") else config.backbone.trainable)
-    if config.backbone.trainable == "frozen":
-        assert config.data.views == 8
+    trainable = "lora" if experiment.endswith("_lora") else "full" if choice["decoder"] == "multi_head" else "frozen"
+    assert config.backbone.trainable == trainable
+    assert config.data.views == (8 if trainable == "frozen" else None)
+    assert config.optimizer.layer_decay == (0.9 if trainable == "full" else None)
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -267,6 +268,8 @@ def test_experiments_compose_without_contrast(experiment):
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_build_at_their_published_size(experiment):
     config = composed(f"experiment={experiment}")
+    if config.backbone.trainable == "lora":
+        pytest.importorskip("peft")
     tasks = build_tasks(config)
     with torch.device("meta"):
         model = build_model(config, tasks, pretrained=False)
@@ -283,6 +286,8 @@ def test_experiments_build_at_their_published_size(experiment):
 )
 def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_path):
     choice = chosen(experiment)
+    if choice["recipe"] == "lora":
+        pytest.importorskip("peft")
     words = [f"experiment={experiment}", "debug=tiny", "data=rooms", "data.size=[32,64]", "data.batch_size=2",
              "data.augment.scale=[1.0,1.2]", "data.limit=2", "trainer.max_steps=1", "trainer.val_interval=null",
              "trainer.validate_first=false", "trainer.num_panels=0", "trainer.device=cpu"]  # fmt: skip
