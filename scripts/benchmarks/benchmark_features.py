@@ -2,13 +2,15 @@
 
     python scripts/benchmarks/benchmark_features.py [--cases NAME ...] [--steps N] [--rounds N] [--views N]
         [--workers N] [--json OUT] [key=value ...]
+    python scripts/benchmarks/benchmark_features.py --sizes
 
 ``end to end``: the backbone is trained. ``frozen``: it computes features at each step, without a graph.
 ``cached``: the features were computed once (``data.feature_cache``), here for two views of each image, and are read
 from the disk. The images are scenes of rooms, rendered before anything is timed, with random weights; labels are
 augmented as in training. The variants alternate in rounds of several steps in one process, so that a machine that
 becomes slower affects all alike; the first step of a round is not timed. ``waiting``: the part of the time in which a
-step waits for its batch. Memory: as in benchmark_step.py.
+step waits for its batch. Memory: as in benchmark_step.py. ``--sizes`` prints instead how large the caches of the two
+datasets are, without computing any.
 """
 
 import argparse
@@ -26,11 +28,13 @@ from typing import Any
 import torch
 
 from mtcl.cli.arguments import CommandParser, non_negative_int, positive_int
+from mtcl.cli.arguments import CommandParser
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
-from mtcl.data import Batch
+from mtcl.data import Batch, FeatureFormat
 from mtcl.data.feature_cache import format_bytes
 from mtcl.profiling.timing import measure_peak_memory, synchronize
 from mtcl.runtime import choose_device, seed_everything
@@ -38,6 +42,7 @@ from mtcl.training.trainer import Trainer
 
 MOBILENET = ["backbone=mobilenetv2", "data.size=[96,128]"]
 VIT = ["backbone=vit_small", "data.size=[448,576]"]
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 CASES: dict[str, tuple[list[str], int]] = {  # overrides, batch size
     "mobilenetv2-96x128-linear": ([*MOBILENET, "decoder=linear"], 8),
     "mobilenetv2-96x128-multi_head": (
@@ -51,6 +56,8 @@ CASES: dict[str, tuple[list[str], int]] = {  # overrides, batch size
 SHARED = ["data=rooms", "tasks=nyud", "regularizer=none", "data.augment.scale=[1.0,1.5]"]
 SHARED += ["data.augment.photometric=true", "trainer.validate_first=false"]
 VARIANTS = {"end to end": "full", "frozen": "frozen", "cached": "frozen"}
+BACKBONES = ("mobilenetv2", "vit_small_dinov2", "vit_base_dinov2", "vit_large_dinov3")
+TRAIN_LISTS = {"NYUD-v2": ([448, 576], 795), "PASCAL-Context": ([512, 512], 4998)}  # size, training images
 MIB = 2**20
 HEADING = "variant      ms/step  images/s  waiting  step MiB  gain"
 
@@ -94,7 +101,7 @@ class Variant:
 
 def build_variant(overrides: Sequence[str]) -> Variant:
     """Build train.py's trainer with random weights, fill its feature cache and render its scenes."""
-    config = compose_config(overrides, Path(__file__).resolve().parents[2] / "configs")
+    config = compose_config(overrides, CONFIGS)
     device = choose_device(config.trainer.device, "trainer.device")
     seed_everything(config.seed)
     trainer, dataset, _ = build_training_run(config, build_tasks(config), Path("unused"), device)
@@ -156,6 +163,24 @@ def report(variants: Mapping[str, Variant], memory: Mapping[str, float], batch_s
     return results
 
 
+def print_sizes() -> None:
+    """Print the bytes of the features of a view in fp16, and of one view of all training images."""
+    print(f"{'backbone':18} {'size':9} {'of an image':>12}  of one view of all training images")
+    for name in BACKBONES:
+        for dataset, (size, count) in TRAIN_LISTS.items():
+            overrides = [f"backbone={name}", "decoder=linear", f"data.size=[{size[0]},{size[1]}]"]
+            config = compose_config(overrides, CONFIGS)
+            with torch.device("meta"):
+                model = build_model(config, build_tasks(config), pretrained=False)
+            assert isinstance(model, EncoderDecoder)
+            backbone, frame = model.backbone, model.padded_size((size[0], size[1]))
+            maps = FeatureFormat(tuple(backbone.channels), tuple(backbone.strides), (), "fp16")
+            entry = maps.num_bytes(frame)
+            print(
+                f"{name:18} {size[0]}x{size[1]}   {format_bytes(entry):>12}  {format_bytes(entry * count)} ({dataset})"
+            )
+
+
 def main() -> None:
     """Parse the command line and benchmark each case."""
     parser = CommandParser(__doc__)
@@ -168,6 +193,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive_int, default=2, help="rounds (default 2)")
     parser.add_argument("--views", type=positive_int, default=2, help="views of an image in the cache (default 2)")
     parser.add_argument("--workers", type=non_negative_int, default=2, help="processes that read data (default 2)")
+    parser.add_argument("--sizes", action="store_true", help="print the sizes of caches, and time nothing")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", help="of train.py")
     args = parser.parse_intermixed_args()
