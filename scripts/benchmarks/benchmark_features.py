@@ -28,7 +28,6 @@ from typing import Any
 import torch
 
 from mtcl.cli.arguments import CommandParser, non_negative_int, positive_int
-from mtcl.cli.arguments import CommandParser
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
@@ -36,6 +35,7 @@ from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch, FeatureFormat
 from mtcl.data.feature_cache import format_bytes
+from mtcl.models import EncoderDecoder
 from mtcl.profiling.timing import measure_peak_memory, synchronize
 from mtcl.runtime import choose_device, seed_everything
 from mtcl.training.trainer import Trainer
@@ -197,6 +197,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", help="of train.py")
     args = parser.parse_intermixed_args()
+    if args.sizes:
+        print_sizes()
+        return
     overrides = [*args.overrides, *(word for word in args.cases if "=" in word)]
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {processor}, torch {torch.__version__}")

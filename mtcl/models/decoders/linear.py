@@ -9,6 +9,7 @@ mmsegmentation's head; dinov3/eval/segmentation/models/heads/linear_head.py).
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtcl.models.decoders.base import Decoder
@@ -21,8 +22,12 @@ INIT_STD = 0.01
 class Linear(Decoder):
     """Batch norm and a 1x1 convolution per task; nothing is shared between the tasks but the backbone.
 
+    The mean and the variance of a channel are the same for every task, so they are computed once; a task's scale and
+    shift of the channels are folded into its convolution. The normalised maps of a task are built for the features
+    alone, and without a loss on them no gradient of their size exists.
+
     Features: ``final`` (each task's normalised maps: all that a task has of its own before its logits, so a loss on
-    them trains the task's batch norm, and the backbone where that is not frozen).
+    them trains the task's scale and shift, and the backbone where that is not frozen).
 
     Args:
         channels: see :class:`Decoder`.
@@ -35,22 +40,52 @@ class Linear(Decoder):
         super().__init__(channels, strides, tasks)
         width = sum(channels)
         self.dropout = nn.Dropout2d(dropout)
-        self.norms = nn.ModuleDict({task: SpatialNorm(width) for task in self.tasks})
-        self.logits = nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()})
-        for layer in self.logits.values():
-            assert isinstance(layer, nn.Conv2d)
-            assert layer.bias is not None
-            nn.init.normal_(layer.weight, std=INIT_STD)
-            nn.init.zeros_(layer.bias)
+        self.norm = SpatialNorm(width, affine=False)
+        self.logits = nn.ModuleDict({task: Probe(width, c) for task, c in self.tasks.items()})
         self.feature_channels = {"final": dict.fromkeys(self.tasks, width)}
 
     def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
         """Concatenate the features, normalise and project them for every task."""
+        normed = self._normalise(features)
+        final = {task: probe.rescale(normed) for task, probe in self.logits.items()}  # type: ignore[operator]
+        return DenseOutput(self._predict(normed, size), {"final": final}, [], size)
+
+    def predict(self, features: list[Tensor], size: Size) -> dict[str, Tensor]:
+        """Return task -> prediction (B, C, *size), without the maps that only a regulariser needs."""
+        return self._predict(self._normalise(features), size)
+
+    def _normalise(self, features: list[Tensor]) -> Tensor:
+        """Return the concatenated maps at the finest map's size, each channel with mean 0 and variance 1."""
         finest = features[0].shape[-2:]
-        maps = self.dropout(torch.cat([resize(x, finest) for x in features], dim=1))
-        final = {task: norm(maps) for task, norm in self.norms.items()}
-        return DenseOutput(predict_tasks(self.logits, final, size), {"final": final}, [], size)
+        return self.norm(self.dropout(torch.cat([resize(x, finest) for x in features], dim=1)))
+
+    def _predict(self, normed: Tensor, size: Size) -> dict[str, Tensor]:
+        return predict_tasks(self.logits, dict.fromkeys(self.tasks, normed), size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Return nothing: the tasks share the backbone alone."""
         return iter(())
+
+
+class Probe(nn.Module):
+    """A scale and a shift of normalised channels, then a 1x1 convolution, as one convolution.
+
+    Args:
+        inputs: channels of the normalised maps.
+        outputs: channels of the prediction.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(inputs)), nn.Parameter(torch.zeros(inputs))
+        self.weight, self.bias = nn.Parameter(torch.empty(outputs, inputs)), nn.Parameter(torch.zeros(outputs))
+        nn.init.normal_(self.weight, std=INIT_STD)
+
+    def rescale(self, normed: Tensor) -> Tensor:
+        """Return the scaled and shifted maps (B, C, h, w): the output of a batch norm."""
+        return torch.addcmul(self.shift[:, None, None], normed, self.scale[:, None, None])
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """Return the convolution of :meth:`rescale`, without computing the rescaled maps."""
+        weight = (self.weight * self.scale)[:, :, None, None]
+        return F.conv2d(normed, weight, self.bias + self.weight @ self.shift)

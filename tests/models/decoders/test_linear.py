@@ -17,24 +17,24 @@ def make(channels, strides, tasks, **options):
 def test_predictions_are_a_linear_map_of_normalised_features():
     torch.manual_seed(0)
     decoder = make(CHANNELS, PYRAMID, TASKS).train()
-    for norm in decoder.norms.values():
-        nn.init.uniform_(norm.weight, 0.5, 2)
-        nn.init.uniform_(norm.bias, -1, 1)
+    for task in TASKS:
+        nn.init.uniform_(decoder.logits[task].scale, 0.5, 2)
+        nn.init.uniform_(decoder.logits[task].shift, -1, 1)
     maps = features((64, 32))
     output = decoder(maps, (64, 32))
     resized = [F.interpolate(x.double(), (16, 8), mode="bilinear", align_corners=False) for x in maps]
     for task, prediction in output.predictions.items():
-        norm, logits = decoder.norms[task], decoder.logits[task]
+        logits = decoder.logits[task]
         expected = torch.zeros(2, TASKS[task], 16, 8, dtype=torch.float64)
         channel = 0
         for x in resized:
             for values in x.unbind(1):
-                centred = (values - values.mean()) / (values.var(unbiased=False) + norm.eps).sqrt()
-                normed = norm.weight[channel] * centred + norm.bias[channel]
+                centred = (values - values.mean()) / (values.var(unbiased=False) + decoder.norm.eps).sqrt()
+                normed = logits.scale[channel] * centred + logits.shift[channel]
                 torch.testing.assert_close(
                     output.features["final"][task][:, channel].double(), normed, rtol=1e-4, atol=1e-5
                 )
-                expected += logits.weight[:, channel, 0, 0][:, None, None] * normed[:, None]
+                expected += logits.weight[:, channel][:, None, None] * normed[:, None]
                 channel += 1
         expected += logits.bias[:, None, None]
         expected = F.interpolate(expected, (64, 32), mode="bilinear", align_corners=False)
