@@ -83,7 +83,8 @@ class Probe(nn.Module):
 
     def rescale(self, normed: Tensor) -> Tensor:
         """Return the scaled and shifted maps (B, C, h, w): the output of a batch norm."""
-        return torch.addcmul(self.shift[:, None, None], normed, self.scale[:, None, None])
+        zeros, ones = torch.zeros_like(self.shift), torch.ones_like(self.scale)
+        return F.batch_norm(normed, zeros, ones, self.scale, self.shift, eps=0.0)  # the fastest scale and shift
 
     def forward(self, normed: Tensor) -> Tensor:
         """Return the convolution of :meth:`rescale`, without computing the rescaled maps."""
