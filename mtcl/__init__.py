@@ -23,6 +23,7 @@ def load(
     device: str = "auto",
     tasks: Sequence[str] | None = None,
     precision: str = "auto",
+    backbone_weights: str | Path | None = None,
     **options: Any,
 ) -> "Predictor":
     """Load a trained model as a predictor.
@@ -36,6 +37,7 @@ def load(
         device: auto, cpu or cuda.
         tasks: predict only these; None: all tasks of the model.
         precision: auto, bf16 or fp32.
+        backbone_weights: of a frozen backbone that a checkpoint leaves out: a file, or ``hub``.
         **options: ``mode``, ``flip``, ``scales``, ``max_pixels``, see :class:`mtcl.inference.Predictor`.
 
     Raises:
@@ -43,4 +45,4 @@ def load(
     """
     from mtcl.config import load as config_load  # here, for it imports torch and timm, which takes seconds
 
-    return config_load.load(source, device, tasks, precision, **options)
+    return config_load.load(source, device, tasks, precision, backbone_weights, **options)

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from mtcl.errors import UserError
 
+BACKBONE_WEIGHTS_HELP = "of a frozen backbone that the checkpoint leaves out"
 OUTDATED = "options are written --name VALUE; key=value is for train.py and evaluate.py"
 
 

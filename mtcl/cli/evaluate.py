@@ -70,7 +70,12 @@ def evaluate_checkpoint(
 ) -> dict[str, dict[str, float]]:
     """Score a saved model with its own config, changed by the command's overrides; ``tasks.names`` may be fewer."""
     check_folder_unused(folder)
-    settings = apply_overrides(adapt_config(saved, config), config, overrides, groups)
+    backbone_weights, overrides_of_settings = None, list(overrides)
+    if saved.backbone is not None:  # these are the command's to say
+        overrides_of_settings = [one for one in overrides if not one.startswith("backbone.weights=")]
+        if overrides_of_settings != list(overrides):
+            backbone_weights = config.backbone.weights
+    settings = apply_overrides(adapt_config(saved, config), config, overrides_of_settings, groups)
     with convert_build_errors(saved.path, passthrough=UserError):
         tasks = select_tasks(settings, saved)
     device = choose_device(settings.trainer.device, "trainer.device")
@@ -80,7 +85,7 @@ def evaluate_checkpoint(
     dataset = build_dataset(settings, "val", tasks)
     with add_key_prefix("data."):
         warnings = report_problems(check_labels(dataset, tasks, "validation"), settings.data.get("strict", False))
-    model = rebuild_model(settings, build_model_tasks(saved), saved)
+    model = rebuild_model(settings, build_model_tasks(saved), saved, backbone_weights)
     evaluator = build_evaluator(settings, tasks, build_eval_loader(settings, dataset, tasks, device), device)
     evaluation = evaluator.run(model.to(device), on_prediction=None if writer is None else writer.write)
     record = build_run_record(settings, dataset, evaluation.num_images, device, overrides)

@@ -1,6 +1,7 @@
 """Export a trained model for other programs and other people.
 
     mtcl export CHECKPOINT --format safetensors|torch|onnx --output FOLDER [--fixed-size] [--overwrite]
+                [--backbone-weights FILE|hub]
     mtcl export --push USER/NAME --folder FOLDER [--private]
     mtcl export --pull USER/NAME --folder FOLDER [--overwrite]
 
@@ -28,7 +29,7 @@ from typing import Any
 from safetensors.torch import save
 
 from mtcl.atomic import convert_disk_errors
-from mtcl.cli.arguments import output_path, require_extra
+from mtcl.cli.arguments import BACKBONE_WEIGHTS_HELP, output_path, require_extra
 from mtcl.cli.model_card import format_model_card
 from mtcl.config.load import HUB_ID, LoadedModel, download_model, import_hub, load_model, replace_model_files
 from mtcl.errors import UserError, escape_control_characters
@@ -40,7 +41,7 @@ RETRY_HINT = "run it again"
 PURPOSES = {  # the argument that chooses it -> further ones: needed, allowed
     "push": (("folder",), ("private",)),
     "pull": (("folder",), ("overwrite",)),
-    "checkpoint": (("format", "output"), ("fixed_size", "overwrite")),
+    "checkpoint": (("format", "output"), ("fixed_size", "overwrite", "backbone_weights")),
 }
 
 
@@ -50,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS)
     parser.add_argument("--output", type=output_path, metavar="FOLDER")
     parser.add_argument("--fixed-size", action="store_true", help="export for the training frame's size only")
+    parser.add_argument("--backbone-weights", metavar="FILE|hub", help=BACKBONE_WEIGHTS_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier model's files")
     parser.add_argument("--push", metavar="USER/NAME", help="publish --folder under this name")
     parser.add_argument("--pull", metavar="USER/NAME", help="download this model to --folder")
@@ -70,7 +72,9 @@ def run(args: argparse.Namespace) -> None:
         if args.format == "onnx":
             require_extra("--format onnx", "export", "onnx", "onnxruntime", "onnxscript")
         check_empty(args.output, args.overwrite, "--output")
-        message = export_model(load_model(args.checkpoint), args.format, args.output, args.fixed_size)
+        message = export_model(
+            load_model(args.checkpoint, args.backbone_weights), args.format, args.output, args.fixed_size
+        )
     print(escape_control_characters(message))
 
 

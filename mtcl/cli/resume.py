@@ -11,13 +11,19 @@ from mtcl import distributed
 from mtcl.config.diff import describe_changes, find_changed_experiment_keys, find_changed_keys, format_changes
 from mtcl.config.resolve import plain
 from mtcl.config.schema import affects_sample_order
-from mtcl.config.stored_config import check_stored_tasks, check_tasks
+from mtcl.config.stored_config import (
+    check_stored_backbone,
+    check_stored_tasks,
+    check_tasks,
+    describe_backbone_source,
+)
 from mtcl.errors import UserError
+from mtcl.models import DenseModel
 from mtcl.models.weights import check_tensor_values
 from mtcl.run_folder import CHECKPOINTS, LAST_CHECKPOINT, RunFolder
 from mtcl.run_lock import lock_run
 from mtcl.tasks.base import Task
-from mtcl.training.checkpoint import LoadedCheckpoint, latest_valid_checkpoint, load_checkpoint
+from mtcl.training.checkpoint import LoadedCheckpoint, hash_backbone, latest_valid_checkpoint, load_checkpoint
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -109,6 +115,20 @@ def check_resume(resumed: LoadedCheckpoint, config: DictConfig, tasks: Mapping[s
         raise UserError(
             f"checkpoint {path} is at step {step}, behind trainer.max_steps={max_steps}; give trainer.max_steps of "
             f"{step} or more, or resume an earlier one"
+        )
+
+
+def check_backbone(resumed: LoadedCheckpoint, model: DenseModel, config: DictConfig) -> None:
+    """Raise ``UserError`` unless a backbone that the checkpoint leaves out is that of ``model``."""
+    if "backbone" not in resumed.checkpoint.meta:
+        return
+    facts = check_stored_backbone(resumed.checkpoint.meta["backbone"], resumed.path)
+    digest = hash_backbone(model.state_dict())
+    if digest != facts["sha256"]:
+        raise UserError(
+            f"backbone.weights={config.backbone.weights} gives another backbone (SHA-256 {digest[:12]}...) than "
+            f"checkpoint {resumed.path} was trained on and leaves out: {describe_backbone_source(facts)}; give its "
+            "weights"
         )
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtcl import distributed
 from mtcl.atomic import remove_temporary_files, write_text
 from mtcl.cli.resume import (
+    check_backbone,
     check_resume,
     find_checkpoint,
     list_run_files,
@@ -66,7 +67,10 @@ def train(
     val_limit = config.data.eval_batch_size if config.trainer.dry_run else None
     val_dataset = build_dataset(config, "val", tasks, limit=val_limit)
     # Model
-    model = build_model(config, tasks, pretrained=resumed is None).to(device)
+    has_backbone = resumed is not None and "backbone" not in resumed.checkpoint.meta
+    model = build_model(config, tasks, pretrained=not has_backbone).to(device)
+    if resumed is not None:
+        check_backbone(resumed, model, config)
     # Trainer
     start_step = 0 if resumed is None else resumed.checkpoint.step
     trainer = build_trainer(config, tasks, model, train_dataset, val_dataset, folder, device, start_step)

@@ -128,6 +128,7 @@ def build_trainer(
         checkpointing=CheckpointPolicy(
             config=saved_config(config, model),
             meta={"tasks": describe_tasks(tasks)},
+            backbone=choose_backbone_source(config),
             interval=settings.checkpoint_interval,
             keep_interval=settings.keep_checkpoint_interval,
             asynchronous=settings.async_checkpoints,
@@ -138,6 +139,29 @@ def build_trainer(
         feature_fillers=features.fillers if features else (),
         start_step=start_step,
     )
+
+
+def choose_backbone_source(config: DictConfig) -> dict[str, str] | None:
+    """Return what the weights of a backbone are called that checkpoints leave out; None where they hold it.
+
+    Raises:
+        UserError: the backbone can't be left out, because it is trained or its weights come from nowhere else.
+    """
+    choice, trainable = config.trainer.get("save_backbone", "auto"), config.backbone.get("trainable", "full")
+    is_kept, weights = trainable in ("frozen", "lora"), config.backbone.weights
+    has_source = weights not in (None, "none")
+    if choice is False and not is_kept:
+        raise UserError(
+            f"trainer.save_backbone=false would lose what is trained of the backbone (backbone.trainable={trainable}); "
+            "use auto"
+        )
+    if choice is False and not has_source:
+        raise UserError(
+            "trainer.save_backbone=false would lose the backbone's random weights (backbone.weights=none); use auto"
+        )
+    if choice is True or not (is_kept and has_source):
+        return None
+    return {"name": str(config.backbone.name), "weights": Path(str(weights)).name}
 
 
 def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions:

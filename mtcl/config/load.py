@@ -16,18 +16,24 @@ from torch import Tensor
 
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
-from mtcl.config.stored_config import check_stored_config, check_stored_tasks, check_tasks
+from mtcl.config.stored_config import (
+    check_stored_backbone,
+    check_stored_config,
+    check_stored_tasks,
+    check_tasks,
+    describe_backbone_source,
+)
 from mtcl.errors import UserError, escape_control_characters, first_line
 from mtcl.inference import Predictor
 from mtcl.inference.model_files import HUB_FILES, METADATA_FILE, RECIPE_FILE, WEIGHTS_FILE
 from mtcl.models import DenseModel
-from mtcl.models.lora import merge_adapters
+from mtcl.models.lora import is_base_weight, merge_adapters
 from mtcl.models.weights import check_weights
 from mtcl.run_folder import CHECKPOINTS, LAST_CHECKPOINT, RunFolder
 from mtcl.runtime import choose_device
 from mtcl.safe_files import read_json
 from mtcl.tasks.base import Task
-from mtcl.training.checkpoint import Checkpoint, load_checkpoint
+from mtcl.training.checkpoint import Checkpoint, hash_backbone, load_checkpoint
 
 MAX_METADATA_BYTES = 4 << 20  # bytes of mtcl.json
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -42,6 +48,7 @@ class SavedModel(NamedTuple):
     tasks: Any  # as describe_tasks has them
     step: int
     source: str = ""  # as it was named to :func:`read_saved_model`
+    backbone: Mapping[str, str] | None = None  # whose weights are left out: name, weights, sha256
 
 
 class LoadedModel(NamedTuple):
@@ -58,6 +65,7 @@ def load(
     device: str = "auto",
     tasks: Sequence[str] | None = None,
     precision: str = "auto",
+    backbone_weights: str | Path | None = None,
     **options: Any,
 ) -> Predictor:
     """Load a trained model for inference.
@@ -68,6 +76,7 @@ def load(
         device: ``auto``, ``cpu`` or ``cuda``.
         tasks: the tasks to predict; None: all of the model's.
         precision: ``auto``, ``bf16`` or ``fp32``.
+        backbone_weights: of a frozen backbone that the checkpoint leaves out: a file, or ``hub``.
         options: further arguments of :class:`mtcl.inference.Predictor`.
 
     Returns:
@@ -76,7 +85,7 @@ def load(
     Raises:
         UserError: the source is missing or damaged, or its config describes no model that can be built.
     """
-    return build_predictor(load_model(source), device, tasks, precision, **options)
+    return build_predictor(load_model(source, backbone_weights), device, tasks, precision, **options)
 
 
 def build_predictor(
@@ -97,14 +106,14 @@ def build_predictor(
     return Predictor(loaded.model, chosen, loaded.size, choose_device(device, "device"), precision, **options)
 
 
-def load_model(source: str | Path) -> LoadedModel:
+def load_model(source: str | Path, backbone_weights: str | Path | None = None) -> LoadedModel:
     """Rebuild the model in ``source``, see :func:`load`; nothing in there is run as code, read or fetched."""
     saved = read_saved_model(source)
     config = restore_config(saved)
     with convert_build_errors(saved.path):
         tasks = build_tasks(config)
     check_tasks(dict(saved.tasks), tasks, saved.path)
-    model = rebuild_model(config, tasks, saved)
+    model = rebuild_model(config, tasks, saved, backbone_weights)
     return LoadedModel(model.eval(), tasks, get_image_size(config), saved)
 
 
@@ -115,7 +124,9 @@ def restore_config(saved: SavedModel) -> DictConfig:
     return config
 
 
-def rebuild_model(config: DictConfig, tasks: Mapping[str, Task], saved: SavedModel) -> DenseModel:
+def rebuild_model(
+    config: DictConfig, tasks: Mapping[str, Task], saved: SavedModel, backbone_weights: str | Path | None = None
+) -> DenseModel:
     """Build the model that ``config`` describes and fill in the saved weights.
 
     Its shapes are compared first: a config that describes more than the file holds allocates nothing. What of the
@@ -124,12 +135,56 @@ def rebuild_model(config: DictConfig, tasks: Mapping[str, Task], saved: SavedMod
     config = config.copy()
     config.backbone.trainable = "full"
     with convert_build_errors(saved.path), torch.device("meta"):
-        outline = build_model(config, tasks, pretrained=False)
-    check_weights(saved.weights, outline.state_dict(), saved.path)
+        outline = build_model(config, tasks, pretrained=False).state_dict()
+    if saved.backbone is not None:
+        heads = {name: tensor for name, tensor in outline.items() if not is_base_weight(name)}
+        check_weights({n: value for n, value in saved.weights.items() if ".lora_" not in str(n)}, heads, saved.path)
+        saved = _add_backbone(config, tasks, saved, backbone_weights)
+    elif backbone_weights is not None:
+        raise UserError(f"{saved.path} has a backbone with weights of its own; leave out backbone_weights")
+    check_weights(saved.weights, outline, saved.path)
     with convert_build_errors(saved.path):
         model = build_model(config, tasks, pretrained=False)
     model.load_state_dict(dict(saved.weights))
     return model
+
+
+def _add_backbone(
+    config: DictConfig, tasks: Mapping[str, Task], saved: SavedModel, backbone_weights: str | Path | None
+) -> SavedModel:
+    """Return a saved model with the weights of the backbone that its checkpoint leaves out.
+
+    Nobody but the caller says where they are: a stored config could name any file or model.
+    """
+    assert saved.backbone is not None
+    origin = describe_backbone_source(saved.backbone)
+    if backbone_weights is None:
+        raise UserError(
+            f"{saved.path} leaves out its frozen backbone, {origin}; give these weights, FILE or hub, as "
+            "backbone.weights= (evaluate.py), --backbone-weights (mtcl predict, mtcl export) or backbone_weights= "
+            "(mtcl.load)"
+        )
+    config.backbone.weights = str(backbone_weights)
+    with convert_build_errors(saved.path, passthrough=UserError):
+        complete = build_model(config, tasks, pretrained=True).state_dict()
+    digest = hash_backbone(complete)
+    if digest != saved.backbone["sha256"]:
+        raise UserError(
+            f"{backbone_weights} gives another backbone (SHA-256 {digest[:12]}...) than {saved.path} was trained on, "
+            f"{origin}; give its weights"
+        )
+    base = {name: value for name, value in complete.items() if is_base_weight(name)}
+    return _merge_adapters(saved._replace(weights={**base, **saved.weights}))
+
+
+def _merge_adapters(saved: SavedModel) -> SavedModel:
+    """Return a saved model with plain weights."""
+    if saved.config["backbone"]["trainable"] != "lora":
+        return saved
+    try:
+        return saved._replace(weights=merge_adapters(saved.weights, saved.config["backbone"]["lora"].get("alpha", 16)))
+    except UserError as error:
+        raise UserError(f"the weights in {saved.path} are damaged: {error}") from error
 
 
 @contextlib.contextmanager
@@ -180,12 +235,9 @@ def read_checkpoint_model(path: Path, checkpoint: Checkpoint) -> SavedModel:
     """Take from a checkpoint what a model is rebuilt from; the weights are those that were validated, merged."""
     tasks = checkpoint.meta.get("tasks") or {}
     saved = validate_saved_model(SavedModel(path, checkpoint.weights, checkpoint.config, tasks, checkpoint.step))
-    if saved.config["backbone"]["trainable"] != "lora":
-        return saved
-    try:
-        return saved._replace(weights=merge_adapters(saved.weights, saved.config["backbone"]["lora"].get("alpha", 16)))
-    except UserError as error:
-        raise UserError(f"the weights in {path} are damaged: {error}") from error
+    if "backbone" in checkpoint.meta:
+        return saved._replace(backbone=check_stored_backbone(checkpoint.meta["backbone"], path))
+    return _merge_adapters(saved)
 
 
 def validate_saved_model(saved: SavedModel) -> SavedModel:

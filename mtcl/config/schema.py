@@ -296,6 +296,9 @@ RULES: dict[str, Rule] = {
     "trainer.ema": number(0, 1).or_null(),
     "trainer.tf32": FLAG,
     "trainer.async_checkpoints": FLAG.with_role(RECORD),
+    "trainer.save_backbone": Rule("auto, true or false", lambda v: v == "auto" or isinstance(v, bool)).with_role(
+        RECORD
+    ),
     "trainer.keep_checkpoint_interval": count(1).or_null().with_role(RECORD),
     "trainer.max_nonfinite_steps": count(1).with_role(ENGINE),
     "trainer.on_unreadable": TEXT.with_role(ENGINE),

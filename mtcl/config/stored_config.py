@@ -5,6 +5,7 @@ passes the same schema as the command line, and what names a file or a folder is
 """
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,20 @@ def check_stored_tasks(tasks: Any, source: str | Path) -> dict[str, dict[str, An
         if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
             raise UserError(f"{source} gives no list of classes for its task {name}")
     return {name: {"channels": facts["channels"], "classes": [*facts["classes"]]} for name, facts in tasks.items()}
+
+
+def check_stored_backbone(facts: Any, source: str | Path) -> dict[str, str]:
+    """Return what a checkpoint says of a backbone that it leaves out: name, weights, sha256; or raise ``UserError``."""
+    keys = ("name", "weights", "sha256")
+    is_known = isinstance(facts, Mapping) and all(isinstance(facts.get(key), str) for key in keys)
+    if not is_known or not re.fullmatch(r"[0-9a-f]{64}", facts["sha256"]):
+        raise UserError(f"{source} leaves out its backbone and does not say which one it was")
+    return {key: escape_control_characters(truncate(facts[key])) for key in keys}
+
+
+def describe_backbone_source(facts: Mapping[str, str]) -> str:
+    """Return the name, weights and hash of a backbone that a checkpoint leaves out, as a part of a sentence."""
+    return f"{facts['name']} with the weights {facts['weights']} (SHA-256 {facts['sha256'][:12]}...)"
 
 
 def describe_tasks(tasks: Mapping[str, Task]) -> dict[str, dict[str, Any]]:

@@ -97,6 +97,11 @@ def _is_bypassed(net: nn.Module, name: str) -> bool:
     return child == "qkv" and has_biases and not getattr(parent, "qkv_bias_separate", False)
 
 
+def is_base_weight(name: str) -> bool:
+    """Return whether an entry of a model's state dict is one of its backbone, and of no adapter."""
+    return name.startswith("backbone.") and ".lora_" not in name
+
+
 def remove_inserted_names(name: str) -> str:
     """Return a parameter's name without what adapters insert: an adapter has the name of the weight it belongs to."""
     return INSERTED.sub(".", name)
@@ -116,12 +121,16 @@ def merge_adapters(weights: Mapping[str, Tensor], alpha: float) -> dict[str, Ten
     Raises:
         UserError: an adapter lacks a part, or its parts do not fit each other.
     """
+    if not all(isinstance(name, str) for name in weights):
+        raise UserError("a name among the weights is no text")
     merged = {remove_inserted_names(n): value for n, value in weights.items() if ".lora_" not in n}
     for name, first in weights.items():
         if match := ADAPTER.fullmatch(name):
             layer = f"{match[1]}.weight"
             second, weight = weights.get(f"{match[1]}.lora_B.default.weight"), merged.get(layer)
             try:
+                if weight.shape != (second.shape[0], first.shape[1]):  # type: ignore[union-attr]
+                    raise ValueError(weight.shape)  # type: ignore[union-attr]
                 update = second @ first * (alpha / len(first))  # type: ignore[operator]
                 merged[layer] = (weight + update.to(weight)).to(weight.dtype)  # type: ignore[operator, union-attr]
             except Exception as error:  # of torch, for tensors that do not fit

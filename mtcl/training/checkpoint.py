@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from mtcl.errors import UserError
+from mtcl.models.lora import is_base_weight, remove_inserted_names
+from mtcl.models.weights import hash_weights
 from mtcl.training.checkpoint_file import CorruptCheckpointError, read_checkpoint_file, write_checkpoint_file
 
 NUMBERED = re.compile(r"step_(\d+)")
@@ -25,7 +27,9 @@ class Checkpoint:
         config: the run's config, from which the model can be rebuilt.
         step: the optimiser steps taken.
         meta: ``tasks`` (their channels and classes), ``best`` (the monitored metric of ``best.pt``), ``skipped`` (the
-            number of steps that were not finite); of an imported checkpoint also ``imported``.
+            number of steps that were not finite); of an imported checkpoint also ``imported``; where the frozen
+            weights of the backbone are left out of ``model`` and ``ema`` also ``backbone``, see
+            :func:`leave_out_backbone`.
         ema: ``model`` (the averaged weights) and ``updates``; None: the run keeps no average.
         regularizer: the regulariser's state dict; None: there is no regulariser.
         gradient_norm_weight: the state of lambda's gradient-norm weighting; None: there is none.
@@ -89,6 +93,35 @@ class LoadedCheckpoint(NamedTuple):
     path: Path
     checkpoint: Checkpoint
     rejected: list[CorruptCheckpointError]
+
+
+def leave_out_backbone(checkpoint: Checkpoint, backbone: Mapping[str, str]) -> Checkpoint:
+    """Return a checkpoint without the weights of a backbone of which no weight is trained.
+
+    Args:
+        checkpoint: a complete one.
+        backbone: what is saved instead as ``meta["backbone"]``: its ``name``, its ``weights`` (``hub`` or the name of a
+            file) and their ``sha256``.
+
+    Returns:
+        A checkpoint of everything else; adapters stay.
+    """
+    ema = checkpoint.ema
+    return replace(
+        checkpoint,
+        model=_remove_backbone(checkpoint.model),
+        ema=None if ema is None else {**ema, "model": _remove_backbone(ema["model"])},
+        meta={**checkpoint.meta, "backbone": dict(backbone)},
+    )
+
+
+def hash_backbone(weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the backbone's weights in a model's state dict, whether there are adapters or none."""
+    return hash_weights({remove_inserted_names(n): value for n, value in weights.items() if is_base_weight(n)})
+
+
+def _remove_backbone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in weights.items() if not is_base_weight(name)}
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, keep: Path | None = None) -> None:

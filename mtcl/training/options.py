@@ -58,6 +58,8 @@ class CheckpointPolicy:
     Attributes:
         config: the run's config, plain containers, from which the model can be rebuilt.
         meta: facts about the run, plain containers: ``tasks``.
+        backbone: where the weights of a backbone come from that is left out, ``name`` and ``weights``, which are saved
+            with their hash; None: the backbone is saved.
         interval: steps from one ``last.pt`` to the next; None: none on the way.
         keep_interval: steps from one numbered checkpoint, which is kept, to the next; None: none.
         asynchronous: a thread writes while the training continues.
@@ -65,6 +67,7 @@ class CheckpointPolicy:
 
     config: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
+    backbone: Mapping[str, str] | None = None
     interval: int | None = None
     keep_interval: int | None = None
     asynchronous: bool = False

@@ -17,6 +17,7 @@ from mtcl.errors import UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel, DenseOutput
+from mtcl.models.lora import is_base_weight
 from mtcl.regularizers import RegularizerOutput
 from mtcl.regularizers.diagnostics import compare_feature_gradients
 from mtcl.regularizers.weighting import Lambda
@@ -24,7 +25,7 @@ from mtcl.run_folder import RunFolder
 from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_state, set_rng_state
 from mtcl.tasks.base import Task
 from mtcl.training.balancing import Balancer
-from mtcl.training.checkpoint import Checkpoint
+from mtcl.training.checkpoint import Checkpoint, hash_backbone, leave_out_backbone
 from mtcl.training.checkpoint_thread import CheckpointWriter
 from mtcl.training.ema import ModelEma
 from mtcl.training.feature_filling import FeatureFiller
@@ -105,6 +106,7 @@ class Trainer:
         self.reported_unreadable: set[str] = set()
         self.step = start_step
         self.best = math.nan
+        self.backbone_hash: str | None = None  # of weights that are not trained; computed when they are first left out
         self.first_evaluation: EvaluationResult | None = None  # before the first step
         self.seconds_per_step = math.nan
 
@@ -356,7 +358,7 @@ class Trainer:
         if self.ema is not None:
             ema = {"model": self.weights.state(self.ema.model), "updates": self.ema.updates}
         regularizer_optimizer = self.regularizer_optimizer
-        return Checkpoint(
+        checkpoint = Checkpoint(
             model=self.weights.state(self.model),
             config=dict(self.checkpointing.config),
             step=self.step,
@@ -371,10 +373,22 @@ class Trainer:
             },
             rng=distributed.all_gather_object(rng_state(self.device)),
         )
+        source = self.checkpointing.backbone
+        if source is None or distributed.rank() > 0:
+            return checkpoint
+        self.backbone_hash = self.backbone_hash or hash_backbone(checkpoint.model)
+        return leave_out_backbone(checkpoint, {**source, "sha256": self.backbone_hash})
+
+    def _add_backbone(self, weights: Mapping[str, Tensor], checkpoint: Checkpoint) -> Mapping[str, Tensor]:
+        """Return weights of a checkpoint, with those of a backbone that it leaves out, as the model has them."""
+        if "backbone" not in checkpoint.meta:
+            return weights
+        state = self.weights.state(self.model)
+        return {**{name: value for name, value in state.items() if is_base_weight(name)}, **weights}
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint. What it has no state of starts afresh, after a warning."""
-        self.weights.load(self.model, checkpoint.model)
+        self.weights.load(self.model, self._add_backbone(checkpoint.model, checkpoint))
         self.weights.load_optimizer(self.optimizer, checkpoint.optimizer["model"])
         if self.regularizer is not None and self.regularizer_optimizer is not None:
             if checkpoint.regularizer is None:
@@ -393,7 +407,7 @@ class Trainer:
                 log.warning("the checkpoint has no running mean of the weights: it starts from its weights")
             else:
                 self.ema.updates = checkpoint.ema["updates"]
-            self.weights.load(self.ema.model, checkpoint.weights)
+            self.weights.load(self.ema.model, self._add_backbone(checkpoint.weights, checkpoint))
         self.nonfinite_guard = NonFiniteGuard(self.model, self.options.max_nonfinite_steps)
         self.nonfinite_guard.count = checkpoint.meta.get("skipped", 0)
 

@@ -163,8 +163,17 @@ def test_nothing_shared_is_nothing_to_balance(tmp_path, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_train_on_one_frozen_backbone(parallel, tmp_path):
-    words = [*VIT, FROZEN, "optimizer=sgd", "regularizer.lr=1e-4", "trainer.ema=0.5", "trainer.max_steps=20"]
+@pytest.mark.parametrize("trainable", ["frozen", "lora", "last_1"])
+def test_two_processes_train_as_one(trainable, parallel, tmp_path):
+    words = [
+        *VIT,
+        "++backbone.kwargs.drop_path_rate=0",
+        f"backbone.trainable={trainable}",
+        "optimizer=sgd",
+        "regularizer.lr=1e-4",
+        "trainer.ema=0.5",
+        "trainer.max_steps=20",
+    ]
     one = worked(tmp_path / "one", None, *words)
     check_same(one, worked(tmp_path / "two", TORCHRUN, *words, f"trainer.parallel={parallel}"))
 

@@ -23,7 +23,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mtcl.cli.arguments import name_list, number_list, output_path, positive_float, positive_int
+from mtcl.cli.arguments import BACKBONE_WEIGHTS_HELP, name_list, number_list, output_path, positive_float, positive_int
 from mtcl.cli.predict.find_images import find_images
 from mtcl.cli.predict.images import predict_images
 from mtcl.cli.predict.output import Settings, check_links, output_names
@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--no-panel", action="store_false", dest="panel", help="write no image with all tasks")
     parser.add_argument("--save-frames", action="store_true", help="write the maps of every frame of a video")
+    parser.add_argument("--backbone-weights", metavar="FILE|hub", help=BACKBONE_WEIGHTS_HELP)
     parser.add_argument("--overwrite", action="store_true", help="replace what was written before")
 
 
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"INPUT {args.input}: a camera's number is at most {MAX_CAMERA}; for a file of that name, ./{args.input}"
         )
-    loaded = load_model(args.checkpoint)
+    loaded = load_model(args.checkpoint, args.backbone_weights)
     predictor = build_predictor(loaded, **options)
     job = Job(predictor, settings, PredictionRecord(settings, args.input, describe_predictions(loaded, predictor)))
     if is_camera:
