@@ -20,8 +20,8 @@ torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 def cli(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Run ``train.py`` or ``evaluate.py`` with these words, as the shell would."""
 
-    def run(script: str, *words: object) -> Result:
-        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+    def run(script: str, *arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
         handlers = logging.getLogger().handlers[:]
         try:

@@ -39,6 +39,7 @@ FILLERS = frozenset(
 )
 SOURCES = [path for folder in ("mtcl", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
 SOURCES += [ROOT / "train.py", ROOT / "evaluate.py"]
+TESTS = [*sorted((ROOT / "tests").rglob("*.py")), ROOT / "noxfile.py"]
 KNOWS_KEYS = ("config", "results", "launch", "cli")  # the packages that may name config keys
 BELOW_CONFIG = [
     path
@@ -81,7 +82,7 @@ def find_texts(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.value, node.lineno
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_names_say_what_they_hold(path: Path):
     tree = ast.parse(path.read_text("utf-8"))
     fillers = [f"line {line}: {name}" for name, line in find_bound_names(tree) if name in FILLERS]

@@ -57,5 +57,5 @@ def test_the_names_of_the_files_are_spelled_in_one_module():
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
                 names = [name for name in (METRICS, RECORD, CONFIG, LOG) if name in node.value]
                 places |= {f"{path.relative_to(ROOT)}:{node.lineno} {name}" for name in names}
-    modules = {place.partition(":")[0] for place in places}
+    modules = {reference.partition(":")[0] for reference in places}
     assert modules == {"mtcl/run_folder.py"}, "\n".join(sorted(places))

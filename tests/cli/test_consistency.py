@@ -47,15 +47,15 @@ def ref_distance(a, b):
 
 def ref_anchors(distance, label, valid, near, far):
     """(AUC, mean d_ap, mean d_an, positives, negatives) of each anchor of one image; ``label``: numbers on a line."""
-    found = []
+    statistics = []
     for i in range(len(label)):
         others = [j for j in range(len(label)) if j != i and valid[i] and valid[j]]
         ap = [distance[i][j] for j in others if abs(label[i] - label[j]) <= near]
         an = [distance[i][j] for j in others if abs(label[i] - label[j]) >= far]
         if ap and an:
             won = sum(1.0 if n > p else 0.5 if n == p else 0.0 for p in ap for n in an)
-            found.append((won / len(ap) / len(an), np.mean(ap), np.mean(an), len(ap), len(an)))
-    return found
+            statistics.append((won / len(ap) / len(an), np.mean(ap), np.mean(an), len(ap), len(an)))
+    return statistics
 
 
 @settings(max_examples=60, deadline=None)
@@ -73,18 +73,18 @@ def test_sums_are_those_of_loops_over_anchors_and_pairs(seed, count, classes, le
     label, valid = rng.integers(0, classes, (2, count)), rng.random((2, count)) < 0.8
     apart = torch.from_numpy(np.abs(label[:, :, None] - label[:, None, :])).float()
     pairs = label_pairs(apart, torch.from_numpy(valid), 0, far)
-    found = summarize_pairs(compute_pair_statistics(distance, *pairs))
+    summary = summarize_pairs(compute_pair_statistics(distance, *pairs))
     reference = [a for b in range(2) for a in ref_anchors(distance[b].tolist(), label[b], valid[b], 0, far)]
-    assert found["anchors"] == len(reference)
+    assert summary["anchors"] == len(reference)
     if not reference:
-        assert all(math.isnan(found[key]) for key in ("auc", "gap", "d_ap", "d_an"))
+        assert all(math.isnan(summary[key]) for key in ("auc", "gap", "d_ap", "d_an"))
         return
     auc, d_ap, d_an, positives, negatives = np.array(reference).T
-    assert found["auc"] == pytest.approx(auc.mean(), abs=1e-12)
-    assert found["d_ap"] == pytest.approx(d_ap.mean(), abs=1e-12)
-    assert found["d_an"] == pytest.approx(d_an.mean(), abs=1e-12)
-    assert found["gap"] == pytest.approx((d_an - d_ap).mean(), abs=1e-12)
-    assert (found["positives"], found["negatives"]) == (positives.sum(), negatives.sum())
+    assert summary["auc"] == pytest.approx(auc.mean(), abs=1e-12)
+    assert summary["d_ap"] == pytest.approx(d_ap.mean(), abs=1e-12)
+    assert summary["d_an"] == pytest.approx(d_an.mean(), abs=1e-12)
+    assert summary["gap"] == pytest.approx((d_an - d_ap).mean(), abs=1e-12)
+    assert (summary["positives"], summary["negatives"]) == (positives.sum(), negatives.sum())
 
 
 def test_distances_are_two_minus_two_cosines():
@@ -92,14 +92,14 @@ def test_distances_are_two_minus_two_cosines():
     features[0, 3] = 0  # dead
     features[1, 4] = 3 * features[1, 2]  # one direction
     features[1, 5] = -features[1, 2]
-    found = squared_distances(features)
+    squared = squared_distances(features)
     for b, i, j in np.ndindex(2, 7, 7):
-        assert found[b, i, j].item() == pytest.approx(
+        assert squared[b, i, j].item() == pytest.approx(
             ref_distance(features[b, i].double(), features[b, j].double()), abs=1e-6
         )
-    assert found[0, 3].tolist() == [2.0] * 7
-    assert found[1, 4, 2] == 0
-    assert found[1, 5, 2] == 4
+    assert squared[0, 3].tolist() == [2.0] * 7
+    assert squared[1, 4, 2] == 0
+    assert squared[1, 5, 2] == 4
 
 
 def test_equal_features_separate_nothing():
@@ -137,14 +137,14 @@ def test_histograms_hold_every_anchor_once():
     distance = torch.from_numpy(rng.random((3, 20, 20)))
     label = torch.from_numpy(rng.integers(0, 3, (3, 20)))
     pairs = label_pairs((label[:, :, None] != label[:, None]).float(), torch.ones(3, 20, dtype=torch.bool), 0, 1)
-    found = compute_pair_statistics(distance, *pairs)
+    statistics = compute_pair_statistics(distance, *pairs)
     middles = (torch.arange(BINS) + 0.5) * 4 / BINS
-    for histogram, total in ((found.histogram_ap, found.d_ap), (found.histogram_an, found.d_an)):
-        assert histogram.sum().item() == pytest.approx(int(found.anchors))
-        assert (histogram * middles).sum().item() == pytest.approx(total.item(), abs=int(found.anchors) * 4 / BINS)
+    for histogram, total in ((statistics.histogram_ap, statistics.d_ap), (statistics.histogram_an, statistics.d_an)):
+        assert histogram.sum().item() == pytest.approx(int(statistics.anchors))
+        assert (histogram * middles).sum().item() == pytest.approx(total.item(), abs=int(statistics.anchors) * 4 / BINS)
     halves = [compute_pair_statistics(distance[rows], *(p[rows] for p in pairs)) for rows in (slice(1), slice(1, 3))]
-    for whole, summed in zip(found, halves[0] + halves[1]):
-        torch.testing.assert_close(whole, summed)
+    for together, summed in zip(statistics, halves[0] + halves[1]):
+        torch.testing.assert_close(together, summed)
 
 
 def test_shared_histograms_zoom_on_what_there_is():
@@ -153,10 +153,10 @@ def test_shared_histograms_zoom_on_what_there_is():
     assert empty.ap == empty.an == [[0.0] * 8]
     near, far = torch.zeros(BINS).double(), torch.zeros(BINS).double()
     near[0], near[BINS // 4], far[BINS // 2 - 1] = 3, 1, 4  # distances 0, 1, just below 2
-    found = build_histograms([nothing._replace(histogram_ap=near, histogram_an=far)], max_bins=8)
-    assert found.width == 0.25
-    assert found.ap == [[0.75, 0, 0, 0, 0.25, 0, 0, 0]]
-    assert found.an == [[0, 0, 0, 0, 0, 0, 0, 1.0]]
+    histograms = build_histograms([nothing._replace(histogram_ap=near, histogram_an=far)], max_bins=8)
+    assert histograms.width == 0.25
+    assert histograms.ap == [[0.75, 0, 0, 0, 0.25, 0, 0, 0]]
+    assert histograms.an == [[0, 0, 0, 0, 0, 0, 0, 1.0]]
 
 
 # --- Its places, words and frames.
@@ -195,15 +195,15 @@ def test_words():
     assert (str(options.checkpoint), options.compare, options.target, options.frames) == ("a.pt", None, "all", 8)
     assert str(options.output) == "outputs/consistency/now"
     assert others == ["data.split=tune"]
-    for words, named in (
+    for arguments, message in (
         ([], "CHECKPOINT"),
         (["a", "--frames=0"], "frames: 0"),
         (["a", "--frames=x"], "x"),
         (["checkpoint=a"], "CHECKPOINT alone"),
         (["a", "frames=8"], "--name VALUE"),
     ):
-        with pytest.raises(UserError, match=named):
-            parse_args(words, "", "now")
+        with pytest.raises(UserError, match=message):
+            parse_args(arguments, "", "now")
     assert choose_targets(None, ["depth", "semseg"]) == ["semseg"]
     assert choose_targets(None, ["depth", "edge"]) == ["depth"]
     assert choose_targets("all", ["depth", "edge"]) == ["depth", "edge"]
@@ -219,13 +219,13 @@ def runs(tmp_path_factory):
     """Checkpoints of a tiny run with contrast, and of models that nobody trained: without, of another width, of other
     tasks."""
     folder = tmp_path_factory.mktemp("runs")
-    words = [*TINY, f"tasks.names=[{','.join(NAMES)}]", "trainer.val_interval=null", "trainer.max_steps=4"]
-    words += ["trainer.validate_first=false", "trainer.num_panels=0"]
-    train(composed(*words), folder)
+    overrides = [*TINY, f"tasks.names=[{','.join(NAMES)}]", "trainer.val_interval=null", "trainer.max_steps=4"]
+    overrides += ["trainer.validate_first=false", "trainer.num_panels=0"]
+    train(composed(*overrides), folder)
     variants = {"without": [], "wide": ["decoder.head_width=12"], "other": ["tasks.names=[depth]"]}
     paths = {"with": folder / "checkpoints" / "last.pt"}
     for name, more in variants.items():
-        config = composed(*words, "regularizer=none", *more)
+        config = composed(*overrides, "regularizer=none", *more)
         tasks = build_tasks(config)
         model = build_model(config, tasks, pretrained=False)
         paths[name] = folder / f"{name}.pt"
@@ -243,29 +243,29 @@ def runs(tmp_path_factory):
 def undrawn(monkeypatch):
     """Drawing takes a second a picture."""
     for name in ("draw_distances", "draw_separation"):
-        monkeypatch.setattr(f"mtcl.cli.consistency.{name}", lambda *given: None)
+        monkeypatch.setattr(f"mtcl.cli.consistency.{name}", lambda *args: None)
 
 
-def call(cli, *words) -> Result:
-    return cli("scripts/consistency.py", *words, "trainer.device=cpu")
+def call(cli, *arguments) -> Result:
+    return cli("scripts/consistency.py", *arguments, "trainer.device=cpu")
 
 
 @pytest.mark.slow
 def test_two_arms_give_pictures_and_numbers(cli, runs, tmp_path):
-    words = [runs["with"], f"--compare={runs['without']}", "--target=all", "--frames=3"]
-    result = call(cli, *words, f"--output={tmp_path}/a")
+    arguments = [runs["with"], f"--compare={runs['without']}", "--target=all", "--frames=3"]
+    result = call(cli, *arguments, f"--output={tmp_path}/a")
     assert result.code == 0, result.err
     assert str(tmp_path / "a") in result.out
     for name in (*(f"consistency_{task}" for task in NAMES), "separation"):
         assert Image.open(tmp_path / "a" / f"{name}.png").size[0] >= 1200
-    found = json.loads((tmp_path / "a" / "consistency.json").read_text())
-    assert found["run"]["num_images"] == len(found["run"]["frames"]) == 3
-    assert found["thresholds"] == {"semseg": [0.0, 1.0], "depth": [0.05, 0.2], "normals": [15.0, 40.0]}
-    with_, without = found["arms"]
+    content = json.loads((tmp_path / "a" / "consistency.json").read_text())
+    assert content["run"]["num_images"] == len(content["run"]["frames"]) == 3
+    assert content["thresholds"] == {"semseg": [0.0, 1.0], "depth": [0.05, 0.2], "normals": [15.0, 40.0]}
+    with_, without = content["arms"]
     assert "no regulariser) has no trained projectors" in result.out
     assert (with_["name"], without["name"]) == ("contrastive, weight 0.3", "no regulariser")
     assert with_["step"] == 4
-    assert set(found[NEARNESS]) == set(NAMES)
+    assert set(content[NEARNESS]) == set(NAMES)
     assert without["projected"] == {}
     for arm in (with_, without):
         for kind in ("raw", "centred"):
@@ -277,21 +277,21 @@ def test_two_arms_give_pictures_and_numbers(cli, runs, tmp_path):
                     assert cell["gap"] == pytest.approx(cell["d_an"] - cell["d_ap"])
                     assert sum(cell["histogram_ap"]) == pytest.approx(1, abs=0.011)  # the last half percent may be cut
                     # The pairs are the labels' alone.
-                    assert cell["anchors"] == found[NEARNESS][source]["anchors"] > 0
+                    assert cell["anchors"] == content[NEARNESS][source]["anchors"] > 0
     for target in with_["projected"]:
-        own = with_["projected"][target][target]
-        assert own["projectors"]  # of the other sources: it was never a source itself
-        assert target not in own["projectors"]
+        own_cell = with_["projected"][target][target]
+        assert own_cell["projectors"]  # of the other sources: it was never a source itself
+        assert target not in own_cell["projectors"]
     assert with_["projected"]
 
 
 def test_batches_change_no_pair(cli, runs, tmp_path, undrawn):
-    found = []
+    contents = []
     for size in (1, 4):
-        words = [runs["with"], f"data.eval_batch_size={size}", "--frames=3", f"--output={tmp_path}/{size}"]
-        assert call(cli, *words).code == 0
-        found.append(json.loads((tmp_path / str(size) / "consistency.json").read_text()))
-    one, four = (content["arms"][0]["raw"]["depth"]["semseg"] for content in found)
+        arguments = [runs["with"], f"data.eval_batch_size={size}", "--frames=3", f"--output={tmp_path}/{size}"]
+        assert call(cli, *arguments).code == 0
+        contents.append(json.loads((tmp_path / str(size) / "consistency.json").read_text()))
+    one, four = (content["arms"][0]["raw"]["depth"]["semseg"] for content in contents)
     assert one["auc"] == pytest.approx(four["auc"], abs=1e-4)  # features of another batch, up to rounding
     assert one["positives"] == four["positives"]
 
@@ -300,7 +300,7 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
     """Raw features of one frame, with everything rebuilt by hand and AUC by loops."""
     result = call(cli, runs["with"], "--target=depth", "--frames=1", f"--output={tmp_path}/a")
     assert result.code == 0, result.err
-    found = json.loads((tmp_path / "a" / "consistency.json").read_text())["arms"][0]
+    setting = json.loads((tmp_path / "a" / "consistency.json").read_text())["arms"][0]
     state = read_checkpoint_file(runs["with"])
     config = OmegaConf.create(state["config"])
     tasks = build_tasks(config)
@@ -321,7 +321,7 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
     for kind, z in (("raw", feature), ("projected", projected)):
         distance = squared_distances(z)[0].tolist()
         reference = ref_anchors(distance, number, valid, 0, 1)
-        cell = found[kind]["depth"]["semseg"]
+        cell = setting[kind]["depth"]["semseg"]
         assert cell["anchors"] == len(reference)
         assert cell["auc"] == pytest.approx(np.mean([a[0] for a in reference]), abs=1e-6)
         assert cell["d_ap"] == pytest.approx(np.mean([a[1] for a in reference]), abs=1e-6)
@@ -333,8 +333,8 @@ def test_the_numbers_are_those_of_the_features(cli, runs, tmp_path, undrawn):
         z = regularizer.projectors["depth"](feature, torch.tensor([NAMES.index("normals")]))
     pairs = label_pairs(tasks["normals"].distance(label, label), valid[..., 0], 15, 40)
     expected = summarize_pairs(compute_pair_statistics(squared_distances(z), *pairs))
-    assert found["projected"]["depth"]["normals"]["auc"] == pytest.approx(expected["auc"], abs=1e-6)
-    assert found["projected"]["depth"]["normals"]["d_ap"] == pytest.approx(expected["d_ap"], abs=1e-6)
+    assert setting["projected"]["depth"]["normals"]["auc"] == pytest.approx(expected["auc"], abs=1e-6)
+    assert setting["projected"]["depth"]["normals"]["d_ap"] == pytest.approx(expected["d_ap"], abs=1e-6)
 
 
 def test_a_run_without_projectors_and_one_of_a_single_task(cli, runs, tmp_path):
@@ -373,12 +373,12 @@ def test_says_what_is_wrong(cli, runs, tmp_path):
         ([good, "regularizer.weight=1"], ["regularizer.weight=1"]),
         ([], ["CHECKPOINT"]),
     ]
-    for words, named in wrong:
-        result = call(cli, *words, f"--output={tmp_path}/out")
-        assert result.code == 1, (words, result)
+    for arguments, fragments in wrong:
+        result = call(cli, *arguments, f"--output={tmp_path}/out")
+        assert result.code == 1, (arguments, result)
         (line,) = [line for line in result.err.splitlines() if line.startswith("error: ")]
         assert "Traceback" not in result.err
-        assert all(name in line for name in named), line
+        assert all(name in line for name in fragments), line
         assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "consistency.json").write_text("{}")

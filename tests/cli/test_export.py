@@ -81,8 +81,8 @@ def as_trained(loaded: LoadedModel) -> exporting.TrainedModel:
 
 
 def random_model(decoder: str, backbone: str, names: str = "[semseg,depth]", size=(64, 96)) -> LoadedModel:
-    words = [f"tasks.names={names}", f"data.size={list(size)}", f"backbone={backbone}", f"decoder={decoder}"]
-    config = composed(*words, *shrunk(decoder, backbone))
+    overrides = [f"tasks.names={names}", f"data.size={list(size)}", f"backbone={backbone}", f"decoder={decoder}"]
+    config = composed(*overrides, *shrunk(decoder, backbone))
     torch.manual_seed(0)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).eval()
@@ -110,17 +110,17 @@ def test_an_exported_folder_is_scored_like_its_checkpoint(cli, trained, folder, 
     for name, source in (("folder", folder), ("run", trained)):
         result = cli("evaluate.py", f"checkpoint={source}", f"hydra.run.dir={tmp_path}/{name}", "trainer.device=cpu")
         assert result.code == 0, result.err
-    found = [json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "folder", tmp_path / "run")]
-    assert found[0] == found[1] == json.loads((trained / "metrics.json").read_text())
+    scores = [json.loads((path / "metrics.json").read_text()) for path in (tmp_path / "folder", tmp_path / "run")]
+    assert scores[0] == scores[1] == json.loads((trained / "metrics.json").read_text())
 
 
 def test_the_weights_are_the_running_mean_and_the_model_alone(trained, folder):
     state = read_checkpoint_file(trained / "checkpoints" / "last.pt")
     assert state["regularizer"]  # there is something to leave out
     assert any(not torch.equal(t, state["model"][n]) for n, t in state["ema"]["model"].items())
-    found = load_file(folder / WEIGHTS_FILE)
-    assert found.keys() == state["ema"]["model"].keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in state["ema"]["model"].items())
+    weights = load_file(folder / WEIGHTS_FILE)
+    assert weights.keys() == state["ema"]["model"].keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in state["ema"]["model"].items())
 
 
 def test_the_card(trained, folder):
@@ -148,9 +148,9 @@ def test_the_cards_front_matter_is_the_hubs(trained, tmp_path):
     assert data.pipeline_tag == "image-segmentation"
     assert data.datasets is data.base_model is None  # rooms are made here, and the weights were random
     metrics = json.loads((trained / "metrics.json").read_text())
-    found = {(result.task_name, result.metric_type): result for result in data.eval_results}
-    assert found["depth", "rmse"].metric_value == metrics["depth"]["rmse"]
-    assert found["semseg", "mIoU"].dataset_name == "rooms"
+    results = {(result.task_name, result.metric_type): result for result in data.eval_results}
+    assert results["depth", "rmse"].metric_value == metrics["depth"]["rmse"]
+    assert results["semseg", "mIoU"].dataset_name == "rooms"
     config = {**loaded.saved.config, "name": "a: |b`<i>\n# c"}
     config |= {"data": {**config["data"], "name": "nyud"}, "backbone": {**config["backbone"], "weights": "hub"}}
     text = format_model_card(loaded._replace(saved=loaded.saved._replace(config=config)))
@@ -245,13 +245,13 @@ def check_recipe(loaded: LoadedModel, program: Path, folder: Path, sizes) -> Non
         exec(compile(block, "export.md", "exec"), names)
         maps, want = names["maps"], predictor(image)
         assert list(maps) == list(want) == list(loaded.tasks)
-        for name, wanted in want.items():
-            assert maps[name].shape == wanted.shape, (name, height, width)
-            assert maps[name].dtype == wanted.dtype
-            if wanted.dtype == np.uint8:
-                assert (maps[name] != wanted).mean() < 1e-3, (name, height, width)
+        for name, expected in want.items():
+            assert maps[name].shape == expected.shape, (name, height, width)
+            assert maps[name].dtype == expected.dtype
+            if expected.dtype == np.uint8:
+                assert (maps[name] != expected).mean() < 1e-3, (name, height, width)
             else:
-                assert np.abs(maps[name] - wanted).max() < 1e-3, (name, height, width)
+                assert np.abs(maps[name] - expected).max() < 1e-3, (name, height, width)
         clipped += 0 < (want["depth"] == 0).mean() < 1
     assert clipped
 
@@ -292,7 +292,7 @@ def test_a_torch_program(cli, trained, tmp_path):
 def test_the_recipe_of_the_document_gives_the_scored_model(tmp_path, monkeypatch, any_size):
     """With the program before it is traced."""
     loaded = with_negative_depth(random_model("multi_head", "resnet18", names=ALL_TASKS, size=(60, 100)))
-    whole = exporting.ExportModule(loaded.model, loaded.tasks)
+    module = exporting.ExportModule(loaded.model, loaded.tasks)
     facts = json.loads(
         json.dumps(exporting.describe_program(as_trained(loaded), exporting.InputSpec((64, 128), 32, True, any_size)))
     )
@@ -300,7 +300,7 @@ def test_the_recipe_of_the_document_gives_the_scored_model(tmp_path, monkeypatch
     @torch.inference_mode()
     def run(image):
         assert list(image.shape[2:]) == facts["frame"] or any_size
-        return {name: raw.numpy() for name, raw in whole(torch.from_numpy(image)).items()}
+        return {name: raw.numpy() for name, raw in module(torch.from_numpy(image)).items()}
 
     monkeypatch.setattr(recipe, "open_program", lambda path: (run, facts))
     check_recipe(loaded, tmp_path / ONNX_FILE, tmp_path, SIZES if any_size else FIT_ONE_SIZE)
@@ -310,8 +310,8 @@ def test_the_recipe_of_the_document_gives_the_scored_model(tmp_path, monkeypatch
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_torch_program_used_as_the_document_says_is_the_scored_model(tmp_path, fixed):
     loaded = with_negative_depth(random_model("multi_head", "resnet18", names=ALL_TASKS))
-    told = export_model(loaded, "torch", tmp_path / "out", fixed)
-    assert fixed or "any height and width that are multiples of 32, from 64 x 96 on" in told
+    message = export_model(loaded, "torch", tmp_path / "out", fixed)
+    assert fixed or "any height and width that are multiples of 32, from 64 x 96 on" in message
     check_recipe(loaded, tmp_path / "out" / PROGRAM_FILE, tmp_path, FIT_ONE_SIZE if fixed else SIZES)
 
 
@@ -327,8 +327,8 @@ def test_a_torch_program_used_as_the_document_says_is_the_scored_model(tmp_path,
 )
 def test_an_onnx_file_used_as_the_document_says_is_the_scored_model(tmp_path, decoder, backbone, size):
     loaded = with_negative_depth(random_model(decoder, backbone, names=ALL_TASKS, size=size))
-    told = export_model(loaded, "onnx", tmp_path / "out")
-    check_recipe(loaded, tmp_path / "out" / ONNX_FILE, tmp_path, FIT_ONE_SIZE if " only " in told else SIZES)
+    message = export_model(loaded, "onnx", tmp_path / "out")
+    check_recipe(loaded, tmp_path / "out" / ONNX_FILE, tmp_path, FIT_ONE_SIZE if " only " in message else SIZES)
 
 
 @needs_onnx
@@ -370,8 +370,8 @@ def test_an_onnx_file(cli, trained, tmp_path):
     "decoder", ["atrc", "deeplab", "dpt", "invpt", "linear", "mqtransformer", "mti_net", "multi_head", "pad_net"]
 )
 def test_every_decoder_becomes_onnx(decoder, tmp_path):
-    told = export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out")
-    assert "batches up to 256, any height and width that are multiples of 32, from 64 x 96 on" in told
+    message = export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out")
+    assert "batches up to 256, any height and width that are multiples of 32, from 64 x 96 on" in message
     assert (tmp_path / "out" / ONNX_FILE).is_file()
 
 
@@ -379,10 +379,10 @@ def test_every_decoder_becomes_onnx(decoder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("decoder", "backbone"), [("taskprompter", "vit_small"), ("multi_head", "swin_tiny")])
 def test_transformers_become_onnx(decoder, backbone, tmp_path):
-    told = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out")
+    message = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out")
     windows = backbone == "swin_tiny"
-    assert ("images of 64 x 96 only (its backbone cuts images into windows" in told) == windows
-    assert ("any height and width that are multiples of 16, from 64 x 96 on" in told) == (not windows)
+    assert ("images of 64 x 96 only (its backbone cuts images into windows" in message) == windows
+    assert ("any height and width that are multiples of 16, from 64 x 96 on" in message) == (not windows)
 
 
 @pytest.mark.slow
@@ -408,8 +408,8 @@ def test_a_model_for_one_picture_at_a_time(trained, tmp_path, monkeypatch):
         return run(self, image)
 
     monkeypatch.setattr(exporting.ExportModule, "forward", alone)
-    told = export_model(load_model(trained), "torch", tmp_path / "out", fixed_size=True)
-    assert "one image at a time, images of 64 x 96 only" in told
+    message = export_model(load_model(trained), "torch", tmp_path / "out", fixed_size=True)
+    assert "one image at a time, images of 64 x 96 only" in message
 
 
 def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
@@ -429,10 +429,10 @@ def test_what_differs_is_not_kept(trained, tmp_path, monkeypatch):
 
 
 def test_what_is_none_of_the_models_weights_is_not_exported(trained, tmp_path, monkeypatch):
-    made = exporting.ExportModule.__init__
+    build = exporting.ExportModule.__init__
 
     def with_projector(self, model, tasks):
-        made(self, model, tasks)
+        build(self, model, tasks)
         self.projector = torch.nn.Linear(1, 1)
 
     monkeypatch.setattr(exporting.ExportModule, "__init__", with_projector)
@@ -455,16 +455,16 @@ def test_outputs_that_are_no_numbers_are_not_kept(trained, tmp_path, monkeypatch
 
 def test_a_full_folder_is_left_alone(cli, trained, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    words = [str(trained), "--format=safetensors", f"--output={tmp_path}"]
-    assert_fails(cli(SCRIPT, *words), "is not empty", "--overwrite")
+    arguments = [str(trained), "--format=safetensors", f"--output={tmp_path}"]
+    assert_fails(cli(SCRIPT, *arguments), "is not empty", "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-    assert cli(SCRIPT, *words, "--overwrite").code == 0
+    assert cli(SCRIPT, *arguments, "--overwrite").code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"thesis.tex", WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["--format=onnx", "--output=x"], "give a CHECKPOINT, --push or --pull"),
         (["x.pt", "--output=x"], "CHECKPOINT needs --format"),
@@ -475,16 +475,16 @@ def test_a_full_folder_is_left_alone(cli, trained, tmp_path):
         (["--push=me", "--folder=x"], "give USER/NAME"),
     ],
 )
-def test_mistakes_are_one_sentence(cli, words, sentence, tmp_path, monkeypatch):
+def test_mistakes_are_one_sentence(cli, arguments, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert_fails(cli(SCRIPT, *words), sentence)
+    assert_fails(cli(SCRIPT, *arguments), sentence)
     assert not list(tmp_path.iterdir())
 
 
 def test_without_onnx(cli, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("mtcl.cli.arguments.find_spec", lambda name: None)
-    words = [str(trained), "--format=onnx", f"--output={tmp_path}/out"]
-    assert_fails(cli(SCRIPT, *words), "pip install 'mtcl[export]'")
+    arguments = [str(trained), "--format=onnx", f"--output={tmp_path}/out"]
+    assert_fails(cli(SCRIPT, *arguments), "pip install 'mtcl[export]'")
     assert not (tmp_path / "out").exists()
 
 
@@ -597,7 +597,7 @@ def test_of_a_hostile_snapshot_only_the_models_own_files_are_taken(folder, tmp_p
     offered |= {"recipe.py": lambda p: p.write_text("evil"), "../../../x": lambda p: None, "setup.py": Path.touch}
     download_model("me/model", folder=out)
     assert {path.name for path in out.iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}
-    before = (out / WEIGHTS_FILE).read_bytes()
+    weights_before = (out / WEIGHTS_FILE).read_bytes()
     for name in HUB_FILES:
         target = folder / METADATA_FILE if name == METADATA_FILE else tmp_path / "mine.txt"
         for make in (lambda p, target=target: p.symlink_to(target), Path.mkdir)[: 1 if name == METADATA_FILE else 2]:
@@ -605,7 +605,7 @@ def test_of_a_hostile_snapshot_only_the_models_own_files_are_taken(folder, tmp_p
             offered[name] = make
             with pytest.raises(UserError, match=f"{name} of what was to go into .* is a link or no file"):
                 download_model("me/model", folder=out)
-            assert (out / WEIGHTS_FILE).read_bytes() == before
+            assert (out / WEIGHTS_FILE).read_bytes() == weights_before
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 

@@ -27,12 +27,12 @@ SMALL = ["decoder.width=12", "decoder.prediction_width=4",
 ROOMS = [*PASCAL[1:], "data=rooms", "tasks.names=[semseg,human_parts,sal,normals,edge]"]
 
 
-def words_of(*words):
-    return [*words, *SMALL]
+def words_of(*overrides):
+    return [*overrides, *SMALL]
 
 
-def channels_of(words):
-    return {name: task.channels for name, task in build_tasks(composed(*words)).items()}
+def channels_of(overrides):
+    return {name: task.channels for name, task in build_tasks(composed(*overrides)).items()}
 
 
 def write(path, state, prefix="module.", **more):
@@ -49,9 +49,9 @@ def write(path, state, prefix="module.", **more):
     return path
 
 
-def published(words, seed=0, **options):
+def published(overrides, seed=0, **options):
     small = {"dim": 24, "depth": 4, "width": 12, "extra": 4}
-    return random_state(published_shapes(channels_of(words), SIZE, **{**small, **options}), seed)
+    return random_state(published_shapes(channels_of(overrides), SIZE, **{**small, **options}), seed)
 
 
 def rebuilt(path):
@@ -67,9 +67,11 @@ def rebuilt(path):
 
 @pytest.mark.parametrize("data", ["pascal", "nyud"])
 def test_invpt_predicts_as_published(data, tmp_path):
-    words = words_of(*PASCAL[1:], f"data={data}")
-    state = published(words)
-    done = import_checkpoint("invpt", write(tmp_path / "theirs.pth.tar", state), tmp_path / "ours.pt", words, CONFIGS)
+    overrides = words_of(*PASCAL[1:], f"data={data}")
+    state = published(overrides)
+    imported = import_checkpoint(
+        "invpt", write(tmp_path / "theirs.pth.tar", state), tmp_path / "ours.pt", overrides, CONFIGS
+    )
     model, ours = rebuilt(tmp_path / "ours.pt")
     assert ours["step"] == 40000
     assert model.mean == (0.485, 0.456, 0.406)
@@ -79,8 +81,8 @@ def test_invpt_predicts_as_published(data, tmp_path):
         sources = [k for k, v in state.items() if v.shape == value.shape and torch.equal(v, value)]
         assert len(sources) == 1, name
     unused_keys = [key for key in state if key.startswith(IDLE)]
-    assert sorted(done.unused_keys) == sorted(unused_keys)
-    assert len(model.state_dict()) == done.num_tensors == len(state) - len(unused_keys)
+    assert sorted(imported.unused_keys) == sorted(unused_keys)
+    assert len(model.state_dict()) == imported.num_tensors == len(state) - len(unused_keys)
 
     image = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -112,35 +114,35 @@ def test_the_published_vit_large_fits(tasks):
 
 
 def test_evaluate_loads_what_was_imported(tmp_path):
-    words = words_of(*ROOMS)
-    source = write(tmp_path / "theirs.pth.tar", published(words))
-    import_checkpoint("invpt", source, tmp_path / "ours.pt", words, CONFIGS)
-    given = [f"checkpoint={tmp_path}/ours.pt", "data.limit=2", "data.workers=0", "trainer.device=cpu",
-             "evaluation.score_boundaries=false", "data.size=[40,72]"]  # fmt: skip
-    config = composed(*given, name="evaluate")
-    metrics = evaluate(config, given, [], tmp_path / "scores")
+    overrides = words_of(*ROOMS)
+    source = write(tmp_path / "theirs.pth.tar", published(overrides))
+    import_checkpoint("invpt", source, tmp_path / "ours.pt", overrides, CONFIGS)
+    evaluation_overrides = [f"checkpoint={tmp_path}/ours.pt", "data.limit=2", "data.workers=0", "trainer.device=cpu",
+                            "evaluation.score_boundaries=false", "data.size=[40,72]"]  # fmt: skip
+    config = composed(*evaluation_overrides, name="evaluate")
+    metrics = evaluate(config, evaluation_overrides, [], tmp_path / "scores")
     assert list(metrics) == ["semseg", "human_parts", "sal", "normals", "edge"]
     with pytest.raises(UserError, match=r"was imported.*weights only"):
-        train(composed(*words, f"resume={tmp_path}/ours.pt", "trainer.device=cpu"), tmp_path / "run")
+        train(composed(*overrides, f"resume={tmp_path}/ours.pt", "trainer.device=cpu"), tmp_path / "run")
 
 
 def test_the_script(tmp_path, capsys, monkeypatch):
-    words = words_of(*PASCAL)
-    source = write(tmp_path / "theirs.pth.tar", published(words))
-    monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", "invpt", str(source), f"{tmp_path}/ours.pt", *words])
+    overrides = words_of(*PASCAL)
+    source = write(tmp_path / "theirs.pth.tar", published(overrides))
+    monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", "invpt", str(source), f"{tmp_path}/ours.pt", *overrides])
     runpy.run_path(str(ROOT / "scripts" / "import_checkpoint.py"), run_name="__main__")
-    told = capsys.readouterr().out
-    assert "each filled from" in told
-    assert "decoder.aggregate_first=False" in told
+    output = capsys.readouterr().out
+    assert "each filled from" in output
+    assert "decoder.aggregate_first=False" in output
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "scripts" / "import_checkpoint.py"), run_name="__main__")
     assert "exists already" in capsys.readouterr().err
 
 
 def test_a_bare_state_dict_will_do(tmp_path):
-    words = words_of(*PASCAL)
-    torch.save(published(words), tmp_path / "bare.pth")
-    import_checkpoint("invpt", tmp_path / "bare.pth", tmp_path / "ours.pt", words, CONFIGS)
+    overrides = words_of(*PASCAL)
+    torch.save(published(overrides), tmp_path / "bare.pth")
+    import_checkpoint("invpt", tmp_path / "bare.pth", tmp_path / "ours.pt", overrides, CONFIGS)
     assert read_checkpoint_file(tmp_path / "ours.pt")["step"] == 0
 
 
@@ -164,7 +166,7 @@ def broken(state, how):
 
 
 @pytest.mark.parametrize(
-    ("how", "told"),
+    ("how", "message"),
     [
         ("unknown key", "1 of .* not known .* multi_task_decoder.novelty.weight"),
         ("a task more", "heads.depth.linear_pred.weight"),
@@ -175,29 +177,29 @@ def broken(state, how):
         ("another backbone", "its backbone is no ViT"),
     ],
 )
-def test_what_does_not_fit_is_refused(how, told, tmp_path):
-    words = words_of(*PASCAL)
-    source = write(tmp_path / "theirs.pth.tar", broken(published(words), how))
-    with pytest.raises(UserError, match=told):
-        import_checkpoint("invpt", source, tmp_path / "ours.pt", words, CONFIGS)
+def test_what_does_not_fit_is_refused(how, message, tmp_path):
+    overrides = words_of(*PASCAL)
+    source = write(tmp_path / "theirs.pth.tar", broken(published(overrides), how))
+    with pytest.raises(UserError, match=message):
+        import_checkpoint("invpt", source, tmp_path / "ours.pt", overrides, CONFIGS)
     assert not (tmp_path / "ours.pt").exists()
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):
-    words, target = words_of(*PASCAL), tmp_path / "ours.pt"
-    source = write(tmp_path / "theirs.pth.tar", published(words))
+    overrides, target = words_of(*PASCAL), tmp_path / "ours.pt"
+    source = write(tmp_path / "theirs.pth.tar", published(overrides))
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save({"model": [1, 2]}, tmp_path / "list.pth")
-    for method, path, given, told in (
-        ("invtp", source, words, "choose one of invpt"),
-        ("invpt", tmp_path / "none.pth", words, "is not a file"),
-        ("invpt", tmp_path / "text.pth", words, "can't be read"),
-        ("invpt", tmp_path / "list.pth", words, "no state dict"),
+    for method, path, given_overrides, message in (
+        ("invtp", source, overrides, "choose one of invpt"),
+        ("invpt", tmp_path / "none.pth", overrides, "is not a file"),
+        ("invpt", tmp_path / "text.pth", overrides, "can't be read"),
+        ("invpt", tmp_path / "list.pth", overrides, "no state dict"),
         ("invpt", source, ["data=pascal", "decoder=multi_head"], "give decoder=invpt"),
         ("invpt", source, ["decoder=nonsense"], "is not known"),
     ):
-        with pytest.raises(UserError, match=told):
-            import_checkpoint(method, path, target, given, CONFIGS)
+        with pytest.raises(UserError, match=message):
+            import_checkpoint(method, path, target, given_overrides, CONFIGS)
     assert not target.exists()
 
 

@@ -30,8 +30,8 @@ def test_every_command_has_a_script_and_a_help_text(cli, command):
 def test_the_commands_are_listed(cli, tmp_path):
     script = tmp_path / "mtcl"
     script.write_text("from mtcl.cli.main import main\nmain()\n")
-    for words in ([], ["--help"]):
-        result = cli(str(script), *words)
+    for arguments in ([], ["--help"]):
+        result = cli(str(script), *arguments)
         assert result.code == 0
         assert all(text in result.out for text in COMMANDS.values())
     assert cli(str(script), "--version").out == f"mtcl {__version__}\n"
@@ -74,8 +74,10 @@ def test_a_wheel_without_extras_has_the_six_commands(tmp_path):
     assert "pip install 'mtcl[demo]'" in failed
 
 
-def call(words: list, folder: Path, code: int = 0) -> str:
+def call(command: list, folder: Path, code: int = 0) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    done = subprocess.run([*map(str, words)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, f"{words}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}"
-    return done.stderr if code else done.stdout
+    process = subprocess.run(
+        [*map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == code, f"{command}\n{process.stdout[-1000:]}\n{process.stderr[-3000:]}"
+    return process.stderr if code else process.stdout

@@ -37,8 +37,8 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def predict(cli, run, tmp_path):
-    def with_words(source, *words: str, output="out"):
-        return cli(SCRIPT, str(run), str(source), f"--output={tmp_path / output}", "--device=cpu", *words)
+    def with_words(source, *arguments: str, output="out"):
+        return cli(SCRIPT, str(run), str(source), f"--output={tmp_path / output}", "--device=cpu", *arguments)
 
     return with_words
 
@@ -69,13 +69,13 @@ def maps_of(*names: str, tasks=TASKS) -> set[str]:
     return {f"{task}/{n}.png" for task in tasks for n in names} | {f"panel/{n}.jpg" for n in names} | {"predict.json"}
 
 
-def fails(result, *words: str) -> None:
+def fails(result, *fragments: str) -> None:
     """Exit code 1 and one sentence that has these words in it."""
     assert result.code == 1, result
     assert "Traceback" not in result.err
     lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.err
-    for word in words:
+    for word in fragments:
         assert word in lines[0], lines[0]
 
 
@@ -86,23 +86,23 @@ def test_maps_are_read_back(predict, run, tmp_path):
     assert written(out) == maps_of("a")
     expected = mtcl.load(run)(tmp_path / "a.png")
     facts = json.loads((out / "predict.json").read_text())
-    found = {task: np.asarray(Image.open(out / task / "a.png")) for task in TASKS}
+    images_read = {task: np.asarray(Image.open(out / task / "a.png")) for task in TASKS}
     for task in ("semseg", "human_parts", "sal"):
-        assert np.array_equal(found[task], expected[task])
-        assert np.array_equal(found[task].dtype, np.uint8)
+        assert np.array_equal(images_read[task], expected[task])
+        assert np.array_equal(images_read[task].dtype, np.uint8)
         classes = facts["tasks"][task]["classes"]
         colours = np.asarray(Image.open(out / task / "a.png").convert("RGB"))
         assert np.array_equal(colours, mtcl.load(run).tasks[task].draw(expected[task]))
-        assert len(classes) > found[task].max()
+        assert len(classes) > images_read[task].max()
     scale = facts["tasks"]["depth"]["metres_per_step"]
-    assert found["depth"].dtype == np.uint16
-    assert np.array_equal(cv2.imread(str(out / "depth/a.png"), cv2.IMREAD_UNCHANGED), found["depth"])
-    assert np.abs(found["depth"] * scale - expected["depth"]).max() <= 0.0005 + 1e-6
+    assert images_read["depth"].dtype == np.uint16
+    assert np.array_equal(cv2.imread(str(out / "depth/a.png"), cv2.IMREAD_UNCHANGED), images_read["depth"])
+    assert np.abs(images_read["depth"] * scale - expected["depth"]).max() <= 0.0005 + 1e-6
     assert expected["depth"].max() > 0.01
-    assert np.abs(found["normals"] / 127.5 - 1 - expected["normals"]).max() <= 0.5 / 127.5 + 1e-6
+    assert np.abs(images_read["normals"] / 127.5 - 1 - expected["normals"]).max() <= 0.5 / 127.5 + 1e-6
     thin = nms(expected["edge"], SAK.smoothing, SAK.radius)
-    assert np.abs(found["edge"] / 255 - thin).max() <= 0.5 / 255 + 1e-6
-    assert (found["edge"] > 0).any()
+    assert np.abs(images_read["edge"] / 255 - thin).max() <= 0.5 / 255 + 1e-6
+    assert (images_read["edge"] > 0).any()
     assert cv2.imread(str(out / "panel/a.jpg")).shape[2] == 3
     assert facts["inputs"] == {str(tmp_path / "a.png"): ["a"]}
     assert (facts["step"], facts["mode"], facts["scales"]) == (2, "resize", [1.0])
@@ -129,12 +129,12 @@ def test_a_folder_with_everything_in_it(predict, tmp_path):
     names = ("a", "b/a", "b/c/ünï ✓ 100%d", "x.png", "x.jpg", "x.jpg.png", "B", "whole")
     assert written(out) == maps_of(*names)
     assert "8 images in" in result.out
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
+    times_before = {path: path.stat().st_mtime_ns for path in out.rglob("*.png")}
     put(folder / "new.png", seed=7)
     again = predict(folder)
     fails(again, "4 of 13 images")
     assert "8 of 13 images have been predicted before" in again.out
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path: path.stat().st_mtime_ns for path in times_before} == times_before
     assert (out / "edge/new.png").is_file()
 
 
@@ -159,15 +159,15 @@ def test_names_of_many_kinds_stay_apart(tmp_path):
 def test_words_of_the_command(predict, tmp_path, monkeypatch):
     put(tmp_path / "in/a.png", height=150, width=90)
     put(tmp_path / "in/b.png", height=24, width=40)
-    seen = []
+    calls = []
     batch = Predictor.predict_batch
 
     def watched(self, pictures):
-        seen.append((len(pictures), self.mode, self.flip, self.scales, self.precision, list(self.tasks)))
+        calls.append((len(pictures), self.mode, self.flip, self.scales, self.precision, list(self.tasks)))
         return batch(self, pictures)
 
     monkeypatch.setattr(Predictor, "predict_batch", watched)
-    words = (
+    arguments = (
         "--mode=sliding_window",
         "--flip",
         "--scales=0.5,1",
@@ -176,16 +176,16 @@ def test_words_of_the_command(predict, tmp_path, monkeypatch):
         "--tasks=depth,sal",
         "--no-panel",
     )
-    result = predict(tmp_path / "in", *words)
+    result = predict(tmp_path / "in", *arguments)
     assert result.code == 0, result.err
-    assert seen == [(2, "sliding_window", True, (0.5, 1.0), "bf16", ["sal", "depth"])]
+    assert calls == [(2, "sliding_window", True, (0.5, 1.0), "bf16", ["sal", "depth"])]
     assert written(tmp_path / "out") == maps_of("a", "b", tasks=("sal", "depth")) - {"panel/a.jpg", "panel/b.jpg"}
     assert Image.open(tmp_path / "out/depth/a.png").size == (90, 150)
 
 
 def test_wrong_words(cli, predict, run, tmp_path):
     put(tmp_path / "a.png")
-    for words, told in [
+    for arguments, message in [
         (["--mod=full"], "did you mean --mode?"),
         (["--mode=huge"], "choose from"),
         (["--flip=yes"], "ignored explicit argument"),
@@ -199,7 +199,7 @@ def test_wrong_words(cli, predict, run, tmp_path):
         (["flip=true"], "options are written --name VALUE"),
         (["--output="], "--output: give a path"),
     ]:
-        fails(predict(tmp_path / "a.png", *words), told)
+        fails(predict(tmp_path / "a.png", *arguments), message)
     fails(predict(tmp_path / "none.png"), "none.png does not exist")
     fails(predict(tmp_path / "none.mp4"), "none.mp4 does not exist")
     (tmp_path / "empty").mkdir()
@@ -230,12 +230,12 @@ def test_what_is_no_file_is_not_waited_for_and_names_do_not_reach_the_terminal_r
         os.chdir(here)
         result = predict(folder)
     fails(result, "4 of 6 images could not be predicted")
-    left = [line for line in result.err.replace("\r", "\n").split("\n") if line.startswith("skipped:")]
-    assert len(left) == 4
-    assert {Path(line.split(" is ")[0].split(" can't ")[0]).name for line in left} == {
+    skipped = [line for line in result.err.replace("\r", "\n").split("\n") if line.startswith("skipped:")]
+    assert len(skipped) == 4
+    assert {Path(line.split(" is ")[0].split(" can't ")[0]).name for line in skipped} == {
         *("bad\\x1b[2J.png", "loop.png", "pipe.png", "zero.png")
     }
-    assert "\x1b" not in "".join(left)
+    assert "\x1b" not in "".join(skipped)
     assert len(written(tmp_path / "out" / "depth")) == 2
     assert json.loads((tmp_path / "out" / "predict.json").read_text())["inputs"]
     for source in (tmp_path / "fifo", "/dev/zero"):
@@ -256,13 +256,13 @@ def test_maps_are_not_written_or_removed_through_links(predict, tmp_path):
     (tmp_path / "real" / "depth" / "sub" / "a.png").unlink()
     (tmp_path / "real" / "depth" / "sub").rmdir()
     (tmp_path / "real" / "depth" / "sub").symlink_to(tmp_path / "mine")
-    words = ("--no-panel", "--tasks=depth", "--overwrite", "--flip")
-    fails(predict(tmp_path / "in", *words), "leads out of --output")
+    arguments = ("--no-panel", "--tasks=depth", "--overwrite", "--flip")
+    fails(predict(tmp_path / "in", *arguments), "leads out of --output")
     assert mine.read_bytes() == content
     (tmp_path / "real" / "depth" / "sub").unlink()
     (tmp_path / "real" / "depth").rmdir()
     (tmp_path / "real" / "depth").symlink_to(tmp_path / "mine")
-    fails(predict(tmp_path / "in", *words), "holds the link depth to ")
+    fails(predict(tmp_path / "in", *arguments), "holds the link depth to ")
     assert mine.read_bytes() == content
 
 
@@ -279,22 +279,22 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(predict, tmp_path):
     put(tmp_path / "two/b.png", seed=3)
     assert predict(tmp_path / "one").code == 0
     depth = tmp_path / "out/depth/a.png"
-    before = depth.read_bytes()
+    depth_before = depth.read_bytes()
     result = predict(tmp_path / "two", "--tasks=depth,edge")  # another picture of the same name
     fails(result, "1 of 2 images")
     assert "another input" in result.err
-    assert depth.read_bytes() == before
+    assert depth.read_bytes() == depth_before
     assert (tmp_path / "out/depth/b.png").is_file()
     facts = json.loads((tmp_path / "out/predict.json").read_text())
     assert facts["inputs"] == {str(tmp_path / "one"): ["a"], str(tmp_path / "two"): ["b"]}
     assert set(facts["tasks"]) == set(TASKS)
     for _ in range(2):  # what was refused is not taken for done the next time
         fails(predict(tmp_path / "two"), "1 of 2 images")
-        assert depth.read_bytes() == before
+        assert depth.read_bytes() == depth_before
     fails(predict(tmp_path / "one", "--flip"), "flip=False, not True", "--overwrite")
-    assert depth.read_bytes() == before
+    assert depth.read_bytes() == depth_before
     assert predict(tmp_path / "two", "--overwrite").code == 0
-    assert depth.read_bytes() != before
+    assert depth.read_bytes() != depth_before
     facts = json.loads((tmp_path / "out/predict.json").read_text())
     assert facts["inputs"] == {str(tmp_path / "one"): [], str(tmp_path / "two"): ["a", "b"]}
     elsewhere = put(tmp_path / "mine.png")
@@ -312,21 +312,21 @@ def test_maps_of_two_models_are_never_mixed(predict, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/mine.txt").write_text("kept")
     assert predict(tmp_path / "in").code == predict(tmp_path / "more").code == 0
-    write, seen = images.write_maps, []
+    write, calls = images.write_maps, []
 
-    def interrupted(*words):
-        seen.append(words)
-        if len(seen) == 2:
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
             raise KeyboardInterrupt
-        write(*words)
+        write(*args)
 
     monkeypatch.setattr(images, "write_maps", interrupted)
     monkeypatch.setattr(images, "MAX_UNWRITTEN_PIXELS", -1)
-    words = ("--flip", "--tasks=depth")
-    assert predict(tmp_path / "in", *words, "--overwrite").code == 130
+    arguments = ("--flip", "--tasks=depth")
+    assert predict(tmp_path / "in", *arguments, "--overwrite").code == 130
     assert written(tmp_path / "out") <= maps_of("a", "b", "c", tasks=["depth"]) | {"mine.txt"}
     monkeypatch.undo()
-    result = predict(tmp_path / "in", *words)
+    result = predict(tmp_path / "in", *arguments)
     assert result.code == 0, result.err
     assert written(tmp_path / "out") == maps_of("a", "b", "c", tasks=["depth"]) | {"mine.txt"}
     facts = json.loads((tmp_path / "out/predict.json").read_text())
@@ -343,19 +343,20 @@ def test_an_output_inside_the_input_is_not_predicted_the_next_time(predict, tmp_
 
 def test_maps_never_replace_pictures(predict, tmp_path):
     path = put(tmp_path / "in/depth/a.png")
-    before = path.read_bytes()
+    content_before = path.read_bytes()
     for source in (tmp_path / "in", path, path.parent):
         fails(predict(source, output="in"), "choose another --output")
-    assert path.read_bytes() == before
+    assert path.read_bytes() == content_before
     assert written(tmp_path / "in") == {"depth/a.png"}
     put(tmp_path / "in/fine/b.png")
     assert predict(tmp_path / "in/fine", "--tasks=sal", output="in").code == 0
 
 
 @pytest.mark.parametrize(
-    ("code", "told"), [(errno.ENOSPC, ["no space left", "free some"]), (errno.EACCES, ["out/semseg can't be written"])]
+    ("code", "fragments"),
+    [(errno.ENOSPC, ["no space left", "free some"]), (errno.EACCES, ["out/semseg can't be written"])],
 )
-def test_no_space_or_no_rights(predict, tmp_path, monkeypatch, code, told):
+def test_no_space_or_no_rights(predict, tmp_path, monkeypatch, code, fragments):
     put(tmp_path / "in/a.png")
     put(tmp_path / "in/b.png")
     write_map = output_module.write_map
@@ -366,7 +367,7 @@ def test_no_space_or_no_rights(predict, tmp_path, monkeypatch, code, told):
         write_map(path, task, array)
 
     monkeypatch.setattr(output_module, "write_map", refuse)
-    fails(predict(tmp_path / "in"), *told)
+    fails(predict(tmp_path / "in"), *fragments)
     assert written(tmp_path / "out") == maps_of("a")
 
 
@@ -390,14 +391,14 @@ def test_a_name_that_the_disk_does_not_take_leaves_the_others(predict, tmp_path)
 def test_what_is_done_stays_after_ctrl_c(predict, tmp_path, monkeypatch, method):
     for name in "abc":
         put(tmp_path / f"in/{name}.png")
-    work, seen = getattr(Predictor, method), []
+    work, calls = getattr(Predictor, method), []
 
-    def interrupted(self, given):
-        if not isinstance(given, np.ndarray):
-            seen.append(given)
-            if len(seen) == 2:
+    def interrupted(self, item):
+        if not isinstance(item, np.ndarray):
+            calls.append(item)
+            if len(calls) == 2:
                 raise KeyboardInterrupt
-        return work(self, given)
+        return work(self, item)
 
     monkeypatch.setattr(Predictor, method, interrupted)
     result = predict(tmp_path / "in")
@@ -454,9 +455,9 @@ def test_few_unwritten_maps_are_kept(predict, tmp_path, monkeypatch):
         most.append(len(waiting))
         return work(self, pictures)
 
-    def slow(*words):
+    def slow(*args):
         time.sleep(0.2)
-        write(*words)
+        write(*args)
         waiting.pop()
 
     monkeypatch.setattr(Predictor, "_predict_group", counted)
@@ -490,10 +491,10 @@ def test_a_video(predict, run, tmp_path):
     out = tmp_path / "out"
     frames = {f"{task}/film/{i:06d}.png" for task in ("depth", "sal") for i in range(5)}
     assert written(out) == frames | {"film.mp4", "predict.json"}
-    made = cv2.VideoCapture(str(out / "film.mp4"))
-    assert made.get(cv2.CAP_PROP_FPS) == pytest.approx(29.97, abs=0.01)
-    assert made.get(cv2.CAP_PROP_FRAME_COUNT) == 5
-    tiles = [made.read()[1] for _ in range(5)]
+    film = cv2.VideoCapture(str(out / "film.mp4"))
+    assert film.get(cv2.CAP_PROP_FPS) == pytest.approx(29.97, abs=0.01)
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 5
+    tiles = [film.read()[1] for _ in range(5)]
     assert [tile.shape for tile in tiles] == [tiles[0].shape] * 5
     assert tiles[4].mean() > tiles[0].mean() + 1  # the picture is in it
     assert "5 frames in" in result.out
@@ -501,11 +502,11 @@ def test_a_video(predict, run, tmp_path):
     assert "100%" in result.err
     capture = cv2.VideoCapture(str(source))
     first = mtcl.load(run)(cv2.cvtColor(capture.read()[1], cv2.COLOR_BGR2RGB))
-    found = np.asarray(Image.open(out / "depth/film/000000.png"))
-    assert np.abs(found / 1000 - first["depth"]).max() < 0.001
-    before = (out / "film.mp4").read_bytes()
+    depth = np.asarray(Image.open(out / "depth/film/000000.png"))
+    assert np.abs(depth / 1000 - first["depth"]).max() < 0.001
+    film_before = (out / "film.mp4").read_bytes()
     fails(predict(source, "--tasks=depth,sal"), "film.mp4 exists already")
-    assert (out / "film.mp4").read_bytes() == before
+    assert (out / "film.mp4").read_bytes() == film_before
     fails(predict(source, "--overwrite", output="."), "is the video itself")
     assert cv2.VideoCapture(str(source)).get(cv2.CAP_PROP_FRAME_COUNT) == 5
 
@@ -517,8 +518,8 @@ def test_the_beginning_of_a_video(predict, tmp_path):
 
 
 def test_videos_that_are_none(predict, tmp_path):
-    whole = video(tmp_path / "whole.mp4", 1).read_bytes()
-    for name, content in [("text.mp4", b"hello"), ("empty.mp4", b""), ("cut.mp4", whole[: len(whole) // 2])]:
+    film = video(tmp_path / "whole.mp4", 1).read_bytes()
+    for name, content in [("text.mp4", b"hello"), ("empty.mp4", b""), ("cut.mp4", film[: len(film) // 2])]:
         (tmp_path / name).write_bytes(content)
         result = predict(tmp_path / name)
         fails(result, name, "no frame that can be read")
@@ -529,10 +530,10 @@ def test_videos_that_are_none(predict, tmp_path):
 def test_frames_of_a_film_and_pictures_of_a_folder_do_not_mix(predict, tmp_path):
     put(tmp_path / "in/film/000000.png")
     assert predict(tmp_path / "in", "--tasks=sal").code == 0
-    before = (tmp_path / "out/sal/film/000000.png").read_bytes()
+    map_before = (tmp_path / "out/sal/film/000000.png").read_bytes()
     source = video(tmp_path / "film.mp4")
     fails(predict(source, "--tasks=sal", "--save-frames"), "maps of another input's film/", "choose another --output")
-    assert (tmp_path / "out/sal/film/000000.png").read_bytes() == before
+    assert (tmp_path / "out/sal/film/000000.png").read_bytes() == map_before
     assert predict(source, "--tasks=sal").code == 0  # alone it has a name of its own
 
     assert predict(source, "--tasks=sal", "--save-frames", output="other").code == 0
@@ -551,8 +552,8 @@ def test_a_video_whose_length_is_wrong_in_its_header_is_read_to_its_end(predict,
             self.capture = real(source)
             self.lies = str(source).endswith("walk.mp4") and "out" not in str(source)
 
-        def get(self, what):
-            return self.says if self.lies and what == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(what)
+        def get(self, prop):
+            return self.says if self.lies and prop == cv2.CAP_PROP_FRAME_COUNT else self.capture.get(prop)
 
         def __getattr__(self, name):
             return getattr(self.capture, name)
@@ -577,11 +578,11 @@ def test_a_video_that_ends_early(predict, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, OSError])
 def test_half_a_video_is_not_left(predict, tmp_path, monkeypatch, error):
-    draw, seen = videos.draw_predictions, []
+    draw, calls = videos.draw_predictions, []
 
     def failing(*args, **kwargs):
-        seen.append(1)
-        if len(seen) == 3:
+        calls.append(1)
+        if len(calls) == 3:
             raise error("a reason")
         return draw(*args, **kwargs)
 
@@ -613,8 +614,8 @@ class Camera:
     def __init__(self, count: int):
         self.count = count
 
-    def get(self, what):
-        return 10.0 if what == cv2.CAP_PROP_FPS else -1.0
+    def get(self, prop):
+        return 10.0 if prop == cv2.CAP_PROP_FPS else -1.0
 
     def read(self):
         self.count -= 1

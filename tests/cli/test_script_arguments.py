@@ -39,8 +39,8 @@ CASES = {
 SCRIPTS = sorted(CASES)
 
 
-def check(result, script, *words):
-    assert_fails(result, *words)
+def check(result, script, *fragments):
+    assert_fails(result, *fragments)
     assert "usage:" not in result.out + result.err, script
     assert len(result.err.splitlines()) == 1, result.err
 

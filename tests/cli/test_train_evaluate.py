@@ -63,9 +63,9 @@ def test_train_writes_everything(cli, tmp_path):
 
 
 def test_train_refuses_a_folder_with_a_run(cli, trained):
-    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    files_before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     assert_fails(cli("train.py", *TINY, f"hydra.run.dir={trained}"), str(trained), "resume=auto")
-    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert files_before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 
 
 def test_dry_run(cli, tmp_path):
@@ -75,11 +75,11 @@ def test_dry_run(cli, tmp_path):
     assert read_checkpoint_file(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
 
 
-@pytest.mark.parametrize("words", [["tasks.names=[depth,semseg]"], ["tasks=single_normals"], ["tasks=pascal"]])
-def test_task_subsets(cli, tmp_path, words):
-    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
+@pytest.mark.parametrize("overrides", [["tasks.names=[depth,semseg]"], ["tasks=single_normals"], ["tasks=pascal"]])
+def test_task_subsets(cli, tmp_path, overrides):
+    result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
-    names = composed(*words).tasks.names
+    names = composed(*overrides).tasks.names
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == set(names)
     if len(names) == 1:
         assert "the regularizer is off" in result.out
@@ -88,18 +88,18 @@ def test_task_subsets(cli, tmp_path, words):
 @pytest.mark.slow
 def test_resume_auto_looks_in_its_folder_then_among_its_siblings(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [*TINY, "name=mine", "resume=auto"]
-    result = cli("train.py", *words, "hydra.run.dir=outputs/mine/first")
+    overrides = [*TINY, "name=mine", "resume=auto"]
+    result = cli("train.py", *overrides, "hydra.run.dir=outputs/mine/first")
     assert "starting afresh" in result.out
-    result = cli("train.py", *words, "trainer.max_steps=3", "hydra.run.dir=outputs/mine/other")
+    result = cli("train.py", *overrides, "trainer.max_steps=3", "hydra.run.dir=outputs/mine/other")
     assert "starting afresh" in result.out, "a folder named by the user has no siblings"
-    result = cli("train.py", *words, "trainer.max_steps=3", "hydra.run.dir=outputs/mine/first")
+    result = cli("train.py", *overrides, "trainer.max_steps=3", "hydra.run.dir=outputs/mine/first")
     assert f"resumed at step 2 from {tmp_path}/outputs/mine/first/checkpoints/last.pt" in result.out
-    result = cli("train.py", *words, "trainer.max_steps=4", "seed=1")
+    result = cli("train.py", *overrides, "trainer.max_steps=4", "seed=1")
     assert "starting afresh" in result.out, "a run of another seed is not this one"
-    result = cli("train.py", *words, "trainer.max_steps=3")
+    result = cli("train.py", *overrides, "trainer.max_steps=3")
     assert "starting afresh" in result.out, "a finished run is not continued"
-    result = cli("train.py", *words, "trainer.max_steps=4")
+    result = cli("train.py", *overrides, "trainer.max_steps=4")
     assert "resumed at step 3 from" in result.out
 
 
@@ -124,8 +124,8 @@ def test_evaluate_repeats_the_training_runs_numbers(cli, trained, tmp_path, monk
 
 
 def test_evaluate_takes_overrides(cli, trained, tmp_path):
-    words = ["data.split=tune", "data.limit=2", "data.size=[64,64]"]
-    result = cli("evaluate.py", f"checkpoint={trained}/checkpoints/best.pt", *words, f"hydra.run.dir={tmp_path}/a")
+    overrides = ["data.split=tune", "data.limit=2", "data.size=[64,64]"]
+    result = cli("evaluate.py", f"checkpoint={trained}/checkpoints/best.pt", *overrides, f"hydra.run.dir={tmp_path}/a")
     assert result.code == 0, result.err
     facts = json.loads((tmp_path / "a" / "run.json").read_text())
     assert (facts["split"], facts["num_images"]) == ("tune", 2)
@@ -134,8 +134,8 @@ def test_evaluate_takes_overrides(cli, trained, tmp_path):
 def test_evaluate_knows_the_keys_of_the_checkpoints_own_dataset(cli, tmp_path):
     """A dataset other than the default one, with options of its own; trained on a machine with another device."""
     root = tiny_nyud(tmp_path / "data")
-    words = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", f"data.cache={tmp_path}/cache"]
-    assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run").code == 0
+    overrides = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", f"data.cache={tmp_path}/cache"]
+    assert cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/run").code == 0
     path = tmp_path / "run" / "checkpoints" / "last.pt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["config"]["trainer"]["device"] = "cuda"
@@ -144,8 +144,8 @@ def test_evaluate_knows_the_keys_of_the_checkpoints_own_dataset(cli, tmp_path):
     assert result.code == 0, result.err
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("run", "same"))
     assert a == b
-    words = ["data.options.resize=[64,96]", "data.size=[64,96]"]
-    assert cli("evaluate.py", f"checkpoint={path}", *words, f"hydra.run.dir={tmp_path}/larger").code == 0
+    overrides = ["data.options.resize=[64,96]", "data.size=[64,96]"]
+    assert cli("evaluate.py", f"checkpoint={path}", *overrides, f"hydra.run.dir={tmp_path}/larger").code == 0
     assert json.loads((tmp_path / "larger" / "metrics.json").read_text()) != a
     moved = (tmp_path / "data").rename(tmp_path / "moved")
     result = cli("evaluate.py", f"checkpoint={path}", f"data.root={moved}", f"hydra.run.dir={tmp_path}/moved_too")
@@ -154,8 +154,8 @@ def test_evaluate_knows_the_keys_of_the_checkpoints_own_dataset(cli, tmp_path):
 
 def test_pascal_is_trained_and_evaluated(cli, tmp_path):
     write_archive(tmp_path / "PASCALContext", [f"2008_{n:06d}" for n in range(4)], ["2009_000001"])
-    words = ["data=pascal", f"data.root={tmp_path}", f"data.cache={tmp_path}/cache", "data.label_assignment=random"]
-    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
+    overrides = ["data=pascal", f"data.root={tmp_path}", f"data.cache={tmp_path}/cache", "data.label_assignment=random"]
+    result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     assert "parts, masks of normals, edges derived once" in result.out
     assert set(json.loads((tmp_path / "run" / "metrics.json").read_text())) == {
@@ -174,57 +174,57 @@ def test_pascal_is_trained_and_evaluated(cli, tmp_path):
 @pytest.mark.slow
 def test_damage_in_the_middle_of_training_is_one_sentence_and_damage_of_the_cache_is_mended(cli, tmp_path):
     root = tiny_nyud(tmp_path / "data")
-    words = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", f"data.cache={tmp_path}/cache"]
-    words += ["data.workers=2", "trainer.max_steps=4"]
-    assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/first").code == 0
+    overrides = ["data=nyud", f"data.root={root}", "data.options.resize=[32,64]", f"data.cache={tmp_path}/cache"]
+    overrides += ["data.workers=2", "trainer.max_steps=4"]
+    assert cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/first").code == 0
     entries = list((tmp_path / "cache").rglob("*.array"))
     assert len(entries) == 4 * 5
     for path in entries:
         path.write_bytes(path.read_bytes()[:-7])
-    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/second")
+    result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/second")
     assert result.code == 0, result.err
     a, b = ((tmp_path / name / "metrics.json").read_text() for name in ("first", "second"))
     assert a == b
     path = root / "normals" / "c.png"
     path.write_bytes(path.read_bytes()[:-100])
-    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/third")
+    result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/third")
     assert_fails(result, str(path), "truncated or damaged")
 
 
 @pytest.mark.slow
 def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path):
-    words = ["tasks=single_edge", "trainer.max_steps=2", "trainer.val_interval=1"]
+    overrides = ["tasks=single_edge", "trainer.max_steps=2", "trainer.val_interval=1"]
     validations = {}
     for name, word in {
         "end": "seed=0",
         "quick": "evaluation.fast_boundaries=[5,1]",
         "never": "evaluation.score_boundaries=false",
     }.items():
-        result = cli("train.py", *TINY, *words, word, f"hydra.run.dir={tmp_path}/{name}")
+        result = cli("train.py", *TINY, *overrides, word, f"hydra.run.dir={tmp_path}/{name}")
         assert result.code == 0, result.err
         records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         validations[name] = ["edge/odsF" in record for record in records if record["kind"] == "val"]
         metrics = json.loads((tmp_path / name / "metrics.json").read_text())["edge"]
         assert ("odsF" in metrics) == (name != "never")
         assert "loss" in metrics
-    words = ["tasks=single_edge", "evaluation.fast_boundaries=[5,1]", "evaluation.score_boundaries=false"]
-    assert cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/both").code == 0
+    overrides = ["tasks=single_edge", "evaluation.fast_boundaries=[5,1]", "evaluation.score_boundaries=false"]
+    assert cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/both").code == 0
     assert validations == {"end": [False, False, True], "quick": [True] * 3, "never": [False] * 3}
     checkpoint = tmp_path / "end" / "checkpoints" / "last.pt"
-    words = [f"checkpoint={checkpoint}", f"hydra.run.dir={tmp_path}/again"]
-    assert cli("evaluate.py", *words).code == 0
+    overrides = [f"checkpoint={checkpoint}", f"hydra.run.dir={tmp_path}/again"]
+    assert cli("evaluate.py", *overrides).code == 0
     a, b = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("end", "again"))
     assert a == b
-    words = [f"checkpoint={checkpoint}", "data.boundary_distance=0.2", f"hydra.run.dir={tmp_path}/far"]
-    assert cli("evaluate.py", *words).code == 0  # the distance is that of the data scored
+    overrides = [f"checkpoint={checkpoint}", "data.boundary_distance=0.2", f"hydra.run.dir={tmp_path}/far"]
+    assert cli("evaluate.py", *overrides).code == 0  # the distance is that of the data scored
     assert json.loads((tmp_path / "far" / "metrics.json").read_text())["edge"]["odsF"] > a["edge"]["odsF"]
-    words = [f"checkpoint={checkpoint}", "evaluation.options.edge.preset=invpt", f"hydra.run.dir={tmp_path}/invpt"]
-    assert cli("evaluate.py", *words).code == 0
+    overrides = [f"checkpoint={checkpoint}", "evaluation.options.edge.preset=invpt", f"hydra.run.dir={tmp_path}/invpt"]
+    assert cli("evaluate.py", *overrides).code == 0
     assert json.loads((tmp_path / "invpt" / "metrics.json").read_text())["edge"] != a["edge"]
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("evaluation.options.edge.preset=matlab", "matlab"),
         ("evaluation.options.sal.protocol=old", "old"),
@@ -232,8 +232,8 @@ def test_edges_get_their_odsF_at_the_end_and_before_it_on_request(cli, tmp_path)
         ("evaluation.fast_boundaries=[9]", "evaluation.fast_boundaries"),
     ],
 )
-def test_impossible_ways_of_scoring_are_refused_before_training(cli, tmp_path, word, told):
-    assert_fails(cli("train.py", *TINY, word, f"hydra.run.dir={tmp_path}/run"), told)
+def test_impossible_ways_of_scoring_are_refused_before_training(cli, tmp_path, word, message):
+    assert_fails(cli("train.py", *TINY, word, f"hydra.run.dir={tmp_path}/run"), message)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -262,8 +262,8 @@ def test_the_table_leaves_out_what_nobody_reads():
 
 def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_path):
     """One label a picture, two pictures a step, six tasks: most have none."""
-    words = ["data.label_assignment=one", "data.options.length=[12,2]", "data.limit=null", "trainer.max_steps=3"]
-    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
+    overrides = ["data.label_assignment=one", "data.options.length=[12,2]", "data.limit=null", "trainer.max_steps=3"]
+    result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     assert "labels of 12 images: semseg 2, human_parts 2, sal 2, depth 2, normals 2, edge 2" in result.out
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -278,9 +278,9 @@ def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_pa
 @pytest.mark.slow
 def test_a_seed_of_labels_and_a_rule_for_normals_reach_the_data(cli, tmp_path):
     losses = []
-    for words in ([], ["data.label_assignment=random"], ["data.label_assignment=random", "data.labels_seed=1"]):
+    for overrides in ([], ["data.label_assignment=random"], ["data.label_assignment=random", "data.labels_seed=1"]):
         folder = tmp_path / str(len(losses))
-        assert cli("train.py", *TINY, *words, "trainer.max_steps=1", f"hydra.run.dir={folder}").code == 0
+        assert cli("train.py", *TINY, *overrides, "trainer.max_steps=1", f"hydra.run.dir={folder}").code == 0
         record = json.loads((folder / "log.jsonl").read_text().splitlines()[-2])
         losses.append(tuple(record.items()))
     assert len(set(losses)) == 3
@@ -293,14 +293,14 @@ def test_evaluate_asks_no_hub_for_weights(cli, tmp_path, monkeypatch):
     checkpoint = torch.load(_trained_copy(tmp_path), weights_only=True)
     checkpoint["config"]["backbone"]["weights"] = "hub"
     torch.save(checkpoint, tmp_path / "hub.pt")
-    seen = []
+    weights = []
     original = mtcl.config.build_model.build_backbone
     monkeypatch.setattr(
-        "mtcl.config.build_model.build_backbone", lambda *a, **k: (seen.append(k["weights"]), original(*a, **k))[1]
+        "mtcl.config.build_model.build_backbone", lambda *a, **k: (weights.append(k["weights"]), original(*a, **k))[1]
     )
     result = cli("evaluate.py", f"checkpoint={tmp_path}/hub.pt", f"hydra.run.dir={tmp_path}/a")
     assert result.code == 0, result.err
-    assert set(seen) == {None}
+    assert set(weights) == {None}
 
 
 def _trained_copy(folder):
@@ -382,12 +382,12 @@ TRAIN_MISTAKES = {
 @pytest.mark.parametrize("mistake", TRAIN_MISTAKES)
 def test_train_says_what_is_wrong(cli, tmp_path, monkeypatch, mistake):
     monkeypatch.setenv("HOME", "/home of mine")
-    words, named = TRAIN_MISTAKES[mistake]
-    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path}/run")
-    assert_fails(result, *named)
+    overrides, fragments = TRAIN_MISTAKES[mistake]
+    result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/run")
+    assert_fails(result, *fragments)
     assert "weights_only" not in result.err
-    left = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".json", ".png")]
-    assert not left, "nothing that looks like a run's results"
+    results = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".json", ".png")]
+    assert not results, "nothing that looks like a run's results"
     if mistake != "one value per channel":  # that shows in the first step
         assert not list((tmp_path / "run").rglob("*"))
 
@@ -402,11 +402,11 @@ FOLDER_MISTAKES = {
 
 @pytest.mark.parametrize("mistake", FOLDER_MISTAKES)
 def test_a_run_folder_that_cannot_be_is_a_sentence(cli, tmp_path, mistake):
-    name, named = FOLDER_MISTAKES[mistake]
+    name, fragments = FOLDER_MISTAKES[mistake]
     (tmp_path / "file").touch()
     (tmp_path / "circle").symlink_to("circle")
     result = cli("train.py", *TINY, f"hydra.run.dir={tmp_path}/{name}")
-    assert_fails(result, *named, "choose another hydra.run.dir")
+    assert_fails(result, *fragments, "choose another hydra.run.dir")
     assert len(result.err) < 500
 
 
@@ -418,8 +418,8 @@ def test_cuda_without_cuda(cli, tmp_path):
 def test_evaluate_says_what_is_wrong(cli, trained, tmp_path):
     good = f"checkpoint={trained}/checkpoints/last.pt"
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    whole = (trained / "checkpoints" / "last.pt").read_bytes()
-    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    content = (trained / "checkpoints" / "last.pt").read_bytes()
+    (tmp_path / "half.pt").write_bytes(content[: len(content) // 2])
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
     cases = [
         ([], ["checkpoint"]),
@@ -435,9 +435,9 @@ def test_evaluate_says_what_is_wrong(cli, trained, tmp_path):
         ([good, "~data.limit"], ["data.limit"]),
         ([good, "data=nyud", "data.root=no/such/root"], ["human_parts", "nyud"]),
     ]
-    for number, (words, named) in enumerate(cases):
-        result = cli("evaluate.py", *words, f"hydra.run.dir={tmp_path}/{number}")
-        assert_fails(result, *named)
+    for number, (overrides, fragments) in enumerate(cases):
+        result = cli("evaluate.py", *overrides, f"hydra.run.dir={tmp_path}/{number}")
+        assert_fails(result, *fragments)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "metrics.json").write_text("mine")
     assert_fails(cli("evaluate.py", good, f"hydra.run.dir={tmp_path}/full"), "metrics.json")
@@ -451,8 +451,8 @@ def test_some_of_a_checkpoints_tasks_are_scored_as_with_all_of_them(cli, trained
     assert result.code == 0, result.err
     assert "* the task's main metric" in result.out
     scored = json.loads((tmp_path / "few=2" / "metrics.json").read_text())
-    whole = json.loads((trained / "metrics.json").read_text())
-    assert scored == {name: whole[name] for name in ("semseg", "depth")}
+    all_scores = json.loads((trained / "metrics.json").read_text())
+    assert scored == {name: all_scores[name] for name in ("semseg", "depth")}
     assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == ["depth", "semseg"]
     checkpoint = torch.load(trained / "checkpoints" / "last.pt", weights_only=True)
     del checkpoint["meta"]["tasks"]["depth"]
@@ -462,24 +462,24 @@ def test_some_of_a_checkpoints_tasks_are_scored_as_with_all_of_them(cli, trained
 
 
 def test_resume_with_other_tasks_is_refused(cli, trained, tmp_path):
-    words = ["tasks=nyud", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
-    assert_fails(cli("train.py", *TINY, *words), "last.pt", "human_parts")
+    overrides = ["tasks=nyud", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
+    assert_fails(cli("train.py", *TINY, *overrides), "last.pt", "human_parts")
     other = tmp_path / "other"
     assert cli("train.py", *TINY, f"hydra.run.dir={other}").code == 0
-    before = (other / "checkpoints" / "last.pt").read_bytes()
+    checkpoint_before = (other / "checkpoints" / "last.pt").read_bytes()
     assert_fails(
         cli("train.py", *TINY, f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={other}"), "already holds a run"
     )
-    assert before == (other / "checkpoints" / "last.pt").read_bytes()
-    words = ["decoder.width=24", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
-    assert_fails(cli("train.py", *TINY, *words), "last.pt", "decoder.width is 24, was 16")
-    words = ["optimizer=sgd", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
-    assert_fails(cli("train.py", *TINY, *words), "last.pt", "adamw", "sgd")
-    words = ["trainer.max_steps=1", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
-    assert_fails(cli("train.py", *TINY, *words), "is at step 2, behind trainer.max_steps=1")
+    assert checkpoint_before == (other / "checkpoints" / "last.pt").read_bytes()
+    overrides = ["decoder.width=24", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
+    assert_fails(cli("train.py", *TINY, *overrides), "last.pt", "decoder.width is 24, was 16")
+    overrides = ["optimizer=sgd", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
+    assert_fails(cli("train.py", *TINY, *overrides), "last.pt", "adamw", "sgd")
+    overrides = ["trainer.max_steps=1", f"resume={trained}/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/run"]
+    assert_fails(cli("train.py", *TINY, *overrides), "is at step 2, behind trainer.max_steps=1")
     log = (trained / "log.jsonl").read_text()
-    words = ["decoder.width=24", f"resume={trained}/checkpoints/best.pt", f"hydra.run.dir={trained}"]
-    assert_fails(cli("train.py", *TINY, *words), "best.pt", "does not fit")
+    overrides = ["decoder.width=24", f"resume={trained}/checkpoints/best.pt", f"hydra.run.dir={trained}"]
+    assert_fails(cli("train.py", *TINY, *overrides), "best.pt", "does not fit")
     assert (trained / "log.jsonl").read_text() == log
 
 
@@ -520,12 +520,12 @@ def test_real_frames(cli, tmp_path):
     import sys
 
     subprocess.run([sys.executable, shared / "nyud_mini" / "unpack.py", tmp_path / "data"], check=True)
-    words = ["experiment=nyud_small_cpu", f"data.root={tmp_path}/data", f"data.cache={tmp_path}/cache",
-             "debug=tiny", "data.limit=8",
-             f"backbone.weights={shared}/weights/mobilenetv2_100_imagenet.safetensors",
-             "backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]",
-             "backbone.kwargs={pad_type:same}"]  # fmt: skip
-    result = cli("train.py", *words, f"hydra.run.dir={tmp_path}/run")
+    overrides = ["experiment=nyud_small_cpu", f"data.root={tmp_path}/data", f"data.cache={tmp_path}/cache",
+                 "debug=tiny", "data.limit=8",
+                 f"backbone.weights={shared}/weights/mobilenetv2_100_imagenet.safetensors",
+                 "backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]",
+                 "backbone.kwargs={pad_type:same}"]  # fmt: skip
+    result = cli("train.py", *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     (tmp_path / "data" / "NYUDv2" / "gt_sets" / "train.txt").unlink()  # evaluation must not want it
     result = cli("evaluate.py", f"checkpoint={tmp_path}/run/checkpoints/last.pt", f"hydra.run.dir={tmp_path}/evaluated")

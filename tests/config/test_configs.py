@@ -224,9 +224,9 @@ def test_published_experiments_say_what_they_reproduce(experiment):
     assert config.name == experiment
     data, decoder, backbone = re.fullmatch(rf"(nyud|pascal)_({DECODERS})_(.*)", experiment).groups()  # type: ignore[union-attr]
     choice = chosen(experiment)
-    named = {"hrnet18": "hrnet_w18_small", "hrnet48": "hrnet_w48", "resnet18": "resnet18_dilated",
-             "resnet50": "resnet50_dilated"}.get(backbone, backbone)  # fmt: skip
-    assert (choice["data"], choice["decoder"], choice["backbone"]) == (data, decoder, named)
+    expected_files = {"hrnet18": "hrnet_w18_small", "hrnet48": "hrnet_w48", "resnet18": "resnet18_dilated",
+                      "resnet50": "resnet50_dilated"}.get(backbone, backbone)  # fmt: skip
+    assert (choice["data"], choice["decoder"], choice["backbone"]) == (data, decoder, expected_files)
     edge = 0.8 if data == "nyud" and choice["recipe"] in ("atrc", "mqtransformer") else 0.95
     assert config.loss.options.edge.positive_weight == edge
 
@@ -288,16 +288,16 @@ def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_pa
     choice = chosen(experiment)
     if choice["recipe"] == "lora":
         pytest.importorskip("peft")
-    words = [f"experiment={experiment}", "debug=tiny", "data=rooms", "data.size=[32,64]", "data.batch_size=2",
-             "data.augment.scale=[1.0,1.2]", "data.limit=2", "trainer.max_steps=1", "trainer.val_interval=null",
-             "trainer.validate_first=false", "trainer.num_panels=0", "trainer.device=cpu"]  # fmt: skip
-    words += shrunk(choice["decoder"], choice["backbone"])
+    overrides = [f"experiment={experiment}", "debug=tiny", "data=rooms", "data.size=[32,64]", "data.batch_size=2",
+                 "data.augment.scale=[1.0,1.2]", "data.limit=2", "trainer.max_steps=1", "trainer.val_interval=null",
+                 "trainer.validate_first=false", "trainer.num_panels=0", "trainer.device=cpu"]  # fmt: skip
+    overrides += shrunk(choice["decoder"], choice["backbone"])
     if choice["data"] in ("nyud", "pascal"):  # their tasks; a genotype of ATRC is for these and no others
-        words.append(f"tasks={choice['data']}")
+        overrides.append(f"tasks={choice['data']}")
     if composed(f"experiment={experiment}", "data=rooms").data.options.get("resize", None) is not None:
-        words.append("~data.options.resize")
+        overrides.append("~data.options.resize")
     if not contrast:
-        words.append("regularizer=none")
-    metrics = train(composed(*words), tmp_path)
-    assert set(metrics) == set(build_tasks(composed(*words)))
+        overrides.append("regularizer=none")
+    metrics = train(composed(*overrides), tmp_path)
+    assert set(metrics) == set(build_tasks(composed(*overrides)))
     assert (tmp_path / "checkpoints" / "last.pt").is_file()

@@ -177,10 +177,10 @@ def test_odd_stored_configs_are_refused_in_a_sentence(key, value, state, tmp_pat
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
     content = change(state, key, value)
-    before = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(UserError) as error:
         load_model_of(content, tmp_path)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - start < 5
     message = str(error.value)
     assert str(tmp_path / "odd.pt") in message
     assert "\n" not in message
@@ -337,10 +337,10 @@ def nested_tuples(levels: int) -> tuple:
 )
 def test_what_asks_for_time_or_memory_is_refused_unread(extra, state, tmp_path):
     torch.save({"format": 1, **state, "extra": extra}, tmp_path / "odd.pt")
-    before = time.monotonic()
+    start = time.monotonic()
     with pytest.raises(UserError, match=r"odd\.pt"):
         load_model(tmp_path / "odd.pt")
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - start < 5
 
 
 def test_weights_that_are_one_in_memory_are_refused(state, tmp_path):
@@ -462,14 +462,14 @@ def check_mutation(content: dict, folder: Path) -> None:
     """A mutated checkpoint ends in one sentence or in a model, soon, and nothing else is written."""
     path = folder / "odd.pt"
     write_checkpoint_file(path, content)
-    before = time.monotonic()
+    start = time.monotonic()
     sentence = ""
     try:
         load_model(path)
     except UserError as error:
         sentence = str(error)
     assert "\n" not in sentence
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - start < 5
     assert sorted(one.name for one in folder.iterdir()) == ["odd.pt"]
 
 

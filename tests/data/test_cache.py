@@ -48,12 +48,12 @@ def test_an_entry_is_made_once_and_read_back_equal(tmp_path: Path, source: Path,
     for _ in range(2):  # the second store is another process, or another day
         store = ArrayCache(tmp_path / "cache")
         for _ in range(2):
-            found = store.get("semseg", "2008_000001", [source], make, compressed)
-            np.testing.assert_array_equal(found.array, array)
-            assert found.array.dtype == array.dtype
-            assert found.native_size == (8, 10)
+            cached = store.get("semseg", "2008_000001", [source], make, compressed)
+            np.testing.assert_array_equal(cached.array, array)
+            assert cached.array.dtype == array.dtype
+            assert cached.native_size == (8, 10)
     assert make.calls == 1
-    assert found.array.size == 0 or not found.array.flags.writeable
+    assert cached.array.size == 0 or not cached.array.flags.writeable
     assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == ["2008_000001.array"]
 
 
@@ -85,19 +85,19 @@ def test_any_flipped_bit_is_noticed_or_harmless(tmp_path_factory: pytest.TempPat
     np.testing.assert_array_equal(ArrayCache(folder).get("image", "1", [folder / "source"], Maker()).array, ARRAY)
 
 
-@pytest.mark.parametrize("kept", [0, 1, 20, 100, 250, -1])
+@pytest.mark.parametrize("size", [0, 1, 20, 100, 250, -1])
 @pytest.mark.parametrize("compressed", [False, True])
 def test_a_truncated_entry_is_made_anew_with_a_warning(
-    tmp_path: Path, source: Path, caplog, kept: int, compressed
+    tmp_path: Path, source: Path, caplog, size: int, compressed
 ) -> None:
     ArrayCache(tmp_path).get("image", "1", [source], Maker(), compressed)
-    whole = entry(tmp_path).read_bytes()
-    entry(tmp_path).write_bytes(whole[:kept])
+    content = entry(tmp_path).read_bytes()
+    entry(tmp_path).write_bytes(content[:size])
     make = Maker()
     np.testing.assert_array_equal(ArrayCache(tmp_path).get("image", "1", [source], make, compressed).array, ARRAY)
     assert make.calls == 1
     assert str(entry(tmp_path)) in caplog.text
-    assert entry(tmp_path).read_bytes() == whole
+    assert entry(tmp_path).read_bytes() == content
 
 
 def test_an_entry_of_another_version_is_made_anew(tmp_path: Path, source: Path, monkeypatch) -> None:
@@ -130,10 +130,10 @@ def test_a_source_that_moved_or_was_unpacked_again_is_known_by_its_content(tmp_p
 
 def test_a_source_replaced_with_its_old_times_is_noticed(tmp_path: Path, source: Path) -> None:
     """As tar and rsync do it: same name, size and time of modification."""
-    before = source.stat()
+    status = source.stat()
     ArrayCache(tmp_path / "cache").get("image", "1", [source], Maker())
     source.write_bytes(b"the file an array is made FROM")
-    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.utime(source, ns=(status.st_atime_ns, status.st_mtime_ns))
     make = Maker(ARRAY + 1)
     assert (ArrayCache(tmp_path / "cache").get("image", "1", [source], make).array == ARRAY + 1).all()
 
@@ -206,8 +206,8 @@ def fill(folder: Path, source: Path) -> int:
     store, make = ArrayCache(folder), Maker(np.arange(300_000, dtype=np.float32).reshape(300, 1000))
     for _ in range(3):
         for name in range(12):
-            found = store.get("depth", str(name), [source], make)
-            assert (found.array == make.array).all()
+            cached = store.get("depth", str(name), [source], make)
+            assert (cached.array == make.array).all()
     return make.calls
 
 

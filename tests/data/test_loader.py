@@ -77,9 +77,9 @@ def test_workers_change_nothing() -> None:
 
 @pytest.mark.parametrize("start", [1, 2, 5])
 def test_a_resumed_stream_is_the_tail_of_the_whole_one(start: int) -> None:
-    whole = islice(train_loader(READER, TASKS, AUGMENT, 4, 7, 0), start, start + 4)
+    uninterrupted = islice(train_loader(READER, TASKS, AUGMENT, 4, 7, 0), start, start + 4)
     resumed = islice(train_loader(READER, TASKS, AUGMENT, 4, 7, 0, start_step=start), 4)
-    for a, b in zip(whole, resumed, strict=True):
+    for a, b in zip(uninterrupted, resumed, strict=True):
         assert_equal(a, b)
 
 
@@ -124,11 +124,11 @@ def test_views_differ_between_epochs_seeds_and_samples() -> None:
 @pytest.mark.parametrize("workers", [0, 1])
 def test_torch_and_numpy_generators_stay_untouched(workers: int) -> None:
     torch.manual_seed(3)
-    before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
     loader = train_loader(READER, TASKS, AUGMENT, 4, 0, workers)
     next(iter(loader))
     list(eval_loader(READER, TASKS, None, 4, workers))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), torch_before)
     assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
 
 
@@ -214,9 +214,9 @@ def test_collate_pads_mixed_sizes_around_their_centres(size, multiple, frame) ->
     alone = {name: task.collate(np.stack([channels_first(samples[0].labels[name])])) for name, task in ALL.items()}
     for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):
         height, width = sample.image.shape[:2]
-        top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
-        assert meta == (sample.id, (height, width), (top, left))
-        inside = (..., slice(top, top + height), slice(left, left + width))
+        top, left_edge = (frame[0] - height) // 2, (frame[1] - width) // 2
+        assert meta == (sample.id, (height, width), (top, left_edge))
+        inside = (..., slice(top, top + height), slice(left_edge, left_edge + width))
         assert (batch["image"][index][inside].permute(1, 2, 0).numpy() == sample.image).all()
         outside = torch.ones(frame, dtype=torch.bool)
         outside[inside] = False
@@ -235,19 +235,19 @@ def test_collate_pads_mixed_sizes_around_their_centres(size, multiple, frame) ->
 def test_prepare_normalises_pictures_and_zeroes_padding(sizes) -> None:
     samples = [random_sample(str(index), size) for index, size in enumerate(sizes)]
     batch = collate(samples, TASKS, (10, 10), 1)
-    before = batch["image"].clone()
+    image_before = batch["image"].clone()
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     image, labels = prepare_batch(batch, mean, std, "cpu")
     assert image.dtype == torch.float32
     assert image.shape == (len(sizes), 3, 10, 10)
     for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):
-        (height, width), (top, left) = meta.native_size, meta.offset
-        inside = (index, slice(None), slice(top, top + height), slice(left, left + width))
+        (height, width), (top, left_edge) = meta.native_size, meta.offset
+        inside = (index, slice(None), slice(top, top + height), slice(left_edge, left_edge + width))
         expected = (sample.image / 255 - np.array(mean)) / np.array(std)
         np.testing.assert_allclose(image[inside].permute(1, 2, 0), expected, atol=1e-5)
         rest = image[index].clone()
         rest[inside[1:]] = 0
         assert (rest == 0).all()
         assert not torch.signbit(rest).any()
-    assert torch.equal(batch["image"], before)
+    assert torch.equal(batch["image"], image_before)
     assert all(labels[name] is batch["labels"][name] for name in TASKS)  # on the CPU nothing is copied

@@ -64,12 +64,12 @@ def test_labels_that_are_not_kept_are_void_and_the_others_untouched(choice: str)
     partial = apply_label_assignment(reader, tasks, choice, seed=0)
     labelled = draw_label_assignment(reader.ids, list(tasks), choice, seed=0)
     for index, name in enumerate(partial.ids):
-        whole, sample = reader.read(index), partial.read(index)
-        np.testing.assert_array_equal(sample.image, whole.image)
+        complete, sample = reader.read(index), partial.read(index)
+        np.testing.assert_array_equal(sample.image, complete.image)
         for task, label in sample.labels.items():
-            assert label.dtype == whole.labels[task].dtype
+            assert label.dtype == complete.labels[task].dtype
             if task in labelled[name]:
-                np.testing.assert_array_equal(label, whole.labels[task])
+                np.testing.assert_array_equal(label, complete.labels[task])
             else:
                 assert (label == tasks[task].void).all()
 
@@ -138,9 +138,9 @@ def test_the_published_forms_of_pascal_are_read(tmp_path: Path) -> None:
 def test_the_published_form_of_nyud_is_read_by_row(tmp_path: Path) -> None:
     weights = torch.tensor([[1.0, 0, 0], [0, 1, 1]]).repeat(30, 1)
     torch.save({"labels_weights": weights}, tmp_path / "onelabel.pth")
-    found = read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "depth", "normals"])
-    assert found[IDS[0]] == {"semseg"}
-    assert found[IDS[59]] == {"depth", "normals"}
+    assignment = read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "depth", "normals"])
+    assert assignment[IDS[0]] == {"semseg"}
+    assert assignment[IDS[59]] == {"depth", "normals"}
     with pytest.raises(UserError, match=r"\(60, 3\).*59 images"):
         read_label_assignment(tmp_path / "onelabel.pth", IDS[:59], ["semseg"])
     with pytest.raises(UserError, match="says nothing of edge"):

@@ -143,7 +143,7 @@ def test_windows_lie_inside(size, height, width, seed) -> None:
 def test_windows_reach_every_corner() -> None:
     rng = np.random.default_rng(0)
     places = {sample_window((5, 6), (4, 4), rng)[:2] for _ in range(200)}
-    assert places == {(top, left) for top in range(2) for left in range(3)}
+    assert places == {(top, left_edge) for top in range(2) for left_edge in range(3)}
 
 
 def test_a_crop_is_varied_below_the_cap_with_void_left_out() -> None:

@@ -44,9 +44,9 @@ def test_results_come_in_order_and_the_first_mistake_ends_it() -> None:
 def test_ctrl_c_ends_the_work_soon_with_one_word(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "program.py").write_text(PROGRAM)
-    words = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "out")]
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "out")]
     process = subprocess.Popen(
-        words,
+        command,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
@@ -58,8 +58,8 @@ def test_ctrl_c_ends_the_work_soon_with_one_word(tmp_path: Path) -> None:
         time.sleep(0.1)
     time.sleep(0.3)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-    _, told = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert told.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in told
+    assert output.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in output
     assert 0 < len(list((tmp_path / "out").iterdir())) < 150

@@ -40,27 +40,27 @@ MTCL = ["-c", "from mtcl.cli.main import main; main()"]  # as the installed comm
 
 def commands(document: Path) -> list[str]:
     text = GENERATED.sub("", document.read_text())
-    found = [
+    commands = [
         line
         for kind, block in BLOCK.findall(text)
         if kind in ("sh", "bash")
         for line in block.replace("\\\n", " ").split("\n")
     ]
-    found += INLINE.findall(BLOCK.sub("", text))
+    commands += INLINE.findall(BLOCK.sub("", text))
     return [
         command
-        for command in (line.split(" #")[0].strip() for line in found)
+        for command in (line.split(" #")[0].strip() for line in commands)
         if command and not command.startswith("#")
     ]
 
 
 def split(command: str) -> tuple[str, list[str]]:
     """The script, and the words behind it."""
-    words = [word for word in shlex.split(command.split(";")[0].split("&&")[0]) if word not in ("srun", "nohup")]
-    for i, word in enumerate(words):
+    words_of = [word for word in shlex.split(command.split(";")[0].split("&&")[0]) if word not in ("srun", "nohup")]
+    for i, word in enumerate(words_of):
         if word.endswith(".py"):
-            return word, words[i + 1 :]
-    return words[0], words[1:]
+            return word, words_of[i + 1 :]
+    return words_of[0], words_of[1:]
 
 
 ALL = [(document, command) for document in DOCUMENTS for command in commands(document)]
@@ -73,14 +73,14 @@ HELP: dict[str, str] = {}
 def told_by(cli):
     """What a script's ``--help`` says."""
 
-    def told(script: str) -> str:
+    def message(script: str) -> str:
         if script not in HELP:
             result = cli(script, "--help")
             assert result.code == 0, f"{script} --help: {result.err}"
             HELP[script] = result.out
         return HELP[script]
 
-    return told
+    return message
 
 
 GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
@@ -113,34 +113,36 @@ def first_of_sweep(word: str) -> str:
 
 @pytest.mark.parametrize(("document", "command"), ALL, ids=[f"{d.stem}-{i}" for i, (d, _) in enumerate(ALL)])
 def test_what_a_command_names_is_there(document, command, told_by):
-    script, words = split(command)
+    script, arguments = split(command)
     if script in ("train.py", "evaluate.py"):
         flags = ("-m", "--multirun", "--cfg", "job", "-h", "--help")
         overrides = [
-            first_of_sweep(word) for word in words if word not in flags and "=" in word and not word.startswith("hydra")
+            first_of_sweep(word)
+            for word in arguments
+            if word not in flags and "=" in word and not word.startswith("hydra")
         ]
         config = composed(*overrides, name=Path(script).stem)
         if script == "train.py":
             check_config(plain(config))
     elif script.startswith("scripts/"):
         assert (ROOT / script).is_file(), f"{document.name}: {script} is gone"
-        for word in words:
+        for word in arguments:
             key, equals, _ = word.partition("=")
             if word.startswith("--"):
                 assert key in told_by(script), f"{script} has no {word}"
             elif equals:
                 assert key in KNOWN or f"{key}=" in told_by(script), f"{script} has no {key}="
-    elif script == "mtcl" and words[0] in COMMANDS:
-        module = import_module(f"mtcl.cli.{words[0]}")
+    elif script == "mtcl" and arguments[0] in COMMANDS:
+        module = import_module(f"mtcl.cli.{arguments[0]}")
         parser = CommandParser("", command)
         module.add_arguments(parser)
-        if words[1:] not in ([], ["--help"]):
-            parser.parse_intermixed_args(words[1:])
+        if arguments[1:] not in ([], ["--help"]):
+            parser.parse_intermixed_args(arguments[1:])
     elif script == "mtcl":
-        assert words[0] in ("--help", "--version"), f"{document.name}: {command}"
+        assert arguments[0] in ("--help", "--version"), f"{document.name}: {command}"
     elif script == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert words[0] in targets
+        assert arguments[0] in targets
     elif script == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         asked = re.findall(r"\[([\w,]+)\]", command)
@@ -160,7 +162,7 @@ def test_keys_and_choices_in_the_text_are_there(document):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def workplace(tmp_path_factory):
     """A folder with outputs/rooms/sweep of two runs, outputs/rooms/TIME, RUN and OTHER, a picture."""
     folder = tmp_path_factory.mktemp("docs")
     for path, seed in (("outputs/rooms/sweep/a", 0), ("outputs/rooms/sweep/b", 1)):
@@ -177,24 +179,30 @@ def place(tmp_path_factory):
     return folder
 
 
-def run_in(folder: Path, words: list[str]) -> subprocess.CompletedProcess:
+def run_in(folder: Path, arguments: list[str]) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=400, check=False
+    process = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
-    assert done.returncode == 0, f"{shlex.join(map(str, words))}\n{done.stderr[-2000:]}"
-    return done
+    assert process.returncode == 0, f"{shlex.join(map(str, arguments))}\n{process.stderr[-2000:]}"
+    return process
 
 
 def runnable(command: str) -> bool:
     command = re.sub(r"\bRUN\b|\bOTHER\b|outputs/rooms/TIME", "", command)
-    script, words = split(command)
-    if script == "mtcl" and words in (["predict"], ["export"], ["demo"], ["compare"], ["report"]):
+    script, arguments = split(command)
+    if script == "mtcl" and arguments in (["predict"], ["export"], ["demo"], ["compare"], ["report"]):
         return False  # the name of a command, not a line to type
     alone = (
         (script.endswith(".py") or script == "mtcl") and not STANDS_FOR.search(command) and not FAR_AWAY.search(command)
     )
-    return alone and not LONG.search(command) and not {"resume=auto"} & set(words)
+    return alone and not LONG.search(command) and not {"resume=auto"} & set(arguments)
 
 
 HERE = sorted({command for _, command in ALL if runnable(command)})
@@ -202,22 +210,22 @@ HERE = sorted({command for _, command in ALL if runnable(command)})
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", HERE)
-def test_a_command_that_needs_nothing_else_runs(command, place):
-    script, words = split(command)
+def test_a_command_that_needs_nothing_else_runs(command, workplace):
+    script, arguments = split(command)
     if script == "train.py":
-        words = [*TINY, *(first_of_sweep(word) for word in words if word != "-m")]
-        words += [] if "--cfg" in words else [f"hydra.run.dir=outputs/typed/{abs(hash(command))}"]
-    run_in(place, [*MTCL, *words] if script == "mtcl" else [str(ROOT / script), *words])
+        arguments = [*TINY, *(first_of_sweep(word) for word in arguments if word != "-m")]
+        arguments += [] if "--cfg" in arguments else [f"hydra.run.dir=outputs/typed/{abs(hash(command))}"]
+    run_in(workplace, [*MTCL, *arguments] if script == "mtcl" else [str(ROOT / script), *arguments])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS[1:] if "```python" in d.read_text()], ids=lambda d: d.stem)
-def test_blocks_of_python_run(document, place, monkeypatch):
+def test_blocks_of_python_run(document, workplace, monkeypatch):
     """In their order, one after the other, where there are a run and a picture."""
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(workplace)
     if document.stem == "export":
         run_in(
-            place,
+            workplace,
             [*MTCL, "export", "outputs/rooms/TIME", "--format=onnx", "--output=onnx", "--overwrite"],
         )
     names: dict = {"__name__": "document"}
@@ -231,10 +239,10 @@ def test_documents_point_at_what_is_there():
     for document in DOCUMENTS:
         text = document.read_text()
         for target, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)#?([^)\s]*)\)", text):
-            there = document.parent / target if target else document
-            assert there.exists(), f"{document.name} links to {target}"
+            linked = document.parent / target if target else document
+            assert linked.exists(), f"{document.name} links to {target}"
             if anchor:
-                headings = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE)
+                headings = re.findall(r"^#+ (.*)", linked.read_text(), re.MULTILINE)
                 anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
                 assert anchor in anchors, f"{document.name} links to {target}#{anchor}"
         for name in re.findall(

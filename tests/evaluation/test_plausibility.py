@@ -44,15 +44,15 @@ WALL = np.zeros((20, 30, 3), np.float32) + np.float32([0, 0, 1])
 )
 def test_units_of_depth_and_codes_of_normals_are_told(task, array, says) -> None:
     reader = Listed({id: {task.name: array} for id in "abc"})
-    found = check_labels(reader, {task.name: task}, "validation")
+    problems = check_labels(reader, {task.name: task}, "validation")
     if says is None:
-        assert found == []
+        assert problems == []
         return
     with pytest.raises(
         UserError, match=f"^strict=true .*: the labels of {task.name} of the validation images .*{says}"
     ):
-        report_problems(found, strict=True)
-    assert report_problems(found, strict=False) == found
+        report_problems(problems, strict=True)
+    assert report_problems(problems, strict=False) == problems
 
 
 def sound_lists(tmp_path: Path):
@@ -137,15 +137,15 @@ def test_a_task_without_any_label_is_a_warning_and_alone_an_error(cli, tmp_path:
     for path in (root / "depth").glob("*.npy"):
         np.save(path, 1000 * np.load(path))
     sentence = "no training image had a valid label of semseg: its head was not trained"
-    words = [*WORDS, f"data.root={root}", "tasks.names=[semseg,depth]"]
-    result = cli("train.py", *words, f"hydra.run.dir={tmp_path}/run")
+    overrides = [*WORDS, f"data.root={root}", "tasks.names=[semseg,depth]"]
+    result = cli("train.py", *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
     assert warnings[0] == sentence
     assert [("depth" in text, "millimetres" in text) for text in warnings[1:]] == [(True, True)] * 2  # both lists
     assert result.out.count(sentence) == 2  # at the start and at the end
     strict = ["data.strict=true", f"hydra.run.dir={tmp_path}/strict"]
-    assert_fails(cli("train.py", *words, *strict), sentence, "data.strict")
+    assert_fails(cli("train.py", *overrides, *strict), sentence, "data.strict")
     assert not list((tmp_path / "strict").glob("checkpoints/*.pt"))
     reader = NYUD(root, "train", ["semseg"])
     with pytest.raises(UserError, match="no training image has a valid label of semseg, so there is nothing to train"):
@@ -159,14 +159,14 @@ def test_maps_scored_without_a_model_are_looked_at_too(cli, tmp_path: Path) -> N
     for id in "abcd":
         edge = cv2.imread(str(root / "edge" / f"{id}.png"), cv2.IMREAD_UNCHANGED)
         write_png(tmp_path / "maps" / "edge" / f"{id}.png", (edge > 127).astype(np.uint8))
-    words = ["data=nyud", f"data.root={root}", "data.cache=null", "data.workers=0", f"predictions={tmp_path}/maps"]
-    words += ["trainer.device=cpu", "evaluation.score_boundaries=false"]
-    result = cli("evaluate.py", *words, f"hydra.run.dir={tmp_path}/scores")
+    overrides = ["data=nyud", f"data.root={root}", "data.cache=null", "data.workers=0", f"predictions={tmp_path}/maps"]
+    overrides += ["trainer.device=cpu", "evaluation.score_boundaries=false"]
+    result = cli("evaluate.py", *overrides, f"hydra.run.dir={tmp_path}/scores")
     assert result.code == 0, result.err
     (text,) = json.loads((tmp_path / "scores" / "run.json").read_text())["warnings"]
     assert "the maps of edge" in text
     metrics = json.loads((tmp_path / "scores" / "metrics.json").read_text())
     assert metrics["edge"]["loss"] < 1e-4  # perfect ones
     assert_fails(
-        cli("evaluate.py", *words, "data.strict=true", f"hydra.run.dir={tmp_path}/strict"), "hold 0 and 1 only"
+        cli("evaluate.py", *overrides, "data.strict=true", f"hydra.run.dir={tmp_path}/strict"), "hold 0 and 1 only"
     )

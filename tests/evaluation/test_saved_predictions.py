@@ -101,28 +101,28 @@ def test_what_is_written_is_read_back_in_frames_as_the_field_reads_it(tmp_path, 
     assert predictions.shape == (2, task.channels, *batch["image"].shape[-2:])
     assert predictions.dtype == torch.float32
     for row, sample in enumerate(batch["meta"]):
-        (top, left), (height, width) = sample.offset, sample.native_size
-        found = predictions[row, :, top : top + height, left : left + width]
+        (top, left_edge), (height, width) = sample.offset, sample.native_size
+        inside = predictions[row, :, top : top + height, left_edge : left_edge + width]
         path = next((tmp_path / "maps" / name).glob(f"{sample.id}.*"))
-        wanted = raw[sample.id]
+        expected = raw[sample.id]
         if name in ("semseg", "human_parts"):
-            assert np.array_equal(np.array(Image.open(path)), wanted.argmax(0))
-            assert torch.equal(found.argmax(0), wanted.argmax(0))
-            assert torch.equal(found.sum(0), torch.ones(height, width))
+            assert np.array_equal(np.array(Image.open(path)), expected.argmax(0))
+            assert torch.equal(inside.argmax(0), expected.argmax(0))
+            assert torch.equal(inside.sum(0), torch.ones(height, width))
         elif name == "depth":
             assert np.load(path).dtype == np.float32
-            assert torch.equal(found, wanted.clamp(min=0))
-            assert (wanted < 0).any()
+            assert torch.equal(inside, expected.clamp(min=0))
+            assert (expected < 0).any()
         elif name == "normals":
-            unit = wanted / wanted.norm(dim=0)
+            unit = expected / expected.norm(dim=0)
             field = 2 * cv2.imread(str(path))[..., ::-1].astype(np.float32) / 255 - 1
-            assert np.allclose(found, field.transpose(2, 0, 1), atol=1e-6)
-            assert (found - unit).abs().max() < 0.5 / 127.5 + 1e-6
+            assert np.allclose(inside, field.transpose(2, 0, 1), atol=1e-6)
+            assert (inside - unit).abs().max() < 0.5 / 127.5 + 1e-6
         else:
-            exact = wanted[0].sigmoid() if name == "edge" else wanted.softmax(0)[1]
+            exact = expected[0].sigmoid() if name == "edge" else expected.softmax(0)[1]
             codes = np.array(Image.open(path))
             assert np.array_equal(codes, np.floor(255 * exact.numpy()).astype(np.uint8))
-            again = found[0].sigmoid() if name == "edge" else found.softmax(0)[1]
+            again = inside[0].sigmoid() if name == "edge" else inside.softmax(0)[1]
             assert np.array_equal(np.floor(255 * again.numpy()), codes)
 
 
@@ -140,8 +140,8 @@ def test_the_metrics_of_written_maps_are_those_of_the_predictions(tmp_path):
         for name, task in TASKS.items():
             framed[name] = torch.full((len(batch["meta"]), task.channels, height, width), 7.0)
             for row, sample in enumerate(batch["meta"]):
-                (top, left), (h, w) = sample.offset, sample.native_size
-                framed[name][row, :, top : top + h, left : left + w] = raw[sample.id][name]
+                (top, left_edge), (h, w) = sample.offset, sample.native_size
+                framed[name][row, :, top : top + h, left_edge : left_edge + w] = raw[sample.id][name]
         return framed
 
     writer = PredictionWriter(tmp_path / "maps", TASKS, None)
@@ -152,15 +152,15 @@ def test_the_metrics_of_written_maps_are_those_of_the_predictions(tmp_path):
     assert_close(again.metrics, direct.metrics)
 
 
-def assert_close(found: dict, wanted: dict) -> None:
-    assert found.keys() == wanted.keys()
+def assert_close(actual: dict, expected: dict) -> None:
+    assert actual.keys() == expected.keys()
     for task in ("semseg", "human_parts"):
-        assert found[task] == wanted[task]
-    assert found["depth"] == pytest.approx(wanted["depth"], rel=1e-12)  # the order of a sum
-    for task in wanted.keys() - {"semseg", "human_parts", "depth"}:
-        assert found[task].keys() == wanted[task].keys()
-    assert found["normals"]["mErr"] == pytest.approx(wanted["normals"]["mErr"], abs=0.3)
-    assert found["sal"]["maxF"] == pytest.approx(wanted["sal"]["maxF"], abs=0.01)
+        assert actual[task] == expected[task]
+    assert actual["depth"] == pytest.approx(expected["depth"], rel=1e-12)  # the order of a sum
+    for task in expected.keys() - {"semseg", "human_parts", "depth"}:
+        assert actual[task].keys() == expected[task].keys()
+    assert actual["normals"]["mErr"] == pytest.approx(expected["normals"]["mErr"], abs=0.3)
+    assert actual["sal"]["maxF"] == pytest.approx(expected["sal"]["maxF"], abs=0.01)
 
 
 def test_others_forms_of_depth_and_normals_are_read(tmp_path):
@@ -187,11 +187,11 @@ def test_what_is_not_finite_in_a_depth_map_is_left_to_the_metric(tmp_path):
     metres[0, 0], metres[1, 1] = np.nan, np.inf
     (tmp_path / "depth").mkdir()
     np.save(tmp_path / "depth" / "a.npy", metres)
-    found = read_back(tmp_path, "depth")[0]
-    assert found[0, 0].isnan()
-    assert found[1, 1].isinf()
+    depth = read_back(tmp_path, "depth")[0]
+    assert depth[0, 0].isnan()
+    assert depth[1, 1].isinf()
     writer = PredictionWriter(tmp_path / "maps", {"depth": TASKS["depth"]}, None)
-    writer.write("a", {"depth": found[None]})
+    writer.write("a", {"depth": depth[None]})
     assert read_back(tmp_path / "maps", "depth")[0, 0, 0].isnan()
 
 
@@ -220,10 +220,10 @@ BAD_MAPS = {
 
 @pytest.mark.parametrize("case", BAD_MAPS)
 def test_a_wrong_picture_is_told(tmp_path, case):
-    name, values, words = BAD_MAPS[case]
+    name, values, fragments = BAD_MAPS[case]
     write_png(tmp_path / name / "a.png", values)
-    told = complaint(tmp_path, name)
-    assert all(word in told for word in words), told
+    message = complaint(tmp_path, name)
+    assert all(word in message for word in fragments), message
 
 
 BAD_ARRAYS = {
@@ -237,11 +237,11 @@ BAD_ARRAYS = {
 
 @pytest.mark.parametrize("case", BAD_ARRAYS)
 def test_a_wrong_array_is_told(tmp_path, case):
-    name, values, words = BAD_ARRAYS[case]
+    name, values, fragments = BAD_ARRAYS[case]
     (tmp_path / name).mkdir()
     np.save(tmp_path / name / "a.npy", values)
-    told = complaint(tmp_path, name)
-    assert all(word in told for word in words), told
+    message = complaint(tmp_path, name)
+    assert all(word in message for word in fragments), message
 
 
 def test_a_palette_is_no_probability(tmp_path):
@@ -252,10 +252,10 @@ def test_a_palette_is_no_probability(tmp_path):
 
 def test_damaged_files_and_a_mat_without_depth_are_told(tmp_path):
     write_png(tmp_path / "edge" / "a.png", np.random.default_rng(0).integers(0, 256, SIZE, dtype=np.uint8))
-    whole = (tmp_path / "edge" / "a.png").read_bytes()
+    content = (tmp_path / "edge" / "a.png").read_bytes()
     for data, word in [
-        (whole[:45], "truncated"),
-        (whole[:20], "not a PNG"),
+        (content[:45], "truncated"),
+        (content[:20], "not a PNG"),
         (b"text", "not a PNG"),
         (b"", "not a PNG"),
     ]:
@@ -267,7 +267,7 @@ def test_damaged_files_and_a_mat_without_depth_are_told(tmp_path):
     assert "no variable depth" in complaint(tmp_path, "depth")
 
 
-def told(folder: Path, *args, **options) -> str:
+def describe_refusal(folder: Path, *args, **options) -> str:
     with pytest.raises(UserError) as error:
         saved(folder, *args, **options)
     return str(error.value)
@@ -276,21 +276,21 @@ def told(folder: Path, *args, **options) -> str:
 def test_missing_extra_and_double_maps_are_told(tmp_path):
     for id in "bcdefg":
         write_png(tmp_path / "edge" / f"{id}.png", np.zeros(SIZE, np.uint8))
-    message = told(tmp_path, ["edge"], "bcxyzvw")
+    message = describe_refusal(tmp_path, ["edge"], "bcxyzvw")
     assert "4 maps of images" in message
     assert "d, e, f ..." in message
-    message = told(tmp_path, ["edge"], "bcxyzvw", allow_extra_maps=True)
+    message = describe_refusal(tmp_path, ["edge"], "bcxyzvw", allow_extra_maps=True)
     assert "5 of the 7" in message
     assert "among them x, y, z;" in message
-    message = told(tmp_path, ["edge"], "bcdefgx")
+    message = describe_refusal(tmp_path, ["edge"], "bcdefgx")
     assert "1 of the 7" in message
     assert "among them x;" in message
-    assert "1 map of images" in told(tmp_path, ["edge"], "bcdef")
-    assert "sal is missing" in told(tmp_path, ["edge", "sal"], "bcdefg")
+    assert "1 map of images" in describe_refusal(tmp_path, ["edge"], "bcdef")
+    assert "sal is missing" in describe_refusal(tmp_path, ["edge", "sal"], "bcdefg")
     for name in ("a.npy", "a.png"):
         (tmp_path / "normals").mkdir(exist_ok=True)
         (tmp_path / "normals" / name).touch()
-    message = told(tmp_path, ["normals"], "a")
+    message = describe_refusal(tmp_path, ["normals"], "a")
     assert "a.npy" in message
     assert "a.png" in message
 
@@ -328,13 +328,13 @@ def test_a_picture_without_any_label_needs_no_map(tmp_path, name):
     evaluator = Evaluator({name: task}, loader, torch.device("cpu"), num_visual_samples=2)
     missing = evaluator.score(SavedPredictions(tmp_path, {name: task}, reader).predict)
     writer.write("b", {name: raw_of(task, 1)})
-    whole = evaluator.score(SavedPredictions(tmp_path, {name: task}, reader).predict)
-    assert missing.metrics == whole.metrics
-    assert not math.isnan(whole.metrics[name][task.primary_metric])
+    complete = evaluator.score(SavedPredictions(tmp_path, {name: task}, reader).predict)
+    assert missing.metrics == complete.metrics
+    assert not math.isnan(complete.metrics[name][task.primary_metric])
 
 
 def test_a_fingerprint_tells_the_content_of_the_maps_and_their_ids(tmp_path):
-    found = set()
+    readings = set()
     for number, (id, value) in enumerate([("a", 0), ("a", 1), ("b", 0)]):
         folder = tmp_path / str(number)
         write_png(folder / "edge" / f"{id}.png", np.full(SIZE, value, np.uint8))
@@ -345,8 +345,8 @@ def test_a_fingerprint_tells_the_content_of_the_maps_and_their_ids(tmp_path):
         maps.predict(batch)
         assert maps.fingerprint() == once
         assert len(once) == 16
-        found.add(once)
-    assert len(found) == 3
+        readings.add(once)
+    assert len(readings) == 3
 
 
 def test_folders_of_the_fields_code_are_found(tmp_path):
@@ -355,10 +355,10 @@ def test_folders_of_the_fields_code_are_found(tmp_path):
     (tmp_path / "results" / "sal").mkdir()
     assert find_map_folder(tmp_path, ["depth", "edge", "semseg"]) == (tmp_path / "results", ["depth", "edge"])
     assert find_map_folder(tmp_path / "results", ["edge"]) == (tmp_path / "results", ["edge"])
-    for given, words in [(tmp_path / "no", ["no is not a folder"]), (tmp_path, ["semseg", "normals"])]:
+    for folder, fragments in [(tmp_path / "no", ["no is not a folder"]), (tmp_path, ["semseg", "normals"])]:
         with pytest.raises(UserError) as error:
-            find_map_folder(given, ["semseg", "normals"])
-        assert all(word in str(error.value) for word in words)
+            find_map_folder(folder, ["semseg", "normals"])
+        assert all(word in str(error.value) for word in fragments)
 
 
 def test_a_writer_refuses_nan_where_it_would_be_lost_and_folders_that_are_not_its_own(tmp_path):
@@ -401,7 +401,7 @@ def test_maps_saved_from_a_checkpoint_score_as_it_does(cli, trained, tmp_path, m
     assert f"predictions={maps}" in result.out
     assert {path.name for path in maps.iterdir()} == set(TASK_NAMES)
     assert {len(list(path.iterdir())) for path in maps.iterdir()} == {4}
-    wanted = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    expected = json.loads((tmp_path / "a" / "metrics.json").read_text())
 
     def no_model(*args, **kwargs):
         raise AssertionError("a model was built")
@@ -409,7 +409,7 @@ def test_maps_saved_from_a_checkpoint_score_as_it_does(cli, trained, tmp_path, m
     monkeypatch.setattr("mtcl.config.build_model.build_model", no_model)
     result = cli("evaluate.py", f"predictions={maps}", *ROOMS, f"hydra.run.dir={tmp_path}/b")
     assert result.code == 0, result.err
-    assert_close(json.loads((tmp_path / "b" / "metrics.json").read_text()), wanted)
+    assert_close(json.loads((tmp_path / "b" / "metrics.json").read_text()), expected)
     assert "mIoU" in result.out
     assert len(list((tmp_path / "b" / "panels").glob("*.png"))) == 1
     facts = json.loads((tmp_path / "b" / "run.json").read_text())
@@ -419,14 +419,14 @@ def test_maps_saved_from_a_checkpoint_score_as_it_does(cli, trained, tmp_path, m
     assert not {"checkpoint", "step", "seed", "precision"} & facts.keys()
     # Frames and batches are nothing to saved maps; a task without a folder is not scored, nor are maps beyond a limit.
     shutil.rmtree(maps / "sal")
-    words = ["data.limit=null", "data.options.length=[1,4]", "data.eval_batch_size=3"]
-    result = cli("evaluate.py", f"predictions={maps}", *ROOMS, *words, f"hydra.run.dir={tmp_path}/c")
+    overrides = ["data.limit=null", "data.options.length=[1,4]", "data.eval_batch_size=3"]
+    result = cli("evaluate.py", f"predictions={maps}", *ROOMS, *overrides, f"hydra.run.dir={tmp_path}/c")
     assert result.code == 0, result.err
     assert "no folder of sal" in result.out
-    found = json.loads((tmp_path / "c" / "metrics.json").read_text())
-    assert list(found) == [name for name in TASK_NAMES if name != "sal"]
-    words = ["data.limit=2", "tasks.names=[depth,semseg]"]
-    result = cli("evaluate.py", f"predictions={maps}", *ROOMS, *words, f"hydra.run.dir={tmp_path}/d")
+    scores = json.loads((tmp_path / "c" / "metrics.json").read_text())
+    assert list(scores) == [name for name in TASK_NAMES if name != "sal"]
+    overrides = ["data.limit=2", "tasks.names=[depth,semseg]"]
+    result = cli("evaluate.py", f"predictions={maps}", *ROOMS, *overrides, f"hydra.run.dir={tmp_path}/d")
     assert result.code == 0, result.err
     assert list(json.loads((tmp_path / "d" / "metrics.json").read_text())) == ["semseg", "depth"]
     cases = [
@@ -440,10 +440,10 @@ def test_maps_saved_from_a_checkpoint_score_as_it_does(cli, trained, tmp_path, m
         ([f"hydra.run.dir={tmp_path}/b"], ["metrics.json"]),
         (["predictions=no/such"], ["no/such"]),
     ]
-    for number, (words, named) in enumerate(cases):
-        given = [] if "predictions=no/such" in words else [f"predictions={maps}"]
-        run_dir = [] if "hydra.run.dir" in words[0] else [f"hydra.run.dir={tmp_path}/bad{number}"]
-        assert_fails(cli("evaluate.py", *given, *ROOMS, *words, *run_dir), *named)
+    for number, (overrides, fragments) in enumerate(cases):
+        predictions = [] if "predictions=no/such" in overrides else [f"predictions={maps}"]
+        run_dir = [] if "hydra.run.dir" in overrides[0] else [f"hydra.run.dir={tmp_path}/bad{number}"]
+        assert_fails(cli("evaluate.py", *predictions, *ROOMS, *overrides, *run_dir), *fragments)
 
 
 def test_save_predictions_refuses_before_anything_is_evaluated(cli, trained, tmp_path):
@@ -466,19 +466,23 @@ def test_a_perfect_nyud_folder_scores_perfectly(cli, tmp_path):
         write_png(maps / "normals" / f"{id}.png", cv2.imread(str(root / "normals" / f"{id}.png"))[..., ::-1])
         (maps / "depth").mkdir(exist_ok=True)
         scipy.io.savemat(maps / "depth" / f"{id}.mat", {"depth": np.load(root / "depth" / f"{id}.npy")})
-    words = [f"predictions={maps}", "data=nyud", f"data.root={root}", "data.cache=null", "data.workers=0"]
-    words += ["trainer.device=cpu", f"hydra.run.dir={tmp_path}/a"]
-    result = cli("evaluate.py", *words)
+    overrides = [f"predictions={maps}", "data=nyud", f"data.root={root}", "data.cache=null", "data.workers=0"]
+    overrides += ["trainer.device=cpu", f"hydra.run.dir={tmp_path}/a"]
+    result = cli("evaluate.py", *overrides)
     assert result.code == 0, result.err
-    found = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert found["semseg"]["mIoU"] == 1
-    assert found["depth"]["rmse"] == 0
-    assert found["normals"]["mErr"] < 0.01
-    given = [word for word in words if not word.startswith("hydra")]
+    scores = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert scores["semseg"]["mIoU"] == 1
+    assert scores["depth"]["rmse"] == 0
+    assert scores["normals"]["mErr"] < 0.01
+    kept_overrides = [word for word in overrides if not word.startswith("hydra")]
     result = cli(
-        "evaluate.py", *given, f"data.root={tmp_path}/data", "tasks.names=[edge]", f"hydra.run.dir={tmp_path}/b"
+        "evaluate.py",
+        *kept_overrides,
+        f"data.root={tmp_path}/data",
+        "tasks.names=[edge]",
+        f"hydra.run.dir={tmp_path}/b",
     )
     assert_fails(result, "edge", "missing")
     path = tmp_path / "maps" / "semseg" / "a.png"
     write_png(path, cv2.imread(str(path), cv2.IMREAD_UNCHANGED) + 1)
-    assert_fails(cli("evaluate.py", *given, f"hydra.run.dir={tmp_path}/b"), str(path), "class 40", "0 to 39")
+    assert_fails(cli("evaluate.py", *kept_overrides, f"hydra.run.dir={tmp_path}/b"), str(path), "class 40", "0 to 39")

@@ -124,10 +124,10 @@ class Browser:
         self.ask("Emulation.setEmulatedMedia", features=[feature])
 
     def js(self, expression: str) -> Any:
-        found = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        if "exceptionDetails" in found:
-            raise RuntimeError(json.dumps(found["exceptionDetails"])[:500])
-        return found["result"].get("value")
+        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        if "exceptionDetails" in answer:
+            raise RuntimeError(json.dumps(answer["exceptionDetails"])[:500])
+        return answer["result"].get("value")
 
     def settle(self) -> None:
         """Two frames later."""
@@ -135,15 +135,15 @@ class Browser:
 
     def where(self, selector: str, number: int = 0, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
         """A point of an element, scrolled into view; it must be visible and on top there."""
-        found = self.js(
+        spot = self.js(
             f"(() => {{ const e = document.querySelectorAll({json.dumps(selector)})[{number}]; if (!e) return null;"
             " e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getBoundingClientRect();"
             f" const p = [b.x + b.width * {x}, b.y + b.height * {y}], t = document.elementFromPoint(...p);"
             " return [...p, !!t && (e === t || e.contains(t) || t.contains(e))]; })()"
         )
-        assert found is not None, f"there is no {selector} number {number}"
-        assert found[2], f"{selector} number {number} is covered"
-        return found[0], found[1]
+        assert spot is not None, f"there is no {selector} number {number}"
+        assert spot[2], f"{selector} number {number} is covered"
+        return spot[0], spot[1]
 
     def move(self, x: float, y: float) -> None:
         self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -161,13 +161,15 @@ class Browser:
             self.ask("Input.dispatchKeyEvent", type=kind, **about, **({"text": "\r"} if name == "Enter" else {}))
         self.settle()
 
-    def screenshot(self, path: Path, whole: bool = False) -> None:
+    def screenshot(self, path: Path, full_page: bool = False) -> None:
         """What is seen; ``whole``: all of the page."""
-        content = self.ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **self._clip(whole))
+        content = self.ask(
+            "Page.captureScreenshot", format="png", captureBeyondViewport=full_page, **self._clip(full_page)
+        )
         path.write_bytes(base64.b64decode(content["data"]))
 
-    def _clip(self, whole: bool) -> dict[str, Any]:
-        if not whole:
+    def _clip(self, full_page: bool) -> dict[str, Any]:
+        if not full_page:
             return {}
         box = self.ask("Page.getLayoutMetrics")["cssContentSize"]
         return {"clip": {"x": 0, "y": 0, "width": box["width"], "height": box["height"], "scale": 1}}

@@ -31,13 +31,13 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "configs" / group).glob("*.yaml"))
 
 
-def assert_fails(result: Result, *words: str) -> None:
+def assert_fails(result: Result, *fragments: str) -> None:
     """Exit code 1, and one sentence that has these words in it."""
     assert result.code == 1, result
     lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, result.err
     assert "Traceback" not in result.err
-    for word in words:
+    for word in fragments:
         assert word in lines[0], lines[0]
 
 

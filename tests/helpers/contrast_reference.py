@@ -102,9 +102,9 @@ def cases(draw):
 # --- Labels, one pixel at a time
 
 
-def ref_label(name, label, image, place):
+def ref_label(name, label, image, position):
     """The value of one pixel, None where it is void."""
-    value = label[image, *place].item() if label.ndim == 3 else label[image, :, *place].tolist()
+    value = label[image, *position].item() if label.ndim == 3 else label[image, :, *position].tolist()
     if name == "semseg":
         return None if value == 255 else value
     if name == "normals":
@@ -140,11 +140,11 @@ def ref_stratum(name, value):
 # --- Features
 
 
-def ref_weights(place, shape, frame):
+def ref_weights(position, shape, frame):
     """By what each cell of a map of ``shape``, which covers ``frame`` pixels, counts at the centre of a pixel."""
     weights = np.zeros(shape)
-    y = min(max((place[0] + 0.5) * shape[0] / frame[0] - 0.5, 0.0), shape[0] - 1)
-    x = min(max((place[1] + 0.5) * shape[1] / frame[1] - 0.5, 0.0), shape[1] - 1)
+    y = min(max((position[0] + 0.5) * shape[0] / frame[0] - 0.5, 0.0), shape[0] - 1)
+    x = min(max((position[1] + 0.5) * shape[1] / frame[1] - 0.5, 0.0), shape[1] - 1)
     for row in range(shape[0]):
         for column in range(shape[1]):
             weights[row, column] = max(0.0, 1 - abs(y - row)) * max(0.0, 1 - abs(x - column))
@@ -163,10 +163,10 @@ def ref_project(layers, source, x):
 class Pixel(NamedTuple):
     image: int
     at: tuple  # as a part of the picture
-    place: tuple  # row, column
+    position: tuple  # row, column
     source: str
     value: object  # of the source's label; None: void
-    own: object  # of the target's own label
+    own_value: object  # of the target's own label
 
 
 def ref_places(pixels, size):
@@ -177,26 +177,29 @@ def ref_places(pixels, size):
 def ref_picture(regularizer, target, image, labels, draw):
     """The sampled pixels of one picture."""
     names, size = regularizer.task_names, labels[regularizer.task_names[0]].shape[-2:]
-    seen = (image - 1) % len(draw.pixels) if regularizer.shuffle else image  # the picture whose labels are taken
-    read = {s: [ref_label(s, labels[s], seen, place) for place in ref_places(draw.pixels[seen], size)] for s in names}
+    label_image = (image - 1) % len(draw.pixels) if regularizer.shuffle else image  # the picture whose labels are taken
+    read = {
+        s: [ref_label(s, labels[s], label_image, position) for position in ref_places(draw.pixels[label_image], size)]
+        for s in names
+    }
     order = [names[s] for s in draw.sources[names.index(target)].tolist()]
     source = next((s for s in order if any(value is not None for value in read[s])), order[0])
-    found = [
-        Pixel(image, at, place, source, value, ref_label(target, labels[target], image, place))
-        for at, place, value in zip(
+    pixels = [
+        Pixel(image, at, position, source, value, ref_label(target, labels[target], image, position))
+        for at, position, value in zip(
             draw.pixels[image].tolist(), ref_places(draw.pixels[image], size), read[source], strict=True
         )
     ]
     if regularizer.class_balanced:  # which is tested by itself
-        strata = torch.tensor([ref_stratum(source, pixel.value) for pixel in found])
-        valid = torch.tensor([pixel.value is not None for pixel in found])
-        found = [found[i] for i in balanced_sample(strata, valid, regularizer.num_pixels).tolist()]
-    return found
+        strata = torch.tensor([ref_stratum(source, pixel.value) for pixel in pixels])
+        valid = torch.tensor([pixel.value is not None for pixel in pixels])
+        pixels = [pixels[i] for i in balanced_sample(strata, valid, regularizer.num_pixels).tolist()]
+    return pixels
 
 
 def ref_relation(regularizer, target, a, b):
     """+1 for a positive pair, -1 for a negative one, 0 for none."""
-    if a.value is None or b.value is None or (a.image, a.place) == (b.image, b.place) or a.source != b.source:
+    if a.value is None or b.value is None or (a.image, a.position) == (b.image, b.position) or a.source != b.source:
         return 0
     if regularizer.window is not None and max(abs(x - y) for x, y in zip(a.at, b.at)) > regularizer.window:
         return 0
@@ -206,8 +209,8 @@ def ref_relation(regularizer, target, a, b):
         return -1
     if distance > near:
         return 0
-    if regularizer.drop_conflicting_positives and a.own is not None and b.own is not None:
-        return int(ref_distance(target, a.own, b.own) < regularizer.thresholds[target][1])
+    if regularizer.drop_conflicting_positives and a.own_value is not None and b.own_value is not None:
+        return int(ref_distance(target, a.own_value, b.own_value) < regularizer.thresholds[target][1])
     return 1
 
 
@@ -219,7 +222,7 @@ def ref_triplets(regularizer, target, group, d):
         if regularizer.criterion == "ranked":
             p, n = (a + 1) % count, (a + 2) % count
             three = [pixel, group[p], group[n]]
-            if any(x.value is None for x in three) or pixel.place in (group[p].place, group[n].place):
+            if any(x.value is None for x in three) or pixel.position in (group[p].position, group[n].position):
                 continue
             near, far = (ref_span(pixel.source, bound) for bound in regularizer.thresholds[pixel.source])
             top = far if near == 0 else 5 * far
@@ -249,9 +252,9 @@ def ref_group(regularizer, target, group, z):
     if regularizer.criterion != "infonce":
         triplets = list(ref_triplets(regularizer, target, group, numbers))
         costs = [(margin + d[a, p] - d[a, n]).clamp(min=0) for a, p, n, margin in triplets]
-        told = [(cost.item() > 0, numbers[a, p], numbers[a, n]) for cost, (a, p, n, _) in zip(costs, triplets)]
-        return costs, told
-    costs, told = [], []
+        counts = [(cost.item() > 0, numbers[a, p], numbers[a, n]) for cost, (a, p, n, _) in zip(costs, triplets)]
+        return costs, counts
+    costs, counts = [], []
     for a, pixel in enumerate(group):
         relation = [ref_relation(regularizer, target, pixel, other) for other in group]
         alike = [j for j, sign in enumerate(relation) if sign > 0]
@@ -260,8 +263,8 @@ def ref_group(regularizer, target, group, z):
             weight = ((2 - d[a]) / 2 / regularizer.temperature).exp()
             rest = weight[different].sum()
             costs.append(-(weight[alike] / (weight[alike] + rest)).log().mean())
-            told.append((costs[-1].item() > 0.1, numbers[a, alike].mean(), numbers[a, different].mean()))
-    return costs, told
+            counts.append((costs[-1].item() > 0.1, numbers[a, alike].mean(), numbers[a, different].mean()))
+    return costs, counts
 
 
 class Reference(NamedTuple):
@@ -286,20 +289,20 @@ def reference(regularizer, features, labels, draw, frame):
         costs = []
         for group in groups:
             shape = tap.shape[-2:]
-            feature = torch.stack([tap[p.image].flatten(1) @ ref_weights(p.place, shape, frame) for p in group])
+            feature = torch.stack([tap[p.image].flatten(1) @ ref_weights(p.position, shape, frame) for p in group])
             rows = [names.index(p.source) if regularizer.projector_sharing == "pair" else 0 for p in group]
             z = torch.stack([ref_project(layers, row, x) for row, x in zip(rows, feature)])
-            its_costs, told = ref_group(regularizer, target, group, z)
+            its_costs, counts = ref_group(regularizer, target, group, z)
             costs += its_costs
             cell = sums.setdefault(f"{target}<-{group[0].source}", np.zeros(5))
-            cell += [len(group), len(told), *np.array(told, float).reshape(-1, 3).sum(axis=0)]
+            cell += [len(group), len(counts), *np.array(counts, float).reshape(-1, 3).sum(axis=0)]
         losses[target] = torch.stack(costs).mean() if costs else tap.sum() * 0
         if costs:
             with_anchor.append(losses[target])
     total = torch.stack(with_anchor).mean() if with_anchor else sum(loss.sum() for loss in losses.values())
-    wanted = [*leaves.values(), *twins.values()]
-    gradients = torch.autograd.grad(total, wanted, allow_unused=True)
-    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients)]
+    tensors = [*leaves.values(), *twins.values()]
+    gradients = torch.autograd.grad(total, tensors, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, gradients)]
     summary = {}
     for key, (pixels, anchors, active, d_ap, d_an) in sums.items():
         summary[f"{key}/anchors"] = anchors / pixels
@@ -321,15 +324,15 @@ def agrees_with_reference(regularizer, features, labels, draw, frame):
     gradients = torch.autograd.grad(output.loss, [*leaves.values(), *regularizer.parameters()])
     for got, expected in zip(gradients, want.gradients, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=2e-5)
-    found = regularizer.summary()
-    assert found.keys() == want.summary.keys()
-    assert found == pytest.approx(want.summary, rel=1e-4, abs=1e-5)
+    summary = regularizer.summary()
+    assert summary.keys() == want.summary.keys()
+    assert summary == pytest.approx(want.summary, rel=1e-4, abs=1e-5)
     assert regularizer.summary() == {}
     return want.anchors
 
 
 def relations(regularizer, features, labels, draw, frame):
     """What the regulariser takes for alike and for different."""
-    with mock.patch.object(regularizer, "select_pairs", wraps=regularizer.select_pairs) as seen:
+    with mock.patch.object(regularizer, "select_pairs", wraps=regularizer.select_pairs) as spy:
         regularizer(features, labels, draw, frame)
-    return regularizer.select_pairs(*seen.call_args.args)
+    return regularizer.select_pairs(*spy.call_args.args)

@@ -26,7 +26,7 @@ def features(size: Size, strides: Sequence[int] = PYRAMID, batch: int = 2, seed:
     return [torch.randn(batch, c, size[0] // s, size[1] // s, generator=generator) for c, s in zip(CHANNELS, strides)]
 
 
-def made(make: Make, tasks: Iterable[str] = TASKS, strides: Sequence[int] = PYRAMID) -> Decoder:
+def build_decoder(make: Make, tasks: Iterable[str] = TASKS, strides: Sequence[int] = PYRAMID) -> Decoder:
     torch.manual_seed(0)
     return make(CHANNELS, strides, {t: TASKS[t] for t in tasks})
 
@@ -40,7 +40,7 @@ def outputs(output: DenseOutput) -> Iterable[Tensor]:
 def check_shapes(make: Make, tasks: Iterable[str], strides: Sequence[int], batch: int, training: bool) -> None:
     size = (96, 64)  # a frame is a multiple of the largest stride
     tasks = list(tasks)
-    decoder = made(make, tasks, strides).train(training)
+    decoder = build_decoder(make, tasks, strides).train(training)
     output = decoder(features(size, strides, batch), size)
     for predictions in (output.predictions, *output.intermediate):
         assert {t: p.shape for t, p in predictions.items()} == {t: (batch, TASKS[t], *size) for t in tasks}
@@ -60,7 +60,7 @@ def check_shapes(make: Make, tasks: Iterable[str], strides: Sequence[int], batch
 
 def check_predict(make: Make) -> None:
     """The inference path gives the same and runs no head that only training needs."""
-    decoder = made(make).eval()
+    decoder = build_decoder(make).eval()
     maps = features((64, 96))
     with torch.no_grad():
         output = decoder(maps, (64, 96))
@@ -86,7 +86,7 @@ def called(model: nn.Module, act: Callable[[], object]) -> set[str]:
 
 def check_compiles(make: Make) -> None:
     torch._dynamo.reset()
-    decoder = made(make, ["depth", "normals"]).eval()  # tracing takes long
+    decoder = build_decoder(make, ["depth", "normals"]).eval()  # tracing takes long
     maps = features((64, 96), batch=1)
     with torch.no_grad():
         want = decoder(maps, (64, 96))
@@ -97,7 +97,7 @@ def check_compiles(make: Make) -> None:
 
 
 def check_bf16(make: Make) -> None:
-    decoder = made(make)
+    decoder = build_decoder(make)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = decoder(features((64, 96)), (64, 96))
     assert all(p.dtype == torch.float32 for p in output.predictions.values())
@@ -107,7 +107,7 @@ def check_bf16(make: Make) -> None:
 
 def check_shared(make: Make) -> None:
     """shared_parameters() is what the losses of at least two tasks reach, once each."""
-    decoder = made(make)
+    decoder = build_decoder(make)
     output = decoder(features((64, 96)), (64, 96))
     reached = {name: 0 for name, _ in decoder.named_parameters()}
     for task in TASKS:
@@ -125,7 +125,7 @@ def check_shared(make: Make) -> None:
 
 def check_overfits(make: Make, steps: int = 20, lr: float = 0.02) -> None:
     """One tiny batch of random targets: every task's loss falls clearly."""
-    decoder = made(make)
+    decoder = build_decoder(make)
     maps = features((32, 64))
     generator = torch.Generator().manual_seed(1)
     labels = {

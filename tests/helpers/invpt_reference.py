@@ -122,7 +122,7 @@ class Reference:
         x = self.conv("backbone.patch_embed.proj", image, stride=16).flatten(2).transpose(1, 2)
         x = torch.cat([self.state["backbone.cls_token"].expand(len(x), -1, -1), x], dim=1)
         x = x + self.state["backbone.pos_embed"]
-        found = []
+        features = []
         for i in range(depth):
             block = f"backbone.blocks.{i}"
             q, k, v = self.linear(f"{block}.attn.qkv", self.norm(f"{block}.norm1", x, 1e-6)).chunk(3, dim=-1)
@@ -132,8 +132,8 @@ class Reference:
             x = x + self.linear(f"{block}.attn.proj", torch.cat(heads, dim=-1))
             x = x + self.mlp(f"{block}.mlp", self.norm(f"{block}.norm2", x, 1e-6))
             if (i + 1) % (depth // 4) == 0 and i + 1 < depth:
-                found.append(x[:, 1:])
-        return [*found, self.norm("backbone.norm", x, 1e-6)[:, 1:]]
+                features.append(x[:, 1:])
+        return [*features, self.norm("backbone.norm", x, 1e-6)[:, 1:]]
 
     def decode(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         height, width = (side // 2 for side in features[3].shape[-2:])
@@ -189,24 +189,26 @@ class Reference:
             shrunk = self.batch_norm(f"{attn}.conv_proj_q.{i}.bn", shrunk)
             grid = shrunk.shape[-2:]
             query = self.linear(f"{attn}.proj_q", shrunk.flatten(2).transpose(1, 2))
-            own = [q @ k.transpose(1, 2) * width**-0.5 for q, k in zip(query.chunk(2, dim=-1), keys.chunk(2, dim=-1))]
-            own = torch.stack(own, dim=1)  # (B, H, Q, K)
+            products = [
+                q @ k.transpose(1, 2) * width**-0.5 for q, k in zip(query.chunk(2, dim=-1), keys.chunk(2, dim=-1))
+            ]
+            products = torch.stack(products, dim=1)  # (B, H, Q, K)
             if heard is not None:
-                grown = torch.empty(*own.shape[:2], *grid, own.shape[-1])
+                grown = torch.empty(*products.shape[:2], *grid, products.shape[-1])
                 for h in range(2):
-                    for k in range(own.shape[-1]):
+                    for k in range(products.shape[-1]):
                         grown[:, h, ..., k] = self.to(heard[i][:, h, ..., k].unsqueeze(1), grid).squeeze(1)
-                own = self.conv(f"{attn}.fuse_attn", torch.cat([own, grown.flatten(2, 3)], dim=1))
-            scores.append(own.unflatten(2, grid))
-            mixed = [a @ v for a, v in zip(own.softmax(-1).unbind(1), values.chunk(2, dim=-1))]
+                products = self.conv(f"{attn}.fuse_attn", torch.cat([products, grown.flatten(2, 3)], dim=1))
+            scores.append(products.unflatten(2, grid))
+            mixed = [a @ v for a, v in zip(products.softmax(-1).unbind(1), values.chunk(2, dim=-1))]
             x = self.linear(f"{attn}.proj", torch.cat(mixed, dim=-1)).transpose(1, 2).unflatten(2, grid)
             outputs.append(self.to(x, maps[i].shape[-2:]))
-        found = []
+        features = []
         for x, attended in zip(maps, outputs):
             x = (x + attended).permute(0, 2, 3, 1)
             x = x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", x, 1e-5))
-            found.append(x.permute(0, 3, 1, 2))
-        return found, scores
+            features.append(x.permute(0, 3, 1, 2))
+        return features, scores
 
     # --- Single layers by name
 

@@ -149,7 +149,7 @@ def write_devkit(
     Keywords: see :func:`image`; ids go round its four cases, training ids first.
     """
     devkit = root / "VOCdevkit"
-    made = Devkit(
+    kit = Devkit(
         _pictures(ids_train, ids_val, distilled, unlabelled),
         devkit / "VOC2010",
         devkit / "VOC2012",
@@ -157,24 +157,24 @@ def write_devkit(
         root / "parts",
         root / "distilled",
     )
-    labelled = [name for name, shown in made.images.items() if shown.voc is not None]
-    for name, shown in made.images.items():
-        _write_bytes(made.voc / "JPEGImages" / f"{name}.jpg", shown.jpeg)
+    labelled = [name for name, shown in kit.images.items() if shown.voc is not None]
+    for name, shown in kit.images.items():
+        _write_bytes(kit.voc / "JPEGImages" / f"{name}.jpg", shown.jpeg)
         if shown.voc is not None:
-            write_palette(made.labels / "SegmentationClass" / f"{name}.png", shown.voc)
+            write_palette(kit.labels / "SegmentationClass" / f"{name}.png", shown.voc)
             if name != labelled[-1]:
-                write_palette(made.voc / "SegmentationClass" / f"{name}.png", shown.voc)
-        write_context(made.context / "trainval" / f"{name}.mat", shown.context)
-        write_parts(made.parts / "Annotations_Part" / f"{name}.mat", name, shown.objects)
-        write_png(made.distilled / "normals_distill" / f"{name}.png", shown.normals)
-        write_png(made.distilled / "sal_distill" / f"{name}.png", shown.saliency)
-    write_palette(made.labels / "SegmentationClass" / "2011_000003.png", np.zeros((9, 9), np.uint8))
-    _write_bytes(made.context / "labels.txt", b"1: accordion\n2: aeroplane\n")
+                write_palette(kit.voc / "SegmentationClass" / f"{name}.png", shown.voc)
+        write_context(kit.context / "trainval" / f"{name}.mat", shown.context)
+        write_parts(kit.parts / "Annotations_Part" / f"{name}.mat", name, shown.objects)
+        write_png(kit.distilled / "normals_distill" / f"{name}.png", shown.normals)
+        write_png(kit.distilled / "sal_distill" / f"{name}.png", shown.saliency)
+    write_palette(kit.labels / "SegmentationClass" / "2011_000003.png", np.zeros((9, 9), np.uint8))
+    _write_bytes(kit.context / "labels.txt", b"1: accordion\n2: aeroplane\n")
     for part, ids in {"train": ids_train, "val": ids_val, "trainval": [*ids_train, *ids_val]}.items():
-        write_list(made.voc / "ImageSets" / "Main" / f"{part}.txt", ids)
-        write_list(made.voc / "ImageSets" / "Main" / f"dog_{part}.txt", [f"{name} -1" for name in ids])
-        write_list(made.voc / "ImageSets" / "Segmentation" / f"{part}.txt", ids[:1])
-    return made
+        write_list(kit.voc / "ImageSets" / "Main" / f"{part}.txt", ids)
+        write_list(kit.voc / "ImageSets" / "Main" / f"dog_{part}.txt", [f"{name} -1" for name in ids])
+        write_list(kit.voc / "ImageSets" / "Segmentation" / f"{part}.txt", ids[:1])
+    return kit
 
 
 def write_context(path: Path, labels: np.ndarray) -> None:
@@ -248,9 +248,9 @@ def _as_voc(context: np.ndarray) -> np.ndarray:
 
 
 def _objects(case: int, size: tuple[int, int]) -> tuple[Object, ...]:
-    def box(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    def box(top: int, bottom: int, left_edge: int, right: int) -> np.ndarray:
         mask = np.zeros(size, np.uint8)
-        mask[top:bottom, left:right] = 1
+        mask[top:bottom, left_edge:right] = 1
         return mask
 
     whole_left, whole_right = box(1, 19, 1, 9), box(1, 19, 5, 18)
@@ -267,5 +267,7 @@ def _objects(case: int, size: tuple[int, int]) -> tuple[Object, ...]:
     if case == 2:
         return dog, Object(AEROPLANE, whole_left, ())
     corners = ((1 + 3 * (i // 4), 1 + 4 * (i % 4)) for i in range(len(PART_NAME_TO_ID)))
-    others = tuple((name, box(top, top + 4, left, left + 5)) for name, (top, left) in zip(PART_NAME_TO_ID, corners))
+    others = tuple(
+        (name, box(top, top + 4, left_edge, left_edge + 5)) for name, (top, left_edge) in zip(PART_NAME_TO_ID, corners)
+    )
     return dog, Object(PERSON, whole_right, others), bare

@@ -27,18 +27,20 @@ WORDS = [
 
 def started(*command: object) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    words = [str(word) for word in command]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    arguments = [str(word) for word in command]
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
-def worked(folder: Path, command: list[str] | None, *words: str) -> tuple[dict, dict]:
+def worked(folder: Path, command: list[str] | None, *overrides: str) -> tuple[dict, dict]:
     """What ranks_worker.py found, and the state it left in ``folder / "state.pt"``. No command: in this process."""
     folder.mkdir()
     if command is None:
-        ranks_worker.main(folder, [*WORDS, *words])
+        ranks_worker.main(folder, [*WORDS, *overrides])
     else:
-        done = started(*command, ROOT / "tests" / "helpers" / "ranks_worker.py", folder, *WORDS, *words)
-        assert done.returncode == 0, done.stderr[-3000:]
+        process = started(*command, ROOT / "tests" / "helpers" / "ranks_worker.py", folder, *WORDS, *overrides)
+        assert process.returncode == 0, process.stderr[-3000:]
     return json.loads((folder / "found.json").read_text()), torch.load(folder / "state.pt")
 
 

@@ -22,25 +22,25 @@ from mtcl.training.train_step import CompiledModule
 STEPS = 3
 
 
-def main(folder: Path, words: list[str]) -> None:
-    own = dict(word.split("=", 1) for word in words if word.startswith(("from=", "spoil=", "compiler=")))
-    config = composed(*(word for word in words if word.split("=")[0] not in own))
+def main(folder: Path, arguments: list[str]) -> None:
+    options = dict(word.split("=", 1) for word in arguments if word.startswith(("from=", "spoil=", "compiler=")))
+    config = composed(*(word for word in arguments if word.split("=")[0] not in options))
     device = torch.device("cpu")
     distributed.init_process_group(device)
     torch.manual_seed(distributed.rank())  # DDP and FSDP give all the first one's weights
-    if "compiler" in own:
-        CompiledModule.backend = own["compiler"]
+    if "compiler" in options:
+        CompiledModule.backend = options["compiler"]
     tasks = build_tasks(config)
     trainer = build_training_run(config, tasks, folder, device).trainer
-    if "from" in own:
-        trainer.restore(Checkpoint.from_dict(torch.load(own["from"], weights_only=True)))
+    if "from" in options:
+        trainer.restore(Checkpoint.from_dict(torch.load(options["from"], weights_only=True)))
     trainer.model.train()
     for module in trainer.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # a batch norm knows its process's pictures only
     losses = []
     for number, batches in zip(range(STEPS), trainer.batches_per_step()):
-        if own.get("spoil") == str(number) and distributed.rank() == distributed.world_size() - 1:
+        if options.get("spoil") == str(number) and distributed.rank() == distributed.world_size() - 1:
             theirs = slice(1, None, 2) if distributed.world_size() == 1 else slice(None)
             batches[0]["labels"]["normals"][theirs] = math.nan
         values = trainer.train_step(*batches, with_diagnostics=trainer.step != 1)  # compiled steps measure none
@@ -57,12 +57,12 @@ def main(folder: Path, words: list[str]) -> None:
     skipped = [entry.step for entry in trainer.nonfinite_guard.flush()]
     if distributed.rank() == 0:
         torch.save(state, folder / "state.pt")
-        found = {"losses": losses, "metrics": evaluation.metrics, "images": evaluation.num_images}
-        found["skipped"] = skipped
+        result = {"losses": losses, "metrics": evaluation.metrics, "images": evaluation.num_images}
+        result["skipped"] = skipped
         total = sum(p.numel() for p in trainer.model.parameters())
-        found["weights here"] = sum(p.numel() for p in trainer.weights.parameters) / total
-        found["moments here"] = sum(m["exp_avg"].numel() for m in moments.values() if "exp_avg" in m) / total
-        (folder / "found.json").write_text(json.dumps(found))
+        result["weights here"] = sum(p.numel() for p in trainer.weights.parameters) / total
+        result["moments here"] = sum(m["exp_avg"].numel() for m in moments.values() if "exp_avg" in m) / total
+        (folder / "found.json").write_text(json.dumps(result))
     distributed.destroy_process_group()
 
 

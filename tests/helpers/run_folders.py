@@ -20,10 +20,10 @@ def write_run(folder: Path, seed=0, metrics=None, config=None, facts=None, overr
     """A finished run's three files; ``config``: dotted keys, ``facts``: of run.json, None takes one out."""
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(VALUES if metrics is None else metrics))
-    known = {"seed": seed, "split": "standard", "num_images": 500, "data_fingerprint": "8d9e", "step": 400,
-             "commit": "e51845271362f65d", "clean": True, "device": "cpu", "overrides": list(overrides)}  # fmt: skip
-    known = {key: value for key, value in (known | (facts or {})).items() if value is not None}
-    (folder / "run.json").write_text(json.dumps(known))
+    record = {"seed": seed, "split": "standard", "num_images": 500, "data_fingerprint": "8d9e", "step": 400,
+              "commit": "e51845271362f65d", "clean": True, "device": "cpu", "overrides": list(overrides)}  # fmt: skip
+    record = {key: value for key, value in (record | (facts or {})).items() if value is not None}
+    (folder / "run.json").write_text(json.dumps(record))
     full = {"name": "made_up", "seed": seed, "data.name": "nyud", "tasks.names": "auto", "backbone.name": "resnet18",
             "regularizer._target_": None, "regularizer.weight": 0.0, "optimizer.lr": 0.001,
             "trainer.max_steps": 400, "trainer.num_panels": 4} | (config or {})  # fmt: skip

@@ -37,7 +37,7 @@ def shrunk(decoder: str, backbone: str) -> list[str]:
     """Override words for these choices of the groups ``decoder`` and ``backbone``; to be put after both."""
     family = next((name for name in FAMILIES if backbone.startswith(name)), None)
     if decoder == "mti_net" and family == "hrnet":  # narrow enough by itself, as published
-        words = ["decoder.pyramid_width=null"]
+        overrides = ["decoder.pyramid_width=null"]
     else:
-        words = list(DECODERS.get(decoder, []))
-    return words + ([FAMILIES[family]] if family else [])
+        overrides = list(DECODERS.get(decoder, []))
+    return overrides + ([FAMILIES[family]] if family else [])

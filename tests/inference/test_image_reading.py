@@ -55,10 +55,10 @@ def png_of(width: int, height: int, depth: int, colour: int, rows: bytes) -> byt
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.ppm", "a.tif", "no_ending", "lies.jpg", "ünï 100%d ✓.png"])
 def test_colour(tmp_path, name):
     kind = "PNG" if Path(name).suffix in ("", ".jpg") else None
-    found = load_image(saved(tmp_path, name, RGB, format=kind))
-    assert found.dtype == np.uint8
-    assert found.flags["C_CONTIGUOUS"]
-    assert np.array_equal(found, RGB)
+    pixels = load_image(saved(tmp_path, name, RGB, format=kind))
+    assert pixels.dtype == np.uint8
+    assert pixels.flags["C_CONTIGUOUS"]
+    assert np.array_equal(pixels, RGB)
 
 
 @pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
@@ -192,9 +192,9 @@ def test_the_first_of_several(tmp_path, ending):
 def test_damage_is_told(tmp_path, ending):
     options = {"compression": "tiff_lzw"} if ending == ".tif" else {}
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    whole = saved(tmp_path, f"whole{ending}", noise, **options)
-    assert load_image(whole).shape == (40, 40, 3)
-    data = whole.read_bytes()
+    source = saved(tmp_path, f"whole{ending}", noise, **options)
+    assert load_image(source).shape == (40, 40, 3)
+    data = source.read_bytes()
     path = tmp_path / f"cut{ending}"
     path.write_bytes(data[: len(data) // 2])
     if ending != ".jp2":  # its first half is a coarser picture
@@ -231,12 +231,12 @@ def test_a_few_wrong_bytes_never_end_in_a_traceback(tmp_path_factory, kind, data
     path = tmp_path_factory.getbasetemp() / "a"
     path.write_bytes(content)
     try:
-        found = load_image(path, max_pixels=10**6)
+        pixels = load_image(path, max_pixels=10**6)
     except UserError as error:
         assert str(path) in str(error)  # noqa: PT017
     else:
-        assert found.dtype == np.uint8
-        assert found.shape[2:] == (3,)
+        assert pixels.dtype == np.uint8
+        assert pixels.shape[2:] == (3,)
 
 
 def test_files_that_are_none(tmp_path, monkeypatch):
@@ -306,5 +306,5 @@ def test_every_mode_of_pillow():
     grey = Image.fromarray(GREY)
     for mode in ("1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "LA", "PA", "RGBX", "I;16"):
         image = Image.merge("LA", [grey, grey]).convert("PA") if mode == "PA" else grey.convert(mode)
-        found = convert_pil_image(image)
-        assert (found.shape, found.dtype) == ((5, 7, 3), np.uint8), mode
+        pixels = convert_pil_image(image)
+        assert (pixels.shape, pixels.dtype) == ((5, 7, 3), np.uint8), mode

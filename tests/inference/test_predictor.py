@@ -47,13 +47,13 @@ class Synthetic(DenseModel):
 
     def predict(self, image: Tensor) -> dict[str, Tensor]:
         self.frames.append(tuple(image.shape))
-        found = {n: torch.einsum("oc,bchw->bohw", mix, image) for n, mix in self.mixes.items()}
-        found["depth"] = found["depth"] + 9
+        maps = {n: torch.einsum("oc,bchw->bohw", mix, image) for n, mix in self.mixes.items()}
+        maps["depth"] = maps["depth"] + 9
         if not self.pure:
             row = F.pad(image[:, 0], (1, 1))
-            found["normals"] = torch.stack([row[..., 2:] - row[..., :-2], image[:, 1], image[:, 2]], dim=1)
+            maps["normals"] = torch.stack([row[..., 2:] - row[..., :-2], image[:, 1], image[:, 2]], dim=1)
         ramp = torch.arange(image.shape[-1]) - 2 * torch.arange(image.shape[-2])[:, None]
-        return {n: raw + self.slope * ramp for n, raw in found.items()}
+        return {n: raw + self.slope * ramp for n, raw in maps.items()}
 
     forward = backbone_parameters = shared_parameters = None
 
@@ -66,9 +66,9 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def same(found, expected, atol: float = 0.0) -> None:
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
+def same(actual, expected, atol: float = 0.0) -> None:
+    assert actual.keys() == expected.keys()
+    for name, array in actual.items():
         assert array.dtype == expected[name].dtype, name
         assert array.shape == expected[name].shape, name
         if atol and array.dtype != np.uint8:
@@ -92,12 +92,12 @@ def raw_of(model: Synthetic, view: np.ndarray, frame) -> dict[str, Tensor]:
     """Raw maps (C, H, W) of a picture in the middle of a frame: the long way round."""
     height, width = view.shape[:2]
     frame = [max(f, -(-s // 32) * 32) for f, s in zip(frame, (height, width))]
-    top, left = (frame[0] - height) // 2, (frame[1] - width) // 2
+    top, left_edge = (frame[0] - height) // 2, (frame[1] - width) // 2
     image = torch.zeros(1, 3, *frame)
     pixels = torch.from_numpy(view).permute(2, 0, 1).float() / 255
     pixels = (pixels - torch.tensor(model.mean)[:, None, None]) / torch.tensor(model.std)[:, None, None]
-    image[0, :, top : top + height, left : left + width] = pixels
-    return {n: raw[0, :, top : top + height, left : left + width] for n, raw in model.predict(image).items()}
+    image[0, :, top : top + height, left_edge : left_edge + width] = pixels
+    return {n: raw[0, :, top : top + height, left_edge : left_edge + width] for n, raw in model.predict(image).items()}
 
 
 # Against evaluate.py
@@ -136,11 +136,11 @@ def evaluated(run, arrays, batch: int) -> list[dict[str, np.ndarray]]:
     model = build_model(config, tasks, pretrained=False)
     model.load_state_dict(state["ema"]["model"])
     loader = eval_loader(reader, tasks, get_image_size(config), batch, workers=0)
-    kept = {}
+    raw_maps = {}
     Evaluator(tasks, loader, CPU).run(
-        model, on_prediction=lambda id, raw: kept.update({id: {n: r.clone() for n, r in raw.items()}})
+        model, on_prediction=lambda id, raw: raw_maps.update({id: {n: r.clone() for n, r in raw.items()}})
     )
-    return [{n: tasks[n].decode(r) for n, r in kept[id].items()} for id in reader.ids]
+    return [{n: tasks[n].decode(r) for n, r in raw_maps[id].items()} for id in reader.ids]
 
 
 @pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow), 3])
@@ -150,12 +150,12 @@ def test_bit_equal_to_an_evaluation(run, ours, batch):
     expected, start = [], 0
     for group in module._group_by_size(arrays):
         expected += evaluated(run, group, batch)
-    found = []
+    actual = []
     while start < len(arrays):
         alike = [a for a in arrays[start : start + batch] if a.shape == arrays[start].shape]
-        found += ours.predict_batch(alike)
+        actual += ours.predict_batch(alike)
         start += len(alike)
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(actual, expected, strict=True):
         same(one, other)
 
 
@@ -201,9 +201,9 @@ def test_some_tasks_only(run, ours):
     array = picture(20, 30)
     everything = ours(array)
     for tasks in (["depth"], ("edge", "semseg"), "depth"):
-        found = mtcl.load(run, tasks=tasks)(array)
-        assert set(found) == ({tasks} if isinstance(tasks, str) else set(tasks))
-        same(found, {name: everything[name] for name in found})
+        actual = mtcl.load(run, tasks=tasks)(array)
+        assert set(actual) == ({tasks} if isinstance(tasks, str) else set(tasks))
+        same(actual, {name: everything[name] for name in actual})
     with pytest.raises(UserError, match=r"has no task flow; it has semseg, "):
         mtcl.load(run, tasks=["depth", "flow"])
     with pytest.raises(UserError, match="empty"):
@@ -225,13 +225,13 @@ def test_where_a_model_is_looked_for(run, ours, tmp_path):
     expected = ours(array)
     for source in (str(run), run / "checkpoints", run / "checkpoints" / "last.pt"):
         same(mtcl.load(source)(array), expected)
-    for wrong, told in [
+    for wrong, message in [
         (tmp_path, "neither an exported model"),
         (tmp_path / "none.pt", "does not exist"),
         ("none/none.pt", "does not exist"),
         (run / "config.yaml", "config.yaml"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             mtcl.load(wrong)
     cut = tmp_path / "cut.pt"
     cut.write_bytes((run / "checkpoints" / "last.pt").read_bytes()[:-100])
@@ -253,7 +253,7 @@ def test_no_dataset_is_needed(run, tmp_path):
 
 
 def test_wrong_options(run):
-    for options, told in [
+    for options, message in [
         ({"mode": "huge"}, "mode=huge"),
         ({"scales": []}, "scales="),
         ({"scales": [1, float("nan")]}, "scales="),
@@ -261,7 +261,7 @@ def test_wrong_options(run):
         ({"precision": "fp8"}, "precision=fp8"),
         ({"device": "tpu"}, "device=tpu"),
     ]:
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             mtcl.load(run, **options)
 
 
@@ -282,8 +282,8 @@ sides = st.integers(1, 90)
 @settings(max_examples=40, deadline=None)
 @given(sides, sides, st.sampled_from(["resize", "sliding_window", "full"]), st.booleans())
 def test_any_size_has_maps_of_its_size(height, width, mode, flip):
-    found = predictor(mode=mode, flip=flip, scales=(1.0, 0.6))(picture(height, width))
-    assert all(a.shape[:2] == (height, width) and np.isfinite(a).all() for a in found.values())
+    maps = predictor(mode=mode, flip=flip, scales=(1.0, 0.6))(picture(height, width))
+    assert all(a.shape[:2] == (height, width) and np.isfinite(a).all() for a in maps.values())
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (3, 2000)])
@@ -301,19 +301,19 @@ def test_enlarged_in_strips(height, width, low, narrow, strip):
         n: torch.randn(1, t.channels, low, narrow, generator=torch.Generator().manual_seed(0)) for n, t in TASKS.items()
     }
     size = (max(height, low), max(width, narrow))
-    whole = {n: F.interpolate(r, size, mode="bilinear", align_corners=False)[0] for n, r in raw.items()}
+    resized = {n: F.interpolate(r, size, mode="bilinear", align_corners=False)[0] for n, r in raw.items()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MAX_STRIP_VALUES", strip * 40)
         for name, one in raw.items():
             parts = list(module._resize_in_strips(one[0], size))
             assert all(part.numel() <= max(strip * 40, part.shape[0] * size[1]) for part in parts)
-            torch.testing.assert_close(torch.cat(parts, dim=1), whole[name], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(torch.cat(parts, dim=1), resized[name], atol=1e-5, rtol=1e-5)
         # F.normalize is steep near 0, and a tie may be decided either way
-        found = predictor()._decode(raw, size)[0]
+        maps = predictor()._decode(raw, size)[0]
     # Depth is clipped before it is enlarged, as in an exported program.
     clipped = F.interpolate(raw["depth"].clamp(min=0), size, mode="bilinear", align_corners=False)[0, 0]
-    np.testing.assert_allclose(found["depth"], clipped, atol=1e-5)
-    assert (found["semseg"] != decoded(whole)["semseg"]).mean() < 0.01
+    np.testing.assert_allclose(maps["depth"], clipped, atol=1e-5)
+    assert (maps["semseg"] != decoded(resized)["semseg"]).mean() < 0.01
 
 
 def test_shrunk_pictures():
@@ -321,11 +321,11 @@ def test_shrunk_pictures():
     ramp = np.linspace(20, 230, 200)[None, :, None] * np.linspace(0.5, 1, 160)[:, None, None] * [1, 0.7, 0.4]
     array = np.round(ramp).astype(np.uint8)
     ours = predictor()
-    found, whole = ours(array), decoded(raw_of(Synthetic(), array, FRAME))
+    actual, expected = ours(array), decoded(raw_of(Synthetic(), array, FRAME))
     assert len(ours.model.frames) == 1
     assert max(ours.model.frames[0][2:]) <= 64
     for name in ("depth", "edge"):
-        assert np.abs(found[name] - whole[name]).max() < 0.1, name
+        assert np.abs(actual[name] - expected[name]).max() < 0.1, name
 
 
 # Windows
@@ -351,10 +351,10 @@ def slid(model: Synthetic, array: np.ndarray, frame) -> dict[str, np.ndarray]:
     sums = {n: torch.zeros(t.channels, height, width, dtype=torch.float64) for n, t in TASKS.items()}
     weights = torch.zeros(height, width, dtype=torch.float64)
     for top in module._window_starts(height, h):
-        for left in module._window_starts(width, w):
-            area = (..., slice(top, top + h), slice(left, left + w))
+        for left_edge in module._window_starts(width, w):
+            area = (..., slice(top, top + h), slice(left_edge, left_edge + w))
             weights[area] += weight
-            for name, raw in raw_of(model, array[top : top + h, left : left + w], frame).items():
+            for name, raw in raw_of(model, array[top : top + h, left_edge : left_edge + w], frame).items():
                 sums[name][area] += weight * blendable(name, raw)
     enlarged = max(max(height, width) / max(frame), min(height, width) / min(frame), 1)
     sums["depth"] *= enlarged
@@ -378,8 +378,8 @@ def test_windows_of_several_pictures_at_once():
     ours = predictor(0.01, mode="sliding_window")
     together = ours.predict_batch(arrays)
     assert {frame[0] for frame in ours.model.frames} == {3}
-    for found, array in zip(together, arrays):
-        same(found, predictor(0.01, mode="sliding_window")(array), atol=1e-4)
+    for maps, array in zip(together, arrays):
+        same(maps, predictor(0.01, mode="sliding_window")(array), atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
@@ -425,11 +425,11 @@ def test_the_mean_over_scales():
     array = np.full((32, 48, 3), (90, 120, 200), np.uint8)
     once = raw_of(Synthetic(), array, FRAME)
     ours = predictor(scales=(0.5, 1.0, 2.0))
-    found = ours(array)
+    actual = ours(array)
     assert [frame[2:] for frame in ours.model.frames] == [(32, 48), (32, 64), (64, 96)]  # multiples of 32
     # The constant answer means half the depth in the smaller picture, the double in the larger.
     expected = decoded({**once, "depth": once["depth"] * (0.5 + 1 + 2) / 3})
-    same(found, expected, atol=1e-4)
+    same(actual, expected, atol=1e-4)
 
 
 def test_scales_of_one_are_none():
@@ -440,10 +440,10 @@ def test_scales_of_one_are_none():
 def test_scales_and_mirror_of_a_smooth_picture_agree():
     column = np.linspace(0, 255, 48)[None, :, None] * np.ones((32, 1, 3))
     array = column.astype(np.uint8)
-    found, expected = predictor(scales=(0.75, 1.5), flip=True)(array), predictor()(array)
+    actual, expected = predictor(scales=(0.75, 1.5), flip=True)(array), predictor()(array)
     depth = expected["depth"] * (0.75 + 1.5) / 2
-    assert np.abs(found["depth"] - depth)[:, 2:-2].max() < 0.1
-    assert (found["semseg"] != expected["semseg"]).mean() < 0.1
+    assert np.abs(actual["depth"] - depth)[:, 2:-2].max() < 0.1
+    assert (actual["semseg"] != expected["semseg"]).mean() < 0.1
 
 
 def test_the_model_is_left_in_evaluation_mode(run):

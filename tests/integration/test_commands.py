@@ -78,14 +78,14 @@ def test_a_comma_separates_the_values_of_a_sweep(monkeypatch):
 
 def test_a_homes_sign_is_replaced_in_every_script(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    words = ["~/a", "--out=~/b", "input='~/c'", "~data.limit", "x=a~", "~", "--cfg", "y=~nobody-here/z"]
+    arguments = ["~/a", "--out=~/b", "input='~/c'", "~data.limit", "x=a~", "~", "--cfg", "y=~nobody-here/z"]
     expected = [f"{tmp_path}/a", f"--out={tmp_path}/b", f"input='{tmp_path}/c'", "~data.limit", "x=a~"]
-    assert [expand_tilde(word) for word in words] == [*expected, str(tmp_path), "--cfg", "y=~nobody-here/z"]
+    assert [expand_tilde(word) for word in arguments] == [*expected, str(tmp_path), "--cfg", "y=~nobody-here/z"]
     assert output_path("~/o") == tmp_path / "o"
-    seen = []
+    expanded = []
     monkeypatch.setattr(sys, "argv", ["predict.py", "--input=~/a b"])
-    run(lambda: seen.extend(sys.argv[1:]))
-    assert seen == [f"--input={tmp_path}/a b"]
+    run(lambda: expanded.extend(sys.argv[1:]))
+    assert expanded == [f"--input={tmp_path}/a b"]
 
 
 def test_paths_of_yaml_files_have_the_home_folder_too(cli, monkeypatch, tmp_path):
@@ -107,8 +107,8 @@ def test_the_first_bare_path_is_the_checkpoint(tmp_path):
     (tmp_path / "a=b").mkdir()
     assert add_checkpoint_key(["seed=1", f"{tmp_path}/a=b"]) == ["seed=1", f"checkpoint='{tmp_path}/a=b'"]
     assert add_checkpoint_key(["none.pt"]) == ["checkpoint=none.pt"]
-    for words in (["seed=1", "data.root=a/b"], ["--config-dir", str(tmp_path)], ["~data.limit"], ["-m"]):
-        assert add_checkpoint_key(words) == words
+    for arguments in (["seed=1", "data.root=a/b"], ["--config-dir", str(tmp_path)], ["~data.limit"], ["-m"]):
+        assert add_checkpoint_key(arguments) == arguments
 
 
 # --- What is written
@@ -118,9 +118,9 @@ def test_the_first_bare_path_is_the_checkpoint(tmp_path):
 def handlers():
     """Hydra's, which write to a test's streams, are gone after it."""
     root = logging.getLogger()
-    before = root.handlers[:]
+    handlers_before = root.handlers[:]
     yield
-    root.handlers = before
+    root.handlers = handlers_before
 
 
 class Broken:
@@ -165,9 +165,9 @@ def test_names_do_not_steer_the_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "a\x1b[31m=1"])
     with pytest.raises(SystemExit):
         run_hydra_app(lambda config: None, ROOT / "configs", "train")
-    told = capsys.readouterr().err
-    assert "\\x1b[31m" in told
-    assert "\x1b" not in told
+    output = capsys.readouterr().err
+    assert "\\x1b[31m" in output
+    assert "\x1b" not in output
     record = logging.LogRecord("n", logging.INFO, "f", 1, "a table:\n%s", ("b\x1b]0;c\x07",), None)
     assert EscapingFormatter("[%(message)s]").format(record) == "[a table:\nb\\x1b]0;c\\x07]"
     formatter = OmegaConf.load(ROOT / "configs" / "train.yaml").hydra.job_logging.formatters.simple
@@ -182,12 +182,12 @@ def test_a_run_told_to_make_room_ends_with_one_line(capsys, monkeypatch, tmp_pat
     with pytest.raises(SystemExit) as ending:
         run_hydra_app(job, ROOT / "configs", "train")
     assert ending.value.code == 75
-    told = "stopped at step 7, its state is saved; the same command with resume=auto goes on from there\n"
-    assert capsys.readouterr().err == told
+    message = "stopped at step 7, its state is saved; the same command with resume=auto goes on from there\n"
+    assert capsys.readouterr().err == message
 
 
 def test_a_closed_terminal_is_a_signal_to_save_unless_it_is_ignored():
-    before = signal.getsignal(signal.SIGHUP)
+    handler_before = signal.getsignal(signal.SIGHUP)
     try:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         stop = PreemptionHandler()
@@ -200,7 +200,7 @@ def test_a_closed_terminal_is_a_signal_to_save_unless_it_is_ignored():
             os.kill(os.getpid(), signal.SIGHUP)
             assert not stop.should_stop(1)
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signal.SIGHUP, handler_before)
 
 
 def test_text_is_utf8_in_every_locale():
@@ -246,9 +246,9 @@ QUICK = [
 def test_without_a_reader_and_in_an_ascii_locale_a_run_is_whole(tmp_path):
     folder = tmp_path / "für 深度"
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    words = [sys.executable, "train.py", *QUICK, "trainer.max_steps=1", f"hydra.run.dir={folder}"]
+    command = [sys.executable, "train.py", *QUICK, "trainer.max_steps=1", f"hydra.run.dir={folder}"]
     process = subprocess.Popen(
-        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, close_fds=True
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, close_fds=True
     )
     assert process.stdout is not None
     process.stdout.readline()
@@ -257,24 +257,26 @@ def test_without_a_reader_and_in_an_ascii_locale_a_run_is_whole(tmp_path):
     assert {"metrics.json", "run.json", "train.log"} <= {path.name for path in folder.iterdir()}
     assert list(folder.glob("events.*"))
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "scripts/runs.py", folder], cwd=ROOT, stdout=full, stderr=-1, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: the output: No space left on device")
+        completed = subprocess.run(
+            [sys.executable, "scripts/runs.py", folder], cwd=ROOT, stdout=full, stderr=-1, text=True
+        )
+    assert completed.returncode == 1
+    assert completed.stderr.startswith("error: the output: No space left on device")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_told_to_end_says_only_that_it_saved(tmp_path, number):
     folder = tmp_path / "run"
-    words = [sys.executable, "train.py", *QUICK, *ENDLESS, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "train.py", *QUICK, *ENDLESS, f"hydra.run.dir={folder}"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 100
     while not (folder / "log.jsonl").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    _, told = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 75
-    lines = [line for line in told.replace("\r", "\n").splitlines() if line and not line.startswith("train:")]
-    assert len(lines) == 1, told
+    lines = [line for line in output.replace("\r", "\n").splitlines() if line and not line.startswith("train:")]
+    assert len(lines) == 1, output
     assert "its state is saved" in lines[0]
     assert (folder / "checkpoints" / "last.pt").is_file()

@@ -105,23 +105,30 @@ print(json.dumps({"kills": kills, "code": code}))
 """
 
 
-def drive(folder: Path, *words: str, kills: int = 0, after: int = 0, seed: int = 0) -> tuple[dict, str]:
+def drive(folder: Path, *overrides: str, kills: int = 0, after_step: int = 0, seed: int = 0) -> tuple[dict, str]:
     """Runs of train.py in ``folder``, the first ``kills`` of them killed, the last to its end; what they printed.
 
     ``after``: kill once so many steps are recorded, else at drawn moments.
     """
     log = folder.with_suffix(".log")
-    given = [*WORDS, "resume=auto", f"hydra.run.dir={folder}", *words]
-    plan = {"folder": str(folder), "words": given, "kills": kills, "after": after, "seed": seed, "log": str(log)}
+    all_overrides = [*WORDS, "resume=auto", f"hydra.run.dir={folder}", *overrides]
+    plan = {
+        "folder": str(folder),
+        "words": all_overrides,
+        "kills": kills,
+        "after": after_step,
+        "seed": seed,
+        "log": str(log),
+    }
     result = subprocess.run(
         [sys.executable, "-c", DRIVER, json.dumps(plan)], cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert result.returncode == 0, result.stderr
     text = log.read_text()
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["kills"] == kills, text[-3000:]
-    assert found["code"] == 0, text[-3000:]
-    return found, text
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["kills"] == kills, text[-3000:]
+    assert report["code"] == 0, text[-3000:]
+    return report, text
 
 
 def assert_same(a, b, where: str = "") -> None:
@@ -151,7 +158,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def uncut_run(tmp_path_factory) -> Path:
     """60 steps without an interruption."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     drive(folder, "trainer.checkpoint_interval=2")
@@ -159,25 +166,25 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def test_60_steps_are_37_and_a_kill_and_23(whole, tmp_path):
+def test_60_steps_are_37_and_a_kill_and_23(uncut_run, tmp_path):
     folder = tmp_path / "run"
     # Written at once: a thread might still be at it two steps later.
-    words = ["trainer.checkpoint_interval=37", "trainer.async_checkpoints=false"]
-    _, text = drive(folder, *words, kills=1, after=39)
+    overrides = ["trainer.checkpoint_interval=37", "trainer.async_checkpoints=false"]
+    _, text = drive(folder, *overrides, kills=1, after_step=39)
     assert f"resumed at step 37 from {folder}/checkpoints/last.pt" in text
-    assert_same_run(whole, folder)
+    assert_same_run(uncut_run, folder)
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_run_killed_at_twenty_moments_ends_as_if_it_had_not_been(whole, tmp_path, asynchronous):
+def test_a_run_killed_at_twenty_moments_ends_as_if_it_had_not_been(uncut_run, tmp_path, asynchronous):
     folder = tmp_path / "run"
-    words = ["trainer.checkpoint_interval=1", f"trainer.async_checkpoints={asynchronous}"]
-    _, text = drive(folder, *words, kills=20, seed=len(asynchronous))
+    overrides = ["trainer.checkpoint_interval=1", f"trainer.async_checkpoints={asynchronous}"]
+    _, text = drive(folder, *overrides, kills=20, seed=len(asynchronous))
     assert text.count("resumed at step") >= 5  # some are killed before they say so
     assert "damaged" not in text
     assert "Traceback" not in text
     assert not list(folder.rglob(".*.tmp"))
-    assert_same_run(whole, folder)
+    assert_same_run(uncut_run, folder)
 
 
 def positions(path: Path) -> dict[str, list[int]]:
@@ -202,26 +209,26 @@ def positions(path: Path) -> dict[str, list[int]]:
     }
 
 
-def test_damage_anywhere_is_seen_and_the_one_before_is_used(whole, tmp_path):
+def test_damage_anywhere_is_seen_and_the_one_before_is_used(uncut_run, tmp_path):
     folder = tmp_path / "checkpoints"
-    shutil.copytree(whole / "checkpoints", folder)
+    shutil.copytree(uncut_run / "checkpoints", folder)
     (folder / "best.pt").unlink()
     path = folder / "last.pt"
     places = positions(path)
     assert sum(map(len, places.values())) >= 50
-    for what, found in places.items():
-        for position in found:
+    for part, damaged in places.items():
+        for position in damaged:
             flip(path, position)
             best = latest_valid_checkpoint(folder)
-            assert (best.path.name, best.checkpoint.step) == ("previous.pt", 58), (what, position)
+            assert (best.path.name, best.checkpoint.step) == ("previous.pt", 58), (part, position)
             assert [error.path for error in best.rejected] == [path]
             flip(path, position)
     assert latest_valid_checkpoint(folder).checkpoint.step == 60
     whole_file = path.read_bytes()
-    for what, found in places.items():
-        for position in found[:4]:
+    for part, damaged in places.items():
+        for position in damaged[:4]:
             path.write_bytes(whole_file[:position])
-            assert latest_valid_checkpoint(folder).path.name == "previous.pt", (what, position)
+            assert latest_valid_checkpoint(folder).path.name == "previous.pt", (part, position)
 
 
 @contextlib.contextmanager
@@ -236,50 +243,52 @@ def mounted(folder: Path, megabytes: int):
         subprocess.run(["umount", folder], check=True)
 
 
-def command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *WORDS, f"hydra.run.dir={folder}", *words]
+def command(folder: Path, *overrides: str) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *WORDS, f"hydra.run.dir={folder}", *overrides]
 
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the driver: sums of two threads round otherwise
 
 
-def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command(folder, *words), cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=600
+        command(folder, *overrides), cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=600
     )
 
 
-def assert_one_sentence(result: subprocess.CompletedProcess, *words: str) -> None:
+def assert_one_sentence(result: subprocess.CompletedProcess, *fragments: str) -> None:
     assert result.returncode == 1, result.stderr
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in result.stderr
-    for word in words:
+    for word in fragments:
         assert word in line
 
 
-def test_a_full_file_system_costs_nothing_that_was_written(whole, tmp_path):
-    size = (whole / "checkpoints" / "last.pt").stat().st_size
+def test_a_full_file_system_costs_nothing_that_was_written(uncut_run, tmp_path):
+    size = (uncut_run / "checkpoints" / "last.pt").stat().st_size
     with mounted(tmp_path / "small", megabytes=int(2.5 * size / 2**20) + 1) as remount:
         folder = tmp_path / "small" / "run"
-        words = ["trainer.checkpoint_interval=2"]
-        assert_one_sentence(run(folder, *words), "no space left on the disk of", "while writing last.pt", "resume=auto")
+        overrides = ["trainer.checkpoint_interval=2"]
+        assert_one_sentence(
+            run(folder, *overrides), "no space left on the disk of", "while writing last.pt", "resume=auto"
+        )
         checkpoints = folder / "checkpoints"
         assert not list(checkpoints.glob(".*.tmp"))
         assert [read_checkpoint_file(path)["step"] for path in sorted(checkpoints.glob("*.pt"))] == [4, 2]
         remount("size=200m")
-        result = run(folder, *words, "resume=auto")
+        result = run(folder, *overrides, "resume=auto")
         assert result.returncode == 0, result.stderr
         assert "resumed at step 4" in result.stdout
-        assert_same_run(whole, folder)
+        assert_same_run(uncut_run, folder)
         remount("ro")
-        assert_one_sentence(run(folder, *words, "resume=auto", "trainer.max_steps=61"), str(folder), "Read-only")
+        assert_one_sentence(run(folder, *overrides, "resume=auto", "trainer.max_steps=61"), str(folder), "Read-only")
 
 
-def test_a_folder_removed_in_mid_run_is_made_anew(whole, tmp_path):
+def test_a_folder_removed_in_mid_run_is_made_anew(uncut_run, tmp_path):
     folder = tmp_path / "run"
-    words = command(folder, "trainer.checkpoint_interval=2")
+    arguments = command(folder, "trainer.checkpoint_interval=2")
     pipe = subprocess.PIPE
-    with subprocess.Popen(words, cwd=ROOT, env=ONE_THREAD, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(arguments, cwd=ROOT, env=ONE_THREAD, stdout=pipe, stderr=pipe, text=True) as process:
         while not (folder / "checkpoints" / "previous.pt").exists() and process.poll() is None:
             pass
         shutil.rmtree(folder, ignore_errors=True)
@@ -287,7 +296,7 @@ def test_a_folder_removed_in_mid_run_is_made_anew(whole, tmp_path):
     assert process.returncode == 0, err
     assert "vanished during the run" in out
     assert "Traceback" not in err
-    ours, theirs = (read_checkpoint_file(path / "checkpoints" / "last.pt") for path in (folder, whole))
+    ours, theirs = (read_checkpoint_file(path / "checkpoints" / "last.pt") for path in (folder, uncut_run))
     assert_same(ours["model"], theirs["model"])
 
 
@@ -302,7 +311,7 @@ def test_two_runs_told_to_use_one_folder(tmp_path):
     (error,) = [err for (_, err), code in ended if code]
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert any(words in lines[0] for words in ("another run", "already holds a run"))
+    assert any(phrase in lines[0] for phrase in ("another run", "already holds a run"))
     assert read_checkpoint_file(folder / "checkpoints" / "last.pt")["step"] == 60
     steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)

@@ -30,11 +30,11 @@ def never_a_wait() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise TimeoutError
 
-    before = signal.signal(signal.SIGALRM, stop)
+    handler_before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     yield
     signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    signal.signal(signal.SIGALRM, handler_before)
 
 
 def png(width: int, height: int, colour_type: int, rows: bytes = b"") -> bytes:
@@ -48,8 +48,8 @@ def png(width: int, height: int, colour_type: int, rows: bytes = b"") -> bytes:
 
 def jpeg(width: int, height: int) -> bytes:
     data = bytearray(cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes())
-    place = data.index(b"\xff\xc0") + 5
-    data[place : place + 4] = struct.pack(">HH", height, width)
+    position = data.index(b"\xff\xc0") + 5
+    data[position : position + 4] = struct.pack(">HH", height, width)
     return bytes(data)
 
 
@@ -217,9 +217,9 @@ def test_sound_nested_and_packed_files_are_read_as_scipy_reads_them(tmp_path: Pa
     part = {"name": "head", "mask": np.eye(3)}
     for compress in (False, True):
         scipy.io.savemat(tmp_path / "a.mat", {"other": 1, "anno": {"a": {"b": [part, part]}}}, do_compression=compress)
-        found, wanted = files.read_mat(tmp_path / "a.mat", "anno"), scipy.io.loadmat(tmp_path / "a.mat")["anno"]
-        assert found[0, 0]["a"].dtype == wanted[0, 0]["a"].dtype
-        assert repr(found.tolist()) == repr(wanted.tolist())
+        actual, expected = files.read_mat(tmp_path / "a.mat", "anno"), scipy.io.loadmat(tmp_path / "a.mat")["anno"]
+        assert actual[0, 0]["a"].dtype == expected[0, 0]["a"].dtype
+        assert repr(actual.tolist()) == repr(expected.tolist())
     (tmp_path / "b.mat").write_bytes(nested(3))
     assert files.read_mat(tmp_path / "b.mat", "depth").shape == (1, 1)
 
@@ -257,8 +257,8 @@ def test_a_cache_whose_writers_are_killed_never_gives_half_an_entry(tmp_path: Pa
     signal.alarm(300)
     right = np.full((1000, 1000, 3), 7, np.uint8)
     for attempt in range(3):
-        words = [sys.executable, "-c", FILLING, str(tmp_path / "cache"), str(source)]
-        both = [subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        arguments = [sys.executable, "-c", FILLING, str(tmp_path / "cache"), str(source)]
+        both = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         for process in both:
             assert process.stdout.readline() == "begins\n"
         time.sleep(0.05 + 0.03 * attempt)
@@ -267,8 +267,8 @@ def test_a_cache_whose_writers_are_killed_never_gives_half_an_entry(tmp_path: Pa
             process.communicate()
         store = ArrayCache(tmp_path / "cache")
         for path in (tmp_path / "cache").rglob("*.array"):
-            found = store._open(path, [source])
-            assert found is not None
-            assert np.array_equal(found.array, right)
-        made = store.get("image", "0000", [source], lambda: CacheEntry(right, (1000, 1000)))
-        assert np.array_equal(made.array, right)
+            entry = store._open(path, [source])
+            assert entry is not None
+            assert np.array_equal(entry.array, right)
+        rebuilt = store.get("image", "0000", [source], lambda: CacheEntry(right, (1000, 1000)))
+        assert np.array_equal(rebuilt.array, right)

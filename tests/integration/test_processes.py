@@ -16,7 +16,7 @@ COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regu
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["data.label_assignment=random"],
         ["regularizer=mtpsl"],
@@ -25,31 +25,31 @@ COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regu
     ids=["contrastive", "mtpsl", "compiled"],
 )
 @pytest.mark.slow
-def test_two_processes_with_half_the_batch_are_one_with_the_whole(words, tmp_path):
+def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp_path):
     """Partial labels: the processes have different numbers of valid pixels, of anchors, of pictures without a label."""
-    plain = [word for word in words if "compile" not in word]
-    check_same(worked(tmp_path / "one", None, *plain), worked(tmp_path / "two", TORCHRUN, *words))
+    plain = [word for word in overrides if "compile" not in word]
+    check_same(worked(tmp_path / "one", None, *plain), worked(tmp_path / "two", TORCHRUN, *overrides))
 
 
 @pytest.mark.slow
 def test_train_py_under_torchrun(tmp_path):
     """One folder, one writer, one table; resumed in the middle it ends at the same weights."""
-    words = [*WORDS, "trainer.max_steps=4", "trainer.checkpoint_interval=2"]
+    overrides = [*WORDS, "trainer.max_steps=4", "trainer.checkpoint_interval=2"]
 
     def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
-        return started(*TORCHRUN, "train.py", *words, f"hydra.run.dir={folder}", *more)
+        return started(*TORCHRUN, "train.py", *overrides, f"hydra.run.dir={folder}", *more)
 
-    done = run(tmp_path / "whole")
-    assert done.returncode == 0, done.stderr[-3000:]
+    process = run(tmp_path / "whole")
+    assert process.returncode == 0, process.stderr[-3000:]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["processes"] == 2
-    assert done.stdout.count("validation images:\n") == 1
+    assert process.stdout.count("validation images:\n") == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
     assert run(tmp_path / "cut", "trainer.max_steps=2", "schedule=constant").returncode == 0
-    whole = run(tmp_path / "whole2", "schedule=constant")
+    uncut = run(tmp_path / "whole2", "schedule=constant")
     again = run(tmp_path / "cut", "schedule=constant", "resume=auto")
-    assert whole.returncode == again.returncode == 0, again.stderr[-3000:]
+    assert uncut.returncode == again.returncode == 0, again.stderr[-3000:]
     a, b = (torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("whole2", "cut"))
     assert len(a["rng"]) == 2
     for name, value in a["model"].items():
@@ -57,11 +57,11 @@ def test_train_py_under_torchrun(tmp_path):
 
 
 def test_parts_of_a_batch_are_the_batch():
-    whole = iter(EpochBatchSampler(20, 6, seed=1, start_step=2))
+    uncut = iter(EpochBatchSampler(20, 6, seed=1, start_step=2))
     parts = [iter(EpochBatchSampler(20, 6, seed=1, start_step=2, shard=(i, 3))) for i in range(3)]
     for _ in range(5):
         pieces = [next(shard) for shard in parts]
-        assert sorted(key for piece in pieces for key in piece) == sorted(next(whole))
+        assert sorted(key for piece in pieces for key in piece) == sorted(next(uncut))
         assert {len(piece) for piece in pieces} == {2}
     with pytest.raises(UserError, match="multiple of 4"):
         EpochBatchSampler(20, 6, seed=1, shard=(0, 4))

@@ -20,14 +20,14 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 FOUR = [*TINY, "trainer.max_steps=4", "trainer.val_interval=null", "trainer.checkpoint_interval=2"]
 
 
-def run(folder: Path, *words: str) -> dict:
-    train(composed(*FOUR, *words), folder)
+def run(folder: Path, *overrides: str) -> dict:
+    train(composed(*FOUR, *overrides), folder)
     return read_checkpoint_file(folder / "checkpoints" / "last.pt")
 
 
 def records(folder: Path, kind: str) -> list[dict]:
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record for record in found if record["kind"] == kind]
+    records_read = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records_read if record["kind"] == kind]
 
 
 def losses(folder: Path) -> list[dict]:
@@ -81,11 +81,11 @@ def test_free_at_inference(tmp_path):
     tasks = build_tasks(config)
     image = torch.randn(2, 3, 32, 64)
     outputs, costs = [], []
-    for words in ([], ["regularizer=none"]):
-        config = composed(*FOUR, *words)
+    for overrides in ([], ["regularizer=none"]):
+        config = composed(*FOUR, *overrides)
         model = build_model(config, tasks, pretrained=False)
         regularizer = build_regularizer(config, tasks, model)
-        assert (regularizer is None) == bool(words)
+        assert (regularizer is None) == bool(overrides)
         model.load_state_dict(on["model"])
         costs.append((flops(model.eval(), image), sum(p.numel() for p in model.parameters())))
         with torch.no_grad():
@@ -96,19 +96,19 @@ def test_free_at_inference(tmp_path):
 
 def test_a_contrast_trained_run_goes_on_without_regularizer(tmp_path):
     on = run(tmp_path / "on")
-    words = ["regularizer=none", f"resume={tmp_path}/on/checkpoints/last.pt", "trainer.max_steps=5"]
-    train(composed(*FOUR, *words), tmp_path / "on2")
-    after = read_checkpoint_file(tmp_path / "on2" / "checkpoints" / "last.pt")
-    assert after["step"] == 5
-    assert after["regularizer"] is None
-    assert after["model"].keys() == on["model"].keys()
+    overrides = ["regularizer=none", f"resume={tmp_path}/on/checkpoints/last.pt", "trainer.max_steps=5"]
+    train(composed(*FOUR, *overrides), tmp_path / "on2")
+    end = read_checkpoint_file(tmp_path / "on2" / "checkpoints" / "last.pt")
+    assert end["step"] == 5
+    assert end["regularizer"] is None
+    assert end["model"].keys() == on["model"].keys()
 
 
 @pytest.mark.parametrize("regularizer", ["contrastive", "none"])
 def test_resuming_is_bit_exact(tmp_path, regularizer):
-    words = [f"regularizer={regularizer}", "data.limit=5", "trainer.max_steps=6", "trainer.checkpoint_interval=3",
-             "trainer.val_interval=3"]  # fmt: skip
-    whole = run(tmp_path / "whole", *words)
+    overrides = [f"regularizer={regularizer}", "data.limit=5", "trainer.max_steps=6", "trainer.checkpoint_interval=3",
+                 "trainer.val_interval=3"]  # fmt: skip
+    uncut = run(tmp_path / "whole", *overrides)
 
     class Cut(Exception):
         pass
@@ -125,12 +125,12 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
 
         patch.setattr(Trainer, "save", save_and_die)
         with pytest.raises(Cut):
-            train(composed(*FOUR, *words), tmp_path / "cut")
+            train(composed(*FOUR, *overrides), tmp_path / "cut")
     assert read_checkpoint_file(tmp_path / "cut" / "checkpoints" / "last.pt")["step"] == 3
-    resumed = run(tmp_path / "cut", *words, "resume=auto")
-    assert_equal_state(whole["model"], resumed["model"])
+    resumed = run(tmp_path / "cut", *overrides, "resume=auto")
+    assert_equal_state(uncut["model"], resumed["model"])
     if regularizer == "contrastive":
-        assert_equal_state(whole["regularizer"], resumed["regularizer"])
+        assert_equal_state(uncut["regularizer"], resumed["regularizer"])
     assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
     a, b = (records(tmp_path / name, "val") for name in ("whole", "cut"))
     assert [r["step"] for r in a] == [0, 3, 6]
@@ -142,9 +142,9 @@ def test_resuming_is_bit_exact(tmp_path, regularizer):
         assert_equal_state(x, y)
 
 
-@pytest.mark.parametrize("words", [["optimizer=sgd", "loss=atrc"], ["optimizer=adam", "schedule=cosine"]])
-def test_other_choices_train(tmp_path, words):
-    run(tmp_path, *words)
+@pytest.mark.parametrize("overrides", [["optimizer=sgd", "loss=atrc"], ["optimizer=adam", "schedule=cosine"]])
+def test_other_choices_train(tmp_path, overrides):
+    run(tmp_path, *overrides)
     history = losses(tmp_path)
     assert len(history) == 4
     assert all(math.isfinite(value) for record in history for value in record.values() if isinstance(value, float))
@@ -166,9 +166,14 @@ def test_gradient_checkpointing_changes_no_run(tmp_path):
 
 
 def test_what_is_not_finite_is_never_saved(tmp_path):
-    words = ["optimizer.lr=1e30", "trainer.log_interval=1000", "trainer.checkpoint_interval=1", "trainer.max_steps=20"]
+    overrides = [
+        "optimizer.lr=1e30",
+        "trainer.log_interval=1000",
+        "trainer.checkpoint_interval=1",
+        "trainer.max_steps=20",
+    ]
     with pytest.raises(UserError, match="not finite"):
-        run(tmp_path, *words)
+        run(tmp_path, *overrides)
     state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
     assert state["step"] < 20
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -192,28 +197,28 @@ def test_a_models_own_losses_are_trained(tmp_path, monkeypatch):
 def test_the_built_in_example_learns(tmp_path):
     """A quarter of `make train`: every task is far better than untrained."""
     config = composed("experiment=rooms", "trainer.max_steps=100", "trainer.val_interval=null", "data.limit=200")
-    after = train(config, tmp_path)
-    before = {k: v for k, v in records(tmp_path, "val")[0].items() if "/" in k}
-    assert after["semseg"]["mIoU"] > 0.12 > 5 * before["semseg/mIoU"]
-    assert after["depth"]["rmse"] < 0.6 * before["depth/rmse"]
-    assert after["normals"]["mErr"] < 0.4 * before["normals/mErr"]
-    assert after["edge"]["loss"] < 0.8 * before["edge/loss"]
-    assert after["sal"]["maxF"] > 2 * before["sal/maxF"]
-    assert after["human_parts"]["mIoU"] > 0.1
+    metrics = train(config, tmp_path)
+    first_metrics = {k: v for k, v in records(tmp_path, "val")[0].items() if "/" in k}
+    assert metrics["semseg"]["mIoU"] > 0.12 > 5 * first_metrics["semseg/mIoU"]
+    assert metrics["depth"]["rmse"] < 0.6 * first_metrics["depth/rmse"]
+    assert metrics["normals"]["mErr"] < 0.4 * first_metrics["normals/mErr"]
+    assert metrics["edge"]["loss"] < 0.8 * first_metrics["edge/loss"]
+    assert metrics["sal"]["maxF"] > 2 * first_metrics["sal/maxF"]
+    assert metrics["human_parts"]["mIoU"] > 0.1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("words", [[], ["regularizer.weight=0"], ["trainer.precision=fp32"]])
-def test_deterministic_on_cuda(tmp_path, words):
-    cuda = ["trainer.device=cuda", "trainer.deterministic=true", *words]
+@pytest.mark.parametrize("overrides", [[], ["regularizer.weight=0"], ["trainer.precision=fp32"]])
+def test_deterministic_on_cuda(tmp_path, overrides):
+    cuda = ["trainer.device=cuda", "trainer.deterministic=true", *overrides]
     try:
         a, b = run(tmp_path / "a", *cuda), run(tmp_path / "b", *cuda)
         assert losses(tmp_path / "a") == losses(tmp_path / "b")
         assert_equal_state(a["model"], b["model"])
-        if "regularizer.weight=0" in words:
+        if "regularizer.weight=0" in overrides:
             off = run(tmp_path / "off", *cuda, "regularizer=none")
             assert_equal_state(a["model"], off["model"])
-        words = [*cuda, "resume=auto", "trainer.max_steps=6"]
-        assert run(tmp_path / "a", *words)["step"] == 6
+        overrides = [*cuda, "resume=auto", "trainer.max_steps=6"]
+        assert run(tmp_path / "a", *overrides)["step"] == 6
     finally:
         torch.use_deterministic_algorithms(False)

@@ -32,13 +32,13 @@ WIDER = {
 }
 
 
-def words(decoder: str, *more: str) -> list[str]:
+def list_overrides(decoder: str, *more: str) -> list[str]:
     backbone = "vit_small" if decoder == "taskprompter" else "resnet18"
     return [*TINY, f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone), *more]
 
 
-def made(decoder: str, *more: str) -> DenseModel:
-    config = composed(*words(decoder, *more))
+def make_model(decoder: str, *more: str) -> DenseModel:
+    config = composed(*list_overrides(decoder, *more))
     torch.manual_seed(0)
     return build_model(config, build_tasks(config), pretrained=False)
 
@@ -71,13 +71,13 @@ def loss_of(model: DenseModel, image: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_the_regulariser_leaves_no_trace(decoder, tmp_path):
     """Attached and trained on its taps or not: the same names, and bit for bit the same predictions."""
-    config = composed(*words(decoder))
+    config = composed(*list_overrides(decoder))
     tasks = build_tasks(config)
-    model = made(decoder)
-    plain = made(decoder, "regularizer=none")
+    model = make_model(decoder)
+    plain = make_model(decoder, "regularizer=none")
     regularizer = build_regularizer(config, tasks, model)
     assert isinstance(regularizer, Contrastive)
-    trainer, batch = trainer_of(tmp_path, *words(decoder))
+    trainer, batch = trainer_of(tmp_path, *list_overrides(decoder))
     trainer.train_step(batch)
     trained = trainer.model.state_dict()
     assert trained.keys() == plain.state_dict().keys()
@@ -95,7 +95,7 @@ def test_the_regulariser_leaves_no_trace(decoder, tmp_path):
 def test_weight_zero_is_a_step_without_regulariser(decoder, tmp_path):
     states = []
     for extra in ("regularizer=none", "regularizer.weight=0"):
-        trainer, batch = trainer_of(tmp_path, *words(decoder, extra))
+        trainer, batch = trainer_of(tmp_path, *list_overrides(decoder, extra))
         trainer.train_step(batch)
         states.append(trainer.model.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
@@ -105,7 +105,7 @@ def test_weight_zero_is_a_step_without_regulariser(decoder, tmp_path):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_compiles_as_one_graph(decoder):
     torch._dynamo.reset()
-    model, image = made(decoder, "tasks.names=[semseg,depth,normals]").eval(), picture(50, 70, batch=1)
+    model, image = make_model(decoder, "tasks.names=[semseg,depth,normals]").eval(), picture(50, 70, batch=1)
     with torch.no_grad():
         want = outputs(model, image)
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -118,7 +118,7 @@ def test_compiles_as_one_graph(decoder):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_bf16(decoder, tmp_path):
     """A step under autocast: losses and weights are finite, predictions are single precision, taps need not be."""
-    trainer, batch = trainer_of(tmp_path, *words(decoder, "trainer.precision=bf16"))
+    trainer, batch = trainer_of(tmp_path, *list_overrides(decoder, "trainer.precision=bf16"))
     values = trainer.train_step(batch)
     assert {*TASKS, "contrast"} <= values.keys()
     assert all(math.isfinite(value) for name, value in values.items())
@@ -131,9 +131,9 @@ def test_bf16(decoder, tmp_path):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_gradient_checkpointing_changes_nothing(decoder):
     """Neither gradients nor what batch norm remembers; random draws (drop path, dropout) are drawn again alike."""
-    image, found = picture(64, 96), []
+    image, states = picture(64, 96), []
     for on in (False, True):
-        model = made(decoder, "tasks.names=[semseg,depth]").train()
+        model = make_model(decoder, "tasks.names=[semseg,depth]").train()
         if on:
             assert model.backbone.set_grad_checkpointing()
         calls = []
@@ -144,8 +144,8 @@ def test_gradient_checkpointing_changes_nothing(decoder):
         loss = loss_of(model, image)
         with freeze_running_statistics(model):
             loss.backward()
-        found.append((dict(model.named_parameters()), dict(model.named_buffers()), len(calls)))
-    (a, a_buffers, once), (b, b_buffers, again) = found
+        states.append((dict(model.named_parameters()), dict(model.named_buffers()), len(calls)))
+    (a, a_buffers, once), (b, b_buffers, again) = states
     assert again > 1.2 * once, "blocks ran again in the backward pass"
     for name in a:
         torch.testing.assert_close(a[name].grad, b[name].grad, msg=name)
@@ -165,7 +165,7 @@ def test_gradient_checkpointing_changes_nothing(decoder):
 def test_any_tasks_any_size_any_batch(decoder, tasks, height, width, batch):
     """One task or all, odd sizes, one picture: shapes as promised, and every parameter is trained."""
     names = [task for task in TASKS if task in tasks]
-    model = made(decoder, f"tasks.names=[{','.join(names)}]").train()
+    model = make_model(decoder, f"tasks.names=[{','.join(names)}]").train()
     image = picture(height, width, batch)
     output = model(image)
     for predictions in (output.predictions, *output.intermediate):
@@ -215,9 +215,11 @@ def test_every_parameter_learns_on_every_backbone(decoder, backbone):
 )
 def test_every_decoder_overfits_one_batch(decoder, weight, tmp_path):
     """Four pictures, seen 100 times: every task's loss falls well below its start."""
-    overrides = words(decoder, "data.size=[48,64]", "data.batch_size=4", "data.augment.flip=0", "data.options.seed=3",
-                      "trainer.max_steps=100", "trainer.val_interval=null", "trainer.checkpoint_interval=null",
-                      "schedule=constant", "optimizer.lr=4e-3", f"regularizer.weight={weight}")  # fmt: skip
+    overrides = list_overrides(
+        decoder, "data.size=[48,64]", "data.batch_size=4", "data.augment.flip=0", "data.options.seed=3",
+        "trainer.max_steps=100", "trainer.val_interval=null", "trainer.checkpoint_interval=null",
+        "schedule=constant", "optimizer.lr=4e-3", f"regularizer.weight={weight}",
+    )  # fmt: skip
     train(composed(*overrides, *WIDER.get(decoder, [])), tmp_path)
     history = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     history = [record for record in history if record["kind"] == "train"]

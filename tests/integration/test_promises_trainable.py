@@ -59,14 +59,14 @@ ENGINES = {
 @pytest.mark.parametrize("overrides", ENGINES.values(), ids=ENGINES)
 def test_training_leaves_a_frozen_backbone_as_it_is(overrides, tmp_path):
     trainer = make_trainer(tmp_path, *QUICK, FROZEN, *overrides)
-    backbone, before = trainer.model.backbone, copy_state(trainer.model)
+    backbone, state_before = trainer.model.backbone, copy_state(trainer.model)
     for _, batches in zip(range(3), trainer.batches_per_step()):
         trainer.train_step(*batches)
-    after = copy_state(trainer.model)
-    inside = {name for name in before if name.startswith("backbone.")}
+    state_after = copy_state(trainer.model)
+    inside = {name for name in state_before if name.startswith("backbone.")}
     assert any("running_mean" in name for name in inside) or "backbone.net.model.blocks.0.norm1.weight" in inside
-    assert [name for name in inside if not torch.equal(before[name], after[name])] == []
-    assert any(not torch.equal(before[name], after[name]) for name in before if name not in inside)
+    assert [name for name in inside if not torch.equal(state_before[name], state_after[name])] == []
+    assert any(not torch.equal(state_before[name], state_after[name]) for name in state_before if name not in inside)
     optimized = {id(p) for group in trainer.optimizer.optimizer.param_groups for p in group["params"]}
     assert optimized == {id(p) for p in trainer.model.parameters()} - {id(p) for p in backbone.parameters()}
     if trainer.ema is not None:
@@ -86,54 +86,61 @@ def test_training_moves_the_last_layers_alone(overrides, trained, tmp_path):
     trainer = make_trainer(tmp_path, *QUICK, *overrides)
     backbone = trainer.model.backbone
     names = {name for name, _ in backbone.named_parameters() if re.fullmatch(trained, name)}
-    before = copy_state(backbone)
+    state_before = copy_state(backbone)
     for _, batches in zip(range(2), trainer.batches_per_step()):
         trainer.train_step(*batches)
-    moved = {name for name, value in copy_state(backbone).items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in copy_state(backbone).items() if not torch.equal(value, state_before[name])}
     assert all(re.fullmatch(trained, name) for name in moved)
     assert names <= moved
     optimized = {id(p) for group in trainer.optimizer.optimizer.param_groups for p in group["params"]}
     assert {name for name, p in backbone.named_parameters() if id(p) in optimized} == names
     if trainer.ema is not None:
         average = copy_state(trainer.ema.model.backbone)
-        assert all(torch.equal(average[n], before[n]) for n, _ in backbone.named_parameters() if n not in names)
-        assert not all(torch.equal(average[n], before[n]) for n in names)
+        assert all(torch.equal(average[n], state_before[n]) for n, _ in backbone.named_parameters() if n not in names)
+        assert not all(torch.equal(average[n], state_before[n]) for n in names)
 
 
 def test_a_frozen_run_goes_on_as_if_it_had_never_stopped(tmp_path, caplog):
-    words = [*QUICK, *MOBILE, FROZEN, "trainer.max_steps=4", "schedule=constant", "trainer.ema=0.5"]
+    overrides = [*QUICK, *MOBILE, FROZEN, "trainer.max_steps=4", "schedule=constant", "trainer.ema=0.5"]
     with caplog.at_level(logging.WARNING):
-        train(composed(*words), tmp_path / "whole")
+        train(composed(*overrides), tmp_path / "whole")
     assert "random weights (backbone.weights=none) and stays so (backbone.trainable=frozen)" in caplog.text
-    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
-    train(composed(*words, "resume=auto"), tmp_path / "cut")
-    whole, cut = (read_checkpoint_file(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "cut"))
-    assert_equal_states(whole["model"], cut["model"])
-    assert_equal_states(whole["ema"]["model"], cut["ema"]["model"])
+    train(composed(*overrides, "trainer.max_steps=2"), tmp_path / "cut")
+    train(composed(*overrides, "resume=auto"), tmp_path / "cut")
+    uncut, cut = (read_checkpoint_file(tmp_path / name / "checkpoints" / "last.pt") for name in ("whole", "cut"))
+    assert_equal_states(uncut["model"], cut["model"])
+    assert_equal_states(uncut["ema"]["model"], cut["ema"]["model"])
     with pytest.raises(UserError, match=r"does not fit this run: backbone\.trainable is full, was frozen"):
-        train(composed(*words, "backbone.trainable=full", "trainer.max_steps=6", "resume=auto"), tmp_path / "cut")
+        train(composed(*overrides, "backbone.trainable=full", "trainer.max_steps=6", "resume=auto"), tmp_path / "cut")
 
 
 def test_adapters_train_and_are_merged_when_the_checkpoint_is_loaded(tmp_path, monkeypatch):
     """... which needs no peft. Resumed in the middle, the run ends at the same weights."""
     pytest.importorskip("peft")
-    words = [*QUICK, *VIT, "backbone.trainable=lora", "backbone.lora.rank=2", "trainer.ema=0.5", "schedule=constant"]
-    words += ["optimizer.backbone_lr=0.1", "trainer.max_steps=4"]
+    overrides = [
+        *QUICK,
+        *VIT,
+        "backbone.trainable=lora",
+        "backbone.lora.rank=2",
+        "trainer.ema=0.5",
+        "schedule=constant",
+    ]
+    overrides += ["optimizer.backbone_lr=0.1", "trainer.max_steps=4"]
     plain = copy_state(make_trainer(tmp_path, *QUICK, *VIT).model)
-    train(composed(*words), tmp_path / "whole")
-    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
-    train(composed(*words, "resume=auto"), tmp_path / "cut")
+    train(composed(*overrides), tmp_path / "whole")
+    train(composed(*overrides, "trainer.max_steps=2"), tmp_path / "cut")
+    train(composed(*overrides, "resume=auto"), tmp_path / "cut")
     paths = [tmp_path / name / "checkpoints" / "last.pt" for name in ("whole", "cut")]
-    whole, cut = (read_checkpoint_file(path) for path in paths)
-    assert_equal_states(whole["model"], cut["model"])
-    base = {remove_inserted_names(n): v for n, v in whole["model"].items() if ".lora_" not in n}
+    uncut, cut = (read_checkpoint_file(path) for path in paths)
+    assert_equal_states(uncut["model"], cut["model"])
+    base = {remove_inserted_names(n): v for n, v in uncut["model"].items() if ".lora_" not in n}
     assert base.keys() == plain.keys()
     for part in ("model", "ema"):
-        weights = whole["model"] if part == "model" else whole["ema"]["model"]
+        weights = uncut["model"] if part == "model" else uncut["ema"]["model"]
         assert all(value.abs().max() > 0 for name, value in weights.items() if ".lora_B." in name)
-    config = composed(*words)
+    config = composed(*overrides)
     unmerged = build_model(config, build_tasks(config), pretrained=False).eval()
-    unmerged.load_state_dict(whole["ema"]["model"])
+    unmerged.load_state_dict(uncut["ema"]["model"])
     monkeypatch.setitem(sys.modules, "peft", None)
     loaded = load_model(paths[0])
     assert loaded.model.state_dict().keys() == plain.keys()
@@ -149,11 +156,11 @@ def test_adapters_train_and_are_merged_when_the_checkpoint_is_loaded(tmp_path, m
 def test_nothing_shared_is_nothing_to_balance(tmp_path, caplog):
     """Heads of their own on frozen maps have one objective each: the step is that of fixed weights, after a warning."""
     pytest.importorskip("torchjd")
-    words = [word for word in QUICK if not word.startswith("decoder.head_width")]
-    words += [*MOBILE, FROZEN, "decoder=deeplab", "decoder.dropout=0", "regularizer=none"]
+    overrides = [word for word in QUICK if not word.startswith("decoder.head_width")]
+    overrides += [*MOBILE, FROZEN, "decoder=deeplab", "decoder.dropout=0", "regularizer=none"]
     states = []
     for balancing in ("fixed", "pcgrad"):
-        trainer = make_trainer(tmp_path, *words, f"balancing={balancing}")
+        trainer = make_trainer(tmp_path, *overrides, f"balancing={balancing}")
         for _, batches in zip(range(2), trainer.batches_per_step()):
             trainer.train_step(*batches)
         states.append(copy_state(trainer.model))
@@ -182,8 +189,8 @@ def test_two_processes_train_as_one(trainable, parallel, tmp_path):
 def test_a_frozen_backbone_can_be_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr("mtcl.training.train_step.CompiledModule.backend", "aot_eager")
     trainer = make_trainer(tmp_path, *QUICK, *MOBILE, FROZEN, "trainer.compile=true")
-    before = copy_state(trainer.model.backbone)
+    state_before = copy_state(trainer.model.backbone)
     for _, batches in zip(range(2), trainer.batches_per_step()):
         trainer.train_step(*batches)
     assert trainer.training_step.works
-    assert_equal_states(before, copy_state(trainer.model.backbone))
+    assert_equal_states(state_before, copy_state(trainer.model.backbone))

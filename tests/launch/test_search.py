@@ -90,16 +90,16 @@ def run(file, tmp_path, monkeypatch):
     """Conduct the search of ``file``; what it said."""
     monkeypatch.setattr("mtcl.launch.search.POLL", 0.02)
 
-    def conducted(*given, output="out", **options):
-        said = []
+    def conducted(*more, output="out", **options):
+        lines = []
         command = [sys.executable, str(tmp_path / "train.py")]
-        options = {"list_tasks": lambda words: ["depth"], "say": said.append, **options}
+        options = {"list_tasks": lambda overrides: ["depth"], "say": lines.append, **options}
         try:
-            run_search(file, tmp_path / output, given, command=command, root=tmp_path, **options)
+            run_search(file, tmp_path / output, more, command=command, root=tmp_path, **options)
         except BaseException as error:
-            error.said = "\n".join(said)
+            error.output = "\n".join(lines)
             raise
-        return "\n".join(said)
+        return "\n".join(lines)
 
     return conducted
 
@@ -152,12 +152,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_the_file_is_one_sentence(file, name):
-    old, new, words = MISTAKES[name]
+    old, new, fragments = MISTAKES[name]
     assert FILE.count(old) == 1
     file.write_text(FILE.replace(old, new))
     with pytest.raises(UserError) as raised:
         read_search(file)
-    for word in (str(file), *words):
+    for word in (str(file), *fragments):
         assert word in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -174,8 +174,8 @@ def test_delta_on_off_is_of_the_regulariser_alone(file):
 def test_every_search_in_the_repository_is_one_that_train_py_takes(path):
     search = read_search(path)
     assert search.name == path.stem
-    words = [word for one in search.space for word in one.bound_overrides()[:1]]
-    assert compose_task_names([*search.overrides, "data.split=tune", *words], ROOT / "configs")
+    overrides = [word for one in search.space for word in one.bound_overrides()[:1]]
+    assert compose_task_names([*search.overrides, "data.split=tune", *overrides], ROOT / "configs")
 
 
 # Its runs
@@ -183,15 +183,15 @@ def test_every_search_in_the_repository_is_one_that_train_py_takes(path):
 
 def test_a_search_finds_the_best_and_says_how_to_repeat_it(run, file, tmp_path, monkeypatch):
     monkeypatch.setattr("mtcl.launch.search.MIN_FOR_IMPORTANCE", 5)
-    said = run("data.root=/d")
-    done = trials(file, tmp_path / "out")
-    assert [trial.state.name for trial in done] == ["COMPLETE"] * 6
-    best = min(done, key=lambda trial: trial.value)
-    for trial in done:
+    output = run("data.root=/d")
+    finished = trials(file, tmp_path / "out")
+    assert [trial.state.name for trial in finished] == ["COMPLETE"] * 6
+    best = min(finished, key=lambda trial: trial.value)
+    for trial in finished:
         weight, margin = trial.params["regularizer.weight"], trial.params["regularizer.options.margin"]
         assert trial.value == pytest.approx((math.log10(weight) + 1) ** 2 + margin + 0.5, rel=1e-2)
         assert len(trial.intermediate_values) >= 1
-    lines = said.splitlines()
+    lines = output.splitlines()
     table = lines.index("made_up: 6 trials finished, 0 trials pruned, 0 trials failed")
     assert lines[table + 2].split() == [
         "trial",
@@ -202,13 +202,13 @@ def test_a_search_finds_the_best_and_says_how_to_repeat_it(run, file, tmp_path, 
         "regularizer.options.margin",
     ]
     assert lines[table + 4].split()[:2] == [f"trial_{best.number:04d}", f"{best.value:.4f}"]
-    assert "importance (PED-ANOVA, 6 trials): regularizer.weight " in said
+    assert "importance (PED-ANOVA, 6 trials): regularizer.weight " in output
     (command,) = [line for line in lines if line.startswith("python train.py")]
     weight = f"regularizer.weight={best.params['regularizer.weight']:.4g}"
     assert {"data.split=tune", "trainer.max_steps=4", "data.root=/d", weight, "seed=3"} < set(shlex.split(command))
-    before = calls(tmp_path)
+    calls_before = calls(tmp_path)
     assert run("data.root=/d").splitlines()[-8:] == lines[-8:]
-    assert calls(tmp_path) == before, "nothing is repeated"
+    assert calls(tmp_path) == calls_before, "nothing is repeated"
     with pytest.raises(UserError, match="holds a search with other overrides"):
         run("data.root=/e")
 
@@ -216,22 +216,22 @@ def test_a_search_finds_the_best_and_says_how_to_repeat_it(run, file, tmp_path, 
 @pytest.mark.slow
 def test_what_is_proposed_follows_from_seed_and_results_and_not_from_interruptions(run, file, tmp_path):
     run()
-    whole = [trial.params for trial in trials(file, tmp_path / "out")]
+    params = [trial.params for trial in trials(file, tmp_path / "out")]
     for count in (2, 4, 6):
         run(trials=count, output="parts")
-    assert [trial.params for trial in trials(file, tmp_path / "parts")] == whole
+    assert [trial.params for trial in trials(file, tmp_path / "parts")] == params
     file.write_text(FILE.replace("seed: 3", "seed: 4"))
     run(trials=2, output="other")
-    assert trials(file, tmp_path / "other")[0].params != whole[0]
+    assert trials(file, tmp_path / "other")[0].params != params[0]
 
 
 def test_failed_trials_are_told_and_end_nothing_unless_all_fail(run, file, tmp_path):
-    said = run("fails_below=0.01", trials=3)
+    output = run("fails_below=0.01", trials=3)
     states = [trial.state.name for trial in trials(file, tmp_path / "out")]
     assert set(states) == {"COMPLETE", "FAIL"}
     failed = states.index("FAIL")
-    assert f"trial_{failed:04d}: FAILED (exit code 1: error: the loss was not finite ({tmp_path}/out/" in said
-    assert f"failed: trial_{failed:04d}: exit code 1" in said
+    assert f"trial_{failed:04d}: FAILED (exit code 1: error: the loss was not finite ({tmp_path}/out/" in output
+    assert f"failed: trial_{failed:04d}: exit code 1" in output
     record = json.loads((tmp_path / "out" / f"trial_{failed:04d}.json").read_text())
     assert (record["state"], record["value"]) == ("failed", None)
     with pytest.raises(UserError, match=r"no trial of .* finished"):
@@ -241,19 +241,19 @@ def test_failed_trials_are_told_and_end_nothing_unless_all_fail(run, file, tmp_p
 def test_a_trial_worse_than_the_median_is_stopped_and_pruned(run, file, tmp_path):
     """Each is compared with what the others had at the same step."""
     file.write_text(FILE.replace("trials: 6", "trials: 5\npruning: {startup_trials: 2, warmup_steps: 2}"))
-    said = run("pace=0.1")
-    done = trials(file, tmp_path / "out")
-    pruned = [trial for trial in done if trial.state.name == "PRUNED"]
+    output = run("pace=0.1")
+    finished = trials(file, tmp_path / "out")
+    pruned = [trial for trial in finished if trial.state.name == "PRUNED"]
     assert pruned
     for trial in pruned:
         folder = tmp_path / "out" / f"trial_{trial.number:04d}"
         assert not (folder / "metrics.json").exists()
         assert max(trial.intermediate_values) >= 2, "not before step 2"
         assert json.loads(folder.with_suffix(".json").read_text())["state"] == "pruned"
-        earlier = [t.intermediate_values[2] for t in done[: trial.number] if t.state.name == "COMPLETE"]
+        earlier = [t.intermediate_values[2] for t in finished[: trial.number] if t.state.name == "COMPLETE"]
         assert trial.value > sorted(earlier)[(len(earlier) - 1) // 2]
-    assert f"{len(pruned)} trials pruned" in said
-    assert min(done, key=lambda t: t.value).state.name == "COMPLETE"
+    assert f"{len(pruned)} trials pruned" in output
+    assert min(finished, key=lambda t: t.value).state.name == "COMPLETE"
 
 
 def test_an_interrupted_search_goes_on_with_the_same_trials_from_their_checkpoints(run, file, tmp_path):
@@ -270,16 +270,16 @@ def test_an_interrupted_search_goes_on_with_the_same_trials_from_their_checkpoin
     with pytest.raises(KeyboardInterrupt) as raised:
         run(num_parallel=2, trials=4)
     thread.join()
-    assert "2 runs save and stop; the same command goes on" in raised.value.said
+    assert "2 runs save and stop; the same command goes on" in raised.value.output
     assert [trial.state.name for trial in trials(file, tmp_path / "out")] == ["RUNNING"] * 2
-    before = sorted(calls(tmp_path))
-    assert [call[:2] for call in before] == [["trial_0000", "fresh"], ["trial_0001", "fresh"]]
+    calls_before = sorted(calls(tmp_path))
+    assert [call[:2] for call in calls_before] == [["trial_0000", "fresh"], ["trial_0001", "fresh"]]
     (tmp_path / "out" / "hold").unlink()
     run(num_parallel=2, trials=4)
-    after = sorted(calls(tmp_path)[2:])
-    assert [call[:2] for call in after[:2]] == [["trial_0000", "auto"], ["trial_0001", "auto"]]
-    assert [call[2] for call in after[:2]] == [call[2] for call in before], "the same values"
-    assert [call[:2] for call in after[2:]] == [[f"trial_{n:04d}", "fresh"] for n in range(2, 4)]
+    calls_after = sorted(calls(tmp_path)[2:])
+    assert [call[:2] for call in calls_after[:2]] == [["trial_0000", "auto"], ["trial_0001", "auto"]]
+    assert [call[2] for call in calls_after[:2]] == [call[2] for call in calls_before], "the same values"
+    assert [call[:2] for call in calls_after[2:]] == [[f"trial_{n:04d}", "fresh"] for n in range(2, 4)]
     assert sum(trial.state.name == "COMPLETE" for trial in trials(file, tmp_path / "out")) == 4
 
 
@@ -311,9 +311,9 @@ def test_two_searches_share_one_storage(run, file, tmp_path):
         thread.start()
         run(trials=3)
         thread.join()
-    found = calls(tmp_path)
-    assert sorted({call[0] for call in found}) == ["trial_0000", "trial_0001", "trial_0002"]
-    assert len(found) == 3, "the killed search's run went on by itself, and was only read"
+    runs = calls(tmp_path)
+    assert sorted({call[0] for call in runs}) == ["trial_0000", "trial_0001", "trial_0002"]
+    assert len(runs) == 3, "the killed search's run went on by itself, and was only read"
     assert sum(trial.state.name == "COMPLETE" for trial in trials(file, tmp_path / "out")) == 3
 
 
@@ -322,17 +322,17 @@ def test_two_searches_share_one_storage(run, file, tmp_path):
 
 def test_a_delta_is_against_runs_that_the_search_makes(run, file, tmp_path):
     file.write_text(FILE.replace("depth/rmse", "Delta_on/off"))
-    said = run("regularizer.options.embed_dim=8", trials=1)
-    assert "1 of 1 runs to compare with: off" in said
-    done = trials(file, tmp_path / "out")
+    output = run("regularizer.options.embed_dim=8", trials=1)
+    assert "1 of 1 runs to compare with: off" in output
+    finished = trials(file, tmp_path / "out")
     values = [json.loads((tmp_path / "out" / f"trial_000{i}" / "metrics.json").read_text()) for i in range(1)]
-    assert [t.value for t in done] == pytest.approx([100 * (2.0 - v["depth"]["rmse"]) / 2.0 for v in values])
+    assert [t.value for t in finished] == pytest.approx([100 * (2.0 - v["depth"]["rmse"]) / 2.0 for v in values])
     assert calls(tmp_path)[0][0] == "off"
     assert "options.embed_dim" not in (tmp_path / "out" / "off.log").read_text(), "regularizer=none has no such key"
     run("regularizer.options.embed_dim=8", trials=2)
     assert sum(call[0] == "off" for call in calls(tmp_path)) == 1
     file.write_text(FILE.replace("depth/rmse", "Delta_MTL"))
-    run(trials=1, output="mtl", list_tasks=lambda words: ["semseg", "depth"])
+    run(trials=1, output="mtl", list_tasks=lambda overrides: ["semseg", "depth"])
     assert [call[0] for call in calls(tmp_path, "mtl")] == ["single_semseg", "single_depth", "trial_0000"]
 
 
@@ -350,7 +350,7 @@ def test_a_given_baseline_must_be_of_the_tune_split_and_of_the_right_kind(run, f
     with pytest.raises(UserError, match="Delta_MTL needs single-task runs"):
         run(baseline=[both], output="b")
     with pytest.raises(UserError, match="no value of semseg"):
-        run(baseline=[single], output="b", list_tasks=lambda words: ["semseg", "depth"])
+        run(baseline=[single], output="b", list_tasks=lambda overrides: ["semseg", "depth"])
     file.write_text(FILE)
     with pytest.raises(UserError, match="of no use with the objective depth/rmse"):
         run(baseline=[single], output="b")
@@ -360,15 +360,15 @@ def test_an_edge_stands_with_its_loss_until_both_have_odsf(file):
     file.write_text(FILE.replace("depth/rmse", "Delta_MTL"))
     search = read_search(file)
     base = [type("Run", (), {"metrics": {task: values}})() for task, values in VALUES.items()]
-    whole = {task: dict(values) for task, values in VALUES.items()}
-    whole["edge"] = {"odsF": 0.77, "loss": 9.0}
-    assert compute_objective(search, whole, base) == pytest.approx(10 / 4)
-    del whole["edge"]["odsF"]
-    whole["edge"]["loss"] = 0.04
-    assert compute_objective(search, whole, base) == pytest.approx(20 / 4)
-    del whole["edge"]["loss"]
+    metrics = {task: dict(values) for task, values in VALUES.items()}
+    metrics["edge"] = {"odsF": 0.77, "loss": 9.0}
+    assert compute_objective(search, metrics, base) == pytest.approx(10 / 4)
+    del metrics["edge"]["odsF"]
+    metrics["edge"]["loss"] = 0.04
+    assert compute_objective(search, metrics, base) == pytest.approx(20 / 4)
+    del metrics["edge"]["loss"]
     with pytest.raises(UserError, match="no value of edge's odsF"):
-        compute_objective(search, whole, base)
+        compute_objective(search, metrics, base)
 
 
 def test_the_pictures_of_the_test_are_not_searched_on(run, file, tmp_path):
@@ -377,15 +377,15 @@ def test_the_pictures_of_the_test_are_not_searched_on(run, file, tmp_path):
     with pytest.raises(UserError, match=r"regularizer\.weight=1 is set by the study itself"):
         run("regularizer.weight=1")
 
-    def refuse(words):
-        if "regularizer.weight=10.0" in words:
+    def refuse(overrides):
+        if "regularizer.weight=10.0" in overrides:
             raise UserError("too heavy")
         return ["depth"]
 
     with pytest.raises(UserError, match=r"made_up\.yaml: space\.regularizer\.weight: too heavy"):
         run(list_tasks=refuse)
     with pytest.raises(UserError, match=r"objective: depth/rmse, but the runs have semseg"):
-        run(list_tasks=lambda words: ["semseg"])
+        run(list_tasks=lambda overrides: ["semseg"])
     assert not (tmp_path / "out").exists()
 
 
@@ -417,10 +417,10 @@ def test_a_search_for_real(tmp_path):
         out, _ = one.communicate(timeout=200)
     assert one.returncode == 130, out
     assert "the same command goes on" in out
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "6", "--jobs", "2"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=580
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert process.returncode == 0, process.stdout + process.stderr
     logs = {p.stem: p.read_text() for p in (tmp_path / "out").glob("trial_*.log")}
     assert len(logs) == 6
     assert "resumed at step" in logs["trial_0000"] + logs["trial_0001"]

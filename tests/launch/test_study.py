@@ -88,12 +88,12 @@ def run(study_file, tmp_path, monkeypatch):
     """Conduct the study of ``study_file``; what it said, and the runs that failed."""
     monkeypatch.setattr("mtcl.launch.study.POLL", 0.01)
 
-    def conducted(*given, **options):
-        said = []
+    def conducted(*more, **options):
+        lines = []
         command = [sys.executable, str(tmp_path / "train.py")]
-        options = {"list_tasks": lambda words: ["semseg", "depth"], "say": said.append, **options}
-        failures = run_study(study_file, tmp_path / "out", given, command=command, root=tmp_path, **options)
-        return "\n".join(said), failures
+        options = {"list_tasks": lambda overrides: ["semseg", "depth"], "say": lines.append, **options}
+        failures = run_study(study_file, tmp_path / "out", more, command=command, root=tmp_path, **options)
+        return "\n".join(lines), failures
 
     return conducted
 
@@ -158,12 +158,12 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_in_the_file_is_one_sentence(study_file, name):
-    old, new, words = MISTAKES[name]
+    old, new, fragments = MISTAKES[name]
     assert FILE.count(old) == 1
     study_file.write_text(FILE.replace(old, new))
     with pytest.raises(UserError) as raised:
         read_study(study_file)
-    for word in (str(study_file), *words):
+    for word in (str(study_file), *fragments):
         assert word in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -181,9 +181,11 @@ def test_every_study_in_the_repository_is_one_that_train_py_takes(path):
     study = read_study(path)
     assert study.name == path.stem
     for overrides in {variant.overrides for variant in study.with_single_task_variants(["depth"]).variants}:
-        words = [*study.overrides, *overrides]
-        assert make_portable(words) == merge_overrides(words), f"{path}: paths of a machine belong to the command line"
-        assert compose_task_names(words, ROOT / "configs")
+        merged = [*study.overrides, *overrides]
+        assert make_portable(merged) == merge_overrides(merged), (
+            f"{path}: paths of a machine belong to the command line"
+        )
+        assert compose_task_names(merged, ROOT / "configs")
 
 
 def test_a_config_that_train_py_refuses_is_one_sentence():
@@ -198,7 +200,7 @@ def test_a_config_that_train_py_refuses_is_one_sentence():
 
 
 def test_later_words_win_and_a_machines_are_not_kept():
-    words = [
+    overrides = [
         "a=1",
         "data.root=/data",
         "b=2",
@@ -207,14 +209,14 @@ def test_later_words_win_and_a_machines_are_not_kept():
         "backbone.weights=../w/net.safetensors",
         "seed=1",
     ]
-    assert make_portable([*words, "data.label_assignment='/x/map.json'", "hydra.run.dir=/y", "~c"]) == [
+    assert make_portable([*overrides, "data.label_assignment='/x/map.json'", "hydra.run.dir=/y", "~c"]) == [
         *("b=2", "a=3", "backbone.weights=net.safetensors", "data.label_assignment=map.json", "~c")
     ]
 
 
 def test_the_command_to_repeat_a_study_names_no_folder_of_this_machine():
-    given = ["data.root=/my/data", "data.cache=/c", "backbone.weights=/w/n.safetensors", "backbone.mean=[0.5,0.5,0.5]"]
-    assert format_command(ROOT / "scripts" / "studies" / "smoke.yaml", "smoke", given, ROOT) == (
+    typed = ["data.root=/my/data", "data.cache=/c", "backbone.weights=/w/n.safetensors", "backbone.mean=[0.5,0.5,0.5]"]
+    assert format_command(ROOT / "scripts" / "studies" / "smoke.yaml", "smoke", typed, ROOT) == (
         "python scripts/study.py scripts/studies/smoke.yaml --output outputs/smoke data.root=$DATA "
         "backbone.weights=$WEIGHTS 'backbone.mean=[0.5,0.5,0.5]'"
     )
@@ -242,13 +244,13 @@ def test_a_folder_with_odd_characters_is_quoted_for_hydra():
 
 
 def test_a_study_runs_once_and_tells_where_it_is(run, tmp_path):
-    said, failures = run("extra=1")
+    output, failures = run("extra=1")
     assert not failures
     order = ["off 3", "on 3", "off 1", "on 1", "self 1", "single_semseg 1", "single_depth 1", "off 2", "on 2", "self 2"]
     assert calls(tmp_path) == order
-    assert "made_up: 10 runs, 0 of them finished before" in said
-    assert "[10/10] self seed 2 started" in said
-    assert "about" in said
+    assert "made_up: 10 runs, 0 of them finished before" in output
+    assert "[10/10] self seed 2 started" in output
+    assert "about" in output
     folder = tmp_path / "out" / "on" / "seed_3"
     assert json.loads((folder / "run.json").read_text())["overrides"] == [
         *("trainer.max_steps=9", "gain=0.1", "extra=1")
@@ -266,9 +268,9 @@ def test_a_study_runs_once_and_tells_where_it_is(run, tmp_path):
 
 
 def test_only_some_arms_are_run_and_the_table_names_what_is_missing(run, tmp_path):
-    said, _ = run(only=["off", "single_task"])
+    output, _ = run(only=["off", "single_task"])
     assert calls(tmp_path) == ["off 3", "off 1", "single_semseg 1", "single_depth 1", "off 2"]
-    assert "5 runs missing: on seed 3, on seed 1, on seed 2, self seed 1, self seed 2." in " ".join(said.split())
+    assert "5 runs missing: on seed 3, on seed 1, on seed 2, self seed 1, self seed 2." in " ".join(output.split())
     with pytest.raises(UserError, match=r"--only onn: .* no such variant; choose among off, on, self"):
         run(only=["onn"])
     with pytest.raises(UserError, match="--multirun"):
@@ -276,8 +278,8 @@ def test_only_some_arms_are_run_and_the_table_names_what_is_missing(run, tmp_pat
 
 
 def test_nothing_finished_is_no_table(run, tmp_path):
-    said, _ = run(table_only=True)
-    assert said == "no run has finished: there is no table"
+    output, _ = run(table_only=True)
+    assert output == "no run has finished: there is no table"
     assert not (tmp_path / "out" / "study.md").exists()
 
 
@@ -294,16 +296,16 @@ def test_finished_runs_of_other_settings_stop_the_study_before_it_starts(run, st
         (tmp_path / "out" / "off" / "seed_1.json").unlink()
         (tmp_path / "out" / "off" / "seed_2.json").unlink()
         (tmp_path / "out" / "off" / "seed_3.json").unlink()
-    before = calls(tmp_path)
+    calls_before = calls(tmp_path)
     run("data.root=/elsewhere", "trainer.device=cuda", only=["off"])  # no setting
-    assert calls(tmp_path) == before
+    assert calls(tmp_path) == calls_before
     study_file.write_text(FILE.replace("max_steps=9", "max_steps=10"))
     with pytest.raises(UserError) as raised:
         run()
-    told = str(raised.value)
-    assert f"{tmp_path}/out/off/seed_3 was made by other settings (trainer.max_steps was 9, now 10)" in told
-    assert "--output" in told
-    assert calls(tmp_path) == before
+    message = str(raised.value)
+    assert f"{tmp_path}/out/off/seed_3 was made by other settings (trainer.max_steps was 9, now 10)" in message
+    assert "--output" in message
+    assert calls(tmp_path) == calls_before
     study_file.write_text(FILE)
     with pytest.raises(UserError, match="extra was not set, now 1"):
         run("extra=1")
@@ -316,13 +318,13 @@ def test_finished_runs_of_other_settings_stop_the_study_before_it_starts(run, st
 def test_a_failed_run_does_not_end_the_study_and_is_tried_again(run, study_file, tmp_path):
     study_file.write_text(FILE.replace("gain=0.1", f"gain=0.1, trouble={tmp_path}/trouble"))
     (tmp_path / "trouble").touch()
-    said, failures = run()
+    output, failures = run()
     assert [one.job.title for one in failures] == ["on seed 3", "on seed 1", "on seed 2"]
     assert failures[0].reason == "exit code 1: error: the loss was not finite"
     assert "3 runs failed" in format_failures(failures)
     assert str(tmp_path / "out" / "on" / "seed_3.log") in format_failures(failures)
-    assert "FAILED (exit code 1: error: the loss was not finite)" in said
-    assert "3 runs missing: on seed 3, on seed 1, on seed 2" in " ".join(said.split())
+    assert "FAILED (exit code 1: error: the loss was not finite)" in output
+    assert "3 runs missing: on seed 3, on seed 1, on seed 2" in " ".join(output.split())
     assert len(calls(tmp_path)) == 10
     (tmp_path / "trouble").unlink()
     assert not run()[1]
@@ -330,8 +332,8 @@ def test_a_failed_run_does_not_end_the_study_and_is_tried_again(run, study_file,
 
 
 def test_a_config_that_is_refused_stops_the_study_before_it_starts(run, tmp_path):
-    def refuse(words):
-        if "gain=0.05" in words:
+    def refuse(overrides):
+        if "gain=0.05" in overrides:
             raise UserError("gain is no key")
         return ["depth"]
 
@@ -350,15 +352,15 @@ def test_a_signal_ends_the_runs_and_the_same_command_continues_them(run, study_f
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    said = []
+    lines = []
     handler = signal.getsignal(signal.SIGTERM)
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        run(say=said.append)
+        run(say=lines.append)
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert said[-2:] == ["interrupted: ending 1 run", "the same command continues this study"]
+    assert lines[-2:] == ["interrupted: ending 1 run", "the same command continues this study"]
     assert (tmp_path / "out/a/seed_0.log").read_text().endswith("interrupted\n")
     assert calls(tmp_path) == ["a 0"]
     (tmp_path / "t.hang").unlink()
@@ -370,26 +372,26 @@ def test_a_signal_ends_the_runs_and_the_same_command_continues_them(run, study_f
 
 def test_what_a_killed_studys_process_still_runs_is_waited_for(run, tmp_path):
     run(only=["off"])
-    before, folder = calls(tmp_path), tmp_path / "out" / "off" / "seed_3"
+    calls_before, folder = calls(tmp_path), tmp_path / "out" / "off" / "seed_3"
     text = (folder / "metrics.json").read_text()
     (folder / "metrics.json").unlink()
-    held = lock_run(folder)
+    lock = lock_run(folder)
 
     def finish():
         (folder / "metrics.json").write_text(text)
-        held.close()
+        lock.close()
 
-    said = []
+    lines = []
 
     def say(line):
-        said.append(line)
+        lines.append(line)
         if "off seed 3 is still run by a process of a study that was killed" in line:
             threading.Timer(0.2, finish).start()
 
     _, failures = run(only=["off"], say=say)
     assert not failures
-    assert calls(tmp_path) == before
-    assert "off seed 3 finished by a process of an earlier study" in "\n".join(said)
+    assert calls(tmp_path) == calls_before
+    assert "off seed 3 finished by a process of an earlier study" in "\n".join(lines)
 
 
 def test_two_studies_in_one_folder_are_refused(run, tmp_path):
@@ -430,9 +432,16 @@ STUDY = Study(
 
 
 def one_record(variant, seed, metrics, **facts):
-    known = {"seed": seed, "step": 9, "split": "tune", "num_images": 5, "data_fingerprint": "8d9e", "device": "cpu",
-             "commit": "e51845271362f65d", "clean": True, "versions": {"torch": "2.15"}}  # fmt: skip
-    return {"study": "numbers", "arm": variant, "seed": seed, "overrides": [], "metrics": metrics, "run": known | facts}
+    record = {"seed": seed, "step": 9, "split": "tune", "num_images": 5, "data_fingerprint": "8d9e", "device": "cpu",
+              "commit": "e51845271362f65d", "clean": True, "versions": {"torch": "2.15"}}  # fmt: skip
+    return {
+        "study": "numbers",
+        "arm": variant,
+        "seed": seed,
+        "overrides": [],
+        "metrics": metrics,
+        "run": record | facts,
+    }
 
 
 @pytest.fixture
@@ -466,47 +475,51 @@ def test_two_pairs_get_no_verdict_and_holm_corrects_those_of_more(records):
     (few,) = build_report(STUDY, [one for one in records if one["seed"] < 2], holm=True).effects
     assert {effect.side(column) for column, effect in few.columns.items()} == {"too few pairs"}
     assert "fewer than 3 pairs" in format_text(build_report(STUDY, [one for one in records if one["seed"] < 2]))
-    found = build_report(STUDY, records, holm=True)
-    (effects,) = found.effects
+    report = build_report(STUDY, records, holm=True)
+    (effects,) = report.effects
     values = [effect.paired.p_value for effect in effects.columns.values()]
     assert next(iter(effects.columns.values())).adjusted == pytest.approx(3 * min(values))
     assert [effect.side(column) for column, effect in effects.columns.items()][1:] == ["not below 0.05"] * 2
-    assert "by Holm's method for the 3 of 3 pairs or more" in " ".join(format_text(found).split())
-    assert to_json(found)["differences"][0]["metrics"]["semseg/mIoU"]["p_holm"] == pytest.approx(3 * min(values))
+    assert "by Holm's method for the 3 of 3 pairs or more" in " ".join(format_text(report).split())
+    assert to_json(report)["differences"][0]["metrics"]["semseg/mIoU"]["p_holm"] == pytest.approx(3 * min(values))
 
 
 def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
-    found = build_report(STUDY, records)
+    report = build_report(STUDY, records)
     deltas = [
         100 / 2 * ((a - b) / b - (c - d) / d)
         for a, b, c, d in zip(ON["semseg"], OFF["semseg"], ON["depth"], OFF["depth"])
     ]
-    (effects,) = found.effects
+    (effects,) = report.effects
     column, effect = list(effects.columns.items())[-1]
     assert column.metric == "Delta_on/off"
     expected = stats.ttest_1samp(deltas, 0).confidence_interval(0.95)
     assert effect.paired == pytest.approx((statistics.mean(deltas), expected.low, expected.high, 4))
     mtl = [100 / 2 * ((s - 0.415) / 0.415 - (d - 0.57) / 0.57) for s, d in zip(OFF["semseg"], OFF["depth"])]
-    assert found.columns[-1].metric == "Delta_MTL"
-    assert [row.label for row in found.rows] == ["single-task", "off", "on"]
-    assert found.rows[1].summarize(found.columns[-1]) == pytest.approx((statistics.mean(mtl), statistics.stdev(mtl), 4))
+    assert report.columns[-1].metric == "Delta_MTL"
+    assert [row.label for row in report.rows] == ["single-task", "off", "on"]
+    assert report.rows[1].summarize(report.columns[-1]) == pytest.approx(
+        (statistics.mean(mtl), statistics.stdev(mtl), 4)
+    )
 
 
 def test_an_arm_may_be_compared_with_several_and_its_delta_is_against_the_first(records):
     variants = (*STUDY.variants[:2], replace(STUDY.variants[1], name="both", label="both", against=("on", "off")))
     more = [{**one, "arm": "both"} for one in records if one["arm"] == "off"]
-    found = build_report(
+    report = build_report(
         replace(STUDY, variants=variants), [one for one in records if "single" not in one["arm"]] + more
     )
-    assert [(one.row.label, one.reference.label) for one in found.effects] == [
+    assert [(one.row.label, one.reference.label) for one in report.effects] == [
         *(("on", "off"), ("both", "on"), ("both", "off"))
     ]
-    assert [list(one.columns)[-1].metric for one in found.effects] == ["Delta_on/off", "Delta_on/off", "Delta"]
-    assert [column.metric for column in found.columns] == ["mIoU", "rmse", "Delta_on/off"]
+    assert [list(one.columns)[-1].metric for one in report.effects] == ["Delta_on/off", "Delta_on/off", "Delta"]
+    assert [column.metric for column in report.columns] == ["mIoU", "rmse", "Delta_on/off"]
     assert (
-        found.rows[2].summarize(found.columns[-1]).mean == found.effects[1].columns[found.columns[-1]].paired.mean < 0
+        report.rows[2].summarize(report.columns[-1]).mean
+        == report.effects[1].columns[report.columns[-1]].paired.mean
+        < 0
     )
-    assert list(found.effects[2].columns.values())[-1].paired.mean == 0
+    assert list(report.effects[2].columns.values())[-1].paired.mean == 0
 
 
 def test_the_smallest_effect_is_found_four_times_in_five():
@@ -543,10 +556,10 @@ def test_a_baseline_of_zero_gives_no_delta_but_a_table(records):
     for one in records:
         if one["arm"] != "on" and "semseg" in one["metrics"]:
             one["metrics"]["semseg"]["mIoU"] = 0.0
-    found = build_report(STUDY, records)
-    assert [column.task for column in found.columns] == ["semseg", "depth"]
-    assert any("no Delta of on: a metric of off is 0" in note for note in found.notes)
-    assert any("no Delta_MTL: the single-task value of semseg is 0" in note for note in found.notes)
+    report = build_report(STUDY, records)
+    assert [column.task for column in report.columns] == ["semseg", "depth"]
+    assert any("no Delta of on: a metric of off is 0" in note for note in report.notes)
+    assert any("no Delta_MTL: the single-task value of semseg is 0" in note for note in report.notes)
 
 
 def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
@@ -563,32 +576,32 @@ def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
 
 
 def test_results_are_small_files_without_a_machines_paths_and_give_the_same_table(run, study_file, tmp_path):
-    kept = tmp_path / "results" / "made_up"
-    run("data.root=/elsewhere/me/data", "backbone.weights=/elsewhere/me/w.pt", results=kept)
-    names = sorted(path.name for path in kept.iterdir())
+    results = tmp_path / "results" / "made_up"
+    run("data.root=/elsewhere/me/data", "backbone.weights=/elsewhere/me/w.pt", results=results)
+    names = sorted(path.name for path in results.iterdir())
     assert len(names) == 11
     assert names[:3] == ["off_seed1.json", "off_seed2.json", "off_seed3.json"]
-    for path in kept.iterdir():
+    for path in results.iterdir():
         assert "/elsewhere" not in path.read_text()
         assert "IoU/" not in path.read_text()
-    one = json.loads((kept / "on_seed3.json").read_text())
+    one = json.loads((results / "on_seed3.json").read_text())
     assert one["overrides"] == ["trainer.max_steps=9", "gain=0.1", "backbone.weights=w.pt"]
     assert one["run"]["commit"] == "e51845271362f65d"
-    study, records, command = read_results(kept)
+    study, records, command = read_results(results)
     assert "data.root=$DATA backbone.weights=$WEIGHTS" in command
     assert format_markdown(build_report(study, records), command) == (tmp_path / "out" / "study.md").read_text()
 
-    before = {path: path.read_bytes() for path in kept.iterdir()}
-    run(table_only=True, results=kept)
-    assert before == {path: path.read_bytes() for path in kept.iterdir()}
+    files_before = {path: path.read_bytes() for path in results.iterdir()}
+    run(table_only=True, results=results)
+    assert files_before == {path: path.read_bytes() for path in results.iterdir()}
     study_file.write_text(FILE.replace("seeds: [1, 2]}", "seeds: [2]}"))
-    run(table_only=True, results=kept)
-    assert "self_seed1.json" not in {path.name for path in kept.iterdir()}
+    run(table_only=True, results=results)
+    assert "self_seed1.json" not in {path.name for path in results.iterdir()}
     with pytest.raises(UserError, match="holds the results of the study made_up, not of numbers"):
-        write_results(kept, STUDY, [], "")
-    (kept / "study.json").write_text('{"name": "made_up"}')
+        write_results(results, STUDY, [], "")
+    (results / "study.json").write_text('{"name": "made_up"}')
     with pytest.raises(UserError, match=r"study\.json is not of scripts/study\.py"):
-        read_results(kept)
+        read_results(results)
 
 
 def test_documents_show_a_study_and_notice_when_it_drifts(records, tmp_path, monkeypatch):
@@ -619,21 +632,21 @@ def test_documents_show_a_study_and_notice_when_it_drifts(records, tmp_path, mon
 
 @pytest.mark.slow
 def test_a_small_study_for_real(cli, tmp_path):
-    words = [str(ROOT / "scripts" / "studies" / "smoke.yaml"), "--output", str(tmp_path / "out"), "--jobs", "2"]
-    result = cli("scripts/study.py", *words, "--only", "off", "on", "data.workers=0")
+    arguments = [str(ROOT / "scripts" / "studies" / "smoke.yaml"), "--output", str(tmp_path / "out"), "--jobs", "2"]
+    result = cli("scripts/study.py", *arguments, "--only", "off", "on", "data.workers=0")
     assert result.code == 0, result.err
     assert "missing: single_depth seed 0, single_normals seed 0" in " ".join(result.out.split())
     last = json.loads((tmp_path / "out" / "on" / "seed_1" / "metrics.json").read_text())
     (tmp_path / "out" / "on" / "seed_1" / "metrics.json").unlink()  # as if interrupted after its last checkpoint
-    result = cli("scripts/study.py", *words, "--results", str(tmp_path / "kept"), "data.workers=0")
+    result = cli("scripts/study.py", *arguments, "--results", str(tmp_path / "kept"), "data.workers=0")
     assert result.code == 0, result.err
     assert "6 runs, 3 of them finished before" in result.out
     assert "on seed 1 continued" in result.out
-    found = json.loads((tmp_path / "out" / "study.json").read_text())
-    assert found["rows"]["on"]["depth/rmse"]["values"]["1"] == last["depth"]["rmse"]
-    assert set(found["rows"]["on"]) == {"depth/rmse", "normals/mErr", "Delta_on/off", "Delta_MTL"}
+    table = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert table["rows"]["on"]["depth/rmse"]["values"]["1"] == last["depth"]["rmse"]
+    assert set(table["rows"]["on"]) == {"depth/rmse", "normals/mErr", "Delta_on/off", "Delta_MTL"}
     assert len(list((tmp_path / "kept").glob("*.json"))) == 7
-    result = cli("scripts/study.py", *words, "trainer.max_steps=3")
+    result = cli("scripts/study.py", *arguments, "trainer.max_steps=3")
     assert result.code == 1
     assert "trainer.max_steps was not set, now 3" in result.err
 
@@ -657,8 +670,8 @@ def test_curves_of_two_arms(cli, tmp_path):
             folder = tmp_path / variant / f"seed_{seed}"
             folder.mkdir(parents=True)
             (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = cli("scripts/benchmarks/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
-    row = done.out.splitlines()[1].split()
+    result = cli("scripts/benchmarks/compare_curves.py", f"{tmp_path}/a", f"{tmp_path}/b")
+    row = result.out.splitlines()[1].split()
     assert row[0] == "depth"
     assert [float(x) for x in row[3:]] == pytest.approx([3, 3.5, 0.5, 2**0.5, 1.1284, 0.44], abs=5e-3)
     (tmp_path / "b" / "seed_1").rename(tmp_path / "b" / "seed_2")

@@ -70,11 +70,11 @@ def job(tmp_path):
     """Run one job of a sweep with a stand-in for train.py."""
     (tmp_path / "train.py").write_text(TRAIN)
 
-    def run(*words, number=0, here=False, lr=0.1, max_steps=9):
-        words = [f"optimizer.lr={lr}", *words]
+    def run(*overrides, number=0, here=False, lr=0.1, max_steps=9):
+        overrides = [f"optimizer.lr={lr}", *overrides]
         config = {"trainer": {"max_steps": max_steps}, "optimizer": {"lr": lr}, "data": {"root": "/now"}, "later": 1}
         command = [sys.executable, str(tmp_path / "train.py")]
-        return run_job(command, words, config, tmp_path / f"job{number}", number, dict(os.environ), here)
+        return run_job(command, overrides, config, tmp_path / f"job{number}", number, dict(os.environ), here)
 
     return run
 
@@ -84,15 +84,15 @@ def calls(tmp_path, number=0):
 
 
 def test_a_folder_follows_from_the_words_in_any_order_and_is_short_and_valid():
-    words = ["seed=1", "regularizer.weight=0.03", "data.root=/my/data"]
-    assert job_folder(words) == job_folder(words[::-1]) == job_folder([*words, "resume=auto"])
-    assert job_folder(words).startswith("weight-0.03_seed-1_")
+    overrides = ["seed=1", "regularizer.weight=0.03", "data.root=/my/data"]
+    assert job_folder(overrides) == job_folder(overrides[::-1]) == job_folder([*overrides, "resume=auto"])
+    assert job_folder(overrides).startswith("weight-0.03_seed-1_")
     others = [
-        ["seed=1", "regularizer.weight=0.030", words[2]],
-        [*words[:2], "data.root=/other"],
-        [*words, "resume=a.pt"],
+        ["seed=1", "regularizer.weight=0.030", overrides[2]],
+        [*overrides[:2], "data.root=/other"],
+        [*overrides, "resume=a.pt"],
     ]
-    assert len({job_folder(other) for other in [words, *others]}) == 4
+    assert len({job_folder(other) for other in [overrides, *others]}) == 4
     long = [f"decoder.key{i}='a/b,{i}: ä'" for i in range(100)]
     assert len(job_folder(long)) < 120
     assert all(c.isascii() and (c.isalnum() or c in "_.+-") for c in job_folder(long))
@@ -201,8 +201,8 @@ WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[depth,normals]", "eva
 WORDS += ["trainer.num_panels=0", "trainer.validate_first=false"]
 
 
-def sweep(folder: Path, *words: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *words]
+def sweep(folder: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590, **options)
 
@@ -215,12 +215,12 @@ def finished(folder: Path) -> list[Path]:
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_a_sweep_for_real(tmp_path, launcher):
     """One of three runs fails in every launcher; the second time only that one is tried."""
-    words = [f"hydra/launcher={launcher}", "regularizer.weight=0,0.5", "seed=0"]
+    overrides = [f"hydra/launcher={launcher}", "regularizer.weight=0,0.5", "seed=0"]
     if launcher != "basic":
         pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
-        words += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=9"]
-    words += ["trainer.monitor=depth/rmse,depth/none"]
-    result = sweep(tmp_path / "s", *words)
+        overrides += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=9"]
+    overrides += ["trainer.monitor=depth/rmse,depth/none"]
+    result = sweep(tmp_path / "s", *overrides)
     assert result.returncode == 1, result.stderr
     lines = result.stderr.splitlines()
     assert "sweep of 4 runs: 2 finished, 2 failed" in lines
@@ -228,11 +228,11 @@ def test_a_sweep_for_real(tmp_path, launcher):
     assert len(errors) == 2
     assert all("trainer.monitor=depth/none: exit code 1: error: " in line for line in errors)
     assert len(finished(tmp_path / "s")) == 2
-    before = {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
-    result = sweep(tmp_path / "s", *words[:-1], "trainer.monitor=depth/rmse")
+    times_before = {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
+    result = sweep(tmp_path / "s", *overrides[:-1], "trainer.monitor=depth/rmse")
     assert result.returncode == 0, result.stderr
     assert "sweep of 2 runs: 2 finished before" in result.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
+    assert times_before == {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
 
 
 @pytest.mark.slow
@@ -242,28 +242,28 @@ def test_a_sweep_for_real(tmp_path, launcher):
 def test_a_sweep_that_is_told_to_end_saves_and_goes_on(tmp_path, launcher, number):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    words = ["seed=0,1", "trainer.max_steps=60", "trainer.checkpoint_interval=null", "trainer.val_interval=null"]
-    words += [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    overrides = ["seed=0,1", "trainer.max_steps=60", "trainer.checkpoint_interval=null", "trainer.val_interval=null"]
+    overrides += [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
     folder = tmp_path / "s"
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *words]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True, start_new_session=True) as process:  # fmt: skip
-        wanted = 2 if launcher == "joblib" else 1
-        while sum('"train"' in path.read_text() for path in folder.glob("*/log.jsonl")) < wanted:
+        num_running = 2 if launcher == "joblib" else 1
+        while sum('"train"' in path.read_text() for path in folder.glob("*/log.jsonl")) < num_running:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(number)
         _, err = process.communicate(timeout=300)
     assert process.returncode == (130 if number == signal.SIGINT else 75), err
     assert "Traceback" not in err
-    assert len(list(folder.glob("*/checkpoints/last.pt"))) == wanted, err
+    assert len(list(folder.glob("*/checkpoints/last.pt"))) == num_running, err
     assert not finished(folder)
-    result = sweep(folder, *words)
+    result = sweep(folder, *overrides)
     assert result.returncode == 0, result.stderr
     assert len(finished(folder)) == 2
     logs = [path.read_text() for path in folder.glob("*.log")]
-    assert sum("resumed at step" in log for log in logs) == wanted
+    assert sum("resumed at step" in log for log in logs) == num_running
     for path in finished(folder):
         steps = [json.loads(line)["step"] for line in (path / "log.jsonl").read_text().splitlines()]
         assert steps == sorted(steps)

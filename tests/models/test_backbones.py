@@ -32,8 +32,8 @@ def test_normalisation_is_timms_unless_given():
     assert build_backbone("test_resnet").mean == timm.get_pretrained_cfg("test_resnet").mean
     vit = build_backbone("vit_tiny_patch16_224", kwargs=VIT)
     assert (vit.mean, vit.std) == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    given = build_backbone("test_resnet", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
-    model = EncoderDecoder(given, MultiHead(given.channels, given.strides, TASKS))
+    backbone = build_backbone("test_resnet", mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6])
+    model = EncoderDecoder(backbone, MultiHead(backbone.channels, backbone.strides, TASKS))
     assert (model.mean, model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
@@ -44,15 +44,15 @@ FROM_FILE = ["cnn", "mobile", "vit", "swin", "hrnet"]
 def make_whole(family, seed=1):
     """The full timm model, every tensor of it changed, so that none keeps a value it would have anyway."""
     name, kwargs, _ = FAMILIES[family]
-    whole = timm.create_model(name, **kwargs).eval()
+    network = timm.create_model(name, **kwargs).eval()
     generator = torch.Generator().manual_seed(seed)
-    for tensor in whole.state_dict().values():
+    for tensor in network.state_dict().values():
         if tensor.is_floating_point():
             tensor.mul_(0.8 + 0.4 * torch.rand(tensor.shape, generator=generator))
             tensor.add_(0.02 * torch.rand(tensor.shape, generator=generator))
         else:
             tensor.fill_(5)  # num_batches_tracked
-    return whole
+    return network
 
 
 def write(path, state, wrap=None):
@@ -66,8 +66,8 @@ def write(path, state, wrap=None):
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("family", FROM_FILE)
 def test_features_of_a_file_are_the_whole_models(family, suffix, tmp_path):
-    whole = make_whole(family)
-    path = write(tmp_path / f"weights{suffix}", whole.state_dict())
+    network = make_whole(family)
+    path = write(tmp_path / f"weights{suffix}", network.state_dict())
     name, kwargs, _ = FAMILIES[family]
     backbone = build_backbone(name, weights=path, kwargs=kwargs).eval()
     size = (224, 224) if family in ("vit", "swin") else (64, 96)
@@ -75,14 +75,16 @@ def test_features_of_a_file_are_the_whole_models(family, suffix, tmp_path):
     with torch.no_grad():
         got = backbone(image)
         if family == "hrnet":
-            branches = whole.stages(whole.act2(whole.bn2(whole.conv2(whole.act1(whole.bn1(whole.conv1(image)))))))
-            want = [grow(branch) for grow, branch in zip(whole.incre_modules, branches)]
+            branches = network.stages(
+                network.act2(network.bn2(network.conv2(network.act1(network.bn1(network.conv1(image))))))
+            )
+            want = [grow(branch) for grow, branch in zip(network.incre_modules, branches)]
         else:
             indices = list(backbone.net.feature_info.out_indices)
             options = {"norm": False} if family == "vit" else {}
-            want = whole.forward_intermediates(image, indices=indices, intermediates_only=True, **options)
+            want = network.forward_intermediates(image, indices=indices, intermediates_only=True, **options)
             if family == "vit":  # the last map has the final normalisation, as the whole model's features
-                whole_map = whole.forward_features(image)[:, whole.num_prefix_tokens :]
+                whole_map = network.forward_features(image)[:, network.num_prefix_tokens :]
                 want[-1] = whole_map.transpose(1, 2).unflatten(2, want[-1].shape[-2:])
     assert len(got) == len(want) == 4
     for a, b in zip(got, want):
@@ -97,22 +99,22 @@ def test_wrapped_and_prefixed_files(wrap, tmp_path):
     plain = build_backbone("test_resnet", weights=write(tmp_path / "plain.pth", state))
     prefixed = {f"module.{key}": value for key, value in state.items()}
     other = build_backbone("test_resnet", weights=str(write(tmp_path / "other.pth", prefixed, wrap)))
-    own = plain.state_dict()
-    assert own.keys() == other.state_dict().keys()
-    assert all(torch.equal(value, own[key]) for key, value in other.state_dict().items())
-    assert all(torch.equal(value, state[key.removeprefix("net.")]) for key, value in own.items())
+    plain_state = plain.state_dict()
+    assert plain_state.keys() == other.state_dict().keys()
+    assert all(torch.equal(value, plain_state[key]) for key, value in other.state_dict().items())
+    assert all(torch.equal(value, state[key.removeprefix("net.")]) for key, value in plain_state.items())
 
 
 def test_position_embedding_of_another_size_is_resampled(tmp_path):
     name = "vit_tiny_patch16_224"
     torch.manual_seed(0)
-    whole = timm.create_model(name, img_size=160, **VIT)
-    path = write(tmp_path / "at160.pth", whole.state_dict())
+    network = timm.create_model(name, img_size=160, **VIT)
+    path = write(tmp_path / "at160.pth", network.state_dict())
     state = build_backbone(name, weights=path, kwargs=VIT).state_dict()
     (key,) = [key for key in state if key.endswith("pos_embed")]
     assert state[key].shape == (1, 1 + 14 * 14, 48)
-    assert torch.equal(state[key][:, 0], whole.pos_embed[:, 0])
-    grid = whole.pos_embed[:, 1:].view(1, 10, 10, 48).permute(0, 3, 1, 2)
+    assert torch.equal(state[key][:, 0], network.pos_embed[:, 0])
+    grid = network.pos_embed[:, 1:].view(1, 10, 10, 48).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (14, 14), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
     torch.testing.assert_close(state[key][:, 1:], grid.flatten(1, 2))
 
@@ -127,23 +129,23 @@ class Evil:
         return (Path.touch, (self.path,))
 
 
-def bad_file(what, folder):
+def bad_file(fault, folder):
     path = folder / "bad.pth"
-    if what == "missing":
+    if fault == "missing":
         return path
-    if what == "folder":
+    if fault == "folder":
         return folder
-    if what in ("truncated", "truncated safetensors"):
-        path = path.with_suffix(".safetensors" if what.endswith("safetensors") else ".pth")
+    if fault in ("truncated", "truncated safetensors"):
+        path = path.with_suffix(".safetensors" if fault.endswith("safetensors") else ".pth")
         write(path, make_whole("cnn").state_dict())
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    elif what == "empty file":
+    elif fault == "empty file":
         path.touch()
-    elif what == "text":
+    elif fault == "text":
         path.write_text("not weights at all\n")
-    elif what == "pickled code":
+    elif fault == "pickled code":
         torch.save({"weight": torch.ones(1), "x": Evil(folder / "executed")}, path)
-    elif what == "plain pickle of code":
+    elif fault == "plain pickle of code":
         path.write_bytes(pickle.dumps(Evil(folder / "executed"), protocol=2))
     else:
         content = {
@@ -164,7 +166,7 @@ def bad_file(what, folder):
             "one tensor missing": {
                 k: v for k, v in make_whole("cnn").state_dict().items() if k != "layer3.0.bn1.weight"
             },
-        }[what]
+        }[fault]
         torch.save(content, path)
     return path
 
@@ -194,13 +196,13 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("what", BAD_FILES)
-def test_bad_files_are_refused(what, tmp_path):
-    path = bad_file(what, tmp_path)
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_bad_files_are_refused(fault, tmp_path):
+    path = bad_file(fault, tmp_path)
     with pytest.raises(UserError) as error:
         build_backbone("test_resnet", weights=path)
     assert f"{path} " in str(error.value)
-    assert BAD_FILES[what] in str(error.value)
+    assert BAD_FILES[fault] in str(error.value)
     assert not (tmp_path / "executed").exists()
 
 
@@ -235,13 +237,13 @@ def test_a_file_without_the_classifier_will_do(tmp_path):
 def test_real_imagenet_weights():
     kwargs = {"pad_type": "same"}
     backbone = build_backbone("mobilenetv2_100", weights=IMAGENET, kwargs=kwargs, mean=[0.5] * 3, std=[0.5] * 3).eval()
-    whole = timm.create_model("mobilenetv2_100", **kwargs).eval()
-    whole.load_state_dict(load_file(IMAGENET), strict=True)
+    network = timm.create_model("mobilenetv2_100", **kwargs).eval()
+    network.load_state_dict(load_file(IMAGENET), strict=True)
     image = make_image(2, 3, 96, 64)
     indices = list(backbone.net.feature_info.out_indices)
     with torch.no_grad():
         got = backbone(image)
-        want = whole.forward_intermediates(image, indices=indices, intermediates_only=True)
+        want = network.forward_intermediates(image, indices=indices, intermediates_only=True)
     assert [f.shape[1] for f in got] == backbone.channels
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert backbone.mean == backbone.std == (0.5, 0.5, 0.5)

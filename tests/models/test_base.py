@@ -55,8 +55,8 @@ def test_features_depend_on_where_the_picture_shows_something():
         spot = plain.clone()
         spot[..., 8:24, 130:150] = 5.0
         with torch.no_grad():
-            before, after = backbone(plain)[0], backbone(spot)[0]
-        change = (after - before).abs().sum(dim=(0, 1))
+            features_before, features_after = backbone(plain)[0], backbone(spot)[0]
+        change = (features_after - features_before).abs().sum(dim=(0, 1))
         stride = backbone.strides[0]
         row, column = divmod(int(change.argmax()), change.shape[1])
         assert 0 <= row * stride <= 32, family
@@ -139,9 +139,9 @@ def test_parameters_are_shared_or_of_one_task(cnn):
     assert backbone < shared < every
     assert backbone | decoder == every
     assert not backbone & decoder
-    own = {t: ids([*cnn.decoder.heads[t].parameters(), *cnn.decoder.logits[t].parameters()]) for t in TASKS}
-    assert sum(len(own[t]) for t in TASKS) + len(shared) == len(every)  # disjoint, and nothing else
-    assert set().union(*own.values()) | shared == every
+    task_ids = {t: ids([*cnn.decoder.heads[t].parameters(), *cnn.decoder.logits[t].parameters()]) for t in TASKS}
+    assert sum(len(task_ids[t]) for t in TASKS) + len(shared) == len(every)  # disjoint, and nothing else
+    assert set().union(*task_ids.values()) | shared == every
 
 
 def test_a_tasks_loss_reaches_what_is_shared_and_its_own_head():
@@ -192,11 +192,11 @@ def test_a_regulariser_leaves_no_trace_in_the_model():
         "edge": torch.rand(2, 1, 50, 70).round(),
     }
     features = {t: output.features["final"][t] for t in tasks}
-    before = [p.detach().clone() for p in regularizer.parameters()]
+    values_before = [p.detach().clone() for p in regularizer.parameters()]
     regularizer(features, labels, regularizer.sample(0, ["a", "b"]), output.frame).loss.backward()
     assert all(p.grad is not None for p in model.backbone_parameters() if p.requires_grad)  # it does teach the model
     optimizer.step()
-    assert any(not torch.equal(a, b) for a, b in zip(before, regularizer.parameters()))
+    assert any(not torch.equal(a, b) for a, b in zip(values_before, regularizer.parameters()))
     one, other = plain.state_dict(), model.state_dict()
     assert list(one) == list(other)
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -65,11 +65,11 @@ def test_merged_weights_give_the_same_output(kind):
     add_adapters(adapted, rank=2, alpha=3)
     stir(adapted)
     with torch.no_grad():
-        before, features = plain(IMAGE), adapted(IMAGE)
+        features_before, features = plain(IMAGE), adapted(IMAGE)
         merged = merge_adapters(adapted.state_dict(), alpha=3)
         assert merged.keys() == plain.state_dict().keys()
         plain.load_state_dict(merged)
-        for old, new, unmerged in zip(before, plain(IMAGE), features, strict=True):
+        for old, new, unmerged in zip(features_before, plain(IMAGE), features, strict=True):
             torch.testing.assert_close(new, unmerged, rtol=1e-5, atol=1e-5)
             assert (old - new).abs().max() > 1e-3
 

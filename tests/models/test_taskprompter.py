@@ -73,9 +73,9 @@ def slow_model(model, image):
         heads, width = attention.num_heads, q.shape[2] // attention.num_heads
         raw, attended = [], []
         for head in range(heads):
-            own = slice(head * width, (head + 1) * width)
-            raw.append(q[..., own] @ k[..., own].transpose(1, 2))
-            attended.append((raw[-1] / width**0.5).softmax(dim=2) @ v[..., own])
+            channels = slice(head * width, (head + 1) * width)
+            raw.append(q[..., channels] @ k[..., channels].transpose(1, 2))
+            attended.append((raw[-1] / width**0.5).softmax(dim=2) @ v[..., channels])
         attended = attention.proj(torch.cat(attended, dim=2))
         channel = model.channel_prompts[index]
         maps = channel.spread(normed_prompts)
@@ -89,17 +89,17 @@ def slow_model(model, image):
         if index not in chosen:
             continue
         level = model.levels[chosen.index(index)]
-        seen = (vit.norm(x) if index == chosen[-1] else x).transpose(1, 2).unflatten(2, (h, w))
+        tokens = (vit.norm(x) if index == chosen[-1] else x).transpose(1, 2).unflatten(2, (h, w))
         features = {}
         for t, task in enumerate(model.tasks):
-            first, second = seen.clone(), seen.clone()
+            first, second = tokens.clone(), tokens.clone()
             for head in range(heads):
-                own = slice(head * width, (head + 1) * width)
-                first[:, own] += seen[:, own] * raw[head][:, t, count:].reshape(-1, 1, h, w)
+                channels = slice(head * width, (head + 1) * width)
+                first[:, channels] += tokens[:, channels] * raw[head][:, t, count:].reshape(-1, 1, h, w)
             for i, rows in enumerate(parts(h, model.windows)):
                 for j, columns in enumerate(parts(w, model.windows)):
                     gain = by_channel[:, t, :, i, j, None, None]
-                    second[:, :, rows, columns] += seen[:, :, rows, columns] * gain
+                    second[:, :, rows, columns] += tokens[:, :, rows, columns] * gain
             both = torch.cat([level.spatial[task](first), level.channel[task](second)], dim=1)
             features[task] = level.fuse[task](both)
         for t, task in enumerate(model.tasks):
@@ -198,10 +198,10 @@ def test_batch_of_one_padding_and_prediction():
     image = make_image(3, 3, 50, 70)
     padded = F.pad(image, (0, 80 - 70, 0, 64 - 50))
     with torch.no_grad():
-        together, alone, whole = model.predict(image), model.predict(image[1:2]), model(padded)
+        together, alone, full = model.predict(image), model.predict(image[1:2]), model(padded)
     for task, prediction in together.items():
         torch.testing.assert_close(alone[task], prediction[1:2], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(whole.predictions[task][..., :50, :70], prediction, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(full.predictions[task][..., :50, :70], prediction, rtol=1e-4, atol=1e-5)
 
 
 def test_compiles_without_graph_breaks():
@@ -263,14 +263,14 @@ def test_drop_path_is_the_backbones():
 def test_the_vits_weights_are_kept():
     torch.manual_seed(0)
     backbone = build_backbone("vit_tiny_patch16_224", kwargs=VIT)
-    before = {name: p.clone() for name, p in backbone.state_dict().items()}
+    state_before = {name: p.clone() for name, p in backbone.state_dict().items()}
     model = TaskPrompter(backbone, TASKS, size=(224, 224), width=8, head_width=6)
-    after = model.backbone.state_dict()
-    assert before.keys() - after.keys() == {"net.model.cls_token"}
-    assert not after.keys() - before.keys()
-    for name in before.keys() & after.keys():
-        want = before[name][:, 1:] if name.endswith("pos_embed") else before[name]
-        assert torch.equal(after[name], want), name
+    state_after = model.backbone.state_dict()
+    assert state_before.keys() - state_after.keys() == {"net.model.cls_token"}
+    assert not state_after.keys() - state_before.keys()
+    for name in state_before.keys() & state_after.keys():
+        want = state_before[name][:, 1:] if name.endswith("pos_embed") else state_before[name]
+        assert torch.equal(state_after[name], want), name
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "swin_tiny_patch4_window7_224"])
@@ -411,6 +411,6 @@ def test_the_config_builds_it_for_the_pictures_it_trains_on():
 
 @pytest.mark.slow
 def test_it_trains_with_contrast(tmp_path):
-    words = [*SHRUNKEN, "trainer.device=cpu", "debug=tiny", "data.augment.scale=[1.0,1.2]"]
-    metrics = train(composed(*words), tmp_path)
-    assert set(metrics) == set(build_tasks(composed(*words)))
+    overrides = [*SHRUNKEN, "trainer.device=cpu", "debug=tiny", "data.augment.scale=[1.0,1.2]"]
+    metrics = train(composed(*overrides), tmp_path)
+    assert set(metrics) == set(build_tasks(composed(*overrides)))

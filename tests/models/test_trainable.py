@@ -31,14 +31,14 @@ def test_a_frozen_backbone_gives_the_maps_of_evaluation_without_a_graph(family):
     assert frozen.is_frozen
     assert frozen.training
     assert not any(module.training for module in frozen.net.modules())
-    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    state_before = {name: value.clone() for name, value in frozen.state_dict().items()}
     with torch.no_grad():
         expected = plain(IMAGE)
     features = frozen(IMAGE.clone().requires_grad_())
     for feature, value in zip(features, expected, strict=True):
         assert torch.equal(feature, value)
         assert not feature.requires_grad
-    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+    assert all(torch.equal(value, state_before[name]) for name, value in frozen.state_dict().items())
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
@@ -47,11 +47,11 @@ def test_a_trained_backbone_is_as_it_was():
     backbone = make_backbone("mobile").train()
     set_trainable(backbone, "full")
     assert not backbone.is_frozen
-    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    state_before = {name: value.clone() for name, value in backbone.state_dict().items()}
     first, second = backbone(IMAGE), backbone(IMAGE)
     assert first[0].requires_grad
     assert not torch.equal(first[-1], second[-1])
-    assert any(not torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    assert any(not torch.equal(value, state_before[name]) for name, value in backbone.state_dict().items())
     assert all(parameter.requires_grad for parameter in backbone.parameters())
 
 
@@ -102,12 +102,12 @@ def test_the_last_blocks_or_stages_are_trained(family):
     trained = {name for name, parameter in backbone.net.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in backbone.net.named_parameters() if name.startswith(beginnings)}
     assert all(any(name.startswith(beginning) for name in trained) for beginning in beginnings)
-    before = {name: value.clone() for name, value in backbone.net.state_dict().items()}
+    state_before = {name: value.clone() for name, value in backbone.net.state_dict().items()}
     sum(feature.square().mean() for feature in backbone(IMAGE)).backward()
     assert {name for name, p in backbone.net.named_parameters() if p.grad is not None} == trained
-    moved = {name for name, value in backbone.net.state_dict().items() if not torch.equal(value, before[name])}
+    moved = {name for name, value in backbone.net.state_dict().items() if not torch.equal(value, state_before[name])}
     assert all(name.startswith(beginnings) for name in moved)
-    norms = [name for name in before if name.endswith("running_mean")]
+    norms = [name for name in state_before if name.endswith("running_mean")]
     assert {name for name in norms if name.startswith(beginnings)} <= moved
 
 

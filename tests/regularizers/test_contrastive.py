@@ -73,7 +73,7 @@ def test_special_labels_agree_with_reference(name):
 
 def test_thresholds_replace_the_tasks_own():
     regularizer, features, labels, draw, frame = make_case(seed=1, pixels=12, names=("depth", "normals"))
-    own = regularizer(features, labels, draw, frame).loss
+    narrow_loss = regularizer(features, labels, draw, frame).loss
     wide = Contrastive(
         regularizer.tasks,
         {"depth": 2, "normals": 3},
@@ -84,7 +84,7 @@ def test_thresholds_replace_the_tasks_own():
         thresholds={"depth": (0.5, 0.9), "normals": (35.0, 100.0)},
     )
     assert agrees_with_reference(wide, features, labels, draw, frame) > 5
-    assert not torch.equal(wide(features, labels, draw, frame).loss, own)
+    assert not torch.equal(wide(features, labels, draw, frame).loss, narrow_loss)
 
 
 # --- Pairs and triplets
@@ -105,11 +105,11 @@ def test_no_pair_is_both_and_no_pixel_pairs_with_itself(case):
     same = (row[:, :, None] == row[:, None]) & (column[:, :, None] == column[:, None])
     assert same.diagonal(dim1=1, dim2=2).all()
     assert not ((positive | negative) & same).any()
-    known = [sample_labels(task.valid(labels[name]), draw.pixels)[..., 0] for name, task in regularizer.tasks.items()]
+    valid = [sample_labels(task.valid(labels[name]), draw.pixels)[..., 0] for name, task in regularizer.tasks.items()]
     for t in range(4):
-        source = choose_available_source(draw.sources[t], torch.stack(known).any(dim=2))
+        source = choose_available_source(draw.sources[t], torch.stack(valid).any(dim=2))
         for image, s in enumerate(source.tolist()):
-            assert not (positive | negative)[t, image][~known[s][image]].any()
+            assert not (positive | negative)[t, image][~valid[s][image]].any()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -121,10 +121,10 @@ def test_pick_takes_the_first_after_the_pixel(count, seed, share):
     chosen, has = triplet.sample_related(relation)
     assert chosen.dtype == torch.int64
     assert 0 <= int(chosen.min()) <= int(chosen.max()) < count
-    for row, j, found in zip(relation.flatten(0, 1), chosen.flatten(0, 1), has.flatten(0, 1)):
+    for row, j, has_one in zip(relation.flatten(0, 1), chosen.flatten(0, 1), has.flatten(0, 1)):
         for i in range(count):
             ahead = [(i + step) % count for step in range(1, count) if row[i, (i + step) % count]]
-            assert bool(found[i]) == bool(ahead)
+            assert bool(has_one[i]) == bool(ahead)
             if ahead:
                 assert j[i] == ahead[0]
 
@@ -144,10 +144,10 @@ def test_pick_is_uniform_when_the_pixels_stand_in_random_order():
     order = torch.argsort(torch.rand(rounds, count, generator=torch.Generator().manual_seed(0)), dim=1)
     rows, columns = order[:, :, None], order[:, None, :]
     (p, has_positive), (n, has_negative) = (triplet.sample_related(x[rows, columns]) for x in (alike, different))
-    place = (order == 0).int().argmax(dim=1)  # where thing 0 stands in each round
+    rank = (order == 0).int().argmax(dim=1)  # where thing 0 stands in each round
     each = torch.arange(rounds)
-    assert (has_positive & has_negative)[each, place].all()
-    chosen = order[each, p[each, place]] - 1, order[each, n[each, place]] - 4
+    assert (has_positive & has_negative)[each, rank].all()
+    chosen = order[each, p[each, rank]] - 1, order[each, n[each, rank]] - 4
     table = np.zeros((3, 2))
     np.add.at(table, tuple(c.numpy() for c in chosen), 1)
     assert chi_square(table) < 25  # 5 degrees of freedom: exceeded by chance once in 7000
@@ -165,10 +165,10 @@ def test_identical_features_cost_the_margin():
 def test_satisfied_triplets_cost_nothing():
     z = torch.tensor([[[[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]]]])  # (T, B, K, D)
     p, n, anchor = torch.tensor([[[1, 0, 0]]]), torch.tensor([[[2, 2, 0]]]), torch.tensor([[[True, True, False]]])
-    found = triplet.triplet_hinge(z, p, n, anchor, 0.5)
-    assert found.losses.tolist() == [0]
-    assert found.has_anchor.tolist() == [True]
-    assert found.stats.tolist() == [[[2, 0, 0, 8]]]  # anchors, active, sum of d_ap, sum of d_an = 4 each
+    hinge = triplet.triplet_hinge(z, p, n, anchor, 0.5)
+    assert hinge.losses.tolist() == [0]
+    assert hinge.has_anchor.tolist() == [True]
+    assert hinge.stats.tolist() == [[[2, 0, 0, 8]]]  # anchors, active, sum of d_ap, sum of d_an = 4 each
     assert triplet.triplet_hinge(z, p, n, anchor, 5.0).losses.tolist() == [1]  # 5 + 0 - 4
     assert triplet.triplet_hinge(z, p, n, anchor & False, 5.0).has_anchor.tolist() == [False]
 
@@ -231,15 +231,15 @@ def test_both_layouts_are_read_as_grid_sample_does(shape, channels):
     generator = torch.Generator().manual_seed(0)
     feature = torch.randn(2, channels, *shape, generator=generator)
     pixels = torch.rand(2, 30, 2, generator=generator)
-    wanted = torch.randn(2, 30, channels, generator=generator)
+    upstream = torch.randn(2, 30, channels, generator=generator)
     row, column = pixel_index(pixels, size)
     grid = torch.stack([(column + 0.5) / frame[1], (row + 0.5) / frame[0]], dim=-1).double() * 2 - 1
 
     def sample(feature):
-        found = F.grid_sample(feature.double(), grid[:, None], padding_mode="border", align_corners=False)
-        return found[:, :, 0].transpose(1, 2)
+        sampled = F.grid_sample(feature.double(), grid[:, None], padding_mode="border", align_corners=False)
+        return sampled[:, :, 0].transpose(1, 2)
 
-    found = []
+    results = []
     for layout, read in (
         (torch.contiguous_format, sample),
         (torch.contiguous_format, lambda feature: sample_features(feature, pixels, size, frame)),
@@ -247,9 +247,9 @@ def test_both_layouts_are_read_as_grid_sample_does(shape, channels):
     ):
         leaf = feature.clone(memory_format=layout).requires_grad_()
         values = read(leaf)
-        (values * wanted).sum().backward()
-        found.append((values.detach(), leaf.grad))
-    want, *both = found
+        (values * upstream).sum().backward()
+        results.append((values.detach(), leaf.grad))
+    want, *both = results
     for values, gradient in both:
         assert values.dtype == torch.float32
         torch.testing.assert_close(values.double(), want[0], rtol=1e-5, atol=1e-6)
@@ -329,17 +329,17 @@ def test_global_generators_stay_untouched():
     def states():
         return torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
 
-    before = states()
+    states_before = states()
     case = make_tasks(), dict.fromkeys(NAMES, 3)
     regularizer = Contrastive(*case, num_pixels=9)
     draw = regularizer.sample(0, ["a"])
     features = {name: torch.zeros(1, 3, 4, 4, requires_grad=True) for name in NAMES}
     labels = {name: make_label(name, ["random"], (8, 8), np.random.default_rng(0)) for name in NAMES}
     regularizer(features, labels, draw).loss.backward()
-    after = states()
-    assert torch.equal(before[0], after[0])
-    assert (before[1] == after[1]).all()
-    assert before[2] == after[2]
+    states_after = states()
+    assert torch.equal(states_before[0], states_after[0])
+    assert (states_before[1] == states_after[1]).all()
+    assert states_before[2] == states_after[2]
 
 
 # --- Partial labels
@@ -435,10 +435,10 @@ def test_slice_adamw_equals_adamw_over_separate_parameters(options):
             parameter.grad = gradient
             for s, row in enumerate(rows):
                 row.grad = gradient[s].clone() if drawn[s] else None
-        before = [p.detach().clone() for p in stacked]
+        values_before = [p.detach().clone() for p in stacked]
         ours.step()
         theirs.step()
-        for parameter, old, rows in zip(stacked, before, separate):
+        for parameter, old, rows in zip(stacked, values_before, separate):
             assert torch.equal(parameter[~drawn], old[~drawn])
             changed = (parameter != old).flatten(1).any(dim=1)
             assert torch.equal(changed, drawn)
@@ -472,7 +472,7 @@ def test_slice_adamw_resumes_identically():
 
 def test_slice_adamw_closure_and_missing_gradients():
     used, unused = (torch.nn.Parameter(p) for p in make_slices())
-    before = unused.detach().clone()
+    value_before = unused.detach().clone()
     optimizer = MaskedAdamW([used, unused], lr=0.1)
 
     def closure():
@@ -484,19 +484,19 @@ def test_slice_adamw_closure_and_missing_gradients():
     losses = [optimizer.step(closure).item() for _ in range(5)]
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < losses[0]
-    assert torch.equal(unused, before)
+    assert torch.equal(unused, value_before)
 
 
 def test_only_drawn_projectors_train():
     regularizer, features, labels, draw, frame = make_case(seed=0, pixels=24)
     optimizer = MaskedAdamW(regularizer.parameters(), lr=0.1)
-    before = {key: value.clone() for key, value in regularizer.state_dict().items()}
+    state_before = {key: value.clone() for key, value in regularizer.state_dict().items()}
     regularizer(features, labels, draw, frame).loss.backward()
     optimizer.step()
     for t, name in enumerate(NAMES):
         drawn = torch.arange(4) == draw.sources[t, 0]
         for key, value in regularizer.projectors[name].state_dict().items():
-            changed = (value != before[f"projectors.{name}.{key}"]).flatten(1).any(dim=1)
+            changed = (value != state_before[f"projectors.{name}.{key}"]).flatten(1).any(dim=1)
             assert torch.equal(changed, drawn)
 
 
@@ -520,16 +520,16 @@ def test_half_precision_taps(dtype):
 def test_autocast_changes_nothing():
     regularizer, features, labels, draw, frame = make_case(pixels=300, size=(16, 16))  # counts that bf16 would round
     leaves = {t: tap.requires_grad_() for t, tap in features.items()}
-    found = []
+    results = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = regularizer(leaves, labels, draw, frame).loss
-        found.append((loss, torch.autograd.grad(loss, list(leaves.values())), regularizer.summary()))
-    assert found[0][0].item() > 0
-    assert found[0][0].dtype == found[1][0].dtype == torch.float32
-    assert torch.equal(found[0][0], found[1][0])
-    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
-    assert found[0][2] == found[1][2]
+        results.append((loss, torch.autograd.grad(loss, list(leaves.values())), regularizer.summary()))
+    assert results[0][0].item() > 0
+    assert results[0][0].dtype == results[1][0].dtype == torch.float32
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1]))
+    assert results[0][2] == results[1][2]
 
 
 def test_one_compiled_graph_serves_every_draw():
@@ -537,10 +537,10 @@ def test_one_compiled_graph_serves_every_draw():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(regularizer, fullgraph=True, backend="eager")
-    seen = set()
+    drawn = set()
     for step in range(6):
         draw = regularizer.sample(step, [f"{step}", "b"])
-        seen.add(tuple(draw.sources[:, 0].tolist()))
+        drawn.add(tuple(draw.sources[:, 0].tolist()))
         leaves = {t: tap.clone().requires_grad_() for t, tap in features.items()}
         loss = compiled(leaves, labels, draw, frame).loss
         got = torch.autograd.grad(loss, list(leaves.values()))
@@ -550,7 +550,7 @@ def test_one_compiled_graph_serves_every_draw():
         torch.testing.assert_close(loss, eager)
         torch.testing.assert_close(got, want)
         assert counted == pytest.approx(regularizer.summary())
-    assert len(seen) > 3
+    assert len(drawn) > 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
 
@@ -600,13 +600,13 @@ def test_summary_gathers_several_steps():
             if name == "anchors":
                 anchors[pair] = anchors.get(pair, 0) + value
                 pixels[pair] = pixels.get(pair, 0) + 1
-    found = regularizer.summary()
-    assert set(found) == {f"{pair}/{name}" for pair in pairs for name in ("anchors", "active", "d_ap", "d_an")}
+    summary = regularizer.summary()
+    assert set(summary) == {f"{pair}/{name}" for pair in pairs for name in ("anchors", "active", "d_ap", "d_an")}
     for pair in pairs:  # every picture is labelled by every task, so that each step counts alike
-        assert found[f"{pair}/anchors"] == pytest.approx(anchors[pair] / pixels[pair])
-        assert 0 <= found[f"{pair}/active"] <= 1
-        assert 0 <= found[f"{pair}/d_ap"] <= 4
-        assert 0 <= found[f"{pair}/d_an"] <= 4
+        assert summary[f"{pair}/anchors"] == pytest.approx(anchors[pair] / pixels[pair])
+        assert 0 <= summary[f"{pair}/active"] <= 1
+        assert 0 <= summary[f"{pair}/d_ap"] <= 4
+        assert 0 <= summary[f"{pair}/d_an"] <= 4
     assert regularizer.summary() == {}
 
 
@@ -618,10 +618,10 @@ def test_gradients_at_taps():
     contrast = (
         0.5 * features["a"].exp().mean() + features["a"].mul(features["b"]).sum() + 2 * features["d"].sum()
     )  # nor this at c
-    found = compare_feature_gradients(task, contrast, features)
+    statistics = compare_feature_gradients(task, contrast, features)
     assert weight.grad is None
-    assert all(not value.requires_grad and value.shape == () for value in found.values())
-    assert set(found) == {f"{t}/{k}" for t in features for k in ("norm_task", "norm_contrast", "cosine")}
+    assert all(not value.requires_grad and value.shape == () for value in statistics.values())
+    assert set(statistics) == {f"{t}/{k}" for t in features for k in ("norm_task", "norm_contrast", "cosine")}
     a, b = features["a"].detach().double(), features["b"].detach().double()
     expected = {
         "a": (2 * a, 0.5 * a.exp() / a.numel() + b),
@@ -629,12 +629,12 @@ def test_gradients_at_taps():
         "c": (torch.full_like(b, 5), torch.zeros_like(b)),
         "d": (torch.zeros_like(b), torch.full_like(b, 2)),
     }
-    for name, (own, ours) in expected.items():
-        assert found[f"{name}/norm_task"].item() == pytest.approx(own.norm().item(), rel=1e-5)
-        assert found[f"{name}/norm_contrast"].item() == pytest.approx(ours.norm().item(), rel=1e-5)
-        product = (own.norm() * ours.norm()).item()
-        cosine = (own * ours).sum().item() / product if product else 0.0
-        assert found[f"{name}/cosine"].item() == pytest.approx(cosine, abs=1e-5)
+    for name, (task_gradient, ours) in expected.items():
+        assert statistics[f"{name}/norm_task"].item() == pytest.approx(task_gradient.norm().item(), rel=1e-5)
+        assert statistics[f"{name}/norm_contrast"].item() == pytest.approx(ours.norm().item(), rel=1e-5)
+        product = (task_gradient.norm() * ours.norm()).item()
+        cosine = (task_gradient * ours).sum().item() / product if product else 0.0
+        assert statistics[f"{name}/cosine"].item() == pytest.approx(cosine, abs=1e-5)
     (task + contrast).backward()  # the graph is still there
     x = weight.detach().double()
     want = 2 * (4 * x + x.exp().pow(2) / (2 * x.numel()) + x.sin()) + (1 + 2 * x) * x.cos() + 5 + 6

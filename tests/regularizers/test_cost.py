@@ -154,19 +154,25 @@ def test_peak_counts_what_is_alive_at_once():
 
 @pytest.mark.slow
 def test_script_measures_and_profiles(cli, tmp_path):
-    words = [*TINY, "data.limit=null", "tasks=nyud"]
+    arguments = [*TINY, "data.limit=null", "tasks=nyud"]
     result = cli(
-        "scripts/benchmarks/benchmark_step.py", "--profile", "--steps", "2", "--json", f"{tmp_path}/out.json", *words
+        "scripts/benchmarks/benchmark_step.py",
+        "--profile",
+        "--steps",
+        "2",
+        "--json",
+        f"{tmp_path}/out.json",
+        *arguments,
     )
     assert result.code == 0, result.err
     assert "waits of the host: none" in result.out
     assert "graph: no break, 1 graph for 4 draws" in result.out
-    found = json.loads((tmp_path / "out.json").read_text())["as given"]
-    assert len(found["none"]["seconds"]) == len(found["contrastive"]["seconds"]) == 2
-    assert found["contrastive"]["held"] > found["none"]["held"] > 0
-    assert found["contrastive"]["step"] > found["none"]["step"] > 0
-    assert found["profile"]["seconds"].keys() == {"draw", "forward", "backward", "optimiser"}
-    assert all(seconds > 0 for seconds in found["profile"]["seconds"].values())
+    costs = json.loads((tmp_path / "out.json").read_text())["as given"]
+    assert len(costs["none"]["seconds"]) == len(costs["contrastive"]["seconds"]) == 2
+    assert costs["contrastive"]["held"] > costs["none"]["held"] > 0
+    assert costs["contrastive"]["step"] > costs["none"]["step"] > 0
+    assert costs["profile"]["seconds"].keys() == {"draw", "forward", "backward", "optimiser"}
+    assert all(seconds > 0 for seconds in costs["profile"]["seconds"].values())
 
 
 @pytest.mark.slow

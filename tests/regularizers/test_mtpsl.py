@@ -48,11 +48,11 @@ def make_case(seed=0, size=(24, 40), frame=(32, 64), batch=3, unlabelled=(), voi
         "edge": torch.rand(batch, 1, *size, generator=g).round(),
     }
     for name, label in labels.items():
-        gone = torch.rand(batch, *size, generator=g) < void
-        gone[:, :8, :8] = True  # a whole cell
+        void_pixels = torch.rand(batch, *size, generator=g) < void
+        void_pixels[:, :8, :8] = True  # a whole cell
         for task, image in unlabelled:
-            gone[image] |= task == name
-        label.copy_(torch.where(gone if label.ndim == 3 else gone[:, None], tasks[name].void, label))
+            void_pixels[image] |= task == name
+        label.copy_(torch.where(void_pixels if label.ndim == 3 else void_pixels[:, None], tasks[name].void, label))
     output = DenseOutput(predictions, {"trunk": dict.fromkeys(NAMES, trunk)}, [], frame)
     return regularizer, output, labels
 
@@ -80,7 +80,7 @@ def reference_pair(regularizer, output, labels, target, source, image):
     """L_st in one image, by loops over cells of pixels and of the result."""
     tasks, (height, width), n = regularizer.tasks, output.frame, regularizer.stride
     size = labels["semseg"].shape[-2:]
-    known = tasks[target].valid(labels[target])[image]
+    valid = tasks[target].valid(labels[target])[image]
 
     def cell(i, j, step):
         rows, columns = range(i * step, min((i + 1) * step, height)), range(j * step, min((j + 1) * step, width))
@@ -100,7 +100,7 @@ def reference_pair(regularizer, output, labels, target, source, image):
         return sum((raw[:, y, x] for y, x in inside(pixels)), start=torch.zeros(len(raw))) / len(pixels)
 
     def mean_label(i, j):
-        pixels = [(y, x) for y, x in inside(cell(i, j, n)) if known[y, x]]
+        pixels = [(y, x) for y, x in inside(cell(i, j, n)) if valid[y, x]]
         return sum((label[:, y, x] for y, x in pixels), start=torch.zeros(len(label))) / max(len(pixels), 1)
 
     s, t = NAMES.index(source), NAMES.index(target)
@@ -109,61 +109,61 @@ def reference_pair(regularizer, output, labels, target, source, image):
     b = map_one(regularizer, cells(mean_label, n), target, pair)
     feature = output.features["trunk"][target][image]
     f = F.adaptive_avg_pool2d(feature, a.shape[-2:])[None]
-    found = []
+    losses = []
     for i, j in product(range(a.shape[2]), range(a.shape[3])):
-        if any(known[y, x] for y, x in inside(cell(i, j, n * 8))):
+        if any(valid[y, x] for y, x in inside(cell(i, j, n * 8))):
             u, v, w = a[0, :, i, j], b[0, :, i, j], f[0, :, i, j]
             apart = [1 - F.cosine_similarity(p, q, dim=0) for p, q in ((u, v), (u, w), (v, w))]
-            found.append(torch.stack([*apart, apart[0] + regularizer.image_weight * (apart[1] + apart[2])]))
-    return sum(found) / len(found)
+            losses.append(torch.stack([*apart, apart[0] + regularizer.image_weight * (apart[1] + apart[2])]))
+    return sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize(("size", "frame"), [((24, 40), (32, 64)), ((32, 32), (32, 32)), ((30, 34), (30, 34))])
 def test_loss_of_all_pairs_against_loops(size, frame):
     regularizer, output, labels = make_case(size=size, frame=frame, batch=1, num_sources=3, image_weight=0.7)
-    found = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a"]))
-    told = regularizer.summary()
+    result = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a"]))
+    summary = regularizer.summary()
     total = 0.0
     for target in NAMES:
         want = {s: reference_pair(regularizer, output, labels, target, s, 0) for s in NAMES if s != target}
-        torch.testing.assert_close(found.losses[target], sum(w[3] for w in want.values()), rtol=1e-4, atol=1e-5)
-        total += found.losses[target]
+        torch.testing.assert_close(result.losses[target], sum(w[3] for w in want.values()), rtol=1e-4, atol=1e-5)
+        total += result.losses[target]
         for source, values in want.items():
             for name, value in zip(("apart", "source_image", "target_image"), values.tolist()):
-                assert told.pop(f"{target}<-{source}/{name}") == pytest.approx(value, rel=1e-3, abs=1e-5)
-    assert not told
+                assert summary.pop(f"{target}<-{source}/{name}") == pytest.approx(value, rel=1e-3, abs=1e-5)
+    assert not summary
     assert not regularizer.summary()
-    torch.testing.assert_close(found.loss, total)
+    torch.testing.assert_close(result.loss, total)
 
 
 def test_partial_labels_teach_the_other_tasks():
     """Images with semseg only, with semseg and depth, and with nothing: the unlabelled tasks are the sources."""
-    gone = [(n, 0) for n in NAMES[1:]] + [(n, 1) for n in NAMES[2:]] + [(n, 2) for n in NAMES]
-    regularizer, output, labels = make_case(unlabelled=gone, num_sources=3)
-    found = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a", "b", "c"]))
+    missing = [(n, 0) for n in NAMES[1:]] + [(n, 1) for n in NAMES[2:]] + [(n, 2) for n in NAMES]
+    regularizer, output, labels = make_case(unlabelled=missing, num_sources=3)
+    result = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a", "b", "c"]))
 
-    def pairs(target, *given):
-        return sum(reference_pair(regularizer, output, labels, target, s, i)[3] for s, i in given) / 3
+    def pairs(target, *sources):
+        return sum(reference_pair(regularizer, output, labels, target, s, i)[3] for s, i in sources) / 3
 
     want = pairs("semseg", *((s, 0) for s in NAMES[1:]), *((s, 1) for s in NAMES[2:]))
-    torch.testing.assert_close(found.losses["semseg"], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.losses["semseg"], want, rtol=1e-4, atol=1e-5)
     want = pairs("depth", *((s, 1) for s in NAMES[2:]))
-    torch.testing.assert_close(found.losses["depth"], want, rtol=1e-4, atol=1e-5)
-    assert found.losses["normals"] == found.losses["edge"] == 0
+    torch.testing.assert_close(result.losses["depth"], want, rtol=1e-4, atol=1e-5)
+    assert result.losses["normals"] == result.losses["edge"] == 0
 
 
 def test_drawn_sources_estimate_all_of_them():
     """The mean over the draws of one source per target is the loss over all pairs."""
     regularizer, output, labels = make_case(num_sources=1)
-    whole, *_ = make_case(num_sources=3)
-    want = whole.compute_loss(output, labels, whole.sample(0, "abc")).losses
+    full, *_ = make_case(num_sources=3)
+    want = full.compute_loss(output, labels, full.sample(0, "abc")).losses
     draw = regularizer.sample(0, "abc")
     with torch.no_grad():
-        found = [
+        results = [
             regularizer.compute_loss(output, labels, draw._replace(sources=draw.sources.roll(k, 1))) for k in range(3)
         ]
     for name in NAMES:
-        torch.testing.assert_close(sum(f.losses[name] for f in found) / 3, want[name].detach())
+        torch.testing.assert_close(sum(f.losses[name] for f in results) / 3, want[name].detach())
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,16 +201,16 @@ def test_gradients_reach_predictions_and_mapping_but_not_the_feature():
 
 def test_gradient_against_loops():
     """Of one pair in one image, with respect to the source's prediction and to the mapping."""
-    gone = [(name, i) for name in NAMES for i in range(3) if (name, i) != ("normals", 1)]
-    regularizer, output, labels = make_case(unlabelled=gone)
+    missing = [(name, i) for name in NAMES for i in range(3) if (name, i) != ("normals", 1)]
+    regularizer, output, labels = make_case(unlabelled=missing)
     draw = regularizer.sample(0, "abc")
     source = NAMES[draw.sources[NAMES.index("normals"), 0]]
     leaves = [output.predictions[source].requires_grad_(), *regularizer.parameters()]
-    found = torch.autograd.grad(regularizer.compute_loss(output, labels, draw).loss, leaves)
+    gradients = torch.autograd.grad(regularizer.compute_loss(output, labels, draw).loss, leaves)
     # Drawn from three, which it stands for; one image of three.
     value = reference_pair(regularizer, output, labels, "normals", source, 1)[3] * 3 / 3
     want = torch.autograd.grad(value, leaves, allow_unused=True)
-    for leaf, one, two in zip(leaves, found, want):
+    for leaf, one, two in zip(leaves, gradients, want):
         torch.testing.assert_close(one, torch.zeros_like(leaf) if two is None else two, rtol=1e-3, atol=1e-5)
     assert want[0][1].any()
 
@@ -219,10 +219,10 @@ def test_all_void_is_zero_with_a_graph():
     regularizer, output, labels = make_case(unlabelled=list(product(NAMES, range(3))))
     for prediction in output.predictions.values():
         prediction.requires_grad_()
-    found = regularizer.compute_loss(output, labels, regularizer.sample(0, "abc"))
-    assert found.loss == 0
-    assert all(value == 0 for value in found.losses.values())
-    found.loss.backward()
+    result = regularizer.compute_loss(output, labels, regularizer.sample(0, "abc"))
+    assert result.loss == 0
+    assert all(value == 0 for value in result.losses.values())
+    result.loss.backward()
     for p in (*output.predictions.values(), *regularizer.parameters()):
         assert p.grad is not None
         assert not p.grad.any()
@@ -275,16 +275,16 @@ def test_half_precision_changes_nothing():
     draw = regularizer.sample(0, "abc")
     want = regularizer.compute_loss(output, labels, draw).loss
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = regularizer.compute_loss(output, labels, draw).loss
-    assert found.dtype == torch.float32
-    assert torch.equal(found, want)
+        loss = regularizer.compute_loss(output, labels, draw).loss
+    assert loss.dtype == torch.float32
+    assert torch.equal(loss, want)
 
 
 def test_builds_and_draws_follow_the_seed_alone():
-    before = torch.get_rng_state()
+    state_before = torch.get_rng_state()
     a, b, other = (make_case(seed=seed)[0] for seed in (3, 3, 4))
     draws = [a.sample(step, ["x", "y"]).sources for step in range(300)]
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), state_before)
     for p, q in zip(a.parameters(), b.parameters()):
         assert torch.equal(p, q)
     assert any(not torch.equal(p, q) for p, q in zip(a.parameters(), other.parameters()))
@@ -314,20 +314,20 @@ def test_what_a_user_may_get_wrong():
 
 @pytest.mark.parametrize("labels", ["full", "one"])
 def test_training_takes_steps(labels, tmp_path):
-    words = [*TINY, "regularizer=mtpsl", f"data.label_assignment={labels}"]
-    train(composed(*words), tmp_path)
+    overrides = [*TINY, "regularizer=mtpsl", f"data.label_assignment={labels}"]
+    train(composed(*overrides), tmp_path)
     state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
-    config = composed(*words)
+    config = composed(*overrides)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     regularizer = build_regularizer(config, tasks, model)
     assert isinstance(regularizer, CrossTaskConsistency)
     assert state["model"].keys() == model.state_dict().keys()
-    own = regularizer.state_dict()
-    assert state["regularizer"].keys() == own.keys()
-    moved = [name for name, start in own.items() if not torch.equal(start, state["regularizer"][name])]
+    initial = regularizer.state_dict()
+    assert state["regularizer"].keys() == initial.keys()
+    moved = [name for name, start in initial.items() if not torch.equal(start, state["regularizer"][name])]
     assert any("gamma" in name for name in moved)
     assert any("stems" in name for name in moved)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    told = [record for record in records if record["kind"] == "contrast"]
-    assert any(key.endswith("/apart") for record in told for key in record)
+    contrast_records = [record for record in records if record["kind"] == "contrast"]
+    assert any(key.endswith("/apart") for record in contrast_records for key in record)

@@ -201,10 +201,12 @@ def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
     assert regularizer.allowed_sources == expected
     steps = 600
     orders = np.stack([regularizer.sample(step, ["a"]).sources.numpy() for step in range(steps)])  # (steps, T, n)
-    for own, drawn in zip(expected, orders.transpose(1, 0, 2)):
-        assert all(set(order) == set(own) for order in drawn.tolist())  # what an image falls back on is allowed, too
-        share = np.bincount(drawn[:, 0], minlength=4)[own] / steps
-        assert share == pytest.approx(1 / len(own), abs=0.1)  # 5 standard deviations
+    for available, drawn in zip(expected, orders.transpose(1, 0, 2)):
+        assert all(
+            set(order) == set(available) for order in drawn.tolist()
+        )  # what an image falls back on is allowed, too
+        share = np.bincount(drawn[:, 0], minlength=4)[available] / steps
+        assert share == pytest.approx(1 / len(available), abs=0.1)  # 5 standard deviations
 
 
 @pytest.mark.parametrize(
@@ -273,9 +275,9 @@ def test_quotas_share_the_sample_equally_among_the_strata(seed, candidates, coun
     rng = np.random.default_rng(seed)
     stratum = rng.integers(0, strata, (2, 3, candidates)) * 37
     valid = rng.random((2, 3, candidates)) >= void
-    found = balanced_sample(torch.from_numpy(stratum), torch.from_numpy(valid), count)
-    assert found.shape == (2, 3, count)
-    for picked, group, ok in zip(found.reshape(6, -1).numpy(), stratum.reshape(6, -1), valid.reshape(6, -1)):
+    sample = balanced_sample(torch.from_numpy(stratum), torch.from_numpy(valid), count)
+    assert sample.shape == (2, 3, count)
+    for picked, group, ok in zip(sample.reshape(6, -1).numpy(), stratum.reshape(6, -1), valid.reshape(6, -1)):
         if ok.any():
             assert ok[picked].all()
             weight = np.array([ok[i] / (ok & (group == group[i])).sum() if ok[i] else 0.0 for i in range(candidates)])
@@ -325,8 +327,8 @@ def test_a_targets_own_labels_take_back_positives_only_where_they_have_a_say():
     row, column = pixel_index(draw.pixels, (8, 8))
     images = torch.arange(2)[:, None]
     for t, label in enumerate((labels["semseg"], labels["edge"][:, 0])):
-        own = label[images, row, column]
-        contradicted = (own[:, :, None] != own[:, None]) & (own[:, :, None] != 255) & (own[:, None] != 255)
+        values = label[images, row, column]
+        contradicted = (values[:, :, None] != values[:, None]) & (values[:, :, None] != 255) & (values[:, None] != 255)
         assert (alike.positive[t] & contradicted).any()
         assert torch.equal(same.positive[t], alike.positive[t] & ~contradicted)
 
@@ -369,12 +371,16 @@ def test_a_gradient_share_makes_the_norms_at_the_taps_equal():
     losses = regularizer(leaves, labels, draw, frame).losses
     share = GradientNormWeight(regularizer.task_names)
     assert share.weighted_sum(losses) == 0  # nothing measured yet
-    before = compare_feature_gradients(task, sum(losses.values()), leaves)
-    share.update(*({t: before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "contrast")))
-    after = compare_feature_gradients(task, share.weighted_sum(losses), leaves)
+    norms_before = compare_feature_gradients(task, sum(losses.values()), leaves)
+    share.update(*({t: norms_before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "contrast")))
+    norms_after = compare_feature_gradients(task, share.weighted_sum(losses), leaves)
     for t in leaves:
-        assert before[f"{t}/norm_contrast"].item() != pytest.approx(before[f"{t}/norm_task"].item(), rel=0.1)
-        assert after[f"{t}/norm_contrast"].item() == pytest.approx(before[f"{t}/norm_task"].item(), rel=1e-5)
+        assert norms_before[f"{t}/norm_contrast"].item() != pytest.approx(
+            norms_before[f"{t}/norm_task"].item(), rel=0.1
+        )
+        assert norms_after[f"{t}/norm_contrast"].item() == pytest.approx(
+            norms_before[f"{t}/norm_task"].item(), rel=1e-5
+        )
 
 
 def test_a_gradient_share_is_a_running_mean_of_what_could_be_measured():
@@ -383,11 +389,11 @@ def test_a_gradient_share_is_a_running_mean_of_what_could_be_measured():
     contrast = [[1.0, 1.0, 0.0, 4.0], [1.0, 2.0, 1.0, 1.0], [4.0, 3.0, 4.0, 1.0], [2.0, 0.0, 5.0, math.nan]]
     share = GradientNormWeight(names, momentum=0.75)
     expected = dict.fromkeys(names, 0.0)
-    for own, ours in zip(task, contrast):
-        for name, a, b in zip(names, own, ours):
+    for task_gradient, ours in zip(task, contrast):
+        for name, a, b in zip(names, task_gradient, ours):
             if 0 < a < math.inf and 0 < b < math.inf:
                 expected[name] = 0.75 * expected[name] + 0.25 * a / b if expected[name] else a / b
-        values = ({n: torch.tensor(v) for n, v in reversed(list(zip(names, norms)))} for norms in (own, ours))
+        values = ({n: torch.tensor(v) for n, v in reversed(list(zip(names, norms)))} for norms in (task_gradient, ours))
         share.update(*values)
         assert share.factor.tolist() == pytest.approx(list(expected.values()))
     losses = {name: torch.tensor(float(i + 1)) for i, name in enumerate(names)}
@@ -418,14 +424,14 @@ GRADIENT = [
 ]
 
 
-def run(folder, *words):
-    train(composed(*GRADIENT, *words), folder)
+def run(folder, *overrides):
+    train(composed(*GRADIENT, *overrides), folder)
     return read_checkpoint_file(folder / "checkpoints" / "last.pt")
 
 
 def contrast_log(folder):
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record for record in found if record["kind"] == "contrast"]
+    records_read = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records_read if record["kind"] == "contrast"]
 
 
 def equal(a, b):
@@ -435,22 +441,22 @@ def equal(a, b):
 def test_gradient_balance_in_training(tmp_path, monkeypatch):
     """The ratio of the two gradients is the weight; a run that was cut between two measurements goes on as if not."""
     monkeypatch.setattr("mtcl.config.build_training.GradientNormWeight", partial(GradientNormWeight, every=2))
-    words = ["regularizer.weight=0.3", "regularizer.stop_fraction=0.75"]
-    whole = run(tmp_path / "whole", *words, "trainer.max_steps=4")
+    overrides = ["regularizer.weight=0.3", "regularizer.stop_fraction=0.75"]
+    uncut = run(tmp_path / "whole", *overrides, "trainer.max_steps=4")
     log = contrast_log(tmp_path / "whole")
     targets = {key.split("/")[1] for key in log[0] if key.startswith("gradient/")}
     assert targets == {"semseg", "depth", "normals"}
     for t in targets:
-        own, ours = log[0][f"gradient/{t}/norm_task"], log[0][f"gradient/{t}/norm_contrast"]
-        assert ours == pytest.approx(0.3 * own, rel=1e-2)
+        task_norm, ours = log[0][f"gradient/{t}/norm_task"], log[0][f"gradient/{t}/norm_contrast"]
+        assert ours == pytest.approx(0.3 * task_norm, rel=1e-2)
     assert not any("semseg<-depth" in key for record in log for key in record)
     assert [any(key.startswith("gradient/") for key in record) for record in log] == [True, True, True, False]
 
     cut = run(tmp_path / "cut", "regularizer.weight=0.3", "trainer.max_steps=1")
     assert (cut["share"]["factor"] > 0).any()
-    resumed = run(tmp_path / "cut", *words, "trainer.max_steps=4", "resume=auto")
+    resumed = run(tmp_path / "cut", *overrides, "trainer.max_steps=4", "resume=auto")
     for part in ("model", "regularizer", "share"):
-        assert equal(whole[part], resumed[part])
+        assert equal(uncut[part], resumed[part])
     assert not equal(cut["share"], resumed["share"])
 
 
@@ -463,7 +469,7 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["regularizer.weighting=gradients"], r"regularizer\.weighting=gradients .*fixed or gradient"),
         (
@@ -473,8 +479,8 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
         (["regularizer.options.shuffle=true", "data.batch_size=1"], r"shuffle=true .*another image"),
     ],
 )
-def test_what_cannot_be_built_is_refused(words, message):
-    config = composed(*TINY, "backbone.name=test_resnet", *words)
+def test_what_cannot_be_built_is_refused(overrides, message):
+    config = composed(*TINY, "backbone.name=test_resnet", *overrides)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     with pytest.raises(UserError, match=message):

@@ -55,10 +55,12 @@ def lines(comparison, format="text"):
 
 
 def test_runs_that_differ_in_the_seed_only_are_a_row_named_by_what_differs(arms):
-    found = compare([arms])
-    assert [row.label for row in found.rows] == ["regularizer=none", "regularizer=contrastive"]
-    assert [[run.seed for run in row.runs] for row in found.rows] == [[0, 1], [0, 1]]
-    assert found.rows[1].summarize(found.columns[0]) == pytest.approx((0.427, statistics.stdev([0.42, 0.434]), 2))
+    comparison = compare([arms])
+    assert [row.label for row in comparison.rows] == ["regularizer=none", "regularizer=contrastive"]
+    assert [[run.seed for run in row.runs] for row in comparison.rows] == [[0, 1], [0, 1]]
+    assert comparison.rows[1].summarize(comparison.columns[0]) == pytest.approx(
+        (0.427, statistics.stdev([0.42, 0.434]), 2)
+    )
 
 
 def test_names_are_the_choices_that_were_typed_and_keys_only_where_these_do_not_tell(tmp_path):
@@ -87,9 +89,9 @@ def test_a_step_that_is_not_the_last_and_tasks_make_rows_but_machines_do_not(tmp
 def test_many_differing_keys_are_cut_to_those_that_tell_the_rows_apart_and_a_note_says_so(tmp_path):
     keys = ["data.a", "data.b", "loss.c", "schedule.d"]
     paths = [write_run(tmp_path / str(i), 0, config=dict.fromkeys(keys, i)) for i in range(2)]
-    found = compare(paths)
-    assert [row.label for row in found.rows] == ["data.a=0", "data.a=1"]
-    assert any("differ in more than their names say" in note for note in found.notes)
+    comparison = compare(paths)
+    assert [row.label for row in comparison.rows] == ["data.a=0", "data.a=1"]
+    assert any("differ in more than their names say" in note for note in comparison.notes)
 
 
 def test_the_order_is_the_given_one_and_ten_comes_after_nine(tmp_path):
@@ -148,12 +150,14 @@ def weights_sweep(folder, weights=(0.1, 0.5, 0.0, 1.0), seeds=range(3), gains=No
 
 
 def test_weight_zero_is_off_and_the_reference_of_all_rows_which_stand_in_the_order_of_their_weights(tmp_path):
-    found = compare([weights_sweep(tmp_path / "s")])
+    comparison = compare([weights_sweep(tmp_path / "s")])
     labels = [f"regularizer.weight={weight}" for weight in ("0", "0.1", "0.5", "1")]
-    assert [row.label for row in found.rows] == labels
-    assert [(one.row.label, one.reference.label) for one in found.differences] == [(n, labels[0]) for n in labels[1:]]
-    assert found.columns[-1].metric == "Delta_on/off"
-    assert any(f"{labels[0]}: the regulariser is off" in note for note in found.notes)
+    assert [row.label for row in comparison.rows] == labels
+    assert [(one.row.label, one.reference.label) for one in comparison.differences] == [
+        (n, labels[0]) for n in labels[1:]
+    ]
+    assert comparison.columns[-1].metric == "Delta_on/off"
+    assert any(f"{labels[0]}: the regulariser is off" in note for note in comparison.notes)
 
 
 def test_none_and_weight_zero_are_one_row_and_a_seed_in_both_counts_once(tmp_path):
@@ -162,10 +166,10 @@ def test_none_and_weight_zero_are_one_row_and_a_seed_in_both_counts_once(tmp_pat
         tmp_path / "s" / "other", 0, two_tasks(0.4, 0.6), ON | {"regularizer.weight": 0, "regularizer.x": 1}
     )
     none = write_run(tmp_path / "s" / "z", 2, two_tasks(0.4, 0.6))
-    found = compare([tmp_path / "s"])
-    assert [len(row.runs) for row in found.rows] == [3, 2]
-    assert none in [run.path for run in found.rows[0].runs]
-    assert any(note.startswith(f"warning: {other} is left out: its regulariser is off") for note in found.notes)
+    comparison = compare([tmp_path / "s"])
+    assert [len(row.runs) for row in comparison.rows] == [3, 2]
+    assert none in [run.path for run in comparison.rows[0].runs]
+    assert any(note.startswith(f"warning: {other} is left out: its regulariser is off") for note in comparison.notes)
     balanced = {"balancing.contrast_as_objective": True, "balancing.method": "dwa"}
     counted = write_run(tmp_path / "dwa", 0, config=ON | {"regularizer.weight": 0} | balanced)
     assert len(compare([counted, write_run(tmp_path / "none", 1, config=balanced)]).rows) == 2
@@ -207,10 +211,10 @@ def test_holm_takes_verdicts_back_and_says_so(tmp_path):
 
 def test_rows_without_a_metric_in_common_are_not_paired_and_that_is_said(tmp_path):
     paths = [write_run(tmp_path / "a", 0, two_tasks(0.4, None)), write_run(tmp_path / "b", 0, two_tasks(None, 0.6), ON)]
-    found = compare(paths)
-    assert found.differences == []
-    assert any("no metric with values in both" in note for note in found.notes)
-    assert all(render(found, format) for format in FORMATS)
+    comparison = compare(paths)
+    assert comparison.differences == []
+    assert any("no metric with values in both" in note for note in comparison.notes)
+    assert all(render(comparison, format) for format in FORMATS)
 
 
 @pytest.mark.parametrize("value", [5e-324, 1e-300, 1e12, -1e12, 0.0])
@@ -226,9 +230,9 @@ def test_by_makes_rows_of_one_key_and_tells_what_else_differs(tmp_path):
         write_run(tmp_path / str(i), i, config={"optimizer.lr": lr, "loss.w": i})
         for i, lr in enumerate((0.1, 0.1, 0.2))
     ]
-    found = compare(paths, by=["optimizer.lr"])
-    assert [(row.label, len(row.runs)) for row in found.rows] == [("optimizer.lr=0.1", 2), ("optimizer.lr=0.2", 1)]
-    assert any("optimizer.lr=0.1 differ in loss.w" in note for note in found.notes)
+    comparison = compare(paths, by=["optimizer.lr"])
+    assert [(row.label, len(row.runs)) for row in comparison.rows] == [("optimizer.lr=0.1", 2), ("optimizer.lr=0.2", 1)]
+    assert any("optimizer.lr=0.1 differ in loss.w" in note for note in comparison.notes)
     assert [row.label for row in compare(paths[:2], by=["optimizer"]).rows] == ["optimizer.lr=0.1"]
     assert [row.label for row in compare(paths, by=["commit"]).rows] == ["commit=e51845271362f65d"]
 
@@ -266,9 +270,9 @@ def test_scored_predictions_are_named_by_their_folder_and_pixels_left_out_are_to
     metrics["depth"]["not_finite"] = 12.0
     maps = write_run(tmp_path / "2026", 0, metrics, facts={"predictions": "/maps/invpt", "seed": None})
     (maps / "config.yaml").unlink()
-    found = compare([maps, arms])
-    assert found.rows[0].label == "invpt"
-    assert f"warning: pixels without a finite prediction in {maps}: depth 12." in found.notes
+    comparison = compare([maps, arms])
+    assert comparison.rows[0].label == "invpt"
+    assert f"warning: pixels without a finite prediction in {maps}: depth 12." in comparison.notes
 
 
 # What is counted
@@ -278,28 +282,30 @@ def test_edges_are_shown_by_odsf_where_all_have_it_and_else_by_the_loss_with_a_n
     with_odsf = write_run(tmp_path / "a", 0, {"edge": {"loss": 0.05, "odsF": 0.7}})
     without = write_run(tmp_path / "b", 1, {"edge": {"loss": 0.06}})
     assert [c.key for c in compare([with_odsf]).columns] == ["edge/odsF"]
-    found = compare([with_odsf, without])
-    assert [(c.key, c.higher_is_better) for c in found.columns] == [("edge/loss", False)]
-    assert any("b has no odsF" in note for note in found.notes)
+    comparison = compare([with_odsf, without])
+    assert [(c.key, c.higher_is_better) for c in comparison.columns] == [("edge/loss", False)]
+    assert any("b has no odsF" in note for note in comparison.notes)
 
 
 def test_delta_mtl_over_seeds_is_against_the_mean_of_the_single_task_runs(arms, singles):
-    found = compare([arms], [singles])
-    delta = found.columns[-1]
+    comparison = compare([arms], [singles])
+    delta = comparison.columns[-1]
     assert delta.metric == "Delta_MTL"
-    assert [row.label for row in found.rows] == ["single-task", "regularizer=none", "regularizer=contrastive"]
+    assert [row.label for row in comparison.rows] == ["single-task", "regularizer=none", "regularizer=contrastive"]
     per_seed = [100 / 2 * ((s - 0.4) / 0.4 - (d - 0.45) / 0.45) for s, d in TWO_ON]
-    assert found.rows[2].summarize(delta) == pytest.approx((statistics.mean(per_seed), statistics.stdev(per_seed), 2))
-    assert [c.metric for c in found.columns].count("Delta_on/off") == 0
+    assert comparison.rows[2].summarize(delta) == pytest.approx(
+        (statistics.mean(per_seed), statistics.stdev(per_seed), 2)
+    )
+    assert [c.metric for c in comparison.columns].count("Delta_on/off") == 0
 
 
 def test_a_json_file_of_values_is_a_baseline_too_in_both_layouts(tmp_path, arms):
     deltas = []
     for content in ({"semseg": 0.4, "depth": 0.5}, {"semseg": {"mIoU": 0.4}, "depth": {"rmse": 0.5}}):
         (tmp_path / "single.json").write_text(json.dumps(content))
-        found = compare([arms], [tmp_path / "single.json"])
-        deltas.append(found.rows[1].summarize(found.columns[-1]).mean)
-        assert any("the backbone of" in note for note in found.notes)
+        comparison = compare([arms], [tmp_path / "single.json"])
+        deltas.append(comparison.rows[1].summarize(comparison.columns[-1]).mean)
+        assert any("the backbone of" in note for note in comparison.notes)
     assert (
         deltas[0]
         == deltas[1]
@@ -316,25 +322,27 @@ def test_published_rows_as_files_give_the_published_delta_in_the_table(tmp_path,
     rows = [write(method, values) for method, tasks, values, _ in PUBLISHED if tasks == NYUD]
     result = cli("scripts/compare.py", *rows, "--baseline", write("st", SINGLE[NYUD]))
     assert result.code == 0, result.err
-    found = [line.split()[-2] for line in result.out.splitlines() if line.startswith(("MTL b", "InvPT", "Task", "SAK"))]
-    assert found == ["-1.72", "+2.47", "+2.49", "+11.11"]
+    deltas = [
+        line.split()[-2] for line in result.out.splitlines() if line.startswith(("MTL b", "InvPT", "Task", "SAK"))
+    ]
+    assert deltas == ["-1.72", "+2.47", "+2.49", "+11.11"]
 
 
 def test_the_difference_of_two_multi_task_rows_is_delta_on_off_never_delta_mtl(arms):
-    for found in (compare([arms]), compare([arms], [arms / "0"]), compare([arms / "2", arms / "3"], [arms / "0"])):
-        assert [c.metric for c in found.columns if not c.task] == ["Delta_on/off"]
-        text = render(found, "text")
+    for comparison in (compare([arms]), compare([arms], [arms / "0"]), compare([arms / "2", arms / "3"], [arms / "0"])):
+        assert [c.metric for c in comparison.columns if not c.task] == ["Delta_on/off"]
+        text = render(comparison, "text")
         assert "Delta_MTL" not in text
-        (one,) = found.differences
+        (one,) = comparison.differences
         assert (one.row.label, one.reference.label) == ("regularizer=contrastive", "regularizer=none")
 
 
 def test_a_difference_that_is_not_the_regularisers_alone_is_named_after_its_reference(tmp_path):
     paths = [write_run(tmp_path / str(i), 0, config={"optimizer.lr": lr}) for i, lr in enumerate((0.1, 0.2, 0.3))]
-    found = compare(paths, against="0.2")
-    assert found.columns[-1].metric == "Delta vs. optimizer.lr=0.2"
-    assert len(found.differences) == 2
-    assert not any(compares_on_off(row, found.rows) for row in found.rows)
+    comparison = compare(paths, against="0.2")
+    assert comparison.columns[-1].metric == "Delta vs. optimizer.lr=0.2"
+    assert len(comparison.differences) == 2
+    assert not any(compares_on_off(row, comparison.rows) for row in comparison.rows)
     assert "Delta" not in render(compare(paths), "text").replace("--against LABEL", "")
     both = [write_run(tmp_path / "on", 0, config=ON | {"optimizer.lr": 0.2}), paths[0]]
     assert compare(both, against=str(paths[0])).columns[-1].metric.startswith("Delta vs. regularizer=none")
@@ -342,44 +350,44 @@ def test_a_difference_that_is_not_the_regularisers_alone_is_named_after_its_refe
 
 def test_paired_differences_leave_out_seeds_without_a_partner(tmp_path, arms):
     write_run(tmp_path / "sweep" / "4", 7, two_tasks(0.9, 0.1), ON)
-    found = compare([arms])
-    (one,) = found.differences
-    semseg = one.columns[found.columns[0]]
+    comparison = compare([arms])
+    (one,) = comparison.differences
+    semseg = one.columns[comparison.columns[0]]
     assert semseg.pairs == 2
     assert semseg.mean == pytest.approx(statistics.mean([0.42 - 0.40, 0.434 - 0.41]))
-    assert "Seed 7 of regularizer=contrastive has no partner in regularizer=none." in found.notes
+    assert "Seed 7 of regularizer=contrastive has no partner in regularizer=none." in comparison.notes
 
 
 def test_rows_without_a_common_seed_are_not_paired_and_that_is_said(tmp_path):
     paths = [write_run(tmp_path / "a", 0), write_run(tmp_path / "b", 1, config=ON)]
-    found = compare(paths)
-    assert found.differences == []
-    assert any("no seed in common" in note for note in found.notes)
+    comparison = compare(paths)
+    assert comparison.differences == []
+    assert any("no seed in common" in note for note in comparison.notes)
 
 
 def test_the_paired_difference_of_delta_on_off_is_its_value_in_the_table_when_all_seeds_are_paired(arms):
-    found = compare([arms])
-    delta = found.columns[-1]
-    assert found.rows[0].summarize(delta).mean == pytest.approx(0, abs=1e-12)
-    assert found.differences[0].columns[delta].mean == pytest.approx(found.rows[1].summarize(delta).mean)
+    comparison = compare([arms])
+    delta = comparison.columns[-1]
+    assert comparison.rows[0].summarize(delta).mean == pytest.approx(0, abs=1e-12)
+    assert comparison.differences[0].columns[delta].mean == pytest.approx(comparison.rows[1].summarize(delta).mean)
 
 
 def test_a_missing_value_is_a_dash_its_row_has_no_delta_and_the_mean_says_over_how_many(tmp_path):
     rows = [(0, two_tasks(0.4, 0.6), {}), (1, two_tasks(0.4, None), {}), (0, two_tasks(0.4, None), ON)]
     paths = [write_run(tmp_path / str(i), seed, metrics, config) for i, (seed, metrics, config) in enumerate(rows)]
-    found = compare(paths)
-    table = lines(found)
+    comparison = compare(paths)
+    table = lines(comparison)
     assert table[3].split() == ["regularizer=none", "40.00", "±", "0.00", "0.6000", "0.00", "2"]
     assert table[4].split() == ["regularizer=contrastive", "40.00", "-", "-", "1"]
-    assert any("regularizer=none has depth/rmse in 1 of its 2 runs only" in note for note in found.notes)
+    assert any("regularizer=none has depth/rmse in 1 of its 2 runs only" in note for note in comparison.notes)
 
 
 def test_single_task_runs_stand_in_rows_of_their_own_with_dashes(singles):
-    found = compare([singles])
-    assert [row.label for row in found.rows] == ["tasks.names=[depth]", "tasks.names=[semseg]"]
-    assert "-" in lines(found)[3].split()
-    assert found.differences == []
-    assert any("different tasks (depth, semseg): compare them metric by metric" in note for note in found.notes)
+    comparison = compare([singles])
+    assert [row.label for row in comparison.rows] == ["tasks.names=[depth]", "tasks.names=[semseg]"]
+    assert "-" in lines(comparison)[3].split()
+    assert comparison.differences == []
+    assert any("different tasks (depth, semseg): compare them metric by metric" in note for note in comparison.notes)
 
 
 # Formats
@@ -467,10 +475,10 @@ def test_texts_that_a_spreadsheet_would_compute_are_marked_and_control_character
     paths = [write_run(tmp_path / str(i), facts={"predictions": name}) for i, name in enumerate(names)]
     for path in paths:
         (path / "config.yaml").unlink()
-    found = compare(paths)
-    lines = list(csv.reader(io.StringIO(render(found, "csv"))))[1:]
+    comparison = compare(paths)
+    lines = list(csv.reader(io.StringIO(render(comparison, "csv"))))[1:]
     assert [line[0] for line in lines] == ["'=1+1", "'@x", "'+a", "'-a", r"x\x1b[31m"]
-    assert "\x1b" not in "".join(render(found, format) for format in FORMATS)
+    assert "\x1b" not in "".join(render(comparison, format) for format in FORMATS)
 
 
 def test_all_metrics_turn_the_table_and_leave_delta_to_the_primary_ones(arms):
@@ -497,7 +505,7 @@ def test_text_of_two_arms_and_five_tasks_fits_into_120_columns(tmp_path):
     metrics = {**VALUES, "human_parts": {"mIoU": 0.6}, "sal": {"maxF": 0.8}}
     del metrics["depth"]
     for i, (arm, seed) in enumerate(itertools.product((0, 1), range(3))):
-        values = {t: {m: v * (1 + seed / 50) for m, v in found.items()} for t, found in metrics.items()}
+        values = {t: {m: v * (1 + seed / 50) for m, v in values_of.items()} for t, values_of in metrics.items()}
         write_run(tmp_path / "s" / str(i), seed, values, ON if arm else None)
     assert max(map(len, lines(compare([tmp_path / "s"])))) <= 120
     assert max(map(len, lines(compare([tmp_path / "s"], all_metrics=True)))) <= 120
@@ -506,7 +514,7 @@ def test_text_of_two_arms_and_five_tasks_fits_into_120_columns(tmp_path):
 def test_text_that_would_be_wider_has_a_line_per_metric_and_three_rows_across(tmp_path):
     metrics = {**VALUES, "human_parts": {"mIoU": 0.6}, "sal": {"maxF": 0.8}}
     for i, seed in itertools.product(range(4), range(2)):
-        values = {t: {m: v * (1 + seed / 50) for m, v in found.items()} for t, found in metrics.items()}
+        values = {t: {m: v * (1 + seed / 50) for m, v in values_of.items()} for t, values_of in metrics.items()}
         write_run(tmp_path / f"{i}{seed}", seed, values, {"optimizer.lr": i / 10})
     table = lines(compare([tmp_path], against="0.1"))
     assert table[0].split() == ["task", "metric", *(f"optimizer.lr={rate}" for rate in ("0", "0.1", "0.2"))]
@@ -566,8 +574,8 @@ def test_a_baseline_of_another_backbone_is_refused_and_other_differences_are_tol
     ]
     refused("same backbone, but .*s has backbone.name=vit and .* has resnet18", [arms], runs)
     other = write_run(tmp_path / "x" / "d", 0, {"depth": {"rmse": 0.5}}, {"trainer.max_steps": 800}, {"step": 800})
-    found = compare([arms], [singles / "semseg0", other])
-    assert "warning: rows and single-task baselines differ in trainer.max_steps, too." in found.notes
+    comparison = compare([arms], [singles / "semseg0", other])
+    assert "warning: rows and single-task baselines differ in trainer.max_steps, too." in comparison.notes
 
 
 @pytest.mark.parametrize(
@@ -600,8 +608,8 @@ def test_unknown_keys_and_labels_are_refused(tmp_path, arms):
 # The command
 
 
-def run(cli, *words) -> Result:
-    return cli("scripts/compare.py", *map(str, words))
+def run(cli, *arguments) -> Result:
+    return cli("scripts/compare.py", *map(str, arguments))
 
 
 def test_the_command_prints_the_table(cli, arms):

@@ -98,10 +98,10 @@ def write_run(
         write_panels(folder / "panels", samples, {t: TASKS[t] for t in tasks})
     recorder.close()
     if finished:
-        known = {"seed": seed, "split": "standard", "num_images": 500, "data_fingerprint": "8d9e", "step": 400,
-                 "commit": "e51845271362f65d", "clean": True, "device": "cpu", "seconds": 75.0, "overrides": [],
-                 "command": "train.py", "versions": {"torch": "2.15", "numpy": "2.4"}}  # fmt: skip
-        write_json(folder / "run.json", known | (facts or {}))
+        record = {"seed": seed, "split": "standard", "num_images": 500, "data_fingerprint": "8d9e", "step": 400,
+                  "commit": "e51845271362f65d", "clean": True, "device": "cpu", "seconds": 75.0, "overrides": [],
+                  "command": "train.py", "versions": {"torch": "2.15", "numpy": "2.4"}}  # fmt: skip
+        write_json(folder / "run.json", record | (facts or {}))
         write_json(folder / "metrics.json", metrics)
     return folder
 
@@ -144,18 +144,20 @@ class MultiTaskDataset(HTMLParser):
 
 def test_the_table_is_that_of_compare_with_the_best_marked(tmp_path):
     page = page_of(sweep(tmp_path / "sweep", panels=0, log=False))
-    found = collect([tmp_path / "sweep"]).comparison
+    comparison = collect([tmp_path / "sweep"]).comparison
     rows = re.findall(r'<tr><th scope="row">(.*?)</tr>', page[page.index('id="table"') :])[:3]
     assert ["regularizer.weight=<wbr>0.3" in row for row in rows] == [False, False, True]
-    assert [column.metric for column in found.columns if not column.task] == ["Delta_on/off"]
-    for row, line in zip(rows, found.rows):
-        for column in (column for column in found.columns if column.task):
+    assert [column.metric for column in comparison.columns if not column.task] == ["Delta_on/off"]
+    for row, line in zip(rows, comparison.rows):
+        for column in (column for column in comparison.columns if column.task):
             scale = 100 if column.unit == "%" else 1
             digits = 4 if column.unit == "m" else 2
             assert f"{line.summarize(column).mean * scale:.{digits}f}" in row
             assert f"± {line.summarize(column).std * scale:.{digits}f}" in row
     assert [row.count("(best)") for row in rows] == [0, 0, 5]
-    assert data_of(page)["cells"][0][0][0] == pytest.approx(found.rows[0].summarize(found.columns[0]).mean, rel=1e-4)
+    assert data_of(page)["cells"][0][0][0] == pytest.approx(
+        comparison.rows[0].summarize(comparison.columns[0]).mean, rel=1e-4
+    )
 
 
 def test_with_against_the_paired_differences_are_there(tmp_path):
@@ -173,9 +175,9 @@ def test_curves_hold_the_recorded_numbers_of_each_seed(tmp_path):
     assert titles[:2] == ["semseg mIoU ↑ (%)", "depth rmse ↓ (m)"]
     assert titles[3:5] == ["edge loss ↓", "semseg loss"]  # odsF is no curve, the loss stands in
     steps, values = curves["lines"][0]["1"][0]
-    wanted = [(r["step"], r["depth/rmse"]) for r in records if r["kind"] == "val"]
-    assert steps == [step for step, _ in wanted]
-    assert values == pytest.approx([value for _, value in wanted], rel=1e-3)
+    expected = [(r["step"], r["depth/rmse"]) for r in records if r["kind"] == "val"]
+    assert steps == [step for step, _ in expected]
+    assert values == pytest.approx([value for _, value in expected], rel=1e-3)
     steps, values = curves["lines"][0][str(titles.index("semseg loss"))][0]
     assert values == pytest.approx([r["semseg"] for r in records if r["kind"] == "train"], rel=1e-3)
 
@@ -183,9 +185,9 @@ def test_curves_hold_the_recorded_numbers_of_each_seed(tmp_path):
 def test_long_curves_are_means_over_stretches():
     points = [(step, float(step % 2)) for step in range(3000)]
     width = math.ceil(3000 / MAX_POINTS)
-    found = average_points(points, width)
-    assert len(found) == MAX_POINTS
-    assert {value for _, value in found} == {0.5}
+    averaged = average_points(points, width)
+    assert len(averaged) == MAX_POINTS
+    assert {value for _, value in averaged} == {0.5}
 
 
 def test_the_weight_is_swept_from_the_run_without_a_regulariser_on(tmp_path):
@@ -200,9 +202,9 @@ def test_flags_and_words_are_not_swept_and_two_keys_make_parallel_coordinates(tm
     for i, (weight, rate) in enumerate([(0.1, 1e-3), (0.2, 1e-4), (0.1, 1e-4)]):
         config = {"regularizer.weight": weight, "optimizer.lr": rate, "trainer.ema": bool(i % 2), "loss.kind": f"k{i}"}
         write_run(tmp_path / "s" / str(i), 0, config, panels=0, log=False)
-    found = collect([tmp_path / "s"])
-    assert list(swept_keys(found.comparison.rows)) == ["regularizer.weight", "optimizer.lr"]
-    page = render_page(found, "x")
+    collected = collect([tmp_path / "s"])
+    assert list(swept_keys(collected.comparison.rows)) == ["regularizer.weight", "optimizer.lr"]
+    page = render_page(collected, "x")
     assert 'id="parallel"' in page
     assert 'id="parallel"' not in page_of(tmp_path / "s" / "0", tmp_path / "s" / "2")
 
@@ -242,22 +244,22 @@ def test_error_maps_are_as_far_off_as_the_regulariser_would_say():
     turned = np.stack([np.sin(angles), 0 * angles, np.cos(angles)], axis=-1)[None].astype(np.float32)
     chord = math.sin(math.radians(10)) / math.sin(math.radians(20))
     np.testing.assert_allclose(error_map(normals, ahead, turned), [[0, chord, 1, 1]], atol=1e-5)
-    lines, found = np.array([[0, 1, 1, 255]], np.uint8), np.array([[0.25, 1, 0.5, 0.5]], np.float32)
-    np.testing.assert_allclose(error_map(edge, lines, found), [[0.25, 0, 0.5, np.nan]])
+    lines, probabilities = np.array([[0, 1, 1, 255]], np.uint8), np.array([[0.25, 1, 0.5, 0.5]], np.float32)
+    np.testing.assert_allclose(error_map(edge, lines, probabilities), [[0.25, 0, 0.5, np.nan]])
     colours = draw_error(np.array([[0, 1, np.nan]], np.float32))[0]
     assert [tuple(map(int, c)) for c in colours] == [CORRECT_COLOUR, WRONG_COLOUR, (24, 24, 24)]
 
 
 def test_the_wall_is_the_same_pictures_down_the_rows_and_keeps_its_budget(tmp_path, monkeypatch):
     sweep(tmp_path / "s", log=False)
-    found = collect([tmp_path / "s"])
-    wall, told = build_image_grid(found.rows)
+    collected = collect([tmp_path / "s"])
+    wall, notes = build_image_grid(collected.rows)
     assert [entry["id"] for entry in wall.content] == ["room 0", "room 1"]
     assert all(set(entry["lines"]) == {0, 1, 2} for entry in wall.content)
-    assert not told
+    assert not notes
     assert wall.size == sum(len(uri) for uri in re.findall(r"data:image/webp[^\"]*", json.dumps(wall.content)))
     monkeypatch.setattr(images_module, "MAX_CHARACTERS", wall.size - 1)
-    smaller, _ = build_image_grid(found.rows)
+    smaller, _ = build_image_grid(collected.rows)
     assert len(smaller.content) == 1
     assert any("1 of 2 images are shown" in note for note in smaller.notes)
 
@@ -318,7 +320,7 @@ def test_broken_and_unfinished_runs_are_told_and_the_others_compared(tmp_path):
     text = MultiTaskDataset(page).text
     assert "7 runs" in text
     assert "1 unfinished, 1 broken" in text
-    for words in (
+    for phrase in (
         "It has no metrics.json: it was interrupted",
         "metrics.json is not a readable JSON file",
         "It has no log.jsonl, so it has no curves",
@@ -327,7 +329,7 @@ def test_broken_and_unfinished_runs_are_told_and_the_others_compared(tmp_path):
         "has depth/rmse in 0 of its 1 runs only",
         "It has no panels/",
     ):
-        assert words in text, words
+        assert phrase in text, phrase
     data = data_of(page)
     assert [row["label"] for row in data["rows"]][-2:] == ["broken (broken)", "going (unfinished)"]
     assert data["curves"]["lines"][-1]["0"][0][0] == [0, 100]
@@ -345,7 +347,7 @@ def test_a_log_alone_is_a_run_and_no_run_at_all_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("facts", "tasks", "words"),
+    ("facts", "tasks", "phrase"),
     [
         ({"data_fingerprint": "other"}, tuple(TASKS), "scored on different validation data"),
         ({"split": "tune"}, tuple(TASKS), "scored on different validation data"),
@@ -353,16 +355,16 @@ def test_a_log_alone_is_a_run_and_no_run_at_all_is_one_sentence(tmp_path):
         ({"evaluation": {"options": {"depth": {"protocol": "astmt"}}}}, tuple(TASKS), "scored in different ways"),
     ],
 )
-def test_what_does_not_compare_is_not_ranked_and_the_page_says_why(tmp_path, facts, tasks, words):
+def test_what_does_not_compare_is_not_ranked_and_the_page_says_why(tmp_path, facts, tasks, phrase):
     write_run(tmp_path / "s/a", 0, panels=0, facts={"evaluation": {"options": {"depth": {"protocol": "standard"}}}})
     write_run(tmp_path / "s/b", 1, {"optimizer.lr": 0.1}, facts, tasks, panels=0, better=0.1)
     page = page_of(tmp_path / "s")
     assert "Not ranked." in page
-    assert words in MultiTaskDataset(page).text
+    assert phrase in MultiTaskDataset(page).text
     assert "(best)" not in page
     table = page[page.index('id="table"') : page.index("</table>")]
     assert table.count("<tr>") == 3
-    assert ("standard, 500 images, data 8d9e" in table) == ("validation data" in words)
+    assert ("standard, 500 images, data 8d9e" in table) == ("validation data" in phrase)
     same = page_of(
         write_run(tmp_path / "t/a", 0, panels=0), write_run(tmp_path / "t/b", 0, {"x.y": 1}, better=0.1, panels=0)
     )
@@ -437,8 +439,8 @@ def test_the_command_writes_the_file_or_says_why_not(tmp_path, cli):
     assert re.fullmatch(r".*page\.html: 2 runs, 1 rows, 0\.\d MB\n", result.out)
     assert "<h1>s</h1>" in (tmp_path / "out/page.html").read_text()
     (tmp_path / "none").mkdir()
-    for words in ([str(tmp_path / "none")], [str(tmp_path / "s"), "--by", "nothing"], [str(tmp_path / "nowhere")]):
-        result = cli("scripts/report.py", *words, "--output", str(tmp_path / "other.html"))
+    for arguments in ([str(tmp_path / "none")], [str(tmp_path / "s"), "--by", "nothing"], [str(tmp_path / "nowhere")]):
+        result = cli("scripts/report.py", *arguments, "--output", str(tmp_path / "other.html"))
         assert result.code == 1
         assert re.fullmatch(r"error: [^\n]+\n", result.err)
         assert not (tmp_path / "other.html").exists()
@@ -532,17 +534,17 @@ def quiet(browser: Browser) -> None:
 
 def test_a_heading_sorts_by_click_and_by_key(browser, swept):
     browser.open(swept)
-    before = first_column(browser)
+    column_before = first_column(browser)
     browser.click("#table .sort", 1)
-    after = first_column(browser)
-    assert sorted(after) == sorted(before)
+    column_after = first_column(browser)
+    assert sorted(column_after) == sorted(column_before)
     means = browser.js("[...document.querySelectorAll('#table tbody tr')].map(e => +e.cells[1].dataset.value)")
     assert means == sorted(means, reverse=True)
     assert browser.js("document.querySelectorAll('#table thead th')[1].getAttribute('aria-sort')") == "descending"
     browser.key("Enter")
-    assert first_column(browser) == after[::-1]
+    assert first_column(browser) == column_after[::-1]
     browser.key("Enter")
-    assert first_column(browser) == after
+    assert first_column(browser) == column_after
     browser.click("#table .sort", 2)  # of depth less is better
     assert browser.js("document.querySelectorAll('#table thead th')[2].getAttribute('aria-sort')") == "ascending"
     quiet(browser)
@@ -552,15 +554,15 @@ def test_a_heading_sorts_by_click_and_by_key(browser, swept):
 def test_a_name_switches_its_curve(browser, swept):
     browser.open(swept)
     drawn = "document.querySelectorAll('#curve-charts figure')[0].querySelectorAll('svg path[stroke-width]').length"
-    before = browser.js(drawn)
-    assert before == browser.js("document.querySelectorAll('.toggle').length") == 6
+    toggles_before = browser.js(drawn)
+    assert toggles_before == browser.js("document.querySelectorAll('.toggle').length") == 6
     browser.click(".toggle", 1)
-    assert browser.js(drawn) == before - 1
+    assert browser.js(drawn) == toggles_before - 1
     assert browser.js("document.querySelectorAll('.toggle')[1].getAttribute('aria-pressed')") == "false"
     browser.click("#legend .bar button", 1)
     assert "no row chosen" in browser.js("document.querySelector('#curve-charts svg').textContent")
     browser.click("#legend .bar button", 0)
-    assert browser.js(drawn) == before
+    assert browser.js(drawn) == toggles_before
     quiet(browser)
 
 
@@ -627,10 +629,10 @@ def test_the_slider_moves_by_key_and_by_click_and_takes_other_sides(browser, swe
     assert part == pytest.approx(75, abs=3)
     browser.key("ArrowRight")
     assert float(re.search(r"0px ([\d.]+)%", browser.js(cut_at))[1]) == part - 1
-    before = browser.js("document.querySelector('.slider > img').src")
+    source_before = browser.js("document.querySelector('.slider > img').src")
     choice = "document.querySelectorAll('#slider select')[2]"
     browser.js(f"{choice}.value = 'label'; {choice}.dispatchEvent(new Event('change'))")
-    assert browser.js("document.querySelector('.slider > img').src") != before
+    assert browser.js("document.querySelector('.slider > img').src") != source_before
     assert browser.js("document.querySelector('.slider > img').alt") == "right: semseg, label"
     quiet(browser)
 
@@ -711,13 +713,13 @@ def test_a_phone_needs_no_sideways_scrolling_and_all_has_names(browser, swept):
 @pytest.mark.slow
 def test_the_tab_key_reaches_things_and_shows_where_it_is(browser, swept):
     browser.open(swept)
-    seen = set()
+    tags = set()
     for _ in range(24):
         browser.key("Tab")
-        seen.add(browser.js("document.activeElement.tagName"))
+        tags.add(browser.js("document.activeElement.tagName"))
         outline = browser.js("getComputedStyle(document.activeElement).outline")
         assert "solid 3px" in outline, browser.js("document.activeElement.outerHTML")
-    assert {"A", "BUTTON", "svg"} <= seen
+    assert {"A", "BUTTON", "svg"} <= tags
 
 
 @pytest.mark.slow

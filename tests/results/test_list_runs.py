@@ -34,7 +34,7 @@ def begun(tmp_path):
 
 def test_every_state_is_told(tmp_path, begun):
     runs = begun.parent
-    done = write_run(runs / "done")
+    finished = write_run(runs / "done")
     for name in ("pruned", "failed"):
         (write_run(runs / name, facts={"step": None}) / "metrics.json").unlink()
         log(runs / name, (40, "train", {}))
@@ -47,10 +47,10 @@ def test_every_state_is_told(tmp_path, begun):
     (evaluation / "config.yaml").unlink()
     (write_run(runs / "broken") / "metrics.json").write_text("{")
     (runs / "none").mkdir()
-    (done / "checkpoints").mkdir()
-    (done / "checkpoints" / "config.yaml").touch()
-    found = {run.folder.name: run for run in list_runs([runs, done])}
-    assert {name: (run.state, run.step, run.max_steps) for name, run in found.items() if name != "broken"} == {
+    (finished / "checkpoints").mkdir()
+    (finished / "checkpoints" / "config.yaml").touch()
+    runs_by_name = {run.folder.name: run for run in list_runs([runs, finished])}
+    assert {name: (run.state, run.step, run.max_steps) for name, run in runs_by_name.items() if name != "broken"} == {
         "begun": ("interrupted", 41, 400),
         "done": ("finished", 400, 400),
         "pruned": ("pruned", 41, 400),
@@ -59,15 +59,15 @@ def test_every_state_is_told(tmp_path, begun):
         "extended": ("interrupted", 200, 400),
         "evaluated": ("evaluation", 400, None),
     }
-    assert found["broken"].state == "broken"
-    assert "metrics.json is not a readable JSON" in found["broken"].note
-    assert found["failed"].note == "too bad"
-    assert found["done"].primary_metric("edge") == ("odsF", 0.7)
-    assert found["begun"].primary_metric("depth") == ("rmse", 0.7), "of the last validation"
+    assert runs_by_name["broken"].state == "broken"
+    assert "metrics.json is not a readable JSON" in runs_by_name["broken"].note
+    assert runs_by_name["failed"].note == "too bad"
+    assert runs_by_name["done"].primary_metric("edge") == ("odsF", 0.7)
+    assert runs_by_name["begun"].primary_metric("depth") == ("rmse", 0.7), "of the last validation"
     with lock_run(begun):
         assert read_state(begun).state == "running"
-    with lock_run(done):
-        assert read_state(done).state == "running", "it is being continued"
+    with lock_run(finished):
+        assert read_state(finished).state == "running", "it is being continued"
     assert read_state(begun).state == "interrupted"
 
 

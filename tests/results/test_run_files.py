@@ -73,24 +73,24 @@ def read_everything(folder: Path) -> list[UserError]:
 
     def tables() -> None:
         for sources in ([folder], [folder.parent]):
-            found = compare(sources, all_metrics=len(sources) == 1, holm=True)
+            comparison = compare(sources, all_metrics=len(sources) == 1, holm=True)
             for format in FORMATS:
-                render(found, format).encode()
+                render(comparison, format).encode()
 
     def runs() -> None:
-        found = list_runs([folder.parent])
-        format_runs(found, 80).encode()
-        format_csv([list(one.values()) for one in to_records(found)]).encode()
-        json.dumps(to_records(found))
+        listed = list_runs([folder.parent])
+        format_runs(listed, 80).encode()
+        format_csv([list(one.values()) for one in to_records(listed)]).encode()
+        json.dumps(to_records(listed))
 
     def page() -> None:
         render_page(collect([folder.parent]), "x").encode()
 
     def study() -> None:
-        made = Study("x", (), (Variant("a", (), (1,)),))
-        found = build_report(made, [make_record(made, made.variants[0], 1, (), folder)])
-        format_markdown(found, "x").encode()
-        json.dumps(to_json(found))
+        study = Study("x", (), (Variant("a", (), (1,)),))
+        report = build_report(study, [make_record(study, study.variants[0], 1, (), folder)])
+        format_markdown(report, "x").encode()
+        json.dumps(to_json(report))
 
     def sweep() -> None:
         find_run_state(folder, CONFIG)
@@ -135,7 +135,7 @@ def changed_tree(draw, text: str) -> bytes:
     content = json.loads(text)
     odd: dict[str, str] = {}
     for number in range(draw(st.integers(1, 3))):
-        *above, last = draw(st.sampled_from([place for place in places(content) if place] or [(None,)]))
+        *above, last = draw(st.sampled_from([position for position in places(content) if position] or [(None,)]))
         if last is None or draw(st.integers(0, 30)) == 0:
             return draw(st.sampled_from(ODD)).encode()
         parent = content
@@ -203,14 +203,14 @@ def check_damaged(folder: Path, files: dict[str, bytes]) -> None:
 
 def check_resumed(folder: Path) -> None:
     """Continue the run's log: what is in it then are whole records, what was there and is none lies beside it."""
-    before = (folder / "log.jsonl").read_bytes() if (folder / "log.jsonl").exists() else b""
+    log_before = (folder / "log.jsonl").read_bytes() if (folder / "log.jsonl").exists() else b""
     (folder / DAMAGED).unlink(missing_ok=True)
     run_logger = RunLogger(folder, start_step=10**15)
     run_logger._keep_earlier_records()
-    kept = (folder / "log.jsonl").read_bytes()
+    log_after = (folder / "log.jsonl").read_bytes()
     aside = (folder / DAMAGED).read_bytes() if (folder / DAMAGED).exists() else b""
-    assert all(isinstance(json.loads(line)["step"], int) for line in kept.splitlines())
-    assert len(kept) + len(aside) in (len(before), len(before) + 1)
+    assert all(isinstance(json.loads(line)["step"], int) for line in log_after.splitlines())
+    assert len(log_after) + len(aside) in (len(log_before), len(log_before) + 1)
 
 
 @pytest.fixture(scope="module")
@@ -277,9 +277,9 @@ def test_a_value_of_another_type_is_one_sentence(tmp_path, name, content, match)
     with pytest.raises(UserError, match=match):
         compare([run])
     write_run(tmp_path / "other", 1)
-    found = compare([tmp_path / "run", tmp_path / "other"])
-    assert [one.path.name for row in found.rows for one in row.runs] == ["other"]
-    assert any(note.startswith("warning: left out: ") and name in note for note in found.notes)
+    comparison = compare([tmp_path / "run", tmp_path / "other"])
+    assert [one.path.name for row in comparison.rows for one in row.runs] == ["other"]
+    assert any(note.startswith("warning: left out: ") and name in note for note in comparison.notes)
 
 
 def test_an_evaluation_reads_no_file_but_its_runs_config(tmp_path, monkeypatch):
@@ -344,10 +344,10 @@ def test_bad_lines_of_a_log_are_set_aside_when_the_run_goes_on(tmp_path, caplog)
 @pytest.mark.parametrize("content", [b"\xff", b"[1]", b'{"arms": 5}', b'{"arms": [{"name": "../x"}]}', b"[" * 90_000])
 def test_a_damaged_study_is_one_sentence(tmp_path, content):
     study = Study("x", (), (Variant("a", (), (1,), label="a"),))
-    made = make_record(study, study.variants[0], 1, (), write_run(tmp_path / "run", 1))
+    record = make_record(study, study.variants[0], 1, (), write_run(tmp_path / "run", 1))
     for name in ("study.json", "a_seed1.json"):
         folder = tmp_path / name
-        write_results(folder, study, [made], "x")
+        write_results(folder, study, [record], "x")
         assert len(read_results(folder)[1]) == 1
         (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=name):

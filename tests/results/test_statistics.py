@@ -39,9 +39,9 @@ def test_paired_differences_are_antisymmetric_and_over_common_seeds_only(a, b):
 
 @pytest.mark.parametrize("differences", [[1.0, 2.0], [0.5, 0.1, -0.3], [1.0, 1.2, 0.9, 1.4, 0.7]])
 def test_the_interval_holds_95_percent_of_students_t(differences):
-    found = paired_difference(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
+    difference = paired_difference(dict(enumerate(differences)), dict.fromkeys(range(len(differences)), 0.0))
     dof = len(differences) - 1
-    t = (found.high - found.mean) * math.sqrt(len(differences)) / statistics.stdev(differences)
+    t = (difference.high - difference.mean) * math.sqrt(len(differences)) / statistics.stdev(differences)
     scale = math.gamma((dof + 1) / 2) / math.sqrt(dof * math.pi) / math.gamma(dof / 2)
     inside, _ = integrate.quad(lambda x: scale * (1 + x * x / dof) ** (-(dof + 1) / 2), -t, t)
     assert inside == pytest.approx(0.95, abs=1e-6)
@@ -56,11 +56,15 @@ def test_a_constant_difference_excludes_zero_and_a_nan_is_no_pair():
 @given(st.lists(st.floats(0, 1), max_size=6))
 def test_holms_values_are_those_of_the_definition(values):
     adjusted, order = adjust_by_holm(values), sorted(values)
-    for value, found in zip(values, adjusted):
+    for value, adjusted_value in zip(values, adjusted):
         rank = max(i for i, other in enumerate(order) if other == value)
         expected = max((min(1, (len(values) - i) * order[i]) for i in range(rank + 1)), default=0)
         first = order.index(value)
-        assert min(1, max((len(values) - i) * order[i] for i in range(first + 1))) - 1e-12 <= found <= expected + 1e-12
+        assert (
+            min(1, max((len(values) - i) * order[i] for i in range(first + 1))) - 1e-12
+            <= adjusted_value
+            <= expected + 1e-12
+        )
 
 
 def test_p_values_are_those_of_scipys_paired_test():

@@ -29,11 +29,11 @@ def test_every_decoder_has_an_experiment():
 
 
 def test_rows(cli, tmp_path):
-    words = [*SMALL, "--batch", "1", "2", "--backends", "eager", "--json", str(tmp_path / "out.json"), *WORDS]
-    result = cli(SCRIPT, *words)
+    arguments = [*SMALL, "--batch", "1", "2", "--backends", "eager", "--json", str(tmp_path / "out.json"), *WORDS]
+    result = cli(SCRIPT, *arguments)
     assert result.code == 0, result.err
-    found = json.loads((tmp_path / "out.json").read_text())
-    first, second, compared = found["rows"]
+    content = json.loads((tmp_path / "out.json").read_text())
+    first, second, compared = content["rows"]
     for row, batch in ((first, 1), (second, 2)):
         assert (row["decoder"], row["backbone"], row["backend"]) == ("multi_head", "resnet18", "eager")
         assert (row["batch"], row["repeats"]) == (batch, 1)
@@ -46,8 +46,8 @@ def test_rows(cli, tmp_path):
 
 
 def test_half_precision(cli):
-    words = [*SMALL, "--batch", "1", "--backends", "eager", "--precision", "bf16", *WORDS]
-    result = cli(SCRIPT, *words)
+    arguments = [*SMALL, "--batch", "1", "--backends", "eager", "--precision", "bf16", *WORDS]
+    result = cli(SCRIPT, *arguments)
     assert result.code == 0, result.err
     assert "outputs identical" in result.out
 
@@ -76,12 +76,12 @@ def test_all_backends(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["resnet18"], "resnet18 is not an override key=value"),
         (["data.sise=3"], "data.sise"),
         (["regularizer=none", "--backends", "eager", "--batch", "1", *SMALL, *WORDS], "remove regularizer=none"),
     ],
 )
-def test_mistakes_are_one_sentence(cli, words, sentence):
-    assert_fails(cli(SCRIPT, *words), sentence)
+def test_mistakes_are_one_sentence(cli, arguments, sentence):
+    assert_fails(cli(SCRIPT, *arguments), sentence)

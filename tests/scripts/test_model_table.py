@@ -116,9 +116,9 @@ def test_resnet50():
         stage, size = bottlenecks(size, inputs, width, blocks, stride)
         want, inputs = want + stage, 4 * width
     with torch.device("meta"):
-        backbone, whole = build_backbone("resnet50"), timm.create_model("resnet50")
+        backbone, network = build_backbone("resnet50"), timm.create_model("resnet50")
     assert counted(backbone, (224, 224)).multiply_adds == want
-    assert counted(whole, (224, 224)) == Count(25_557_032, want + 2048 * 1000)
+    assert counted(network, (224, 224)) == Count(25_557_032, want + 2048 * 1000)
     assert want + 2048 * 1000 == pytest.approx(4.09e9, rel=0.001)
 
 
@@ -133,7 +133,7 @@ def test_invpt_as_published():
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["backbone=resnet18"],
         ["backbone=swin_tiny", "++backbone.kwargs={embed_dim:12,depths:[1,1,1,1],num_heads:[1,2,2,4]}"],
@@ -141,18 +141,21 @@ def test_invpt_as_published():
     ],
     ids=["resnet", "swin", "taskprompter"],
 )
-def test_a_count_is_that_of_a_real_pass(words):
-    words = [*words, "data.size=[40,72]", "decoder.width=8", "decoder.head_width=8"]
-    model, size = from_config(*words, device="cpu")
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = count(model, size)
-    assert found == count(*from_config(*words))
-    assert found.parameters == sum(p.numel() for p in model.parameters())
+def test_a_count_is_that_of_a_real_pass(overrides):
+    overrides = [*overrides, "data.size=[40,72]", "decoder.width=8", "decoder.head_width=8"]
+    model, size = from_config(*overrides, device="cpu")
+    state_before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cost = count(model, size)
+    assert cost == count(*from_config(*overrides))
+    assert cost.parameters == sum(p.numel() for p in model.parameters())
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.predict(torch.zeros(1, 3, *size))
-    assert 2 * found.multiply_adds == counter.get_total_flops()
-    after = model.state_dict()
-    assert all(type(after[name]) is torch.Tensor and torch.equal(after[name], t) for name, t in before.items())
+    assert 2 * cost.multiply_adds == counter.get_total_flops()
+    state_after = model.state_dict()
+    assert all(
+        type(state_after[name]) is torch.Tensor and torch.equal(state_after[name], t)
+        for name, t in state_before.items()
+    )
 
 
 # --- The table
@@ -162,8 +165,19 @@ SMALL = ["data.size=[32,64]", "decoder.width=8", "decoder.head_width=8", "backbo
 
 def test_experiments(cli, tmp_path):
     out = tmp_path / "new" / "out.json"
-    words = ["--experiment", "rooms", "rooms_pascal", *SMALL, "--json", str(out), "--device", "cpu", "--repeats", "1"]
-    result = cli(SCRIPT, *words)
+    arguments = [
+        "--experiment",
+        "rooms",
+        "rooms_pascal",
+        *SMALL,
+        "--json",
+        str(out),
+        "--device",
+        "cpu",
+        "--repeats",
+        "1",
+    ]
+    result = cli(SCRIPT, *arguments)
     assert result.code == 0, result.err
     rows = json.loads(out.read_text())
     assert [row["experiment"] for row in rows] == ["rooms", "rooms_pascal"]
@@ -187,8 +201,8 @@ def test_experiments(cli, tmp_path):
 
 
 def test_a_grid_names_what_does_not_fit(cli, tmp_path):
-    words = ["decoder=taskprompter", "backbone=resnet18,vit_small", *SMALL, "--no-measure", "--markdown"]
-    result = cli(SCRIPT, *words, "--json", str(tmp_path / "out.json"))
+    arguments = ["decoder=taskprompter", "backbone=resnet18,vit_small", *SMALL, "--no-measure", "--markdown"]
+    result = cli(SCRIPT, *arguments, "--json", str(tmp_path / "out.json"))
     assert result.code == 0, result.err
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [(row["decoder"], row["backbone"]) for row in rows] == [("taskprompter", "vit_small")]
@@ -209,18 +223,18 @@ def test_the_grid_is_of_all_decoders_and_backbones():
     entries = script["grid_entries"](["data=pascal"])
     names = [f"{decoder} with {backbone}" for decoder in choices("decoder") for backbone in choices("backbone")]
     assert [entry.label for entry in entries] == names
-    made = entries[-1].compose()
-    assert (made.decoder, made.backbone) == (choices("decoder")[-1], choices("backbone")[-1])
-    assert get_image_size(made.config) == (512, 512)
+    config = entries[-1].compose()
+    assert (config.decoder, config.backbone) == (choices("decoder")[-1], choices("backbone")[-1])
+    assert get_image_size(config.config) == (512, 512)
 
 
 def test_too_little_memory_is_told(cli, monkeypatch):
     original = build_model
 
-    def on_meta_only(*given, **options):
+    def on_meta_only(*args, **options):
         if torch.get_default_device().type != "meta":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(*given, **options)
+        return original(*args, **options)
 
     monkeypatch.setattr("mtcl.config.build_model.build_model", on_meta_only)
     result = cli(SCRIPT, "--experiment", "rooms", *SMALL, "--device", "cpu")
@@ -231,10 +245,10 @@ def test_too_little_memory_is_told(cli, monkeypatch):
 def test_a_failure_does_not_end_the_table(cli, monkeypatch):
     original = build_model
 
-    def picky(config, *given, **options):
+    def picky(config, *args, **options):
         if config.name == "rooms":
             raise ValueError("no rooms today")
-        return original(config, *given, **options)
+        return original(config, *args, **options)
 
     monkeypatch.setattr("mtcl.config.build_model.build_model", picky)
     result = cli(SCRIPT, "--experiment", "rooms", "rooms_pascal", *SMALL, "--no-measure")
@@ -245,7 +259,7 @@ def test_a_failure_does_not_end_the_table(cli, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("arguments", "sentence"),
     [
         (["--experiment", "rooms", "rums"], "experiment=rums is not known; choose one of nyud_"),
         (["--experiment"], "--experiment"),
@@ -257,8 +271,8 @@ def test_a_failure_does_not_end_the_table(cli, monkeypatch):
         (["--repeats", "0"], "--repeats: 0 is not a whole number of at least 1"),
     ],
 )
-def test_mistakes_are_one_sentence(cli, words, sentence):
-    result = cli(SCRIPT, *words)
+def test_mistakes_are_one_sentence(cli, arguments, sentence):
+    result = cli(SCRIPT, *arguments)
     assert result.code != 0
     assert sentence in result.err
     assert "Traceback" not in result.err

@@ -51,14 +51,14 @@ class Toy(nn.Module):
 
     def losses(self, seed: int = 0, names: str = "abc") -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        found = {}
+        losses = {}
         for name in "abcd":
             x = torch.randn(5, 4, 2, 2, generator=generator)
             target = torch.randn(5, generator=generator)
             z = torch.einsum("nchw,kchw->nk", x, self.trunk) + self.bias
             if name in names:
-                found[name] = ((z.tanh() @ self.heads[name]) - target).abs().mean()
-        return found
+                losses[name] = ((z.tanh() @ self.heads[name]) - target).abs().mean()
+        return losses
 
     def step(self, balancer: Balancer, number: int = 0, names: str = "abc", skip: Tensor = NO) -> dict[str, Tensor]:
         """The gradients of one step, by name."""
@@ -94,8 +94,8 @@ def test_uncertainty_is_its_formula_learned_by_adam():
         total.backward()
         want = {name: p.grad.clone() for name, p in toy.named_parameters() if p.grad is not None}
         adam.step()
-        found = toy.step(balancer, number, "abcd")
-        torch.testing.assert_close(found, want)
+        gradients = toy.step(balancer, number, "abcd")
+        torch.testing.assert_close(gradients, want)
         torch.testing.assert_close(balancer.log_variance.detach(), s.detach())
     assert same(toy.step(UncertaintyWeighting(WEIGHTS, CPU, 0.1, lambda step: 1.0)), plain(toy)), (
         "it starts with the weights"
@@ -122,7 +122,7 @@ def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
         toy = Toy()
         for number in range(3):
             toy.step(balancer, number)
-        before = {name: float(value) for name, value in balancer.summary().items()}
+        summary_before = {name: float(value) for name, value in balancer.summary().items()}
         if skip:
             losses = toy.losses(3)
             balancer.backward({name: loss * torch.nan for name, loss in losses.items()}, toy.parameters())
@@ -131,16 +131,16 @@ def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
             balancer.every = 10  # else the window of one step closes empty
         else:
             toy.step(balancer, 3, "ab")
-        after = {name: float(value) for name, value in balancer.summary().items()}
+        summary_after = {name: float(value) for name, value in balancer.summary().items()}
         if skip and isinstance(balancer, UncertaintyWeighting):
-            assert after == before
-        assert all(math.isfinite(value) for value in after.values())
+            assert summary_after == summary_before
+        assert all(math.isfinite(value) for value in summary_after.values())
         if isinstance(balancer, UncertaintyWeighting):
-            assert after["c/log_variance"] == before["c/log_variance"] != 0
-            assert skip or after["a/log_variance"] != before["a/log_variance"]
+            assert summary_after["c/log_variance"] == summary_before["c/log_variance"] != 0
+            assert skip or summary_after["a/log_variance"] != summary_before["a/log_variance"]
         elif not skip:
-            assert after["c/weight"] == WEIGHTS["c"], "not seen in both windows: no factor"
-            assert after["a/weight"] + after["b/weight"] / 2 == pytest.approx(2)
+            assert summary_after["c/weight"] == WEIGHTS["c"], "not seen in both windows: no factor"
+            assert summary_after["a/weight"] + summary_after["b/weight"] / 2 == pytest.approx(2)
 
 
 # --- Dynamic weight averaging
@@ -152,13 +152,13 @@ def test_dwa_is_its_formula():
     means, window, factors = [], [], dict.fromkeys(WEIGHTS, 1.0)
     for number in range(12):
         losses = {name: loss.item() for name, loss in toy.losses(number).items()}
-        found = toy.step(balancer, number, skip=torch.tensor(float(number == 4)))
+        gradients = toy.step(balancer, number, skip=torch.tensor(float(number == 4)))
         want = toy.step(FixedWeights({n: WEIGHTS[n] * factors[n] for n in WEIGHTS}), number)
-        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(gradients, want)
         if number != 4:
             window.append(losses)
         if number % 3 == 2:
-            means.append({name: sum(seen[name] for seen in window) / len(window) for name in WEIGHTS})
+            means.append({name: sum(step_losses[name] for step_losses in window) / len(window) for name in WEIGHTS})
             window = []
         if number >= 5 and number % 3 == 2:
             rates = {name: math.exp(means[-1][name] / means[-2][name] / 2.0) for name in WEIGHTS}
@@ -196,8 +196,8 @@ def test_moving_weights_follow_the_mean_over_processes_and_batches(make, monkeyp
             process.backward(toy.losses(2 * number), [])
             process.finish_step(number)
             process.update(number, NO)
-        for found in (batches, process):
-            torch.testing.assert_close(found.summary(), one.summary())
+        for compared in (batches, process):
+            torch.testing.assert_close(compared.summary(), one.summary())
     resumed = make()
     resumed.load_state_dict(copy.deepcopy(one.state_dict()))
     assert same(one.summary(), resumed.summary())
@@ -225,9 +225,9 @@ def test_the_library_names_the_aggregators():
     assert {"PCGrad", "CAGrad", "MGDA", "NashMTL", "IMTLG", "AlignedMTL", "UPGrad"} <= set(KINDS)
     assert not {"Aggregator", "WeightedAggregator", "GramianWeightedAggregator", "PCGradWeighting"} & set(KINDS)
     files = [OmegaConf.load(ROOT / "configs" / "balancing" / f"{choice}.yaml") for choice in choices("balancing")]
-    named = {file.aggregator for file in files if "aggregator" in file}
-    assert len(named) == 7
-    assert named <= set(KINDS)
+    aggregators = {file.aggregator for file in files if "aggregator" in file}
+    assert len(aggregators) == 7
+    assert aggregators <= set(KINDS)
 
 
 @torchjd
@@ -237,20 +237,20 @@ def test_every_aggregator(name, tmp_path):
     left alone."""
     toy, balancer, again, generator = Toy(), aggregated(name), aggregated(name), torch.get_rng_state()
     for number in range(3):
-        found = {n: g.clone() for n, g in toy.step(balancer, number).items()}
+        gradients = {n: g.clone() for n, g in toy.step(balancer, number).items()}
         want = plain(toy, number)
-        assert found.keys() == want.keys() == {"trunk", "bias", "heads.a", "heads.b", "heads.c"}
-        assert all(torch.equal(found[n], want[n]) for n in want if n.startswith("heads"))
-        assert all(found[n].isfinite().all() for n in ("trunk", "bias"))
-        assert found["trunk"].stride() == toy.trunk.stride()
-        assert same(found, toy.step(again, number)), "the same once more"
-    assert any(found[n].any() for n in ("trunk", "bias"))
+        assert gradients.keys() == want.keys() == {"trunk", "bias", "heads.a", "heads.b", "heads.c"}
+        assert all(torch.equal(gradients[n], want[n]) for n in want if n.startswith("heads"))
+        assert all(gradients[n].isfinite().all() for n in ("trunk", "bias"))
+        assert gradients["trunk"].stride() == toy.trunk.stride()
+        assert same(gradients, toy.step(again, number)), "the same once more"
+    assert any(gradients[n].any() for n in ("trunk", "bias"))
     write_checkpoint_file(tmp_path / "a.pt", {"model": {}, "config": {}, "step": 3, "balancer": balancer.state_dict()})
     resumed = aggregated(name)
     resumed.load_state_dict(read_checkpoint_file(tmp_path / "a.pt")["balancer"])
     for number in range(3, 6):
-        found = {n: g.clone() for n, g in toy.step(balancer, number).items()}
-        assert same(found, toy.step(resumed, number))
+        gradients = {n: g.clone() for n, g in toy.step(balancer, number).items()}
+        assert same(gradients, toy.step(resumed, number))
     assert torch.equal(generator, torch.get_rng_state())
 
 
@@ -262,8 +262,8 @@ def test_a_state_matters(name):
     toy, balancer, fresh = Toy(), aggregated(name, **options), aggregated(name, **options)
     for number in range(4):
         toy.step(balancer, number)
-    found = {n: g.clone() for n, g in toy.step(balancer, 4).items()}
-    assert not same(found, toy.step(fresh, 4))
+    gradients = {n: g.clone() for n, g in toy.step(balancer, 4).items()}
+    assert not same(gradients, toy.step(fresh, 4))
 
 
 @torchjd
@@ -290,10 +290,10 @@ def test_the_sum_is_the_plain_backward_pass():
     want = {n: g.clone() for n, g in plain(toy, 3, "abcd").items()}
     for name, factor in (("Sum", 1.0), ("Mean", 3.0)):
         balancer = GradientAggregation({n: factor * w for n, w in WEIGHTS.items()}, CPU, name)
-        found = toy.step(balancer, 3, "abcd")
-        assert found.keys() == want.keys()
+        gradients = toy.step(balancer, 3, "abcd")
+        assert gradients.keys() == want.keys()
         for parameter in ("trunk", "bias", "heads.d"):
-            torch.testing.assert_close(found[parameter], want[parameter])
+            torch.testing.assert_close(gradients[parameter], want[parameter])
     assert balancer.summary()["b/weight"] == pytest.approx(2.0)  # 3 * 2 / 3
     only = toy.step(GradientAggregation({"a": 1.0, "b": 2.0, "c": 0.5, "d": 1.0}, CPU, "Sum"), 3, "abcd")
     torch.testing.assert_close(only, want)
@@ -320,9 +320,9 @@ def test_pcgrad_is_its_algorithm():
                         conflicts += 1
                         mine -= mine @ other / (other @ other) * other
                 total += mine
-        found = toy.step(aggregated("PCGrad", seed=7), number)
-        found = torch.cat([found["trunk"].flatten(), found["bias"]]).double()
-        torch.testing.assert_close(found, total, rtol=1e-4, atol=1e-5)
+        gradients = toy.step(aggregated("PCGrad", seed=7), number)
+        gradients = torch.cat([gradients["trunk"].flatten(), gradients["bias"]]).double()
+        torch.testing.assert_close(gradients, total, rtol=1e-4, atol=1e-5)
     assert conflicts >= 3
 
 
@@ -340,18 +340,18 @@ def test_an_objective_without_a_gradient_is_left_out():
     assert "c/weight" not in balancer.summary()
     toy.step(balancer, 2)
     assert list(balancer.aggregators) == [("a", "b"), ("a", "b", "c")]
-    found = toy.step(balancer, 3, "a")
+    gradients = toy.step(balancer, 3, "a")
     want = plain(toy, 3, "a")
-    assert same(found, want), "one objective alone has nothing to be balanced with"
+    assert same(gradients, want), "one objective alone has nothing to be balanced with"
 
 
 @torchjd
 def test_batches_of_a_step_are_averaged_before():
     toy = Toy()
-    whole, parts = aggregated("PCGrad"), aggregated("PCGrad")
+    joint, parts = aggregated("PCGrad"), aggregated("PCGrad")
     a, b = toy.losses(1), toy.losses(2)
-    whole.backward({n: (a[n] + b[n]) / 2 for n in a}, toy.parameters())
-    whole.finish_step(0)
+    joint.backward({n: (a[n] + b[n]) / 2 for n in a}, toy.parameters())
+    joint.finish_step(0)
     want = {n: p.grad.clone() for n, p in toy.named_parameters() if p.grad is not None}
     toy.zero_grad(set_to_none=True)
     for losses in (toy.losses(1), toy.losses(2)):
@@ -364,7 +364,7 @@ def test_batches_of_a_step_are_averaged_before():
 def test_what_is_not_finite_never_reaches_the_aggregator():
     toy, balancer = Toy(), aggregated("GradVac")
     toy.step(balancer, 0)
-    before = {name: value.clone() for name, value in balancer.state_dict()["made"]["a,b,c"].items()}
+    state_before = {name: value.clone() for name, value in balancer.state_dict()["made"]["a,b,c"].items()}
     for bad in (math.nan, math.inf):
         losses = toy.losses(1)
         toy.zero_grad(set_to_none=True)
@@ -375,9 +375,9 @@ def test_what_is_not_finite_never_reaches_the_aggregator():
         toy.zero_grad(set_to_none=True)
         balancer.backward({**losses, "b": losses["b"] + bad}, toy.parameters())  # with a gradient that is finite
         balancer.finish_step(1)
-    after = balancer.state_dict()["made"]["a,b,c"]
-    assert before
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    state_after = balancer.state_dict()["made"]["a,b,c"]
+    assert state_before
+    assert all(torch.equal(state_before[name], state_after[name]) for name in state_before)
 
 
 @torchjd
@@ -388,8 +388,8 @@ def test_a_solver_that_fails_leaves_a_step_that_is_skipped(caplog, monkeypatch):
         raise RuntimeError("no solution\nat all")
 
     monkeypatch.setattr("torchjd.aggregation.IMTLGWeighting.forward", fail)
-    found = toy.step(balancer, 4)
-    assert found["trunk"].isnan().all()
+    gradients = toy.step(balancer, 4)
+    assert gradients["trunk"].isnan().all()
     assert "step 4: IMTLG failed (RuntimeError: no solution)" in caplog.text
     assert not hasattr(toy.trunk, "jac")
 
@@ -400,8 +400,8 @@ def test_vectors_over_objectives():
     want = toy.step(FixedWeights({"a": 3.0, "b": 8.0, "c": 0.5}), 1)
     want = {n: want[n].clone() for n in ("trunk", "bias")}
     for weights in ({"c": 1.0, "a": 3.0, "b": 4.0}, [3.0, 4.0, 1.0]):
-        found = toy.step(aggregated("Constant", weights=weights), 1)
-        torch.testing.assert_close({n: found[n] for n in want}, want)
+        gradients = toy.step(aggregated("Constant", weights=weights), 1)
+        torch.testing.assert_close({n: gradients[n] for n in want}, want)
     toy.step(aggregated("Constant", weights=weights), 1, "ac")  # a part of them
 
 
@@ -422,17 +422,17 @@ def test_vectors_over_objectives():
     ],
 )
 def test_mistakes_in_the_options(name, options, message):
-    with pytest.raises(UserError, match=message) as told:
+    with pytest.raises(UserError, match=message) as error:
         GradientAggregation(WEIGHTS, CPU, name, options)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 @torchjd
 def test_solvers_that_are_not_installed(monkeypatch):
     monkeypatch.setattr("torchjd._mixins.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"aggregator=CAGrad: .*cvxpy.*; pip install 'mtcl\[balancing\]'") as told:
+    with pytest.raises(UserError, match=r"aggregator=CAGrad: .*cvxpy.*; pip install 'mtcl\[balancing\]'") as error:
         GradientAggregation(WEIGHTS, CPU, "CAGrad", {"c": 0.4})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_without_torchjd(monkeypatch):
@@ -444,8 +444,8 @@ def test_without_torchjd(monkeypatch):
 # --- From a config
 
 
-def balancer_of(*words: str) -> Balancer:
-    config = composed(*words)
+def balancer_of(*overrides: str) -> Balancer:
+    config = composed(*overrides)
     tasks = build_tasks(config)
     regularizer = None if config.regularizer._target_ is None or len(tasks) < 2 else object()
     return build_balancer(config, tasks, regularizer, SimpleNamespace(ids=range(50)), CPU)
@@ -460,22 +460,22 @@ def test_methods_and_objectives():
     dwa = balancer_of(THREE, "balancing=dwa", "data.batch_size=4", "trainer.accumulate_grad_batches=2")
     assert (list(dwa.weights), dwa.every, dwa.temperature) == (tasks, 6, 2.0)
     assert balancer_of(THREE, "balancing=dwa", "balancing.every=7").every == 7
-    words = [THREE, "balancing=uncertainty", "balancing.contrast_as_objective=true", "regularizer.weighting=fixed"]
-    assert list(balancer_of(*words).weights) == [*tasks, "contrast"]
-    assert list(balancer_of(*words, "regularizer=none").weights) == tasks
+    overrides = [THREE, "balancing=uncertainty", "balancing.contrast_as_objective=true", "regularizer.weighting=fixed"]
+    assert list(balancer_of(*overrides).weights) == [*tasks, "contrast"]
+    assert list(balancer_of(*overrides, "regularizer=none").weights) == tasks
 
 
 @torchjd
 def test_an_aggregator_from_the_command_line():
-    words = ["balancing=torchjd", "balancing.aggregator=MGDA", "balancing.options={max_iters: 7}"]
-    balancer = balancer_of(THREE, *words, "balancing.contrast_as_objective=true", "seed=5")
+    overrides = ["balancing=torchjd", "balancing.aggregator=MGDA", "balancing.options={max_iters: 7}"]
+    balancer = balancer_of(THREE, *overrides, "balancing.contrast_as_objective=true", "seed=5")
     assert (balancer.name, balancer.options, balancer.seed) == ("MGDA", {"max_iters": 7}, 5)
     assert list(balancer.weights) == ["depth", "normals", "edge", "contrast"]
     assert balancer_of(THREE, "balancing=imtl_g").name == "IMTLG"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["balancing.method=pcgrad"], "method=pcgrad is not known; choose fixed, uncertainty, dwa or torchjd"),
         (["balancing=torchjd", "trainer.compile=true"], "set trainer.compile=false"),
@@ -487,10 +487,10 @@ def test_an_aggregator_from_the_command_line():
         (["balancing=dwa", "tasks=single_depth"], "has one objective only, depth; use balancing=fixed"),
     ],
 )
-def test_what_does_not_go_together(words, message):
-    with pytest.raises(UserError, match=message) as told:
-        balancer_of(*words)
-    assert "\n" not in str(told.value)
+def test_what_does_not_go_together(overrides, message):
+    with pytest.raises(UserError, match=message) as error:
+        balancer_of(*overrides)
+    assert "\n" not in str(error.value)
 
 
 def test_several_processes_are_not_for_torchjd(monkeypatch):
@@ -501,8 +501,8 @@ def test_several_processes_are_not_for_torchjd(monkeypatch):
 
 
 def test_train_says_it_in_one_sentence(cli, tmp_path):
-    words = ["balancing=dwa", "balancing.contrast_as_objective=true"]
-    result = cli("train.py", *TINY, *words, f"hydra.run.dir={tmp_path / 'run'}")
+    overrides = ["balancing=dwa", "balancing.contrast_as_objective=true"]
+    result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 1
     assert "regularizer.weighting=fixed" in result.err
     assert "Traceback" not in result.err
@@ -511,8 +511,8 @@ def test_train_says_it_in_one_sentence(cli, tmp_path):
 # --- In a trainer
 
 
-def made(folder: Path, *words: str) -> Trainer:
-    config = composed(*WORDS, *words)
+def make_trainer(folder: Path, *overrides: str) -> Trainer:
+    config = composed(*WORDS, *overrides)
     torch.manual_seed(0)
     trainer = build_training_run(config, build_tasks(config), folder, CPU).trainer
     trainer.model.train()
@@ -523,17 +523,17 @@ def one_step(trainer: Trainer, *batches: dict) -> tuple[dict[str, Tensor], dict[
     """The gradients of model and regulariser in one step, and how many objectives reached each parameter."""
     gradients: dict[str, Tensor] = {}
     reached: dict[str, int] = {}
-    named = dict(trainer.model.named_parameters())
-    own = trainer.regularizer.named_parameters() if trainer.regularizer is not None else ()
-    named |= {f"regularizer.{name}": p for name, p in own}
+    parameters = dict(trainer.model.named_parameters())
+    contrast_parameters = trainer.regularizer.named_parameters() if trainer.regularizer is not None else ()
+    parameters |= {f"regularizer.{name}": p for name, p in contrast_parameters}
     finish, step = trainer.balancer.finish_step, trainer.optimizer.step
 
     def look(number):
         rows = getattr(trainer.balancer, "rows", {})
-        reached.update({name: len(rows.get(p, {})) for name, p in named.items()})
+        reached.update({name: len(rows.get(p, {})) for name, p in parameters.items()})
         finish(number)
-        gradients.update({name: p.grad.clone() for name, p in named.items() if p.grad is not None})
-        assert all(p.grad is None or p.grad.stride() == p.stride() for p in named.values())
+        gradients.update({name: p.grad.clone() for name, p in parameters.items() if p.grad is not None})
+        assert all(p.grad is None or p.grad.stride() == p.stride() for p in parameters.values())
 
     trainer.balancer.finish_step, trainer.optimizer.step = look, lambda *args: None
     torch.manual_seed(1)  # of dropout
@@ -542,13 +542,13 @@ def one_step(trainer: Trainer, *batches: dict) -> tuple[dict[str, Tensor], dict[
     return gradients, reached
 
 
-def assert_alike(found: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+def assert_alike(actual: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     """Up to rounding, of which parameters without a say (a bias before a norm) have nothing else."""
-    assert found.keys() == want.keys()
+    assert actual.keys() == want.keys()
     largest = max(gradient.abs().max().item() for gradient in want.values())
     for name, gradient in want.items():
         bound = 1e-4 * gradient.abs().max().item() + 1e-6 * largest
-        assert (found[name] - gradient).abs().max().item() <= bound, name
+        assert (actual[name] - gradient).abs().max().item() <= bound, name
 
 
 slow = pytest.mark.slow
@@ -573,21 +573,21 @@ MODELS = [
 @pytest.mark.parametrize(("decoder", "backbone", "contrast"), MODELS)
 def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast, tmp_path):
     """Of every parameter, projectors too. What is aggregated is what the losses of several objectives reach."""
-    words = [f"decoder={decoder}", f"backbone={backbone}", "data.size=[64,64]", THREE]
+    overrides = [f"decoder={decoder}", f"backbone={backbone}", "data.size=[64,64]", THREE]
     # The last word of TINY and its like do not fit other decoders.
     config = [w for w in WORDS if not w.startswith(("decoder.", "backbone=", "++backbone", "data.size"))]
-    words = [*config, *words, *shrunk(decoder, backbone), "trainer.clip_norm=null"]
-    found = []
+    overrides = [*config, *overrides, *shrunk(decoder, backbone), "trainer.clip_norm=null"]
+    results = []
     for balancing in (
         [],
         ["balancing=torchjd", "balancing.aggregator=Sum", f"balancing.contrast_as_objective={contrast}"],
     ):
-        composition = composed(*words, *balancing)
+        composition = composed(*overrides, *balancing)
         torch.manual_seed(0)
         trainer = build_training_run(composition, build_tasks(composition), tmp_path, CPU).trainer
         trainer.model.train()
-        found.append(one_step(trainer))
-    (want, _), (gradients, reached) = found
+        results.append(one_step(trainer))
+    (want, _), (gradients, reached) = results
     assert_alike(gradients, want)
     names = {id(p): name for name, p in trainer.model.named_parameters()}
     shared = {names[id(p)] for p in trainer.model.shared_parameters()}
@@ -602,29 +602,29 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
 
 @torchjd
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path):
-    words = [THREE, "balancing=torchjd", "balancing.aggregator=Mean", "balancing.contrast_as_objective=true"]
-    found, statistics = [], []
+    overrides = [THREE, "balancing=torchjd", "balancing.aggregator=Mean", "balancing.contrast_as_objective=true"]
+    gradients, statistics = [], []
     for recompute in ("false", "true"):
-        trainer = made(tmp_path, *words, f"trainer.grad_checkpointing={recompute}")
-        found.append(one_step(trainer)[0])
+        trainer = make_trainer(tmp_path, *overrides, f"trainer.grad_checkpointing={recompute}")
+        gradients.append(one_step(trainer)[0])
         statistics.append([b.clone() for n, b in trainer.model.named_buffers() if "running" in n])
-    assert_alike(found[1], found[0])
+    assert_alike(gradients[1], gradients[0])
     assert all(torch.equal(a, b) for a, b in zip(*statistics))
 
 
 @pytest.mark.slow
 @torchjd
 def test_accumulated_batches_are_one_batch(tmp_path):
-    words = ["regularizer=none", "tasks.names=[depth,normals]", "balancing=pcgrad"]
-    found = []
+    overrides = ["regularizer=none", "tasks.names=[depth,normals]", "balancing=pcgrad"]
+    gradients = []
     for more in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]):
-        trainer = made(tmp_path, *words, *more)
+        trainer = make_trainer(tmp_path, *overrides, *more)
         for module in trainer.model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
-        found.append(one_step(trainer, *next(iter(trainer.batches_per_step())))[0])
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=1e-4)
+        gradients.append(one_step(trainer, *next(iter(trainer.batches_per_step())))[0])
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-4)
 
 
 METHODS = {
@@ -647,37 +647,37 @@ METHODS = {
 def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
     """A step that is not finite changes nothing, clipping and the running mean of weights go on; what is restored from
     a checkpoint goes on to the bit."""
-    words = [THREE, *METHODS[method], "trainer.ema=0.9", "schedule=constant"]
-    trainer = made(tmp_path / "a", *words)
+    overrides = [THREE, *METHODS[method], "trainer.ema=0.9", "schedule=constant"]
+    trainer = make_trainer(tmp_path / "a", *overrides)
     batches = [batch for _, batch in zip(range(6), trainer.batches)]
     for batch in batches[:3]:
         trainer.train_step(batch)
         trainer.step += 1
 
     def state(of: Trainer) -> dict[str, Tensor]:
-        found = {f"model/{name}": p.detach().clone() for name, p in of.model.named_parameters()}
+        tensors = {f"model/{name}": p.detach().clone() for name, p in of.model.named_parameters()}
 
         def walk(path: str, value: object) -> None:
             for name, part in value.items() if isinstance(value, dict) else ():
                 walk(f"{path}/{name}", part)
             if isinstance(value, Tensor):
-                found[path] = value.clone()
+                tensors[path] = value.clone()
 
         walk("balancer", {**of.balancer.state_dict(), **of.balancer.summary()})
-        return found
+        return tensors
 
-    before = state(trainer)
+    state_before = state(trainer)
     bad = {**batches[3], "labels": {**batches[3]["labels"], "normals": batches[3]["labels"]["normals"] * math.nan}}
-    windows = before.get("balancer/windows")
+    windows = state_before.get("balancer/windows")
     trainer.train_step(bad)
-    after = state(trainer)
-    learned = [name for name in before if "norm" not in name.split("/")[-1] and windows is None]
-    for name in [n for n in before if n.startswith("model/")] + [n for n in learned if "weight" not in n]:
-        assert torch.equal(before[name], after[name]), name
+    state_after = state(trainer)
+    learned = [name for name in state_before if "norm" not in name.split("/")[-1] and windows is None]
+    for name in [n for n in state_before if n.startswith("model/")] + [n for n in learned if "weight" not in n]:
+        assert torch.equal(state_before[name], state_after[name]), name
     trainer.step += 1
     assert len(trainer.nonfinite_guard.flush()) == 1
     save_checkpoint(tmp_path / "a.pt", trainer.checkpoint())
-    resumed = made(tmp_path / "b", *words)
+    resumed = make_trainer(tmp_path / "b", *overrides)
     resumed.restore(load_checkpoint(tmp_path / "a.pt"))
     for batch in batches[4:]:
         for each in (trainer, resumed):
@@ -685,7 +685,7 @@ def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
             each.step += 1
     a, b = state(trainer), state(resumed)
     assert same(a, b)
-    assert any(not torch.equal(a[name], before[name]) for name in before if name.startswith("balancer"))
+    assert any(not torch.equal(a[name], state_before[name]) for name in state_before if name.startswith("balancer"))
 
 
 def test_names_in_checkpoints_stay():
@@ -696,11 +696,11 @@ def test_names_in_checkpoints_stay():
 
 
 def test_another_balancing_starts_afresh(tmp_path, caplog):
-    old = made(tmp_path / "a", THREE)
+    old = make_trainer(tmp_path / "a", THREE)
     old.train_step(next(iter(old.batches)))
     states = [old.checkpoint()]
     states.append(replace(states[0], balancer=None))  # of before the key
-    trainer = made(tmp_path / "b", THREE, "balancing=dwa")
+    trainer = make_trainer(tmp_path / "b", THREE, "balancing=dwa")
     for number, state in enumerate(states, start=1):
         trainer.restore(state)
         assert caplog.text.count("with another balancing: this one starts afresh") == number
@@ -710,13 +710,13 @@ def test_another_balancing_starts_afresh(tmp_path, caplog):
 
 def test_the_tasks_gradients_are_shown_as_they_enter(tmp_path):
     """The contrast's share is measured beside the tasks' losses as they are weighted by now."""
-    trainer = made(tmp_path, THREE, "balancing=uncertainty")
+    trainer = make_trainer(tmp_path, THREE, "balancing=uncertainty")
     batch = next(iter(trainer.batches))
-    before = trainer.accumulate_gradients(batch, 1, {}, True)
+    statistics_before = trainer.accumulate_gradients(batch, 1, {}, True)
     trainer.balancer.factors = torch.tensor([0.5, 1.0, 1.0])
-    after = trainer.accumulate_gradients(batch, 1, {}, True)
+    statistics_after = trainer.accumulate_gradients(batch, 1, {}, True)
     ratio = {
-        name: float(after[f"gradient/{name}/norm_task"] / before[f"gradient/{name}/norm_task"])
+        name: float(statistics_after[f"gradient/{name}/norm_task"] / statistics_before[f"gradient/{name}/norm_task"])
         for name in trainer.tasks
     }
     assert ratio == pytest.approx({"depth": 0.5, "normals": 1.0, "edge": 1.0}, rel=1e-3)
@@ -734,14 +734,14 @@ def test_a_run_writes_its_weights_down(method, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words", [["balancing=uncertainty", "balancing.lr=0.3"], ["balancing=dwa", "balancing.every=1"]]
+    "overrides", [["balancing=uncertainty", "balancing.lr=0.3"], ["balancing=dwa", "balancing.every=1"]]
 )
-def test_two_processes_weigh_as_one(words, tmp_path):
+def test_two_processes_weigh_as_one(overrides, tmp_path):
     """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
     from helpers.processes import TORCHRUN, weights_of, worked
 
-    words = ["data.label_assignment=random", *words]
-    (_, one), (_, two) = worked(tmp_path / "one", None, *words), worked(tmp_path / "two", TORCHRUN, *words)
+    overrides = ["data.label_assignment=random", *overrides]
+    (_, one), (_, two) = worked(tmp_path / "one", None, *overrides), worked(tmp_path / "two", TORCHRUN, *overrides)
     weights, others = weights_of(one), weights_of(two)
     assert weights.keys() == others.keys()
     for name in weights:

@@ -62,8 +62,12 @@ def names(folder: Path) -> list[str]:
 def test_a_flipped_bit_of_any_byte_and_any_shorter_file_is_seen(tmp_path, every):
     path = tmp_path / "last.pt"
     write_checkpoint_file(path, some())
-    whole = path.read_bytes()
-    positions = {*range(0, len(whole), every), *range(len(whole) - 100, len(whole), min(every, 9)), len(whole) - 77}
+    content = path.read_bytes()
+    positions = {
+        *range(0, len(content), every),
+        *range(len(content) - 100, len(content), min(every, 9)),
+        len(content) - 77,
+    }
     for position in positions:
         flip(path, position)
         with pytest.raises(
@@ -73,10 +77,10 @@ def test_a_flipped_bit_of_any_byte_and_any_shorter_file_is_seen(tmp_path, every)
         flip(path, position)
     assert read_checkpoint_file(path)["step"] == 7
     for length in positions:
-        path.write_bytes(whole[:length])
+        path.write_bytes(content[:length])
         with pytest.raises(CorruptCheckpointError):
             read_checkpoint_file(path)
-    path.write_bytes(whole + b"\0")
+    path.write_bytes(content + b"\0")
     with pytest.raises(CorruptCheckpointError):
         read_checkpoint_file(path)
 
@@ -151,7 +155,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, full_disk, asyn
 
 
 @pytest.mark.parametrize(
-    ("number", "told"),
+    ("number", "message"),
     [
         (errno.EROFS, "can't be written to (Read-only file system); make it writable"),
         (errno.EACCES, "can't be written to (Permission denied)"),
@@ -159,10 +163,10 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(tmp_path, full_disk, asyn
         (errno.EIO, "can't be written (Input/output error)"),
     ],
 )
-def test_other_failures_of_a_disk_are_sentences(tmp_path, number, told):
+def test_other_failures_of_a_disk_are_sentences(tmp_path, number, message):
     with pytest.raises(UserError) as error, convert_disk_errors(tmp_path / "a.pt"):
         raise OSError(number, os.strerror(number))
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
@@ -175,11 +179,11 @@ def test_a_folder_that_cannot_be_made_is_a_sentence(tmp_path):
 
 
 def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
-    kept = [".lock", "last.pt", "notes.tmp", ".hidden.tmp"]
-    for name in [*kept, ".last.pt.0123456789ab.tmp"]:
+    own_files = [".lock", "last.pt", "notes.tmp", ".hidden.tmp"]
+    for name in [*own_files, ".last.pt.0123456789ab.tmp"]:
         (tmp_path / name).write_text("")
     assert [path.name for path in remove_temporary_files(tmp_path)] == [".last.pt.0123456789ab.tmp"]
-    assert names(tmp_path) == sorted(kept)
+    assert names(tmp_path) == sorted(own_files)
     assert remove_temporary_files(tmp_path / "none") == []
 
 
@@ -189,11 +193,11 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("has_links", [True, False])
 def test_at_every_moment_one_of_last_and_previous_is_intact(tmp_path, monkeypatch, has_links):
     writer = CheckpointWriter(tmp_path)
-    seen = []
+    steps_read = []
 
     def look():
-        found = [tmp_path / name for name in ("last.pt", "previous.pt") if (tmp_path / name).exists()]
-        seen.append([read_checkpoint_file(path)["step"] for path in found])
+        paths = [tmp_path / name for name in ("last.pt", "previous.pt") if (tmp_path / name).exists()]
+        steps_read.append([read_checkpoint_file(path)["step"] for path in paths])
 
     def watched(call):
         def run(*args, **kwargs):
@@ -216,10 +220,10 @@ def test_at_every_moment_one_of_last_and_previous_is_intact(tmp_path, monkeypatc
     for step in (2, 3):
         writer.save("last", make_checkpoint(step))
     monkeypatch.undo()
-    assert all(seen)
-    assert len(seen) > 8
+    assert all(steps_read)
+    assert len(steps_read) > 8
     if has_links:
-        assert all((step in (1, 2, 3)) for steps in seen for step in steps[:1])
+        assert all((step in (1, 2, 3)) for steps in steps_read for step in steps[:1])
     assert names(tmp_path) == ["last.pt", "previous.pt"]
     assert latest_valid_checkpoint(tmp_path).checkpoint.step == 3
     flip(tmp_path / "last.pt", 900)
@@ -242,7 +246,7 @@ def test_the_newest_intact_one_is_found(tmp_path):
         write.clock += 10
         os.utime(tmp_path / f"{name}.pt", (write.clock, write.clock))
 
-    def found() -> tuple[str, list[str]]:
+    def find_latest() -> tuple[str, list[str]]:
         best = latest_valid_checkpoint(tmp_path)
         return best.path.stem, [error.path.stem for error in best.rejected]
 
@@ -252,23 +256,23 @@ def test_the_newest_intact_one_is_found(tmp_path):
     write("step_00000002", 2)
     write("previous", 4)
     write("last", 6)
-    assert found() == ("last", [])
+    assert find_latest() == ("last", [])
     write("step_00000005", 5)
-    assert found() == ("last", [])
+    assert find_latest() == ("last", [])
     write("best", 7)
-    assert found() == ("best", [])
+    assert find_latest() == ("best", [])
     write("step_00000008", 8)
-    assert found() == ("step_00000008", [])
+    assert find_latest() == ("step_00000008", [])
     flip(tmp_path / "step_00000008.pt", 500)
-    assert found() == ("best", ["step_00000008"])
+    assert find_latest() == ("best", ["step_00000008"])
     (tmp_path / "step_00000008.pt").unlink()
     (tmp_path / "best.pt").unlink()
     flip(tmp_path / "last.pt", 500)
-    assert found() == ("step_00000005", ["last"])
+    assert find_latest() == ("step_00000005", ["last"])
     (tmp_path / "step_00000005.pt").unlink()
-    assert found() == ("previous", ["last"])
+    assert find_latest() == ("previous", ["last"])
     (tmp_path / "previous.pt").write_bytes(b"")
-    assert found() == ("step_00000002", ["last", "previous"])
+    assert find_latest() == ("step_00000002", ["last", "previous"])
     (tmp_path / "step_00000002.pt").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact: last\.pt \(.*\), previous\.pt \(it is empty"):
         latest_valid_checkpoint(tmp_path)
@@ -316,12 +320,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, slow_disk):
         settings["lr"][0] = 2.0
     gate.set()
     writer.close()
-    found = read_checkpoint_file(tmp_path / "last.pt")
-    assert found["model"]["w"].tolist() == found["model"]["same"].tolist() == [0, 0, 0]
-    assert found["model"]["w"].data_ptr() == found["model"]["same"].data_ptr()
-    assert found["model"]["grid"].is_contiguous(memory_format=torch.channels_last)
-    assert found["optimizer"]["groups"] == {"lr": [1.0]}
-    assert found["optimizer"]["state"][0].tolist() == found["optimizer"]["pair"][1].tolist() == [0, 0]
+    loaded = read_checkpoint_file(tmp_path / "last.pt")
+    assert loaded["model"]["w"].tolist() == loaded["model"]["same"].tolist() == [0, 0, 0]
+    assert loaded["model"]["w"].data_ptr() == loaded["model"]["same"].data_ptr()
+    assert loaded["model"]["grid"].is_contiguous(memory_format=torch.channels_last)
+    assert loaded["optimizer"]["groups"] == {"lr": [1.0]}
+    assert loaded["optimizer"]["state"][0].tolist() == loaded["optimizer"]["pair"][1].tolist() == [0, 0]
     gate.clear()
     writer.save("last", make_checkpoint(1))
     threading.Timer(0.2, gate.set).start()
@@ -394,8 +398,8 @@ def test_a_run_outlives_the_removal_of_its_folder(tmp_path, caplog):
         run_logger.close()
         with pytest.raises(UserError, match="another run"):
             lock_run(folder)
-    told = [record.message for record in caplog.records if "vanished during the run" in record.message]
-    assert len(told) == 2  # of the records, of the checkpoints
+    messages = [record.message for record in caplog.records if "vanished during the run" in record.message]
+    assert len(messages) == 2  # of the records, of the checkpoints
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 2]
     assert read_checkpoint_file(folder / "checkpoints" / "last.pt")["step"] == 2
     assert len(list(folder.glob("events.*"))) == 1
@@ -459,11 +463,11 @@ def test_a_process_killed_while_saving_leaves_an_intact_checkpoint(tmp_path):
         while not list(tmp_path.glob(".*.tmp")) and time.monotonic() < deadline:
             pass
         process.send_signal(signal.SIGKILL)
-        told = [int(line) for line in process.stdout.read().split()]
-    found = latest_valid_checkpoint(tmp_path)
-    step = found.checkpoint.step
-    assert step >= max([2, *told])
-    assert found.checkpoint.model["w"].unique().tolist() == [step]
+        steps = [int(line) for line in process.stdout.read().split()]
+    latest = latest_valid_checkpoint(tmp_path)
+    step = latest.checkpoint.step
+    assert step >= max([2, *steps])
+    assert latest.checkpoint.model["w"].unique().tolist() == [step]
     remove_temporary_files(tmp_path)
     assert names(tmp_path) == ["last.pt", "previous.pt"]
 
@@ -473,10 +477,10 @@ def test_a_process_killed_while_saving_leaves_an_intact_checkpoint(tmp_path):
 
 def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    words = [*QUICK, "trainer.async_checkpoints=true"]
-    train(composed(*words), tmp_path / "whole")
+    overrides = [*QUICK, "trainer.async_checkpoints=true"]
+    train(composed(*overrides), tmp_path / "whole")
     folder = tmp_path / "cut" / "checkpoints"
-    train(composed(*words, "trainer.max_steps=3"), tmp_path / "cut")
+    train(composed(*overrides, "trainer.max_steps=3"), tmp_path / "cut")
     # The schedule of 4 steps: what a run of 4 steps that was killed after the third leaves.
     for name in ("last", "previous"):
         assert read_checkpoint_file(folder / f"{name}.pt")["step"] == {"last": 3, "previous": 2}[name]
@@ -493,14 +497,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplo
 
         patch.setattr(Trainer, "train_step", die)
         with pytest.raises(KeyboardInterrupt):
-            train(composed(*words), tmp_path / "cut")
+            train(composed(*overrides), tmp_path / "cut")
     flip(folder / "last.pt", (folder / "last.pt").stat().st_size // 2)
     (folder / ".last.pt.0123456789ab.tmp").write_text("half")
     with pytest.raises(UserError, match=r"last\.pt is damaged"):
-        train(composed(*words, f"resume={folder}/last.pt"), tmp_path / "cut")
+        train(composed(*overrides, f"resume={folder}/last.pt"), tmp_path / "cut")
     assert (folder / ".last.pt.0123456789ab.tmp").exists()
     caplog.clear()
-    train(composed(*words, "resume=auto"), tmp_path / "cut")
+    train(composed(*overrides, "resume=auto"), tmp_path / "cut")
     assert f"checkpoint {folder}/last.pt is damaged" in caplog.text
     assert f"resumed at step 2 from {folder}/previous.pt" in caplog.text
     assert "is not the one of its checkpoint" not in caplog.text
@@ -513,24 +517,24 @@ def test_a_damaged_checkpoint_is_passed_over_and_nothing_is_lost(tmp_path, caplo
     assert records[0] == records[1]
 
     caplog.clear()
-    words = [*words, "optimizer.lr=0.5", "seed=1", "data.batch_size=1", "trainer.max_steps=5", "resume=auto"]
-    train(composed(*words), tmp_path / "cut")
+    overrides = [*overrides, "optimizer.lr=0.5", "seed=1", "data.batch_size=1", "trainer.max_steps=5", "resume=auto"]
+    train(composed(*overrides), tmp_path / "cut")
     (warning,) = [r.message for r in caplog.records if "is not the one of its checkpoint" in r.message]
-    for told in ("optimizer.lr is 0.5, was ", "seed is 1, was 0", "data.batch_size is 1, was 2",
-                 "trainer.max_steps is 5, was 4", "another order"):  # fmt: skip
-        assert told in warning
+    for phrase in ("optimizer.lr is 0.5, was ", "seed is 1, was 0", "data.batch_size is 1, was 2",
+                   "trainer.max_steps is 5, was 4", "another order"):  # fmt: skip
+        assert phrase in warning
     assert "hydra" not in warning
 
     for path in folder.glob("*.pt"):
         path.write_bytes(path.read_bytes()[:-1])
-    before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    files_before = {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=r"no checkpoint in .* is intact"):
-        train(composed(*words), tmp_path / "cut")
+        train(composed(*overrides), tmp_path / "cut")
     (folder / "last.pt").unlink()
     with pytest.raises(UserError, match="already holds a run"):  # previous.pt alone is a run, too
         train(composed(*QUICK), tmp_path / "cut")
-    (folder / "last.pt").write_bytes(before[folder / "last.pt"])
-    assert before == {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
+    (folder / "last.pt").write_bytes(files_before[folder / "last.pt"])
+    assert files_before == {path: path.read_bytes() for path in (tmp_path / "cut").rglob("*") if path.is_file()}
 
 
 def test_a_run_that_another_finished_in_the_meantime_is_not_written_over(tmp_path, monkeypatch):
@@ -635,11 +639,11 @@ def test_nothing_is_unpickled_or_unpacked_unguarded():
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
-            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             if called == "torch.load":
                 calls += 1
-                assert given.get("weights_only") == "True", path
-            assert given.get("allow_pickle", "False") == "False", path
+                assert arguments.get("weights_only") == "True", path
+            assert arguments.get("allow_pickle", "False") == "False", path
             assert called not in ("pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "eval", "exec")
             assert called.rpartition(".")[2] not in ("unpack_archive", "extractall", "extract"), path
             if called == "yaml.load":

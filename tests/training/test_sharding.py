@@ -35,7 +35,7 @@ def moments_of(state: dict) -> dict[tuple[int, str], torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         pytest.param(["data.label_assignment=random"], marks=pytest.mark.slow),
         pytest.param(["spoil=1", "trainer.ema=0.5", *LONG], marks=pytest.mark.slow),
@@ -48,12 +48,12 @@ def moments_of(state: dict) -> dict[tuple[int, str], torch.Tensor]:
     ],
     ids=["contrastive", "not_finite", "accumulated", "checkpointing", "compiled", "taskprompter"],
 )
-def test_two_sharded_processes_are_one_with_the_whole_batch(words, tmp_path):
+def test_two_sharded_processes_are_one_with_the_whole_batch(overrides, tmp_path):
     """... and each has half of what there is to have. Clipping is on, as everywhere."""
-    plain = [word for word in words if "compile" not in word]
-    one, two = worked(tmp_path / "one", None, *plain), worked(tmp_path / "two", TORCHRUN, *words, FSDP)
+    plain = [word for word in overrides if "compile" not in word]
+    one, two = worked(tmp_path / "one", None, *plain), worked(tmp_path / "two", TORCHRUN, *overrides, FSDP)
     check_same(one, two)
-    assert one[0]["skipped"] == two[0]["skipped"] == ([1] if "spoil=1" in words else [])
+    assert one[0]["skipped"] == two[0]["skipped"] == ([1] if "spoil=1" in overrides else [])
     assert one[0]["weights here"] == 1
     assert 0.45 < two[0]["weights here"] < 0.6  # what has a first axis of 1, as positions of a ViT, is the first one's
     assert two[0]["moments here"] in (0, two[0]["weights here"])
@@ -66,24 +66,24 @@ def test_two_sharded_processes_are_one_with_the_whole_batch(words, tmp_path):
 @pytest.mark.slow
 def test_a_state_knows_nothing_of_processes(tmp_path):
     """Continued by one process, or by two with their halves, it goes the same way, whoever left it."""
-    words = ["trainer.ema=0.5", *LONG]
-    worked(tmp_path / "one", None, *words)
-    worked(tmp_path / "two", TORCHRUN, *words, FSDP)
-    want = worked(tmp_path / "one_one", None, *words, f"from={tmp_path / 'one' / 'state.pt'}")
-    check_same(want, worked(tmp_path / "one_two", TORCHRUN, *words, FSDP, f"from={tmp_path / 'one' / 'state.pt'}"))
-    check_same(want, worked(tmp_path / "two_one", None, *words, f"from={tmp_path / 'two' / 'state.pt'}"))
+    overrides = ["trainer.ema=0.5", *LONG]
+    worked(tmp_path / "one", None, *overrides)
+    worked(tmp_path / "two", TORCHRUN, *overrides, FSDP)
+    want = worked(tmp_path / "one_one", None, *overrides, f"from={tmp_path / 'one' / 'state.pt'}")
+    check_same(want, worked(tmp_path / "one_two", TORCHRUN, *overrides, FSDP, f"from={tmp_path / 'one' / 'state.pt'}"))
+    check_same(want, worked(tmp_path / "two_one", None, *overrides, f"from={tmp_path / 'two' / 'state.pt'}"))
 
 
 @pytest.mark.slow
 def test_train_py_with_shared_out_weights(tmp_path):
     """Resumed in the middle it ends at the same weights, bit for bit; evaluate.py scores it as it scored itself; one
     process goes on from it."""
-    words = [*WORDS, "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant", "trainer.ema=0.5"]
+    overrides = [*WORDS, "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant", "trainer.ema=0.5"]
 
     def run(folder: Path, *more: str, command: list[str] = TORCHRUN) -> str:
-        done = started(*command, "train.py", *words, FSDP, f"hydra.run.dir={folder}", *more)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout + done.stderr
+        process = started(*command, "train.py", *overrides, FSDP, f"hydra.run.dir={folder}", *more)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return process.stdout + process.stderr
 
     run(tmp_path / "whole")
     run(tmp_path / "cut", "trainer.max_steps=2")
@@ -96,10 +96,10 @@ def test_train_py_with_shared_out_weights(tmp_path):
     moments = moments_of(b)
     assert all(torch.equal(value, moments[key]) for key, value in moments_of(a).items())
     path = tmp_path / "cut" / "checkpoints" / "last.pt"
-    done = started(*ONE, "evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'scores'}")
-    assert done.returncode == 0, done.stderr[-3000:]
-    scores, own = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scores", "cut"))
-    for task, metrics in own.items():
+    process = started(*ONE, "evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'scores'}")
+    assert process.returncode == 0, process.stderr[-3000:]
+    scores, cut_scores = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scores", "cut"))
+    for task, metrics in cut_scores.items():
         assert scores[task] == pytest.approx(metrics, rel=1e-2, abs=1e-3, nan_ok=True), task
     assert "resumed at step 4" in run(tmp_path / "on", f"resume={path}", "trainer.max_steps=6", command=ONE)
     assert read_checkpoint_file(tmp_path / "on" / "checkpoints" / "last.pt")["step"] == 6
@@ -117,12 +117,12 @@ def test_train_py_with_shared_out_weights(tmp_path):
 def test_blocks_are_units(decoder, backbone, want):
     config = composed(f"decoder={decoder}", f"backbone={backbone}", *shrunk(decoder, backbone))
     model = build_model(config, build_tasks(config), pretrained=False)
-    found = fsdp_units(model)
-    names = [name for name, module in model.named_modules() if any(module is unit for unit in found)]
+    units = fsdp_units(model)
+    names = [name for name, module in model.named_modules() if any(module is unit for unit in units)]
     assert set(want) <= set(names)
-    inside = [id(p) for unit in found for p in unit.parameters()]
+    inside = [id(p) for unit in units for p in unit.parameters()]
     assert len(inside) == len(set(inside)), "none within another"
-    assert 5 <= len(found) <= 100 or decoder == "taskprompter"
+    assert 5 <= len(units) <= 100 or decoder == "taskprompter"
 
 
 def test_alone_it_means_nothing(tmp_path):

@@ -26,8 +26,8 @@ from mtcl.training.trainer import Trainer
 WORDS = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
 
 
-def made(tmp_path: Path, *words: str) -> Trainer:
-    config = composed(*WORDS, *words)
+def make_trainer(tmp_path: Path, *overrides: str) -> Trainer:
+    config = composed(*WORDS, *overrides)
     torch.manual_seed(0)
     trainer = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
     trainer.model.train()
@@ -53,25 +53,25 @@ OPTIMIZERS = ["adamw", "adam", "sgd"]
 def test_a_step_that_is_not_finite_is_no_step(optimizer, first, tmp_path):
     """Neither weights nor moments nor projectors move; the next good step is that of a run without the bad one.
     ``first``: the bad step is the very first."""
-    trainer = made(tmp_path, f"optimizer={optimizer}")
-    good, bad, after = (batch for _, batch in zip(range(3), trainer.batches))
+    trainer = make_trainer(tmp_path, f"optimizer={optimizer}")
+    good, bad, following = (batch for _, batch in zip(range(3), trainer.batches))
     if not first:
         trainer.train_step(good)
 
     def state() -> dict[str, torch.Tensor]:
-        own = {f"model.{k}": v.clone() for k, v in trainer.model.named_parameters()}
-        own |= {f"regularizer.{k}": v.clone() for k, v in trainer.regularizer.named_parameters()}
+        state_values = {f"model.{k}": v.clone() for k, v in trainer.model.named_parameters()}
+        state_values |= {f"regularizer.{k}": v.clone() for k, v in trainer.regularizer.named_parameters()}
         for which in (trainer.optimizer, trainer.regularizer_optimizer):
             for i, entry in enumerate(which.optimizer.state_dict()["state"].values()):
-                own |= {f"{which}.{i}.{k}": v.clone() for k, v in entry.items() if torch.is_tensor(v)}
-        return own
+                state_values |= {f"{which}.{i}.{k}": v.clone() for k, v in entry.items() if torch.is_tensor(v)}
+        return state_values
 
-    before = state()
+    values_before = state()
     trainer.train_step(spoiled(bad))
     for name, value in state().items():
-        assert torch.equal(value, before.get(name, torch.zeros_like(value))), name
-    assert all(value.isfinite() for value in trainer.train_step(after).values())
-    assert any(not torch.equal(value, before[name]) for name, value in state().items() if name in before)
+        assert torch.equal(value, values_before.get(name, torch.zeros_like(value))), name
+    assert all(value.isfinite() for value in trainer.train_step(following).values())
+    assert any(not torch.equal(value, values_before[name]) for name, value in state().items() if name in values_before)
     (skipped,) = trainer.nonfinite_guard.flush()
     assert "loss of normals" in skipped.terms
     assert "loss of depth" not in skipped.terms
@@ -79,17 +79,17 @@ def test_a_step_that_is_not_finite_is_no_step(optimizer, first, tmp_path):
 
 
 def test_statistics_that_saw_nan_are_put_back(tmp_path):
-    trainer = made(tmp_path, "trainer.max_nonfinite_steps=3")
+    trainer = make_trainer(tmp_path, "trainer.max_nonfinite_steps=3")
     batch = next(iter(trainer.batches))
     trainer.train_step(batch)
     assert trainer.nonfinite_guard.flush() == []
     with torch.no_grad():
         weight = next(trainer.model.parameters())
-        kept = weight.clone()
+        weight_before = weight.clone()
         weight.fill_(math.nan)
     trainer.train_step(batch)
     with torch.no_grad():
-        weight.copy_(kept)
+        weight.copy_(weight_before)
     running = [b for name, b in trainer.model.named_buffers() if name.endswith("running_mean")]
     assert any(not b.isfinite().all() for b in running)
     assert len(trainer.nonfinite_guard.flush()) == 1
@@ -117,15 +117,17 @@ def test_skipped_steps_are_written_down_and_the_run_goes_on(tmp_path, monkeypatc
 
 def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
     poison(monkeypatch, range(3, 100))
-    words = [
+    overrides = [
         "trainer.max_steps=50",
         "trainer.max_nonfinite_steps=4",
         "trainer.log_interval=2",
         "trainer.checkpoint_interval=2",
     ]
-    with pytest.raises(UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; images ") as told:
-        train(composed(*WORDS, *words), tmp_path)
-    assert "lower the learning rate" in str(told.value)
+    with pytest.raises(
+        UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; images "
+    ) as error:
+        train(composed(*WORDS, *overrides), tmp_path)
+    assert "lower the learning rate" in str(error.value)
     state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
     assert all(value.isfinite().all() for value in state["model"].values())
 
@@ -133,8 +135,8 @@ def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_after_its_step(name, tmp_path, monkeypatch):
     """... and the same command with resume=auto ends where an undisturbed run does."""
-    words = [*WORDS, "trainer.max_steps=6"]
-    train(composed(*words), tmp_path / "whole")
+    overrides = [*WORDS, "trainer.max_steps=6"]
+    train(composed(*overrides), tmp_path / "whole")
     step = Trainer.train_step
 
     def train_step(self, *batches, **options):
@@ -142,13 +144,13 @@ def test_a_signal_ends_the_run_after_its_step(name, tmp_path, monkeypatch):
             os.kill(os.getpid(), getattr(signal, name))
         return step(self, *batches, **options)
 
-    before = signal.getsignal(getattr(signal, name))
+    handler_before = signal.getsignal(getattr(signal, name))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", train_step)
         with pytest.raises(Preempted, match="step 3"):
-            train(composed(*words), tmp_path / "cut")
-    assert signal.getsignal(getattr(signal, name)) == before
-    train(composed(*words, "resume=auto"), tmp_path / "cut")
+            train(composed(*overrides), tmp_path / "cut")
+    assert signal.getsignal(getattr(signal, name)) == handler_before
+    train(composed(*overrides, "resume=auto"), tmp_path / "cut")
     a, b = (read_checkpoint_file(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
 
@@ -177,9 +179,9 @@ def test_too_little_memory_is_one_sentence(cli, tmp_path, monkeypatch):
 
 def test_accumulated_batches_are_one_batch(tmp_path):
     """Without batch norm, and with as many valid pixels in each: the mean over batches is that of the whole."""
-    found = []
-    for words in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]):
-        trainer = made(tmp_path, "regularizer=none", "tasks.names=[depth,normals]", "optimizer=sgd", *words)
+    results = []
+    for overrides in (["data.batch_size=4"], ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]):
+        trainer = make_trainer(tmp_path, "regularizer=none", "tasks.names=[depth,normals]", "optimizer=sgd", *overrides)
         for module in trainer.model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
@@ -187,8 +189,8 @@ def test_accumulated_batches_are_one_batch(tmp_path):
         for _, batches in zip(range(2), trainer.batches_per_step()):
             values = trainer.train_step(*batches)
             trainer.step += 1
-        found.append((dict(trainer.model.named_parameters()), values))
-    (a, values), (b, others) = found
+        results.append((dict(trainer.model.named_parameters()), values))
+    (a, values), (b, others) = results
     for name in values:
         torch.testing.assert_close(values[name], others[name], rtol=1e-3, atol=1e-4)
     for name in a:
@@ -197,16 +199,16 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 
 @pytest.mark.slow
 def test_a_resumed_run_accumulates_on(tmp_path):
-    words = [
+    overrides = [
         *WORDS,
         "trainer.accumulate_grad_batches=2",
         "trainer.max_steps=4",
         "trainer.checkpoint_interval=2",
         "schedule=constant",
     ]
-    train(composed(*words), tmp_path / "whole")
-    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
-    train(composed(*words, "resume=auto"), tmp_path / "cut")
+    train(composed(*overrides), tmp_path / "whole")
+    train(composed(*overrides, "trainer.max_steps=2"), tmp_path / "cut")
+    train(composed(*overrides, "resume=auto"), tmp_path / "cut")
     a, b = (read_checkpoint_file(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
 
@@ -214,7 +216,7 @@ def test_a_resumed_run_accumulates_on(tmp_path):
 @pytest.mark.slow
 def test_a_running_mean_of_the_weights(tmp_path, cli):
     """Against the formula; it is what is validated, resumed and scored."""
-    trainer = made(tmp_path, "trainer.ema=0.9")
+    trainer = make_trainer(tmp_path, "trainer.ema=0.9")
     want = None
     for _, batch in zip(range(3), trainer.batches):
         trainer.train_step(batch)
@@ -223,10 +225,10 @@ def test_a_running_mean_of_the_weights(tmp_path, cli):
     for name, value in trainer.ema.model.named_parameters():
         torch.testing.assert_close(value, want[name])
     assert trainer.evaluation_model() is trainer.ema.model
-    words = [*WORDS, "trainer.ema=0.5", "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant"]
-    metrics = train(composed(*words), tmp_path / "whole")
-    train(composed(*words, "trainer.max_steps=2"), tmp_path / "cut")
-    assert train(composed(*words, "resume=auto"), tmp_path / "cut") == metrics
+    overrides = [*WORDS, "trainer.ema=0.5", "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant"]
+    metrics = train(composed(*overrides), tmp_path / "whole")
+    train(composed(*overrides, "trainer.max_steps=2"), tmp_path / "cut")
+    assert train(composed(*overrides, "resume=auto"), tmp_path / "cut") == metrics
     checkpoint = tmp_path / "whole" / "checkpoints" / "last.pt"
     assert cli("evaluate.py", f"checkpoint={checkpoint}", f"hydra.run.dir={tmp_path}/scores").code == 0
     scored = json.loads((tmp_path / "scores" / "metrics.json").read_text())
@@ -237,9 +239,9 @@ def test_a_running_mean_of_the_weights(tmp_path, cli):
 def test_compiled_steps_learn_the_same(tmp_path):
     """The default backend, where a compiler is at hand; else eager after one warning. Every gradient, the contrast's
     with its share of the tasks' too, in a step that measures gradients at the taps and in one that does not."""
-    found = []
+    results = []
     for compiled in (False, True):
-        trainer = made(tmp_path, f"trainer.compile={str(compiled).lower()}", "tasks.names=[depth,normals]")
+        trainer = make_trainer(tmp_path, f"trainer.compile={str(compiled).lower()}", "tasks.names=[depth,normals]")
         gradients = []
         for _, batch in zip(range(2), trainer.batches):
             values = trainer.accumulate_gradients(batch, 1, {}, with_diagnostics=trainer.step == 0)
@@ -250,8 +252,8 @@ def test_compiled_steps_learn_the_same(tmp_path):
             trainer.eager_step.zero_grad()
             trainer.step += 1
         assert trainer.lambda_.gradient_norm_weight.factor.min() > 0
-        found.append(gradients)
-    for eager, compiled in zip(*found, strict=True):
+        results.append(gradients)
+    for eager, compiled in zip(*results, strict=True):
         assert eager.keys() == compiled.keys()
         assert any(name.startswith("regularizer.") and g.norm() > 0 for name, g in eager.items())
         for name, gradient in eager.items():
@@ -269,7 +271,7 @@ def test_a_compiler_that_fails_is_done_without(where, tmp_path, caplog, monkeypa
     monkeypatch.setattr(
         "mtcl.training.train_step.torch.compile", lambda m, backend, c=torch.compile: c(m, backend=broken)
     )
-    trainer = made(tmp_path, "trainer.compile=true", "tasks.names=[depth,normals]")
+    trainer = make_trainer(tmp_path, "trainer.compile=true", "tasks.names=[depth,normals]")
     trainer.step = 1  # measures no gradients at the taps
     for _, batch in zip(range(2), trainer.batches):
         values = trainer.train_step(batch)
@@ -291,7 +293,7 @@ def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
         return read(self, index, *args, **options)
 
     monkeypatch.setattr(Rooms, "read", broken)
-    words = [
+    overrides = [
         *WORDS,
         "data.batch_size=2",
         f"data.workers={workers}",
@@ -300,8 +302,8 @@ def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
     ]
     monkeypatch.setattr("mtcl.evaluation.evaluator.Evaluator.score", lambda self, *a, **k: _nothing(self))
     with pytest.raises(UserError, match="picture 1 can't be read"):
-        train(composed(*words, "data.limit=2"), tmp_path / "stop")
-    train(composed(*words, "data.limit=2", "trainer.on_unreadable=skip"), tmp_path / "skip")
+        train(composed(*overrides, "data.limit=2"), tmp_path / "stop")
+    train(composed(*overrides, "data.limit=2", "trainer.on_unreadable=skip"), tmp_path / "skip")
     assert json.loads((tmp_path / "skip" / "run.json").read_text())["unreadable"] == 1
     assert len(records(tmp_path / "skip", "unreadable")) == 1
     assert "picture 1" in caplog.text
@@ -338,17 +340,17 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("what", "code"), [("worker", 1), ("group", 75)])
-def test_signals_to_data_workers(what, code, tmp_path):
+@pytest.mark.parametrize(("target", "code"), [("worker", 1), ("group", 75)])
+def test_signals_to_data_workers(target, code, tmp_path):
     """A worker that is killed ends the run in one sentence; a SIGTERM to all processes is the main one's to obey."""
     script = tmp_path / "run.py"
     script.write_text(DRIVER)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, str(script), what, str(tmp_path / "run")],
+    process = subprocess.run(
+        [sys.executable, str(script), target, str(tmp_path / "run")],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False, start_new_session=True,
     )  # fmt: skip
-    assert done.returncode == code, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr
-    told = {"worker": "use fewer data workers", "group": "resume=auto"}[what]
-    assert told in done.stderr
+    assert process.returncode == code, process.stderr[-2000:]
+    assert "Traceback" not in process.stderr
+    message = {"worker": "use fewer data workers", "group": "resume=auto"}[target]
+    assert message in process.stderr

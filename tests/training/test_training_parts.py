@@ -40,9 +40,9 @@ def test_scheduled_optimizer_scales_every_groups_base_rate():
     moved = []
     for step in range(4):
         (a + b).backward()
-        before = a.item(), b.item()
+        values_before = a.item(), b.item()
         scheduled.step(step)
-        moved.append((before[0] - a.item(), before[1] - b.item()))
+        moved.append((values_before[0] - a.item(), values_before[1] - b.item()))
         scheduled.zero_grad()
         assert a.grad is None
     assert np.array(moved) == pytest.approx(np.array([(f, 0.1 * f) for f in (1, 0.75, 0.5, 0.25)]))
@@ -130,8 +130,8 @@ def test_without_layer_decay_the_groups_are_as_ever():
 )
 def test_optimizers_by_name(name, kind):
     model = Tiny()
-    own = {"momentum": 0.7, "nesterov": True, "betas": [0.5, 0.9], "eps": 1e-6}
-    optimizer = build_optimizer(model, name, lr=0.01, backbone_lr=0.002, weight_decay=0.1, **own)
+    settings = {"momentum": 0.7, "nesterov": True, "betas": [0.5, 0.9], "eps": 1e-6}
+    optimizer = build_optimizer(model, name, lr=0.01, backbone_lr=0.002, weight_decay=0.1, **settings)
     assert type(optimizer) is kind
     default, plain = kind([torch.zeros(1)], lr=0.01).defaults, build_optimizer(model, name, lr=0.01).defaults
     assert all(plain[key] == default[key] for key in ("eps", "betas") if key in default), "torch's, as it was"
@@ -141,10 +141,10 @@ def test_optimizers_by_name(name, kind):
     if name == "sgd":
         assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(0.7, True)}
         assert not plain["nesterov"]
-    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    values_before = {key: p.detach().clone() for key, p in model.named_parameters()}
     model(torch.randn(2, 3, 5, 5)).predictions["a"].square().sum().backward()
     optimizer.step()
-    moved = {key for key, p in model.named_parameters() if not torch.equal(p, before[key])}
+    moved = {key for key, p in model.named_parameters() if not torch.equal(p, values_before[key])}
     assert "frozen" not in moved
     assert {"backbone.0.weight", "head.weight", "head.bias"} <= moved
 
@@ -164,9 +164,9 @@ def some_content(value=1.0):
 def test_checkpoint_round_trip(tmp_path):
     path = tmp_path / "new" / "folder" / "last.pt"
     write_checkpoint_file(path, some_content())
-    found = read_checkpoint_file(str(path))
-    assert torch.equal(found.pop("model")["w"], torch.ones(2, 3))
-    assert found == {"format": 1, "config": {"seed": 3, "data": {"size": [4, 5]}}, "step": 7}
+    content = read_checkpoint_file(str(path))
+    assert torch.equal(content.pop("model")["w"], torch.ones(2, 3))
+    assert content == {"format": 1, "config": {"seed": 3, "data": {"size": [4, 5]}}, "step": 7}
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
     write_checkpoint_file(path, some_content(2.0))
     assert read_checkpoint_file(path)["model"]["w"].unique().tolist() == [2]
@@ -331,8 +331,8 @@ def test_panel_shows_every_task(height, width, zoom):
     def at(number, row):
         """What stands in that column below that row's caption."""
         top = GAP + LINE_HEIGHT + 4 + row * (height * zoom + LINE_HEIGHT + 4)
-        left = number * column + GAP
-        return panel[top : top + height * zoom, left : left + width * zoom]
+        left_edge = number * column + GAP
+        return panel[top : top + height * zoom, left_edge : left_edge + width * zoom]
 
     def enlarged(picture):
         return np.kron(picture, np.ones((zoom, zoom, 1), np.uint8))
@@ -396,13 +396,13 @@ def test_recorder_continues_an_interrupted_run(tmp_path):
     second = RunLogger(tmp_path, start_step=4)  # resumed from a checkpoint of step 4
     assert len(read_log(tmp_path)) == 18, "nothing is dropped before there is something new"
     second.log_scalars(4, "train", {"depth": 24.0})
-    kept = read_log(tmp_path)
-    assert kept.pop() == {"step": 4, "kind": "train", "depth": 24.0}
-    assert [(r["step"], r["kind"]) for r in kept] == [
+    records = read_log(tmp_path)
+    assert records.pop() == {"step": 4, "kind": "train", "depth": 24.0}
+    assert [(r["step"], r["kind"]) for r in records] == [
         *((step, kind) for step in range(4) for kind in ("val", "train", "contrast")),
         (4, "val"),
     ]
-    assert [r["depth"] for r in kept if r["kind"] == "train"] == [10, 11, 12, 13]
+    assert [r["depth"] for r in records if r["kind"] == "train"] == [10, 11, 12, 13]
     for step in range(4, 8):
         if step > 4:
             second.log_scalars(step, "train", {"depth": 20.0 + step})
@@ -472,7 +472,7 @@ def test_a_loaded_optimizer_keeps_its_own_settings():
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_moments_of_another_memory_format_are_those_of_their_weights(name):
     """Channels first or last makes no difference to what is learnt after a resume."""
-    found = []
+    values = []
     for resumed in (torch.contiguous_format, torch.channels_last):
         model = Tiny().to(memory_format=torch.contiguous_format)
         torch.manual_seed(0)
@@ -486,9 +486,9 @@ def test_moments_of_another_memory_format_are_those_of_their_weights(name):
         new = ScheduledOptimizer(build_optimizer(model, name, lr=0.1), lambda step: 1.0)
         new.load(old.optimizer.state_dict())
         new.step(1)
-        found.append([p.detach().clone() for p in model.parameters()])
-    assert any(p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1 for p in found[0])
-    for a, b in zip(*found, strict=True):
+        values.append([p.detach().clone() for p in model.parameters()])
+    assert any(p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1 for p in values[0])
+    for a, b in zip(*values, strict=True):
         torch.testing.assert_close(a, b)
 
 

@@ -45,12 +45,12 @@ def test_a_port_in_use_or_impossible_and_a_foreign_host_are_told():
         port = door.getsockname()[1]
         with pytest.raises(UserError, match=f"--port {port} is in use on 127.0.0.1; give another"):
             demo_module.bind_socket("127.0.0.1", port)
-    for host, number, said in (
+    for host, number, message in (
         ("127.0.0.1", 70000, "up to 65535"),
         ("192.0.2.1", 0, "--host 192.0.2.1"),
         ("no host", 0, "no IPv4 address"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             demo_module.bind_socket(host, number)
 
 
@@ -176,9 +176,9 @@ def test_a_picture_on_the_page_in_a_browser(browser, served, tmp_path):
         texts = tell(browser, number, x, y)
         for offset, maps in enumerate(predictions):
             metres = float(maps["depth"][row, column])
-            wanted = f"{max(1, round(1000 * metres)) / 1000:.2f} m"
+            expected = f"{max(1, round(1000 * metres)) / 1000:.2f} m"
             text = texts[number + offset]
-            assert text == wanted or abs(float(text.split()[0]) - metres) < 0.011  # a half may be rounded either way
+            assert text == expected or abs(float(text.split()[0]) - metres) < 0.011  # a half may be rounded either way
             assert texts[1 + offset] == load_classes(folder)[maps["semseg"][row, column]]
     browser.move(2, 2)
     wait(browser, "[...document.querySelectorAll('#found output')].every(o => !o.textContent)")

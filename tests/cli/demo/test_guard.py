@@ -83,8 +83,8 @@ def test_only_a_file_that_was_uploaded_is_read_and_removed(guard, tmp_path, meta
     file = {"path": str(folder / "0a" / "room.png"), "url": "http://127.0.0.1:9/", "is_stream": True, "meta": meta}
     call = json.dumps({"data": [file], "fn_index": 0, "session_hash": "s", "event_data": {"a": 1}}).encode()
     assert asked(guard, "POST", "/gradio_api/queue/join", call) == 200
-    wanted = {"path": file["path"], "meta": {"_type": "gradio.FileData"}}
-    assert json.loads(guard.passed) == {"data": [wanted], "fn_index": 0, "session_hash": "s", "trigger_id": None}
+    expected = {"path": file["path"], "meta": {"_type": "gradio.FileData"}}
+    assert json.loads(guard.passed) == {"data": [expected], "fn_index": 0, "session_hash": "s", "trigger_id": None}
 
 
 def test_only_what_the_page_itself_asks_for_is_served(guard, tmp_path):

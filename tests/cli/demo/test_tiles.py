@@ -138,10 +138,10 @@ def test_two_models_stand_beside_each_other(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"hello", "damaged, or not an image"), (b"\x89PNG\r\n\x1a\n123", "damaged"), (None, "limit of 1,000,000")],
 )
-def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_path, content, said):
+def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_path, content, message):
     path = tmp_path / f"bad {HOSTILE.replace('/', '')}.png"
     if content is None:
         Image.new("1", (20000, 20000)).save(path)
@@ -150,7 +150,7 @@ def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_pat
     text = render_file_prediction([NamedPredictor("a", Made())], path)
     page = Page(text)
     assert page.text.startswith(path.name)
-    assert said in page.text
+    assert message in page.text
     assert str(tmp_path) not in page.text
     assert [tag for tag, _ in page.tags] == ["p"]
     assert page.all("p")[0]["role"] == "alert"
@@ -158,12 +158,12 @@ def test_a_file_that_is_no_picture_or_too_large_is_told_without_the_path(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("trouble", "message"),
     [(torch.OutOfMemoryError("CUDA out of memory"), "too many pixels for the memory"), (ValueError("x"), "terminal")],
 )
-def test_trouble_in_the_model_is_a_sentence(tmp_path, trouble, said):
+def test_trouble_in_the_model_is_a_sentence(tmp_path, trouble, message):
     path = picture(tmp_path / "a.png")
-    assert said in Page(render_file_prediction([NamedPredictor("a", Made(trouble))], path)).text
+    assert message in Page(render_file_prediction([NamedPredictor("a", Made(trouble))], path)).text
     assert not path.exists()
 
 

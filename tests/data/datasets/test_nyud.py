@@ -130,14 +130,14 @@ def test_the_other_archives_give_the_labels_of_the_first(tmp_path: Path, name: s
     for folder, suffix in suffixes.items():
         assert f"{folder} {suffix}" in other.summary()
     assert f"{small[0]}x{small[1]}" in other.summary()
-    known, found = as_used(first, 0), as_used(other, 0)
+    expected, actual = as_used(first, 0), as_used(other, 0)
     for task in ("semseg", "depth", "edge"):
-        np.testing.assert_array_equal(found[task], known[task])
-        assert found[task].dtype == known[task].dtype
+        np.testing.assert_array_equal(actual[task], expected[task])
+        assert actual[task].dtype == expected[task].dtype
     if suffixes is MTI:
-        np.testing.assert_allclose(found["normals"], known["normals"], atol=1e-6)
+        np.testing.assert_allclose(actual["normals"], expected["normals"], atol=1e-6)
     else:  # JPEG changes them
-        assert set(np.unique(np.linalg.norm(found["normals"], axis=-1).round(5))) <= {0.0, 1.0}
+        assert set(np.unique(np.linalg.norm(actual["normals"], axis=-1).round(5))) <= {0.0, 1.0}
     assert other.read(0).image.shape == first.read(0).image.shape
 
 
@@ -170,9 +170,9 @@ def test_palette_labels_are_indices_not_colours(archive: Path) -> None:
     ids = arrays(3)["segmentation"]
     image = Image.fromarray(ids, mode="P")
     image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
-    before = NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"]
+    classes_before = NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"]
     image.save(archive / "segmentation" / "0003.png")
-    np.testing.assert_array_equal(NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"], before)
+    np.testing.assert_array_equal(NYUD(archive, "train", ["semseg"]).read(0).labels["semseg"], classes_before)
 
 
 def test_the_whole_frame_is_not_resampled_to_its_valid_part(tmp_path: Path) -> None:
@@ -205,11 +205,11 @@ def test_the_cache_changes_nothing_and_saves_decoding(
     cached = NYUD(archive, "train", tasks, resize=resize, cache=tmp_path / "cache")
     expected = plain.read(0)
     monkeypatch.setattr(NYUD, "decode", lambda *args: pytest.fail("decoded again"))
-    found = cached.read(0)
-    np.testing.assert_array_equal(found.image, expected.image)
+    cached_sample = cached.read(0)
+    np.testing.assert_array_equal(cached_sample.image, expected.image)
     for task in tasks:
-        np.testing.assert_array_equal(found.labels[task], expected.labels[task])
-        assert found.labels[task].dtype == expected.labels[task].dtype
+        np.testing.assert_array_equal(cached_sample.labels[task], expected.labels[task])
+        assert cached_sample.labels[task].dtype == expected.labels[task].dtype
 
 
 def test_settings_and_archives_do_not_share_their_cache(archive: Path, tmp_path: Path) -> None:
@@ -256,9 +256,9 @@ def test_a_label_of_another_size_is_noticed_through_the_cache_and_resize(archive
 
 @pytest.mark.parametrize("inside", [".", "cache", "gt_sets/x"])
 def test_a_cache_inside_the_dataset_is_refused(archive: Path, inside: str) -> None:
-    before = sorted(archive.rglob("*"))
+    files_before = sorted(archive.rglob("*"))
     assert "outside" in message(archive, "train", TASKS, cache=archive / inside)
-    assert sorted(archive.rglob("*")) == before
+    assert sorted(archive.rglob("*")) == files_before
 
 
 def test_a_list_with_an_id_twice_names_it(archive: Path) -> None:
@@ -425,12 +425,12 @@ def test_label_of_another_form_names_it(archive: Path, name: str, array: np.ndar
 
 @pytest.mark.parametrize("suffixes", [NYUDV2, MTI, ASTMT], ids=["NYUDv2", "MTI", "ASTMT"])
 @pytest.mark.parametrize("folder", list(NYUDV2))
-@pytest.mark.parametrize("kept", [0.0, 0.5, 0.95])
-def test_truncated_file_is_named(tmp_path: Path, suffixes: dict[str, str], folder: str, kept: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 0.95])
+def test_truncated_file_is_named(tmp_path: Path, suffixes: dict[str, str], folder: str, fraction: float) -> None:
     archive = write_archive(tmp_path / "NYUDv2", suffixes)
     path = archive / folder / f"0003{suffixes[folder]}"
     data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept)])
+    path.write_bytes(data[: int(len(data) * fraction)])
     sentence = message(archive, "train", TASKS)
     assert str(path) in sentence
     assert "unpack it again" in sentence
@@ -448,8 +448,8 @@ def stream(root: Path, cache: Path | None, workers: int) -> list[np.ndarray]:
 def test_neither_the_cache_nor_the_workers_change_what_is_trained_on(archive: Path, tmp_path: Path) -> None:
     expected = stream(archive, None, 0)
     for cache, workers in ((tmp_path / "cache", 2), (tmp_path / "cache", 0), (None, 2)):  # cold, warm, none
-        for known, found in zip(expected, stream(archive, cache, workers), strict=True):
-            np.testing.assert_array_equal(found, known)
+        for expected_image, image in zip(expected, stream(archive, cache, workers), strict=True):
+            np.testing.assert_array_equal(image, expected_image)
 
 
 def test_offered_builds_the_tasks() -> None:
@@ -461,16 +461,16 @@ def test_offered_builds_the_tasks() -> None:
 
 
 def test_fingerprint_tells_lists_and_files_apart_but_not_tasks(archive: Path) -> None:
-    known = NYUD(archive, "train", TASKS).fingerprint()
-    assert known == NYUD(archive.parent, "train", ["edge"]).fingerprint()
+    fingerprint = NYUD(archive, "train", TASKS).fingerprint()
+    assert fingerprint == NYUD(archive.parent, "train", ["edge"]).fingerprint()
     others = {
         NYUD(archive, "val", TASKS).fingerprint(),
         NYUD(archive, "train", TASKS, limit=2).fingerprint(),
         NYUD(archive, "train", TASKS, resize=(3, 4)).fingerprint(),
     }
-    assert len(others | {known}) == 4
+    assert len(others | {fingerprint}) == 4
     write(archive / "images" / "0003.png", np.zeros((6, 8, 3), np.uint8))
-    assert NYUD(archive, "train", TASKS).fingerprint() != known
+    assert NYUD(archive, "train", TASKS).fingerprint() != fingerprint
 
 
 def test_resize_rules(archive: Path) -> None:
@@ -554,11 +554,11 @@ PATHS = ["../../../x", "/x", "a/b", "..", ".hidden", "a\\b", "C:x", "a\x1b[31m",
 def test_a_path_in_place_of_an_id_is_refused_when_read(tmp_path: Path, path: str) -> None:
     root = write_archive(tmp_path / "deep" / "est" / "NYUDv2")
     (root / "gt_sets" / "train.txt").write_text(f"0001\n{path}\n")
-    before = sorted(tmp_path.rglob("*"))
+    files_before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"train\.txt lists .* not a valid id") as error:
         NYUD(root, "train", TASKS, cache=tmp_path / "cache")
     assert str(error.value).isprintable()
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files_before
     with pytest.raises(UserError, match="not a valid id"):
         PredictionWriter(tmp_path / "maps", {"depth": build_task("depth")}, None).write(path, {})
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(tmp_path.rglob("*")) == files_before

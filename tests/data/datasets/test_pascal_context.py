@@ -89,14 +89,14 @@ def message(*args, **kwargs) -> str:
 def slow_laplacian(classes: np.ndarray) -> np.ndarray:
     """Sum of the four neighbours less four times the pixel; the border is mirrored without its own row."""
     height, width = classes.shape
-    found = np.zeros(classes.shape, bool)
+    boundary = np.zeros(classes.shape, bool)
     for i in range(height):
         for j in range(width):
             up, down = abs(i - 1), height - 1 - abs(height - 1 - (i + 1))
-            left, right = abs(j - 1), width - 1 - abs(width - 1 - (j + 1))
-            around = [classes[up, j], classes[down, j], classes[i, left], classes[i, right]]
-            found[i, j] = sum(map(int, around)) != 4 * int(classes[i, j])
-    return found
+            left_column, right = abs(j - 1), width - 1 - abs(width - 1 - (j + 1))
+            around = [classes[up, j], classes[down, j], classes[i, left_column], classes[i, right]]
+            boundary[i, j] = sum(map(int, around)) != 4 * int(classes[i, j])
+    return boundary
 
 
 def slow_thin(mask: np.ndarray) -> np.ndarray:
@@ -106,10 +106,10 @@ def slow_thin(mask: np.ndarray) -> np.ndarray:
     while changed:
         changed = False
         for second in (False, True):
-            gone = [at for at in zip(*map(list, np.nonzero(mask))) if removable(mask, *at, second)]
-            for at in gone:
+            removed = [at for at in zip(*map(list, np.nonzero(mask))) if removable(mask, *at, second)]
+            for at in removed:
                 mask[at] = False
-            changed |= bool(gone)
+            changed |= bool(removed)
     return mask[1:-1, 1:-1]
 
 
@@ -399,11 +399,11 @@ def test_the_search_for_persons_is_remembered_and_a_damaged_memory_is_made_anew(
     archive: Path, tmp_path: Path, opened: Counter
 ) -> None:
     def searched(part: str = "train", limit: int | None = None) -> int:
-        before = opened["human_parts"]
+        count_before = opened["human_parts"]
         reader = PascalContext(archive, part, ["human_parts"], limit=limit, cache=tmp_path / "cache")  # type: ignore
         expected_ids = [TRAIN[0], TRAIN[1], TRAIN[3]] if part == "train" else [VAL[0], VAL[1], VAL[3]]
         assert reader.ids == expected_ids[:limit]
-        return opened["human_parts"] - before
+        return opened["human_parts"] - count_before
 
     assert [searched(), searched(), searched(limit=2)] == [4, 0, 0]
     assert [searched("val"), searched("val"), searched()] == [4, 0, 0]  # one list does not forget the other
@@ -412,8 +412,8 @@ def test_the_search_for_persons_is_remembered_and_a_damaged_memory_is_made_anew(
     for damage in (b"", good[:20].encode(), b"\xff\xfe", b"[1]", b'{"x": 3}'):
         memory.write_bytes(damage)
         assert [searched(), searched()] == [4, 0]
-    told = json.loads(memory.read_text())
-    assert {name: entry[0] for name, entry in told.items()} == {
+    entries = json.loads(memory.read_text())
+    assert {name: entry[0] for name, entry in entries.items()} == {
         name: index % 4 != 2 for index, name in enumerate(TRAIN)
     }
     assert not list((tmp_path / "cache").rglob("*.tmp"))
@@ -521,11 +521,11 @@ def test_a_damaged_entry_of_the_cache_is_made_anew(archive: Path, tmp_path: Path
 
 
 def _digest(reader: PascalContext) -> str:
-    known = hashlib.sha256()
+    digest = hashlib.sha256()
     for index in range(len(reader.ids)):
         for task, label in reader.read(index).labels.items():
-            known.update(f"{index} {task} {label.dtype} {label.shape}".encode() + label.tobytes())
-    return known.hexdigest()
+            digest.update(f"{index} {task} {label.dtype} {label.shape}".encode() + label.tobytes())
+    return digest.hexdigest()
 
 
 def _derive(root: Path, cache: Path, start: Barrier, result: Path) -> None:
@@ -570,12 +570,12 @@ def sealed(archive: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("tasks", [TASKS, ("human_parts",)])
 def test_nothing_is_written_below_the_root(sealed: Path, tmp_path: Path, tasks: tuple[str, ...]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in sealed.rglob("*")}
+    times_before = {path: path.stat().st_mtime_ns for path in sealed.rglob("*")}
     for cache in (None, tmp_path / "cache"):
         reader = PascalContext(sealed, "train", tasks, cache=cache)
         for index in range(len(reader.ids)):
             reader.read(index)
-    assert {path: path.stat().st_mtime_ns for path in sealed.rglob("*")} == before  # root may write all the same
+    assert {path: path.stat().st_mtime_ns for path in sealed.rglob("*")} == times_before  # root may write all the same
 
 
 def test_a_cache_in_the_dataset_is_refused(archive: Path) -> None:
@@ -596,10 +596,10 @@ def test_a_cache_in_the_dataset_is_refused(archive: Path) -> None:
         f"pascal-context/trainval/{FIRST}.mat",
     ],
 )
-@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9])
-def test_a_truncated_file_is_named(archive: Path, name: str, kept: float) -> None:
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_a_truncated_file_is_named(archive: Path, name: str, fraction: float) -> None:
     data = (archive / name).read_bytes()
-    (archive / name).write_bytes(data[: int(len(data) * kept)])
+    (archive / name).write_bytes(data[: int(len(data) * fraction)])
     sentence = message(archive, "train", TASKS)
     assert str(archive / name) in sentence
     assert "unpack it again" in sentence
@@ -635,8 +635,8 @@ def test_a_mat_file_that_is_something_else_is_named(archive: Path, folder: str, 
 @pytest.mark.parametrize("mask", [np.ones((24, 32, 2), np.uint8), np.zeros((0, 0)), "a text"])
 def test_a_mask_that_is_none_is_named(archive: Path, mask: object) -> None:
     path = archive / "human_parts" / f"{FIRST}.mat"
-    whole = np.ones((24, 32), np.uint8)
-    for one in (Object(PERSON, mask, ()), Object(PERSON, whole, (("head", mask),))):  # type: ignore[arg-type]
+    everywhere = np.ones((24, 32), np.uint8)
+    for one in (Object(PERSON, mask, ()), Object(PERSON, everywhere, (("head", mask),))):  # type: ignore[arg-type]
         write_parts(path, FIRST, [one])
         assert str(path) in message(archive, "train", ["human_parts"])
 
@@ -767,15 +767,15 @@ def test_summary_is_one_line_that_tells_what_is_derived_and_where(archive: Path,
     assert "\n" not in plain
     assert f"{archive}: 4 images, 2 with labels of VOC12" in plain
     assert "edges derived at each access" in plain
-    kept = PascalContext(archive, "train", TASKS, cache=tmp_path / "cache").summary()
-    assert f"once, kept in {tmp_path / 'cache'}" in kept
+    summary = PascalContext(archive, "train", TASKS, cache=tmp_path / "cache").summary()
+    assert f"once, kept in {tmp_path / 'cache'}" in summary
     assert "derived" not in PascalContext(archive, "train", ["sal", "semseg"]).summary()
     assert "3 images with persons" in PascalContext(archive, "train", ["human_parts"]).summary()
 
 
 def test_fingerprint_tells_lists_and_files_apart_but_not_tasks(archive: Path, tmp_path: Path) -> None:
-    known = PascalContext(archive, "train", TASKS).fingerprint()
-    assert known == PascalContext(archive.parent, "train", ["edge"], cache=tmp_path / "cache").fingerprint()
+    fingerprint = PascalContext(archive, "train", TASKS).fingerprint()
+    assert fingerprint == PascalContext(archive.parent, "train", ["edge"], cache=tmp_path / "cache").fingerprint()
     others = {
         PascalContext(archive, "val", TASKS).fingerprint(),
         PascalContext(archive, "train", TASKS, limit=2).fingerprint(),
@@ -783,7 +783,7 @@ def test_fingerprint_tells_lists_and_files_apart_but_not_tasks(archive: Path, tm
     }
     write_palette(archive / "semseg" / "VOC12" / f"{TRAIN[-1]}.png", RNG.integers(0, 21, (27, 27), dtype=np.uint8))
     others.add(PascalContext(archive, "train", TASKS).fingerprint())
-    assert len(others | {known}) == 5
+    assert len(others | {fingerprint}) == 5
 
 
 def _tasks(names: tuple[str, ...]) -> dict:
@@ -800,8 +800,8 @@ def test_batches_of_any_set_of_tasks_hold_the_finished_labels(shared, names: tup
         assert batch["image"].shape[1:] == (3, 64, 64)
         for row, meta in enumerate(batch["meta"]):
             sample = finalize_labels(reader.read(reader.ids.index(meta.id)), tasks)
-            top, left = meta.offset
-            inside = (slice(top, top + meta.native_size[0]), slice(left, left + meta.native_size[1]))
+            top, left_edge = meta.offset
+            inside = (slice(top, top + meta.native_size[0]), slice(left_edge, left_edge + meta.native_size[1]))
             image = batch["image"][row].permute(1, 2, 0).numpy()
             np.testing.assert_array_equal(image[inside], sample.image)
             for name, task in tasks.items():
@@ -809,8 +809,8 @@ def test_batches_of_any_set_of_tasks_hold_the_finished_labels(shared, names: tup
                 outside = torch.ones(64, 64, dtype=torch.bool)
                 outside[inside] = False
                 assert (label[..., outside] == task.void).all()
-                seen = label.permute(1, 2, 0) if name == "normals" else label.squeeze()
-                np.testing.assert_array_equal(seen.numpy()[inside], sample.labels[name])
+                values = label.permute(1, 2, 0) if name == "normals" else label.squeeze()
+                np.testing.assert_array_equal(values.numpy()[inside], sample.labels[name])
                 if name == "human_parts" and meta.id == VAL[2]:
                     assert (label == 255).all()  # no person
 

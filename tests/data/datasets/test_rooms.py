@@ -117,9 +117,11 @@ def test_points_lie_on_the_surface_they_are_labelled_with(index):
     """From depth and camera back to the world, in other formulas than the renderer's."""
     scene, view = viewed(index)
     camera = scene.camera
-    left, up, toward = np.moveaxis(rays_in_camera_axes(index) * room(index)["depth"][..., None], 2, 0)
+    leftward, up, toward = np.moveaxis(rays_in_camera_axes(index) * room(index)["depth"][..., None], 2, 0)
     axes = (np.array(axis) for axis in (camera.right, camera.up, camera.forward))
-    points = np.array(camera.position) + sum(part[..., None] * axis for part, axis in zip((-left, up, -toward), axes))
+    points = np.array(camera.position) + sum(
+        part[..., None] * axis for part, axis in zip((-leftward, up, -toward), axes)
+    )
     points, checked = points.reshape(-1, 3), 0
     faces = (scene.low[0], scene.high[0], scene.low[1], scene.high[1], scene.low[2], scene.high[2])
     for row, plane in enumerate((*faces, *faces)):
@@ -228,12 +230,12 @@ def test_an_instance_has_one_class_and_touching_walls_are_two():
 
 
 def test_body_parts_are_where_persons_are():
-    seen = set()
+    ids = set()
     for index in range(60):
         arrays = room(index)
         assert np.array_equal(arrays["human_parts"] > 0, arrays["semseg"] == PERSON)
-        seen |= set(np.unique(arrays["human_parts"]).tolist())
-    assert seen == set(range(7))
+        ids |= set(np.unique(arrays["human_parts"]).tolist())
+    assert ids == set(range(7))
 
 
 def test_what_is_salient():
@@ -348,7 +350,7 @@ def test_offered():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "fragments"),
     [
         ({"subset": "test"}, ("subset 'test'", "train, val")),
         ({"split": "new"}, ("split 'new'", "standard, tune")),
@@ -358,10 +360,10 @@ def test_offered():
         ({"size": (4, 128)}, ("size (4, 128)",)),
     ],
 )
-def test_user_errors_name_the_value_and_the_choices(options, words):
+def test_user_errors_name_the_value_and_the_choices(options, fragments):
     with pytest.raises(UserError) as caught:
         small(**options)
-    assert all(word in str(caught.value) for word in words)
+    assert all(word in str(caught.value) for word in fragments)
 
 
 def test_the_cache_stops_at_its_limit(monkeypatch):

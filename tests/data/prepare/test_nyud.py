@@ -49,11 +49,11 @@ def plane_depth(normal: tuple[float, float, float], distance: float, size=SIZE, 
     return away[2] * distance / (rays(size, camera) @ away)
 
 
-def angles(found: np.ndarray, true: np.ndarray | tuple[float, ...]) -> np.ndarray:
+def angles(estimated: np.ndarray, true: np.ndarray | tuple[float, ...]) -> np.ndarray:
     """Degrees between vectors; 180 where one is zero."""
     true = np.asarray(true) / np.linalg.norm(true, axis=-1, keepdims=True)
-    length = np.linalg.norm(found, axis=-1)
-    cosine = (found * true).sum(axis=-1) / np.where(length > 0, length, np.inf)
+    length = np.linalg.norm(estimated, axis=-1)
+    cosine = (estimated * true).sum(axis=-1) / np.where(length > 0, length, np.inf)
     return np.where(length > 0, np.degrees(np.arccos(np.clip(cosine, -1, 1))), 180)
 
 
@@ -74,11 +74,11 @@ PLANES = [(0, 0, 1), (0.8, 0, 1), (-2, 0.5, 1), (0.1, 1, 0.9), (0, -1, 0.8), (1,
 @pytest.mark.parametrize("normal", PLANES)
 def test_a_plane_has_its_normal_at_every_pixel(normal: tuple[float, float, float]) -> None:
     depth = plane_depth(normal, 2.5)
-    seen = depth > 0  # above the horizon there is no floor
-    assert seen.mean() > 0.5
-    found = decoded(encode_normals(estimate_normals(depth, CAMERA)))
-    whole = cv2.erode(seen.astype(np.uint8), np.ones((11, 11))) > 0  # slivers at the horizon may lack a window
-    assert angles(found, normal)[whole].max() < 1
+    measured = depth > 0  # above the horizon there is no floor
+    assert measured.mean() > 0.5
+    normals = decoded(encode_normals(estimate_normals(depth, CAMERA)))
+    surrounded = cv2.erode(measured.astype(np.uint8), np.ones((11, 11))) > 0  # slivers at the horizon may lack a window
+    assert angles(normals, normal)[surrounded].max() < 1
 
 
 def test_axes_are_left_up_and_to_the_viewer() -> None:
@@ -125,8 +125,8 @@ def test_normals_do_not_smear_across_a_step() -> None:
 
 def test_normals_turn_sharply_at_a_corner() -> None:
     x = rays(SIZE, CAMERA)[..., 0]
-    left, right = (1.0, 0, 1.0), (-1.0, 0, 1.0)
-    depth, true = two_planes(x > 0, [left, right], [3.0, 3.0])
+    left_normal, right = (1.0, 0, 1.0), (-1.0, 0, 1.0)
+    depth, true = two_planes(x > 0, [left_normal, right], [3.0, 3.0])
     assert (angles(estimate_normals(depth, CAMERA), true) > 5).sum() <= 2 * SIZE[0]
 
 
@@ -146,17 +146,17 @@ def test_without_depth_there_is_no_normal_and_it_is_stored_black() -> None:
     depth[80, 80:82] = np.inf
     depth[90, 90] = -1
     holes = ~(np.isfinite(depth) & (depth > 0))
-    found = estimate_normals(depth, CAMERA)
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal((found == 0).all(axis=-1), holes)
-    assert angles(found, (0, 0, 1))[~holes].max() < 1e-3
-    codes = encode_normals(found)
+    normals = estimate_normals(depth, CAMERA)
+    assert normals.dtype == np.float32
+    np.testing.assert_array_equal((normals == 0).all(axis=-1), holes)
+    assert angles(normals, (0, 0, 1))[~holes].max() < 1e-3
+    codes = encode_normals(normals)
     np.testing.assert_array_equal((codes == 0).all(axis=-1), holes)
 
 
-@pytest.mark.parametrize("kept", ["nothing", "a speck", "one row", "one column"])
-def test_too_little_depth_gives_no_normal(kept: str) -> None:
-    where = {"nothing": np.s_[:0], "a speck": np.s_[5:7, 5:7], "one row": np.s_[60], "one column": np.s_[:, 60]}[kept]
+@pytest.mark.parametrize("shape", ["nothing", "a speck", "one row", "one column"])
+def test_too_little_depth_gives_no_normal(shape: str) -> None:
+    where = {"nothing": np.s_[:0], "a speck": np.s_[5:7, 5:7], "one row": np.s_[60], "one column": np.s_[:, 60]}[shape]
     depth = np.zeros(SIZE)
     depth[where] = 2
     assert not estimate_normals(depth, CAMERA).any()
@@ -173,9 +173,9 @@ def test_normals_are_those_of_a_slow_reference() -> None:
     depth[:, 6:] += 0.5
     depth[rng.random(depth.shape) < 0.2] = 0
     camera, radii = Camera(20, 22, 5.5, 4.1), (1, 2)
-    found = estimate_normals(depth, camera, radii=radii)
+    normals = estimate_normals(depth, camera, radii=radii)
     for v, u in itertools.product(range(9), range(12)):
-        np.testing.assert_allclose(found[v, u], slow_normal(depth, v, u, camera, radii), atol=1e-5)
+        np.testing.assert_allclose(normals[v, u], slow_normal(depth, v, u, camera, radii), atol=1e-5)
 
 
 def slow_normal(depth: np.ndarray, v: int, u: int, camera: Camera, radii: tuple[int, ...]) -> np.ndarray:
@@ -209,11 +209,11 @@ def test_normals_of_real_frames_agree_with_others(tmp_path: Path) -> None:
     differences, floors, ceilings = [], [], []
     for path in sorted((root / "depth").iterdir())[::40]:
         # Smaller windows for smaller frames, and the noise of 8 bits of depth.
-        found = estimate_normals(np.load(path), camera, radii=(2, 5), noise=3e-3)
+        normals = estimate_normals(np.load(path), camera, radii=(2, 5), noise=3e-3)
         other, classes = (cv2.imread(str(root / kind / f"{path.stem}.png"), -1) for kind in ("normals", "segmentation"))
-        differences.append(angles(found, decoded(other[..., ::-1])).ravel())
-        floors.append(found[classes == NYUD40.index("floor") + 1])
-        ceilings.append(found[classes == NYUD40.index("ceiling") + 1])
+        differences.append(angles(normals, decoded(other[..., ::-1])).ravel())
+        floors.append(normals[classes == NYUD40.index("floor") + 1])
+        ceilings.append(normals[classes == NYUD40.index("ceiling") + 1])
     difference = np.concatenate(differences)
     print(f"mean {difference.mean():.1f}, median {np.median(difference):.1f} degrees")
     assert np.median(difference) < 9  # the others smear across steps, hence a longer tail
@@ -376,38 +376,38 @@ def message(official: Path, out: Path, size: str | None = None, workers: int = 0
     return str(error.value)
 
 
-def words(official: Path, out: Path) -> list[str]:
-    given = {"labeled": "nyu_depth_v2_labeled", "splits": "splits", "classes": "classMapping40"}
-    return [w for key, stem in given.items() for w in (f"--{key}", f"{official / stem}.mat")] + ["--out", str(out)]
+def list_arguments(official: Path, out: Path) -> list[str]:
+    options = {"labeled": "nyu_depth_v2_labeled", "splits": "splits", "classes": "classMapping40"}
+    return [w for key, stem in options.items() for w in (f"--{key}", f"{official / stem}.mat")] + ["--out", str(out)]
 
 
 def read(folder: Path, number: int) -> dict[str, np.ndarray]:
     """What is stored, without the project's readers."""
-    found = {"depth": np.load(folder / "depth" / f"{number:04d}.npy")}
+    arrays = {"depth": np.load(folder / "depth" / f"{number:04d}.npy")}
     for kind in ("images", "segmentation", "normals", "edge"):
         array = cv2.imread(str(folder / kind / f"{number:04d}.png"), cv2.IMREAD_UNCHANGED)
-        found[kind] = array[..., ::-1] if array.ndim == 3 else array
-    return found
+        arrays[kind] = array[..., ::-1] if array.ndim == 3 else array
+    return arrays
 
 
 def test_the_command_writes_the_valid_part_of_every_frame(
     official: Path, tmp_path: Path, cli: Callable[..., Result]
 ) -> None:
     out = tmp_path / "NYUDv2"
-    result = cli(SCRIPT, *words(official, out), "--workers", "0")
+    result = cli(SCRIPT, *list_arguments(official, out), "--workers", "0")
     assert result.code == 0
     assert "2 training and 1 validation frames (official: 795 and 654) of 560x425 pixels, 40 classes" in result.out
     assert f"python train.py data=nyud data.root={out}\n" in result.out
     for number, raw in enumerate(FRAMES, 1):
-        found, crop = read(out, number), np.s_[45:470, 40:600]
-        np.testing.assert_array_equal(found["images"], raw.image[crop])
-        np.testing.assert_array_equal(found["segmentation"], np.concatenate([[0], CLASSES])[raw.labels][crop])
-        np.testing.assert_array_equal(found["depth"], raw.depth[crop])
-        assert found["depth"].dtype == np.float32
-        np.testing.assert_array_equal(found["normals"], encode_normals(estimate_normals(raw.depth))[crop])
+        arrays, crop = read(out, number), np.s_[45:470, 40:600]
+        np.testing.assert_array_equal(arrays["images"], raw.image[crop])
+        np.testing.assert_array_equal(arrays["segmentation"], np.concatenate([[0], CLASSES])[raw.labels][crop])
+        np.testing.assert_array_equal(arrays["depth"], raw.depth[crop])
+        assert arrays["depth"].dtype == np.float32
+        np.testing.assert_array_equal(arrays["normals"], encode_normals(estimate_normals(raw.depth))[crop])
         regions = close_seams(label_regions(raw.labels, raw.instances))[crop]
-        np.testing.assert_array_equal(found["edge"], region_edges(regions))
-        assert set(np.unique(found["edge"])) == {0, 255}
+        np.testing.assert_array_equal(arrays["edge"], region_edges(regions))
+        assert set(np.unique(arrays["edge"])) == {0, 255}
     lists = {path.stem: path.read_text() for path in (out / "gt_sets").iterdir()}
     assert lists == {"train": "0001\n0003\n", "val": "0002\n", "tune_train": "0001\n0003\n", "tune_val": ""}
 
@@ -432,7 +432,7 @@ def test_the_reader_reads_the_result(official: Path, tmp_path: Path) -> None:
 
 def test_the_small_edition_is_read_with_39_classes(official: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     out = tmp_path / "small"
-    result = cli(SCRIPT, *words(official, out), "--size", "256x192", "--workers", "0")
+    result = cli(SCRIPT, *list_arguments(official, out), "--size", "256x192", "--workers", "0")
     assert result.code == 0
     assert result.out.endswith(f"Next: python train.py data=nyud_small data.root={out}\n")
     reader = NYUD(out, "train", TASKS, num_classes=39)
@@ -458,9 +458,9 @@ def test_otherprop_and_void_keep_their_edges_in_the_small_edition() -> None:
     frame = RawFrame(
         np.zeros((480, 640, 3), np.uint8), np.ones((480, 640), np.float32), labels, labels.astype(np.uint8)
     )
-    found = convert_frame(frame, np.array([0, 40, 40]), parse_edition("64x48"))
-    assert not found["segmentation"].any()
-    assert (found["edge"].sum(axis=1) == 255).all()
+    arrays = convert_frame(frame, np.array([0, 40, 40]), parse_edition("64x48"))
+    assert not arrays["segmentation"].any()
+    assert (arrays["edge"].sum(axis=1) == 255).all()
 
 
 @pytest.mark.parametrize("size", ["560x420", "320x240", "100x75", "101x75", "4x3"])
@@ -502,18 +502,18 @@ def test_another_process_writes_the_same_files_as_this_one(official: Path, tmp_p
 def test_a_second_run_goes_on_where_the_first_was_stopped(
     official: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, seen = tmp_path / "out", []
+    out, converted = tmp_path / "out", []
     real = nyud.convert_frame
-    monkeypatch.setattr(nyud, "convert_frame", lambda frame, *args: seen.append(frame) or real(frame, *args))
+    monkeypatch.setattr(nyud, "convert_frame", lambda frame, *args: converted.append(frame) or real(frame, *args))
     prepared(official, out, "64x48")
-    assert len(seen) == 3
+    assert len(converted) == 3
     (out / "edge" / "0002.png").unlink()
     (out / "gt_sets" / "val.txt").unlink()
-    kept = (out / "edge" / "0001.png").stat().st_mtime_ns
+    time_before = (out / "edge" / "0001.png").stat().st_mtime_ns
     prepared(official, out, "64x48")
-    assert len(seen) == 4
-    np.testing.assert_array_equal(seen[3].image, FRAMES[1].image)
-    assert (out / "edge" / "0001.png").stat().st_mtime_ns == kept
+    assert len(converted) == 4
+    np.testing.assert_array_equal(converted[3].image, FRAMES[1].image)
+    assert (out / "edge" / "0001.png").stat().st_mtime_ns == time_before
     assert len(NYUD(out, "val", TASKS).ids) == 1
 
 
@@ -625,7 +625,7 @@ def test_a_label_beyond_the_mapping_names_its_frame(official: Path, tmp_path: Pa
 
 def test_the_command_prints_mistakes_in_one_line(official: Path, tmp_path: Path, cli: Callable[..., Result]) -> None:
     for extra in (["--size", "1x9"], ["--workers", "-1"]):
-        result = cli(SCRIPT, *words(official, tmp_path / "out"), *extra)
+        result = cli(SCRIPT, *list_arguments(official, tmp_path / "out"), *extra)
         assert result.code == 1
         assert result.out == ""
         assert result.err.startswith(f"error: {' '.join(extra)} ")
@@ -637,10 +637,10 @@ def test_the_command_uses_every_core_by_itself(
 ) -> None:
     asked = []
     monkeypatch.setattr(nyud, "prepare_nyud", lambda **options: asked.append(options) or Prepared("done", "nyud", {}))
-    assert cli(SCRIPT, *words(official, tmp_path / "out")).out == "done\nNext: python train.py data=nyud\n"
+    assert cli(SCRIPT, *list_arguments(official, tmp_path / "out")).out == "done\nNext: python train.py data=nyud\n"
     names = {"labeled": "nyu_depth_v2_labeled.mat", "splits": "splits.mat", "classes": "classMapping40.mat"}
-    given = {key: official / name for key, name in names.items()}
-    assert asked == [{**given, "out": tmp_path / "out", "size": None, "workers": os.cpu_count()}]
+    paths = {key: official / name for key, name in names.items()}
+    assert asked == [{**paths, "out": tmp_path / "out", "size": None, "workers": os.cpu_count()}]
 
 
 def test_the_crop_is_the_valid_part_in_matlabs_counting() -> None:

@@ -48,7 +48,7 @@ def kit(tmp_path: Path) -> Devkit:
 
 def prepared(kit: Devkit, out: Path, **options) -> str:
     """Everything that there is, converted in this process; options replace or, if None, take out arguments."""
-    given = {
+    sources = {
         "voc": kit.voc,
         "context": kit.context,
         "parts": kit.parts,
@@ -57,7 +57,7 @@ def prepared(kit: Devkit, out: Path, **options) -> str:
         "saliency": kit.distilled,
         "workers": 0,
     }
-    return format_prepared(prepare_pascal(out=out, **{**given, **options}))
+    return format_prepared(prepare_pascal(out=out, **{**sources, **options}))
 
 
 def message(kit: Devkit, out: Path, **options) -> str:
@@ -79,10 +79,10 @@ def state(out: Path) -> dict[str, int]:
 def check_picture(out: Path, shown: Picture, labelled: bool) -> None:
     """One id's files hold the arrays of the releases; ``labelled``: VOC's own label is used."""
     assert (out / "JPEGImages" / f"{shown.id}.jpg").read_bytes() == shown.jpeg
-    voc, own = out / "semseg" / "VOC12" / f"{shown.id}.png", out / "semseg" / "pascal-context" / f"{shown.id}.png"
-    assert (voc.exists(), own.exists()) == (labelled, not labelled)
+    voc, context = out / "semseg" / "VOC12" / f"{shown.id}.png", out / "semseg" / "pascal-context" / f"{shown.id}.png"
+    assert (voc.exists(), context.exists()) == (labelled, not labelled)
     expected = shown.voc if labelled else shown.from_context
-    np.testing.assert_array_equal(files.read_label_image(voc if labelled else own), expected)
+    np.testing.assert_array_equal(files.read_label_image(voc if labelled else context), expected)
     np.testing.assert_array_equal(
         files.read_mat(out / "pascal-context" / "trainval" / f"{shown.id}.mat", "LabelMap"), shown.context
     )
@@ -95,13 +95,13 @@ def check_parts(path: Path, shown: Picture) -> None:
     """`anno`, read by the very indexings with which the field reads PASCAL-Part."""
     objects = scipy.io.loadmat(path)["anno"][0][0][1][0]
     assert len(objects) == len(shown.objects)
-    for found, expected in zip(objects, shown.objects):
-        assert found[1][0][0] == expected.kind
-        np.testing.assert_array_equal(found[2], expected.mask)
-        assert found[3].size == len(expected.parts)
+    for actual, expected in zip(objects, shown.objects):
+        assert actual[1][0][0] == expected.kind
+        np.testing.assert_array_equal(actual[2], expected.mask)
+        assert actual[3].size == len(expected.parts)
         for i, (name, mask) in enumerate(expected.parts):
-            assert found[3][0][i][0][0] == name
-            np.testing.assert_array_equal(found[3][0][i][1], mask)
+            assert actual[3][0][i][0][0] == name
+            np.testing.assert_array_equal(actual[3][0][i][1], mask)
 
 
 def check_lists(out: Path) -> None:
@@ -115,10 +115,10 @@ def test_the_command_converts_everything_and_a_second_run_rewrites_only_the_list
     kit: Devkit, tmp_path: Path, cli: Callable[..., Result]
 ) -> None:
     out = tmp_path / "data" / "PASCALContext"
-    words = ["--voc", kit.voc, "--context", kit.context, "--parts", kit.parts, "--voc-labels", kit.labels]
-    words += ["--normals", kit.distilled, "--saliency", kit.distilled, "--out", out]
+    arguments = ["--voc", kit.voc, "--context", kit.context, "--parts", kit.parts, "--voc-labels", kit.labels]
+    arguments += ["--normals", kit.distilled, "--saliency", kit.distilled, "--out", out]
     summary = subprocess.run(
-        [sys.executable, ROOT / SCRIPT, *words], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, ROOT / SCRIPT, *arguments], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
@@ -136,10 +136,10 @@ def test_the_command_converts_everything_and_a_second_run_rewrites_only_the_list
     assert "Tasks: semseg, human_parts, sal, normals, edge." in summary
     assert "can't" not in summary
     assert summary.endswith(f"\nNext: python train.py data=pascal data.root={out}\n")
-    before = state(out)
-    assert cli(SCRIPT, *map(str, words)).out == summary
+    state_before = state(out)
+    assert cli(SCRIPT, *map(str, arguments)).out == summary
     assert {name: time for name, time in state(out).items() if "ImageSets" not in name} == {
-        name: time for name, time in before.items() if "ImageSets" not in name
+        name: time for name, time in state_before.items() if "ImageSets" not in name
     }
 
 
@@ -154,15 +154,15 @@ def test_the_result_has_the_files_of_the_archive_and_no_others(kit: Devkit, tmp_
 def test_only_what_was_deleted_is_written_again(kit: Devkit, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepared(kit, out)
-    before = state(out)
+    state_before = state(out)
     deleted = {f"{folder}/{TRAIN[1]}{suffix}" for folder, suffix in (pascal.FROM_CONTEXT, pascal.CONTEXT)}
     deleted |= {f"JPEGImages/{VAL[2]}.jpg", f"semseg/VOC12/{VAL[2]}.png", f"human_parts/{VAL[0]}.mat"}
     for name in deleted:
         (out / name).unlink()
     prepared(kit, out)
-    after = state(out)
-    assert after.keys() == before.keys()
-    assert {name for name in after if after[name] != before[name]} - deleted == {
+    state_after = state(out)
+    assert state_after.keys() == state_before.keys()
+    assert {name for name in state_after if state_after[name] != state_before[name]} - deleted == {
         f"ImageSets/Context/{part}.txt" for part in ("train", "val", "tune_train", "tune_val")
     }
     for shown in kit.images.values():
@@ -172,22 +172,22 @@ def test_only_what_was_deleted_is_written_again(kit: Devkit, tmp_path: Path) -> 
 def test_an_interrupted_run_leaves_no_lists_and_goes_on(
     kit: Devkit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, convert, done = tmp_path / "out", pascal._convert, []
+    out, convert, converted = tmp_path / "out", pascal._convert, []
 
     def interrupted(plan, item) -> None:
-        if len(done) == 3:
+        if len(converted) == 3:
             raise KeyboardInterrupt
         convert(plan, item)
-        done.append(item[0])
+        converted.append(item[0])
 
     monkeypatch.setattr(pascal, "_convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepared(kit, out)
     monkeypatch.undo()
     assert not (out / "ImageSets").exists()
-    before = state(out)
+    state_before = state(out)
     prepared(kit, out)
-    assert before.items() <= state(out).items()
+    assert state_before.items() <= state(out).items()
     check_lists(out)
     for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
@@ -210,11 +210,11 @@ def test_a_full_disk_says_that_the_command_goes_on(
     assert f"{out} can't be written (No space left on device)" in sentence
     assert "repeat the command, which continues" in sentence
     monkeypatch.undo()
-    before = state(out)
-    assert len(before) == 20
-    assert not any(".tmp" in name for name in before)
+    state_before = state(out)
+    assert len(state_before) == 20
+    assert not any(".tmp" in name for name in state_before)
     prepared(kit, out)
-    assert before.items() <= state(out).items()
+    assert state_before.items() <= state(out).items()
     for shown in kit.images.values():
         check_picture(out, shown, labelled=shown.voc is not None)
 
@@ -295,11 +295,11 @@ def test_optional_releases_may_be_absent_and_added_later(kit: Devkit, tmp_path: 
         assert "no official release" in line
         assert option in line
     assert summary.endswith(f"\nNext: python train.py data=pascal 'data.root={out}' 'tasks.names=[semseg,edge]'")
-    before = state(out)
+    state_before = state(out)
     assert "'tasks.names=[semseg,human_parts,edge]'" in prepared(kit, out, normals=None, saliency=None)
     assert "Tasks: semseg, human_parts, normals, edge." in prepared(kit, out, parts=None, saliency=None)
-    after = state(out)
-    assert all(after[name] == time for name, time in before.items() if "ImageSets" not in name)
+    state_after = state(out)
+    assert all(state_after[name] == time for name, time in state_before.items() if "ImageSets" not in name)
     (out / "human_parts" / f"{VAL[0]}.mat").unlink()
     summary = prepared(kit, out, parts=None, normals=None, saliency=None)
     assert "Tasks: semseg, normals, edge." in summary  # half of PASCAL-Part is no task
@@ -384,11 +384,11 @@ def test_missing_files_are_counted_and_the_first_three_named(
     kit: Devkit, tmp_path: Path, folder: str, suffix: str
 ) -> None:
     source = tmp_path / "releases" / folder
-    gone = [TRAIN[2], TRAIN[3], VAL[1], VAL[3]]
-    for name in gone:
+    removed = [TRAIN[2], TRAIN[3], VAL[1], VAL[3]]
+    for name in removed:
         (source / f"{name}{suffix}").unlink()
     sentence = message(kit, tmp_path / "out")
-    first = ", ".join(f"{name}{suffix}" for name in gone[:3])
+    first = ", ".join(f"{name}{suffix}" for name in removed[:3])
     assert f"{source} lacks the files of 4 of 8 images, first {first};" in sentence
     assert not (tmp_path / "out").exists()
 
@@ -466,14 +466,14 @@ DAMAGE = {  # case: file of an image of 31x20 pixels, how to spoil it, what is s
 
 @pytest.mark.parametrize("case", DAMAGE)
 def test_a_damaged_file_is_named(kit: Devkit, tmp_path: Path, case: str) -> None:
-    pattern, spoil, said = DAMAGE[case]
+    pattern, spoil, fragment = DAMAGE[case]
     name = VAL[2]
     assert kit.images[name].image.shape == (31, 20, 3)
     path = tmp_path / "releases" / pattern.format(name)
     spoil(path)
     sentence = message(kit, tmp_path / "out")
     assert str(path) in sentence
-    assert said in sentence
+    assert fragment in sentence
 
 
 def test_a_bad_label_map_leaves_no_label_derived_from_it(kit: Devkit, tmp_path: Path) -> None:
@@ -535,8 +535,8 @@ def test_the_wrong_folder_of_a_release_is_named_with_its_option(kit: Devkit, tmp
 
 
 def test_the_command_prints_mistakes_in_one_line(kit: Devkit, tmp_path: Path, cli: Callable[..., Result]) -> None:
-    words = ["--voc", str(kit.voc), "--context", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
-    result = cli(SCRIPT, *words)
+    arguments = ["--voc", str(kit.voc), "--context", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]
+    result = cli(SCRIPT, *arguments)
     assert result.code == 1
     assert result.err.startswith(f"error: {tmp_path / 'nowhere'} is not a folder")
     assert result.err.count("\n") == 1
@@ -546,8 +546,8 @@ def test_the_command_needs_only_two_releases_and_links_on_request(
     kit: Devkit, tmp_path: Path, cli: Callable[..., Result]
 ) -> None:
     out = tmp_path / "out"
-    words = ["--voc", str(kit.voc), "--context", str(kit.context), "--out", str(out), "--workers", "0"]
-    result = cli(SCRIPT, *words, "--link")
+    arguments = ["--voc", str(kit.voc), "--context", str(kit.context), "--out", str(out), "--workers", "0"]
+    result = cli(SCRIPT, *arguments, "--link")
     assert result.code == 0
     assert "Tasks: semseg, edge." in result.out
     assert (out / "JPEGImages" / f"{VAL[0]}.jpg").is_symlink()
@@ -557,7 +557,7 @@ def test_the_command_needs_only_two_releases_and_links_on_request(
 def test_the_miniature_has_the_cases_that_readers_must_get_right() -> None:
     shown = [image(name, position) for position, name in enumerate((*TRAIN, *VAL))]
     persons = [[thing for thing in p.objects if thing.kind == 15] for p in shown]
-    assert [len(found) for found in persons[:4]] == [2, 1, 0, 2]
+    assert [len(masks) for masks in persons[:4]] == [2, 1, 0, 2]
     assert not any(thing.parts for thing in persons[1])
     torso, second = (dict(thing.parts)["torso"] for thing in persons[0])
     assert (torso & second).any()

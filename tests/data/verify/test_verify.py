@@ -102,7 +102,7 @@ def row(result: Report, check: str) -> Row:
 
 
 def test_a_sound_miniature_has_no_damage_and_is_left_as_it_was(sound: Path) -> None:
-    before = {path: path.stat().st_mtime_ns for path in sound.rglob("*")}
+    times_before = {path: path.stat().st_mtime_ns for path in sound.rglob("*")}
     result = verify(sound)
     assert damages(result) == {}
     assert result.name == "nyud"
@@ -114,18 +114,18 @@ def test_a_sound_miniature_has_no_damage_and_is_left_as_it_was(sound: Path) -> N
         assert row(result, f"{task} left and right").verdict == "ok"
     assert row(result, "normals of floors").verdict == "ok"
     assert row(result, "list train").verdict == "deviation"  # ten images
-    assert {path: path.stat().st_mtime_ns for path in sound.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in sound.rglob("*")} == times_before
 
 
 def test_the_script_prints_the_table_and_draws_the_sheet(
     sound: Path, tmp_path: Path, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = cli(str(ROOT / SCRIPT), str(sound.parent))
-    assert done.code == 0, done.err
-    assert "error" not in done.err
-    assert all(len(line) <= 120 for line in done.out.splitlines() if "|" in line)
-    assert "deviation: list train: 10 images, the official list has 795" in done.out
+    result = cli(str(ROOT / SCRIPT), str(sound.parent))
+    assert result.code == 0, result.err
+    assert "error" not in result.err
+    assert all(len(line) <= 120 for line in result.out.splitlines() if "|" in line)
+    assert "deviation: list train: 10 images, the official list has 795" in result.out
     sheet = cv2.imread(str(tmp_path / "verify_nyud.png"))
     assert sheet.shape[1] > 5 * 240
     assert sheet.shape[0] > 6 * 180
@@ -136,11 +136,11 @@ def test_the_script_exits_with_one_sentence_about_damage(
 ) -> None:
     (archive / "edge" / "0002.png").unlink()
     write_list(archive / "gt_sets" / "tune_val.txt", ["0101"])
-    done = cli(str(ROOT / SCRIPT), str(archive), "--workers", "0", "--sheet", str(tmp_path / "sheet.png"))
-    assert done.code == 1
-    assert f"error: 2 problems in {archive}, the first: " in done.err
-    assert "0101" in done.err.splitlines()[-1]
-    assert "edge/0002.png" in done.out
+    result = cli(str(ROOT / SCRIPT), str(archive), "--workers", "0", "--sheet", str(tmp_path / "sheet.png"))
+    assert result.code == 1
+    assert f"error: 2 problems in {archive}, the first: " in result.err
+    assert "0101" in result.err.splitlines()[-1]
+    assert "edge/0002.png" in result.out
     assert (tmp_path / "sheet.png").is_file()  # drawn all the same
 
 
@@ -148,21 +148,21 @@ def test_results_are_told_where_no_sheet_can_be_written(
     sound: Path, tmp_path: Path, cli: Callable[..., Result]
 ) -> None:
     (tmp_path / "file").write_text("")
-    done = cli(str(ROOT / SCRIPT), str(sound), "--workers", "0", "--sheet", str(tmp_path / "file" / "sheet.png"))
-    assert done.code == 0, done.err
-    assert "0 damages" in done.out
-    assert re.search(r"no contact sheet: .*sheet\.png can't be written", done.out)
+    result = cli(str(ROOT / SCRIPT), str(sound), "--workers", "0", "--sheet", str(tmp_path / "file" / "sheet.png"))
+    assert result.code == 0, result.err
+    assert "0 damages" in result.out
+    assert re.search(r"no contact sheet: .*sheet\.png can't be written", result.out)
 
 
 def test_the_sheet_never_lies_in_the_dataset(sound: Path, cli: Callable[..., Result]) -> None:
-    done = cli(str(ROOT / SCRIPT), str(sound), "--sheet", str(sound / "sheet.png"))
-    assert done.code == 1
-    assert "sheet.png lies in the dataset" in done.err
+    result = cli(str(ROOT / SCRIPT), str(sound), "--sheet", str(sound / "sheet.png"))
+    assert result.code == 1
+    assert "sheet.png lies in the dataset" in result.err
 
 
 def test_frequencies_are_printed_alone(sound: Path, cli: Callable[..., Result]) -> None:
-    done = cli(str(ROOT / SCRIPT), str(sound), "--frequencies", "--workers", "0")
-    shares = [float(word) for word in done.out.split(",")]
+    result = cli(str(ROOT / SCRIPT), str(sound), "--frequencies", "--workers", "0")
+    shares = [float(word) for word in result.out.split(",")]
     counts = np.zeros(256)
     for path in sorted((sound / "segmentation").iterdir())[:10]:
         counts += np.bincount(cv2.imread(str(path), cv2.IMREAD_UNCHANGED).ravel(), minlength=256)
@@ -221,8 +221,8 @@ def test_a_list_that_is_missing_or_empty_is_damage(archive: Path) -> None:
 
 def test_a_path_in_place_of_an_id_is_damage_and_never_followed(archive: Path) -> None:
     write_list(archive / "gt_sets" / "train.txt", ["0001", "../../x"])
-    found = verify(archive)
-    (row,) = [row for row in found.damages if row.check == "list train"]
+    report = verify(archive)
+    (row,) = [row for row in report.damages if row.check == "list train"]
     assert "lists '../../x', which is not a valid id" in row.details[0]
 
 
@@ -240,20 +240,22 @@ def test_a_tuning_list_with_test_pictures_is_named(archive: Path) -> None:
 def test_shifted_labels_are_found(archive: Path, down: int, right: int) -> None:
     for folder in LABELS:
         change(archive / folder, lambda array: np.roll(array, (down, right), axis=(0, 1)))
-    found = damages(verify(archive))
+    damage = damages(verify(archive))
     for task in NYUD_TASKS:
-        told = re.findall(r"of (?:train|val) lies ([+-]\d+) pixels down and ([+-]\d+) right", found[f"{task} on image"])
-        assert len(told) == 2
-        assert all(abs(int(a) - down) <= 1 and abs(int(b) - right) <= 1 for a, b in told), (task, told)
+        offsets = re.findall(
+            r"of (?:train|val) lies ([+-]\d+) pixels down and ([+-]\d+) right", damage[f"{task} on image"]
+        )
+        assert len(offsets) == 2
+        assert all(abs(int(a) - down) <= 1 and abs(int(b) - right) <= 1 for a, b in offsets), (task, offsets)
 
 
 def test_mirrored_labels_are_found(archive: Path) -> None:
     for folder in LABELS:
         change(archive / folder, lambda array: array[:, ::-1])
-    found = damages(verify(archive))
+    damage = damages(verify(archive))
     for task in NYUD_TASKS:
         for part in ("train", "val"):
-            assert f"{task} of {part} is mirrored" in found[f"{task} left and right"]
+            assert f"{task} of {part} is mirrored" in damage[f"{task} left and right"]
 
 
 def test_labels_of_one_list_alone_are_found(archive: Path) -> None:
@@ -278,11 +280,11 @@ def test_classes_off_by_one_are_found(archive: Path, step: int) -> None:
         return np.clip(array.astype(int) + step, 0, 40).astype(np.uint8)
 
     change(archive / "segmentation", moved)
-    found = damages(verify(archive))
-    assert found
-    assert set(found) <= {"semseg frequencies", "normals of floors"}
+    damage = damages(verify(archive))
+    assert damage
+    assert set(damage) <= {"semseg frequencies", "normals of floors"}
     if step > 0:
-        assert "one too large" in found["semseg frequencies"]
+        assert "one too large" in damage["semseg frequencies"]
 
 
 @pytest.mark.parametrize("factor", [1000, 0.01])
@@ -410,8 +412,8 @@ def test_the_surface_is_the_correlation_at_each_shift() -> None:
 def test_what_pictures_say_together_is_judged(
     count: int, shift: tuple[int, int], clear: bool, sided: float, verdict: str
 ) -> None:
-    found = align.Fit(count=count, shift=shift, clear=clear, correlation=0.2, mirrored=0.1, sided=sided)
-    assert judge._shift_verdict(found) == verdict
+    fit = align.Fit(count=count, shift=shift, clear=clear, correlation=0.2, mirrored=0.1, sided=sided)
+    assert judge._shift_verdict(fit) == verdict
 
 
 def test_boundaries_lie_on_both_sides_of_a_change_of_any_kind() -> None:
@@ -448,8 +450,8 @@ def pascal_room(root: Path, name: str, sample_index: int, part: str) -> None:
     write(root / "semseg" / "pascal-context" / f"{name}.png", TO_VOC[labels["semseg"]])
     context = np.uint16([CONTEXT_PERSON if c == "person" else 440 - i for i, c in enumerate(CLASS_NAMES)])
     write_context(root / "pascal-context" / "trainval" / f"{name}.mat", context[labels["semseg"]])
-    named = ("head", "torso", "luarm", "llarm", "luleg", "llleg")
-    parts = tuple((part, (labels["human_parts"] == i + 1).astype(np.uint8)) for i, part in enumerate(named))
+    part_names = ("head", "torso", "luarm", "llarm", "luleg", "llleg")
+    parts = tuple((part, (labels["human_parts"] == i + 1).astype(np.uint8)) for i, part in enumerate(part_names))
     person = (labels["semseg"] == CLASS_NAMES.index("person")).astype(np.uint8)
     objects = [Object(PERSON, person, tuple(p for p in parts if p[1].any()))] if person.any() else []
     write_parts(root / "human_parts" / f"{name}.mat", name, objects)
@@ -481,9 +483,9 @@ def test_pascal_passes_and_its_damages_are_found(sound_pascal: Path, tmp_path: P
     change(broken / "semseg" / "pascal-context", lambda array: array + np.uint8(1))
     scipy.io.savemat(broken / "human_parts" / "0003.mat", {"other": 1})
     (broken / "pascal-context" / "trainval" / "0102.mat").unlink()
-    found = damages(verify(broken))
-    assert {"sal on image", "semseg most frequent", "decoded human_parts", "files normals", "files edge"} <= set(found)
-    assert "pascal-context/trainval/0102.mat" in found["files edge"]
+    damage = damages(verify(broken))
+    assert {"sal on image", "semseg most frequent", "decoded human_parts", "files normals", "files edge"} <= set(damage)
+    assert "pascal-context/trainval/0102.mat" in damage["files edge"]
 
 
 def test_pascal_of_random_arrays_is_read_in_full(tmp_path: Path) -> None:
@@ -502,12 +504,12 @@ def test_real_small_frames_are_sound_but_for_their_known_deviations(
         pytest.skip("the small real frames are not beside this repository")
     subprocess.run([sys.executable, REAL / "unpack.py", tmp_path / "mini"], check=True, capture_output=True)
     monkeypatch.chdir(tmp_path)
-    done = cli(str(ROOT / SCRIPT), str(tmp_path / "mini"))
-    assert done.code == 0, done.err
-    told = [line for line in done.out.splitlines() if "deviation:" in line]
-    assert all(line.startswith("known deviation: ") for line in told), told
-    for words in ("500 of the 654", "192x256", "otherprop", "8 bits", "pseudo-normals"):
-        assert any(words in line for line in told), words
+    result = cli(str(ROOT / SCRIPT), str(tmp_path / "mini"))
+    assert result.code == 0, result.err
+    deviations = [line for line in result.out.splitlines() if "deviation:" in line]
+    assert all(line.startswith("known deviation: ") for line in deviations), deviations
+    for phrase in ("500 of the 654", "192x256", "otherprop", "8 bits", "pseudo-normals"):
+        assert any(phrase in line for line in deviations), phrase
     assert (tmp_path / "verify_nyud_small.png").is_file()
     assert len(NYUD(tmp_path / "mini", "train", ("semseg",)).ids) == 795
     printed = cli(str(ROOT / SCRIPT), str(tmp_path / "mini"), "--frequencies").out

@@ -99,8 +99,8 @@ def test_label_context_is_attention_to_prototypes():
     torch.manual_seed(0)
     context = LabelContext(6, 3).eval()
     logits, target, source = randn(2, 4, 3, 5), randn(2, 6, 3, 5, seed=1), randn(2, 6, 3, 5, seed=2)
-    found = prototypes(logits, source)
-    assert found.shape == (2, 6, 4)
+    pooled = prototypes(logits, source)
+    assert pooled.shape == (2, 6, 4)
     query = context.query(target)
     want = torch.zeros(2, 3, 3, 5)
     for b in range(2):
@@ -108,7 +108,7 @@ def test_label_context_is_attention_to_prototypes():
         for k in range(4):
             weights = logits[b, k].exp() / logits[b, k].exp().sum()
             means.append(torch.stack([(weights * source[b, c]).sum() for c in range(6)]))
-            torch.testing.assert_close(found[b, :, k], means[k])
+            torch.testing.assert_close(pooled[b, :, k], means[k])
         keys, values = (
             part(torch.stack(means, 1)[None, :, :, None])[0, :, :, 0] for part in (context.key, context.value)
         )
@@ -116,7 +116,7 @@ def test_label_context_is_attention_to_prototypes():
             for x in range(5):
                 scores = torch.stack([query[b, :, y, x] @ keys[:, k] / math.sqrt(3) for k in range(4)])
                 want[b, :, y, x] = sum(weight * values[:, k] for k, weight in enumerate(scores.softmax(dim=0)))
-    torch.testing.assert_close(context(target, found), want)
+    torch.testing.assert_close(context(target, pooled), want)
 
 
 # --- Genotypes
@@ -233,9 +233,9 @@ def test_wiring():
     features, size = make_features(), (44, 53)
     output = decoder(features, size)
     side = (11, 14)
-    whole = torch.cat([F.interpolate(f, side, mode="bilinear", align_corners=False) for f in features], dim=1)
-    initial = {t: decoder.initial[t](whole) for t in TASKS}
-    labels = {t: decoder.labels[t](decoder.auxiliary[t](whole)) for t in ("semseg", "depth", "edge")}
+    stacked = torch.cat([F.interpolate(f, side, mode="bilinear", align_corners=False) for f in features], dim=1)
+    initial = {t: decoder.initial[t](stacked) for t in TASKS}
+    labels = {t: decoder.labels[t](decoder.auxiliary[t](stacked)) for t in ("semseg", "depth", "edge")}
     assert list(decoder.auxiliary) == ["semseg", "depth", "edge"]  # nobody asks for the labels of normals
     context = decoder.refine["depth"].contexts
     assert set(context) == {"semseg", "normals", "edge"}
@@ -388,8 +388,8 @@ def test_published_size(genotype, width):
 
 
 def test_from_its_config():
-    words = ["decoder=atrc", "data=rooms", "backbone=resnet18", "decoder.kinds.depth.count=5", "decoder.widest=40"]
-    config = composed(*words, "decoder.genotype={semseg:{semseg:local,edge:4},edge:{semseg:1,edge:none}}",
+    overrides = ["decoder=atrc", "data=rooms", "backbone=resnet18", "decoder.kinds.depth.count=5", "decoder.widest=40"]
+    config = composed(*overrides, "decoder.genotype={semseg:{semseg:local,edge:4},edge:{semseg:1,edge:none}}",
                       "tasks.names=[edge,semseg]")  # fmt: skip
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)

@@ -63,9 +63,9 @@ def test_any_subset_of_tasks(tasks):
 
 @pytest.mark.parametrize("strides", [PYRAMID, VIT])
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("made", [make, make_v3])
-def test_any_backbone(made, strides, training):
-    checks.check_shapes(made, TASKS, strides, batch=1, training=training)
+@pytest.mark.parametrize("make", [make, make_v3])
+def test_any_backbone(make, strides, training):
+    checks.check_shapes(make, TASKS, strides, batch=1, training=training)
 
 
 def test_the_skip_keeps_the_finest_stride():

@@ -81,8 +81,8 @@ def test_maps_of_odd_sizes():
 def test_tasks_share_one_map_or_have_their_own():
     shared = make(CHANNELS, VIT, TASKS)(features((32, 32), VIT), (32, 32)).features["trunk"]
     assert shared["depth"] is shared["semseg"]
-    own = make_necks(CHANNELS, VIT, TASKS)(features((32, 32), VIT), (32, 32)).features["trunk"]
-    assert not torch.equal(own["depth"], own["semseg"])
+    maps = make_necks(CHANNELS, VIT, TASKS)(features((32, 32), VIT), (32, 32)).features["trunk"]
+    assert not torch.equal(maps["depth"], maps["semseg"])
 
 
 def count_published(embed_dim: int, levels: tuple[int, ...], width: int = 256) -> int:

@@ -98,14 +98,14 @@ def looped_attention(module, x, heard):
 
 def bilinear(grid, i, j, size):
     """The value at place (i, j) of ``grid`` resized to ``size``, pixel centres aligned."""
-    found = []
-    for place, side, wanted in zip((i, j), grid.shape, size):
-        at = min(max((place + 0.5) * side / wanted - 0.5, 0), side - 1)
+    corners = []
+    for index, side, target in zip((i, j), grid.shape, size):
+        at = min(max((index + 0.5) * side / target - 0.5, 0), side - 1)
         low = int(at)
-        found.append((low, min(low + 1, side - 1), at - low))
-    (top, bottom, a), (left, right, b) = found
-    upper = (1 - b) * grid[top, left] + b * grid[top, right]
-    lower = (1 - b) * grid[bottom, left] + b * grid[bottom, right]
+        corners.append((low, min(low + 1, side - 1), at - low))
+    (top, bottom, a), (left_column, right, b) = corners
+    upper = (1 - b) * grid[top, left_column] + b * grid[top, right]
+    lower = (1 - b) * grid[bottom, left_column] + b * grid[bottom, right]
     return (1 - a) * upper + a * lower
 
 
@@ -150,14 +150,14 @@ def test_every_task_hears_every_other():
     decoder = make_decoder().eval()
     features = make_features(size=(128, 128), batch=1)
     with torch.no_grad():
-        before = decoder(features, (128, 128))
+        output_before = decoder(features, (128, 128))
     for other in TASKS:
         hook = decoder.mix[other].register_forward_hook(lambda m, i, o: o + F.pad(torch.ones(1, 1, 1, 1), (0, 3, 0, 3)))
         with torch.no_grad():
-            after = decoder(features, (128, 128))
+            output_after = decoder(features, (128, 128))
         hook.remove()
         for task in TASKS:
-            change = (after.predictions[task] - before.predictions[task]).abs()
+            change = (output_after.predictions[task] - output_before.predictions[task]).abs()
             assert change[..., 100:, 100:].max() > 0, (other, task)
 
 
@@ -221,8 +221,8 @@ def test_shared_is_what_serves_more_than_one_task():
     shared = {id(p) for p in decoder.shared_parameters()}
     for name, parameter in decoder.named_parameters():
         # The last stage's queries are masked, not cut off: another task's gradient there is zero, not missing.
-        own = len(reached[name]) == 1 or name.startswith("stages.2.attention.shrink.")
-        assert (id(parameter) in shared) == (not own), name
+        unshared = len(reached[name]) == 1 or name.startswith("stages.2.attention.shrink.")
+        assert (id(parameter) in shared) == (not unshared), name
 
 
 def test_encoder_maps():
@@ -303,8 +303,8 @@ def test_overfits_one_batch():
     losses = []
     for _ in range(25):
         output = decoder(features, (64, 64))
-        found = [output.predictions, *output.intermediate]
-        loss = sum((maps[t] - targets[t]).square().mean() for maps in found for t in TASKS)
+        stages = [output.predictions, *output.intermediate]
+        loss = sum((maps[t] - targets[t]).square().mean() for maps in stages for t in TASKS)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -320,8 +320,8 @@ def published(tasks, size, name="vit_large_patch16_384", **options):
     with torch.device("meta"):
         backbone = build_backbone(name, kwargs={"img_size": size, "dynamic_img_size": True})
         model = EncoderDecoder(backbone, InvPT(backbone.channels, backbone.strides, tasks, **options)).eval()
-    found = count(model, size)
-    return found.parameters / 1e6, found.multiply_adds / 1e9
+    cost = count(model, size)
+    return cost.parameters / 1e6, cost.multiply_adds / 1e9
 
 
 @pytest.mark.slow

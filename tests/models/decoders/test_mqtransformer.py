@@ -35,9 +35,9 @@ def test_attention_is_one_query_and_head_at_a_time():
             v = attention.value(source[b])
             heads = []
             for h in range(3):
-                own = slice(4 * h, 4 * h + 4)
-                weights = torch.stack([(q[own] * k[j, own]).sum() / 2 for j in range(7)]).softmax(dim=0)
-                heads.append(sum(weights[j] * v[j, own] for j in range(7)))
+                channels = slice(4 * h, 4 * h + 4)
+                weights = torch.stack([(q[channels] * k[j, channels]).sum() / 2 for j in range(7)]).softmax(dim=0)
+                heads.append(sum(weights[j] * v[j, channels] for j in range(7)))
             torch.testing.assert_close(got[b, i], attention.out(torch.cat(heads)), rtol=1e-4, atol=1e-5)
 
 
@@ -54,12 +54,12 @@ def test_task_features_are_those_of_the_concatenation():
 def test_tasks_hear_each_other_through_their_queries_alone():
     decoder = make_decoder().eval()
     features = make_features(1, 16, 16)
-    before = decoder.predict(features, (16, 16))
+    output_before = decoder.predict(features, (16, 16))
     with torch.no_grad():
         for layer in decoder.project["depth"]:
             layer.weight.mul_(2)
-    after = decoder.predict(features, (16, 16))
-    assert not torch.allclose(before["semseg"], after["semseg"])
+    output_after = decoder.predict(features, (16, 16))
+    assert not torch.allclose(output_before["semseg"], output_after["semseg"])
     with torch.no_grad():
         decoder.reason.out_proj.weight.zero_()
         silent = decoder.predict(features, (16, 16))

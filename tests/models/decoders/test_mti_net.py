@@ -66,15 +66,15 @@ def test_scales_hand_on_from_coarse_to_fine():
     decoder = checks.made(make).eval()
     maps = checks.features((64, 96))
     with torch.no_grad():
-        before = decoder(maps, (64, 96))
+        output_before = decoder(maps, (64, 96))
         for changed in range(4):
             other = [m + 1 if i == changed else m for i, m in enumerate(maps)]
-            after = decoder(other, (64, 96))
+            output_after = decoder(other, (64, 96))
             for scale in range(4):
                 for t in TASKS:
-                    same = torch.equal(before.intermediate[scale][t], after.intermediate[scale][t])
+                    same = torch.equal(output_before.intermediate[scale][t], output_after.intermediate[scale][t])
                     assert same == (scale > changed), (changed, scale, t)
-            assert all(not torch.equal(before.predictions[t], after.predictions[t]) for t in TASKS)
+            assert all(not torch.equal(output_before.predictions[t], output_after.predictions[t]) for t in TASKS)
 
 
 def test_a_pyramid_makes_all_scales_of_one_width():

@@ -65,16 +65,16 @@ def test_any_backbone(strides, training):
 def test_initial_predictions_are_of_the_maps_before_the_distillation():
     decoder = checks.made(make).eval()
     with torch.no_grad():
-        before = decoder(checks.features((64, 64)), (64, 64))
+        output_before = decoder(checks.features((64, 64)), (64, 64))
         for parameter in decoder.distillation.parameters():
             parameter.zero_()
-        after = decoder(checks.features((64, 64)), (64, 64))
-    assert len(before.intermediate) == 1
+        output_after = decoder(checks.features((64, 64)), (64, 64))
+    assert len(output_before.intermediate) == 1
     for t in TASKS:
-        assert torch.equal(before.intermediate[0][t], after.intermediate[0][t])
-        assert torch.equal(before.features["initial"][t], after.features["initial"][t])
-        assert not torch.allclose(before.predictions[t], after.predictions[t], atol=1e-4)
-        assert torch.equal(after.features["final"][t], decoder.heads[t](after.features["initial"][t]))
+        assert torch.equal(output_before.intermediate[0][t], output_after.intermediate[0][t])
+        assert torch.equal(output_before.features["initial"][t], output_after.features["initial"][t])
+        assert not torch.allclose(output_before.predictions[t], output_after.predictions[t], atol=1e-4)
+        assert torch.equal(output_after.features["final"][t], decoder.heads[t](output_after.features["initial"][t]))
 
 
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_compiles, checks.check_bf16,
