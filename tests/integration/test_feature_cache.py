@@ -24,9 +24,9 @@ def test_two_processes_share_the_work_of_filling_and_a_resumed_run_ends_at_the_s
 
     def run(name: str, *overrides: str) -> str:
         folder = tmp_path / name
-        done = started(*TORCHRUN, "train.py", *OVERRIDES, cache, f"hydra.run.dir={folder}", *overrides)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
+        process = started(*TORCHRUN, "train.py", *OVERRIDES, cache, f"hydra.run.dir={folder}", *overrides)
+        assert process.returncode == 0, process.stderr[-3000:]
+        return process.stdout
 
     assert "14 are to be computed" in run("whole", "trainer.max_steps=4")
     entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.array")}
@@ -34,8 +34,8 @@ def test_two_processes_share_the_work_of_filling_and_a_resumed_run_ends_at_the_s
     assert run("cut", "trainer.max_steps=2").count("all there") == 2
     run("cut", "trainer.max_steps=4", "resume=auto")
     assert {path: path.stat().st_mtime_ns for path in entries} == entries
-    whole, cut = read_weights(tmp_path / "whole"), read_weights(tmp_path / "cut")
-    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    uncut, cut = read_weights(tmp_path / "whole"), read_weights(tmp_path / "cut")
+    assert all(torch.equal(value, cut[name]) for name, value in uncut.items())
 
 
 @pytest.mark.slow

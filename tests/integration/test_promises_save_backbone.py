@@ -50,9 +50,9 @@ def frozen(tmp_path_factory):
     folder = tmp_path_factory.mktemp("frozen")
     write_weights(folder / "weights.safetensors")
     write_weights(folder / "others.safetensors", seed=2)
-    words = [*QUICK, *FROZEN, f"backbone.weights={folder / 'weights.safetensors'}"]
-    train(composed(*words), folder / "without")
-    train(composed(*words, "trainer.save_backbone=true"), folder / "with")
+    overrides = [*QUICK, *FROZEN, f"backbone.weights={folder / 'weights.safetensors'}"]
+    train(composed(*overrides), folder / "without")
+    train(composed(*overrides, "trainer.save_backbone=true"), folder / "with")
     train(composed(*QUICK, *FROZEN), folder / "random")
     return folder
 
@@ -77,17 +77,17 @@ def test_random_weights_are_saved(frozen):
 
 
 def test_a_run_goes_on_with_the_weights_of_its_file_and_no_others(frozen, tmp_path):
-    words = [*QUICK, *FROZEN, "trainer.max_steps=4"]
+    overrides = [*QUICK, *FROZEN, "trainer.max_steps=4"]
     path = frozen / "without" / "checkpoints" / "last.pt"
     weights = f"backbone.weights={frozen / 'weights.safetensors'}"
-    train(composed(*words, weights), tmp_path / "whole")
-    train(composed(*words, weights, f"resume={path}"), tmp_path / "on")
+    train(composed(*overrides, weights), tmp_path / "whole")
+    train(composed(*overrides, weights, f"resume={path}"), tmp_path / "on")
     for part in ("model", "regularizer"):
         assert_equal_states(read(tmp_path / "whole")[part], read(tmp_path / "on")[part])
     assert_equal_states(read(tmp_path / "whole")["ema"]["model"], read(tmp_path / "on")["ema"]["model"])
     for source in (frozen / "others.safetensors", "none"):
         with pytest.raises(UserError, match=r"^backbone.weights=.* gives another backbone .* mobilenetv2_050 with the"):
-            train(composed(*words, f"backbone.weights={source}", f"resume={path}"), tmp_path / "other")
+            train(composed(*overrides, f"backbone.weights={source}", f"resume={path}"), tmp_path / "other")
 
 
 def test_loading_asks_for_the_weights_and_takes_no_others(frozen, tmp_path, monkeypatch):
@@ -119,10 +119,12 @@ def test_evaluate_py_takes_the_weights_as_an_override(frozen, tmp_path, cli):
     path = frozen / "without" / "checkpoints" / "last.pt"
     weights = f"backbone.weights={frozen / 'weights.safetensors'}"
     assert_fails(cli("evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'a'}"), "leaves out its frozen")
-    done = cli("evaluate.py", f"checkpoint={path}", weights, f"hydra.run.dir={tmp_path / 'b'}")
-    assert done.code == 0, done.err
-    scores, own = (json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "b", frozen / "without"))
-    assert scores["depth"] == pytest.approx(own["depth"], rel=1e-4)
+    result = cli("evaluate.py", f"checkpoint={path}", weights, f"hydra.run.dir={tmp_path / 'b'}")
+    assert result.code == 0, result.err
+    scores, metrics_without = (
+        json.loads((f / "metrics.json").read_text()) for f in (tmp_path / "b", frozen / "without")
+    )
+    assert scores["depth"] == pytest.approx(metrics_without["depth"], rel=1e-4)
     complete = frozen / "with" / "checkpoints" / "last.pt"
     refused = cli("evaluate.py", f"checkpoint={complete}", weights, f"hydra.run.dir={tmp_path / 'c'}")
     assert_fails(refused, "backbone.weights belongs to the checkpoint's model")
@@ -131,15 +133,15 @@ def test_evaluate_py_takes_the_weights_as_an_override(frozen, tmp_path, cli):
 def test_adapters_are_saved_without_their_backbone(tmp_path):
     pytest.importorskip("peft")
     weights = write_weights(tmp_path / "vit.safetensors", "vit_small_patch16_384", drop_path_rate=0.15, **VIT)
-    words = [*QUICK, *LORA, f"backbone.weights={weights}"]
-    train(composed(*words), tmp_path / "without")
-    train(composed(*words, "trainer.save_backbone=true"), tmp_path / "with")
+    overrides = [*QUICK, *LORA, f"backbone.weights={weights}"]
+    train(composed(*overrides), tmp_path / "without")
+    train(composed(*overrides, "trainer.save_backbone=true"), tmp_path / "with")
     names = {name for name in read(tmp_path / "without")["model"] if name.startswith("backbone.")}
     assert names
     assert all(".lora_" in name for name in names)
     loaded, complete = load_model(tmp_path / "without", weights), load_model(tmp_path / "with")
     assert_equal_states(loaded.model.state_dict(), complete.model.state_dict())
-    train(composed(*words, "trainer.max_steps=4", "resume=auto"), tmp_path / "without")
+    train(composed(*overrides, "trainer.max_steps=4", "resume=auto"), tmp_path / "without")
     assert read(tmp_path / "without")["step"] == 4
 
 

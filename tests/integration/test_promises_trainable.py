@@ -172,7 +172,7 @@ def test_nothing_shared_is_nothing_to_balance(tmp_path, caplog):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("trainable", ["frozen", "lora", "last_1"])
 def test_two_processes_train_as_one(trainable, parallel, tmp_path):
-    words = [
+    overrides = [
         *VIT,
         "++backbone.kwargs.drop_path_rate=0",
         f"backbone.trainable={trainable}",
@@ -181,8 +181,8 @@ def test_two_processes_train_as_one(trainable, parallel, tmp_path):
         "trainer.ema=0.5",
         "trainer.max_steps=20",
     ]
-    one = worked(tmp_path / "one", None, *words)
-    check_same(one, worked(tmp_path / "two", TORCHRUN, *words, f"trainer.parallel={parallel}"))
+    one = worked(tmp_path / "one", None, *overrides)
+    check_same(one, worked(tmp_path / "two", TORCHRUN, *overrides, f"trainer.parallel={parallel}"))
 
 
 @pytest.mark.slow
