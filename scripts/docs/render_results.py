@@ -28,7 +28,10 @@ from mtcl.tasks import Task
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
-DOCUMENTS = (*(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models", "foundation_backbones")), ROOT / "README.md")
+DOCUMENTS = (
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models", "foundation_backbones")),
+    ROOT / "README.md",
+)
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means)? -->\n.*?<!-- end -->", re.DOTALL)
 SHARED_KEYS = ("num_images", "split", "step", "device")  # of run.json: equal in all rows of one table
 
