@@ -273,16 +273,33 @@ def _read_state_dict(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix("module."): value for key, value in state.items()}
 
 
+def _check_dropped_biases(
+    authors_state: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str, path: Path
+) -> None:
+    """Raise ``ParameterError`` if timm's conversion dropped biases of queries or values that are not 0 (DINOv3's)."""
+    for key, bias in authors_state.items():
+        if key.endswith("attn.qkv.bias") and key not in state and key.replace("qkv.bias", "q_bias") not in state:
+            queries, _, values = bias.chunk(3)  # the keys' are masked
+            if queries.any() or values.any():
+                raise ParameterError(
+                    "weights",
+                    f"={path} has biases ({key}) that backbone {name} lacks; choose timm's model with them "
+                    f"(backbone {name.partition('.')[0]}_qkvb)",
+                )
+
+
 def _load_file(net: nn.Module, name: str, options: Mapping[str, Any], path: Path) -> None:
     """Load every parameter and buffer of ``net`` from a file of the complete timm model, or raise ``UserError``."""
     state = _read_state_dict(path)
     complete = timm.create_model(name, **options)
     convert = getattr(sys.modules[model_entrypoint(name).__module__], "checkpoint_filter_fn", None)
     if convert is not None:  # timm's conversion of the original authors' files (names, position embeddings)
+        authors_state = dict(state)
         try:
             state = convert(state, complete)
         except Exception as error:
             raise ParameterError("weights", f"={path} does not fit backbone {name}: {_first_line(error)}") from error
+        _check_dropped_biases(authors_state, state, name, path)
     by_name = {key.replace(".", "_"): value for key, value in state.items()}
     target = net.state_dict()
     matches = {key: by_name.get(get_complete_name(key)) for key in target}

@@ -225,6 +225,35 @@ def test_files_of_relatives_are_refused(name, kwargs, other, other_kwargs, reaso
     assert name in str(error.value)
 
 
+def name_as_dinov3(state, bias, depth=4):
+    """A state dict of timm's under the names of DINOv3's code, its biases of queries, keys and values alike."""
+    renames = {"gamma_1": "ls1.gamma", "gamma_2": "ls2.gamma", "reg_token": "storage_tokens"}
+    for old, new in renames.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
+    width = state["cls_token"].shape[-1]
+    for i in range(depth):
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.full((3 * width,), bias)
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(3 * width)
+    return {**state, "mask_token": torch.zeros(1, width), "rope_embed.periods": torch.ones(4)}
+
+
+def test_the_authors_files_of_dinov3(tmp_path):
+    """timm's models have no biases of queries and values, which are 0 in the larger files; others are refused."""
+    kwargs, path = {"embed_dim": 32, "depth": 4, "num_heads": 2}, tmp_path / "dinov3.pth"
+    name = "vit_small_patch16_dinov3"
+    state = timm.create_model(name, **kwargs).state_dict()
+    torch.save(name_as_dinov3(state, 0.0), path)
+    backbone = build_backbone(name, weights=path, kwargs=kwargs)
+    assert all(
+        torch.equal(value, state[key.removeprefix("model.")]) for key, value in backbone.net.state_dict().items()
+    )
+    torch.save(name_as_dinov3(state, 0.5), path)
+    with pytest.raises(UserError, match=f"has biases .*choose timm's model with them .backbone {name}_qkvb"):
+        build_backbone(f"{name}.lvd1689m", weights=path, kwargs=kwargs)
+    parameters = dict(build_backbone(f"{name}_qkvb", weights=path, kwargs=kwargs).net.named_parameters())
+    assert all(parameters[f"model.blocks.{i}.attn.{kind}_bias"].eq(0.5).all() for i in range(4) for kind in "qv")
+
+
 def test_a_file_without_the_classifier_will_do(tmp_path):
     state = make_whole("cnn").state_dict()
     bare = {key: value for key, value in state.items() if not key.startswith("fc.")}
