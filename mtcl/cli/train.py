@@ -171,14 +171,19 @@ def log_setup(
     if trainer.regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regularizer is off")
     log.info("%s", train_dataset.summary())
+    if config.trainer.dry_run and config.data.get("feature_cache") is not None:
+        log.info("dry run: the feature cache is left alone, so this step is slower than one of the training")
+    num_parameters = sum(p.numel() for p in trainer.model.parameters())
+    num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     log.info(
-        "%s: %d training and %d validation images, tasks %s, %s, %.2f M parameters, on %s",
+        "%s: %d training and %d validation images, tasks %s, %s, %.2f M parameters%s, on %s",
         config.data.name,
         len(train_dataset.ids),
         len(val_dataset.ids),
         ", ".join(trainer.tasks),
         "no regularizer" if trainer.regularizer is None else f"contrast with weight {config.regularizer.weight}",
-        sum(p.numel() for p in trainer.model.parameters()) / 1e6,
+        num_parameters / 1e6,
+        f" ({num_trained / 1e6:.2f} M of them trained)" if num_trained < num_parameters else "",
         trainer.device,
     )
 
