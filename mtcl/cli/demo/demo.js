@@ -1,16 +1,16 @@
 // Runs once, as the body of a function of `element`, whose content changes with every image.
 const decoded = new WeakMap(); // figure -> promise of its values
-const place = { x: 0.5, y: 0.5 };
+const pointer = { x: 0.5, y: 0.5 };
 let shown = 0;
 
-async function values(about) {
+async function decodeValues(about) {
   const packed = Uint8Array.from(atob(about.data), (letter) => letter.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const buffer = await new Response(stream).arrayBuffer();
   return { ...about, array: about.bytes === 2 ? new Uint16Array(buffer) : new Uint8Array(buffer) };
 }
 
-const words = {
+const formats = {
   class: (at) => (at.names[at.value(0)] ?? "void"),
   metres: (at) => (at.value(0) ? `${(at.value(0) / 1000).toFixed(2)} m` : "no depth"),
   percent: (at) => `${at.value(0)} %`,
@@ -23,13 +23,13 @@ const words = {
   },
 };
 
-function told(about) {
+function formatValue(about) {
   const [width, height] = about.size;
-  const column = Math.min(width - 1, Math.floor(place.x * width));
-  const row = Math.min(height - 1, Math.floor(place.y * height));
+  const column = Math.min(width - 1, Math.floor(pointer.x * width));
+  const row = Math.min(height - 1, Math.floor(pointer.y * height));
   const parts = about.kind === "direction" ? 3 : 1;
   const value = (part) => about.array[(row * width + column) * parts + part];
-  return words[about.kind]({ names: about.names, value });
+  return formats[about.kind]({ names: about.names, value });
 }
 
 async function show() {
@@ -37,13 +37,13 @@ async function show() {
   for (const figure of element.querySelectorAll(".tile")) {
     const frame = figure.querySelector(".frame");
     frame.classList.add("pointed");
-    frame.style.setProperty("--x", `${100 * place.x}%`);
-    frame.style.setProperty("--y", `${100 * place.y}%`);
+    frame.style.setProperty("--x", `${100 * pointer.x}%`);
+    frame.style.setProperty("--y", `${100 * pointer.y}%`);
     if (!figure.dataset.values) continue;
-    if (!decoded.has(figure)) decoded.set(figure, values(JSON.parse(figure.dataset.values)));
+    if (!decoded.has(figure)) decoded.set(figure, decodeValues(JSON.parse(figure.dataset.values)));
     const about = await decoded.get(figure);
     if (turn !== shown) return;
-    figure.querySelector("output").textContent = told(about);
+    figure.querySelector("output").textContent = formatValue(about);
   }
 }
 
@@ -57,8 +57,8 @@ function point(event) {
   const frame = event.target.closest(".frame");
   if (!frame) return event.pointerType === "mouse" && hide();
   const box = frame.getBoundingClientRect();
-  place.x = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
-  place.y = Math.min(1, Math.max(0, (event.clientY - box.top) / box.height));
+  pointer.x = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
+  pointer.y = Math.min(1, Math.max(0, (event.clientY - box.top) / box.height));
   show();
 }
 
@@ -71,7 +71,7 @@ element.addEventListener("keydown", (event) => {
   if (!event.target.closest(".frame") || !steps[event.key]) return;
   event.preventDefault();
   const [x, y] = steps[event.key];
-  place.x = Math.min(1, Math.max(0, place.x + x / 50));
-  place.y = Math.min(1, Math.max(0, place.y + y / 50));
+  pointer.x = Math.min(1, Math.max(0, pointer.x + x / 50));
+  pointer.y = Math.min(1, Math.max(0, pointer.y + y / 50));
   show();
 });
