@@ -27,11 +27,11 @@ SMALL = ["decoder.width=12", "decoder.prediction_width=4",
 ROOMS = [*PASCAL[1:], "data=rooms", "tasks.names=[semseg,human_parts,sal,normals,edge]"]
 
 
-def words_of(*overrides):
+def add_shrinking(*overrides):
     return [*overrides, *SMALL]
 
 
-def channels_of(overrides):
+def list_channels(overrides):
     return {name: task.channels for name, task in build_tasks(composed(*overrides)).items()}
 
 
@@ -49,9 +49,9 @@ def write(path, state, prefix="module.", **more):
     return path
 
 
-def published(overrides, seed=0, **options):
+def make_published(overrides, seed=0, **options):
     small = {"dim": 24, "depth": 4, "width": 12, "extra": 4}
-    return random_state(published_shapes(channels_of(overrides), SIZE, **{**small, **options}), seed)
+    return random_state(published_shapes(list_channels(overrides), SIZE, **{**small, **options}), seed)
 
 
 def rebuilt(path):
@@ -67,8 +67,8 @@ def rebuilt(path):
 
 @pytest.mark.parametrize("data", ["pascal", "nyud"])
 def test_invpt_predicts_as_published(data, tmp_path):
-    overrides = words_of(*PASCAL[1:], f"data={data}")
-    state = published(overrides)
+    overrides = add_shrinking(*PASCAL[1:], f"data={data}")
+    state = make_published(overrides)
     imported = import_checkpoint(
         "invpt", write(tmp_path / "theirs.pth.tar", state), tmp_path / "ours.pt", overrides, CONFIGS
     )
@@ -114,8 +114,8 @@ def test_the_published_vit_large_fits(tasks):
 
 
 def test_evaluate_loads_what_was_imported(tmp_path):
-    overrides = words_of(*ROOMS)
-    source = write(tmp_path / "theirs.pth.tar", published(overrides))
+    overrides = add_shrinking(*ROOMS)
+    source = write(tmp_path / "theirs.pth.tar", make_published(overrides))
     import_checkpoint("invpt", source, tmp_path / "ours.pt", overrides, CONFIGS)
     evaluation_overrides = [f"checkpoint={tmp_path}/ours.pt", "data.limit=2", "data.workers=0", "trainer.device=cpu",
                             "evaluation.score_boundaries=false", "data.size=[40,72]"]  # fmt: skip
@@ -127,8 +127,8 @@ def test_evaluate_loads_what_was_imported(tmp_path):
 
 
 def test_the_script(tmp_path, capsys, monkeypatch):
-    overrides = words_of(*PASCAL)
-    source = write(tmp_path / "theirs.pth.tar", published(overrides))
+    overrides = add_shrinking(*PASCAL)
+    source = write(tmp_path / "theirs.pth.tar", make_published(overrides))
     monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", "invpt", str(source), f"{tmp_path}/ours.pt", *overrides])
     runpy.run_path(str(ROOT / "scripts" / "import_checkpoint.py"), run_name="__main__")
     output = capsys.readouterr().out
@@ -140,8 +140,8 @@ def test_the_script(tmp_path, capsys, monkeypatch):
 
 
 def test_a_bare_state_dict_will_do(tmp_path):
-    overrides = words_of(*PASCAL)
-    torch.save(published(overrides), tmp_path / "bare.pth")
+    overrides = add_shrinking(*PASCAL)
+    torch.save(make_published(overrides), tmp_path / "bare.pth")
     import_checkpoint("invpt", tmp_path / "bare.pth", tmp_path / "ours.pt", overrides, CONFIGS)
     assert read_checkpoint_file(tmp_path / "ours.pt")["step"] == 0
 
@@ -178,16 +178,16 @@ def broken(state, how):
     ],
 )
 def test_what_does_not_fit_is_refused(how, message, tmp_path):
-    overrides = words_of(*PASCAL)
-    source = write(tmp_path / "theirs.pth.tar", broken(published(overrides), how))
+    overrides = add_shrinking(*PASCAL)
+    source = write(tmp_path / "theirs.pth.tar", broken(make_published(overrides), how))
     with pytest.raises(UserError, match=message):
         import_checkpoint("invpt", source, tmp_path / "ours.pt", overrides, CONFIGS)
     assert not (tmp_path / "ours.pt").exists()
 
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):
-    overrides, target = words_of(*PASCAL), tmp_path / "ours.pt"
-    source = write(tmp_path / "theirs.pth.tar", published(overrides))
+    overrides, target = add_shrinking(*PASCAL), tmp_path / "ours.pt"
+    source = write(tmp_path / "theirs.pth.tar", make_published(overrides))
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save({"model": [1, 2]}, tmp_path / "list.pth")
     for method, path, given_overrides, message in (

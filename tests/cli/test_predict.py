@@ -37,10 +37,10 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def predict(cli, run, tmp_path):
-    def with_words(source, *arguments: str, output="out"):
+    def run_predict(source, *arguments: str, output="out"):
         return cli(SCRIPT, str(run), str(source), f"--output={tmp_path / output}", "--device=cpu", *arguments)
 
-    return with_words
+    return run_predict
 
 
 def picture(seed: int = 0, height: int = 24, width: int = 40) -> np.ndarray:

@@ -26,15 +26,15 @@ from mtcl.errors import UserError
 from mtcl.run_lock import is_locked, lock_run
 from mtcl.training.checkpoint_file import write_checkpoint_file
 
-WORDS = ["backbone.name=test_resnet", "decoder.width=8", "decoder.head_width=4", "data.size=[32,64]"]
-WORDS += ["tasks.names=[semseg,depth]", "trainer.device=cpu"]
+OVERRIDES = ["backbone.name=test_resnet", "decoder.width=8", "decoder.head_width=4", "data.size=[32,64]"]
+OVERRIDES += ["tasks.names=[semseg,depth]", "trainer.device=cpu"]
 
 
 @pytest.fixture(scope="module")
 def state() -> dict:
     """The content of a small checkpoint."""
     torch.manual_seed(0)
-    config = composed(*WORDS)
+    config = composed(*OVERRIDES)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     return {

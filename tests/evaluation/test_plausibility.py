@@ -120,7 +120,7 @@ def without(root: Path, folder: str) -> None:
         cv2.imwrite(str(path), np.zeros((64, 96), np.uint8))
 
 
-WORDS = [
+OVERRIDES = [
     "data=nyud",
     *TINY,
     "data.size=[64,96]",
@@ -128,7 +128,7 @@ WORDS = [
     "trainer.validate_first=false",
     "trainer.num_panels=0",
 ]
-WORDS += ["trainer.max_steps=1", "evaluation.score_boundaries=false"]
+OVERRIDES += ["trainer.max_steps=1", "evaluation.score_boundaries=false"]
 
 
 def test_a_task_without_any_label_is_a_warning_and_alone_an_error(cli, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_task_without_any_label_is_a_warning_and_alone_an_error(cli, tmp_path:
     for path in (root / "depth").glob("*.npy"):
         np.save(path, 1000 * np.load(path))
     sentence = "no training image had a valid label of semseg: its head was not trained"
-    overrides = [*WORDS, f"data.root={root}", "tasks.names=[semseg,depth]"]
+    overrides = [*OVERRIDES, f"data.root={root}", "tasks.names=[semseg,depth]"]
     result = cli("train.py", *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     warnings = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]

@@ -15,7 +15,7 @@ from helpers.common import ROOT, TINY
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
-WORDS = [
+RANKS_OVERRIDES = [
     *TINY,
     "data.batch_size=4",
     "data.limit=7",
@@ -37,9 +37,11 @@ def worked(folder: Path, command: list[str] | None, *overrides: str) -> tuple[di
     """What ranks_worker.py found, and the state it left in ``folder / "state.pt"``. No command: in this process."""
     folder.mkdir()
     if command is None:
-        ranks_worker.main(folder, [*WORDS, *overrides])
+        ranks_worker.main(folder, [*RANKS_OVERRIDES, *overrides])
     else:
-        process = started(*command, ROOT / "tests" / "helpers" / "ranks_worker.py", folder, *WORDS, *overrides)
+        process = started(
+            *command, ROOT / "tests" / "helpers" / "ranks_worker.py", folder, *RANKS_OVERRIDES, *overrides
+        )
         assert process.returncode == 0, process.stderr[-3000:]
     return json.loads((folder / "found.json").read_text()), torch.load(folder / "state.pt")
 

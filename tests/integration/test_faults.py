@@ -19,9 +19,9 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 
 pytestmark = pytest.mark.slow
 
-WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[semseg,depth]", "trainer.validate_first=false"]
-WORDS += ["trainer.val_interval=null", "trainer.num_panels=0", "evaluation.score_boundaries=false", "data.limit=7"]
-WORDS += ["trainer.max_steps=60"]
+OVERRIDES = [*TINY, "backbone.name=test_resnet", "tasks.names=[semseg,depth]", "trainer.validate_first=false"]
+OVERRIDES += ["trainer.val_interval=null", "trainer.num_panels=0", "evaluation.score_boundaries=false", "data.limit=7"]
+OVERRIDES += ["trainer.max_steps=60"]
 
 # Imports once, then a process for every run of train.py, ended with SIGKILL at a moment drawn from the seed.
 DRIVER = r"""
@@ -111,7 +111,7 @@ def drive(folder: Path, *overrides: str, kills: int = 0, after_step: int = 0, se
     ``after``: kill once so many steps are recorded, else at drawn moments.
     """
     log = folder.with_suffix(".log")
-    all_overrides = [*WORDS, "resume=auto", f"hydra.run.dir={folder}", *overrides]
+    all_overrides = [*OVERRIDES, "resume=auto", f"hydra.run.dir={folder}", *overrides]
     plan = {
         "folder": str(folder),
         "words": all_overrides,
@@ -244,7 +244,7 @@ def mounted(folder: Path, megabytes: int):
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), *WORDS, f"hydra.run.dir={folder}", *overrides]
+    return [sys.executable, str(ROOT / "train.py"), *OVERRIDES, f"hydra.run.dir={folder}", *overrides]
 
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the driver: sums of two threads round otherwise

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import ROOT
-from helpers.processes import TORCHRUN, WORDS, started
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, started
 
-OVERRIDES = [*WORDS, "backbone.trainable=frozen", "data.views=2", "schedule=constant", "data.workers=1"]
+OVERRIDES = [*RANKS_OVERRIDES, "backbone.trainable=frozen", "data.views=2", "schedule=constant", "data.workers=1"]
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import TORCHRUN, WORDS, check_same, started, worked
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, check_same, started, worked
 
 from mtcl import UserError
 from mtcl.data.loader import EpochBatchSampler
@@ -34,7 +34,7 @@ def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp
 @pytest.mark.slow
 def test_train_py_under_torchrun(tmp_path):
     """One folder, one writer, one table; resumed in the middle it ends at the same weights."""
-    overrides = [*WORDS, "trainer.max_steps=4", "trainer.checkpoint_interval=2"]
+    overrides = [*RANKS_OVERRIDES, "trainer.max_steps=4", "trainer.checkpoint_interval=2"]
 
     def run(folder: Path, *more: str) -> subprocess.CompletedProcess:
         return started(*TORCHRUN, "train.py", *overrides, f"hydra.run.dir={folder}", *more)

@@ -197,12 +197,12 @@ def test_an_outcome_is_kept_where_it_is_unpickled():
 
 # For real
 
-WORDS = [*TINY, "backbone.name=test_resnet", "tasks.names=[depth,normals]", "evaluation.score_boundaries=false"]
-WORDS += ["trainer.num_panels=0", "trainer.validate_first=false"]
+OVERRIDES = [*TINY, "backbone.name=test_resnet", "tasks.names=[depth,normals]", "evaluation.score_boundaries=false"]
+OVERRIDES += ["trainer.num_panels=0", "trainer.validate_first=false"]
 
 
 def sweep(folder: Path, *overrides: str, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *overrides]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *OVERRIDES, f"hydra.sweep.dir={folder}", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=590, **options)
 
@@ -245,7 +245,7 @@ def test_a_sweep_that_is_told_to_end_saves_and_goes_on(tmp_path, launcher, numbe
     overrides = ["seed=0,1", "trainer.max_steps=60", "trainer.checkpoint_interval=null", "trainer.val_interval=null"]
     overrides += [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
     folder = tmp_path / "s"
-    command = [sys.executable, str(ROOT / "train.py"), "-m", *WORDS, f"hydra.sweep.dir={folder}", *overrides]
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *OVERRIDES, f"hydra.sweep.dir={folder}", *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                           text=True, start_new_session=True) as process:  # fmt: skip

@@ -13,7 +13,7 @@ from mtcl.config.build_training import build_regularizer
 
 SCRIPT = "scripts/benchmarks/benchmark_inference.py"
 SMALL = ["--decoders", "multi_head", "--size", "32", "64", "--repeats", "1", "--device", "cpu"]
-WORDS = ["backbone=resnet18", "decoder.width=8", "decoder.head_width=8"]
+OVERRIDES = ["backbone=resnet18", "decoder.width=8", "decoder.head_width=8"]
 
 
 def test_every_decoder_has_an_experiment():
@@ -29,7 +29,7 @@ def test_every_decoder_has_an_experiment():
 
 
 def test_rows(cli, tmp_path):
-    arguments = [*SMALL, "--batch", "1", "2", "--backends", "eager", "--json", str(tmp_path / "out.json"), *WORDS]
+    arguments = [*SMALL, "--batch", "1", "2", "--backends", "eager", "--json", str(tmp_path / "out.json"), *OVERRIDES]
     result = cli(SCRIPT, *arguments)
     assert result.code == 0, result.err
     content = json.loads((tmp_path / "out.json").read_text())
@@ -46,7 +46,7 @@ def test_rows(cli, tmp_path):
 
 
 def test_half_precision(cli):
-    arguments = [*SMALL, "--batch", "1", "--backends", "eager", "--precision", "bf16", *WORDS]
+    arguments = [*SMALL, "--batch", "1", "--backends", "eager", "--precision", "bf16", *OVERRIDES]
     result = cli(SCRIPT, *arguments)
     assert result.code == 0, result.err
     assert "outputs identical" in result.out
@@ -61,14 +61,14 @@ def test_a_regulariser_that_changes_the_model_is_found(cli, monkeypatch):
         return make(config, tasks, model)
 
     monkeypatch.setattr("mtcl.config.build_training.build_regularizer", meddling)
-    result = cli(SCRIPT, *WORDS, *SMALL, "--batch", "1", "--backends", "eager")
+    result = cli(SCRIPT, *OVERRIDES, *SMALL, "--batch", "1", "--backends", "eager")
     assert_fails(result, "differ with the regularizer attached")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("onnxruntime") or not find_spec("onnxscript"), reason="extra export not installed")
 def test_all_backends(cli, tmp_path):
-    result = cli(SCRIPT, *SMALL, "--batch", "2", "--json", str(tmp_path / "out.json"), *WORDS)
+    result = cli(SCRIPT, *SMALL, "--batch", "2", "--json", str(tmp_path / "out.json"), *OVERRIDES)
     assert result.code == 0, result.err
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["backend"] for row in rows] == ["eager", "compiled", "onnx", "regulariser"]
@@ -80,7 +80,7 @@ def test_all_backends(cli, tmp_path):
     [
         (["resnet18"], "resnet18 is not an override key=value"),
         (["data.sise=3"], "data.sise"),
-        (["regularizer=none", "--backends", "eager", "--batch", "1", *SMALL, *WORDS], "remove regularizer=none"),
+        (["regularizer=none", "--backends", "eager", "--batch", "1", *SMALL, *OVERRIDES], "remove regularizer=none"),
     ],
 )
 def test_mistakes_are_one_sentence(cli, arguments, sentence):

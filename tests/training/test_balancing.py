@@ -26,7 +26,7 @@ from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint
 from mtcl.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-WORDS = [*TINY, RESNET, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
+OVERRIDES = [*TINY, RESNET, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
 THREE = "tasks.names=[depth,normals,edge]"
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
 NO = torch.zeros(())  # no step is skipped
@@ -512,7 +512,7 @@ def test_train_says_it_in_one_sentence(cli, tmp_path):
 
 
 def make_trainer(folder: Path, *overrides: str) -> Trainer:
-    config = composed(*WORDS, *overrides)
+    config = composed(*OVERRIDES, *overrides)
     torch.manual_seed(0)
     trainer = build_training_run(config, build_tasks(config), folder, CPU).trainer
     trainer.model.train()
@@ -575,7 +575,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
     """Of every parameter, projectors too. What is aggregated is what the losses of several objectives reach."""
     overrides = [f"decoder={decoder}", f"backbone={backbone}", "data.size=[64,64]", THREE]
     # The last word of TINY and its like do not fit other decoders.
-    config = [w for w in WORDS if not w.startswith(("decoder.", "backbone=", "++backbone", "data.size"))]
+    config = [w for w in OVERRIDES if not w.startswith(("decoder.", "backbone=", "++backbone", "data.size"))]
     overrides = [*config, *overrides, *shrunk(decoder, backbone), "trainer.clip_norm=null"]
     results = []
     for balancing in (
@@ -724,7 +724,9 @@ def test_the_tasks_gradients_are_shown_as_they_enter(tmp_path):
 
 @pytest.mark.parametrize("method", [pytest.param("torchjd", marks=[torchjd, slow]), "uncertainty"])
 def test_a_run_writes_its_weights_down(method, tmp_path):
-    train(composed(*WORDS, THREE, *METHODS[method], "trainer.max_steps=3", "trainer.validate_first=false"), tmp_path)
+    train(
+        composed(*OVERRIDES, THREE, *METHODS[method], "trainer.max_steps=3", "trainer.validate_first=false"), tmp_path
+    )
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     written = [line for line in lines if line["kind"] == "balancing"]
     assert [line["step"] for line in written] == [0, 1, 2]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import TINY, composed
-from helpers.processes import TORCHRUN, WORDS, check_same, started, worked
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, check_same, started, worked
 from helpers.shrunken import shrunk
 from torch._dynamo.exc import TorchDynamoException
 
@@ -78,7 +78,13 @@ def test_a_state_knows_nothing_of_processes(tmp_path):
 def test_train_py_with_shared_out_weights(tmp_path):
     """Resumed in the middle it ends at the same weights, bit for bit; evaluate.py scores it as it scored itself; one
     process goes on from it."""
-    overrides = [*WORDS, "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant", "trainer.ema=0.5"]
+    overrides = [
+        *RANKS_OVERRIDES,
+        "trainer.max_steps=4",
+        "trainer.checkpoint_interval=2",
+        "schedule=constant",
+        "trainer.ema=0.5",
+    ]
 
     def run(folder: Path, *more: str, command: list[str] = TORCHRUN) -> str:
         process = started(*command, "train.py", *overrides, FSDP, f"hydra.run.dir={folder}", *more)

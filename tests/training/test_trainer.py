@@ -23,11 +23,11 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 from mtcl.training.preemption import Preempted
 from mtcl.training.trainer import Trainer
 
-WORDS = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
+OVERRIDES = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
 
 
 def make_trainer(tmp_path: Path, *overrides: str) -> Trainer:
-    config = composed(*WORDS, *overrides)
+    config = composed(*OVERRIDES, *overrides)
     torch.manual_seed(0)
     trainer = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
     trainer.model.train()
@@ -107,7 +107,7 @@ def poison(monkeypatch, steps: range) -> None:
 
 def test_skipped_steps_are_written_down_and_the_run_goes_on(tmp_path, monkeypatch, caplog):
     poison(monkeypatch, range(2, 4))
-    train(composed(*WORDS, "trainer.max_steps=6", "trainer.log_interval=6"), tmp_path)
+    train(composed(*OVERRIDES, "trainer.max_steps=6", "trainer.log_interval=6"), tmp_path)
     written = records(tmp_path, "skipped")
     assert [record["step"] for record in written] == [2, 3]
     assert all(len(record["ids"]) == 2 and "loss of normals" in record["terms"] for record in written)
@@ -126,7 +126,7 @@ def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"4 steps in a row .* from step 3 on \(the loss of normals.*; images "
     ) as error:
-        train(composed(*WORDS, *overrides), tmp_path)
+        train(composed(*OVERRIDES, *overrides), tmp_path)
     assert "lower the learning rate" in str(error.value)
     state = read_checkpoint_file(tmp_path / "checkpoints" / "last.pt")
     assert all(value.isfinite().all() for value in state["model"].values())
@@ -135,7 +135,7 @@ def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.slow)])
 def test_a_signal_ends_the_run_after_its_step(name, tmp_path, monkeypatch):
     """... and the same command with resume=auto ends where an undisturbed run does."""
-    overrides = [*WORDS, "trainer.max_steps=6"]
+    overrides = [*OVERRIDES, "trainer.max_steps=6"]
     train(composed(*overrides), tmp_path / "whole")
     step = Trainer.train_step
 
@@ -160,7 +160,7 @@ def test_the_exit_code_requeues(cli, tmp_path, monkeypatch):
         raise Preempted(7)
 
     monkeypatch.setattr(Trainer, "fit", fit)
-    result = cli("train.py", *WORDS, f"hydra.run.dir={tmp_path}")
+    result = cli("train.py", *OVERRIDES, f"hydra.run.dir={tmp_path}")
     assert result.code == 75
     assert "stopped at step 7" in result.err
     assert "resume=auto" in result.err
@@ -171,7 +171,7 @@ def test_too_little_memory_is_one_sentence(cli, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(Trainer, "fit", fit)
-    result = cli("train.py", *WORDS, f"hydra.run.dir={tmp_path}")
+    result = cli("train.py", *OVERRIDES, f"hydra.run.dir={tmp_path}")
     assert result.code == 1
     assert "data.batch_size" in result.err
     assert "Traceback" not in result.err
@@ -200,7 +200,7 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 @pytest.mark.slow
 def test_a_resumed_run_accumulates_on(tmp_path):
     overrides = [
-        *WORDS,
+        *OVERRIDES,
         "trainer.accumulate_grad_batches=2",
         "trainer.max_steps=4",
         "trainer.checkpoint_interval=2",
@@ -225,7 +225,13 @@ def test_a_running_mean_of_the_weights(tmp_path, cli):
     for name, value in trainer.ema.model.named_parameters():
         torch.testing.assert_close(value, want[name])
     assert trainer.evaluation_model() is trainer.ema.model
-    overrides = [*WORDS, "trainer.ema=0.5", "trainer.max_steps=4", "trainer.checkpoint_interval=2", "schedule=constant"]
+    overrides = [
+        *OVERRIDES,
+        "trainer.ema=0.5",
+        "trainer.max_steps=4",
+        "trainer.checkpoint_interval=2",
+        "schedule=constant",
+    ]
     metrics = train(composed(*overrides), tmp_path / "whole")
     train(composed(*overrides, "trainer.max_steps=2"), tmp_path / "cut")
     assert train(composed(*overrides, "resume=auto"), tmp_path / "cut") == metrics
@@ -294,7 +300,7 @@ def test_unreadable_pictures(workers, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(Rooms, "read", broken)
     overrides = [
-        *WORDS,
+        *OVERRIDES,
         "data.batch_size=2",
         f"data.workers={workers}",
         "trainer.max_steps=4",
