@@ -25,7 +25,7 @@ from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.config.stored_config import check_tasks
 from mtcl.data import MultiTaskDataset
-from mtcl.data.loader import prepare_batch
+from mtcl.data.device_batch import prepare_batch
 from mtcl.data.sample import Batch
 from mtcl.errors import UserError
 from mtcl.evaluation.feature_consistency import (

@@ -132,6 +132,19 @@ def check_backbone(resumed: LoadedCheckpoint, model: DenseModel, config: DictCon
         )
 
 
+def restore_frozen_backbone(resumed: LoadedCheckpoint, model: DenseModel) -> None:
+    """Give a frozen backbone its weights before the trainer is built: they say which feature cache is its own.
+
+    What does not fit is left alone; :func:`restore_trainer` says what that is.
+    """
+    if not model.backbone.is_frozen:
+        return
+    prefix, current = "backbone.", model.backbone.state_dict()
+    saved = {name.removeprefix(prefix): x for name, x in resumed.checkpoint.model.items() if name.startswith(prefix)}
+    if all(isinstance(saved.get(name), torch.Tensor) and saved[name].shape == x.shape for name, x in current.items()):
+        model.backbone.load_state_dict({name: saved[name] for name in current})
+
+
 def restore_trainer(trainer: Trainer, resumed: LoadedCheckpoint, config: DictConfig) -> None:
     """Restore a trainer from a checkpoint.
 

@@ -17,6 +17,7 @@ from mtcl.cli.resume import (
     find_checkpoint,
     list_run_files,
     log_resume,
+    restore_frozen_backbone,
     restore_trainer,
 )
 from mtcl.cli.run_record import build_run_record
@@ -71,6 +72,7 @@ def train(
     model = build_model(config, tasks, pretrained=not has_backbone).to(device)
     if resumed is not None:
         check_backbone(resumed, model, config)
+        restore_frozen_backbone(resumed, model)
     # Trainer
     start_step = 0 if resumed is None else resumed.checkpoint.step
     trainer = build_trainer(config, tasks, model, train_dataset, val_dataset, folder, device, start_step)

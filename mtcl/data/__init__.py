@@ -3,14 +3,13 @@
 from mtcl.data.datasets.nyud import NYUD
 from mtcl.data.datasets.pascal_context import PascalContext
 from mtcl.data.datasets.rooms import Rooms
+from mtcl.data.device_batch import prepare_batch, prepare_features
 from mtcl.data.feature_cache import FeatureCache, FeatureFormat
 from mtcl.data.loader import (
     AugmentedDataset,
     EpochBatchSampler,
     collate,
     eval_loader,
-    prepare_batch,
-    prepare_features,
     train_loader,
     view_loader,
 )

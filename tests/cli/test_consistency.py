@@ -19,7 +19,7 @@ from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
 from mtcl.config.build_model import build_model, saved_config
 from mtcl.config.build_training import build_regularizer
 from mtcl.config.stored_config import describe_tasks
-from mtcl.data.loader import prepare_batch
+from mtcl.data.device_batch import prepare_batch
 from mtcl.data.sample import SampleMeta
 from mtcl.evaluation.feature_consistency import (
     BINS,

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.common import ROOT
+from helpers.common import ROOT, composed
 from helpers.processes import RANKS_OVERRIDES, TORCHRUN, started
+
+from mtcl.cli.train import train
 
 OVERRIDES = [*RANKS_OVERRIDES, "backbone.trainable=frozen", "data.views=2", "schedule=constant", "data.workers=1"]
 
@@ -36,6 +38,21 @@ def test_two_processes_share_the_work_of_filling_and_a_resumed_run_ends_at_the_s
     assert {path: path.stat().st_mtime_ns for path in entries} == entries
     uncut, cut = read_weights(tmp_path / "whole"), read_weights(tmp_path / "cut")
     assert all(torch.equal(value, cut[name]) for name, value in uncut.items())
+
+
+def test_a_resumed_run_uses_the_cache_of_the_weights_in_its_checkpoint(tmp_path, caplog):
+    """Not that of the random weights with which the model is built before they are restored."""
+    overrides = [*OVERRIDES, "data.workers=0", f"data.feature_cache={tmp_path}/cache", "trainer.validate_first=false"]
+    overrides += ["trainer.val_interval=null", "evaluation.score_boundaries=false"]
+    torch.manual_seed(5)
+    config = composed(*overrides, "trainer.max_steps=1", "seed=5")
+    train(config, tmp_path / "run")
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.array")}
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.pt"
+    with caplog.at_level("INFO"):  # another seed draws another random backbone
+        train(composed(*overrides, "trainer.max_steps=2", f"resume={checkpoint}", "seed=6"), tmp_path / "resumed")
+    assert caplog.text.count("all there") == 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.array")} == entries
 
 
 @pytest.mark.slow

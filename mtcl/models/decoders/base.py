@@ -1,4 +1,4 @@
-"""The interface of a decoder."""
+"""The interface of a decoder: maps in, ``DenseOutput`` (``mtcl/models/output.py``) out."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
