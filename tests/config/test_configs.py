@@ -286,7 +286,7 @@ def test_experiments_build_at_their_published_size(experiment):
 )
 def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_path):
     choice = chosen(experiment)
-    if choice["recipe"] == "lora":
+    if choice.get("recipe") == "lora":
         pytest.importorskip("peft")
     overrides = [f"experiment={experiment}", "debug=tiny", "data=rooms", "data.size=[32,64]", "data.batch_size=2",
                  "data.augment.scale=[1.0,1.2]", "data.limit=2", "trainer.max_steps=1", "trainer.val_interval=null",
