@@ -70,8 +70,8 @@ def test_any_backbone(make, strides, training):
 
 def test_the_skip_keeps_the_finest_stride():
     maps = checks.features((64, 96))
-    assert checks.made(make)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (16, 24)
-    assert checks.made(make_v3)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (2, 3)
+    assert checks.build_decoder(make)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (16, 24)
+    assert checks.build_decoder(make_v3)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (2, 3)
 
 
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_compiles, checks.check_bf16,

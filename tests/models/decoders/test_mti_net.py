@@ -63,7 +63,7 @@ def test_any_backbone(maker, strides, training):
 
 def test_scales_hand_on_from_coarse_to_fine():
     """A feature reaches the initial predictions of its own scale and of all finer ones, and every final one."""
-    decoder = checks.made(make).eval()
+    decoder = checks.build_decoder(make).eval()
     maps = checks.features((64, 96))
     with torch.no_grad():
         output_before = decoder(maps, (64, 96))
@@ -78,9 +78,9 @@ def test_scales_hand_on_from_coarse_to_fine():
 
 
 def test_a_pyramid_makes_all_scales_of_one_width():
-    decoder = checks.made(make_pyramid)
+    decoder = checks.build_decoder(make_pyramid)
     assert decoder.feature_channels == {"final": dict.fromkeys(TASKS, 24), "initial": dict.fromkeys(TASKS, 6)}
-    assert checks.made(make).feature_channels["final"] == dict.fromkeys(TASKS, sum(CHANNELS))
+    assert checks.build_decoder(make).feature_channels["final"] == dict.fromkeys(TASKS, sum(CHANNELS))
 
 
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])

@@ -63,7 +63,7 @@ def test_any_backbone(strides, training):
 
 
 def test_initial_predictions_are_of_the_maps_before_the_distillation():
-    decoder = checks.made(make).eval()
+    decoder = checks.build_decoder(make).eval()
     with torch.no_grad():
         output_before = decoder(checks.features((64, 64)), (64, 64))
         for parameter in decoder.distillation.parameters():
