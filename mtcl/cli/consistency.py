@@ -22,7 +22,7 @@ from mtcl.config.compose import compose_with_choices
 from mtcl.config.load import convert_build_errors, read_checkpoint_model, rebuild_model, restore_config
 from mtcl.config.overrides import quote_paths
 from mtcl.config.resolve import plain
-from mtcl.config.schema import check_config
+from mtcl.config.schema import check_config, rule_of
 from mtcl.config.stored_config import check_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.data.device_batch import prepare_batch
@@ -102,6 +102,10 @@ def parse_args(args: Sequence[str], description: str | None, timestamp: str) -> 
     for word in (values["checkpoint"], *overrides):
         if word.partition("=")[0] in values:
             raise UserError(f"{word}: give CHECKPOINT alone, and options as --name VALUE")
+    if rule_of(values["checkpoint"].partition("=")[0]) is not None:
+        raise UserError(
+            f"{values['checkpoint']} is an override; give CHECKPOINT before it, a run's checkpoints/last.pt"
+        )
     return Options(**{**values, "checkpoint": Path(values["checkpoint"])}), overrides
 
 

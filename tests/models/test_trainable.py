@@ -134,7 +134,7 @@ def test_unused_layers_stay_frozen():
 
 def test_bad_choices():
     for text in ("some", "last_0", "last_", "last_x", "last_-1"):
-        with pytest.raises(UserError, match=rf"^trainable={text} is not known; choose full, frozen or last_N"):
+        with pytest.raises(UserError, match=rf"^trainable={text} is not known; choose full, frozen, lora or last_N"):
             set_trainable(make_backbone("mobile"), text)
     for family, count in (("vit", 4), ("mobile", 7), ("hrnet", 4)):
         with pytest.raises(UserError, match=rf"^trainable=last_9 is more than backbone .* has: {count} blocks or "):
