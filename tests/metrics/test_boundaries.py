@@ -543,7 +543,9 @@ def test_the_scripts_complaints_are_sentences(folder, spoil, pattern, monkeypatc
 
 
 def test_the_script_refuses_nonsense_options(folder, monkeypatch):
-    assert_matches(run_here(folder, monkeypatch, "--thresholds", "0"), "--thresholds: 0 is not a whole number of at least 1")
+    assert_matches(
+        run_here(folder, monkeypatch, "--thresholds", "0"), "--thresholds: 0 is not a whole number of at least 1"
+    )
     assert_matches(run_here(folder, monkeypatch, "--max-dist", "11"), "fraction of the diagonal")
     assert_matches(run_here(folder, monkeypatch, "--gt", str(folder / "none")), "not a folder")
     assert_matches(run_here(folder, monkeypatch, "--gt", str(folder)), "has no .png or .mat files")
