@@ -2,6 +2,8 @@
 
 import json
 
+import cv2
+import numpy as np
 import pytest
 import timm
 import torch
@@ -163,3 +165,25 @@ def test_damaged_facts_are_refused(facts, frozen, tmp_path):
     write_checkpoint_file(tmp_path / "odd.pt", {key: value for key, value in state.items() if key != "format"})
     with pytest.raises(UserError, match="leaves out its backbone and does not say which one it was"):
         load_model(tmp_path / "odd.pt", frozen / "weights.safetensors")
+
+
+@pytest.mark.parametrize("command", ["predict", "export"])
+def test_commands_take_the_weights_as_a_flag(command, frozen, tmp_path, cli):
+    path, weights = frozen / "without" / "checkpoints" / "last.pt", frozen / "weights.safetensors"
+    cv2.imwrite(str(tmp_path / "a.png"), np.full((32, 64, 3), 90, np.uint8))
+    arguments = {
+        "predict": [path, tmp_path / "a.png", "--device=cpu"],
+        "export": [path, "--format=safetensors"],
+    }[command]
+    arguments.append(f"--output={tmp_path / 'out'}")
+    assert_fails(cli(f"scripts/{command}.py", *arguments), "leaves out its frozen backbone", "--backbone-weights")
+    assert not (tmp_path / "out").exists()
+    refused = cli(f"scripts/{command}.py", *arguments, f"--backbone-weights={frozen / 'others.safetensors'}")
+    assert_fails(refused, "others.safetensors gives another backbone")
+    result = cli(f"scripts/{command}.py", *arguments, f"--backbone-weights={weights}")
+    assert result.code == 0, result.err
+    if command == "export":
+        complete = load_model(frozen / "with").model.state_dict()
+        assert_equal_states(load_model(tmp_path / "out").model.state_dict(), complete)
+    else:
+        assert (tmp_path / "out" / "depth" / "a.png").is_file()
