@@ -1,4 +1,4 @@
-"""What passes between backbone and decoder, and the output of a decoder or model: predictions and feature maps."""
+"""Define what passes from backbone to decoder, and what a decoder or model returns: predictions and features."""
 
 from typing import NamedTuple
 
@@ -43,5 +43,5 @@ class DenseOutput(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Where the predictions are."""
+        """Return the device of the predictions."""
         return next(iter(self.predictions.values())).device

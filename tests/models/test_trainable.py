@@ -1,4 +1,4 @@
-"""What of a backbone is trained: all of it, nothing, or its last blocks or stages."""
+"""Check what of a backbone is trained: all of it, nothing, or its last blocks or stages."""
 
 import pytest
 import torch

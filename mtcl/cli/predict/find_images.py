@@ -15,7 +15,7 @@ def find_images(source: Path, output: Path) -> tuple[list[Path], dict[Path, str]
 
     Args:
         source: A folder or a file.
-        output: Where predictions are written.
+        output: The folder that predictions are written to.
 
     Returns:
         Sorted paths, and for each unreadable folder the reason.

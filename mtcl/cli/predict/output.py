@@ -1,4 +1,4 @@
-"""Where predictions are written: the files of an image in the output folder, and writing its maps."""
+"""Name the files that an image gets in the output folder, and write its maps."""
 
 import os
 from collections import Counter
