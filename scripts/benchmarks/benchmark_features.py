@@ -200,13 +200,12 @@ def main() -> None:
     if args.sizes:
         print_sizes()
         return
-    overrides = [*args.overrides, *(word for word in args.cases if "=" in word)]
     processor = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     print(f"{platform.machine()}, {processor}, torch {torch.__version__}")
     results: dict[str, Any] = {}
     for name in args.cases:
         print()
-        results[name] = benchmark(name, overrides, args)
+        results[name] = benchmark(name, args.overrides, args)
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n", "utf-8")
 
