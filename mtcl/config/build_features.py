@@ -11,6 +11,7 @@ from mtcl import distributed
 from mtcl.config.build_data import build_augment, get_image_size
 from mtcl.config.resolve import add_key_prefix, plain
 from mtcl.data import FeatureCache, MultiTaskDataset, eval_loader, view_loader
+from mtcl.data.partial_labels import PartiallyLabeledDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.models.weights import hash_weights
@@ -38,8 +39,8 @@ def build_feature_caches(
     """Return the feature caches of a config; None where it has none. Nothing is written or computed yet.
 
     Raises:
-        UserError: the backbone is not frozen, the decoder reads more than the backbone's maps, or there is no number of
-            views.
+        UserError: the backbone is not frozen or sharded, the decoder reads more than the backbone's maps, or there is
+            no number of views.
     """
     data = config.data
     if data.get("feature_cache") is None:
@@ -54,6 +55,11 @@ def build_feature_caches(
             f"decoder={type(model).__name__.lower()} works inside the backbone, so there are no features to keep; "
             "set data.feature_cache=null"
         )
+    if config.trainer.parallel == "fsdp" and distributed.world_size() > 1:
+        raise UserError(
+            "data.feature_cache runs the backbone alone, which trainer.parallel=fsdp shards; use trainer.parallel=ddp: "
+            "there are no gradients of a frozen backbone to shard"
+        )
     if data.views is None:
         raise UserError(
             "data.feature_cache needs a number of augmented views per training image; set data.views, e.g. to 8 (1 "
@@ -65,8 +71,9 @@ def build_feature_caches(
     shared = describe_backbone(config, model, device) | {"size": list(size)}
     augment = build_augment(config)
     depends_on_labels = "semseg" in tasks and augment.class_cap < 1
+    images = train_dataset.dataset if isinstance(train_dataset, PartiallyLabeledDataset) else train_dataset
     train_settings = shared | {
-        "images": get_image_list(train_dataset).fingerprint(),
+        "images": images.fingerprint(),
         "labels": train_dataset.fingerprint() if depends_on_labels else None,
         "augmentation": plain(data.augment),
         "views_seed": data.views_seed,
@@ -74,7 +81,7 @@ def build_feature_caches(
     val_settings = shared | {"images": val_dataset.fingerprint(), "batch size": data.eval_batch_size}
     root, name = Path(data.feature_cache), str(config.backbone.name)
     kinds = ("image", "semseg") if depends_on_labels else ("image",)
-    train = FeatureCache(root, f"{name}-train", train_settings, feature_format, train_dataset, kinds)
+    train = FeatureCache(root, f"{name}-train", train_settings, feature_format, images, kinds)
     val = FeatureCache(root, f"{name}-val", val_settings, feature_format, val_dataset)
 
     train_keys = [(view, index) for view in range(data.views) for index in range(len(train_dataset.ids))]
@@ -121,8 +128,3 @@ def describe_backbone(config: DictConfig, model: EncoderDecoder, device: torch.d
         "precision": "bf16" if uses_bf16(device, config.trainer.precision) else "fp32",
         "channels_last": config.trainer.channels_last,
     }
-
-
-def get_image_list(dataset: MultiTaskDataset) -> MultiTaskDataset:
-    """Return the dataset without a restriction to some of its labels."""
-    return getattr(dataset, "dataset", dataset)

@@ -7,7 +7,6 @@ name of the cache's folder, as a hash: a cache of other settings is never read.
 
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from mtcl.atomic import write_json
 from mtcl.data.cache import ArrayCache, CacheEntry
+from mtcl.data.datasets.base import FileDataset
 from mtcl.data.sample import MultiTaskDataset
 from mtcl.errors import ParameterError, UserError
-
-log = logging.getLogger(__name__)
 
 DTYPES: dict[str, np.dtype] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 SETTINGS_FILE = "settings.json"
@@ -31,7 +29,7 @@ SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True)
 class FeatureFormat:
-    """How the maps of one frame are laid out in one array.
+    """Lay out the maps of one frame in one array.
 
     Args:
         channels: of each map.
@@ -68,7 +66,7 @@ class FeatureFormat:
     def pack(self, maps: Sequence[np.ndarray]) -> np.ndarray:
         """Return the maps (C, h, w) of one frame as one array of the cache's type."""
         parts = [m.transpose(1, 2, 0) if last else m for m, last in zip(maps, self.channels_last)]
-        with np.errstate(over="ignore"):  # what fp16 can't hold becomes infinite, which `FeatureCache.put` refuses
+        with np.errstate(over="ignore"):  # what fp16 can't hold becomes infinite, which `FeatureCache.write` refuses
             return np.concatenate([np.ascontiguousarray(part).ravel().astype(self.dtype) for part in parts])
 
     def unpack(self, packed: np.ndarray, frame: tuple[int, int]) -> list[np.ndarray]:
@@ -91,8 +89,7 @@ class FeatureCache:
         name: beginning of the folder's name, for people.
         settings: all that the maps depend on besides the images: plain containers.
         feature_format: how the maps are laid out.
-        dataset: the images; where it names the files that an image and its labels are in, an entry whose files have
-            changed since is computed anew.
+        dataset: the images; of one of files, an entry whose files have changed since is computed anew.
         kinds: what the views are made from: "image", and tasks whose labels decide on the views.
     """
 
@@ -195,12 +192,9 @@ class FeatureCache:
 
     def _sources(self, name: str) -> list[Path]:
         """Return the files that a view of an image is made from, as far as the dataset names them."""
-        dataset: Any = self.dataset
-        while not hasattr(dataset, "source_files") and hasattr(dataset, "dataset"):
-            dataset = dataset.dataset
-        if not hasattr(dataset, "source_files"):
+        if not isinstance(self.dataset, FileDataset):
             return []
-        return [path for kind in self.kinds for path in dataset.source_files(kind, name) if path.is_file()]
+        return [path for kind in self.kinds for path in self.dataset.source_files(kind, name) if path.is_file()]
 
 
 def hash_settings(settings: Mapping[str, Any]) -> str:

@@ -248,8 +248,7 @@ def eval_loader(
     if batch_size < 1:
         raise UserError(f"A batch of {batch_size} images is not possible; choose a batch size of at least 1.")
     if batches is None:
-        indices = range(len(dataset.ids))
-        batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        batches = split_batches(range(len(dataset.ids)), batch_size)
     return _Loader(
         AugmentedDataset(dataset, tasks, None, seed=0, features=features),
         batch_sampler=[[(0, index) for index in batch] for batch in batches[shard[0] :: shard[1]]],
@@ -258,6 +257,11 @@ def eval_loader(
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
     )
+
+
+def split_batches(indices: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Split indices into batches in their order; the last one may be smaller."""
+    return [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
 
 
 def view_loader(

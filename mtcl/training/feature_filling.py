@@ -10,6 +10,7 @@ from tqdm import tqdm
 from mtcl import distributed
 from mtcl.data import Batch, FeatureCache, FeatureFormat, prepare_batch
 from mtcl.data.feature_cache import format_bytes
+from mtcl.data.loader import split_batches
 from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.runtime import autocast
 
@@ -143,11 +144,6 @@ def describe_format(
         maps = model.encode(torch.zeros(2, 3, *size, device=device)).maps
     last = tuple(m.is_contiguous(memory_format=torch.channels_last) and not m.is_contiguous() for m in maps)
     return FeatureFormat(tuple(backbone.channels), tuple(backbone.strides), last, precision)
-
-
-def split_batches(positions: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Split positions into batches; the last one may be smaller."""
-    return [list(positions[start : start + batch_size]) for start in range(0, len(positions), batch_size)]
 
 
 def pad_batch(positions: Sequence[int], batch_size: int) -> list[int]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.common import composed, flip, tiny_nyud
 
+from mtcl import distributed
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_features import build_feature_caches
 from mtcl.config.build_training import TrainingRun, build_training_run
@@ -200,6 +201,14 @@ def test_a_decoder_inside_the_backbone_is_refused(tmp_path) -> None:
     overrides += ["decoder.size=[64,64]", "decoder.width=8", "decoder.head_width=8"]
     with pytest.raises(UserError, match=r"decoder=taskprompter works inside the backbone"):
         build(*overrides, f"data.feature_cache={tmp_path}")
+
+
+def test_a_sharded_model_is_refused(tmp_path, monkeypatch) -> None:
+    config = composed(*OVERRIDES, *ROOMS, *RESNET, f"data.feature_cache={tmp_path}", "trainer.parallel=fsdp")
+    tasks, run = build_tasks(config), build(*RESNET)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(UserError, match=r"data\.feature_cache .* use trainer\.parallel=ddp"):
+        build_feature_caches(config, tasks, run.trainer.model, run.train_dataset, run.val_dataset, DEVICE)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_path, monkeypatch) -> None:
