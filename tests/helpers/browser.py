@@ -134,13 +134,18 @@ class Browser:
         self.js("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
     def where(self, selector: str, number: int = 0, x: float = 0.5, y: float = 0.5) -> tuple[float, float]:
-        """A point of an element, scrolled into view; it must be visible and on top there."""
-        spot = self.js(
+        """Scroll an element into view and give a point of it, once it stands still there with nothing on top."""
+        find = (
             f"(() => {{ const e = document.querySelectorAll({json.dumps(selector)})[{number}]; if (!e) return null;"
             " e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getBoundingClientRect();"
             f" const p = [b.x + b.width * {x}, b.y + b.height * {y}], t = document.elementFromPoint(...p);"
             " return [...p, !!t && (e === t || e.contains(t) || t.contains(e))]; })()"
         )
+        deadline = time.monotonic() + 20  # a busy machine draws parts of a page late
+        spot, previous = self.js(find), None
+        while time.monotonic() < deadline and not (spot and spot[2] and spot == previous):
+            self.settle()
+            spot, previous = self.js(find), spot
         assert spot is not None, f"there is no {selector} number {number}"
         assert spot[2], f"{selector} number {number} is covered"
         return spot[0], spot[1]
