@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any
@@ -306,7 +307,10 @@ class _Loader(DataLoader):
     def _batches(self) -> Iterator[Batch]:
         """Yield batches; convert failures of workers to ``UserError``."""
         try:
-            yield from map(_raise_error, super().__iter__())
+            batches: Iterator[Batch | UserError] = super().__iter__()
+            if self.num_workers and not self.pin_memory:  # where torch pins memory it has a thread of its own
+                batches = read_ahead(batches)
+            yield from map(_raise_error, batches)
         except RuntimeError as error:
             if (sentence := explain_worker_error(error)) is None:
                 raise
@@ -317,6 +321,18 @@ class _Loader(DataLoader):
             if self.num_workers and isinstance(error, EOFError | ConnectionError):  # its batch was on its way
                 raise UserError(explain_worker_error(RuntimeError(f"{WORKER_DIED_MESSAGE} is gone"))) from error
             raise
+
+
+def read_ahead(batches: Iterator[Batch | UserError]) -> Iterator[Batch | UserError]:
+    """Yield batches, each received from its worker in a thread while the caller still uses the one before.
+
+    To receive a batch takes milliseconds, as every tensor's file is asked for and mapped.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="read ahead") as thread:
+        pending = thread.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = thread.submit(next, batches, None)
+            yield batch
 
 
 def _raise_error(batch: Batch | UserError) -> Batch:
