@@ -13,13 +13,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mtcl.atomic import write_json
-from mtcl.cli.arguments import CommandParser, output_path, positive_int
+from mtcl.cli.arguments import BACKBONE_WEIGHTS_HELP, CommandParser, output_path, positive_int
 from mtcl.cli.evaluate import adapt_config, apply_overrides, infer_dataset_override
 from mtcl.cli.run_record import build_run_record
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_tasks
 from mtcl.config.build_training import build_regularizer
 from mtcl.config.compose import compose_with_choices
-from mtcl.config.load import convert_build_errors, read_checkpoint_model, rebuild_model, restore_config
+from mtcl.config.load import (
+    assign_backbone_weights,
+    convert_build_errors,
+    read_checkpoint_model,
+    rebuild_model,
+    restore_config,
+)
 from mtcl.config.overrides import quote_paths
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config, rule_of
@@ -58,6 +64,7 @@ class Options(NamedTuple):
     target: str | None  # None: semseg, else the first task; "all": one figure per task
     frames: int
     output: Path
+    backbone_weights: str | None  # of models that leave out their backbone
 
 
 class TrainedModel(NamedTuple):
@@ -96,6 +103,7 @@ def parse_args(args: Sequence[str], description: str | None, timestamp: str) -> 
     parser.add_argument("--frames", type=positive_int, default=64, metavar="N", help="default: %(default)s")
     default = Path("outputs/consistency") / timestamp
     parser.add_argument("--output", type=output_path, default=default, metavar="FOLDER", help="default: %(default)s")
+    parser.add_argument("--backbone-weights", metavar="FILE|hub", help=BACKBONE_WEIGHTS_HELP)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the checkpoint's config")
     values = vars(parser.parse_intermixed_args(args))
     overrides: list[str] = values.pop("overrides")
@@ -125,13 +133,17 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
     checkpoint = load_checkpoint(options.checkpoint)
     settings = restore_settings(checkpoint, options.checkpoint, overrides, configs)
     tasks = build_tasks(settings)
-    check_tasks(read_checkpoint_model(options.checkpoint, checkpoint).tasks, tasks, options.checkpoint)
     targets = choose_targets(options.target, list(tasks))
-    variants = [load_trained_model(options.checkpoint, checkpoint, tasks)]
+    checkpoints = [(options.checkpoint, checkpoint)]
     if options.compare is not None:
-        other = load_checkpoint(options.compare)
-        check_tasks(read_checkpoint_model(options.compare, other).tasks, tasks, options.compare)
-        variants.append(load_trained_model(options.compare, other, tasks))
+        checkpoints.append((options.compare, load_checkpoint(options.compare)))
+    saved = [read_checkpoint_model(*pair) for pair in checkpoints]
+    for one in saved:
+        check_tasks(one.tasks, tasks, one.path)
+    variants = [
+        load_trained_model(path, checkpoint, tasks, weights)
+        for (path, checkpoint), weights in zip(checkpoints, assign_backbone_weights(saved, options.backbone_weights))
+    ]
     feature = choose_common_feature(variants, settings)
     device = choose_device(settings.trainer.device, "trainer.device")
     dataset = take_evenly_spaced(build_dataset(settings, "val", tasks), options.frames)
@@ -192,11 +204,13 @@ def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
     return list(tasks) if name == "all" else [name]
 
 
-def load_trained_model(path: Path, checkpoint: Checkpoint, tasks: Mapping[str, Task]) -> TrainedModel:
+def load_trained_model(
+    path: Path, checkpoint: Checkpoint, tasks: Mapping[str, Task], backbone_weights: str | Path | None = None
+) -> TrainedModel:
     """Rebuild the model, and its projectors if it was trained with some, with the checkpoint's weights."""
     saved = read_checkpoint_model(path, replace(checkpoint, ema=None))
     settings = restore_config(saved)
-    model = rebuild_model(settings, tasks, saved)
+    model = rebuild_model(settings, tasks, saved, backbone_weights)
     fresh = regularizer = None
     if checkpoint.regularizer is not None:
         with convert_build_errors(path):

@@ -108,7 +108,25 @@ def build_predictor(
 
 def load_model(source: str | Path, backbone_weights: str | Path | None = None) -> LoadedModel:
     """Rebuild the model in ``source``, see :func:`load`; nothing in there is run as code, read or fetched."""
-    saved = read_saved_model(source)
+    return _load_saved_model(read_saved_model(source), backbone_weights)
+
+
+def load_models(sources: Sequence[str | Path], backbone_weights: str | Path | None = None) -> list[LoadedModel]:
+    """Rebuild several models as :func:`load_model`; the weights are for those that leave out their backbone."""
+    saved = [read_saved_model(source) for source in sources]
+    return [_load_saved_model(*pair) for pair in zip(saved, assign_backbone_weights(saved, backbone_weights))]
+
+
+def assign_backbone_weights(
+    models: Sequence[SavedModel], backbone_weights: str | Path | None
+) -> list[str | Path | None]:
+    """Return for each of several models the weights of a backbone: to all, where none leaves out its own."""
+    lacking = [saved.backbone is not None for saved in models]
+    return [backbone_weights if lacks or not any(lacking) else None for lacks in lacking]
+
+
+def _load_saved_model(saved: SavedModel, backbone_weights: str | Path | None) -> LoadedModel:
+    """Rebuild a saved model in evaluation mode, with its tasks."""
     config = restore_config(saved)
     with convert_build_errors(saved.path):
         tasks = build_tasks(config)
@@ -161,8 +179,8 @@ def _add_backbone(
     if backbone_weights is None:
         raise UserError(
             f"{saved.path} leaves out its frozen backbone, {origin}; give these weights, FILE or hub, as "
-            "backbone.weights= (evaluate.py), --backbone-weights (mtcl predict, mtcl export) or backbone_weights= "
-            "(mtcl.load)"
+            "backbone.weights= (evaluate.py), --backbone-weights (mtcl predict, export, demo, "
+            "scripts/consistency.py) or backbone_weights= (mtcl.load)"
         )
     config.backbone.weights = str(backbone_weights)
     with convert_build_errors(saved.path, passthrough=UserError):

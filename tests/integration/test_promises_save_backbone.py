@@ -1,5 +1,6 @@
 """Promises of checkpoints that leave out a frozen backbone, and of what reads them."""
 
+import argparse
 import json
 
 import cv2
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.common import TINY, assert_fails, composed
+from helpers.common import ROOT, TINY, assert_fails, composed
 from helpers.shrunken import shrunk
 from safetensors.torch import save_file
 
 import mtcl
 from mtcl import UserError
+from mtcl.cli.consistency import measure_consistency, parse_args
+from mtcl.cli.demo import add_arguments, load
 from mtcl.cli.export import export_model
 from mtcl.cli.train import train
 from mtcl.config.load import load_model
@@ -99,7 +102,7 @@ def test_loading_asks_for_the_weights_and_takes_no_others(frozen, tmp_path, monk
     )
     with monkeypatch.context() as patch:  # nothing that a checkpoint names is read
         patch.setattr("mtcl.models.backbones._read_state_dict", None)
-        with pytest.raises(UserError, match=pattern + r".*--backbone-weights \(mtcl predict, mtcl export\)"):
+        with pytest.raises(UserError, match=pattern + r".*--backbone-weights \(mtcl predict, export, demo, "):
             mtcl.load(path)
     with pytest.raises(
         UserError, match=r"^.*others\.safetensors gives another backbone .* than .* was trained on, mob"
@@ -187,3 +190,27 @@ def test_commands_take_the_weights_as_a_flag(command, frozen, tmp_path, cli):
         assert_equal_states(load_model(tmp_path / "out").model.state_dict(), complete)
     else:
         assert (tmp_path / "out" / "depth" / "a.png").is_file()
+
+
+def test_the_demo_takes_the_weights_for_models_that_leave_them_out(frozen):
+    sources = [str(frozen / "without"), str(frozen / "with")]
+    with pytest.raises(UserError, match="leaves out its frozen backbone"):
+        load(sources, {"device": "cpu"})
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args([*sources[:1], f"--backbone-weights={frozen / 'weights.safetensors'}"])
+    without, complete = (one.predictor.model for one in load(sources, {"device": "cpu"}, args.backbone_weights))
+    assert_equal_states(without.state_dict(), complete.state_dict())
+    with pytest.raises(UserError, match="has a backbone with weights of its own"):
+        load(sources[1:], {"device": "cpu"}, args.backbone_weights)
+
+
+def test_consistency_takes_the_weights_for_models_that_leave_them_out(frozen, tmp_path):
+    paths = [frozen / name / "checkpoints" / "last.pt" for name in ("without", "with")]
+    arguments = [str(paths[0]), f"--compare={paths[1]}", "--frames=2", f"--output={tmp_path}"]
+    with pytest.raises(UserError, match="leaves out its frozen backbone"):
+        measure_consistency(*parse_args(arguments, "", ""), ROOT / "configs")
+    arguments.append(f"--backbone-weights={frozen / 'weights.safetensors'}")
+    without, complete = measure_consistency(*parse_args(arguments, "", ""), ROOT / "configs")["arms"]
+    assert without.pop("checkpoint") != complete.pop("checkpoint")
+    assert without == complete

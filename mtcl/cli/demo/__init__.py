@@ -25,7 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mtcl.cli.arguments import positive_int, require_extra
+from mtcl.cli.arguments import BACKBONE_WEIGHTS_HELP, positive_int, require_extra
 from mtcl.cli.demo.guard import Guard, build_http_protocol, is_upload
 from mtcl.cli.demo.tiles import (
     NamedPredictor,
@@ -35,7 +35,7 @@ from mtcl.cli.demo.tiles import (
     render_file_prediction,
     render_prediction,
 )
-from mtcl.config.load import build_predictor, load_model
+from mtcl.config.load import build_predictor, load_models
 from mtcl.errors import UserError
 from mtcl.inference.predictor import MODES
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mtcl demo``."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--compare", metavar="OTHER", help="a second model, shown beside it")
+    parser.add_argument("--backbone-weights", metavar="FILE|hub", help=BACKBONE_WEIGHTS_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only")
     parser.add_argument("--port", type=positive_int, default=7860, help="default: %(default)s")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -62,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     with listener:
         options = {key: getattr(args, key) for key in ("device", "mode", "max_pixels")}
         sources = [source for source in (args.checkpoint, args.compare) if source]
-        models = load(sources, {key: value for key, value in options.items() if value is not None})
+        options = {key: value for key, value in options.items() if value is not None}
+        models = load(sources, options, args.backbone_weights)
         serve(models, listener, args.max_mb)
 
 
@@ -81,9 +83,9 @@ def bind_socket(host: str, port: int) -> socket.socket:
         raise UserError(f"--host {host} --port {port}: {error.strerror}; give another") from error
 
 
-def load(sources: Sequence[str], options: dict[str, Any]) -> list[NamedPredictor]:
+def load(sources: Sequence[str], options: dict[str, Any], backbone_weights: str | None = None) -> list[NamedPredictor]:
     """Load one or two models with the tasks that they have in common."""
-    loaded = [load_model(source) for source in sources]
+    loaded = load_models(sources, backbone_weights)
     common = [name for name in loaded[0].tasks if all(name in other.tasks for other in loaded)]
     if not common:
         lists = "; ".join(f"{s}: {', '.join(one.tasks)}" for s, one in zip(sources, loaded))
