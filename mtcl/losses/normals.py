@@ -1,9 +1,10 @@
 """L1 loss of surface normals."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtcl.losses.masked import masked_mean
+
+MIN_LENGTH = 1e-6  # shorter vectors are divided by it, not by their length
 
 
 class NormalsLoss(nn.Module):
@@ -22,8 +23,11 @@ class NormalsLoss(nn.Module):
         Returns:
             Scalar loss.
         """
-        valid = (label != 0).any(dim=1)
-        # The floor bounds the gradient of a head that starts at zero.
-        direction = F.normalize(prediction.float(), dim=1, eps=1e-6)
+        x, y, z = (label != 0).unbind(dim=1)
+        valid = x | y | z  # many times as fast as any(dim=1)
+        vectors = prediction.float()
+        # Not F.normalize: its norm over three channels takes most of the loss's time on the CPU. The floor bounds the
+        # gradient of a head that starts at zero.
+        direction = vectors * vectors.square().sum(dim=1, keepdim=True).clamp(min=MIN_LENGTH**2).rsqrt()
         error = (direction - label.float()).abs().sum(dim=1)
         return masked_mean(error, valid)

@@ -43,6 +43,10 @@ class DenseModel(nn.Module, ABC):
         del output, labels
         return {}
 
+    def leave_out_features(self) -> None:
+        """Let :meth:`forward` leave out features that cost time of their own, for a training without a regulariser."""
+        return
+
     @abstractmethod
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
         """Return the pretrained parameters, which have a learning rate of their own."""
@@ -96,6 +100,10 @@ class EncoderDecoder(DenseModel):
     def padded_size(self, size: Size) -> Size:
         """Return the height and width of the padded image for an image of this ``size``."""
         return pad_size(size, (self.backbone.multiple, self.backbone.multiple))
+
+    def leave_out_features(self) -> None:
+        """Let the decoder leave out features that cost time of their own."""
+        self.decoder.builds_features = False
 
     def backbone_parameters(self) -> Iterable[nn.Parameter]:
         """Return the parameters of the backbone."""

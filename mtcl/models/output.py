@@ -31,7 +31,7 @@ class DenseOutput(NamedTuple):
     Attributes:
         predictions: task -> raw prediction (B, C, H, W): logits, metres, unnormalised vectors.
         features: feature name -> task -> map (B, C_t, h, w), for the regularizer. Every model has ``final``, the maps
-            before the logits; the other names are the decoder's own.
+            before the logits; the other names are the decoder's own. Without a regulariser they may be left out.
         intermediate: further predictions to supervise, each task -> (B, C, H, W); may be empty.
         frame: height and width of the padded image, in pixels, that a feature map covers.
     """

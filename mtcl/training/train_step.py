@@ -28,6 +28,8 @@ class TrainingStep(nn.Module):
     def __init__(self, model: DenseModel, regularizer: Regularizer | None):
         super().__init__()
         self.model, self.regularizer = model, regularizer
+        if regularizer is None:
+            model.leave_out_features()
 
     def forward(
         self, image: Tensor | EncodedImage, labels: Mapping[str, Tensor], draw: Draw | None, needs_grad: bool

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,6 +103,20 @@ def test_edge_weight_is_an_option():
     loss = EdgeLoss(positive_weight=0.8)(prediction, label)
     assert loss.item() == pytest.approx(reference("edge", prediction, label, 0.8), rel=1e-5)
     assert loss.item() != pytest.approx(EdgeLoss()(prediction, label).item(), rel=1e-2)
+
+
+def test_normals_near_zero_have_the_gradients_of_normalize():
+    generator = torch.Generator().manual_seed(0)
+    directions, lengths = torch.randn(1, 3, 4, 6, generator=generator), torch.tensor([0.0, 1e-8, 1e-3, 1, 30, 1e6])
+    vectors = (F.normalize(directions, dim=1) * lengths).requires_grad_()
+    label = F.normalize(torch.randn(1, 3, 4, 6, generator=generator), dim=1)
+    want = (F.normalize(vectors, dim=1, eps=1e-6) - label).abs().sum(dim=1).mean()
+    losses = NormalsLoss()(vectors, label), want
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+    got, expected = (torch.autograd.grad(loss, vectors)[0] for loss in losses)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    assert got.isfinite().all()
+    assert got[..., 0].any()
 
 
 def test_saliency_of_one_class_only_is_zero():

@@ -21,10 +21,12 @@ class Decoder(nn.Module, ABC):
     Attributes:
         feature_channels: feature name -> task -> C_t of the maps in :attr:`DenseOutput.features`.
         used_levels: indices of the backbone feature maps that the decoder reads; None: all of them.
+        builds_features: False: :meth:`forward` may leave out features that cost time of their own.
     """
 
     feature_channels: dict[str, dict[str, int]]
     used_levels: Collection[int] | None = None
+    builds_features: bool = True
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], tasks: Mapping[str, int]):
         super().__init__()

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mtcl.models.decoders.base import Decoder
-from mtcl.models.decoders.blocks import SpatialNorm, predict_tasks, resize
+from mtcl.models.decoders.blocks import SpatialNorm, resize, resize_trained
 from mtcl.models.output import DenseOutput, Size
 
 INIT_STD = 0.01
@@ -24,7 +24,7 @@ class Linear(Decoder):
 
     The mean and the variance of a channel are the same for every task, so they are computed once; a task's scale and
     shift of the channels are folded into its convolution. The normalised maps of a task are built for the features
-    alone, and without a loss on them no gradient of their size exists.
+    alone (:attr:`builds_features`), and without a loss on them no gradient of their size exists.
 
     Features: ``final`` (each task's normalised maps: all that a task has of its own before its logits, so a loss on
     them trains the task's scale and shift, and the backbone where that is not frozen).
@@ -47,8 +47,10 @@ class Linear(Decoder):
     def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
         """Concatenate the features, normalise and project them for every task."""
         normed = self._normalise(features)
-        final = {task: probe.rescale(normed) for task, probe in self.logits.items()}  # type: ignore[operator]
-        return DenseOutput(self._predict(normed, size), {"final": final}, [], size)
+        maps = {}
+        if self.builds_features:
+            maps["final"] = {task: probe.rescale(normed) for task, probe in self.logits.items()}  # type: ignore[operator]
+        return DenseOutput(self._predict(normed, size), maps, [], size)
 
     def predict(self, features: list[Tensor], size: Size) -> dict[str, Tensor]:
         """Return task -> prediction (B, C, *size), without the maps that only a regulariser needs."""
@@ -60,7 +62,12 @@ class Linear(Decoder):
         return self.norm(self.dropout(torch.cat([resize(x, finest) for x in features], dim=1)))
 
     def _predict(self, normed: Tensor, size: Size) -> dict[str, Tensor]:
-        return predict_tasks(self.logits, dict.fromkeys(self.tasks, normed), size)
+        """Project the normalised maps for all tasks in one convolution, and resize each task's part to ``size``."""
+        weights, biases = zip(*(probe() for probe in self.logits.values()))
+        with torch.autocast(normed.device.type, enabled=False):
+            logits = F.conv2d(normed.float(), torch.cat(weights), torch.cat(biases))
+        parts = logits.split(list(self.tasks.values()), dim=1)
+        return {task: resize_trained(part, size) for task, part in zip(self.tasks, parts)}
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Return nothing: the tasks share the backbone alone."""
@@ -86,7 +93,9 @@ class Probe(nn.Module):
         zeros, ones = torch.zeros_like(self.shift), torch.ones_like(self.scale)
         return F.batch_norm(normed, zeros, ones, self.scale, self.shift, eps=0.0)  # the fastest scale and shift
 
-    def forward(self, normed: Tensor) -> Tensor:
-        """Return the convolution of :meth:`rescale`, without computing the rescaled maps."""
-        weight = (self.weight * self.scale)[:, :, None, None]
-        return F.conv2d(normed, weight, self.bias + self.weight @ self.shift)
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return weight (outputs, inputs, 1, 1) and bias of the convolution of :meth:`rescale`.
+
+        So the rescaled maps need not be computed, and one convolution serves all tasks.
+        """
+        return (self.weight * self.scale)[:, :, None, None], self.bias + self.weight @ self.shift

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.small_models import make_image
 from torch import nn
 
-from mtcl.models.decoders.blocks import Fusion, resize
+from mtcl.models.decoders.blocks import MAX_PRODUCT_SIDE, Fusion, resize, resize_trained
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -34,3 +34,18 @@ def test_resize():
     assert resize(x, (8, 3)).shape == (1, 2, 8, 3)
     row = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
     assert resize(row, (1, 4)).flatten().tolist() == [0, 0.25, 0.75, 1]
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [((4, 6), (20, 31)), ((7, 5), (3, 10)), ((MAX_PRODUCT_SIDE + 1, 2), (90, 4))]
+)
+def test_resizing_in_training_has_the_values_and_gradients_of_resizing(side, size):
+    x = make_image(2, 3, *side).double().requires_grad_()
+    gradient = make_image(2, 3, *size).double()
+    want, got = resize(x, size), resize_trained(x, size)
+    torch.testing.assert_close(got, want)
+    gradients = [torch.autograd.grad(y, x, gradient)[0] for y in (got, want)]
+    torch.testing.assert_close(*gradients)
+    assert torch.equal(resize_trained(x.detach(), size), want)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert resize_trained(x, size).dtype == torch.float64

@@ -87,3 +87,13 @@ def test_dropout_leaves_out_whole_channels():
     decoder = make(CHANNELS, VIT, TASKS, dropout=0.5).train()
     dropped = decoder.dropout(torch.ones(1, 28, 4, 6))
     assert {tuple(x.unique().tolist()) for x in dropped[0]} == {(0.0,), (2.0,)}
+
+
+def test_features_may_be_left_out():
+    torch.manual_seed(0)
+    decoder, maps = make(CHANNELS, VIT, TASKS), features((32, 64), VIT)
+    expected = decoder(maps, (32, 64))
+    decoder.builds_features = False
+    output = decoder(maps, (32, 64))
+    assert output.features == {}
+    assert all(torch.equal(p, expected.predictions[task]) for task, p in output.predictions.items())
