@@ -208,9 +208,11 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         )
     if "thresholds" in options:
         options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
-    if options.get("shuffle") and config.data.batch_size < 2:
+    labels_of = options.get("source_labels")
+    if labels_of in ("other_image", "random") and config.data.batch_size < 2:
         raise UserError(
-            "regularizer.options.shuffle=true takes labels of another image; give data.batch_size of 2 or more"
+            f"regularizer.options.source_labels={labels_of} takes labels of another image; "
+            "give data.batch_size of 2 or more"
         )
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     channels = model.feature_channels[options["feature"]]

@@ -21,6 +21,7 @@ _OPTIONS = {
 RENAMED_KEYS: dict[str, str] = {
     "regularizer.balance": "regularizer.weighting",
     "regularizer.until": "regularizer.stop_fraction",
+    "regularizer.options.shuffle": "regularizer.options.source_labels",
     **{f"regularizer.options.{old}": f"regularizer.options.{new}" for old, new in _OPTIONS.items()},
     "balancing.contrast": "balancing.contrast_as_objective",
     "trainer.panels": "trainer.num_panels",
@@ -44,6 +45,9 @@ RENAMED_VALUES: dict[str, dict[str, Any]] = {  # new key, or group -> old value 
     "recipe": _STANDARD,
     "evaluation": _STANDARD,
 }
+_SHUFFLE = {"true": "random", "false": True}
+# Old key -> old value as text -> new value, where a value is renamed only together with its key.
+VALUES_OF_RENAMED_KEYS: dict[str, dict[str, Any]] = {"regularizer.options.shuffle": _SHUFFLE}
 
 
 def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,11 +58,14 @@ def upgrade_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def upgrade_flat_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a config of dotted keys (``{"trainer.panels": 4}``) with today's keys and values."""
     return {
-        RENAMED_KEYS.get(key, key): _upgrade_value(RENAMED_KEYS.get(key, key), value) for key, value in config.items()
+        RENAMED_KEYS.get(key, key): _upgrade_value(key, RENAMED_KEYS.get(key, key), value)
+        for key, value in config.items()
     }
 
 
-def _upgrade_value(key: str, value: Any) -> Any:
+def _upgrade_value(old_key: str, key: str, value: Any) -> Any:
+    if old_key in VALUES_OF_RENAMED_KEYS:
+        return VALUES_OF_RENAMED_KEYS[old_key].get(str(value).lower(), value)
     return RENAMED_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
@@ -72,7 +79,7 @@ def _upgrade_group(group: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         if isinstance(value, Mapping):
             upgraded[new_name] = _upgrade_group(value, f"{key}.")
         else:
-            upgraded[new_name] = _upgrade_value(key, value)
+            upgraded[new_name] = _upgrade_value(f"{prefix}{name}", key, value)
     return upgraded
 
 
@@ -88,7 +95,7 @@ def upgrade_override(override: str) -> str:
     signs = typed[: len(typed) - len(typed.lstrip("+~"))]
     old = typed[len(signs) :]
     key = RENAMED_KEYS.get(old, old)
-    if text not in (values := RENAMED_VALUES.get(key, {})):
+    if text not in (values := VALUES_OF_RENAMED_KEYS.get(old) or RENAMED_VALUES.get(key, {})):
         return f"{signs}{key}{equals}{text}"
     value = values[text]
     return f"{signs}{key}{equals}{str(value).lower() if isinstance(value, bool) else value}"
@@ -98,7 +105,8 @@ def explain_renamed_key(key: str) -> str | None:
     """Return the sentence for an old key on a command line; None for any other key."""
     if key not in RENAMED_KEYS:
         return None
-    return f"{key} is called {RENAMED_KEYS[key]} since version 0.2; use that key"
+    values = ", ".join(f"{old} is {str(new).lower()}" for old, new in VALUES_OF_RENAMED_KEYS.get(key, {}).items())
+    return f"{key} is called {RENAMED_KEYS[key]} since version 0.2; use that key" + (values and f" ({values})")
 
 
 def explain_renamed_value(key: str, value: str) -> str | None:

@@ -226,7 +226,9 @@ RULES: dict[str, Rule] = {
     "regularizer.options.excluded_pairs": Rule(
         "a list of target<-source", lambda v: isinstance(v, list) and all(isinstance(pair, str) for pair in v)
     ),
-    "regularizer.options.shuffle": FLAG,
+    "regularizer.options.source_labels": Rule(
+        "true, other_image, random or distance", lambda v: v is True or isinstance(v, str)
+    ),
     "regularizer.options.class_balanced": FLAG,
     "regularizer.options.window": number(0, 1).or_null(),
     "regularizer.options.drop_conflicting_positives": FLAG,

@@ -10,7 +10,8 @@ similar:
 
 This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampling`, :mod:`~mtcl.regularizers.pairs`,
 :mod:`~mtcl.regularizers.projector`, :mod:`~mtcl.regularizers.triplet`) and what serves ablations
-(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.sampling_ablations`). What the paper states and what is
+(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.sampling_ablations`,
+:mod:`~mtcl.regularizers.null_labels`). What the paper states and what is
 our choice is said in ``configs/regularizer/contrastive.yaml``.
 """
 
@@ -21,12 +22,20 @@ from torch import Tensor
 
 from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers import criteria, sampling_ablations
+from mtcl.regularizers import criteria, null_labels, sampling_ablations
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.pairs import Pairs, PixelLabels, choose_thresholds, make_pairs
 from mtcl.regularizers.projector import build_projectors
-from mtcl.regularizers.sampling import Draw, draw_pixels, draw_sources, flat_index, sample_features, sample_labels
+from mtcl.regularizers.sampling import (
+    Draw,
+    as_label_map,
+    draw_pixels,
+    draw_sources,
+    flat_index,
+    sample_features,
+    sample_labels,
+)
 from mtcl.regularizers.sources import choose_available_source, list_allowed_sources
 from mtcl.regularizers.statistics import TripletStats
 from mtcl.regularizers.triplet import CriterionOutput, triplet
@@ -68,7 +77,10 @@ class Contrastive(Regularizer):
         excluded_pairs: pairs ``target<-source`` that are never drawn.
         projector_sharing: one projector per ``pair`` (the paper), per ``target``, or one for ``all`` (widths must be
             equal).
-        shuffle: a control: an image's source labels are those of another image of the batch.
+        source_labels: whose labels relate the pixels: ``true`` (text or bool): the source's of the image itself, the
+            method. Controls: ``other_image``: another image's at the same positions (layout stays); ``random``: another
+            image's at that image's own random positions (layout is lost); ``distance``: none, pixels near each other in
+            the image are positive and distant ones negative; see :mod:`mtcl.regularizers.null_labels`.
         class_balanced: each class (range of depth, direction) of an image's source label has an equal part in the K;
             else uniform.
         window: pairs lie at most this fraction of the image's height and width apart; None: anywhere.
@@ -94,7 +106,7 @@ class Contrastive(Regularizer):
         source_tasks: str = "other",
         excluded_pairs: Collection[str] = (),
         projector_sharing: str = "pair",
-        shuffle: bool = False,
+        source_labels: bool | str = True,
         class_balanced: bool = False,
         window: float | None = None,
         drop_conflicting_positives: bool = False,
@@ -115,9 +127,12 @@ class Contrastive(Regularizer):
                 "=ranked takes any three pixels of an image; leave out window, drop_conflicting_positives, "
                 "across_images",
             )
+        labels_of = null_labels.normalize_source_labels(source_labels)
+        if labels_of == "distance" and class_balanced:
+            raise ParameterError("class_balanced", "=true needs labels, which source_labels=distance has none of")
         self.tasks, self.task_names = dict(tasks), list(tasks)
         self.seed, self.feature, self.num_pixels, self.margin = seed, feature, num_pixels, margin
-        self.shuffle, self.class_balanced, self.window = shuffle, class_balanced, window
+        self.source_labels, self.class_balanced, self.window = labels_of, class_balanced, window
         self.drop_conflicting_positives, self.across_images = drop_conflicting_positives, across_images
         self.criterion, self.temperature = criterion, temperature
         self.allowed_sources = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
@@ -127,9 +142,14 @@ class Contrastive(Regularizer):
         widths = {t: channels[t] for t in tasks}
         self.projectors = build_projectors(projector_sharing, widths, hidden_dim, embed_dim, generator)
         embedded = [[task.embedded_distance(d) for d in self.thresholds[name]] for name, task in tasks.items()]
-        ranges = [criteria.ranked_max_distance(*pair) for pair in embedded]
+        source_thresholds = [null_labels.DISTANCE_THRESHOLDS] * len(tasks) if labels_of == "distance" else embedded
+        ranges = [criteria.ranked_max_distance(*pair) for pair in source_thresholds]
         self.embedded_thresholds: Tensor  # (S, 2), among embedded labels
         self.register_buffer("embedded_thresholds", torch.tensor(embedded), persistent=False)
+        self.source_thresholds: (
+            Tensor  # (S, 2), the same but of what relates pixels: distances with source_labels=distance
+        )
+        self.register_buffer("source_thresholds", torch.tensor(source_thresholds), persistent=False)
         self.ranked_max_distance: Tensor  # (S,)
         self.register_buffer("ranked_max_distance", torch.tensor(ranges), persistent=False)
         self.stats = TripletStats(self.task_names)
@@ -179,17 +199,21 @@ class Contrastive(Regularizer):
     def gather_labels(self, labels: Mapping[str, Tensor], draw: Draw, size: Size) -> PixelLabels:
         """Gather each target's source labels at the drawn pixels."""
         read = {name: sample_labels(labels[name], draw.pixels) for name in self.task_names}  # (B, M, c)
-        valid = torch.stack(
-            [
-                task.valid(read[name].mT[..., None] if labels[name].ndim == 4 else read[name])[..., 0]
-                for name, task in self.tasks.items()
-            ]  # at the pixels alone: they are a label of M rows and one column
-        )  # (S, B, M)
-        label = torch.stack([task.embed_label(read[name]) for name, task in self.tasks.items()])  # (S, B, M, 3)
+        ndims = {name: labels[name].ndim for name in self.task_names}
+        valid, label, bins = self._embed_labels(read, ndims)
         target_label = torch.where(valid[..., None], label, torch.nan)
-        if self.shuffle:
-            valid, label = valid.roll(1, dims=1), label.roll(1, dims=1)
-        source = choose_available_source(draw.sources, valid.any(dim=2))  # (T, B)
+        has_labels = valid.any(dim=2)  # (S, B)
+        if self.source_labels == "random":
+            valid, label, bins, has_labels = (x.roll(1, dims=1) for x in (valid, label, bins, has_labels))
+        elif self.source_labels == "other_image":
+            donor, has_donor = null_labels.choose_other_image(has_labels)
+            read = {n: sample_labels(labels[n], draw.pixels, image) for n, image in zip(self.task_names, donor)}
+            valid, label, bins = self._embed_labels(read, ndims)
+            has_labels = has_labels & has_donor
+            valid = valid & has_labels[..., None]
+        elif self.source_labels == "distance":
+            label = null_labels.embed_positions(draw.pixels).expand_as(label)
+        source = choose_available_source(draw.sources, has_labels)  # (T, B)
         images = torch.arange(source.shape[1], device=source.device)
         pixels = PixelLabels(
             source=source[..., None],
@@ -200,10 +224,19 @@ class Contrastive(Regularizer):
             target_label=target_label,
         )
         if self.class_balanced:
-            bins = torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])  # (S, B, M)
-            bins = bins.roll(1, dims=1) if self.shuffle else bins
             pixels = sampling_ablations.balance_classes(pixels, bins[source, images], self.num_pixels)
         return pixels
+
+    def _embed_labels(self, read: Mapping[str, Tensor], ndims: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which labels at pixels (task -> (B, M, c)) are valid (S, B, M), embedded (S, B, M, 3), their bins."""
+        valid = torch.stack(
+            [task.valid(as_label_map(read[name], ndims[name]))[..., 0] for name, task in self.tasks.items()]
+        )
+        label = torch.stack([task.embed_label(read[name]) for name, task in self.tasks.items()])
+        bins = torch.zeros_like(valid, dtype=torch.long)
+        if self.class_balanced:
+            bins = torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])
+        return valid, label, bins
 
     def _project(
         self, target: str, feature: Tensor, pixels: Tensor, source: Tensor, size: Size, frame: Size | None
@@ -228,7 +261,7 @@ class Contrastive(Regularizer):
 
     def select_pairs(self, pixels: PixelLabels) -> Pairs:
         """Select the positive and negative pairs, (T, B, K, K); (T, 1, B K, B K) across images."""
-        pairs = make_pairs(pixels, self.embedded_thresholds)
+        pairs = make_pairs(pixels, self.source_thresholds)
         if self.across_images:
             pairs = sampling_ablations.keep_equal_sources(pairs, pixels)
         if self.drop_conflicting_positives:

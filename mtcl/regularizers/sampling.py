@@ -64,13 +64,28 @@ def flat_index(pixels: Tensor, size: Size) -> Tensor:
     return (row * size[1] + column).int()
 
 
-def sample_labels(label: Tensor, pixels: Tensor) -> Tensor:
-    """Sample a label map (B, H, W) or (B, c, H, W) at the drawn pixels (B, K, 2), nearest: (B, K, c)."""
+def sample_labels(label: Tensor, pixels: Tensor, image: Tensor | None = None) -> Tensor:
+    """Sample a label map (B, H, W) or (B, c, H, W) at the drawn pixels (B, K, 2), nearest: (B, K, c).
+
+    With ``image``, int64 (B,), each row of pixels reads the map of that image of the batch, else its own.
+    """
     flat = label.flatten(2) if label.ndim == 4 else label.flatten(1)[:, None]  # (B, c, H * W)
     height, width = label.shape[-2:]
     row, column = pixel_index(pixels, (height, width))
-    index = (row * width + column)[:, None].expand(-1, flat.shape[1], -1)
-    return flat.gather(2, index).transpose(1, 2)
+    index = row * width + column  # (B, K)
+    if image is not None:
+        return flat[image[:, None], :, index]
+    return flat.gather(2, index[:, None].expand(-1, flat.shape[1], -1)).transpose(1, 2)
+
+
+def as_label_map(read: Tensor, ndim: int) -> Tensor:
+    """Lay out labels read at pixels (B, K, c) as a batch's label of K rows and one column.
+
+    Args:
+        read: result of :func:`sample_labels`.
+        ndim: of the label map, 3 or 4.
+    """
+    return read.mT[..., None] if ndim == 4 else read
 
 
 def sample_features(feature: Tensor, pixels: Tensor, size: Size, frame: Size) -> Tensor:

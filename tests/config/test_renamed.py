@@ -4,7 +4,7 @@ import pytest
 from helpers.common import ROOT, composed
 
 from mtcl.config.compose import compose_config
-from mtcl.config.renamed import RENAMED_KEYS, RENAMED_VALUES, upgrade_config, upgrade_override
+from mtcl.config.renamed import RENAMED_KEYS, RENAMED_VALUES, upgrade_config, upgrade_flat_config, upgrade_override
 from mtcl.config.schema import RULES
 from mtcl.errors import UserError
 
@@ -43,6 +43,17 @@ def test_nested_configs_are_upgraded_and_the_rest_stays():
     assert upgrade_config(new) == new
 
 
+@pytest.mark.parametrize(("old", "new"), [(True, "random"), ("true", "random"), (False, True)])
+def test_a_value_that_is_renamed_with_its_key(old, new):
+    key = "regularizer.options.source_labels"
+    assert upgrade_flat_config({"regularizer.options.shuffle": old}) == {key: new}
+    upgraded = upgrade_config({"regularizer": {"options": {"shuffle": old}}})
+    assert upgraded == {"regularizer": {"options": {"source_labels": new}}}
+    assert upgrade_config(upgraded) == upgraded
+    with pytest.raises(UserError, match=r"use that key \(true is random, false is true\)"):
+        compose_config(["regularizer.options.shuffle=true"], ROOT / "configs")
+
+
 def test_of_an_old_and_a_new_key_today_s_counts():
     both = {"trainer": {"num_panels": 1, "panels": 4}}
     assert upgrade_config(both) == upgrade_config({"trainer": dict(reversed(both["trainer"].items()))})
@@ -55,6 +66,9 @@ def test_of_an_old_and_a_new_key_today_s_counts():
         ("trainer.val_first=false", "trainer.validate_first=false"),
         ("+regularizer.options.pixels=32", "+regularizer.options.num_pixels=32"),
         ("~regularizer.options.tap", "~regularizer.options.feature"),
+        ("regularizer.options.shuffle=true", "regularizer.options.source_labels=random"),
+        ("regularizer.options.shuffle=false", "regularizer.options.source_labels=true"),
+        ("regularizer.options.source_labels=true", "regularizer.options.source_labels=true"),
         ("balancing.contrast=objective", "balancing.contrast_as_objective=true"),
         ("loss=field", "loss=standard"),
         ("evaluation.options.sal.protocol=field", "evaluation.options.sal.protocol=standard"),

@@ -177,18 +177,34 @@ def ref_places(pixels, size):
 def ref_picture(regularizer, target, image, labels, draw):
     """The sampled pixels of one picture."""
     names, size = regularizer.task_names, labels[regularizer.task_names[0]].shape[-2:]
-    label_image = (image - 1) % len(draw.pixels) if regularizer.shuffle else image  # the picture whose labels are taken
-    read = {
-        s: [ref_label(s, labels[s], label_image, position) for position in ref_places(draw.pixels[label_image], size)]
-        for s in names
-    }
+    count, kind = len(draw.pixels), regularizer.source_labels
+    places = [ref_places(draw.pixels[i], size) for i in range(count)]
+    own = [{s: [ref_label(s, labels[s], i, position) for position in places[i]] for s in names} for i in range(count)]
+    read = own[image]
+    if kind == "random":  # the picture before
+        read = own[(image - 1) % count]
+    if kind == "distance":  # the places themselves, where the source says anything
+        spots = draw.pixels[image].tolist()
+        read = {s: [None if v is None else at for v, at in zip(own[image][s], spots)] for s in names}
+    if kind == "other_image":  # the next picture of which that task says anything
+        read = {}
+        for s in names:
+            others = [(image + step) % count for step in range(1, count)]
+            others = [i for i in others if any(v is not None for v in own[i][s])]
+            nothing = not others or all(v is None for v in own[image][s])
+            read[s] = [None if nothing else ref_label(s, labels[s], others[0], position) for position in places[image]]
+    usable = {s: any(v is not None for v in read[s]) for s in names}
+    if kind == "other_image":  # that it says nothing here does not make another task the source
+        usable = {
+            s: any(v is not None for v in own[image][s])
+            and any(v is not None for i in range(count) if i != image for v in own[i][s])
+            for s in names
+        }
     order = [names[s] for s in draw.sources[names.index(target)].tolist()]
-    source = next((s for s in order if any(value is not None for value in read[s])), order[0])
+    source = next((s for s in order if usable[s]), order[0])
     pixels = [
         Pixel(image, at, position, source, value, ref_label(target, labels[target], image, position))
-        for at, position, value in zip(
-            draw.pixels[image].tolist(), ref_places(draw.pixels[image], size), read[source], strict=True
-        )
+        for at, position, value in zip(draw.pixels[image].tolist(), places[image], read[source], strict=True)
     ]
     if regularizer.class_balanced:  # which is tested by itself
         strata = torch.tensor([ref_stratum(source, pixel.value) for pixel in pixels])
@@ -197,14 +213,20 @@ def ref_picture(regularizer, target, image, labels, draw):
     return pixels
 
 
+def ref_apart(regularizer, a, b):
+    """The thresholds of two pixels' relation, and how far apart they are."""
+    if regularizer.source_labels == "distance":
+        return 0.15, 0.3, math.hypot(a.value[0] - b.value[0], a.value[1] - b.value[1])
+    return *regularizer.thresholds[a.source], ref_distance(a.source, a.value, b.value)
+
+
 def ref_relation(regularizer, target, a, b):
     """+1 for a positive pair, -1 for a negative one, 0 for none."""
     if a.value is None or b.value is None or (a.image, a.position) == (b.image, b.position) or a.source != b.source:
         return 0
     if regularizer.window is not None and max(abs(x - y) for x, y in zip(a.at, b.at)) > regularizer.window:
         return 0
-    near, far = regularizer.thresholds[a.source]
-    distance = ref_distance(a.source, a.value, b.value)
+    near, far, distance = ref_apart(regularizer, a, b)
     if distance >= far:
         return -1
     if distance > near:
@@ -224,12 +246,10 @@ def ref_triplets(regularizer, target, group, d):
             three = [pixel, group[p], group[n]]
             if any(x.value is None for x in three) or pixel.position in (group[p].position, group[n].position):
                 continue
-            near, far = (ref_span(pixel.source, bound) for bound in regularizer.thresholds[pixel.source])
+            by = "distance" if regularizer.source_labels == "distance" else pixel.source
+            near, far, _ = (ref_span(by, bound) for bound in ref_apart(regularizer, pixel, pixel))
             top = far if near == 0 else 5 * far
-            apart = {
-                j: min(ref_span(pixel.source, ref_distance(pixel.source, pixel.value, group[j].value)) / top, 1)
-                for j in (p, n)
-            }
+            apart = {j: min(ref_span(by, ref_apart(regularizer, pixel, group[j])[2]) / top, 1) for j in (p, n)}
             p, n = sorted(apart, key=apart.get)
             if apart[n] > apart[p]:
                 yield a, p, n, regularizer.margin * (apart[n] - apart[p])

@@ -21,6 +21,8 @@ OPTIONS = [
     {"criterion": "infonce"},
     {"class_balanced": True, "drop_conflicting_positives": True, "window": 0.5},
     {"across_images": True, "source_tasks": "any"},
+    {"source_labels": "other_image", "class_balanced": True},
+    {"source_labels": "distance"},
 ]
 
 script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark_step.py"), run_name="benchmark_step")

@@ -21,6 +21,7 @@ from mtcl.config.schema import check_config
 from mtcl.regularizers import Contrastive, GradientNormWeight
 from mtcl.regularizers.contrastive import CRITERIA
 from mtcl.regularizers.diagnostics import compare_feature_gradients
+from mtcl.regularizers.null_labels import SOURCE_LABELS
 from mtcl.regularizers.sampling import draw_sources, pixel_index
 from mtcl.regularizers.sampling_ablations import balanced_sample
 from mtcl.regularizers.sources import list_allowed_sources
@@ -30,6 +31,7 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 # --- Against the reference
 
 PARTIAL = {name: ["void" if (i + k) % 2 else "random" for k in range(2)] for i, name in enumerate(NAMES)}
+SHARED = {name: ["void" if (i + k) % 2 else "random" for k in range(4)] for i, name in enumerate(NAMES)}
 OPTIONS = {
     "semihard": {"criterion": "semihard", "tap": (6, 7)},  # a coarser tap has features that are equal
     "ranked": {"criterion": "ranked"},
@@ -40,7 +42,12 @@ OPTIONS = {
     "any": {"source_tasks": "any", "step": 3},
     "normals": {"source_tasks": "normals"},
     "excluded_pairs": {"excluded_pairs": [f"{t}<-{s}" for t in NAMES for s in ("semseg", "edge")][1:-1]},
-    "shuffle": {"shuffle": True},
+    "random labels": {"source_labels": "random"},
+    "another image's labels": {"source_labels": "other_image", "images": 3},
+    "another image's labels, partial": {"source_labels": "other_image", "images": 4, "pixels": 20, "kinds": SHARED},
+    "distance": {"source_labels": "distance"},
+    "distance, ranked": {"source_labels": "distance", "criterion": "ranked"},
+    "distance, partial labels": {"source_labels": "distance", "kinds": PARTIAL},
     "class_balanced": {"class_balanced": True},
     "window": {"window": 0.4},
     "drop_conflicting_positives": {"drop_conflicting_positives": True},
@@ -66,7 +73,9 @@ def test_each_option_agrees_with_reference_and_matters(name):
     options = {"seed": 6, "pixels": 14, "step": 1} | OPTIONS[name]
     case = make_case(**options)
     assert agrees_with_reference(*case) > 15
-    facts = {key: options[key] for key in ("seed", "pixels", "step", "tap", "kinds", "channels") if key in options}
+    facts = {
+        key: options[key] for key in ("seed", "pixels", "step", "tap", "kinds", "images", "channels") if key in options
+    }
     plain, features, labels, draw, frame = make_case(**facts)
     assert not torch.equal(case[0](*case[1:]).loss, plain(features, labels, draw, frame).loss)
 
@@ -77,11 +86,11 @@ def options_of_any_kind(draw):
     case = draw(cases()) | {
         "criterion": criterion,
         "source_tasks": draw(st.sampled_from(["other", "self", "any", "depth"])),
-        "shuffle": draw(st.booleans()),
-        "class_balanced": draw(st.booleans()),
+        "source_labels": draw(st.sampled_from(SOURCE_LABELS)),
         "projector_sharing": draw(st.sampled_from(["pair", "target", "all"])),
         "channels": dict.fromkeys(NAMES, 3),
     }
+    case["class_balanced"] = draw(st.booleans()) and case["source_labels"] != "distance"
     if criterion != "ranked":
         case["window"] = draw(st.none() | st.floats(0.2, 1))
         case["drop_conflicting_positives"] = draw(st.booleans())
@@ -164,7 +173,7 @@ def bits(device, **options):
     "options",
     [
         {"criterion": "semihard", "class_balanced": True, "drop_conflicting_positives": True, "window": 0.5},
-        {"criterion": "ranked", "shuffle": True, "projector_sharing": "target"},
+        {"criterion": "ranked", "source_labels": "random", "projector_sharing": "target"},
         {"criterion": "infonce", "across_images": True, "source_tasks": "any"},
     ],
     ids=str,
@@ -220,6 +229,8 @@ def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
         ({"excluded_pairs": [f"edge<-{s}" for s in NAMES]}, r"excluded_pairs leaves edge without a source"),
         ({"source_tasks": "self", "excluded_pairs": ["depth<-depth"]}, r"excluded_pairs leaves depth without"),
         ({"source_tasks": "depth", "excluded_pairs": ["normals<-depth"]}, r"excluded_pairs leaves normals without"),
+        ({"source_labels": False}, r"source_labels=False is not known; choose true, other_image, random, distance"),
+        ({"source_labels": "distance", "class_balanced": True}, r"class_balanced=true needs labels"),
         ({"criterion": "hinge"}, r"criterion=hinge .*triplet, semihard, ranked, infonce"),
         *(
             (
@@ -257,8 +268,8 @@ def test_draws_of_targets_with_unequally_many_sources_are_independent():
 @pytest.mark.parametrize(
     "options", [{}, {"class_balanced": True}, {"criterion": "ranked"}, {"source_tasks": "self"}], ids=str
 )
-def test_shuffled_labels_are_those_of_another_picture(options):
-    regularizer, features, labels, _, frame = make_case(seed=2, images=3, pixels=12, shuffle=True, **options)
+def test_random_labels_are_those_of_another_picture(options):
+    regularizer, features, labels, _, frame = make_case(seed=2, images=3, pixels=12, source_labels="random", **options)
     plain = make_case(seed=2, images=3, pixels=12, **options)[0]
     draw = regularizer.sample(4, ["a", "a", "a"])  # the same places in each picture
     moved = {name: label.roll(1, dims=0) for name, label in labels.items()}
@@ -476,7 +487,11 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
             ["regularizer=mtpsl", "regularizer.weighting=gradient_norm"],
             r"weighting=gradient_norm is for regularizer=contrastive",
         ),
-        (["regularizer.options.shuffle=true", "data.batch_size=1"], r"shuffle=true .*another image"),
+        (["regularizer.options.source_labels=random", "data.batch_size=1"], r"source_labels=random .*another image"),
+        (
+            ["regularizer.options.source_labels=other_image", "data.batch_size=1"],
+            r"other_image takes labels of another",
+        ),
     ],
 )
 def test_what_cannot_be_built_is_refused(overrides, message):
