@@ -17,7 +17,7 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
-from mtcl.regularizers import Contrastive, GradientNormWeight, Regularizer
+from mtcl.regularizers import AuxiliaryHeads, Contrastive, GradientNormWeight, Regularizer
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
 from mtcl.runtime import autocast
 from mtcl.schedules import Schedule, build_schedule
@@ -237,8 +237,10 @@ def build_lambda(config: DictConfig, regularizer: Regularizer | None, device: to
         raise UserError(f"regularizer.weighting={settings.weighting} is not known; choose fixed or gradient_norm")
     gradient_norm_weight = None
     if regularizer is not None and settings.weighting == "gradient_norm":
-        if not isinstance(regularizer, Contrastive):
-            raise UserError("regularizer.weighting=gradient_norm is for regularizer=contrastive; use fixed")
+        if not isinstance(regularizer, Contrastive | AuxiliaryHeads):
+            raise UserError(
+                "regularizer.weighting=gradient_norm is for regularizer=contrastive or auxiliary; use fixed"
+            )
         gradient_norm_weight = GradientNormWeight(regularizer.task_names).to(device)
     return Lambda(
         settings.weight, config.trainer.max_steps, settings.warmup_steps, settings.stop_fraction, gradient_norm_weight

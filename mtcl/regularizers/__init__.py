@@ -1,5 +1,6 @@
 """The cross-task contrastive regulariser: a training-only loss on any model's task features."""
 
+from mtcl.regularizers.auxiliary import AuxiliaryHeads
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.contrastive import Contrastive
 from mtcl.regularizers.masked_adamw import MaskedAdamW
@@ -8,6 +9,7 @@ from mtcl.regularizers.sampling import Draw
 from mtcl.regularizers.weighting import GradientNormWeight
 
 __all__ = [
+    "AuxiliaryHeads",
     "Contrastive",
     "CrossTaskConsistency",
     "Draw",

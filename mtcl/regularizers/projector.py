@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from mtcl.errors import ParameterError
 
 
-class Projector(nn.Module):
-    """Linear layers with ReLU in between and weights of their own for every source, then normalization.
+class StackedLayers(nn.Module):
+    """Linear layers with ReLU in between and weights of their own for every source.
 
     The source is a tensor, so that one graph serves every draw: no recompilation, and under DDP every parameter
     takes part in every step. Sources that were not drawn get a zero gradient (see
     :class:`~mtcl.regularizers.masked_adamw.MaskedAdamW`).
 
     Args:
-        num_sources: number of stacked projectors.
+        num_sources: number of stacks.
         channels: C, of the features.
         hidden_dim: width of the hidden layer; None: a linear projector.
         embed_dim: D, of the result.
@@ -34,14 +34,22 @@ class Projector(nn.Module):
         self.biases = nn.ParameterList(_uniform((num_sources, 1, b), a, generator) for a, b in pairwise(widths))
 
     def forward(self, feature: Tensor, source: Tensor) -> Tensor:
-        """Project sampled features (B, K, C) by the weights of ``source`` (B,): unit vectors (B, K, D), fp32."""
+        """Map sampled features (B, K, C) by the weights of ``source`` (B,): (B, K, D), fp32."""
         with torch.autocast(feature.device.type, enabled=False):
             x = feature.float()
             for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
                 x = torch.baddbmm(
                     bias.index_select(0, source), F.relu(x) if layer else x, weight.index_select(0, source)
                 )
-            return F.normalize(x, dim=-1)
+            return x
+
+
+class Projector(StackedLayers):
+    """The layers of :class:`StackedLayers`, then normalization."""
+
+    def forward(self, feature: Tensor, source: Tensor) -> Tensor:
+        """Project sampled features (B, K, C) by the weights of ``source`` (B,): unit vectors (B, K, D), fp32."""
+        return F.normalize(super().forward(feature, source), dim=-1)
 
 
 def build_projectors(

@@ -179,25 +179,27 @@ def ref_picture(regularizer, target, image, labels, draw):
     names, size = regularizer.task_names, labels[regularizer.task_names[0]].shape[-2:]
     count, kind = len(draw.pixels), regularizer.source_labels
     places = [ref_places(draw.pixels[i], size) for i in range(count)]
-    own = [{s: [ref_label(s, labels[s], i, position) for position in places[i]] for s in names} for i in range(count)]
-    read = own[image]
+    by_picture = [
+        {s: [ref_label(s, labels[s], i, position) for position in places[i]] for s in names} for i in range(count)
+    ]
+    read = by_picture[image]
     if kind == "random":  # the picture before
-        read = own[(image - 1) % count]
+        read = by_picture[(image - 1) % count]
     if kind == "distance":  # the places themselves, where the source says anything
         spots = draw.pixels[image].tolist()
-        read = {s: [None if v is None else at for v, at in zip(own[image][s], spots)] for s in names}
+        read = {s: [None if v is None else at for v, at in zip(by_picture[image][s], spots)] for s in names}
     if kind == "other_image":  # the next picture of which that task says anything
         read = {}
         for s in names:
             others = [(image + step) % count for step in range(1, count)]
-            others = [i for i in others if any(v is not None for v in own[i][s])]
-            nothing = not others or all(v is None for v in own[image][s])
+            others = [i for i in others if any(v is not None for v in by_picture[i][s])]
+            nothing = not others or all(v is None for v in by_picture[image][s])
             read[s] = [None if nothing else ref_label(s, labels[s], others[0], position) for position in places[image]]
     usable = {s: any(v is not None for v in read[s]) for s in names}
     if kind == "other_image":  # that it says nothing here does not make another task the source
         usable = {
-            s: any(v is not None for v in own[image][s])
-            and any(v is not None for i in range(count) if i != image for v in own[i][s])
+            s: any(v is not None for v in by_picture[image][s])
+            and any(v is not None for i in range(count) if i != image for v in by_picture[i][s])
             for s in names
         }
     order = [names[s] for s in draw.sources[names.index(target)].tolist()]

@@ -8,7 +8,7 @@ import torch
 from helpers.common import ROOT, TINY
 
 from mtcl.models import DenseOutput
-from mtcl.regularizers import Contrastive
+from mtcl.regularizers import AuxiliaryHeads, Contrastive
 from mtcl.tasks import build_task
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -62,6 +62,20 @@ def test_no_map_is_made_and_nothing_is_waited_for(options, layout):
         loss.backward()
     assert backward.largest.bytes == MAP_BYTES, "the gradient of a target's features, and nothing above it"
     assert not forward.waits
+    assert not backward.waits
+
+
+def test_auxiliary_heads_make_no_map_and_wait_for_nothing():
+    contrast, output, labels = make()
+    regularizer = AuxiliaryHeads(contrast.tasks, dict.fromkeys(NAMES, CHANNELS), num_pixels=16, hidden_dim=8)
+    draw = regularizer.sample(0, ["a", "b"])
+    with OperationRecorder() as recorder:
+        loss = regularizer.compute_loss(output, labels, draw).loss
+    assert loss.item() > 0
+    assert recorder.largest.bytes < MAP_BYTES / 20, recorder.largest
+    with OperationRecorder() as backward:
+        loss.backward()
+    assert not recorder.waits
     assert not backward.waits
 
 

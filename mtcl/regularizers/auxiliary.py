@@ -1,0 +1,161 @@
+"""Auxiliary heads, a control of the contrast: small heads predict the source's labels from the target's features.
+
+Whatever the labels of a source s could teach the features of a target t, they teach it here, without any contrast:
+
+    p = A_ts(F_t)                                   at the K pixels that the contrast would sample
+    L_t = w_s L_s(p, labels of s)                   L_s: the loss of task s, w_s: its weight
+    L   = sum_t w_t L_task_t + lambda * mean_t L_t
+
+Sources and pixels are drawn as for :class:`~mtcl.regularizers.contrastive.Contrastive`, whose projectors have the
+layers of these heads but for the width of the last one.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mtcl.distributed import all_reduce_sum
+from mtcl.errors import UserError
+from mtcl.models.base import DenseOutput
+from mtcl.regularizers.base import Regularizer, RegularizerOutput
+from mtcl.regularizers.masked_adamw import MaskedAdamW
+from mtcl.regularizers.projector import StackedLayers
+from mtcl.regularizers.sampling import (
+    Draw,
+    as_label_map,
+    draw_pixels,
+    draw_sources,
+    sample_features,
+    sample_labels,
+)
+from mtcl.regularizers.sources import choose_available_source, list_allowed_sources
+from mtcl.regularizers.statistics import PairSums
+from mtcl.tasks.base import Task
+
+Size = tuple[int, int]
+
+
+class AuxiliaryHeads(Regularizer):
+    """Prediction of a source's labels from each target's features.
+
+    Where images of a batch differ in their source (partial labels), L_t is the mean over the labelled pixels of all.
+
+    Args:
+        tasks: name -> task, at least two; each is a target and a source.
+        channels: task -> channels C_t of its feature map.
+        seed: of the heads' initialization and of every draw; torch's global generator is never touched.
+        feature: which of a model's features :meth:`compute_loss` reads.
+        num_pixels: K, sampled per image at label resolution.
+        hidden_dim: width inside a head; None: a linear head.
+        source_tasks: see :class:`~mtcl.regularizers.contrastive.Contrastive`.
+        excluded_pairs: pairs ``target<-source`` that are never drawn.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        channels: Mapping[str, int],
+        *,
+        seed: int = 0,
+        feature: str = "final",
+        num_pixels: int = 256,
+        hidden_dim: int | None = 64,
+        source_tasks: str = "other",
+        excluded_pairs: Collection[str] = (),
+    ):
+        super().__init__()
+        if len(tasks) < 2:
+            raise UserError("auxiliary heads need at least two tasks; switch the regularizer off for one")
+        self.tasks, self.task_names = dict(tasks), list(tasks)
+        self.seed, self.feature, self.num_pixels = seed, feature, num_pixels
+        self.allowed_sources = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
+        generator = torch.Generator().manual_seed(seed)
+        widest = max(
+            task.channels for task in self.tasks.values()
+        )  # a source reads the first of them, as many as it has
+        self.heads = nn.ModuleDict(
+            {name: StackedLayers(len(tasks), channels[name], hidden_dim, widest, generator) for name in self.task_names}
+        )
+        for task in self.tasks.values():
+            getattr(task, "criterion", None)  # builds the loss module: torch.compile can't, within a step
+        self.stats = PairSums(self.task_names, num_values=2)  # steps, loss
+
+    def sample(self, step: int, ids: Sequence[str]) -> Draw:
+        """Draw the step's sources (equal on every rank) and each image's pixels, as the contrast does."""
+        sources = draw_sources(self.seed, step, self.allowed_sources)
+        return Draw(sources, draw_pixels(self.seed, step, ids, self.num_pixels))
+
+    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """Build an optimizer in which heads that were not drawn take no step."""
+        return MaskedAdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
+
+    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+        """Compute the loss of the heads on a model's features, see :meth:`forward`."""
+        return self(output.features[self.feature], labels, draw, output.frame)
+
+    def forward(
+        self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
+    ) -> RegularizerOutput:
+        """Compute L_t of all targets and their mean over those with a labelled pixel.
+
+        Args:
+            features: task -> F_t (B, C_t, h, w).
+            labels: task -> label in batch layout, (B, H, W) or (B, c, H, W).
+            draw: result of :meth:`sample`.
+            frame: height and width in pixels that the features cover; None: those of the labels.
+        """
+        height, width = next(iter(labels.values())).shape[-2:]
+        read = {  # the pixels alone: a label of K rows and one column
+            name: as_label_map(sample_labels(label, draw.pixels), label.ndim) for name, label in labels.items()
+        }
+        valid = torch.stack([task.valid(read[name])[..., 0] for name, task in self.tasks.items()])  # (S, B, K)
+        source = choose_available_source(draw.sources, valid.any(dim=2))  # (T, B)
+        tasks = torch.arange(len(self.tasks), device=source.device)
+        is_source = source[:, None] == tasks[:, None]  # (T, S, B)
+        counts = all_reduce_sum((valid.sum(dim=2) * is_source).sum(dim=2))  # (T, S): pixels of all processes
+        losses = torch.stack(
+            [
+                self._predict(name, features[name], read, source[i], is_source[i], draw.pixels, (height, width), frame)
+                for i, name in enumerate(self.task_names)
+            ]
+        )  # (T, S)
+        total = counts.sum(dim=1)
+        self._accumulate_stats(counts, losses)
+        target_losses = (losses * counts).sum(dim=1) / total.clamp(min=1)  # (T,)
+        has_label = (total > 0).to(target_losses)
+        loss = (target_losses * has_label).sum() / has_label.sum().clamp(min=1)
+        return RegularizerOutput(loss, dict(zip(self.task_names, target_losses.unbind())))
+
+    def _predict(
+        self,
+        target: str,
+        feature: Tensor,
+        read: Mapping[str, Tensor],
+        source: Tensor,
+        is_source: Tensor,
+        pixels: Tensor,
+        size: Size,
+        frame: Size | None,
+    ) -> Tensor:
+        """Compute w_s L_s (S,) of the target's heads, each over the images of that source (``is_source``, (S, B))."""
+        sampled = sample_features(feature, pixels, size, frame or size)  # (B, K, C_t)
+        prediction = self.heads[target](sampled, source).mT[..., None]  # (B, widest, K, 1)
+        losses = []
+        for (name, task), chosen in zip(self.tasks.items(), is_source):
+            label = read[name]
+            chosen = chosen.view(-1, *[1] * (label.ndim - 1))
+            masked = torch.where(chosen, label, torch.full((), task.void, dtype=label.dtype, device=label.device))
+            losses.append(task.weight * task.loss(prediction[:, : task.channels], masked))
+        return torch.stack(losses)
+
+    @torch.no_grad()
+    def _accumulate_stats(self, counts: Tensor, losses: Tensor) -> None:
+        """Add the losses (T, S) of the pairs that have a labelled pixel."""
+        has_label = (counts > 0).to(losses)
+        sources = torch.arange(len(self.tasks), device=losses.device).expand(len(self.tasks), -1)
+        self.stats.add(sources, torch.stack([has_label, losses * has_label], dim=-1))
+
+    def summary(self) -> dict[str, float]:
+        """Return the mean of w_s L_s (``loss``) of each pair ``target<-source`` drawn since the last call."""
+        return {f"{pair}/loss": loss / steps for pair, (steps, loss) in self.stats.pop().items() if steps}
