@@ -241,7 +241,7 @@ def build_lambda(config: DictConfig, regularizer: Regularizer | None, device: to
             raise UserError(
                 "regularizer.weighting=gradient_norm is for regularizer=contrastive or auxiliary; use fixed"
             )
-        gradient_norm_weight = GradientNormWeight(regularizer.task_names).to(device)
+        gradient_norm_weight = GradientNormWeight(regularizer.task_names, cap=settings.get("weighting_cap")).to(device)
     return Lambda(
         settings.weight, config.trainer.max_steps, settings.warmup_steps, settings.stop_fraction, gradient_norm_weight
     )

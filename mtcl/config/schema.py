@@ -222,6 +222,7 @@ RULES: dict[str, Rule] = {
     "regularizer.weight_decay": number(0),
     "regularizer.stop_fraction": number(0, 1),
     "regularizer.weighting": TEXT,
+    "regularizer.weighting_cap": POSITIVE.or_null(),
     "regularizer.options.source_tasks": TEXT,
     "regularizer.options.excluded_pairs": Rule(
         "a list of target<-source", lambda v: isinstance(v, list) and all(isinstance(pair, str) for pair in v)

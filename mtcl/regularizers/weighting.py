@@ -24,10 +24,12 @@ class GradientNormWeight(nn.Module):
         names: the targets.
         every: number of steps from one measurement to the next.
         momentum: of the running mean.
+        cap: the largest factor that a loss is multiplied by; None: without a bound.
     """
 
-    def __init__(self, names: Sequence[str], every: int = 10, momentum: float = 0.9):
+    def __init__(self, names: Sequence[str], every: int = 10, momentum: float = 0.9, cap: float | None = None):
         super().__init__()
+        self.cap = cap
         self.names, self.every, self.momentum = list(names), every, momentum
         self.factor: Tensor
         self.register_buffer("factor", torch.zeros(len(self.names)))  # 0: not measured yet
@@ -43,8 +45,9 @@ class GradientNormWeight(nn.Module):
         self.factor.copy_(torch.where(is_measured, mean, self.factor))
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum of the targets' losses, each times its factor."""
-        return (torch.stack([losses[name] for name in self.names]) * self.factor).sum()
+        """Return the sum of the targets' losses, each times its factor or, where that is larger, the cap."""
+        factor = self.factor if self.cap is None else self.factor.clamp(max=self.cap)
+        return (torch.stack([losses[name] for name in self.names]) * factor).sum()
 
 
 class Lambda:

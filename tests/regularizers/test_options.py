@@ -449,6 +449,22 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_cap_bounds_the_factors_and_leaves_what_is_measured():
+    free, capped = (GradientNormWeight(["a", "b"], cap=cap) for cap in (None, 5.0))
+    losses = {"a": torch.tensor(1.0), "b": torch.tensor(10.0)}
+    for weight in (free, capped):
+        weight.update(
+            {"a": torch.tensor(3.0), "b": torch.tensor(40.0)}, {"a": torch.tensor(1.0), "b": torch.tensor(2.0)}
+        )
+    assert free.weighted_sum(losses) == 3 * 1 + 20 * 10
+    assert capped.weighted_sum(losses) == 3 * 1 + 5 * 10
+    assert torch.equal(free.factor, capped.factor)
+    config = composed(*TINY, "regularizer.weighting_cap=7")
+    tasks = build_tasks(config)
+    regularizer = build_regularizer(config, tasks, build_model(config, tasks, pretrained=False))
+    assert build_lambda(config, regularizer, torch.device("cpu")).gradient_norm_weight.cap == 7
+
+
 def test_gradient_balance_in_training(tmp_path, monkeypatch):
     """The ratio of the two gradients is the weight; a run that was cut between two measurements goes on as if not."""
     monkeypatch.setattr("mtcl.config.build_training.GradientNormWeight", partial(GradientNormWeight, every=2))
