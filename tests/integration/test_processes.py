@@ -20,9 +20,10 @@ COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regu
     [
         ["data.label_assignment=random"],
         ["regularizer=mtpsl"],
+        ["regularizer=auxiliary", "data.label_assignment=random"],
         COMPILED,
     ],
-    ids=["contrastive", "mtpsl", "compiled"],
+    ids=["contrastive", "mtpsl", "auxiliary", "compiled"],
 )
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp_path):
