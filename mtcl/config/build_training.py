@@ -242,9 +242,15 @@ def build_lambda(config: DictConfig, regularizer: Regularizer | None, device: to
                 "regularizer.weighting=gradient_norm is for regularizer=contrastive or auxiliary; use fixed"
             )
         gradient_norm_weight = GradientNormWeight(regularizer.task_names, cap=settings.get("weighting_cap")).to(device)
-    return Lambda(
-        settings.weight, config.trainer.max_steps, settings.warmup_steps, settings.stop_fraction, gradient_norm_weight
-    )
+    with add_key_prefix("regularizer."):
+        return Lambda(
+            settings.weight,
+            config.trainer.max_steps,
+            settings.warmup_steps,
+            settings.stop_fraction,
+            settings.start_fraction,
+            gradient_norm_weight,
+        )
 
 
 def build_balancer(

@@ -1,11 +1,13 @@
 """Lambda, the weight of the contrastive loss beside the tasks' losses, over the course of a training."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mtcl.errors import ParameterError
 from mtcl.regularizers.diagnostics import gradient_norms
 from mtcl.schedules import linear_warmup
 
@@ -53,8 +55,8 @@ class GradientNormWeight(nn.Module):
 class Lambda:
     """lambda in the method's loss, L = sum_t w_t L_task_t + lambda * L_contrast.
 
-    Called with a step it returns lambda: ``weight``, reached linearly over ``warmup_steps``, and 0 after the part
-    ``stop_fraction`` of the training. With a ``gradient_norm_weight`` the contrastive loss that it multiplies is
+    Called with a step it returns lambda: 0 before the part ``start_fraction`` of the training, then ``weight``, reached
+    linearly over ``warmup_steps``, and 0 again after the part ``stop_fraction``. With a ``gradient_norm_weight`` the contrastive loss that it multiplies is
     rescaled first, so that lambda is the ratio of the two gradients' norms at the task features.
 
     A balancer that treats the contrastive loss as an objective multiplies it by :data:`OBJECTIVE_WEIGHT`.
@@ -64,6 +66,7 @@ class Lambda:
         max_steps: length of the training.
         warmup_steps: steps of the linear increase; 0: none.
         stop_fraction: 0 to 1.
+        start_fraction: 0 to ``stop_fraction``; 0: from the first step.
         gradient_norm_weight: None: lambda is a plain factor.
     """
 
@@ -73,20 +76,26 @@ class Lambda:
         max_steps: int,
         warmup_steps: int = 0,
         stop_fraction: float = 1.0,
+        start_fraction: float = 0.0,
         gradient_norm_weight: GradientNormWeight | None = None,
     ):
-        self.weight, self.warmup_steps, self.stop_step = weight, warmup_steps, stop_fraction * max_steps
+        if start_fraction > stop_fraction:
+            raise ParameterError("start_fraction", f"={start_fraction} must not be above stop_fraction={stop_fraction}")
+        self.weight, self.warmup_steps = weight, warmup_steps
+        self.start_step, self.stop_step = math.ceil(start_fraction * max_steps), stop_fraction * max_steps
         self.gradient_norm_weight = gradient_norm_weight
 
     def __call__(self, step: int) -> float:
         """Return lambda at ``step``."""
-        if step >= self.stop_step:
+        if step < self.start_step or step >= self.stop_step:
             return 0.0
-        return self.weight * linear_warmup(step, self.warmup_steps)
+        return self.weight * linear_warmup(step - self.start_step, self.warmup_steps)
 
     def measures_gradients(self, step: int) -> bool:
         """Return whether :meth:`update` is due at ``step``."""
-        return self.gradient_norm_weight is not None and step % self.gradient_norm_weight.every == 0
+        if self.gradient_norm_weight is None:
+            return False
+        return (step - self.start_step) % self.gradient_norm_weight.every == 0
 
     def update(self, task_loss: Tensor, contrast: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> None:
         """Measure the gradients of both losses at the task features.

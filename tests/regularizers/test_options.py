@@ -416,6 +416,15 @@ def test_weight_rises_and_ends():
     ramped = Lambda(0.5, 8, warmup_steps=2, stop_fraction=0.5)
     assert [ramped(step) for step in range(8)] == [0.25, 0.5, 0.5, 0.5, 0, 0, 0, 0]
     assert all(Lambda(0.5, 8, stop_fraction=0)(step) == 0 for step in range(8))
+    late = Lambda(0.5, 10, warmup_steps=2, start_fraction=0.25, stop_fraction=0.8)
+    assert [late(step) for step in range(10)] == [0, 0, 0, 0.25, 0.5, 0.5, 0.5, 0.5, 0, 0]
+
+
+def test_late_start_measures_at_its_first_step_and_ends_after_it_began():
+    late = Lambda(0.5, 8, start_fraction=0.375, gradient_norm_weight=GradientNormWeight(["depth"], every=2))
+    assert [step for step in range(8) if late(step) and late.measures_gradients(step)] == [3, 5, 7]
+    with pytest.raises(UserError, match="start_fraction=0.6 must not be above stop_fraction=0.5"):
+        Lambda(0.5, 8, start_fraction=0.6, stop_fraction=0.5)
 
 
 GRADIENT = [
