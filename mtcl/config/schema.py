@@ -237,11 +237,12 @@ RULES: dict[str, Rule] = {
     "regularizer.options.across_images": FLAG,
     "regularizer.options.criterion": TEXT,
     "regularizer.options.temperature": POSITIVE,
+    "regularizer.options.negative_margin": number(0, 2),
     "regularizer.options.projector_sharing": TEXT,
     "regularizer.options.feature": TEXT,
     "regularizer.options.num_pixels": count(1, 65536),
     "regularizer.options.margin": number(0),
-    "regularizer.options.embed_dim": count(1, 4096),
+    "regularizer.options.embed_dim": count(1, 4096).or_null(),
     "regularizer.options.hidden_dim": count(1, 4096).or_null(),
     "regularizer.options.stride": count(1),
     "regularizer.options.widths": Rule(

@@ -10,8 +10,8 @@ similar:
 
 This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampling`, :mod:`~mtcl.regularizers.pairs`,
 :mod:`~mtcl.regularizers.projector`, :mod:`~mtcl.regularizers.triplet`) and what serves ablations
-(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.sampling_ablations`,
-:mod:`~mtcl.regularizers.null_labels`). What the paper states and what is
+(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.boundary`,
+:mod:`~mtcl.regularizers.sampling_ablations`, :mod:`~mtcl.regularizers.null_labels`). What the paper states and what is
 our choice is said in ``configs/regularizer/contrastive.yaml``.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers import criteria, null_labels, sampling_ablations
+from mtcl.regularizers import boundary, criteria, null_labels, sampling_ablations
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.pairs import Pairs, PixelLabels, choose_thresholds, make_pairs
@@ -42,7 +42,7 @@ from mtcl.regularizers.triplet import CriterionOutput, triplet
 from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
-CRITERIA = ("triplet", "semihard", "ranked", "infonce")
+CRITERIA = ("triplet", "semihard", "ranked", "infonce", "boundary")
 CANDIDATE_FACTOR = 8  # times K pixels are drawn where K of them are chosen by class
 
 
@@ -69,7 +69,7 @@ class Contrastive(Regularizer):
         feature: which of a model's features :meth:`compute_loss` reads.
         num_pixels: K, sampled per image at label resolution.
         margin: of the triplet loss, on squared distances of unit vectors (0..4).
-        embed_dim: D, of the projected features.
+        embed_dim: D, of the projected features; None: no projector, the features themselves are compared.
         hidden_dim: width inside the projector; None: a linear projector.
         thresholds: task -> (positive, negative) in the units of its label distance; by default the task's own.
         source_tasks: ``other``: a random other task (the paper); ``self``: the target itself, a control; ``any``: a
@@ -86,9 +86,11 @@ class Contrastive(Regularizer):
         window: pairs lie at most this fraction of the image's height and width apart; None: anywhere.
         drop_conflicting_positives: positives that the target's own label calls different are left out.
         across_images: pairs may lie in different images of a batch.
-        criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``;
-            see :mod:`mtcl.regularizers.criteria`.
+        criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``,
+            see :mod:`mtcl.regularizers.criteria`; ``boundary``: patches of 5x5 cells around those of the K positions
+            at which the source's labels change, see :mod:`mtcl.regularizers.boundary`.
         temperature: of ``infonce``.
+        negative_margin: of ``boundary``, a distance sqrt(2 - 2 cos), 0..2.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Contrastive(Regularizer):
         feature: str = "final",
         num_pixels: int = 256,
         margin: float = 0.5,
-        embed_dim: int = 64,
+        embed_dim: int | None = 64,
         hidden_dim: int | None = 64,
         thresholds: Mapping[str, tuple[float, float]] | None = None,
         source_tasks: str = "other",
@@ -113,6 +115,7 @@ class Contrastive(Regularizer):
         across_images: bool = False,
         criterion: str = "triplet",
         temperature: float = 0.1,
+        negative_margin: float = 0.65,
     ):
         super().__init__()
         if len(tasks) < 2:
@@ -130,11 +133,22 @@ class Contrastive(Regularizer):
         labels_of = null_labels.normalize_source_labels(source_labels)
         if labels_of == "distance" and class_balanced:
             raise ParameterError("class_balanced", "=true needs labels, which source_labels=distance has none of")
+        if criterion == "boundary" and (window, class_balanced, drop_conflicting_positives, across_images) != (
+            None,
+            False,
+            False,
+            False,
+        ):
+            raise ParameterError(
+                "criterion",
+                "=boundary takes all pairs of a patch with its centre; leave out window, class_balanced, "
+                "drop_conflicting_positives, across_images",
+            )
         self.tasks, self.task_names = dict(tasks), list(tasks)
         self.seed, self.feature, self.num_pixels, self.margin = seed, feature, num_pixels, margin
         self.source_labels, self.class_balanced, self.window = labels_of, class_balanced, window
         self.drop_conflicting_positives, self.across_images = drop_conflicting_positives, across_images
-        self.criterion, self.temperature = criterion, temperature
+        self.criterion, self.temperature, self.negative_margin = criterion, temperature, negative_margin
         self.allowed_sources = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
         self.thresholds = choose_thresholds(tasks, thresholds or {})
         self.projector_sharing = projector_sharing
@@ -161,7 +175,10 @@ class Contrastive(Regularizer):
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Build an optimizer in which projectors that were not drawn take no step."""
-        return MaskedAdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
+        groups = [
+            {"params": list(self.parameters())}
+        ]  # a group may be empty: without projectors there is nothing to train
+        return MaskedAdamW(groups, lr=lr, weight_decay=weight_decay)
 
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         """Compute the contrast of a model's output, see :meth:`forward`."""
@@ -180,17 +197,20 @@ class Contrastive(Regularizer):
         """
         height, width = next(iter(labels.values())).shape[-2:]
         size = (height, width)
-        with torch.no_grad():
-            pixels = self.gather_labels(labels, draw, size)
-        z = torch.stack(
-            [
-                self._project(t, features[t], pixels.pixels[i % len(pixels.pixels)], pixels.source[i], size, frame)
-                for i, t in enumerate(self.task_names)
-            ]
-        )  # (T, B, K, D)
-        if self.across_images:
-            z, pixels = sampling_ablations.merge_images(z), sampling_ablations.merge_groups(pixels, height * width)
-        output = self._contrast(z, pixels)
+        if self.criterion == "boundary":
+            pixels, output = self._contrast_boundaries(features, labels, draw, size, frame or size)
+        else:
+            with torch.no_grad():
+                pixels = self.gather_labels(labels, draw, size)
+            z = torch.stack(
+                [
+                    self._project(t, features[t], pixels.pixels[i % len(pixels.pixels)], pixels.source[i], size, frame)
+                    for i, t in enumerate(self.task_names)
+                ]
+            )  # (T, B, K, D)
+            if self.across_images:
+                z, pixels = sampling_ablations.merge_images(z), sampling_ablations.merge_groups(pixels, height * width)
+            output = self._contrast(z, pixels)
         self.stats.accumulate(pixels, output.stats)
         has_anchor = output.has_anchor.to(output.losses)
         loss = (output.losses * has_anchor).sum() / has_anchor.sum().clamp(min=1)
@@ -242,7 +262,10 @@ class Contrastive(Regularizer):
         self, target: str, feature: Tensor, pixels: Tensor, source: Tensor, size: Size, frame: Size | None
     ) -> Tensor:
         """Compute z = normalize(P_ts(F_t)) of a target at its pixels (B, K, 2): (B, K, D), fp32."""
-        sampled = sample_features(feature, pixels, size, frame or size)  # (B, K, C_t)
+        return self._embed(target, sample_features(feature, pixels, size, frame or size), source)
+
+    def _embed(self, target: str, sampled: Tensor, source: Tensor) -> Tensor:
+        """Compute unit vectors (B, K, D), fp32, of a target's sampled features (B, K, C_t)."""
         source = source[:, 0] if self.projector_sharing == "pair" else torch.zeros_like(source[:, 0])
         return self.projectors[target](sampled, source)
 
@@ -258,6 +281,25 @@ class Contrastive(Regularizer):
         if self.criterion == "semihard":
             return criteria.semihard(z, pairs, self.margin)
         return triplet(z, pairs, self.margin)
+
+    def _contrast_boundaries(
+        self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, size: Size, frame: Size
+    ) -> tuple[PixelLabels, CriterionOutput]:
+        """Return the labels of the patches' centres and the boundary triplets' losses."""
+        placed = {}  # by size of the map, which targets usually share
+        for map_size in {feature.shape[-2:]: None for feature in features.values()}:
+            with torch.no_grad():
+                patches = boundary.place_patches(draw.pixels, (map_size[0], map_size[1]), size, frame)
+                pixels = self.gather_labels(labels, Draw(draw.sources, patches.pixels), size)
+                placed[map_size] = patches, pixels._replace(valid=pixels.valid & patches.inside)
+        z, rows = [], []
+        for i, t in enumerate(self.task_names):
+            patches, pixels = placed[features[t].shape[-2:]]
+            rows.append(PixelLabels(*(x[i % len(x)] for x in pixels)))
+            z.append(self._embed(t, boundary.gather_cells(features[t], patches.cell), pixels.source[i]))
+        pixels = PixelLabels(*(torch.stack(x) for x in zip(*rows)))
+        output = boundary.boundary_triplet(torch.stack(z), pixels, self.source_thresholds, self.negative_margin)
+        return boundary.take_centres(pixels), output
 
     def select_pairs(self, pixels: PixelLabels) -> Pairs:
         """Select the positive and negative pairs, (T, B, K, K); (T, 1, B K, B K) across images."""

@@ -52,8 +52,25 @@ class Projector(StackedLayers):
         return F.normalize(super().forward(feature, source), dim=-1)
 
 
+class Unprojected(nn.Module):
+    """Normalization alone, in place of a projector: it has no parameters.
+
+    Args:
+        width: D; narrower features are filled up with zeros, which changes no cosine.
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, feature: Tensor, source: Tensor) -> Tensor:  # noqa: ARG002
+        """Normalize sampled features (B, K, C): unit vectors (B, K, D), fp32."""
+        with torch.autocast(feature.device.type, enabled=False):
+            return F.normalize(F.pad(feature.float(), (0, self.width - feature.shape[-1])), dim=-1)
+
+
 def build_projectors(
-    sharing: str, channels: Mapping[str, int], hidden_dim: int | None, embed_dim: int, generator: torch.Generator
+    sharing: str, channels: Mapping[str, int], hidden_dim: int | None, embed_dim: int | None, generator: torch.Generator
 ) -> nn.ModuleDict:
     """Build the projectors of all targets.
 
@@ -61,7 +78,7 @@ def build_projectors(
         sharing: one projector per ``pair`` of target and source, per ``target``, or one for ``all``.
         channels: target -> C_t, equal where one projector serves all.
         hidden_dim: see :class:`Projector`; ``embed_dim`` and ``generator`` alike.
-        embed_dim: see :class:`Projector`.
+        embed_dim: see :class:`Projector`; None: features are normalized only.
         generator: see :class:`Projector`.
 
     Returns:
@@ -72,6 +89,8 @@ def build_projectors(
     """
     if sharing not in ("pair", "target", "all"):
         raise ParameterError("projector_sharing", f"={sharing} is not known; choose pair, target or all")
+    if embed_dim is None:
+        return nn.ModuleDict({t: Unprojected(max(channels.values())) for t in channels})
     if sharing == "all":
         if len(set(channels.values())) > 1:
             raise ParameterError("projector_sharing", "=all needs features of equal width; choose pair or target")

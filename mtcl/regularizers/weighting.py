@@ -56,8 +56,9 @@ class Lambda:
     """lambda in the method's loss, L = sum_t w_t L_task_t + lambda * L_contrast.
 
     Called with a step it returns lambda: 0 before the part ``start_fraction`` of the training, then ``weight``, reached
-    linearly over ``warmup_steps``, and 0 again after the part ``stop_fraction``. With a ``gradient_norm_weight`` the contrastive loss that it multiplies is
-    rescaled first, so that lambda is the ratio of the two gradients' norms at the task features.
+    linearly over ``warmup_steps``, and 0 again after the part ``stop_fraction``. With a ``gradient_norm_weight`` the
+    contrastive loss that it multiplies is rescaled first, so that lambda is the ratio of the two gradients' norms at
+    the task features.
 
     A balancer that treats the contrastive loss as an objective multiplies it by :data:`OBJECTIVE_WEIGHT`.
 

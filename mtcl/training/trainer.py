@@ -98,7 +98,8 @@ class Trainer:
         self.weights.attach_optimizer(optimizer.optimizer)
         self.eager_step = self.weights.wrap_parallel(TrainingStep(model, self.regularizer), device)
         self.training_step = self.weights.compile(self.eager_step) if options.compile else self.eager_step
-        self.trained = [*model.parameters(), *(self.regularizer.parameters() if self.regularizer is not None else ())]
+        self.regularizer_parameters = [] if self.regularizer is None else list(self.regularizer.parameters())
+        self.trained = [*model.parameters(), *self.regularizer_parameters]
         self.nonfinite_guard = NonFiniteGuard(model, options.max_nonfinite_steps)
         self.preemption = PreemptionHandler()
         self.checkpoint_writer = CheckpointWriter(RunFolder(folder).checkpoints, checkpointing.asynchronous)
@@ -263,8 +264,8 @@ class Trainer:
             contrast, gradients = self._weigh_contrast(task_loss, regularizer_output, output, lambda_, with_diagnostics)
             loss = task_loss + lambda_ * contrast
             values |= gradients
-        elif self.regularizer is not None and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
-            loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer.parameters()]).sum()}
+        elif self.regularizer_parameters and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
+            loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer_parameters]).sum()}
         if num_batches > 1:
             loss = loss / num_batches
         with freeze_running_statistics(self.model) if self.options.grad_checkpointing else nullcontext():

@@ -75,7 +75,8 @@ def make_case(
     kinds = kinds or {name: ["random"] * images for name in names}
     labels = {name: make_label(name, kinds[name], size, rng) for name in names}
     features = {name: torch.randn(images, channels[name], *tap, generator=generator) for name in names}
-    regularizer = Contrastive(tasks, channels, seed=seed, num_pixels=pixels, embed_dim=4, hidden_dim=hidden, **options)
+    options = {"num_pixels": pixels, "embed_dim": 4, "hidden_dim": hidden} | options
+    regularizer = Contrastive(tasks, channels, seed=seed, **options)
     draw = regularizer.sample(step, [str(i) for i in range(images)])
     return regularizer, features, labels, draw, (size[0] + extra[0], size[1] + extra[1])
 

@@ -30,6 +30,7 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 
 # --- Against the reference
 
+ANY_PIXELS = tuple(name for name in CRITERIA if name != "boundary")  # which tests/regularizers/test_boundary.py has
 PARTIAL = {name: ["void" if (i + k) % 2 else "random" for k in range(2)] for i, name in enumerate(NAMES)}
 SHARED = {name: ["void" if (i + k) % 2 else "random" for k in range(4)] for i, name in enumerate(NAMES)}
 OPTIONS = {
@@ -82,7 +83,7 @@ def test_each_option_agrees_with_reference_and_matters(name):
 
 @st.composite
 def options_of_any_kind(draw):
-    criterion = draw(st.sampled_from(CRITERIA))
+    criterion = draw(st.sampled_from(ANY_PIXELS))
     case = draw(cases()) | {
         "criterion": criterion,
         "source_tasks": draw(st.sampled_from(["other", "self", "any", "depth"])),
@@ -116,7 +117,7 @@ def test_with_any_options_no_pair_is_both_and_no_pixel_pairs_with_itself(case):
         assert not relation.diagonal(dim1=2, dim2=3).any()
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", ANY_PIXELS)
 def test_a_pixel_sampled_twice_is_no_pair_with_itself(criterion):
     """Of one pixel, drawn again and again, there is nothing to learn; nor of two, which have no third."""
     for size in ((1, 1), (1, 2)):
@@ -139,7 +140,7 @@ def test_identical_features_cost_the_margin(criterion):
         assert loss.item() == pytest.approx(0.7, abs=1e-5)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("criterion", ANY_PIXELS)
 def test_half_precision_and_broken_labels(criterion):
     regularizer, features, labels, draw, frame = make_case(pixels=16, criterion=criterion, source_tasks="depth")
     half = {t: tap.bfloat16().requires_grad_() for t, tap in features.items()}
@@ -423,7 +424,7 @@ def test_weight_rises_and_ends():
 def test_late_start_measures_at_its_first_step_and_ends_after_it_began():
     late = Lambda(0.5, 8, start_fraction=0.375, gradient_norm_weight=GradientNormWeight(["depth"], every=2))
     assert [step for step in range(8) if late(step) and late.measures_gradients(step)] == [3, 5, 7]
-    with pytest.raises(UserError, match="start_fraction=0.6 must not be above stop_fraction=0.5"):
+    with pytest.raises(UserError, match=r"start_fraction=0\.6 must not be above stop_fraction=0\.5"):
         Lambda(0.5, 8, start_fraction=0.6, stop_fraction=0.5)
 
 
