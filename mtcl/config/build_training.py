@@ -18,6 +18,7 @@ from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel
 from mtcl.regularizers import AuxiliaryHeads, Contrastive, GradientNormWeight, Regularizer
+from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
 from mtcl.runtime import autocast
 from mtcl.schedules import Schedule, build_schedule
@@ -217,6 +218,13 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     channels = model.feature_channels[options["feature"]]
     return construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
+
+
+def choose_label_thresholds(config: DictConfig, tasks: Mapping[str, Task]) -> dict[str, tuple[float, float]]:
+    """Return task -> (positive, negative) threshold of label distances, those of the regulariser's options if any."""
+    overrides = plain(config.regularizer).get("options", {}).get("thresholds") or {}
+    with add_key_prefix("regularizer.options."):
+        return choose_thresholds(tasks, {name: tuple(pair) for name, pair in overrides.items() if pair})
 
 
 def build_regularization(
