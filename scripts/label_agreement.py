@@ -52,8 +52,8 @@ def main() -> None:
 def format_table(names: list[str], agreement: Agreement) -> Iterator[str]:
     """Yield the lines of the table."""
     yield f"{'target<-source':<16}" + "".join(f"{name:>14}" for name in names) + f"{'distance':>12}"
-    for name, own, other, distance in zip(names, *agreement):
-        cells = [f"{format_share(a)} ({format_share(b)})" for a, b in zip(own, other)]
+    for name, source, other, distance in zip(names, *agreement):
+        cells = [f"{format_share(a)} ({format_share(b)})" for a, b in zip(source, other)]
         yield f"{name:<16}" + "".join(f"{cell:>14}" for cell in cells) + f"{format_share(distance):>12}"
 
 
