@@ -237,6 +237,9 @@ RULES: dict[str, Rule] = {
     "regularizer.options.across_images": FLAG,
     "regularizer.options.criterion": TEXT,
     "regularizer.options.temperature": POSITIVE,
+    "regularizer.options.targets": Rule(
+        "null or a list of tasks", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)
+    ).or_null(),
     "regularizer.options.negative_margin": number(0, 2),
     "regularizer.options.projector_sharing": TEXT,
     "regularizer.options.feature": TEXT,

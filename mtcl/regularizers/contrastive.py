@@ -90,6 +90,7 @@ class Contrastive(Regularizer):
             see :mod:`mtcl.regularizers.criteria`; ``boundary``: patches of 5x5 cells around those of the K positions
             at which the source's labels change, see :mod:`mtcl.regularizers.boundary`.
         temperature: of ``infonce``.
+        targets: tasks that are contrasted; the others are sources only. None: all.
         negative_margin: of ``boundary``, a distance sqrt(2 - 2 cos), 0..2.
     """
 
@@ -116,6 +117,7 @@ class Contrastive(Regularizer):
         criterion: str = "triplet",
         temperature: float = 0.1,
         negative_margin: float = 0.65,
+        targets: Collection[str] | None = None,
     ):
         super().__init__()
         if len(tasks) < 2:
@@ -166,6 +168,11 @@ class Contrastive(Regularizer):
         self.register_buffer("source_thresholds", torch.tensor(source_thresholds), persistent=False)
         self.ranked_max_distance: Tensor  # (S,)
         self.register_buffer("ranked_max_distance", torch.tensor(ranges), persistent=False)
+        if targets is not None and (not targets or not set(targets) <= set(tasks)):
+            raise ParameterError("targets", f"={list(targets)} must be null or some of {', '.join(tasks)}")
+        self.is_target: Tensor  # bool (T, 1, 1)
+        is_target = torch.tensor([targets is None or name in targets for name in tasks])
+        self.register_buffer("is_target", is_target[:, None, None], persistent=False)
         self.stats = TripletStats(self.task_names)
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
@@ -202,6 +209,7 @@ class Contrastive(Regularizer):
         else:
             with torch.no_grad():
                 pixels = self.gather_labels(labels, draw, size)
+                pixels = pixels._replace(valid=pixels.valid & self.is_target)
             z = torch.stack(
                 [
                     self._project(t, features[t], pixels.pixels[i % len(pixels.pixels)], pixels.source[i], size, frame)
@@ -291,7 +299,7 @@ class Contrastive(Regularizer):
             with torch.no_grad():
                 patches = boundary.place_patches(draw.pixels, (map_size[0], map_size[1]), size, frame)
                 pixels = self.gather_labels(labels, Draw(draw.sources, patches.pixels), size)
-                placed[map_size] = patches, pixels._replace(valid=pixels.valid & patches.inside)
+                placed[map_size] = patches, pixels._replace(valid=pixels.valid & patches.inside & self.is_target)
         z, rows = [], []
         for i, t in enumerate(self.task_names):
             patches, pixels = placed[features[t].shape[-2:]]

@@ -154,3 +154,22 @@ def test_without_projector_an_optimizer_has_nothing_to_train():
 def test_boundary_refuses_what_chooses_other_pairs():
     with pytest.raises(UserError, match="criterion=boundary takes all pairs of a patch"):
         make_case(criterion="boundary", window=0.5)
+
+
+@pytest.mark.parametrize("criterion", ["triplet", "ranked", "infonce", "boundary"])
+def test_a_task_that_is_no_target_gets_no_gradient(criterion):
+    options = {"pixels": 16, "size": (9, 10), "tap": (9, 10), "criterion": criterion}
+    chosen, features, labels, draw, frame = make_case(targets=["depth", "normals"], **options)
+    everywhere = make_case(**options)[0](features, labels, draw, frame).losses
+    leaves = {t: x.requires_grad_() for t, x in features.items()}
+    output = chosen(leaves, labels, draw, frame)
+    output.loss.backward()
+    for t in NAMES:
+        if t in ("depth", "normals"):
+            assert torch.equal(output.losses[t], everywhere[t])
+            assert leaves[t].grad.any()
+        else:
+            assert output.losses[t] == 0
+            assert not leaves[t].grad.any()
+    with pytest.raises(UserError, match="targets="):
+        make_case(targets=["sal"])
