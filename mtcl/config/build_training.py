@@ -1,11 +1,12 @@
 """Build a trainer and its parts from a config."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
 from mtcl import distributed
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
@@ -16,7 +17,7 @@ from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
-from mtcl.models import DenseModel
+from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.regularizers import AuxiliaryHeads, Contrastive, GradientNormWeight, Regularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
@@ -134,7 +135,7 @@ def build_trainer(
             keep_interval=settings.keep_checkpoint_interval,
             asynchronous=settings.async_checkpoints,
         ),
-        regularization=build_regularization(config, regularizer, device),
+        regularization=build_regularization(config, regularizer, model, device),
         ema=ema,
         weights=weights,
         feature_fillers=features.fillers if features else (),
@@ -228,28 +229,53 @@ def choose_label_thresholds(config: DictConfig, tasks: Mapping[str, Task]) -> di
 
 
 def build_regularization(
-    config: DictConfig, regularizer: Regularizer | None, device: torch.device
+    config: DictConfig, regularizer: Regularizer | None, model: DenseModel, device: torch.device
 ) -> Regularization | None:
     """Return the regulariser with its optimiser and lambda; None without one."""
-    lambda_ = build_lambda(config, regularizer, device)
+    lambda_ = build_lambda(config, regularizer, model, device)
     if regularizer is None:
         return None
     optimizer = regularizer.build_optimizer(config.regularizer.lr, config.regularizer.weight_decay)
-    return Regularization(regularizer, ScheduledOptimizer(optimizer, build_lr_schedule(config)), lambda_)
+    scheduled = ScheduledOptimizer(optimizer, build_lr_schedule(config))
+    return Regularization(regularizer, scheduled, lambda_, find_head_parameters(config, model))
 
 
-def build_lambda(config: DictConfig, regularizer: Regularizer | None, device: torch.device) -> Lambda:
+def find_head_parameters(config: DictConfig, model: DenseModel) -> list[nn.Parameter] | None:
+    """Return the parameters of single tasks where the regulariser trains them alone; None where it trains the model."""
+    if not config.regularizer.detach_trunk:
+        return None
+    if distributed.world_size() > 1 or config.balancing.contrast_as_objective:
+        raise UserError(
+            "regularizer.detach_trunk=true trains in one process, without balancing.contrast_as_objective; "
+            "leave one of them out"
+        )
+    shared = {id(parameter) for parameter in model.shared_parameters()}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in shared]
+
+
+def build_lambda(
+    config: DictConfig, regularizer: Regularizer | None, model: DenseModel, device: torch.device
+) -> Lambda:
     """Return the weight of the regulariser's loss over the course of the training."""
     settings = config.regularizer
-    if settings.weighting not in ("fixed", "gradient_norm"):
-        raise UserError(f"regularizer.weighting={settings.weighting} is not known; choose fixed or gradient_norm")
+    if settings.weighting not in ("fixed", "gradient_norm", "head_gradient_norm"):
+        raise UserError(
+            f"regularizer.weighting={settings.weighting} is not known; "
+            "choose fixed, gradient_norm or head_gradient_norm"
+        )
     gradient_norm_weight = None
-    if regularizer is not None and settings.weighting == "gradient_norm":
+    if regularizer is not None and settings.weighting != "fixed":
         if not isinstance(regularizer, Contrastive | AuxiliaryHeads):
             raise UserError(
-                "regularizer.weighting=gradient_norm is for regularizer=contrastive or auxiliary; use fixed"
+                f"regularizer.weighting={settings.weighting} is for regularizer=contrastive or auxiliary; use fixed"
             )
-        gradient_norm_weight = GradientNormWeight(regularizer.task_names, cap=settings.get("weighting_cap")).to(device)
+        targets = [comparison.target for comparison in regularizer.comparisons]
+        gradient_norm_weight = GradientNormWeight(
+            [comparison.name for comparison in regularizer.comparisons],
+            cap=settings.weighting_cap,
+            targets=targets,
+            head_weights=find_head_weights(config, model, targets),
+        ).to(device)
     with add_key_prefix("regularizer."):
         return Lambda(
             settings.weight,
@@ -259,6 +285,27 @@ def build_lambda(config: DictConfig, regularizer: Regularizer | None, device: to
             settings.start_fraction,
             gradient_norm_weight,
         )
+
+
+def find_head_weights(
+    config: DictConfig, model: DenseModel, targets: Collection[str]
+) -> dict[str, nn.Parameter] | None:
+    """Return target -> first weight of its head for regularizer.weighting=head_gradient_norm; None for others."""
+    if config.regularizer.weighting != "head_gradient_norm":
+        return None
+    advice = "use regularizer.weighting=gradient_norm"
+    if config.trainer.parallel == "fsdp":
+        raise UserError(f"regularizer.weighting=head_gradient_norm needs trainer.parallel=ddp, else {advice}")
+    if not isinstance(model, EncoderDecoder):
+        raise UserError(f"regularizer.weighting=head_gradient_norm needs a backbone with a decoder, else {advice}")
+    if config.regularizer.options.feature != "final":
+        raise UserError(
+            f"regularizer.weighting=head_gradient_norm needs regularizer.options.feature=final; or {advice}"
+        )
+    try:
+        return {target: model.decoder.head_weight(target) for target in targets}
+    except UserError as error:
+        raise UserError(f"regularizer.weighting=head_gradient_norm: {error}; or {advice}") from error
 
 
 def build_balancer(

@@ -224,6 +224,7 @@ RULES: dict[str, Rule] = {
     "regularizer.stop_fraction": number(0, 1),
     "regularizer.weighting": TEXT,
     "regularizer.weighting_cap": POSITIVE.or_null(),
+    "regularizer.detach_trunk": FLAG,
     "regularizer.options.source_tasks": TEXT,
     "regularizer.options.excluded_pairs": Rule(
         "a list of target<-source", lambda v: isinstance(v, list) and all(isinstance(pair, str) for pair in v)
@@ -241,6 +242,7 @@ RULES: dict[str, Rule] = {
         "null or a list of tasks", lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v)
     ).or_null(),
     "regularizer.options.negative_margin": number(0, 2),
+    "regularizer.options.all_sources": FLAG,
     "regularizer.options.projector_sharing": TEXT,
     "regularizer.options.feature": TEXT,
     "regularizer.options.num_pixels": count(1, 65536),
@@ -329,6 +331,11 @@ LEGACY_VALUES: dict[str, Any] = {
     "backbone.lora.dropout": 0.0,
     "backbone.lora.targets": None,
     "regularizer.start_fraction": 0.0,
+    "regularizer.weighting_cap": None,
+    "regularizer.detach_trunk": False,
+    "regularizer.options.targets": None,
+    "regularizer.options.all_sources": False,
+    "regularizer.options.negative_margin": 0.65,
     "data.feature_precision": "fp16",
     "data.views": None,
     "data.views_seed": 0,

@@ -29,7 +29,7 @@ from mtcl.regularizers.sampling import (
     sample_features,
     sample_labels,
 )
-from mtcl.regularizers.sources import choose_available_source, list_allowed_sources
+from mtcl.regularizers.sources import choose_available_source, list_allowed_sources, list_comparisons
 from mtcl.regularizers.statistics import PairSums
 from mtcl.tasks.base import Task
 
@@ -50,7 +50,11 @@ class AuxiliaryHeads(Regularizer):
         hidden_dim: width inside a head; None: a linear head.
         source_tasks: see :class:`~mtcl.regularizers.contrastive.Contrastive`.
         excluded_pairs: pairs ``target<-source`` that are never drawn.
+        targets: tasks whose features have such heads; the others are sources only. None: all.
+        all_sources: at each step every allowed source of a target, each with a loss of its own; else one that is drawn.
     """
+
+    target: Tensor  # int64 (R,): the target of each comparison
 
     def __init__(
         self,
@@ -63,13 +67,18 @@ class AuxiliaryHeads(Regularizer):
         hidden_dim: int | None = 64,
         source_tasks: str = "other",
         excluded_pairs: Collection[str] = (),
+        targets: Collection[str] | None = None,
+        all_sources: bool = False,
     ):
         super().__init__()
         if len(tasks) < 2:
             raise UserError("auxiliary heads need at least two tasks; switch the regularizer off for one")
         self.tasks, self.task_names = dict(tasks), list(tasks)
         self.seed, self.feature, self.num_pixels = seed, feature, num_pixels
-        self.allowed_sources = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
+        allowed = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
+        self.comparisons = list_comparisons(self.task_names, allowed, targets, all_sources)
+        target = torch.tensor([self.task_names.index(c.target) for c in self.comparisons])
+        self.register_buffer("target", target, persistent=False)
         generator = torch.Generator().manual_seed(seed)
         widest = max(
             task.channels for task in self.tasks.values()
@@ -83,7 +92,7 @@ class AuxiliaryHeads(Regularizer):
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """Draw the step's sources (equal on every rank) and each image's pixels, as the contrast does."""
-        sources = draw_sources(self.seed, step, self.allowed_sources)
+        sources = draw_sources(self.seed, step, [c.sources for c in self.comparisons])
         return Draw(sources, draw_pixels(self.seed, step, ids, self.num_pixels))
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -97,7 +106,7 @@ class AuxiliaryHeads(Regularizer):
     def forward(
         self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
     ) -> RegularizerOutput:
-        """Compute L_t of all targets and their mean over those with a labelled pixel.
+        """Compute L_t of all comparisons, one per target or per pair, and their mean over those with a labelled pixel.
 
         Args:
             features: task -> F_t (B, C_t, h, w).
@@ -110,36 +119,37 @@ class AuxiliaryHeads(Regularizer):
             name: as_label_map(sample_labels(label, draw.pixels), label.ndim) for name, label in labels.items()
         }
         valid = torch.stack([task.valid(read[name])[..., 0] for name, task in self.tasks.items()])  # (S, B, K)
-        source = choose_available_source(draw.sources, valid.any(dim=2))  # (T, B)
+        source = choose_available_source(draw.sources, valid.any(dim=2))  # (R, B)
         tasks = torch.arange(len(self.tasks), device=source.device)
-        is_source = source[:, None] == tasks[:, None]  # (T, S, B)
-        counts = all_reduce_sum((valid.sum(dim=2) * is_source).sum(dim=2))  # (T, S): pixels of all processes
+        is_source = source[:, None] == tasks[:, None]  # (R, S, B)
+        counts = all_reduce_sum((valid.sum(dim=2) * is_source).sum(dim=2))  # (R, S): pixels of all processes
+        size = (height, width)
+        sampled = {
+            name: sample_features(features[name], draw.pixels, size, frame or size)  # (B, K, C_t)
+            for name in dict.fromkeys(c.target for c in self.comparisons)
+        }
         losses = torch.stack(
             [
-                self._predict(name, features[name], read, source[i], is_source[i], draw.pixels, (height, width), frame)
-                for i, name in enumerate(self.task_names)
+                self._predict(c.target, sampled[c.target], read, source[i], is_source[i])
+                for i, c in enumerate(self.comparisons)
             ]
-        )  # (T, S)
+        )  # (R, S)
         total = counts.sum(dim=1)
         self._accumulate_stats(counts, losses)
-        target_losses = (losses * counts).sum(dim=1) / total.clamp(min=1)  # (T,)
+        target_losses = (losses * counts).sum(dim=1) / total.clamp(min=1)  # (R,)
         has_label = (total > 0).to(target_losses)
         loss = (target_losses * has_label).sum() / has_label.sum().clamp(min=1)
-        return RegularizerOutput(loss, dict(zip(self.task_names, target_losses.unbind())))
+        return RegularizerOutput(loss, {c.name: x for c, x in zip(self.comparisons, target_losses.unbind())})
 
     def _predict(
         self,
         target: str,
-        feature: Tensor,
+        sampled: Tensor,
         read: Mapping[str, Tensor],
         source: Tensor,
         is_source: Tensor,
-        pixels: Tensor,
-        size: Size,
-        frame: Size | None,
     ) -> Tensor:
         """Compute w_s L_s (S,) of the target's heads, each over the images of that source (``is_source``, (S, B))."""
-        sampled = sample_features(feature, pixels, size, frame or size)  # (B, K, C_t)
         prediction = self.heads[target](sampled, source).mT[..., None]  # (B, widest, K, 1)
         losses = []
         for (name, task), chosen in zip(self.tasks.items(), is_source):
@@ -151,10 +161,10 @@ class AuxiliaryHeads(Regularizer):
 
     @torch.no_grad()
     def _accumulate_stats(self, counts: Tensor, losses: Tensor) -> None:
-        """Add the losses (T, S) of the pairs that have a labelled pixel."""
+        """Add the losses (R, S) of the pairs that have a labelled pixel."""
         has_label = (counts > 0).to(losses)
-        sources = torch.arange(len(self.tasks), device=losses.device).expand(len(self.tasks), -1)
-        self.stats.add(sources, torch.stack([has_label, losses * has_label], dim=-1))
+        sources = torch.arange(len(self.tasks), device=losses.device).expand(len(self.target), -1)
+        self.stats.add(self.target, sources, torch.stack([has_label, losses * has_label], dim=-1))
 
     def summary(self) -> dict[str, float]:
         """Return the mean of w_s L_s (``loss``) of each pair ``target<-source`` drawn since the last call."""

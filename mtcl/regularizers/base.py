@@ -14,8 +14,8 @@ from mtcl.regularizers.sampling import Draw
 class RegularizerOutput(NamedTuple):
     """Losses of one batch."""
 
-    loss: Tensor  # scalar: ``losses`` as the regularizer combines them; contrast: the mean over targets with an anchor
-    losses: dict[str, Tensor]  # target -> scalar; zero, but with a graph, for a target without an anchor
+    loss: Tensor  # scalar: ``losses`` as the regularizer combines them; contrast: the mean over those with an anchor
+    losses: dict[str, Tensor]  # comparison, a target or target<-source, -> scalar; without an anchor zero with a graph
 
 
 class Regularizer(nn.Module, ABC):

@@ -89,7 +89,7 @@ def boundary_triplet(z: Tensor, pixels: PixelLabels, thresholds: Tensor, negativ
     """Compute d+ + max(0, negative_margin - d-) of each patch's centre against the patch, see the module.
 
     Args:
-        z: unit vectors (T, B, 25 K, D) of the patches' cells.
+        z: unit vectors (R, B, 25 K, D) of the patches' cells.
         pixels: their labels; cells outside of the map are invalid.
         thresholds: (S, 2), as for :func:`~mtcl.regularizers.pairs.make_pairs`.
         negative_margin: distance from which a negative costs nothing, 0..2.
@@ -98,14 +98,14 @@ def boundary_triplet(z: Tensor, pixels: PixelLabels, thresholds: Tensor, negativ
         losses, and diagnostics in which d_ap and d_an are 2 - 2 cos, as those of the other criteria; an anchor is
         active while its hardest negative is nearer than the margin.
     """
-    patch = z.unflatten(2, (-1, CELLS))  # (T, B, K, 25, D)
-    cosine = (patch @ patch[..., CENTRE, :, None])[..., 0]  # (T, B, K, 25)
+    patch = z.unflatten(2, (-1, CELLS))  # (R, B, K, 25, D)
+    cosine = (patch @ patch[..., CENTRE, :, None])[..., 0]  # (R, B, K, 25)
     with torch.no_grad():
         label, valid = (x.unflatten(2, (-1, CELLS)) for x in (pixels.label, pixels.valid))
         distance = (label - label[..., CENTRE : CENTRE + 1, :]).norm(dim=-1)
         related = valid & valid[..., CENTRE : CENTRE + 1]
         related &= torch.arange(CELLS, device=z.device) != CENTRE
-        limit = thresholds[pixels.source][..., None, :]  # (T, B, 1, 1, 2)
+        limit = thresholds[pixels.source][..., None, :]  # (R, B, 1, 1, 2)
         positive, negative = related & (distance <= limit[..., 0]), related & (distance >= limit[..., 1])
         anchor = (positive.sum(dim=-1) >= MIN_RELATED) & (negative.sum(dim=-1) >= MIN_RELATED)
     share = positive.to(cosine)

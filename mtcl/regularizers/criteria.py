@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mtcl.errors import ParameterError
 from mtcl.regularizers.pairs import Pairs, PixelLabels
 from mtcl.regularizers.triplet import (
     CriterionOutput,
@@ -16,7 +17,33 @@ from mtcl.regularizers.triplet import (
     triplet_hinge,
 )
 
+CRITERIA = ("triplet", "semihard", "ranked", "infonce", "boundary")
 RANKED_MAX_FACTOR = 5.0  # of the negative threshold: "ranked" clips label distances there
+
+
+def check_criterion(
+    criterion: str,
+    window: float | None,
+    class_balanced: bool,
+    drop_conflicting_positives: bool,
+    across_images: bool,
+) -> None:
+    """Refuse an unknown criterion, and options of :class:`~mtcl.regularizers.contrastive.Contrastive` it can't have."""
+    if criterion not in CRITERIA:
+        raise ParameterError("criterion", f"={criterion} is not known; choose {', '.join(CRITERIA)}")
+    if criterion == "ranked" and (window is not None or drop_conflicting_positives or across_images):
+        raise ParameterError(
+            "criterion",
+            "=ranked takes any three pixels of an image; leave out window, drop_conflicting_positives, across_images",
+        )
+    if criterion == "boundary" and (
+        window is not None or class_balanced or drop_conflicting_positives or across_images
+    ):
+        raise ParameterError(
+            "criterion",
+            "=boundary takes all pairs of a patch with its centre; leave out window, class_balanced, "
+            "drop_conflicting_positives, across_images",
+        )
 
 
 def semihard(z: Tensor, pairs: Pairs, margin: float) -> CriterionOutput:
@@ -26,7 +53,7 @@ def semihard(z: Tensor, pairs: Pairs, margin: float) -> CriterionOutput:
     """
     positive, has_positive = sample_related(pairs.positive)
     with torch.no_grad():
-        distance = 2 - 2 * z @ z.transpose(-1, -2)  # (T, B, K, K)
+        distance = 2 - 2 * z @ z.transpose(-1, -2)  # (R, B, K, K)
         beyond = pairs.negative & (distance > distance.gather(-1, positive[..., None]))
         nearest = torch.where(beyond, distance, torch.inf).argmin(dim=-1)
         farthest = torch.where(pairs.negative, distance, -torch.inf).argmax(dim=-1)
@@ -44,7 +71,7 @@ def ranked_triplet(z: Tensor, pixels: PixelLabels, max_distance: Tensor, margin:
     """Compute the triplet loss of any three pixels, with a margin that grows with the difference of label distances.
 
     Of two other pixels, the one whose label is nearer is the positive. The margin is up to ``margin``, reached at
-    ``max_distance`` (T, B). No pair needs a threshold; labels that are equal or different give the plain triplet loss.
+    ``max_distance`` (R, B). No pair needs a threshold; labels that are equal or different give the plain triplet loss.
     No pixel is compared with itself.
     """
     label, valid, pixel_id = pixels.label, pixels.valid, pixels.pixel_id
@@ -68,7 +95,7 @@ def infonce(z: Tensor, pairs: Pairs, temperature: float) -> CriterionOutput:
     Khosla et al., "Supervised contrastive learning", 2020, L_out, without the other positives in the denominator. An
     anchor counts as active while its loss is above 0.1.
     """
-    cosine = z @ z.transpose(-1, -2)  # (T, B, K, K)
+    cosine = z @ z.transpose(-1, -2)  # (R, B, K, K)
     similarity = cosine / temperature
     negatives = torch.where(pairs.negative, similarity, -torch.inf)
     has_negative = pairs.negative.any(dim=-1, keepdim=True)

@@ -193,7 +193,8 @@ class CrossTaskConsistency(Regularizer):
     def _accumulate_stats(self, chosen: "ChosenSources", distances: Sequence[Tensor]) -> None:
         values = torch.stack([torch.ones_like(chosen.weight), *distances], dim=-1)  # (T, draws, B, 4)
         values = values * (chosen.weight > 0)[..., None]
-        self.stats.add(chosen.source.flatten(1), values.flatten(1, 2))
+        target = torch.arange(len(self.task_names), device=chosen.source.device)
+        self.stats.add(target, chosen.source.flatten(1), values.flatten(1, 2))
 
     def summary(self) -> dict[str, float]:
         """Return diagnostics of each drawn pair since the last call.

@@ -17,18 +17,18 @@ EXACT = "donot_use_mm_for_euclid_dist"  # the faster mode cancels for labels clo
 
 
 class PixelLabels(NamedTuple):
-    """Labels at the K sampled pixels of each group (an image, or all images of a batch), for T targets."""
+    """Labels at the K sampled pixels of each group (an image, or all images of a batch), for R comparisons."""
 
-    source: Tensor  # int64 (T, B, 1 or K): the task whose labels these are
-    pixels: Tensor  # float32 (T or 1, B, K, 2): row and column as fractions of the image
-    pixel_id: Tensor  # int32 (T or 1, B, K): equal for a pixel that was sampled twice
-    label: Tensor  # float32 (T, B, K, 3): embedded label of the source
-    valid: Tensor  # bool (T, B, K): whether the source labels the pixel
-    target_label: Tensor  # float32 (T, B, K, 3): embedded label of the target itself, NaN where void
+    source: Tensor  # int64 (R, B, 1 or K): the task whose labels these are
+    pixels: Tensor  # float32 (R or 1, B, K, 2): row and column as fractions of the image
+    pixel_id: Tensor  # int32 (R or 1, B, K): equal for a pixel that was sampled twice
+    label: Tensor  # float32 (R, B, K, 3): embedded label of the source
+    valid: Tensor  # bool (R, B, K): whether the source labels the pixel
+    target_label: Tensor  # float32 (R, B, K, 3): embedded label of the target itself, NaN where void
 
 
 class Pairs(NamedTuple):
-    """Relations among the K pixels of each group: bool (T, B, K, K)."""
+    """Relations among the K pixels of each group: bool (R, B, K, K)."""
 
     positive: Tensor
     negative: Tensor
@@ -41,7 +41,7 @@ def make_pairs(pixels: PixelLabels, thresholds: Tensor) -> Pairs:
         pixels: sampled pixels; a pixel that was sampled twice makes no pair with itself.
         thresholds: (S, 2), per source the largest distance of a positive and the least of a negative pair, embedded.
     """
-    limit = thresholds[pixels.source]  # (T, B, 1 or K, 2)
+    limit = thresholds[pixels.source]  # (R, B, 1 or K, 2)
     label = torch.where(pixels.valid[..., None], pixels.label, torch.nan)  # no comparison with NaN holds
     distance = pairwise_distances(label)
     different = pixels.pixel_id[..., :, None] != pixels.pixel_id[..., None, :]
@@ -51,7 +51,7 @@ def make_pairs(pixels: PixelLabels, thresholds: Tensor) -> Pairs:
 
 
 def pairwise_distances(label: Tensor) -> Tensor:
-    """Compute Euclidean distances of embedded labels: (T, B, K, 3) -> (T, B, K, K)."""
+    """Compute Euclidean distances of embedded labels: (R, B, K, 3) -> (R, B, K, K)."""
     return torch.cdist(label, label, compute_mode=EXACT)
 
 

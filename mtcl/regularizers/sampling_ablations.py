@@ -18,7 +18,7 @@ def drop_conflicting(pairs: Pairs, pixels: PixelLabels, negative_thresholds: Ten
     Args:
         pairs: relations of a group's pixels.
         pixels: the pixels.
-        negative_thresholds: (T,), embedded, of the targets' labels.
+        negative_thresholds: (R,), embedded, of the targets' labels.
     """
     conflict = pairwise_distances(pixels.target_label) >= negative_thresholds[:, None, None, None]
     return Pairs(pairs.positive & ~conflict, pairs.negative)
@@ -50,7 +50,7 @@ def merge_groups(pixels: PixelLabels, num_pixels: int) -> PixelLabels:
 
 
 def merge_images(x: Tensor) -> Tensor:
-    """Merge the images of a batch into one group: (T, B, K, ...) -> (T, 1, K B, ...).
+    """Merge the images of a batch into one group: (R, B, K, ...) -> (R, 1, K B, ...).
 
     Pixel by pixel, not image by image: random choices within a group follow its order.
     """
@@ -62,10 +62,10 @@ def balance_classes(pixels: PixelLabels, bins: Tensor, count: int) -> PixelLabel
 
     Args:
         pixels: M candidates per image, in random order.
-        bins: int64 (T, B, M), the class of each.
+        bins: int64 (R, B, M), the class of each.
         count: K.
     """
-    index = balanced_sample(bins, pixels.valid, count)  # (T, B, K)
+    index = balanced_sample(bins, pixels.valid, count)  # (R, B, K)
     return PixelLabels(
         source=pixels.source,
         pixels=torch.take_along_dim(pixels.pixels, index[..., None], dim=2),

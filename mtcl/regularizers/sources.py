@@ -1,6 +1,7 @@
 """Source tasks of each target: which may be drawn, and which one an image uses."""
 
 from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,6 +48,42 @@ def list_allowed_sources(
         if not allowed[t]:
             raise ParameterError("excluded_pairs", f" leaves {target} without a source; leave one of its pairs in")
     return allowed
+
+
+class Comparison(NamedTuple):
+    """One comparison of a target's features, with a loss of its own: each image has one of ``sources`` as its source.
+
+    Attributes:
+        name: the target; ``target<-source`` where the target has a comparison per source.
+        target: name of the target.
+        sources: indices of the tasks.
+    """
+
+    name: str
+    target: str
+    sources: list[int]
+
+
+def list_comparisons(
+    task_names: Sequence[str], allowed_sources: Sequence[list[int]], targets: Collection[str] | None, all_sources: bool
+) -> list[Comparison]:
+    """List the comparisons of a step: one per target, or one per pair.
+
+    Args:
+        task_names: tasks in use.
+        allowed_sources: result of :func:`list_allowed_sources`.
+        targets: tasks that are targets; None: all.
+        all_sources: one comparison for each of a target's sources; else one, whose source is drawn.
+
+    Raises:
+        ParameterError: no target, or one that is not in use.
+    """
+    if targets is not None and (not targets or not set(targets) <= set(task_names)):
+        raise ParameterError("targets", f"={list(targets)} must be null or some of {', '.join(task_names)}")
+    chosen = [(t, sources) for t, sources in zip(task_names, allowed_sources) if targets is None or t in targets]
+    if all_sources:
+        return [Comparison(f"{t}<-{task_names[s]}", t, [s]) for t, sources in chosen for s in sources]
+    return [Comparison(t, t, sources) for t, sources in chosen]
 
 
 def choose_available_source(order: Tensor, has_labels: Tensor) -> Tensor:

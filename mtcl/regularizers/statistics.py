@@ -24,17 +24,18 @@ class PairSums(nn.Module):
         self.register_buffer("sums", torch.zeros(len(task_names), len(task_names), num_values), persistent=False)
 
     @torch.no_grad()
-    def add(self, source: Tensor, values: Tensor) -> None:
+    def add(self, target: Tensor, source: Tensor, values: Tensor) -> None:
         """Add values to the pairs they belong to.
 
         Args:
-            source: int64 (T, N), the source of each of a target's N rows.
-            values: (T, N, num_values).
+            target: int64 (R,), the target of each comparison.
+            source: int64 (R, N), the source of each of its N rows.
+            values: (R, N, num_values).
         """
         sources = torch.arange(len(self.task_names), device=source.device)
-        drawn = (source[..., None] == sources).to(values)  # (T, N, S); one_hot would wait for the device
+        drawn = (source[..., None] == sources).to(values)  # (R, N, S); one_hot would wait for the device
         # Not a matrix product: under autocast that would count in bf16.
-        self.sums += (drawn[..., None] * values[:, :, None]).sum(dim=1)
+        self.sums.index_add_(0, target, (drawn[..., None] * values[:, :, None]).sum(dim=1))
 
     def pop(self) -> dict[str, list[float]]:
         """Return ``target<-source`` -> sums of all pairs and start again at zero; synchronizes with the device."""
@@ -55,10 +56,13 @@ class TripletStats(PairSums):
         super().__init__(task_names, num_values=5)  # pixels, anchors, active triplets, sum of d_ap, sum of d_an
 
     @torch.no_grad()
-    def accumulate(self, pixels: PixelLabels, stats: Tensor) -> None:
-        """Accumulate the ``stats`` (T, B, 4) of a criterion; one group of all images counts for the first's source."""
+    def accumulate(self, target: Tensor, pixels: PixelLabels, stats: Tensor) -> None:
+        """Accumulate the ``stats`` (R, B, 4) of a criterion on comparisons of the targets ``target`` (R,).
+
+        One group of all images counts for the first image's source.
+        """
         count = torch.full_like(stats[..., :1], float(pixels.valid.shape[2]))
-        self.add(pixels.source[..., 0], torch.cat([count, stats], dim=-1))
+        self.add(target, pixels.source[..., 0], torch.cat([count, stats], dim=-1))
 
     def summary(self) -> dict[str, float]:
         """Return means per pair since the last call.

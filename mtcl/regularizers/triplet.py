@@ -1,7 +1,7 @@
 """Draw a random positive and negative for each anchor, and compute the paper's triplet loss. Static shapes throughout.
 
-Features z (T, B, K, D) are unit vectors of T targets in B groups (images) of K pixels. Distances are d = 2 - 2 cos, so
-0..4.
+Features z (R, B, K, D) are unit vectors of R comparisons in B groups (images) of K pixels. Distances are
+d = 2 - 2 cos, so 0..4.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from mtcl.regularizers.pairs import Pairs
 
 
 class CriterionOutput(NamedTuple):
-    """Losses of a criterion, one per target."""
+    """Losses of a criterion, one per comparison."""
 
-    losses: Tensor  # (T,): mean over a target's anchors; zero, but with a graph, where there is none
-    has_anchor: Tensor  # bool (T,): whether the target has an anchor in any process
-    stats: Tensor  # (T, B, 4), detached: number of anchors, of active ones, sum of d_ap, sum of d_an
+    losses: Tensor  # (R,): mean over a target's anchors; zero, but with a graph, where there is none
+    has_anchor: Tensor  # bool (R,): whether the target has an anchor in any process
+    stats: Tensor  # (R, B, 4), detached: number of anchors, of active ones, sum of d_ap, sum of d_an
 
 
 def triplet(z: Tensor, pairs: Pairs, margin: float) -> CriterionOutput:
@@ -34,11 +34,11 @@ def triplet_hinge(
     """Compute the triplet loss of chosen positives and negatives.
 
     Args:
-        z: unit vectors (T, B, K, D).
-        positive: int64 (T, B, K), index of each anchor's positive in its group; ``negative`` alike.
+        z: unit vectors (R, B, K, D).
+        positive: int64 (R, B, K), index of each anchor's positive in its group; ``negative`` alike.
         negative: see ``positive``.
-        anchor: bool (T, B, K), the pixels whose triplet counts.
-        margin: scalar, or (T, B, K).
+        anchor: bool (R, B, K), the pixels whose triplet counts.
+        margin: scalar, or (R, B, K).
     """
     d_ap = 2 - 2 * (z * gather_rows(z, positive)).sum(dim=-1)
     d_an = 2 - 2 * (z * gather_rows(z, negative)).sum(dim=-1)
@@ -49,7 +49,7 @@ def triplet_hinge(
 def mean_over_anchors(loss: Tensor, active: Tensor, d_ap: Tensor, d_an: Tensor, anchor: Tensor) -> CriterionOutput:
     """Average over the anchors of each target, which count the same in whichever image and process they lie.
 
-    All arguments are (T, B, K).
+    All arguments are (R, B, K).
     """
     weight = anchor.to(loss)
     count = all_reduce_sum(weight.sum(dim=(1, 2)))  # of all processes, as in losses.masked.masked_mean
@@ -79,6 +79,6 @@ def sample_related(relation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gather_rows(z: Tensor, index: Tensor) -> Tensor:
-    """Gather z (T, B, K, D) at ``index`` (T, B, K) of its third axis, in whole rows: (T, B, K, D)."""
+    """Gather z (R, B, K, D) at ``index`` (R, B, K) of its third axis, in whole rows: (R, B, K, D)."""
     groups = torch.arange(z.shape[0] * z.shape[1], device=z.device).view(*z.shape[:2], 1)
     return z.flatten(0, 2).index_select(0, (groups * z.shape[2] + index).flatten()).view(*index.shape, z.shape[3])

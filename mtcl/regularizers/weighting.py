@@ -15,30 +15,60 @@ OBJECTIVE_WEIGHT = 1.0  # of lambda * L_contrast as an objective beside the task
 
 
 class GradientNormWeight(nn.Module):
-    """Scales the contrastive loss so that its gradient at the task features has the same norm as the task loss's.
+    """Scales the contrastive loss so that its gradient has the same norm as the task loss's, at a place of each target.
 
-    There is a factor per target: a running mean of the ratio of the two norms, measured at every ``every``-th step (a
-    backward pass down to the features, not through the backbone). It stays on the device and is part of a run's state.
-    One factor serves all sources of a target, so that at a single step the norms may differ. In several processes the
-    norms are those of the gradients of all of them together (:func:`mtcl.regularizers.diagnostics.global_norm`).
+    The place is the target's feature map F_t, or the first weight of its head. At the feature map the norm of the
+    contrast grows with the number of sampled pixels, whose gradients partly cancel on the way to the weights; at the
+    head's weight both norms are those of what the optimizer sees.
+
+    There is a factor per comparison (a target, or a pair of target and source): a running mean of the ratio of the two
+    norms, measured at every ``every``-th step (a backward pass down to the features or the head, not through the
+    backbone). It stays on the device and is part of a run's state. Where one comparison serves all sources of a target,
+    the norms may differ at a single step. In several processes the norms are those of the gradients of all of them
+    together (:func:`mtcl.regularizers.diagnostics.global_norm`).
 
     Args:
-        names: the targets.
+        names: the comparisons.
         every: number of steps from one measurement to the next.
         momentum: of the running mean.
         cap: the largest factor that a loss is multiplied by; None: without a bound.
+        targets: the target of each comparison; None: ``names`` are the targets.
+        head_weights: target -> weight at which gradients are measured; None: at the feature maps.
     """
 
-    def __init__(self, names: Sequence[str], every: int = 10, momentum: float = 0.9, cap: float | None = None):
+    def __init__(
+        self,
+        names: Sequence[str],
+        every: int = 10,
+        momentum: float = 0.9,
+        cap: float | None = None,
+        targets: Sequence[str] | None = None,
+        head_weights: Mapping[str, Tensor] | None = None,
+    ):
         super().__init__()
-        self.cap = cap
-        self.names, self.every, self.momentum = list(names), every, momentum
+        self.names, self.every, self.momentum, self.cap = list(names), every, momentum, cap
+        self.targets = self.names if targets is None else list(targets)
+        self.head_weights = head_weights
         self.factor: Tensor
         self.register_buffer("factor", torch.zeros(len(self.names)))  # 0: not measured yet
+        self.share: Tensor  # of each comparison among those of its target
+        share = torch.tensor([1 / self.targets.count(target) for target in self.targets])
+        self.register_buffer("share", share, persistent=False)
+
+    def measure(self, task_loss: Tensor, contrast: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> None:
+        """Measure the gradients of both losses and take them in, see :meth:`Lambda.update`."""
+        places = features if self.head_weights is None else self.head_weights
+        task = gradient_norms(task_loss, {target: places[target] for target in self.targets})
+        if self.names == self.targets:
+            total = torch.stack([contrast[name] for name in self.names]).sum()
+            norms = gradient_norms(total, {name: places[name] for name in self.names})
+        else:  # each on its own
+            norms = {n: gradient_norms(contrast[n], {n: places[t]})[n] for n, t in zip(self.names, self.targets)}
+        self.update({n: task[t] for n, t in zip(self.names, self.targets)}, norms)
 
     @torch.no_grad()
     def update(self, norm_task: Mapping[str, Tensor], norm_contrast: Mapping[str, Tensor]) -> None:
-        """Take in gradient norms, target -> scalar. A target without labels or anchors keeps its factor."""
+        """Take in gradient norms, comparison -> scalar. One without labels or anchors keeps its factor."""
         task = torch.stack([norm_task[name] for name in self.names])
         contrast = torch.stack([norm_contrast[name] for name in self.names])
         ratio = task / contrast.clamp(min=torch.finfo(contrast.dtype).tiny)
@@ -47,9 +77,9 @@ class GradientNormWeight(nn.Module):
         self.factor.copy_(torch.where(is_measured, mean, self.factor))
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """Return the sum of the targets' losses, each times its factor or, where that is larger, the cap."""
+        """Return the sum over targets of the mean of its losses, each times its factor or at most the cap."""
         factor = self.factor if self.cap is None else self.factor.clamp(max=self.cap)
-        return (torch.stack([losses[name] for name in self.names]) * factor).sum()
+        return (torch.stack([losses[name] for name in self.names]) * (factor * self.share)).sum()
 
 
 class Lambda:
@@ -57,8 +87,7 @@ class Lambda:
 
     Called with a step it returns lambda: 0 before the part ``start_fraction`` of the training, then ``weight``, reached
     linearly over ``warmup_steps``, and 0 again after the part ``stop_fraction``. With a ``gradient_norm_weight`` the
-    contrastive loss that it multiplies is rescaled first, so that lambda is the ratio of the two gradients' norms at
-    the task features.
+    contrastive loss that it multiplies is rescaled first, so that lambda is the ratio of the two gradients' norms.
 
     A balancer that treats the contrastive loss as an objective multiplies it by :data:`OBJECTIVE_WEIGHT`.
 
@@ -99,23 +128,22 @@ class Lambda:
         return (step - self.start_step) % self.gradient_norm_weight.every == 0
 
     def update(self, task_loss: Tensor, contrast: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> None:
-        """Measure the gradients of both losses at the task features.
+        """Measure the gradients of both losses.
 
         Args:
             task_loss: the weighted sum over the tasks, a scalar.
-            contrast: target -> contrastive loss.
+            contrast: comparison -> contrastive loss.
             features: target -> its feature map, in the graph of both.
         """
         assert self.gradient_norm_weight is not None
-        total = torch.stack(list(contrast.values())).sum()
-        self.gradient_norm_weight.update(gradient_norms(task_loss, features), gradient_norms(total, features))
+        self.gradient_norm_weight.measure(task_loss, contrast, features)
 
     def rescale(self, loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
-        """Return the contrastive loss that lambda multiplies: ``loss``, or the sum of the rescaled ``losses``.
+        """Return the contrastive loss that lambda multiplies: ``loss``, or the rescaled ``losses`` together.
 
         Args:
-            loss: the mean over the targets.
-            losses: target -> loss.
+            loss: the mean over the comparisons.
+            losses: comparison -> loss.
         """
         return loss if self.gradient_norm_weight is None else self.gradient_norm_weight.weighted_sum(losses)
 

@@ -1,8 +1,10 @@
 """Group the trainer's parameters: options of the loop, validation, checkpoints, regularisation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from mtcl.regularizers import Regularizer
 from mtcl.regularizers.weighting import Lambda
@@ -81,8 +83,10 @@ class Regularization:
         regularizer: its parameters (projectors) are trained with the model, and discarded afterwards.
         optimizer: of these parameters.
         lambda_: weight of its loss.
+        head_parameters: the parameters of the model that its loss trains; None: all.
     """
 
     regularizer: Regularizer
     optimizer: ScheduledOptimizer
     lambda_: Lambda
+    head_parameters: Sequence[nn.Parameter] | None = None

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mtcl import distributed
@@ -93,6 +93,7 @@ class Trainer:
         self.regularizer = regularization.regularizer if regularization else None
         self.regularizer_optimizer = regularization.optimizer if regularization else None
         self.lambda_ = regularization.lambda_ if regularization else Lambda(0.0, options.max_steps)
+        self.head_parameters = regularization.head_parameters if regularization else None
         self.ema, self.feature_fillers = ema, feature_fillers
         self.weights = weights or ReplicatedWeights(model)
         self.weights.attach_optimizer(optimizer.optimizer)
@@ -247,11 +248,14 @@ class Trainer:
         if self.regularizer is not None:
             draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
         lambda_ = self.lambda_(self.step)
-        needs_gradients = lambda_ > 0 and (with_diagnostics or self.lambda_.measures_gradients(self.step))
+        needs_gradients = lambda_ > 0 and (
+            with_diagnostics or self.lambda_.measures_gradients(self.step) or self.head_parameters is not None
+        )
         # Inside a compiled step there is no graph from which to take gradients at the features: those are run eagerly.
         step = self.eager_step if needs_gradients else self.training_step
         with autocast(self.device, self.options.precision):
             output, regularizer_output = step(image, labels, draw, lambda_ > 0)
+        head_gradients: list[tuple[nn.Parameter, Tensor]] = []
         loss = task_loss = LossTerms(self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels))
         values = {name: term.detach() for name, term in task_loss.items()}
         if regularizer_output is not None:
@@ -262,15 +266,26 @@ class Trainer:
             values |= self._mask_unlabelled(values, labels)
         if regularizer_output is not None and lambda_ > 0:
             contrast, gradients = self._weigh_contrast(task_loss, regularizer_output, output, lambda_, with_diagnostics)
-            loss = task_loss + lambda_ * contrast
             values |= gradients
+            if self.head_parameters is None:
+                loss = task_loss + lambda_ * contrast
+            else:
+                head_gradients = self._differentiate_heads((lambda_ / num_batches) * contrast["contrast"])
         elif self.regularizer_parameters and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
             loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer_parameters]).sum()}
         if num_batches > 1:
             loss = loss / num_batches
         with freeze_running_statistics(self.model) if self.options.grad_checkpointing else nullcontext():
             self.balancer.backward(loss, self.trained)
+        for parameter, gradient in head_gradients:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return values
+
+    def _differentiate_heads(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return the gradient of a loss for the tasks' own and the regulariser's parameters, not for shared ones."""
+        parameters = [*(self.head_parameters or ()), *self.regularizer_parameters]
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        return [(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
 
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each task's loss, including those of its intermediate predictions (with factor 1, as in InvPT)."""

@@ -178,7 +178,7 @@ def ref_places(pixels, size):
 def ref_picture(regularizer, target, image, labels, draw):
     """The sampled pixels of one picture."""
     names, size = regularizer.task_names, labels[regularizer.task_names[0]].shape[-2:]
-    count, kind = len(draw.pixels), regularizer.source_labels
+    count, kind = len(draw.pixels), regularizer.label_reader.source_labels
     places = [ref_places(draw.pixels[i], size) for i in range(count)]
     by_picture = [
         {s: [ref_label(s, labels[s], i, position) for position in places[i]] for s in names} for i in range(count)
@@ -218,7 +218,7 @@ def ref_picture(regularizer, target, image, labels, draw):
 
 def ref_apart(regularizer, a, b):
     """The thresholds of two pixels' relation, and how far apart they are."""
-    if regularizer.source_labels == "distance":
+    if regularizer.label_reader.source_labels == "distance":
         return 0.15, 0.3, math.hypot(a.value[0] - b.value[0], a.value[1] - b.value[1])
     return *regularizer.thresholds[a.source], ref_distance(a.source, a.value, b.value)
 
@@ -249,7 +249,7 @@ def ref_triplets(regularizer, target, group, d):
             three = [pixel, group[p], group[n]]
             if any(x.value is None for x in three) or pixel.position in (group[p].position, group[n].position):
                 continue
-            by = "distance" if regularizer.source_labels == "distance" else pixel.source
+            by = "distance" if regularizer.label_reader.source_labels == "distance" else pixel.source
             near, far, _ = (ref_span(by, bound) for bound in ref_apart(regularizer, pixel, pixel))
             top = far if near == 0 else 5 * far
             apart = {j: min(ref_span(by, ref_apart(regularizer, pixel, group[j])[2]) / top, 1) for j in (p, n)}

@@ -208,7 +208,7 @@ def test_training_takes_steps(labels, tmp_path):
     model = build_model(config, tasks, pretrained=False)
     regularizer = build_regularizer(config, tasks, model)
     assert isinstance(regularizer, AuxiliaryHeads)
-    lambda_ = build_lambda(config, regularizer, torch.device("cpu"))
+    lambda_ = build_lambda(config, regularizer, model, torch.device("cpu"))
     assert isinstance(lambda_.gradient_norm_weight, GradientNormWeight)
     assert state["model"].keys() == model.state_dict().keys()
     assert any(not torch.equal(value, state["regularizer"][key]) for key, value in regularizer.state_dict().items())

@@ -159,17 +159,47 @@ def test_boundary_refuses_what_chooses_other_pairs():
 @pytest.mark.parametrize("criterion", ["triplet", "ranked", "infonce", "boundary"])
 def test_a_task_that_is_no_target_gets_no_gradient(criterion):
     options = {"pixels": 16, "size": (9, 10), "tap": (9, 10), "criterion": criterion}
-    chosen, features, labels, draw, frame = make_case(targets=["depth", "normals"], **options)
-    everywhere = make_case(**options)[0](features, labels, draw, frame).losses
+    full, features, labels, draw, frame = make_case(**options)
+    chosen = make_case(targets=["depth", "normals"], **options)[0]
+    everywhere = full(features, labels, draw, frame).losses
     leaves = {t: x.requires_grad_() for t, x in features.items()}
-    output = chosen(leaves, labels, draw, frame)
+    rows = [NAMES.index("depth"), NAMES.index("normals")]
+    output = chosen(leaves, labels, draw._replace(sources=draw.sources[rows]), frame)
     output.loss.backward()
+    assert list(output.losses) == ["depth", "normals"]
     for t in NAMES:
-        if t in ("depth", "normals"):
+        if t in output.losses:
             assert torch.equal(output.losses[t], everywhere[t])
             assert leaves[t].grad.any()
         else:
-            assert output.losses[t] == 0
-            assert not leaves[t].grad.any()
+            assert leaves[t].grad is None
+
+
+@pytest.mark.parametrize("labels_of", ["full", "one"])
+@pytest.mark.parametrize("criterion", ["triplet", "ranked", "infonce", "boundary"])
+def test_all_sources_are_compared_each_as_if_it_were_the_only_one(criterion, labels_of):
+    options = {"pixels": 16, "size": (9, 10), "tap": (9, 10), "criterion": criterion, "images": 4}
+    if labels_of == "one":
+        options["kinds"] = {t: ["random" if i == j else "void" for j in range(4)] for i, t in enumerate(NAMES)}
+    every, features, labels, draw, frame = make_case(all_sources=True, excluded_pairs=["edge<-depth"], **options)
+    output = every(features, labels, draw, frame)
+    assert len(output.losses) == 11
+    single = {}
+    for s in NAMES:
+        alone = make_case(source_tasks=s, **options)[0]
+        alone.load_state_dict(every.state_dict())
+        sources = alone.sample(0, [str(i) for i in range(4)]).sources
+        for t, loss in alone(features, labels, draw._replace(sources=sources), frame).losses.items():
+            if t != s:
+                single[f"{t}<-{s}"] = loss
+    for name, loss in output.losses.items():
+        torch.testing.assert_close(loss, single[name])
+    summary = every.summary()
+    present = [loss for name, loss in output.losses.items() if summary[f"{name}/anchors"]]
+    torch.testing.assert_close(output.loss, sum(present) / len(present))
+    assert {key.split("/")[0] for key in summary} == set(output.losses)
+
+
+def test_targets_must_be_tasks_in_use():
     with pytest.raises(UserError, match="targets="):
         make_case(targets=["sal"])

@@ -23,29 +23,35 @@ def reference_share(kind, target, source, labels, thresholds, pixels):
     for image, at in enumerate(pixels):
         places = ref_places(at, SIZE)
         donor = (image - 1) % len(pixels) if kind == "other_image" else image
-        said = [
+        source_values = [
             at[i].tolist() if kind == "distance" else ref_label(source, labels[source], donor, p)
             for i, p in enumerate(places)
         ]
         near, far = (0.15, 0.3) if kind == "distance" else thresholds[source]
 
-        def apart(i, j, said=said):
+        def apart(i, j, source_values=source_values):
             return (
-                np.hypot(*np.subtract(said[i], said[j]))
+                np.hypot(*np.subtract(source_values[i], source_values[j]))
                 if kind == "distance"
-                else ref_distance(source, said[i], said[j])
+                else ref_distance(source, source_values[i], source_values[j])
             )
 
-        own = [ref_label(target, labels[target], image, p) for p in places]
+        target_values = [ref_label(target, labels[target], image, p) for p in places]
         for a in range(K):
-            others = [j % K for j in range(a + 1, a + K) if places[j % K] != places[a] and said[j % K] is not None]
-            if said[a] is None:
+            others = [
+                j % K for j in range(a + 1, a + K) if places[j % K] != places[a] and source_values[j % K] is not None
+            ]
+            if source_values[a] is None:
                 continue
             positive = next((j for j in others if apart(a, j) <= near), None)
             negative = next((j for j in others if apart(a, j) >= far), None)
-            if positive is None or negative is None or None in (own[a], own[positive], own[negative]):
+            if (
+                positive is None
+                or negative is None
+                or None in (target_values[a], target_values[positive], target_values[negative])
+            ):
                 continue
-            d_ap, d_an = (ref_distance(target, own[a], own[j]) for j in (positive, negative))
+            d_ap, d_an = (ref_distance(target, target_values[a], target_values[j]) for j in (positive, negative))
             total += 1
             right += 0.5 if abs(d_ap - d_an) < 1e-6 else d_ap < d_an
     return right / total

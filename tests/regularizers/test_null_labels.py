@@ -36,7 +36,7 @@ def test_sources_and_projectors_are_those_of_the_method(kind):
     assert torch.equal(control.sample(5, ["a"]).sources, plain.sample(5, ["a"]).sources)
     assert torch.equal(control.sample(5, ["a"]).pixels, plain.sample(5, ["a"]).pixels)
     size = labels["depth"].shape[-2:]
-    ours, method = (r.gather_labels(labels, draw, size) for r in (control, plain))
+    ours, method = (r.label_reader.read(labels, draw, r.target, size) for r in (control, plain))
     assert torch.equal(ours.source, method.source)
     if kind == "distance":
         assert torch.equal(ours.valid, method.valid)

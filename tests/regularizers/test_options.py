@@ -19,7 +19,7 @@ from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_lambda, build_regularizer
 from mtcl.config.schema import check_config
 from mtcl.regularizers import Contrastive, GradientNormWeight
-from mtcl.regularizers.contrastive import CRITERIA
+from mtcl.regularizers.criteria import CRITERIA
 from mtcl.regularizers.diagnostics import compare_feature_gradients
 from mtcl.regularizers.null_labels import SOURCE_LABELS
 from mtcl.regularizers.sampling import draw_sources, pixel_index
@@ -208,7 +208,7 @@ def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
     regularizer = Contrastive(
         make_tasks(), dict.fromkeys(NAMES, 3), num_pixels=1, source_tasks=sources, excluded_pairs=exclude
     )
-    assert regularizer.allowed_sources == expected
+    assert [c.sources for c in regularizer.comparisons] == expected
     steps = 600
     orders = np.stack([regularizer.sample(step, ["a"]).sources.numpy() for step in range(steps)])  # (steps, T, n)
     for available, drawn in zip(expected, orders.transpose(1, 0, 2)):
@@ -471,8 +471,70 @@ def test_a_cap_bounds_the_factors_and_leaves_what_is_measured():
     assert torch.equal(free.factor, capped.factor)
     config = composed(*TINY, "regularizer.weighting_cap=7")
     tasks = build_tasks(config)
-    regularizer = build_regularizer(config, tasks, build_model(config, tasks, pretrained=False))
-    assert build_lambda(config, regularizer, torch.device("cpu")).gradient_norm_weight.cap == 7
+    model = build_model(config, tasks, pretrained=False)
+    regularizer = build_regularizer(config, tasks, model)
+    assert build_lambda(config, regularizer, model, torch.device("cpu")).gradient_norm_weight.cap == 7
+
+
+def test_a_factor_per_pair_makes_each_pair_s_gradient_that_of_the_task():
+    regularizer, features, labels, draw, frame = make_case(pixels=16, all_sources=True, targets=["depth", "normals"])
+    leaves = {t: x.requires_grad_() for t, x in features.items()}
+    task = sum(10**i * leaf.square().mean() for i, leaf in enumerate(leaves.values()))
+    losses = regularizer(leaves, labels, draw, frame).losses
+    targets = [c.target for c in regularizer.comparisons]
+    weight = GradientNormWeight(list(losses), targets=targets)
+    weight.measure(task, losses, leaves)
+    for i, (name, target) in enumerate(zip(losses, targets)):
+        (of_task,) = torch.autograd.grad(task, leaves[target], retain_graph=True)
+        (of_pair,) = torch.autograd.grad(losses[name], leaves[target], retain_graph=True)
+        assert weight.factor[i].item() == pytest.approx((of_task.norm() / of_pair.norm()).item(), rel=1e-5)
+    expected = sum(f * loss / 3 for f, loss in zip(weight.factor, losses.values()))
+    torch.testing.assert_close(weight.weighted_sum(losses), expected)
+
+
+def build_contrast(*overrides):
+    config = composed(*TINY, *overrides)
+    tasks = build_tasks(config)
+    model = build_model(config, tasks, pretrained=False)
+    return config, model, build_regularizer(config, tasks, model)
+
+
+def test_the_norms_at_the_heads_weights_are_those_of_both_gradients_there():
+    config, model, regularizer = build_contrast("regularizer.weighting=head_gradient_norm", "decoder=multi_head")
+    lambda_ = build_lambda(config, regularizer, model, torch.device("cpu"))
+    image = torch.randn(2, 3, 32, 32)
+    features = model(image).features["final"]
+    task = sum(10**i * x.square().mean() for i, x in enumerate(features.values()))
+    contrast = {name: x.abs().mean() for name, x in features.items()}
+    lambda_.update(task, contrast, features)
+    for i, name in enumerate(features):
+        (weight, *_) = [p for n, p in model.named_parameters() if f"heads.{name}." in n and p.ndim == 4]
+        (of_task,) = torch.autograd.grad(task, weight, retain_graph=True)
+        (of_contrast,) = torch.autograd.grad(contrast[name], weight, retain_graph=True)
+        factor = lambda_.gradient_norm_weight.factor[i]
+        assert factor.item() == pytest.approx((of_task.norm() / of_contrast.norm()).item(), rel=1e-4)
+
+
+def test_the_contrast_trains_the_heads_alone_on_request(tmp_path):
+    """The shared parameters' gradients are those without contrast, the heads' those with it."""
+    options = ["optimizer=sgd", "optimizer.momentum=0", "optimizer.weight_decay=0", "trainer.clip_norm=null"]
+    options += ["trainer.max_steps=1", "regularizer.weighting=fixed", "regularizer.weight=3"]
+    none, full, heads = (
+        run(tmp_path / name, *options, *overrides)["model"]
+        for name, overrides in {
+            "none": ["regularizer=none"],
+            "full": [],
+            "heads": ["regularizer.detach_trunk=true"],
+        }.items()
+    )
+    model = build_contrast(*GRADIENT)[1]
+    shared = {id(p) for p in model.shared_parameters()}
+    own_names = {name for name, p in model.named_parameters() if id(p) not in shared}
+    assert own_names
+    for name, _ in model.named_parameters():
+        torch.testing.assert_close(heads[name], (full if name in own_names else none)[name], msg=name)
+    assert any(not torch.equal(none[name], full[name]) for name in own_names)
+    assert any(not torch.equal(none[name], full[name]) for name in none.keys() - own_names)
 
 
 def test_gradient_balance_in_training(tmp_path, monkeypatch):
@@ -508,7 +570,7 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["regularizer.weighting=gradients"], r"regularizer\.weighting=gradients .*fixed or gradient"),
+        (["regularizer.weighting=gradients"], r"regularizer\.weighting=gradients .*choose fixed, gradient_norm"),
         (
             ["regularizer=mtpsl", "regularizer.weighting=gradient_norm"],
             r"weighting=gradient_norm is for regularizer=contrastive",
@@ -525,7 +587,7 @@ def test_what_cannot_be_built_is_refused(overrides, message):
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False)
     with pytest.raises(UserError, match=message):
-        build_lambda(config, build_regularizer(config, tasks, model), torch.device("cpu"))
+        build_lambda(config, build_regularizer(config, tasks, model), model, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

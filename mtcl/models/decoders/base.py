@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from mtcl.errors import UserError
 from mtcl.models.output import DenseOutput, Size
 
 
@@ -51,3 +52,15 @@ class Decoder(nn.Module, ABC):
     @abstractmethod
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Return the decoder's parameters that serve more than one task."""
+
+    def head_weight(self, task: str) -> nn.Parameter:
+        """Return the first weight of a task's own layers before its logits, which its loss and its features depend on.
+
+        Raises:
+            UserError: the task has no such layers.
+        """
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")
+            if task in parts and parameter.ndim > 1 and not any("logits" in part for part in parts):
+                return parameter
+        raise UserError(f"this decoder has no layers of {task} alone before its logits; choose another decoder")
