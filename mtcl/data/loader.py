@@ -426,7 +426,9 @@ def _pad_to_frames(
     arrays: list[np.ndarray], frame: tuple[int, int], offsets: list[tuple[int, int]], void: float
 ) -> np.ndarray:
     """Place arrays (h, w[, C]) at ``offsets`` in frames filled with void: (B[, C], *frame), channels first."""
-    framed = np.full((len(arrays), *arrays[0].shape[2:], *frame), void, arrays[0].dtype)
+    shape = (len(arrays), *arrays[0].shape[2:], *frame)
+    is_filled = all(array.shape[:2] == frame for array in arrays)
+    framed = np.empty(shape, arrays[0].dtype) if is_filled else np.full(shape, void, arrays[0].dtype)
     for target, array, (row, column) in zip(framed, arrays, offsets):
         planes = array if array.ndim == 2 else array.transpose(2, 0, 1)
         target[..., row : row + array.shape[0], column : column + array.shape[1]] = planes

@@ -127,7 +127,7 @@ def sample_window(inside: tuple[int, int], size: tuple[int, int], rng: np.random
 
 def has_varied_classes(classes: np.ndarray, void: int, cap: float) -> bool:
     """Return whether classes uint8 (H, W) hold more than one class and none fills ``cap`` of the non-void pixels."""
-    counts = np.bincount(classes.ravel(), minlength=256)
+    counts = cv2.calcHist([classes], [0], None, [256], [0, 256]).ravel().astype(np.int64)  # faster than bincount
     counts[void] = 0
     return bool(np.count_nonzero(counts) > 1 and counts.max() < cap * counts.sum())
 
