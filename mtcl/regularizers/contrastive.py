@@ -78,6 +78,7 @@ class Contrastive(Regularizer):
             else uniform.
         window: pairs lie at most this fraction of the image's height and width apart; None: anywhere.
         drop_conflicting_positives: positives that the target's own label calls different are left out.
+        drop_conflicting_negatives: negatives that the target's own label calls similar are left out.
         across_images: pairs may lie in different images of a batch.
         criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``,
             see :mod:`mtcl.regularizers.criteria`; ``boundary``: patches of 5x5 cells around those of the K positions
@@ -112,6 +113,7 @@ class Contrastive(Regularizer):
         class_balanced: bool = False,
         window: float | None = None,
         drop_conflicting_positives: bool = False,
+        drop_conflicting_negatives: bool = False,
         across_images: bool = False,
         criterion: str = "triplet",
         temperature: float = 0.1,
@@ -124,11 +126,19 @@ class Contrastive(Regularizer):
             raise UserError("cross-task contrast needs at least two tasks; switch the regularizer off for one")
         if not 1 <= num_pixels < 2**15:
             raise ParameterError("num_pixels", f"={num_pixels} must be from 1 to {2**15 - 1}")
-        criteria.check_criterion(criterion, window, class_balanced, drop_conflicting_positives, across_images)
+        criteria.check_criterion(
+            criterion,
+            window=window,
+            class_balanced=class_balanced,
+            drop_conflicting_positives=drop_conflicting_positives,
+            drop_conflicting_negatives=drop_conflicting_negatives,
+            across_images=across_images,
+        )
         self.tasks, self.task_names = dict(tasks), list(tasks)
         self.seed, self.feature, self.num_pixels, self.margin = seed, feature, num_pixels, margin
-        self.class_balanced, self.window = class_balanced, window
-        self.drop_conflicting_positives, self.across_images = drop_conflicting_positives, across_images
+        self.class_balanced, self.window, self.across_images = class_balanced, window, across_images
+        self.drop_conflicting_positives = drop_conflicting_positives
+        self.drop_conflicting_negatives = drop_conflicting_negatives
         self.criterion, self.temperature, self.negative_margin = criterion, temperature, negative_margin
         self.label_reader = SourceLabelReader(tasks, source_labels, num_pixels if class_balanced else None)
         allowed = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
@@ -246,8 +256,14 @@ class Contrastive(Regularizer):
         pairs = make_pairs(pixels, self.source_thresholds)
         if self.across_images:
             pairs = sampling_ablations.keep_equal_sources(pairs, pixels)
-        if self.drop_conflicting_positives:
-            pairs = sampling_ablations.drop_conflicting(pairs, pixels, self.embedded_thresholds[self.target, 1])
+        if self.drop_conflicting_positives or self.drop_conflicting_negatives:
+            pairs = sampling_ablations.drop_conflicting(
+                pairs,
+                pixels,
+                self.embedded_thresholds[self.target],
+                positives=self.drop_conflicting_positives,
+                negatives=self.drop_conflicting_negatives,
+            )
         if self.window is not None:
             pairs = sampling_ablations.keep_within_window(pairs, pixels, self.window)
         return pairs

@@ -18,32 +18,26 @@ from mtcl.regularizers.triplet import (
 )
 
 CRITERIA = ("triplet", "semihard", "ranked", "infonce", "boundary")
+PAIR_OPTIONS = ("window", "drop_conflicting_positives", "drop_conflicting_negatives", "across_images")
+REFUSALS = {  # criterion -> what it compares, and the options that it cannot have
+    "ranked": ("any three pixels of an image", PAIR_OPTIONS),
+    "boundary": ("all pairs of a patch with its centre", (*PAIR_OPTIONS, "class_balanced")),
+}
 RANKED_MAX_FACTOR = 5.0  # of the negative threshold: "ranked" clips label distances there
 
 
-def check_criterion(
-    criterion: str,
-    window: float | None,
-    class_balanced: bool,
-    drop_conflicting_positives: bool,
-    across_images: bool,
-) -> None:
-    """Refuse an unknown criterion, and options of :class:`~mtcl.regularizers.contrastive.Contrastive` it can't have."""
+def check_criterion(criterion: str, **options: bool | float | None) -> None:
+    """Refuse an unknown criterion, and options of :class:`~mtcl.regularizers.contrastive.Contrastive` it can't have.
+
+    Args:
+        criterion: one of :data:`CRITERIA`.
+        **options: those of :data:`REFUSALS`, None or False where they are off.
+    """
     if criterion not in CRITERIA:
         raise ParameterError("criterion", f"={criterion} is not known; choose {', '.join(CRITERIA)}")
-    if criterion == "ranked" and (window is not None or drop_conflicting_positives or across_images):
-        raise ParameterError(
-            "criterion",
-            "=ranked takes any three pixels of an image; leave out window, drop_conflicting_positives, across_images",
-        )
-    if criterion == "boundary" and (
-        window is not None or class_balanced or drop_conflicting_positives or across_images
-    ):
-        raise ParameterError(
-            "criterion",
-            "=boundary takes all pairs of a patch with its centre; leave out window, class_balanced, "
-            "drop_conflicting_positives, across_images",
-        )
+    compared, refused = REFUSALS.get(criterion, ("", ()))
+    if any(options[name] is not None and options[name] is not False for name in refused):
+        raise ParameterError("criterion", f"={criterion} takes {compared}; leave out {', '.join(refused)}")
 
 
 def semihard(z: Tensor, pairs: Pairs, margin: float) -> CriterionOutput:

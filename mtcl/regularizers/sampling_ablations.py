@@ -12,16 +12,26 @@ def keep_within_window(pairs: Pairs, pixels: PixelLabels, window: float) -> Pair
     return Pairs(pairs.positive & near, pairs.negative & near)
 
 
-def drop_conflicting(pairs: Pairs, pixels: PixelLabels, negative_thresholds: Tensor) -> Pairs:
-    """Drop positives that the target's own labels call different; a void label contradicts nothing.
+def drop_conflicting(
+    pairs: Pairs, pixels: PixelLabels, thresholds: Tensor, *, positives: bool, negatives: bool
+) -> Pairs:
+    """Drop pairs that the target's own labels contradict: positives they call different, negatives they call similar.
+
+    A void label contradicts nothing.
 
     Args:
         pairs: relations of a group's pixels.
         pixels: the pixels.
-        negative_thresholds: (R,), embedded, of the targets' labels.
+        thresholds: (R, 2), positive and negative, embedded, of the targets' labels.
+        positives: whether positives are dropped.
+        negatives: whether negatives are dropped.
     """
-    conflict = pairwise_distances(pixels.target_label) >= negative_thresholds[:, None, None, None]
-    return Pairs(pairs.positive & ~conflict, pairs.negative)
+    distance = pairwise_distances(pixels.target_label)  # NaN with a void label: no comparison holds
+    similar, different = (limit[:, None, None, None] for limit in thresholds.unbind(dim=1))
+    return Pairs(
+        pairs.positive & ~(distance >= different) if positives else pairs.positive,
+        pairs.negative & ~(distance <= similar) if negatives else pairs.negative,
+    )
 
 
 def keep_equal_sources(pairs: Pairs, pixels: PixelLabels) -> Pairs:

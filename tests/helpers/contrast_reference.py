@@ -230,13 +230,16 @@ def ref_relation(regularizer, target, a, b):
     if regularizer.window is not None and max(abs(x - y) for x, y in zip(a.at, b.at)) > regularizer.window:
         return 0
     near, far, distance = ref_apart(regularizer, a, b)
-    if distance >= far:
-        return -1
-    if distance > near:
+    sign = -1 if distance >= far else 1 if distance <= near else 0
+    if a.own_value is None or b.own_value is None:
+        return sign
+    own_near, own_far = regularizer.thresholds[target]
+    own_distance = ref_distance(target, a.own_value, b.own_value)
+    if regularizer.drop_conflicting_positives and sign > 0 and own_distance >= own_far:
         return 0
-    if regularizer.drop_conflicting_positives and a.own_value is not None and b.own_value is not None:
-        return int(ref_distance(target, a.own_value, b.own_value) < regularizer.thresholds[target][1])
-    return 1
+    if regularizer.drop_conflicting_negatives and sign < 0 and own_distance <= own_near:
+        return 0
+    return sign
 
 
 def ref_triplets(regularizer, target, group, d):

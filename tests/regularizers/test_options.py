@@ -52,6 +52,8 @@ OPTIONS = {
     "class_balanced": {"class_balanced": True},
     "window": {"window": 0.4},
     "drop_conflicting_positives": {"drop_conflicting_positives": True},
+    "drop_conflicting_negatives": {"drop_conflicting_negatives": True},
+    "drop_conflicting, both": {"drop_conflicting_positives": True, "drop_conflicting_negatives": True},
     "across images": {"across_images": True},
     "across images, partial labels": {"across_images": True, "kinds": PARTIAL},
     "across images, infonce, window": {"across_images": True, "criterion": "infonce", "window": 0.5},
@@ -95,6 +97,7 @@ def options_of_any_kind(draw):
     if criterion != "ranked":
         case["window"] = draw(st.none() | st.floats(0.2, 1))
         case["drop_conflicting_positives"] = draw(st.booleans())
+        case["drop_conflicting_negatives"] = draw(st.booleans())
         case["across_images"] = draw(st.booleans())
     if criterion == "semihard":  # no two pixels with equal features, between which rounding would choose
         case |= {"tap": case["size"], "extra": (0, 0), "hidden": None}
@@ -236,9 +239,14 @@ def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
         *(
             (
                 {"criterion": "ranked"} | option,
-                r"criterion=ranked .*leave out window, drop_conflicting_positives, across_images",
+                r"criterion=ranked .*leave out window, drop_conflicting_positives, drop_conflicting_neg.*across_images",
             )
-            for option in ({"window": 0.5}, {"drop_conflicting_positives": True}, {"across_images": True})
+            for option in (
+                {"window": 0.0},
+                {"drop_conflicting_positives": True},
+                {"drop_conflicting_negatives": True},
+                {"across_images": True},
+            )
         ),
         ({"projector_sharing": "none"}, r"projector_sharing=none .*pair, target or all"),
         ({"projector_sharing": "all"}, r"projector_sharing=all .*equal width"),
@@ -330,19 +338,25 @@ def test_pairs_lie_within_the_window():
     assert torch.equal(everywhere[0](*everywhere[1:]).loss, wide[0](*wide[1:]).loss)
 
 
-def test_a_targets_own_labels_take_back_positives_only_where_they_have_a_say():
+@pytest.mark.parametrize("positives", [False, True])
+@pytest.mark.parametrize("negatives", [False, True])
+def test_a_targets_own_labels_take_back_pairs_only_where_they_have_a_say(positives, negatives):
     options = {"names": ("semseg", "edge"), "size": (8, 8), "pixels": 40}
-    regularizer, features, labels, draw, frame = make_case(drop_conflicting_positives=True, **options)
+    regularizer, features, labels, draw, frame = make_case(
+        drop_conflicting_positives=positives, drop_conflicting_negatives=negatives, **options
+    )
     plain = make_case(**options)[0]
     alike, same = (relations(r, features, labels, draw, frame) for r in (plain, regularizer))
-    assert torch.equal(alike.negative, same.negative)
     row, column = pixel_index(draw.pixels, (8, 8))
     images = torch.arange(2)[:, None]
     for t, label in enumerate((labels["semseg"], labels["edge"][:, 0])):
         values = label[images, row, column]
-        contradicted = (values[:, :, None] != values[:, None]) & (values[:, :, None] != 255) & (values[:, None] != 255)
-        assert (alike.positive[t] & contradicted).any()
-        assert torch.equal(same.positive[t], alike.positive[t] & ~contradicted)
+        both = (values[:, :, None] != 255) & (values[:, None] != 255)
+        equal = values[:, :, None] == values[:, None]
+        assert (alike.positive[t] & both & ~equal).any()
+        assert (alike.negative[t] & both & equal).any()
+        assert torch.equal(same.positive[t], alike.positive[t] & ~(both & ~equal) if positives else alike.positive[t])
+        assert torch.equal(same.negative[t], alike.negative[t] & ~(both & equal) if negatives else alike.negative[t])
 
 
 def test_across_images_only_labels_of_one_source_compare():
@@ -598,6 +612,7 @@ def test_what_cannot_be_built_is_refused(overrides, message):
         ("window", 1.5),
         ("temperature", 0),
         ("drop_conflicting_positives", 1),
+        ("drop_conflicting_negatives", "both"),
     ],
 )
 def test_values_of_another_kind_are_refused(option, value):
