@@ -6,7 +6,6 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from mtcl.cli.hydra_app import run_hydra_app
-from mtcl.cli.train import train
 
 
 def main(config: DictConfig) -> None:
@@ -14,6 +13,8 @@ def main(config: DictConfig) -> None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     chosen_folder = any("hydra.run.dir" in override for override in job.overrides.hydra)
+    from mtcl.cli.train import train  # here: it imports torch, which --help and a sweep's parent don't need
+
     train(config, folder, None if chosen_folder else folder.parent, overrides=list(job.overrides.task))
 
 

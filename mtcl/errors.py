@@ -45,3 +45,11 @@ def escape_control_characters(text: str) -> str:
     ('a\\x1b[31mb\\u202e', 'für/深度 7')
     """
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+class Preempted(Exception):  # noqa: N818
+    """Training has ended early at :attr:`step`, and its state is saved."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped at step {step}")
+        self.step = step

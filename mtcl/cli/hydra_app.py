@@ -20,13 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.cli.terminal import DISK_FULL_ERRORS, ensure_utf8, print_error, tolerate_closed_output
-from mtcl.config.build_model import inline_genotype
 from mtcl.config.compose import finish_config
 from mtcl.config.overrides import format_error, quote_paths
-from mtcl.errors import UserError, escape_control_characters
+from mtcl.errors import Preempted, UserError, escape_control_characters
 from mtcl.launch import sweep as sweep
 from mtcl.launch.processes import EXIT_REQUEUE
-from mtcl.training.preemption import Preempted
 
 # What a disk refuses to write; and what no folder can be called, when Hydra makes the run's.
 DISK_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
@@ -128,6 +126,8 @@ class _Task:
         hydra_config = HydraConfig.get()
         sweeps = hydra_config.mode == RunMode.MULTIRUN
         try:
+            from mtcl.config.build_model import inline_genotype  # here, for it imports torch and timm: seconds
+
             finish_config(config)
             inline_genotype(config)
             plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))

@@ -10,9 +10,8 @@ from typing import Any
 from mtcl.config.renamed import explain_renamed_key
 from mtcl.config.resolve import add_key_prefix
 from mtcl.errors import UserError
-from mtcl.models.backbone_options import check_backbone_kwargs
-from mtcl.models.trainable import CHOICES, TRAINABLE
-from mtcl.tasks import TASK_NAMES
+from mtcl.models.backbone_options import TRAINABLE, TRAINABLE_CHOICES, check_backbone_kwargs
+from mtcl.tasks.names import TASK_NAMES
 
 # What a key's value bears on.
 RESULT = "result"  # what is learned or measured: runs that differ in it are rows of their own in a table
@@ -166,7 +165,7 @@ RULES: dict[str, Rule] = {
     "tasks.names": NAMES,
     "backbone.name": TEXT,
     "backbone.weights": TEXT.or_null(),
-    "backbone.trainable": Rule(CHOICES, lambda v: isinstance(v, str) and bool(TRAINABLE.fullmatch(v))),
+    "backbone.trainable": Rule(TRAINABLE_CHOICES, lambda v: isinstance(v, str) and bool(TRAINABLE.fullmatch(v))),
     "backbone.lora.rank": count(1, 4096),
     "backbone.lora.alpha": number(0, 100_000),
     "backbone.lora.dropout": Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),

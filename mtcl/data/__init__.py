@@ -1,21 +1,52 @@
 """Datasets, augmentation, batches and loaders: everything between files and the device."""
 
-from mtcl.data.datasets.nyud import NYUD
-from mtcl.data.datasets.pascal_context import PascalContext
-from mtcl.data.datasets.rooms import Rooms
-from mtcl.data.device_batch import prepare_batch, prepare_features
-from mtcl.data.feature_cache import FeatureCache, FeatureFormat
-from mtcl.data.loader import (
-    AugmentedDataset,
-    EpochBatchSampler,
-    collate,
-    eval_loader,
-    train_loader,
-    view_loader,
+from typing import TYPE_CHECKING
+
+from mtcl.lazy_imports import import_on_use
+
+if TYPE_CHECKING:
+    from mtcl.data.datasets.nyud import NYUD
+    from mtcl.data.datasets.pascal_context import PascalContext
+    from mtcl.data.datasets.rooms import Rooms
+    from mtcl.data.device_batch import prepare_batch, prepare_features
+    from mtcl.data.feature_cache import FeatureCache, FeatureFormat
+    from mtcl.data.loader import (
+        AugmentedDataset,
+        EpochBatchSampler,
+        collate,
+        eval_loader,
+        train_loader,
+        view_loader,
+    )
+    from mtcl.data.partial_labels import apply_label_assignment
+    from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
+    from mtcl.data.transforms import Augment, finalize_labels
+
+__getattr__ = import_on_use(
+    __name__,
+    {
+        "Augment": "mtcl.data.transforms",
+        "AugmentedDataset": "mtcl.data.loader",
+        "Batch": "mtcl.data.sample",
+        "EpochBatchSampler": "mtcl.data.loader",
+        "FeatureCache": "mtcl.data.feature_cache",
+        "FeatureFormat": "mtcl.data.feature_cache",
+        "MultiTaskDataset": "mtcl.data.sample",
+        "NYUD": "mtcl.data.datasets.nyud",
+        "PascalContext": "mtcl.data.datasets.pascal_context",
+        "Rooms": "mtcl.data.datasets.rooms",
+        "Sample": "mtcl.data.sample",
+        "SampleMeta": "mtcl.data.sample",
+        "apply_label_assignment": "mtcl.data.partial_labels",
+        "collate": "mtcl.data.loader",
+        "eval_loader": "mtcl.data.loader",
+        "finalize_labels": "mtcl.data.transforms",
+        "prepare_batch": "mtcl.data.device_batch",
+        "prepare_features": "mtcl.data.device_batch",
+        "train_loader": "mtcl.data.loader",
+        "view_loader": "mtcl.data.loader",
+    },
 )
-from mtcl.data.partial_labels import apply_label_assignment
-from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
-from mtcl.data.transforms import Augment, finalize_labels
 
 __all__ = [
     "NYUD",

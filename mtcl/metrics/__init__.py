@@ -18,11 +18,28 @@ The same rules hold for every task:
 ``mtcl.tasks.build_metric`` builds a metric by its task's name.
 """
 
-from mtcl.metrics.depth import DepthMetric
-from mtcl.metrics.edge import EdgeMetric
-from mtcl.metrics.normals import NormalsMetric
-from mtcl.metrics.saliency import SaliencyMetric
-from mtcl.metrics.segmentation import HumanPartsMetric, SegmentationMetric
+from typing import TYPE_CHECKING
+
+from mtcl.lazy_imports import import_on_use
+
+if TYPE_CHECKING:
+    from mtcl.metrics.depth import DepthMetric
+    from mtcl.metrics.edge import EdgeMetric
+    from mtcl.metrics.normals import NormalsMetric
+    from mtcl.metrics.saliency import SaliencyMetric
+    from mtcl.metrics.segmentation import HumanPartsMetric, SegmentationMetric
+
+__getattr__ = import_on_use(
+    __name__,
+    {
+        "DepthMetric": "mtcl.metrics.depth",
+        "EdgeMetric": "mtcl.metrics.edge",
+        "HumanPartsMetric": "mtcl.metrics.segmentation",
+        "NormalsMetric": "mtcl.metrics.normals",
+        "SaliencyMetric": "mtcl.metrics.saliency",
+        "SegmentationMetric": "mtcl.metrics.segmentation",
+    },
+)
 
 __all__ = [
     "DepthMetric",

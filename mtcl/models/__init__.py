@@ -1,8 +1,26 @@
 """Models: a timm backbone and a decoder, or anything else that is a :class:`DenseModel`."""
 
-from mtcl.models.backbones import Backbone, build_backbone
-from mtcl.models.base import DenseModel, EncoderDecoder
-from mtcl.models.output import DenseOutput, EncodedImage
-from mtcl.models.taskprompter import TaskPrompter
+from typing import TYPE_CHECKING
+
+from mtcl.lazy_imports import import_on_use
+
+if TYPE_CHECKING:
+    from mtcl.models.backbones import Backbone, build_backbone
+    from mtcl.models.base import DenseModel, EncoderDecoder
+    from mtcl.models.output import DenseOutput, EncodedImage
+    from mtcl.models.taskprompter import TaskPrompter
+
+__getattr__ = import_on_use(
+    __name__,
+    {
+        "Backbone": "mtcl.models.backbones",
+        "DenseModel": "mtcl.models.base",
+        "DenseOutput": "mtcl.models.output",
+        "EncodedImage": "mtcl.models.output",
+        "EncoderDecoder": "mtcl.models.base",
+        "TaskPrompter": "mtcl.models.taskprompter",
+        "build_backbone": "mtcl.models.backbones",
+    },
+)
 
 __all__ = ["Backbone", "DenseModel", "DenseOutput", "EncodedImage", "EncoderDecoder", "TaskPrompter", "build_backbone"]

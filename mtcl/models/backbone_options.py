@@ -12,6 +12,8 @@ from typing import Any
 
 from mtcl.errors import ParameterError
 
+TRAINABLE = re.compile(r"full|frozen|lora|last_[1-9]\d{0,3}")
+TRAINABLE_CHOICES = "full, frozen, lora or last_N (such as last_2)"
 _NAMES = """
     act_layer always_partition attn_drop_rate attn_ratio attn_type avg_down base_width block_config
     block_reduce_first bn_eps bn_momentum bn_size cardinality channel_multiplier channels class_token conv_bias

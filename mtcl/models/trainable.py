@@ -1,6 +1,5 @@
 """Choose which parts of a backbone are trained, and number its layers from the image on."""
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,11 +9,9 @@ from timm.models._manipulate import group_with_matcher
 from torch import nn
 
 from mtcl.errors import ParameterError, UserError
+from mtcl.models.backbone_options import TRAINABLE, TRAINABLE_CHOICES
 from mtcl.models.backbones import Backbone, get_complete_name
 from mtcl.models.lora import add_adapters, remove_inserted_names
-
-TRAINABLE = re.compile(r"full|frozen|lora|last_[1-9]\d{0,3}")
-CHOICES = "full, frozen, lora or last_N (such as last_2)"
 
 
 def set_trainable(backbone: Backbone, trainable: str, lora: Mapping[str, Any] | None = None) -> None:
@@ -33,7 +30,7 @@ def set_trainable(backbone: Backbone, trainable: str, lora: Mapping[str, Any] | 
         ParameterError: ``trainable`` is unknown, there are fewer than N blocks or stages, or no layers to adapt.
     """
     if not TRAINABLE.fullmatch(trainable):
-        raise ParameterError("trainable", f"={trainable} is not known; choose {CHOICES}")
+        raise ParameterError("trainable", f"={trainable} is not known; choose {TRAINABLE_CHOICES}")
     if trainable == "full":
         return
     if trainable == "frozen":

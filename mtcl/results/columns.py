@@ -1,13 +1,9 @@
 """Name a task's metrics, their units, which direction is better, and which of them represents the task."""
 
 from dataclasses import dataclass
-from typing import Any
 
-from mtcl.tasks import NYUD40, TASK_NAMES, build_task
+from mtcl.tasks.names import SCORES
 
-# Primary metrics and units do not depend on the classes.
-TASK_OPTIONS: dict[str, dict[str, Any]] = {"semseg": {"class_names": NYUD40}}
-TASKS = {name: build_task(name, **TASK_OPTIONS.get(name, {})) for name in TASK_NAMES}
 LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "log_rmse", "mErr", "median", "loss", "not_finite")
 UNRANKED_METRICS = ("threshold", "absent_classes")  # of odsF, of the labels: neither good nor bad
 NOT_FINITE = "not_finite"  # number of pixels without a finite prediction
@@ -33,11 +29,11 @@ class Column:
 
 def primary_metrics(task: str) -> tuple[str, ...]:
     """Return the metrics that may represent a task, best first; edges have odsF only if boundaries were matched."""
-    primary = TASKS[task].primary_metric
+    primary = SCORES[task].primary_metric
     return tuple(dict.fromkeys(("odsF", primary, "loss"))) if task == "edge" else (primary,)
 
 
 def make_column(task: str, metric: str) -> Column:
     """Return the column of a task's metric, with its unit and direction."""
-    unit = "pixels" if metric == NOT_FINITE else TASKS[task].units.get(metric, "%")
+    unit = "pixels" if metric == NOT_FINITE else SCORES[task].units.get(metric, "%")
     return Column(task, metric, metric not in LOWER_IS_BETTER, unit)

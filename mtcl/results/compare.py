@@ -36,7 +36,7 @@ from mtcl.results.runs import (
     result_settings,
 )
 from mtcl.results.statistics import PairedDifference, adjust_by_holm, paired_difference
-from mtcl.tasks import TASK_NAMES
+from mtcl.tasks.names import TASK_NAMES
 
 SINGLE_TASK = "single-task"  # the label of the baselines' row
 

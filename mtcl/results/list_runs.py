@@ -14,7 +14,7 @@ from mtcl.results.columns import make_column, primary_metrics
 from mtcl.results.run_files import read_config, read_json_object, read_metrics, read_record
 from mtcl.results.tables import format_value
 from mtcl.run_folder import RunFolder, find_run_folders
-from mtcl.tasks import TASK_NAMES
+from mtcl.tasks.names import TASK_NAMES
 
 STATES = ("running", "finished", "interrupted", "pruned", "failed", "not started", "evaluation", "broken")
 TAIL_LENGTHS = (1 << 16, 1 << 20)  # bytes at the end of a log to read, the second if the first has no validation

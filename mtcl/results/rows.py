@@ -13,7 +13,7 @@ from mtcl.results.row_labels import make_labels, typed_choices, unique_name
 from mtcl.results.runs import Run, differing_keys, distinguishing_settings, result_settings
 from mtcl.results.statistics import Summary, summarize_values
 from mtcl.run_folder import CONFIG, RECORD
-from mtcl.tasks import TASK_NAMES
+from mtcl.tasks.names import TASK_NAMES
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,7 @@ from mtcl.config.schema import flatten
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import NOT_FINITE, make_column, primary_metrics
 from mtcl.safe_files import MAX_DIGITS, read_json, read_yaml
-from mtcl.tasks import TASK_NAMES
+from mtcl.tasks.names import TASK_NAMES
 
 MAX_METRIC = 1e12  # no measurement is larger, and its square is still finite
 MAX_INT = 10**MAX_DIGITS

@@ -4,7 +4,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from scipy import stats
+from scipy.special import stdtr, stdtrit  # Student's t: scipy.stats would take most of a command's start
 
 MIN_PAIRS = 3  # for a verdict: of two, one outlier makes any interval
 CONFIDENCE_LEVEL = 0.95
@@ -51,7 +51,7 @@ class PairedDifference(NamedTuple):
         if half_width == 0:
             return 0.0 if self.mean else 1.0
         dof = self.pairs - 1
-        return float(2 * stats.t.sf(abs(self.mean) / half_width * stats.t.ppf((1 + CONFIDENCE_LEVEL) / 2, dof), dof))
+        return float(2 * stdtr(dof, -abs(self.mean) / half_width * stdtrit(dof, (1 + CONFIDENCE_LEVEL) / 2)))
 
 
 def summarize_values(values: Iterable[float]) -> Summary:
@@ -81,7 +81,7 @@ def paired_difference(
         level: confidence level of the interval.
     """
     mean, std, pairs = summarize_values(value - b[seed] for seed, value in a.items() if seed in b)
-    half_width = float(stats.t.ppf((1 + level) / 2, pairs - 1)) * std / math.sqrt(pairs) if pairs > 1 else math.nan
+    half_width = float(stdtrit(pairs - 1, (1 + level) / 2)) * std / math.sqrt(pairs) if pairs > 1 else math.nan
     return PairedDifference(mean, mean - half_width, mean + half_width, pairs)
 
 
@@ -119,5 +119,5 @@ def minimum_detectable_effect(
     _, std, pairs = summarize_values(value - b[seed] for seed, value in a.items() if seed in b)
     if pairs < 2:
         return math.nan
-    quantiles = stats.t.ppf((1 + level) / 2, pairs - 1) + stats.t.ppf(power, pairs - 1)
+    quantiles = stdtrit(pairs - 1, (1 + level) / 2) + stdtrit(pairs - 1, power)
     return float(quantiles) * std / math.sqrt(pairs)

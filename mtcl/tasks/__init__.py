@@ -3,76 +3,40 @@
 :func:`build_task` gives a task with its loss, metric and label rules; :func:`build_metric` its metric alone.
 """
 
-import difflib
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torchmetrics
+from mtcl.lazy_imports import import_on_use
+from mtcl.tasks.names import TASK_NAMES
 
-from mtcl.errors import UserError
-from mtcl.tasks.base import Task
-from mtcl.tasks.class_names import HUMAN_PARTS, NYUD40, VOC21
-from mtcl.tasks.depth import Depth
-from mtcl.tasks.edge import Edge
-from mtcl.tasks.human_parts import HumanParts
-from mtcl.tasks.normals import Normals
-from mtcl.tasks.sal import Saliency
-from mtcl.tasks.semseg import SemSeg
+if TYPE_CHECKING:
+    from mtcl.tasks.base import Task
+    from mtcl.tasks.build import TASKS, build_metric, build_task
+    from mtcl.tasks.class_names import HUMAN_PARTS, NYUD40, VOC21
+    from mtcl.tasks.depth import Depth
+    from mtcl.tasks.edge import Edge
+    from mtcl.tasks.human_parts import HumanParts
+    from mtcl.tasks.normals import Normals
+    from mtcl.tasks.sal import Saliency
+    from mtcl.tasks.semseg import SemSeg
 
-TASKS: dict[str, type[Task]] = {
-    "semseg": SemSeg,
-    "human_parts": HumanParts,
-    "sal": Saliency,
-    "depth": Depth,
-    "normals": Normals,
-    "edge": Edge,
-}
-TASK_NAMES = tuple(TASKS)  # in the order in which they are always listed
-
-
-def build_task(name: str, weight: float | None = None, **options: Any) -> Task:
-    """Build a task.
-
-    >>> task = build_task("semseg", class_names=VOC21)
-    >>> task.channels, task.primary_metric, task.weight
-    (21, 'mIoU', 1.0)
-
-    Args:
-        name: one of :data:`TASK_NAMES`.
-        weight: of its loss; None: the weight of the literature.
-        **options: of the task's class: semseg ``class_names`` (required), edge ``positive_weight`` (0.95),
-            normals ``normals_valid``.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    if weight is not None:
-        options["weight"] = weight
-    return _task_class(name)(**options)
-
-
-def build_metric(name: str, **options: Any) -> torchmetrics.Metric:
-    """Build the metric of a task without the task.
-
-    >>> build_metric("human_parts", num_classes=7)
-    HumanPartsMetric()
-
-    Args:
-        name: one of :data:`TASK_NAMES`.
-        **options: of the metric's class, see :mod:`mtcl.metrics`.
-
-    Raises:
-        UserError: the name is unknown.
-    """
-    return _task_class(name).metric_class(**options)
-
-
-def _task_class(name: str) -> type[Task]:
-    if name in TASKS:
-        return TASKS[name]
-    close = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise UserError(f"There is no task {name!r}: choose one of {', '.join(TASK_NAMES)}.{hint}")
-
+__getattr__ = import_on_use(
+    __name__,
+    {
+        "Depth": "mtcl.tasks.depth",
+        "Edge": "mtcl.tasks.edge",
+        "HUMAN_PARTS": "mtcl.tasks.class_names",
+        "HumanParts": "mtcl.tasks.human_parts",
+        "NYUD40": "mtcl.tasks.class_names",
+        "Normals": "mtcl.tasks.normals",
+        "Saliency": "mtcl.tasks.sal",
+        "SemSeg": "mtcl.tasks.semseg",
+        "TASKS": "mtcl.tasks.build",
+        "Task": "mtcl.tasks.base",
+        "VOC21": "mtcl.tasks.class_names",
+        "build_metric": "mtcl.tasks.build",
+        "build_task": "mtcl.tasks.build",
+    },
+)
 
 __all__ = [
     "HUMAN_PARTS",

@@ -3,11 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torchmetrics
 from torch import Tensor
+
+from mtcl.tasks.names import SCORES
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -21,33 +25,23 @@ class Task(ABC):
     Attributes:
         name: key of the task in configs, batches and results.
         channels: of the prediction.
-        primary_metric: the key of ``metric().compute()`` that tables and the monitored metric of a run use.
-        higher_is_better: whether that is so for the primary metric.
         weight: of the loss; the default is that of the literature.
-        metric_class: what :meth:`metric` builds.
         prediction_type: what a pixel of a prediction is: ``class``, ``metres``, ``direction``, ``probability``.
         void: the value of an invalid pixel, and of padding.
         positive_threshold: label distances up to it make a positive pair for the regularizer.
         negative_threshold: label distances from it on make a negative pair.
         error_label: what an error map calls a pixel that is ``negative_threshold`` or more from its label.
-        units: metric -> unit; the metrics that are not listed are fractions, shown in percent.
-        fallback_metric: stands for the primary metric where that is not computed; lower is better.
     """
 
     name: str
     channels: int
-    primary_metric: str
-    higher_is_better: bool
     weight: float
 
-    metric_class: ClassVar[type[torchmetrics.Metric]]
     prediction_type: ClassVar[str]
     void: ClassVar[float] = 255.0
     positive_threshold: ClassVar[float] = 0.0
     negative_threshold: ClassVar[float] = 1.0
     error_label: ClassVar[str] = "wrong"
-    units: ClassVar[Mapping[str, str]] = {}
-    fallback_metric: ClassVar[str | None] = None
 
     @abstractmethod
     def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
@@ -61,8 +55,28 @@ class Task(ABC):
             Scalar; a zero that keeps the graph when no pixel is valid.
         """
 
+    @property
+    def primary_metric(self) -> str:
+        """The key of ``metric().compute()`` that tables and the monitored metric of a run use."""
+        return SCORES[self.name].primary_metric
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a higher primary metric is better."""
+        return SCORES[self.name].higher_is_better
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        """Metric -> unit; the metrics that are not listed are fractions, shown in percent."""
+        return SCORES[self.name].units
+
+    @staticmethod
     @abstractmethod
-    def metric(self, **options: Any) -> torchmetrics.Metric:
+    def metric_class() -> "type[Metric]":
+        """Return the class that :meth:`metric` builds, which is imported only here."""
+
+    @abstractmethod
+    def metric(self, **options: Any) -> "Metric":
         """Build a new metric of this task.
 
         Args:
@@ -75,9 +89,7 @@ class Task(ABC):
 
     def choose_metric(self, available: Collection[str]) -> tuple[str, bool]:
         """Return the metric that represents the task among the ``available`` ones, and whether higher is better."""
-        if self.primary_metric in available or self.fallback_metric is None:
-            return self.primary_metric, self.higher_is_better
-        return self.fallback_metric, False
+        return SCORES[self.name].choose_metric(available)
 
     @abstractmethod
     def valid(self, label: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Tasks whose label is the number of a class: the base of semantic segmentation, human parts and saliency."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -41,7 +41,6 @@ class ClassTask(DiscreteTask):
 
     prediction_type: ClassVar[str] = "class"
     min_agreement_gain: ClassVar[float] = 0.2  # fraction of pixels, for a warning about another numbering
-    units: ClassVar[Mapping[str, str]] = {"not_finite": "", "absent_classes": ""}
 
     @property
     @abstractmethod

@@ -1,22 +1,24 @@
 """The depth estimation task."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import cv2
 import numpy as np
 import torch
-import torchmetrics
 from torch import Tensor, nn
 
+from mtcl import metrics
 from mtcl.losses import DepthLoss
-from mtcl.metrics import DepthMetric
 from mtcl.tasks.base import Task
 from mtcl.tasks.class_task import embed_scalar
 from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,17 +27,13 @@ class Depth(Task):
 
     name: str = "depth"
     channels: int = 1
-    primary_metric: str = "rmse"
-    higher_is_better: bool = False
     weight: float = 1.0
 
-    metric_class: ClassVar[type[torchmetrics.Metric]] = DepthMetric
     prediction_type: ClassVar[str] = "metres"
     void: ClassVar[float] = 0.0
     positive_threshold: ClassVar[float] = 0.05  # |log ratio|
     negative_threshold: ClassVar[float] = 0.2
     error_label: ClassVar[str] = "22 % off"  # exp(0.2)
-    units: ClassVar[Mapping[str, str]] = {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}
     max_plausible_median: ClassVar[float] = 100.0  # metres: a median beyond it is of another unit
     min_drawn_depth: ClassVar[float] = 1e-6  # metres: drawn for a prediction of 0 or less, since 0 itself is void
     max_drawn_depth: ClassVar[float] = 10.0  # metres: the same in all images, so that colours can be compared
@@ -49,9 +47,14 @@ class Depth(Task):
         """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
-    def metric(self, **options: Any) -> torchmetrics.Metric:
+    @staticmethod
+    def metric_class() -> "type[Metric]":
+        """Return :class:`mtcl.metrics.DepthMetric`."""
+        return metrics.DepthMetric
+
+    def metric(self, **options: Any) -> "Metric":
         """Build a new metric; ``options`` are those of :class:`mtcl.metrics.DepthMetric`."""
-        return DepthMetric(**options)
+        return metrics.DepthMetric(**options)
 
     def valid(self, label: Tensor) -> Tensor:
         """Return the mask of pixels that are positive and finite: bool (B, H, W)."""

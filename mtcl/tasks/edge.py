@@ -1,19 +1,20 @@
 """The edge detection task."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-import torchmetrics
 from torch import Tensor, nn
 
+from mtcl import metrics
 from mtcl.losses import EdgeLoss
-from mtcl.metrics import EdgeMetric
 from mtcl.tasks.class_task import DiscreteTask
 from mtcl.tasks.palette import RGB
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +27,9 @@ class Edge(DiscreteTask):
     positive_weight: float = 0.95  # of the loss, see EdgeLoss
     name: str = "edge"
     channels: int = 1
-    primary_metric: str = "odsF"
-    higher_is_better: bool = True
     weight: float = 50.0
 
-    metric_class: ClassVar[type[torchmetrics.Metric]] = EdgeMetric
     prediction_type: ClassVar[str] = "probability"
-    units: ClassVar[Mapping[str, str]] = {"loss": "", "threshold": "", "not_finite": ""}
-    fallback_metric: ClassVar[str | None] = "loss"
     void_colour: ClassVar[RGB] = (222, 205, 170)  # the shared near-black would look like a line
 
     @cached_property
@@ -45,9 +41,14 @@ class Edge(DiscreteTask):
         """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
-    def metric(self, **options: Any) -> torchmetrics.Metric:
+    @staticmethod
+    def metric_class() -> "type[Metric]":
+        """Return :class:`mtcl.metrics.EdgeMetric`."""
+        return metrics.EdgeMetric
+
+    def metric(self, **options: Any) -> "Metric":
         """Build a new metric; ``options`` are those of :class:`mtcl.metrics.EdgeMetric`."""
-        return EdgeMetric(positive_weight=self.positive_weight, **options)
+        return metrics.EdgeMetric(positive_weight=self.positive_weight, **options)
 
     def valid(self, label: Tensor) -> Tensor:
         """Return the mask of pixels that are not void: bool (B, H, W)."""

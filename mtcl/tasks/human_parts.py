@@ -2,16 +2,18 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torchmetrics
 from torch import Tensor, nn
 
+from mtcl import metrics
 from mtcl.losses import CrossEntropyLoss
-from mtcl.metrics import HumanPartsMetric
 from mtcl.tasks.class_names import HUMAN_PARTS
 from mtcl.tasks.class_task import ClassTask
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,11 +22,7 @@ class HumanParts(ClassTask):
 
     name: str = "human_parts"
     channels: int = len(HUMAN_PARTS)
-    primary_metric: str = "mIoU"
-    higher_is_better: bool = True
     weight: float = 2.0
-
-    metric_class: ClassVar[type[torchmetrics.Metric]] = HumanPartsMetric
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -40,9 +38,14 @@ class HumanParts(ClassTask):
         """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
-    def metric(self, **options: Any) -> torchmetrics.Metric:
+    @staticmethod
+    def metric_class() -> "type[Metric]":
+        """Return :class:`mtcl.metrics.HumanPartsMetric`."""
+        return metrics.HumanPartsMetric
+
+    def metric(self, **options: Any) -> "Metric":
         """Build a new metric; ``options`` are those of :class:`mtcl.metrics.HumanPartsMetric`."""
-        return HumanPartsMetric(num_classes=self.channels, class_names=self.classes, **options)
+        return metrics.HumanPartsMetric(num_classes=self.channels, class_names=self.classes, **options)
 
     def finalize_label(self, label: np.ndarray) -> np.ndarray:
         """Make the label all void if it has no part, in training and in evaluation.

@@ -1,23 +1,25 @@
 """The surface normal estimation task."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchmetrics
 from torch import Tensor, nn
 
+from mtcl import metrics
 from mtcl.errors import ParameterError
 from mtcl.losses import NormalsLoss
-from mtcl.metrics import NormalsMetric
 from mtcl.tasks.base import Task
 from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +38,13 @@ class Normals(Task):
 
     name: str = "normals"
     channels: int = 3
-    primary_metric: str = "mErr"
-    higher_is_better: bool = False
     weight: float = 10.0
 
-    metric_class: ClassVar[type[torchmetrics.Metric]] = NormalsMetric
     prediction_type: ClassVar[str] = "direction"
     void: ClassVar[float] = 0.0
     positive_threshold: ClassVar[float] = 15.0  # degrees
     negative_threshold: ClassVar[float] = 40.0
     error_label: ClassVar[str] = "40 deg off"
-    units: ClassVar[Mapping[str, str]] = {"mErr": "deg", "median": "deg", "rmse": "deg", "not_finite": ""}
     min_length: ClassVar[float] = 0.5
     max_encoded_mean: ClassVar[float] = 0.25  # half of the mean of (n + 1) / 2
 
@@ -63,9 +61,14 @@ class Normals(Task):
         """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
-    def metric(self, **options: Any) -> torchmetrics.Metric:
+    @staticmethod
+    def metric_class() -> "type[Metric]":
+        """Return :class:`mtcl.metrics.NormalsMetric`."""
+        return metrics.NormalsMetric
+
+    def metric(self, **options: Any) -> "Metric":
         """Build a new metric; ``options`` are those of :class:`mtcl.metrics.NormalsMetric`."""
-        return NormalsMetric(**options)
+        return metrics.NormalsMetric(**options)
 
     def valid(self, label: Tensor) -> Tensor:
         """Return the mask of pixels whose vector is not zero: bool (B, H, W)."""

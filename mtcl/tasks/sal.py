@@ -3,16 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torchmetrics
 from torch import Tensor, nn
 
+from mtcl import metrics
 from mtcl.losses import SaliencyLoss
-from mtcl.metrics import SaliencyMetric
 from mtcl.tasks.class_task import ClassTask
 from mtcl.tasks.palette import RGB
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,11 +23,7 @@ class Saliency(ClassTask):
 
     name: str = "sal"
     channels: int = 2
-    primary_metric: str = "maxF"
-    higher_is_better: bool = True
     weight: float = 5.0
-
-    metric_class: ClassVar[type[torchmetrics.Metric]] = SaliencyMetric
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -50,6 +48,11 @@ class Saliency(ClassTask):
         """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
-    def metric(self, **options: Any) -> torchmetrics.Metric:
+    @staticmethod
+    def metric_class() -> "type[Metric]":
+        """Return :class:`mtcl.metrics.SaliencyMetric`."""
+        return metrics.SaliencyMetric
+
+    def metric(self, **options: Any) -> "Metric":
         """Build a new metric; ``options`` are those of :class:`mtcl.metrics.SaliencyMetric`."""
-        return SaliencyMetric(**options)
+        return metrics.SaliencyMetric(**options)

@@ -2,14 +2,16 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-import torchmetrics
 from torch import Tensor, nn
 
+from mtcl import metrics
 from mtcl.losses import CrossEntropyLoss
-from mtcl.metrics import SegmentationMetric
 from mtcl.tasks.class_task import ClassTask
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +21,7 @@ class SemSeg(ClassTask):
     class_names: tuple[str, ...]
     name: str = "semseg"
     channels: int = field(init=False)
-    primary_metric: str = "mIoU"
-    higher_is_better: bool = True
     weight: float = 1.0
-
-    metric_class: ClassVar[type[torchmetrics.Metric]] = SegmentationMetric
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))  # a config gives a list
@@ -43,6 +41,11 @@ class SemSeg(ClassTask):
         """Compute the loss of raw predictions."""
         return self.criterion(prediction, label)
 
-    def metric(self, **options: Any) -> torchmetrics.Metric:
+    @staticmethod
+    def metric_class() -> "type[Metric]":
+        """Return :class:`mtcl.metrics.SegmentationMetric`."""
+        return metrics.SegmentationMetric
+
+    def metric(self, **options: Any) -> "Metric":
         """Build a new metric; ``options`` are those of :class:`mtcl.metrics.SegmentationMetric`."""
-        return SegmentationMetric(num_classes=self.channels, class_names=self.classes, **options)
+        return metrics.SegmentationMetric(num_classes=self.channels, class_names=self.classes, **options)

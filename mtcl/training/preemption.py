@@ -12,14 +12,6 @@ SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # sent by schedulers, and by a termi
 SYNC_INTERVAL = 10  # steps from one exchange among several processes to the next
 
 
-class Preempted(Exception):  # noqa: N818
-    """Training has ended early at :attr:`step`, and its state is saved."""
-
-    def __init__(self, step: int):
-        super().__init__(f"stopped at step {step}")
-        self.step = step
-
-
 class PreemptionHandler:
     """Inside ``with``, a signal of :data:`SIGNALS` only makes :meth:`should_stop` true.
 

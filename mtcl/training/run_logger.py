@@ -23,7 +23,8 @@ from mtcl.evaluation.evaluator import Metrics, VisualSample
 from mtcl.run_folder import RunFolder
 from mtcl.run_log import read_lines
 from mtcl.tasks.base import Task
-from mtcl.visualization.panels import LAYOUT_KEY, draw_panel, panel_layout
+from mtcl.visualization.panel_format import LAYOUT_KEY
+from mtcl.visualization.panels import draw_panel, panel_layout
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mtcl import distributed
 from mtcl.data import Batch
-from mtcl.errors import UserError
+from mtcl.errors import Preempted, UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel, DenseOutput
@@ -33,7 +33,7 @@ from mtcl.training.loss_terms import LossTerms
 from mtcl.training.nonfinite import NonFiniteGuard, merge_skipped
 from mtcl.training.optimizers import ScheduledOptimizer
 from mtcl.training.options import CheckpointPolicy, Regularization, TrainerOptions, ValidationPolicy
-from mtcl.training.preemption import Preempted, PreemptionHandler
+from mtcl.training.preemption import PreemptionHandler
 from mtcl.training.run_logger import RunLogger, flatten_metrics
 from mtcl.training.sharding import ReplicatedWeights
 from mtcl.training.train_step import TrainingStep, broadcast_buffers, no_gradient_sync

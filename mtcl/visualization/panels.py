@@ -10,6 +10,7 @@ import torch
 from mtcl.evaluation.evaluator import VisualSample
 from mtcl.tasks.base import Task
 from mtcl.tasks.palette import VOID_COLOUR
+from mtcl.visualization.panel_format import TILE_KINDS
 
 Colour = tuple[int, int, int]
 TEXT_COLOUR: Colour = (32, 32, 36)
@@ -22,8 +23,6 @@ MIN_HEIGHT = 192
 CORRECT_COLOUR: Colour = (245, 243, 238)  # of an error map; in between, darker is worse
 WRONG_COLOUR: Colour = (178, 40, 16)
 MAX_TILE_SIDE, MIN_TILE_WIDTH, TILES_PER_ROW = 640, 128, 4  # without labels
-TILE_KINDS = ("label", "prediction", "error")
-LAYOUT_KEY = "mtcl-layout"  # the name of the PNG text chunk that contains a panel's panel_layout
 
 
 def draw_panel(sample: VisualSample, tasks: Mapping[str, Task]) -> np.ndarray:

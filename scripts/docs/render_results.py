@@ -21,10 +21,9 @@ from mtcl.cli.script import run
 from mtcl.config.renamed import upgrade_override
 from mtcl.errors import UserError
 from mtcl.launch.study_tables import build_report, format_markdown, format_means, read_results
-from mtcl.results.columns import TASKS
 from mtcl.results.run_files import parse_metrics, read_json_object, read_record
 from mtcl.run_folder import RunFolder
-from mtcl.tasks import Task
+from mtcl.tasks.names import SCORES
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
@@ -43,18 +42,21 @@ def render_rows(content: dict[str, Any]) -> str:
         values = {row["run"][key] for row in rows}
         if len(values) > 1:
             raise UserError(f"the rows of a table differ in {key}: {', '.join(map(str, values))}; make two tables")
-    tasks = [task for task in TASKS.values() if any(task.name in row["metrics"] for row in rows)]
+    tasks = [task for task in SCORES if any(task in row["metrics"] for row in rows)]
     headings, metrics = [], {}
     for task in tasks:
-        names = [set(row["metrics"][task.name]) for row in rows if task.name in row["metrics"]]
-        metric, higher_is_better = task.choose_metric(set.intersection(*names))
-        metrics[task.name] = metric
-        unit = task.units.get(metric, "%")
-        name = f"{task.name} {metric} {'↑' if higher_is_better else '↓'}"
+        names = [set(row["metrics"][task]) for row in rows if task in row["metrics"]]
+        metric, higher_is_better = SCORES[task].choose_metric(set.intersection(*names))
+        metrics[task] = metric
+        unit = SCORES[task].units.get(metric, "%")
+        name = f"{task} {metric} {'↑' if higher_is_better else '↓'}"
         headings.append(f"{name} ({unit})" if unit else name)
     lines = ["| run | " + " | ".join(headings) + " |", "|---|" + "---|" * len(headings)]
     for row in rows:
-        cells = [format_cell(task, metrics[task.name], row["metrics"].get(task.name, {})) for task in tasks]
+        cells = [
+            format_cell(SCORES[task].units.get(metrics[task], "%"), row["metrics"].get(task, {}).get(metrics[task]))
+            for task in tasks
+        ]
         lines.append(f"| {row['label']} | " + " | ".join(cells) + " |")
     run = rows[0]["run"]
     seeds = sorted({row["run"]["seed"] for row in rows})
@@ -85,12 +87,10 @@ def render_output(content: dict[str, Any]) -> str:
     return "\n".join(["```sh", current_command(content["command"]), "```", "```text", *content["printed"], "```"])
 
 
-def format_cell(task: Task, metric: str, metrics: dict[str, float | None]) -> str:
+def format_cell(unit: str, value: float | None) -> str:
     """Format one metric: percent and degrees with two decimals, metres and losses with four; "" if it is missing."""
-    value = metrics.get(metric)
     if value is None:
         return ""
-    unit = task.units.get(metric, "%")
     return f"{value * 100:.2f}" if unit == "%" else f"{value:.2f}" if unit == "deg" else f"{value:.4f}"
 
 

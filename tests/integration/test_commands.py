@@ -24,7 +24,8 @@ from mtcl.cli.script import run
 from mtcl.cli.terminal import EscapingFormatter, ToleratingStream, tolerate_closed_output
 from mtcl.config.overrides import add_checkpoint_key, expand_home, quote_paths
 from mtcl.config.quoting import expand_tilde, quote_value
-from mtcl.training.preemption import Preempted, PreemptionHandler
+from mtcl.errors import Preempted
+from mtcl.training.preemption import PreemptionHandler
 from mtcl.training.run_logger import RunLogger
 
 # One of a run's words and what Hydra is to make of its value.

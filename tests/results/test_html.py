@@ -25,7 +25,8 @@ from mtcl.results.html.charts import MAX_POINTS, average_points, swept_keys
 from mtcl.results.html.images import build_image_grid, cut_tiles
 from mtcl.tasks import VOC21, build_task
 from mtcl.training.run_logger import RunLogger, write_panels
-from mtcl.visualization.panels import CORRECT_COLOUR, LAYOUT_KEY, WRONG_COLOUR, draw_error, error_map, panel_layout
+from mtcl.visualization.panel_format import LAYOUT_KEY
+from mtcl.visualization.panels import CORRECT_COLOUR, WRONG_COLOUR, draw_error, error_map, panel_layout
 
 SEMSEG = {"class_names": VOC21}
 TASKS = {

@@ -19,8 +19,8 @@ from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_training_run
+from mtcl.errors import Preempted
 from mtcl.training.checkpoint_file import read_checkpoint_file
-from mtcl.training.preemption import Preempted
 from mtcl.training.trainer import Trainer
 
 OVERRIDES = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from skimage.morphology import thin
 
 from mtcl.data.datasets.pascal_classes import NORMALS_CLASSES, NUM_CONTEXT, PART_NAME_TO_ID, PERSON
 from mtcl.data.image_io import describe_array
@@ -52,6 +51,8 @@ def semantic_edges(classes: np.ndarray) -> np.ndarray:
 
     As InvPT/data/pascal_context.py.
     """
+    from skimage.morphology import thin  # here, for it takes a third of a second of every command and worker
+
     return thin(cv2.Laplacian(classes.astype(np.float64), cv2.CV_64F) != 0).astype(np.uint8)
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from mtcl import run_log
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.results.columns import TASKS, Column, make_column, primary_metrics
+from mtcl.results.columns import Column, make_column, primary_metrics
 from mtcl.results.html.collect import ReportData, ReportRow
 from mtcl.results.row_labels import format_setting
 from mtcl.results.rows import Row
 from mtcl.results.runs import REGULARIZER, WEIGHT, differing_keys, is_regularizer_off, result_settings
 from mtcl.results.tables import DIGITS, column_heading, find_best
 from mtcl.run_folder import LOG
-from mtcl.tasks import TASK_NAMES
+from mtcl.tasks.names import SCORES, TASK_NAMES
 
 MAX_CURVES = 60  # rows of which curves are embedded
 MAX_POINTS = 150  # of a curve of losses; each is a mean over some steps
@@ -184,7 +184,7 @@ def choose_charts(logs: Sequence[Curves]) -> list[dict[str, Any]]:
     names = {name for curves in logs for name in curves}
     charts = []
     for task in TASK_NAMES:
-        metrics = (*primary_metrics(task), *((TASKS[task].fallback_metric,) if TASKS[task].fallback_metric else ()))
+        metrics = (*primary_metrics(task), *((fallback,) if (fallback := SCORES[task].fallback_metric) else ()))
         counted = {
             m: max(len(curves.get(f"val/{task}/{m}", ())) for curves in logs)
             for m in metrics

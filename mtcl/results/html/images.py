@@ -15,7 +15,7 @@ from mtcl.results.html.collect import ReportFolder, ReportRow
 from mtcl.results.runs import natural_key
 from mtcl.run_folder import PANELS
 from mtcl.safe_files import parse_json, read_bytes
-from mtcl.visualization.panels import LAYOUT_KEY, TILE_KINDS
+from mtcl.visualization.panel_format import LAYOUT_KEY, TILE_KINDS
 
 MAX_ROWS = 24  # of the image grid
 MAX_IMAGES = 6

@@ -1,0 +1,38 @@
+"""Name the tasks, and say which of its metrics represents each and in which units they are; needs no torch."""
+
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
+
+
+class TaskScores(NamedTuple):
+    """The metrics of a task as tables show them.
+
+    Attributes:
+        primary_metric: the one that tables and the monitored metric of a run use.
+        higher_is_better: whether that is so for the primary metric.
+        units: metric -> unit; the metrics that are not listed are fractions, shown in percent.
+        fallback_metric: stands for the primary metric where that is not computed; lower is better.
+    """
+
+    primary_metric: str
+    higher_is_better: bool
+    units: Mapping[str, str]
+    fallback_metric: str | None = None
+
+    def choose_metric(self, available: Collection[str]) -> tuple[str, bool]:
+        """Return the metric that represents the task among the ``available`` ones, and whether higher is better."""
+        if self.primary_metric in available or self.fallback_metric is None:
+            return self.primary_metric, self.higher_is_better
+        return self.fallback_metric, False
+
+
+CLASS_UNITS = {"not_finite": "", "absent_classes": ""}
+SCORES: dict[str, TaskScores] = {
+    "semseg": TaskScores("mIoU", True, CLASS_UNITS),
+    "human_parts": TaskScores("mIoU", True, CLASS_UNITS),
+    "sal": TaskScores("maxF", True, CLASS_UNITS),
+    "depth": TaskScores("rmse", False, {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}),
+    "normals": TaskScores("mErr", False, {"mErr": "deg", "median": "deg", "rmse": "deg", "not_finite": ""}),
+    "edge": TaskScores("odsF", True, {"loss": "", "threshold": "", "not_finite": ""}, fallback_metric="loss"),
+}
+TASK_NAMES = tuple(SCORES)  # in the order in which they are always listed
