@@ -11,13 +11,16 @@ and whose target is depth; here any source and any target. The K drawn positions
 z . mean_j z_j is the mean cosine: the mean of the positives' unit vectors is not normalized again.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtcl.regularizers.pairs import PixelLabels
+from mtcl.regularizers.sampling import Draw
 from mtcl.regularizers.triplet import CriterionOutput, mean_over_anchors
+from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
 PATCH = 5  # cells of a patch's side
@@ -61,6 +64,44 @@ def place_patches(pixels: Tensor, map_size: Size, size: Size, frame: Size) -> Pa
         (insides[0][..., :, None] & insides[1][..., None, :]).flatten(1),
         fraction.flatten(1, 3),
     )
+
+
+def sample_patches(
+    features: Mapping[str, Tensor],
+    targets: Sequence[Task],
+    draw: Draw,
+    size: Size,
+    frame: Size,
+    read: Callable[[Draw], PixelLabels],
+    project: Callable[[int, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, PixelLabels]:
+    """Sample the patches around the drawn pixels on each comparison's own feature map.
+
+    Args:
+        features: task -> F_t (B, C_t, h, w).
+        targets: the target of each comparison.
+        draw: sources, and K positions.
+        size: height and width of the labels.
+        frame: height and width in pixels that the features cover.
+        read: reads the sources' labels at the pixels of a draw.
+        project: (comparison, sampled features, sources) -> unit vectors.
+
+    Returns:
+        z (R, B, 25 K, D), and the labels of these cells.
+    """
+    placed = {}  # by size of the map, which targets usually share
+    for map_size in {feature.shape[-2:]: None for feature in features.values()}:
+        with torch.no_grad():
+            patches = place_patches(draw.pixels, (map_size[0], map_size[1]), size, frame)
+            pixels = read(Draw(draw.sources, patches.pixels))
+            placed[map_size] = patches, pixels._replace(valid=pixels.valid & patches.inside)
+    z, rows = [], []
+    for i, task in enumerate(targets):
+        feature = features[task.name]
+        patches, pixels = placed[feature.shape[-2:]]
+        rows.append([x[i % len(x)] for x in pixels])
+        z.append(project(i, gather_cells(feature, patches.cell), pixels.source[i]))
+    return torch.stack(z), PixelLabels(*(torch.stack(x) for x in zip(*rows)))
 
 
 def gather_cells(feature: Tensor, cell: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ similar:
 This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampling`,
 :mod:`~mtcl.regularizers.sources`, :mod:`~mtcl.regularizers.source_labels`, :mod:`~mtcl.regularizers.pairs`,
 :mod:`~mtcl.regularizers.projector`, :mod:`~mtcl.regularizers.triplet`) and what serves ablations
-(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.boundary`,
+(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.boundary`, :mod:`~mtcl.regularizers.mispredicted`,
 :mod:`~mtcl.regularizers.sampling_ablations`, :mod:`~mtcl.regularizers.null_labels`). What the paper states and what is
 our choice is said in ``configs/regularizer/contrastive.yaml``.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,9 +27,11 @@ from mtcl.models.base import DenseOutput
 from mtcl.regularizers import boundary, criteria, sampling_ablations
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.masked_adamw import MaskedAdamW
+from mtcl.regularizers.mispredicted import MISPREDICTED_CANDIDATES, check_fraction, choose_mispredicted
 from mtcl.regularizers.pairs import Pairs, PixelLabels, choose_thresholds, make_pairs
 from mtcl.regularizers.projector import build_projectors
 from mtcl.regularizers.sampling import Draw, draw_pixels, draw_sources, sample_features
+from mtcl.regularizers.sampling_ablations import PairOptions, filter_pairs
 from mtcl.regularizers.source_labels import SourceLabelReader
 from mtcl.regularizers.sources import list_allowed_sources, list_comparisons
 from mtcl.regularizers.statistics import TripletStats
@@ -79,6 +82,8 @@ class Contrastive(Regularizer):
         window: pairs lie at most this fraction of the image's height and width apart; None: anywhere.
         drop_conflicting_positives: positives that the target's own label calls different are left out.
         drop_conflicting_negatives: negatives that the target's own label calls similar are left out.
+        mispredicted_fraction: up to this part of the K are pixels where the model's prediction of the target is wrong,
+            see :mod:`mtcl.regularizers.mispredicted`; 0: uniform.
         across_images: pairs may lie in different images of a batch.
         criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``,
             see :mod:`mtcl.regularizers.criteria`; ``boundary``: patches of 5x5 cells around those of the K positions
@@ -114,6 +119,7 @@ class Contrastive(Regularizer):
         window: float | None = None,
         drop_conflicting_positives: bool = False,
         drop_conflicting_negatives: bool = False,
+        mispredicted_fraction: float = 0.0,
         across_images: bool = False,
         criterion: str = "triplet",
         temperature: float = 0.1,
@@ -126,23 +132,22 @@ class Contrastive(Regularizer):
             raise UserError("cross-task contrast needs at least two tasks; switch the regularizer off for one")
         if not 1 <= num_pixels < 2**15:
             raise ParameterError("num_pixels", f"={num_pixels} must be from 1 to {2**15 - 1}")
+        self.pair_options = PairOptions(window, drop_conflicting_positives, drop_conflicting_negatives, across_images)
+        check_fraction(mispredicted_fraction, class_balanced)
         criteria.check_criterion(
             criterion,
-            window=window,
             class_balanced=class_balanced,
-            drop_conflicting_positives=drop_conflicting_positives,
-            drop_conflicting_negatives=drop_conflicting_negatives,
-            across_images=across_images,
+            mispredicted_fraction=mispredicted_fraction > 0,
+            **self.pair_options._asdict(),
         )
         self.tasks, self.task_names = dict(tasks), list(tasks)
         self.seed, self.feature, self.num_pixels, self.margin = seed, feature, num_pixels, margin
-        self.class_balanced, self.window, self.across_images = class_balanced, window, across_images
-        self.drop_conflicting_positives = drop_conflicting_positives
-        self.drop_conflicting_negatives = drop_conflicting_negatives
+        self.class_balanced, self.mispredicted_fraction = class_balanced, mispredicted_fraction
         self.criterion, self.temperature, self.negative_margin = criterion, temperature, negative_margin
         self.label_reader = SourceLabelReader(tasks, source_labels, num_pixels if class_balanced else None)
         allowed = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
         self.comparisons = list_comparisons(self.task_names, allowed, targets, all_sources)
+        self.target_tasks = [tasks[c.target] for c in self.comparisons]
         self.thresholds = choose_thresholds(tasks, thresholds or {})
         self.projector_sharing = projector_sharing
         generator = torch.Generator().manual_seed(seed)
@@ -150,20 +155,22 @@ class Contrastive(Regularizer):
         self.projectors = build_projectors(projector_sharing, widths, hidden_dim, embed_dim, generator)
         embedded = [[task.embedded_distance(d) for d in self.thresholds[name]] for name, task in tasks.items()]
         relating = self.label_reader.choose_thresholds(embedded)
-        self.register_buffer(
-            "target", torch.tensor([self.task_names.index(c.target) for c in self.comparisons]), persistent=False
-        )
-        self.register_buffer("embedded_thresholds", torch.tensor(embedded), persistent=False)
-        self.register_buffer("source_thresholds", torch.tensor(relating), persistent=False)
-        ranges = [criteria.ranked_max_distance(*pair) for pair in relating]
-        self.register_buffer("ranked_max_distance", torch.tensor(ranges), persistent=False)
+        constants = {
+            "target": [self.task_names.index(c.target) for c in self.comparisons],
+            "embedded_thresholds": embedded,
+            "source_thresholds": relating,
+            "ranked_max_distance": [criteria.ranked_max_distance(*pair) for pair in relating],
+        }
+        for name, values in constants.items():
+            self.register_buffer(name, torch.tensor(values), persistent=False)
         self.stats = TripletStats(self.task_names)
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """Draw the step's sources (equal on every rank) and each image's pixels."""
-        count = self.num_pixels * (CANDIDATE_FACTOR if self.class_balanced else 1)
+        factor = MISPREDICTED_CANDIDATES if self.mispredicted_fraction else 1
+        factor = CANDIDATE_FACTOR if self.class_balanced else factor
         sources = draw_sources(self.seed, step, [c.sources for c in self.comparisons])
-        return Draw(sources, draw_pixels(self.seed, step, ids, count))
+        return Draw(sources, draw_pixels(self.seed, step, ids, factor * self.num_pixels))
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Build an optimizer in which projectors that were not drawn take no step."""
@@ -172,10 +179,15 @@ class Contrastive(Regularizer):
 
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         """Compute the contrast of a model's output, see :meth:`forward`."""
-        return self(output.features[self.feature], labels, draw, output.frame)
+        return self(output.features[self.feature], labels, draw, output.frame, output.predictions)
 
     def forward(
-        self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
+        self,
+        features: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        frame: Size | None = None,
+        predictions: Mapping[str, Tensor] | None = None,
     ) -> RegularizerOutput:
         """Compute L_t of all comparisons, one per target or per pair, and their mean.
 
@@ -184,17 +196,26 @@ class Contrastive(Regularizer):
             labels: task -> label in batch layout, (B, H, W) or (B, c, H, W).
             draw: result of :meth:`sample`.
             frame: height and width in pixels that the features cover; None: those of the labels.
+            predictions: task -> raw prediction (B, C, H, W), needed for ``mispredicted_fraction`` alone.
         """
         height, width = next(iter(labels.values())).shape[-2:]
         size = (height, width)
+        frame = frame or size
         if self.criterion == "boundary":
-            pixels, output = self._contrast_boundaries(features, labels, draw, size, frame or size)
+            read = partial(self.label_reader.read, labels, target=self.target, size=size)
+            z, pixels = boundary.sample_patches(features, self.target_tasks, draw, size, frame, read, self._project)
+            output = boundary.boundary_triplet(z, pixels, self.source_thresholds, self.negative_margin)
+            pixels = boundary.take_centres(pixels)
         else:
             with torch.no_grad():
                 pixels = self.label_reader.read(labels, draw, self.target, size)
-            sampled = self._sample_features(features, pixels, size, frame or size)
+            if self.mispredicted_fraction:
+                near = self.embedded_thresholds[self.target, 0]
+                share = self.num_pixels, self.mispredicted_fraction
+                pixels = choose_mispredicted(pixels, predictions, self.target_tasks, near, *share)
+            sampled = self._sample_features(features, pixels, size, frame)
             z = torch.stack([self._project(i, x, pixels.source[i]) for i, x in enumerate(sampled)])  # (R, B, K, D)
-            if self.across_images:
+            if self.pair_options.across_images:
                 z, pixels = sampling_ablations.merge_images(z), sampling_ablations.merge_groups(pixels, height * width)
             output = self._contrast(z, pixels)
         self.stats.accumulate(self.target, pixels, output.stats)
@@ -231,42 +252,10 @@ class Contrastive(Regularizer):
             return criteria.semihard(z, pairs, self.margin)
         return triplet(z, pairs, self.margin)
 
-    def _contrast_boundaries(
-        self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, size: Size, frame: Size
-    ) -> tuple[PixelLabels, CriterionOutput]:
-        """Return the labels of the patches' centres and the boundary triplets' losses."""
-        placed = {}  # by size of the map, which targets usually share
-        for map_size in {feature.shape[-2:]: None for feature in features.values()}:
-            with torch.no_grad():
-                patches = boundary.place_patches(draw.pixels, (map_size[0], map_size[1]), size, frame)
-                pixels = self.label_reader.read(labels, Draw(draw.sources, patches.pixels), self.target, size)
-                placed[map_size] = patches, pixels._replace(valid=pixels.valid & patches.inside)
-        z, rows = [], []
-        for i, comparison in enumerate(self.comparisons):
-            feature = features[comparison.target]
-            patches, pixels = placed[feature.shape[-2:]]
-            rows.append(PixelLabels(*(x[i % len(x)] for x in pixels)))
-            z.append(self._project(i, boundary.gather_cells(feature, patches.cell), pixels.source[i]))
-        pixels = PixelLabels(*(torch.stack(x) for x in zip(*rows)))
-        output = boundary.boundary_triplet(torch.stack(z), pixels, self.source_thresholds, self.negative_margin)
-        return boundary.take_centres(pixels), output
-
     def select_pairs(self, pixels: PixelLabels) -> Pairs:
         """Select the positive and negative pairs, (R, B, K, K); (R, 1, B K, B K) across images."""
         pairs = make_pairs(pixels, self.source_thresholds)
-        if self.across_images:
-            pairs = sampling_ablations.keep_equal_sources(pairs, pixels)
-        if self.drop_conflicting_positives or self.drop_conflicting_negatives:
-            pairs = sampling_ablations.drop_conflicting(
-                pairs,
-                pixels,
-                self.embedded_thresholds[self.target],
-                positives=self.drop_conflicting_positives,
-                negatives=self.drop_conflicting_negatives,
-            )
-        if self.window is not None:
-            pairs = sampling_ablations.keep_within_window(pairs, pixels, self.window)
-        return pairs
+        return filter_pairs(pairs, pixels, self.pair_options, self.embedded_thresholds[self.target])
 
     def summary(self) -> dict[str, float]:
         """Return diagnostics of each pair drawn since the last call, see :meth:`TripletStats.summary`."""

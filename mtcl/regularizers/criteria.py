@@ -21,7 +21,7 @@ CRITERIA = ("triplet", "semihard", "ranked", "infonce", "boundary")
 PAIR_OPTIONS = ("window", "drop_conflicting_positives", "drop_conflicting_negatives", "across_images")
 REFUSALS = {  # criterion -> what it compares, and the options that it cannot have
     "ranked": ("any three pixels of an image", PAIR_OPTIONS),
-    "boundary": ("all pairs of a patch with its centre", (*PAIR_OPTIONS, "class_balanced")),
+    "boundary": ("all pairs of a patch with its centre", (*PAIR_OPTIONS, "class_balanced", "mispredicted_fraction")),
 }
 RANKED_MAX_FACTOR = 5.0  # of the negative threshold: "ranked" clips label distances there
 

@@ -1,9 +1,39 @@
 """Ablations of which pixels are sampled and which of them make pairs; none of them is stated in the paper."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from mtcl.regularizers.pairs import Pairs, PixelLabels, pairwise_distances
+
+
+class PairOptions(NamedTuple):
+    """Which pairs are compared, see :class:`~mtcl.regularizers.contrastive.Contrastive`."""
+
+    window: float | None
+    drop_conflicting_positives: bool
+    drop_conflicting_negatives: bool
+    across_images: bool
+
+
+def filter_pairs(pairs: Pairs, pixels: PixelLabels, options: PairOptions, thresholds: Tensor) -> Pairs:
+    """Keep the pairs that the options allow.
+
+    Args:
+        pairs: relations of a group's pixels.
+        pixels: the pixels.
+        options: which pairs are allowed.
+        thresholds: see :func:`drop_conflicting`.
+    """
+    if options.across_images:
+        pairs = keep_equal_sources(pairs, pixels)
+    positives, negatives = options.drop_conflicting_positives, options.drop_conflicting_negatives
+    if positives or negatives:
+        pairs = drop_conflicting(pairs, pixels, thresholds, positives=positives, negatives=negatives)
+    if options.window is not None:
+        pairs = keep_within_window(pairs, pixels, options.window)
+    return pairs
 
 
 def keep_within_window(pairs: Pairs, pixels: PixelLabels, window: float) -> Pairs:
@@ -75,7 +105,11 @@ def balance_classes(pixels: PixelLabels, bins: Tensor, count: int) -> PixelLabel
         bins: int64 (R, B, M), the class of each.
         count: K.
     """
-    index = balanced_sample(bins, pixels.valid, count)  # (R, B, K)
+    return take_pixels(pixels, balanced_sample(bins, pixels.valid, count))
+
+
+def take_pixels(pixels: PixelLabels, index: Tensor) -> PixelLabels:
+    """Take the candidates ``index``, int64 (R, B, K): each comparison has pixels of its own."""
     return PixelLabels(
         source=pixels.source,
         pixels=torch.take_along_dim(pixels.pixels, index[..., None], dim=2),

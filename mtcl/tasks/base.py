@@ -143,6 +143,10 @@ class Task(ABC):
     def decode(self, prediction: Tensor) -> np.ndarray:
         """Convert one raw prediction (C, H, W) to label layout: class, metres, unit vector, or probability."""
 
+    def to_label(self, prediction: Tensor) -> Tensor:
+        """Convert raw predictions at sampled pixels (..., K, C) to what labels say there, (..., K, c)."""
+        return prediction
+
     @abstractmethod
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels of equal size to the layout of a batch.

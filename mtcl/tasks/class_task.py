@@ -56,6 +56,10 @@ class ClassTask(DiscreteTask):
         """Return the mask of pixels that are not void: bool (B, H, W)."""
         return label != self.void
 
+    def to_label(self, prediction: Tensor) -> Tensor:
+        """Convert logits (..., K, C) to classes: int64 (..., K, 1)."""
+        return prediction.argmax(dim=-1, keepdim=True)
+
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels to int64 (B, H, W)."""
         return torch.from_numpy(labels).long()

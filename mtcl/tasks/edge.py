@@ -54,6 +54,10 @@ class Edge(DiscreteTask):
         """Return the mask of pixels that are not void: bool (B, H, W)."""
         return label[:, 0] != self.void
 
+    def to_label(self, prediction: Tensor) -> Tensor:
+        """Convert logits (..., K, 1) to 1 where an edge is more probable than not, else 0."""
+        return (prediction > 0).to(prediction)
+
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels to float32 (B, 1, H, W)."""
         return torch.from_numpy(labels).float().unsqueeze(1)

@@ -227,7 +227,10 @@ def ref_relation(regularizer, target, a, b):
     """+1 for a positive pair, -1 for a negative one, 0 for none."""
     if a.value is None or b.value is None or (a.image, a.position) == (b.image, b.position) or a.source != b.source:
         return 0
-    if regularizer.window is not None and max(abs(x - y) for x, y in zip(a.at, b.at)) > regularizer.window:
+    if (
+        regularizer.pair_options.window is not None
+        and max(abs(x - y) for x, y in zip(a.at, b.at)) > regularizer.pair_options.window
+    ):
         return 0
     near, far, distance = ref_apart(regularizer, a, b)
     sign = -1 if distance >= far else 1 if distance <= near else 0
@@ -235,9 +238,9 @@ def ref_relation(regularizer, target, a, b):
         return sign
     own_near, own_far = regularizer.thresholds[target]
     own_distance = ref_distance(target, a.own_value, b.own_value)
-    if regularizer.drop_conflicting_positives and sign > 0 and own_distance >= own_far:
+    if regularizer.pair_options.drop_conflicting_positives and sign > 0 and own_distance >= own_far:
         return 0
-    if regularizer.drop_conflicting_negatives and sign < 0 and own_distance <= own_near:
+    if regularizer.pair_options.drop_conflicting_negatives and sign < 0 and own_distance <= own_near:
         return 0
     return sign
 
@@ -310,7 +313,7 @@ def reference(regularizer, features, labels, draw, frame):
         projector, tap = regularizer.projectors[target], leaves[target]
         layers = [(twins[id(w)], twins[id(b)]) for w, b in zip(projector.weights, projector.biases)]
         groups = [ref_picture(regularizer, target, i, labels, draw) for i in range(images)]
-        if regularizer.across_images:  # one group: the first pixel of each picture, then the second, ..
+        if regularizer.pair_options.across_images:  # one group: the first pixel of each picture, then the second, ..
             groups = [[pixel for pixels in zip(*groups) for pixel in pixels]]
         costs = []
         for group in groups:

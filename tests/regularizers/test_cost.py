@@ -25,6 +25,7 @@ OPTIONS = [
     {"across_images": True, "source_tasks": "any"},
     {"source_labels": "other_image", "class_balanced": True},
     {"source_labels": "distance"},
+    {"mispredicted_fraction": 0.5},
 ]
 
 script = runpy.run_path(str(ROOT / "scripts" / "benchmarks" / "benchmark_step.py"), run_name="benchmark_step")
@@ -47,7 +48,12 @@ def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
     regularizer = Contrastive(
         tasks, dict.fromkeys(NAMES, CHANNELS), **{"num_pixels": 16, "embed_dim": 8, "hidden_dim": 8} | options
     )
-    return regularizer, DenseOutput({}, {"final": features}, [], size), labels
+    predictions = {}
+    if options.get("mispredicted_fraction"):
+        shapes = {name: (BATCH, task.channels, *size) for name, task in tasks.items()}
+        predictions = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+        predictions = {name: x.contiguous(memory_format=layout).requires_grad_() for name, x in predictions.items()}
+    return regularizer, DenseOutput(predictions, {"final": features}, [], size), labels
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
