@@ -99,7 +99,7 @@ def sample_patches(
     for i, task in enumerate(targets):
         feature = features[task.name]
         patches, pixels = placed[feature.shape[-2:]]
-        rows.append([x[i % len(x)] for x in pixels])
+        rows.append([x[i % len(x)] for x in pixels if x is not None])
         z.append(project(i, gather_cells(feature, patches.cell), pixels.source[i]))
     return torch.stack(z), PixelLabels(*(torch.stack(x) for x in zip(*rows)))
 

@@ -11,9 +11,10 @@ similar:
 This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampling`,
 :mod:`~mtcl.regularizers.sources`, :mod:`~mtcl.regularizers.source_labels`, :mod:`~mtcl.regularizers.pairs`,
 :mod:`~mtcl.regularizers.projector`, :mod:`~mtcl.regularizers.triplet`) and what serves ablations
-(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.boundary`, :mod:`~mtcl.regularizers.mispredicted`,
-:mod:`~mtcl.regularizers.sampling_ablations`, :mod:`~mtcl.regularizers.null_labels`). What the paper states and what is
-our choice is said in ``configs/regularizer/contrastive.yaml``.
+(:mod:`~mtcl.regularizers.criteria`, :mod:`~mtcl.regularizers.boundary`, :mod:`~mtcl.regularizers.prototypes`,
+:mod:`~mtcl.regularizers.mispredicted`, :mod:`~mtcl.regularizers.sampling_ablations`,
+:mod:`~mtcl.regularizers.null_labels`). What the paper states and what is our choice is said in
+``configs/regularizer/contrastive.yaml``.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -30,6 +31,7 @@ from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.mispredicted import MISPREDICTED_CANDIDATES, check_fraction, choose_mispredicted
 from mtcl.regularizers.pairs import Pairs, PixelLabels, choose_thresholds, make_pairs
 from mtcl.regularizers.projector import build_projectors
+from mtcl.regularizers.prototypes import PrototypeBank
 from mtcl.regularizers.sampling import Draw, draw_pixels, draw_sources, sample_features
 from mtcl.regularizers.sampling_ablations import PairOptions, filter_pairs
 from mtcl.regularizers.source_labels import SourceLabelReader
@@ -87,8 +89,9 @@ class Contrastive(Regularizer):
         across_images: pairs may lie in different images of a batch.
         criterion: ``triplet`` with random positives and negatives (the paper), ``semihard``, ``ranked``, ``infonce``,
             see :mod:`mtcl.regularizers.criteria`; ``boundary``: patches of 5x5 cells around those of the K positions
-            at which the source's labels change, see :mod:`mtcl.regularizers.boundary`.
-        temperature: of ``infonce``.
+            at which the source's labels change, see :mod:`mtcl.regularizers.boundary`; ``prototypes``: running means of
+            classes, ranges of depth, directions over all images, see :mod:`mtcl.regularizers.prototypes`.
+        temperature: of ``infonce`` and ``prototypes``.
         targets: tasks that are contrasted; the others are sources only. None: all.
         all_sources: at each step every allowed source of a target, each with a loss of its own; else one that is drawn.
         negative_margin: of ``boundary``, a distance sqrt(2 - 2 cos), 0..2.
@@ -144,7 +147,8 @@ class Contrastive(Regularizer):
         self.seed, self.feature, self.num_pixels, self.margin = seed, feature, num_pixels, margin
         self.class_balanced, self.mispredicted_fraction = class_balanced, mispredicted_fraction
         self.criterion, self.temperature, self.negative_margin = criterion, temperature, negative_margin
-        self.label_reader = SourceLabelReader(tasks, source_labels, num_pixels if class_balanced else None)
+        num_balanced = num_pixels if class_balanced else None
+        self.label_reader = SourceLabelReader(tasks, source_labels, num_balanced, criterion == "prototypes")
         allowed = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
         self.comparisons = list_comparisons(self.task_names, allowed, targets, all_sources)
         self.target_tasks = [tasks[c.target] for c in self.comparisons]
@@ -153,6 +157,8 @@ class Contrastive(Regularizer):
         generator = torch.Generator().manual_seed(seed)
         widths = {t: channels[t] for t in tasks}
         self.projectors = build_projectors(projector_sharing, widths, hidden_dim, embed_dim, generator)
+        if criterion == "prototypes":
+            self.prototypes = PrototypeBank(len(tasks), embed_dim or max(widths.values()), temperature)
         embedded = [[task.embedded_distance(d) for d in self.thresholds[name]] for name, task in tasks.items()]
         relating = self.label_reader.choose_thresholds(embedded)
         constants = {
@@ -244,6 +250,8 @@ class Contrastive(Regularizer):
         if self.criterion == "ranked":
             max_distance = self.ranked_max_distance[pixels.source[..., 0]]
             return criteria.ranked_triplet(z, pixels, max_distance, self.margin)
+        if self.criterion == "prototypes":
+            return self.prototypes(z, pixels, self.target)
         with torch.no_grad():
             pairs = self.select_pairs(pixels)
         if self.criterion == "infonce":

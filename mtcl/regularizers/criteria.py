@@ -17,11 +17,12 @@ from mtcl.regularizers.triplet import (
     triplet_hinge,
 )
 
-CRITERIA = ("triplet", "semihard", "ranked", "infonce", "boundary")
+CRITERIA = ("triplet", "semihard", "ranked", "infonce", "boundary", "prototypes")
 PAIR_OPTIONS = ("window", "drop_conflicting_positives", "drop_conflicting_negatives", "across_images")
 REFUSALS = {  # criterion -> what it compares, and the options that it cannot have
     "ranked": ("any three pixels of an image", PAIR_OPTIONS),
     "boundary": ("all pairs of a patch with its centre", (*PAIR_OPTIONS, "class_balanced", "mispredicted_fraction")),
+    "prototypes": ("each pixel by itself", PAIR_OPTIONS),
 }
 RANKED_MAX_FACTOR = 5.0  # of the negative threshold: "ranked" clips label distances there
 

@@ -25,6 +25,7 @@ class PixelLabels(NamedTuple):
     label: Tensor  # float32 (R, B, K, 3): embedded label of the source
     valid: Tensor  # bool (R, B, K): whether the source labels the pixel
     target_label: Tensor  # float32 (R, B, K, 3): embedded label of the target itself, NaN where void
+    bins: Tensor | None = None  # int64 (R, B, K): class, range or direction of the source's label, if it is asked for
 
 
 class Pairs(NamedTuple):

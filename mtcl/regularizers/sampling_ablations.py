@@ -117,6 +117,7 @@ def take_pixels(pixels: PixelLabels, index: Tensor) -> PixelLabels:
         label=torch.take_along_dim(pixels.label, index[..., None], dim=2),
         valid=pixels.valid.gather(2, index),
         target_label=torch.take_along_dim(pixels.target_label, index[..., None], dim=2),
+        bins=None if pixels.bins is None else pixels.bins.gather(2, index),
     )
 
 

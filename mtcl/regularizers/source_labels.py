@@ -22,14 +22,23 @@ class SourceLabelReader:
         tasks: name -> task; sources and targets are indices into it.
         source_labels: see :class:`~mtcl.regularizers.contrastive.Contrastive`.
         num_balanced: K, so many of the drawn pixels are chosen with equal parts of the source's classes; None: all.
+        with_bins: whether the bins of the source's labels are returned.
     """
 
-    def __init__(self, tasks: Mapping[str, Task], source_labels: bool | str, num_balanced: int | None = None):
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        source_labels: bool | str,
+        num_balanced: int | None = None,
+        with_bins: bool = False,
+    ):
         self.tasks = dict(tasks)
         self.source_labels = null_labels.normalize_source_labels(source_labels)
-        self.num_balanced = num_balanced
+        self.num_balanced, self.with_bins = num_balanced, with_bins
         if self.source_labels == "distance" and num_balanced is not None:
             raise ParameterError("class_balanced", "=true needs labels, which source_labels=distance has none of")
+        if self.source_labels == "distance" and with_bins:
+            raise ParameterError("criterion", "=prototypes needs labels, which source_labels=distance has none of")
 
     def choose_thresholds(self, embedded: Sequence[list[float]]) -> Sequence[list[float]]:
         """Return per source the thresholds of what :meth:`read` relates pixels by: those of labels, or of distances."""
@@ -68,6 +77,7 @@ class SourceLabelReader:
             label=label[source, images],
             valid=valid[source, images],
             target_label=target_label[target],
+            bins=bins[source, images] if self.with_bins else None,
         )
         if self.num_balanced is not None:
             pixels = sampling_ablations.balance_classes(pixels, bins[source, images], self.num_balanced)
@@ -80,6 +90,6 @@ class SourceLabelReader:
         )
         label = torch.stack([task.embed_label(read[name]) for name, task in self.tasks.items()])
         bins = torch.zeros_like(valid, dtype=torch.long)
-        if self.num_balanced is not None:
+        if self.num_balanced is not None or self.with_bins:
             bins = torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])
         return valid, label, bins
