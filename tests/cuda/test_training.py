@@ -1,0 +1,145 @@
+"""Training steps on a fake CUDA device: nothing stays on the CPU, and the host never waits."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from helpers.common import choices, composed
+from helpers.fake_cuda import CUDA, NO_DETERMINISTIC_KERNEL, Device, HostWaitError, fake_cuda
+from helpers.shrunken import shrunk
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
+from torch.utils._python_dispatch import _disable_current_modes
+
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_training_run
+from mtcl.data import Sample
+from mtcl.data.loader import collate
+from mtcl.models.decoders.blocks import resize
+from mtcl.training.trainer import Trainer
+
+SIZE = (64, 64)
+TINY = ["debug=tiny", "data.size=[64,64]", "tasks.names=[semseg,depth]", "trainer.precision=auto"]
+BACKBONES = {"taskprompter": "vit_small", "linear": "vit_small", "dpt": "vit_small", "invpt": "vit_small"}
+BACKBONES |= {"mqtransformer": "swin_tiny", "mti_net": "hrnet_w18_small", "deeplab": "resnet18_dilated"}
+SMALL = ["backbone=resnet18", "decoder.width=8", "decoder.head_width=8", *shrunk("", "resnet18")]
+
+
+def make_trainer(device: Device, tmp_path, *overrides: str) -> tuple[Trainer, dict]:
+    """Return a trainer on the device, and a batch on the host."""
+    config = composed(*TINY, *overrides)
+    tasks = build_tasks(config)
+
+    def build(*arguments):
+        return device.fake_module(build_model, *arguments)
+
+    with device.may_wait(), mock.patch("mtcl.config.build_training.build_model", build):
+        trainer = build_training_run(config, tasks, tmp_path, CUDA).trainer
+    trainer.model.train()
+    labels = {name: task.empty_label(*SIZE) for name, task in tasks.items()}
+    with _disable_current_modes():
+        batch = collate([Sample(i, np.zeros((*SIZE, 3), np.uint8), labels) for i in "ab"], tasks, None, 32)
+    return trainer, device.fake(dict(batch))
+
+
+def take_step(trainer: Trainer, batch: dict, *more: dict, with_diagnostics: bool = False) -> None:
+    """Take a training step and check types and devices."""
+    values = trainer.train_step(batch, *more, with_diagnostics=with_diagnostics)
+    for name, value in values.items():
+        assert (value.device, value.dtype, value.shape) == (CUDA, torch.float32, ()), name
+    trainer.step += 1
+    for module in (trainer.model, trainer.regularizer):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()) if module else ():
+            assert tensor.device == CUDA, name
+    for optimizer in (trainer.optimizer, trainer.regularizer_optimizer):
+        for entry in optimizer.optimizer.state.values() if optimizer else ():
+            assert {x.device for x in entry.values()} == {CUDA}
+
+
+def check_output(trainer: Trainer, batch: dict) -> None:
+    """Predictions have single precision under autocast, which is on."""
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        image = batch["image"].to(CUDA, non_blocking=True).float()
+        output = trainer.model(image)
+        predictions = trainer.model.predict(image)
+    for maps in (output.predictions, *output.intermediate, predictions):
+        assert {name: x.dtype for name, x in maps.items()} == dict.fromkeys(trainer.tasks, torch.float32)
+
+
+@pytest.mark.parametrize("decoder", choices("decoder"))
+def test_a_step_of_each_decoder(decoder, tmp_path):
+    """In the deterministic mode, where torch would refuse only the resampling of a ViT's position embedding."""
+    backbone = BACKBONES.get(decoder, "resnet18")
+    overrides = [f"decoder={decoder}", f"backbone={backbone}", *shrunk(decoder, backbone), "regularizer=none"]
+    with fake_cuda() as device:
+        trainer, batch = make_trainer(device, tmp_path, *overrides)
+        check_output(trainer, batch)
+        device.check.counts.clear()
+        torch.use_deterministic_algorithms(True)
+        try:
+            take_step(trainer, batch)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        refused = (
+            {"_upsample_bicubic2d_aa_backward"} if decoder in ("dpt", "invpt", "linear") else set()
+        )  # docs/training.md
+        assert NO_DETERMINISTIC_KERNEL & set(device.check.counts) == refused
+
+
+OPTIONS = {
+    "diagnostics": ["tasks.names=[semseg,depth,normals,edge]", "trainer.ema=0.99"],
+    "weighting=fixed": ["regularizer.weighting=fixed", "balancing=dwa", "balancing.every=1"],
+    "weighting=head_gradient_norm": ["regularizer.weighting=head_gradient_norm"],
+    "detach_trunk": ["regularizer.detach_trunk=true", "optimizer=adam"],
+    "auxiliary": ["regularizer=auxiliary", "balancing=uncertainty", "trainer.grad_checkpointing=true"],
+    "mtpsl": ["regularizer=mtpsl", "trainer.clip_norm=null", "trainer.channels_last=false"],
+    "frozen": ["backbone.trainable=frozen", "regularizer.stop_fraction=0.1"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_step_of_each_option(name, tmp_path):
+    with fake_cuda() as device:
+        trainer, batch = make_trainer(device, tmp_path, *SMALL, *OPTIONS[name])
+        take_step(trainer, batch, with_diagnostics=name == "diagnostics")
+        take_step(trainer, batch, batch)
+        trainer.balancer.summary()
+        assert device.check.counts["_local_scalar_dense"] == 0
+
+
+PLANTED = {
+    "a branch on data": (lambda x, valid: x[valid].mean() if valid.any() else x.sum(), DataDependentOutputException),
+    "a number read": (lambda x, valid: x.sum() / valid.sum().item(), DataDependentOutputException),
+    "a tensor on the CPU": (lambda x, valid: (x * torch.ones(x.shape)).mean(), FakeTensorDeviceMismatchError),
+    "a tensor copied": (lambda x, valid: (x * torch.ones(x.shape).to(x)).mean(), HostWaitError),
+    "half precision": (lambda x, valid: x.bfloat16().mean(), AssertionError),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_mistake_in_a_loss_is_found(name, tmp_path, monkeypatch):
+    mistake, error = PLANTED[name]
+    monkeypatch.setattr("mtcl.losses.depth.masked_mean", mistake)
+    with fake_cuda() as device:
+        trainer, batch = make_trainer(device, tmp_path, *SMALL, "regularizer=none")
+        with pytest.raises(error):
+            take_step(trainer, batch)
+
+
+def test_a_buffer_that_stays_on_the_host_is_found(tmp_path):
+    with fake_cuda() as device:
+        trainer, batch = make_trainer(device, tmp_path, *SMALL)
+        buffer = trainer.regularizer.source_thresholds
+        with device.may_wait():
+            trainer.regularizer.source_thresholds = buffer.cpu()
+        with pytest.raises((RuntimeError, AssertionError)):
+            take_step(trainer, batch)
+
+
+def test_a_prediction_of_half_precision_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("mtcl.models.decoders.blocks.resize_trained", lambda x, size: resize(x, size).bfloat16())
+    with fake_cuda() as device:
+        trainer, batch = make_trainer(device, tmp_path, *SMALL, "regularizer=none")
+        with pytest.raises(AssertionError):
+            check_output(trainer, batch)
