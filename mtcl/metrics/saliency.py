@@ -76,7 +76,7 @@ class SaliencyMetric(PixelMetric):
         counts = count_by_label(label, (reached + 1) * finite, columns)
         pixels = counts[:, 1:3]
         self.histogram += pixels.sum(0)
-        self.out_of_range += counts.sum() - counts[:, [1, 2, 1 + VOID]].sum()
+        self.out_of_range += counts.sum() - counts[:, 1:3].sum() - counts[:, 1 + VOID].sum()
         self._add_images(pixels)
 
     def _add_images(self, pixels: Tensor) -> None:
@@ -134,7 +134,7 @@ def count_thresholds_reached(probability: Tensor, thresholds: Tensor, inclusive:
     cells = 64  # a power of two: the product below is exact
     starts = torch.arange(cells + 1, device=thresholds.device) / cells
     below = torch.bucketize(starts, thresholds, right=inclusive, out_int32=True)
-    next_threshold = torch.cat([thresholds, thresholds.new_tensor([math.inf])])[below]
+    next_threshold = torch.cat([thresholds, thresholds.new_full((1,), math.inf)])[below]
     cell = (probability * cells).int().clamp_(0, cells).flatten()
     limit = next_threshold.index_select(0, cell).view_as(probability)
     more = probability >= limit if inclusive else probability > limit
