@@ -106,7 +106,8 @@ class OperationCheck(TorchDispatchMode):
         if packet in INDEXED_WRITES:  # a mask and a single value are a masked_fill
             is_masked = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
             return is_masked and args[2].numel() > 1
-        return "cuda" in inputs and "cpu" in outputs
+        is_allocation = packet.__name__.endswith("_like") or packet.__name__.startswith("new_")
+        return "cuda" in inputs and "cpu" in outputs and not is_allocation
 
 
 def _list_devices(tree: Any) -> set[str]:
