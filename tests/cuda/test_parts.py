@@ -70,7 +70,7 @@ def test_a_step_of_each_regulariser(case):
 def test_loss_and_metric_of_each_task(name):
     """In bf16 and fp32; sums are float64 and counts int64, on the device, and an update does not wait."""
     (task,) = make_tasks([name]).values()
-    for protocol in getattr(task.metric_class, "PROTOCOLS", (None,)):
+    for protocol in getattr(type(task.metric()), "PROTOCOLS", (None,)):
         with fake_cuda() as device:
             check_task(device, task, {} if protocol is None else {"protocol": protocol})
 
