@@ -60,7 +60,7 @@ def test_models_without_a_common_task_are_told(monkeypatch):
             self.tasks = dict.fromkeys(tasks)
 
     loaded = {"a.pt": One("depth", "edge"), "b.pt": One("semseg"), "c.pt": One("edge", "semseg")}
-    monkeypatch.setattr(demo_module, "load_model", loaded.get)
+    monkeypatch.setattr(demo_module, "load_models", lambda sources, _: [loaded[source] for source in sources])
     monkeypatch.setattr(demo_module, "build_predictor", lambda one, tasks: tasks)
     with pytest.raises(UserError, match=r"no task in common \(a.pt: depth, edge; b.pt: semseg\)"):
         demo_module.load(["a.pt", "b.pt"], {})
