@@ -29,6 +29,7 @@ TASKS: dict[str, type[Task]] = {
 def build_task(name: str, weight: float | None = None, **options: Any) -> Task:
     """Build a task.
 
+    >>> from mtcl.tasks import VOC21
     >>> task = build_task("semseg", class_names=VOC21)
     >>> task.channels, task.primary_metric, task.weight
     (21, 'mIoU', 1.0)
