@@ -18,7 +18,8 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
-from mtcl.regularizers import AuxiliaryHeads, Contrastive, GradientNormWeight, Regularizer
+from mtcl.regularizers import GradientNormWeight, Regularizer
+from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
 from mtcl.runtime import autocast
@@ -265,7 +266,7 @@ def build_lambda(
         )
     gradient_norm_weight = None
     if regularizer is not None and settings.weighting != "fixed":
-        if not isinstance(regularizer, Contrastive | AuxiliaryHeads):
+        if not isinstance(regularizer, CrossTaskRegularizer):
             raise UserError(
                 f"regularizer.weighting={settings.weighting} is for regularizer=contrastive or auxiliary; use fixed"
             )

@@ -10,33 +10,30 @@ Sources and pixels are drawn as for :class:`~mtcl.regularizers.contrastive.Contr
 layers of these heads but for the width of the last one.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from mtcl.distributed import all_reduce_sum
-from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers.base import Regularizer, RegularizerOutput
-from mtcl.regularizers.masked_adamw import MaskedAdamW
+from mtcl.regularizers.base import RegularizerOutput
+from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.projector import StackedLayers
 from mtcl.regularizers.sampling import (
     Draw,
     as_label_map,
-    draw_pixels,
-    draw_sources,
     sample_features,
     sample_labels,
 )
-from mtcl.regularizers.sources import choose_available_source, list_allowed_sources, list_comparisons
+from mtcl.regularizers.sources import choose_available_source
 from mtcl.regularizers.statistics import PairSums
 from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
 
 
-class AuxiliaryHeads(Regularizer):
+class AuxiliaryHeads(CrossTaskRegularizer):
     """Prediction of a source's labels from each target's features.
 
     Where images of a batch differ in their source (partial labels), L_t is the mean over the labelled pixels of all.
@@ -54,8 +51,6 @@ class AuxiliaryHeads(Regularizer):
         all_sources: at each step every allowed source of a target, each with a loss of its own; else one that is drawn.
     """
 
-    target: Tensor  # int64 (R,): the target of each comparison
-
     def __init__(
         self,
         tasks: Mapping[str, Task],
@@ -70,34 +65,16 @@ class AuxiliaryHeads(Regularizer):
         targets: Collection[str] | None = None,
         all_sources: bool = False,
     ):
-        super().__init__()
-        if len(tasks) < 2:
-            raise UserError("auxiliary heads need at least two tasks; switch the regularizer off for one")
-        self.tasks, self.task_names = dict(tasks), list(tasks)
-        self.seed, self.feature, self.num_pixels = seed, feature, num_pixels
-        allowed = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
-        self.comparisons = list_comparisons(self.task_names, allowed, targets, all_sources)
-        target = torch.tensor([self.task_names.index(c.target) for c in self.comparisons])
-        self.register_buffer("target", target, persistent=False)
+        super().__init__(tasks, seed, feature, num_pixels, source_tasks, excluded_pairs, targets, all_sources)
         generator = torch.Generator().manual_seed(seed)
-        widest = max(
-            task.channels for task in self.tasks.values()
-        )  # a source reads the first of them, as many as it has
+        # A source reads the first outputs, as many as it has channels.
+        widest = max(task.channels for task in self.tasks.values())
         self.heads = nn.ModuleDict(
             {name: StackedLayers(len(tasks), channels[name], hidden_dim, widest, generator) for name in self.task_names}
         )
         for task in self.tasks.values():
             getattr(task, "criterion", None)  # builds the loss module: torch.compile can't, within a step
         self.stats = PairSums(self.task_names, num_values=2)  # steps, loss
-
-    def sample(self, step: int, ids: Sequence[str]) -> Draw:
-        """Draw the step's sources (equal on every rank) and each image's pixels, as the contrast does."""
-        sources = draw_sources(self.seed, step, [c.sources for c in self.comparisons])
-        return Draw(sources, draw_pixels(self.seed, step, ids, self.num_pixels))
-
-    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Build an optimizer in which heads that were not drawn take no step."""
-        return MaskedAdamW(self.parameters(), lr=lr, weight_decay=weight_decay)
 
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         """Compute the loss of the heads on a model's features, see :meth:`forward`."""
@@ -137,9 +114,7 @@ class AuxiliaryHeads(Regularizer):
         total = counts.sum(dim=1)
         self._accumulate_stats(counts, losses)
         target_losses = (losses * counts).sum(dim=1) / total.clamp(min=1)  # (R,)
-        has_label = (total > 0).to(target_losses)
-        loss = (target_losses * has_label).sum() / has_label.sum().clamp(min=1)
-        return RegularizerOutput(loss, {c.name: x for c, x in zip(self.comparisons, target_losses.unbind())})
+        return self.combine(target_losses, total > 0)
 
     def _predict(
         self,

@@ -17,25 +17,24 @@ This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampl
 ``configs/regularizer/contrastive.yaml``.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mtcl.errors import ParameterError, UserError
+from mtcl.errors import ParameterError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import boundary, criteria, sampling_ablations
-from mtcl.regularizers.base import Regularizer, RegularizerOutput
-from mtcl.regularizers.masked_adamw import MaskedAdamW
+from mtcl.regularizers.base import RegularizerOutput
+from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.mispredicted import MISPREDICTED_CANDIDATES, check_fraction, choose_mispredicted
 from mtcl.regularizers.pairs import Pairs, PixelLabels, choose_thresholds, make_pairs
 from mtcl.regularizers.projector import build_projectors
 from mtcl.regularizers.prototypes import PrototypeBank
-from mtcl.regularizers.sampling import Draw, draw_pixels, draw_sources, sample_features
+from mtcl.regularizers.sampling import Draw, sample_features
 from mtcl.regularizers.sampling_ablations import PairOptions, filter_pairs
 from mtcl.regularizers.source_labels import SourceLabelReader
-from mtcl.regularizers.sources import list_allowed_sources, list_comparisons
 from mtcl.regularizers.statistics import TripletStats
 from mtcl.regularizers.triplet import CriterionOutput, triplet
 from mtcl.tasks.base import Task
@@ -44,7 +43,7 @@ Size = tuple[int, int]
 CANDIDATE_FACTOR = 8  # times K pixels are drawn where K of them are chosen by class
 
 
-class Contrastive(Regularizer):
+class Contrastive(CrossTaskRegularizer):
     """Cross-task contrast.
 
     Three lines in any training loop:
@@ -97,7 +96,6 @@ class Contrastive(Regularizer):
         negative_margin: of ``boundary``, a distance sqrt(2 - 2 cos), 0..2.
     """
 
-    target: Tensor  # int64 (R,): the target of each comparison
     embedded_thresholds: Tensor  # (S, 2), among embedded labels of each task
     source_thresholds: Tensor  # (S, 2), of what relates the pixels: those, or distances in the image
     ranked_max_distance: Tensor  # (S,)
@@ -130,9 +128,7 @@ class Contrastive(Regularizer):
         targets: Collection[str] | None = None,
         all_sources: bool = False,
     ):
-        super().__init__()
-        if len(tasks) < 2:
-            raise UserError("cross-task contrast needs at least two tasks; switch the regularizer off for one")
+        super().__init__(tasks, seed, feature, num_pixels, source_tasks, excluded_pairs, targets, all_sources)
         if not 1 <= num_pixels < 2**15:
             raise ParameterError("num_pixels", f"={num_pixels} must be from 1 to {2**15 - 1}")
         self.pair_options = PairOptions(window, drop_conflicting_positives, drop_conflicting_negatives, across_images)
@@ -143,14 +139,11 @@ class Contrastive(Regularizer):
             mispredicted_fraction=mispredicted_fraction > 0,
             **self.pair_options._asdict(),
         )
-        self.tasks, self.task_names = dict(tasks), list(tasks)
-        self.seed, self.feature, self.num_pixels, self.margin = seed, feature, num_pixels, margin
         self.class_balanced, self.mispredicted_fraction = class_balanced, mispredicted_fraction
-        self.criterion, self.temperature, self.negative_margin = criterion, temperature, negative_margin
+        self.criterion, self.temperature = criterion, temperature
+        self.margin, self.negative_margin = margin, negative_margin
         num_balanced = num_pixels if class_balanced else None
         self.label_reader = SourceLabelReader(tasks, source_labels, num_balanced, criterion == "prototypes")
-        allowed = list_allowed_sources(self.task_names, source_tasks, excluded_pairs)
-        self.comparisons = list_comparisons(self.task_names, allowed, targets, all_sources)
         self.target_tasks = [tasks[c.target] for c in self.comparisons]
         self.thresholds = choose_thresholds(tasks, thresholds or {})
         self.projector_sharing = projector_sharing
@@ -162,7 +155,6 @@ class Contrastive(Regularizer):
         embedded = [[task.embedded_distance(d) for d in self.thresholds[name]] for name, task in tasks.items()]
         relating = self.label_reader.choose_thresholds(embedded)
         constants = {
-            "target": [self.task_names.index(c.target) for c in self.comparisons],
             "embedded_thresholds": embedded,
             "source_thresholds": relating,
             "ranked_max_distance": [criteria.ranked_max_distance(*pair) for pair in relating],
@@ -171,17 +163,11 @@ class Contrastive(Regularizer):
             self.register_buffer(name, torch.tensor(values), persistent=False)
         self.stats = TripletStats(self.task_names)
 
-    def sample(self, step: int, ids: Sequence[str]) -> Draw:
-        """Draw the step's sources (equal on every rank) and each image's pixels."""
+    @property
+    def num_candidates(self) -> int:
+        """Return how many pixels are drawn per image, of which K are chosen by class or by the prediction."""
         factor = MISPREDICTED_CANDIDATES if self.mispredicted_fraction else 1
-        factor = CANDIDATE_FACTOR if self.class_balanced else factor
-        sources = draw_sources(self.seed, step, [c.sources for c in self.comparisons])
-        return Draw(sources, draw_pixels(self.seed, step, ids, factor * self.num_pixels))
-
-    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Build an optimizer in which projectors that were not drawn take no step."""
-        group = {"params": list(self.parameters())}  # may be empty: without projectors there is nothing to train
-        return MaskedAdamW([group], lr=lr, weight_decay=weight_decay)
+        return self.num_pixels * (CANDIDATE_FACTOR if self.class_balanced else factor)
 
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         """Compute the contrast of a model's output, see :meth:`forward`."""
@@ -225,9 +211,7 @@ class Contrastive(Regularizer):
                 z, pixels = sampling_ablations.merge_images(z), sampling_ablations.merge_groups(pixels, height * width)
             output = self._contrast(z, pixels)
         self.stats.accumulate(self.target, pixels, output.stats)
-        has_anchor = output.has_anchor.to(output.losses)
-        loss = (output.losses * has_anchor).sum() / has_anchor.sum().clamp(min=1)
-        return RegularizerOutput(loss, {c.name: loss for c, loss in zip(self.comparisons, output.losses.unbind())})
+        return self.combine(output.losses, output.has_anchor)
 
     def _sample_features(
         self, features: Mapping[str, Tensor], pixels: PixelLabels, size: Size, frame: Size

@@ -51,7 +51,7 @@ def list_allowed_sources(
 
 
 class Comparison(NamedTuple):
-    """One comparison of a target's features, with a loss of its own: each image has one of ``sources`` as its source.
+    """A target and the sources that its features are compared by in one loss, one source per image.
 
     Attributes:
         name: the target; ``target<-source`` where the target has a comparison per source.
