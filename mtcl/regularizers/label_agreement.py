@@ -10,12 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtcl.regularizers.null_labels import DISTANCE_THRESHOLDS, embed_positions
 from mtcl.regularizers.pairs import PixelLabels, make_pairs
 from mtcl.regularizers.sampling import draw_pixels, flat_index, sample_labels
 from mtcl.regularizers.triplet import gather_rows, sample_related
 from mtcl.tasks.base import Task
-
-NEAR_AND_FAR = (0.15, 0.3)  # of the image's height and width: what mere distance calls positive and negative
 
 TIE = 1e-3  # of the target's negative threshold: label distances that differ by less are equal but for rounding
 
@@ -54,7 +53,7 @@ def measure_agreement(
         label, valid = _embed(tasks, labels, pixels)
         other_labels = {name: labels[name].roll(1, dims=0) for name in tasks}  # the maps: positions stay the same
         other, other_valid = _embed(tasks, other_labels, pixels)
-        position = torch.nn.functional.pad(pixels, (0, 1))[None]
+        position = embed_positions(pixels)[None]
         relating = PixelLabels(
             source=torch.arange(2 * count + 1)[:, None, None].expand(-1, len(ids), 1),
             pixels=pixels[None],
@@ -63,15 +62,10 @@ def measure_agreement(
             valid=torch.cat([valid, other_valid & (len(ids) > 1), torch.ones_like(valid[:1])]),
             target_label=label,
         )
-        limits = torch.cat([embedded, embedded, torch.tensor([NEAR_AND_FAR])])
+        limits = torch.cat([embedded, embedded, torch.tensor([DISTANCE_THRESHOLDS])])
         sums += _count_right_orders(relating, tasks, read, valid, limits)
     share = (sums[..., 0] / sums[..., 1]).T  # (T, 2 S + 1)
     return Agreement(share[:, :count], share[:, count:-1], share[:, -1])
-
-
-def measure_information(agreement: Agreement) -> Tensor:
-    """Return what sources say beyond the layout: float64 (T, S), at least 0; 0 where it could not be measured."""
-    return (agreement.source - agreement.other_image).nan_to_num(0.0).clamp(min=0)
 
 
 def _embed(tasks: Mapping[str, Task], labels: Mapping[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor]:
