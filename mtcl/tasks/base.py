@@ -57,17 +57,17 @@ class Task(ABC):
 
     @property
     def primary_metric(self) -> str:
-        """The key of ``metric().compute()`` that tables and the monitored metric of a run use."""
+        """Return the key of ``metric().compute()`` that tables and the monitored metric of a run use."""
         return SCORES[self.name].primary_metric
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether a higher primary metric is better."""
+        """Return whether a higher primary metric is better."""
         return SCORES[self.name].higher_is_better
 
     @property
     def units(self) -> Mapping[str, str]:
-        """Metric -> unit; the metrics that are not listed are fractions, shown in percent."""
+        """Return metric -> unit; the metrics that are not listed are fractions, shown in percent."""
         return SCORES[self.name].units
 
     @staticmethod
@@ -75,7 +75,6 @@ class Task(ABC):
     def metric_class() -> "type[Metric]":
         """Return the class that :meth:`metric` builds, which is imported only here."""
 
-    @abstractmethod
     def metric(self, **options: Any) -> "Metric":
         """Build a new metric of this task.
 
@@ -86,6 +85,7 @@ class Task(ABC):
             A metric whose ``update(prediction, label)`` takes raw predictions and whose ``compute()`` returns
             {name: value} in fractions, degrees, metres.
         """
+        return self.metric_class()(**options)
 
     def choose_metric(self, available: Collection[str]) -> tuple[str, bool]:
         """Return the metric that represents the task among the ``available`` ones, and whether higher is better."""

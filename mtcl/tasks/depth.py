@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import cv2
 import numpy as np
@@ -51,10 +51,6 @@ class Depth(Task):
     def metric_class() -> "type[Metric]":
         """Return :class:`mtcl.metrics.DepthMetric`."""
         return metrics.DepthMetric
-
-    def metric(self, **options: Any) -> "Metric":
-        """Build a new metric; ``options`` are those of :class:`mtcl.metrics.DepthMetric`."""
-        return metrics.DepthMetric(**options)
 
     def valid(self, label: Tensor) -> Tensor:
         """Return the mask of pixels that are positive and finite: bool (B, H, W)."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -65,10 +65,6 @@ class Normals(Task):
     def metric_class() -> "type[Metric]":
         """Return :class:`mtcl.metrics.NormalsMetric`."""
         return metrics.NormalsMetric
-
-    def metric(self, **options: Any) -> "Metric":
-        """Build a new metric; ``options`` are those of :class:`mtcl.metrics.NormalsMetric`."""
-        return metrics.NormalsMetric(**options)
 
     def valid(self, label: Tensor) -> Tensor:
         """Return the mask of pixels whose vector is not zero: bool (B, H, W)."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor, nn
@@ -52,7 +52,3 @@ class Saliency(ClassTask):
     def metric_class() -> "type[Metric]":
         """Return :class:`mtcl.metrics.SaliencyMetric`."""
         return metrics.SaliencyMetric
-
-    def metric(self, **options: Any) -> "Metric":
-        """Build a new metric; ``options`` are those of :class:`mtcl.metrics.SaliencyMetric`."""
-        return metrics.SaliencyMetric(**options)
