@@ -1,4 +1,4 @@
-"""What commands and worker processes import: torch, timm and torchmetrics take seconds, for each process anew."""
+"""Check what commands and workers import: torch, timm and torchmetrics take seconds, for each process anew."""
 
 import subprocess
 import sys

@@ -340,19 +340,29 @@ def reference(regularizer, features, labels, draw, frame):
     return Reference(total, losses, summary, gradients, int(sum(cell[1] for cell in sums.values())))
 
 
+def has_losses(regularizer, batch, loss, losses, gradients, atol=1e-4):
+    """Assert that a regularizer's losses of a batch and their gradients are these; return its output.
+
+    ``gradients`` are those of ``loss`` at the features and at the regularizer's parameters, close to ``atol``.
+    """
+    features, *rest = batch
+    leaves = {t: x.detach().clone().requires_grad_() for t, x in features.items()}
+    output = regularizer(leaves, *rest)
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss.double(), loss.detach(), rtol=1e-4, atol=1e-5)
+    assert list(output.losses) == regularizer.task_names
+    for t, value in output.losses.items():
+        torch.testing.assert_close(value.double(), losses[t].detach(), rtol=1e-4, atol=1e-5)
+    computed = torch.autograd.grad(output.loss, [*leaves.values(), *regularizer.parameters()])
+    for gradient, expected in zip(computed, gradients, strict=True):
+        torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=atol)
+    return output
+
+
 def agrees_with_reference(regularizer, features, labels, draw, frame):
     """Assert that losses, gradients and diagnostics are the reference's; the number of its anchors."""
     want = reference(regularizer, features, labels, draw, frame)
-    leaves = {t: tap.detach().clone().requires_grad_() for t, tap in features.items()}
-    output = regularizer(leaves, labels, draw, frame)
-    assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss.double(), want.loss, rtol=1e-4, atol=1e-5)
-    assert list(output.losses) == regularizer.task_names
-    for t, loss in output.losses.items():
-        torch.testing.assert_close(loss.double(), want.losses[t].detach(), rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(output.loss, [*leaves.values(), *regularizer.parameters()])
-    for got, expected in zip(gradients, want.gradients, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=2e-5)
+    has_losses(regularizer, (features, labels, draw, frame), want.loss, want.losses, want.gradients, atol=2e-5)
     summary = regularizer.summary()
     assert summary.keys() == want.summary.keys()
     assert summary == pytest.approx(want.summary, rel=1e-4, abs=1e-5)

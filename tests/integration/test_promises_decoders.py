@@ -224,9 +224,9 @@ def test_every_decoder_overfits_one_batch(decoder, weight, tmp_path):
     history = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     history = [record for record in history if record["kind"] == "train"]
     assert history[0]["human_parts"] > 0, "no person in these pictures: choose another seed"
-    # Rounding decides where a noisy loss stands at the last step: on one machine MQTransformer's depth was at 0.37.
-    # InvPT's losses hold those of its first predictions, which have 2x2 cells here.
-    part = 0.5 if decoder == "invpt" else 0.45
+    # InvPT's losses hold those of its first predictions, which have 2x2 cells here. Rounding decides where a noisy loss
+    # stands at the last step: MQTransformer's depth was once at 0.37.
+    part = {"invpt": 0.5, "mqtransformer": 0.45}.get(decoder, 0.35)
     for task in ("semseg", "human_parts", "sal", "depth", "normals"):
         assert history[-1][task] < part * history[0][task], task
     assert history[-1]["edge"] < 0.8 * history[0]["edge"]

@@ -10,6 +10,7 @@ from helpers.common import TINY, composed
 from helpers.contrast_reference import (
     KINDS,
     NAMES,
+    has_losses,
     make_case,
     make_label,
     make_tasks,
@@ -86,15 +87,7 @@ def reference(regularizer, features, labels, draw, frame):
 
 def agrees_with_reference(regularizer, features, labels, draw, frame):
     want, want_losses, want_gradients = reference(regularizer, features, labels, draw, frame)
-    leaves = {t: feature.clone().requires_grad_() for t, feature in features.items()}
-    output = regularizer(leaves, labels, draw, frame)
-    torch.testing.assert_close(output.loss.double(), want.detach(), rtol=1e-4, atol=1e-5)
-    for target in NAMES:
-        torch.testing.assert_close(output.losses[target].double(), want_losses[target].detach(), rtol=1e-4, atol=1e-5)
-    gradients = torch.autograd.grad(output.loss, [*leaves.values(), *regularizer.parameters()])
-    for got, expected in zip(gradients, want_gradients, strict=True):
-        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-4)
-    return output
+    return has_losses(regularizer, (features, labels, draw, frame), want, want_losses, want_gradients)
 
 
 @pytest.mark.parametrize("options", [{}, {"hidden": None}, {"source_tasks": "self"}, {"source_tasks": "normals"}])

@@ -73,7 +73,7 @@ def test_a_raw_prediction_says_what_its_decoded_map_says(name):
 
 
 def ref_wrong(regularizer, target, labels, predictions, image, places):
-    """Whether the prediction of each place is further from its label than a positive pair's labels may be."""
+    """Return whether the prediction of each place is further from its label than a positive pair's labels may be."""
     task, wrong = regularizer.tasks[target], []
     for row, column in places:
         value = ref_label(target, labels[target], image, (row, column))

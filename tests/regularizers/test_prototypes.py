@@ -8,6 +8,7 @@ import torch
 from helpers.common import TINY, composed
 from helpers.contrast_reference import (
     NAMES,
+    has_losses,
     make_case,
     ref_picture,
     ref_project,
@@ -88,14 +89,7 @@ def test_losses_and_bank_are_the_reference_s(name):
     for step in range(5):
         draw = regularizer.sample(step, ids)
         total, losses, counts, gradients = reference.step(features, labels, draw, frame)
-        leaves = {t: x.clone().requires_grad_() for t, x in features.items()}
-        output = regularizer(leaves, labels, draw, frame)
-        torch.testing.assert_close(output.loss.double(), total.detach(), rtol=1e-4, atol=1e-5)
-        for target in NAMES:
-            torch.testing.assert_close(output.losses[target].double(), losses[target].detach(), rtol=1e-4, atol=1e-5)
-        got = torch.autograd.grad(output.loss, [*leaves.values(), *regularizer.parameters()])
-        for gradient, expected in zip(got, gradients, strict=True):
-            torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=1e-4)
+        has_losses(regularizer, (features, labels, draw, frame), total, losses, gradients)
         sums = dict(zip(NAMES, regularizer.stats.sums.sum(dim=1).double()))  # over sources: pixels, anchors, ...
         for target in NAMES:
             torch.testing.assert_close(sums[target][1:], counts[target], rtol=1e-4, atol=1e-3)
