@@ -67,7 +67,13 @@ def check_output(trainer: Trainer, batch: dict) -> None:
         assert {name: x.dtype for name, x in maps.items()} == dict.fromkeys(trainer.tasks, torch.float32)
 
 
-@pytest.mark.parametrize("decoder", choices("decoder"))
+LARGE_DECODERS = ("atrc", "invpt", "mqtransformer", "mti_net", "taskprompter")  # seconds each
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [pytest.param(name, marks=pytest.mark.slow if name in LARGE_DECODERS else ()) for name in choices("decoder")],
+)
 def test_a_step_of_each_decoder(decoder, tmp_path):
     """In the deterministic mode, where torch would refuse only the resampling of a ViT's position embedding."""
     backbone = BACKBONES.get(decoder, "resnet18")

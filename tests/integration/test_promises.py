@@ -104,7 +104,7 @@ def test_a_contrast_trained_run_goes_on_without_regularizer(tmp_path):
     assert end["model"].keys() == on["model"].keys()
 
 
-@pytest.mark.parametrize("regularizer", ["contrastive", "auxiliary", "none"])
+@pytest.mark.parametrize("regularizer", ["contrastive", pytest.param("auxiliary", marks=pytest.mark.slow), "none"])
 def test_resuming_is_bit_exact(tmp_path, regularizer):
     overrides = [f"regularizer={regularizer}", "data.limit=5", "trainer.max_steps=6", "trainer.checkpoint_interval=3",
                  "trainer.val_interval=3"]  # fmt: skip

@@ -205,6 +205,7 @@ def test_the_demo_takes_the_weights_for_models_that_leave_them_out(frozen):
         load(sources[1:], {"device": "cpu"}, args.backbone_weights)
 
 
+@pytest.mark.slow
 def test_consistency_takes_the_weights_for_models_that_leave_them_out(frozen, tmp_path):
     paths = [frozen / name / "checkpoints" / "last.pt" for name in ("without", "with")]
     arguments = [str(paths[0]), f"--compare={paths[1]}", "--frames=2", f"--output={tmp_path}"]

@@ -194,7 +194,7 @@ def run(folder, *overrides):
     return read_checkpoint_file(folder / "checkpoints" / "last.pt"), config
 
 
-@pytest.mark.parametrize("labels", ["full", "one"])
+@pytest.mark.parametrize("labels", [pytest.param("full", marks=pytest.mark.slow), "one"])
 def test_training_takes_steps(labels, tmp_path):
     state, config = run(tmp_path, "regularizer=auxiliary", f"data.label_assignment={labels}")
     tasks = build_tasks(config)
@@ -210,6 +210,7 @@ def test_training_takes_steps(labels, tmp_path):
     assert any(key.endswith("/loss") and "<-" in key and math.isfinite(value) for key, value in values.items())
 
 
+@pytest.mark.slow
 def test_weight_zero_is_bit_equal_to_none(tmp_path):
     zero = run(tmp_path / "zero", "regularizer=auxiliary", "regularizer.weight=0")[0]["model"]
     none = run(tmp_path / "none", "regularizer=none")[0]["model"]
