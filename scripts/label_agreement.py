@@ -5,10 +5,12 @@
 
 For every target and source: the share of triplets by the source's labels whose order is right in the target's labels
 (0.5: no information), then in brackets the same by the source's labels of another image at the same positions (the
-layout that images share), and last by mere distance in the image. Overrides are those of train.py, e.g.
-data=nyud_small data.root=PATH data.split=tune.
+layout that images share), and last by mere distance in the image. Then the differences to the shares in brackets, as
+weights of the sources for train.py. Overrides are those of train.py, e.g. data=nyud_small data.root=PATH
+data.split=tune.
 """
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +49,7 @@ def main() -> None:
         f"{len(dataset.ids)} images of {args.subset}, {args.pixels} pixels each; by another image's labels in brackets"
     )
     print(*format_table(list(tasks), agreement), sep="\n")
+    print(*format_overrides(list(tasks), agreement), sep="\n")
 
 
 def format_table(names: list[str], agreement: Agreement) -> Iterator[str]:
@@ -55,6 +58,28 @@ def format_table(names: list[str], agreement: Agreement) -> Iterator[str]:
     for name, source, other, distance in zip(names, *agreement):
         cells = [f"{format_share(a)} ({format_share(b)})" for a, b in zip(source, other)]
         yield f"{name:<16}" + "".join(f"{cell:>14}" for cell in cells) + f"{format_share(distance):>12}"
+
+
+def format_overrides(names: list[str], agreement: Agreement) -> Iterator[str]:
+    """Yield the overrides that give sources the weights of their information, or a sentence why there are none."""
+    weights = {
+        target: {
+            source: round(value, 3)
+            for source, value in zip(names, row)
+            if source != target and round(value, 3) > 0  # not NaN
+        }
+        for target, row in zip(names, agreement.information.tolist())
+    }
+    weights = {target: row for target, row in weights.items() if row}
+    if not weights:
+        yield "no weights of sources: no image has labels of two tasks that say more about each other than the layout"
+        return
+    rows = (
+        f"{target}:{{{','.join(f'{source}:{x:.3f}' for source, x in row.items())}}}" for target, row in weights.items()
+    )
+    yield shlex.quote(f"regularizer.options.source_weights={{{','.join(rows)}}}")
+    if len(weights) < len(names):
+        yield shlex.quote(f"regularizer.options.targets=[{','.join(weights)}]")
 
 
 def format_share(share: Tensor) -> str:

@@ -217,6 +217,11 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             f"regularizer.options.source_labels={labels_of} takes labels of another image; "
             "give data.batch_size of 2 or more"
         )
+    if options.get("source_weights") == "auto" and config.data.batch_size < 2 * distributed.world_size():
+        raise UserError(
+            "regularizer.options.source_weights=auto compares the labels of two images of a process; "
+            f"give data.batch_size of {2 * distributed.world_size()} or more"
+        )
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     channels = model.feature_channels[options["feature"]]
     return construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
@@ -276,6 +281,7 @@ def build_lambda(
             cap=settings.weighting_cap,
             targets=targets,
             head_weights=find_head_weights(config, model, targets),
+            read_share=regularizer.read_share if regularizer.source_weights is not None else None,
         ).to(device)
     with add_key_prefix("regularizer."):
         return Lambda(

@@ -65,6 +65,13 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_weighting(value: Any) -> bool:
+    """Return whether a value is auto or a mapping of mappings to numbers."""
+    if not isinstance(value, dict):
+        return value == "auto"
+    return all(isinstance(row, dict) and all(map(_is_number, row.values())) for row in value.values())
+
+
 def number(low: float = -math.inf, high: float = math.inf) -> Rule:
     """Return the rule of a finite number in a range."""
     bounds = f" from {low:g} to {high:g}" if high < math.inf else f" >= {low:g}" if low > -math.inf else ""
@@ -244,6 +251,8 @@ RULES: dict[str, Rule] = {
     ).or_null(),
     "regularizer.options.negative_margin": number(0, 2),
     "regularizer.options.all_sources": FLAG,
+    "regularizer.options.source_weights": Rule("auto or a mapping {target: {source: weight}}", _is_weighting).or_null(),
+    "regularizer.options.source_weight_batches": count(1),
     "regularizer.options.projector_sharing": TEXT,
     "regularizer.options.feature": TEXT,
     "regularizer.options.num_pixels": count(1, 65536),
@@ -336,6 +345,8 @@ LEGACY_VALUES: dict[str, Any] = {
     "regularizer.detach_trunk": False,
     "regularizer.options.targets": None,
     "regularizer.options.all_sources": False,
+    "regularizer.options.source_weights": None,
+    "regularizer.options.source_weight_batches": 32,
     "regularizer.options.negative_margin": 0.65,
     "regularizer.options.drop_conflicting_negatives": False,
     "regularizer.options.mispredicted_fraction": 0.0,

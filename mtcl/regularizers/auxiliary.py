@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mtcl.distributed import all_reduce_sum
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.base import RegularizerOutput
-from mtcl.regularizers.cross_task import CrossTaskRegularizer
+from mtcl.regularizers.cross_task import CrossTaskRegularizer, SourceWeightsOption
 from mtcl.regularizers.projector import StackedLayers
 from mtcl.regularizers.sampling import (
     Draw,
@@ -49,6 +49,8 @@ class AuxiliaryHeads(CrossTaskRegularizer):
         excluded_pairs: pairs ``target<-source`` that are never drawn.
         targets: tasks whose features have such heads; the others are sources only. None: all.
         all_sources: at each step every allowed source of a target, each with a loss of its own; else one that is drawn.
+        source_weights: see :class:`~mtcl.regularizers.contrastive.Contrastive`.
+        source_weight_batches: number of batches that ``source_weights=auto`` reads.
     """
 
     def __init__(
@@ -64,8 +66,21 @@ class AuxiliaryHeads(CrossTaskRegularizer):
         excluded_pairs: Collection[str] = (),
         targets: Collection[str] | None = None,
         all_sources: bool = False,
+        source_weights: SourceWeightsOption = None,
+        source_weight_batches: int = 32,
     ):
-        super().__init__(tasks, seed, feature, num_pixels, source_tasks, excluded_pairs, targets, all_sources)
+        super().__init__(
+            tasks,
+            seed,
+            feature,
+            num_pixels,
+            source_tasks,
+            excluded_pairs,
+            targets,
+            all_sources,
+            source_weights,
+            source_weight_batches,
+        )
         generator = torch.Generator().manual_seed(seed)
         # A source reads the first outputs, as many as it has channels.
         widest = max(task.channels for task in self.tasks.values())

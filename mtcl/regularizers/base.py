@@ -39,6 +39,14 @@ class Regularizer(nn.Module, ABC):
             a function of (seed, step, ids) on the CPU; the data order never depends on it.
         """
 
+    def observe_labels(self, labels: Mapping[str, Tensor], draw: Draw) -> None:
+        """Take in the labels of a training batch, before its loss is computed; by default nothing is.
+
+        Args:
+            labels: task -> label in batch layout.
+            draw: result of :meth:`sample`, on the device of the labels.
+        """
+
     @abstractmethod
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         """Compute the loss of a model's output.

@@ -27,9 +27,9 @@ from mtcl.errors import ParameterError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import boundary, criteria, sampling_ablations
 from mtcl.regularizers.base import RegularizerOutput
-from mtcl.regularizers.cross_task import CrossTaskRegularizer
+from mtcl.regularizers.cross_task import CrossTaskRegularizer, SourceWeightsOption
 from mtcl.regularizers.mispredicted import MISPREDICTED_CANDIDATES, check_fraction, choose_mispredicted
-from mtcl.regularizers.pairs import Pairs, PixelLabels, choose_thresholds, make_pairs
+from mtcl.regularizers.pairs import Pairs, PixelLabels, make_pairs
 from mtcl.regularizers.projector import build_projectors
 from mtcl.regularizers.prototypes import PrototypeBank
 from mtcl.regularizers.sampling import Draw, sample_features
@@ -93,6 +93,11 @@ class Contrastive(CrossTaskRegularizer):
         temperature: of ``infonce`` and ``prototypes``.
         targets: tasks that are contrasted; the others are sources only. None: all.
         all_sources: at each step every allowed source of a target, each with a loss of its own; else one that is drawn.
+        source_weights: target -> source -> weight, relative ones by which sources are drawn, or by which the losses of
+            a target are averaged with ``all_sources``; pairs that are not named have 0. ``auto``: estimated from the
+            labels that :meth:`observe_labels` reads, see :mod:`mtcl.regularizers.source_weights`. None: equal (the
+            paper).
+        source_weight_batches: number of batches that ``auto`` reads.
         negative_margin: of ``boundary``, a distance sqrt(2 - 2 cos), 0..2.
     """
 
@@ -127,8 +132,22 @@ class Contrastive(CrossTaskRegularizer):
         negative_margin: float = 0.65,
         targets: Collection[str] | None = None,
         all_sources: bool = False,
+        source_weights: SourceWeightsOption = None,
+        source_weight_batches: int = 32,
     ):
-        super().__init__(tasks, seed, feature, num_pixels, source_tasks, excluded_pairs, targets, all_sources)
+        super().__init__(
+            tasks,
+            seed,
+            feature,
+            num_pixels,
+            source_tasks,
+            excluded_pairs,
+            targets,
+            all_sources,
+            source_weights,
+            source_weight_batches,
+            thresholds,
+        )
         if not 1 <= num_pixels < 2**15:
             raise ParameterError("num_pixels", f"={num_pixels} must be from 1 to {2**15 - 1}")
         self.pair_options = PairOptions(window, drop_conflicting_positives, drop_conflicting_negatives, across_images)
@@ -145,7 +164,6 @@ class Contrastive(CrossTaskRegularizer):
         num_balanced = num_pixels if class_balanced else None
         self.label_reader = SourceLabelReader(tasks, source_labels, num_balanced, criterion == "prototypes")
         self.target_tasks = [tasks[c.target] for c in self.comparisons]
-        self.thresholds = choose_thresholds(tasks, thresholds or {})
         self.projector_sharing = projector_sharing
         generator = torch.Generator().manual_seed(seed)
         widths = {t: channels[t] for t in tasks}

@@ -26,6 +26,11 @@ class Agreement(NamedTuple):
     other_image: Tensor  # float64 (T, S): by the source's labels of another image at the same positions: the layout
     distance: Tensor  # float64 (T,): by mere distance in the image
 
+    @property
+    def information(self) -> Tensor:
+        """Return what sources say about targets beyond the layout, not below 0: (T, S); NaN where it is unknown."""
+        return (self.source - self.other_image).clamp(min=0)
+
 
 def measure_agreement(
     batches: Iterable[tuple[Sequence[str], Mapping[str, Tensor]]],
@@ -43,29 +48,54 @@ def measure_agreement(
         num_pixels: K, uniform per image, a function of the seed and the sample's id.
         seed: of the pixels.
     """
-    count = len(tasks)
-    embedded = torch.tensor([[tasks[n].embedded_distance(d) for d in thresholds[n]] for n in tasks])
-    sums = torch.zeros(2 * count + 1, count, 2, dtype=torch.float64)  # sources, other images, distance
+    embedded = [[task.embedded_distance(d) for d in thresholds[name]] for name, task in tasks.items()]
+    sums = torch.zeros(2 * len(tasks) + 1, len(tasks), 2, dtype=torch.float64)
     for ids, labels in batches:
-        pixels = draw_pixels(seed, 0, ids, num_pixels)
-        size = next(iter(labels.values())).shape[-2:]
-        read = {name: sample_labels(labels[name], pixels) for name in tasks}  # (B, K, c)
-        label, valid = _embed(tasks, labels, pixels)
-        other_labels = {name: labels[name].roll(1, dims=0) for name in tasks}  # the maps: positions stay the same
-        other, other_valid = _embed(tasks, other_labels, pixels)
-        position = embed_positions(pixels)[None]
-        relating = PixelLabels(
-            source=torch.arange(2 * count + 1)[:, None, None].expand(-1, len(ids), 1),
-            pixels=pixels[None],
-            pixel_id=flat_index(pixels, (size[0], size[1]))[None],
-            label=torch.cat([label, other, position]),
-            valid=torch.cat([valid, other_valid & (len(ids) > 1), torch.ones_like(valid[:1])]),
-            target_label=label,
-        )
-        limits = torch.cat([embedded, embedded, torch.tensor([DISTANCE_THRESHOLDS])])
-        sums += _count_right_orders(relating, tasks, read, valid, limits)
+        sums += count_right_orders(labels, draw_pixels(seed, 0, ids, num_pixels), tasks, embedded)
+    return summarize_agreement(sums)
+
+
+def summarize_agreement(sums: Tensor) -> Agreement:
+    """Return the shares of right triplets among those counted by :func:`count_right_orders`, (2 S + 1, T, 2)."""
     share = (sums[..., 0] / sums[..., 1]).T  # (T, 2 S + 1)
+    count = len(share)
     return Agreement(share[:, :count], share[:, count:-1], share[:, -1])
+
+
+def count_right_orders(
+    labels: Mapping[str, Tensor],
+    pixels: Tensor,
+    tasks: Mapping[str, Task],
+    embedded_thresholds: Sequence[Sequence[float]],
+) -> Tensor:
+    """Count the triplets of a batch, one per pixel and relation, in the labels of all targets.
+
+    Args:
+        labels: task -> label in batch layout; the other image is the one before in the batch.
+        pixels: (B, K, 2), fractions of the image.
+        tasks: name -> task; each is a target and a source.
+        embedded_thresholds: (S, 2), among embedded labels.
+
+    Returns:
+        float64 (2 S + 1, T, 2), right triplets and all; by the sources, by those of the other image, by distance.
+    """
+    count, device = len(tasks), pixels.device
+    size = next(iter(labels.values())).shape[-2:]
+    read = {name: sample_labels(labels[name], pixels) for name in tasks}  # (B, K, c)
+    label, valid = _embed(tasks, labels, pixels)
+    other_labels = {name: labels[name].roll(1, dims=0) for name in tasks}  # the maps: positions stay the same
+    other, other_valid = _embed(tasks, other_labels, pixels)
+    position = embed_positions(pixels)[None]
+    relating = PixelLabels(
+        source=torch.arange(2 * count + 1, device=device)[:, None, None].expand(-1, len(pixels), 1),
+        pixels=pixels[None],
+        pixel_id=flat_index(pixels, (size[0], size[1]))[None],
+        label=torch.cat([label, other, position]),
+        valid=torch.cat([valid, other_valid & (len(pixels) > 1), torch.ones_like(valid[:1])]),
+        target_label=label,
+    )
+    limits = torch.tensor([*embedded_thresholds, *embedded_thresholds, DISTANCE_THRESHOLDS], device=device)
+    return _count(relating, tasks, read, valid, limits)
 
 
 def _embed(tasks: Mapping[str, Task], labels: Mapping[str, Tensor], pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +105,7 @@ def _embed(tasks: Mapping[str, Task], labels: Mapping[str, Tensor], pixels: Tens
     return label, valid
 
 
-def _count_right_orders(
+def _count(
     relating: PixelLabels, tasks: Mapping[str, Task], read: Mapping[str, Tensor], valid: Tensor, thresholds: Tensor
 ) -> Tensor:
     """Count triplets by each of R relations in the labels of each of T targets: (R, T, 2), right ones and all."""

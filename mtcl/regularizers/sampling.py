@@ -25,21 +25,36 @@ class Draw(NamedTuple):
         )
 
 
-def draw_sources(seed: int, step: int, allowed: Sequence[Sequence[int]]) -> Tensor:
-    """Draw the order of each target's sources, uniform and independent per target, as a function of (seed, step).
+def draw_sources(
+    seed: int, step: int, allowed: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
+) -> Tensor:
+    """Draw the order of each target's sources, independent per target, as a function of (seed, step) and the weights.
+
+    The first of any subset of a target's sources is drawn in proportion to its weight in that subset.
 
     Args:
         seed: of the regularizer.
         step: training step.
         allowed: per target the indices of its sources.
+        weights: per target those of its sources, not all 0; sources of weight 0 are left out. None: equal ones.
 
     Returns:
         int64 (T, largest number of sources); a target with fewer has its sources repeated.
     """
     rng = _generator(seed, step, 0)
     length = max(map(len, allowed))
-    orders = [np.resize(rng.permutation(np.asarray(sources)), length) for sources in allowed]
-    return torch.from_numpy(np.stack(orders))
+    if weights is None:
+        orders = [rng.permutation(np.asarray(sources)) for sources in allowed]
+    else:
+        orders = [_draw_order(rng, np.asarray(s), np.asarray(w)) for s, w in zip(allowed, weights, strict=True)]
+    return torch.from_numpy(np.stack([np.resize(order, length) for order in orders]))
+
+
+def _draw_order(rng: np.random.Generator, items: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Order items by exponential waiting times of these rates (Plackett-Luce); those of rate 0 never come."""
+    times = rng.exponential(size=len(items))
+    comes = weights > 0
+    return items[comes][np.argsort(times[comes] / weights[comes])]
 
 
 def draw_pixels(seed: int, step: int, ids: Sequence[str], count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Lambda, the weight of the contrastive loss beside the tasks' losses, over the course of a training."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class GradientNormWeight(nn.Module):
         cap: the largest factor that a loss is multiplied by; None: without a bound.
         targets: the target of each comparison; None: ``names`` are the targets.
         head_weights: target -> weight at which gradients are measured; None: at the feature maps.
+        read_share: returns the part of each comparison among those of its target, (R,); None: equal parts.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class GradientNormWeight(nn.Module):
         cap: float | None = None,
         targets: Sequence[str] | None = None,
         head_weights: Mapping[str, Tensor] | None = None,
+        read_share: Callable[[], Tensor] | None = None,
     ):
         super().__init__()
         self.names, self.every, self.momentum, self.cap = list(names), every, momentum, cap
         self.targets = self.names if targets is None else list(targets)
-        self.head_weights = head_weights
+        self.head_weights, self.read_share = head_weights, read_share
         self.factor: Tensor
         self.register_buffer("factor", torch.zeros(len(self.names)))  # 0: not measured yet
         self.share: Tensor  # of each comparison among those of its target
@@ -79,7 +81,8 @@ class GradientNormWeight(nn.Module):
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Return the sum over targets of the mean of its losses, each times its factor or at most the cap."""
         factor = self.factor if self.cap is None else self.factor.clamp(max=self.cap)
-        return (torch.stack([losses[name] for name in self.names]) * (factor * self.share)).sum()
+        share = self.share if self.read_share is None else self.read_share()
+        return (torch.stack([losses[name] for name in self.names]) * (factor * share)).sum()
 
 
 class Lambda:

@@ -247,6 +247,7 @@ class Trainer:
         draw = None
         if self.regularizer is not None:
             draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
+            self.regularizer.observe_labels(labels, draw)
         lambda_ = self.lambda_(self.step)
         needs_gradients = lambda_ > 0 and (
             with_diagnostics or self.lambda_.measures_gradients(self.step) or self.head_parameters is not None

@@ -375,3 +375,45 @@ def relations(regularizer, features, labels, draw, frame):
     with mock.patch.object(regularizer, "select_pairs", wraps=regularizer.select_pairs) as spy:
         regularizer(features, labels, draw, frame)
     return regularizer.select_pairs(*spy.call_args.args)
+
+
+# --- Agreement of labels
+
+
+def reference_right_orders(kind, target, source, labels, thresholds, pixels):
+    """Count triplets in the right order, and all: an anchor with the next positive and negative, in a circle."""
+    right = total = 0
+    for image, at in enumerate(pixels):
+        places = ref_places(at, labels[target].shape[-2:])
+        donor = (image - 1) % len(pixels) if kind == "other_image" else image
+        source_values = [
+            at[i].tolist() if kind == "distance" else ref_label(source, labels[source], donor, p)
+            for i, p in enumerate(places)
+        ]
+        near, far = (0.15, 0.3) if kind == "distance" else thresholds[source]
+
+        def apart(i, j, source_values=source_values):
+            return (
+                np.hypot(*np.subtract(source_values[i], source_values[j]))
+                if kind == "distance"
+                else ref_distance(source, source_values[i], source_values[j])
+            )
+
+        target_values = [ref_label(target, labels[target], image, p) for p in places]
+        for a in range(len(at)):
+            ahead = [j % len(at) for j in range(a + 1, a + len(at))]
+            others = [j for j in ahead if places[j] != places[a] and source_values[j] is not None]
+            if source_values[a] is None:
+                continue
+            positive = next((j for j in others if apart(a, j) <= near), None)
+            negative = next((j for j in others if apart(a, j) >= far), None)
+            if (
+                positive is None
+                or negative is None
+                or None in (target_values[a], target_values[positive], target_values[negative])
+            ):
+                continue
+            d_ap, d_an = (ref_distance(target, target_values[a], target_values[j]) for j in (positive, negative))
+            total += 1
+            right += 0.5 if abs(d_ap - d_an) < 1e-6 else d_ap < d_an
+    return right, total

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.contrast_reference import NAMES, make_label, make_tasks, ref_distance, ref_label, ref_places
+from helpers.contrast_reference import NAMES, make_label, make_tasks, reference_right_orders
 
 from mtcl.regularizers.label_agreement import measure_agreement
 from mtcl.regularizers.pairs import choose_thresholds
@@ -17,43 +17,8 @@ def make_labels(seed):
     return {name: make_label(name, ["random"] * 3, SIZE, rng) for name in NAMES}
 
 
-def reference_share(kind, target, source, labels, thresholds, pixels):
-    """Share of triplets in the right order: each anchor with the first positive and negative after it, in a circle."""
-    right = total = 0
-    for image, at in enumerate(pixels):
-        places = ref_places(at, SIZE)
-        donor = (image - 1) % len(pixels) if kind == "other_image" else image
-        source_values = [
-            at[i].tolist() if kind == "distance" else ref_label(source, labels[source], donor, p)
-            for i, p in enumerate(places)
-        ]
-        near, far = (0.15, 0.3) if kind == "distance" else thresholds[source]
-
-        def apart(i, j, source_values=source_values):
-            return (
-                np.hypot(*np.subtract(source_values[i], source_values[j]))
-                if kind == "distance"
-                else ref_distance(source, source_values[i], source_values[j])
-            )
-
-        target_values = [ref_label(target, labels[target], image, p) for p in places]
-        for a in range(K):
-            others = [
-                j % K for j in range(a + 1, a + K) if places[j % K] != places[a] and source_values[j % K] is not None
-            ]
-            if source_values[a] is None:
-                continue
-            positive = next((j for j in others if apart(a, j) <= near), None)
-            negative = next((j for j in others if apart(a, j) >= far), None)
-            if (
-                positive is None
-                or negative is None
-                or None in (target_values[a], target_values[positive], target_values[negative])
-            ):
-                continue
-            d_ap, d_an = (ref_distance(target, target_values[a], target_values[j]) for j in (positive, negative))
-            total += 1
-            right += 0.5 if abs(d_ap - d_an) < 1e-6 else d_ap < d_an
+def reference_share(*args):
+    right, total = reference_right_orders(*args)
     return right / total
 
 

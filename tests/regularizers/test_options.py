@@ -43,6 +43,7 @@ OPTIONS = {
     "any": {"source_tasks": "any", "step": 3},
     "normals": {"source_tasks": "normals"},
     "excluded_pairs": {"excluded_pairs": [f"{t}<-{s}" for t in NAMES for s in ("semseg", "edge")][1:-1]},
+    "source_weights": {"source_weights": {t: {s: 1 for s in NAMES[::-2] if s != t} for t in NAMES}},
     "random labels": {"source_labels": "random"},
     "another image's labels": {"source_labels": "other_image", "images": 3},
     "another image's labels, partial": {"source_labels": "other_image", "images": 4, "pixels": 20, "kinds": SHARED},
