@@ -10,7 +10,7 @@ all images share. The paper draws uniformly; weights are ours.
 """
 
 import logging
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ def read_source_weights(
 
 
 def select_weighted_sources(
-    table: Table, task_names: Sequence[str], allowed_sources: Sequence[list[int]], targets: Sequence[str]
+    table: Table, task_names: Sequence[str], allowed_sources: Sequence[list[int]], targets: Collection[str]
 ) -> list[list[int]]:
     """Return each target's allowed sources of a weight above 0.
 
@@ -173,7 +173,9 @@ class EstimatedSourceWeights(SourceWeights):
     def _fix(self, is_logged: bool) -> None:
         """Set the weights from the sums of all batches."""
         information = summarize_agreement(self.sums.cpu()).information
-        table, unmeasured, uninformed = [], [], []
+        table: Table = []
+        unmeasured: list[str] = []
+        uninformed: list[str] = []
         for t, name in enumerate(self.task_names):
             sources = sorted({s for c in self.comparisons if c.target == name for s in c.sources})
             values = information[t, sources]
