@@ -3,6 +3,7 @@
 from mtcl.regularizers.auxiliary import AuxiliaryHeads
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.contrastive import Contrastive
+from mtcl.regularizers.jtr import JointTaskRegularization
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.mtpsl import CrossTaskConsistency
 from mtcl.regularizers.sampling import Draw
@@ -14,6 +15,7 @@ __all__ = [
     "CrossTaskConsistency",
     "Draw",
     "GradientNormWeight",
+    "JointTaskRegularization",
     "MaskedAdamW",
     "Regularizer",
     "RegularizerOutput",

@@ -22,6 +22,7 @@ class Regularizer(nn.Module, ABC):
     """A training-only loss on a model's output. Its parameters live here, never in the model."""
 
     feature: str = "final"  # the decoder feature that it reads
+    views_per_step: int = 1  # of B rows with V views row i is view i // (B / V) of image i % (B / V)
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Build the optimizer of the regularizer's own parameters."""

@@ -16,12 +16,14 @@ class Draw(NamedTuple):
 
     sources: Tensor  # int64 (T, n): for each target its possible sources, in random order; the first is the draw
     pixels: Tensor  # float32 (B, M, 2): row and column of each sampled pixel as a fraction 0..1 of the image
+    seeds: Tensor | None = None  # int64 (B,), 0..2**32 - 1: of noise that is computed on the device
 
     def to(self, device: torch.device | str) -> "Draw":
         """Copy to a device without waiting for it."""
         return Draw(
             self.sources.to(device, non_blocking=True),
             self.pixels.to(device, non_blocking=True),
+            None if self.seeds is None else self.seeds.to(device, non_blocking=True),
         )
 
 

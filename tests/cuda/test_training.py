@@ -100,6 +100,7 @@ OPTIONS = {
     "detach_trunk": ["regularizer.detach_trunk=true", "optimizer=adam"],
     "auxiliary": ["regularizer=auxiliary", "balancing=uncertainty", "trainer.grad_checkpointing=true"],
     "mtpsl": ["regularizer=mtpsl", "trainer.clip_norm=null", "trainer.channels_last=false"],
+    "jtr": ["regularizer=jtr"],
     "frozen": ["backbone.trainable=frozen", "regularizer.stop_fraction=0.1"],
 }
 

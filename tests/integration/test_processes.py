@@ -21,9 +21,10 @@ COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regu
         ["data.label_assignment=random"],
         ["regularizer=mtpsl"],
         ["regularizer=auxiliary", "data.label_assignment=random"],
+        ["regularizer=jtr", "data.label_assignment=random"],
         COMPILED,
     ],
-    ids=["contrastive", "mtpsl", "auxiliary", "compiled"],
+    ids=["contrastive", "mtpsl", "auxiliary", "jtr", "compiled"],
 )
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp_path):
