@@ -117,6 +117,7 @@ def build_train_loader(
             views=config.data.get("views"),
             views_seed=config.data.get("views_seed", 0),
             features=features,
+            views_per_step=config.data.get("views_per_step", 1),
         )
 
 

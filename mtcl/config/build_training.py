@@ -179,6 +179,7 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
         compile=settings.compile,
         max_nonfinite_steps=settings.max_nonfinite_steps,
         log_interval=settings.log_interval,
+        loss_views=config.loss.get("views", "all"),
     )
 
 
@@ -222,9 +223,17 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             "regularizer.options.source_weights=auto compares the labels of two images of a process; "
             f"give data.batch_size of {2 * distributed.world_size()} or more"
         )
+    views_per_step = config.data.get("views_per_step", 1)
+    if labels_of == "other_image" and views_per_step > 1:
+        raise UserError(
+            f"regularizer.options.source_labels=other_image could take another view's labels for another image's with "
+            f"data.views_per_step={views_per_step}; set data.views_per_step=1"
+        )
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     channels = model.feature_channels[options["feature"]]
-    return construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
+    regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
+    regularizer.views_per_step = views_per_step
+    return regularizer
 
 
 def choose_label_thresholds(config: DictConfig, tasks: Mapping[str, Task]) -> dict[str, tuple[float, float]]:

@@ -154,6 +154,7 @@ RULES: dict[str, Rule] = {
     "data.feature_precision": TEXT,
     "data.views": count(1, 65536).or_null(),
     "data.views_seed": SEED_VALUE,
+    "data.views_per_step": count(1, 2),
     "data.normals_valid": TEXT,
     "data.strict": FLAG.with_role(MACHINE),
     "data.label_assignment": TEXT,
@@ -277,6 +278,7 @@ RULES: dict[str, Rule] = {
     **{f"regularizer.options.thresholds.{task}": pair(THRESHOLDS, _is_number).or_null() for task in TASK_NAMES},
     **{f"loss.weights.{task}": number(0).or_null() for task in TASK_NAMES},
     "loss.options.edge.positive_weight": number(0, 1),
+    "loss.views": Rule("all or first", lambda v: v in ("all", "first")),
     "balancing.method": TEXT,
     "balancing.contrast_as_objective": FLAG,
     "balancing.lr": number(0),
@@ -360,6 +362,8 @@ LEGACY_VALUES: dict[str, Any] = {
     "data.feature_precision": "fp16",
     "data.views": None,
     "data.views_seed": 0,
+    "data.views_per_step": 1,
+    "loss.views": "all",
 }
 
 

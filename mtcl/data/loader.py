@@ -4,6 +4,9 @@ Sample ``i`` of an epoch is augmented by f(seed, epoch, i) and the order of an e
 generator lives in a worker or in the process, so the number of workers, a resumed run and other users of
 torch's global generator change nothing. With a limited number of views, sample ``i`` shows view v = f(seed, epoch, i)
 of them, which is augmented by f(views_seed, v, i); the features of a frozen backbone are then kept by (v, i).
+
+With several views per step a batch has the first view of each of its images, which is the one that it would have alone,
+then the second of each, augmented by f(seed, epoch, i, 1): row r of n images is view r // n of image r % n.
 """
 
 import errno
@@ -37,8 +40,8 @@ TOO_MANY_OPEN_FILES_MESSAGE = (
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 
-class AugmentedDataset(Dataset[Sample | UserError]):
-    """Augmented samples by (epoch, index); without ``augment`` the labels are only finalized.
+class AugmentedDataset(Dataset[list[Sample] | UserError]):
+    """The augmented views of samples by (epoch, index); without ``augment`` the labels are only finalized.
 
     A ``UserError`` is returned, not raised: a DataLoader would bury its message in a worker's traceback.
 
@@ -51,6 +54,10 @@ class AugmentedDataset(Dataset[Sample | UserError]):
         views_seed: seed of the augmentation of a limited number of views.
         features: where the backbone's features of the views are; the samples then have features, and an image only
             where there is no augmentation.
+        views_per_step: number of views of an image, all different, that an item consists of; 1 without ``augment``.
+
+    Raises:
+        ParameterError: an item has more views than there are.
     """
 
     def __init__(
@@ -62,40 +69,58 @@ class AugmentedDataset(Dataset[Sample | UserError]):
         views: int | None = None,
         views_seed: int = 0,
         features: FeatureCache | None = None,
+        views_per_step: int = 1,
     ) -> None:
+        if views is not None and views_per_step > views:
+            raise ParameterError(
+                "views_per_step",
+                f"={views_per_step} shows different views of an image at once, of which there are {views}; use "
+                f"views={views_per_step} or more, or views=null",
+            )
         self.dataset, self.tasks, self.augment, self.seed = dataset, dict(tasks), augment, seed
-        self.views, self.views_seed, self.features = views, views_seed, features
+        self.views, self.views_seed, self.features, self.views_per_step = views, views_seed, features, views_per_step
 
     def __len__(self) -> int:
         return len(self.dataset.ids)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | UserError:
+    def __getitem__(self, key: tuple[int, int]) -> list[Sample] | UserError:
         epoch, index = key
-        view, seed = epoch, self.seed
-        if self.augment is None:
-            view = 0
-        elif self.views is not None:
-            view, seed = choose_view(self.seed, epoch, index, self.views), self.views_seed
         try:
             sample = self.dataset.read(index)
-            features = None if self.features is None else self.features.read(view, sample.id)
+            return [self._make_view(sample, epoch, index, number) for number in range(self.views_per_step)]
         except UserError as error:
             return error
+
+    def _make_view(self, sample: Sample, epoch: int, index: int, number: int) -> Sample:
+        """Return the view of this number that an image shows in an epoch."""
         if self.augment is None:
             # Copies: a mapped array keeps its file open until the batch is made, and batches can be large.
             labels = {name: np.array(label) for name, label in sample.labels.items()}
+            features = self._read_features(0, sample.id)
             sample = finalize_labels(Sample(sample.id, np.array(sample.image), labels), self.tasks)
-        else:
-            rng = np.random.default_rng([seed, view, index])
-            sample = self.augment(sample, self.tasks, rng, with_image=self.features is None)
-        return sample._replace(features=features)
+            return sample._replace(features=features)
+        view, entropy = epoch, [self.seed, epoch, index, *([number] if number else [])]
+        if self.views is not None:
+            view = choose_view(self.seed, epoch, index, self.views, number)
+            entropy = [self.views_seed, view, index]
+        features = self._read_features(view, sample.id)
+        sample = self.augment(sample, self.tasks, np.random.default_rng(entropy), with_image=features is None)
+        return sample._replace(features=features, view=number)
+
+    def _read_features(self, view: int, name: str) -> list[np.ndarray] | None:
+        """Return the cached features of an image's view; None without a cache."""
+        return None if self.features is None else self.features.read(view, name)
 
 
-def choose_view(seed: int, epoch: int, index: int, views: int) -> int:
-    """Return which of ``views`` views a sample shows in an epoch: every one once in each ``views`` epochs."""
+def choose_view(seed: int, epoch: int, index: int, views: int, number: int = 0) -> int:
+    """Return which of ``views`` views a sample shows in an epoch: every one once in each ``views`` epochs.
+
+    Where it shows several at a time, those of different ``number`` (0 for the first) differ in every epoch.
+    """
     cycle, position = divmod(epoch, views)
     # Three numbers would be those of an augmentation.
-    return int(np.random.default_rng([seed, cycle, index, views]).permutation(views)[position])
+    order = np.random.default_rng([seed, cycle, index, views]).permutation(views)
+    return int(order[(position + number) % views])
 
 
 class EpochBatchSampler:
@@ -168,7 +193,7 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
             name: task.collate(_pad_to_frames([sample.labels[name] for sample in samples], frame, offsets, task.void))
             for name, task in tasks.items()
         },
-        "meta": [SampleMeta(s.id, (h, w), offset) for s, (h, w), offset in zip(samples, native, offsets)],
+        "meta": [SampleMeta(s.id, (h, w), offset, s.view) for s, (h, w), offset in zip(samples, native, offsets)],
     }
     if all(sample.features is not None for sample in samples) and samples:
         batch["features"] = [stack_maps(maps) for maps in zip(*(sample.features or () for sample in samples))]
@@ -189,6 +214,7 @@ def train_loader(
     views: int | None = None,
     views_seed: int = 0,
     features: FeatureCache | None = None,
+    views_per_step: int = 1,
 ) -> DataLoader:
     """Return an endless stream of augmented batches in frames of ``augment.size``.
 
@@ -196,20 +222,21 @@ def train_loader(
         dataset: images and labels to train on.
         tasks: tasks in use, by name.
         augment: random augmentation; its ``size`` is the frame.
-        batch_size: samples per batch, summed over all processes.
+        batch_size: images per batch, summed over all processes.
         seed: seed of the order and of the augmentation.
         workers: number of worker processes; 0 loads in this process.
         start_step: number of batches to skip, for a resumed run.
         pin_memory: allocate batches in page-locked memory, for copies to a CUDA device.
         shard: see :class:`EpochBatchSampler`.
-        skip_unreadable: replace a sample that can't be read by another one of its batch and list the reason under
+        skip_unreadable: replace an image that can't be read by another one of its batch and list the reason under
             ``unreadable``; by default its ``UserError`` ends the stream.
         views: see :class:`AugmentedDataset`.
         views_seed: see :class:`AugmentedDataset`.
         features: see :class:`AugmentedDataset`.
+        views_per_step: rows of a batch per image, each another view of it, see the module.
     """
     return _Loader(
-        AugmentedDataset(dataset, tasks, augment, seed, views, views_seed, features),
+        AugmentedDataset(dataset, tasks, augment, seed, views, views_seed, features, views_per_step),
         batch_sampler=EpochBatchSampler(len(dataset.ids), batch_size, seed, start_step, shard),
         collate_fn=partial(
             _collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1, skip_unreadable=skip_unreadable
@@ -344,19 +371,19 @@ def _raise_error(batch: Batch | UserError) -> Batch:
 
 
 def _collate_or_error(
-    samples: list[Sample | UserError],
+    images: list[list[Sample] | UserError],
     tasks: Mapping[str, Task],
     size: tuple[int, int] | None,
     multiple: int,
     skip_unreadable: bool = False,
 ) -> Batch | UserError:
-    """Collate the readable samples, or return the error of an unreadable one."""
-    good = [sample for sample in samples if not isinstance(sample, UserError)]
-    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    """Collate the views of the readable images, or return the error of an unreadable one."""
+    good = [image for image in images if not isinstance(image, UserError)]
+    errors = [image for image in images if isinstance(image, UserError)]
     if errors and not (skip_unreadable and good):
         return errors[0]
     good += [good[i % len(good)] for i in range(len(errors))]
-    batch = collate(good, tasks, size, multiple)
+    batch = collate([sample for view in zip(*good) for sample in view], tasks, size, multiple)
     if errors:
         batch["unreadable"] = [str(error) for error in errors]
     return batch

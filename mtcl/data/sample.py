@@ -15,6 +15,7 @@ class Sample(NamedTuple):
     labels: dict[str, np.ndarray]  # every task in use, NumPy layout of mtcl.tasks.Task; an unlabelled one is all void
     # Arrays may be read-only: a cache maps them from the disk.
     features: list[np.ndarray] | None = None  # maps of a frozen backbone, each (C, h, w), in place of an image
+    view: int = 0  # number among the views of the image that a batch has
 
 
 class SampleMeta(NamedTuple):
@@ -23,10 +24,19 @@ class SampleMeta(NamedTuple):
     id: str
     native_size: tuple[int, int]  # height, width of the image before padding
     offset: tuple[int, int]  # top, left
+    view: int = 0  # number among the views of the image in this batch
+
+    @property
+    def row_id(self) -> str:
+        """The image's id, for other views than the first with their number: different random draws for each."""
+        return f"{self.id}#{self.view}" if self.view else self.id
 
 
 class Batch(TypedDict):
     """Samples padded to frames of one size.
+
+    With several views per image all first views come first, then all second ones in the same order of images: of B rows
+    with V views, row i is view i // (B / V) (``view`` in ``meta``) of image i % (B / V).
 
     Evaluation never resizes or crops, so cutting ``native_size`` at ``offset`` out of a frame restores each label at
     the resolution at which it was read.

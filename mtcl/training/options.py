@@ -24,6 +24,8 @@ class TrainerOptions:
         compile: forward passes go through ``torch.compile``.
         max_nonfinite_steps: so many consecutive steps with a loss or gradient that is not finite end the training.
         log_interval: steps from one record of the losses to the next.
+        loss_views: which views of an image enter the tasks' losses, ``all`` or the ``first``; the regulariser's loss
+            has all.
     """
 
     max_steps: int
@@ -34,6 +36,7 @@ class TrainerOptions:
     compile: bool = False
     max_nonfinite_steps: int = 10
     log_interval: int = 20
+    loss_views: str = "all"
 
 
 @dataclass(frozen=True)

@@ -246,7 +246,7 @@ class Trainer:
         image, labels = prepare_input(batch, self.model, self.device)
         draw = None
         if self.regularizer is not None:
-            draw = self.regularizer.sample(self.step, [meta.id for meta in batch["meta"]]).to(self.device)
+            draw = self.regularizer.sample(self.step, [meta.row_id for meta in batch["meta"]]).to(self.device)
             self.regularizer.observe_labels(labels, draw)
         lambda_ = self.lambda_(self.step)
         needs_gradients = lambda_ > 0 and (
@@ -257,7 +257,10 @@ class Trainer:
         with autocast(self.device, self.options.precision):
             output, regularizer_output = step(image, labels, draw, lambda_ > 0)
         head_gradients: list[tuple[nn.Parameter, Tensor]] = []
-        loss = task_loss = LossTerms(self.task_losses(output, labels) | self.model.auxiliary_losses(output, labels))
+        auxiliary_losses = self.model.auxiliary_losses(output, labels)
+        if self.options.loss_views == "first":
+            output, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
+        loss = task_loss = LossTerms(self.task_losses(output, labels) | auxiliary_losses)
         values = {name: term.detach() for name, term in task_loss.items()}
         if regularizer_output is not None:
             values["contrast"] = regularizer_output.loss.detach()
@@ -523,6 +526,18 @@ class Trainer:
     def peak_memory(self) -> float:
         """Return the peak memory up to now, in GiB."""
         return peak_memory(self.device)
+
+
+def take_first_rows(
+    output: DenseOutput, labels: Mapping[str, Tensor], count: int
+) -> tuple[DenseOutput, dict[str, Tensor]]:
+    """Return the first ``count`` rows of a batch's predictions and labels; the features stay those of all rows."""
+    predictions, *intermediate = (
+        {name: maps[:count] for name, maps in predictions.items()}
+        for predictions in (output.predictions, *output.intermediate)
+    )
+    first = output._replace(predictions=predictions, intermediate=intermediate)
+    return first, {name: label[:count] for name, label in labels.items()}
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -92,7 +92,8 @@ def make_epoch_function(nyud: NYUD, tasks: dict[str, Task], size: tuple[int, int
     def epoch() -> int:
         stream = iter(EpochBatchSampler(len(nyud.ids), BATCH, seed=0))
         for _ in range(len(nyud.ids) // BATCH):
-            samples = [sample for sample in map(dataset.__getitem__, next(stream)) if not isinstance(sample, UserError)]
+            images = [views for views in map(dataset.__getitem__, next(stream)) if not isinstance(views, UserError)]
+            samples = [sample for views in images for sample in views]
             prepare_batch(collate(samples, tasks, size, 1), MEAN.tolist(), STD.tolist(), "cpu")
         return len(nyud.ids) // BATCH * BATCH
 

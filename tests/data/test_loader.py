@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mtcl import UserError
 from mtcl.data import Augment, Batch, EpochBatchSampler, Sample, collate, eval_loader, prepare_batch, train_loader
+from mtcl.data.loader import choose_view
 from mtcl.tasks import NYUD40, TASK_NAMES, build_task
 
 ALL = {name: build_task(name, **({"class_names": NYUD40} if name == "semseg" else {})) for name in TASK_NAMES}
@@ -121,6 +122,77 @@ def test_views_differ_between_epochs_seeds_and_samples() -> None:
     assert len(set(views)) == 4
 
 
+def rows(batch: Batch, chosen: slice) -> Batch:
+    """Some rows of a batch."""
+    labels = {name: label[chosen] for name, label in batch["labels"].items()}
+    return {"image": batch["image"][chosen], "labels": labels, "meta": batch["meta"][chosen]}
+
+
+def view_loader_of(views_per_step: int = 2, workers: int = 0, **options):
+    return train_loader(READER, TASKS, AUGMENT, 4, 7, workers, views_per_step=views_per_step, **options)
+
+
+@pytest.mark.parametrize("views", [None, 3])
+def test_two_views_per_step_are_those_of_one_and_then_others_of_the_same_images(views) -> None:
+    differ = 0
+    for one, two in zip(islice(view_loader_of(1, views=views), 6), view_loader_of(views=views)):
+        assert two["image"].shape == (8, 3, 8, 9)
+        assert_equal(rows(two, slice(4)), one)
+        assert [meta.view for meta in two["meta"]] == [0] * 4 + [1] * 4
+        assert ids(two)[4:] == ids(two)[:4] == ids(one)
+        assert len({meta.row_id for meta in two["meta"]}) == 8
+        differ += sum(not torch.equal(two["image"][i], two["image"][i + 4]) for i in range(4))
+    assert differ == 24
+
+
+@pytest.mark.parametrize("views", [None, 3])
+def test_two_views_per_step_are_functions_of_seed_epoch_image_and_view(views) -> None:
+    """Other workers, a start in mid-epoch and a batch split over two processes change no view."""
+    batches = list(islice(view_loader_of(views=views), 7))
+    for a, b in zip(batches, view_loader_of(views=views, workers=2)):
+        assert_equal(a, b)
+    for a, b in zip(batches[3:], view_loader_of(views=views, start_step=3)):
+        assert_equal(a, b)
+    shards = [view_loader_of(views=views, shard=(i, 2)) for i in range(2)]
+    for batch, first, second in zip(batches, *shards):
+        assert_equal(rows(batch, slice(0, None, 2)), first)
+        assert_equal(rows(batch, slice(1, None, 2)), second)
+
+
+def test_the_second_view_has_the_labels_of_its_own_geometry() -> None:
+    """Depth that is written into the image, too, is the same at every pixel of both views."""
+
+    class Ramp(Images):
+        def read(self, index: int) -> Sample:
+            levels = np.add.outer(10 * np.arange(16), np.arange(12)).astype(np.uint8) + 1
+            return Sample(self.ids[index], np.dstack([levels] * 3), {"depth": levels.astype(np.float32)})
+
+    tasks, augment = {"depth": ALL["depth"]}, Augment((8, 9), scale=(1, 1), photometric=False)
+    batch = next(iter(train_loader(Ramp([(16, 12)] * 4), tasks, augment, 4, 0, 0, views_per_step=2)))
+    assert torch.equal(batch["image"][:, :1].float(), batch["labels"]["depth"])
+    assert not any(torch.equal(batch["image"][i], batch["image"][i + 4]) for i in range(4))
+
+
+def test_two_of_the_limited_views_of_an_image_always_differ() -> None:
+    for views, index in ((2, 0), (3, 5)):
+        shown = [[choose_view(4, epoch, index, views, number) for number in (0, 1)] for epoch in range(4 * views)]
+        assert all(first != second for first, second in shown)
+        for number in (0, 1):  # each once in every cycle
+            cycles = [sorted(view[number] for view in shown[k : k + views]) for k in range(0, len(shown), views)]
+            assert cycles == [list(range(views))] * 4
+    with pytest.raises(UserError, match=r"views_per_step=2 .* there are 1; use views=2 or more"):
+        view_loader_of(views=1)
+
+
+def test_both_views_of_an_image_that_can_not_be_read_are_replaced() -> None:
+    reader = Images([(12, 10)] * 4, bad=2)
+    batch = next(iter(train_loader(reader, TASKS, AUGMENT, 4, 0, 0, skip_unreadable=True, views_per_step=2)))
+    assert batch["unreadable"] == ["image 0002 is damaged; mend it."]
+    assert "0002" not in ids(batch)
+    assert ids(batch)[:4] == ids(batch)[4:]
+    assert [meta.view for meta in batch["meta"]] == [0] * 4 + [1] * 4
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_torch_and_numpy_generators_stay_untouched(workers: int) -> None:
     torch.manual_seed(3)
@@ -215,7 +287,7 @@ def test_collate_pads_mixed_sizes_around_their_centres(size, multiple, frame) ->
     for index, (sample, meta) in enumerate(zip(samples, batch["meta"])):
         height, width = sample.image.shape[:2]
         top, left_edge = (frame[0] - height) // 2, (frame[1] - width) // 2
-        assert meta == (sample.id, (height, width), (top, left_edge))
+        assert meta == (sample.id, (height, width), (top, left_edge), 0)
         inside = (..., slice(top, top + height), slice(left_edge, left_edge + width))
         assert (batch["image"][index][inside].permute(1, 2, 0).numpy() == sample.image).all()
         outside = torch.ones(frame, dtype=torch.bool)

@@ -97,6 +97,18 @@ def test_augmented_batches_keep_absent_labels_void() -> None:
             assert name in labelled[meta.id] or not valid.any()
 
 
+def test_both_views_of_an_image_keep_the_label_of_the_same_task() -> None:
+    reader, tasks = rooms()
+    partial = apply_label_assignment(reader, tasks, "one", seed=0)
+    labelled = draw_label_assignment(reader.ids, list(tasks), "one", seed=0)
+    augment = Augment((24, 24), scale=(1, 1))
+    batch = next(iter(train_loader(partial, tasks, augment, 6, seed=0, workers=0, views_per_step=2)))
+    for row, meta in enumerate(batch["meta"]):
+        names = {name for name, task in tasks.items() if task.valid(batch["labels"][name])[row].any()}
+        assert names == labelled[meta.id]
+    assert [meta.view for meta in batch["meta"]] == [0] * 6 + [1] * 6
+
+
 def test_each_picture_is_contrasted_with_a_source_it_has_labels_of() -> None:
     reader, tasks = rooms()
     partial = apply_label_assignment(reader, tasks, "one", seed=0)

@@ -592,6 +592,10 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
         ),
         (["regularizer.options.source_labels=random", "data.batch_size=1"], r"source_labels=random .*another image"),
         (
+            ["regularizer.options.source_labels=other_image", "data.views_per_step=2"],
+            r"source_labels=other_image .*set data\.views_per_step=1",
+        ),
+        (
             ["regularizer.options.source_labels=other_image", "data.batch_size=1"],
             r"other_image takes labels of another",
         ),

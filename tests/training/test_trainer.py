@@ -1,5 +1,6 @@
 """Steps that go wrong, runs that are told to stop, and what makes a step cheaper."""
 
+import copy
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_training_run
 from mtcl.errors import Preempted
+from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.checkpoint_file import read_checkpoint_file
 from mtcl.training.trainer import Trainer
 
@@ -211,6 +213,46 @@ def test_a_resumed_run_accumulates_on(tmp_path):
     train(composed(*overrides, "resume=auto"), tmp_path / "cut")
     a, b = (read_checkpoint_file(tmp_path / f / "checkpoints" / "last.pt") for f in ("whole", "cut"))
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
+
+
+def test_two_views_per_step_resumed_in_mid_epoch(tmp_path):
+    """Model, mapping and both optimisers end as those of the whole run, bit for bit."""
+    overrides = ["data.views_per_step=2", "data.label_assignment=one", "regularizer=mtpsl", "data.batch_size=2"]
+    overrides += ["trainer.max_steps=4"]
+    uncut = make_trainer(tmp_path, *overrides)
+    for step, batches in zip(range(4), uncut.batches_per_step()):
+        assert uncut.train_step(*batches)["contrast"] > 0
+        uncut.step += 1
+        if step == 1:
+            checkpoint = Checkpoint.from_dict(copy.deepcopy(uncut.checkpoint().to_dict()))
+    config = composed(*OVERRIDES, *overrides)
+    torch.manual_seed(9)
+    resumed = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu"), start_step=2).trainer
+    resumed.model.train()
+    resumed.restore(checkpoint)
+    for _, batches in zip(range(2), resumed.batches_per_step()):
+        assert [meta.view for meta in batches[0]["meta"]] == [0, 0, 1, 1]
+        resumed.train_step(*batches)
+        resumed.step += 1
+    one, two = uncut.checkpoint().to_dict(), resumed.checkpoint().to_dict()
+    for part in ("model", "regularizer", "optimizer"):
+        torch.testing.assert_close(two[part], one[part], rtol=0, atol=0)
+
+
+def test_task_losses_of_the_first_views(tmp_path):
+    """With loss.views=first the step's task losses are those of a batch of the first views alone."""
+    overrides = ["data.batch_size=2", "regularizer=none", "backbone.trainable=frozen"]
+    alone, first, both = (
+        make_trainer(tmp_path, *overrides, *more)
+        for more in ([], ["data.views_per_step=2", "loss.views=first"], ["data.views_per_step=2"])
+    )
+    losses = []
+    for trainer in (alone, first, both):
+        trainer.model.eval()  # a batch norm would know the second views
+        losses.append(trainer.train_step(next(iter(trainer.batches))))
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value)
+        assert (losses[2][name] - value).abs() > 1e-5
 
 
 @pytest.mark.slow
