@@ -39,8 +39,8 @@ def build_feature_caches(
     """Return the feature caches of a config; None where it has none. Nothing is written or computed yet.
 
     Raises:
-        UserError: the backbone is not frozen or sharded, the decoder reads more than the backbone's maps, or there is
-            no number of views.
+        UserError: the backbone is not frozen or sharded, the decoder reads more than the backbone's maps, there is no
+            number of views, or a step shows several of an image.
     """
     data = config.data
     if data.get("feature_cache") is None:
@@ -59,6 +59,11 @@ def build_feature_caches(
         raise UserError(
             "data.feature_cache runs the backbone alone, which trainer.parallel=fsdp shards; use trainer.parallel=ddp: "
             "there are no gradients of a frozen backbone to shard"
+        )
+    if data.get("views_per_step", 1) > 1:
+        raise UserError(
+            "data.feature_cache is for one view of an image at a step; set data.views_per_step=1 or "
+            "data.feature_cache=null"
         )
     if data.views is None:
         raise UserError(

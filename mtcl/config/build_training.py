@@ -169,7 +169,12 @@ def choose_backbone_source(config: DictConfig) -> dict[str, str] | None:
 
 def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions:
     """Return the options of the training loop; a dry run takes a single step."""
-    settings = config.trainer
+    settings, loss_views = config.trainer, config.loss.get("views", "all")
+    if loss_views == "first" and config.data.get("views_per_step", 1) < 2:
+        raise UserError(
+            "loss.views=first leaves the second views of the images to the regulariser, but data.views_per_step=1 has "
+            "none; set data.views_per_step=2 or loss.views=all"
+        )
     return TrainerOptions(
         max_steps=start_step + 1 if settings.dry_run else settings.max_steps,
         precision=settings.precision,
@@ -179,7 +184,7 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
         compile=settings.compile,
         max_nonfinite_steps=settings.max_nonfinite_steps,
         log_interval=settings.log_interval,
-        loss_views=config.loss.get("views", "all"),
+        loss_views=loss_views,
     )
 
 

@@ -61,13 +61,11 @@ def train(run: TrainingRun, steps: int) -> list[dict[str, float]]:
     return losses
 
 
-@pytest.mark.parametrize(
-    "overrides", [RESNET, VIT, [*RESNET, "data.views_per_step=2"]], ids=["resnet", "vit", "two views per step"]
-)
-def test_training_on_cached_features_equals_training_without_the_cache(overrides, tmp_path) -> None:
+@pytest.mark.parametrize("model", [RESNET, VIT], ids=["resnet", "vit"])
+def test_training_on_cached_features_equals_training_without_the_cache(model, tmp_path) -> None:
     plain, cached = (
-        build(*overrides, "trainer.max_steps=30"),
-        build(*overrides, "trainer.max_steps=30", f"data.feature_cache={tmp_path}"),
+        build(*model, "trainer.max_steps=30"),
+        build(*model, "trainer.max_steps=30", f"data.feature_cache={tmp_path}"),
     )
     expected, losses = train(plain, 20), train(cached, 20)
     assert losses == expected
@@ -78,7 +76,7 @@ def test_training_on_cached_features_equals_training_without_the_cache(overrides
         == cached.trainer.evaluator.run(cached.trainer.model).metrics
     )
     for batch in islice(cached.trainer.batches_per_step(), 1):
-        assert batch[0]["image"].shape == (8 if "data.views_per_step=2" in overrides else 4, 0, 64, 64)
+        assert batch[0]["image"].shape == (4, 0, 64, 64)
 
 
 def test_contrast_trains_the_heads_and_weight_zero_changes_nothing(tmp_path) -> None:
@@ -189,7 +187,7 @@ def test_a_cache_of_other_settings_is_not_used_and_the_log_says_so(override, dif
     [
         (["backbone.trainable=full"], r"data\.feature_cache .*set backbone\.trainable=frozen"),
         (["data.views=null"], r"data\.feature_cache needs .*set data\.views"),
-        (["data.views=1", "data.views_per_step=2"], r"data\.views_per_step=2 .* there are 1; use views=2"),
+        (["data.views_per_step=2"], r"data\.feature_cache .* one view .*set data\.views_per_step=1 or"),
         (["data.feature_precision=bf16"], r"data\.feature_precision=bf16 is not known; choose fp16 or fp32"),
     ],
 )

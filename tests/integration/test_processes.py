@@ -19,12 +19,12 @@ COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regu
     "overrides",
     [
         ["data.label_assignment=random"],
-        ["regularizer=mtpsl"],
+        ["regularizer=mtpsl", "data.views_per_step=2"],
         ["regularizer=auxiliary", "data.label_assignment=random"],
         ["regularizer=jtr", "data.label_assignment=random"],
         COMPILED,
     ],
-    ids=["contrastive", "mtpsl", "auxiliary", "jtr", "compiled"],
+    ids=["contrastive", "mtpsl of two views", "auxiliary", "jtr", "compiled"],
 )
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp_path):

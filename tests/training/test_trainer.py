@@ -19,7 +19,7 @@ from torch._dynamo.backends.common import aot_autograd
 from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_training_run
+from mtcl.config.build_training import build_trainer_options, build_training_run
 from mtcl.errors import Preempted
 from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.checkpoint_file import read_checkpoint_file
@@ -253,6 +253,11 @@ def test_task_losses_of_the_first_views(tmp_path):
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name], value)
         assert (losses[2][name] - value).abs() > 1e-5
+
+
+def test_task_losses_of_the_first_views_need_second_ones():
+    with pytest.raises(UserError, match=r"loss\.views=first .*set data\.views_per_step=2 or loss\.views=all"):
+        build_trainer_options(composed(*OVERRIDES, "loss.views=first"), 0)
 
 
 @pytest.mark.slow
