@@ -40,6 +40,18 @@ def scale_for_ddp_mean(x: Tensor) -> Tensor:
     return x if world_size() == 1 else x * world_size()
 
 
+def all_reduce_sum_for_ddp(x: Tensor) -> Tensor:
+    """Return the sum of ``x`` over all processes, for losses that every process computes from it alike.
+
+    Its gradient is such that DDP's average over processes is the gradient of the loss; ``x`` itself in a run of one
+    process.
+    """
+    if world_size() == 1:
+        return x
+    share = scale_for_ddp_mean(x)
+    return all_reduce_sum(x) + (share - share.detach())
+
+
 def all_gather_object(x: Any) -> Any:
     """Return every process's ``x`` in a list; ``x`` itself, not in a list, in a run of one process.
 

@@ -237,7 +237,7 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     channels = model.feature_channels[options["feature"]]
     regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
-    regularizer.views_per_step = views_per_step
+    regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
     return regularizer
 
 

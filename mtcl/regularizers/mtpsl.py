@@ -10,11 +10,21 @@ with each other and with the image's feature, which keeps the mapping from a tri
     L_st = mean over cells of (1 - cos(a, b)) + image_weight * ((1 - cos(a, f)) + (1 - cos(b, f)))
     L    = sum_t w_t L_task_t + lambda * mean over images of sum_st L_st
 
+In the authors' code the tasks' losses are those of an image's first view and L_st that of its second one
+(``loss.views=first`` of the config, with two views per step); with one view both are of the same.
+
+L_st can vanish as well where M maps all pixels to one vector. Against this collapse there is an optional term per pair
+and side, the hinge of VICReg's variance term (Bardes, Ponce, LeCun, ICLR 2022), here on the spread of unit vectors x:
+
+    spread = sqrt(mean |x|^2 - |mean x|^2)  over the labelled cells of all images, 0 (all equal) to 1
+    L_st += variance_weight * (max(0, min_spread - spread of a) + max(0, min_spread - spread of b))
+
 M is one convolutional network for all pairs: an input layer per task, then layers whose scale and shift belong to the
 pair (FiLM). What is the paper's or its code's (VICO-UoE/MTPSL, model/mapfns.py) and what is our choice is said in
 ``configs/regularizer/mtpsl.yaml``.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtcl.distributed import all_reduce_sum_for_ddp, world_size
 from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
@@ -34,8 +45,11 @@ from mtcl.tasks.depth import Depth
 from mtcl.tasks.edge import Edge
 from mtcl.tasks.normals import Normals
 
+log = logging.getLogger(__name__)
+
 Size = tuple[int, int]
 FILM_LR_FACTOR = 10.0  # as in the authors' code: 1e-3 beside 1e-4
+SPREAD_EPS = 1e-6  # under the root, whose slope at zero is infinite
 SOURCE_RULES = ("auto", "any", "unlabelled")
 
 
@@ -58,7 +72,8 @@ class CrossTaskConsistency(Regularizer):
     >>> loss.backward()
 
     An image counts for the targets that label any of its pixels. ``losses`` of the result: per target the sum over its
-    sources, averaged over the images; ``loss`` is their sum (not their mean), as in the authors' code.
+    sources, averaged over the images; ``loss`` is their sum (not their mean), as in the authors' code. With
+    ``loss_views="first"`` the images are the rows of the other views.
 
     Args:
         tasks: name -> task, at least two; each is a target and a source.
@@ -72,6 +87,8 @@ class CrossTaskConsistency(Regularizer):
         source_rule: which predictions an image's labels may teach: ``unlabelled`` (tasks it has no label of), ``any``
             (all others), ``auto`` (``any`` in images labelled for every task, else ``unlabelled``).
         image_weight: of the two terms that tie the mapped maps to the image's feature.
+        variance_weight: of the hinge against a collapse of the mapping; 0 leaves it out.
+        min_spread: the spread below which the hinge acts and a warning is logged, 0 to 1.
     """
 
     def __init__(
@@ -86,6 +103,8 @@ class CrossTaskConsistency(Regularizer):
         num_sources: int = 1,
         source_rule: str = "auto",
         image_weight: float = 0.5,
+        variance_weight: float = 0.0,
+        min_spread: float = 0.1,
     ):
         super().__init__()
         if len(tasks) < 2:
@@ -104,14 +123,16 @@ class CrossTaskConsistency(Regularizer):
         self.seed, self.feature, self.stride = seed, feature, stride
         self.num_sources = min(num_sources, len(tasks) - 1)
         self.source_rule, self.image_weight = source_rule, image_weight
+        self.variance_weight, self.min_spread, self.warned_of_collapse = variance_weight, min_spread, False
         generator = torch.Generator().manual_seed(seed)
         outputs = [*widths, *feature_channels]
-        pairs = len(tasks) * (len(tasks) - 1)
+        self.num_pairs = len(tasks) * (len(tasks) - 1)
         self.stems = nn.ModuleDict(
             {name: FilmLayer(task.channels, outputs[0], 1, generator) for name, task in self.tasks.items()}
         )
-        self.mapping = Mapper(outputs, pairs, generator)
-        self.stats = PairSums(self.task_names, num_values=4)  # images, 1 - cos of (a, b), of (a, f), of (b, f)
+        self.mapping = Mapper(outputs, self.num_pairs, generator)
+        # Images, 1 - cos of (a, b), of (a, f), of (b, f), spread of a, of b.
+        self.stats = PairSums(self.task_names, num_values=6)
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """Draw the order of sources per target, f(seed, step), equal on every rank; there are no pixels to draw."""
@@ -130,6 +151,8 @@ class CrossTaskConsistency(Regularizer):
     def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
         """Compute the consistency of a model's predictions with the labels; see the module's formulas."""
         device = draw.sources.device
+        if self.loss_views == "first":
+            output, labels = self._take_other_views(output, labels)
         with torch.autocast(device.type, enabled=False):
             predicted, labelled, coverage = self._apply_stems(output, labels)
             has_label = coverage.amax(dim=(2, 3, 4)) > 0  # (T, B)
@@ -160,8 +183,51 @@ class CrossTaskConsistency(Regularizer):
             )
             value = ab + self.image_weight * (af + bf)  # (T, draws, B)
             losses = (value * chosen.weight).sum(dim=1).mean(dim=1)  # (T,)
-            self._accumulate_stats(chosen, (ab, af, bf))
+            spread, hinges = self._guard_spread(mapped, counts, pair, chosen.weight)
+            if self.variance_weight > 0:
+                losses = losses + self.variance_weight * hinges
+            self._accumulate_stats(chosen, (ab, af, bf, *spread))
         return RegularizerOutput(losses.sum(), dict(zip(self.task_names, losses.unbind())))
+
+    def _take_other_views(
+        self, output: DenseOutput, labels: Mapping[str, Tensor]
+    ) -> tuple[DenseOutput, dict[str, Tensor]]:
+        """Return the rows of all views but the first, which the tasks' losses have."""
+
+        def take(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: x[len(x) // self.views_per_step :] for name, x in maps.items()}
+
+        features = {self.feature: take(output.features[self.feature])}
+        return output._replace(predictions=take(output.predictions), features=features), take(labels)
+
+    def _guard_spread(
+        self, mapped: Tensor, counts: Tensor, pair: Tensor, weight: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Measure the spread of each pair and side, over the images of all processes where the guard is on.
+
+        Args:
+            mapped: unit vectors (2 rows, C, h, w), predictions first.
+            counts: cells with a label, (rows, h, w).
+            pair: int64 (T, draws, B).
+            weight: how many sources each row stands for, (T, draws, B).
+
+        Returns:
+            the spread of predictions and of labels, (T, draws, B) each, that of the row's pair; and per target (T,) the
+            sum of the hinges of its pairs and both sides, each as often as the pair's loss counts.
+        """
+        is_guarded = self.variance_weight > 0
+        x, cells = (mapped if is_guarded else mapped.detach()), counts * (weight.flatten() > 0)[:, None, None]
+        sides = torch.cat([pair.flatten(), pair.flatten() + self.num_pairs])
+        images = weight.shape[-1] * (world_size() if is_guarded else 1)
+        sums = sum_vectors(x, cells.repeat(2, 1, 1), sides, 2 * self.num_pairs)
+        shares = weight.new_zeros(len(sums), 1).index_add(0, sides, weight.flatten().repeat(2)[:, None] / images)
+        sums = torch.cat([sums, shares], dim=1)
+        if is_guarded:
+            sums = all_reduce_sum_for_ddp(sums)
+        spread = compute_spread(sums[:, :-1])
+        hinges = sums[:, -1] * (self.min_spread - spread).clamp(min=0)
+        of_predictions, of_labels = spread.view(2, -1)
+        return (of_predictions[pair], of_labels[pair]), hinges.view(2, len(self.tasks), -1).sum(dim=(0, 2))
 
     def _apply_stems(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Apply the input layers.
@@ -190,24 +256,43 @@ class CrossTaskConsistency(Regularizer):
         return x[:, None].expand(-1, self.num_sources, *x.shape[1:]).flatten(0, 2)
 
     @torch.no_grad()
-    def _accumulate_stats(self, chosen: "ChosenSources", distances: Sequence[Tensor]) -> None:
-        values = torch.stack([torch.ones_like(chosen.weight), *distances], dim=-1)  # (T, draws, B, 4)
+    def _accumulate_stats(self, chosen: "ChosenSources", means: Sequence[Tensor]) -> None:
+        values = torch.stack([torch.ones_like(chosen.weight), *means], dim=-1)  # (T, draws, B, 6)
         values = values * (chosen.weight > 0)[..., None]
         target = torch.arange(len(self.task_names), device=chosen.source.device)
         self.stats.add(target, chosen.source.flatten(1), values.flatten(1, 2))
 
     def summary(self) -> dict[str, float]:
-        """Return diagnostics of each drawn pair since the last call.
+        """Return diagnostics of each drawn pair since the last call; warn once of a collapse.
 
-        Per ``target<-source`` the means over images of 1 - cos between the mapped prediction and label (``apart``), and
-        of each to the image's feature (``source_image``, ``target_image``).
+        Per ``target<-source`` the means over images of 1 - cos between the mapped prediction and label (``apart``), of
+        each to the image's feature (``source_image``, ``target_image``), and the spreads (``source_spread``,
+        ``target_spread``).
         """
-        summary = {}
+        names = ("apart", "source_image", "target_image", "source_spread", "target_spread")
+        summary: dict[str, float] = {}
         for pair, (images, *terms) in self.stats.pop().items():
             if images:
-                for name, value in zip(("apart", "source_image", "target_image"), terms):
+                for name, value in zip(names, terms):
                     summary[f"{pair}/{name}"] = value / images
+        self._warn_of_collapse({name: value for name, value in summary.items() if name.endswith("_spread")})
         return summary
+
+    def _warn_of_collapse(self, spreads: Mapping[str, float]) -> None:
+        """Log one warning in a run, where the smallest spread is below the bound."""
+        name = min(spreads, key=spreads.__getitem__, default=None)
+        if name is None or self.warned_of_collapse or spreads[name] >= self.min_spread:
+            return
+        self.warned_of_collapse = True
+        log.warning(
+            "the mapping of the cross-task consistency collapses: %s is %.3g, below min_spread=%g; raise "
+            "variance_weight (%g), e.g. to %g",
+            name,
+            spreads[name],
+            self.min_spread,
+            self.variance_weight,
+            max(1.0, 2 * self.variance_weight),
+        )
 
 
 def encode_prediction(task: Task, x: Tensor) -> Tensor:
@@ -243,6 +328,24 @@ def mean_cosine_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     """Average 1 - a . b of unit vectors (N, C, h, w) over cells with ``weight`` (N, h, w): (N,), 0 without weight."""
     distance = 1 - (a * b).sum(dim=1)
     return (distance * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2)).clamp(min=1)
+
+
+def sum_vectors(x: Tensor, weight: Tensor, group: Tensor, num_groups: int) -> Tensor:
+    """Sum vectors (N, C, h, w) over cells with ``weight`` (N, h, w) in each group (N,), with |x|^2 and the weight.
+
+    Returns:
+        (num_groups, C + 2).
+    """
+    rows = torch.cat([x, (x * x).sum(dim=1, keepdim=True), torch.ones_like(x[:, :1])], dim=1)
+    rows = (rows * weight[:, None]).sum(dim=(2, 3))
+    return rows.new_zeros(num_groups, rows.shape[1]).index_add(0, group, rows)
+
+
+def compute_spread(sums: Tensor) -> Tensor:
+    """Compute sqrt(mean |x|^2 - |mean x|^2) of each group from :func:`sum_vectors`, (G, C + 2) -> (G,)."""
+    means = sums[:, :-1] / sums[:, -1:].clamp(min=1)
+    variance = (means[:, -1] - means[:, :-1].square().sum(dim=1)).clamp(min=0)
+    return (variance + SPREAD_EPS).sqrt()
 
 
 class ChosenSources(NamedTuple):

@@ -14,12 +14,16 @@ from mtcl.data.loader import EpochBatchSampler
 # Its graphs are cut where DDP wants them. Adam would weigh up that it rounds otherwise.
 COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regularizer.lr=1e-4"]
 
+# The guard is on: all spreads are below its bound.
+TWO_VIEWS = ["data.views_per_step=2", "loss.views=first"]
+TWO_VIEWS += ["regularizer.options.variance_weight=1", "regularizer.options.min_spread=0.9"]
+
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ["data.label_assignment=random"],
-        ["regularizer=mtpsl", "data.views_per_step=2"],
+        ["regularizer=mtpsl", *TWO_VIEWS],
         ["regularizer=auxiliary", "data.label_assignment=random"],
         ["regularizer=jtr", "data.label_assignment=random"],
         COMPILED,

@@ -1,5 +1,6 @@
 """Cross-task consistency (regularizer=mtpsl): the loss against an obvious reference, its draws, what it may touch."""
 
+import copy
 import json
 from itertools import product
 
@@ -57,6 +58,13 @@ def make_case(seed=0, size=(24, 40), frame=(32, 64), batch=3, unlabelled=(), voi
     return regularizer, output, labels
 
 
+def in_double(regularizer, output):
+    """Copies for a reference in float64."""
+    features = {"trunk": {name: x.detach().double() for name, x in output.features["trunk"].items()}}
+    predictions = {name: x.double() for name, x in output.predictions.items()}
+    return copy.deepcopy(regularizer).double(), output._replace(predictions=predictions, features=features)
+
+
 def map_one(regularizer, x, task, pair):
     """One map (1, c, h, w) through the mapping, as in the authors' code: a batch norm of one image, then FiLM."""
 
@@ -66,7 +74,7 @@ def map_one(regularizer, x, task, pair):
             x = x * m.gamma[row].view(1, -1, 1, 1) + m.beta[row].view(1, -1, 1, 1)
         return x.clamp(min=0)
 
-    x = layer(x, regularizer.stems[task])
+    x = layer(x.to(regularizer.stems[task].weight), regularizer.stems[task])
     layers = iter(regularizer.mapping.layers)
     for level in range(3):
         for _ in range(2 if level < 2 else 3):
@@ -76,8 +84,8 @@ def map_one(regularizer, x, task, pair):
     return x
 
 
-def reference_pair(regularizer, output, labels, target, source, image):
-    """L_st in one image, by loops over cells of pixels and of the result."""
+def map_cells(regularizer, output, labels, target, source, image):
+    """The mapped prediction, the mapped label and the feature of each labelled cell, by loops over cells of pixels."""
     tasks, (height, width), n = regularizer.tasks, output.frame, regularizer.stride
     size = labels["semseg"].shape[-2:]
     valid = tasks[target].valid(labels[target])[image]
@@ -109,13 +117,31 @@ def reference_pair(regularizer, output, labels, target, source, image):
     b = map_one(regularizer, cells(mean_label, n), target, pair)
     feature = output.features["trunk"][target][image]
     f = F.adaptive_avg_pool2d(feature, a.shape[-2:])[None]
+    return [
+        (a[0, :, i, j], b[0, :, i, j], f[0, :, i, j])
+        for i, j in product(range(a.shape[2]), range(a.shape[3]))
+        if any(valid[y, x] for y, x in inside(cell(i, j, n * 8)))
+    ]
+
+
+def reference_pair(regularizer, output, labels, target, source, image):
+    """L_st in one image, after its three terms."""
     losses = []
-    for i, j in product(range(a.shape[2]), range(a.shape[3])):
-        if any(valid[y, x] for y, x in inside(cell(i, j, n * 8))):
-            u, v, w = a[0, :, i, j], b[0, :, i, j], f[0, :, i, j]
-            apart = [1 - F.cosine_similarity(p, q, dim=0) for p, q in ((u, v), (u, w), (v, w))]
-            losses.append(torch.stack([*apart, apart[0] + regularizer.image_weight * (apart[1] + apart[2])]))
+    for u, v, w in map_cells(regularizer, output, labels, target, source, image):
+        apart = [1 - F.cosine_similarity(p, q, dim=0) for p, q in ((u, v), (u, w), (v, w))]
+        losses.append(torch.stack([*apart, apart[0] + regularizer.image_weight * (apart[1] + apart[2])]))
     return sum(losses) / len(losses)
+
+
+def reference_spreads(regularizer, output, labels, target, source, images):
+    """The root mean squared distance of a pair's unit vectors from their mean, of predictions and of labels."""
+    cells = [c for i in images for c in map_cells(regularizer, output, labels, target, source, i)]
+    spreads = []
+    for side in (0, 1):
+        vectors = [F.normalize(cell[side], dim=0) for cell in cells]
+        mean = sum(vectors) / len(vectors)
+        spreads.append((sum((v - mean).square().sum() for v in vectors) / len(vectors)).sqrt())
+    return spreads
 
 
 @pytest.mark.parametrize(("size", "frame"), [((24, 40), (32, 64)), ((32, 32), (32, 32)), ((30, 34), (30, 34))])
@@ -131,7 +157,7 @@ def test_loss_of_all_pairs_against_loops(size, frame):
         for source, values in want.items():
             for name, value in zip(("apart", "source_image", "target_image"), values.tolist()):
                 assert summary.pop(f"{target}<-{source}/{name}") == pytest.approx(value, rel=1e-3, abs=1e-5)
-    assert not summary
+    assert all(name.endswith("_spread") for name in summary)
     assert not regularizer.summary()
     torch.testing.assert_close(result.loss, total)
 
@@ -150,6 +176,109 @@ def test_partial_labels_teach_the_other_tasks():
     want = pairs("depth", *((s, 1) for s in NAMES[2:]))
     torch.testing.assert_close(result.losses["depth"], want, rtol=1e-4, atol=1e-5)
     assert result.losses["normals"] == result.losses["edge"] == 0
+
+
+def test_the_mapping_works_on_the_second_views():
+    """Against loops in float64 over the rows from the middle on; the first views get no gradient."""
+    missing = [("semseg", 2), ("normals", 1), ("edge", 3), ("depth", 3)]
+    options = {"num_sources": 3, "source_rule": "any", "size": (16, 32), "frame": (16, 32)}
+    regularizer, output, labels = make_case(batch=4, unlabelled=missing, **options)
+    regularizer.views_per_step, regularizer.loss_views = 2, "first"
+    for prediction in output.predictions.values():
+        prediction.requires_grad_()
+    result = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a", "b", "a#1", "b#1"]))
+    double = in_double(regularizer, output)
+    for target in NAMES:
+        images = [i for i in (2, 3) if (target, i) not in missing]
+        want = sum(reference_pair(*double, labels, target, s, i)[3] for i in images for s in NAMES if s != target) / 2
+        assert result.losses[target].item() == pytest.approx(want.item(), rel=1e-4)
+    result.loss.backward()
+    for prediction in output.predictions.values():
+        assert not prediction.grad[:2].any()
+        assert all(row.any() for row in prediction.grad[2:])
+
+
+def test_the_guard_against_loops():
+    """The hinges of all pairs, in float64; pairs count by the images that have them."""
+    missing = [(n, 0) for n in NAMES[1:]] + [("edge", 1)]
+    options = {"batch": 2, "unlabelled": missing, "num_sources": 3, "size": (16, 32), "frame": (16, 32)}
+    regularizer, output, labels = make_case(**options, variance_weight=0.6, min_spread=0.75)
+    plain, *_ = make_case(**options)
+    draw = regularizer.sample(0, "ab")
+    result, without = (r.compute_loss(output, labels, draw) for r in (regularizer, plain))
+    summary, double = regularizer.summary(), in_double(regularizer, output)
+    total = torch.zeros((), dtype=torch.float64)
+    for target, hinges in ((t, torch.zeros((), dtype=torch.float64)) for t in NAMES):
+        for source in (s for s in NAMES if s != target):
+            pairs = [(target, i) not in missing and (source, i) in missing for i in (0, 1)]
+            if any(pairs):
+                spreads = reference_spreads(*double, labels, target, source, [i for i in (0, 1) if pairs[i]])
+                hinges = hinges + sum((0.75 - s).clamp(min=0) for s in spreads) * sum(pairs) / 2
+                for side, spread in zip(("source", "target"), spreads):
+                    assert summary[f"{target}<-{source}/{side}_spread"] == pytest.approx(spread.item(), abs=1e-4)
+        difference = result.losses[target] - without.losses[target]
+        assert difference.item() == pytest.approx(0.6 * hinges.item(), rel=1e-3, abs=1e-5)
+        total = total + 0.6 * hinges
+    assert total > 0.1
+    parameters = list(regularizer.parameters())
+    gradients = torch.autograd.grad(result.loss, parameters)
+    others = torch.autograd.grad(without.loss, list(plain.parameters()))
+    want = torch.autograd.grad(total, list(double[0].parameters()), allow_unused=True)
+    for one, two, three in zip(gradients, others, want):
+        expected = torch.zeros_like(one) if three is None else three.float()
+        torch.testing.assert_close(one - two, expected, rtol=1e-3, atol=1e-4)
+    assert sum(w is not None and bool(w.any()) for w in want) > 5
+
+
+def collapse(regularizer, output, gamma=0.0):
+    """Let every pixel of every pair map to (nearly) one vector, which is the image's feature, too."""
+    with torch.no_grad():
+        last = regularizer.mapping.layers[-1]
+        last.gamma.fill_(gamma)
+        last.beta.fill_(1.0)
+        last.scale.fill_(1.0)
+        last.shift.fill_(0.0)
+        output.features["trunk"]["depth"].fill_(3.0)
+
+
+def test_a_collapsed_mapping_has_no_loss_without_the_guard():
+    losses = []
+    for weight in (0.0, 0.5):
+        regularizer, output, labels = make_case(num_sources=3, variance_weight=weight, min_spread=0.2)
+        collapse(regularizer, output)
+        losses.append(regularizer.compute_loss(output, labels, regularizer.sample(0, "abc")).loss.item())
+    assert losses[0] == pytest.approx(0, abs=1e-5)
+    assert losses[1] == pytest.approx(0.5 * 12 * 2 * 0.2, rel=0.02)  # 12 pairs, 2 sides
+
+
+def test_the_guard_leads_out_of_a_collapse():
+    regularizer, output, labels = make_case(num_sources=3, variance_weight=1.0, min_spread=0.5)
+    collapse(regularizer, output, gamma=0.01)
+    optimizer = torch.optim.SGD(regularizer.parameters(), lr=0.02)
+    spreads = []
+    for step in range(6):
+        result = regularizer.compute_loss(output, labels, regularizer.sample(step, "abc"))
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        spreads.append(min(v for name, v in regularizer.summary().items() if name.endswith("_spread")))
+    assert spreads[0] < 0.02
+    assert spreads == sorted(spreads)
+    assert spreads[-1] > 2 * spreads[0]
+
+
+def test_a_collapse_is_logged_once(caplog):
+    regularizer, output, labels = make_case(num_sources=3, min_spread=0.05)
+    regularizer.compute_loss(output, labels, regularizer.sample(0, "abc"))
+    regularizer.summary()
+    assert not caplog.records
+    collapse(regularizer, output)
+    for step in range(2):
+        regularizer.compute_loss(output, labels, regularizer.sample(step, "abc"))
+        regularizer.summary()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "spread is 0.001, below min_spread=0.05; raise variance_weight (0), e.g. to 1" in record.getMessage()
 
 
 def test_drawn_sources_estimate_all_of_them():

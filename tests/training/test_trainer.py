@@ -218,8 +218,9 @@ def test_a_resumed_run_accumulates_on(tmp_path):
 def test_two_views_per_step_resumed_in_mid_epoch(tmp_path):
     """Model, mapping and both optimisers end as those of the whole run, bit for bit."""
     overrides = ["data.views_per_step=2", "data.label_assignment=one", "regularizer=mtpsl", "data.batch_size=2"]
-    overrides += ["trainer.max_steps=4"]
+    overrides += ["trainer.max_steps=4", "loss.views=first"]
     uncut = make_trainer(tmp_path, *overrides)
+    assert (uncut.regularizer.views_per_step, uncut.regularizer.loss_views) == (2, "first")
     for step, batches in zip(range(4), uncut.batches_per_step()):
         assert uncut.train_step(*batches)["contrast"] > 0
         uncut.step += 1
