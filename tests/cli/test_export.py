@@ -156,7 +156,7 @@ def test_the_cards_front_matter_is_the_hubs(trained, tmp_path):
     text = format_model_card(loaded._replace(saved=loaded.saved._replace(config=config)))
     data = ModelCard(text).data
     assert data.datasets == ["nyu_depth_v2"]
-    assert data.base_model == "timm/resnet18.a1_in1k"
+    assert data.base_model == "timm/test_resnet.r160_in1k"
     assert "\n# c" not in text.partition("\n---\n")[2]
     assert "<i>" not in text.partition("\n---\n")[2]
 

@@ -57,7 +57,7 @@ def test_train_writes_everything(cli, tmp_path):
             "meta",
         } == set(checkpoint)
         assert not [key for key in checkpoint["model"] if "projector" in key]
-    assert checkpoint["config"]["backbone"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+    assert checkpoint["config"]["backbone"]["mean"] == pytest.approx([0.5, 0.5, 0.5])
     assert len(list((folder / "panels").glob("*.png"))) == 1
     assert list(folder.glob("events.out.tfevents.*"))
 

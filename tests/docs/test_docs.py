@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -216,6 +217,7 @@ def test_a_command_that_needs_nothing_else_runs(command, workplace):
         arguments = [*TINY, *(first_of_sweep(word) for word in arguments if word != "-m")]
         arguments += [] if "--cfg" in arguments else [f"hydra.run.dir=outputs/typed/{abs(hash(command))}"]
     run_in(workplace, [*MTCL, *arguments] if script == "mtcl" else [str(ROOT / script), *arguments])
+    shutil.rmtree(workplace / "outputs/typed", ignore_errors=True)  # checkpoints of all commands take gigabytes
 
 
 @pytest.mark.slow

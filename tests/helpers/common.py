@@ -12,7 +12,7 @@ from mtcl.config.compose import compose_config
 ROOT = Path(__file__).resolve().parents[2]
 
 
-TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=resnet18"]
+TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=test_resnet"]
 TINY += ["decoder.width=16", "decoder.head_width=8"]
 
 

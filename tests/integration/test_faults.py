@@ -19,7 +19,7 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 
 pytestmark = pytest.mark.slow
 
-OVERRIDES = [*TINY, "backbone.name=test_resnet", "tasks.names=[semseg,depth]", "trainer.validate_first=false"]
+OVERRIDES = [*TINY, "tasks.names=[semseg,depth]", "trainer.validate_first=false"]
 OVERRIDES += ["trainer.val_interval=null", "trainer.num_panels=0", "evaluation.score_boundaries=false", "data.limit=7"]
 OVERRIDES += ["trainer.max_steps=60"]
 

@@ -197,7 +197,7 @@ def test_an_outcome_is_kept_where_it_is_unpickled():
 
 # For real
 
-OVERRIDES = [*TINY, "backbone.name=test_resnet", "tasks.names=[depth,normals]", "evaluation.score_boundaries=false"]
+OVERRIDES = [*TINY, "tasks.names=[depth,normals]", "evaluation.score_boundaries=false"]
 OVERRIDES += ["trainer.num_panels=0", "trainer.validate_first=false"]
 
 
