@@ -1,22 +1,25 @@
 """A study: a grid of runs of train.py from one YAML file, several at once, resumable; then its table.
 
     python scripts/study.py STUDY.yaml --output FOLDER [--jobs N] [--results docs/results/NAME] [--only VARIANT ...]
-        [--table-only] [--holm] [overrides ...]
+        [--table-only] [--holm] [--time-limit SECONDS] [overrides ...]
 
 The overrides go to every run; they are the place for what belongs to a machine (data.root=..., backbone.weights=...;
 paths are relative to the repository). A run's folder is FOLDER/VARIANT/seed_S, its output FOLDER/VARIANT/seed_S.log.
 The same
 command continues a study that was interrupted and tries failed runs again; finished runs stay as they are. The table is
-of what has finished: FOLDER/study.md and study.json. scripts/studies/ has studies to copy from.
+of what has finished: FOLDER/study.md and study.json. scripts/studies/ has studies to copy from. With --time-limit, the
+runs save their state and end after so many seconds (at the latest half a minute later); the exit code is then 75, and
+the same command goes on.
 """
 
 import sys
 from pathlib import Path
 
-from mtcl.cli.arguments import CommandParser, positive_int
+from mtcl.cli.arguments import CommandParser, positive_float, positive_int
 from mtcl.cli.script import run
 from mtcl.errors import UserError
-from mtcl.launch.study import compose_task_names, format_failures, run_study
+from mtcl.launch.processes import EXIT_REQUEUE
+from mtcl.launch.study import TimeLimitReached, compose_task_names, format_failures, run_study
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,24 +36,30 @@ def main() -> None:
     )
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     parser.add_argument("--holm", action="store_true", help="correct p-values for the number of comparisons (Holm)")
+    parser.add_argument("--time-limit", type=positive_float, metavar="SECONDS", help="end the runs, to be continued")
     parser.add_argument("overrides", nargs="*", help="of every run, as for train.py")
     args = parser.parse_intermixed_args()
     only = [text for text in args.only if "=" not in text]
     overrides = [*args.overrides, *(text for text in args.only if "=" in text)]  # --only takes all that follows it
-    failures = run_study(
-        args.study,
-        args.output,
-        overrides,
-        command=[sys.executable, "train.py"],
-        root=ROOT,
-        list_tasks=lambda overrides: compose_task_names(overrides, ROOT / "configs"),
-        num_parallel=args.jobs,
-        only=only,
-        results=args.results,
-        table_only=args.table_only,
-        holm=args.holm,
-        say=lambda text: print(text, flush=True),
-    )
+    try:
+        failures = run_study(
+            args.study,
+            args.output,
+            overrides,
+            command=[sys.executable, "train.py"],
+            root=ROOT,
+            list_tasks=lambda overrides: compose_task_names(overrides, ROOT / "configs"),
+            num_parallel=args.jobs,
+            only=only,
+            results=args.results,
+            table_only=args.table_only,
+            holm=args.holm,
+            time_limit=args.time_limit,
+            say=lambda text: print(text, flush=True),
+        )
+    except TimeLimitReached as reached:
+        print(reached, file=sys.stderr)
+        sys.exit(EXIT_REQUEUE)
     if failures:
         raise UserError(format_failures(failures))
 

@@ -60,14 +60,26 @@ class Failure:
     reason: str
 
 
+class TimeLimitReached(Exception):  # noqa: N818
+    """The time limit ended a study: ``remaining`` of its runs are not finished, and the same command continues them."""
+
+    def __init__(self, remaining: int):
+        self.remaining = remaining
+        super().__init__(f"time limit: {remaining} run{'s' * (remaining > 1)} to go, the same command continues them")
+
+
 @dataclass(frozen=True)
 class Launcher:
-    """How runs are started: ``command`` in the folder ``root``, ``num_parallel`` at once."""
+    """How runs are started: ``command`` in the folder ``root``, ``num_parallel`` at once.
+
+    After ``time_limit`` seconds (None: never) no more are started, and those that run save their state and end.
+    """
 
     command: Sequence[str]
     root: Path
     num_parallel: int
     say: Callable[[str], None]
+    time_limit: float | None = None
 
 
 def run_study(
@@ -83,6 +95,7 @@ def run_study(
     results: Path | None = None,
     table_only: bool = False,
     holm: bool = False,
+    time_limit: float | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Failure]:
     """Run the unfinished runs of a study, then write and print its table.
@@ -99,6 +112,7 @@ def run_study(
         results: A folder for one small JSON per run.
         table_only: Run nothing.
         holm: Base verdicts on p-values corrected by Holm's method.
+        time_limit: End the runs after so many seconds, with their state saved; the table has what is finished.
         say: Prints a line.
 
     Returns:
@@ -106,6 +120,7 @@ def run_study(
 
     Raises:
         UserError: A mistake in file or overrides, or ``output`` has runs of other overrides; nothing was started.
+        TimeLimitReached: The time limit ended the study before its last run.
     """
     check_overrides("the command", overrides)
     study = read_study(path)
@@ -127,8 +142,27 @@ def run_study(
     if not table_only:
         check_variants(path, chosen, list_tasks)
         with lock_output(output):
-            launcher = Launcher(command, root, num_parallel, say)
-            failures = run_jobs(chosen, overrides, study, launcher)
+            failures = run_jobs(chosen, overrides, study, Launcher(command, root, num_parallel, say, time_limit))
+    repeat_command = format_command(path, study.name, overrides, root)
+    write_table(study, jobs, output, repeat_command, results=results, holm=holm, say=say)
+    failed = {failure.job.folder for failure in failures}
+    remaining = sum(not job.is_finished and job.folder not in failed for job in chosen)
+    if remaining and not table_only:
+        raise TimeLimitReached(remaining)
+    return failures
+
+
+def write_table(
+    study: Study,
+    jobs: Sequence[StudyJob],
+    output: Path,
+    repeat_command: str,
+    *,
+    results: Path | None,
+    holm: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Print the table of the finished runs and write it; for the arguments see :func:`run_study`."""
     records = [
         study_tables.make_record(study, job.variant, job.seed, job.overrides, job.folder)
         for job in jobs
@@ -136,17 +170,15 @@ def run_study(
     ]
     if not records:
         say("no run has finished: there is no table")
-        return failures
+        return
     report = study_tables.build_report(study, records, holm)
     say("\n" + study_tables.format_text(report))
-    repeat_command = format_command(path, study.name, overrides, root)
     write_text(output / "study.md", study_tables.format_markdown(report, repeat_command))
     write_json(output / "study.json", study_tables.to_json(report))
     say(f"{output / 'study.md'} and study.json contain this table")
     if results is not None:
         study_tables.write_results(results, study, records, repeat_command)
         say(f"{results}: {len(records)} runs, one file each")
-    return failures
 
 
 def check_variants(path: Path, jobs: Sequence[StudyJob], list_tasks: ListTasks) -> None:
@@ -274,7 +306,7 @@ def run_jobs(jobs: Sequence[StudyJob], overrides: Sequence[str], study: Study, l
     queue = JobQueue(jobs, overrides, study, launcher)
     say = launcher.say
     with catch_signals() as signals:
-        while (queue.waiting or queue.running) and not signals:
+        while (queue.waiting or queue.running) and not signals and not queue.is_out_of_time:
             queue.start_jobs()
             queue.collect_jobs()
             time.sleep(POLL)
@@ -283,6 +315,9 @@ def run_jobs(jobs: Sequence[StudyJob], overrides: Sequence[str], study: Study, l
             stop_processes(list(queue.running), signal.SIGINT, PATIENCE)
             say("the same command continues this study")
             raise KeyboardInterrupt
+        if queue.running:
+            say(f"time limit: ending {len(queue.running)} run{'s' * (len(queue.running) != 1)}")
+            stop_processes(list(queue.running), signal.SIGTERM, PATIENCE, signals)
     return queue.failures
 
 
@@ -302,6 +337,12 @@ class JobQueue:
         for job in self.waiting:
             if job.is_locked:
                 self.say(f"{job.title} is still run by a process of a study that was killed: waiting for it")
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Has the study run for as long as it may?"""
+        limit = self.launcher.time_limit
+        return limit is not None and time.monotonic() - self.start_time >= limit
 
     def start_jobs(self) -> None:
         """Start jobs that no process holds, as far as there are free slots."""

@@ -20,7 +20,14 @@ from mtcl import UserError
 from mtcl.config.quoting import quote_value
 from mtcl.launch.overrides import make_portable, merge_overrides
 from mtcl.launch.processes import format_duration
-from mtcl.launch.study import compose_task_names, format_command, format_failures, list_jobs, run_study
+from mtcl.launch.study import (
+    TimeLimitReached,
+    compose_task_names,
+    format_command,
+    format_failures,
+    list_jobs,
+    run_study,
+)
 from mtcl.launch.study_file import Study, Variant, read_study
 from mtcl.launch.study_tables import build_report, format_markdown, format_text, read_results, to_json, write_results
 from mtcl.results.statistics import minimum_detectable_effect
@@ -368,6 +375,25 @@ def test_a_signal_ends_the_runs_and_the_same_command_continues_them(run, study_f
     assert not failures
     assert "a seed 0 continued" in again
     assert calls(tmp_path) == ["a 0", "a 0 auto", "b 0"]
+
+
+def test_a_time_limit_ends_the_runs_and_the_same_command_continues_them(run, study_file, tmp_path):
+    study_file.write_text(
+        f"seeds: [0]\nvariants: {{b: {{}}, a: {{overrides: [trouble={tmp_path}/t.hang]}}, c: {{}}}}\n"
+    )
+    (tmp_path / "t.hang").touch()
+    lines = []
+    run(only=["b"])
+    with pytest.raises(TimeLimitReached, match="time limit: 2 runs to go") as reached:
+        run(time_limit=0.3, say=lines.append)
+    assert reached.value.remaining == 2
+    assert "time limit: ending 1 run" in lines
+    assert any("b" in line and "mIoU" in line for line in lines)  # the table of what is finished
+    assert not (tmp_path / "out/a/seed_0/metrics.json").exists()
+    (tmp_path / "t.hang").unlink()
+    assert not run(time_limit=60)[1]
+    assert (tmp_path / "out/a/seed_0/metrics.json").exists()
+    assert calls(tmp_path)[-1] == "c 0"
 
 
 def test_what_a_killed_studys_process_still_runs_is_waited_for(run, tmp_path):
