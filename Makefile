@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 .DEFAULT_GOAL := help
 
-.PHONY: help install train test test-slow coverage check format
+.PHONY: help install train test test-slow coverage check format gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,3 +40,7 @@ check: install ## check format, lint, types, imports and generated tables
 format: install ## format, and fix what can be fixed by itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# With .venv where there is one, else with $(PYTHON): a machine with a card may have no network to install from.
+gpu: ## run all that needs a GPU, resumable, into docs/results/gpu (docs/gpu.md); ARGS="--device cpu --tiny" rehearses
+	PYTHONPATH=.:$$PYTHONPATH $(or $(wildcard $(BIN)/python),$(PYTHON)) scripts/benchmarks/gpu.py $(ARGS)

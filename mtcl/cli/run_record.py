@@ -2,18 +2,16 @@
 
 import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mtcl.data import MultiTaskDataset
-from mtcl.version import __version__
+from mtcl.version import __version__, read_commit
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
 
@@ -33,7 +31,7 @@ def build_run_record(
     Returns:
         What is written to the run folder's record, a JSON object.
     """
-    commit, clean = _commit()
+    commit, clean = read_commit()
     height, width = config.data.size
     return {
         "command": shlex.join(sys.argv),
@@ -60,18 +58,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             versions[package] = "not installed as a package"
     return versions
-
-
-def _commit() -> tuple[str | None, bool | None]:
-    """Return the commit of mtcl's own checkout and whether it is clean; None if it is not a checkout."""
-
-    def git(*args: str) -> str:
-        process = subprocess.run(
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, encoding="utf-8", check=True
-        )
-        return process.stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD"), git("status", "--porcelain") == ""
-    except (OSError, subprocess.CalledProcessError):
-        return None, None

@@ -35,6 +35,7 @@ from mtcl.data import Batch
 from mtcl.profiling.flops import count
 from mtcl.profiling.timing import measure_peak_memory, measure_time, synchronize
 from mtcl.runtime import choose_device, seed_everything
+from mtcl.training.train_step import CompiledModule
 from mtcl.training.trainer import Trainer
 
 EXPERIMENTS = ("nyud_multi_head_hrnet18", "nyud_invpt_vit_base", "nyud_invpt_vit_large")
@@ -152,8 +153,11 @@ def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], step
             "flops_per_second": rate,
             "parts": parts,
             "roofline": rate / peak if peak else None,
+            "compiled": isinstance(trainer.training_step, CompiledModule) and trainer.training_step.works,
         }
         print(format_row(variant, batch, results[variant]))
+        if trainer.options.compile and not results[variant]["compiled"]:
+            print(f"{variant}: torch.compile failed, these steps are eager")
     reference = results[variants[0]]
     for variant in variants[1:]:
         speedup = statistics.median(reference["seconds"]) / statistics.median(results[variant]["seconds"])

@@ -1,4 +1,4 @@
-"""Latency of inference: eager, compiled and ONNX Runtime, per decoder; with and without the regularizer attached.
+"""Latency of inference: eager, compiled, ONNX Runtime and TensorRT, per decoder; also with the regularizer attached.
 
     python scripts/benchmarks/benchmark_inference.py [overrides ...] [--decoders NAME ...] [--size H W] [--batch N ...]
         [--backends NAME ...] [--repeats N] [--seconds N] [--device DEVICE] [--precision fp32|bf16] [--json OUT]
@@ -10,8 +10,9 @@ row, e.g. backbone=resnet18. Default: all decoders, 448 x 576, batches of 1 and 
 A row is the median of several passes (--repeats, --seconds) of ``model.predict`` (with ONNX Runtime including the
 normalisation), after a first one; the backends take turns, pass by pass, so that drift of the machine affects all
 equally. In single precision, unless --precision says otherwise (ONNX is always fp32, and on CUDA includes the copies
-from and to the host). Memory is the peak of a pass beyond weights and input: the CUDA allocator's count, or on a CPU
-the profiler's record of tensors.
+from and to the host). ``tensorrt`` is ONNX Runtime's provider of that name. A backend that is not installed, or has
+nothing for the device, is left out; the JSON says why. Memory is the peak of a pass beyond weights and input: the CUDA
+allocator's count, or on a CPU the profiler's record of tensors.
 
 The row ``regulariser`` compares, pass by pass in turns, the model trained with regularizer=none and the model with the
 regularizer attached, built from one seed: their outputs must be bit-equal, or the script exits with 1.
@@ -26,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +71,12 @@ EXPERIMENTS = {
     "linear": "nyud_linear_dinov2_vit_base",
     "dpt": "nyud_dpt_dinov2_vit_base",
 }
-BACKENDS = ("eager", "compiled", "onnx")
+BACKENDS = ("eager", "compiled", "onnx", "tensorrt")
+PROVIDERS = {  # of ONNX Runtime, by backend and device
+    "onnx": {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"},
+    "tensorrt": {"cuda": "TensorrtExecutionProvider"},
+}
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 MIB = 2**20
 
 Pass = Callable[[], Any]
@@ -125,29 +132,46 @@ def time_in_turns(passes: Sequence[Pass], device: torch.device, args: argparse.N
     return seconds
 
 
-def onnx_session(config: DictConfig, step: TrainingStep, device: torch.device) -> Any:
-    """Export the model for this size as ``mtcl export`` does; return None without a provider for the device."""
+def explain_absence(backend: str, device: torch.device) -> str | None:
+    """Return why a backend can't be measured on this device; None if it can."""
+    if backend not in PROVIDERS:
+        return None
+    absent = [package for package in ONNX_PACKAGES if find_spec(package) is None]
+    if absent:
+        return f"needs {', '.join(absent)}; pip install 'mtcl[export]'"
+    if device.type not in PROVIDERS[backend]:
+        return f"has nothing for device={device.type}"
     import onnxruntime
 
-    provider = "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
+    provider = PROVIDERS[backend][device.type]
     if provider not in onnxruntime.get_available_providers():
-        print(f"onnx: omitted, this onnxruntime has no {provider}; pip install onnxruntime-gpu")
-        return None
+        return f"this onnxruntime has no {provider}; pip install onnxruntime-gpu"
+    return None
+
+
+def onnx_session(backend: str, config: DictConfig, step: TrainingStep, device: torch.device) -> Any:
+    """Export the model for this size as ``mtcl export`` does; raise ``UserError`` if that or the provider fails."""
+    import onnxruntime
+
     tasks = build_tasks(config)
     model = deepcopy(step.model).cpu()
     saved = SavedModel(Path("random"), model.state_dict(), plain(config), describe_tasks(tasks), 0)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    provider = PROVIDERS[backend][device.type]
+    providers = list(dict.fromkeys([provider, PROVIDERS["onnx"][device.type]]))  # the second has all operations
     with tempfile.TemporaryDirectory() as folder:
         export_model(
             LoadedModel(model, tasks, get_image_size(config), saved), "onnx", Path(folder) / "model", fixed_size=True
         )
-        session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX_FILE, options, providers=[provider])
+        session = onnxruntime.InferenceSession(Path(folder) / "model" / ONNX_FILE, options, providers=providers)
+    if session.get_providers()[0] != provider:  # ONNX Runtime then goes on with another one
+        raise UserError(f"ONNX Runtime can't load the libraries of {provider}")
     return session
 
 
-def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: torch.device) -> Backend | None:
-    """Return the backend, or None if it is not available."""
+def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: torch.device) -> Backend:
+    """Return the backend; one that could not be built raises in its first pass."""
     if name == "eager":
         return lambda image: partial(step.model.predict, image)
     if name == "compiled":
@@ -155,12 +179,10 @@ def backend_passes(name: str, config: DictConfig, step: TrainingStep, device: to
         work = torch.compile(step.model.predict, dynamic=False)  # compiled for each batch size
         return lambda image: partial(work, image)
     try:
-        session = onnx_session(config, step, device)
+        session = onnx_session(name, config, step, device)
     except UserError as error:
         reason = str(error)
         return lambda _: partial(raise_reason, reason)
-    if session is None:
-        return None
     return lambda image: partial(session.run, None, {"image": (image.cpu() * 60 + 120).numpy()})  # 0..255
 
 
@@ -203,8 +225,7 @@ def compute_rows(decoder: str, config: DictConfig, args: argparse.Namespace, dev
     step, regularized = (build_step(config, device, with_regularizer=on) for on in (False, True))
     parameters = sum(p.numel() for p in step.model.parameters())
     compared: Row = {}
-    available = {backend: backend_passes(backend, config, step, device) for backend in args.backends}
-    works = {backend: work for backend, work in available.items() if work is not None}
+    works = {backend: backend_passes(backend, config, step, device) for backend in args.backends}
     for batch in args.batch:
         image = make_images(batch, args.size, device)
         with torch.inference_mode(), autocast(device, args.precision):
@@ -268,13 +289,18 @@ def main() -> None:
     configs = {name: compose_benchmark(name, args.size, args.overrides) for name in args.decoders}
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{platform.machine()}, {device_name}, torch {torch.__version__}, {args.size[0]} x {args.size[1]}")
+    omitted = {name: reason for name in args.backends if (reason := explain_absence(name, device)) is not None}
+    args.backends = [name for name in args.backends if name not in omitted]
+    for name, reason in omitted.items():
+        print(f"{name}: left out, {reason}")
     print(f"{'decoder':13} {'backend':10} {'batch':>5} {'ms':>10} {'images/s':>9} {'peak MiB':>8}  backbone")
     rows: list[Row] = []
     for decoder, config in configs.items():
         rows += compute_rows(decoder, config, args, device)
         if args.json:
             metadata = {"machine": platform.machine(), "device": device_name, "torch": torch.__version__}
-            write_json(args.json, {**metadata, "precision": args.precision, "rows": rows})
+            metadata |= {"precision": args.precision, "left_out": omitted}
+            write_json(args.json, {**metadata, "rows": rows})
 
 
 if __name__ == "__main__":

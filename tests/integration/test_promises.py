@@ -207,6 +207,7 @@ def test_the_built_in_example_learns(tmp_path):
     assert metrics["human_parts"]["mIoU"] > 0.1
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("overrides", [[], ["regularizer.weight=0"], ["trainer.precision=fp32"]])
 def test_deterministic_on_cuda(tmp_path, overrides):

@@ -316,6 +316,7 @@ def test_both_ways_of_counting_count_the_same():
     assert count(cells[:0], 3).tolist() == count_by_scatter(cells[:0], 3).tolist() == [0, 0, 0]
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(("task", "options"), VARIANTS)
 def test_on_cuda_the_counts_are_the_same_and_nothing_waits(task, options):

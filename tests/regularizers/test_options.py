@@ -161,7 +161,8 @@ def test_half_precision_and_broken_labels(criterion):
         assert tensor.grad.isfinite().all()
 
 
-CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))
+NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.param("cuda", marks=[pytest.mark.cuda, NO_CUDA])
 
 
 def bits(device, **options):
