@@ -48,7 +48,18 @@ SLICE_END = 60  # seconds of a slice's limit that are kept for saving its runs a
 PATIENCE = 10.0  # seconds that a piece has to end by itself
 POLL = 0.1
 NUM_LAST_LINES = 20
-REQUIRED = ("torch", "torchvision", "timm", "torchmetrics", "hydra", "omegaconf", "antlr4", "numpy", "cv2", "scipy")
+REQUIRED: tuple[str, ...] = (
+    "torch",
+    "torchvision",
+    "timm",
+    "torchmetrics",
+    "hydra",
+    "omegaconf",
+    "antlr4",
+    "numpy",
+    "cv2",
+    "scipy",
+)
 REQUIRED += ("h5py", "PIL", "safetensors", "tensorboard", "tqdm", "yaml")
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 OPTIONAL = ("pytest", "hypothesis", *ONNX, "tensorrt", "triton", "torchjd", "peft", "skimage", "matplotlib")
