@@ -48,19 +48,10 @@ SLICE_END = 60  # seconds of a slice's limit that are kept for saving its runs a
 PATIENCE = 10.0  # seconds that a piece has to end by itself
 POLL = 0.1
 NUM_LAST_LINES = 20
-REQUIRED: tuple[str, ...] = (
-    "torch",
-    "torchvision",
-    "timm",
-    "torchmetrics",
-    "hydra",
-    "omegaconf",
-    "antlr4",
-    "numpy",
-    "cv2",
-    "scipy",
+REQUIRED = (
+    *("torch", "torchvision", "timm", "torchmetrics", "hydra", "omegaconf", "antlr4", "numpy", "cv2", "scipy"),
+    *("h5py", "PIL", "safetensors", "tensorboard", "tqdm", "yaml"),
 )
-REQUIRED += ("h5py", "PIL", "safetensors", "tensorboard", "tqdm", "yaml")
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 OPTIONAL = ("pytest", "hypothesis", *ONNX, "tensorrt", "triton", "torchjd", "peft", "skimage", "matplotlib")
 
