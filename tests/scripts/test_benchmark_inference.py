@@ -28,12 +28,23 @@ def test_every_decoder_has_an_experiment():
     )
 
 
+def test_a_backend_that_is_absent_is_left_out_with_its_reason(monkeypatch):
+    explain = runpy.run_path(str(ROOT / SCRIPT), run_name="benchmark_inference")["explain_absence"]
+    cpu = torch.device("cpu")
+    assert explain("eager", cpu) is explain("compiled", cpu) is None
+    monkeypatch.setitem(explain.__globals__, "find_spec", lambda name: None if name == "onnxscript" else name)
+    assert explain("onnx", cpu) == "needs onnxscript; pip install 'mtcl[export]'"
+    monkeypatch.setitem(explain.__globals__, "find_spec", lambda name: name)
+    assert explain("tensorrt", cpu) == "has nothing for device=cpu"
+
+
 def test_rows(cli, tmp_path):
     arguments = [*SMALL, "--batch", "1", "2", "--backends", "eager", "--json", str(tmp_path / "out.json"), *OVERRIDES]
     result = cli(SCRIPT, *arguments)
     assert result.code == 0, result.err
     content = json.loads((tmp_path / "out.json").read_text())
     first, second, compared = content["rows"]
+    assert content["left_out"] == {}
     for row, batch in ((first, 1), (second, 2)):
         assert (row["decoder"], row["backbone"], row["backend"]) == ("multi_head", "resnet18", "eager")
         assert (row["batch"], row["repeats"]) == (batch, 1)
