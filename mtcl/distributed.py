@@ -85,11 +85,20 @@ def barrier() -> None:
 
 
 def init_process_group(device: torch.device) -> None:
-    """Join the other processes that ``torchrun`` started; do nothing in a run of one, or when called again."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if device.type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    """Join the other processes that ``torchrun`` started; do nothing in a run of one, or when called again.
+
+    Args:
+        device: of this process. Tensors on a GPU are exchanged by NCCL, those on the CPU by gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+        # With device_id NCCL connects now, not in the first collective, and a barrier knows which GPU to use.
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
 
 
 def destroy_process_group() -> None:

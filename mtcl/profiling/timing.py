@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity
 def synchronize(device: torch.device) -> None:
     """Wait for the work that is queued on a CUDA device."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
 
 
 def measure_time(work: Callable[[], object], device: torch.device) -> tuple[float, float]:
@@ -33,11 +33,11 @@ def measure_peak_memory(work: Callable[[], object], device: torch.device) -> int
     """
     if device.type == "cuda":
         synchronize(device)
-        torch.cuda.reset_peak_memory_stats()
-        baseline = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        baseline = torch.cuda.memory_allocated(device)
         work()
         synchronize(device)
-        return torch.cuda.max_memory_allocated() - baseline
+        return torch.cuda.max_memory_allocated(device) - baseline
     with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profile:
         work()
     with tempfile.TemporaryDirectory() as scratch:

@@ -138,7 +138,8 @@ class Normals(Task):
 
     def unflip_prediction(self, prediction: Tensor) -> Tensor:
         """Flip the map (B, 3, H, W) back and change the sign of x."""
-        return prediction.flip(-1) * prediction.new_tensor([-1.0, 1.0, 1.0])[:, None, None]
+        x, rest = prediction.flip(-1).split([1, 2], dim=1)
+        return torch.cat([-x, rest], dim=1)
 
     def to_averageable(self, prediction: Tensor) -> Tensor:
         """Normalize to length 1: the loss leaves the length free, and the longest vectors would count most."""

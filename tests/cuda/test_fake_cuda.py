@@ -3,7 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.fake_cuda import CUDA, NO_DETERMINISTIC_KERNEL, HostWaitError, differentiate, fake_cuda
+from helpers.fake_cuda import (
+    CUDA,
+    NO_DETERMINISTIC_KERNEL,
+    HostWaitError,
+    differentiate,
+    fake_cuda,
+    list_low_precision,
+)
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,6 +30,7 @@ MISTAKES = {
     "a class count from data": (lambda x: F.one_hot(x.long()), DataDependentOutputException),
     "a copy to the host": (lambda x: x.cpu(), HostWaitError),
     "numbers of the host": (lambda x: x * torch.tensor([1.0, 2, 3, 4], device=CUDA), HostWaitError),
+    "new numbers of the host": (lambda x: x * x.new_tensor([1.0, 2, 3, 4]), HostWaitError),
     "an index of the host": (lambda x: x[[0, 1]], HostWaitError),
     "a copy that waits": (lambda x: x.copy_(torch.ones(4)), HostWaitError),
     "a masked write of several values": (lambda x: x.__setitem__(x > 0, torch.ones(4, device=CUDA)), HostWaitError),
@@ -63,6 +71,17 @@ def test_autocast_is_that_of_cuda():
         x = nn.Linear(4, 4, device=CUDA)(torch.ones(4, device=CUDA))
         assert x.dtype == torch.bfloat16
         assert x.softmax(0).dtype == x.norm().dtype == torch.float32
+
+
+def test_a_layer_that_rounds_is_listed():
+    """Behind the last layer bf16 is allowed, unless the whole graph is asked for."""
+    with fake_cuda(), torch.autocast("cuda", dtype=torch.bfloat16):
+        rounded = nn.Linear(4, 4, device=CUDA)(torch.ones(2, 4, device=CUDA))
+        with torch.autocast("cuda", enabled=False):
+            x = nn.Linear(4, 4, device=CUDA)(rounded.float()).square().mean()
+    assert list_low_precision(x, up_to_layers=True) == []
+    assert list_low_precision(rounded.float(), up_to_layers=True) == ["AddmmBackward0"]
+    assert "AddmmBackward0" in list_low_precision(x)
 
 
 class Halved(torch.autograd.Function):

@@ -52,11 +52,11 @@ def test_an_evaluation_does_not_wait_between_its_batches(monkeypatch):
 
 
 def test_a_predictor_keeps_its_maps_on_the_device(monkeypatch):
-    """With scales and flips, and window by window; the host reads the maps when they are decoded."""
-    tasks, decoded = {"depth": build_task("depth")}, []
+    """Enlarged and flipped, whole and window by window; the host reads the maps when they are decoded."""
+    tasks, decoded = {"normals": build_task("normals")}, []
     monkeypatch.setattr(Predictor, "_warn_of_overflow", lambda *_: None)
     monkeypatch.setattr(
-        type(tasks["depth"]), "decode", lambda task, x: (decoded.append((x.device, x.dtype)), np.zeros(x.shape[1:]))[1]
+        type(tasks["normals"]), "decode", lambda _, x: (decoded.append((x.device, x.dtype)), np.zeros(x.shape[1:]))[1]
     )
     collate_on_host = collate
     with fake_cuda() as device:
@@ -67,10 +67,10 @@ def test_a_predictor_keeps_its_maps_on_the_device(monkeypatch):
             return device.fake(dict(batch))
 
         monkeypatch.setattr("mtcl.inference.predictor.collate", collate_fake)
-        model = device.fake_module(lambda: make_model(tasks={"depth": 1}))
+        model = device.fake_module(lambda: make_model(tasks={"normals": 3}))
         with device.may_wait():
-            predictor = Predictor(model, tasks, (64, 64), CUDA, mode="sliding_window", flip=True, scales=(1.0, 1.5))
-        small, large = predictor.predict_batch([np.zeros((64, 64, 3), np.uint8), np.zeros((96, 160, 3), np.uint8)])
-    assert small["depth"].shape == (64, 64)
-    assert large["depth"].shape == (96, 160)
+            predictor = Predictor(model, tasks, (64, 64), CUDA, mode="sliding_window", flip=True, scales=(1.5,))
+        small, large = predictor.predict_batch([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 96, 3), np.uint8)])
+    assert small["normals"].shape == (64, 64)
+    assert large["normals"].shape == (64, 96)
     assert set(decoded) == {(CUDA, torch.float32)}

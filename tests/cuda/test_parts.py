@@ -1,35 +1,41 @@
-"""Losses, metrics and the options of the regularisers on a fake CUDA device, and the calls of torch.cuda."""
+"""Losses, metrics and the options of the regularisers on a fake CUDA device."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
 import torch
-from helpers.fake_cuda import CUDA, NO_DETERMINISTIC_KERNEL, Device, fake_cuda
+from helpers.fake_cuda import CUDA, NO_DETERMINISTIC_KERNEL, Device, fake_cuda, list_low_precision
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from mtcl import distributed
 from mtcl.data.device_batch import prepare_features
+from mtcl.metrics.masked import PixelMetric
 from mtcl.models import DenseOutput
 from mtcl.regularizers import AuxiliaryHeads, Contrastive, CrossTaskConsistency
 from mtcl.regularizers.criteria import CRITERIA
 from mtcl.regularizers.null_labels import SOURCE_LABELS
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.class_task import ClassTask
+from mtcl.training.balancing_torchjd import GradientAggregation
 from mtcl.training.checkpoint_thread import copy_to_cpu
 
 CLASSES = {"semseg": {"class_names": list("abcde")}}
 TASKS = ("semseg", "depth", "normals")
-OPTIONS = [(Contrastive, {"criterion": name}) for name in CRITERIA]
-OPTIONS += [(Contrastive, {"source_labels": name}) for name in SOURCE_LABELS[1:]]
+LABELS = {"semihard": "other_image", "ranked": "random", "infonce": "distance"}  # one each saves tests
+OPTIONS = [(Contrastive, {"criterion": name, "source_labels": LABELS.get(name, "true")}) for name in CRITERIA]
 OPTIONS += [
-    (Contrastive, {"class_balanced": True, "window": 0.2}),
+    (Contrastive, {"class_balanced": True, "window": 0.2, "projector_sharing": "all", "hidden_dim": None}),
     (Contrastive, {"drop_conflicting_positives": True, "across_images": True, "projector_sharing": "target"}),
     (Contrastive, {"all_sources": True, "embed_dim": None, "source_tasks": "any"}),
-    (Contrastive, {"projector_sharing": "all", "hidden_dim": None, "source_tasks": "self"}),
-    (AuxiliaryHeads, {}),
     (AuxiliaryHeads, {"all_sources": True, "hidden_dim": None}),
     (CrossTaskConsistency, {"num_sources": 2, "source_rule": "any"}),
     (CrossTaskConsistency, {"stride": 1, "source_rule": "unlabelled"}),
 ]
+
+
+def test_all_source_labels_are_covered():
+    assert {options.get("source_labels", "true") for _, options in OPTIONS} == set(SOURCE_LABELS)
 
 
 def make_tasks(names=TASKS):
@@ -59,6 +65,7 @@ def test_a_step_of_each_regulariser(case):
         labels = {name: make_label(task) for name, task in tasks.items()}
         result = regularizer.compute_loss(output, labels, draw)
         assert {x.dtype for x in (result.loss, *result.losses.values())} == {torch.float32}
+        assert list_low_precision(result.loss) == []
         result.loss.backward()
         optimizer = regularizer.build_optimizer(1e-3, 1e-4)
         optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=CUDA)
@@ -68,7 +75,7 @@ def test_a_step_of_each_regulariser(case):
 
 @pytest.mark.parametrize("name", TASK_NAMES)
 def test_loss_and_metric_of_each_task(name):
-    """In bf16 and fp32; sums are float64 and counts int64, on the device, and an update does not wait."""
+    """In bf16 and fp32: losses are fp32, sums float64, counts int64; only the check of the labels waits."""
     (task,) = make_tasks([name]).values()
     for protocol in getattr(type(task.metric()), "PROTOCOLS", (None,)):
         with fake_cuda() as device:
@@ -84,12 +91,58 @@ def check_task(device: Device, task, options) -> None:
         prediction = torch.ones(2, task.channels, 32, 32, device=CUDA, dtype=dtype, requires_grad=True)
         loss = task.loss(prediction, label)
         assert (loss.dtype, loss.device) == (torch.float32, CUDA)
+        assert list_low_precision(loss) == []
         loss.backward()
         assert prediction.grad.dtype == dtype
         metric.update(prediction.detach().float(), label)
     for state in metric._defaults:
         value = getattr(metric, state)
         assert (value.device, value.dtype in (torch.float64, torch.int64)) == (CUDA, True), state
+    with mock.patch.object(PixelMetric, "check_labels"):
+        results = metric.compute()
+    assert {(x.device, x.shape) for x in results.values()} == {(CUDA, ())}
+
+
+def test_a_loss_that_rounds_is_found(monkeypatch):
+    """Though its value is fp32."""
+    monkeypatch.setattr("mtcl.losses.depth.masked_mean", lambda x, _: x.bfloat16().mean().float())
+    with fake_cuda() as device, pytest.raises(AssertionError):
+        check_task(device, *make_tasks(["depth"]).values(), {})
+
+
+@pytest.mark.parametrize("name", TASK_NAMES)
+def test_a_prediction_is_turned_back_without_waiting(name):
+    (task,) = make_tasks([name]).values()
+    with fake_cuda():
+        prediction = torch.ones(2, task.channels, 8, 8, device=CUDA)
+        result = task.to_averageable(task.unscale_prediction(task.unflip_prediction(prediction), 1.5))
+    assert (result.device, result.shape) == (CUDA, prediction.shape)
+
+
+AGGREGATORS = {"Mean": {}, "Random": {}, "GradDrop": {}, "Constant": {"weights": [1.0, 2.0]}}
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)  # the others solve on the host, or branch on data
+def test_an_aggregator_works_on_the_device(name, monkeypatch, caplog):
+    """The host reads the norms once, when a step's gradients are complete."""
+    pytest.importorskip("torchjd")
+    monkeypatch.setattr("mtcl.training.balancing_torchjd._private_randomness", lambda *_: nullcontext())
+    reads = mock.MagicMock(side_effect=lambda x: [1.0] * x.numel())
+    with fake_cuda() as device, mock.patch.object(FakeTensor, "tolist", lambda x: reads(x)):
+        with device.may_wait():
+            balancer = GradientAggregation({"a": 1.0, "b": 2.0}, CUDA, name, AGGREGATORS[name])
+        trunk, *heads = parameters = [nn.Parameter(torch.ones(4, device=CUDA)) for _ in range(3)]
+        for _ in range(2):  # batches
+            losses = {loss: (trunk * head).bfloat16().float().mean() for loss, head in zip("ab", heads)}
+            balancer.backward(losses | {"c": trunk.mean()}, parameters)
+        reads.assert_not_called()
+        with device.may_wait():
+            balancer.finish_step(0)
+        reads.assert_called_once()
+        for parameter in parameters:
+            assert (parameter.grad.device, parameter.grad.shape) == (CUDA, parameter.shape)
+        assert all(x.device == CUDA for x in balancer.summary().values() if isinstance(x, torch.Tensor))
+    assert not caplog.records  # an aggregator that fails logs a warning
 
 
 def test_features_are_copied_on_a_stream_of_their_own():
@@ -115,13 +168,3 @@ def test_a_checkpoint_is_copied_without_waiting_and_read_after_the_event():
         events.return_value.synchronize.assert_not_called()
         wait()
         events.return_value.synchronize.assert_called_once_with()
-
-
-def test_several_gpus_take_nccl_after_each_process_took_its_gpu(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    calls = mock.MagicMock()
-    monkeypatch.setattr(torch.cuda, "set_device", calls.set_device)
-    monkeypatch.setattr(torch.distributed, "init_process_group", calls.init_process_group)
-    distributed.init_process_group(torch.device("cuda", 2))
-    assert calls.mock_calls == [mock.call.set_device(2), mock.call.init_process_group("cpu:gloo,cuda:nccl")]

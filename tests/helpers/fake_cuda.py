@@ -22,7 +22,12 @@ CUDA = torch.device("cuda", 0)
 COPIES = {torch.ops.aten._to_copy, torch.ops.aten.copy_, torch.ops.aten._copy_from}
 INDEXED_READS = {torch.ops.aten.index}
 INDEXED_WRITES = {torch.ops.aten.index_put, torch.ops.aten.index_put_, torch.ops.aten._index_put_impl_}
+UNKNOWN_TO_FAKES = {torch.ops.aten._fused_sgd_}  # they change their arguments and return nothing
 SOURCES = {"index_add": 3, "index_copy": 3, "index_put": 2, "scatter_add": 3, "scatter": 3}  # argument of the same type
+LAYERS = ("ConvolutionBackward", "AddmmBackward", "MmBackward", "BmmBackward")
+MOVES = {"Alias", "AsStrided", "Cat", "Clone", "Expand", "Gather", "Index", "IndexSelect", "Permute", "ReshapeAlias"}
+MOVES |= {"Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "T", "Transpose", "Unbind", "UnsafeView"}
+MOVES |= {"Unsqueeze", "View"}  # what they return was not computed
 # Of torch.use_deterministic_algorithms' list "will throw a RuntimeError" on CUDA, by the operation that does.
 NO_DETERMINISTIC_KERNEL = {
     "upsample_linear1d_backward",
@@ -75,11 +80,13 @@ class OperationCheck(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        packet = func.overloadpacket
+        result = None if packet in UNKNOWN_TO_FAKES else func(*args, **kwargs)
         if func.namespace in ("prim", "profiler"):
             return result
         inputs, outputs = _list_devices((args, kwargs)), _list_devices(result)
-        packet = func.overloadpacket
+        if packet in UNKNOWN_TO_FAKES and len(inputs) > 1:
+            raise RuntimeError(f"the arguments of {func} are on {' and '.join(sorted(inputs))}")
         if "cuda" in inputs or "cuda" in outputs:
             self.counts[packet.__name__] += 1
         number = SOURCES.get(packet.__name__.rstrip("_"), len(args))
@@ -182,6 +189,27 @@ def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: boo
         if buffer is not None:
             module._buffers[name] = function(buffer)
     return module
+
+
+def list_low_precision(root: Tensor, up_to_layers: bool = False) -> list[str]:
+    """Return the operations that computed or rounded ``root`` in less than single precision, as the graph names them.
+
+    Args:
+        root: a tensor with a graph.
+        up_to_layers: look no further than the last layers (convolutions and matrix products), which are included.
+    """
+    waiting, reached, names = [get_gradient_edge(root).node], {}, []
+    while waiting:
+        node = waiting.pop()
+        if id(node) in reached or hasattr(node, "variable"):
+            continue
+        reached[id(node)] = node
+        is_low = any(output.dtype in (torch.bfloat16, torch.float16) for output in node._input_metadata)
+        if is_low and node.name().partition("Backward")[0] not in MOVES:
+            names.append(node.name())
+        if not (up_to_layers and node.name().startswith(LAYERS)):
+            waiting += [successor for successor, _ in node.next_functions if successor is not None]
+    return names
 
 
 # The backward pass
