@@ -18,7 +18,7 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
-from mtcl.regularizers import GradientNormWeight, Regularizer
+from mtcl.regularizers import GradientNormWeight, Regularizer, TaskSaliency
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
@@ -235,10 +235,24 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             f"data.views_per_step={views_per_step}; set data.views_per_step=1"
         )
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
+    if issubclass(regularizer_class, TaskSaliency):
+        _check_saliency(config)
     channels = model.feature_channels[options["feature"]]
     regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
     regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
     return regularizer
+
+
+def _check_saliency(config: DictConfig) -> None:
+    """Refuse what second derivatives through a part of the model, or a contrast of images, can't be combined with."""
+    if config.trainer.compile:
+        raise UserError(
+            "regularizer=rep_mtl takes second derivatives, which torch can't compile; set trainer.compile=false"
+        )
+    if config.trainer.parallel == "fsdp":
+        raise UserError("regularizer=rep_mtl takes gradients within the forward pass; set trainer.parallel=ddp")
+    if config.data.batch_size < 2:
+        raise UserError("regularizer=rep_mtl contrasts the images of a batch; give data.batch_size of 2 or more")
 
 
 def choose_label_thresholds(config: DictConfig, tasks: Mapping[str, Task]) -> dict[str, tuple[float, float]]:

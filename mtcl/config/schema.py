@@ -277,6 +277,8 @@ RULES: dict[str, Rule] = {
     "regularizer.options.depth_mean": number(),
     "regularizer.options.depth_std": POSITIVE,
     "regularizer.options.detach_rule": TEXT,
+    "regularizer.options.tsr_weight": number(0),
+    "regularizer.options.csa_weight": number(0),
     **{f"regularizer.options.thresholds.{task}": pair(THRESHOLDS, _is_number).or_null() for task in TASK_NAMES},
     **{f"loss.weights.{task}": number(0).or_null() for task in TASK_NAMES},
     "loss.options.edge.positive_weight": number(0, 1),

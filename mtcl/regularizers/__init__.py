@@ -6,6 +6,7 @@ from mtcl.regularizers.contrastive import Contrastive
 from mtcl.regularizers.jtr import JointTaskRegularization
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.mtpsl import CrossTaskConsistency
+from mtcl.regularizers.rep_mtl import TaskSaliency
 from mtcl.regularizers.sampling import Draw
 from mtcl.regularizers.weighting import GradientNormWeight
 
@@ -19,4 +20,5 @@ __all__ = [
     "MaskedAdamW",
     "Regularizer",
     "RegularizerOutput",
+    "TaskSaliency",
 ]
