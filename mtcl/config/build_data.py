@@ -68,7 +68,9 @@ def build_dataset(
     if subset != "train":
         return built
     with add_key_prefix("data."):
-        return apply_label_assignment(built, tasks, str(data.label_assignment), data.labels_seed)
+        return apply_label_assignment(
+            built, tasks, str(data.label_assignment), data.labels_seed, plain(data.label_fractions)
+        )
 
 
 def get_image_size(config: DictConfig) -> tuple[int, int]:

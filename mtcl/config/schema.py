@@ -158,6 +158,10 @@ RULES: dict[str, Rule] = {
     "data.normals_valid": TEXT,
     "data.strict": FLAG.with_role(MACHINE),
     "data.label_assignment": TEXT,
+    "data.label_fractions": Rule(
+        "a mapping {task: fraction of the images that keep its label}",
+        lambda v: isinstance(v, dict) and all(name in TASK_NAMES and _is_number(f) for name, f in v.items()),
+    ).or_null(),
     "data.labels_seed": SEED_VALUE,
     "data.options.num_classes": count(1, 65535).with_role(RESULT, orders_samples=True),
     "data.options.resize": SIZE.or_null().with_role(RESULT, orders_samples=True),
@@ -366,6 +370,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "regularizer.options.variance_weight": 0.0,
     "regularizer.options.min_spread": 0.1,
     "data.feature_precision": "fp16",
+    "data.label_fractions": None,
     "data.views": None,
     "data.views_seed": 0,
     "data.views_per_step": 1,

@@ -64,7 +64,11 @@ class PartiallyLabeledDataset:
 
 
 def apply_label_assignment(
-    dataset: MultiTaskDataset, tasks: Mapping[str, Task], mode: str, seed: int
+    dataset: MultiTaskDataset,
+    tasks: Mapping[str, Task],
+    mode: str,
+    seed: int,
+    fractions: Mapping[str, float] | None = None,
 ) -> MultiTaskDataset:
     """Return ``dataset`` restricted to some of its labels.
 
@@ -73,10 +77,15 @@ def apply_label_assignment(
         tasks: tasks in use, by name.
         mode: ``full``; ``one`` or ``random``, drawn from ``seed``; or the path of a mapping file.
         seed: seed of the drawn assignments.
+        fractions: task -> fraction of the images that keep its label, for ``full``; tasks not listed keep all.
 
     Raises:
-        UserError: the mode is unknown, or the file does not cover the dataset and the tasks.
+        UserError: the mode is unknown, the file does not cover the dataset and the tasks, or a fraction is of no task.
     """
+    if fractions:
+        if mode != "full":
+            raise ParameterError("label_fractions", f" needs label_assignment=full, not {mode}.")
+        return PartiallyLabeledDataset(dataset, tasks, draw_label_fractions(dataset.ids, list(tasks), fractions, seed))
     if mode == "full":
         return dataset
     if mode in ("one", "random"):
@@ -100,6 +109,30 @@ def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, s
         order = np.random.default_rng([seed, len(tasks)]).permutation(len(ids))
         return {ids[i]: frozenset([tasks[position % len(tasks)]]) for position, i in enumerate(order)}
     return {id: _draw_tasks(tasks, np.random.default_rng([seed, zlib.crc32(id.encode())])) for id in ids}
+
+
+def draw_label_fractions(
+    ids: Sequence[str], tasks: Sequence[str], fractions: Mapping[str, float], seed: int
+) -> LabelAssignment:
+    """Draw for each listed task the images that keep its label, a function of (seed, list of ids, task).
+
+    Args:
+        ids: of the images.
+        tasks: in use.
+        fractions: task -> fraction f of the N images, 0 < f <= 1: round(f N) images, at least one, keep its label.
+        seed: of the draw.
+    """
+    if unknown := [name for name in fractions if name not in tasks]:
+        raise ParameterError(
+            "label_fractions", f" names {unknown[0]}, which is not in use; in use: {', '.join(tasks)}."
+        )
+    if wrong := [name for name, fraction in fractions.items() if not 0 < fraction <= 1]:
+        raise ParameterError("label_fractions", f".{wrong[0]}={fractions[wrong[0]]} must be above 0 and at most 1.")
+    kept: dict[str, set[str]] = {name: set(ids) for name in tasks}
+    for name, fraction in fractions.items():
+        order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(ids))
+        kept[name] = {ids[i] for i in order[: max(1, round(fraction * len(ids)))]}
+    return {id: frozenset(name for name in tasks if id in kept[name]) for id in ids}
 
 
 def _draw_tasks(tasks: Sequence[str], rng: np.random.Generator) -> frozenset[str]:

@@ -13,7 +13,12 @@ from hypothesis import strategies as st
 
 from mtcl import UserError
 from mtcl.data import Augment, Rooms, apply_label_assignment, train_loader
-from mtcl.data.partial_labels import DIFFUSION_PASCAL, draw_label_assignment, read_label_assignment
+from mtcl.data.partial_labels import (
+    DIFFUSION_PASCAL,
+    draw_label_assignment,
+    draw_label_fractions,
+    read_label_assignment,
+)
 from mtcl.regularizers import Contrastive
 from mtcl.tasks import TASK_NAMES, build_task
 
@@ -51,6 +56,40 @@ def test_the_seed_fixes_the_labels(order: list[str], choice: str, seed: int) -> 
     if choice == "random":
         assert first == draw_label_assignment(order, TASKS, choice, seed)
     assert set(first) == set(IDS[:12])
+
+
+@given(st.dictionaries(st.sampled_from(TASKS), st.floats(0.001, 1)), st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_a_fraction_of_the_pictures_keeps_a_label(fractions: dict[str, float], seed: int) -> None:
+    labelled = draw_label_fractions(IDS, TASKS, fractions, seed)
+    assert labelled == draw_label_fractions(IDS, TASKS, fractions, seed)
+    for name in TASKS:
+        expected = max(1, round(fractions[name] * 60)) if name in fractions else 60
+        assert sum(name in names for names in labelled.values()) == expected
+
+
+def test_a_picture_outside_the_fraction_has_the_other_labels_only() -> None:
+    reader, tasks = rooms(count=10)
+    partial = apply_label_assignment(reader, tasks, "full", 0, {"semseg": 0.1})
+    labelled = [bool((partial.read(i).labels["semseg"] != 255).any()) for i in range(10)]
+    assert sum(labelled) == 1
+    hidden = labelled.index(False)
+    assert np.array_equal(partial.read(hidden).labels["depth"], reader.read(hidden).labels["depth"])
+    assert "semseg 1, " in partial.summary()
+
+
+@pytest.mark.parametrize(
+    ("mode", "fractions", "message"),
+    [
+        ("one", {"semseg": 0.5}, "label_fractions needs label_assignment=full, not one"),
+        ("full", {"parts": 0.5}, "label_fractions names parts, which is not in use; in use: semseg"),
+        ("full", {"semseg": 0.0}, r"label_fractions.semseg=0.0 must be above 0"),
+    ],
+)
+def test_wrong_fractions(mode: str, fractions: dict[str, float], message: str) -> None:
+    reader, tasks = rooms(count=4)
+    with pytest.raises(UserError, match=message):
+        apply_label_assignment(reader, tasks, mode, 0, fractions)
 
 
 def test_other_seeds_give_other_labels() -> None:
