@@ -179,6 +179,7 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
         max_steps=start_step + 1 if settings.dry_run else settings.max_steps,
         precision=settings.precision,
         accumulate_grad_batches=settings.accumulate_grad_batches,
+        intermediate_weight=config.loss.intermediate_weight,
         clip_norm=settings.clip_norm,
         grad_checkpointing=settings.grad_checkpointing,
         compile=settings.compile,

@@ -128,11 +128,11 @@ def draw_label_fractions(
         )
     if wrong := [name for name, fraction in fractions.items() if not 0 < fraction <= 1]:
         raise ParameterError("label_fractions", f".{wrong[0]}={fractions[wrong[0]]} must be above 0 and at most 1.")
-    kept: dict[str, set[str]] = {name: set(ids) for name in tasks}
+    labelled: dict[str, set[str]] = {name: set(ids) for name in tasks}
     for name, fraction in fractions.items():
         order = np.random.default_rng([seed, zlib.crc32(name.encode())]).permutation(len(ids))
-        kept[name] = {ids[i] for i in order[: max(1, round(fraction * len(ids)))]}
-    return {id: frozenset(name for name in tasks if id in kept[name]) for id in ids}
+        labelled[name] = {ids[i] for i in order[: max(1, round(fraction * len(ids)))]}
+    return {id: frozenset(name for name in tasks if id in labelled[name]) for id in ids}
 
 
 def _draw_tasks(tasks: Sequence[str], rng: np.random.Generator) -> frozenset[str]:

@@ -19,6 +19,7 @@ class TrainerOptions:
         max_steps: optimiser steps, counted from the start of the training (not from where it is resumed).
         precision: ``auto`` (bf16 where the device supports it), ``bf16`` or ``fp32``.
         accumulate_grad_batches: batches per optimiser step.
+        intermediate_weight: factor of the losses of intermediate predictions, relative to those of the final ones.
         clip_norm: largest norm of the model's gradient; None: no clipping. The regulariser's gradient is not counted.
         grad_checkpointing: the model repeats parts of its forward pass in the backward pass.
         compile: forward passes go through ``torch.compile``.
@@ -31,6 +32,7 @@ class TrainerOptions:
     max_steps: int
     precision: str = "auto"
     accumulate_grad_batches: int = 1
+    intermediate_weight: float = 1.0
     clip_norm: float | None = None
     grad_checkpointing: bool = False
     compile: bool = False

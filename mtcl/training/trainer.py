@@ -292,14 +292,13 @@ class Trainer:
         return [(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
 
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return each task's loss, including those of its intermediate predictions (with factor 1, as in InvPT)."""
-        losses = {}
+        """Return each task's loss, including the weighted ones of its intermediate predictions."""
+        weight, losses = self.options.intermediate_weight, {}
         for name, task in self.tasks.items():
-            predictions = [output.predictions, *(p for p in output.intermediate if name in p)]
-            losses[name] = sum(
-                (task.loss(p[name], labels[name]) for p in predictions[1:]),
-                start=task.loss(predictions[0][name], labels[name]),
-            )
+            losses[name] = task.loss(output.predictions[name], labels[name])
+            for predictions in output.intermediate:
+                if name in predictions:
+                    losses[name] = losses[name] + weight * task.loss(predictions[name], labels[name])
         return losses
 
     def _weigh_contrast(

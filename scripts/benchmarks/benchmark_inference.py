@@ -68,6 +68,7 @@ EXPERIMENTS = {
     "invpt": "nyud_invpt_vit_base",
     "taskprompter": "nyud_taskprompter_vit_base",
     "mqtransformer": "pascal_mqtransformer_swin_tiny",
+    "diffusion_mtl": "pascal_onelabel_diffusion_mtl_resnet18",
     "linear": "nyud_linear_dinov2_vit_base",
     "dpt": "nyud_dpt_dinov2_vit_base",
 }

@@ -11,6 +11,7 @@ DECODERS = {
     "atrc": ["decoder.widest=64"],
     "invpt": ["decoder.width=32", "decoder.prediction_width=16"],
     "taskprompter": ["decoder.width=8", "decoder.head_width=8"],
+    "diffusion_mtl": ["decoder.width=8", "decoder.head_width=8", "decoder.blocks=2"],
     "linear": [],
     "dpt": ["decoder.width=8", "decoder.level_widths=[4,6,8,10]", "decoder.head_width=8", "decoder.final_width=8"],
     "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],

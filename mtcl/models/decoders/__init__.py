@@ -3,6 +3,7 @@
 from mtcl.models.decoders.atrc import ATRC
 from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.deeplab import DeepLab
+from mtcl.models.decoders.diffusion_mtl import DiffusionMTL
 from mtcl.models.decoders.dpt import DPT
 from mtcl.models.decoders.invpt import InvPT
 from mtcl.models.decoders.linear import Linear
@@ -16,6 +17,7 @@ __all__ = [
     "DPT",
     "Decoder",
     "DeepLab",
+    "DiffusionMTL",
     "InvPT",
     "Linear",
     "MQTransformer",
