@@ -235,6 +235,12 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             f"regularizer.options.source_labels=other_image could take another view's labels for another image's with "
             f"data.views_per_step={views_per_step}; set data.views_per_step=1"
         )
+    if options.get("teacher") and config.trainer.ema is None:
+        raise UserError(
+            "regularizer.options.teacher=true has the running mean of the weights as its teacher; set trainer.ema=0.999"
+        )
+    if options.get("teacher") and config.trainer.parallel == "fsdp" and distributed.world_size() > 1:
+        raise UserError("regularizer.options.teacher=true needs whole weights in a process; set trainer.parallel=ddp")
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     if issubclass(regularizer_class, TaskSaliency):
         _check_saliency(config)

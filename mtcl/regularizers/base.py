@@ -24,6 +24,7 @@ class Regularizer(nn.Module, ABC):
     feature: str = "final"  # the decoder feature that it reads
     views_per_step: int = 1  # of B rows with V views row i is view i // (B / V) of image i % (B / V)
     loss_views: str = "all"  # which views the tasks' losses have: all, or the first
+    uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Build the optimizer of the regularizer's own parameters."""

@@ -98,6 +98,8 @@ class Contrastive(CrossTaskRegularizer):
             labels that :meth:`observe_labels` reads, see :mod:`mtcl.regularizers.source_weights`. None: equal (the
             paper).
         source_weight_batches: number of batches that ``auto`` reads.
+        teacher: the labels of a source that an image has none of are predicted by a running mean of the model, whose
+            predictions :meth:`forward` takes; the target's labels stay as they are.
         negative_margin: of ``boundary``, a distance sqrt(2 - 2 cos), 0..2.
     """
 
@@ -134,6 +136,7 @@ class Contrastive(CrossTaskRegularizer):
         all_sources: bool = False,
         source_weights: SourceWeightsOption = None,
         source_weight_batches: int = 32,
+        teacher: bool = False,
     ):
         super().__init__(
             tasks,
@@ -162,7 +165,12 @@ class Contrastive(CrossTaskRegularizer):
         self.criterion, self.temperature = criterion, temperature
         self.margin, self.negative_margin = margin, negative_margin
         num_balanced = num_pixels if class_balanced else None
+        self.uses_teacher = teacher
         self.label_reader = SourceLabelReader(tasks, source_labels, num_balanced, criterion == "prototypes")
+        if teacher and self.label_reader.source_labels != "true":
+            raise ParameterError(
+                "teacher", f"=true needs source_labels=true, not {source_labels}; leave one of them out"
+            )
         self.target_tasks = [tasks[c.target] for c in self.comparisons]
         self.projector_sharing = projector_sharing
         generator = torch.Generator().manual_seed(seed)
@@ -187,9 +195,15 @@ class Contrastive(CrossTaskRegularizer):
         factor = MISPREDICTED_CANDIDATES if self.mispredicted_fraction else 1
         return self.num_pixels * (CANDIDATE_FACTOR if self.class_balanced else factor)
 
-    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+    def compute_loss(
+        self,
+        output: DenseOutput,
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        teacher: Mapping[str, Tensor] | None = None,
+    ) -> RegularizerOutput:
         """Compute the contrast of a model's output, see :meth:`forward`."""
-        return self(output.features[self.feature], labels, draw, output.frame, output.predictions)
+        return self(output.features[self.feature], labels, draw, output.frame, output.predictions, teacher)
 
     def forward(
         self,
@@ -198,6 +212,7 @@ class Contrastive(CrossTaskRegularizer):
         draw: Draw,
         frame: Size | None = None,
         predictions: Mapping[str, Tensor] | None = None,
+        teacher: Mapping[str, Tensor] | None = None,
     ) -> RegularizerOutput:
         """Compute L_t of all comparisons, one per target or per pair, and their mean.
 
@@ -207,18 +222,20 @@ class Contrastive(CrossTaskRegularizer):
             draw: result of :meth:`sample`.
             frame: height and width in pixels that the features cover; None: those of the labels.
             predictions: task -> raw prediction (B, C, H, W), needed for ``mispredicted_fraction`` alone.
+            teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, without gradient, which stands
+                for a source's labels in images that have none.
         """
         height, width = next(iter(labels.values())).shape[-2:]
         size = (height, width)
         frame = frame or size
         if self.criterion == "boundary":
-            read = partial(self.label_reader.read, labels, target=self.target, size=size)
+            read = partial(self.label_reader.read, labels, target=self.target, size=size, teacher=teacher)
             z, pixels = boundary.sample_patches(features, self.target_tasks, draw, size, frame, read, self._project)
             output = boundary.boundary_triplet(z, pixels, self.source_thresholds, self.negative_margin)
             pixels = boundary.take_centres(pixels)
         else:
             with torch.no_grad():
-                pixels = self.label_reader.read(labels, draw, self.target, size)
+                pixels = self.label_reader.read(labels, draw, self.target, size, teacher)
             if self.mispredicted_fraction:
                 near = self.embedded_thresholds[self.target, 0]
                 share = self.num_pixels, self.mispredicted_fraction

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mtcl.errors import ParameterError
 from mtcl.regularizers import null_labels, sampling_ablations
+from mtcl.regularizers.mispredicted import read_predictions
 from mtcl.regularizers.pairs import PixelLabels
 from mtcl.regularizers.sampling import Draw, as_label_map, flat_index, sample_labels
 from mtcl.regularizers.sources import choose_available_source
@@ -44,7 +45,14 @@ class SourceLabelReader:
         """Return per source the thresholds of what :meth:`read` relates pixels by: those of labels, or of distances."""
         return [null_labels.DISTANCE_THRESHOLDS] * len(embedded) if self.source_labels == "distance" else embedded
 
-    def read(self, labels: Mapping[str, Tensor], draw: Draw, target: Tensor, size: Size) -> PixelLabels:
+    def read(
+        self,
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        target: Tensor,
+        size: Size,
+        teacher: Mapping[str, Tensor] | None = None,
+    ) -> PixelLabels:
         """Read the source's labels of each comparison.
 
         Args:
@@ -52,11 +60,14 @@ class SourceLabelReader:
             draw: the sources, a row per comparison, and the pixels.
             target: int64 (R,), the target of each comparison.
             size: height and width of the labels.
+            teacher: task -> raw prediction (B, C, H, W), which stands for a source's label where an image has none.
         """
         read = {name: sample_labels(labels[name], draw.pixels) for name in self.tasks}  # (B, M, c)
         ndims = {name: labels[name].ndim for name in self.tasks}
         valid, label, bins = self._embed(read, ndims)
         target_label = torch.where(valid[..., None], label, torch.nan)
+        if teacher is not None:
+            valid, label, bins = self._embed(self._fill(read, labels, teacher, draw), ndims)
         has_labels = valid.any(dim=2)  # (S, B)
         if self.source_labels == "random":
             valid, label, bins, has_labels = (x.roll(1, dims=1) for x in (valid, label, bins, has_labels))
@@ -82,6 +93,17 @@ class SourceLabelReader:
         if self.num_balanced is not None:
             pixels = sampling_ablations.balance_classes(pixels, bins[source, images], self.num_balanced)
         return pixels
+
+    def _fill(
+        self, read: Mapping[str, Tensor], labels: Mapping[str, Tensor], teacher: Mapping[str, Tensor], draw: Draw
+    ) -> dict[str, Tensor]:
+        """Return labels at the pixels, (B, M, c), those predicted by the teacher in images without a labelled pixel."""
+        filled = {}
+        for name, task in self.tasks.items():
+            predicted = task.to_label(read_predictions(teacher[name], draw.pixels))
+            is_labelled = task.valid(labels[name]).flatten(1).any(dim=1)
+            filled[name] = torch.where(is_labelled[:, None, None], read[name], predicted.to(read[name]))
+        return filled
 
     def _embed(self, read: Mapping[str, Tensor], ndims: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return which labels at pixels (task -> (B, M, c)) are valid (S, B, M), embedded (S, B, M, 3), their bins."""

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtcl import distributed
 from mtcl.models import DenseModel, DenseOutput, EncodedImage
-from mtcl.regularizers import Regularizer, RegularizerOutput
+from mtcl.regularizers import Contrastive, Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,12 @@ class TrainingStep(nn.Module):
             model.leave_out_features()
 
     def forward(
-        self, image: Tensor | EncodedImage, labels: Mapping[str, Tensor], draw: Draw | None, needs_grad: bool
+        self,
+        image: Tensor | EncodedImage,
+        labels: Mapping[str, Tensor],
+        draw: Draw | None,
+        needs_grad: bool,
+        teacher: Mapping[str, Tensor] | None = None,
     ) -> tuple[DenseOutput, RegularizerOutput | None]:
         """Run the model, and the regulariser on its output.
 
@@ -41,6 +46,7 @@ class TrainingStep(nn.Module):
             labels: task -> label in batch layout.
             draw: the regulariser's random choices; None: without it.
             needs_grad: False where the regulariser's loss is only reported.
+            teacher: the teacher's predictions, for a regulariser that uses them.
 
         Returns:
             the model's output and the regulariser's, None without a ``draw``.
@@ -52,6 +58,9 @@ class TrainingStep(nn.Module):
         # tasks' losses: the backward pass has the reverse order, and the contrast's gradient maps then fit below the
         # peak of the tasks'.
         with torch.set_grad_enabled(needs_grad), torch.autocast(output.device.type, enabled=False):
+            if teacher is not None:
+                assert isinstance(self.regularizer, Contrastive)
+                return output, self.regularizer.compute_loss(output, labels, draw, teacher)
             return output, self.regularizer.compute_loss(output, labels, draw)
 
 

@@ -16,7 +16,7 @@ from mtcl.data import Batch
 from mtcl.errors import Preempted, UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.evaluation.model_input import prepare_input
-from mtcl.models import DenseModel, DenseOutput
+from mtcl.models import DenseModel, DenseOutput, EncodedImage
 from mtcl.models.lora import is_base_weight
 from mtcl.regularizers import RegularizerOutput
 from mtcl.regularizers.diagnostics import compare_feature_gradients
@@ -255,7 +255,8 @@ class Trainer:
         # Inside a compiled step there is no graph from which to take gradients at the features: those are run eagerly.
         step = self.eager_step if needs_gradients else self.training_step
         with autocast(self.device, self.options.precision):
-            output, regularizer_output = step(image, labels, draw, lambda_ > 0)
+            teacher = self._predict_by_teacher(image) if lambda_ > 0 else None
+            output, regularizer_output = step(image, labels, draw, lambda_ > 0, teacher)
         head_gradients: list[tuple[nn.Parameter, Tensor]] = []
         auxiliary_losses = self.model.auxiliary_losses(output, labels)
         if self.options.loss_views == "first":
@@ -284,6 +285,15 @@ class Trainer:
         for parameter, gradient in head_gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return values
+
+    @torch.no_grad()
+    def _predict_by_teacher(self, image: Tensor | EncodedImage) -> dict[str, Tensor] | None:
+        """Return the predictions of the running mean of the weights, for a regulariser that uses them."""
+        if self.regularizer is None or not self.regularizer.uses_teacher:
+            return None
+        assert self.ema is not None
+        self.ema.copy_buffers(self.model)
+        return self.ema.model.eval().predict(image)
 
     def _differentiate_heads(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the gradient of a loss for the tasks' own and the regulariser's parameters, not for shared ones."""
