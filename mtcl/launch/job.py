@@ -48,6 +48,17 @@ class Job:
         """The file in which a study or search notes what the job is."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
+    def build_command(self, command: Sequence[str], extra_overrides: Sequence[str] = ()) -> list[str]:
+        """Return the command that starts the run, or continues it from its last checkpoint.
+
+        Args:
+            command: What trains, without overrides.
+            extra_overrides: Further overrides, such as the seed.
+        """
+        resume = ["resume=auto"] if self.can_resume else []
+        overrides = merge_overrides(self.overrides, extra_overrides, resume)
+        return [*command, *overrides, f"hydra.run.dir={quote_value(self.folder)}"]
+
     def start(
         self,
         command: Sequence[str],
@@ -63,7 +74,4 @@ class Job:
             root: The folder that it is started in.
             extra_overrides: Further overrides, such as the seed.
         """
-        resume = ["resume=auto"] if self.can_resume else []
-        overrides = merge_overrides(self.overrides, extra_overrides, resume)
-        args = [*command, *overrides, f"hydra.run.dir={quote_value(self.folder)}"]
-        return start_process(args, self.log, environment, root)
+        return start_process(self.build_command(command, extra_overrides), self.log, environment, root)

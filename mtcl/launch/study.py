@@ -122,22 +122,11 @@ def run_study(
         UserError: A mistake in file or overrides, or ``output`` has runs of other overrides; nothing was started.
         TimeLimitReached: The time limit ended the study before its last run.
     """
-    check_overrides("the command", overrides)
-    study = read_study(path)
     if table_only and not overrides:  # those of the finished runs
         overrides = read_last_overrides(output)
     output = output.resolve()
-    if study.single_task is not None:
-        common = merge_overrides(study.overrides, overrides, study.single_task.overrides)
-        study = study.with_single_task_variants(study.single_task_names or list_tasks(common))
-    jobs = list_jobs(study, output, overrides)
-    chosen = [job for job in jobs if not only or is_chosen(job.variant, only)]
-    for name in only:
-        if not any(is_chosen(variant, [name]) for variant in study.variants):
-            names = ", ".join(variant.name for variant in study.variants)
-            raise UserError(f"--only {name}: {path} has no such variant; choose among {names}.")
-    for job in jobs:
-        check_same_settings(job, study.environment)
+    study, jobs = plan_study(path, output, overrides, list_tasks)
+    chosen = choose_jobs(path, study, jobs, only)
     failures: list[Failure] = []
     if not table_only:
         check_variants(path, chosen, list_tasks)
@@ -179,6 +168,34 @@ def write_table(
     if results is not None:
         study_tables.write_results(results, study, records, repeat_command)
         say(f"{results}: {len(records)} runs, one file each")
+
+
+def plan_study(
+    path: Path, output: Path, overrides: Sequence[str], list_tasks: ListTasks
+) -> tuple[Study, list[StudyJob]]:
+    """Read a study; return it with its single-task variants, and all its runs in an order that nothing but it changes.
+
+    Raises:
+        UserError: A mistake in file or overrides, or ``output`` has runs of other overrides.
+    """
+    check_overrides("the command", overrides)
+    study = read_study(path)
+    if study.single_task is not None:
+        common = merge_overrides(study.overrides, overrides, study.single_task.overrides)
+        study = study.with_single_task_variants(study.single_task_names or list_tasks(common))
+    jobs = list_jobs(study, output, overrides)
+    for job in jobs:
+        check_same_settings(job, study.environment)
+    return study, jobs
+
+
+def choose_jobs(path: Path, study: Study, jobs: Sequence[StudyJob], only: Sequence[str]) -> list[StudyJob]:
+    """Return the runs of the variants ``only``; all, where it is empty."""
+    for name in only:
+        if not any(is_chosen(variant, [name]) for variant in study.variants):
+            names = ", ".join(variant.name for variant in study.variants)
+            raise UserError(f"--only {name}: {path} has no such variant; choose among {names}.")
+    return [job for job in jobs if not only or is_chosen(job.variant, only)]
 
 
 def check_variants(path: Path, jobs: Sequence[StudyJob], list_tasks: ListTasks) -> None:
@@ -251,7 +268,7 @@ def read_last_overrides(output: Path) -> list[str]:
 
 
 def read_job(path: Path) -> dict[str, Any]:
-    """Read what :func:`start_job` wrote of a job."""
+    """Read what :func:`write_job` wrote of a job."""
     content = read_json_object(path)
     check_types(path, content, {"overrides": TEXT_LIST, "given": TEXT_LIST, "environment": TEXT_MAPPING})
     lists = {key: list(map(upgrade_override, content[key])) for key in ("overrides", "given") if key in content}
@@ -382,6 +399,13 @@ class JobQueue:
 
 def start_job(job: StudyJob, overrides: Sequence[str], study: Study, launcher: Launcher) -> subprocess.Popen:
     """Write the job's record and start its process."""
+    write_job(job, overrides, study)
+    environment = {**os.environ, **study.environment}
+    return job.start(launcher.command, environment, launcher.root, [f"seed={job.seed}"])
+
+
+def write_job(job: StudyJob, overrides: Sequence[str], study: Study) -> None:
+    """Make the job's folder and write its record beside it."""
     job.folder.mkdir(parents=True, exist_ok=True)
     record = {
         "study": study.name,
@@ -392,8 +416,6 @@ def start_job(job: StudyJob, overrides: Sequence[str], study: Study, launcher: L
         "environment": study.environment,
     }
     write_json(job.record, record)
-    environment = {**os.environ, **study.environment}
-    return job.start(launcher.command, environment, launcher.root, [f"seed={job.seed}"])
 
 
 def estimate_remaining(

@@ -8,7 +8,7 @@ import torch
 
 from mtcl import distributed
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGHUP")  # sent by schedulers, and by a terminal that is closed
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")  # sent by schedulers, submitit, a terminal that is closed
 SYNC_INTERVAL = 10  # steps from one exchange among several processes to the next
 
 
