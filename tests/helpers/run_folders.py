@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
+
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 VALUES = {
     "semseg": {"mIoU": 0.40, "pixel_accuracy": 0.7},
@@ -32,3 +35,29 @@ def write_run(folder: Path, seed=0, metrics=None, config=None, facts=None, overr
         OmegaConf.update(nested, key, value)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(nested))
     return folder
+
+
+def assert_same(a, b, where: str = "") -> None:
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The last checkpoints, bit for bit, and every record."""
+    states = [read_checkpoint_file(folder / "checkpoints" / "last.pt") for folder in (a, b)]
+    for state in states:
+        for name in ("resume", "trainer"):
+            del state["config"][name]
+    assert_same(*states)
+    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
+    assert (a / "metrics.json").read_text() == (b / "metrics.json").read_text()

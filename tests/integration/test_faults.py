@@ -11,8 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.common import ROOT, TINY, flip
+from helpers.run_folders import assert_same, assert_same_run
 
 from mtcl.training.checkpoint import latest_valid_checkpoint
 from mtcl.training.checkpoint_file import read_checkpoint_file
@@ -129,32 +129,6 @@ def drive(folder: Path, *overrides: str, kills: int = 0, after_step: int = 0, se
     assert report["kills"] == kills, text[-3000:]
     assert report["code"] == 0, text[-3000:]
     return report, text
-
-
-def assert_same(a, b, where: str = "") -> None:
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_same(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b)):
-            assert_same(x, y, f"{where}[{i}]")
-    else:
-        assert a == b or (a != a and b != b), where
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """The last checkpoints, bit for bit, and every record."""
-    states = [read_checkpoint_file(folder / "checkpoints" / "last.pt") for folder in (a, b)]
-    for state in states:
-        for name in ("resume", "trainer"):
-            del state["config"][name]
-    assert_same(*states)
-    assert (a / "log.jsonl").read_text() == (b / "log.jsonl").read_text()
-    assert (a / "metrics.json").read_text() == (b / "metrics.json").read_text()
 
 
 @pytest.fixture(scope="module")
