@@ -171,6 +171,21 @@ def log_resume(resumed: LoadedCheckpoint, config: DictConfig) -> None:
         log.warning("checkpoint %s is damaged (%s): it is passed over", error.path, error.why)
     log.info("resumed at step %d from %s", resumed.checkpoint.step, resumed.path)
     saved, current = resumed.checkpoint.config, plain(config)
+    if config.data.get("shards") is not None and (streams := _describe_other_streams(resumed, config)):
+        log.warning("%s, each of which reads shards of its own: images come in another order from here on", streams)
     if keys := find_changed_experiment_keys(saved, current):
         order = "; images come in another order from here on" if any(map(affects_sample_order, keys)) else ""
         log.warning("this run is not the one of its checkpoint: %s%s", format_changes(saved, current, keys), order)
+
+
+def _describe_other_streams(resumed: LoadedCheckpoint, config: DictConfig) -> str | None:
+    """Say how many processes and workers read the data of a checkpoint, and do now; None if the numbers are equal."""
+    states, data = resumed.checkpoint.rng, resumed.checkpoint.config.get("data")
+    num_processes = len(states) if isinstance(states, list) else 1
+    workers = data.get("workers") if isinstance(data, Mapping) else None
+    if (num_processes, workers or 1) == (distributed.world_size(), config.data.workers or 1):
+        return None
+    return (
+        f"{num_processes} processes with data.workers={workers} are now {distributed.world_size()} with "
+        f"data.workers={config.data.workers}"
+    )

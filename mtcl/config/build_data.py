@@ -1,7 +1,8 @@
 """Build tasks, datasets and loaders from a config."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 from mtcl import distributed
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.data import Augment, FeatureCache, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
+from mtcl.data.shards.dataset import ShardDataset
 from mtcl.errors import UserError
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
@@ -51,9 +53,48 @@ def build_dataset(
 ) -> MultiTaskDataset:
     """Build the ``subset`` ("train" or "val") of the config's dataset and split; "train" with its label assignment."""
     data = config.data
+    if subset == "train" and data.get("shards") is not None:
+        built = build_shard_dataset(config, tasks, _choose_limit(config, limit))
+    else:
+        built = build_labeled_dataset(config, subset, tasks, limit)
+    if subset != "train":
+        return built
+    with add_key_prefix("data."):
+        return apply_label_assignment(
+            built, tasks, str(data.label_assignment), data.labels_seed, plain(data.label_fractions)
+        )
+
+
+def build_shard_dataset(config: DictConfig, tasks: Mapping[str, Task], limit: int | None) -> MultiTaskDataset:
+    """Build the training list that the config's shards were made from, with all labels."""
+    if config.data.get("feature_cache") is not None:
+        raise UserError(
+            "data.shards are read one after the other, but data.feature_cache needs any image at any time; leave one "
+            "of them out"
+        )
+    with add_key_prefix("data."):
+        return ShardDataset(config.data.shards, list(tasks), describe_samples(config, tasks), limit)
+
+
+def describe_samples(config: DictConfig, tasks: Collection[str]) -> dict[str, Any]:
+    """Return what, besides the files, images and labels depend on as a dataset reads them: plain containers."""
+    data = config.data
+    settings = {"data._target_": str(data._target_), "data.split": str(data.split)}
+    settings |= {f"data.options.{name}": value for name, value in plain(data.options).items()}
+    if "size" in inspect.signature(locate(data._target_, "data")).parameters:
+        settings["data.size"] = list(get_image_size(config))
+    if list(tasks) == ["human_parts"]:  # with this task alone, images without a person are left out
+        settings["tasks.names"] = list(tasks)
+    return settings
+
+
+def build_labeled_dataset(
+    config: DictConfig, subset: str, tasks: Mapping[str, Task], limit: int | None = None
+) -> MultiTaskDataset:
+    """Build the ``subset`` ("train" or "val") of the config's dataset and split from its files, with all labels."""
+    data = config.data
     reader = locate(data._target_, "data")
-    limits = [n for n in (limit, data.limit) if n is not None]
-    options = {"subset": subset, "tasks": list(tasks), "split": data.split, "limit": min(limits, default=None)}
+    options = {"subset": subset, "tasks": list(tasks), "split": data.split, "limit": _choose_limit(config, limit)}
     accepted = inspect.signature(reader).parameters
     if "root" in accepted:
         if data.root is None:
@@ -64,13 +105,12 @@ def build_dataset(
     if "size" in accepted:  # rendered at the size asked for
         options["size"] = get_image_size(config)
     options |= {key: data[key] for key in ("cache", "memory_map") if key in data}
-    built = construct(reader, "data.options", **options, **plain(data.options))
-    if subset != "train":
-        return built
-    with add_key_prefix("data."):
-        return apply_label_assignment(
-            built, tasks, str(data.label_assignment), data.labels_seed, plain(data.label_fractions)
-        )
+    return construct(reader, "data.options", **options, **plain(data.options))
+
+
+def _choose_limit(config: DictConfig, limit: int | None) -> int | None:
+    """Return the smaller one of ``limit`` and the config's, None for all samples."""
+    return min((n for n in (limit, config.data.limit) if n is not None), default=None)
 
 
 def get_image_size(config: DictConfig) -> tuple[int, int]:
@@ -120,6 +160,7 @@ def build_train_loader(
             views_seed=config.data.get("views_seed", 0),
             features=features,
             views_per_step=config.data.get("views_per_step", 1),
+            shuffle_buffer=config.data.get("shuffle_buffer", 512),
         )
 
 

@@ -23,6 +23,7 @@ from mtcl.errors import first_line
 PATH_KEYS: tuple[str, ...] = (
     "data.root",
     "data.cache",
+    "data.shards",
     "data.feature_cache",
     "data.label_assignment",
     "backbone.weights",

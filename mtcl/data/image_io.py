@@ -42,8 +42,21 @@ def read_bytes(path: Path) -> bytes:
 
 def read_image(path: Path) -> np.ndarray:
     """Read an image as uint8 RGB (H, W, 3), as its pixels are stored (an EXIF orientation is not applied)."""
-    pixels = _decode(path, read_bytes(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    return decode_image(path, read_bytes(path))
+
+
+def decode_image(source: Path | str, data: bytes) -> np.ndarray:
+    """Decode an image as :func:`read_image` does; ``source`` names it in errors."""
+    pixels = _decode(source, data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
     return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+
+def decode_png(source: Path | str, data: bytes) -> np.ndarray:
+    """Decode a PNG of 8 bits as uint8 (H, W) or RGB (H, W, 3); ``source`` names it in errors."""
+    pixels = _decode(source, data, cv2.IMREAD_UNCHANGED)
+    if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)):
+        raise UserError(f"{source} holds {describe_array(pixels)}, but this label has 8 bits and 1 or 3 channels.")
+    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB) if pixels.ndim == 3 else pixels
 
 
 def read_label_image(path: Path) -> np.ndarray:
@@ -70,7 +83,7 @@ def read_png(path: Path, data: bytes) -> np.ndarray:
         raise _damaged_image_error(path) from error
 
 
-def check_pixels(path: Path, data: bytes) -> None:
+def check_pixels(path: Path | str, data: bytes) -> None:
     """Raise ``UserError`` if a PNG or JPEG declares more than :data:`MAX_PIXELS`; nothing is decoded."""
     if data.startswith(_PNG):
         width, height = struct.unpack(">II", data[16:24].ljust(8, b"\0"))
@@ -302,7 +315,7 @@ def describe_array(array: Any) -> str:
     return f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else type(array).__name__
 
 
-def _decode(path: Path, data: bytes, flag: int) -> np.ndarray:
+def _decode(path: Path | str, data: bytes, flag: int) -> np.ndarray:
     """Decode a PNG or JPEG that is complete and not too large."""
     # OpenCV fills what a truncated file lacks with grey, and only prints a warning.
     is_complete = b"IEND" in data[-4096:] if data.startswith(_PNG) else b"\xff\xd9" in data[-4096:]
@@ -315,7 +328,7 @@ def _decode(path: Path, data: bytes, flag: int) -> np.ndarray:
     return pixels
 
 
-def _damaged_image_error(path: Path) -> UserError:
+def _damaged_image_error(path: Path | str) -> UserError:
     """Return the error for an image that can't be decoded."""
     return UserError(f"{path} is not a readable image (truncated or damaged); unpack it again.")
 

@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from mtcl.data.feature_cache import FeatureCache, stack_maps
 from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
+from mtcl.data.shards.dataset import ShardBatches, find_shards
+from mtcl.data.shards.order import ShardOrder
 from mtcl.data.transforms import Augment, finalize_labels
 from mtcl.errors import ParameterError, UserError
 from mtcl.tasks.base import Task
@@ -143,18 +145,8 @@ class EpochBatchSampler:
     def __init__(
         self, num_samples: int, batch_size: int, seed: int, start_step: int = 0, shard: tuple[int, int] = (0, 1)
     ) -> None:
-        if batch_size % shard[1]:
-            raise ParameterError(
-                "batch_size", f"={batch_size} is the total of {shard[1]} processes; choose a multiple of {shard[1]}"
-            )
+        check_batch_size(batch_size, num_samples, seed, shard[1])
         self.shard = shard
-        if not 1 <= batch_size <= num_samples:
-            raise UserError(
-                f"A batch of {batch_size} cannot be drawn from {num_samples} training images; "
-                f"choose a batch size from 1 to {num_samples}."
-            )
-        if seed < 0:
-            raise UserError(f"seed={seed} is negative; give 0 or a positive number.")
         self.num_samples, self.batch_size, self.seed, self.start_step = num_samples, batch_size, seed, start_step
         self.batches_per_epoch = num_samples // batch_size
 
@@ -171,6 +163,22 @@ class EpochBatchSampler:
         """Return the permutation of one epoch."""
         # `num_samples` is no sample's index; NumPy pads seeds with zeros, so [seed, epoch] would be sample 0's.
         return np.random.default_rng([self.seed, epoch, self.num_samples]).permutation(self.num_samples).tolist()
+
+
+def check_batch_size(batch_size: int, num_samples: int, seed: int, num_processes: int) -> None:
+    """Raise ``UserError`` unless the batch size fits the dataset and the number of processes, and the seed is valid."""
+    if batch_size % num_processes:
+        raise ParameterError(
+            "batch_size",
+            f"={batch_size} is the total of {num_processes} processes; choose a multiple of {num_processes}",
+        )
+    if not 1 <= batch_size <= num_samples:
+        raise UserError(
+            f"A batch of {batch_size} cannot be drawn from {num_samples} training images; "
+            f"choose a batch size from 1 to {num_samples}."
+        )
+    if seed < 0:
+        raise UserError(f"seed={seed} is negative; give 0 or a positive number.")
 
 
 def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[int, int] | None, multiple: int) -> Batch:
@@ -215,11 +223,12 @@ def train_loader(
     views_seed: int = 0,
     features: FeatureCache | None = None,
     views_per_step: int = 1,
+    shuffle_buffer: int = 512,
 ) -> DataLoader:
     """Return an endless stream of augmented batches in frames of ``augment.size``.
 
     Args:
-        dataset: images and labels to train on.
+        dataset: images and labels to train on; of shards each worker reads its own, see :class:`ShardOrder`.
         tasks: tasks in use, by name.
         augment: random augmentation; its ``size`` is the frame.
         batch_size: images per batch, summed over all processes.
@@ -234,17 +243,22 @@ def train_loader(
         views_seed: see :class:`AugmentedDataset`.
         features: see :class:`AugmentedDataset`.
         views_per_step: rows of a batch per image, each another view of it, see the module.
+        shuffle_buffer: see :class:`ShardOrder`; only for shards.
     """
-    return _Loader(
-        AugmentedDataset(dataset, tasks, augment, seed, views, views_seed, features, views_per_step),
-        batch_sampler=EpochBatchSampler(len(dataset.ids), batch_size, seed, start_step, shard),
-        collate_fn=partial(
-            _collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1, skip_unreadable=skip_unreadable
-        ),
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=pin_memory,
+    samples = AugmentedDataset(dataset, tasks, augment, seed, views, views_seed, features, views_per_step)
+    collate_samples = partial(
+        _collate_or_error, tasks=dict(tasks), size=augment.size, multiple=1, skip_unreadable=skip_unreadable
     )
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory}
+    if (shards := find_shards(dataset)) is not None:
+        check_batch_size(batch_size, len(dataset.ids), seed, shard[1])
+        stored = list(shards.samples_by_shard.values())
+        order = ShardOrder(stored, batch_size, seed, shuffle_buffer, max(workers, 1), shard)
+        order.log_rule()
+        stream = ShardBatches(samples, shards, order, collate_samples, start_step)
+        return _Loader(stream, batch_size=None, collate_fn=_pass_on, **options)
+    sampler = EpochBatchSampler(len(dataset.ids), batch_size, seed, start_step, shard)
+    return _Loader(samples, batch_sampler=sampler, collate_fn=collate_samples, **options)
 
 
 def eval_loader(
@@ -324,7 +338,7 @@ def view_loader(
 class _Loader(DataLoader):
     """A DataLoader that raises errors returned by workers and leaves torch's global generator alone."""
 
-    def __init__(self, dataset: AugmentedDataset, **kwargs: Any) -> None:
+    def __init__(self, dataset: AugmentedDataset | ShardBatches, **kwargs: Any) -> None:
         # Workers are seeded from this generator, though nothing of ours draws from their global state.
         super().__init__(dataset, worker_init_fn=_init_worker, generator=torch.Generator(), **kwargs)
 
@@ -367,6 +381,11 @@ def _raise_error(batch: Batch | UserError) -> Batch:
     if isinstance(batch, UserError):
         # A new error: one that this frame knows by name would keep the loader and its workers in a cycle.
         raise UserError(*batch.args) from batch
+    return batch
+
+
+def _pass_on(batch: Batch | UserError) -> Batch | UserError:
+    """Return a batch that a worker has collated."""
     return batch
 
 
