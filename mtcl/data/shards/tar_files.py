@@ -133,5 +133,8 @@ def import_webdataset() -> Any:
 
 def _reading_error(url: str, error: Exception) -> UserError:
     """Return the ``UserError`` for a file that can't be read."""
-    reason = getattr(error, "strerror", None) or first_line(str(error.args[0]) if error.args else error)
+    text = str(error.args[0]) if error.args else type(error).__name__
+    reason = getattr(error, "strerror", None) or first_line(text)
+    if match := re.search(r"exit (-?\d+) \(read\)", text):  # webdataset adds all arguments of the command
+        reason = f"its command ended with exit code {match[1]}"
     return UserError(f"{url} can't be read ({reason}); check the path and the file, or copy it again.")
