@@ -27,6 +27,7 @@ MAX_CHANNELS = 100_000  # of a task
 # others are the reader's own to say.
 PATH_KEYS = (
     "data.cache",
+    "data.shards",
     "data.feature_cache",
     "backbone.weights",
     "resume",

@@ -33,7 +33,7 @@ from mtcl.results.tables import format_value
 from mtcl.run_folder import RunFolder
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its overrides
-FOLDERS = ("data.root", "data.cache", "data.feature_cache")  # not in that part
+FOLDERS = ("data.root", "data.cache", "data.shards", "data.feature_cache")  # not in that part
 POLL = 0.1  # seconds between two looks at a running job
 FINISHED, FINISHED_EARLIER, RUNNING_ELSEWHERE, STOPPED, FAILED = (
     "finished",

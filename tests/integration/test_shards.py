@@ -7,7 +7,14 @@ import torch
 from helpers.common import TINY
 from helpers.processes import TORCHRUN, started
 
-OVERRIDES = [*TINY, "data=rooms", "data.options.length=[22,2]", "data.batch_size=4", "data.eval_batch_size=2"]
+OVERRIDES = [
+    *TINY,
+    "data=rooms",
+    "data.options.length=[22,2]",
+    "data.limit=null",
+    "data.batch_size=4",
+    "data.eval_batch_size=2",
+]
 OVERRIDES += ["trainer.num_panels=0", "optimizer.lr=1e-3", "schedule=constant", "trainer.val_interval=null"]
 OVERRIDES += ["trainer.validate_first=false", "evaluation.score_boundaries=false"]
 
