@@ -207,6 +207,7 @@ def test_paths_of_another_machine_are_left_out(state, tmp_path):
     content = state
     paths = {
         "data.cache": "/etc/cache",
+        "data.shards": "pipe:cat /etc/a.tar",
         "data.label_assignment": "/etc/labels.json",
         "backbone.weights": "/w.pt",
         "resume": "/r.pt",

@@ -123,10 +123,10 @@ def test_a_resumed_stream_is_the_tail_of_the_whole_one(written, start):
 
 
 def test_each_worker_reads_its_own_shards_and_resumes(written):
-    whole = load(open_shards(written), 0, 9, workers=2)
-    assert_equal(load(open_shards(written), 3, 6, workers=2), whole[3:])
+    uncut = load(open_shards(written), 0, 9, workers=2)
+    assert_equal(load(open_shards(written), 3, 6, workers=2), uncut[3:])
     owner = {id: shard.name for shard in open_shards(written).index.shards for id in shard.ids}
-    files = [{owner[id] for ids in list_ids(whole[worker:8:2]) for id in ids} for worker in range(2)]
+    files = [{owner[id] for ids in list_ids(uncut[worker:8:2]) for id in ids} for worker in range(2)]
     assert not files[0] & files[1]
 
 
