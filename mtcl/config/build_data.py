@@ -79,7 +79,7 @@ def build_shard_dataset(config: DictConfig, tasks: Mapping[str, Task], limit: in
 def describe_samples(config: DictConfig, tasks: Collection[str]) -> dict[str, Any]:
     """Return what, besides the files, images and labels depend on as a dataset reads them: plain containers."""
     data = config.data
-    settings = {"data._target_": str(data._target_), "data.split": str(data.split)}
+    settings: dict[str, Any] = {"data._target_": str(data._target_), "data.split": str(data.split)}
     settings |= {f"data.options.{name}": value for name, value in plain(data.options).items()}
     if "size" in inspect.signature(locate(data._target_, "data")).parameters:
         settings["data.size"] = list(get_image_size(config))
