@@ -176,7 +176,7 @@ class ShardBatches(IterableDataset[Batch | UserError]):
     Iteration begins at batch ``start_step``, in mid-epoch by reading only shards with samples that are still to come.
 
     Args:
-        samples: (epoch, index) -> augmented sample, read from ``dataset``.
+        samples: (epoch, index) -> the views of an image, read from ``dataset``.
         dataset: the shards.
         order: the order of all samples.
         collate: samples -> batch, or the error of one.
@@ -185,10 +185,10 @@ class ShardBatches(IterableDataset[Batch | UserError]):
 
     def __init__(
         self,
-        samples: Dataset[Sample | UserError],
+        samples: Dataset[list[Sample] | UserError],
         dataset: ShardDataset,
         order: ShardOrder,
-        collate: Callable[[list[Sample | UserError]], Batch | UserError],
+        collate: Callable[[list[list[Sample] | UserError]], Batch | UserError],
         start_step: int = 0,
     ) -> None:
         self.samples, self.dataset, self.order = samples, dataset, order
