@@ -5,11 +5,15 @@ processes all of them must make the same calls in the same order.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mtcl.errors import PeerLost
 
 
 def world_size() -> int:
@@ -105,3 +109,16 @@ def destroy_process_group() -> None:
     """Leave the process group at the end of a run; without this torch warns."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def convert_lost_peers() -> Iterator[None]:
+    """Convert what gloo, NCCL and the store raise when another process of the run has ended to ``PeerLost``."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        is_gloo = "gloo" in text.lower() and ("onnection" in text or "ocket" in text)
+        if world_size() == 1 or not (is_gloo or isinstance(error, dist.DistError)):
+            raise
+        raise PeerLost from error

@@ -53,3 +53,7 @@ class Preempted(Exception):  # noqa: N818
     def __init__(self, step: int):
         super().__init__(f"stopped at step {step}")
         self.step = step
+
+
+class PeerLost(Exception):  # noqa: N818
+    """Another process of this run has ended, so that this one can't go on; why, that one has said."""

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtcl.cli.terminal import DISK_FULL_ERRORS, ensure_utf8, print_error, tolerate_closed_output
 from mtcl.config.compose import finish_config
 from mtcl.config.overrides import format_error, quote_paths
-from mtcl.errors import Preempted, UserError, escape_control_characters
+from mtcl.errors import PeerLost, Preempted, UserError, escape_control_characters
 from mtcl.launch import sweep as sweep
 from mtcl.launch.processes import EXIT_REQUEUE
 
@@ -106,6 +106,10 @@ def _exit_when_stopped() -> Iterator[None]:
     except Preempted as stopped:
         print(f"{stopped}, its state is saved; the same command with resume=auto goes on from there", file=sys.stderr)
         sys.exit(EXIT_REQUEUE)
+    except PeerLost:
+        process = os.environ.get("RANK", "0")
+        print(f"process {process} ends, as another one of this run has ended", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -142,7 +146,7 @@ class _Task:
                 self.environment(),
                 in_main_process=os.getpid() == self.pid,
             )
-        except (UserError, OmegaConfBaseException, OSError, Preempted) as error:
+        except (UserError, OmegaConfBaseException, OSError, Preempted, PeerLost) as error:
             if sweeps and self.script is not None and isinstance(error, UserError | OmegaConfBaseException):
                 overrides = tuple(hydra_config.overrides.task)
                 return sweep.JobOutcome(hydra_config.job.num, overrides, sweep.FAILED, format_error(error))

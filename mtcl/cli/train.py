@@ -40,6 +40,7 @@ from mtcl.training.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
+@distributed.convert_lost_peers()
 def train(
     config: DictConfig, folder: Path, siblings: Path | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, dict[str, float]]:

@@ -12,8 +12,19 @@ import torch
 from helpers import ranks_worker
 from helpers.common import ROOT, TINY
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
+def torchrun(processes: int, *options: str) -> list[str]:
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        *options,
+    ]
+
+
+TORCHRUN = torchrun(2)
 
 RANKS_OVERRIDES = [
     *TINY,
@@ -25,11 +36,13 @@ RANKS_OVERRIDES = [
 ]
 
 
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+
 def started(*command: object) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     arguments = [str(word) for word in command]
     return subprocess.run(
-        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
 
 

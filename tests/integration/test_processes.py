@@ -2,11 +2,13 @@
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import RANKS_OVERRIDES, TORCHRUN, check_same, started, worked
+from helpers.common import TINY, tiny_nyud
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, check_same, started, torchrun, worked
 
 from mtcl import UserError
 from mtcl.data.loader import EpochBatchSampler
@@ -61,6 +63,20 @@ def test_train_py_under_torchrun(tmp_path):
     assert len(a["rng"]) == 2
     for name, value in a["model"].items():
         assert torch.equal(value, b["model"][name]), name
+
+
+@pytest.mark.slow
+def test_data_that_one_process_can_not_read_ends_all_with_one_sentence(tmp_path):
+    root = tiny_nyud(tmp_path / "data")
+    (root / "images" / "b.png").write_bytes(b"not a picture")
+    overrides = [*TINY, "data=nyud", f"data.root={root}", "data.size=[64,96]", "trainer.validate_first=false"]
+    start = time.monotonic()
+    process = started(*torchrun(2, "--max-restarts=0"), "train.py", *overrides, f"hydra.run.dir={tmp_path / 'run'}")
+    assert time.monotonic() - start < 60
+    assert process.returncode == 1
+    (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
+    assert "b.png" in line
+    assert "RuntimeError" not in process.stderr, "torchrun's own report aside, the other process says a line or nothing"
 
 
 def test_parts_of_a_batch_are_the_batch():

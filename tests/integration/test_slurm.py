@@ -153,7 +153,7 @@ def test_a_sweep_as_jobs_of_which_one_is_preempted(cluster, tmp_path):
     command = [sys.executable, "train.py", "-m", *overrides, f"hydra.sweep.dir={tmp_path}/sweep"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as sweep:
         cluster.wait_for(lambda: sum(steps(path.parent) > 0 for path in tmp_path.glob("sweep/*/log.jsonl")) == 2)
-        first = cluster.ask("squeue", "--noheader", "--states=RUNNING", "--format=%A").splitlines()[-1]
+        first = cluster.ask("squeue", "--noheader", "--states=RUNNING", "--format=%i").splitlines()[-1]
         cluster.ask("scancel", "--signal=USR2", first)
         cluster.wait_for(lambda: cluster.look(first)[0][1] == "BeginTime")
         cluster.ask("scontrol", "update", f"JobId={first}", "StartTime=now")
