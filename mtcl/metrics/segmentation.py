@@ -1,5 +1,6 @@
 """Segmentation metrics of semantic segmentation and human parts, from one confusion matrix."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,14 +66,17 @@ class SegmentationMetric(PixelMetric):
         check_shapes(self.task, prediction, (n,), label, ())
         largest, index = max_and_argmax(prediction)
         size = BAND if label.is_cpu else max(1, label.numel())
+        # A finite sum has finite terms; it is not asked of a device, which would have to be waited for.
+        all_finite = largest.is_cpu and math.isfinite(largest.sum())
         for parts in zip(*(array.flatten().split(size) for array in (largest, index, label))):
-            self._add(*parts)
+            self._add(*parts, all_finite)
 
-    def _add(self, largest: Tensor, index: Tensor, label: Tensor) -> None:
+    def _add(self, largest: Tensor, index: Tensor, label: Tensor, all_finite: bool) -> None:
         """Add pixels (N,): their largest logits, the classes of those, and their labels."""
         n = self.num_classes
         guess = index.int()
-        guess += (~is_finite(largest)).int() * (n - guess)
+        if not all_finite:
+            guess += (~is_finite(largest)).int() * (n - guess)
         counts = count_by_label(label.view(1, 1, -1), guess.view(1, 1, -1), n + 1)[0]
         self.confusion += counts[1 : 1 + n]
         self.out_of_range += counts[0].sum() + counts[1 + n : 1 + VOID].sum() + counts[2 + VOID].sum()
