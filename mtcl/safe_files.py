@@ -53,7 +53,9 @@ def read_bytes(path: str | Path, max_bytes: int = MAX_BYTES) -> bytes:
         if size > max_bytes:
             raise UserError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that such a file may have")
         try:
-            content = file.read(max_bytes + 1)
+            content = file.read(size + 1)  # not max_bytes + 1, which would be allocated first
+            if len(content) > size:  # it grows, or its system does not tell sizes
+                content += file.read(max_bytes + 1 - len(content))
         except OSError as error:
             raise UserError(f"{path} can't be read ({error.strerror})") from error
     if len(content) > max_bytes:

@@ -108,8 +108,7 @@ class ArrayCache:
         path = self._path(kind, name)
         stamps, sums = [_stamp(source) for source in sources], [_checksum(source) for source in sources]
         with convert_disk_errors(path, "start again: what is written stays"):
-            data = _serialize(entry, stamps, sums, compressed=False)
-            write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
+            _write_parts(path, _serialize(entry, stamps, sums, compressed=False))
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / kind / f"{name}.array"
@@ -117,8 +116,7 @@ class ArrayCache:
     def _write(self, path: Path, entry: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> None:
         """Write an entry; on a full disk warn once and stop writing."""
         try:
-            data = _serialize(entry, stamps, sums, compressed)
-            write_atomically(path, lambda temporary: temporary.write_bytes(data), durable=False)
+            _write_parts(path, _serialize(entry, stamps, sums, compressed))
         except OSError as error:
             self._writable = False
             log.warning(
@@ -169,10 +167,24 @@ class ArrayCache:
         self._warned = True
 
 
-def _serialize(entry: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool) -> bytes:
-    """Serialise an entry: magic, header and payload."""
+def _write_parts(path: Path, parts: Sequence[bytes | memoryview]) -> None:
+    """Write a file of these parts atomically; the parts are not joined, for they are large."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            file.writelines(parts)
+
+    write_atomically(path, write, durable=False)
+
+
+def _serialize(
+    entry: CacheEntry, stamps: list[list[int]], sums: list[int], compressed: bool
+) -> tuple[bytes, memoryview | bytes]:
+    """Serialise an entry: magic and header, and the payload, which is the array's memory if it is not compressed."""
     array = np.ascontiguousarray(entry.array)
-    payload = zlib.compress(array.tobytes(), 1) if compressed else array.tobytes()
+    payload: memoryview | bytes = memoryview(array.reshape(-1).view(np.uint8))
+    if compressed:
+        payload = zlib.compress(payload, 1)
     metadata = {
         "dtype": array.dtype.str,
         "shape": array.shape,
@@ -185,7 +197,7 @@ def _serialize(entry: CacheEntry, stamps: list[list[int]], sums: list[int], comp
     }
     header = json.dumps(metadata).encode()
     head = MAGIC + _LENGTHS.pack(len(header), zlib.crc32(header)) + header
-    return head + bytes(-len(head) % _ALIGNMENT) + payload
+    return head + bytes(-len(head) % _ALIGNMENT), payload
 
 
 def _read_header(content: mmap.mmap) -> dict[str, Any] | None:

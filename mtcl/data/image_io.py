@@ -47,8 +47,7 @@ def read_image(path: Path) -> np.ndarray:
 
 def decode_image(source: Path | str, data: bytes) -> np.ndarray:
     """Decode an image as :func:`read_image` does; ``source`` names it in errors."""
-    pixels = _decode(source, data, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+    return _decode(source, data, cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
 def decode_png(source: Path | str, data: bytes) -> np.ndarray:
@@ -267,7 +266,8 @@ def validate_depth(array: np.ndarray, path: Path) -> np.ndarray:
         raise UserError(
             f"{path} holds {describe_array(array)}, but depth is one floating-point array (height, width) in metres."
         )
-    return np.where(np.isfinite(array) & (array > 0), array, 0).astype(np.float32)
+    valid = (array > 0) & (array < np.inf)
+    return (array if valid.all() else np.where(valid, array, 0)).astype(np.float32, copy=False)
 
 
 def validate_normals(array: np.ndarray, path: Path) -> np.ndarray:
@@ -283,7 +283,7 @@ def validate_normals(array: np.ndarray, path: Path) -> np.ndarray:
 def validate_classes(values: np.ndarray, path: Path, num_classes: int) -> np.ndarray:
     """Map class ids 0 (void), 1 ... ``num_classes`` to uint8 (H, W): void is 255, id v is class v - 1."""
     is_map = isinstance(values, np.ndarray) and values.ndim == 2 and values.size > 0 and values.dtype.kind in "ufi"
-    if not is_map or (values != np.floor(values)).any():
+    if not is_map or (values.dtype.kind == "f" and (values != np.floor(values)).any()):
         raise UserError(
             f"{path} holds {describe_array(values)}, but classes are one array (height, width) of whole numbers."
         )
@@ -293,14 +293,17 @@ def validate_classes(values: np.ndarray, path: Path, num_classes: int) -> np.nda
             f"{path} holds the class id {low if low < 0 else high:g}, but num_classes={num_classes} allows 0 to "
             f"{num_classes}; increase num_classes or correct the file."
         )
-    return values.astype(np.uint8) - np.uint8(1)  # wraps 0 around to 255
+    return values.astype(np.uint8, copy=False) - np.uint8(1)  # wraps 0 around to 255
 
 
 def validate_edges(array: np.ndarray, path: Path) -> np.ndarray:
     """Return edges as uint8 (H, W) in {0, 1}: 1 above half of the range, which is 0..255 or 0..1."""
-    if array.ndim != 2 or not array.size or array.dtype.kind not in "ufib" or not np.isfinite(array).all():
+    is_map = array.ndim == 2 and array.size > 0 and array.dtype.kind in "ufib"
+    if not is_map or (array.dtype.kind == "f" and not np.isfinite(array).all()):
         raise UserError(f"{path} holds {describe_array(array)}, but edges are one array (height, width) of numbers.")
-    return (array > (127.5 if array.max(initial=0) > 1 else 0.5)).astype(np.uint8)
+    half = 127.5 if array.max(initial=0) > 1 else 0.5
+    edges = array > (half if array.dtype.kind == "f" else int(half))  # whole numbers are compared as such
+    return edges.view(np.uint8)
 
 
 def file_error(path: Path, error: OSError) -> UserError:

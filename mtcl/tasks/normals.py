@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -115,7 +115,8 @@ class Normals(Task):
         Then no component is negative and the first two are near one half on average; normals would have to face left
         and up everywhere.
         """
-        vectors = [_decode_uint8(a).transpose(1, 2, 0) if a.dtype == np.uint8 else a for a in arrays]
+        standard = replace(self, normals_valid="standard")
+        vectors = [standard.finalize_label(array) for array in arrays]
         valid = np.concatenate([v[np.isfinite(v).all(axis=2) & v.any(axis=2)] for v in vectors])
         if not len(valid) or valid.min() < 0 or valid[:, :2].mean(axis=0).min() < self.max_encoded_mean:
             return []
@@ -147,26 +148,44 @@ class Normals(Task):
 
     def finalize_label(self, label: np.ndarray) -> np.ndarray:
         """Decode 8-bit codes, and make vectors unit or void as :attr:`normals_valid` says."""
-        planes = _decode_uint8(label) if label.dtype == np.uint8 else label.transpose(2, 0, 1)
-        if self.normals_valid == "length":
-            square = planes[0] ** 2 + planes[1] ** 2 + planes[2] ** 2
-            scale = np.zeros_like(square)
-            np.divide(1, np.sqrt(square), out=scale, where=square >= self.min_length**2)
-            planes = planes * scale
+        if label.dtype != np.uint8 and self.normals_valid == "standard":
+            return label
+        planes = np.empty((3, *label.shape[:2]), np.float32)
+        for top in range(0, len(label), _ROWS):
+            self._finalize_rows(label[top : top + _ROWS], planes[:, top : top + _ROWS])
         return planes.transpose(1, 2, 0)
 
+    def _finalize_rows(self, label: np.ndarray, planes: np.ndarray) -> None:
+        """Finalize some rows of a label (H, W, 3) into ``planes`` float32 (3, H, W)."""
+        if label.dtype != np.uint8:
+            planes[:] = label.transpose(2, 0, 1)
+            void: np.ndarray | np.bool_ = np.False_
+        else:
+            void = _decode_uint8(label, planes)
+        if self.normals_valid == "standard":
+            planes[:, void] = 0
+            return
+        square = planes[0] ** 2
+        for component in planes[1:]:
+            square += component**2
+        void = void | ~(square >= self.min_length**2)
+        np.copyto(square, np.inf, where=void)
+        planes *= 1 / np.sqrt(square)
 
+
+_ROWS = 32  # of a label that are finalized at once, so that the intermediate arrays stay in the cache
 _LEVELS = (2.0 * np.arange(256) / 255.0 - 1.0).astype(np.float32)
 
 
-def _decode_uint8(codes: np.ndarray) -> np.ndarray:
-    """Decode 8-bit codes (H, W, 3) to vectors float32 (3, H, W), zero where the code is black."""
-    planes = np.ascontiguousarray(codes.transpose(2, 0, 1))  # NumPy is slow on a last axis of three
-    vectors = cv2.LUT(planes.reshape(-1, planes.shape[2]), _LEVELS).reshape(planes.shape)
-    vectors[:, _is_black(planes)] = 0
-    return vectors
+def _decode_uint8(codes: np.ndarray, planes: np.ndarray) -> np.ndarray:
+    """Decode 8-bit codes (H, W, 3) into vectors float32 (3, H, W), and return where the code is black: bool (H, W)."""
+    interleaved = codes.strides[2] == codes.itemsize
+    levels = cv2.split(codes) if interleaved else codes.transpose(2, 0, 1)
+    for level, plane in zip(levels, planes):
+        cv2.LUT(level, _LEVELS, dst=plane)
+    return _is_black(levels)
 
 
-def _is_black(planes: np.ndarray) -> np.ndarray:
+def _is_black(planes: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """Return where all three of (3, H, W) are 0: bool (H, W)."""
     return (planes[0] | planes[1] | planes[2]) == 0

@@ -182,11 +182,13 @@ def test_another_number_of_sources_makes_the_entry_anew(tmp_path: Path, source: 
 
 
 def test_a_full_disk_costs_one_warning_and_no_array(tmp_path: Path, source: Path, monkeypatch, caplog) -> None:
-    def full(path: Path, data: bytes) -> int:
+    def full(path: Path, mode: str) -> None:
+        if mode == "rb":
+            raise FileNotFoundError
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "open", full)
     store, make = ArrayCache(tmp_path / "cache"), Maker()
     for name in "abc":
         np.testing.assert_array_equal(store.get("image", name, [source], make).array, ARRAY)
