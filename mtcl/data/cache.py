@@ -182,7 +182,7 @@ def _serialize(
 ) -> tuple[bytes, memoryview | bytes]:
     """Serialise an entry: magic and header, and the payload, which is the array's memory if it is not compressed."""
     array = np.ascontiguousarray(entry.array)
-    payload: memoryview | bytes = memoryview(array.reshape(-1).view(np.uint8))
+    payload: memoryview | bytes = array.reshape(-1).view(np.uint8).data
     if compressed:
         payload = zlib.compress(payload, 1)
     metadata = {

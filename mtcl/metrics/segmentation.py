@@ -69,9 +69,9 @@ class SegmentationMetric(PixelMetric):
         # A finite sum has finite terms; it is not asked of a device, which would have to be waited for.
         all_finite = largest.is_cpu and math.isfinite(largest.sum())
         for parts in zip(*(array.flatten().split(size) for array in (largest, index, label))):
-            self._add(*parts, all_finite)
+            self._add(all_finite, *parts)
 
-    def _add(self, largest: Tensor, index: Tensor, label: Tensor, all_finite: bool) -> None:
+    def _add(self, all_finite: bool, largest: Tensor, index: Tensor, label: Tensor) -> None:
         """Add pixels (N,): their largest logits, the classes of those, and their labels."""
         n = self.num_classes
         guess = index.int()
