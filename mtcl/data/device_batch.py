@@ -54,9 +54,10 @@ def _normalize_by_table(image: Tensor, constants: Tensor, meta: Sequence[SampleM
     """
     levels = torch.arange(256).float().sub(constants[0].view(-1, 1)).div(constants[1].view(-1, 1)).numpy()
     normalized = np.zeros(image.shape, np.float32)
-    for source, target, (_, (height, width), (row, column)) in zip(image.numpy(), normalized, meta):
+    for source, target, sample in zip(image.numpy(), normalized, meta):
+        (row, column), (height, width) = sample.offset, sample.native_size
+        window = (slice(row, row + height), slice(column, column + width))
         for plane, result, table in zip(source, target, levels):
-            window = (slice(row, row + height), slice(column, column + width))
             cv2.LUT(plane[window], table, dst=result[window])
     return torch.from_numpy(normalized)
 
