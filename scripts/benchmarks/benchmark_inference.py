@@ -299,8 +299,8 @@ def main() -> None:
     for decoder, config in configs.items():
         rows += compute_rows(decoder, config, args, device)
         if args.json:
-            metadata = {"machine": platform.machine(), "device": device_name, "torch": torch.__version__}
-            metadata |= {"precision": args.precision, "left_out": omitted}
+            metadata: dict[str, object] = {"machine": platform.machine(), "device": device_name}
+            metadata |= {"torch": torch.__version__, "precision": args.precision, "left_out": omitted}
             write_json(args.json, {**metadata, "rows": rows})
 
 
