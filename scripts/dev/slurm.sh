@@ -141,7 +141,12 @@ status() {
 
 stop() {
     local program pid
-    [ -z "$(pid_of slurmctld)" ] || SLURM_CONF=$folder/slurm.conf scancel --quiet --user="$(id -un)" || true
+    export SLURM_CONF=$folder/slurm.conf
+    if [ -n "$(pid_of slurmctld)" ]; then # jobs that outlive it would wait for it for ever
+        scancel --quiet --user="$(id -un)" || true
+        for _ in {1..100}; do [ -n "$(squeue --noheader)" ] || break; sleep 0.2; done
+        sleep 1
+    fi
     for program in slurmctld "${nodes[@]}" munged; do
         pid=$(pid_of "$program") || continue
         kill "$pid"
