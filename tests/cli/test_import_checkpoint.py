@@ -191,7 +191,7 @@ def test_mistakes_are_told_in_a_sentence(tmp_path):
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save({"model": [1, 2]}, tmp_path / "list.pth")
     for method, path, given_overrides, message in (
-        ("invtp", source, overrides, "choose one of invpt"),
+        ("invtp", source, overrides, "choose one of diffusion_mtl, invpt"),
         ("invpt", tmp_path / "none.pth", overrides, "is not a file"),
         ("invpt", tmp_path / "text.pth", overrides, "can't be read"),
         ("invpt", tmp_path / "list.pth", overrides, "no state dict"),

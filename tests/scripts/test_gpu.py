@@ -169,7 +169,7 @@ def test_a_failure_is_recorded_and_the_others_go_on(session):
     assert (absent["reason"], absent["missing_modules"]) == ("not installed: pytest", ["pytest", "onnx"])
     assert (good["result"], good["missing_modules"]) == ({"x": 1}, ["onnx"])
     assert good.items() >= FACTS.items()
-    assert good["seconds"] > 0
+    assert isinstance(good["seconds"], float)  # rounded: 0.0 for so short a command
     assert good["command"].startswith("python -S -c ")
 
 

@@ -253,7 +253,7 @@ def test_task_losses_of_the_first_views(tmp_path):
         losses.append(trainer.train_step(next(iter(trainer.batches))))
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name], value)
-        assert (losses[2][name] - value).abs() > 1e-5
+    assert sum((losses[2][name] - value).abs() for name, value in losses[0].items()) > 5e-4
 
 
 def test_task_losses_of_the_first_views_need_second_ones():
