@@ -28,6 +28,7 @@ TORCHRUN = torchrun(2)
 
 RANKS_OVERRIDES = [
     *TINY,
+    "backbone=resnet18",  # the small maps of test_resnet make batch norm magnify rounding
     "data.batch_size=4",
     "data.limit=7",
     "data.eval_batch_size=2",
