@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.metrics.masked import PixelMetric, check_shapes, row_bands, validate_protocol
+from mtcl.metrics.masked import PixelMetric, check_shapes, is_finite, row_bands, validate_protocol
 
 
 class DepthMetric(PixelMetric):
@@ -16,8 +16,7 @@ class DepthMetric(PixelMetric):
     With p the prediction in metres clamped at 0, q = max(p, 1e-9) where a logarithm or a ratio needs it, z the label:
     rmse = sqrt(mean (p - z)^2) and sq_rel = mean (p - z)^2 / z in metres, abs_rel = mean |p - z| / z,
     log_rmse = sqrt(mean (ln q - ln z)^2), delta_k the fraction of pixels with max(q / z, z / q) < 1.25^k. No crop, no
-    median scaling, and no upper limit unless ``max_depth`` gives one. Pixels are computed in the prediction's
-    precision, at least float32, as in published code; sums over images are float64.
+    median scaling, and no upper limit unless ``max_depth`` gives one.
 
     Sources: InvPT/evaluation/eval_depth.py:30-63, MTI/evaluation/eval_depth.py:19-55,
     atrc/src/data/metrics.py:292-343.
@@ -73,22 +72,22 @@ class DepthMetric(PixelMetric):
 
     def _measure(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         """Compute what each image adds to :attr:`sums` and :attr:`counts`: float64 (4, B) and int64 (5, B)."""
-        dtype = torch.promote_types(prediction.dtype, torch.float32)
-        prediction, label = prediction.to(dtype), label.to(dtype)
-        # Masks are 0.0 and 1.0, for comparisons to bool and torch.where are six and fifteen times as slow on a CPU.
-        valid = label.clone().gt_(0).mul_(label.clone().lt_(self.max_depth))
-        invalid = 1 - valid
-        not_finite = valid - prediction.abs().lt_(torch.inf).mul_(valid)
+        valid = (label > 0) & (label < self.max_depth)
+        finite = is_finite(prediction)
         # An invalid pixel is 1 m deep and predicted so, an error of 0.
-        target = torch.addcmul(invalid, label.nan_to_num(0, 0, 0), valid)
-        depth = torch.addcmul(invalid, prediction.nan_to_num(0, 0, 0).clamp_(min=0), valid)
+        target = torch.where(valid, label, 1.0).double()
+        depth = torch.where(valid, torch.where(finite, prediction, 0.0).clamp_(min=0), 1.0).double()
         error, positive = (depth - target).abs_(), depth.clamp_(min=1e-9)
         ratio, relative = positive / target, error / target
         sums = [error.square(), relative, relative * error, ratio.log().square_()]
         ratio = torch.maximum(ratio, target.div_(positive))
-        close = [ratio.clone().lt_(limit).sub_(invalid) for limit in self.RATIOS]
-        counts = torch.stack([_sum_images(mask) for mask in (valid, *close, not_finite)])
-        return torch.stack([_sum_images(array) for array in sums]), counts.long()
+        invalid = ~valid
+        close = [(ratio < limit) ^ invalid for limit in self.RATIOS]  # an invalid pixel is close
+        counts = [valid, *close, valid & ~finite]
+        return (
+            torch.stack([array.sum((1, 2, 3)) for array in sums]),
+            torch.stack([array.sum((1, 2, 3)) for array in counts]),
+        )
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics of the class, and ``not_finite``."""
@@ -102,8 +101,3 @@ class DepthMetric(PixelMetric):
             **{f"delta{k}": fraction for k, fraction in enumerate(close, start=1)},
             "not_finite": self.counts[4].clone(),
         }
-
-
-def _sum_images(values: Tensor) -> Tensor:
-    """Sum each image of (B, 1, H, W) in float64, but each row in the precision of ``values``, which is faster."""
-    return values.sum(3).double().sum((1, 2))
