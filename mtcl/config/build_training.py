@@ -247,6 +247,7 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     channels = model.feature_channels[options["feature"]]
     regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
     regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
+    regularizer.intermediate_weight = config.loss.intermediate_weight
     return regularizer
 
 

@@ -91,7 +91,13 @@ class AuxiliaryHeads(CrossTaskRegularizer):
             getattr(task, "criterion", None)  # builds the loss module: torch.compile can't, within a step
         self.stats = PairSums(self.task_names, num_values=2)  # steps, loss
 
-    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+    def compute_loss(
+        self,
+        output: DenseOutput,
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        teacher: Mapping[str, Tensor] | None = None,  # noqa: ARG002
+    ) -> RegularizerOutput:
         """Compute the loss of the heads on a model's features, see :meth:`forward`."""
         return self(output.features[self.feature], labels, draw, output.frame)
 

@@ -24,6 +24,7 @@ class Regularizer(nn.Module, ABC):
     feature: str = "final"  # the decoder feature that it reads
     views_per_step: int = 1  # of B rows with V views row i is view i // (B / V) of image i % (B / V)
     loss_views: str = "all"  # which views the tasks' losses have: all, or the first
+    intermediate_weight: float = 1.0  # of the losses of intermediate predictions in the tasks' losses
     uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -51,13 +52,20 @@ class Regularizer(nn.Module, ABC):
         """
 
     @abstractmethod
-    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+    def compute_loss(
+        self,
+        output: DenseOutput,
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        teacher: Mapping[str, Tensor] | None = None,
+    ) -> RegularizerOutput:
         """Compute the loss of a model's output.
 
         Args:
             output: a forward pass in training.
             labels: task -> label in batch layout.
             draw: result of :meth:`sample`, on the device of the labels.
+            teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, where :attr:`uses_teacher`.
         """
 
     @abstractmethod

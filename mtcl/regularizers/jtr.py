@@ -80,8 +80,8 @@ class JointTaskRegularization(Regularizer):
         detach_rule: which predictions have no gradient: ``labelled`` (those of tasks that label the image), ``none``,
             ``auto`` (``none`` in images labelled for every task, else ``labelled``).
 
-    With two views per step the model's distance is that of the second views and the auto-encoder is trained on the
-    first ones; see ``views_per_step`` of the base class.
+    With two views per step and ``loss_views="first"`` the model's distance is that of the second views and the
+    auto-encoder is trained on the first ones.
     """
 
     def __init__(
@@ -127,11 +127,18 @@ class JointTaskRegularization(Regularizer):
             seeds=torch.tensor(seeds, dtype=torch.int64),
         )
 
-    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+    def compute_loss(
+        self,
+        output: DenseOutput,
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        teacher: Mapping[str, Tensor] | None = None,  # noqa: ARG002
+    ) -> RegularizerOutput:
         """Compute the three terms of a model's predictions; see the module's formulas."""
         assert draw.seeds is not None
         with torch.autocast(draw.seeds.device.type, enabled=False):
-            num_images = len(draw.seeds) // self.views_per_step
+            has_views = self.loss_views == "first"
+            num_images = len(draw.seeds) // (self.views_per_step if has_views else 1)
             stacks = self._stack_maps(output, labels, draw.seeds, slice(-num_images, None))
             y, y_hat = stacks.target(1, hard=self.hard_classes), stacks.predicted(0, hard=self.hard_classes)
             constants = {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
@@ -139,7 +146,7 @@ class JointTaskRegularization(Regularizer):
             distance = cosine_distance(*code.chunk(2)) * stacks.weight
 
             with torch.no_grad():
-                if self.views_per_step > 1:
+                if has_views:
                     stacks = self._stack_maps(output, labels, draw.seeds, slice(num_images))
                 y, y_hat = stacks.target(2, hard=True), stacks.predicted(3, hard=False)
                 targets = torch.cat([stacks.target(4, hard=False), y_hat])
@@ -190,7 +197,7 @@ class JointTaskRegularization(Regularizer):
 
 
 class MapEncoding:
-    """How a task's map enters the auto-encoder, and how its reconstruction is compared with it.
+    """Encode a task's map for the auto-encoder, and compare its reconstruction with it.
 
     Classes are one-hot or probabilities, edges probabilities, a depth z is Phi((z - mean) / std), Phi the normal
     distribution function, and unit normals n are (n + 1) / 2.

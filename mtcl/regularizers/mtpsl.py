@@ -148,7 +148,13 @@ class CrossTaskConsistency(Regularizer):
         groups: list[dict[str, Any]] = [{"params": rest}, {"params": films, "lr": FILM_LR_FACTOR * lr}]
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
-    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:
+    def compute_loss(
+        self,
+        output: DenseOutput,
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        teacher: Mapping[str, Tensor] | None = None,  # noqa: ARG002
+    ) -> RegularizerOutput:
         """Compute the consistency of a model's predictions with the labels; see the module's formulas."""
         device = draw.sources.device
         if self.loss_views == "first":

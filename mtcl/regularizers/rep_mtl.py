@@ -49,7 +49,7 @@ class TaskSaliency(Regularizer):
     >>> loss = regularizer.compute_loss(output, labels, regularizer.sample(0, ["first", "second"])).loss
     >>> loss.backward()
 
-    Tasks without a label in an image have no saliency there: they are left out of its distribution and its pairs. An
+    Tasks without a label in an image have no saliency there and do not enter its distribution or its pairs. An
     image with a single labelled task has an alignment only, one without any has neither. ``losses`` of the result:
     the two terms without their weights; ``loss`` is their weighted sum.
 
@@ -90,7 +90,13 @@ class TaskSaliency(Regularizer):
         """Draw nothing."""
         return Draw(sources=torch.zeros(0, 0, dtype=torch.int64), pixels=torch.zeros(len(ids), 0, 2))
 
-    def compute_loss(self, output: DenseOutput, labels: Mapping[str, Tensor], draw: Draw) -> RegularizerOutput:  # noqa: ARG002
+    def compute_loss(
+        self,
+        output: DenseOutput,
+        labels: Mapping[str, Tensor],
+        draw: Draw,  # noqa: ARG002
+        teacher: Mapping[str, Tensor] | None = None,  # noqa: ARG002
+    ) -> RegularizerOutput:
         """Compute both terms; see the module's formulas. The output must be in the graph of its ``feature``."""
         with torch.autocast(output.device.type, enabled=False):
             has_label = torch.stack(
@@ -122,8 +128,11 @@ class TaskSaliency(Regularizer):
         has_graph, saliencies = torch.is_grad_enabled(), []
         with torch.enable_grad():
             for name, task in self.tasks.items():
-                predictions = [output.predictions, *(p for p in output.intermediate if name in p)]
-                loss = task.weight * torch.stack([task.loss(p[name], labels[name]) for p in predictions]).sum()
+                loss = task.loss(output.predictions[name], labels[name])
+                for predictions in output.intermediate:
+                    if name in predictions:
+                        loss = loss + self.intermediate_weight * task.loss(predictions[name], labels[name])
+                loss = task.weight * loss
                 (gradient,) = torch.autograd.grad(loss, maps[0], retain_graph=True, create_graph=has_graph)
                 saliencies.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2))
         return torch.stack(saliencies)

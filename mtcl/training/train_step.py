@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mtcl import distributed
 from mtcl.models import DenseModel, DenseOutput, EncodedImage
-from mtcl.regularizers import Contrastive, Regularizer, RegularizerOutput
+from mtcl.regularizers import Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw
 
 log = logging.getLogger(__name__)
@@ -58,10 +58,7 @@ class TrainingStep(nn.Module):
         # tasks' losses: the backward pass has the reverse order, and the contrast's gradient maps then fit below the
         # peak of the tasks'.
         with torch.set_grad_enabled(needs_grad), torch.autocast(output.device.type, enabled=False):
-            if teacher is not None:
-                assert isinstance(self.regularizer, Contrastive)
-                return output, self.regularizer.compute_loss(output, labels, draw, teacher)
-            return output, self.regularizer.compute_loss(output, labels, draw)
+            return output, self.regularizer.compute_loss(output, labels, draw, teacher)
 
 
 StepFunction = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]

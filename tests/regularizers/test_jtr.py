@@ -36,7 +36,7 @@ def make_case(unlabelled=MISSING, views=1, size=(17, 26), batch=4, **options):
     g = torch.Generator().manual_seed(1)
     tasks = make_tasks()
     regularizer = JointTaskRegularization(tasks, seed=3, **{"stride": 2, "widths": [4, 5, 6], **options})
-    regularizer.views_per_step = views
+    regularizer.views_per_step, regularizer.loss_views = views, "first" if views > 1 else "all"
     with torch.no_grad():
         for p in regularizer.parameters():
             p.add_(torch.randn(p.shape, generator=g), alpha=0.2)
@@ -104,7 +104,7 @@ def phi(z):
 
 
 def reference_maps(regularizer, output, labels, row, seed, is_detached):
-    """What enters the auto-encoder of one image, as a function of whether it is Y, hard, and the stream."""
+    """Return what enters the auto-encoder of one image, as a function of whether it is Y, hard, and the stream."""
     step = regularizer.stride
     start = (step - 1) // 2
     valid = {n: regularizer.tasks[n].valid(labels[n])[row, start::step, start::step] for n in NAMES}
