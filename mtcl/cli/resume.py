@@ -172,7 +172,7 @@ def log_resume(resumed: LoadedCheckpoint, config: DictConfig) -> None:
     log.info("resumed at step %d from %s", resumed.checkpoint.step, resumed.path)
     saved, current = resumed.checkpoint.config, plain(config)
     if config.data.get("shards") is not None and (streams := _describe_other_streams(resumed, config)):
-        log.warning("%s, each of which reads shards of its own: images come in another order from here on", streams)
+        log.warning("%s, each reading other shards than the rest: images come in another order from here on", streams)
     if keys := find_changed_experiment_keys(saved, current):
         order = "; images come in another order from here on" if any(map(affects_sample_order, keys)) else ""
         log.warning("this run is not the one of its checkpoint: %s%s", format_changes(saved, current, keys), order)

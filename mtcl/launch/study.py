@@ -70,7 +70,7 @@ class TimeLimitReached(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Launcher:
-    """How runs are started: ``command`` in the folder ``root``, ``num_parallel`` at once.
+    """Describe how runs are started: ``command`` in the folder ``root``, ``num_parallel`` at once.
 
     After ``time_limit`` seconds (None: never) no more are started, and those that run save their state and end.
     """

@@ -213,9 +213,8 @@ def wait_for_process(process: subprocess.Popen, signals: list[int]) -> int:
             time.sleep(POLL)
         return code
     finally:
-        if (
-            process.poll() is None
-        ):  # an exception out of a launcher's own signal handler, such as submitit's for SIGUSR2
+        # An exception out of a launcher's own signal handler, such as submitit's for SIGUSR2.
+        if process.poll() is None:
             process.terminate()
             process.wait()  # it saves; Slurm kills what is left of a job once this process has ended
 

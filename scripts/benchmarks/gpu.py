@@ -276,7 +276,7 @@ def check_machine(machine: Mapping[str, Any], device: str) -> None:
 
 @dataclass(frozen=True)
 class Session:
-    """What all pieces of a command share.
+    """Hold what all pieces of a command share.
 
     Attributes:
         output: folder of the records and the table.

@@ -7,9 +7,9 @@
 #     scripts/dev/slurm.sh stop [FOLDER]     # ends the jobs, too; the folder stays
 #
 # It needs the programs only (Debian, Ubuntu: apt-get install slurm-wlm munge), no service, no file outside FOLDER
-# (default: /tmp/slurm-UID) and no root. The nodes claim more cores, memory and GPUs (8 each, of which none exists) than
-# the machine has, so that batch files for a cluster are accepted as they are. A node that was killed is back after
-# another `start`.
+# (default: slurm-UID in the folder of temporary files) and no root. The nodes claim more cores, memory and GPUs (8 each,
+# of which none exists) than the machine has, so that batch files for a cluster are accepted as they are. A node that was
+# killed is back after another `start`.
 set -euo pipefail
 
 command=${1:-} folder=${2:-${TMPDIR:-/tmp}/slurm-$(id -u)}

@@ -33,7 +33,7 @@ def study(tmp_path, monkeypatch):
 
 
 def submit(study: Path, *overrides: str, **options) -> tuple[list[str], list[str]]:
-    """What was said, and the words that sbatch got."""
+    """Return what was said, and the words that sbatch got."""
     lines: list[str] = []
     called = study.with_name("called")
     called.unlink(missing_ok=True)

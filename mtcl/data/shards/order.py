@@ -52,7 +52,7 @@ class ShardOrder:
         if self.shards_per_stream == 0:
             raise ParameterError(
                 PARAMETER,
-                f" names {len(shards)} shards, but {num_processes} processes x {streams} workers each read their own: "
+                f" names {len(shards)} shards, but {num_processes} processes x {streams} workers need one each: "
                 f"make {self.num_streams} or more, or use fewer workers",
             )
         smallest = sum(sorted(map(len, shards))[: self.shards_per_stream])
