@@ -242,7 +242,7 @@ def test_two_views_per_step_resumed_in_mid_epoch(tmp_path):
 
 def test_task_losses_of_the_first_views(tmp_path):
     """With loss.views=first the step's task losses are those of a batch of the first views alone."""
-    overrides = ["data.batch_size=2", "regularizer=none", "backbone.trainable=frozen"]
+    overrides = ["data.batch_size=2", "regularizer=none", "backbone=resnet18", "backbone.trainable=frozen"]
     alone, first, both = (
         make_trainer(tmp_path, *overrides, *more)
         for more in ([], ["data.views_per_step=2", "loss.views=first"], ["data.views_per_step=2"])
@@ -253,7 +253,7 @@ def test_task_losses_of_the_first_views(tmp_path):
         losses.append(trainer.train_step(next(iter(trainer.batches))))
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name], value)
-    assert sum((losses[2][name] - value).abs() for name, value in losses[0].items()) > 5e-4
+        assert (losses[2][name] - value).abs() > 1e-5
 
 
 def test_task_losses_of_the_first_views_need_second_ones():
