@@ -35,6 +35,7 @@ PLACES = {
     "config.build_features.build_feature_caches": "test_places.test_loaders_of_a_feature_cache_pin_their_memory",
     "data.device_batch._copy_stream": "test_parts.test_features_are_copied_on_a_stream_of_their_own",
     "data.device_batch._copy_stream_context": "test_parts.test_features_are_copied_on_a_stream_of_their_own",
+    "data.device_batch.prepare_batch": "test_training.test_a_step_of_each_decoder",
     "distributed.init_process_group": "test_places.test_a_process_group_connects_the_gpu_of_its_process",
     "metrics.masked.count": "test_parts.test_loss_and_metric_of_each_task",
     "metrics.masked.row_bands": "test_parts.test_loss_and_metric_of_each_task",
