@@ -17,5 +17,6 @@ export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun python scripts/study.py "$@" --run "$SLURM_ARRAY_TASK_ID"
 code=$?
 # 75: the run has saved. 138: the signal ended it before it could, as it was only starting.
-if [ $code = 75 ] || [ $code = 138 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+# The last element has the array's own number: SLURM_JOB_ID would requeue them all.
+if [ $code = 75 ] || [ $code = 138 ]; then scontrol requeue "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"; fi
 exit $code
