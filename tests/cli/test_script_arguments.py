@@ -32,6 +32,7 @@ CASES = {
     "import_checkpoint.py": (["invpt", "a", "b"], None, None),
     "label_agreement.py": ([], ["--images", "0"], "--seed"),
     "make_shards.py": (["--out=a", "--shards=2"], ["--shards", "0"], "--seed"),
+    "plot_study.py": (["a", "--output=b.png"], None, "--reference"),
     "predict.py": (["a.pt", "b.png", "--output=c"], ["--mode", "huge"], "--tasks"),
     "prepare_nyud.py": (["--labeled=a", "--splits=b", "--classes=c", "--out=d"], ["--workers", "-1"], "--size"),
     "prepare_pascal.py": (["--voc=a", "--context=b", "--out=c"], ["--workers", "x"], "--workers"),
