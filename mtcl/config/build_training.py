@@ -18,7 +18,7 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
-from mtcl.regularizers import GradientNormWeight, Regularizer, TaskSaliency
+from mtcl.regularizers import GradientNormWeight, PseudoLabels, Regularizer, TaskSaliency
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
@@ -235,20 +235,27 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             f"regularizer.options.source_labels=other_image could take another view's labels for another image's with "
             f"data.views_per_step={views_per_step}; set data.views_per_step=1"
         )
-    if options.get("teacher") and config.trainer.ema is None:
-        raise UserError(
-            "regularizer.options.teacher=true has the running mean of the weights as its teacher; set trainer.ema=0.999"
-        )
-    if options.get("teacher") and config.trainer.parallel == "fsdp" and distributed.world_size() > 1:
-        raise UserError("regularizer.options.teacher=true needs whole weights in a process; set trainer.parallel=ddp")
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     if issubclass(regularizer_class, TaskSaliency):
         _check_saliency(config)
     channels = model.feature_channels[options["feature"]]
     regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
+    if regularizer.uses_teacher:
+        _check_teacher(config, regularizer_class)
     regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
     regularizer.intermediate_weight = config.loss.intermediate_weight
     return regularizer
+
+
+def _check_teacher(config: DictConfig, regularizer_class: type[Regularizer]) -> None:
+    """Refuse a regulariser that takes a teacher's predictions where there is no teacher."""
+    key = "regularizer.options.teacher=true"
+    if issubclass(regularizer_class, PseudoLabels):
+        key = "regularizer=pseudo_labels"
+    if config.trainer.ema is None:
+        raise UserError(f"{key} has the running mean of the weights as its teacher; set trainer.ema=0.999")
+    if config.trainer.parallel == "fsdp" and distributed.world_size() > 1:
+        raise UserError(f"{key} needs whole weights in a process; set trainer.parallel=ddp")
 
 
 def _check_saliency(config: DictConfig) -> None:

@@ -288,6 +288,7 @@ RULES: dict[str, Rule] = {
     "regularizer.options.depth_mean": number(),
     "regularizer.options.depth_std": POSITIVE,
     "regularizer.options.detach_rule": TEXT,
+    "regularizer.options.confidence": number(0, 1),
     "regularizer.options.tsr_weight": number(0),
     "regularizer.options.csa_weight": number(0),
     **{f"regularizer.options.thresholds.{task}": pair(THRESHOLDS, _is_number).or_null() for task in TASK_NAMES},

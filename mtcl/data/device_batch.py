@@ -40,7 +40,7 @@ def prepare_batch(
     if image.is_cpu:
         return _normalize_by_table(image, constants, batch["meta"]), labels
     image = image.float().sub_(constants[0]).div_(constants[1])
-    image.masked_fill_(~_image_mask(batch["meta"], image.shape[-2:], to_device), 0.0)
+    image.masked_fill_(~image_mask(batch["meta"], image.shape[-2:], to_device), 0.0)
     return image, labels
 
 
@@ -107,7 +107,7 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _image_mask(meta: Sequence[SampleMeta], frame: torch.Size, to_device: Callable[[Tensor], Tensor]) -> Tensor:
+def image_mask(meta: Sequence[SampleMeta], frame: torch.Size, to_device: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the mask of a batch's pixels that belong to an image, not to padding: bool (B, 1, H, W)."""
     corners = torch.tensor([[m.offset, (m.offset[0] + m.native_size[0], m.offset[1] + m.native_size[1])] for m in meta])
     corners = to_device(corners)  # (B, first or one past the last, row or column)

@@ -6,6 +6,7 @@ from mtcl.regularizers.contrastive import Contrastive
 from mtcl.regularizers.jtr import JointTaskRegularization
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.mtpsl import CrossTaskConsistency
+from mtcl.regularizers.pseudo_labels import PseudoLabels
 from mtcl.regularizers.rep_mtl import TaskSaliency
 from mtcl.regularizers.sampling import Draw
 from mtcl.regularizers.weighting import GradientNormWeight
@@ -18,6 +19,7 @@ __all__ = [
     "GradientNormWeight",
     "JointTaskRegularization",
     "MaskedAdamW",
+    "PseudoLabels",
     "Regularizer",
     "RegularizerOutput",
     "TaskSaliency",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.sampling import Draw
+from mtcl.tasks.base import Task
 
 
 class RegularizerOutput(NamedTuple):
@@ -29,7 +30,16 @@ class Regularizer(nn.Module, ABC):
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Build the optimizer of the regularizer's own parameters."""
-        return torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+        group = {"params": list(self.parameters())}  # may be empty
+        return torch.optim.AdamW([group], lr=lr, weight_decay=weight_decay, fused=True)
+
+    def task_loss(self, name: str, task: Task, output: DenseOutput, label: Tensor) -> Tensor:
+        """Compute a task's loss as in training: that of its prediction and the weighted ones of intermediate ones."""
+        loss = task.loss(output.predictions[name], label)
+        for predictions in output.intermediate:
+            if name in predictions:
+                loss = loss + self.intermediate_weight * task.loss(predictions[name], label)
+        return loss
 
     @abstractmethod
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
@@ -65,7 +75,8 @@ class Regularizer(nn.Module, ABC):
             output: a forward pass in training.
             labels: task -> label in batch layout.
             draw: result of :meth:`sample`, on the device of the labels.
-            teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, where :attr:`uses_teacher`.
+            teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, NaN in padding, where
+                :attr:`uses_teacher`; None while the loss is only reported.
         """
 
     @abstractmethod

@@ -27,7 +27,7 @@ from mtcl.errors import UserError
 from mtcl.losses.masked import masked_mean
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
-from mtcl.regularizers.sampling import Draw
+from mtcl.regularizers.sampling import Draw, draw_nothing
 from mtcl.tasks.base import Task
 
 TERMS = ("specific", "alignment")
@@ -82,13 +82,9 @@ class TaskSaliency(Regularizer):
         self.sums: Tensor
         self.register_buffer("sums", torch.zeros(1 + len(TERMS)), persistent=False)  # steps, sums of the terms
 
-    def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """Build an optimizer of nothing."""
-        return torch.optim.AdamW([{"params": []}], lr=lr, weight_decay=weight_decay)
-
     def sample(self, step: int, ids: Sequence[str]) -> Draw:  # noqa: ARG002
         """Draw nothing."""
-        return Draw(sources=torch.zeros(0, 0, dtype=torch.int64), pixels=torch.zeros(len(ids), 0, 2))
+        return draw_nothing(ids)
 
     def compute_loss(
         self,
@@ -128,11 +124,7 @@ class TaskSaliency(Regularizer):
         has_graph, saliencies = torch.is_grad_enabled(), []
         with torch.enable_grad():
             for name, task in self.tasks.items():
-                loss = task.loss(output.predictions[name], labels[name])
-                for predictions in output.intermediate:
-                    if name in predictions:
-                        loss = loss + self.intermediate_weight * task.loss(predictions[name], labels[name])
-                loss = task.weight * loss
+                loss = task.weight * self.task_loss(name, task, output, labels[name])
                 (gradient,) = torch.autograd.grad(loss, maps[0], retain_graph=True, create_graph=has_graph)
                 saliencies.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2))
         return torch.stack(saliencies)

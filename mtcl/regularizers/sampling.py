@@ -27,6 +27,11 @@ class Draw(NamedTuple):
         )
 
 
+def draw_nothing(ids: Sequence[str]) -> Draw:
+    """Return a draw without a source or a pixel, for the images ``ids``."""
+    return Draw(sources=torch.zeros(0, 0, dtype=torch.int64), pixels=torch.zeros(len(ids), 0, 2))
+
+
 def draw_sources(
     seed: int, step: int, allowed: Sequence[Sequence[int]], weights: Sequence[Sequence[float]] | None = None
 ) -> Tensor:

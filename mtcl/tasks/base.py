@@ -147,6 +147,18 @@ class Task(ABC):
         """Convert raw predictions at sampled pixels (..., K, C) to what labels say there, (..., K, c)."""
         return prediction
 
+    def predict_label(self, prediction: Tensor, confidence: float) -> Tensor:  # noqa: ARG002
+        """Convert raw predictions to the label that they say, as a target of :meth:`loss`.
+
+        Args:
+            prediction: (B, C, H, W), NaN in padding.
+            confidence: of tasks with classes: least probability, 0 to 1, below which a pixel is void.
+
+        Returns:
+            as in a batch; undefined where the prediction is NaN.
+        """
+        return self.to_averageable(prediction)
+
     @abstractmethod
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels of equal size to the layout of a batch.

@@ -60,6 +60,11 @@ class ClassTask(DiscreteTask):
         """Convert logits (..., K, C) to classes: int64 (..., K, 1)."""
         return prediction.argmax(dim=-1, keepdim=True)
 
+    def predict_label(self, prediction: Tensor, confidence: float) -> Tensor:
+        """Return the most probable class, void where its probability is below ``confidence``: int64 (B, H, W)."""
+        probability, label = prediction.softmax(dim=1).max(dim=1)
+        return torch.where(probability >= confidence, label, int(self.void))
+
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels to int64 (B, H, W)."""
         return torch.from_numpy(labels).long()

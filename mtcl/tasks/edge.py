@@ -1,5 +1,6 @@
 """The edge detection task."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -57,6 +58,15 @@ class Edge(DiscreteTask):
     def to_label(self, prediction: Tensor) -> Tensor:
         """Convert logits (..., K, 1) to 1 where an edge is more probable than not, else 0."""
         return (prediction > 0).to(prediction)
+
+    def predict_label(self, prediction: Tensor, confidence: float) -> Tensor:  # noqa: ARG002
+        """Return the probability of an edge, (B, 1, H, W), for which the loss has its minimum at the prediction.
+
+        The logit that minimizes the loss is that of an edge's frequency plus that of :attr:`positive_weight`, which is
+        subtracted. Hard labels, at whichever threshold, would make edges wider or fewer from teacher to student.
+        """
+        weight = min(max(self.positive_weight, 1e-6), 1 - 1e-6)
+        return (prediction - math.log(weight / (1 - weight))).sigmoid()
 
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels to float32 (B, 1, H, W)."""

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from mtcl import distributed
 from mtcl.data import Batch
+from mtcl.data.device_batch import image_mask
+from mtcl.data.sample import SampleMeta
 from mtcl.errors import Preempted, UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.evaluation.model_input import prepare_input
@@ -255,7 +257,7 @@ class Trainer:
         # Inside a compiled step there is no graph from which to take gradients at the features: those are run eagerly.
         step = self.eager_step if needs_gradients else self.training_step
         with autocast(self.device, self.options.precision):
-            teacher = self._predict_by_teacher(image) if lambda_ > 0 else None
+            teacher = self._predict_by_teacher(image, batch["meta"]) if lambda_ > 0 else None
             output, regularizer_output = step(image, labels, draw, lambda_ > 0, teacher)
         head_gradients: list[tuple[nn.Parameter, Tensor]] = []
         auxiliary_losses = self.model.auxiliary_losses(output, labels)
@@ -287,13 +289,18 @@ class Trainer:
         return values
 
     @torch.no_grad()
-    def _predict_by_teacher(self, image: Tensor | EncodedImage) -> dict[str, Tensor] | None:
-        """Return the predictions of the running mean of the weights, for a regulariser that uses them."""
+    def _predict_by_teacher(self, image: Tensor | EncodedImage, meta: Sequence[SampleMeta]) -> dict[str, Tensor] | None:
+        """Return predictions of the running mean of the weights, NaN in padding, for a regulariser that uses them."""
         if self.regularizer is None or not self.regularizer.uses_teacher:
             return None
         assert self.ema is not None
         self.ema.copy_buffers(self.model)
-        return self.ema.model.eval().predict(image)
+        predictions = self.ema.model.eval().predict(image)
+        frame = next(iter(predictions.values())).shape[-2:]
+        if all(sample.native_size == tuple(frame) for sample in meta):
+            return predictions
+        mask = image_mask(meta, frame, lambda x: x.to(self.device, non_blocking=True))
+        return {name: prediction.masked_fill(~mask, math.nan) for name, prediction in predictions.items()}
 
     def _differentiate_heads(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the gradient of a loss for the tasks' own and the regulariser's parameters, not for shared ones."""

@@ -102,6 +102,7 @@ OPTIONS = {
     "auxiliary": ["regularizer=auxiliary", "balancing=uncertainty", "trainer.grad_checkpointing=true"],
     "mtpsl": ["regularizer=mtpsl", "trainer.clip_norm=null", "trainer.channels_last=false", "optimizer=sgd"],
     "jtr": ["regularizer=jtr"],
+    "pseudo_labels": ["regularizer=pseudo_labels", "trainer.ema=0.99"],
 }
 
 

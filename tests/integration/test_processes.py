@@ -29,9 +29,10 @@ TWO_VIEWS += ["regularizer.options.variance_weight=1", "regularizer.options.min_
         ["regularizer=auxiliary", "data.label_assignment=random"],
         ["regularizer=jtr", "data.label_assignment=random"],
         ["regularizer=rep_mtl", "data.label_assignment=random"],
+        ["regularizer=pseudo_labels", "trainer.ema=0.5", "data.label_assignment=random"],
         COMPILED,
     ],
-    ids=["contrastive", "mtpsl of two views", "auxiliary", "jtr", "rep_mtl", "compiled"],
+    ids=["contrastive", "mtpsl of two views", "auxiliary", "jtr", "rep_mtl", "pseudo_labels", "compiled"],
 )
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp_path):
