@@ -101,8 +101,8 @@ def test_loss_gradients_and_log_against_the_reference():
     for name, (loss, _) in expected.items():
         assert result.losses[name].item() == pytest.approx(loss.item(), rel=1e-5), name
     total = sum(loss for loss, _ in expected.values())
-    got, wanted = torch.autograd.grad(result.loss, leaves), torch.autograd.grad(total, leaves)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-7)
+    gradients, ref_gradients = (torch.autograd.grad(x, leaves) for x in (result.loss, total))
+    torch.testing.assert_close(gradients, ref_gradients, rtol=1e-4, atol=1e-7)
     summary = regularizer.summary()
     assert summary == pytest.approx(
         {
@@ -202,17 +202,17 @@ def test_weight_zero_is_bit_equal_to_none_and_others_learn(tmp_path):
 def test_the_teacher_predicts_nothing_in_padding(tmp_path):
     trainer = make_trainer(tmp_path, "regularizer=pseudo_labels")
     batch = next(iter(trainer.batches))
-    (top, left), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
+    (row, column), (height, width) = batch["meta"][0].offset, batch["meta"][0].native_size
     frame = batch["image"].shape[-2:]
     assert height < frame[0]
     image = torch.zeros(len(batch["meta"]), 3, *frame)
     predictions = trainer._predict_by_teacher(image, batch["meta"])
     for prediction in predictions.values():
-        inside = prediction[0, :, top : top + height, left : left + width]
+        inside = prediction[0, :, row : row + height, column : column + width]
         assert inside.isfinite().all()
         assert prediction[0].isnan().sum() == prediction[0].numel() - inside.numel()
-    whole = [SampleMeta("a", tuple(frame), (0, 0))] * len(image)
-    assert all(maps.isfinite().all() for maps in trainer._predict_by_teacher(image, whole).values())
+    unpadded = [SampleMeta("a", tuple(frame), (0, 0))] * len(image)
+    assert all(maps.isfinite().all() for maps in trainer._predict_by_teacher(image, unpadded).values())
 
 
 def test_classes_of_every_pixel_count_without_a_threshold():
