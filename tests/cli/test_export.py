@@ -368,7 +368,10 @@ def test_an_onnx_file(cli, trained, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "decoder",
-    ["atrc", "deeplab", "diffusion_mtl", "dpt", "invpt", "linear", "mqtransformer", "mti_net", "multi_head", "pad_net"],
+    [
+        *("atrc", "deeplab", "diffusion_mtl", "dpt", "invpt", "linear", "mqtransformer", "mti_net", "multi_head"),
+        *("pad_net", "task_tokens"),
+    ],
 )
 def test_every_decoder_becomes_onnx(decoder, tmp_path):
     message = export_model(random_model(decoder, "resnet18"), "onnx", tmp_path / "out")

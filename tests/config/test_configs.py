@@ -253,6 +253,19 @@ def test_experiments_of_foundation_backbones_say_what_is_nearest(experiment):
     assert config.optimizer.layer_decay == (0.9 if trainable == "full" else None)
 
 
+@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if "_onelabel_" in name])
+def test_experiments_of_one_label_say_which_row_is_nearest(experiment):
+    text = (ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
+    comment = " ".join(line.removeprefix("# ") for line in text.split("\ndefaults:")[0].split("\n")[1:])
+    assert re.search(r"Published: .*mIoU|Nearest row: .*mIoU \d\d\.\d\d.* What differs: ", comment)
+    config = composed(f"experiment={experiment}")
+    assert (config.name, config.data.label_assignment, config.backbone.name) == (experiment, "one", "resnet18")
+    nyud = experiment.startswith("nyud")
+    assert list(build_tasks(config)) == (
+        ["semseg", "depth", "normals"] if nyud else ["semseg", "human_parts", "sal", "normals", "edge"]
+    )
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_compose_without_contrast(experiment):
     on, off = composed(f"experiment={experiment}"), composed(f"experiment={experiment}", "regularizer=none")

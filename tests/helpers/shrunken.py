@@ -12,6 +12,7 @@ DECODERS = {
     "invpt": ["decoder.width=32", "decoder.prediction_width=16"],
     "taskprompter": ["decoder.width=8", "decoder.head_width=8"],
     "diffusion_mtl": ["decoder.width=8", "decoder.head_width=8", "decoder.blocks=2"],
+    "task_tokens": ["decoder.width=8", "decoder.trunk_width=12", "decoder.head_width=8", "decoder.dropout=0"],
     "linear": [],
     "dpt": ["decoder.width=8", "decoder.level_widths=[4,6,8,10]", "decoder.head_width=8", "decoder.final_width=8"],
     "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],
