@@ -11,6 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mtcl.data import MultiTaskDataset
+from mtcl.data.partial_labels import PartiallyLabeledDataset
 from mtcl.version import __version__, read_commit
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
@@ -48,6 +49,18 @@ def build_run_record(
         "evaluation": OmegaConf.to_container(config.evaluation, resolve=True),
         "data_fingerprint": dataset.fingerprint(),
     }
+
+
+def record_labels(dataset: MultiTaskDataset) -> dict[str, Any]:
+    """Record where the labels of a partly labelled training come from; return nothing where every image has all.
+
+    Returns:
+        ``labels``: the file's name and hash, or the rule and the seed that it was drawn from, and the number of images
+        that carry the label of each task.
+    """
+    if not isinstance(dataset, PartiallyLabeledDataset):
+        return {}
+    return {"labels": {**dataset.source, "images": dataset.count_labels()}}
 
 
 def _versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -20,7 +21,7 @@ from mtcl.cli.resume import (
     restore_frozen_backbone,
     restore_trainer,
 )
-from mtcl.cli.run_record import build_run_record
+from mtcl.cli.run_record import build_run_record, record_labels
 from mtcl.cli.write_metrics import write_metrics
 from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.build_model import build_model, inline_genotype
@@ -95,7 +96,7 @@ def train(
         log_setup(config, trainer, train_dataset, val_dataset, is_fresh=resumed is None)
         warnings = check_dataset_labels(config, tasks, train_dataset, val_dataset)
         write_text(RunFolder(folder).config, OmegaConf.to_yaml(config, resolve=True))
-        return fit(config, trainer, val_dataset, folder, overrides, warnings)
+        return fit(config, trainer, val_dataset, folder, overrides, record_labels(train_dataset), warnings)
 
 
 def set_up_process(config: DictConfig) -> torch.device:
@@ -115,9 +116,10 @@ def fit(
     val_dataset: MultiTaskDataset,
     folder: Path,
     overrides: Sequence[str],
+    labels: Mapping[str, Any],
     warnings: Sequence[str],
 ) -> dict[str, dict[str, float]]:
-    """Train to the end, write record and metrics into ``folder`` and log the table.
+    """Train to the end, write record and metrics into ``folder`` and log the table; ``labels`` goes into the record.
 
     Returns:
         Task -> metric -> value of the last state.
@@ -130,6 +132,7 @@ def fit(
         trainer.run_logger.close()
     seconds = time.perf_counter() - start
     record = build_run_record(config, val_dataset, evaluation.num_images, trainer.device, overrides)
+    record |= labels
     record |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.num_skipped_steps}
     record |= {"processes": distributed.world_size(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
     write_metrics(folder, evaluation.metrics, record)

@@ -6,15 +6,18 @@ The setting of MTPSL (Li et al., CVPR 2022), DiffusionMTL and hierarchical task 
 import codecs
 import hashlib
 import io
+import json
 import pickle
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from mtcl.atomic import convert_disk_errors, write_atomically
 from mtcl.data.image_io import read_bytes
 from mtcl.data.sample import MultiTaskDataset, Sample
 from mtcl.errors import ParameterError, UserError, describe_load_error
@@ -32,10 +35,24 @@ DIFFUSION_PASCAL = ("semseg", "human_parts", "sal", "normals", "edge")  # ssl_ma
 
 
 class PartiallyLabeledDataset:
-    """A dataset whose images keep the labels that ``label_assignment`` gives them; other labels are void."""
+    """A dataset whose images keep the labels that ``label_assignment`` gives them; other labels are void.
 
-    def __init__(self, dataset: MultiTaskDataset, tasks: Mapping[str, Task], label_assignment: LabelAssignment) -> None:
+    Args:
+        dataset: images with all labels.
+        tasks: tasks in use, by name.
+        label_assignment: image id -> the tasks it keeps labels of.
+        source: where the assignment comes from, for the record of a run: a JSON object.
+    """
+
+    def __init__(
+        self,
+        dataset: MultiTaskDataset,
+        tasks: Mapping[str, Task],
+        label_assignment: LabelAssignment,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
         self.dataset, self.tasks, self.label_assignment = dataset, dict(tasks), label_assignment
+        self.source = dict(source or {})
         self.ids: Sequence[str] = dataset.ids
 
     def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
@@ -53,9 +70,12 @@ class PartiallyLabeledDataset:
 
     def summary(self) -> str:
         """Describe the dataset and the number of labels of each task."""
-        counts = {name: sum(name in self.label_assignment[id] for id in self.ids) for name in self.tasks}
-        text = ", ".join(f"{name} {count}" for name, count in counts.items())
+        text = ", ".join(f"{name} {count}" for name, count in self.count_labels().items())
         return f"{self.dataset.summary()}; labels of {len(self.ids)} images: {text}"
+
+    def count_labels(self) -> dict[str, int]:
+        """Return task -> number of images with its label."""
+        return {name: sum(name in self.label_assignment[id] for id in self.ids) for name in self.tasks}
 
     def fingerprint(self) -> str:
         """Return a short hash of the dataset and the assignment."""
@@ -85,16 +105,20 @@ def apply_label_assignment(
     if fractions:
         if mode != "full":
             raise ParameterError("label_fractions", f" needs label_assignment=full, not {mode}.")
-        return PartiallyLabeledDataset(dataset, tasks, draw_label_fractions(dataset.ids, list(tasks), fractions, seed))
+        label_assignment = draw_label_fractions(dataset.ids, list(tasks), fractions, seed)
+        source: dict[str, Any] = {"rule": "fractions", "fractions": dict(fractions), "seed": seed}
+        return PartiallyLabeledDataset(dataset, tasks, label_assignment, source)
     if mode == "full":
         return dataset
     if mode in ("one", "random"):
         label_assignment = draw_label_assignment(dataset.ids, list(tasks), mode, seed)
+        source = {"rule": mode, "seed": seed}
     else:
         if not Path(mode).is_file():
             raise ParameterError(PARAMETER, f"={mode} is neither full, one or random, nor a file with a mapping.")
         label_assignment = read_label_assignment(Path(mode), dataset.ids, list(tasks))
-    return PartiallyLabeledDataset(dataset, tasks, label_assignment)
+        source = {"file": Path(mode).name, "sha256": hashlib.sha256(read_bytes(Path(mode))).hexdigest()}
+    return PartiallyLabeledDataset(dataset, tasks, label_assignment, source)
 
 
 def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, seed: int) -> LabelAssignment:
@@ -189,6 +213,59 @@ def read_label_assignment(path: Path, ids: Sequence[str], tasks: Sequence[str]) 
             f"{path} lacks {len(missing_ids)} images of the training list, first {', '.join(missing_ids[:3])}."
         )
     return {id: assignment[id] & frozenset(tasks) for id in ids}
+
+
+def write_label_assignment(
+    path: Path, label_assignment: LabelAssignment, ids: Sequence[str], tasks: Sequence[str]
+) -> None:
+    """Write the tasks that each image is labelled for, in the published format that the file's ending stands for.
+
+    The same arguments give the same bytes of ``.json``; :func:`read_label_assignment` lists the formats.
+
+    Args:
+        path: ``.json``; ``.npy``; or ``.pth``, for the three tasks of NYU-v2's tables or the five of PASCAL-Context's.
+        label_assignment: id -> tasks.
+        ids: of the images, in the order of the training list.
+        tasks: in use.
+
+    Raises:
+        UserError: the ending is another, or ``.pth`` has no format for these tasks.
+    """
+    write: Callable[[Path], object]
+    if path.suffix == ".json":
+        listed = {id: [name for name in tasks if name in label_assignment[id]] for id in ids}
+        write = partial(_write_text, text=json.dumps(listed, indent=0) + "\n")
+    elif path.suffix == ".npy":
+        members = {name: [id for id in ids if name in label_assignment[id]] for name in tasks}
+        write = partial(_save_array, array=np.array(members, dtype=object))
+    elif path.suffix == ".pth" and set(tasks) == set(MTPSL_NYUD):
+        flags = torch.tensor([_flags_of_tasks(MTPSL_NYUD, label_assignment[id]) for id in ids], dtype=torch.float32)
+        write = partial(torch.save, {"labels_weights": flags})
+    elif path.suffix == ".pth" and set(tasks) == set(DIFFUSION_PASCAL):
+        write = partial(torch.save, {id: _flags_of_tasks(DIFFUSION_PASCAL, label_assignment[id]) for id in ids})
+    elif path.suffix == ".pth":
+        raise UserError(
+            f"{path}: .pth has a format for {', '.join(MTPSL_NYUD)} or {', '.join(DIFFUSION_PASCAL)} only, not for "
+            f"{', '.join(tasks)}; write .json or .npy"
+        )
+    else:
+        raise UserError(f"{path}: the formats of label files are .json, .npy and .pth; choose one of these endings")
+    with convert_disk_errors(path, "choose another path"):
+        write_atomically(path, write)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    with open(path, "wb") as file:  # NumPy adds .npy to a path of another ending
+        np.save(file, array, allow_pickle=True)
+
+
+def _flags_of_tasks(columns: Sequence[str], names: Collection[str]) -> list[int]:
+    """Return 1 for each column that is among the tasks, else 0."""
+    return [int(column in names) for column in columns]
 
 
 def _is_list_of(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -31,6 +31,7 @@ CASES = {
     "export.py": (["a.pt"], ["--opset", "x"], "--output"),
     "import_checkpoint.py": (["invpt", "a", "b"], None, None),
     "label_agreement.py": ([], ["--images", "0"], "--seed"),
+    "make_label_file.py": (["--output=a"], ["--rule", "two"], "--seed"),
     "make_shards.py": (["--out=a", "--shards=2"], ["--shards", "0"], "--seed"),
     "plot_study.py": (["a", "--output=b.png"], None, "--reference"),
     "predict.py": (["a.pt", "b.png", "--output=c"], ["--mode", "huge"], "--tasks"),

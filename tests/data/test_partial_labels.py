@@ -18,6 +18,7 @@ from mtcl.data.partial_labels import (
     draw_label_assignment,
     draw_label_fractions,
     read_label_assignment,
+    write_label_assignment,
 )
 from mtcl.regularizers import Contrastive
 from mtcl.tasks import TASK_NAMES, build_task
@@ -263,3 +264,36 @@ def test_labels_that_are_not_kept_are_not_read() -> None:
 def test_one_task_leaves_no_choice() -> None:
     with pytest.raises(UserError, match="at least two tasks"):
         draw_label_assignment(IDS, ["depth"], "one", 0)
+
+
+@pytest.mark.parametrize("ending", ["json", "npy", "pth"])
+@pytest.mark.parametrize("tasks", [("semseg", "depth", "normals"), DIFFUSION_PASCAL])
+def test_a_written_file_is_read_as_it_was_drawn(tmp_path: Path, ending: str, tasks: tuple[str, ...]) -> None:
+    path = tmp_path / f"labels.{ending}"
+    assignment = draw_label_assignment(IDS, tasks, "one", seed=1)
+    write_label_assignment(path, assignment, IDS, tasks)
+    assert read_label_assignment(path, IDS, tasks) == assignment
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_written_files_have_the_layout_of_the_published_ones(tmp_path: Path) -> None:
+    nyud, pascal, listed = (tmp_path / name for name in ("nyud.pth", "pascal.pth", "pascal.npy"))
+    write_label_assignment(
+        nyud, {"a": frozenset(["normals"]), "b": frozenset(["semseg"])}, "ba", ("semseg", "depth", "normals")
+    )
+    assert torch.load(nyud)["labels_weights"].tolist() == [[1, 0, 0], [0, 0, 1]]
+    assignment = {"a": frozenset(["sal"]), "b": frozenset(["edge"])}
+    for path in (pascal, listed):
+        write_label_assignment(path, assignment, "ab", DIFFUSION_PASCAL)
+    assert torch.load(pascal) == {"a": [0, 0, 1, 0, 0], "b": [0, 0, 0, 0, 1]}
+    members = np.load(listed, allow_pickle=True).item()
+    assert members == {"semseg": [], "human_parts": [], "sal": ["a"], "normals": [], "edge": ["b"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"), [("a.pth", "has a format for .*not for semseg, depth"), ("a.txt", "endings")]
+)
+def test_no_file_of_another_format_is_written(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        write_label_assignment(tmp_path / name, draw_label_assignment(IDS, TASKS, "one", 0), IDS, TASKS)
+    assert not list(tmp_path.iterdir())
