@@ -18,7 +18,7 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
-from mtcl.regularizers import GradientNormWeight, PseudoLabels, Regularizer, TaskSaliency
+from mtcl.regularizers import GradientNormWeight, LabelDiscovery, PseudoLabels, Regularizer, TaskSaliency
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
@@ -250,7 +250,9 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
 def _check_teacher(config: DictConfig, regularizer_class: type[Regularizer]) -> None:
     """Refuse a regulariser that takes a teacher's predictions where there is no teacher."""
     key = "regularizer.options.teacher=true"
-    if issubclass(regularizer_class, PseudoLabels):
+    if issubclass(regularizer_class, LabelDiscovery):
+        key = "regularizer=label_discovery"
+    elif issubclass(regularizer_class, PseudoLabels):
         key = "regularizer=pseudo_labels"
     if config.trainer.ema is None:
         raise UserError(f"{key} has the running mean of the weights as its teacher; set trainer.ema=0.999")

@@ -97,6 +97,10 @@ class EncoderDecoder(DenseModel):
         image, frame = pad_to_multiple(image, (self.backbone.multiple, self.backbone.multiple))
         return EncodedImage(self.backbone(image), (height, width), frame)
 
+    def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the decoder's own losses."""
+        return self.decoder.auxiliary_losses(output, labels)
+
     def padded_size(self, size: Size) -> Size:
         """Return the height and width of the padded image for an image of this ``size``."""
         return pad_size(size, (self.backbone.multiple, self.backbone.multiple))

@@ -4,6 +4,7 @@ from mtcl.regularizers.auxiliary import AuxiliaryHeads
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.contrastive import Contrastive
 from mtcl.regularizers.jtr import JointTaskRegularization
+from mtcl.regularizers.label_discovery import LabelDiscovery
 from mtcl.regularizers.masked_adamw import MaskedAdamW
 from mtcl.regularizers.mtpsl import CrossTaskConsistency
 from mtcl.regularizers.pseudo_labels import PseudoLabels
@@ -18,6 +19,7 @@ __all__ = [
     "Draw",
     "GradientNormWeight",
     "JointTaskRegularization",
+    "LabelDiscovery",
     "MaskedAdamW",
     "PseudoLabels",
     "Regularizer",

@@ -27,6 +27,7 @@ class Regularizer(nn.Module, ABC):
     loss_views: str = "all"  # which views the tasks' losses have: all, or the first
     intermediate_weight: float = 1.0  # of the losses of intermediate predictions in the tasks' losses
     uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
+    reads_teacher_features: bool = False  # whether its output has that model's features, too, NAME as teacher_NAME
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Build the optimizer of the regularizer's own parameters."""

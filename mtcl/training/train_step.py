@@ -37,7 +37,7 @@ class TrainingStep(nn.Module):
         labels: Mapping[str, Tensor],
         draw: Draw | None,
         needs_grad: bool,
-        teacher: Mapping[str, Tensor] | None = None,
+        teacher: DenseOutput | None = None,
     ) -> tuple[DenseOutput, RegularizerOutput | None]:
         """Run the model, and the regulariser on its output.
 
@@ -46,7 +46,7 @@ class TrainingStep(nn.Module):
             labels: task -> label in batch layout.
             draw: the regulariser's random choices; None: without it.
             needs_grad: False where the regulariser's loss is only reported.
-            teacher: the teacher's predictions, for a regulariser that uses them.
+            teacher: the teacher's predictions and features, for a regulariser that uses them.
 
         Returns:
             the model's output and the regulariser's, None without a ``draw``.
@@ -58,7 +58,11 @@ class TrainingStep(nn.Module):
         # tasks' losses: the backward pass has the reverse order, and the contrast's gradient maps then fit below the
         # peak of the tasks'.
         with torch.set_grad_enabled(needs_grad), torch.autocast(output.device.type, enabled=False):
-            return output, self.regularizer.compute_loss(output, labels, draw, teacher)
+            if teacher is None:
+                return output, self.regularizer.compute_loss(output, labels, draw)
+            features = {f"teacher_{name}": maps for name, maps in teacher.features.items()}
+            with_teacher = output._replace(features={**output.features, **features})
+            return output, self.regularizer.compute_loss(with_teacher, labels, draw, teacher.predictions)
 
 
 StepFunction = Callable[..., tuple[DenseOutput, RegularizerOutput | None]]

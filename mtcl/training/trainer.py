@@ -289,18 +289,28 @@ class Trainer:
         return values
 
     @torch.no_grad()
-    def _predict_by_teacher(self, image: Tensor | EncodedImage, meta: Sequence[SampleMeta]) -> dict[str, Tensor] | None:
-        """Return predictions of the running mean of the weights, NaN in padding, for a regulariser that uses them."""
+    def _predict_by_teacher(self, image: Tensor | EncodedImage, meta: Sequence[SampleMeta]) -> DenseOutput | None:
+        """Return predictions of the running mean of the weights, NaN in padding, for a regulariser that uses them.
+
+        Features are those that the regulariser reads, or none.
+        """
         if self.regularizer is None or not self.regularizer.uses_teacher:
             return None
         assert self.ema is not None
         self.ema.copy_buffers(self.model)
-        predictions = self.ema.model.eval().predict(image)
-        frame = next(iter(predictions.values())).shape[-2:]
+        model = self.ema.model.eval()
+        if self.regularizer.reads_teacher_features:
+            output = model(image)._replace(intermediate=[])
+        else:
+            predictions = model.predict(image)
+            height, width = next(iter(predictions.values())).shape[-2:]
+            output = DenseOutput(predictions, {}, [], (height, width))
+        frame = next(iter(output.predictions.values())).shape[-2:]
         if all(sample.native_size == tuple(frame) for sample in meta):
-            return predictions
+            return output
         mask = image_mask(meta, frame, lambda x: x.to(self.device, non_blocking=True))
-        return {name: prediction.masked_fill(~mask, math.nan) for name, prediction in predictions.items()}
+        masked = {name: prediction.masked_fill(~mask, math.nan) for name, prediction in output.predictions.items()}
+        return output._replace(predictions=masked)
 
     def _differentiate_heads(self, loss: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the gradient of a loss for the tasks' own and the regulariser's parameters, not for shared ones."""

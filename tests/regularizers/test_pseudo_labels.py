@@ -206,13 +206,13 @@ def test_the_teacher_predicts_nothing_in_padding(tmp_path):
     frame = batch["image"].shape[-2:]
     assert height < frame[0]
     image = torch.zeros(len(batch["meta"]), 3, *frame)
-    predictions = trainer._predict_by_teacher(image, batch["meta"])
+    predictions = trainer._predict_by_teacher(image, batch["meta"]).predictions
     for prediction in predictions.values():
         inside = prediction[0, :, row : row + height, column : column + width]
         assert inside.isfinite().all()
         assert prediction[0].isnan().sum() == prediction[0].numel() - inside.numel()
     unpadded = [SampleMeta("a", tuple(frame), (0, 0))] * len(image)
-    assert all(maps.isfinite().all() for maps in trainer._predict_by_teacher(image, unpadded).values())
+    assert all(maps.isfinite().all() for maps in trainer._predict_by_teacher(image, unpadded).predictions.values())
 
 
 def test_classes_of_every_pixel_count_without_a_threshold():

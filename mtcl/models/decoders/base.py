@@ -49,6 +49,16 @@ class Decoder(nn.Module, ABC):
         """
         return self.forward(features, size).predictions
 
+    def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return further losses of the decoder itself: name -> weighted scalar.
+
+        Args:
+            output: of a model with this decoder, in training.
+            labels: task -> label in batch layout, of the image.
+        """
+        del output, labels
+        return {}
+
     @abstractmethod
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Return the decoder's parameters that serve more than one task."""

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mtcl import distributed
 from mtcl.models.decoders.atrc import Expectation, build_label_space
 from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import ConvBlock, resize, resize_trained
@@ -47,6 +48,7 @@ class TaskTokens(Decoder):
         dropout: probability, after the pyramid.
         kinds: task -> how its prediction is divided into labels; see
             :func:`mtcl.models.decoders.atrc.build_label_space`. Without an entry the channels are the labels.
+        bin_weights: task of ``kinds`` -> weight of the cross-entropy of its labels; without an entry none.
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class TaskTokens(Decoder):
         rates: Sequence[int] = (12, 24, 36),
         dropout: float = 0.5,
         kinds: Mapping[str, Mapping[str, Any]] | None = None,
+        bin_weights: Mapping[str, float | None] | None = None,
     ):
         super().__init__(channels, strides, tasks)
         trunk_width = trunk_width or channels[-1]
         divided = {task: kind for task, kind in (kinds or {}).items() if task in self.tasks and kind is not None}
         spaces = {task: build_label_space(task, self.tasks[task], kind) for task, kind in divided.items()}
         counts = {task: spaces[task][0] if task in spaces else c for task, c in self.tasks.items()}
+        self.bin_weights = {task: weight for task, weight in (bin_weights or {}).items() if task in spaces and weight}
         self.decode = nn.ModuleDict({task: expectation for task, (_, expectation) in spaces.items()})
         self.tokens = nn.Parameter(torch.empty(len(self.tasks), trunk_width))
         self.levels = nn.ModuleList(GlobalTokens(self.tasks, c, trunk_width) for c in channels)
@@ -99,6 +103,25 @@ class TaskTokens(Decoder):
         """Return the predictions alone."""
         return self._predict(self._score_labels(*self._select(features)), size)
 
+    def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return ``TASK_labels``: the cross-entropy of the nearest label at each cell of a task's map.
+
+        A cell has the value of the pixel in its middle; values of zero are void, and so are cells beyond the image.
+        """
+        losses = {}
+        for task, weight in self.bin_weights.items():
+            scores = output.features["labels"][task].float()
+            value = sample_cells(labels[task], scores.shape[-2:], output.frame)
+            is_valid = (value != 0).any(dim=1) & value.isfinite().all(dim=1)
+            values: Tensor = self.decode[task].values  # type: ignore[assignment]
+            nearest = torch.cdist(value.flatten(2).transpose(1, 2).float(), values).argmin(dim=-1)
+            # Not F.nll_loss: on maps it has no deterministic CUDA implementation.
+            error = -scores.log_softmax(dim=1).gather(1, nearest.view_as(is_valid)[:, None])[:, 0]
+            count = distributed.all_reduce_sum(is_valid.sum()).clamp(min=1)
+            mean = distributed.scale_for_ddp_mean(torch.where(is_valid, error, 0.0).sum() / count)
+            losses[f"{task}_labels"] = weight * mean
+        return losses
+
     def _select(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return each task's final map (B, D, h, w) and its token in each image (B, D)."""
         levels = [level(x, self.tokens) for level, x in zip(self.levels, features)]
@@ -130,6 +153,22 @@ class TaskTokens(Decoder):
             yield self.tokens
             for level in self.levels:
                 yield from level.shared_parameters()  # type: ignore[operator]
+
+
+def sample_cells(label: Tensor, grid: Sequence[int], frame: Size) -> Tensor:
+    """Sample a label (B, C, H, W) at the middle of each cell of a map, 0 beyond the label: (B, C, *grid).
+
+    Args:
+        label: of an image.
+        grid: height and width of the map.
+        frame: height and width in pixels that the map covers, from the image's upper left corner.
+    """
+    for dim, cells, side in ((2, grid[0], frame[0]), (3, grid[1], frame[1])):
+        index = ((torch.arange(cells, device=label.device) + 0.5) * (side / cells)).long()
+        is_inside = (index < label.shape[dim]).view(-1, *(1,) * (3 - dim))
+        sampled = label.index_select(dim, index.clamp(max=label.shape[dim] - 1))
+        label = torch.where(is_inside, sampled, torch.zeros_like(sampled))
+    return label
 
 
 class GlobalTokens(nn.Module):

@@ -185,6 +185,35 @@ def test_its_own_layers_begin_after_the_tokens():
     assert decoder.head_weight("depth") is decoder.levels[0].layers["depth"][0].weight
 
 
+def test_the_nearest_label_of_each_cell_is_learned():
+    decoder = make(CHANNELS, PYRAMID, TASKS, kinds=KINDS, bin_weights={"depth": 0.5, "normals": 2.0, "edge": 1.0})
+    generator = torch.Generator().manual_seed(0)
+    output = decoder(features((32, 64)), (32, 64))
+    labels = {
+        "depth": torch.rand(2, 1, 30, 64, generator=generator) * 10 - 2,
+        "normals": F.normalize(torch.randn(2, 3, 30, 64, generator=generator), dim=1),
+    }
+    labels["depth"] = labels["depth"].clamp(min=0)  # some void
+    got = decoder.auxiliary_losses(output, labels)
+    values = {"depth": log_bins(4, 0.6395, 10.477), "normals": directions(6)}
+    for task, weight in (("depth", 0.5), ("normals", 2.0)):
+        errors = []
+        scores = output.features["labels"][task]
+        for b in range(2):
+            for i in range(7):  # the eighth row of cells has its middle at 30, beyond the image
+                for j in range(16):
+                    value = labels[task][b, :, 4 * i + 2, 4 * j + 2]
+                    if value.any():
+                        nearest = min(range(len(values[task])), key=lambda k: (values[task][k] - value).norm().item())
+                        errors.append(scores[b, :, i, j].logsumexp(0) - scores[b, nearest, i, j])
+        assert 0 < len(errors) < 2 * 8 * 16
+        torch.testing.assert_close(got[f"{task}_labels"], weight * torch.stack(errors).mean())
+    assert list(got) == ["depth_labels", "normals_labels"]
+    nothing = decoder.auxiliary_losses(output, {name: torch.zeros_like(label) for name, label in labels.items()})
+    assert [loss.item() for loss in nothing.values()] == [0, 0]
+    assert all(loss.requires_grad for loss in nothing.values())
+
+
 def test_wrong_kinds():
     with pytest.raises(UserError, match=r"kinds\.depth\.count=1 must be"):
         checks.build_decoder(lambda *sizes: make(*sizes, kinds={"depth": {**KINDS["depth"], "count": 1}}))
