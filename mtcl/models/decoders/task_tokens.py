@@ -128,7 +128,8 @@ class TaskTokens(Decoder):
         final, tokens = {}, {}
         for i, task in enumerate(self.tasks):
             fused = self.fuse[task]([maps[task] for maps, _ in levels])
-            restored = [layer(mixed[i]) for layer, (_, mixed) in zip(self.restore[task], levels)]  # type: ignore[arg-type]
+            layers: Iterable[nn.Module] = self.restore[task]  # type: ignore[assignment]
+            restored = [layer(mixed[i]) for layer, (_, mixed) in zip(layers, levels)]
             final[task], tokens[task] = self.heads[task](fused, torch.stack(restored).sum(dim=0))
         return final, tokens
 
