@@ -25,6 +25,11 @@ class ModelEma:
         self.model.requires_grad_(False)
 
     @torch.no_grad()
+    def start_from(self, model: DenseModel) -> None:
+        """Start the average, before any update, from a model's weights, which DDP makes those of process 0."""
+        torch._foreach_copy_(_local_parameters(self.model), _local_parameters(model))
+
+    @torch.no_grad()
     def update(self, model: DenseModel) -> None:
         """Take in the current weights; the first update replaces the average, later ones pass over frozen ones."""
         average, current = _local_parameters(self.model), _local_parameters(model)

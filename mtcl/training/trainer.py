@@ -100,6 +100,8 @@ class Trainer:
         self.weights = weights or ReplicatedWeights(model)
         self.weights.attach_optimizer(optimizer.optimizer)
         self.eager_step = self.weights.wrap_parallel(TrainingStep(model, self.regularizer), device)
+        if ema is not None:
+            ema.start_from(model)
         self.training_step = self.weights.compile(self.eager_step) if options.compile else self.eager_step
         self.regularizer_parameters = [] if self.regularizer is None else list(self.regularizer.parameters())
         self.trained = [*model.parameters(), *self.regularizer_parameters]

@@ -20,6 +20,10 @@ COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regu
 TWO_VIEWS = ["data.views_per_step=2", "loss.views=first"]
 TWO_VIEWS += ["regularizer.options.variance_weight=1", "regularizer.options.min_spread=0.9"]
 
+# Its loss holds that of pseudo_labels. At first the teacher is the model, where the sign of an L1 loss is of rounding.
+TEACHER = ["regularizer.start_fraction=0", "trainer.ema=0.5", "regularizer.options.confidence=0.1"]
+TEACHER += ["tasks.names=[semseg,human_parts,sal,edge]"]
+
 
 @pytest.mark.parametrize(
     "overrides",
@@ -29,10 +33,10 @@ TWO_VIEWS += ["regularizer.options.variance_weight=1", "regularizer.options.min_
         ["regularizer=auxiliary", "data.label_assignment=random"],
         ["regularizer=jtr", "data.label_assignment=random"],
         ["regularizer=rep_mtl", "data.label_assignment=random"],
-        ["regularizer=pseudo_labels", "trainer.ema=0.5", "data.label_assignment=random"],
+        ["regularizer=label_discovery", *TEACHER, "data.label_assignment=random"],
         COMPILED,
     ],
-    ids=["contrastive", "mtpsl of two views", "auxiliary", "jtr", "rep_mtl", "pseudo_labels", "compiled"],
+    ids=["contrastive", "mtpsl of two views", "auxiliary", "jtr", "rep_mtl", "pseudo_labels and label_discovery", "compiled"],
 )
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp_path):
