@@ -36,7 +36,15 @@ TEACHER += ["tasks.names=[semseg,human_parts,sal,edge]"]
         ["regularizer=label_discovery", *TEACHER, "data.label_assignment=random"],
         COMPILED,
     ],
-    ids=["contrastive", "mtpsl of two views", "auxiliary", "jtr", "rep_mtl", "pseudo_labels and label_discovery", "compiled"],
+    ids=[
+        "contrastive",
+        "mtpsl of two views",
+        "auxiliary",
+        "jtr",
+        "rep_mtl",
+        "pseudo_labels and label_discovery",
+        "compiled",
+    ],
 )
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(overrides, tmp_path):

@@ -262,7 +262,7 @@ class TokenHead(nn.Module):
         even = F.pad(x, (0, width % 2, 0, height % 2))
         grid = [even.shape[-2] // 2, even.shape[-1] // 2]
         query, key, value = (
-            project(torch.cat([reduce(even).flatten(2).transpose(1, 2), token.expand(len(x), 1, -1)], dim=1))
+            project(torch.cat([reduce(even).flatten(2).transpose(1, 2), token.expand(x.shape[0], 1, -1)], dim=1))
             for reduce, project in zip(self.reduce, self.project)
         )
         attended = F.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])[:, 0]
