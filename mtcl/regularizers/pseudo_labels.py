@@ -121,7 +121,7 @@ class PseudoLabels(Regularizer):
         """
         sums = self.sums.tolist()
         self.sums.zero_()
-        means = {}
+        means: dict[str, float] = {}
         for name, (steps, loss, share) in zip(self.tasks, sums):
             if steps:
                 means |= {f"{name}/loss": loss / steps, f"{name}/share": share / steps}
