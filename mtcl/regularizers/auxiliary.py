@@ -26,6 +26,7 @@ from mtcl.regularizers.sampling import (
     sample_features,
     sample_labels,
 )
+from mtcl.regularizers.source_labels import fill_missing_labels
 from mtcl.regularizers.sources import choose_available_source
 from mtcl.regularizers.statistics import PairSums
 from mtcl.tasks.base import Task
@@ -51,6 +52,7 @@ class AuxiliaryHeads(CrossTaskRegularizer):
         all_sources: at each step every allowed source of a target, each with a loss of its own; else one that is drawn.
         source_weights: see :class:`~mtcl.regularizers.contrastive.Contrastive`.
         source_weight_batches: number of batches that ``source_weights=auto`` reads.
+        teacher: see :class:`~mtcl.regularizers.contrastive.Contrastive`.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class AuxiliaryHeads(CrossTaskRegularizer):
         all_sources: bool = False,
         source_weights: SourceWeightsOption = None,
         source_weight_batches: int = 32,
+        teacher: bool = False,
     ):
         super().__init__(
             tasks,
@@ -81,6 +84,7 @@ class AuxiliaryHeads(CrossTaskRegularizer):
             source_weights,
             source_weight_batches,
         )
+        self.uses_teacher = teacher
         generator = torch.Generator().manual_seed(seed)
         # A source reads the first outputs, as many as it has channels.
         widest = max(task.channels for task in self.tasks.values())
@@ -96,13 +100,18 @@ class AuxiliaryHeads(CrossTaskRegularizer):
         output: DenseOutput,
         labels: Mapping[str, Tensor],
         draw: Draw,
-        teacher: Mapping[str, Tensor] | None = None,  # noqa: ARG002
+        teacher: Mapping[str, Tensor] | None = None,
     ) -> RegularizerOutput:
         """Compute the loss of the heads on a model's features, see :meth:`forward`."""
-        return self(output.features[self.feature], labels, draw, output.frame)
+        return self(output.features[self.feature], labels, draw, output.frame, teacher)
 
     def forward(
-        self, features: Mapping[str, Tensor], labels: Mapping[str, Tensor], draw: Draw, frame: Size | None = None
+        self,
+        features: Mapping[str, Tensor],
+        labels: Mapping[str, Tensor],
+        draw: Draw,
+        frame: Size | None = None,
+        teacher: Mapping[str, Tensor] | None = None,
     ) -> RegularizerOutput:
         """Compute L_t of all comparisons, one per target or per pair, and their mean over those with a labelled pixel.
 
@@ -111,11 +120,15 @@ class AuxiliaryHeads(CrossTaskRegularizer):
             labels: task -> label in batch layout, (B, H, W) or (B, c, H, W).
             draw: result of :meth:`sample`.
             frame: height and width in pixels that the features cover; None: those of the labels.
+            teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, without gradient and NaN in
+                padding, which stands for a source's labels in images that have none.
         """
         height, width = next(iter(labels.values())).shape[-2:]
-        read = {  # the pixels alone: a label of K rows and one column
-            name: as_label_map(sample_labels(label, draw.pixels), label.ndim) for name, label in labels.items()
-        }
+        sampled_labels = {name: sample_labels(label, draw.pixels) for name, label in labels.items()}  # (B, K, c)
+        if teacher is not None:
+            sampled_labels = fill_missing_labels(self.tasks, sampled_labels, labels, teacher, draw.pixels)
+        # the pixels alone: a label of K rows and one column
+        read = {name: as_label_map(sampled_labels[name], label.ndim) for name, label in labels.items()}
         valid = torch.stack([task.valid(read[name])[..., 0] for name, task in self.tasks.items()])  # (S, B, K)
         source = choose_available_source(draw.sources, valid.any(dim=2))  # (R, B)
         tasks = torch.arange(len(self.tasks), device=source.device)

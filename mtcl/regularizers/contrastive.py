@@ -222,8 +222,8 @@ class Contrastive(CrossTaskRegularizer):
             draw: result of :meth:`sample`.
             frame: height and width in pixels that the features cover; None: those of the labels.
             predictions: task -> raw prediction (B, C, H, W), needed for ``mispredicted_fraction`` alone.
-            teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, without gradient, which stands
-                for a source's labels in images that have none.
+            teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, without gradient and NaN in
+                padding, which stands for a source's labels in images that have none.
         """
         height, width = next(iter(labels.values())).shape[-2:]
         size = (height, width)

@@ -67,7 +67,7 @@ class SourceLabelReader:
         valid, label, bins = self._embed(read, ndims)
         target_label = torch.where(valid[..., None], label, torch.nan)
         if teacher is not None:
-            valid, label, bins = self._embed(self._fill(read, labels, teacher, draw), ndims)
+            valid, label, bins = self._embed(fill_missing_labels(self.tasks, read, labels, teacher, draw.pixels), ndims)
         has_labels = valid.any(dim=2)  # (S, B)
         if self.source_labels == "random":
             valid, label, bins, has_labels = (x.roll(1, dims=1) for x in (valid, label, bins, has_labels))
@@ -94,17 +94,6 @@ class SourceLabelReader:
             pixels = sampling_ablations.balance_classes(pixels, bins[source, images], self.num_balanced)
         return pixels
 
-    def _fill(
-        self, read: Mapping[str, Tensor], labels: Mapping[str, Tensor], teacher: Mapping[str, Tensor], draw: Draw
-    ) -> dict[str, Tensor]:
-        """Return labels at the pixels, (B, M, c), those predicted by the teacher in images without a labelled pixel."""
-        filled = {}
-        for name, task in self.tasks.items():
-            predicted = task.to_label(read_predictions(teacher[name], draw.pixels))
-            is_labelled = task.valid(labels[name]).flatten(1).any(dim=1)
-            filled[name] = torch.where(is_labelled[:, None, None], read[name], predicted.to(read[name]))
-        return filled
-
     def _embed(self, read: Mapping[str, Tensor], ndims: Mapping[str, int]) -> tuple[Tensor, Tensor, Tensor]:
         """Return which labels at pixels (task -> (B, M, c)) are valid (S, B, M), embedded (S, B, M, 3), their bins."""
         valid = torch.stack(
@@ -115,3 +104,28 @@ class SourceLabelReader:
         if self.num_balanced is not None or self.with_bins:
             bins = torch.stack([task.sampling_bin(read[name]) for name, task in self.tasks.items()])
         return valid, label, bins
+
+
+def fill_missing_labels(
+    tasks: Mapping[str, Task],
+    read: Mapping[str, Tensor],
+    labels: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    pixels: Tensor,
+) -> dict[str, Tensor]:
+    """Return labels at pixels, those that a teacher predicts in images without a labelled pixel.
+
+    Args:
+        tasks: name -> task.
+        read: task -> labels at the pixels (B, M, c).
+        labels: task -> label in batch layout.
+        teacher: task -> raw prediction (B, C, H, W), NaN in padding, which stays void.
+        pixels: (B, M, 2), see :class:`~mtcl.regularizers.sampling.Draw`.
+    """
+    filled = {}
+    for name, task in tasks.items():
+        raw = read_predictions(teacher[name], pixels)
+        predicted = torch.where(raw.isfinite().all(dim=-1, keepdim=True), task.to_label(raw), task.void)
+        is_labelled = task.valid(labels[name]).flatten(1).any(dim=1)
+        filled[name] = torch.where(is_labelled[:, None, None], read[name], predicted.to(read[name]))
+    return filled

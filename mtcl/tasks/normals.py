@@ -90,6 +90,10 @@ class Normals(Task):
         _, axis = label.float().abs().max(dim=-1)
         return 2 * axis + (label.gather(-1, axis[..., None])[..., 0] < 0)
 
+    def to_label(self, prediction: Tensor) -> Tensor:
+        """Normalize vectors (..., K, 3) to length 1."""
+        return F.normalize(prediction.float(), dim=-1)
+
     def collate(self, labels: np.ndarray) -> Tensor:
         """Convert stacked labels (B, 3, H, W) to float32."""
         return torch.from_numpy(labels).float()

@@ -1,5 +1,7 @@
 """A teacher's predictions as labels of sources: where they stand in, and what stays as without."""
 
+import math
+
 import pytest
 import torch
 from helpers.common import TINY, composed
@@ -10,6 +12,7 @@ from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
+from mtcl.regularizers import AuxiliaryHeads
 from mtcl.training.checkpoint_file import read_checkpoint_file
 
 CHANNELS = {"semseg": 3, "depth": 1, "normals": 3, "edge": 1}
@@ -48,6 +51,26 @@ def test_predictions_stand_in_where_an_image_has_no_label(options):
     without = plain(features, labels, draw, frame).losses
     assert any(not torch.equal(losses[name], without[name]) for name in expected)
     assert with_teacher.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("method", ["contrast", "heads"])
+def test_heads_have_the_labels_of_the_contrast_and_nothing_in_padding(method):
+    contrast, features, labels, draw, frame = make_case(kinds=ONE_LABEL, pixels=40, teacher=True)
+    channels = {name: maps.shape[1] for name, maps in features.items()}
+    heads = AuxiliaryHeads(contrast.tasks, channels, num_pixels=40, teacher=True)
+    predictions = make_predictions(labels)
+    filled = fill(contrast, labels, predictions)
+    for name in NAMES:
+        predictions[name][..., -3:] = math.nan
+        missing = ~contrast.tasks[name].valid(labels[name]).flatten(1).any(dim=1)
+        filled[name][missing, ..., -3:] = contrast.tasks[name].void
+    regularizer = contrast if method == "contrast" else heads
+    assert regularizer.uses_teacher
+    losses = regularizer(features, labels, draw, frame, teacher=predictions).losses
+    expected = regularizer(features, filled, draw, frame).losses
+    assert all(torch.equal(losses[name], expected[name]) for name in expected)
+    without = regularizer(features, labels, draw, frame).losses
+    assert any(not torch.equal(losses[name], without[name]) for name in expected)
 
 
 def test_labels_of_the_target_and_of_the_image_come_first():
