@@ -4,7 +4,6 @@ Shapes and distances are those of :mod:`mtcl.regularizers.triplet`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mtcl.errors import ParameterError
@@ -91,17 +90,15 @@ def infonce(z: Tensor, pairs: Pairs, temperature: float) -> CriterionOutput:
     anchor counts as active while its loss is above 0.1.
     """
     cosine = z @ z.transpose(-1, -2)  # (R, B, K, K)
-    similarity = cosine / temperature
-    negatives = torch.where(pairs.negative, similarity, -torch.inf)
-    has_negative = pairs.negative.any(dim=-1, keepdim=True)
-    negatives = torch.where(has_negative, negatives, 0.0)  # without negatives: any finite number
-    log_sum = negatives.logsumexp(dim=-1, keepdim=True)
-    positive = pairs.positive.to(z)
-    loss = (F.softplus(log_sum - similarity) * positive).sum(dim=-1) / positive.sum(dim=-1).clamp(min=1)
-    anchor = pairs.positive.any(dim=-1) & has_negative[..., 0]
+    positive, negative = pairs.positive.to(z), pairs.negative.to(z)
+    num_positives, num_negatives = positive.sum(dim=-1), negative.sum(dim=-1)
+    # exp(cos / temperature) and a single logarithm, of a cosine less its largest value 1, so that neither overflows
+    scaled = (cosine - 1) / temperature
+    similarity = scaled.exp()
+    of_negatives = (similarity * negative).sum(dim=-1, keepdim=True) + torch.finfo(z.dtype).tiny
+    losses = (similarity + of_negatives).log() - scaled
+    loss = (losses * positive).sum(dim=-1) / num_positives.clamp(min=1)
     with torch.no_grad():
-        distance = 2 - 2 * cosine
-        negative = pairs.negative.to(z)
-        d_ap = (distance * positive).sum(dim=-1) / positive.sum(dim=-1).clamp(min=1)
-        d_an = (distance * negative).sum(dim=-1) / negative.sum(dim=-1).clamp(min=1)
-    return mean_over_anchors(loss, loss > 0.1, d_ap, d_an, anchor)
+        d_ap = 2 - 2 * torch.linalg.vecdot(cosine, positive) / num_positives.clamp(min=1)
+        d_an = 2 - 2 * torch.linalg.vecdot(cosine, negative) / num_negatives.clamp(min=1)
+    return mean_over_anchors(loss, loss > 0.1, d_ap, d_an, (num_positives > 0) & (num_negatives > 0))
