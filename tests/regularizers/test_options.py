@@ -39,6 +39,7 @@ OPTIONS = {
     "ranked, one threshold": {"criterion": "ranked", "thresholds": {"depth": (0.0, 0.3)}},
     "infonce": {"criterion": "infonce"},
     "infonce, hot": {"criterion": "infonce", "temperature": 1.5},
+    "infonce, cold": {"criterion": "infonce", "temperature": 0.02},
     "self": {"source_tasks": "self"},
     "any": {"source_tasks": "any", "step": 3},
     "normals": {"source_tasks": "normals"},
