@@ -636,9 +636,8 @@ def test_nothing_is_unpickled_or_unpacked_unguarded():
                     # they list an archive's members, and unpack none
                     assert path.name in ("checkpoint_file.py", "encoding.py"), path
                 if "pickle" in module_names:
-                    assert path.name == "partial_labels.py", (
-                        path
-                    )  # its Unpickler knows a list of classes, tests/data/test_partial_labels.py
+                    # its Unpickler knows a list of classes, tests/data/test_partial_labels.py
+                    assert path.name == "partial_labels.py", path
             if not isinstance(node, ast.Call):
                 continue
             called = ast.unparse(node.func)
@@ -646,7 +645,8 @@ def test_nothing_is_unpickled_or_unpacked_unguarded():
             if called == "torch.load":
                 calls += 1
                 assert arguments.get("weights_only") == "True", path
-            assert arguments.get("allow_pickle", "False") == "False", path
+            if called != "np.save":  # to write an object array runs nothing; MTPSL's label files are some
+                assert arguments.get("allow_pickle", "False") == "False", path
             assert called not in ("pickle.load", "pickle.loads", "yaml.unsafe_load", "yaml.full_load", "eval", "exec")
             assert called.rpartition(".")[2] not in ("unpack_archive", "extractall", "extract"), path
             if called == "yaml.load":
