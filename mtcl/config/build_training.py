@@ -186,6 +186,7 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
         max_nonfinite_steps=settings.max_nonfinite_steps,
         log_interval=settings.log_interval,
         loss_views=loss_views,
+        image_weighting=config.loss.get("image_weighting", "pixels"),
     )
 
 
@@ -244,6 +245,7 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         _check_teacher(config, regularizer_class)
     regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
     regularizer.intermediate_weight = config.loss.intermediate_weight
+    regularizer.image_weighting = config.loss.get("image_weighting", "pixels")
     return regularizer
 
 

@@ -11,7 +11,7 @@ from mtcl.config.renamed import explain_renamed_key
 from mtcl.config.resolve import add_key_prefix
 from mtcl.errors import UserError
 from mtcl.models.backbone_options import TRAINABLE, TRAINABLE_CHOICES, check_backbone_kwargs
-from mtcl.tasks.names import TASK_NAMES
+from mtcl.tasks.names import IMAGE_WEIGHTINGS, TASK_NAMES
 
 # What a key's value bears on.
 RESULT = "result"  # what is learned or measured: runs that differ in it are rows of their own in a table
@@ -300,6 +300,7 @@ RULES: dict[str, Rule] = {
     "loss.intermediate_weight": number(0),
     "loss.options.edge.positive_weight": number(0, 1),
     "loss.views": Rule("all or first", lambda v: v in ("all", "first")),
+    "loss.image_weighting": Rule("pixels, images or tasks_per_label", lambda v: v in IMAGE_WEIGHTINGS),
     "balancing.method": TEXT,
     "balancing.contrast_as_objective": FLAG,
     "balancing.lr": number(0),
@@ -392,6 +393,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "data.views_seed": 0,
     "data.views_per_step": 1,
     "loss.views": "all",
+    "loss.image_weighting": "pixels",
 }
 
 

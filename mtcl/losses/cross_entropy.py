@@ -11,14 +11,16 @@ class CrossEntropyLoss(nn.Module):
     Source: InvPT/losses/loss_functions.py:15-88.
     """
 
-    def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+    def forward(self, prediction: Tensor, label: Tensor, image_weight: Tensor | None = None) -> Tensor:
         """Compute the loss.
 
         Args:
             prediction: logits (B, C, H, W).
             label: int64 (B, H, W) in 0..C-1, 255 where void.
+            image_weight: of each image's mean, (B,), see :func:`~mtcl.losses.masked.masked_mean`; None: the pixels of
+                all images count alike.
 
         Returns:
             Scalar loss.
         """
-        return masked_mean(*pixel_cross_entropy(prediction, label))
+        return masked_mean(*pixel_cross_entropy(prediction, label), image_weight)

@@ -20,12 +20,14 @@ class EdgeLoss(nn.Module):
         super().__init__()
         self.positive_weight = positive_weight
 
-    def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+    def forward(self, prediction: Tensor, label: Tensor, image_weight: Tensor | None = None) -> Tensor:
         """Compute the loss.
 
         Args:
             prediction: logits (B, 1, H, W).
             label: (B, 1, H, W), 0, 1, or 255 where void.
+            image_weight: of each image's mean, (B,), see :func:`~mtcl.losses.masked.masked_mean`; None: the pixels of
+                all images count alike.
 
         Returns:
             Scalar loss.
@@ -33,4 +35,4 @@ class EdgeLoss(nn.Module):
         logit, target = prediction.float(), label.float()
         positive = self.positive_weight * target * F.logsigmoid(logit)
         negative = (1 - self.positive_weight) * (1 - target) * F.logsigmoid(-logit)
-        return masked_mean(-(positive + negative), label != VOID)
+        return masked_mean(-(positive + negative), label != VOID, image_weight)

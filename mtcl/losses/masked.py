@@ -8,7 +8,7 @@ from mtcl import distributed
 VOID = 255  # of class and edge labels
 
 
-def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+def masked_mean(values: Tensor, valid: Tensor, image_weight: Tensor | None = None) -> Tensor:
     """Compute the mean of ``values`` where ``valid``; 0, with the graph kept, where nothing is.
 
     The only place where losses count pixels. In a run of several processes the mean is over the
@@ -16,12 +16,18 @@ def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
     gradients equals the gradient of one process with the whole batch.
 
     Args:
-        values: any shape.
+        values: any shape; (B, ...) with ``image_weight``.
         valid: bool, same shape.
+        image_weight: (B,), relative to all images of all processes; then the result is the weighted sum of each
+            image's mean over its valid pixels, instead of the mean over the pixels of all images.
 
     Returns:
         Scalar.
     """
+    if image_weight is not None:
+        sums = torch.where(valid, values, 0.0).flatten(1).sum(dim=1)
+        means = sums / valid.flatten(1).sum(dim=1).clamp(min=1)
+        return distributed.scale_for_ddp_mean((image_weight * means).sum())
     count = distributed.all_reduce_sum(valid.sum())
     return distributed.scale_for_ddp_mean(torch.where(valid, values, 0.0).sum() / count.clamp(min=1))
 

@@ -13,12 +13,14 @@ class NormalsLoss(nn.Module):
     Source: InvPT/losses/loss_functions.py:15-88.
     """
 
-    def forward(self, prediction: Tensor, label: Tensor) -> Tensor:
+    def forward(self, prediction: Tensor, label: Tensor, image_weight: Tensor | None = None) -> Tensor:
         """Compute the loss.
 
         Args:
             prediction: vectors (B, 3, H, W) of any length.
             label: unit vectors (B, 3, H, W), the zero vector where void.
+            image_weight: of each image's mean, (B,), see :func:`~mtcl.losses.masked.masked_mean`; None: the pixels of
+                all images count alike.
 
         Returns:
             Scalar loss.
@@ -30,4 +32,4 @@ class NormalsLoss(nn.Module):
         # gradient of a head that starts at zero.
         direction = vectors * vectors.square().sum(dim=1, keepdim=True).clamp(min=MIN_LENGTH**2).rsqrt()
         error = (direction - label.float()).abs().sum(dim=1)
-        return masked_mean(error, valid)
+        return masked_mean(error, valid, image_weight)

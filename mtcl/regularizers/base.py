@@ -26,6 +26,7 @@ class Regularizer(nn.Module, ABC):
     views_per_step: int = 1  # of B rows with V views row i is view i // (B / V) of image i % (B / V)
     loss_views: str = "all"  # which views the tasks' losses have: all, or the first
     intermediate_weight: float = 1.0  # of the losses of intermediate predictions in the tasks' losses
+    image_weighting: str = "pixels"  # how images count in the tasks' losses, see tasks.image_weights
     uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
     reads_teacher_features: bool = False  # whether its output has that model's features, too, NAME as teacher_NAME
 
@@ -34,12 +35,15 @@ class Regularizer(nn.Module, ABC):
         group = {"params": list(self.parameters())}  # may be empty
         return torch.optim.AdamW([group], lr=lr, weight_decay=weight_decay, fused=True)
 
-    def task_loss(self, name: str, task: Task, output: DenseOutput, label: Tensor) -> Tensor:
+    def task_loss(
+        self, name: str, task: Task, output: DenseOutput, label: Tensor, image_weight: Tensor | None = None
+    ) -> Tensor:
         """Compute a task's loss as in training: that of its prediction and the weighted ones of intermediate ones."""
-        loss = task.loss(output.predictions[name], label)
+        target = (label,) if image_weight is None else (label, image_weight)
+        loss = task.loss(output.predictions[name], *target)
         for predictions in output.intermediate:
             if name in predictions:
-                loss = loss + self.intermediate_weight * task.loss(predictions[name], label)
+                loss = loss + self.intermediate_weight * task.loss(predictions[name], *target)
         return loss
 
     @abstractmethod

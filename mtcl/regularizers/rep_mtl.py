@@ -29,6 +29,7 @@ from mtcl.models.base import DenseOutput
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw, draw_nothing
 from mtcl.tasks.base import Task
+from mtcl.tasks.image_weights import weigh_images
 
 TERMS = ("specific", "alignment")
 FLOOR = 1e-12  # of what is divided by, or a logarithm taken of
@@ -122,9 +123,10 @@ class TaskSaliency(Regularizer):
                 "choose another feature or decoder"
             )
         has_graph, saliencies = torch.is_grad_enabled(), []
+        image_weights = weigh_images(self.tasks, labels, self.image_weighting)
         with torch.enable_grad():
             for name, task in self.tasks.items():
-                loss = task.weight * self.task_loss(name, task, output, labels[name])
+                loss = task.weight * self.task_loss(name, task, output, labels[name], image_weights[name])
                 (gradient,) = torch.autograd.grad(loss, maps[0], retain_graph=True, create_graph=has_graph)
                 saliencies.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2))
         return torch.stack(saliencies)

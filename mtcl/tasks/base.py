@@ -44,12 +44,14 @@ class Task(ABC):
     error_label: ClassVar[str] = "wrong"
 
     @abstractmethod
-    def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, label: Tensor, image_weight: Tensor | None = None) -> Tensor:
         """Compute the loss of raw predictions.
 
         Args:
             prediction: (B, C, H, W).
             label: as in a batch.
+            image_weight: of each image's mean loss, (B,); None: all valid pixels of the batch count alike. Training
+                gives it only where ``loss.image_weighting`` asks for it.
 
         Returns:
             Scalar; a zero that keeps the graph when no pixel is valid.

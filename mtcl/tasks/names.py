@@ -36,3 +36,4 @@ SCORES: dict[str, TaskScores] = {
     "edge": TaskScores("odsF", True, {"loss": "", "threshold": "", "not_finite": ""}, fallback_metric="loss"),
 }
 TASK_NAMES = tuple(SCORES)  # in the order in which they are always listed
+IMAGE_WEIGHTINGS = ("pixels", "images", "tasks_per_label")  # of mtcl.tasks.image_weights

@@ -37,9 +37,9 @@ class SemSeg(ClassTask):
         """Return the loss module."""
         return CrossEntropyLoss()
 
-    def loss(self, prediction: Tensor, label: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, label: Tensor, image_weight: Tensor | None = None) -> Tensor:
         """Compute the loss of raw predictions."""
-        return self.criterion(prediction, label)
+        return self.criterion(prediction, label, image_weight)
 
     @staticmethod
     def metric_class() -> "type[Metric]":

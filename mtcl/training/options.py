@@ -27,6 +27,8 @@ class TrainerOptions:
         log_interval: steps from one record of the losses to the next.
         loss_views: which views of an image enter the tasks' losses, ``all`` or the ``first``; the regulariser's loss
             has all.
+        image_weighting: how the images of a batch count in the tasks' losses, see
+            :func:`mtcl.tasks.image_weights.weigh_images`.
     """
 
     max_steps: int
@@ -39,6 +41,7 @@ class TrainerOptions:
     max_nonfinite_steps: int = 10
     log_interval: int = 20
     loss_views: str = "all"
+    image_weighting: str = "pixels"
 
 
 @dataclass(frozen=True)

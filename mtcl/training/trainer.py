@@ -26,6 +26,7 @@ from mtcl.regularizers.weighting import Lambda
 from mtcl.run_folder import RunFolder
 from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_state, set_rng_state
 from mtcl.tasks.base import Task
+from mtcl.tasks.image_weights import weigh_images
 from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import Checkpoint, hash_backbone, leave_out_backbone
 from mtcl.training.checkpoint_thread import CheckpointWriter
@@ -323,11 +324,14 @@ class Trainer:
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each task's loss, including the weighted ones of its intermediate predictions."""
         weight, losses = self.options.intermediate_weight, {}
+        image_weights = weigh_images(self.tasks, labels, self.options.image_weighting)
         for name, task in self.tasks.items():
-            losses[name] = task.loss(output.predictions[name], labels[name])
+            weights = image_weights[name]
+            target = (labels[name],) if weights is None else (labels[name], weights)
+            losses[name] = task.loss(output.predictions[name], *target)
             for predictions in output.intermediate:
                 if name in predictions:
-                    losses[name] = losses[name] + weight * task.loss(predictions[name], labels[name])
+                    losses[name] = losses[name] + weight * task.loss(predictions[name], *target)
         return losses
 
     def _weigh_contrast(

@@ -105,7 +105,7 @@ def check_task(device: Device, task, options) -> None:
 
 def test_a_loss_that_rounds_is_found(monkeypatch):
     """Though its value is fp32."""
-    monkeypatch.setattr("mtcl.losses.depth.masked_mean", lambda x, _: x.bfloat16().mean().float())
+    monkeypatch.setattr("mtcl.losses.depth.masked_mean", lambda x, *_: x.bfloat16().mean().float())
     with fake_cuda() as device, pytest.raises(AssertionError):
         check_task(device, *make_tasks(["depth"]).values(), {})
 

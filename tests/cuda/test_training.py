@@ -121,11 +121,11 @@ def test_a_step_of_each_option(name, tmp_path):
 
 
 PLANTED = {
-    "a branch on data": (lambda x, valid: x[valid].mean() if valid.any() else x.sum(), DataDependentOutputException),
-    "a number read": (lambda x, valid: x.sum() / valid.sum().item(), DataDependentOutputException),
-    "a tensor on the CPU": (lambda x, valid: (x * torch.ones(x.shape)).mean(), FakeTensorDeviceMismatchError),
-    "a tensor copied": (lambda x, valid: (x * torch.ones(x.shape).to(x)).mean(), HostWaitError),
-    "half precision": (lambda x, valid: x.bfloat16().mean(), AssertionError),
+    "a branch on data": (lambda x, valid, _: x[valid].mean() if valid.any() else x.sum(), DataDependentOutputException),
+    "a number read": (lambda x, valid, _: x.sum() / valid.sum().item(), DataDependentOutputException),
+    "a tensor on the CPU": (lambda x, valid, _: (x * torch.ones(x.shape)).mean(), FakeTensorDeviceMismatchError),
+    "a tensor copied": (lambda x, valid, _: (x * torch.ones(x.shape).to(x)).mean(), HostWaitError),
+    "half precision": (lambda x, valid, _: x.bfloat16().mean(), AssertionError),
 }
 PLANTED_HEADS = {
     "resize_trained": lambda x, size: resize(x, size).bfloat16(),

@@ -30,7 +30,7 @@ TEACHER += ["tasks.names=[semseg,human_parts,sal,edge]"]
     [
         ["data.label_assignment=random"],
         ["regularizer=mtpsl", *TWO_VIEWS],
-        ["regularizer=auxiliary", "data.label_assignment=random"],
+        ["regularizer=auxiliary", "data.label_assignment=random", "loss.image_weighting=tasks_per_label"],
         ["regularizer=jtr", "data.label_assignment=random"],
         ["regularizer=rep_mtl", "data.label_assignment=random"],
         ["regularizer=label_discovery", *TEACHER, "data.label_assignment=random"],

@@ -98,6 +98,16 @@ def test_equals_formula(task, shape, void, seed):
     )
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_weighted_images_are_losses_of_single_images(task):
+    prediction, label, _ = make_case(task, (3, 4, 5), 0)
+    label[1] = 0 if task in ("depth", "normals") else 255  # an image without a label
+    weights = torch.tensor([0.7, 2.0, 0.2])
+    loss = LOSSES[task]()(prediction, label, weights)
+    want = sum(w * reference(task, prediction[i : i + 1], label[i : i + 1]) for i, w in enumerate(weights.tolist()))
+    assert loss.item() == pytest.approx(want, rel=1e-5)
+
+
 def test_edge_weight_is_an_option():
     prediction, label, _ = make_case("edge", (2, 4, 5), 0)
     loss = EdgeLoss(positive_weight=0.8)(prediction, label)

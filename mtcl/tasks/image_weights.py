@@ -1,0 +1,43 @@
+"""Weigh the images of a batch in the losses of partly labelled tasks."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mtcl import distributed
+from mtcl.tasks.base import Task
+
+
+def weigh_images(tasks: Mapping[str, Task], labels: Mapping[str, Tensor], weighting: str) -> dict[str, Tensor | None]:
+    """Return each task's weights of the images' mean losses, for :meth:`~mtcl.tasks.base.Task.loss`.
+
+    An image has a label of a task where any pixel is valid. With N_t images that have a label of t, N that have any,
+    and n_i labels of image i among T tasks, all of a batch in all processes, image i weighs in the loss of t
+
+        pixels:           nothing: the loss is the mean over all labelled pixels of the batch
+        images:           1 / N_t
+        tasks_per_label:  T / (n_i N), as DiffusionMTL's public code (losses/loss_schemes.py)
+
+    and 0 without a label of t. MTPSL's code divides by N without the factor T / n_i, which with one label per image is
+    the same up to the constant T.
+
+    Args:
+        tasks: name -> task.
+        labels: task -> label as in a batch.
+        weighting: one of :data:`~mtcl.tasks.names.IMAGE_WEIGHTINGS`.
+
+    Returns:
+        task -> (B,) float32, or None for ``pixels``.
+    """
+    if weighting == "pixels":
+        return dict.fromkeys(tasks)
+    has_label = torch.stack([task.valid(labels[name]).flatten(1).any(dim=1) for name, task in tasks.items()]).float()
+    count = has_label.sum(dim=0)  # (B,): labels of each image
+    if weighting == "images":
+        num_images = distributed.all_reduce_sum(has_label.sum(dim=1)).clamp(min=1)
+        weights = has_label / num_images[:, None]
+    else:
+        num_images = distributed.all_reduce_sum((count > 0).sum()).clamp(min=1)
+        weights = has_label * (len(tasks) / count.clamp(min=1) / num_images)
+    return dict(zip(tasks, weights))
