@@ -35,17 +35,6 @@ class Regularizer(nn.Module, ABC):
         group = {"params": list(self.parameters())}  # may be empty
         return torch.optim.AdamW([group], lr=lr, weight_decay=weight_decay, fused=True)
 
-    def task_loss(
-        self, name: str, task: Task, output: DenseOutput, label: Tensor, image_weight: Tensor | None = None
-    ) -> Tensor:
-        """Compute a task's loss as in training: that of its prediction and the weighted ones of intermediate ones."""
-        target = (label,) if image_weight is None else (label, image_weight)
-        loss = task.loss(output.predictions[name], *target)
-        for predictions in output.intermediate:
-            if name in predictions:
-                loss = loss + self.intermediate_weight * task.loss(predictions[name], *target)
-        return loss
-
     @abstractmethod
     def sample(self, step: int, ids: Sequence[str]) -> Draw:
         """Draw all randomness of one training step.
@@ -90,3 +79,29 @@ class Regularizer(nn.Module, ABC):
 
         This synchronizes with the device: call it when logging, not at every step.
         """
+
+
+def compute_task_loss(
+    name: str,
+    task: Task,
+    output: DenseOutput,
+    label: Tensor,
+    intermediate_weight: float,
+    image_weight: Tensor | None = None,
+) -> Tensor:
+    """Compute a task's loss in training, a scalar: that of its prediction plus the weighted ones of intermediate ones.
+
+    Args:
+        name: of the task among the predictions.
+        task: see ``name``.
+        output: a forward pass in training.
+        label: in batch layout.
+        intermediate_weight: factor of the losses of intermediate predictions.
+        image_weight: see :meth:`~mtcl.tasks.base.Task.loss`, which takes it only where it is given.
+    """
+    target = (label,) if image_weight is None else (label, image_weight)
+    loss = task.loss(output.predictions[name], *target)
+    for predictions in output.intermediate:
+        if name in predictions:
+            loss = loss + intermediate_weight * task.loss(predictions[name], *target)
+    return loss

@@ -22,7 +22,7 @@ from mtcl.distributed import all_reduce_sum
 from mtcl.errors import ParameterError
 from mtcl.losses.masked import masked_fraction
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers.base import Regularizer, RegularizerOutput
+from mtcl.regularizers.base import Regularizer, RegularizerOutput, compute_task_loss
 from mtcl.regularizers.sampling import Draw, draw_nothing
 from mtcl.tasks.base import Task
 
@@ -71,9 +71,7 @@ class PseudoLabels(Regularizer):
         self.tasks, self.feature, self.confidence = dict(tasks), feature, confidence
         for task in self.tasks.values():
             getattr(task, "criterion", None)  # builds the loss module: torch.compile can't, within a step
-        self.sums: (
-            Tensor  # per task: steps with an image that lacks its label, their losses, their pseudo-labels' share
-        )
+        self.sums: Tensor  # per task: steps with an image without its label, their losses, pseudo-labels' shares
         self.register_buffer("sums", torch.zeros(len(self.tasks), 3), persistent=False)
 
     def sample(self, step: int, ids: Sequence[str]) -> Draw:  # noqa: ARG002
@@ -95,7 +93,8 @@ class PseudoLabels(Regularizer):
                     task, labels[name], None if teacher is None else teacher[name]
                 )
                 share = masked_fraction(task.valid(target), is_missing)
-            loss = task.weight * share * self.task_loss(name, task, output, target)
+            task_loss = compute_task_loss(name, task, output, target, self.intermediate_weight)
+            loss = task.weight * share * task_loss
             losses[name] = loss
             with torch.no_grad():
                 has_missing = all_reduce_sum(is_missing.sum()) > 0

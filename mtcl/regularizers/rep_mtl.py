@@ -26,7 +26,7 @@ from mtcl.distributed import all_reduce_sum, rank, scale_for_ddp_mean, world_siz
 from mtcl.errors import UserError
 from mtcl.losses.masked import masked_mean
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers.base import Regularizer, RegularizerOutput
+from mtcl.regularizers.base import Regularizer, RegularizerOutput, compute_task_loss
 from mtcl.regularizers.sampling import Draw, draw_nothing
 from mtcl.tasks.base import Task
 from mtcl.tasks.image_weights import weigh_images
@@ -126,7 +126,8 @@ class TaskSaliency(Regularizer):
         image_weights = weigh_images(self.tasks, labels, self.image_weighting)
         with torch.enable_grad():
             for name, task in self.tasks.items():
-                loss = task.weight * self.task_loss(name, task, output, labels[name], image_weights[name])
+                terms = output, labels[name], self.intermediate_weight, image_weights[name]
+                loss = task.weight * compute_task_loss(name, task, *terms)
                 (gradient,) = torch.autograd.grad(loss, maps[0], retain_graph=True, create_graph=has_graph)
                 saliencies.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2))
         return torch.stack(saliencies)

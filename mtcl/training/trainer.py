@@ -21,6 +21,7 @@ from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel, DenseOutput, EncodedImage
 from mtcl.models.lora import is_base_weight
 from mtcl.regularizers import RegularizerOutput
+from mtcl.regularizers.base import compute_task_loss
 from mtcl.regularizers.diagnostics import compare_feature_gradients
 from mtcl.regularizers.weighting import Lambda
 from mtcl.run_folder import RunFolder
@@ -263,10 +264,11 @@ class Trainer:
             teacher = self._predict_by_teacher(image, batch["meta"]) if lambda_ > 0 else None
             output, regularizer_output = step(image, labels, draw, lambda_ > 0, teacher)
         head_gradients: list[tuple[nn.Parameter, Tensor]] = []
-        auxiliary_losses = self.model.auxiliary_losses(output, labels)
+        first = output  # the rows that have the tasks' losses
         if self.options.loss_views == "first":
-            output, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
-        loss = task_loss = LossTerms(self.task_losses(output, labels) | auxiliary_losses)
+            first, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
+        auxiliary_losses = self.model.auxiliary_losses(first, labels)
+        loss = task_loss = LossTerms(self.task_losses(first, labels) | auxiliary_losses)
         values = {name: term.detach() for name, term in task_loss.items()}
         if regularizer_output is not None:
             values["contrast"] = regularizer_output.loss.detach()
@@ -323,16 +325,12 @@ class Trainer:
 
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each task's loss, including the weighted ones of its intermediate predictions."""
-        weight, losses = self.options.intermediate_weight, {}
+        weight = self.options.intermediate_weight
         image_weights = weigh_images(self.tasks, labels, self.options.image_weighting)
-        for name, task in self.tasks.items():
-            weights = image_weights[name]
-            target = (labels[name],) if weights is None else (labels[name], weights)
-            losses[name] = task.loss(output.predictions[name], *target)
-            for predictions in output.intermediate:
-                if name in predictions:
-                    losses[name] = losses[name] + weight * task.loss(predictions[name], *target)
-        return losses
+        return {
+            name: compute_task_loss(name, task, output, labels[name], weight, image_weights[name])
+            for name, task in self.tasks.items()
+        }
 
     def _weigh_contrast(
         self,
@@ -563,13 +561,17 @@ class Trainer:
 def take_first_rows(
     output: DenseOutput, labels: Mapping[str, Tensor], count: int
 ) -> tuple[DenseOutput, dict[str, Tensor]]:
-    """Return the first ``count`` rows of a batch's predictions and labels; the features stay those of all rows."""
-    predictions, *intermediate = (
-        {name: maps[:count] for name, maps in predictions.items()}
-        for predictions in (output.predictions, *output.intermediate)
+    """Return the first ``count`` rows of a batch's predictions, features and labels."""
+
+    def take(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: rows[:count] for name, rows in maps.items()}
+
+    first = output._replace(
+        predictions=take(output.predictions),
+        features={name: take(maps) for name, maps in output.features.items()},
+        intermediate=[take(maps) for maps in output.intermediate],
     )
-    first = output._replace(predictions=predictions, intermediate=intermediate)
-    return first, {name: label[:count] for name, label in labels.items()}
+    return first, take(labels)
 
 
 def _is_due(step: int, interval: int | None) -> bool:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from functorch.compile import make_boxed_compiler
 from helpers.common import ROOT, TINY, composed
+from helpers.shrunken import shrunk
 from torch._dynamo.backends.common import aot_autograd
 
 from mtcl import UserError
@@ -240,9 +241,12 @@ def test_two_views_per_step_resumed_in_mid_epoch(tmp_path):
         torch.testing.assert_close(two[part], one[part], rtol=0, atol=0)
 
 
-def test_task_losses_of_the_first_views(tmp_path):
-    """With loss.views=first the step's task losses are those of a batch of the first views alone."""
-    overrides = ["data.batch_size=2", "regularizer=none", "backbone=resnet18", "backbone.trainable=frozen"]
+@pytest.mark.parametrize(
+    "decoder", [[], ["decoder=task_tokens", *shrunk("task_tokens", "resnet18")]], ids=["", "with its own losses"]
+)
+def test_task_losses_of_the_first_views(decoder, tmp_path):
+    """With loss.views=first the losses, those of the decoder too, are those of a batch of the first views alone."""
+    overrides = ["data.batch_size=2", "regularizer=none", "backbone=resnet18", "backbone.trainable=frozen", *decoder]
     alone, first, both = (
         make_trainer(tmp_path, *overrides, *more)
         for more in ([], ["data.views_per_step=2", "loss.views=first"], ["data.views_per_step=2"])
@@ -251,6 +255,7 @@ def test_task_losses_of_the_first_views(tmp_path):
     for trainer in (alone, first, both):
         trainer.model.eval()  # a batch norm would know the second views
         losses.append(trainer.train_step(next(iter(trainer.batches))))
+    assert ("depth_labels" in losses[0]) == bool(decoder)
     for name, value in losses[0].items():
         torch.testing.assert_close(losses[1][name], value)
         assert (losses[2][name] - value).abs() > 1e-5
