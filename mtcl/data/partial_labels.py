@@ -234,7 +234,8 @@ def write_label_assignment(
     write: Callable[[Path], object]
     if path.suffix == ".json":
         listed = {id: [name for name in tasks if name in label_assignment[id]] for id in ids}
-        write = partial(_write_text, text=json.dumps(listed, indent=0) + "\n")
+        text = json.dumps(listed, indent=0) + "\n"
+        write = partial(Path.write_text, data=text, encoding="utf-8")
     elif path.suffix == ".npy":
         members = {name: [id for id in ids if name in label_assignment[id]] for name in tasks}
         write = partial(_save_array, array=np.array(members, dtype=object))
@@ -252,10 +253,6 @@ def write_label_assignment(
         raise UserError(f"{path}: the formats of label files are .json, .npy and .pth; choose one of these endings")
     with convert_disk_errors(path, "choose another path"):
         write_atomically(path, write)
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _save_array(path: Path, array: np.ndarray) -> None:

@@ -2,11 +2,18 @@
 
 import math
 from collections import Counter
-from collections.abc import Hashable
 from pathlib import Path
 
 from mtcl.errors import UserError
-from mtcl.launch.study_tables import DELTA, OTHER_DELTA, Report, VariantEffects, build_report, read_results
+from mtcl.launch.study_tables import (
+    DELTA,
+    OTHER_DELTA,
+    Report,
+    VariantEffects,
+    build_report,
+    delta_by_pairs,
+    read_results,
+)
 from mtcl.results.columns import Column
 from mtcl.results.statistics import MIN_PAIRS, PairedDifference, paired_difference
 from mtcl.visualization.forest_plot import DARK, LIGHT, Interval, draw_forest
@@ -72,13 +79,7 @@ def relative_change(one: VariantEffects, column: Column) -> Interval | None:
     """Return the interval of s (M - B) / B in percent over pairs of seeds, s = 1 where higher is better, else -1."""
     if column not in one.columns:
         return None
-    sign = 1 if column.higher_is_better else -1
-    base = one.reference.values[column]
-    changes: dict[Hashable, float] = {
-        seed: 100 * sign * (value - base[seed]) / base[seed] if base[seed] > 0 else math.nan
-        for seed, value in one.row.values[column].items()
-        if seed in base
-    }
+    changes = delta_by_pairs(one.row, one.reference, [column], [])
     return make_interval(paired_difference(changes, dict.fromkeys(changes, 0.0)))
 
 

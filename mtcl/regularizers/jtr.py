@@ -32,7 +32,7 @@ from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.mtpsl import FilmLayer
-from mtcl.regularizers.sampling import Draw
+from mtcl.regularizers.sampling import Draw, draw_nothing
 from mtcl.tasks.base import Task
 from mtcl.tasks.class_task import ClassTask
 from mtcl.tasks.depth import Depth
@@ -121,11 +121,7 @@ class JointTaskRegularization(Regularizer):
         """Draw a seed per image, f(seed, step, id), from which the device computes the noise of its samples."""
         keys = [[0x6A7472, self.seed, step, zlib.crc32(id.encode())] for id in ids]  # a stream of its own
         seeds = [int(np.random.default_rng(key).integers(2**32)) for key in keys]
-        return Draw(
-            sources=torch.zeros(0, 0, dtype=torch.int64),
-            pixels=torch.zeros(len(ids), 0, 2),
-            seeds=torch.tensor(seeds, dtype=torch.int64),
-        )
+        return draw_nothing(ids)._replace(seeds=torch.tensor(seeds, dtype=torch.int64))
 
     def compute_loss(
         self,
