@@ -18,7 +18,7 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
-from mtcl.regularizers import GradientNormWeight, LabelDiscovery, PseudoLabels, Regularizer, TaskSaliency
+from mtcl.regularizers import GradientNormWeight, Regularizer, TaskSaliency
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
@@ -242,20 +242,17 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     channels = model.feature_channels[options["feature"]]
     regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
     if regularizer.uses_teacher:
-        _check_teacher(config, regularizer_class)
+        # A method that always has a teacher is named by its file, as in configs/regularizer.
+        method = f"regularizer={regularizer_class.__module__.rpartition('.')[2]}"
+        _check_teacher(config, "regularizer.options.teacher=true" if options.get("teacher") else method)
     regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
     regularizer.intermediate_weight = config.loss.intermediate_weight
     regularizer.image_weighting = config.loss.get("image_weighting", "pixels")
     return regularizer
 
 
-def _check_teacher(config: DictConfig, regularizer_class: type[Regularizer]) -> None:
-    """Refuse a regulariser that takes a teacher's predictions where there is no teacher."""
-    key = "regularizer.options.teacher=true"
-    if issubclass(regularizer_class, LabelDiscovery):
-        key = "regularizer=label_discovery"
-    elif issubclass(regularizer_class, PseudoLabels):
-        key = "regularizer=pseudo_labels"
+def _check_teacher(config: DictConfig, key: str) -> None:
+    """Refuse ``key``, which asks for a teacher's predictions, where there is no teacher."""
     if config.trainer.ema is None:
         raise UserError(f"{key} has the running mean of the weights as its teacher; set trainer.ema=0.999")
     if config.trainer.parallel == "fsdp" and distributed.world_size() > 1:
