@@ -19,8 +19,8 @@ def weigh_images(tasks: Mapping[str, Task], labels: Mapping[str, Tensor], weight
         images:           1 / N_t
         tasks_per_label:  T / (n_i N), as DiffusionMTL's public code (losses/loss_schemes.py)
 
-    and 0 without a label of t. MTPSL's code divides by N without the factor T / n_i, which with one label per image is
-    the same up to the constant T.
+    and 0 without a label of t. That code divides by all images of the batch, which is N where each has a label. MTPSL's
+    code does, too, without the factor T / n_i; with one label per image it is the same up to the constant T.
 
     Args:
         tasks: name -> task.

@@ -68,7 +68,7 @@ def reference(regularizer, output, labels, teacher):
 
 
 def ref_target(task, raw):
-    """What a teacher's raw prediction of a pixel says; None: nothing."""
+    """Return the label that a teacher's raw prediction of a pixel says; None: none."""
     if task.name in ("semseg", "sal"):
         probability = raw.exp() / raw.exp().sum()
         best = max(range(len(raw)), key=lambda c: probability[c].item())
