@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtcl.regularizers.pairs import PixelLabels
 from mtcl.regularizers.sampling import Draw
-from mtcl.regularizers.triplet import CriterionOutput, mean_over_anchors
+from mtcl.regularizers.triplet import AnchorLosses, CriterionOutput, mean_over_anchors
 from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
@@ -153,4 +153,5 @@ def boundary_triplet(z: Tensor, pixels: PixelLabels, thresholds: Tensor, negativ
     d_ap = 2 - 2 * (cosine * share).sum(dim=-1) / share.sum(dim=-1).clamp(min=1)
     d_an = 2 - 2 * torch.where(negative, cosine, -1.0).amax(dim=-1)
     near, far = (d.clamp(min=MIN_SQUARED_DISTANCE).sqrt() for d in (d_ap, d_an))
-    return mean_over_anchors(near + torch.relu(negative_margin - far), far < negative_margin, d_ap, d_an, anchor)
+    loss = near + torch.relu(negative_margin - far)
+    return mean_over_anchors(AnchorLosses(loss, far < negative_margin, d_ap, d_an, anchor))

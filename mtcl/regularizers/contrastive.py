@@ -29,14 +29,14 @@ from mtcl.regularizers import boundary, criteria, sampling_ablations
 from mtcl.regularizers.base import RegularizerOutput
 from mtcl.regularizers.cross_task import CrossTaskRegularizer, SourceWeightsOption
 from mtcl.regularizers.mispredicted import MISPREDICTED_CANDIDATES, check_fraction, choose_mispredicted
-from mtcl.regularizers.pairs import Pairs, PixelLabels, make_pairs
+from mtcl.regularizers.pairs import Pairs, PixelLabels, find_labelled_groups, make_pairs, take_groups
 from mtcl.regularizers.projector import build_projectors
 from mtcl.regularizers.prototypes import PrototypeBank
 from mtcl.regularizers.sampling import Draw, sample_features
 from mtcl.regularizers.sampling_ablations import PairOptions, filter_pairs
 from mtcl.regularizers.source_labels import SourceLabelReader
 from mtcl.regularizers.statistics import TripletStats
-from mtcl.regularizers.triplet import CriterionOutput, triplet
+from mtcl.regularizers.triplet import AnchorLosses, CriterionOutput, mean_over_anchors, triplet
 from mtcl.tasks.base import Task
 
 Size = tuple[int, int]
@@ -271,18 +271,36 @@ class Contrastive(CrossTaskRegularizer):
             return criteria.ranked_triplet(z, pixels, max_distance, self.margin)
         if self.criterion == "prototypes":
             return self.prototypes(z, pixels, self.target)
-        with torch.no_grad():
-            pairs = self.select_pairs(pixels)
         if self.criterion == "infonce":
-            return criteria.infonce(z, pairs, self.temperature)
+            return mean_over_anchors(self._compare_all_pairs(z, pixels))
+        with torch.no_grad():
+            pairs = self.select_pairs(pixels, self.target)
         if self.criterion == "semihard":
             return criteria.semihard(z, pairs, self.margin)
         return triplet(z, pairs, self.margin)
 
-    def select_pairs(self, pixels: PixelLabels) -> Pairs:
-        """Select the positive and negative pairs, (R, B, K, K); (R, 1, B K, B K) across images."""
+    def _compare_all_pairs(self, z: Tensor, pixels: PixelLabels) -> AnchorLosses:
+        """Apply InfoNCE to all pairs, on a CPU only in groups that have labels: the others' losses are zeros."""
+        groups = find_labelled_groups(pixels)
+        if groups is None:
+            with torch.no_grad():
+                pairs = self.select_pairs(pixels, self.target)
+            return criteria.infonce(z, pairs, self.temperature)
+        with torch.no_grad():
+            pairs = self.select_pairs(take_groups(pixels, groups), self.target[:, None].expand_as(groups)[groups])
+        compared = criteria.infonce(z[groups][:, None], pairs, self.temperature)
+        mask = groups[..., None].expand(z.shape[:3])
+        return AnchorLosses(*(x.new_zeros(mask.shape).masked_scatter(mask, x) for x in compared))
+
+    def select_pairs(self, pixels: PixelLabels, target: Tensor) -> Pairs:
+        """Select the positive and negative pairs, (R, B, K, K); (R, 1, B K, B K) across images.
+
+        Args:
+            pixels: R comparisons.
+            target: int64 (R,), the target task of each.
+        """
         pairs = make_pairs(pixels, self.source_thresholds)
-        return filter_pairs(pairs, pixels, self.pair_options, self.embedded_thresholds[self.target])
+        return filter_pairs(pairs, pixels, self.pair_options, self.embedded_thresholds[target])
 
     def summary(self) -> dict[str, float]:
         """Return diagnostics of each pair drawn since the last call, see :meth:`TripletStats.summary`."""

@@ -9,9 +9,9 @@ from torch import Tensor
 from mtcl.errors import ParameterError
 from mtcl.regularizers.pairs import Pairs, PixelLabels
 from mtcl.regularizers.triplet import (
+    AnchorLosses,
     CriterionOutput,
     gather_rows,
-    mean_over_anchors,
     sample_related,
     triplet_hinge,
 )
@@ -83,7 +83,7 @@ def ranked_triplet(z: Tensor, pixels: PixelLabels, max_distance: Tensor, margin:
     return triplet_hinge(z, positive, negative, anchor, margin * growth)
 
 
-def infonce(z: Tensor, pairs: Pairs, temperature: float) -> CriterionOutput:
+def infonce(z: Tensor, pairs: Pairs, temperature: float) -> AnchorLosses:
     """Compute -log of each positive's share against all negatives, averaged over an anchor's positives.
 
     Khosla et al., "Supervised contrastive learning", 2020, L_out, without the other positives in the denominator. An
@@ -101,4 +101,4 @@ def infonce(z: Tensor, pairs: Pairs, temperature: float) -> CriterionOutput:
     with torch.no_grad():
         d_ap = 2 - 2 * torch.linalg.vecdot(cosine, positive) / num_positives.clamp(min=1)
         d_an = 2 - 2 * torch.linalg.vecdot(cosine, negative) / num_negatives.clamp(min=1)
-    return mean_over_anchors(loss, loss > 0.1, d_ap, d_an, (num_positives > 0) & (num_negatives > 0))
+    return AnchorLosses(loss, loss > 0.1, d_ap, d_an, (num_positives > 0) & (num_negatives > 0))

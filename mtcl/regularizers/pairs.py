@@ -28,6 +28,25 @@ class PixelLabels(NamedTuple):
     bins: Tensor | None = None  # int64 (R, B, K): class, range or direction of the source's label, if it is asked for
 
 
+def find_labelled_groups(pixels: PixelLabels) -> Tensor | None:
+    """Return which groups have a pixel with a label, bool (R, B), where the others can be left out; None: keep all.
+
+    With partial labels most groups may have none, and a criterion over all pairs would compute nothing but zeros for
+    them. Their number is known at once on a CPU alone: elsewhere the host would wait for it, and a compiled graph would
+    have a shape that changes.
+    """
+    if pixels.valid.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    groups = pixels.valid.any(dim=-1)
+    return None if groups.all() else groups
+
+
+def take_groups(pixels: PixelLabels, groups: Tensor) -> PixelLabels:
+    """Take the pixels of the N groups that ``groups`` (R, B) chooses, as N comparisons of one group: (N, 1, ...)."""
+    fields = (None if x is None else x.expand(len(groups), *x.shape[1:])[groups][:, None] for x in pixels)
+    return PixelLabels(*fields)  # type: ignore[arg-type]
+
+
 class Pairs(NamedTuple):
     """Relations among the K pixels of each group: bool (R, B, K, K)."""
 

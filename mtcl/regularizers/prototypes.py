@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mtcl.distributed import all_reduce_sum
 from mtcl.regularizers.pairs import PixelLabels
-from mtcl.regularizers.triplet import CriterionOutput, mean_over_anchors
+from mtcl.regularizers.triplet import AnchorLosses, CriterionOutput, mean_over_anchors
 
 NUM_BINS = 256  # of Task.sampling_bin
 MOMENTUM = 0.99
@@ -72,7 +72,7 @@ class PrototypeBank(nn.Module):
             others = (cosine * exists).sum(dim=-1) - own_cosine
             d_an = 2 - 2 * others / num_others.clamp(min=1)
             self._update(z.detach(), row, bins[..., 0], pixels.valid)
-        return mean_over_anchors(loss, loss > 0.1, 2 - 2 * own_cosine, d_an, anchor)
+        return mean_over_anchors(AnchorLosses(loss, loss > 0.1, 2 - 2 * own_cosine, d_an, anchor))
 
     def _update(self, z: Tensor, row: Tensor, bins: Tensor, valid: Tensor) -> None:
         """Move each prototype towards the mean of the batch's features in its bin.

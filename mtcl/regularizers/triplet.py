@@ -21,6 +21,16 @@ class CriterionOutput(NamedTuple):
     stats: Tensor  # (R, B, 4), detached: number of anchors, of active ones, sum of d_ap, sum of d_an
 
 
+class AnchorLosses(NamedTuple):
+    """Loss and distances of each pixel as an anchor, (R, B, K)."""
+
+    loss: Tensor
+    active: Tensor  # bool
+    d_ap: Tensor  # to its positives
+    d_an: Tensor  # to its negatives
+    anchor: Tensor  # bool: whether the pixel has both, and counts
+
+
 def triplet(z: Tensor, pairs: Pairs, margin: float) -> CriterionOutput:
     """Compute max(0, margin + d_ap - d_an) with a random positive and a random negative of each anchor."""
     positive, has_positive = sample_related(pairs.positive)
@@ -43,14 +53,12 @@ def triplet_hinge(
     d_ap = 2 - 2 * (z * gather_rows(z, positive)).sum(dim=-1)
     d_an = 2 - 2 * (z * gather_rows(z, negative)).sum(dim=-1)
     loss = torch.relu(margin + d_ap - d_an)
-    return mean_over_anchors(loss, loss > 0, d_ap, d_an, anchor)
+    return mean_over_anchors(AnchorLosses(loss, loss > 0, d_ap, d_an, anchor))
 
 
-def mean_over_anchors(loss: Tensor, active: Tensor, d_ap: Tensor, d_an: Tensor, anchor: Tensor) -> CriterionOutput:
-    """Average over the anchors of each target, which count the same in whichever image and process they lie.
-
-    All arguments are (R, B, K).
-    """
+def mean_over_anchors(anchors: AnchorLosses) -> CriterionOutput:
+    """Average over the anchors of each target, which count the same in whichever image and process they lie."""
+    loss, active, d_ap, d_an, anchor = anchors
     weight = anchor.to(loss)
     count = all_reduce_sum(weight.sum(dim=(1, 2)))  # of all processes, as in losses.masked.masked_mean
     losses = scale_for_ddp_mean((loss * weight).sum(dim=(1, 2)) / count.clamp(min=1))

@@ -47,6 +47,7 @@ PLACES = {
     "regularizers.base.Regularizer": "test_parts.test_a_step_of_each_regulariser",
     "regularizers.mtpsl.CrossTaskConsistency": "test_parts.test_a_step_of_each_regulariser",
     "regularizers.mtpsl._normalize_maps": "test_parts.test_a_step_of_each_regulariser",
+    "regularizers.pairs.find_labelled_groups": "test_parts.test_a_step_of_each_regulariser",
     "runtime.choose_device": "test_places.test_each_process_chooses_its_gpu",
     "runtime.peak_memory": "test_places.test_peak_memory_is_that_of_the_gpu",
     "runtime.rng_state": "test_places.test_generator_states_include_the_gpu",

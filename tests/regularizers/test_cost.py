@@ -3,13 +3,14 @@
 import copy
 import json
 import runpy
+from unittest import mock
 
 import pytest
 import torch
 from helpers.common import ROOT, TINY
 
 from mtcl.models import DenseOutput
-from mtcl.regularizers import AuxiliaryHeads, Contrastive
+from mtcl.regularizers import AuxiliaryHeads, Contrastive, contrastive, criteria
 from mtcl.tasks import build_task
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -60,7 +61,8 @@ def make(size=SIZE, shape=MAP, layout=torch.contiguous_format, **options):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_no_map_is_made_and_nothing_is_waited_for(options, layout):
+def test_no_map_is_made_and_nothing_is_waited_for(options, layout, monkeypatch):
+    monkeypatch.setattr(contrastive, "find_labelled_groups", lambda pixels: None)  # as on a GPU
     regularizer, output, labels = make(layout=layout, **options)
     draw = regularizer.sample(0, ["a", "b"])
     if options.get("criterion") == "prototypes":
@@ -78,6 +80,31 @@ def test_no_map_is_made_and_nothing_is_waited_for(options, layout):
     assert backward.largest.bytes == MAP_BYTES, "the gradient of a target's features, and nothing above it"
     assert not forward.waits
     assert not backward.waits
+
+
+@pytest.mark.parametrize("labelled", [("semseg", "edge"), ("depth",), ()])
+@pytest.mark.parametrize("options", [{}, {"drop_conflicting_positives": True, "drop_conflicting_negatives": True}])
+def test_groups_without_labels_are_left_out_on_a_cpu(options, labelled, monkeypatch):
+    """Losses, gradients and diagnostics have the same bits as where all groups are compared; image i has a label."""
+    results = []
+    for leaves_out in (True, False):
+        if not leaves_out:
+            monkeypatch.setattr(contrastive, "find_labelled_groups", lambda pixels: None)
+        options = {"criterion": "infonce", "all_sources": True, "num_pixels": 40} | options
+        regularizer, output, labels = make(size=(48, 64), shape=(12, 16), **options)
+        for name, label in labels.items():
+            for image in range(BATCH):
+                if labelled[image : image + 1] != (name,):
+                    label[image] = {"semseg": 255, "depth": 0, "normals": 0, "edge": 255}[name]
+        with mock.patch.object(criteria, "infonce", wraps=criteria.infonce) as spy:
+            result = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a", "b"]))
+        result.loss.backward()
+        groups = spy.call_args.args[0].shape[:2]
+        assert groups == ((3 * len(labelled), 1) if leaves_out else (len(regularizer.comparisons), BATCH))
+        gradients = [f.grad for f in output.features["final"].values()] + [p.grad for p in regularizer.parameters()]
+        results.append((result.loss, *result.losses.values(), *gradients, str(regularizer.summary())))
+    for a, b in zip(*results, strict=True):
+        assert a == b if isinstance(a, str) else torch.equal(a, b)
 
 
 def test_auxiliary_heads_make_no_map_and_wait_for_nothing():
