@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mtcl.errors import UserError
 from mtcl.safe_files import open_regular, parse_json
 
-NUMERIC = ("train", "contrast", "val")
+NUMERIC = ("train", "labelled_images", "contrast", "val")
 MAX_LINE = 1 << 20  # bytes; a longer line is no record
 MAX_STEP = 10**15
 

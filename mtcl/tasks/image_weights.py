@@ -9,10 +9,23 @@ from mtcl import distributed
 from mtcl.tasks.base import Task
 
 
+def find_labelled_images(tasks: Mapping[str, Task], labels: Mapping[str, Tensor]) -> Tensor:
+    """Return which images have a label of each task: a label is there where any pixel of it is valid.
+
+    Args:
+        tasks: name -> task.
+        labels: task -> label as in a batch.
+
+    Returns:
+        (T, B) bool, tasks in the order of ``tasks``.
+    """
+    return torch.stack([task.valid(labels[name]).flatten(1).any(dim=1) for name, task in tasks.items()])
+
+
 def weigh_images(tasks: Mapping[str, Task], labels: Mapping[str, Tensor], weighting: str) -> dict[str, Tensor | None]:
     """Return each task's weights of the images' mean losses, for :meth:`~mtcl.tasks.base.Task.loss`.
 
-    An image has a label of a task where any pixel is valid. With N_t images that have a label of t, N that have any,
+    With N_t images that have a label of t, N that have any,
     and n_i labels of image i among T tasks, all of a batch in all processes, image i weighs in the loss of t
 
         pixels:           nothing: the loss is the mean over all labelled pixels of the batch
@@ -32,7 +45,7 @@ def weigh_images(tasks: Mapping[str, Task], labels: Mapping[str, Tensor], weight
     """
     if weighting == "pixels":
         return dict.fromkeys(tasks)
-    has_label = torch.stack([task.valid(labels[name]).flatten(1).any(dim=1) for name, task in tasks.items()]).float()
+    has_label = find_labelled_images(tasks, labels).float()
     count = has_label.sum(dim=0)  # (B,): labels of each image
     if weighting == "images":
         num_images = distributed.all_reduce_sum(has_label.sum(dim=1)).clamp(min=1)

@@ -27,7 +27,7 @@ from mtcl.regularizers.weighting import Lambda
 from mtcl.run_folder import RunFolder
 from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_state, set_rng_state
 from mtcl.tasks.base import Task
-from mtcl.tasks.image_weights import weigh_images
+from mtcl.tasks.image_weights import find_labelled_images, weigh_images
 from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import Checkpoint, hash_backbone, leave_out_backbone
 from mtcl.training.checkpoint_thread import CheckpointWriter
@@ -205,10 +205,12 @@ class Trainer:
 
         Args:
             batches: as the data loader gives them.
-            with_diagnostics: also compare the gradients of the tasks and the regulariser at the task features.
+            with_diagnostics: also count the labelled images of the last batch, and compare the gradients of the tasks
+                and the regulariser at the task features.
 
         Returns:
-            detached scalars on the device by name: each loss, and ``gradient/...`` for the diagnostics.
+            detached scalars on the device by name: each loss, and for the diagnostics ``labelled_images/TASK`` and
+            ``gradient/...``.
         """
         values_per_batch: list[dict[str, Tensor]] = []
         is_finite: dict[str, Tensor] = {}
@@ -275,7 +277,7 @@ class Trainer:
         for name, value in values.items():
             is_finite[f"loss of {name}"] = value.isfinite() & is_finite.get(f"loss of {name}", True)
         if with_diagnostics:
-            values |= self._mask_unlabelled(values, labels)
+            values |= self._count_labels(values, labels)
         if regularizer_output is not None and lambda_ > 0:
             contrast, gradients = self._weigh_contrast(task_loss, regularizer_output, output, lambda_, with_diagnostics)
             values |= gradients
@@ -352,11 +354,14 @@ class Trainer:
         gradients = compare_feature_gradients(total, lambda_ * contrast, features) if with_diagnostics else {}
         return LossTerms(contrast=contrast), {f"gradient/{name}": value for name, value in gradients.items()}
 
-    def _mask_unlabelled(self, values: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tasks' losses, NaN where the batch has no label of a task in any process."""
-        has_labels = torch.stack([task.valid(labels[name]).any() for name, task in self.tasks.items()]).float()
-        has_labels = distributed.all_reduce_sum(has_labels)
-        return {n: torch.where(has_labels[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
+    def _count_labels(self, values: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the number of images with a label of each task, and the tasks' losses, NaN where that number is 0.
+
+        Images of the batch in all processes are counted.
+        """
+        num_images = distributed.all_reduce_sum(find_labelled_images(self.tasks, labels).sum(dim=1).float())
+        losses = {n: torch.where(num_images[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
+        return losses | {f"labelled_images/{name}": num_images[i] for i, name in enumerate(self.tasks)}
 
     def _clip_gradients(self) -> dict[str, Tensor]:
         """Clip the model's gradient; return which gradients are finite."""
@@ -516,8 +521,10 @@ class Trainer:
             return
         lr = self.optimizer.optimizer.param_groups[0]["lr"]
         self.run_logger.log_scalars(self.step, "train", {**losses, "lr": lr})
+        num_images = {name: numbers[f"labelled_images/{name}"] for name in self.tasks}
+        self.run_logger.log_scalars(self.step, "labelled_images", num_images)
         if self.regularizer is not None:
-            gradients = {name: value for name, value in numbers.items() if "/" in name}
+            gradients = {name: value for name, value in numbers.items() if name.startswith("gradient/")}
             self.run_logger.log_scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
         if summary := self.balancer.summary():
             scalars = torch.stack([torch.as_tensor(value, device=self.device) for value in summary.values()])

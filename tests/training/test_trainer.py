@@ -16,6 +16,7 @@ from functorch.compile import make_boxed_compiler
 from helpers.common import ROOT, TINY, composed
 from helpers.shrunken import shrunk
 from torch._dynamo.backends.common import aot_autograd
+from tqdm import tqdm
 
 from mtcl import UserError
 from mtcl.cli.train import train
@@ -413,3 +414,21 @@ def test_signals_to_data_workers(target, code, tmp_path):
     assert "Traceback" not in process.stderr
     message = {"worker": "use fewer data workers", "group": "resume=auto"}[target]
     assert message in process.stderr
+
+
+def test_the_log_counts_the_images_with_a_label_of_each_task(tmp_path):
+    """A loss that no image of the batch has a label for is null in the log."""
+    trainer = make_trainer(tmp_path)
+    batch = next(iter(trainer.batches))
+    labels = {**batch["labels"], "depth": batch["labels"]["depth"].clone()}
+    labels["normals"] = torch.zeros_like(labels["normals"])
+    labels["depth"][0] = 0
+    trainer._log(trainer.train_step({**batch, "labels": labels}, with_diagnostics=True), tqdm(disable=True))
+    num_images = len(batch["meta"])
+    (counts,) = records(tmp_path, "labelled_images")
+    assert counts == {"step": 0, "kind": "labelled_images"} | dict.fromkeys(trainer.tasks, num_images) | {
+        "depth": num_images - 1,
+        "normals": 0,
+    }
+    (losses,) = records(tmp_path, "train")
+    assert [name for name in trainer.tasks if losses[name] is None] == ["normals"]
