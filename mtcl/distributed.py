@@ -5,6 +5,8 @@ processes all of them must make the same calls in the same order.
 """
 
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -96,13 +98,64 @@ def init_process_group(device: torch.device) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return
+    options = find_fresh_store()
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)
         # With device_id NCCL connects now, not in the first collective, and a barrier knows which GPU to use.
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **options)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **options)
+
+
+def find_fresh_store() -> dict[str, Any]:
+    """Return what ``init_process_group`` needs to find the others where ``torchrun`` may have started them before.
+
+    ``torchrun`` keeps one store through all restarts, so that gloo and NCCL may read addresses of processes that have
+    ended (pytorch issues 135712 and 167288). A prefix that is new at each start hides them. The number of restarts
+    would not do: nodes count for themselves.
+
+    Returns:
+        ``store``, ``rank`` and ``world_size``; nothing where no such store is in use.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    store, rank_here, num_processes = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(agree_on_prefix(store, rank_here, num_processes), store)
+    return {"store": store, "rank": rank_here, "world_size": num_processes}
+
+
+def agree_on_prefix(store: dist.Store, rank_here: int, num_processes: int) -> str:
+    """Return a prefix that process 0 has chosen now, in all processes, whatever earlier ones left in the store.
+
+    Each other process writes a word of its own and waits for the answer to that word, which no earlier process can have
+    got. Process 0 answers until all have confirmed: the first word that it reads may be an earlier process's.
+
+    Args:
+        store: shared by all processes.
+        rank_here: of this process.
+        num_processes: the world size.
+
+    Raises:
+        DistError: another process did not appear within the time that the store waits.
+    """
+    word = secrets.token_hex(16)
+    if rank_here > 0:
+        store.set(f"mtcl/asks/{rank_here}", word)
+        prefix = store.get(f"mtcl/answer/{word}").decode()
+        store.set(f"mtcl/confirms/{prefix}/{rank_here}", "")
+        return prefix
+    missing = set(range(1, num_processes))
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while missing:
+        for rank_asking in missing:
+            if store.check([f"mtcl/asks/{rank_asking}"]):
+                store.set(f"mtcl/answer/{store.get(f'mtcl/asks/{rank_asking}').decode()}", word)
+        missing = {other for other in missing if not store.check([f"mtcl/confirms/{word}/{other}"])}
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"processes {sorted(missing)} of {num_processes} did not start")
+        time.sleep(0.01)
+    return word
 
 
 def destroy_process_group() -> None:

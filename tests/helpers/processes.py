@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import torch
 
 from helpers import ranks_worker
 from helpers.common import ROOT, TINY
+from helpers.shrunken import shrunk
 
 
 def torchrun(processes: int, *options: str) -> list[str]:
@@ -36,6 +41,9 @@ RANKS_OVERRIDES = [
     "trainer.num_panels=0",
 ]
 
+# No dropped paths, which every process draws for itself; and Adam would weigh up noise.
+VIT = ["backbone=vit_small", *shrunk("multi_head", "vit_small"), "++backbone.kwargs.drop_path_rate=0", "optimizer=sgd"]
+VIT += ["regularizer.lr=1e-4"]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 
@@ -45,6 +53,52 @@ def started(*command: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+@contextmanager
+def started_in_background(*command: object) -> Iterator[subprocess.Popen]:
+    """Start a command whose errors go into its output; what is left of it ends with the block."""
+    arguments = [str(word) for word in command]
+    process = subprocess.Popen(
+        arguments,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> int:
+    """Wait until a run has logged a training step >= ``step`` and saved a checkpoint; return its last logged step."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            pytest.fail(f"the run ended with {process.returncode}: {process.communicate()[0][-3000:]}")
+        log = folder / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("\n")]
+        logged = [record["step"] for record in records if record["kind"] == "train"]
+        if logged and logged[-1] >= step and (folder / "checkpoints" / "last.pt").exists():
+            return logged[-1]
+        time.sleep(0.02)
+    pytest.fail(f"no step {step} within four minutes")
+
+
+def find_process_of_rank(parent: int, rank: int) -> int:
+    """Return the process that torchrun (``parent``) started with RANK=``rank``."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    for child in children:
+        if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
+            return int(child)
+    pytest.fail(f"none of {children} is rank {rank}")
 
 
 def worked(folder: Path, command: list[str] | None, *overrides: str) -> tuple[dict, dict]:

@@ -1,6 +1,9 @@
 """Several processes do what one would do with the whole batch (gloo, on a CPU)."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -8,10 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import TINY, tiny_nyud
-from helpers.processes import RANKS_OVERRIDES, TORCHRUN, check_same, started, torchrun, worked
+from helpers.processes import (
+    RANKS_OVERRIDES,
+    TORCHRUN,
+    VIT,
+    check_same,
+    find_process_of_rank,
+    started,
+    started_in_background,
+    torchrun,
+    wait_for_step,
+    weights_of,
+    worked,
+)
 
 from mtcl import UserError
 from mtcl.data.loader import EpochBatchSampler
+from mtcl.training.checkpoint_file import read_checkpoint_file
 
 # Its graphs are cut where DDP wants them. Adam would weigh up that it rounds otherwise.
 COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regularizer.lr=1e-4"]
@@ -90,6 +106,46 @@ def test_data_that_one_process_can_not_read_ends_all_with_one_sentence(tmp_path)
     (line,) = [line for line in process.stderr.splitlines() if line.startswith("error: ")]
     assert "b.png" in line
     assert "RuntimeError" not in process.stderr, "torchrun's own report aside, the other process says a line or nothing"
+
+
+@pytest.mark.slow
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path):
+    """torchrun starts all processes again; they go on, and end as a run that nobody disturbed."""
+    overrides = [*RANKS_OVERRIDES, "trainer.max_steps=8", "trainer.checkpoint_interval=2", "trainer.val_interval=null"]
+    overrides += ["trainer.log_interval=1", "trainer.validate_first=false"]
+
+    def weights(folder: Path) -> dict[str, torch.Tensor]:
+        return read_checkpoint_file(folder / "checkpoints" / "last.pt")["model"]
+
+    whole = started(*TORCHRUN, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    for killed_rank in (0, 1):
+        folder = tmp_path / f"killed_{killed_rank}"
+        command = [*torchrun(2, "--max-restarts=1"), "train.py", *overrides, f"hydra.run.dir={folder}"]
+        with started_in_background(*command, "resume=auto") as process:
+            last_step = wait_for_step(folder, 4, process)
+            os.kill(find_process_of_rank(process.pid, killed_rank), signal.SIGKILL)
+            output = process.communicate(timeout=280)[0]
+        assert process.returncode == 0, output[-3000:]
+        (step,) = re.findall(r"resumed at step (\d+)", output)
+        assert int(step) >= last_step - 3, "the last checkpoint may not have been written yet, the one before has"
+        killed = weights(folder)
+        assert all(torch.equal(value, killed[name]) for name, value in weights(tmp_path / "whole").items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_four_processes_are_one_with_the_whole_batch(parallel, tmp_path):
+    """A ViT has no batch norm, so only the order of sums differs. Their checkpoint goes on in two and in one."""
+    overrides = [*VIT, "data.label_assignment=random", "trainer.max_steps=20", f"trainer.parallel={parallel}"]
+    one = worked(tmp_path / "one", None, *overrides)
+    four = worked(tmp_path / "four", torchrun(4), *overrides)
+    check_same(one, four)
+    for name, weight in weights_of(one[1]).items():
+        torch.testing.assert_close(weights_of(four[1])[name], weight, rtol=0, atol=1e-5, msg=name)
+    state = f"from={tmp_path / 'four' / 'state.pt'}"
+    want = worked(tmp_path / "four_one", None, *overrides, state)
+    check_same(want, worked(tmp_path / "four_two", TORCHRUN, *overrides, state))
 
 
 def test_parts_of_a_batch_are_the_batch():

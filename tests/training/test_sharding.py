@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import TINY, composed
-from helpers.processes import RANKS_OVERRIDES, TORCHRUN, check_same, started, worked
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, VIT, check_same, started, worked
 from helpers.shrunken import shrunk
 from torch._dynamo.exc import TorchDynamoException
 
@@ -23,9 +23,6 @@ from mtcl.training.train_step import CompiledModule
 
 ONE = [sys.executable]
 FSDP = "trainer.parallel=fsdp"
-# No dropped paths, which every process draws for itself; and Adam would weigh up noise.
-VIT = ["backbone=vit_small", *shrunk("multi_head", "vit_small"), "++backbone.kwargs.drop_path_rate=0", "optimizer=sgd"]
-VIT += ["regularizer.lr=1e-4"]
 LONG = ["trainer.max_steps=20"]  # of 2 (debug=tiny) the third has no rate left
 
 
