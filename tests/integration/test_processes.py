@@ -117,8 +117,8 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path):
     def weights(folder: Path) -> dict[str, torch.Tensor]:
         return read_checkpoint_file(folder / "checkpoints" / "last.pt")["model"]
 
-    whole = started(*TORCHRUN, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'whole'}")
-    assert whole.returncode == 0, whole.stderr[-3000:]
+    process = started(*TORCHRUN, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'whole'}")
+    assert process.returncode == 0, process.stderr[-3000:]
     for killed_rank in (0, 1):
         folder = tmp_path / f"killed_{killed_rank}"
         command = [*torchrun(2, "--max-restarts=1"), "train.py", *overrides, f"hydra.run.dir={folder}"]
