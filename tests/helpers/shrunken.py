@@ -13,6 +13,7 @@ DECODERS = {
     "taskprompter": ["decoder.width=8", "decoder.head_width=8"],
     "diffusion_mtl": ["decoder.width=8", "decoder.head_width=8", "decoder.blocks=2"],
     "task_tokens": ["decoder.width=8", "decoder.trunk_width=12", "decoder.head_width=8", "decoder.dropout=0"],
+    "task_expert": ["decoder.width=8", "decoder.gate_width=8", "decoder.head_width=8"],
     "linear": [],
     "dpt": ["decoder.width=8", "decoder.level_widths=[4,6,8,10]", "decoder.head_width=8", "decoder.final_width=8"],
     "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],

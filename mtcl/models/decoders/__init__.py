@@ -11,6 +11,7 @@ from mtcl.models.decoders.mqtransformer import MQTransformer
 from mtcl.models.decoders.mti_net import MTINet
 from mtcl.models.decoders.multi_head import MultiHead
 from mtcl.models.decoders.pad_net import PADNet
+from mtcl.models.decoders.task_expert import TaskExpert
 from mtcl.models.decoders.task_tokens import TaskTokens
 
 __all__ = [
@@ -25,5 +26,6 @@ __all__ = [
     "MTINet",
     "MultiHead",
     "PADNet",
+    "TaskExpert",
     "TaskTokens",
 ]
