@@ -6,7 +6,7 @@ decompose a backbone map into several generic maps; gates of each task, which de
 is one more expert, every layer updates it, and after the last one it gives the predictions. All sizes, the layers of
 experts, gates and memory, and the order of what follows are ours (docs/models.md lists them):
 
-    memory:             one vector per task, learned, at every pixel -> (B, T, W, h, w)
+    memory:             zeros (B, T, W, h, w)
     per backbone map X, earliest first:
         experts:        E_1..E_N = convolution, batch norm, GELU of X (shared by the tasks)    -> (B, N, W, h, w)
         per task:       X -> 1x1, layer norm, GELU = H;  gates = softmax(1x1 of H + linear of the mean of H over pixels)
@@ -79,9 +79,8 @@ class TaskExpert(Decoder):
         ):
             if value not in choices:
                 raise ParameterError(name, f"={value} must be one of {', '.join(choices)}")
-        self.stride = stride
+        self.width, self.stride = width, stride
         self.memory_level = min(range(len(strides)), key=lambda level: abs(strides[level] - MEMORY_STRIDE))
-        self.start = nn.ParameterDict({task: nn.Parameter(torch.zeros(width)) for task in self.tasks})
         self.levels = nn.ModuleList(
             MemorialExperts(c, self.tasks, num_experts, width, kernel, gate_width, gating, memory_update)
             for c in channels
@@ -93,8 +92,8 @@ class TaskExpert(Decoder):
     def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
         """Pass the memory through all levels and predict from it."""
         grid = features[self.memory_level].shape[-2:]
-        start = torch.stack([self.start[task] for task in self.tasks])
-        memory = start[None, :, :, None, None].expand(features[0].shape[0], -1, -1, *grid)
+        # In single precision under autocast, too: the memory is a sum over the levels.
+        memory = torch.zeros(len(features[0]), len(self.tasks), self.width, *grid, device=features[0].device)
         for level, x in zip(self.levels, features):
             memory = level(resize(x, grid), memory)
         finer = [-(-side // self.stride) for side in size]
