@@ -93,7 +93,7 @@ class TaskExpert(Decoder):
         """Pass the memory through all levels and predict from it."""
         grid = features[self.memory_level].shape[-2:]
         # In single precision under autocast, too: the memory is a sum over the levels.
-        memory = torch.zeros(len(features[0]), len(self.tasks), self.width, *grid, device=features[0].device)
+        memory = torch.zeros(features[0].shape[0], len(self.tasks), self.width, *grid, device=features[0].device)
         for level, x in zip(self.levels, features):
             memory = level(resize(x, grid), memory)
         finer = [-(-side // self.stride) for side in size]
