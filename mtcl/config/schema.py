@@ -208,6 +208,8 @@ RULES: dict[str, Rule] = {
     "decoder.mlp_ratio": number(0.001, 1000),
     "decoder.downsample": WIDTH.or_null(),
     "decoder.aggregate_first": FLAG,
+    "decoder.cross_scale": TEXT,
+    "decoder.key_fraction": number(0, 1),
     "decoder.rates": Rule(
         "a list of up to 32 dilations from 1 to 1000",
         lambda v: isinstance(v, list) and len(v) <= 32 and all(_is_int(r) and 0 < r <= 1000 for r in v),

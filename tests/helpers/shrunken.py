@@ -10,6 +10,7 @@ DECODERS = {
     "mti_net": ["decoder.pyramid_width=8"],
     "atrc": ["decoder.widest=64"],
     "invpt": ["decoder.width=32", "decoder.prediction_width=16"],
+    "invpt_plus_plus": ["decoder.width=32", "decoder.prediction_width=16"],
     "taskprompter": ["decoder.width=8", "decoder.head_width=8"],
     "diffusion_mtl": ["decoder.width=8", "decoder.head_width=8", "decoder.blocks=2"],
     "task_tokens": ["decoder.width=8", "decoder.trunk_width=12", "decoder.head_width=8", "decoder.dropout=0"],

@@ -28,6 +28,7 @@ TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[64,96]", "data.batch_siz
 WIDER = {
     "multi_head": ["decoder.width=128", "decoder.head_width=64"],
     "invpt": ["decoder.width=112", "optimizer.lr=2e-3"],
+    "invpt_plus_plus": ["decoder.width=112", "optimizer.lr=2e-3"],
     "dpt": ["decoder.width=64", "decoder.head_width=32", "decoder.final_width=32"],
 }
 
@@ -221,7 +222,7 @@ def test_every_decoder_overfits_one_batch(decoder, weight, tmp_path):
     assert history[0]["human_parts"] > 0, "no person in these pictures: choose another seed"
     # InvPT's losses hold those of its first predictions, which have 2x2 cells here. Rounding decides where a noisy loss
     # stands at the last step: MQTransformer's depth was once at 0.37.
-    part = {"invpt": 0.5, "mqtransformer": 0.45}.get(decoder, 0.35)
+    part = {"invpt": 0.5, "invpt_plus_plus": 0.5, "mqtransformer": 0.45}.get(decoder, 0.35)
     for task in ("semseg", "human_parts", "sal", "depth", "normals"):
         assert history[-1][task] < part * history[0][task], task
     assert history[-1]["edge"] < 0.8 * history[0]["edge"]

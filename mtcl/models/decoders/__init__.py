@@ -6,6 +6,7 @@ from mtcl.models.decoders.deeplab import DeepLab
 from mtcl.models.decoders.diffusion_mtl import DiffusionMTL
 from mtcl.models.decoders.dpt import DPT
 from mtcl.models.decoders.invpt import InvPT
+from mtcl.models.decoders.invpt_plus_plus import InvPTPlusPlus
 from mtcl.models.decoders.linear import Linear
 from mtcl.models.decoders.mqtransformer import MQTransformer
 from mtcl.models.decoders.mti_net import MTINet
@@ -21,6 +22,7 @@ __all__ = [
     "DeepLab",
     "DiffusionMTL",
     "InvPT",
+    "InvPTPlusPlus",
     "Linear",
     "MQTransformer",
     "MTINet",

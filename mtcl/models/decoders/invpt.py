@@ -12,7 +12,7 @@ that of the last encoder map, and equals the published one where that is even.
 Shapes: B images, T tasks, C channels, H heads, Q queries and K keys of all tasks together.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class InvPT(Decoder):
         aggregate_first: whether the first stage also takes an encoder map and ends in a 1x1 convolution, as the others
             do. The public code builds these layers, and the published 423 M parameters count them, but its forward
             does not use them: false is the network of the public checkpoints.
+        make_attention: what builds the attention of a stage; None: :class:`TaskAttention`. A subclass sets it, a config
+            does not.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class InvPT(Decoder):
         mlp_ratio: float = 4.0,
         downsample: int | None = None,
         aggregate_first: bool = True,
+        make_attention: "Callable[..., TaskAttention] | None" = None,
     ):
         super().__init__(channels, strides, tasks)
         names = list(self.tasks)
@@ -88,7 +91,8 @@ class InvPT(Decoder):
             }
         )
         self.stages = nn.ModuleList(
-            Stage(names, widths[max(s - 1, 0)], widths[s], heads, mlp_ratio, index=s) for s in range(STAGES)
+            Stage(names, widths[max(s - 1, 0)], widths[s], heads, mlp_ratio, s, make_attention or TaskAttention)
+            for s in range(STAGES)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(len(names) * w) for w in widths)
         self.reduce = nn.ModuleDict(
@@ -208,7 +212,16 @@ class Skip(nn.Module):
 class Stage(nn.Module):
     """One resolution: UP (except in stage 0), attention among the tasks, MLP; ``width`` channels."""
 
-    def __init__(self, tasks: Sequence[str], inputs: int, width: int, heads: int, mlp_ratio: float, index: int):
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        inputs: int,
+        width: int,
+        heads: int,
+        mlp_ratio: float,
+        index: int,
+        make_attention: "Callable[..., TaskAttention]",
+    ):
         super().__init__()
         ups = {
             t: nn.Sequential(ConvBlock(inputs, width, dilation=2), ConvBlock(width, width, dilation=2)) for t in tasks
@@ -216,7 +229,7 @@ class Stage(nn.Module):
         self.up = nn.ModuleDict(ups if index else {})
         self.norm1 = nn.LayerNorm(width)
         # Keys at 1/64 of the image in every stage, so that scores of one stage can be added to those of the next.
-        self.attention = TaskAttention(tasks, width, heads, pool=2 ** (index + 1), fuses_scores=index > 0)
+        self.attention = make_attention(tasks, width, heads, pool=2 ** (index + 1), fuses_scores=index > 0)
         self.norm2 = nn.LayerNorm(width)
         hidden = int(width * mlp_ratio)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
@@ -280,13 +293,26 @@ class TaskAttention(nn.Module):
         pooled = F.avg_pool2d(maps.flatten(0, 1), self.pool, ceil_mode=True).unflatten(0, x.shape[:2])
         pooled = _tokens(pooled)
         query = self._split(self.query(_tokens(shrunk))) * self.scale
-        fused = query @ self._split(self.key(pooled)).transpose(-2, -1)  # (B, H, Q, K)
-        if self.fuse is not None and scores is not None:
-            previous = upsample_scores(scores, grid[1:]).flatten(2, 4)
-            fused = self.fuse(torch.cat([fused, previous.to(fused.dtype)], dim=1))
+        stage_scores = query @ self._split(self.key(pooled)).transpose(-2, -1)
+        previous = None if scores is None else upsample_scores(scores, grid[1:]).flatten(2, 4).to(stage_scores.dtype)
+        combined, passed = self.combine(stage_scores, previous)
         # Not torch's scaled_dot_product_attention, which does not return the scores.
-        attended = fused.softmax(dim=-1).to(fused.dtype) @ self._split(self.value(pooled))
-        return self.out(attended.transpose(1, 2).flatten(2)).unflatten(1, grid), fused.unflatten(2, grid)
+        attended = combined.softmax(dim=-1).to(stage_scores.dtype) @ self._split(self.value(pooled))
+        return self.out(attended.transpose(1, 2).flatten(2)).unflatten(1, grid), passed.unflatten(2, grid)
+
+    def combine(self, scores: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Combine this stage's scores with the previous stage's.
+
+        Args:
+            scores: (B, H, Q, K) of this stage.
+            previous: the same of the previous stage, resized to these queries; None in the first stage.
+
+        Returns:
+            The scores that the softmax takes, and those that the next stage gets.
+        """
+        if self.fuse is not None and previous is not None:
+            scores = self.fuse(torch.cat([scores, previous], dim=1))
+        return scores, scores
 
     def _split(self, x: Tensor) -> Tensor:
         """Split heads: (B, N, C) -> (B, H, N, C / H)."""

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.attention_loops import looped_attention
 
 from mtcl import UserError
 from mtcl.models import EncoderDecoder, build_backbone
@@ -42,71 +43,6 @@ def total(output):
 
 
 # --- Attention message passing
-
-
-def looped_attention(module, x, heard):
-    """TaskAttention, one number at a time: x (T, h, w, C), heard (H, T, h', w', K) or None -> output, scores."""
-    num_tasks, height, width, channels = x.shape
-    heads, per_head = module.heads, channels // module.heads
-    rows, columns = math.ceil(height / 2), math.ceil(width / 2)
-    queries, places = [], []
-    for t, shrink in enumerate(module.shrink.values()):
-        weight, norm = shrink[0].weight, shrink[1]
-        for i in range(rows):
-            for j in range(columns):
-                vector = torch.zeros(channels)
-                for di in range(3):
-                    for dj in range(3):
-                        y, z = 2 * i + di - 1, 2 * j + dj - 1
-                        if 0 <= y < height and 0 <= z < width:
-                            vector += weight[:, 0, di, dj] * x[t, y, z]
-                vector = (vector - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
-                queries.append(module.query(vector))
-                places.append((t, i, j))
-    keys, values = [], []
-    for t in range(num_tasks):
-        for i in range(0, height, module.pool):
-            for j in range(0, width, module.pool):
-                mean = x[t, i : i + module.pool, j : j + module.pool].reshape(-1, channels).mean(dim=0)
-                keys.append(module.key(mean))
-                values.append(module.value(mean))
-    scores = torch.zeros(heads, num_tasks, rows, columns, len(keys))
-    for (t, i, j), q in zip(places, queries):
-        for n, k in enumerate(keys):
-            for h in range(heads):
-                part = slice(h * per_head, (h + 1) * per_head)
-                scores[h, t, i, j, n] = (q[part] * k[part]).sum() / math.sqrt(channels)
-    if heard is not None:
-        fused = torch.zeros_like(scores)
-        weight, bias = module.fuse.weight[:, :, 0, 0], module.fuse.bias
-        for t, i, j in places:
-            for n in range(len(keys)):
-                both = [scores[h, t, i, j, n] for h in range(heads)]
-                both += [bilinear(heard[h, t, :, :, n], i, j, (rows, columns)) for h in range(heads)]
-                fused[:, t, i, j, n] = weight @ torch.stack(both) + bias
-        scores = fused
-    output = torch.zeros(num_tasks, rows, columns, channels)
-    for t, i, j in places:
-        mixed = []
-        for h in range(heads):
-            chances = scores[h, t, i, j].exp() / scores[h, t, i, j].exp().sum()
-            part = slice(h * per_head, (h + 1) * per_head)
-            mixed.append(sum(c * v[part] for c, v in zip(chances, values)))
-        output[t, i, j] = module.out(torch.cat(mixed))
-    return output, scores
-
-
-def bilinear(grid, i, j, size):
-    """The value at place (i, j) of ``grid`` resized to ``size``, pixel centres aligned."""
-    corners = []
-    for index, side, target in zip((i, j), grid.shape, size):
-        at = min(max((index + 0.5) * side / target - 0.5, 0), side - 1)
-        low = int(at)
-        corners.append((low, min(low + 1, side - 1), at - low))
-    (top, bottom, a), (left_column, right, b) = corners
-    upper = (1 - b) * grid[top, left_column] + b * grid[top, right]
-    lower = (1 - b) * grid[bottom, left_column] + b * grid[bottom, right]
-    return (1 - a) * upper + a * lower
 
 
 @pytest.mark.parametrize("size", [(4, 8), (5, 6)])
