@@ -62,7 +62,7 @@ FAST = {
     "pascal_mqtransformer_swin_tiny",
 }
 EXPERIMENTS = choices("experiment")
-DECODERS = "multi_head|deeplab|pad_net|mti_net|atrc|invpt|taskprompter|mqtransformer|task_expert"
+DECODERS = "multi_head|deeplab|pad_net|mti_net|atrc|invpt_plus_plus|invpt|taskprompter|mqtransformer|task_expert"
 PUBLISHED = [name for name in EXPERIMENTS if re.fullmatch(rf"(nyud|pascal)_({DECODERS})_(?!dinov).*", name)]
 composed = functools.cache(compose_words)  # no test here changes a config
 
