@@ -2,7 +2,7 @@
 
     InvPT, in which a stage uses the previous stage's scores by a cross-scale self-attention of two types
     Fusion Attention:     this stage's scores, mixed with the previous stage's by a 1x1 convolution over heads
-    Selective Attention:  a query attends only to those keys that its place scored highest in the previous stage
+    Selective Attention:  a query attends only to the keys with the highest previous scores at its position
 
     selected (Q x k of K) = the k = ceil(key_fraction K) highest of the previous scores of each query and head
     attended              = softmax over the selected keys alone
@@ -10,9 +10,10 @@
 
 Sources (arXiv 2306.04842): the abstract names the two types and the aggregation of encoder features. Neither type is in
 the authors' public code (its issue 35), no checkpoint is public, and the paper's text was not at hand. Fusion Attention
-and the aggregation are taken to be those of InvPT, whose public code has both. **The formulas of Selective Attention
-above are ours**: that heads select by themselves, among the keys of all tasks together; how many keys; what goes on to
-the next stage; that the selection has no gradient; and that it replaces Fusion Attention unless both are asked for.
+and the aggregation are taken to be InvPT's attention message passing and its aggregation, which are public. The formulas
+of Selective Attention above are our choice: each head selects separately, among the keys of all tasks together; how many
+keys; what goes on to the next stage; the selection has no gradient; and it replaces Fusion Attention unless both are
+asked for.
 
 Shapes: B images, H heads, Q queries and K keys of all tasks together.
 """
@@ -84,7 +85,7 @@ class InvPTPlusPlus(InvPT):
 
 
 class SelectiveAttention(TaskAttention):
-    """Self-attention among all tasks, of each query to the keys that the previous stage scored highest for its place.
+    """Self-attention among all tasks, of each query to the keys with the highest scores in the previous stage.
 
     All scores are computed and those of other keys are masked: there are few keys (1/64 of the image per task), and to
     gather them for each query would take more memory than it saves arithmetic.
