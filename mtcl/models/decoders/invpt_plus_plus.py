@@ -8,12 +8,12 @@
     attended              = softmax over the selected keys alone
     to the next stage     = this stage's scores of selected keys, the previous stage's of the others
 
-Sources: the abstract (arXiv 2306.04842) names the two types and the aggregation of encoder features. The paper's text was
-not at hand, its public repository has the code of InvPT alone (issue 35 asks for both attentions), and no checkpoint is
-public. Fusion Attention and the aggregation are taken to be those that InvPT's code has: message passing of attention,
-and encoder maps added to the stages. The formulas of Selective Attention above are our choice: each head selects
-separately, among the keys of all tasks together; how many keys; what goes on to the next stage; the selection has no
-gradient; and it replaces Fusion Attention unless both are asked for.
+Sources: the abstract (arXiv 2306.04842) names the two types and the aggregation of encoder features. The paper's text
+was not at hand, its public repository has the code of InvPT alone (issue 35 asks for both attentions), and no
+checkpoint is public. Fusion Attention and the aggregation are taken to be those that InvPT's code has: message passing
+of attention, and encoder maps added to the stages. The formulas of Selective Attention above are our choice: each head
+selects separately, among the keys of all tasks together; how many keys; what goes on to the next stage; the selection
+has no gradient; and it replaces Fusion Attention unless both are asked for.
 
 Shapes: B images, H heads, Q queries and K keys of all tasks together.
 """
