@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -125,7 +126,9 @@ def find_fresh_store() -> dict[str, Any]:
     return {"store": store, "rank": rank_here, "world_size": num_processes}
 
 
-def agree_on_prefix(store: dist.Store, rank_here: int, num_processes: int) -> str:
+def agree_on_prefix(
+    store: dist.Store, rank_here: int, num_processes: int, timeout: timedelta = dist.default_pg_timeout
+) -> str:
     """Return a prefix that process 0 has chosen now, in all processes, whatever earlier ones left in the store.
 
     Each other process writes a word of its own and waits for the answer to that word, which no earlier process can have
@@ -135,10 +138,12 @@ def agree_on_prefix(store: dist.Store, rank_here: int, num_processes: int) -> st
         store: shared by all processes.
         rank_here: of this process.
         num_processes: the world size.
+        timeout: how long to wait for the others.
 
     Raises:
-        DistError: another process did not appear within the time that the store waits.
+        DistError: another process did not appear in this time.
     """
+    store.set_timeout(timeout)
     word = secrets.token_hex(16)
     if rank_here > 0:
         store.set(f"mtcl/asks/{rank_here}", word)
@@ -146,7 +151,7 @@ def agree_on_prefix(store: dist.Store, rank_here: int, num_processes: int) -> st
         store.set(f"mtcl/confirms/{prefix}/{rank_here}", "")
         return prefix
     missing = set(range(1, num_processes))
-    deadline = time.monotonic() + store.timeout.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     while missing:
         for rank_asking in missing:
             if store.check([f"mtcl/asks/{rank_asking}"]):
