@@ -127,6 +127,15 @@ LEVELS = Rule(
 FILE_NAME = Rule(
     "a name of letters, digits, - _ and .", lambda v: isinstance(v, str) and bool(re.fullmatch(r"\w[\w.-]{0,99}", v))
 )
+TEACHER_NAMES = Rule(
+    "a list of up to 32 different names of letters, digits and _",
+    lambda v: (
+        isinstance(v, list)
+        and 0 < len(v) <= 32
+        and all(isinstance(name, str) and re.fullmatch(r"\w{1,40}", name) for name in v)
+        and len(set(v)) == len(v)
+    ),
+)
 TARGET = Rule("a class of mtcl", lambda v: isinstance(v, str) and v.startswith("mtcl."))
 
 MODEL_GROUPS = ("backbone", "decoder")  # what a checkpoint's weights belong to
@@ -240,6 +249,10 @@ RULES: dict[str, Rule] = {
     "decoder.window": WIDTH,
     "decoder.dropout": number(0, 1),
     "decoder.widest": WIDTH,
+    "decoder.teachers": TEACHER_NAMES,
+    "decoder.routing": TEXT,
+    "decoder.noisy_gating": FLAG,
+    "decoder.weights": TEXT.or_null(),
     "regularizer._target_": TARGET.or_null(),
     "regularizer.weight": number(0),
     "regularizer.warmup_steps": count(),

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mtcl.models.backbones import Backbone, build_backbone
     from mtcl.models.base import DenseModel, EncoderDecoder
     from mtcl.models.output import DenseOutput, EncodedImage
+    from mtcl.models.sak import SwissArmyKnife
     from mtcl.models.taskprompter import TaskPrompter
 
 __getattr__ = import_on_use(
@@ -18,9 +19,19 @@ __getattr__ = import_on_use(
         "DenseOutput": "mtcl.models.output",
         "EncodedImage": "mtcl.models.output",
         "EncoderDecoder": "mtcl.models.base",
+        "SwissArmyKnife": "mtcl.models.sak",
         "TaskPrompter": "mtcl.models.taskprompter",
         "build_backbone": "mtcl.models.backbones",
     },
 )
 
-__all__ = ["Backbone", "DenseModel", "DenseOutput", "EncodedImage", "EncoderDecoder", "TaskPrompter", "build_backbone"]
+__all__ = [
+    "Backbone",
+    "DenseModel",
+    "DenseOutput",
+    "EncodedImage",
+    "EncoderDecoder",
+    "SwissArmyKnife",
+    "TaskPrompter",
+    "build_backbone",
+]

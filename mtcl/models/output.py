@@ -43,5 +43,6 @@ class DenseOutput(NamedTuple):
 
     @property
     def device(self) -> torch.device:
-        """Return the device of the predictions."""
-        return next(iter(self.predictions.values())).device
+        """Return the device of the predictions, or of the features of a model without tasks."""
+        maps = self.predictions or {name: m for maps in self.features.values() for name, m in maps.items()}
+        return next(iter(maps.values())).device

@@ -25,16 +25,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mtcl.errors import UserError
 from mtcl.models.backbones import Backbone
 from mtcl.models.base import DenseModel, crop_to_image, pad_to_multiple
 from mtcl.models.decoders.blocks import SpatialNorm, predict_tasks, resize
 from mtcl.models.output import DenseOutput, EncodedImage, Size
+from mtcl.models.plain_vit import get_plain_vit, resample_position_embedding
 
 
 class TaskPrompter(DenseModel):
@@ -69,7 +67,7 @@ class TaskPrompter(DenseModel):
         cross_task: bool = True,
     ):
         super().__init__()
-        vit = get_plain_vit(backbone)
+        vit = get_plain_vit(backbone, "TaskPrompter puts its prompts into the blocks of a plain ViT")
         self.backbone = backbone
         self.mean, self.std = backbone.mean, backbone.std
         self.tasks = dict(tasks)
@@ -165,38 +163,6 @@ class TaskPrompter(DenseModel):
         yield from self.backbone.parameters()
         yield self.prompts
         yield from self.channel_prompts.parameters()
-
-
-def get_plain_vit(backbone: Backbone) -> Any:
-    """Return the ViT of timm inside the backbone; raise ``UserError`` for any other network."""
-    vit = getattr(backbone.net, "model", None)
-    plain = (
-        isinstance(vit, VisionTransformer)
-        and isinstance(vit.patch_embed, PatchEmbed)
-        and vit.pos_embed is not None
-        and all(type(block) is Block and _is_plain(block.attn) for block in vit.blocks)
-    )
-    if not plain:
-        raise UserError(
-            "TaskPrompter puts its prompts into the blocks of a plain ViT; choose one as backbone "
-            "(backbone=vit_small, vit_base, vit_large, or another plain ViT of timm such as vit_small_patch14_dinov2)"
-        )
-    return vit
-
-
-def _is_plain(attention: Any) -> bool:
-    """Return whether timm's attention has no norm or gate between the attended values and their projection."""
-    norm, gate = getattr(attention, "norm", None), getattr(attention, "gate", None)
-    return type(attention) is Attention and gate is None and (norm is None or isinstance(norm, nn.Identity))
-
-
-def resample_position_embedding(embedding: Tensor, grid: Sequence[int], size: Sequence[int]) -> Tensor:
-    """Resample a position embedding (1, N, C) of ``grid`` (rows, columns) to the grid ``size``, as timm does."""
-    if tuple(grid) == tuple(size):
-        return embedding
-    maps = embedding.transpose(1, 2).unflatten(2, tuple(grid))
-    maps = F.interpolate(maps, size=tuple(size), mode="bicubic", align_corners=False, antialias=True)
-    return maps.flatten(2).transpose(1, 2)
 
 
 def attend(attention: Any, x: Tensor, prompts: int) -> tuple[Tensor, Tensor]:

@@ -381,7 +381,9 @@ def test_every_decoder_becomes_onnx(decoder, tmp_path):
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize(("decoder", "backbone"), [("taskprompter", "vit_small"), ("multi_head", "swin_tiny")])
+@pytest.mark.parametrize(
+    ("decoder", "backbone"), [("taskprompter", "vit_small"), ("sak", "vit_small"), ("multi_head", "swin_tiny")]
+)
 def test_transformers_become_onnx(decoder, backbone, tmp_path):
     message = export_model(random_model(decoder, backbone), "onnx", tmp_path / "out")
     windows = backbone == "swin_tiny"

@@ -16,9 +16,12 @@ DECODERS = {
     "task_tokens": ["decoder.width=8", "decoder.trunk_width=12", "decoder.head_width=8", "decoder.dropout=0"],
     "task_expert": ["decoder.width=8", "decoder.gate_width=8", "decoder.head_width=8"],
     "linear": [],
+    "sak": [],
     "dpt": ["decoder.width=8", "decoder.level_widths=[4,6,8,10]", "decoder.head_width=8", "decoder.final_width=8"],
     "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],
 }
+
+PLAIN_VIT = ("taskprompter", "sak")  # decoders that are built into one
 
 VIT = "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2}"
 SWIN = "++backbone.kwargs={embed_dim:12,depths:[1,1,1,1],num_heads:[1,2,2,4]}"

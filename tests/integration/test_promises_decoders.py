@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers.common import choices, composed
-from helpers.shrunken import shrunk
+from helpers.shrunken import PLAIN_VIT, shrunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ WIDER = {
 
 
 def list_overrides(decoder: str, *more: str) -> list[str]:
-    backbone = "vit_small" if decoder == "taskprompter" else "resnet18"
+    backbone = "vit_small" if decoder in PLAIN_VIT else "resnet18"
     return [*TINY, f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone), *more]
 
 
@@ -194,7 +194,7 @@ def test_every_parameter_learns_on_every_backbone(decoder, backbone):
     config = composed(*TINY, f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone),
                       "tasks.names=[semseg,depth]")  # fmt: skip
     torch.manual_seed(0)
-    if decoder == "taskprompter" and backbone not in ("vit_small", "vit_small_dinov2"):
+    if decoder in PLAIN_VIT and backbone not in ("vit_small", "vit_small_dinov2"):
         with pytest.raises(UserError, match="plain ViT"):
             build_model(config, build_tasks(config), pretrained=False)
         return
