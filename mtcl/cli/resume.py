@@ -101,7 +101,8 @@ def find_resumable_run(config: DictConfig, siblings: Path | None) -> LoadedCheck
 def check_resume(resumed: LoadedCheckpoint, config: DictConfig, tasks: Mapping[str, Task]) -> None:
     """Raise ``UserError`` unless a checkpoint is of the run's tasks and optimizer and not behind its last step."""
     checkpoint, path = resumed.checkpoint, resumed.path
-    check_tasks(check_stored_tasks(checkpoint.meta.get("tasks"), path), tasks, path)
+    stored = checkpoint.meta.get("tasks")
+    check_tasks({} if stored == {} and not tasks else check_stored_tasks(stored, path), tasks, path)
     if not checkpoint.optimizer:
         raise UserError(
             f"checkpoint {path} was imported: it has weights only, which evaluate.py scores; nothing to resume"

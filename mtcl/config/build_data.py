@@ -12,13 +12,14 @@ from mtcl import distributed
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.data import Augment, FeatureCache, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
 from mtcl.data.shards.dataset import ShardDataset
+from mtcl.data.transforms import ResizedCrop
 from mtcl.errors import UserError
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 
 
 def build_tasks(config: DictConfig) -> dict[str, Task]:
-    """The tasks in use, in canonical order: the config's names among those the dataset offers."""
+    """The tasks in use, in canonical order: the config's names among those the dataset offers; none without labels."""
     dataset = locate(config.data._target_, "data", required_attribute="task_options")
     try:
         offered = dict(dataset.task_options(**plain(config.data.options)))
@@ -27,15 +28,14 @@ def build_tasks(config: DictConfig) -> dict[str, Task]:
     names = plain(config.tasks.names)
     if names == "auto":
         names = list(offered)
-    if not names:
+    if not names and offered:
         raise UserError("tasks.names is empty; name at least one task, or auto")
     for name in names:
         if name not in TASK_NAMES:
             build_task(name)  # says which names there are
         if name not in offered:
-            raise UserError(
-                f"tasks.names asks for {name}, but data={config.data.name} has labels for {', '.join(offered)} only"
-            )
+            labels = ", ".join(offered) or "nothing"
+            raise UserError(f"tasks.names asks for {name}, but data={config.data.name} has labels for {labels} only")
     weights, extra = plain(config.loss.weights), plain(config.loss.options)
     tasks = {}
     for name in (n for n in TASK_NAMES if n in names):
@@ -119,9 +119,12 @@ def get_image_size(config: DictConfig) -> tuple[int, int]:
     return height, width
 
 
-def build_augment(config: DictConfig) -> Augment:
+def build_augment(config: DictConfig) -> Augment | ResizedCrop:
     """Build the augmentation of training images."""
     augment = plain(config.data.augment)
+    if "area" in augment:
+        area, ratio = tuple(augment["area"]), tuple(augment["ratio"])
+        return ResizedCrop(get_image_size(config), area, ratio, augment["flip"])
     augment["scale"] = tuple(augment["scale"])
     return Augment(size=get_image_size(config), **augment)
 

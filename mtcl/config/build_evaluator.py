@@ -9,16 +9,20 @@ from torch.utils.data import DataLoader
 
 from mtcl.config.resolve import plain
 from mtcl.errors import UserError
+from mtcl.evaluation.distillation_evaluator import MONITOR, DistillationEvaluator
 from mtcl.evaluation.evaluator import Evaluator
+from mtcl.regularizers import Distillation, Regularizer
 from mtcl.tasks.base import Task
 
 
 def choose_monitor(name: str, tasks: Mapping[str, Task], fast_boundaries: Sequence[int] | None) -> tuple[str, bool]:
     """Return ``task/metric`` of ``trainer.monitor`` and whether higher is better; ``auto``: the first task's primary.
 
+    Without tasks it is the loss of a distillation.
+
     Of edges, validations between training steps have their loss only, unless ``evaluation.fast_boundaries`` is given.
     """
-    metrics = {}
+    metrics = {} if tasks else {MONITOR: False}
     for task in tasks.values():
         metric, higher = task.choose_metric(() if fast_boundaries is None else (task.primary_metric,))
         metrics[f"{task.name}/{metric}"] = higher
@@ -30,9 +34,15 @@ def choose_monitor(name: str, tasks: Mapping[str, Task], fast_boundaries: Sequen
 
 
 def build_evaluator(
-    config: DictConfig, tasks: Mapping[str, Task], loader: DataLoader, device: torch.device
+    config: DictConfig,
+    tasks: Mapping[str, Task],
+    loader: DataLoader,
+    device: torch.device,
+    regularizer: Regularizer | None = None,
 ) -> Evaluator:
-    """Build the evaluator of ``config.evaluation``."""
+    """Build the evaluator of ``config.evaluation``; without tasks one of the distillation ``regularizer``."""
+    if not tasks and isinstance(regularizer, Distillation):
+        return DistillationEvaluator(regularizer, loader, device, config.trainer.precision)
     settings = plain(config.evaluation)
     options = {name: dict(settings["options"].get(name) or {}) for name in tasks}
     quick: dict[str, dict[str, Any]] = {}

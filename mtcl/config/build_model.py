@@ -7,11 +7,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
-from mtcl.models import DenseModel, EncoderDecoder, build_backbone
+from mtcl.errors import UserError
+from mtcl.models import DenseModel, EncoderDecoder, SwissArmyKnife, build_backbone
 from mtcl.models.decoders import Decoder
 from mtcl.models.decoders.atrc import is_named_genotype, read_genotype_file
 from mtcl.models.trainable import set_trainable
 from mtcl.tasks.base import Task
+from mtcl.training.checkpoint import Checkpoint, load_checkpoint
 
 
 def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool) -> DenseModel:
@@ -40,6 +42,11 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     options = plain(config.decoder)
     target = options.pop("_target_")
     kind = locate(target, "decoder")
+    if not tasks and kind is not SwissArmyKnife:
+        raise UserError(
+            f"data={config.data.name} has no labels to train on; scripts/distill.py distils teachers with decoder=sak"
+        )
+    student = options.pop("weights", None)  # of decoder=sak
     channels = {name: task.channels for name, task in tasks.items()}
     model: DenseModel
     if issubclass(kind, DenseModel):  # a model of its own, woven into the backbone
@@ -48,12 +55,40 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
         kind = locate(target, "decoder", Decoder)
         decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
         model = EncoderDecoder(backbone, decoder)
+    if pretrained and student is not None:
+        load_student(model, student)
     with add_key_prefix("backbone."):
         set_trainable(model.backbone, config.backbone.get("trainable", "full"), plain(config.backbone.get("lora")))
     # Layouts round differently: evaluate.py must build what was trained. Checkpoints from before the key had none.
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(memory_format=layout)
+
+
+def read_student(path: str) -> Checkpoint:
+    """Read the checkpoint of ``scripts/distill.py`` that ``decoder.weights`` names.
+
+    Raises:
+        UserError: it is the checkpoint of something else.
+    """
+    checkpoint = load_checkpoint(path)
+    target = (checkpoint.config.get("decoder") or {}).get("_target_", "")
+    if str(target).rpartition(".")[2] != SwissArmyKnife.__name__:
+        raise UserError(f"decoder.weights={path} is not a checkpoint of scripts/distill.py (decoder=sak)")
+    return checkpoint
+
+
+def load_student(model: DenseModel, path: str) -> None:
+    """Let a model with adapters start from the student of a distillation; ``path`` is ``decoder.weights``."""
+    assert isinstance(model, SwissArmyKnife)
+    checkpoint = read_student(path)
+    teachers = [str(name) for name in checkpoint.config["decoder"].get("teachers") or ()]
+    if set(teachers) != set(model.teachers):
+        raise UserError(
+            f"decoder.weights={path} is a student of {', '.join(teachers)}, but decoder.teachers are "
+            f"{', '.join(model.teachers)}; give both the same"
+        )
+    model.load_student(checkpoint.weights, checkpoint.config["decoder"]["size"], path)
 
 
 def inline_genotype(config: DictConfig) -> None:

@@ -12,13 +12,13 @@ from mtcl import distributed
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
 from mtcl.config.build_evaluator import build_evaluator, choose_monitor
 from mtcl.config.build_features import build_feature_caches
-from mtcl.config.build_model import build_model, saved_config
+from mtcl.config.build_model import build_model, read_student, saved_config
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.config.stored_config import describe_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
-from mtcl.regularizers import GradientNormWeight, Regularizer, TaskSaliency
+from mtcl.regularizers import Distillation, GradientNormWeight, Regularizer, TaskSaliency
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
@@ -100,6 +100,10 @@ def build_trainer(
     regularizer = build_regularizer(config, tasks, model)
     if regularizer is not None:
         regularizer.to(device)
+    if isinstance(regularizer, Distillation):
+        prepare_distillation(config, regularizer, device, is_fresh=start_step == 0)
+    if not tasks:
+        _check_distillation_alone(config, regularizer)
     weights = None
     if settings.parallel == "fsdp" and distributed.world_size() > 1:
         weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
@@ -122,7 +126,7 @@ def build_trainer(
         balancer=build_balancer(config, tasks, regularizer, train_dataset, device),
         optimizer=ScheduledOptimizer(optimizer, build_lr_schedule(config)),
         batches=batches,
-        evaluator=build_evaluator(config, tasks, val_batches, device),
+        evaluator=build_evaluator(config, tasks, val_batches, device, regularizer),
         run_logger=RunLogger(folder, start_step),
         folder=folder,
         device=device,
@@ -208,7 +212,10 @@ def build_lr_schedule(config: DictConfig) -> Schedule:
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
     """Return the regulariser, on the CPU; None where the config has none or there is no other task to contrast with."""
     settings = config.regularizer
-    if settings._target_ is None or len(tasks) < 2:
+    if settings._target_ is None:
+        return None
+    regularizer_class = locate(settings._target_, "regularizer", Regularizer)
+    if len(tasks) < regularizer_class.min_tasks:
         return None
     options = plain(settings.options)
     options.setdefault("feature", "final")
@@ -236,10 +243,14 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
             f"regularizer.options.source_labels=other_image could take another view's labels for another image's with "
             f"data.views_per_step={views_per_step}; set data.views_per_step=1"
         )
-    regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     if issubclass(regularizer_class, TaskSaliency):
         _check_saliency(config)
     channels = model.feature_channels[options["feature"]]
+    if regularizer_class.min_tasks and options["feature"] == "adapted":
+        raise UserError(
+            "regularizer.options.feature=adapted has maps for teachers, not for tasks; use final, or "
+            "regularizer=distillation"
+        )
     regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
     if regularizer.uses_teacher:
         # A method that always has a teacher is named by its file, as in configs/regularizer.
@@ -249,6 +260,45 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     regularizer.intermediate_weight = config.loss.intermediate_weight
     regularizer.image_weighting = config.loss.get("image_weighting", "pixels")
     return regularizer
+
+
+def prepare_distillation(config: DictConfig, regularizer: Distillation, device: torch.device, is_fresh: bool) -> None:
+    """Load the teachers, and for a fresh run the aligners of the student that it starts from.
+
+    Args:
+        config: the composed config.
+        regularizer: on ``device``.
+        device: to train on.
+        is_fresh: False: the run's own checkpoint has the aligners.
+
+    Raises:
+        UserError: weights can't be had, or do not fit.
+    """
+    with add_key_prefix("regularizer.options."):
+        regularizer.load_teachers(device)
+    path = config.decoder.get("weights")
+    if not is_fresh or path is None or not len(regularizer.aligners):
+        return
+    state = read_student(path).regularizer
+    if state is None:
+        raise UserError(f"decoder.weights={path} has no aligners; give the checkpoint of scripts/distill.py itself")
+    regularizer.load_aligners(state, path)
+
+
+def _check_distillation_alone(config: DictConfig, regularizer: Regularizer | None) -> None:
+    """Refuse a training without tasks whose loss would be nothing."""
+    if not isinstance(regularizer, Distillation):
+        raise UserError(
+            f"data={config.data.name} has no labels: only regularizer=distillation trains on it (scripts/distill.py)"
+        )
+    settings = config.regularizer
+    if settings.weight == 0 or settings.start_fraction > 0 or settings.stop_fraction < 1:
+        raise UserError(
+            "without tasks the distillation is the whole loss; give regularizer.weight above 0, start_fraction=0 and "
+            "stop_fraction=1"
+        )
+    if settings.detach_trunk:
+        raise UserError("regularizer.detach_trunk=true would train the tasks' own layers alone, and there are no tasks")
 
 
 def _check_teacher(config: DictConfig, key: str) -> None:
@@ -402,7 +452,8 @@ def _check_balancing(config: DictConfig, weights: Mapping[str, Any]) -> None:
     if method not in ("fixed", "uncertainty", "dwa", "torchjd"):
         raise UserError(f"balancing.method={method} is not known; choose fixed, uncertainty, dwa or torchjd")
     if method != "fixed" and len(weights) < 2:
-        raise UserError(f"balancing.method={method} has one objective only, {next(iter(weights))}; use balancing=fixed")
+        objective = next(iter(weights), "distillation")
+        raise UserError(f"balancing.method={method} has one objective only, {objective}; use balancing=fixed")
     if method == "uncertainty" and (unweighted := [name for name, weight in weights.items() if weight == 0]):
         raise UserError(
             f"loss.weights.{unweighted[0]}=0 leaves balancing=uncertainty nothing to learn from; leave it out"

@@ -251,7 +251,7 @@ def _read_saved_model(source: str | Path) -> SavedModel:
 
 def read_checkpoint_model(path: Path, checkpoint: Checkpoint) -> SavedModel:
     """Take from a checkpoint what a model is rebuilt from; the weights are those that were validated, merged."""
-    tasks = checkpoint.meta.get("tasks") or {}
+    tasks = checkpoint.meta.get("tasks")
     saved = validate_saved_model(SavedModel(path, checkpoint.weights, checkpoint.config, tasks, checkpoint.step))
     if "backbone" in checkpoint.meta:
         return saved._replace(backbone=check_stored_backbone(checkpoint.meta["backbone"], path))

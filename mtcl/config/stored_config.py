@@ -30,6 +30,7 @@ PATH_KEYS = (
     "data.shards",
     "data.feature_cache",
     "backbone.weights",
+    "decoder.weights",
     "resume",
     "checkpoint",
     "predictions",
@@ -123,6 +124,9 @@ def drop_paths(config: dict[str, Any]) -> None:
         part = config.get(group) if group else config
         if isinstance(part, dict) and part.get(name) not in (None, *WEIGHT_SOURCES):
             del part[name]
+    for teacher in _list_teachers(config):
+        if teacher.get("weights") not in (None, *WEIGHT_SOURCES):
+            del teacher["weights"]
     data = config.get("data")
     if (
         isinstance(data, dict)
@@ -130,6 +134,14 @@ def drop_paths(config: dict[str, Any]) -> None:
         and data["label_assignment"] not in LABEL_ASSIGNMENTS
     ):
         data["label_assignment"] = LABEL_ASSIGNMENTS[0]
+
+
+def _list_teachers(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the options of the networks that ``regularizer=distillation`` has as teachers."""
+    part: Any = config
+    for name in ("regularizer", "options", "teachers"):
+        part = part.get(name) if isinstance(part, dict) else None
+    return [options for options in part.values() if isinstance(options, dict)] if isinstance(part, dict) else []
 
 
 def _check_genotype(genotype: Any) -> None:
@@ -143,7 +155,11 @@ def _check_genotype(genotype: Any) -> None:
 
 def check_stored_tasks(tasks: Any, source: str | Path) -> dict[str, dict[str, Any]]:
     """Return the facts of stored tasks, {name: {"channels": number, "classes": names}}, or raise ``UserError``."""
-    if not isinstance(tasks, Mapping) or not tasks:
+    if isinstance(tasks, Mapping) and not tasks:
+        raise UserError(
+            f"{source} is a student of scripts/distill.py, which predicts no task; give it to decoder.weights"
+        )
+    if not isinstance(tasks, Mapping):
         raise UserError(f"{source} is no model of mtcl: it does not say which tasks it has")
     for name, facts in tasks.items():
         if name not in TASK_NAMES:

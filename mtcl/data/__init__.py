@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from mtcl.lazy_imports import import_on_use
 
 if TYPE_CHECKING:
+    from mtcl.data.datasets.images import Images
     from mtcl.data.datasets.nyud import NYUD
     from mtcl.data.datasets.pascal_context import PascalContext
     from mtcl.data.datasets.rooms import Rooms
@@ -31,6 +32,7 @@ __getattr__ = import_on_use(
         "EpochBatchSampler": "mtcl.data.loader",
         "FeatureCache": "mtcl.data.feature_cache",
         "FeatureFormat": "mtcl.data.feature_cache",
+        "Images": "mtcl.data.datasets.images",
         "MultiTaskDataset": "mtcl.data.sample",
         "NYUD": "mtcl.data.datasets.nyud",
         "PascalContext": "mtcl.data.datasets.pascal_context",
@@ -56,6 +58,7 @@ __all__ = [
     "EpochBatchSampler",
     "FeatureCache",
     "FeatureFormat",
+    "Images",
     "MultiTaskDataset",
     "PascalContext",
     "Rooms",

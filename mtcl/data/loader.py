@@ -29,7 +29,7 @@ from mtcl.data.feature_cache import FeatureCache, stack_maps
 from mtcl.data.sample import Batch, MultiTaskDataset, Sample, SampleMeta
 from mtcl.data.shards.dataset import ShardBatches, find_shards
 from mtcl.data.shards.order import ShardOrder
-from mtcl.data.transforms import Augment, finalize_labels
+from mtcl.data.transforms import Augment, ResizedCrop, finalize_labels
 from mtcl.errors import ParameterError, UserError
 from mtcl.tasks.base import Task
 
@@ -66,7 +66,7 @@ class AugmentedDataset(Dataset[list[Sample] | UserError]):
         self,
         dataset: MultiTaskDataset,
         tasks: Mapping[str, Task],
-        augment: Augment | None,
+        augment: Augment | ResizedCrop | None,
         seed: int,
         views: int | None = None,
         views_seed: int = 0,
@@ -211,7 +211,7 @@ def collate(samples: Sequence[Sample], tasks: Mapping[str, Task], size: tuple[in
 def train_loader(
     dataset: MultiTaskDataset,
     tasks: Mapping[str, Task],
-    augment: Augment,
+    augment: Augment | ResizedCrop,
     batch_size: int,
     seed: int,
     workers: int,

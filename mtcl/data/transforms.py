@@ -112,6 +112,60 @@ class Augment:
         return window
 
 
+@dataclass(frozen=True)
+class ResizedCrop:
+    """A random part of an image, resized to one size: the augmentation of a training on images without labels.
+
+    Area and aspect ratio are drawn as by torchvision's ``RandomResizedCrop``: the area uniformly, the logarithm of the
+    ratio uniformly, ten times at most, and else the largest part in the middle whose ratio is allowed.
+
+    Args:
+        size: height and width of the result.
+        area: range of the part of the image's area.
+        ratio: range of width / height of the part.
+        flip: probability of a horizontal flip.
+
+    Raises:
+        UserError: a parameter is out of range.
+    """
+
+    size: tuple[int, int]
+    area: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in (("area", self.area), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise UserError(f"{name}=({low}, {high}) is no range; give (low, high) with 0 < low <= high.")
+        if self.area[1] > 1:
+            raise UserError(f"area={tuple(self.area)} is more than the image has; give parts up to 1.")
+
+    def __call__(
+        self, sample: Sample, tasks: Mapping[str, Task], rng: np.random.Generator, with_image: bool = True
+    ) -> Sample:
+        """Return a random view of an image without labels; the arguments are those of :class:`Augment`."""
+        del with_image
+        assert not tasks, "labels would have to be resized, too"
+        part = self.draw_window((sample.image.shape[0], sample.image.shape[1]), rng).crop(sample.image)
+        shrinks = part.shape[0] > self.size[0] and part.shape[1] > self.size[1]
+        image = cv2.resize(part, self.size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+        return Sample(sample.id, cv2.flip(image, 1) if rng.random() < self.flip else image, {})
+
+    def draw_window(self, inside: tuple[int, int], rng: np.random.Generator) -> Window:
+        """Draw a part of an image of ``inside`` (height, width) pixels."""
+        for _ in range(CROP_RETRIES):
+            area = inside[0] * inside[1] * rng.uniform(*self.area)
+            ratio = np.exp(rng.uniform(*np.log(self.ratio)))
+            width, height = max(round((area * ratio) ** 0.5), 1), max(round((area / ratio) ** 0.5), 1)
+            if width <= inside[1] and height <= inside[0]:
+                return sample_window(inside, (height, width), rng)
+        height, width = inside
+        height = min(height, max(round(width / self.ratio[0]), 1))
+        width = min(width, max(round(height * self.ratio[1]), 1))
+        return Window((inside[0] - height) // 2, (inside[1] - width) // 2, height, width)
+
+
 def finalize_labels(sample: Sample, tasks: Mapping[str, Task]) -> Sample:
     """Convert every label to the form its loss expects; the last step of training and the only one of evaluation."""
     return sample._replace(labels={name: task.finalize_label(sample.labels[name]) for name, task in tasks.items()})

@@ -16,7 +16,7 @@ def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) ->
     classes, counts that are zero, and the second mIoU where every class occurs in the labels.
 
     Args:
-        tasks: name -> task.
+        tasks: name -> task; metrics of others, which are of a distillation, are plain numbers.
         columns: heading -> metrics.
     """
     rows = [("task", "metric", *columns)]
@@ -33,6 +33,9 @@ def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) ->
                 continue
             mark = "*" if metric == primary else ""
             rows.append((name, metric + mark, *(format_value(task, metric, value) for value in values)))
+    for name in dict.fromkeys(name for column in columns.values() for name in column if name not in tasks):
+        metrics = dict.fromkeys(metric for column in columns.values() for metric in column[name])
+        rows += [(name, m, *(f"{column[name].get(m, math.nan):.4f}" for column in columns.values())) for m in metrics]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
 
     def line(row: tuple[str, ...]) -> str:
@@ -40,7 +43,7 @@ def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) ->
         return "  ".join([names, *(cell.rjust(width) for cell, width in zip(row[2:], widths[2:]))])
 
     note = "* the task's main metric, which mtcl compare, mtcl runs and Delta_MTL take"
-    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:]), note])
+    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:]), *([note] if tasks else [])])
 
 
 def format_value(task: Task, metric: str, value: float) -> str:

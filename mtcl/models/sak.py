@@ -37,8 +37,8 @@ class SwissArmyKnife(DenseModel):
     """A plain timm ViT with adapters for several teachers, and routers and a head for each task.
 
     The ViT keeps its class and register tokens, which the adapters see, too, and loses its last norm. The levels are
-    the blocks of the backbone's ``out_indices``. A frozen ViT (:func:`mtcl.models.trainable.set_trainable`) has no graph.
-    Without tasks there are no routers and no heads: this is the student of the first stage.
+    the blocks of the backbone's ``out_indices``. A frozen ViT (:func:`mtcl.models.trainable.set_trainable`) has no
+    graph. Without tasks there are no routers and no heads: this is the student of the first stage.
 
     Features: ``final`` (each task's pre-logit map, four times finer than the patches), ``adapted`` (not of tasks, but
     the adapted map of each teacher and level, ``TEACHER_levelN`` with N from 1, at the patches' size).

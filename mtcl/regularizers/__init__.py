@@ -3,6 +3,7 @@
 from mtcl.regularizers.auxiliary import AuxiliaryHeads
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.contrastive import Contrastive
+from mtcl.regularizers.distillation import Distillation
 from mtcl.regularizers.jtr import JointTaskRegularization
 from mtcl.regularizers.label_discovery import LabelDiscovery
 from mtcl.regularizers.masked_adamw import MaskedAdamW
@@ -16,6 +17,7 @@ __all__ = [
     "AuxiliaryHeads",
     "Contrastive",
     "CrossTaskConsistency",
+    "Distillation",
     "Draw",
     "GradientNormWeight",
     "JointTaskRegularization",

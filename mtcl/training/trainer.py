@@ -252,6 +252,7 @@ class Trainer:
             detached scalars by name, as :meth:`train_step`.
         """
         image, labels = prepare_input(batch, self.model, self.device)
+        with_diagnostics = with_diagnostics and bool(self.tasks)
         draw = None
         if self.regularizer is not None:
             draw = self.regularizer.sample(self.step, [meta.row_id for meta in batch["meta"]]).to(self.device)
@@ -299,8 +300,11 @@ class Trainer:
     def _predict_by_teacher(self, image: Tensor | EncodedImage, meta: Sequence[SampleMeta]) -> DenseOutput | None:
         """Return predictions of the running mean of the weights, NaN in padding, for a regulariser that uses them.
 
-        Features are those that the regulariser reads, or none.
+        Features are those that the regulariser reads, or none. A regulariser with networks of its own runs these.
         """
+        if self.regularizer is not None and self.regularizer.has_teachers:
+            assert isinstance(image, Tensor)
+            return self.regularizer.run_teachers(image, self.model.mean, self.model.std)
         if self.regularizer is None or not self.regularizer.uses_teacher:
             return None
         assert self.ema is not None

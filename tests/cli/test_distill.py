@@ -1,0 +1,166 @@
+"""The first stage of SAK as a run like any other, and the second one that starts from it."""
+
+import json
+
+import pytest
+import torch
+from helpers.common import TINY, composed
+from helpers.distillation import STUDENT, list_overrides, write_images
+from omegaconf import OmegaConf
+
+from mtcl import UserError
+from mtcl.cli.train import train
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_training import build_training_run
+from mtcl.config.load import load_model
+from mtcl.training.checkpoint import load_checkpoint
+
+CPU = torch.device("cpu")
+SECOND_STAGE = ["decoder=sak", *STUDENT, "regularizer=distillation", "data.size=[48,64]", "tasks.names=[semseg,depth]"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("pictures"))
+
+
+def distill(images, folder, *more):
+    return train(composed(*list_overrides(images, *more), name="distill"), folder)
+
+
+@pytest.fixture(scope="module")
+def student(images, tmp_path_factory):
+    """The folder of a distillation of four steps."""
+    folder = tmp_path_factory.mktemp("student")
+    distill(images, folder)
+    return folder
+
+
+def read_log(folder, kind):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [record for record in records if record["kind"] == kind]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_a_distillation_is_a_run_like_any_other(student):
+    metrics = json.loads((student / "metrics.json").read_text())
+    names = {"loss", "loss/first", "cosine/first", "loss/second", "cosine/second"}
+    assert set(metrics) == {"distillation"}
+    assert set(metrics["distillation"]) == names
+    assert metrics["distillation"]["loss"] == pytest.approx(
+        metrics["distillation"]["loss/first"] + metrics["distillation"]["loss/second"]
+    )
+    assert {path.name for path in (student / "checkpoints").iterdir()} >= {"last.pt", "best.pt"}
+    assert list(student.glob("events.out.tfevents.*"))
+    assert [record["step"] for record in read_log(student, "train")] == [0, 1, 2, 3]
+    assert json.loads((student / "run.json").read_text())["num_images"] == 2
+    checkpoint = load_checkpoint(student / "checkpoints" / "last.pt")
+    assert checkpoint.meta["tasks"] == {}
+    parts = {name.split(".")[0] for name in checkpoint.model}
+    assert parts == {"backbone", "adapters", "norms"}, "no routers, no heads"
+    assert {name.split(".")[0] for name in checkpoint.regularizer} == {"aligners"}, "no teacher"
+
+
+def test_resumed_it_is_bit_equal(student, images, tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop_after_two(trainer, *batches, **options):
+        if trainer.step == 2:
+            raise Stopped
+        return original(trainer, *batches, **options)
+
+    from mtcl.training.trainer import Trainer
+
+    original = Trainer.train_step
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Trainer, "train_step", stop_after_two)
+        distill(images, tmp_path / "run")
+    distill(images, tmp_path / "run", "resume=auto")
+    one, two = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (student, tmp_path / "run"))
+    assert (one.step, two.step) == (4, 4)
+    assert_equal(one.model, two.model)
+    assert_equal(one.regularizer, two.regularizer)
+
+
+@pytest.mark.slow
+def test_it_learns(images, tmp_path):
+    distill(images, tmp_path, "trainer.max_steps=60", "trainer.val_interval=null", "optimizer.lr=3e-3",
+            "schedule=constant", "data.augment.area=[1.0,1.0]")  # fmt: skip
+    losses = [record["contrast"] for record in read_log(tmp_path, "train")]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_the_second_stage_starts_from_the_student(student, tmp_path):
+    weights = f"decoder.weights={student}/checkpoints/last.pt"
+    config = composed(*TINY[:2], *SECOND_STAGE, weights)
+    tasks = build_tasks(config)
+    trainer = build_training_run(config, tasks, tmp_path, CPU, pretrained=True).trainer
+    checkpoint = load_checkpoint(student / "checkpoints" / "last.pt")
+    state = trainer.model.state_dict()
+    for name, value in checkpoint.model.items():
+        assert name.endswith("pos_embed") or torch.equal(state[name], value), name
+    assert_equal(trainer.regularizer.state_dict(), checkpoint.regularizer)
+    # Rebuilt without weights, as for a resume or an evaluation: the file is not read.
+    OmegaConf.update(config, "decoder.weights", "nowhere.pt")
+    build_training_run(config, tasks, tmp_path, CPU, start_step=1)
+    with pytest.raises(UserError, match=r"nowhere\.pt"):
+        build_training_run(config, tasks, tmp_path, CPU, pretrained=True)
+
+
+def test_the_second_stage_trains_and_its_checkpoint_holds_no_aligner_in_the_model(student, tmp_path):
+    weights = f"decoder.weights={student}/checkpoints/last.pt"
+    metrics = train(composed(*TINY[:2], *SECOND_STAGE, weights), tmp_path)
+    assert set(metrics) == {"semseg", "depth"}
+    log = read_log(tmp_path, "contrast")[-1]
+    assert {"first/loss", "first/cosine", "second/loss", "second/cosine"} <= set(log)
+    loaded = load_model(tmp_path / "checkpoints" / "last.pt")
+    assert not [name for name in loaded.model.state_dict() if "align" in name or "teacher" in name]
+    output = loaded.model.predict(torch.zeros(1, 3, 50, 70))
+    assert {name: tuple(p.shape[2:]) for name, p in output.items()} == {"semseg": (50, 70), "depth": (50, 70)}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.root=nowhere"], r"data\.root=nowhere is not a folder"),
+        (["data.options.num_val=8"], r"has 8 images .* leaves none to train on beside num_val=8"),
+        (["decoder.teachers=[first]"], r"regularizer\.options\.teachers are first, second, but .* adapters for first;"),
+        (["regularizer.options.teachers.first.name=no_net"], r"teachers\.first\.name=no_net is not a timm model"),
+        (["+regularizer.options.teachers.first.weights=a.pth"], r"teachers\.first\.weights=a\.pth is not a file"),
+        (["+regularizer.options.teachers.first.size=3"], r"teachers\.first\.size does not exist; a teacher has name"),
+        (["+regularizer.options.teachers.second.out_indices=[0,1]"], r"teachers\.second has 2 maps, the student 4"),
+        (["+regularizer.options.teachers.second.input_size=50"], r"input_size=50 of test_vit must be a multiple of 16"),
+        (["regularizer=none"], r"data=images has no labels: only regularizer=distillation trains on it"),
+        (["regularizer.weight=0"], r"without tasks the distillation is the whole loss"),
+        (["decoder=multi_head"], r"data=images has no labels to train on; scripts/distill\.py distils"),
+        (["tasks.names=[depth]"], r"asks for depth, but data=images has labels for nothing only"),
+        (["balancing=uncertainty"], r"one objective only, distillation"),
+    ],
+)
+def test_a_mistake_is_one_sentence(images, overrides, message, tmp_path):
+    words = list_overrides(images)
+    if "decoder=multi_head" in overrides:
+        words = [word for word in words if not word.startswith("decoder.")]
+    if "regularizer=none" in overrides:
+        words = [word for word in words if "regularizer." not in word]
+    config = composed(*words, *overrides, name="distill")
+    with pytest.raises(UserError, match=message):
+        build_training_run(config, build_tasks(config), tmp_path, CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_can_be_neither_evaluated_nor_mistaken_for_another(student, tmp_path):
+    path = student / "checkpoints" / "last.pt"
+    with pytest.raises(UserError, match=r"is a student of scripts/distill\.py, which predicts no task"):
+        load_model(path)
+    words = [word for word in SECOND_STAGE if "teachers" not in word]
+    words += ["decoder.teachers=[first]", "~regularizer.options.teachers",
+              "+regularizer.options.teachers={first:{name:test_resnet}}"]  # fmt: skip
+    config = composed(*TINY[:2], *words, f"decoder.weights={path}")
+    with pytest.raises(UserError, match=r"is a student of first, second, but decoder\.teachers are first"):
+        build_training_run(config, build_tasks(config), tmp_path, CPU, pretrained=True)
