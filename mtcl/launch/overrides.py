@@ -61,7 +61,7 @@ def is_machine_key(key: str) -> bool:
 def is_file_path(key: str, value: str) -> bool:
     """Is this value of a key the path of a file?"""
     text = unquote(value)
-    return text.startswith(("/", "~/", "./", "../")) or (key == "backbone.weights" and "/" in text)
+    return text.startswith(("/", "~/", "./", "../")) or (key in ("backbone.weights", "decoder.weights") and "/" in text)
 
 
 def unquote(value: str) -> str:

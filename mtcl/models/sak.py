@@ -272,9 +272,7 @@ class Router(nn.Module):
         if self.noisy:
             scores, raw_deviation = scores.split(self.num_sources, dim=1)
             if self.training:
-                noise = torch.randn(
-                    *scores.shape[:2], *stem.shape[2:], dtype=scores.dtype, device=scores.device
-                )  # in each cell
+                noise = scores.new_empty(*scores.shape[:2], *stem.shape[2:]).normal_()  # in each cell
                 scores = scores + noise * (F.softplus(raw_deviation) + LEAST_NOISE)
         return scores.softmax(dim=1)
 

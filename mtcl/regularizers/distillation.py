@@ -63,14 +63,15 @@ class Distillation(Regularizer):
     Args:
         tasks: ignored: images need no labels.
         channels: ``TEACHER_levelN`` -> channels of the student's map, N from 1.
-        seed: of the aligners' initialization and of teachers without weights; torch's global generator is never touched.
+        seed: of the aligners' initialization and of teachers without weights; torch's generator is never touched.
         feature: which of a model's features are the student's maps.
-        teachers: teacher -> its network, options of :func:`mtcl.models.teachers.build_teacher`.
+        teachers: teacher -> its network, options of :func:`mtcl.models.teachers.build_teacher`; those that the student
+            has no adapters for are not used.
         cosine_weight: of 1 - cosine.
         smooth_l1_weight: of the smooth L1 distance.
 
     Raises:
-        ParameterError: the teachers are not those of the student, or lack a level.
+        ParameterError: a teacher of the student is missing, or has more or fewer maps.
     """
 
     min_tasks = 0
@@ -90,13 +91,10 @@ class Distillation(Regularizer):
         super().__init__()
         self.feature, self.seed = feature, seed
         self.levels = group_levels(channels, feature)
-        self.options = {name: check_teacher_options(name, options) for name, options in teachers.items()}
-        if set(self.options) != set(self.levels):
-            raise ParameterError(
-                "teachers",
-                f" are {', '.join(self.options)}, but the model has adapters for {', '.join(self.levels)}; give both "
-                "the same names",
-            )
+        if missing := [name for name in self.levels if name not in teachers]:
+            problem = f" lack {missing[0]}, which the model has adapters for; say which network it is"
+            raise ParameterError("teachers", problem)
+        self.options = {name: check_teacher_options(name, teachers[name]) for name in self.levels}
         self.aligners = nn.ModuleDict()
         generator = torch.Generator().manual_seed(seed)
         for name, levels in self.levels.items():

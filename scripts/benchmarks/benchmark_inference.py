@@ -74,6 +74,7 @@ EXPERIMENTS = {
     "task_expert": "nyud_task_expert_vit_large",
     "linear": "nyud_linear_dinov2_vit_base",
     "dpt": "nyud_dpt_dinov2_vit_base",
+    "sak": "nyud_sak_vit_base",
 }
 BACKENDS = ("eager", "compiled", "onnx", "tensorrt")
 PROVIDERS = {  # of ONNX Runtime, by backend and device

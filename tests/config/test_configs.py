@@ -60,9 +60,10 @@ FAST = {
     "nyud_invpt_swin_large",
     "pascal_taskprompter_vit_base",
     "pascal_mqtransformer_swin_tiny",
+    "nyud_sak_vit_base",
 }
 EXPERIMENTS = choices("experiment")
-DECODERS = "multi_head|deeplab|pad_net|mti_net|atrc|invpt_plus_plus|invpt|taskprompter|mqtransformer|task_expert"
+DECODERS = "multi_head|deeplab|pad_net|mti_net|atrc|invpt_plus_plus|invpt|taskprompter|mqtransformer|task_expert|sak"
 PUBLISHED = [name for name in EXPERIMENTS if re.fullmatch(rf"(nyud|pascal)_({DECODERS})_(?!dinov).*", name)]
 composed = functools.cache(compose_words)  # no test here changes a config
 
@@ -193,6 +194,8 @@ SETTINGS = {
     "nyud_invpt_vit_large": ("adam", 2e-5, 1e-6, 6, 40000, None),
     "pascal_taskprompter_vit_base": ("adam", 2e-5, 1e-6, 4, 40000, 10.0),
     "nyud_taskprompter_vit_large": ("adam", 1e-5, 1e-6, 4, 40000, 10.0),
+    "nyud_sak_vit_base": ("adamw", 2e-5, 1e-6, 4, 40000, 10.0),
+    "pascal_sak_vit_base": ("adamw", 2e-5, 1e-6, 4, 40000, 10.0),
     "nyud_mqtransformer_swin_large": ("sgd", 1e-3, 5e-4, 8, 40000, None),
 }
 

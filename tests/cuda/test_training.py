@@ -21,7 +21,13 @@ from mtcl.training.trainer import Trainer
 
 SIZE = (64, 64)
 TINY = ["debug=tiny", "data.size=[64,64]", "tasks.names=[semseg,depth]", "trainer.precision=auto"]
-BACKBONES = {"taskprompter": "vit_small", "linear": "vit_small", "dpt": "vit_small", "invpt": "vit_small"}
+BACKBONES = {
+    "taskprompter": "vit_small",
+    "sak": "vit_small",
+    "linear": "vit_small",
+    "dpt": "vit_small",
+    "invpt": "vit_small",
+}
 BACKBONES |= {"mqtransformer": "swin_tiny", "mti_net": "hrnet_w18_small", "deeplab": "resnet18_dilated"}
 SMALL = ["backbone=resnet18", "decoder.width=8", "decoder.head_width=8", *shrunk("", "resnet18")]
 

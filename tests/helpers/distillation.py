@@ -4,11 +4,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+
 from helpers.shrunken import shrunk
 
-TEACHERS = "regularizer.options.teachers={first:{name:test_resnet},second:{name:test_vit}}"
+TEACHERS = "++regularizer.options.teachers={first:{name:test_resnet},second:{name:test_vit}}"
 STUDENT = ["backbone=vit_small", *shrunk("sak", "vit_small"), "++backbone.kwargs.drop_path_rate=0.1"]
-STUDENT += ["backbone.weights=none", "decoder.teachers=[first,second]", f"~{TEACHERS.partition('=')[0]}", f"+{TEACHERS}"]
+STUDENT += ["backbone.weights=none", "decoder.teachers=[first,second]", TEACHERS]
 
 
 def write_images(folder: Path, count: int = 8) -> Path:

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from mtcl import UserError
 from mtcl.models import SwissArmyKnife, build_backbone
+from mtcl.models.published import METHODS, check_state_dict, sak, translate_state_dict
 from mtcl.models.sak import Adapter, Router, mix
 
 TASKS = {"semseg": 7, "depth": 1, "normals": 3}
@@ -272,3 +273,76 @@ def test_has_the_parameters_of_the_public_code(name, dim, depth, size, tasks, to
         model = SwissArmyKnife(build_backbone(name), tasks, size=size)
     assert count_public_parameters(dim, depth, size, tasks) == total
     assert sum(p.numel() for p in model.parameters()) == total
+
+
+# --- Published checkpoints
+
+
+def published_shapes(model, prefix="backbone."):
+    """Names and shapes of the authors' code for a network of these sizes."""
+    vit, dim, blocks = model.backbone.net.model, model.backbone.net.model.embed_dim, model.level_blocks
+    inner, sources = model.adapters["first"][0].down.out_features, 1 + len(model.teachers)
+    shapes = {f"{prefix}vit.{name}": tuple(p.shape) for name, p in vit.state_dict().items()}
+    for name in model.teachers:
+        for index in range(len(vit.blocks) + 1):
+            start = f"{prefix}tsap.{name}.{index}"
+            shapes |= {f"{start}.scale": (1,), f"{start}.down.weight": (inner, dim), f"{start}.down.bias": (inner,)}
+            shapes |= {f"{start}.up.weight": (dim, inner), f"{start}.up.bias": (dim,)}
+    for block in blocks:
+        for name in model.teachers:
+            shapes |= {f"{prefix}out_norms.{block}_{name}.{kind}": (dim,) for kind in ("weight", "bias")}
+            shapes |= {f"{prefix}ts_aligners.{block}_{name}.weight": (50, dim)}
+            shapes |= {f"{prefix}ts_aligners.{block}_{name}.bias": (50,)}
+        for task in model.tasks:
+            start = f"{prefix}mor.{block}_{task}.router.module"
+            shapes |= {f"{start}.0.weight": (dim // 2, dim), f"{start}.0.bias": (dim // 2,)}
+            shapes |= {f"{start}.1.weight": (dim // 2,), f"{start}.1.bias": (dim // 2,)}
+            shapes |= {f"{start}.3.weight": (2 * sources, dim // 2), f"{start}.3.bias": (2 * sources,)}
+    for task, channels in model.tasks.items():
+        for level in range(len(blocks)):
+            shapes |= {f"heads.{task}.linears.{level}.weight": (dim // 4, dim)}
+            shapes |= {f"heads.{task}.linears.{level}.bias": (dim // 4,)}
+        start = f"heads.{task}.linear_fuse"
+        shapes |= {
+            f"{start}.0.weight": (dim, dim, 3, 3),
+            f"{start}.0.bias": (dim,),
+            f"{start}.1.num_batches_tracked": (),
+        }
+        shapes |= {f"{start}.1.{kind}": (dim,) for kind in ("weight", "bias", "running_mean", "running_var")}
+        shapes |= {f"heads.{task}.last_conv.weight": (channels, dim, 1, 1), f"heads.{task}.last_conv.bias": (channels,)}
+    return shapes
+
+
+@pytest.mark.parametrize(("tasks", "prefix"), [(TASKS, "backbone."), ({}, "")], ids=["second stage", "first stage"])
+def test_published_names_fill_the_model(tasks, prefix):
+    model, generator = make_model(tasks=tasks), torch.Generator().manual_seed(0)
+    state = {
+        key: torch.tensor(3) if key.endswith("tracked") else torch.rand(shape, generator=generator)
+        for key, shape in published_shapes(model, prefix).items()
+    }
+    overrides = sak.get_config_overrides(state, NATIVE)
+    expected = {"size": list(NATIVE), "teachers": TEACHERS, "reduction": 4}
+    expected |= {"routing": "mixture", "noisy_gating": True} if tasks else {}
+    assert overrides["decoder"] == expected
+    assert overrides["backbone"] == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    ours, unused_keys = translate_state_dict(state, METHODS["sak"], list(tasks))
+    check_state_dict(ours, model.state_dict(), "sak")
+    assert len(unused_keys) == 16
+    assert all("ts_aligners" in key for key in unused_keys)
+    level = model.level_blocks.index(2)
+    assert torch.equal(ours[f"norms.second.{level}.bias"], state[f"{prefix}out_norms.2_second.bias"])
+    if tasks:
+        name = "backbone.mor.2_depth.router.module.3.bias"
+        assert torch.equal(ours[f"routers.depth.{level}.layers.3.bias"], state[name])
+        assert torch.equal(ours["heads.depth.project.1.weight"][..., 0, 0], state["heads.depth.linears.1.weight"])
+
+
+def test_a_file_of_another_method_is_refused():
+    with pytest.raises(UserError, match="has no adapters"):
+        sak.get_config_overrides({"backbone.pos_embed": torch.ones(1, 3, 4)}, NATIVE)
+    model = make_model()
+    state = {key: torch.rand(shape) for key, shape in published_shapes(model).items()}
+    with pytest.raises(UserError, match="15 patches, images of 32x32 have 2x2"):
+        sak.get_config_overrides(state, (32, 32))
+    with pytest.raises(UserError, match=r"1 of .* not known .* backbone\.novelty"):
+        translate_state_dict({**state, "backbone.novelty": torch.ones(1)}, METHODS["sak"], list(TASKS))
