@@ -75,6 +75,11 @@ def read_student(path: str) -> Checkpoint:
     target = (checkpoint.config.get("decoder") or {}).get("_target_", "")
     if str(target).rpartition(".")[2] != SwissArmyKnife.__name__:
         raise UserError(f"decoder.weights={path} is not a checkpoint of scripts/distill.py (decoder=sak)")
+    if "backbone" in checkpoint.meta:
+        raise UserError(
+            f"decoder.weights={path} leaves out its backbone, which was not trained; distil with "
+            "trainer.save_backbone=true"
+        )
     return checkpoint
 
 

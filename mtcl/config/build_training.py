@@ -157,6 +157,10 @@ def choose_backbone_source(config: DictConfig) -> dict[str, str] | None:
     choice, trainable = config.trainer.get("save_backbone", "auto"), config.backbone.get("trainable", "full")
     is_kept, weights = trainable in ("frozen", "lora"), config.backbone.weights
     has_source = weights not in (None, "none")
+    if config.decoder.get("weights") is not None:  # the backbone began as a student's, which no other weights restore
+        if choice is False:
+            raise UserError("trainer.save_backbone=false would lose the backbone that decoder.weights gave; use auto")
+        return None
     if choice is False and not is_kept:
         raise UserError(
             f"trainer.save_backbone=false would lose what is trained of the backbone (backbone.trainable={trainable}); "

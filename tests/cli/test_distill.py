@@ -128,7 +128,7 @@ def test_the_second_stage_trains_and_its_checkpoint_holds_no_aligner_in_the_mode
     ("overrides", "message"),
     [
         (["data.root=nowhere"], r"data\.root=nowhere is not a folder"),
-        (["data.options.num_val=8"], r"has 8 images .* leaves none to train on beside num_val=8"),
+        (["data.options.num_val=8"], r"data\.options\.num_val=8 leaves nothing to train on: .* has 8 images"),
         (
             ["decoder.teachers=[first,third]"],
             r"regularizer\.options\.teachers lack third, which the model has adapters",
@@ -146,12 +146,12 @@ def test_the_second_stage_trains_and_its_checkpoint_holds_no_aligner_in_the_mode
     ],
 )
 def test_a_mistake_is_one_sentence(images, overrides, message, tmp_path):
-    words = list_overrides(images)
+    base = list_overrides(images)
     if "decoder=multi_head" in overrides:
-        words = [word for word in words if not word.startswith("decoder.")]
+        base = [word for word in base if not word.startswith("decoder.")]
     if "regularizer=none" in overrides:
-        words = [word for word in words if "regularizer." not in word]
-    config = composed(*words, *overrides, name="distill")
+        base = [word for word in base if "regularizer." not in word]
+    config = composed(*base, *overrides, name="distill")
     with pytest.raises(UserError, match=message):
         build_training_run(config, build_tasks(config), tmp_path, CPU)
     assert not list(tmp_path.iterdir())
@@ -161,8 +161,8 @@ def test_a_student_can_be_neither_evaluated_nor_mistaken_for_another(student, tm
     path = student / "checkpoints" / "last.pt"
     with pytest.raises(UserError, match=r"is a student of scripts/distill\.py, which predicts no task"):
         load_model(path)
-    words = [word for word in SECOND_STAGE if "teachers" not in word]
-    words += ["decoder.teachers=[first]"]
-    config = composed(*TINY[:2], *words, f"decoder.weights={path}")
+    base = [word for word in SECOND_STAGE if "teachers" not in word]
+    base += ["decoder.teachers=[first]"]
+    config = composed(*TINY[:2], *base, f"decoder.weights={path}")
     with pytest.raises(UserError, match=r"is a student of first, second, but decoder\.teachers are first"):
         build_training_run(config, build_tasks(config), tmp_path, CPU, pretrained=True)

@@ -184,11 +184,11 @@ def test_without_tasks_it_has_adapted_maps_alone():
 def test_takes_a_distilled_student_at_another_size(size):
     """Its stem and paths; the position embedding is that of the other size, resampled."""
     student, model = stir(make_model(tasks={}, seed=1, size=size)), make_model()
-    before = {name: p.clone() for name, p in model.state_dict().items()}
+    initial = {name: p.clone() for name, p in model.state_dict().items()}
     model.load_student(student.state_dict(), size, "student.pt")
     for name, value in model.state_dict().items():
         if name.startswith(("routers", "heads", "logits")):
-            assert torch.equal(value, before[name]), name
+            assert torch.equal(value, initial[name]), name
         elif not name.endswith("pos_embed"):
             assert torch.equal(value, student.state_dict()[name]), name
     want = student.eval()(make_image(1, 3, *NATIVE)).features["adapted"]

@@ -65,19 +65,19 @@ def test_sam_sees_a_padded_square_and_its_maps_show_the_image_alone():
     resized = F.interpolate(image, (48, 64), mode="bicubic", align_corners=False)
     square = torch.zeros(1, 3, 64, 64)
     square[..., :48, :] = resized
-    whole = backbone(square)
-    assert [m.shape for m in whole] == [(1, 24, 4, 4)] * 4
-    for m, expected in zip(maps, whole, strict=True):
+    full = backbone(square)
+    assert [m.shape for m in full] == [(1, 24, 4, 4)] * 4
+    for m, expected in zip(maps, full, strict=True):
         assert torch.equal(m, expected[:, :, :3])
 
 
 def test_nothing_of_a_teacher_is_trained():
     teacher = make_teacher("test_resnet").train()
-    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    initial = {name: value.clone() for name, value in teacher.state_dict().items()}
     maps = teacher(make_image(2, 3, 64, 64).requires_grad_(), MEAN, STD)
     assert not any(m.requires_grad for m in maps)
     assert not any(p.requires_grad for p in teacher.parameters())
-    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(torch.equal(value, initial[name]) for name, value in teacher.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -52,9 +52,10 @@ class Images:
         self.root, self.subset, self.size = Path(root), subset, (size[0], size[1])
         paths = list_images(self.root)
         if len(paths) < 2 or num_val >= len(paths):
-            raise UserError(
-                f"{self.root} has {len(paths)} images (.jpg, .jpeg, .png), which leaves none to train on beside "
-                f"num_val={num_val} held out; give another data.root or data.options.num_val"
+            raise ParameterError(
+                "num_val",
+                f"={num_val} leaves nothing to train on: {self.root} has {len(paths)} images (.jpg, .jpeg, .png); give "
+                "another folder, or hold out fewer",
             )
         held_out = {index * len(paths) // num_val for index in range(num_val)}
         chosen = [path for index, path in enumerate(paths) if (index in held_out) == (subset == "val")]

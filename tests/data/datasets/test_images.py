@@ -71,8 +71,8 @@ def test_a_view_is_a_function_of_the_generator():
     assert views[0].shape == (16, 24, 3)
     assert np.array_equal(views[0], views[1])
     assert not np.array_equal(views[0], views[2])
-    whole = ResizedCrop((40, 60), area=(1.0, 1.0), ratio=(1.5, 1.5), flip=1.0)
-    assert np.array_equal(whole(Sample("a", image, {}), {}, np.random.default_rng(0)).image, image[:, ::-1])
+    uncut = ResizedCrop((40, 60), area=(1.0, 1.0), ratio=(1.5, 1.5), flip=1.0)
+    assert np.array_equal(uncut(Sample("a", image, {}), {}, np.random.default_rng(0)).image, image[:, ::-1])
 
 
 def test_refuses_what_it_cannot_read_or_draw(tmp_path):
@@ -81,7 +81,7 @@ def test_refuses_what_it_cannot_read_or_draw(tmp_path):
         Images("train", ["depth"], root, (32, 48))
     with pytest.raises(UserError, match="split=tune does not exist"):
         make(root, split="tune")
-    with pytest.raises(UserError, match="leaves none to train on"):
+    with pytest.raises(UserError, match="num_val=8 leaves nothing to train on"):
         make(root, num_val=8)
     (root / "0.jpg").write_text("damaged")
     with pytest.raises(UserError, match=r"0\.jpg"):
