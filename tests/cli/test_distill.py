@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_training_run
 from mtcl.config.load import load_model
 from mtcl.training.checkpoint import load_checkpoint
@@ -107,11 +108,12 @@ def test_the_second_stage_starts_from_the_student(student, tmp_path):
     assert_equal(trainer.regularizer.state_dict(), checkpoint.regularizer)
     # Rebuilt without weights, as for a resume or an evaluation: the file is not read.
     OmegaConf.update(config, "decoder.weights", "nowhere.pt")
-    build_training_run(config, tasks, tmp_path, CPU, start_step=1)
+    build_model(config, tasks, pretrained=False)
     with pytest.raises(UserError, match=r"nowhere\.pt"):
-        build_training_run(config, tasks, tmp_path, CPU, pretrained=True)
+        build_model(config, tasks, pretrained=True)
 
 
+@pytest.mark.slow
 def test_the_second_stage_trains_and_its_checkpoint_holds_no_aligner_in_the_model(student, tmp_path):
     weights = f"decoder.weights={student}/checkpoints/last.pt"
     metrics = train(composed(*TINY[:2], *SECOND_STAGE, weights), tmp_path)
@@ -157,7 +159,7 @@ def test_a_mistake_is_one_sentence(images, overrides, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_student_can_be_neither_evaluated_nor_mistaken_for_another(student, tmp_path):
+def test_a_student_can_be_neither_evaluated_nor_mistaken_for_another(student):
     path = student / "checkpoints" / "last.pt"
     with pytest.raises(UserError, match=r"is a student of scripts/distill\.py, which predicts no task"):
         load_model(path)
@@ -165,4 +167,4 @@ def test_a_student_can_be_neither_evaluated_nor_mistaken_for_another(student, tm
     base += ["decoder.teachers=[first]"]
     config = composed(*TINY[:2], *base, f"decoder.weights={path}")
     with pytest.raises(UserError, match=r"is a student of first, second, but decoder\.teachers are first"):
-        build_training_run(config, build_tasks(config), tmp_path, CPU, pretrained=True)
+        build_model(config, build_tasks(config), pretrained=True)
