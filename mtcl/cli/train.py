@@ -179,6 +179,7 @@ def log_setup(
     log.info("%s", train_dataset.summary())
     if config.trainer.dry_run and config.data.get("feature_cache") is not None:
         log.info("dry run: the feature cache is left alone, so this step is slower than one of the training")
+    kind = "distillation" if trainer.regularizer is not None and trainer.regularizer.has_teachers else "contrast"
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     log.info(
@@ -186,8 +187,8 @@ def log_setup(
         config.data.name,
         len(train_dataset.ids),
         len(val_dataset.ids),
-        ", ".join(trainer.tasks),
-        "no regularizer" if trainer.regularizer is None else f"contrast with weight {config.regularizer.weight}",
+        ", ".join(trainer.tasks) or "none",
+        "no regularizer" if trainer.regularizer is None else f"{kind} with weight {config.regularizer.weight}",
         num_parameters / 1e6,
         f" ({num_trained / 1e6:.2f} M of them trained)" if num_trained < num_parameters else "",
         trainer.device,

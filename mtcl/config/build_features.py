@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from mtcl import distributed
 from mtcl.config.build_data import build_augment, get_image_size
 from mtcl.config.resolve import add_key_prefix, plain
-from mtcl.data import FeatureCache, MultiTaskDataset, eval_loader, view_loader
+from mtcl.data import Augment, FeatureCache, MultiTaskDataset, eval_loader, view_loader
 from mtcl.data.partial_labels import PartiallyLabeledDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
@@ -75,6 +75,7 @@ def build_feature_caches(
         feature_format = describe_format(model, device, size, data.feature_precision)
     shared = describe_backbone(config, model, device) | {"size": list(size)}
     augment = build_augment(config)
+    assert isinstance(augment, Augment)  # images without labels train decoder=sak, which has no feature cache
     depends_on_labels = "semseg" in tasks and augment.class_cap < 1
     images = train_dataset.dataset if isinstance(train_dataset, PartiallyLabeledDataset) else train_dataset
     train_settings = shared | {

@@ -1,10 +1,11 @@
 """The first stage of SAK as a run like any other, and the second one that starts from it."""
 
 import json
+import re
 
 import pytest
 import torch
-from helpers.common import TINY, composed
+from helpers.common import TINY, assert_fails, composed
 from helpers.distillation import STUDENT, list_overrides, write_images
 from omegaconf import OmegaConf
 
@@ -157,6 +158,17 @@ def test_a_mistake_is_one_sentence(images, overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
         build_training_run(config, build_tasks(config), tmp_path, CPU)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command(images, tmp_path, cli):
+    overrides = list_overrides(images, "trainer.max_steps=1", "trainer.checkpoint_interval=null")
+    result = cli("scripts/distill.py", *overrides, f"hydra.run.dir={tmp_path}/run")
+    assert result.code == 0, result.err
+    assert "tasks none, distillation with weight 1.0" in result.out
+    assert re.search(r"distillation +cosine/second +-?0\.\d{4}", result.out)
+    again = cli("scripts/distill.py", *overrides, f"hydra.run.dir={tmp_path}/run")
+    assert_fails(again, "already holds a run; continue it with resume=auto")
+    assert_fails(cli("scripts/distill.py", "trainer.max_step=1", f"hydra.run.dir={tmp_path}/no"), "trainer.max_step")
 
 
 def test_a_student_can_be_neither_evaluated_nor_mistaken_for_another(student):

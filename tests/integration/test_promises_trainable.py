@@ -50,7 +50,6 @@ ENGINES = {
     "mobilenet": MOBILE,
     "vit": VIT,
     "taskprompter": PROMPTS,
-    "sak": ["decoder=sak", *VIT],
     "ema and accumulation": [*MOBILE, "trainer.ema=0.5", "trainer.accumulate_grad_batches=2"],
     "checkpointed blocks": [*VIT, "trainer.grad_checkpointing=true"],
     "sgd": [*MOBILE, "optimizer=sgd", "trainer.channels_last=false"],
