@@ -62,10 +62,15 @@ def renormalize(
     """Return images (B, 3, H, W) that were normalised by one (mean, std) as another one normalises them."""
     if tuple(map(tuple, source)) == tuple(map(tuple, target)):
         return image
-    (mean, std), (target_mean, target_std) = (
-        [image.new_tensor(values)[:, None, None] for values in pair] for pair in (source, target)
-    )
-    return (image * std + mean - target_mean) / target_std
+    (mean, std), (target_mean, target_std) = source, target
+    scale = [s / t for s, t in zip(std, target_std)]
+    shift = [(m - n) / t for m, n, t in zip(mean, target_mean, target_std)]
+    return image * _fill_channels(image, scale) + _fill_channels(image, shift)
+
+
+def _fill_channels(image: Tensor, values: Sequence[float]) -> Tensor:
+    """Return a tensor (C, 1, 1) like ``image`` of the C values; filled on the device, which nothing waits for."""
+    return torch.cat([image.new_full((1, 1, 1), value) for value in values])
 
 
 def round_to_multiple(side: int, multiple: int) -> int:

@@ -1,11 +1,14 @@
 """Training steps on a fake CUDA device: nothing stays on the CPU, and the host never waits."""
 
+from contextlib import ExitStack
+from functools import partial
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from helpers.common import choices, composed
+from helpers.distillation import STUDENT
 from helpers.fake_cuda import CUDA, NO_DETERMINISTIC_KERNEL, Device, HostWaitError, fake_cuda, list_low_precision
 from helpers.shrunken import shrunk
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorDeviceMismatchError
@@ -13,10 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_training_run
+from mtcl.config.build_training import build_regularizer, build_training_run
 from mtcl.data import Sample
 from mtcl.data.loader import collate
 from mtcl.models.decoders.blocks import resize
+from mtcl.models.teachers import build_teacher
 from mtcl.training.trainer import Trainer
 
 SIZE = (64, 64)
@@ -124,6 +128,25 @@ def test_a_step_of_each_option(name, tmp_path):
             take_step(trainer, batch)
         trainer.balancer.summary()
         assert device.check.counts["_local_scalar_dense"] == 0
+
+
+def fake_built(device: Device, build, *arguments, **options):
+    return device.fake_module(partial(build, **options), *arguments)
+
+
+def test_a_step_of_distillation(tmp_path):
+    """Its teachers see renormalised images; one of them is resized, the other has aligners."""
+    overrides = ["decoder=sak", *STUDENT, "regularizer=distillation", "backbone.mean=[0.4,0.5,0.6]"]
+    with fake_cuda() as device, ExitStack() as patches:
+        for name, build in {
+            "mtcl.config.build_training.build_regularizer": build_regularizer,
+            "mtcl.regularizers.distillation.build_teacher": build_teacher,
+        }.items():  # drawing truncated weights reads numbers
+            patches.enter_context(mock.patch(name, partial(fake_built, device, build)))
+        trainer, batch = make_trainer(device, tmp_path, *overrides)
+        assert {p.device for teacher in trainer.regularizer.teachers.values() for p in teacher.parameters()} == {CUDA}
+        take_step(trainer, batch)
+        take_step(trainer, batch, with_diagnostics=True)
 
 
 PLANTED = {
