@@ -11,12 +11,13 @@ from typing import Any
 from mtcl import run_log
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import make_column, primary_metrics
-from mtcl.results.run_files import read_config, read_json_object, read_metrics, read_record
+from mtcl.results.run_files import parse_metrics, read_config, read_json_object, read_record
 from mtcl.results.tables import format_value
 from mtcl.run_folder import RunFolder, find_run_folders
 from mtcl.tasks.names import TASK_NAMES
 
 STATES = ("running", "finished", "interrupted", "pruned", "failed", "not started", "evaluation", "broken")
+DISTILLATION = "distillation"  # in place of tasks in the metrics of a run of scripts/distill.py
 TAIL_LENGTHS = (1 << 16, 1 << 20)  # bytes at the end of a log to read, the second if the first has no validation
 SHORT_NAMES = {"human_parts": "parts"}
 
@@ -78,7 +79,7 @@ def _read_state(run: RunFolder, modified: float) -> RunState:
     max_steps = config.get("trainer.max_steps")
     record = _read_if_present(read_record, run.record)
     if run.has_metrics and not locked:
-        metrics = read_metrics(run.metrics)
+        metrics = _read_task_metrics(run.metrics)
         if not config and ("checkpoint" in record or "predictions" in record):
             return RunState(run.path, "evaluation", record.get("step"), None, metrics, modified)
         step = record.get("step")
@@ -92,6 +93,12 @@ def _read_state(run: RunFolder, modified: float) -> RunState:
     if not locked and trial.get("state") in ("pruned", "failed"):  # by a search
         state = trial["state"]
     return RunState(run.path, state, step, max_steps, metrics, modified, str(trial.get("reason") or ""))
+
+
+def _read_task_metrics(path: Path) -> dict[str, dict[str, float]]:
+    """Read a file of metrics; return an empty dict for a distillation's, which has no tasks."""
+    content = read_json_object(path)
+    return {} if list(content) == [DISTILLATION] else parse_metrics(path, content)
 
 
 def _read_if_present(read: Callable[[Path], dict[str, Any]], path: Path) -> dict[str, Any]:

@@ -71,6 +71,14 @@ def test_every_state_is_told(tmp_path, begun):
     assert read_state(begun).state == "interrupted"
 
 
+def test_a_distillation_is_a_run_without_tasks(tmp_path):
+    folder = write_run(tmp_path / "student")
+    (folder / "metrics.json").write_text(json.dumps({"distillation": {"loss": 4.0, "cosine/sam": 0.5}}))
+    (run,) = list_runs([tmp_path])
+    assert (run.state, run.step, run.metrics) == ("finished", 400, {})
+    assert "finished" in format_runs([run], None)
+
+
 def test_looking_makes_no_run_fail_that_is_starting(begun):
     """A look takes the lock for a moment, shared: a claim waits that long."""
     lock_run(begun).close()
