@@ -525,8 +525,9 @@ class Trainer:
             return
         lr = self.optimizer.optimizer.param_groups[0]["lr"]
         self.run_logger.log_scalars(self.step, "train", {**losses, "lr": lr})
-        num_images = {name: numbers[f"labelled_images/{name}"] for name in self.tasks}
-        self.run_logger.log_scalars(self.step, "labelled_images", num_images)
+        if self.tasks:
+            num_images = {name: numbers[f"labelled_images/{name}"] for name in self.tasks}
+            self.run_logger.log_scalars(self.step, "labelled_images", num_images)
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if name.startswith("gradient/")}
             self.run_logger.log_scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
