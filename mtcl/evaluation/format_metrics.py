@@ -16,7 +16,7 @@ def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) ->
     classes, counts that are zero, and the second mIoU where every class occurs in the labels.
 
     Args:
-        tasks: name -> task; metrics of others, which are of a distillation, are plain numbers.
+        tasks: name -> task, whose metrics are shown; none: all metrics, of a distillation, as plain numbers.
         columns: heading -> metrics.
     """
     rows = [("task", "metric", *columns)]
@@ -33,7 +33,7 @@ def format_metrics(tasks: Mapping[str, Task], columns: Mapping[str, Metrics]) ->
                 continue
             mark = "*" if metric == primary else ""
             rows.append((name, metric + mark, *(format_value(task, metric, value) for value in values)))
-    for name in dict.fromkeys(name for column in columns.values() for name in column if name not in tasks):
+    for name in () if tasks else dict.fromkeys(name for column in columns.values() for name in column):
         metrics = dict.fromkeys(metric for column in columns.values() for metric in column[name])
         rows += [(name, m, *(f"{column[name].get(m, math.nan):.4f}" for column in columns.values())) for m in metrics]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
