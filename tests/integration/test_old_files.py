@@ -14,13 +14,14 @@ FILES = ROOT / "tests/fixtures" / "version_0_1_0"
 
 
 @pytest.mark.parametrize("source", ["runs/contrastive_0", "exported"])
-def test_predictions_are_bit_equal(source):
+def test_predictions_are_those_of_then(source):
+    """To the rounding of another processor: these were stored on one of several kinds."""
     expected = np.load(FILES / "predictions.npz")
     maps = mtcl.load(FILES / source, device="cpu")(expected["image"])
     assert sorted(maps) == sorted(set(expected.files) - {"image"})
     for name, prediction in maps.items():
         assert prediction.dtype == expected[name].dtype
-        np.testing.assert_array_equal(prediction, expected[name])
+        np.testing.assert_allclose(prediction, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
