@@ -5,12 +5,12 @@
 
 The overrides go to every run; they are the place for what belongs to a machine (data.root=..., backbone.weights=...;
 paths are relative to the repository). A run's folder is FOLDER/VARIANT/seed_S, its output FOLDER/VARIANT/seed_S.log.
-The same
-command continues a study that was interrupted and tries failed runs again; finished runs stay as they are. The table is
-of what has finished: FOLDER/study.md and study.json. scripts/studies/ has studies to copy from. With --time-limit, the
-runs save their state and end after so many seconds (at the latest half a minute later); the exit code is then 75, and
-the same command goes on. With --launcher slurm the runs are submitted as an array of jobs (docs/slurm.md) and the
-command returns; --table-only then makes the table.
+The same command continues a study that was interrupted and tries failed runs again; finished runs stay as they are. The
+table is of what has finished: FOLDER/study.md and study.json. With --results, each finished run is a small JSON file
+there, too; runs that have theirs are not run again, so a study can go on where only these files were kept.
+scripts/studies/ has studies to copy from. With --time-limit, the runs save their state and end after so many seconds
+(at the latest half a minute later); the exit code is then 75, and the same command goes on. With --launcher slurm the
+runs are submitted as an array of jobs (docs/slurm.md) and the command returns; --table-only then makes the table.
 """
 
 import sys
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.yaml")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="of the runs and the table")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="runs at once; default: 1, on Slurm no limit")
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="write a small JSON per run there, for the docs")
+    parser.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="a small JSON per run there; those are not run again"
+    )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="VARIANT", help="run these only (single_task: all those)"
     )
@@ -63,6 +65,7 @@ def main() -> None:
             list_tasks=list_tasks,
             num_parallel=args.jobs,
             only=only,
+            results=args.results,
         )
         return
     try:

@@ -109,7 +109,7 @@ def run_study(
         list_tasks: Returns the tasks of a run with these overrides; ``UserError`` if train.py would refuse them.
         num_parallel: Runs at once.
         only: The variants to run (``single_task``: all single-task ones); the table has all that are finished.
-        results: A folder for one small JSON per run.
+        results: A folder for one small JSON per run. Runs that have theirs are not run again, and are in the table.
         table_only: Run nothing.
         holm: Base verdicts on p-values corrected by Holm's method.
         time_limit: End the runs after so many seconds, with their state saved; the table has what is finished.
@@ -126,14 +126,17 @@ def run_study(
         overrides = read_last_overrides(output)
     output = output.resolve()
     study, jobs = plan_study(path, output, overrides, list_tasks)
-    chosen = choose_jobs(path, study, jobs, only)
+    stored = find_stored_results(results, study, jobs)
+    chosen = [job for job in choose_jobs(path, study, jobs, only) if job.folder not in stored]
+    if stored:
+        say(f"{results}: {len(stored)} runs have their results there and are not run again")
     failures: list[Failure] = []
     if not table_only:
         check_variants(path, chosen, list_tasks)
         with lock_output(output):
             failures = run_jobs(chosen, overrides, study, Launcher(command, root, num_parallel, say, time_limit))
     repeat_command = format_command(path, study.name, overrides, root)
-    write_table(study, jobs, output, repeat_command, results=results, holm=holm, say=say)
+    write_table(study, jobs, stored, output, repeat_command, results=results, holm=holm, say=say)
     failed = {failure.job.folder for failure in failures}
     remaining = sum(not job.is_finished and job.folder not in failed for job in chosen)
     if remaining and not table_only:
@@ -144,6 +147,7 @@ def run_study(
 def write_table(
     study: Study,
     jobs: Sequence[StudyJob],
+    stored: Mapping[Path, study_tables.Record],
     output: Path,
     repeat_command: str,
     *,
@@ -154,8 +158,10 @@ def write_table(
     """Print the table of the finished runs and write it; for the arguments see :func:`run_study`."""
     records = [
         study_tables.make_record(study, job.variant, job.seed, job.overrides, job.folder)
-        for job in jobs
         if job.is_finished
+        else stored[job.folder]
+        for job in jobs
+        if job.is_finished or job.folder in stored
     ]
     if not records:
         say("no run has finished: there is no table")
@@ -208,6 +214,33 @@ def check_variants(path: Path, jobs: Sequence[StudyJob], list_tasks: ListTasks) 
             raise UserError(f"{path}: {job.variant.name}: {error}") from error
 
 
+def find_stored_results(
+    results: Path | None, study: Study, jobs: Sequence[StudyJob]
+) -> dict[Path, study_tables.Record]:
+    """Return the records in ``results`` of runs that are not finished in their own folders, run folder -> record.
+
+    So a study goes on where only its results were kept, as in a repository.
+
+    Raises:
+        UserError: The folder holds another study's results, or a record is of other settings.
+    """
+    if results is None or not (results / "study.json").is_file():
+        return {}
+    earlier, records, _ = study_tables.read_results(results)
+    study_tables.check_same_study(results, earlier.name, study.name)
+    unfinished = {(job.variant.name, job.seed): job for job in jobs if not job.is_finished}
+    stored = {}
+    for record in records:
+        job = unfinished.get((record["arm"], record["seed"]))
+        if job is not None:
+            settings = (record.get("overrides", []), earlier.environment), (job.overrides, study.environment)
+            if changes := describe_changes(*settings):
+                file = results / study_tables.name_result(record)
+                raise UserError(f"{file} is of other settings ({changes}); give the same or choose another --results.")
+            stored[job.folder] = record
+    return stored
+
+
 def is_chosen(variant: Variant, only: Sequence[str]) -> bool:
     """Is this variant among those to run?"""
     return variant.name in only or (bool(variant.task) and "single_task" in only)
@@ -249,16 +282,18 @@ def check_same_settings(job: StudyJob, environment: Mapping[str, str]) -> None:
         earlier = {"overrides": read_record(run.record).get("overrides", []), "environment": environment}
     else:
         raise UserError(f"{job.folder} has a run of another origin than this study; {advice}.")
-    old, new = (
-        dict(map(split_override, make_portable(overrides)))
-        for overrides in (earlier.get("overrides", []), job.overrides)
-    )
-    old |= earlier.get("environment", {})
-    new |= environment
+    settings = (earlier.get("overrides", []), earlier.get("environment", {})), (job.overrides, environment)
+    if changes := describe_changes(*settings):
+        raise UserError(f"{job.folder} was made by other settings ({changes}); {advice}.")
+
+
+def describe_changes(
+    earlier: tuple[Sequence[str], Mapping[str, str]], later: tuple[Sequence[str], Mapping[str, str]]
+) -> str:
+    """Say what differs between two pairs of overrides and environment, apart from a machine's; empty: nothing."""
+    old, new = (dict(map(split_override, make_portable(pair[0]))) | dict(pair[1]) for pair in (earlier, later))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    if changed:
-        changes = [f"{key} was {old.get(key, 'not set')}, now {new.get(key, 'not set')}" for key in changed]
-        raise UserError(f"{job.folder} was made by other settings ({'; '.join(changes)}); {advice}.")
+    return "; ".join(f"{key} was {old.get(key, 'not set')}, now {new.get(key, 'not set')}" for key in changed)
 
 
 def read_last_overrides(output: Path) -> list[str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mtcl.errors import UserError
-from mtcl.launch.study import ListTasks, check_variants, choose_jobs, plan_study, write_job
+from mtcl.launch.study import ListTasks, check_variants, choose_jobs, find_stored_results, plan_study, write_job
 
 
 def submit_study(
@@ -26,6 +26,7 @@ def submit_study(
     list_tasks: ListTasks,
     num_parallel: int | None = None,
     only: Sequence[str] = (),
+    results: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Submit the unfinished runs of a study as an array, and return at once.
@@ -39,6 +40,7 @@ def submit_study(
         list_tasks: Returns the tasks of a run with these overrides; ``UserError`` if train.py would refuse them.
         num_parallel: Runs at once; None: as many as Slurm starts.
         only: The variants to run; empty: all.
+        results: As for :func:`~mtcl.launch.study.run_study`: runs that have their results there are not submitted.
         say: Prints a line.
 
     Raises:
@@ -48,7 +50,8 @@ def submit_study(
         raise UserError(f"--batch-file {batch_file}: there is no such file; copy scripts/slurm/study.sh.")
     path, output = path.resolve(), output.resolve()
     study, jobs = plan_study(path, output, overrides, list_tasks)
-    chosen = choose_jobs(path, study, jobs, only)
+    stored = find_stored_results(results, study, jobs)
+    chosen = [job for job in choose_jobs(path, study, jobs, only) if job.folder not in stored]
     check_variants(path, chosen, list_tasks)
     numbers = [n for n, job in enumerate(jobs) if job in chosen and not job.is_finished and not job.is_locked]
     if not numbers:

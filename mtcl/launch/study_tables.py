@@ -171,17 +171,26 @@ def write_results(folder: Path, study: Study, records: Sequence[Record], command
             for variant in study.variants
         ],
     }
-    files = {"study.json": definition, **{f"{r['arm']}_seed{r['seed']}.json": r for r in records}}
-    if (folder / "study.json").is_file() and (
-        other := read_json_object(folder / "study.json").get("name")
-    ) != study.name:
-        raise UserError(f"{folder} holds the results of the study {other}, not of {study.name}; choose another folder.")
+    files = {"study.json": definition, **{name_result(record): record for record in records}}
+    if (folder / "study.json").is_file():
+        check_same_study(folder, read_json_object(folder / "study.json").get("name"), study.name)
     for path in folder.glob("*_seed*.json"):
         if path.name not in files and read_json_object(path).get("study") == study.name:
             path.unlink()
     for name, content in files.items():
         text = json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
         write_text(folder / name, text)
+
+
+def name_result(record: Record) -> str:
+    """Return the file name of a run's record."""
+    return f"{record['arm']}_seed{record['seed']}.json"
+
+
+def check_same_study(folder: Path, other: Any, name: str) -> None:
+    """Raise ``UserError`` where ``folder`` has the results of another study."""
+    if other != name:
+        raise UserError(f"{folder} holds the results of the study {other}, not of {name}; choose another folder.")
 
 
 def read_results(folder: Path) -> tuple[Study, list[Record], str]:

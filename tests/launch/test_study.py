@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -599,6 +600,33 @@ def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
 
 
 # What is kept in the repository
+
+
+def test_a_study_goes_on_where_only_its_results_were_kept(run, study_file, tmp_path):
+    results = tmp_path / "results"
+    weights = "backbone.weights=/elsewhere/me/w.pt"
+    run(weights, results=results)
+    table = (tmp_path / "out" / "study.md").read_text()
+    shutil.rmtree(tmp_path / "out")
+    (results / "on_seed3.json").unlink()
+    said, _ = run("backbone.weights=/here/w.pt", results=results)
+    assert calls(tmp_path) == ["on 3"]
+    assert "9 runs have their results there" in said
+    assert (tmp_path / "out" / "study.md").read_text() == table
+    assert (results / "on_seed3.json").is_file()
+
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(
+        UserError, match=r"off_seed3\.json is of other settings \(backbone\.weights was w\.pt, now v\.pt"
+    ):
+        run("backbone.weights=v.pt", results=results)
+    study_file.write_text(FILE.replace("A_VARIABLE: 1", "A_VARIABLE: 2"))
+    with pytest.raises(UserError, match=r"A_VARIABLE was 1, now 2"):
+        run(weights, results=results)
+    study_file.write_text(FILE.replace("made_up", "numbers"))
+    with pytest.raises(UserError, match="holds the results of the study made_up, not of numbers"):
+        run(weights, results=results)
+    assert calls(tmp_path) == []
 
 
 def test_results_are_small_files_without_a_machines_paths_and_give_the_same_table(run, study_file, tmp_path):
