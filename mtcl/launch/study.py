@@ -233,7 +233,8 @@ def find_stored_results(
     for record in records:
         job = unfinished.get((record["arm"], record["seed"]))
         if job is not None:
-            settings = (record.get("overrides", []), earlier.environment), (job.overrides, study.environment)
+            overrides = list(map(upgrade_override, record.get("overrides", [])))
+            settings = (overrides, earlier.environment), (job.overrides, study.environment)
             if changes := describe_changes(*settings):
                 file = results / study_tables.name_result(record)
                 raise UserError(f"{file} is of other settings ({changes}); give the same or choose another --results.")
