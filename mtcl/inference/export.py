@@ -135,8 +135,8 @@ def export_program(trained: TrainedModel, format: str, folder: Path, fixed_size:
             (folder / RECIPE_FILE).write_text(Path(recipe.__file__).read_text("utf-8"), "utf-8")
             limits = "" if spec.any_size else f" ({reason})"
             return (
-                f"{name} takes {spec}{limits}; as eager to {difference:.1e}; {count:,} parameters, all of them the "
-                "model's"
+                f"{name} takes {spec}{limits}; outputs differ from PyTorch's by at most {difference:.1e}; {count:,} "
+                "parameters, all of them the model's"
             )
         except ExportError as problem:
             error = problem

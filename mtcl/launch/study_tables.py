@@ -466,7 +466,7 @@ def list_notes(report: Report) -> list[str]:
         lines.append(f"Intervals are Student's t over pairs of equal seeds, {count} in all, {correction}.")
         lines.append(
             "Smallest visible: the true difference that a paired t test (two-sided, 5 %) of as many pairs with this "
-            "spread finds four times in five, (t_0.975 + t_0.80) s / sqrt(n)."
+            "spread detects with a power of 80 %, (t_0.975 + t_0.80) s / sqrt(n)."
         )
     if report.missing:
         count = len(report.missing)
