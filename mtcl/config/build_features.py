@@ -52,7 +52,7 @@ def build_feature_caches(
         )
     if not isinstance(model, EncoderDecoder):
         raise UserError(
-            f"decoder={type(model).__name__.lower()} works inside the backbone, so there are no features to keep; "
+            f"{type(model).__name__} works inside the backbone, so there are no features to keep; "
             "set data.feature_cache=null"
         )
     if config.trainer.parallel == "fsdp" and distributed.world_size() > 1:

@@ -1,4 +1,4 @@
-"""What models that are built into the blocks of a plain ViT share."""
+"""Share what models that are built into the blocks of a plain ViT need."""
 
 from collections.abc import Sequence
 from typing import Any

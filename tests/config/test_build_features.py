@@ -200,7 +200,7 @@ def test_settings_that_do_not_go_together_are_refused(overrides, message, tmp_pa
 def test_a_decoder_inside_the_backbone_is_refused(tmp_path) -> None:
     overrides = ["backbone=vit_small", "++backbone.kwargs={embed_dim:32,depth:4,num_heads:2}", "decoder=taskprompter"]
     overrides += ["decoder.size=[64,64]", "decoder.width=8", "decoder.head_width=8"]
-    with pytest.raises(UserError, match=r"decoder=taskprompter works inside the backbone"):
+    with pytest.raises(UserError, match=r"TaskPrompter works inside the backbone"):
         build(*overrides, f"data.feature_cache={tmp_path}")
 
 
