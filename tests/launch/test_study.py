@@ -609,9 +609,9 @@ def test_a_study_goes_on_where_only_its_results_were_kept(run, study_file, tmp_p
     table = (tmp_path / "out" / "study.md").read_text()
     shutil.rmtree(tmp_path / "out")
     (results / "on_seed3.json").unlink()
-    said, _ = run("backbone.weights=/here/w.pt", results=results)
+    printed, _ = run("backbone.weights=/here/w.pt", results=results)
     assert calls(tmp_path) == ["on 3"]
-    assert "9 runs have their results there" in said
+    assert "9 runs have their results there" in printed
     assert (tmp_path / "out" / "study.md").read_text() == table
     assert (results / "on_seed3.json").is_file()
 
