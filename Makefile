@@ -21,10 +21,10 @@ install: .venv/installed ## make .venv with everything a developer needs
 train: install ## train the built-in example (procedural rooms, all six tasks)
 	$(BIN)/python train.py experiment=rooms $(ARGS)
 
-test: install ## run the tests, in about seven minutes on two cores
+test: install ## run the tests, in about six minutes on two cores
 	$(BIN)/python -m pytest -n auto -m "not slow"
 
-test-slow: install ## run the tests that start whole runs, in about 35 minutes
+test-slow: install ## run the tests that start whole runs, in about half an hour
 	$(BIN)/python -m pytest -n auto -m slow
 
 coverage: install ## run the tests of "make test", print which lines of mtcl they miss; CI runs this
