@@ -41,13 +41,23 @@ def run_hydra_app(job: Callable[[DictConfig], None], configs: Path, name: str, s
     Args:
         job: called with the composed and checked config.
         configs: the folder of configs.
-        name: the main config, ``train`` or ``evaluate``.
+        name: the main config, ``train``, ``distill`` or ``evaluate``.
         script: the script whose processes run a sweep's jobs, see :mod:`mtcl.launch.sweep`; None: they run in this
             process.
     """
     ensure_utf8()
     with tolerate_closed_output(extra_errors=DISK_FULL_ERRORS):  # a run's numbers are in its folder
         _launch(job, configs, name, script)
+
+
+def train_in_job_folder(config: DictConfig) -> None:
+    """Train with the composed config, in the folder that Hydra has made: the job of train.py and of distill.py."""
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    chosen_folder = any("hydra.run.dir" in override for override in job.overrides.hydra)
+    from mtcl.cli.train import train  # here: it imports torch, which --help and a sweep's parent don't need
+
+    train(config, folder, None if chosen_folder else folder.parent, overrides=list(job.overrides.task))
 
 
 def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None) -> None:
