@@ -45,7 +45,12 @@ RANKS_OVERRIDES = [
 VIT = ["backbone=vit_small", *shrunk("multi_head", "vit_small"), "++backbone.kwargs.drop_path_rate=0", "optimizer=sgd"]
 VIT += ["regularizer.lr=1e-4"]
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    "PYTHONFAULTHANDLER": "1",  # a process that aborts prints where it was
+}
 
 
 def started(*command: object) -> subprocess.CompletedProcess:
@@ -53,6 +58,15 @@ def started(*command: object) -> subprocess.CompletedProcess:
     return subprocess.run(
         arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
     )
+
+
+def check_exit_code(process: subprocess.CompletedProcess, code: int = 0) -> None:
+    """Check how a process has ended; else show the end of what it wrote, and of what its own processes did.
+
+    torchrun adds a traceback of its own after theirs, which says nothing.
+    """
+    errors = process.stderr.split("torch/distributed/run.py")[0]
+    assert process.returncode == code, f"{process.stdout[-1000:]}\n{errors[-4000:]}"
 
 
 @contextmanager
@@ -110,7 +124,7 @@ def worked(folder: Path, command: list[str] | None, *overrides: str) -> tuple[di
         process = started(
             *command, ROOT / "tests" / "helpers" / "ranks_worker.py", folder, *RANKS_OVERRIDES, *overrides
         )
-        assert process.returncode == 0, process.stderr[-3000:]
+        check_exit_code(process)
     return json.loads((folder / "found.json").read_text()), torch.load(folder / "state.pt")
 
 

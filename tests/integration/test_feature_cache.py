@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import ROOT, composed
-from helpers.processes import RANKS_OVERRIDES, TORCHRUN, started
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, check_exit_code, started
 
 from mtcl.cli.train import train
 
@@ -27,7 +27,7 @@ def test_two_processes_share_the_work_of_filling_and_a_resumed_run_ends_at_the_s
     def run(name: str, *overrides: str) -> str:
         folder = tmp_path / name
         process = started(*TORCHRUN, "train.py", *OVERRIDES, cache, f"hydra.run.dir={folder}", *overrides)
-        assert process.returncode == 0, process.stderr[-3000:]
+        check_exit_code(process)
         return process.stdout
 
     assert "14 are to be computed" in run("whole", "trainer.max_steps=4")

@@ -15,6 +15,7 @@ from helpers.processes import (
     RANKS_OVERRIDES,
     TORCHRUN,
     VIT,
+    check_exit_code,
     check_same,
     find_process_of_rank,
     started,
@@ -78,16 +79,15 @@ def test_train_py_under_torchrun(tmp_path):
         return started(*TORCHRUN, "train.py", *overrides, f"hydra.run.dir={folder}", *more)
 
     process = run(tmp_path / "whole")
-    assert process.returncode == 0, process.stderr[-3000:]
+    check_exit_code(process)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole"]
     assert json.loads((tmp_path / "whole" / "run.json").read_text())["processes"] == 2
     assert process.stdout.count("validation images:\n") == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert steps == sorted(steps)
-    assert run(tmp_path / "cut", "trainer.max_steps=2", "schedule=constant").returncode == 0
-    uncut = run(tmp_path / "whole2", "schedule=constant")
-    again = run(tmp_path / "cut", "schedule=constant", "resume=auto")
-    assert uncut.returncode == again.returncode == 0, again.stderr[-3000:]
+    check_exit_code(run(tmp_path / "cut", "trainer.max_steps=2", "schedule=constant"))
+    check_exit_code(run(tmp_path / "whole2", "schedule=constant"))
+    check_exit_code(run(tmp_path / "cut", "schedule=constant", "resume=auto"))
     a, b = (torch.load(tmp_path / name / "checkpoints" / "last.pt", weights_only=True) for name in ("whole2", "cut"))
     assert len(a["rng"]) == 2
     for name, value in a["model"].items():
@@ -118,7 +118,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path):
         return read_checkpoint_file(folder / "checkpoints" / "last.pt")["model"]
 
     process = started(*TORCHRUN, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'whole'}")
-    assert process.returncode == 0, process.stderr[-3000:]
+    check_exit_code(process)
     for killed_rank in (0, 1):
         folder = tmp_path / f"killed_{killed_rank}"
         command = [*torchrun(2, "--max-restarts=1"), "train.py", *overrides, f"hydra.run.dir={folder}"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import TINY
-from helpers.processes import TORCHRUN, started
+from helpers.processes import TORCHRUN, check_exit_code, started
 
 OVERRIDES = [
     *TINY,
@@ -36,7 +36,7 @@ def test_a_run_on_shards_is_resumed_in_mid_epoch_bit_for_bit(tmp_path, cli):
     def run(name: str, *overrides: str) -> str:
         command = [*OVERRIDES, pattern, "data.shuffle_buffer=3", "data.workers=2", *overrides]
         process = started(*TORCHRUN, "train.py", *command, f"hydra.run.dir={tmp_path / name}")
-        assert process.returncode == 0, process.stderr[-3000:]
+        check_exit_code(process)
         return process.stdout
 
     # Each of 2 x 2 workers reads one of the five shards, of which the smallest have four samples: 4 steps per epoch.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import TINY, composed
-from helpers.processes import RANKS_OVERRIDES, TORCHRUN, VIT, check_same, started, worked
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, VIT, check_exit_code, check_same, started, worked
 from helpers.shrunken import shrunk
 from torch._dynamo.exc import TorchDynamoException
 
@@ -85,7 +85,7 @@ def test_train_py_with_shared_out_weights(tmp_path):
 
     def run(folder: Path, *more: str, command: list[str] = TORCHRUN) -> str:
         process = started(*command, "train.py", *overrides, FSDP, f"hydra.run.dir={folder}", *more)
-        assert process.returncode == 0, process.stderr[-3000:]
+        check_exit_code(process)
         return process.stdout + process.stderr
 
     run(tmp_path / "whole")
@@ -100,7 +100,7 @@ def test_train_py_with_shared_out_weights(tmp_path):
     assert all(torch.equal(value, moments[key]) for key, value in moments_of(a).items())
     path = tmp_path / "cut" / "checkpoints" / "last.pt"
     process = started(*ONE, "evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'scores'}")
-    assert process.returncode == 0, process.stderr[-3000:]
+    check_exit_code(process)
     scores, cut_scores = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scores", "cut"))
     for task, metrics in cut_scores.items():
         assert scores[task] == pytest.approx(metrics, rel=1e-2, abs=1e-3, nan_ok=True), task
