@@ -42,8 +42,8 @@ TWO_VIEWS += ["regularizer.options.variance_weight=1", "regularizer.options.min_
 TEACHER = ["regularizer.start_fraction=0", "trainer.ema=0.5", "regularizer.options.confidence=0.1"]
 TEACHER += ["tasks.names=[semseg,human_parts,sal,edge]"]
 
-# The loss of the tokens' labels is a mean over the valid cells of all processes. Adam would weigh up the rounding of the
-# gradient of a key's bias, which is 0.
+# The loss of the tokens' labels is a mean over the valid cells of all processes. Adam would weigh up the rounding of a
+# key's bias, whose gradient is 0.
 TOKENS = ["decoder=task_tokens", *shrunk("task_tokens", "resnet18"), "optimizer=sgd"]
 
 
@@ -52,19 +52,19 @@ TOKENS = ["decoder=task_tokens", *shrunk("task_tokens", "resnet18"), "optimizer=
     [
         ["data.label_assignment=random"],
         ["regularizer=mtpsl", *TWO_VIEWS],
-        ["regularizer=auxiliary", "data.label_assignment=random", "loss.image_weighting=tasks_per_label"],
+        [*TOKENS, "regularizer=auxiliary", "data.label_assignment=random", "loss.image_weighting=tasks_per_label"],
         ["regularizer=jtr", "data.label_assignment=random"],
         ["regularizer=rep_mtl", "data.label_assignment=random"],
-        [*TOKENS, "regularizer=label_discovery", *TEACHER, "data.label_assignment=random"],
+        ["regularizer=label_discovery", *TEACHER, "data.label_assignment=random"],
         COMPILED,
     ],
     ids=[
         "contrastive",
         "mtpsl of two views",
-        "auxiliary",
+        "task_tokens and auxiliary",
         "jtr",
         "rep_mtl",
-        "task_tokens with label_discovery",
+        "pseudo_labels and label_discovery",
         "compiled",
     ],
 )
