@@ -498,7 +498,7 @@ def mutate_checkpoints(count: int):
 
 
 test_mutated_checkpoints = mutate_checkpoints(20)
-test_many_mutated_checkpoints = pytest.mark.slow(mutate_checkpoints(1000))
+test_many_mutated_checkpoints = pytest.mark.slow(mutate_checkpoints(500))
 
 
 @pytest.mark.slow
@@ -509,7 +509,7 @@ def test_mutated_bytes_of_a_checkpoint(state, tmp_path):
     original = path.read_bytes()
     generator = torch.Generator().manual_seed(0)
     sentences = []
-    for _ in range(300):
+    for _ in range(150):
         mutated = bytearray(original)
         for _ in range(int(torch.randint(1, 8, (), generator=generator))):
             position = int(torch.randint(len(mutated), (), generator=generator))
