@@ -130,6 +130,7 @@ def describe_backbone(config: DictConfig, model: EncoderDecoder, device: torch.d
         "weights": hash_weights(model.backbone.state_dict()),
         "out_indices": plain(backbone.out_indices),
         "kwargs": plain(backbone.kwargs),
+        **({} if (mode := backbone.get("upsample_mode")) is None else {"upsample_mode": mode}),
         "normalisation": [list(model.mean), list(model.std)],
         "precision": "bf16" if uses_bf16(device, config.trainer.precision) else "fp32",
         "channels_last": config.trainer.channels_last,

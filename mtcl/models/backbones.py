@@ -19,6 +19,7 @@ from mtcl.models.backbone_options import check_backbone_kwargs
 from mtcl.models.weights import check_tensor_values
 
 RGB = tuple[float, float, float]
+UPSAMPLE_MODES = ("nearest", "bilinear")
 
 
 class Backbone(nn.Module):
@@ -128,6 +129,7 @@ def build_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     out_indices: Sequence[int] | None = None,
+    upsample_mode: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """Build a timm model as a feature pyramid.
@@ -140,13 +142,17 @@ def build_backbone(
         std: RGB standard deviation of the normalisation; None: timm's.
         out_indices: timm's feature levels to use; None: those of stride 4 and coarser, and for a model of a single
             resolution (ViT) four evenly spaced blocks.
+        upsample_mode: how an HRNet resizes its coarser branches before it adds them to finer ones, one of
+            :data:`UPSAMPLE_MODES`; None: as timm does.
         kwargs: for ``timm.create_model``, architecture arguments only (:mod:`mtcl.models.backbone_options`).
 
     Raises:
-        UserError: the name is unknown, the hub can't be reached, or the weights do not fit. Never falls back to random
-            weights.
+        UserError: the name is unknown, the hub can't be reached, the weights do not fit, or ``upsample_mode`` does
+            not. Never falls back to random weights.
     """
     check_backbone_kwargs(kwargs)
+    if upsample_mode not in (None, *UPSAMPLE_MODES):
+        raise ParameterError("upsample_mode", f"={upsample_mode} must be one of {', '.join(UPSAMPLE_MODES)}, or null")
     _check_name(name)
     options = dict(kwargs or {})
     options |= _get_size_options(name, options)
@@ -171,9 +177,20 @@ def build_backbone(
         raise UserError(f"backbone {name} with kwargs {options} can't be built: {_first_line(error)}") from error
     if weights not in (None, "hub"):
         _load_file(net, name, options, Path(str(weights)))
+    if upsample_mode is not None:
+        _set_upsample_mode(net, name, upsample_mode)
     config = timm.models.get_pretrained_cfg(name)
     return Backbone(net, mean or getattr(config, "mean", None) or (0.485, 0.456, 0.406),
                     std or getattr(config, "std", None) or (0.229, 0.224, 0.225), name, options)  # fmt: skip
+
+
+def _set_upsample_mode(net: nn.Module, name: str, mode: str) -> None:
+    """Let the upsampling layers of a network interpolate as ``mode`` says."""
+    layers = [module for module in net.modules() if isinstance(module, nn.Upsample)]
+    if not layers:
+        raise ParameterError("upsample_mode", f"={mode} is for HRNets; {name} upsamples nothing, give null")
+    for layer in layers:
+        layer.mode, layer.align_corners = mode, False if mode == "bilinear" else None
 
 
 def get_complete_name(name: str) -> str:

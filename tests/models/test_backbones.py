@@ -37,6 +37,23 @@ def test_normalisation_is_timms_unless_given():
     assert (model.mean, model.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
+def test_upsample_mode_of_an_hrnet():
+    name, kwargs, _ = FAMILIES["hrnet"]
+    image = make_image(1, 3, 64, 96)
+    maps = {}
+    for mode in (None, "bilinear"):
+        torch.manual_seed(0)
+        backbone = build_backbone(name, kwargs=kwargs, upsample_mode=mode).eval()
+        with torch.no_grad():
+            maps[mode] = backbone(image)
+    assert maps[None][0].shape == maps["bilinear"][0].shape
+    assert not torch.allclose(maps[None][0], maps["bilinear"][0])
+    with pytest.raises(UserError, match="upsample_mode=bicubic must be one of nearest, bilinear, or null"):
+        build_backbone(name, kwargs=kwargs, upsample_mode="bicubic")
+    with pytest.raises(UserError, match="upsample_mode=bilinear is for HRNets; test_resnet upsamples nothing"):
+        build_backbone("test_resnet", upsample_mode="bilinear")
+
+
 # HRNet's feature net is built apart from its whole model; the others are the whole model, cut.
 FROM_FILE = ["cnn", "mobile", "vit", "swin", "hrnet"]
 

@@ -21,9 +21,12 @@ from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
+from mtcl.errors import ParameterError
 from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import Distillation, Fusion, predict_tasks, projection_shortcut, resize
 from mtcl.models.output import DenseOutput, Size
+
+ATTENTION_OVER = ("tasks", "neighbouring_channels")
 
 
 class Propagation(nn.Module):
@@ -32,11 +35,23 @@ class Propagation(nn.Module):
     A non-linear function of all tasks' maps gives each pixel and channel a softmax over the tasks. The maps, weighted
     by it, are reduced to one map of C channels, which every task scales by its own squeeze-and-excitation and adds to
     its map.
+
+    Args:
+        tasks: names of the T tasks.
+        channels: C.
+        attention_over: what the softmax runs over. ``tasks``: channel c of every task, as the paper says;
+            ``neighbouring_channels``: each T successive channels of the T C concatenated ones, as in the public code.
+
+    Raises:
+        ParameterError: ``attention_over`` is neither.
     """
 
-    def __init__(self, tasks: Iterable[str], channels: int):
+    def __init__(self, tasks: Iterable[str], channels: int, attention_over: str = "tasks"):
         super().__init__()
+        if attention_over not in ATTENTION_OVER:
+            raise ParameterError("attention_over", f"={attention_over} must be one of {', '.join(ATTENTION_OVER)}")
         names = list(tasks)
+        self.attention_over = attention_over
         total = len(names) * channels
         if len(names) > 1:  # the softmax over a single task is 1
             hidden = max(1, total // 4)
@@ -54,9 +69,10 @@ class Propagation(nn.Module):
         """Return every task's map with what the tasks share added."""
         shared = torch.cat([maps[task] for task in self.excitation], dim=1)
         if len(self.excitation) > 1:
-            by_task = (len(self.excitation), -1)  # (T, C)
-            weights = self.attention(shared).unflatten(1, by_task).softmax(dim=1)
-            shared = (weights * shared.unflatten(1, by_task)).flatten(1, 2)
+            num_tasks = len(self.excitation)
+            shape, dim = ((num_tasks, -1), 1) if self.attention_over == "tasks" else ((-1, num_tasks), 2)
+            weights = self.attention(shared).unflatten(1, shape).softmax(dim=dim)
+            shared = (weights * shared.unflatten(1, shape)).flatten(1, 2)
         shared = self.reduction(shared)
         return {task: excite(shared) + maps[task] for task, excite in self.excitation.items()}
 
@@ -73,6 +89,7 @@ class MTINet(Decoder):
         tasks: see :class:`Decoder`.
         pyramid_width: channels of a feature pyramid (FPN) before the decoder, as the paper uses for ResNets; None: no
             pyramid, for the narrow branches of HRNet.
+        attention_over: see :class:`Propagation`.
     """
 
     def __init__(
@@ -81,6 +98,7 @@ class MTINet(Decoder):
         strides: Sequence[int],
         tasks: Mapping[str, int],
         pyramid_width: int | None = None,
+        attention_over: str = "tasks",
     ):
         super().__init__(channels, strides, tasks)
         self.pyramid = None if pyramid_width is None else FeaturePyramidNetwork(list(channels), pyramid_width)
@@ -94,7 +112,7 @@ class MTINet(Decoder):
         self.initial_logits = nn.ModuleList(
             nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()}) for width in widths
         )
-        self.propagation = nn.ModuleList(Propagation(self.tasks, width) for width in widths[1:])
+        self.propagation = nn.ModuleList(Propagation(self.tasks, width, attention_over) for width in widths[1:])
         self.distillation = nn.ModuleList(Distillation(self.tasks, width) for width in widths)
         self.aggregation = nn.ModuleDict({task: Fusion(widths, sum(widths)) for task in self.tasks})
         self.logits = nn.ModuleDict({task: nn.Conv2d(sum(widths), c, 1) for task, c in self.tasks.items()})

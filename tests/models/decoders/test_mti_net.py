@@ -7,6 +7,7 @@ from helpers.decoder_checks import CHANNELS, HRNET18, HRNET48, NYUD2, NYUD4, PAS
 from timm.layers import SqueezeExcite
 from torch import nn
 
+from mtcl import UserError
 from mtcl.models.decoders import MTINet
 from mtcl.models.decoders.mti_net import Propagation
 
@@ -23,10 +24,11 @@ def make_pyramid(channels, strides, tasks):
     return make(channels, strides, tasks, pyramid_width=6)
 
 
-def test_propagation_against_loops():
+@pytest.mark.parametrize("attention_over", ["tasks", "neighbouring_channels"])
+def test_propagation_against_loops(attention_over):
     torch.manual_seed(0)
     tasks, channels, (height, width) = ("a", "b", "c"), 4, (3, 2)
-    module = Propagation(tasks, channels).eval()
+    module = Propagation(tasks, channels, attention_over).eval()
     maps = {t: torch.randn(2, channels, height, width) for t in tasks}
     with torch.no_grad():
         got = module(maps)
@@ -36,9 +38,13 @@ def test_propagation_against_loops():
             for y in range(height):
                 for x in range(width):
                     for c in range(channels):
-                        scores = [logits[b, i * channels + c, y, x].exp() for i in range(3)]
-                        for i, t in enumerate(tasks):
-                            weighted[b, i * channels + c, y, x] = scores[i] / sum(scores) * maps[t][b, c, y, x]
+                        group = [i * channels + c for i in range(3)]
+                        if attention_over == "neighbouring_channels":
+                            group = [3 * c + i for i in range(3)]
+                        scores = [logits[b, i, y, x].exp() for i in group]
+                        for i, score in zip(group, scores):
+                            value = maps[tasks[i // channels]][b, i % channels, y, x]
+                            weighted[b, i, y, x] = score / sum(scores) * value
         reduced = module.reduction(weighted)
         for t in tasks:
             squeeze, excite = module.excitation[t].fc1, module.excitation[t].fc2
@@ -47,6 +53,11 @@ def test_propagation_against_loops():
                 hidden = (squeeze.weight[:, :, 0, 0] @ mean + squeeze.bias).clamp(min=0)
                 gate = (excite.weight[:, :, 0, 0] @ hidden + excite.bias).sigmoid()
                 torch.testing.assert_close(got[t][b], gate[:, None, None] * reduced[b] + maps[t][b])
+
+
+def test_an_attention_over_something_else_is_refused():
+    with pytest.raises(UserError, match="attention_over=pixels must be one of tasks, neighbouring_channels"):
+        make(CHANNELS, PYRAMID, TASKS, attention_over="pixels")
 
 
 @pytest.mark.parametrize("tasks", [("depth",), ("normals", "semseg")])
