@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from mtcl.config.build_data import build_tasks, get_image_size
-from mtcl.config.build_model import build_model, saved_config
+from mtcl.config.build_model import build_model, inline_genotype, saved_config
 from mtcl.config.compose import compose_config
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
@@ -63,12 +63,14 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     }
     for key, value in needed.items():
         set_key(config, key, value)
+    inline_genotype(config)
     check_config(plain(config))
     tasks = build_tasks(config)
     with torch.device("meta"):  # only shapes are needed
         model = build_model(config, tasks, pretrained=False)
-    weights, unused_keys = translate_state_dict(published, chosen, list(tasks))
-    check_state_dict(weights, model.state_dict(), method)
+    expected = model.state_dict()
+    weights, unused_keys = translate_state_dict(published, chosen, list(tasks), expected.keys())
+    check_state_dict(weights, expected, method)
     checkpoint = Checkpoint(
         model=weights,
         config=saved_config(config, model),

@@ -4,7 +4,7 @@ One module per method holds the rules from its authors' key names to ours. To ad
 ``METHOD`` and list it below.
 """
 
-from mtcl.models.published import diffusion_mtl, invpt, sak, taskprompter
+from mtcl.models.published import atrc, diffusion_mtl, invpt, mti_net, pad_net, sak, taskprompter
 from mtcl.models.published.translation import (
     Method,
     Rule,
@@ -14,7 +14,7 @@ from mtcl.models.published.translation import (
 )
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (diffusion_mtl.METHOD, invpt.METHOD, sak.METHOD, taskprompter.METHOD)
+    module.METHOD.name: module.METHOD for module in (atrc, diffusion_mtl, invpt, mti_net, pad_net, sak, taskprompter)
 }
 
 __all__ = ["METHODS", "Method", "Rule", "check_state_dict", "read_published_checkpoint", "translate_state_dict"]

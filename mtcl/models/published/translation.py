@@ -1,7 +1,7 @@
 """Translate the keys of a state dict by rules, so that every key is accounted for and every tensor filled."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,13 +14,35 @@ from mtcl.models.weights import check_tensor_values
 
 State = dict[str, Tensor]
 Overrides = dict[str, dict[str, Any]]  # group of the config -> key -> value
+# Classes that files of public code hold beside the weights: Lightning's record of its callbacks, numpy's scores.
+UNUSED_CLASSES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
+class Unused:
+    """Stand-in for an object of a published file that is not read; holds nothing and runs nothing."""
+
+    def __new__(cls, *_: Any) -> "Unused":
+        """Return an empty object."""
+        return super().__new__(cls)
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        """Drop the state."""
 
 
 class Rule(NamedTuple):
     """A rule that translates keys.
 
     In both patterns ``{task}`` is a task's name, ``{n}`` or ``{m}`` a number, ``*`` (at the end) the rest of the key.
-    In ``source`` only, ``{index}`` is a task's index in the authors' list, which is ``{task}`` in ``target``.
+    ``{other}`` is the name of a second task. In ``source`` only, ``{index}`` is a task's index in the authors' list,
+    which is ``{task}`` in ``target``.
 
     Attributes:
         source: pattern of the authors' key.
@@ -44,6 +66,8 @@ class Method:
         rules: their state dict -> rules; the first that matches a key counts.
         config_overrides: (their state dict, height and width of training) -> group of the config -> key -> the value
             that the published network needs. A value that is a mapping is merged into the config's.
+        prepare: (their state dict, names of our model's tensors) -> a state dict of the same network, as the rules
+            expect it: for what one rule for one key can't say, such as two tensors that are one of ours.
     """
 
     name: str
@@ -51,6 +75,7 @@ class Method:
     tasks: tuple[str, ...]
     rules: Callable[[Mapping[str, Tensor]], tuple[Rule, ...]]
     config_overrides: Callable[[Mapping[str, Tensor], tuple[int, int]], Overrides]
+    prepare: Callable[[State, Collection[str]], State] | None = None
 
 
 class Translation(NamedTuple):
@@ -66,10 +91,11 @@ class Translation(NamedTuple):
 
 
 def read_published_checkpoint(path: Path) -> tuple[State, int]:
-    """Read a checkpoint of InvPT or of code derived from it.
+    """Read a checkpoint as the authors' training code saves it.
 
-    Such a file holds {"model", "optimizer", "scheduler", "epoch", "iter_count"}; a plain state dict is read as well.
-    Code in the file is not run.
+    A file of InvPT's code and its relatives holds {"model", "optimizer", "scheduler", "epoch", "iter_count"}, one of
+    Lightning {"state_dict", "global_step", "callbacks", ...}; a plain state dict is read as well. Code in the file is
+    not run.
 
     Returns:
         The state dict without DDP's prefix, and the number of iterations trained (0 if unknown).
@@ -77,7 +103,8 @@ def read_published_checkpoint(path: Path) -> tuple[State, int]:
     if not path.is_file():
         raise UserError(f"{path} is not a file; give the published checkpoint")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(Unused, name) for name in UNUSED_CLASSES]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(f"{path} can't be read as a checkpoint ({describe_load_error(error)})") from error
     content = content if isinstance(content, dict) else {}
@@ -87,16 +114,20 @@ def read_published_checkpoint(path: Path) -> tuple[State, int]:
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     last = content.get("iter_count")  # index of the last iteration, from 0
-    return dict(state), last + 1 if isinstance(last, int) else 0
+    step = last + 1 if isinstance(last, int) else content.get("global_step")
+    return dict(state), step if isinstance(step, int) else 0
 
 
-def translate_state_dict(state: Mapping[str, Tensor], method: Method, tasks: Sequence[str]) -> Translation:
+def translate_state_dict(
+    state: Mapping[str, Tensor], method: Method, tasks: Sequence[str], names: Collection[str] = ()
+) -> Translation:
     """Translate the authors' state dict to our names.
 
     Args:
         state: the authors' tensors.
         method: whose rules to use.
         tasks: names of the tasks of our model, in the order of its config.
+        names: of the tensors of our model, for a method that decides by them (:attr:`Method.prepare`).
 
     Raises:
         UserError: no rule matches a key (nothing is dropped silently), or the tasks are in another order.
@@ -104,6 +135,8 @@ def translate_state_dict(state: Mapping[str, Tensor], method: Method, tasks: Seq
     listed = [task for task in method.tasks if task in tasks]
     if listed != list(tasks):  # normalisations that run over all tasks' channels would be shuffled
         raise UserError(f"{method.name} lists its tasks as {', '.join(listed)}, the config as {', '.join(tasks)}")
+    if method.prepare is not None:
+        state = method.prepare(dict(state), names)
     patterns = [(_compile_pattern(rule.source, listed), rule) for rule in method.rules(state)]
     translated: State = {}
     unused_keys, unknown = [], []
@@ -151,7 +184,8 @@ def check_state_dict(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 
 def _compile_pattern(source: str, tasks: Sequence[str]) -> re.Pattern[str]:
     """Compile the pattern of a rule."""
-    groups = {"{task}": f"(?P<task>{'|'.join(map(re.escape, tasks))})", "*": "(?P<rest>.+)"}
+    groups = {f"{{{name}}}": f"(?P<{name}>{'|'.join(map(re.escape, tasks))})" for name in ("task", "other")}
+    groups["*"] = "(?P<rest>.+)"
     groups |= {f"{{{name}}}": rf"(?P<{name}>\d+)" for name in ("index", "n", "m")}
     return re.compile("".join(groups.get(part, re.escape(part)) for part in re.split(r"(\{\w+\}|\*)", source)))
 
