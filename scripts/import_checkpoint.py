@@ -31,8 +31,8 @@ def main() -> None:
     result = import_checkpoint(args.method, args.file, args.output, args.overrides, configs)
     print(f"{args.output}: {result.num_tensors} tensors, each filled from {args.file}")
     if result.unused_keys:
-        first = ", ".join(result.unused_keys[:4])
-        print(f"left out, as the published network never uses them: {len(result.unused_keys)} ({first}, ...)")
+        first = ", ".join(result.unused_keys[:4]) + (", ..." if len(result.unused_keys) > 4 else "")
+        print(f"left out, as the published network never uses them: {len(result.unused_keys)} ({first})")
     print(
         "set in its config, as the published network needs:", *(f"{k}={v}" for k, v in result.config_overrides.items())
     )

@@ -19,7 +19,7 @@ from mtcl.models.published.hrnet import (
 from mtcl.models.published.mti_net import check_auxiliary_tasks
 from mtcl.models.published.translation import Method, Overrides, Rule, State
 
-INITIAL = "initial_task_prediction_heads"
+INITIAL, DECODER = "initial_task_prediction_heads", "decoder"
 
 RULES = (
     *get_hrnet_rules("backbone.0."),
@@ -33,7 +33,7 @@ RULES = (
     ),
     # Two bottlenecks and the logits.
     Rule("heads.{task}.2.*", "decoder.logits.{task}.*"),
-    Rule("heads.{task}.{n}.*", "decoder.heads.{task}.{n}.*"),
+    Rule("heads.{task}.{n}.*", f"{DECODER}.heads.{{task}}.{{n}}.*"),
 )
 
 
