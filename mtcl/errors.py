@@ -1,5 +1,9 @@
 """The exceptions for mistakes of a user, and how errors and text of others are shown."""
 
+import difflib
+import re
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in the user's input (a key, a value, a file), in one sentence that names it and says what to do.
@@ -19,6 +23,17 @@ class ParameterError(UserError):
     def __init__(self, parameter: str, problem: str):
         super().__init__(f"{parameter}{problem}")
         self.parameter, self.problem = parameter, problem
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """Return ``" (did you mean CHOICE?)"`` for a misspelt name; nothing where no choice is close to it.
+
+    >>> suggest("pcgrad", ["CAGrad", "PCGrad"]), suggest("uncertainty", ["CAGrad", "PCGrad"])
+    (' (did you mean PCGrad?)', '')
+    """
+    by_name = {re.sub("[_-]", "", choice).lower(): choice for choice in choices}
+    close = difflib.get_close_matches(re.sub("[_-]", "", name).lower(), by_name, n=1)
+    return f" (did you mean {by_name[close[0]]}?)" if close else ""
 
 
 def first_line(error: BaseException | str) -> str:

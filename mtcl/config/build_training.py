@@ -2,16 +2,18 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
 from mtcl import distributed
+from mtcl.config.build_balancer import build_balancer
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
 from mtcl.config.build_evaluator import build_evaluator, choose_monitor
 from mtcl.config.build_features import build_feature_caches
+from mtcl.config.build_lr_schedule import build_lr_schedule
 from mtcl.config.build_model import build_model, read_student, saved_config
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.config.stored_config import describe_tasks
@@ -21,20 +23,15 @@ from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.regularizers import Distillation, GradientNormWeight, Regularizer, TaskSaliency
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
-from mtcl.regularizers.weighting import OBJECTIVE_WEIGHT, Lambda
+from mtcl.regularizers.weighting import Lambda
 from mtcl.runtime import autocast
-from mtcl.schedules import Schedule, build_schedule
 from mtcl.tasks.base import Task
-from mtcl.training.balancing import Balancer, DynamicWeightAveraging, FixedWeights, UncertaintyWeighting
-from mtcl.training.balancing_torchjd import GradientAggregation
 from mtcl.training.ema import ModelEma
 from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer
 from mtcl.training.options import CheckpointPolicy, Regularization, TrainerOptions, ValidationPolicy
 from mtcl.training.run_logger import RunLogger
 from mtcl.training.sharding import ShardedWeights
 from mtcl.training.trainer import Trainer
-
-CONTRAST = "contrast"  # the regulariser's objective, beside the tasks' names
 
 
 class TrainingRun(NamedTuple):
@@ -123,7 +120,7 @@ def build_trainer(
     return Trainer(
         model=model,
         tasks=tasks,
-        balancer=build_balancer(config, tasks, regularizer, train_dataset, device),
+        balancer=build_balancer(config, tasks, regularizer, train_dataset, device, model.shared_parameters()),
         optimizer=ScheduledOptimizer(optimizer, build_lr_schedule(config)),
         batches=batches,
         evaluator=build_evaluator(config, tasks, val_batches, device, regularizer),
@@ -205,12 +202,6 @@ def build_validation_policy(config: DictConfig, tasks: Mapping[str, Task]) -> Va
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
     validate_first = settings.validate_first and not settings.dry_run
     return ValidationPolicy(monitor, higher_is_better, settings.val_interval, validate_first)
-
-
-def build_lr_schedule(config: DictConfig) -> Schedule:
-    """Return the factor of the learning rates as a function of the step."""
-    with add_key_prefix("schedule."):
-        return build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
@@ -411,58 +402,3 @@ def find_head_weights(
         return {target: model.decoder.head_weight(target) for target in targets}
     except UserError as error:
         raise UserError(f"regularizer.weighting=head_gradient_norm: {error}; or {advice}") from error
-
-
-def build_balancer(
-    config: DictConfig,
-    tasks: Mapping[str, Task],
-    regularizer: Regularizer | None,
-    train_dataset: MultiTaskDataset,
-    device: torch.device,
-) -> Balancer:
-    """Return what turns loss terms into gradients.
-
-    Raises:
-        UserError: the method is unknown, or can't be combined with other settings.
-    """
-    settings = config.balancing
-    weights: dict[str, float] = {name: task.weight for name, task in tasks.items()}
-    if regularizer is not None and settings.contrast_as_objective:
-        weights[CONTRAST] = OBJECTIVE_WEIGHT
-    _check_balancing(config, weights)
-    if settings.method == "fixed":
-        return FixedWeights(weights)
-    if settings.method == "uncertainty":
-        return UncertaintyWeighting(weights, device, settings.lr, build_lr_schedule(config))
-    if settings.method == "dwa":
-        steps_per_epoch = -(
-            -(len(train_dataset.ids) // config.data.batch_size) // config.trainer.accumulate_grad_batches
-        )
-        every = settings.every or max(steps_per_epoch, 1)
-        return DynamicWeightAveraging(weights, device, every, settings.temperature)
-    with add_key_prefix("balancing."):
-        return GradientAggregation(weights, device, settings.aggregator, plain(settings.options), config.seed)
-
-
-def _check_balancing(config: DictConfig, weights: Mapping[str, Any]) -> None:
-    """Refuse a method of balancing that is unknown or can't be combined with other settings."""
-    method = config.balancing.method
-    is_rescaled = CONTRAST in weights and config.regularizer.weighting == "gradient_norm"
-    if method in ("uncertainty", "dwa") and is_rescaled:
-        raise UserError(
-            f"balancing.method={method} judges objectives by their losses, which regularizer.weighting=gradient_norm "
-            "rescales; use balancing.contrast_as_objective=false or regularizer.weighting=fixed"
-        )
-    if method not in ("fixed", "uncertainty", "dwa", "torchjd"):
-        raise UserError(f"balancing.method={method} is not known; choose fixed, uncertainty, dwa or torchjd")
-    if method != "fixed" and len(weights) < 2:
-        objective = next(iter(weights), "distillation")
-        raise UserError(f"balancing.method={method} has one objective only, {objective}; use balancing=fixed")
-    if method == "uncertainty" and (unweighted := [name for name, weight in weights.items() if weight == 0]):
-        raise UserError(
-            f"loss.weights.{unweighted[0]}=0 leaves balancing=uncertainty nothing to learn from; leave it out"
-        )
-    if method == "torchjd" and distributed.world_size() > 1:
-        raise UserError("balancing.method=torchjd trains in one process; start without torchrun or use another method")
-    if method == "torchjd" and config.trainer.compile:
-        raise UserError("balancing.method=torchjd needs a backward pass per objective; set trainer.compile=false")

@@ -4,18 +4,20 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mtcl.errors import ParameterError
+from mtcl.errors import ParameterError, suggest
 from mtcl.training.balancing import Balancer
 
 log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'mtcl[balancing]'"
+AUTOMATIC = ("n_tasks", "shape")  # parameters of the library's classes that the number of objectives determines
 
 
 def list_aggregators() -> dict[str, type]:
@@ -24,9 +26,95 @@ def list_aggregators() -> dict[str, type]:
         import torchjd.aggregation as library
     except ImportError as error:
         raise ParameterError("method", f"=torchjd needs TorchJD: {INSTALL}") from error
-    classes = {n: c for n, c in vars(library).items() if isinstance(c, type) and issubclass(c, library.Aggregator)}
-    bases = {base for aggregator in classes.values() for base in aggregator.__mro__[1:]}
-    return {name: aggregator for name, aggregator in sorted(classes.items()) if aggregator not in bases}
+    return _list_classes(library, library.Aggregator)
+
+
+def list_scalarizers() -> dict[str, type]:
+    """Return the scalarizers of the installed TorchJD by name; raise ``UserError`` if it is not installed."""
+    try:
+        import torchjd.scalarization as library
+    except ImportError as error:
+        raise ParameterError("method", f" needs TorchJD: {INSTALL}") from error
+    return _list_classes(library, library.Scalarizer)
+
+
+def _list_classes(library: ModuleType, base: type) -> dict[str, type]:
+    classes = {n: c for n, c in vars(library).items() if isinstance(c, type) and issubclass(c, base)}
+    bases = {parent for member in classes.values() for parent in member.__mro__[1:]}
+    return {name: member for name, member in sorted(classes.items()) if member not in bases}
+
+
+def choose_class(kind: str, name: str) -> type:
+    """Return the library's class of this name.
+
+    Args:
+        kind: ``aggregator`` or ``scalarizer``.
+        name: as the library spells it.
+
+    Raises:
+        ParameterError: there is no such class, or TorchJD is not installed.
+    """
+    classes = list_aggregators() if kind == "aggregator" else list_scalarizers()
+    if name in classes:
+        return classes[name]
+    if kind == "aggregator" and name in list_scalarizers():
+        raise ParameterError(kind, f"={name} is not known: it is a scalarizer; choose balancing=scalarizer for it")
+    if kind == "scalarizer" and name in list_aggregators():
+        raise ParameterError(kind, f"={name} is not known: it is an aggregator; choose balancing=torchjd for it")
+    problem = f"={name} is not known{suggest(name, classes)}; choose one of {', '.join(classes)}"
+    raise ParameterError(kind, problem)
+
+
+def check_options(kind: str, name: str, options: Mapping[str, Any], objectives: Sequence[str]) -> None:
+    """Refuse options that a class of the library does not have or lacks.
+
+    Args:
+        kind: ``aggregator`` or ``scalarizer``.
+        name: of the class.
+        options: for its constructor; a vector is a list in the order of ``objectives`` or a mapping.
+        objectives: their names.
+
+    Raises:
+        ParameterError: the sentence names the option.
+    """
+    signature = inspect.signature(choose_class(kind, name))
+    parameters = {n: p for n, p in signature.parameters.items() if n not in AUTOMATIC}
+    for key, value in options.items():
+        if key not in parameters:
+            available = f"it has {', '.join(parameters)}" if parameters else "it has none"
+            close = suggest(key, parameters)
+            raise ParameterError(f"options.{key}", f" is not an option of {name}{close}; {available}")
+        if (isinstance(value, Mapping) and set(value) != set(objectives)) or (
+            isinstance(value, list) and len(value) != len(objectives)
+        ):
+            problem = f"={value} must have a number for each of {', '.join(objectives)}"
+            raise ParameterError(f"options.{key}", problem)
+    missing = [n for n, p in parameters.items() if p.default is p.empty and n not in options]
+    if missing:
+        raise ParameterError(kind, f"={name} needs the option {missing[0]}")
+
+
+def build_class(
+    member: type, options: Mapping[str, Any], objectives: Sequence[str], names: Sequence[str], device: torch.device
+) -> nn.Module:
+    """Build a class of the library for some of the objectives.
+
+    Args:
+        member: the class.
+        options: for its constructor; a vector is a list in the order of ``objectives`` or a mapping.
+        objectives: all of them.
+        names: those that it is built for.
+        device: of vectors.
+    """
+    arguments: dict[str, Any] = {}
+    for key, value in options.items():
+        if isinstance(value, list):
+            value = dict(zip(objectives, value))
+        if isinstance(value, Mapping):
+            value = torch.tensor([float(value[name]) for name in names], device=device)
+        arguments[key] = value
+    arguments |= {key: len(names) for key in AUTOMATIC if key in inspect.signature(member).parameters}
+    return member(**arguments)
 
 
 class GradientAggregation(Balancer):
@@ -61,10 +149,7 @@ class GradientAggregation(Balancer):
         seed: int = 0,
     ):
         super().__init__(weights)
-        classes = list_aggregators()
-        if aggregator not in classes:
-            raise ParameterError("aggregator", f"={aggregator} is not known; choose one of {', '.join(classes)}")
-        self.name, self.aggregator_class = aggregator, classes[aggregator]
+        self.name, self.aggregator_class = aggregator, choose_class("aggregator", aggregator)
         self.options, self.seed = dict(options or {}), seed
         self.device = device
         self.aggregators: dict[tuple[str, ...], nn.Module] = {}
@@ -75,7 +160,12 @@ class GradientAggregation(Balancer):
         self.logged: dict[str, Tensor | float] = {}
         self._check()
 
-    def backward(self, losses: Mapping[str, Tensor], parameters: Iterable[nn.Parameter]) -> None:
+    def backward(
+        self,
+        losses: Mapping[str, Tensor],
+        parameters: Iterable[nn.Parameter],
+        num_batches: int = 1,  # noqa: ARG002
+    ) -> None:
         """Compute and keep each objective's gradients; add those of other losses at once."""
         trained = [p for p in parameters if p.requires_grad]
         objectives = {name: self.weights[name] * losses[name] for name in self.weights if name in losses}
@@ -97,7 +187,7 @@ class GradientAggregation(Balancer):
         num_objectives = len({name for gradients in rows.values() for name in gradients})
         for parameter, gradients in rows.items():
             if len(gradients) == 1:
-                _add_gradient(parameter, gradients.popitem()[1])
+                add_gradient(parameter, gradients.popitem()[1])
             else:
                 shared.append(parameter)
         if num_objectives > 1 and not shared and not self.has_warned:
@@ -113,10 +203,10 @@ class GradientAggregation(Balancer):
         if not np.isfinite(numbers).all() or len(present) < 2:  # nothing to balance; the guard sees what is not finite
             for parameter in shared:
                 for row in rows[parameter].values():
-                    _add_gradient(parameter, row)
+                    add_gradient(parameter, row)
             return
         for parameter in shared:
-            _add_gradient(parameter, torch.zeros_like(parameter))
+            add_gradient(parameter, torch.zeros_like(parameter))
             gradients = rows.pop(parameter)
             parameter.jac = torch.stack(  # type: ignore[attr-defined]  # where TorchJD looks for it
                 [gradients[name] if name in gradients else torch.zeros_like(parameter) for name in present]
@@ -134,7 +224,7 @@ class GradientAggregation(Balancer):
                 self.aggregators[present] = self._build(present)
             aggregator = self.aggregators[present]
             kwargs = {"optimize_gramian_computation": True} if isinstance(aggregator, GramianWeightedAggregator) else {}
-            with _private_randomness(self.seed, step, self.device):
+            with private_randomness(self.seed, step, self.device):
                 weights = jac_to_grad(parameters, aggregator, **kwargs)  # type: ignore[call-overload]
         except torch.OutOfMemoryError:
             raise
@@ -142,56 +232,29 @@ class GradientAggregation(Balancer):
             log.warning("step %d: %s failed (%s: %s)", step, self.name, type(error).__name__, _first_line(error))
             for parameter in parameters:
                 parameter.__dict__.pop("jac", None)
-                _add_gradient(parameter, torch.full_like(parameter, torch.nan))
+                add_gradient(parameter, torch.full_like(parameter, torch.nan))
             return
         if weights is not None:
             self.logged |= {f"{name}/weight": self.weights[name] * w for name, w in zip(present, weights.unbind())}
 
     def _build(self, names: Sequence[str]) -> nn.Module:
         """Build an aggregator for these objectives."""
-        options = {}
-        for key, value in self.options.items():
-            if isinstance(value, list):
-                value = dict(zip(self.weights, value))
-            options[key] = (
-                torch.tensor([float(value[n]) for n in names], device=self.device)
-                if isinstance(value, Mapping)
-                else value
-            )
-        if "n_tasks" in inspect.signature(self.aggregator_class).parameters:
-            options["n_tasks"] = len(names)
-        return self.aggregator_class(**options)
+        return build_class(self.aggregator_class, self.options, list(self.weights), names, self.device)
 
     def _check(self) -> None:
         """Refuse options that the aggregator does not have, lacks or can't use, as far as a first call shows."""
-        parameters = {n: p for n, p in inspect.signature(self.aggregator_class).parameters.items() if n != "n_tasks"}
-        for key, value in self.options.items():
-            if key not in parameters:
-                available = f"it has {', '.join(parameters)}" if parameters else "it has none"
-                raise ParameterError(f"options.{key}", f" is not an option of {self.name}; {available}")
-            if (isinstance(value, Mapping) and set(value) != set(self.weights)) or (
-                isinstance(value, list) and len(value) != len(self.weights)
-            ):
-                problem = f"={value} must have a number for each of {self._objectives()}"
-                raise ParameterError(f"options.{key}", problem)
-        missing = [n for n, p in parameters.items() if p.default is p.empty and n not in self.options]
-        if missing:
-            raise ParameterError("aggregator", f"={self.name} needs the option {missing[0]}")
+        check_options("aggregator", self.name, self.options, list(self.weights))
         try:
             aggregator = self._build(list(self.weights))
-            with _private_randomness(self.seed, 0, self.device):
+            with private_randomness(self.seed, 0, self.device):
                 aggregator(torch.eye(len(self.weights), device=self.device))
         except ImportError as error:
             problem = f"={self.name}: {_first_line(error).split('. ')[0]}; {INSTALL}"
             raise ParameterError("aggregator", problem) from error
         except Exception as error:
-            problem = (
-                f"={self.name} with options {self.options} can't balance {self._objectives()}: {_first_line(error)}"
-            )
+            names = ", ".join(self.weights)
+            problem = f"={self.name} with options {self.options} can't balance {names}: {_first_line(error)}"
             raise ParameterError("aggregator", problem) from error
-
-    def _objectives(self) -> str:
-        return ", ".join(self.weights)
 
     def summary(self) -> dict[str, Tensor | float]:
         """Return each objective's gradient norm, and the weights of aggregators that have such."""
@@ -216,12 +279,12 @@ class GradientAggregation(Balancer):
         for key, values in state["made"].items():
             names = tuple(key.split(","))
             aggregator = self.aggregators[names] = self._build(names)
-            with _private_randomness(self.seed, 0, self.device):
+            with private_randomness(self.seed, 0, self.device):
                 aggregator(torch.eye(len(names), self.num_columns, device=self.device))  # allocates its state
             _write_state(aggregator, values, self.device)
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+def add_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add to ``.grad`` in the parameter's memory format, which fused optimisers need and autograd.grad drops."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
@@ -256,7 +319,7 @@ def _write_state(aggregator: nn.Module, values: Mapping[str, Any], device: torch
 
 
 @contextlib.contextmanager
-def _private_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
+def private_randomness(seed: int, step: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators with f(seed, step) inside, and restore them afterwards."""
     number = int(np.random.default_rng([0x6D74636C, seed, step, 2**32]).integers(2**63))
     devices = [device.index or 0] if device.type == "cuda" else []

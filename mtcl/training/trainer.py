@@ -229,6 +229,8 @@ class Trainer:
         if self.regularizer_optimizer is not None:
             self.regularizer_optimizer.step(self.step, skip)
             self.regularizer_optimizer.zero_grad()
+        if self.balancer.measures_progress:
+            self.balancer.observe_progress(self._recompute_task_losses(batches))
         self.balancer.update(self.step, skip)
         if self.ema is not None:
             self.ema.update(self.model)
@@ -291,7 +293,7 @@ class Trainer:
         if num_batches > 1:
             loss = loss / num_batches
         with freeze_running_statistics(self.model) if self.options.grad_checkpointing else nullcontext():
-            self.balancer.backward(loss, self.trained)
+            self.balancer.backward(loss, self.trained, num_batches)
         for parameter, gradient in head_gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return values
@@ -338,6 +340,20 @@ class Trainer:
             for name, task in self.tasks.items()
         }
 
+    @torch.no_grad()
+    def _recompute_task_losses(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        """Return each task's loss by the current weights, the mean over ``batches``; running statistics stay."""
+        losses = []
+        with freeze_running_statistics(self.model):
+            for batch in batches:
+                image, labels = prepare_input(batch, self.model, self.device)
+                with autocast(self.device, self.options.precision):
+                    output = self.model(image)
+                if self.options.loss_views == "first":
+                    output, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
+                losses.append(self.task_losses(output, labels))
+        return {name: torch.stack([batch_losses[name] for batch_losses in losses]).mean() for name in self.tasks}
+
     def _weigh_contrast(
         self,
         task_loss: Mapping[str, Tensor],
@@ -351,7 +367,8 @@ class Trainer:
         features = output.features[self.regularizer.feature]
         measures_gradients = self.lambda_.measures_gradients(self.step)
         if measures_gradients or with_diagnostics:
-            total = torch.stack([self.balancer.weight(name) * task_loss[name] for name in self.tasks]).sum()
+            weights = self.balancer.weigh({name: task_loss[name] for name in self.tasks})
+            total = torch.stack([weights[name] * task_loss[name] for name in self.tasks]).sum()
         if measures_gradients:
             self.lambda_.update(total, regularizer_output.losses, features)
         contrast = self.lambda_.rescale(regularizer_output.loss, regularizer_output.losses)

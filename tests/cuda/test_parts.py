@@ -126,7 +126,7 @@ AGGREGATORS = {"Mean": {}, "Random": {}, "GradDrop": {}, "Constant": {"weights":
 def test_an_aggregator_works_on_the_device(name, monkeypatch, caplog):
     """The host reads the norms once, when a step's gradients are complete."""
     pytest.importorskip("torchjd")
-    monkeypatch.setattr("mtcl.training.balancing_torchjd._private_randomness", lambda *_: nullcontext())
+    monkeypatch.setattr("mtcl.training.balancing_torchjd.private_randomness", lambda *_: nullcontext())
     reads = mock.MagicMock(side_effect=lambda x: [1.0] * x.numel())
     with fake_cuda() as device, mock.patch.object(FakeTensor, "tolist", lambda x: reads(x)):
         with device.may_wait():

@@ -24,7 +24,7 @@ from mtcl.models.decoders.blocks import SpatialNorm
 from mtcl.profiling.timing import measure_peak_memory, measure_time
 from mtcl.runtime import autocast, choose_device, peak_memory, rng_state, seed_everything, set_rng_state
 from mtcl.training import sharding, train_step
-from mtcl.training.balancing_torchjd import _private_randomness
+from mtcl.training.balancing_torchjd import private_randomness
 from mtcl.training.optimizers import build_optimizer
 
 PLACES = {
@@ -54,7 +54,7 @@ PLACES = {
     "runtime.seed_everything": "test_places.test_the_deterministic_flags",
     "runtime.set_rng_state": "test_places.test_generator_states_include_the_gpu",
     "runtime.uses_bf16": "test_places.test_auto_is_bf16_where_the_gpu_has_it",
-    "training.balancing_torchjd._private_randomness": "test_places.test_an_aggregator_has_private_randomness",
+    "training.balancing_torchjd.private_randomness": "test_places.test_an_aggregator_has_private_randomness",
     "training.checkpoint_thread.copy_to_cpu": "test_parts.test_a_checkpoint_is_copied_without_waiting"
     "_and_read_after_the_event",
     "training.optimizers.build_optimizer": "test_places.test_optimisers_are_fused",
@@ -210,7 +210,7 @@ def test_an_aggregator_has_private_randomness(calls, monkeypatch):
     """The generator of the GPU is seeded inside, and gets its state back."""
     monkeypatch.setattr(torch.cuda, "default_generators", [None, calls.generator])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with _private_randomness(1, 7, torch.device("cuda", 1)):
+    with private_randomness(1, 7, torch.device("cuda", 1)):
         seed = torch.initial_seed()
         calls.body()
     assert calls.mock_calls == [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.common import ROOT, TINY, choices, composed
 from helpers.shrunken import RESNET, shrunk
+from helpers.toy_objectives import CPU, NO, WEIGHTS, Toy, plain, same
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -19,17 +20,15 @@ from mtcl import UserError, distributed
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_balancer, build_training_run
-from mtcl.training.balancing import Balancer, DynamicWeightAveraging, FixedWeights, UncertaintyWeighting
-from mtcl.training.balancing_torchjd import GradientAggregation, _private_randomness, list_aggregators
+from mtcl.training.balancing import Balancer, FixedWeights
+from mtcl.training.balancing_scalarizers import DynamicWeightAveraging, LearnedScales
+from mtcl.training.balancing_torchjd import GradientAggregation, list_aggregators, private_randomness
 from mtcl.training.checkpoint import load_checkpoint, save_checkpoint
 from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
 from mtcl.training.trainer import Trainer
 
-CPU = torch.device("cpu")
 OVERRIDES = [*TINY, RESNET, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
 THREE = "tasks.names=[depth,normals,edge]"
-WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5}
-NO = torch.zeros(())  # no step is skipped
 try:
     KINDS = list(list_aggregators())
 except UserError:
@@ -37,44 +36,12 @@ except UserError:
 torchjd = pytest.mark.skipif(not KINDS, reason="TorchJD is not installed: pip install 'mtcl[balancing]'")
 
 
-# --- A toy: a trunk that all objectives pull at, two ways; a head each
+def uncertainty(weights=WEIGHTS, lr: float = 0.1, schedule=lambda step: 1.0) -> LearnedScales:
+    return LearnedScales(weights, CPU, "UW", None, 2.0, lr=lr, schedule=schedule)
 
 
-class Toy(nn.Module):
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.trunk = nn.Parameter(torch.randn(3, 4, 2, 2, generator=generator).to(memory_format=torch.channels_last))
-        self.bias = nn.Parameter(torch.randn(3, generator=generator))
-        self.heads = nn.ParameterDict({n: nn.Parameter(torch.randn(3, generator=generator)) for n in (*WEIGHTS, "d")})
-        self.unused = nn.Parameter(torch.ones(2))
-
-    def losses(self, seed: int = 0, names: str = "abc") -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        losses = {}
-        for name in "abcd":
-            x = torch.randn(5, 4, 2, 2, generator=generator)
-            target = torch.randn(5, generator=generator)
-            z = torch.einsum("nchw,kchw->nk", x, self.trunk) + self.bias
-            if name in names:
-                losses[name] = ((z.tanh() @ self.heads[name]) - target).abs().mean()
-        return losses
-
-    def step(self, balancer: Balancer, number: int = 0, names: str = "abc", skip: Tensor = NO) -> dict[str, Tensor]:
-        """The gradients of one step, by name."""
-        self.zero_grad(set_to_none=True)
-        balancer.backward(self.losses(number, names), self.parameters())
-        balancer.finish_step(number)
-        balancer.update(number, skip)
-        return {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
-
-
-def plain(toy: Toy, number: int = 0, names: str = "abc") -> dict[str, Tensor]:
-    return toy.step(FixedWeights(WEIGHTS), number, names)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def dwa(every: int, **options) -> DynamicWeightAveraging:
+    return DynamicWeightAveraging(WEIGHTS, CPU, "DWA", options, every=every)
 
 
 # --- Uncertainty
@@ -82,7 +49,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def test_uncertainty_is_its_formula_learned_by_adam():
     """Against autograd through the formula, and torch's Adam."""
-    toy, balancer = Toy(), UncertaintyWeighting(WEIGHTS, CPU, lr=0.1, schedule=lambda step: 1 / (step + 1))
+    toy, balancer = Toy(), uncertainty(lr=0.1, schedule=lambda step: 1 / (step + 1))
     s = torch.zeros(3, requires_grad=True)
     adam = torch.optim.Adam([s], lr=0.1)
     for number in range(4):
@@ -96,29 +63,24 @@ def test_uncertainty_is_its_formula_learned_by_adam():
         adam.step()
         gradients = toy.step(balancer, number, "abcd")
         torch.testing.assert_close(gradients, want)
-        torch.testing.assert_close(balancer.log_variance.detach(), s.detach())
-    assert same(toy.step(UncertaintyWeighting(WEIGHTS, CPU, 0.1, lambda step: 1.0)), plain(toy)), (
-        "it starts with the weights"
-    )
+        torch.testing.assert_close(balancer.learned.detach(), s.detach())
+    assert same(toy.step(uncertainty()), plain(toy)), "it starts with the weights"
     torch.testing.assert_close(balancer.summary()["b/weight"], 2 * torch.exp(-s[1].detach()))
 
 
 def test_uncertainty_settles_at_the_size_of_the_loss():
-    balancer = UncertaintyWeighting({"a": 2.0, "b": 1.0}, CPU, lr=0.2, schedule=lambda step: 0.99**step)
+    balancer = uncertainty({"a": 2.0, "b": 1.0}, lr=0.2, schedule=lambda step: 0.99**step)
     x = torch.ones((), requires_grad=True)
     for step in range(300):
         balancer.backward({"a": 4 * x, "b": 0.1 * x}, [x])
         balancer.finish_step(step)
         balancer.update(step, NO)
-    assert balancer.log_variance.exp().tolist() == pytest.approx([8.0, 0.1], rel=0.02)
+    assert balancer.learned.exp().tolist() == pytest.approx([8.0, 0.1], rel=0.02)
 
 
 @pytest.mark.parametrize("skip", [False, True])
 def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
-    for balancer in (
-        UncertaintyWeighting(WEIGHTS, CPU, 0.1, lambda step: 1.0),
-        DynamicWeightAveraging(WEIGHTS, CPU, every=1),
-    ):
+    for balancer in (uncertainty(), dwa(every=1)):
         toy = Toy()
         for number in range(3):
             toy.step(balancer, number)
@@ -132,10 +94,10 @@ def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
         else:
             toy.step(balancer, 3, "ab")
         summary_after = {name: float(value) for name, value in balancer.summary().items()}
-        if skip and isinstance(balancer, UncertaintyWeighting):
+        if skip and isinstance(balancer, LearnedScales):
             assert summary_after == summary_before
         assert all(math.isfinite(value) for value in summary_after.values())
-        if isinstance(balancer, UncertaintyWeighting):
+        if isinstance(balancer, LearnedScales):
             assert summary_after["c/log_variance"] == summary_before["c/log_variance"] != 0
             assert skip or summary_after["a/log_variance"] != summary_before["a/log_variance"]
         elif not skip:
@@ -148,7 +110,7 @@ def test_what_is_not_there_or_is_skipped_teaches_nothing(skip):
 
 def test_dwa_is_its_formula():
     """Against the paper's sums written out, windows of three steps, one of them skipped."""
-    toy, balancer = Toy(), DynamicWeightAveraging(WEIGHTS, CPU, every=3, temperature=2.0)
+    toy, balancer = Toy(), dwa(every=3, temperature=2.0)
     means, window, factors = [], [], dict.fromkeys(WEIGHTS, 1.0)
     for number in range(12):
         losses = {name: loss.item() for name, loss in toy.losses(number).items()}
@@ -169,10 +131,7 @@ def test_dwa_is_its_formula():
     )
 
 
-MOVING = {
-    "uncertainty": lambda: UncertaintyWeighting(WEIGHTS, CPU, 0.1, lambda step: 1.0),
-    "dwa": lambda: DynamicWeightAveraging(WEIGHTS, CPU, every=2),
-}
+MOVING = {"uncertainty": uncertainty, "dwa": lambda: dwa(every=2)}
 
 
 @pytest.mark.parametrize("make", MOVING.values(), ids=MOVING)
@@ -311,7 +270,7 @@ def test_pcgrad_is_its_algorithm():
             (weight * toy.losses(number)[name]).backward()
             rows[name] = torch.cat([toy.trunk.grad.flatten(), toy.bias.grad]).double()
         total = torch.zeros_like(rows["a"])
-        with _private_randomness(7, number, CPU):
+        with private_randomness(7, number, CPU):
             for i, name in enumerate(rows):
                 mine = rows[name].clone()
                 for j in torch.randperm(3).tolist():
@@ -409,7 +368,7 @@ def test_vectors_over_objectives():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("PCgrad", {}, r"aggregator=PCgrad is not known; choose one of AlignedMTL, .*UPGrad"),
+        ("PCgrad", {}, r"aggregator=PCgrad is not known \(did you mean PCGrad\?\); choose one of AlignedMTL, .*UPGrad"),
         ("PCGradWeighting", {}, "is not known"),
         ("CAGrad", {}, r"aggregator=CAGrad needs the option c"),
         ("PCGrad", {"c": 1}, "options.c is not an option of PCGrad; it has none"),
@@ -458,7 +417,7 @@ def test_methods_and_objectives():
     assert fixed.weights == {"depth": 1.0, "normals": 10.0, "edge": 50.0}
     assert fixed.summary() == {}, "nothing to write down"
     dwa = balancer_of(THREE, "balancing=dwa", "data.batch_size=4", "trainer.accumulate_grad_batches=2")
-    assert (list(dwa.weights), dwa.every, dwa.temperature) == (tasks, 6, 2.0)
+    assert (list(dwa.weights), dwa.every, dwa.scalarizer.temperature) == (tasks, 6, 2.0)
     assert balancer_of(THREE, "balancing=dwa", "balancing.every=7").every == 7
     overrides = [THREE, "balancing=uncertainty", "balancing.contrast_as_objective=true", "regularizer.weighting=fixed"]
     assert list(balancer_of(*overrides).weights) == [*tasks, "contrast"]
@@ -477,7 +436,7 @@ def test_an_aggregator_from_the_command_line():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["balancing.method=pcgrad"], "method=pcgrad is not known; choose fixed, uncertainty, dwa or torchjd"),
+        (["balancing.method=pcgrad"], r"method=pcgrad is not known; choose fixed, uncertainty, .* or torchjd"),
         (["balancing=torchjd", "trainer.compile=true"], "set trainer.compile=false"),
         (
             ["balancing=dwa", "balancing.contrast_as_objective=true"],
@@ -689,10 +648,8 @@ def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
 
 
 def test_names_in_checkpoints_stay():
-    names = {
-        kind.saved_name for kind in (FixedWeights, UncertaintyWeighting, DynamicWeightAveraging, GradientAggregation)
-    }
-    assert names == {"FixedWeights", "Uncertainty", "DynamicAverage", "Aggregated"}
+    names = {kind.saved_name for kind in (FixedWeights, DynamicWeightAveraging, GradientAggregation)}
+    assert names | {uncertainty().saved_name} == {"FixedWeights", "Uncertainty", "DynamicAverage", "Aggregated"}
 
 
 def test_another_balancing_starts_afresh(tmp_path, caplog):
