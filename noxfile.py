@@ -26,6 +26,6 @@ def lower_bounds(session: nox.Session) -> None:
 
 @nox.session(python=PYTHONS[0])
 def bare(session: nox.Session) -> None:
-    """Run the fast tests without any extra: no ONNX, Gradio, TorchJD, Optuna, hub."""
+    """Run the fast tests without any extra: no ONNX, Gradio, solvers of TorchJD, Optuna, hub."""
     session.install("--constraint", "constraints.txt", "--editable", ".", "pytest", "pytest-xdist", "hypothesis")
     session.run("python", "-m", "pytest", *FAST, *session.posargs)

@@ -8,6 +8,7 @@ from helpers.common import ROOT, assert_fails
 
 # script -> the arguments it needs, an option and a value that it refuses, an option without its value
 CASES = {
+    "benchmarks/benchmark_balancing.py": ([], ["--steps", "0"], "--json"),
     "benchmarks/benchmark_data.py": ([], ["--images", "0"], "--size"),
     "benchmarks/benchmark_engine.py": ([], ["--variants", "fastest"], "--steps"),
     "benchmarks/benchmark_features.py": ([], ["--cases", "none"], "--views"),

@@ -17,6 +17,9 @@ from mtcl.regularizers.criteria import CRITERIA
 from mtcl.regularizers.null_labels import SOURCE_LABELS
 from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.class_task import ClassTask
+from mtcl.training.balancing_avg_norm import AverageNorm
+from mtcl.training.balancing_db_mtl import DualBalancing
+from mtcl.training.balancing_scalarizers import build_scalarization
 from mtcl.training.balancing_torchjd import GradientAggregation
 from mtcl.training.checkpoint_thread import copy_to_cpu
 
@@ -143,6 +146,43 @@ def test_an_aggregator_works_on_the_device(name, monkeypatch, caplog):
             assert (parameter.grad.device, parameter.grad.shape) == (CUDA, parameter.shape)
         assert all(x.device == CUDA for x in balancer.summary().values() if isinstance(x, torch.Tensor))
     assert not caplog.records  # an aggregator that fails logs a warning
+
+
+SCALARIZERS = {"COSMOS": {"lambda_": 1.0, "weights": [1.0, 2.0]}, "DWA": {}, "FAMO": {}, "GeometricMean": {}}
+SCALARIZERS |= {
+    "IMTLL": {},
+    "Mean": {},
+    "PBI": {"theta": 1.0, "weights": [1.0, 2.0]},
+    "Random": {},
+    "STCH": {"mu": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", [*SCALARIZERS, "avg_norm", "db_mtl"])
+def test_balancing_never_waits_for_the_device(name, monkeypatch):
+    """In a step of two batches, of which the objective b has labels in one; a checkpoint may be loaded between them."""
+    pytest.importorskip("torchjd")
+    monkeypatch.setattr("mtcl.training.balancing_scalarizers.private_randomness", lambda *_: nullcontext())
+    weights, schedule = {"a": 1.0, "b": 2.0}, lambda step: 1.0
+    with fake_cuda() as device:
+        trunk, *heads = parameters = [nn.Parameter(torch.ones(4, 2, device=CUDA)) for _ in range(3)]
+        with device.may_wait():
+            if name in SCALARIZERS:
+                balancer = build_scalarization(weights, CUDA, name, schedule=schedule, options=SCALARIZERS[name])
+            else:
+                balancer = AverageNorm(weights, [trunk]) if name == "avg_norm" else DualBalancing(weights, CUDA)
+        for step in range(3):
+            for scale in (0.5, 0.0):
+                losses = {loss: (trunk * head).bfloat16().float().mean() for loss, head in zip("ab", heads)}
+                balancer.backward({"a": losses["a"] / 2, "b": scale * losses["b"], "c": trunk.mean()}, parameters, 2)
+            balancer.finish_step(step)
+            if balancer.measures_progress:
+                balancer.observe_progress(losses)
+            balancer.update(step, torch.zeros((), device=CUDA))
+            balancer.load_state_dict(balancer.state_dict())
+        assert {x.device for x in balancer.summary().values()} == {CUDA}
+        assert {parameter.grad.device for parameter in parameters} == {CUDA}
+        assert device.check.counts["_local_scalar_dense"] == 0
 
 
 def test_features_are_copied_on_a_stream_of_their_own():

@@ -110,9 +110,15 @@ OPTIONS = {
     "weighting=head_gradient_norm": ["regularizer.weighting=head_gradient_norm", "backbone.trainable=frozen"],
     "detach_trunk": ["regularizer.detach_trunk=true", "optimizer=adam", "regularizer.stop_fraction=0.1"],
     "auxiliary": ["regularizer=auxiliary", "balancing=uncertainty", "trainer.grad_checkpointing=true"],
-    "mtpsl": ["regularizer=mtpsl", "trainer.clip_norm=null", "trainer.channels_last=false", "optimizer=sgd"],
-    "jtr": ["regularizer=jtr"],
-    "pseudo_labels": ["regularizer=pseudo_labels", "trainer.ema=0.99"],
+    "mtpsl": [
+        "regularizer=mtpsl",
+        "balancing=avg_norm",
+        "trainer.clip_norm=null",
+        "trainer.channels_last=false",
+        "optimizer=sgd",
+    ],
+    "jtr": ["regularizer=jtr", "balancing=famo"],
+    "pseudo_labels": ["regularizer=pseudo_labels", "balancing=db_mtl", "trainer.ema=0.99"],
 }
 
 
