@@ -23,8 +23,9 @@ class AverageNorm(FixedWeights):
 
         S / |g_i|,        g_i: gradient of L_i at the weight of the last shared layer
 
-    The paper's text was not at hand, but two accounts of it: S = |g_1 + ... + g_K| (``sum``), the norm of the summed
-    gradient, is from one of them. The method's name would also fit the mean of the norms (``mean``).
+    Of the paper only the abstract was at hand, and an account of its section V-F that somebody else wrote: from there
+    is S = |g_1 + ... + g_K|, the norm of the summed gradient (``sum``). The method's name would also fit the mean of
+    the norms (``mean``).
 
     Which layer is the last one is ours: the last kernel or matrix, in the order of the model's shared parameters, that
     the losses of all objectives reach. In several processes the norms are those of the gradients of all images

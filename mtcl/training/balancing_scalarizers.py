@@ -56,7 +56,7 @@ class Scalarization(AdaptiveWeights):
         options, names = dict(options or {}), list(self.weights)
         check_options("scalarizer", scalarizer, options, names)
         try:
-            self.scalarizer = build_class(choose_class("scalarizer", scalarizer), options, names, names, device)
+            self.scalarizer: Any = build_class(choose_class("scalarizer", scalarizer), options, names, names, device)
             self.scalarizer.to(device)
             self._prepare()
         except (TypeError, ValueError) as error:
@@ -160,7 +160,7 @@ class LearnedScales(StatefulScalarization):
 
     def __init__(self, *arguments: Any, lr: float, schedule: Schedule, **options: Any):
         super().__init__(*arguments, **options)
-        self.saved_name = {"UW": "Uncertainty"}.get(self.name, self.name)  # type: ignore[misc]
+        self.saved_name = {"UW": "Uncertainty"}.get(self.name, self.name)
         optimizer = MaskedAdamW([self.learned], lr=lr, weight_decay=0.0)
         self.optimizer = ScheduledOptimizer(optimizer, schedule)
 

@@ -367,7 +367,8 @@ class Trainer:
         features = output.features[self.regularizer.feature]
         measures_gradients = self.lambda_.measures_gradients(self.step)
         if measures_gradients or with_diagnostics:
-            weights = self.balancer.weigh({name: task_loss[name] for name in self.tasks})
+            with freeze_running_statistics(self.model) if self.options.grad_checkpointing else nullcontext():
+                weights = self.balancer.weigh({name: task_loss[name] for name in self.tasks})
             total = torch.stack([weights[name] * task_loss[name] for name in self.tasks]).sum()
         if measures_gradients:
             self.lambda_.update(total, regularizer_output.losses, features)
