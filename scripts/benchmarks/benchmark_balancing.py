@@ -19,6 +19,7 @@ steps.
 """
 
 import json
+import os
 import platform
 import statistics
 from collections.abc import Sequence
@@ -26,6 +27,9 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less output of the profiler; torch reads both when it is imported
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 from omegaconf import DictConfig

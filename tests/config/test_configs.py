@@ -15,7 +15,7 @@ from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_evaluator import choose_monitor
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_regularizer, build_schedule
+from mtcl.config.build_training import build_regularizer
 from mtcl.config.resolve import plain
 from mtcl.config.schema import (
     ROLES,
@@ -29,6 +29,7 @@ from mtcl.config.schema import (
 )
 from mtcl.models.backbones import Backbone, build_backbone
 from mtcl.regularizers import Contrastive
+from mtcl.schedules import build_schedule
 
 GROUPS = [
     "backbone",

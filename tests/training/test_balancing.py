@@ -693,7 +693,14 @@ def test_a_run_writes_its_weights_down(method, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "overrides", [["balancing=uncertainty", "balancing.lr=0.3"], ["balancing=dwa", "balancing.every=1"]]
+    "overrides",
+    [
+        ["balancing=uncertainty", "balancing.lr=0.3"],
+        ["balancing=dwa", "balancing.every=1"],
+        ["balancing=famo", "balancing.options.lr=0.3"],
+        ["balancing=stch"],
+        ["balancing=avg_norm"],
+    ],
 )
 def test_two_processes_weigh_as_one(overrides, tmp_path):
     """The third step has learned weights; partial labels, so that processes lack objectives of their own."""

@@ -61,14 +61,14 @@ def take_step(toy: Toy, balancer: Balancer, number: int, names: str = "abc", rat
     toy.zero_grad(set_to_none=True)
     balancer.backward(toy.losses(number, names), toy.parameters())
     balancer.finish_step(number)
-    taken = gradients(toy)
+    step_gradients = gradients(toy)
     with torch.no_grad():
-        for name, gradient in taken.items():
+        for name, gradient in step_gradients.items():
             toy.get_parameter(name).sub_(rate * gradient)
         if balancer.measures_progress:
             balancer.observe_progress(toy.losses(number, names))
     balancer.update(number, NO)
-    return taken
+    return step_gradients
 
 
 # --- Slow references in float64: the formula of one step, from lists of numbers
@@ -124,10 +124,10 @@ def test_a_scalarizer_is_its_formula(name, names):
             losses.append(WEIGHTS[n] * double_losses(double, number)[n])
         vectors = {"weights": [VECTOR[n] for n in names], "bounds": [BOUNDS[n] for n in names]}
         (1.5 * scalarize(name, losses, vectors, state)).backward()
-        taken = take_step(toy, balancer, number, names)
+        step_gradients = take_step(toy, balancer, number, names)
         for key, gradient in gradients(double).items():
-            torch.testing.assert_close(taken[key].double(), gradient, rtol=1e-4, atol=1e-6)
-        assert taken.keys() == gradients(double).keys()
+            torch.testing.assert_close(step_gradients[key].double(), gradient, rtol=1e-4, atol=1e-6)
+        assert step_gradients.keys() == gradients(double).keys()
 
 
 def double_losses(toy: Toy, number: int) -> dict[str, Tensor]:
@@ -252,12 +252,12 @@ def test_db_mtl_is_its_formula():
             heads[name] = double.heads[name].grad
         largest = max(mean.norm() for mean in updated.values())
         total = sum(largest / (mean.norm() + 1e-8) * mean for mean in updated.values())
-        taken = toy.step(balancer, number, names, skip=torch.tensor(float(number == 3)))
+        step_gradients = toy.step(balancer, number, names, skip=torch.tensor(float(number == 3)))
         torch.testing.assert_close(
-            torch.cat([taken["trunk"].flatten(), taken["bias"]]).double(), total, rtol=1e-4, atol=1e-6
+            torch.cat([step_gradients["trunk"].flatten(), step_gradients["bias"]]).double(), total, rtol=1e-4, atol=1e-6
         )
         for name in names:
-            torch.testing.assert_close(taken[f"heads.{name}"].double(), heads[name], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(step_gradients[f"heads.{name}"].double(), heads[name], rtol=1e-4, atol=1e-6)
         if number != 3:
             means |= updated
             counts |= {name: counts[name] + 1 for name in names}
@@ -286,10 +286,10 @@ def test_an_objective_without_labels_takes_no_part(method):
         if without.measures_progress:
             without.observe_progress(other.losses(number, "ac"))
         without.update(number, NO)
-        taken, want = gradients(toy), gradients(other)
+        step_gradients, want = gradients(toy), gradients(other)
         for name in ("trunk", "bias", "heads.a", "heads.c"):
-            torch.testing.assert_close(taken[name], want[name])
-        assert not taken["heads.b"].any()
+            torch.testing.assert_close(step_gradients[name], want[name])
+        assert not step_gradients["heads.b"].any()
     toy.zero_grad(set_to_none=True)
     with_zero.backward({name: 0.0 * loss for name, loss in toy.losses(4).items()}, toy.parameters())
     with_zero.finish_step(4)
@@ -297,9 +297,9 @@ def test_an_objective_without_labels_takes_no_part(method):
         with_zero.observe_progress({name: 0.0 * loss for name, loss in toy.losses(4).items()})
     with_zero.update(4, NO)
     assert not any(gradient.any() for gradient in gradients(toy).values())
-    taken = take_step(toy, with_zero, 5)
-    assert all(gradient.isfinite().all() for gradient in taken.values())
-    assert taken["trunk"].any()
+    step_gradients = take_step(toy, with_zero, 5)
+    assert all(gradient.isfinite().all() for gradient in step_gradients.values())
+    assert step_gradients["trunk"].any()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -323,9 +323,9 @@ def test_a_skipped_step_teaches_nothing_and_a_state_goes_on_to_the_bit(method, t
     unskipped = METHODS[method](copy.deepcopy(twin))
     unskipped.load_state_dict(untouched[1])
     for number in range(6, 9):
-        taken = take_step(toy, balancer, number)
-        assert same(taken, take_step(twin, resumed, number))
-        assert all(gradient.isfinite().all() for gradient in taken.values())
+        step_gradients = take_step(toy, balancer, number)
+        assert same(step_gradients, take_step(twin, resumed, number))
+        assert all(gradient.isfinite().all() for gradient in step_gradients.values())
     state = balancer.state_dict()
     if state.keys() > {"method", "objectives"}:
         fresh = METHODS[method](Toy())
@@ -399,10 +399,10 @@ def test_batches_of_a_step_are_weighed_by_their_undivided_losses(method):
             halves = {name: loss / 2 for name, loss in parts.losses(number).items()}
             accumulated.backward(halves, parts.parameters(), 2)
         accumulated.finish_step(number)
-        taken = gradients(parts)
-        torch.testing.assert_close(taken, want, rtol=1e-4, atol=1e-6)
+        step_gradients = gradients(parts)
+        torch.testing.assert_close(step_gradients, want, rtol=1e-4, atol=1e-6)
         with torch.no_grad():
-            for name, gradient in taken.items():
+            for name, gradient in step_gradients.items():
                 parts.get_parameter(name).sub_(0.02 * gradient)
         if accumulated.measures_progress:
             accumulated.observe_progress(parts.losses(number))
@@ -498,9 +498,9 @@ def test_a_state_of_another_kind_is_refused(monkeypatch):
 )
 def test_a_resumed_training_goes_on_to_the_bit(method, tmp_path):
     """Partly labelled batches, a diagnosed step; what a step computes twice leaves no trace in running statistics."""
-    words = [*TINY, RESNET, "tasks.names=[depth,normals]", "data.label_assignment=random", f"balancing={method}"]
-    words += ["trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
-    config = composed(*words)
+    overrides = [*TINY, RESNET, "tasks.names=[depth,normals]", "data.label_assignment=random", f"balancing={method}"]
+    overrides += ["trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
+    config = composed(*overrides)
 
     def make(folder):
         torch.manual_seed(0)
