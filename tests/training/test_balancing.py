@@ -650,6 +650,8 @@ def test_a_skipped_step_and_a_resumed_run(method, tmp_path):
 def test_names_in_checkpoints_stay():
     names = {kind.saved_name for kind in (FixedWeights, DynamicWeightAveraging, GradientAggregation)}
     assert names | {uncertainty().saved_name} == {"FixedWeights", "Uncertainty", "DynamicAverage", "Aggregated"}
+    assert uncertainty().state_dict().keys() == {"method", "objectives", "log_variance", "optimizer"}
+    assert dwa(every=2).state_dict().keys() == {"method", "objectives", "windows"}
 
 
 def test_another_balancing_starts_afresh(tmp_path, caplog):
