@@ -13,18 +13,27 @@ from mtcl.evaluation.distillation_evaluator import MONITOR, DistillationEvaluato
 from mtcl.evaluation.evaluator import Evaluator
 from mtcl.regularizers import Distillation, Regularizer
 from mtcl.tasks.base import Task
+from mtcl.tasks.names import SCORES
 
 
-def choose_monitor(name: str, tasks: Mapping[str, Task], fast_boundaries: Sequence[int] | None) -> tuple[str, bool]:
+def choose_monitor(
+    name: str,
+    tasks: Mapping[str, Task],
+    fast_boundaries: Sequence[int] | None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[str, bool]:
     """Return ``task/metric`` of ``trainer.monitor`` and whether higher is better; ``auto``: the first task's primary.
 
     Without tasks it is the loss of a distillation.
 
-    Of edges, validations between training steps have their loss only, unless ``evaluation.fast_boundaries`` is given.
+    Of edges, validations between training steps have their loss only, unless ``evaluation.fast_boundaries`` is given;
+    of depth, ``abs_err`` in place of rmse if ``evaluation.options`` has the protocol ``mtan``.
     """
     metrics = {} if tasks else {MONITOR: False}
     for task in tasks.values():
-        metric, higher = task.choose_metric(() if fast_boundaries is None else (task.primary_metric,))
+        scores, protocol = SCORES[task.name], ((options or {}).get(task.name) or {}).get("protocol")
+        replaced = fast_boundaries is None if scores.fallback_protocol is None else protocol == scores.fallback_protocol
+        metric, higher = task.choose_metric(() if replaced else (task.primary_metric,))
         metrics[f"{task.name}/{metric}"] = higher
     name = next(iter(metrics)) if name == "auto" else name
     if name not in metrics:

@@ -199,7 +199,7 @@ def build_validation_policy(config: DictConfig, tasks: Mapping[str, Task]) -> Va
     """Return when to validate and which metric decides ``best.pt``."""
     settings, evaluation = config.trainer, config.evaluation
     quick = evaluation.fast_boundaries if evaluation.score_boundaries else None
-    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick)
+    monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick, plain(evaluation.options))
     validate_first = settings.validate_first and not settings.dry_run
     return ValidationPolicy(monitor, higher_is_better, settings.val_interval, validate_first)
 

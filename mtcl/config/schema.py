@@ -349,7 +349,9 @@ RULES: dict[str, Rule] = {
     "evaluation.options.depth.max_depth": POSITIVE.or_null(),
     "evaluation.options.edge.max_distance": POSITIVE.or_null(),
     "evaluation.options.edge.thresholds": count(1).or_null(),
+    "evaluation.options.semseg.protocol": TEXT,
     "evaluation.options.depth.protocol": TEXT,
+    "evaluation.options.normals.protocol": TEXT,
     "evaluation.options.sal.protocol": TEXT,
     "evaluation.options.edge.preset": TEXT,
     "optimizer.name": TEXT,
@@ -429,6 +431,8 @@ LEGACY_VALUES: dict[str, Any] = {
     "data.views_per_step": 1,
     "loss.views": "all",
     "loss.image_weighting": "pixels",
+    "evaluation.options.semseg.protocol": "standard",
+    "evaluation.options.normals.protocol": "standard",
 }
 
 

@@ -26,7 +26,14 @@ from mtcl.results.comparability import (
     join_some,
     note_missing_values,
 )
-from mtcl.results.compare import Comparison, add_delta_column, holm_p_values, make_baseline_row, paired_differences
+from mtcl.results.compare import (
+    Comparison,
+    add_delta_column,
+    add_delta_p_column,
+    holm_p_values,
+    make_baseline_row,
+    paired_differences,
+)
 from mtcl.results.rows import Row, choose_columns, fill_row, is_primary
 from mtcl.results.run_files import (
     NON_NEGATIVE_INT,
@@ -387,6 +394,7 @@ def add_delta_mtl(
         notes.append(f"warning: no Delta_MTL: the single-task value of {join_some(zero)} is 0.")
     else:
         add_delta_column(rows, base, used, "Delta_MTL", columns, notes)
+        add_delta_p_column(rows, base, columns, notes)
 
 
 def describe_runs(runs: Sequence[Run]) -> list[str]:

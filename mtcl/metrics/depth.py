@@ -11,7 +11,9 @@ from mtcl.metrics.masked import PixelMetric, check_shapes, is_finite, row_bands,
 
 
 class DepthMetric(PixelMetric):
-    """``rmse``, ``abs_rel``, ``sq_rel``, ``log_rmse`` and ``delta1..3``, pooled over all valid pixels.
+    """``rmse``, ``abs_rel``, ``sq_rel``, ``log_rmse`` and ``delta1..3``, or by ``protocol="mtan"`` two others.
+
+    All are pooled over all valid pixels.
 
     With p the prediction in metres clamped at 0, q = max(p, 1e-9) where a logarithm or a ratio needs it, z the label:
     rmse = sqrt(mean (p - z)^2) and sq_rel = mean (p - z)^2 / z in metres, abs_rel = mean |p - z| / z,
@@ -21,8 +23,14 @@ class DepthMetric(PixelMetric):
     Sources: InvPT/evaluation/eval_depth.py:30-63, MTI/evaluation/eval_depth.py:19-55,
     atrc/src/data/metrics.py:292-343.
 
+    ``mtan`` is the protocol of MTAN and LibMTL, for depth in metres or inverse depth of any unit:
+    abs_err = mean |p - z| in the unit of the label, rel_err = mean |p - z| / z, over the pixels whose label is not 0.
+    The prediction is not clamped. LibMTL weights the mean of a batch by its valid pixels, which is the pooled mean
+    (LibMTL/examples/nyu/utils.py, class ``DepthMetric``); MTAN's own code takes the plain mean of its batches' means
+    (mtan/im2im_pred/utils.py, ``depth_error``), which depends on the batches and is not computed here.
+
     Args:
-        protocol: ``standard``, or ``astmt``, whose rmse is the mean over images of each one's own
+        protocol: ``standard``; ``mtan``, see above; or ``astmt``, whose rmse is the mean over images of each one's own
             (astmt/fblib/evaluation/eval_depth.py:16-56), without the images that have no valid pixel; the other
             numbers stay pooled.
         max_depth: labels of this many metres and more are void; 80 in TaskPrompter and SAK
@@ -34,23 +42,27 @@ class DepthMetric(PixelMetric):
     """
 
     task = "depth"
-    PROTOCOLS = ("standard", "astmt")
+    PROTOCOLS = ("standard", "astmt", "mtan")
     RATIOS = (1.25, 1.25**2, 1.25**3)
-    sums: Tensor  # float64 (4,): of (p - z)^2, |p - z| / z, (p - z)^2 / z, (ln q - ln z)^2
-    counts: Tensor  # int64 (5,): valid pixels, those within the three ratios, those not finite
+    # float64 (4,): of (p - z)^2, |p - z| / z, (p - z)^2 / z, (ln q - ln z)^2; by mtan (2,): of |p - z|, |p - z| / z
+    sums: Tensor
+    counts: Tensor  # int64 (5,): valid pixels, those within the three ratios, those not finite; by mtan without ratios
     sum_image_rmse: Tensor  # float64
     num_images: Tensor  # int64
 
     def __init__(
-        self, protocol: Literal["standard", "astmt"] = "standard", max_depth: float | None = None, **kwargs: Any
+        self,
+        protocol: Literal["standard", "astmt", "mtan"] = "standard",
+        max_depth: float | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if max_depth is not None and not max_depth > 0:
             raise UserError(f"{self.task}: max_depth={max_depth} leaves no pixel; give metres above 0, or none.")
         self.protocol = validate_protocol(self.task, protocol, self.PROTOCOLS)
         self.max_depth = math.inf if max_depth is None else max_depth  # exclusive
-        self.add_sums("sums", size=(4,))
-        self.add_counts("counts", size=(2 + len(self.RATIOS),))
+        self.add_sums("sums", size=(2 if protocol == "mtan" else 4,))
+        self.add_counts("counts", size=(2 if protocol == "mtan" else 2 + len(self.RATIOS),))
         self.add_sums("sum_image_rmse")
         self.add_counts("num_images")
 
@@ -59,10 +71,11 @@ class DepthMetric(PixelMetric):
 
         Args:
             prediction: metres (B, 1, H, W); NaN or infinity counts as 0 m and as ``not_finite``.
-            label: metres (B, 1, H, W), valid where positive and finite.
+            label: metres (B, 1, H, W), valid where positive and finite; by ``mtan`` where not 0 and finite.
         """
         check_shapes(self.task, prediction, (1,), label, (1,))
-        measured = [self._measure(*band) for band in row_bands(prediction, label)]
+        measure = self._measure_mtan if self.protocol == "mtan" else self._measure
+        measured = [measure(*band) for band in row_bands(prediction, label)]
         sums, counts = (torch.stack(parts).sum(0) for parts in zip(*measured))
         squared, pixels = sums[0], counts[0]
         self.sum_image_rmse += (squared / pixels.clamp(min=1)).sqrt().sum()
@@ -89,8 +102,24 @@ class DepthMetric(PixelMetric):
             torch.stack([array.sum((1, 2, 3)) for array in counts]),
         )
 
+    def _measure_mtan(self, prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute what each image adds by the protocol ``mtan``: float64 (2, B) and int64 (2, B)."""
+        valid = (label != 0) & is_finite(label) & (label < self.max_depth)
+        finite = is_finite(prediction)
+        target = torch.where(valid, label, 1.0).double()
+        depth = torch.where(valid, torch.where(finite, prediction, 0.0), 1.0).double()
+        error = (depth - target).abs_()
+        counts = [valid, valid & ~finite]
+        return (
+            torch.stack([array.sum((1, 2, 3)) for array in (error, error / target)]),
+            torch.stack([array.sum((1, 2, 3)) for array in counts]),
+        )
+
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics of the class, and ``not_finite``."""
+        if self.protocol == "mtan":
+            absolute, relative = self.sums / self.counts[0]
+            return {"abs_err": absolute, "rel_err": relative, "not_finite": self.counts[1].clone()}
         squared, relative, squared_relative, squared_log = self.sums / self.counts[0]
         close = self.counts[1:4].double() / self.counts[0]
         return {

@@ -1,11 +1,13 @@
 """Surface normal metrics: angular errors."""
 
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+from torchmetrics.utilities import dim_zero_cat
 
-from mtcl.metrics.masked import PixelMetric, check_shapes, count, row_bands
+from mtcl.metrics.masked import PixelMetric, check_shapes, count, is_finite, row_bands, validate_protocol
 
 
 class NormalsMetric(PixelMetric):
@@ -21,18 +23,37 @@ class NormalsMetric(PixelMetric):
 
     The median comes from a histogram of 0.01 degrees: it is off by at most 0.005 degrees. The three limits are edges of
     its bins.
+
+    ``mtan`` is the protocol of MTAN and LibMTL (LibMTL/examples/nyu/utils.py, class ``NormalMetric``;
+    mtan/im2im_pred/utils.py, ``normal_error``): the angle is acos of p . g clamped to -1..1, with p made a unit vector
+    and g left as it is, over the pixels where the sum of g's components is not 0. A label that is shorter than 1 is
+    thus further away, and one whose components cancel is void. The median is exact, from all angles at once, as in
+    LibMTL: the metric keeps 4 bytes for every pixel, valid or not, on its device, and on every process those of all
+    processes when it computes, which takes 9 bytes more on the host.
+
+    Args:
+        protocol: ``standard`` or ``mtan``.
+        **kwargs: of ``torchmetrics.Metric``.
+
+    Raises:
+        UserError: the protocol is unknown.
     """
 
     task = "normals"
+    PROTOCOLS = ("standard", "mtan")
     LIMITS = (11.25, 22.5, 30.0)
     BINS_PER_DEGREE = 100  # of which the limits are multiples
     BINS = 180 * BINS_PER_DEGREE
     degrees: Tensor  # float64
     squared: Tensor  # float64
     histogram: Tensor  # int64 (BINS,)
+    angles: list[Tensor]  # only by mtan: float32 (pixels of a band,) in degrees, -1 where void
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, protocol: Literal["standard", "mtan"] = "standard", **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self.protocol = validate_protocol(self.task, protocol, self.PROTOCOLS)
+        if protocol == "mtan":
+            self.add_state("angles", [], dist_reduce_fx="cat")
         self.add_sums("degrees", "squared")
         self.add_counts("histogram", size=(self.BINS,))
         self.add_counts("not_finite", "out_of_range")
@@ -52,9 +73,15 @@ class NormalsMetric(PixelMetric):
     def _add(self, prediction: Tensor, label: Tensor) -> None:
         largest = label.abs().amax(dim=1)
         in_range = largest <= 1.001  # False for NaN
-        valid = (largest > 0) & in_range
-        angle, finite = angle_between(prediction.double().unbind(1), label.double().unbind(1))
+        if self.protocol == "mtan":
+            valid = (label.sum(dim=1) != 0) & in_range
+            angle, finite = angle_by_cosine(prediction.double(), label.double())
+        else:
+            valid = (largest > 0) & in_range
+            angle, finite = angle_between(prediction.double().unbind(1), label.double().unbind(1))
         angle = torch.where(finite, angle.rad2deg_(), 90.0)
+        if self.protocol == "mtan":  # the void among them: how many there are is not known without waiting
+            self.angles.append(torch.where(valid, angle, -1.0).float().flatten())
         cell = (angle * self.BINS_PER_DEGREE).int().clamp_(max=self.BINS - 1)
         cell -= self.BINS
         cell *= valid
@@ -74,7 +101,7 @@ class NormalsMetric(PixelMetric):
         limits = [round(limit * self.BINS_PER_DEGREE) - 1 for limit in self.LIMITS]
         return {
             "mErr": self.degrees / pixels,
-            "median": self._median(below),
+            "median": self._exact_median() if self.protocol == "mtan" else self._median(below),
             "rmse": (self.squared / pixels).sqrt(),
             **{f"within_{limit:g}": below[last].double() / pixels for limit, last in zip(self.LIMITS, limits)},
             "not_finite": self.not_finite.clone(),
@@ -85,6 +112,35 @@ class NormalsMetric(PixelMetric):
         ranks = torch.stack([(below[-1] - 1) // 2, below[-1] // 2])
         middle = torch.searchsorted(below, ranks, right=True).double()
         return ((middle + 0.5) / self.BINS_PER_DEGREE).mean().masked_fill(below[-1] == 0, torch.nan)
+
+    def _exact_median(self) -> Tensor:
+        """Return the mean of the two middle ones of all angles that were kept; NaN without a valid pixel."""
+        angles = dim_zero_cat(self.angles).cpu().numpy() if len(self.angles) else np.empty(0, np.float32)
+        angles = angles[angles >= 0]
+        # Selected on the host: torch.median returns the lower one of two middle values, and kthvalue keeps indices.
+        if not len(angles):
+            return torch.full_like(self.degrees, torch.nan)
+        middle = [(len(angles) - 1) // 2, len(angles) // 2]
+        angles.partition(middle)
+        return torch.full_like(self.degrees, angles[middle].astype(np.float64).mean())
+
+
+def angle_by_cosine(prediction: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute acos of the dot product of unit predictions and labels, clamped to -1..1.
+
+    Args:
+        prediction: vectors (B, 3, H, W) of any length.
+        label: the same shape, taken as they are.
+
+    Returns:
+        Radians (B, H, W), pi / 2 where a prediction is 0; and where they are defined: not where a component is NaN or
+        infinite.
+    """
+    length = prediction.square().sum(dim=1).sqrt_()
+    dot = (prediction * label).sum(dim=1)
+    finite = is_finite(length) & is_finite(dot)
+    cosine = torch.where(length > 0, dot / length.clamp(min=1e-300), 0.0)
+    return cosine.clamp_(-1, 1).acos_(), finite
 
 
 def angle_between(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:

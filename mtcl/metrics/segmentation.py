@@ -2,14 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mtcl.errors import UserError
-from mtcl.metrics.masked import BAND, VOID, PixelMetric, check_shapes, count_by_label, is_finite
+from mtcl.metrics.masked import (
+    BAND,
+    VOID,
+    PixelMetric,
+    check_shapes,
+    count_by_label,
+    is_finite,
+    validate_protocol,
+)
 
 
 class SegmentationMetric(PixelMetric):
@@ -28,17 +36,28 @@ class SegmentationMetric(PixelMetric):
     Args:
         num_classes: 1 to 255; 255 is void.
         class_names: in the order of the classes; they give the keys ``IoU/<name>``, which are ``IoU/<index>`` without.
+        protocol: ``standard``, or ``mtan``, which differs only where a class occurs neither in the labels nor in the
+            predictions: its IoU is 0 / 0, and so mIoU is NaN (LibMTL/examples/nyu/utils.py, class ``SegMetric``;
+            mtan/im2im_pred/utils.py, class ``ConfMatrix``).
         **kwargs: of ``torchmetrics.Metric``.
 
     Raises:
-        UserError: the number of classes or their names do not fit.
+        UserError: the number of classes or their names do not fit, or the protocol is unknown.
     """
 
     task = "semseg"
+    PROTOCOLS = ("standard", "mtan")
     confusion: Tensor  # int64 (label, prediction); the last column: no class predicted
 
-    def __init__(self, num_classes: int, class_names: Sequence[str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: Sequence[str] | None = None,
+        protocol: Literal["standard", "mtan"] = "standard",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.protocol = validate_protocol(self.task, protocol, self.PROTOCOLS)
         if not 1 <= num_classes <= VOID:
             raise UserError(f"{self.task}: num_classes={num_classes}; give 1 to {VOID} classes, {VOID} is void.")
         names = tuple(str(index) for index in range(num_classes)) if class_names is None else tuple(class_names)
@@ -88,7 +107,8 @@ class SegmentationMetric(PixelMetric):
         """
         true_positives = self.confusion.diagonal().double()
         predicted, labelled = self.confusion[:, : self.num_classes].sum(0), self.confusion.sum(1)
-        return true_positives / (predicted + labelled - true_positives).clamp(min=1e-8)
+        union = predicted + labelled - true_positives
+        return true_positives / (union if self.protocol == "mtan" else union.clamp(min=1e-8))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics of the class, ``absent_classes`` and ``not_finite``."""

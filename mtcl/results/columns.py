@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from mtcl.tasks.names import SCORES
 
-LOWER_IS_BETTER = ("rmse", "abs_rel", "sq_rel", "log_rmse", "mErr", "median", "loss", "not_finite")
+DEPTH_ERRORS = ("rmse", "abs_rel", "sq_rel", "log_rmse", "abs_err", "rel_err")
+LOWER_IS_BETTER = (*DEPTH_ERRORS, "mErr", "median", "loss", "not_finite")
 UNRANKED_METRICS = ("threshold", "absent_classes")  # of odsF, of the labels: neither good nor bad
 NOT_FINITE = "not_finite"  # number of pixels without a finite prediction
 
@@ -28,9 +29,12 @@ class Column:
 
 
 def primary_metrics(task: str) -> tuple[str, ...]:
-    """Return the metrics that may represent a task, best first; edges have odsF only if boundaries were matched."""
-    primary = SCORES[task].primary_metric
-    return tuple(dict.fromkeys(("odsF", primary, "loss"))) if task == "edge" else (primary,)
+    """Return the metrics that may represent a task, best first.
+
+    Edges have odsF only if boundaries were matched; depth has abs_err in place of rmse by the protocol ``mtan``.
+    """
+    scores = SCORES[task]
+    return (scores.primary_metric, *((scores.fallback_metric,) if scores.fallback_metric else ()))
 
 
 def make_column(task: str, metric: str) -> Column:

@@ -7,12 +7,12 @@
 import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtcl.errors import UserError, escape_control_characters
-from mtcl.metrics.delta import delta_mtl
+from mtcl.metrics.delta import MTAN_METRICS, delta_mtl, delta_p
 from mtcl.results.columns import Column
 from mtcl.results.comparability import (
     check_backbone,
@@ -129,6 +129,7 @@ def compare_runs(
         baseline_row = make_baseline_row(single_task_runs, columns)
         notes += note_different_baselines(rows, single_task_runs)
         add_delta_column(rows, baseline_row, primary, "Delta_MTL", columns, notes)
+        add_delta_p_column(rows, baseline_row, columns, notes)
         rows = [baseline_row, *rows]
     reference = choose_reference(rows, reference_runs, against, notes)
     differences = []
@@ -303,6 +304,52 @@ def add_delta_column(
     notes.append(f"{name} = (100/T) sum_t s_t (M_t - B_t) / B_t over {names}; B: mean of {base.label}.")
     if without:
         notes.append(f"warning: {join_some(without)} has no {name}: a task is missing.")
+
+
+def add_delta_p_column(rows: Sequence[Row], base: Row, columns: list[Column], notes: list[str]) -> None:
+    """Add a column of LibMTL's Delta_p in percent if all runs were scored by the protocol ``mtan``.
+
+    Args:
+        rows: the rows to fill.
+        base: the row of single-task runs of every task of the rows; B is their mean over the seeds.
+        columns: gets the new column.
+        notes: gets the formula, or a warning if there is no Delta_p.
+    """
+    filled = [row for row in rows if not row.is_baseline]
+    runs = [*base.runs, *(run for row in filled for run in row.runs)]
+    if not filled or not all(map(is_scored_by_mtan, runs)):
+        return
+    baseline: dict[str, dict[str, float]] = {}
+    for task in dict.fromkeys(task for run in base.runs for task in run.metrics):
+        of_task = [run.metrics[task] for run in base.runs if task in run.metrics]
+        baseline[task] = {n: math.fsum(one[n] for one in of_task) / len(of_task) for n in MTAN_METRICS[task]}
+    delta = Column("", "Delta_p", True, "%")
+    for row in filled:
+        try:
+            values: dict[Hashable, float] = {
+                str(run.path) if run.seed is None else run.seed: delta_p(
+                    run.metrics, {task: baseline[task] for task in run.metrics if task in baseline}
+                )
+                for run in row.runs
+            }
+        except UserError as error:
+            notes.append(f"warning: {row.label} has no Delta_p. {error}")
+            continue
+        row.values[delta] = values
+    columns.append(delta)
+    notes.append(
+        "Delta_p = (100/T) sum_t (1/M_t) sum_m s_tm (N_tm - B_tm) / B_tm over all metrics of the protocol mtan; "
+        f"B: mean of {base.label}."
+    )
+
+
+def is_scored_by_mtan(run: Run) -> bool:
+    """Return whether every task of a run was scored by the protocol ``mtan`` and has all of its metrics."""
+    return all(
+        run.config.get(f"evaluation.options.{task}.protocol") == "mtan"
+        and set(MTAN_METRICS.get(task, {"": True})) <= set(metrics)
+        for task, metrics in run.metrics.items()
+    )
 
 
 def paired_differences(row: Row, reference: Row, columns: Sequence[Column], notes: list[str]) -> Difference | None:

@@ -12,12 +12,14 @@ class TaskScores(NamedTuple):
         higher_is_better: whether that is so for the primary metric.
         units: metric -> unit; the metrics that are not listed are fractions, shown in percent.
         fallback_metric: stands for the primary metric where that is not computed; lower is better.
+        fallback_protocol: the protocol of the task's metric that computes the fallback in place of the primary metric.
     """
 
     primary_metric: str
     higher_is_better: bool
     units: Mapping[str, str]
     fallback_metric: str | None = None
+    fallback_protocol: str | None = None
 
     def choose_metric(self, available: Collection[str]) -> tuple[str, bool]:
         """Return the metric that represents the task among the ``available`` ones, and whether higher is better."""
@@ -27,11 +29,13 @@ class TaskScores(NamedTuple):
 
 
 CLASS_UNITS = {"not_finite": "", "absent_classes": ""}
+DEPTH_UNITS = {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}
+DEPTH_UNITS |= {"abs_err": "", "rel_err": ""}  # abs_err is in the unit of the label: metres, or an inverse depth
 SCORES: dict[str, TaskScores] = {
     "semseg": TaskScores("mIoU", True, CLASS_UNITS),
     "human_parts": TaskScores("mIoU", True, CLASS_UNITS),
     "sal": TaskScores("maxF", True, CLASS_UNITS),
-    "depth": TaskScores("rmse", False, {"rmse": "m", "abs_rel": "", "sq_rel": "m", "log_rmse": "", "not_finite": ""}),
+    "depth": TaskScores("rmse", False, DEPTH_UNITS, fallback_metric="abs_err", fallback_protocol="mtan"),
     "normals": TaskScores("mErr", False, {"mErr": "deg", "median": "deg", "rmse": "deg", "not_finite": ""}),
     "edge": TaskScores("odsF", True, {"loss": "", "threshold": "", "not_finite": ""}, fallback_metric="loss"),
 }

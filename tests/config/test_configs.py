@@ -318,3 +318,19 @@ def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_pa
     metrics = train(composed(*overrides), tmp_path)
     assert set(metrics) == set(build_tasks(composed(*overrides)))
     assert (tmp_path / "checkpoints" / "last.pt").is_file()
+
+
+def test_depth_by_mtan_is_monitored_by_its_absolute_error():
+    config = composed("evaluation=mtan", "tasks=single_depth")
+    tasks, options = build_tasks(config), plain(config.evaluation.options)
+    assert choose_monitor("auto", tasks, None, options) == ("depth/abs_err", False)
+    assert choose_monitor("auto", tasks, None, plain(composed("tasks=single_depth").evaluation.options)) == (
+        "depth/rmse",
+        False,
+    )
+    assert {name: one["protocol"] for name, one in options.items() if "protocol" in one} == {
+        "semseg": "mtan",
+        "depth": "mtan",
+        "normals": "mtan",
+        "sal": "standard",
+    }

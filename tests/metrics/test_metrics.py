@@ -30,6 +30,7 @@ CHANNELS = {"semseg": CLASSES, "human_parts": CLASSES, "sal": 2, "depth": 1, "no
 VARIANTS = [(task, {}) for task in COUNTED]
 VARIANTS += [("sal", {"protocol": "invpt"}), ("sal", {"protocol": "mtinet"})]
 VARIANTS += [("depth", {"protocol": "astmt"}), ("depth", {"max_depth": 6.0})]
+VARIANTS += [("semseg", {"protocol": "mtan"}), ("depth", {"protocol": "mtan"})]  # normals: test_mtan_protocol.py
 
 
 def fresh(task, **options):
@@ -60,7 +61,8 @@ def make_case(task, b=4, h=6, w=7, seed=0, void=0.25):
     return torch.from_numpy(3 * y + p), torch.from_numpy(np.where(valid[:, None], y, np.float32(0)))
 
 
-def expected_segmentation(p, y):
+def expected_segmentation(p, y, protocol="standard"):
+    del protocol  # all classes occur
     valid = y != 255
     guess, truth = p.argmax(1)[valid], y[valid]
     iou = []
@@ -110,6 +112,9 @@ def expected_saliency(p, y, protocol="standard"):
 def expected_depth(p, y, protocol="standard", max_depth=math.inf):
     valid = (y > 0) & (y < max_depth)
     images = [np.sqrt(((np.maximum(a, 0) - b)[k] ** 2).mean()) for a, b, k in zip(p, y, valid) if k.any()]
+    if protocol == "mtan":
+        error = abs(p[valid] - y[valid])
+        return {"abs_err": error.mean(), "rel_err": (error / y[valid]).mean()}
     p, y = np.maximum(p[valid], 0), y[valid]
     q = np.maximum(p, 1e-9)
     deltas = {f"delta{k}": (np.maximum(q / y, y / q) < 1.25**k).mean() for k in (1, 2, 3)}

@@ -313,6 +313,32 @@ def test_a_json_file_of_values_is_a_baseline_too_in_both_layouts(tmp_path, arms)
     )
 
 
+MTAN = {f"evaluation.options.{task}.protocol": "mtan" for task in ("semseg", "depth")}
+
+
+def test_delta_p_is_a_column_where_all_runs_were_scored_by_mtan(tmp_path):
+    def scores(*values):
+        names = (("semseg", "mIoU"), ("semseg", "pixel_accuracy"), ("depth", "abs_err"), ("depth", "rel_err"))
+        metrics = {"semseg": {}, "depth": {}}
+        for (task, name), value in zip(names, values):
+            metrics[task][name] = value
+        return metrics
+
+    multi = [write_run(tmp_path / f"m{s}", s, scores(0.44, 0.6, 0.45, 0.2 + s), MTAN) for s in (0, 1)]
+    singles = []
+    for seed, base in enumerate((scores(0.39, 0.5, 0.5, 0.1), scores(0.41, 0.7, 0.5, 0.3))):
+        for task, metrics in base.items():
+            singles.append(write_run(tmp_path / f"s{task}{seed}", seed, {task: metrics}, MTAN))
+    comparison = compare(multi, singles)
+    assert [c.key for c in comparison.columns] == ["semseg/mIoU", "depth/abs_err", "Delta_MTL", "Delta_p"]
+    assert (comparison.columns[1].unit, comparison.columns[1].higher_is_better) == ("", False)
+    # Means of the single-task runs: 0.4, 0.6, 0.5, 0.2.
+    expected = {0: 50 * ((0.1 + 0) / 2 + (0.1 + 0) / 2), 1: 50 * ((0.1 + 0) / 2 + (0.1 - 5) / 2)}
+    assert comparison.rows[1].values[comparison.columns[-1]] == pytest.approx(expected)
+    other = write_run(tmp_path / "standard", 2, scores(0.44, 0.6, 0.45, 0.2), {**MTAN, next(iter(MTAN)): "standard"})
+    assert "Delta_p" not in [c.key for c in compare([multi[0], other], singles).columns]
+
+
 def test_published_rows_as_files_give_the_published_delta_in_the_table(tmp_path, cli):
     def write(name, values):
         scaled = {t: v / 100 if HIGHER[t] else v for t, v in zip(NYUD, values)}
