@@ -7,7 +7,7 @@ import torch
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from mtcl.config.resolve import plain
+from mtcl.config.resolve import add_key_prefix, plain
 from mtcl.errors import UserError
 from mtcl.evaluation.distillation_evaluator import MONITOR, DistillationEvaluator
 from mtcl.evaluation.evaluator import Evaluator
@@ -32,8 +32,10 @@ def choose_monitor(
     metrics = {} if tasks else {MONITOR: False}
     for task in tasks.values():
         scores, protocol = SCORES[task.name], ((options or {}).get(task.name) or {}).get("protocol")
-        replaced = fast_boundaries is None if scores.fallback_protocol is None else protocol == scores.fallback_protocol
-        metric, higher = task.choose_metric(() if replaced else (task.primary_metric,))
+        available: tuple[str, ...] = () if fast_boundaries is None else (task.primary_metric,)
+        if scores.fallback_metric is not None and protocol is not None and protocol == scores.fallback_protocol:
+            available = (scores.fallback_metric,)
+        metric, higher = task.choose_metric(available)
         metrics[f"{task.name}/{metric}"] = higher
     name = next(iter(metrics)) if name == "auto" else name
     if name not in metrics:
@@ -72,6 +74,7 @@ def build_evaluator(
 def construct_metric(task: Task, options: Mapping[str, Any]) -> None:
     """Raise ``UserError`` for an option that a task's metric does not have."""
     try:
-        task.metric(**options)
+        with add_key_prefix(f"evaluation.options.{task.name}."):
+            task.metric(**options)
     except (TypeError, ValueError) as error:
         raise UserError(f"evaluation.options.{task.name} does not fit its metric: {error}") from error

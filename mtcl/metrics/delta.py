@@ -73,9 +73,7 @@ def delta_p(values: Mapping[str, Mapping[str, float]], baseline: Mapping[str, Ma
             raise UserError(f"{task} has no metric of the protocol mtan; Delta_p is over {', '.join(MTAN_METRICS)}.")
         for side in (values, baseline):
             if missing := [name for name in directions if name not in side[task]]:
-                raise UserError(
-                    f"{task} lacks {missing[0]}; score all runs by evaluation.options.{task}.protocol=mtan."
-                )
+                raise UserError(f"{task} lacks {missing[0]}; score all runs by protocol=mtan.")
         for name in directions:
             if baseline[task][name] <= 0:
                 value = baseline[task][name]

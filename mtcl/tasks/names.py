@@ -12,7 +12,8 @@ class TaskScores(NamedTuple):
         higher_is_better: whether that is so for the primary metric.
         units: metric -> unit; the metrics that are not listed are fractions, shown in percent.
         fallback_metric: stands for the primary metric where that is not computed; lower is better.
-        fallback_protocol: the protocol of the task's metric that computes the fallback in place of the primary metric.
+        fallback_protocol: the protocol of the task's metric that computes the fallback in place of the primary metric;
+            None: the fallback is always computed.
     """
 
     primary_metric: str
@@ -23,9 +24,12 @@ class TaskScores(NamedTuple):
 
     def choose_metric(self, available: Collection[str]) -> tuple[str, bool]:
         """Return the metric that represents the task among the ``available`` ones, and whether higher is better."""
-        if self.primary_metric in available or self.fallback_metric is None:
+        fallback = self.fallback_metric
+        if fallback is None or self.primary_metric in available:
             return self.primary_metric, self.higher_is_better
-        return self.fallback_metric, False
+        if self.fallback_protocol is not None and fallback not in available:
+            return self.primary_metric, self.higher_is_better
+        return fallback, False
 
 
 CLASS_UNITS = {"not_finite": "", "absent_classes": ""}

@@ -560,6 +560,20 @@ def test_the_smallest_effect_is_found_four_times_in_five():
     assert math.isnan(minimum_detectable_effect({0: 1.0}, {0: 2.0}))
 
 
+def test_a_study_scored_by_mtan_has_delta_p_beside_delta_mtl(records):
+    protocols = {task: {"protocol": "mtan"} for task in ("semseg", "depth")}
+    for one in records:
+        one["run"]["evaluation"] = {"options": protocols}
+        if "semseg" in one["metrics"]:
+            one["metrics"]["semseg"]["pixel_accuracy"] = 0.5
+        if "depth" in one["metrics"]:
+            one["metrics"]["depth"] = {"abs_err": one["metrics"]["depth"]["rmse"], "rel_err": 0.1}
+    report = build_report(STUDY, records)
+    assert [column.metric for column in report.columns[-2:]] == ["Delta_MTL", "Delta_p"]
+    mtl, p = (report.rows[1].summarize(column).mean for column in report.columns[-2:])
+    assert p == pytest.approx(mtl / 2)  # of each task's two metrics the second is that of the single-task runs
+
+
 def test_words_and_missing_runs(records):
     worse = [r for r in records if r["arm"] != "single_depth" and r["seed"] != 3]
     for one in worse:
