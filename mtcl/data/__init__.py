@@ -6,6 +6,7 @@ from mtcl.lazy_imports import import_on_use
 
 if TYPE_CHECKING:
     from mtcl.data.datasets.images import Images
+    from mtcl.data.datasets.mtan import NYUD13, CityscapesMTL
     from mtcl.data.datasets.nyud import NYUD
     from mtcl.data.datasets.pascal_context import PascalContext
     from mtcl.data.datasets.rooms import Rooms
@@ -29,12 +30,14 @@ __getattr__ = import_on_use(
         "Augment": "mtcl.data.transforms",
         "AugmentedDataset": "mtcl.data.loader",
         "Batch": "mtcl.data.sample",
+        "CityscapesMTL": "mtcl.data.datasets.mtan",
         "EpochBatchSampler": "mtcl.data.loader",
         "FeatureCache": "mtcl.data.feature_cache",
         "FeatureFormat": "mtcl.data.feature_cache",
         "Images": "mtcl.data.datasets.images",
         "MultiTaskDataset": "mtcl.data.sample",
         "NYUD": "mtcl.data.datasets.nyud",
+        "NYUD13": "mtcl.data.datasets.mtan",
         "PascalContext": "mtcl.data.datasets.pascal_context",
         "Rooms": "mtcl.data.datasets.rooms",
         "Sample": "mtcl.data.sample",
@@ -52,9 +55,11 @@ __getattr__ = import_on_use(
 
 __all__ = [
     "NYUD",
+    "NYUD13",
     "Augment",
     "AugmentedDataset",
     "Batch",
+    "CityscapesMTL",
     "EpochBatchSampler",
     "FeatureCache",
     "FeatureFormat",

@@ -260,11 +260,11 @@ def find_invalid_id(ids: Iterable[str]) -> str | None:
     return next((name for name in ids if not _ID.fullmatch(name) or not name.isprintable()), None)
 
 
-def validate_depth(array: np.ndarray, path: Path) -> np.ndarray:
-    """Return depth as float32 (H, W) in metres; 0 where there is no finite positive value."""
+def validate_depth(array: np.ndarray, path: Path, unit: str = "metres") -> np.ndarray:
+    """Return depth as float32 (H, W), 0 where there is no finite positive value; ``unit`` is for the error."""
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f" or not array.size:
         raise UserError(
-            f"{path} holds {describe_array(array)}, but depth is one floating-point array (height, width) in metres."
+            f"{path} holds {describe_array(array)}, but depth is one floating-point array (height, width) in {unit}."
         )
     valid = (array > 0) & (array < np.inf)
     return (array if valid.all() else np.where(valid, array, 0)).astype(np.float32, copy=False)

@@ -11,7 +11,7 @@ from mtcl.tasks.names import TASK_NAMES
 if TYPE_CHECKING:
     from mtcl.tasks.base import Task
     from mtcl.tasks.build import TASKS, build_metric, build_task
-    from mtcl.tasks.class_names import HUMAN_PARTS, NYUD40, VOC21
+    from mtcl.tasks.class_names import CITYSCAPES7, CITYSCAPES19, HUMAN_PARTS, NYUD13, NYUD40, VOC21
     from mtcl.tasks.depth import Depth
     from mtcl.tasks.edge import Edge
     from mtcl.tasks.human_parts import HumanParts
@@ -22,10 +22,13 @@ if TYPE_CHECKING:
 __getattr__ = import_on_use(
     __name__,
     {
+        "CITYSCAPES19": "mtcl.tasks.class_names",
+        "CITYSCAPES7": "mtcl.tasks.class_names",
         "Depth": "mtcl.tasks.depth",
         "Edge": "mtcl.tasks.edge",
         "HUMAN_PARTS": "mtcl.tasks.class_names",
         "HumanParts": "mtcl.tasks.human_parts",
+        "NYUD13": "mtcl.tasks.class_names",
         "NYUD40": "mtcl.tasks.class_names",
         "Normals": "mtcl.tasks.normals",
         "Saliency": "mtcl.tasks.sal",
@@ -39,7 +42,10 @@ __getattr__ = import_on_use(
 )
 
 __all__ = [
+    "CITYSCAPES7",
+    "CITYSCAPES19",
     "HUMAN_PARTS",
+    "NYUD13",
     "NYUD40",
     "TASKS",
     "TASK_NAMES",
