@@ -37,6 +37,7 @@ CASES = {
     "plot_study.py": (["a", "--output=b.png"], None, "--reference"),
     "predict.py": (["a.pt", "b.png", "--output=c"], ["--mode", "huge"], "--tasks"),
     "prepare_nyud.py": (["--labeled=a", "--splits=b", "--classes=c", "--out=d"], ["--workers", "-1"], "--size"),
+    "prepare_nyuv2_13.py": (["--labeled=a", "--splits=b", "--classes=c", "--out=d"], ["--workers", "-1"], "--out"),
     "prepare_pascal.py": (["--voc=a", "--context=b", "--out=c"], ["--workers", "x"], "--workers"),
     "report.py": (["a", "--output=b"], None, "--title"),
     "runs.py": (["a"], None, None),

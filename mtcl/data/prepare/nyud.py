@@ -104,7 +104,7 @@ def prepare_nyud(
     train, val = read_splits(splits, check_labeled(labeled))
     plan = Plan(labeled, out, read_classes(classes), edition)
     try:
-        jobs.start_output(out, {"made": "NYUDv2", "size": str(edition)} | _describe_sources(labeled, splits, classes))
+        jobs.start_output(out, {"made": "NYUDv2", "size": str(edition)} | describe_sources(labeled, splits, classes))
         run_jobs(functools.partial(_convert, plan), _missing_frames(out, sorted(train + val)), workers, "NYUD-v2")
         _write_lists(out, train, val)
     except OSError as error:  # of the result: what can't be read is a UserError
@@ -113,7 +113,7 @@ def prepare_nyud(
             "continues where it stopped."
         ) from error
     finally:
-        _open_cached.cache_clear()
+        close_labeled()
     return _summarize(out, edition, len(train), len(val))
 
 
@@ -166,6 +166,11 @@ def read_frame(path: Path, number: int) -> RawFrame:
         return RawFrame(*(np.ascontiguousarray(file[name][number - 1].T) for name in PIXELS))
     except OSError as error:
         raise UserError(f"{path} is damaged at frame {number} ({error}); download it again.") from error
+
+
+def close_labeled() -> None:
+    """Close the labelled file that :func:`read_frame` keeps open in this process."""
+    _open_cached.cache_clear()
 
 
 def convert_frame(frame: RawFrame, classes: np.ndarray, edition: Edition) -> dict[str, np.ndarray]:
@@ -229,7 +234,7 @@ def _whole_numbers(path: Path, key: str) -> np.ndarray:
     return array.astype(np.int64)
 
 
-def _describe_sources(labeled: Path, splits: Path, classes: Path) -> dict[str, list[str | int]]:
+def describe_sources(labeled: Path, splits: Path, classes: Path) -> dict[str, list[str | int]]:
     """Return name and size of each source file, for the stamp."""
     paths = {"labeled": labeled, "splits": splits, "classes": classes}
     return {key: [path.name, path.stat().st_size] for key, path in paths.items()}
