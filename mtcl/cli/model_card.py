@@ -19,6 +19,8 @@ from mtcl.version import __version__
 DATASETS = {  # dataset of the config -> its name on the hub, its title
     "nyud": ("nyu_depth_v2", "NYUD-v2"),
     "nyud_small": ("nyu_depth_v2", "NYUD-v2, small edition"),
+    "nyuv2_13": ("nyu_depth_v2", "NYUv2, 13 classes, in MTAN's layout"),
+    "cityscapes_mtl": ("cityscapes", "Cityscapes in MTAN's layout"),
     "pascal": ("pascal_context", "PASCAL-Context"),
 }
 PAPER = "https://arxiv.org/abs/2307.07934"

@@ -35,6 +35,7 @@ UNITS = {"metres": "m", "probability": "1"}  # by a task's prediction type; of t
 RAW_MEANINGS = {  # what a raw prediction means, by a task's prediction type
     "class": "logits of the classes; the class is the argmax over channels",
     "metres": "metres, negative ones clipped to 0",
+    "inverse_depth": "inverse depth in the unit of the labels, negative ones clipped to 0",
     "direction": "vectors to be normalised; x to the left, y up, z to the viewer",
     "probability": "a logit; its sigmoid is the probability",
 }
@@ -72,7 +73,7 @@ class ExportModule(nn.Module):
 
 def clip_prediction(task: Task, raw: Tensor) -> Tensor:
     """Clip depth at 0, as every metric and ``mtcl.load`` do."""
-    return raw.clamp(min=0) if task.prediction_type == "metres" else raw
+    return raw.clamp(min=0) if task.prediction_type in ("metres", "inverse_depth") else raw
 
 
 class InputSpec(NamedTuple):

@@ -12,6 +12,7 @@ from mtcl.metrics.boundaries.suppression import SAK, nms
 from mtcl.tasks.base import Task
 
 DEPTH_UNIT = 0.001  # metres per step of a depth file
+INVERSE_DEPTH_UNIT = 1 / 65535  # of the labels' unit per step
 
 
 def encode_classes(task: Task, array: np.ndarray) -> Image.Image:
@@ -24,6 +25,12 @@ def encode_classes(task: Task, array: np.ndarray) -> Image.Image:
 def encode_depth(_task: Task, array: np.ndarray) -> Image.Image:
     """Encode metres as 16-bit millimetres, at most 65.535 m; NaN becomes 0."""
     steps = np.nan_to_num(array / DEPTH_UNIT, nan=0, posinf=65535, neginf=0)
+    return Image.fromarray(np.round(steps).clip(0, 65535).astype(np.uint16))
+
+
+def encode_inverse_depth(_task: Task, array: np.ndarray) -> Image.Image:
+    """Encode inverse depth 0..1 in 65,535 steps of 16 bits; NaN becomes 0."""
+    steps = np.nan_to_num(array / INVERSE_DEPTH_UNIT, nan=0, posinf=65535, neginf=0)
     return Image.fromarray(np.round(steps).clip(0, 65535).astype(np.uint16))
 
 
@@ -41,12 +48,14 @@ def encode_edges(_task: Task, array: np.ndarray) -> Image.Image:
 ENCODERS: dict[str, Callable[[Task, np.ndarray], Image.Image]] = {
     "class": encode_classes,
     "metres": encode_depth,
+    "inverse_depth": encode_inverse_depth,
     "direction": encode_normals,
     "probability": encode_edges,
 }
 
 VALUE_DESCRIPTIONS: dict[str, dict[str, object]] = {
     "metres": {"metres_per_step": DEPTH_UNIT},
+    "inverse_depth": {"inverse_depth_per_step": INVERSE_DEPTH_UNIT},
     "direction": {"value": "2 v / 255 - 1", "axes": ["left", "up", "to the viewer"]},
     "probability": {"value": "v / 255"},
 }

@@ -115,7 +115,7 @@ def decode_classes(raw: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def decode_metres(raw: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    """Return metres (H, W)."""
+    """Return metres, or inverse depth, (H, W)."""
     return enlarge(raw[0], size)
 
 
@@ -138,6 +138,7 @@ def decode_probability(raw: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 DECODERS: dict[str, Callable[[np.ndarray, tuple[int, ...]], np.ndarray]] = {
     "class": decode_classes,
     "metres": decode_metres,
+    "inverse_depth": decode_metres,
     "direction": decode_directions,
     "probability": decode_probability,
 }

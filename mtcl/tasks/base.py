@@ -26,7 +26,8 @@ class Task(ABC):
         name: key of the task in configs, batches and results.
         channels: of the prediction.
         weight: of the loss; the default is that of the literature.
-        prediction_type: what a pixel of a prediction is: ``class``, ``metres``, ``direction``, ``probability``.
+        prediction_type: what a pixel of a prediction is: ``class``, ``metres``, ``inverse_depth``, ``direction``,
+            ``probability``.
         void: the value of an invalid pixel, and of padding.
         positive_threshold: label distances up to it make a positive pair for the regularizer.
         negative_threshold: label distances from it on make a negative pair.

@@ -13,6 +13,7 @@ async function decodeValues(about) {
 const formats = {
   class: (at) => (at.names[at.value(0)] ?? "void"),
   metres: (at) => (at.value(0) ? `${(at.value(0) / 1000).toFixed(2)} m` : "no depth"),
+  inverse_depth: (at) => (at.value(0) ? `inverse depth ${(at.value(0) / 10000).toFixed(4)}` : "no depth"),
   percent: (at) => `${at.value(0)} %`,
   direction: (at) => {
     const names = [["left", "right"], ["up", "down"], ["to the viewer", "away"]];

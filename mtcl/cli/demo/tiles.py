@@ -167,6 +167,12 @@ def encode_metres(_task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str,
     return np.where(np.isfinite(array), steps, 0).astype("<u2"), {"kind": "metres"}
 
 
+def encode_inverse_depth(_task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return inverse depth 0..1 in ten thousandths, at least 1; 0 for values that are not finite."""
+    steps = np.round(np.nan_to_num(10000 * array, nan=0, posinf=0, neginf=0)).clip(1, 10000)
+    return np.where(np.isfinite(array), steps, 0).astype("<u2"), {"kind": "inverse_depth"}
+
+
 def encode_probability(_task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
     """Return percent."""
     return np.round(100 * array).clip(0, 100).astype(np.uint8), {"kind": "percent"}
@@ -180,6 +186,7 @@ def encode_direction(_task: Task, array: np.ndarray) -> tuple[np.ndarray, dict[s
 VALUE_ENCODERS: dict[str, Callable[[Task, np.ndarray], tuple[np.ndarray, dict[str, Any]]]] = {
     "class": encode_classes,
     "metres": encode_metres,
+    "inverse_depth": encode_inverse_depth,
     "direction": encode_direction,
     "probability": encode_probability,
 }
