@@ -1,6 +1,8 @@
 """Check a dataset folder in full: lists, files, sizes, values, and whether labels lie on their images.
 
-python scripts/verify_data.py ROOT [--dataset nyud|nyud_small|pascal] [--workers N] [--limit N] [--sheet FILE.png]
+python scripts/verify_data.py ROOT [--dataset NAME] [--workers N] [--limit N] [--sheet FILE.png]
+
+NAME: nyud, nyud_small, pascal, nyuv2_13, cityscapes_mtl.
 
 Prints a table and writes a contact sheet. Exits with 1 if anything is damaged; deviations from the official data are
 listed and are not errors. --frequencies prints the classes' pixel shares in the training list instead.

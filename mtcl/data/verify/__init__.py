@@ -11,7 +11,7 @@ from mtcl.data.datasets.base import IMAGE, FileDataset
 from mtcl.data.prepare.jobs import STAMP_FILE
 from mtcl.data.verify.facts import FACTS, DatasetFacts, find_dataset
 from mtcl.data.verify.judge import alignment_rows, reading_rows, shares, size_rows, value_rows
-from mtcl.data.verify.lists import VerifiedList, file_rows, list_rows, open_datasets, open_lists
+from mtcl.data.verify.lists import VerifiedList, file_rows, list_rows, numbered_rows, open_datasets, open_lists
 from mtcl.data.verify.measure import Item, Measurements, measure, merge_measurements
 from mtcl.data.verify.sheet import write_sheet
 from mtcl.data.verify.table import Row, format_table
@@ -64,7 +64,14 @@ def verify(folder: Path, name: str | None = None, workers: int = 0, limit: int |
         raise UserError(f"limit={limit} leaves no image; give at least 1.")
     name, root = find_dataset(folder, name)
     facts = FACTS[name]
-    rows, ids = list_rows(root / facts.lists, facts.official)
+    if facts.numbered:
+        rows, ids = numbered_rows(root, facts.official)
+    else:
+        rows, ids = list_rows(root / facts.lists, facts.official)
+    if not ids and facts.numbered:
+        raise UserError(
+            f"{root} has no images 0.npy, 1.npy, ... in train/image or val/image; unpack the archive there."
+        )
     if not ids:
         raise UserError(f"{root / facts.lists} has neither a train.txt nor a val.txt with ids; unpack the lists again.")
     _open_datasets.cache_clear()  # the folder may have changed since the last time

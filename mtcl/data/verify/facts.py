@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mtcl.data.datasets.base import FileDataset
+from mtcl.data.datasets.mtan import NYUD13, CityscapesMTL
 from mtcl.data.datasets.nyud import NYUD
 from mtcl.data.datasets.nyud import ROOTS as NYUD_ROOTS
 from mtcl.data.datasets.pascal_context import ROOTS as PASCAL_ROOTS
@@ -12,7 +13,8 @@ from mtcl.data.datasets.pascal_context import PascalContext
 from mtcl.data.image_io import read_bytes
 from mtcl.data.prepare.jobs import STAMP_FILE
 from mtcl.errors import UserError
-from mtcl.tasks import NYUD40, VOC21
+from mtcl.tasks import CITYSCAPES7, NYUD40, VOC21
+from mtcl.tasks import NYUD13 as NYUD13_NAMES
 
 SMALL_VAL = 500  # test frames of the small edition
 
@@ -33,6 +35,22 @@ class UncheckedPascalContext(PascalContext):
         pass
 
 
+class UncheckedNYUD13(NYUD13):
+    """NYUv2 in MTAN's layout without the check for missing files."""
+
+    def check_files(self, layout: str) -> None:
+        """Accept missing files."""
+        pass
+
+
+class UncheckedCityscapesMTL(CityscapesMTL):
+    """Cityscapes in MTAN's layout without the check for missing files."""
+
+    def check_files(self, layout: str) -> None:
+        """Accept missing files."""
+        pass
+
+
 @dataclass(frozen=True)
 class DatasetFacts:
     """Facts about one dataset."""
@@ -40,7 +58,7 @@ class DatasetFacts:
     title: str
     dataset_class: type[FileDataset]
     roots: tuple[str, ...]  # the archives' own folders
-    lists: str  # the folder of the lists
+    lists: str  # the folder of the lists; of a numbered dataset, one that it has and others lack
     official: Mapping[str, int]  # list -> images
     sizes: frozenset[tuple[int, int]]  # height, width of the official images; empty: see `longest`
     longest: int  # most pixels of an image's longer side; 0: see `sizes`
@@ -49,6 +67,9 @@ class DatasetFacts:
     most: tuple[str, str] | None = None  # the most frequent class, and the most frequent other one
     floor: int | None = None  # the class whose normals point up
     indoors: bool = False  # seen from inside: what is to the left faces right
+    numbered: bool = False  # no lists: the images of train and val are numbered from 0
+    known_axes: bool = True  # of normals: left, up, to the viewer
+    inverse_depth: bool = False
     known_deviations: Mapping[str, str] = field(default_factory=dict)  # name of a check -> explanation
     notes: tuple[str, ...] = ()  # what no check can see
 
@@ -107,6 +128,32 @@ FACTS: Mapping[str, DatasetFacts] = {
         # No shares of our own were measured. That most pixels are background and most objects persons, VOC's own
         # statistics say (Table 1 of its development kit counts objects, and persons are by far the most).
         most=("background", "person"),
+    ),
+    "nyuv2_13": DatasetFacts(
+        title="NYUv2 in MTAN's layout",
+        dataset_class=UncheckedNYUD13,
+        roots=NYUD13.roots,
+        lists="train/normal",
+        official={"train": 795, "val": 654},
+        sizes=frozenset({(288, 384)}),
+        longest=0,
+        classes=NYUD13_NAMES,
+        numbered=True,
+        known_axes=False,
+        notes=("normals: the axes of MTAN's release are not documented and not checked; flips negate the first one",),
+    ),
+    "cityscapes_mtl": DatasetFacts(
+        title="Cityscapes in MTAN's layout",
+        dataset_class=UncheckedCityscapesMTL,
+        roots=CityscapesMTL.roots,
+        lists="train/image",
+        official={"train": 2975, "val": 500},
+        sizes=frozenset({(128, 256)}),
+        longest=0,
+        classes=CITYSCAPES7,
+        numbered=True,
+        inverse_depth=True,
+        notes=("semseg: the labels of 7 classes were checked (label_7, else label), those of 19 were not",),
     ),
 }
 

@@ -75,7 +75,7 @@ def value_rows(measured: Measurements, facts: DatasetFacts, tasks: Sequence[str]
             case "edge":
                 rows.append(_share_row(measured, "edge", "edge", 0.005, 0.2))
             case "depth":
-                rows += _depth_rows(measured)
+                rows += _inverse_depth_rows(measured) if facts.inverse_depth else _depth_rows(measured)
             case "normals":
                 rows += _normals_rows(measured, facts)
         void = int(measured.number(f"{task} void images"))
@@ -199,12 +199,40 @@ def _share_row(measured: Measurements, task: str, noun: str, low: float, high: f
     return _between(f"{task} pixels", float(counts[1] / max(counts[:2].sum(), 1)), low, high, noun)
 
 
+def _depth_quantiles(measured: Measurements) -> tuple[float, float, float]:
+    """Return the bounds of the bins that 1 %, half and 99 % of the valid pixels are below."""
+    cumulated = np.cumsum(measured.vector("depth histogram", len(DEPTH_EDGES) + 1))
+    bounds = np.append(DEPTH_EDGES, np.inf)
+    low, middle, high = (
+        float(bounds[np.searchsorted(cumulated, q * max(cumulated[-1], 1))]) for q in (0.01, 0.5, 0.99)
+    )
+    return low, middle, high
+
+
+def _depth_void_row(measured: Measurements) -> Row:
+    """Return a row on the share of pixels without depth."""
+    histogram = measured.vector("depth histogram", len(DEPTH_EDGES) + 1)
+    return _below("depth void", 1 - float(histogram.sum()) / max(measured.number("depth pixels"), 1), 0.4)
+
+
+def _inverse_depth_rows(measured: Measurements) -> list[Row]:
+    """Return rows on the range and the void of inverse depth."""
+    low, middle, high = _depth_quantiles(measured)
+    good = high <= 1.03  # the upper bound of the bin that 1 lies in
+    details = (f"inverse depth must be from 0 to 1; 99 % of the pixels reach {high:.3g}.",)
+    text = f"1 % {low:.3g}, half {middle:.3g}, 99 % {high:.3g}"
+    verdict: Verdict = "ok" if good else "damage"
+    return [
+        Row("depth inverse", text, "from 0 to 1", verdict, () if good else details),
+        _depth_void_row(measured),
+    ]
+
+
 def _depth_rows(measured: Measurements) -> list[Row]:
     """Return rows on the unit, the levels and the void of depth."""
     histogram = measured.vector("depth histogram", len(DEPTH_EDGES) + 1)
     count = max(histogram.sum(), 1)
-    bounds = np.append(DEPTH_EDGES, np.inf)
-    low, middle, high = (bounds[np.searchsorted(np.cumsum(histogram), q * count)] for q in (0.01, 0.5, 0.99))
+    low, middle, high = _depth_quantiles(measured)
     beyond = float(histogram[np.searchsorted(DEPTH_EDGES, 10.2) + 1 :].sum() / count)
     good = beyond <= 0.01 and 0.5 <= middle <= 8
     details = (f"depth must be metres from the camera; half of the pixels are beyond {middle:.3g}.",)
@@ -224,7 +252,7 @@ def _depth_rows(measured: Measurements) -> list[Row]:
             "deviation" if number < DISTINCT else "ok",
             (f"depth has only {number} levels: an 8-bit source",) if number < DISTINCT else (),
         ),
-        _below("depth void", 1 - float(histogram.sum()) / max(measured.number("depth pixels"), 1), 0.4),
+        _depth_void_row(measured),
     ]
 
 
@@ -251,6 +279,8 @@ def _normals_rows(measured: Measurements, facts: DatasetFacts) -> list[Row]:
     ]
     if measured.number("normals short") > 0.4 * stored:
         rows[1] = Row(rows[1].check, void, rows[1].expected, "deviation")
+    if not facts.known_axes:
+        return rows[:2]
     if floor := measured.number("normals floor pixels"):
         up = measured.vector("normals floor vectors", 3) / floor
         text = f"mean ({up[0]:+.2f}, {up[1]:+.2f}, {up[2]:+.2f})"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtcl.data.datasets.base import IMAGE, FileDataset, list_folder
+from mtcl.data.datasets.mtan import list_numbers
 from mtcl.data.image_io import INVALID_ID_MESSAGE, find_invalid_id, read_bytes
 from mtcl.data.verify.facts import DatasetFacts
 from mtcl.data.verify.table import Row
@@ -39,6 +40,28 @@ def list_rows(folder: Path, official: Mapping[str, int]) -> tuple[list[Row], dic
         rows.append(Row("lists train and val", text, "no id in both", "damage" if shared else "ok", details))
     others = sorted(path for path in list_folder(folder) if path.suffix == ".txt" and path.stem not in SUBSETS)
     rows += [_other_row(path, ids_by_subset) for path in others]
+    return rows, ids_by_subset
+
+
+def numbered_rows(root: Path, official: Mapping[str, int]) -> tuple[list[Row], dict[str, list[str]]]:
+    """Return a row on the images of train and of val, numbered from 0, and their ids (no key where there is a gap)."""
+    rows, ids_by_subset = [], {}
+    for subset in SUBSETS:
+        check, expected = f"list {subset}", f"{official[subset]}, numbered from 0"
+        folder = root / subset / "image"
+        try:
+            numbers = list_numbers(folder)
+        except UserError as error:
+            rows.append(Row(check, "incomplete", expected, "damage", (str(error),)))
+            continue
+        if not numbers:
+            rows.append(Row(check, "empty", expected, "damage", (f"{folder} holds no image 0.npy, 1.npy, ....",)))
+            continue
+        count = len(numbers)
+        ids_by_subset[subset] = [f"{subset}_{number}" for number in numbers]
+        detail = f"{count} images, the official list has {official[subset]}: results don't compare"
+        same = count == official[subset]
+        rows.append(Row(check, str(count), expected, "ok" if same else "deviation", () if same else (detail,)))
     return rows, ids_by_subset
 
 

@@ -373,7 +373,7 @@ def test_a_prepared_folder_tells_its_size(archive: Path) -> None:
 def test_known_shares_are_of_all_but_the_last_class() -> None:
     assert len(NYUD_SHARES) == 39
     assert sum(NYUD_SHARES) == pytest.approx(1, abs=1e-4)
-    assert set(FACTS) == {"nyud", "nyud_small", "pascal"}
+    assert set(FACTS) == {"nyud", "nyud_small", "pascal", "nyuv2_13", "cityscapes_mtl"}
 
 
 def test_tables_have_aligned_columns_and_wrap() -> None:
