@@ -327,6 +327,7 @@ RULES: dict[str, Rule] = {
     **{f"loss.weights.{task}": number(0).or_null() for task in TASK_NAMES},
     "loss.intermediate_weight": number(0),
     "loss.options.edge.positive_weight": number(0, 1),
+    "loss.options.normals.distance_loss": Rule("l1 or cosine", lambda v: v in ("l1", "cosine")),
     "loss.views": Rule("all or first", lambda v: v in ("all", "first")),
     "loss.image_weighting": Rule("pixels, images or tasks_per_label", lambda v: v in IMAGE_WEIGHTINGS),
     "balancing.method": TEXT,
@@ -431,6 +432,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "data.views_per_step": 1,
     "loss.views": "all",
     "loss.image_weighting": "pixels",
+    "loss.options.normals.distance_loss": "l1",
     "evaluation.options.semseg.protocol": "standard",
     "evaluation.options.normals.protocol": "standard",
 }

@@ -9,13 +9,14 @@ literature; each file cites where it was read. The weights of the losses are in 
 from mtcl.losses.cross_entropy import CrossEntropyLoss
 from mtcl.losses.depth import DepthLoss
 from mtcl.losses.edge import EdgeLoss
-from mtcl.losses.normals import NormalsLoss
+from mtcl.losses.normals import NormalsCosineLoss, NormalsLoss
 from mtcl.losses.saliency import SaliencyLoss
 
 __all__ = [
     "CrossEntropyLoss",
     "DepthLoss",
     "EdgeLoss",
+    "NormalsCosineLoss",
     "NormalsLoss",
     "SaliencyLoss",
 ]

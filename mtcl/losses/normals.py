@@ -1,4 +1,4 @@
-"""L1 loss of surface normals."""
+"""L1 and cosine loss of surface normals."""
 
 from torch import Tensor, nn
 
@@ -25,11 +25,31 @@ class NormalsLoss(nn.Module):
         Returns:
             Scalar loss.
         """
-        x, y, z = (label != 0).unbind(dim=1)
-        valid = x | y | z  # many times as fast as any(dim=1)
-        vectors = prediction.float()
-        # Not F.normalize: its norm over three channels takes most of the loss's time on the CPU. The floor bounds the
-        # gradient of a head that starts at zero.
-        direction = vectors * vectors.square().sum(dim=1, keepdim=True).clamp(min=MIN_LENGTH**2).rsqrt()
-        error = (direction - label.float()).abs().sum(dim=1)
-        return masked_mean(error, valid, image_weight)
+        error = (make_units(prediction) - label.float()).abs().sum(dim=1)
+        return masked_mean(error, find_valid(label), image_weight)
+
+
+class NormalsCosineLoss(nn.Module):
+    """Mean over valid pixels of 1 - sum_c p_c / |p| n_c.
+
+    Source: LibMTL/examples/nyu/utils.py, class ``NormalLoss``; mtan/im2im_pred/utils.py, ``model_fit``.
+    """
+
+    def forward(self, prediction: Tensor, label: Tensor, image_weight: Tensor | None = None) -> Tensor:
+        """Compute the loss; the arguments are those of :meth:`NormalsLoss.forward`, labels may be shorter than 1."""
+        error = 1 - (make_units(prediction) * label.float()).sum(dim=1)
+        return masked_mean(error, find_valid(label), image_weight)
+
+
+def make_units(vectors: Tensor) -> Tensor:
+    """Divide vectors (B, 3, H, W) by their lengths: float32."""
+    vectors = vectors.float()
+    # Not F.normalize: its norm over three channels takes most of the loss's time on the CPU. The floor bounds the
+    # gradient of a head that starts at zero.
+    return vectors * vectors.square().sum(dim=1, keepdim=True).clamp(min=MIN_LENGTH**2).rsqrt()
+
+
+def find_valid(label: Tensor) -> Tensor:
+    """Return where vectors (B, 3, H, W) are not zero: bool (B, H, W)."""
+    x, y, z = (label != 0).unbind(dim=1)
+    return x | y | z  # many times as fast as any(dim=1)

@@ -38,7 +38,7 @@ def build_task(name: str, weight: float | None = None, **options: Any) -> Task:
         name: one of :data:`TASK_NAMES`.
         weight: of its loss; None: the weight of the literature.
         **options: of the task's class: semseg ``class_names`` (required), edge ``positive_weight`` (0.95),
-            normals ``normals_valid``.
+            normals ``normals_valid`` and ``distance_loss``, depth ``inverse``.
 
     Raises:
         UserError: the name is unknown.

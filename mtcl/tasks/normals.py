@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mtcl import metrics
 from mtcl.errors import ParameterError
-from mtcl.losses import NormalsLoss
+from mtcl.losses import NormalsCosineLoss, NormalsLoss
 from mtcl.tasks.base import Task
 from mtcl.tasks.palette import RGB, VOID_COLOUR, rgb
 
@@ -32,9 +32,11 @@ class Normals(Task):
     Attributes:
         normals_valid: ``length`` takes a vector shorter than 0.5 for void (8-bit files never decode to zero) and
             makes the others unit vectors; ``standard`` takes every vector as it is, and only zero for void.
+        distance_loss: what the loss is the mean of: ``l1`` distances of the components, or ``cosine``, 1 - p . n.
     """
 
     normals_valid: Literal["length", "standard"] = "length"
+    distance_loss: Literal["l1", "cosine"] = "l1"
 
     name: str = "normals"
     channels: int = 3
@@ -51,11 +53,13 @@ class Normals(Task):
     def __post_init__(self) -> None:
         if self.normals_valid not in ("length", "standard"):
             raise ParameterError("normals_valid", f"={self.normals_valid} is not known; choose length or standard.")
+        if self.distance_loss not in ("l1", "cosine"):
+            raise ParameterError("distance_loss", f"={self.distance_loss} is not known; choose l1 or cosine.")
 
     @cached_property
     def criterion(self) -> nn.Module:
         """Return the loss module."""
-        return NormalsLoss()
+        return NormalsCosineLoss() if self.distance_loss == "cosine" else NormalsLoss()
 
     def loss(self, prediction: Tensor, label: Tensor, image_weight: Tensor | None = None) -> Tensor:
         """Compute the loss of raw predictions."""

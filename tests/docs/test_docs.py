@@ -32,7 +32,8 @@ STANDS_FOR = re.compile(
     r"\$\w+|\b(?:PATH|FILE|DIR|FOLDER|ROOT|RUN|OTHER|TIME\w*|SINGLES|NAME|METHOD|OUTPUT|VALUE|USER)\b|<\w+>|\.\.\."
 )
 FAR_AWAY = re.compile(
-    r"=hub\b|submitit|torchrun|data=nyu|data=cityscapes|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|mtcl predict \S* 0|"
+    r"=hub\b|submitit|torchrun|data=nyu|data=cityscapes|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|"
+    r"mtcl predict \S* 0|"
     r"nyud_small_cpu|outputs/singles|\bSAK_\w+\.pth"
 )
 LONG = re.compile(r"scripts/(search|study|model_table)\.py|mtcl demo")  # they have tests of their own

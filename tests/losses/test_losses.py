@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtcl.losses import CrossEntropyLoss, DepthLoss, EdgeLoss, NormalsLoss, SaliencyLoss
+from mtcl.losses import CrossEntropyLoss, DepthLoss, EdgeLoss, NormalsCosineLoss, NormalsLoss, SaliencyLoss
 
 CLASSES = 5
 CHANNELS = {"semseg": CLASSES, "human_parts": CLASSES, "sal": 2, "depth": 1, "normals": 3, "edge": 1}
@@ -127,6 +127,22 @@ def test_normals_near_zero_have_the_gradients_of_normalize():
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
     assert got.isfinite().all()
     assert got[..., 0].any()
+
+
+def test_the_cosine_loss_of_normals_is_that_of_libmtl():
+    """1 - sum(p / |p| . n over valid pixels) / their number, also of labels that are shorter than 1."""
+    prediction, label, valid = make_case("normals", (2, 4, 5), 3)
+    label *= torch.rand(2, 1, 4, 5, generator=torch.Generator().manual_seed(0)) + 0.1
+    prediction.requires_grad_()
+    loss = NormalsCosineLoss()(prediction, label)
+    p, n = prediction.detach().double().numpy(), label.double().numpy()
+    cosines = [p[b, :, i, j] @ n[b, :, i, j] / np.linalg.norm(p[b, :, i, j]) for b, i, j in np.argwhere(valid.numpy())]
+    assert loss.item() == pytest.approx(1 - sum(cosines) / len(cosines), rel=1e-5)
+    loss.backward()
+    assert not prediction.grad[~valid[:, None].expand_as(prediction)].any()
+    nothing = NormalsCosineLoss()(prediction, torch.zeros_like(label))
+    assert nothing.item() == 0
+    nothing.backward()
 
 
 def test_saliency_of_one_class_only_is_zero():

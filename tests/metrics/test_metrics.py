@@ -229,6 +229,12 @@ def one_of_two(rank, port, folder):
         with metric.sync_context():
             states = {name: getattr(metric, name).clone() for name in metric._defaults}
         result[index] = (states, values(metric))
+    exact_metrics = fresh("normals", protocol="mtan"), fresh("normals", protocol="mtan")
+    p, y = make_case("normals", b=5)
+    exact_metrics[0].update(p[rank::2], y[rank::2])
+    if rank == 0:  # the other process has no image
+        exact_metrics[1].update(p, y)
+    result["mtan"] = [values(metric) for metric in exact_metrics]
     bad = fresh("semseg")
     bad.update(torch.zeros(1, CLASSES, 1, 1), torch.tensor([[[77 if rank else 0]]]))
     with pytest.raises(UserError, match=r"1 pixel has"):  # raised by both, or one would wait for the other for ever
@@ -253,6 +259,10 @@ def test_two_processes_count_as_one(tmp_path):
                 exact = state.dtype == torch.int64
                 assert torch.allclose(state, getattr(alone, name), rtol=0 if exact else 1e-13, atol=0), (task, name)
             assert numbers == pytest.approx(values(alone), rel=1e-12)
+        alone = fresh("normals", protocol="mtan")
+        alone.update(*make_case("normals", b=5))
+        for numbers in result["mtan"]:
+            assert numbers == pytest.approx(values(alone), rel=1e-6)
 
 
 @pytest.mark.parametrize("task", ["semseg", "human_parts"])

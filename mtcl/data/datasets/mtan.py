@@ -93,10 +93,10 @@ class NumberedArrays(FileDataset):
 
     @classmethod
     def check_num_classes(cls, num_classes: int) -> None:
-        """Raise ``UserError`` for a number of classes that the release does not have."""
+        """Raise ``ParameterError`` for a number of classes that the release does not have."""
         if num_classes not in cls.class_lists:
             choices = " or ".join(map(str, cls.class_lists))
-            raise UserError(f"num_classes={num_classes} is not possible; {cls.title} has {choices} classes.")
+            raise ParameterError("num_classes", f"={num_classes} is not possible; {cls.title} has {choices} classes")
 
     def summary(self) -> str:
         """Describe the files in one line for the log."""

@@ -77,7 +77,14 @@ def test_the_tune_split_is_blocks_of_the_training_images(tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_model_is_trained_and_scored_by_mtan(nyuv2, tmp_path):
-    overrides = ["data=nyuv2_13", f"data.root={nyuv2}", "data.cache=null", "evaluation=mtan", "data.size=[6,8]"]
+    overrides = [
+        "data=nyuv2_13",
+        f"data.root={nyuv2}",
+        "data.cache=null",
+        "evaluation=mtan",
+        "loss=mtan",
+        "data.size=[6,8]",
+    ]
     metrics = train(composed(*TINY, *overrides, "trainer.max_steps=1"), tmp_path / "run")
     assert {"mIoU", "pixel_accuracy"} <= set(metrics["semseg"])
     assert set(metrics["depth"]) == {"abs_err", "rel_err", "not_finite"}
