@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     config = compose_config(args.overrides, Path(__file__).resolve().parents[1] / "configs")
     if config.data.shards is not None:
-        raise UserError(f"data.shards={config.data.shards} is what a training reads; shards are made without it")
+        raise UserError(f"data.shards={config.data.shards} is for train.py; leave it out to make shards")
     tasks = build_tasks(config)
     dataset = build_labeled_dataset(config, "train", tasks)
     result = write_shards(

@@ -240,7 +240,7 @@ def apply_overrides(
         if key in groups and key not in composed:  # @package _global_: experiment, debug, recipe
             raise UserError(f"{key}= sets keys of many groups; when evaluating, override the keys themselves")
         if override.is_delete():
-            raise UserError(f"{override.input_line}: nothing can be taken out of a checkpoint's config; set it to null")
+            raise UserError(f"{override.input_line}: a key of a checkpoint's config can't be removed; set it to null")
         if role_of(key) != COMMAND:
             with open_dict(settings):
                 OmegaConf.update(settings, key, OmegaConf.select(composed, key), merge=False)

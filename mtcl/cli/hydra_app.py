@@ -118,7 +118,7 @@ def _exit_when_stopped() -> Iterator[None]:
         sys.exit(EXIT_REQUEUE)
     except PeerLost:
         process = os.environ.get("RANK", "0")
-        print(f"process {process} ends, as another one of this run has ended", file=sys.stderr)
+        print(f"process {process} ends because another process of this run has ended", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; resume=auto continues from the last checkpoint", file=sys.stderr)

@@ -57,8 +57,8 @@ def build_feature_caches(
         )
     if config.trainer.parallel == "fsdp" and distributed.world_size() > 1:
         raise UserError(
-            "data.feature_cache runs the backbone alone, which trainer.parallel=fsdp shards; use trainer.parallel=ddp: "
-            "there are no gradients of a frozen backbone to shard"
+            "data.feature_cache runs the backbone without the model around it, which trainer.parallel=fsdp can't do; "
+            "use trainer.parallel=ddp"
         )
     if data.get("views_per_step", 1) > 1:
         raise UserError(

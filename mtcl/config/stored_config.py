@@ -106,7 +106,7 @@ def _copy_plain(value: Any, key: str, count: list[int]) -> Any:
     if isinstance(value, str):
         if "${" in value or value == "???":
             raise UserError(
-                f"{key}={truncate(value)} is to be filled in from elsewhere; a stored config has values only"
+                f"{key}={truncate(value)} refers to another value; a stored config may have plain values only"
             )
         if len(value) > MAX_TEXT_LENGTH:
             raise UserError(f"{key} is a text of {len(value):,} characters")

@@ -46,8 +46,8 @@ def run_jobs(work: Callable[[T], R], items: Sequence[T], workers: int, label: st
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {workers} processes died: for want of memory (use fewer), or because the program that started "
-                'them lacks `if __name__ == "__main__":`.'
+                f"one of {workers} processes died: either memory ran out (use fewer), or the program that started them "
+                'lacks `if __name__ == "__main__":`.'
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

@@ -169,7 +169,7 @@ def count_parameters(program: torch.export.ExportedProgram, model: DenseModel) -
     """Count the parameters; ``UserError`` where some are not the model's (a regulariser's)."""
     foreign = set(program.state_dict) - {f"model.{name}" for name in model.state_dict()}
     if foreign:
-        raise UserError(f"this model brings along {min(foreign)}, which is none of its weights; nothing was kept")
+        raise UserError(f"the exported program holds {min(foreign)}, which is none of its weights; nothing was written")
     return sum(parameter.numel() for parameter in program.parameters())
 
 

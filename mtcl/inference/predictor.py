@@ -179,8 +179,8 @@ class Predictor:
             if name not in self.overflowed and not bool(torch.isfinite(raw).all()):
                 self.overflowed.add(name)
                 log.warning(
-                    "the model's prediction of %s has NaN or infinite pixels, which mean nothing (are the weights "
-                    "damaged, or does precision=fp32 help?)",
+                    "the model's prediction of %s has NaN or infinite pixels; do not use them (the weights may be "
+                    "damaged; try precision=fp32)",
                     name,
                 )
 

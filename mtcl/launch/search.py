@@ -466,7 +466,9 @@ def compute_objective(search: Search, metrics: Mapping[str, Mapping[str, float]]
                  for name in primary_metrics(task)}  # fmt: skip
         name = next((n for n in means if not math.isnan(means[n] + metrics[task].get(n, math.nan))), None)
         if name is None:
-            raise UserError(f"no value of {task}'s {primary_metrics(task)[0]}, here or in what it is compared with.")
+            raise UserError(
+                f"{primary_metrics(task)[0]} of {task} is missing in this run or in the run it is compared with."
+            )
         values[task], against[task] = metrics[task][name], means[name]
         direction[task] = make_column(task, name).higher_is_better
     return delta_mtl(values, against, direction)

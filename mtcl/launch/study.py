@@ -282,7 +282,7 @@ def check_same_settings(job: StudyJob, environment: Mapping[str, str]) -> None:
     elif run.record.is_file():
         earlier = {"overrides": read_record(run.record).get("overrides", []), "environment": environment}
     else:
-        raise UserError(f"{job.folder} has a run of another origin than this study; {advice}.")
+        raise UserError(f"{job.folder} has a run that this study did not start; {advice}.")
     settings = (earlier.get("overrides", []), earlier.get("environment", {})), (job.overrides, environment)
     if changes := describe_changes(*settings):
         raise UserError(f"{job.folder} was made by other settings ({changes}); {advice}.")

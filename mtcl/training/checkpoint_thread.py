@@ -95,7 +95,9 @@ class CheckpointWriter:
         if lock is not None:
             lock.relock()
         if self.has_written and not self.folder.is_dir():
-            log.warning("%s vanished during the run: it is made anew, earlier checkpoints are lost", self.folder)
+            log.warning(
+                "%s vanished during the run: it is created again, but earlier checkpoints are lost", self.folder
+            )
 
     def _save(self, name: str, content: Mapping[str, Any]) -> None:
         path = self.folder / f"{name}.pt"

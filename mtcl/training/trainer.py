@@ -495,7 +495,10 @@ class Trainer:
             set_rng_state(states[distributed.rank()], self.device)
         else:
             log.warning(
-                "the checkpoint is of %d processes, this run of %d: dropout is drawn anew", len(states), num_processes
+                "the checkpoint is of %d processes, this run of %d: dropout draws other random numbers than it would "
+                "with the same number of processes",
+                len(states),
+                num_processes,
             )
 
     def save(self, name: str) -> None:
@@ -509,8 +512,8 @@ class Trainer:
         largest = self.weights.global_norm(torch.nn.utils.get_total_norm(parameters, norm_type=math.inf))
         if not math.isfinite(largest.item()):
             raise UserError(
-                f"weights of the model were not finite by step {self.step}; lower the learning rate or the norm at "
-                "which gradients are clipped (checkpoints hold the last good state)"
+                f"at step {self.step} the model has weights that are NaN or infinite; lower the learning rate or the "
+                "norm at which gradients are clipped (the checkpoints hold the last good state)"
             )
         self._synchronize_buffers()
         checkpoint = self.checkpoint()

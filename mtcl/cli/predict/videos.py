@@ -55,7 +55,9 @@ def predict_video(source: str | int, name: str, job: Job) -> None:
         if first is None and is_video:
             raise UserError(f"{source} has no frame that can be read; is it complete, and a video that OpenCV reads?")
         if first is None:
-            raise UserError(f"camera {source} can't be opened; is it connected, free, and yours to use?")
+            raise UserError(
+                f"camera {source} can't be opened; is it connected, does another program use it, may you use it?"
+            )
         record.begin([f"{name}.mp4", *[f"{name}/"] * settings.save_frames])
         with (
             convert_disk_errors(target, "run it again"),

@@ -89,7 +89,7 @@ def _thin_at_thresholds(
     if prediction.dtype == np.uint8:
         passed = np.searchsorted(thresholds, np.arange(256) / 255, side=side)[prediction]
     elif np.isnan(prediction).any():
-        raise UserError(f"{int(np.isnan(prediction).sum())} pixels of an edge map are NaN; look for the cause there.")
+        raise UserError(f"{int(np.isnan(prediction).sum())} pixels of an edge map are NaN; correct what made this map.")
     else:
         passed = np.searchsorted(np.asarray(thresholds, prediction.dtype), prediction, side=side)
     rows, columns = np.nonzero(passed)

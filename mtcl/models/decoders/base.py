@@ -73,4 +73,4 @@ class Decoder(nn.Module, ABC):
             parts = name.split(".")
             if task in parts and parameter.ndim > 1 and not any("logits" in part for part in parts):
                 return parameter
-        raise UserError(f"this decoder has no layers of {task} alone before its logits; choose another decoder")
+        raise UserError(f"before its logits, this decoder has no layer that only {task} uses; choose another decoder")
