@@ -239,6 +239,12 @@ RULES: dict[str, Rule] = {
     "decoder.steps": count(1, 1000),
     "decoder.blocks": BLOCKS,
     "decoder.noise_at_inference": FLAG,
+    "decoder.label_scale": POSITIVE,
+    "decoder.separate_tasks": Rule(
+        "a list of different names of tasks",
+        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v) and len(set(v)) == len(v),
+    ),
+    **{f"decoder.class_thresholds.{task}": number(0, 1).or_null() for task in TASK_NAMES},
     "decoder.num_experts": count(1, 1000),
     "decoder.kernel": count(1, 31),
     "decoder.gate_width": WIDTH,

@@ -20,7 +20,8 @@ _NAMES = """
     conv_mlp crpe_window depth depth_mult depth_multiplier depths dim_mul dims down_kernel_size downsamples
     drop_block_rate drop_path_rate drop_rate dynamic_img_pad dynamic_img_size embed_dim embed_dims expand_ratio
     feature_location ffn_ratio final_norm fix_init fix_stem focal_levels focal_windows global_attn_indexes
-    global_block_counts global_pos_size growth_rate growth_rates head_dim head_mul heads hidden_sizes img_size
+    global_block_counts global_pool global_pos_size
+    growth_rate growth_rates head_dim head_mul heads hidden_sizes img_size
     init_values inner_dim intermediate_size kernel_size kernel_sizes key_dim layer_scale layer_scale_init_value
     layer_scale_init_values layers layerscale_value levels linear ls_init_value mask_unit_attn mask_unit_size
     merge_size mlp_bias mlp_ratio mlp_ratios neck_chans no_embed_class norm_eps norm_layer num_blocks num_heads

@@ -19,12 +19,15 @@ class DenseModel(nn.Module, ABC):
         mean: RGB mean of the normalisation that the model expects, for images scaled to 0..1.
         std: RGB standard deviation of that normalisation.
         feature_channels: feature name -> task -> C_t of the maps in :attr:`DenseOutput.features`.
+        reads_labels: whether :meth:`forward` takes a training batch's labels as well, as an :class:`EncoderDecoder`'s
+            does for its decoder (:attr:`Decoder.reads_labels`).
     """
 
     backbone: Backbone
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     feature_channels: dict[str, dict[str, int]]
+    reads_labels: bool = False
 
     @abstractmethod
     def forward(self, image: Tensor | EncodedImage) -> DenseOutput:
@@ -72,15 +75,18 @@ class EncoderDecoder(DenseModel):
             backbone.freeze_unused(decoder.used_levels)
         self.mean, self.std = backbone.mean, backbone.std
         self.feature_channels = decoder.feature_channels
+        self.reads_labels = decoder.reads_labels
 
-    def forward(self, image: Tensor | EncodedImage) -> DenseOutput:
+    def forward(self, image: Tensor | EncodedImage, labels: Mapping[str, Tensor] | None = None) -> DenseOutput:
         """Return the decoder's output with predictions cropped to the image.
 
         Args:
             image: normalised (B, 3, H, W), or the backbone's maps of it.
+            labels: task -> label in batch layout, for a decoder that reads labels in training; None: without.
         """
         encoded = self.encode(image) if isinstance(image, Tensor) else image
-        output = self.decoder(encoded.maps, encoded.frame)
+        more = (labels,) if self.reads_labels else ()
+        output = self.decoder(encoded.maps, encoded.frame, *more)
         return output._replace(
             predictions=crop_to_image(output.predictions, encoded.size),
             intermediate=[crop_to_image(maps, encoded.size) for maps in output.intermediate],

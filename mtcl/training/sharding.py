@@ -237,8 +237,9 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _channels_last(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+def _channels_last(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    image, *labels = inputs
+    return (image.contiguous(memory_format=torch.channels_last), *labels)
 
 
 def _broadcast_state(module: nn.Module) -> None:

@@ -51,7 +51,7 @@ class TrainingStep(nn.Module):
         Returns:
             the model's output and the regulariser's, None without a ``draw``.
         """
-        output = self.model(image)
+        output = self.model(image, labels) if self.model.reads_labels else self.model(image)
         if self.regularizer is None or draw is None:
             return output, None
         # Where lambda is 0 the model's graph, and so its gradient, stays unchanged. This comes before the

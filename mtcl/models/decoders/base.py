@@ -23,11 +23,14 @@ class Decoder(nn.Module, ABC):
         feature_channels: feature name -> task -> C_t of the maps in :attr:`DenseOutput.features`.
         used_levels: indices of the backbone feature maps that the decoder reads; None: all of them.
         builds_features: False: :meth:`forward` may leave out features that cost time of their own.
+        reads_labels: whether :meth:`forward` takes ``labels`` in training: task -> label in batch layout, of the image,
+            as its last argument, None by default. Predictions in evaluation mode must not depend on them.
     """
 
     feature_channels: dict[str, dict[str, int]]
     used_levels: Collection[int] | None = None
     builds_features: bool = True
+    reads_labels: bool = False
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], tasks: Mapping[str, int]):
         super().__init__()

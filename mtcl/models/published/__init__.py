@@ -4,7 +4,7 @@ One module per method holds the rules from its authors' key names to ours. To ad
 ``METHOD`` and list it below.
 """
 
-from mtcl.models.published import atrc, diffusion_mtl, invpt, mti_net, pad_net, sak, taskprompter
+from mtcl.models.published import atrc, diffusion_mtl, invpt, mti_net, pad_net, sak, task_diffusion, taskprompter
 from mtcl.models.published.translation import (
     Method,
     Rule,
@@ -14,7 +14,8 @@ from mtcl.models.published.translation import (
 )
 
 METHODS: dict[str, Method] = {
-    module.METHOD.name: module.METHOD for module in (atrc, diffusion_mtl, invpt, mti_net, pad_net, sak, taskprompter)
+    module.METHOD.name: module.METHOD
+    for module in (atrc, diffusion_mtl, invpt, mti_net, pad_net, sak, task_diffusion, taskprompter)
 }
 
 __all__ = ["METHODS", "Method", "Rule", "check_state_dict", "read_published_checkpoint", "translate_state_dict"]
