@@ -71,6 +71,7 @@ EXPERIMENTS = {
     "mqtransformer": "pascal_mqtransformer_swin_tiny",
     "diffusion_mtl": "pascal_onelabel_diffusion_mtl_resnet18",
     "task_tokens": "nyud_onelabel_task_tokens_resnet18",
+    "task_diffusion": "nyud_task_diffusion_vit_large",
     "task_expert": "nyud_task_expert_vit_large",
     "linear": "nyud_linear_dinov2_vit_base",
     "dpt": "nyud_dpt_dinov2_vit_base",

@@ -64,7 +64,10 @@ FAST = {
     "nyud_sak_vit_base",
 }
 EXPERIMENTS = choices("experiment")
-DECODERS = "multi_head|deeplab|pad_net|mti_net|atrc|invpt_plus_plus|invpt|taskprompter|mqtransformer|task_expert|sak"
+DECODERS = (
+    "multi_head|deeplab|pad_net|mti_net|atrc|invpt_plus_plus|invpt|taskprompter|mqtransformer|task_expert|"
+    "task_diffusion|sak"
+)
 PUBLISHED = [name for name in EXPERIMENTS if re.fullmatch(rf"(nyud|pascal)_({DECODERS})_(?!dinov).*", name)]
 composed = functools.cache(compose_words)  # no test here changes a config
 
@@ -195,6 +198,8 @@ SETTINGS = {
     "nyud_invpt_vit_large": ("adam", 2e-5, 1e-6, 6, 40000, None),
     "pascal_taskprompter_vit_base": ("adam", 2e-5, 1e-6, 4, 40000, 10.0),
     "nyud_taskprompter_vit_large": ("adam", 1e-5, 1e-6, 4, 40000, 10.0),
+    "pascal_task_diffusion_vit_base": ("adam", 2e-5, 1e-6, 4, 40000, 10.0),
+    "nyud_task_diffusion_vit_large": ("adam", 1e-5, 1e-6, 4, 40000, 10.0),
     "nyud_sak_vit_base": ("adamw", 2e-5, 1e-6, 4, 40000, 10.0),
     "pascal_sak_vit_base": ("adamw", 2e-5, 1e-6, 4, 40000, 10.0),
     "nyud_mqtransformer_swin_large": ("sgd", 1e-3, 5e-4, 8, 40000, None),
@@ -232,6 +237,7 @@ def test_published_experiments_say_what_they_reproduce(experiment):
                       "resnet50": "resnet50_dilated"}.get(backbone, backbone)  # fmt: skip
     assert (choice["data"], choice["decoder"], choice["backbone"]) == (data, decoder, expected_files)
     edge = 0.8 if data == "nyud" and choice["recipe"] in ("atrc", "mqtransformer") else 0.95
+    edge = 0.9 if experiment == "nyud_task_diffusion_vit_large" else edge
     assert config.loss.options.edge.positive_weight == edge
 
 

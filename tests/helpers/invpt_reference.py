@@ -117,11 +117,14 @@ class Reference:
         return {t: self.to(p, size) for t, p in heads.items()}, {t: self.to(p, size) for t, p in preliminary.items()}
 
     def vit(self, image: Tensor) -> list[Tensor]:
-        """Tokens without the class token after each quarter of the blocks; the last ones normalised."""
+        """Tokens of the patches after each quarter of the blocks; the last ones normalised. A class token is one of the
+        tokens where the state has one; its position is in the embedding in any case."""
+        prefix = int("backbone.cls_token" in self.state)
         depth = sum(key.endswith("attn.qkv.weight") for key in self.state)
         x = self.conv("backbone.patch_embed.proj", image, stride=16).flatten(2).transpose(1, 2)
-        x = torch.cat([self.state["backbone.cls_token"].expand(len(x), -1, -1), x], dim=1)
-        x = x + self.state["backbone.pos_embed"]
+        if prefix:
+            x = torch.cat([self.state["backbone.cls_token"].expand(len(x), -1, -1), x], dim=1)
+        x = x + self.state["backbone.pos_embed"][:, 1 - prefix :]
         features = []
         for i in range(depth):
             block = f"backbone.blocks.{i}"
@@ -132,8 +135,8 @@ class Reference:
             x = x + self.linear(f"{block}.attn.proj", torch.cat(heads, dim=-1))
             x = x + self.mlp(f"{block}.mlp", self.norm(f"{block}.norm2", x, 1e-6))
             if (i + 1) % (depth // 4) == 0 and i + 1 < depth:
-                features.append(x[:, 1:])
-        return [*features, self.norm("backbone.norm", x, 1e-6)[:, 1:]]
+                features.append(x[:, prefix:])
+        return [*features, self.norm("backbone.norm", x, 1e-6)[:, prefix:]]
 
     def decode(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         height, width = (side // 2 for side in features[3].shape[-2:])

@@ -14,6 +14,7 @@ DECODERS = {
     "taskprompter": ["decoder.width=8", "decoder.head_width=8"],
     "diffusion_mtl": ["decoder.width=8", "decoder.head_width=8", "decoder.blocks=2"],
     "task_tokens": ["decoder.width=8", "decoder.trunk_width=12", "decoder.head_width=8", "decoder.dropout=0"],
+    "task_diffusion": ["decoder.width=8", "decoder.blocks=1", "decoder.steps=2"],
     "task_expert": ["decoder.width=8", "decoder.gate_width=8", "decoder.head_width=8"],
     "linear": [],
     "sak": [],
