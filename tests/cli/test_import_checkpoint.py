@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from helpers import task_diffusion_reference
 from helpers.common import ROOT, composed
 from helpers.invpt_reference import IDLE, Reference, published_shapes, random_state
 from omegaconf import OmegaConf
@@ -92,6 +93,32 @@ def test_invpt_predicts_as_published(data, tmp_path):
         assert prediction.std() > 1e-2
         torch.testing.assert_close(prediction, predictions[task], rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(output.intermediate[0][task], preliminary[task], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("data", ["pascal", "nyud"])
+def test_task_diffusion_predicts_as_published(data, tmp_path):
+    """Its ViT has no class token; noise is that from which our inference starts."""
+    overrides = [f"data={data}", "decoder=task_diffusion", "backbone=vit_large", f"data.size=[{SIZE[0]},{SIZE[1]}]",
+                 "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2,drop_path_rate:0.15}"]  # fmt: skip
+    channels = list_channels(overrides)
+    state = random_state(task_diffusion_reference.published_shapes(channels, SIZE, dim=24, depth=4, width=12, blocks=2))
+    source = write(tmp_path / "theirs.pth.tar", state)
+    imported = import_checkpoint("task_diffusion", source, tmp_path / "ours.pt", overrides, CONFIGS)
+    assert (imported.unused_keys, imported.num_tensors) == ([], len(state))
+    assert imported.config_overrides["decoder.width"] == 12
+    model, _ = rebuilt(tmp_path / "ours.pt")
+    assert len(model.state_dict()) == len(state)
+
+    image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        predictions = model.predict(image)
+        noise = model.decoder._start(1, SIZE[0] // 16, SIZE[1] // 16)
+        exact = {key: value.double() for key, value in state.items()}
+        reference = task_diffusion_reference.Reference(exact, list(channels), vit_heads=2)
+        want = reference.predict(image.double(), noise.double())
+    for task, prediction in predictions.items():
+        assert prediction.std() > 1e-2
+        assert (prediction - want[task]).abs().max() < 2e-3 * want[task].std()
 
 
 @pytest.mark.parametrize("tasks", ["pascal", "nyud"])
