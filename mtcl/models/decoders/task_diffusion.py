@@ -554,7 +554,7 @@ def pad_to_frame(x: Tensor, frame: Size, value: float) -> Tensor:
 def _to_value(prediction: Tensor, kind: str) -> Tensor:
     """Convert a raw prediction (B, C, h, w) to the values of a label."""
     if kind == "metres":
-        return prediction.clamp(0, MAX_DEPTH)
+        return prediction.clamp(0.0, MAX_DEPTH)  # an int and a float cannot become ONNX
     return F.normalize(prediction, dim=1) if kind == "direction" else prediction.sigmoid()
 
 
