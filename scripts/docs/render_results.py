@@ -8,7 +8,7 @@ that label. ``--add-output`` stores the output of a command, from FILE, to be re
 ``docs/results/TABLE/`` contains a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
 table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md,
 docs/models.md, docs/foundation_backbones.md and README.md. A study as ``<!-- table: TABLE means -->`` is rendered
-without differences, notes and settings.
+without differences, notes and settings, as ``<!-- table: TABLE holm -->`` with verdicts of ``study.py --holm``.
 """
 
 import json
@@ -31,7 +31,7 @@ DOCUMENTS = (
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models", "foundation_backbones")),
     ROOT / "README.md",
 )
-BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means)? -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means| holm)? -->\n.*?<!-- end -->", re.DOTALL)
 SHARED_KEYS = ("num_images", "split", "step", "device")  # of run.json: equal in all rows of one table
 
 
@@ -99,12 +99,12 @@ def render_tables(text: str) -> str:
 
     def block(match: re.Match[str]) -> str:
         name, part = match["name"], match["part"] or ""
-        return f"<!-- table: {name}{part} -->\n{render_table(name, bool(part))}\n<!-- end -->"
+        return f"<!-- table: {name}{part} -->\n{render_table(name, part.strip())}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
 
 
-def render_table(name: str, means_only: bool = False) -> str:
+def render_table(name: str, part: str = "") -> str:
     """Return the Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
     path, folder = RESULTS / f"{name}.json", RESULTS / name
     if path.is_file() and folder.is_dir():
@@ -117,18 +117,19 @@ def render_table(name: str, means_only: bool = False) -> str:
             f"a document asks for the table {name}, but there is no {path.relative_to(ROOT)} and no folder of that name"
         )
     try:
-        return render_study(folder, means_only)
+        return render_study(folder, part)
     except UserError as error:
         raise UserError(f"the study {name} can't be rendered: {error}") from error
 
 
-def render_study(folder: Path, means_only: bool) -> str:
-    """Return the Markdown of a study."""
+def render_study(folder: Path, part: str) -> str:
+    """Return the Markdown of a study: all of it, its ``means`` only, or with verdicts corrected by ``holm``."""
     study, records, command = read_results(folder)
-    results = build_report(study, records)
-    if means_only:
+    results = build_report(study, records, holm=part == "holm")
+    if part == "means":
         return f"{format_means(results)}\n\n```sh\n{current_command(command)}\n```"
-    return format_markdown(results, current_command(command)).rstrip("\n")
+    options = " --holm" if part == "holm" else ""
+    return format_markdown(results, current_command(command) + options).rstrip("\n")
 
 
 def add(name: str, label: str, command: str, run: Path) -> None:
