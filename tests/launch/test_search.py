@@ -367,7 +367,7 @@ def test_an_edge_stands_with_its_loss_until_both_have_odsf(file):
     metrics["edge"]["loss"] = 0.04
     assert compute_objective(search, metrics, base) == pytest.approx(20 / 4)
     del metrics["edge"]["loss"]
-    with pytest.raises(UserError, match="no value of edge's odsF"):
+    with pytest.raises(UserError, match="odsF of edge is missing"):
         compute_objective(search, metrics, base)
 
 
