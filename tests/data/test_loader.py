@@ -246,6 +246,7 @@ def test_too_few_open_files_for_workers_are_one_sentence_and_never_a_wait(spare:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow  # ten seconds pass until torch gives its worker up
 def test_a_batch_that_can_not_be_sent_is_told_by_its_worker() -> None:
     """A lambda can't be sent; Python's queue would print a trace and the other side wait for ever."""
     loader = eval_loader(READER, TASKS, None, 2, workers=1)
