@@ -270,12 +270,22 @@ def test_without_a_reader_and_in_an_ascii_locale_a_run_is_whole(tmp_path):
 def test_a_run_that_is_told_to_end_says_only_that_it_saved(tmp_path, number):
     folder = tmp_path / "run"
     command = [sys.executable, "train.py", *QUICK, *ENDLESS, f"hydra.run.dir={folder}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 100
-    while not (folder / "log.jsonl").is_file() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, output = process.communicate(timeout=60)
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # under nohup SIGHUP is ignored, and so inherited
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (folder / "log.jsonl").is_file() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, output = process.communicate(timeout=60)
+    finally:
+        process.kill()  # it would train on after a failure
     assert process.returncode == 75
     lines = [line for line in output.replace("\r", "\n").splitlines() if line and not line.startswith("train:")]
     assert len(lines) == 1, output

