@@ -36,10 +36,10 @@ def measure_strengths(folders: Iterable[Path]) -> dict[str, float]:
             if record.get("kind") != "contrast":
                 continue
             for task in TASK_NAMES:
-                pair = [record.get(f"gradient/{task}/norm_{part}") for part in ("contrast", "task")]
-                if all(pair) and all(map(math.isfinite, pair)):
-                    for position, length in enumerate(pair):
-                        lengths[task][position] += length
+                contrast, task_loss = (record.get(f"gradient/{task}/norm_{part}") for part in ("contrast", "task"))
+                if contrast and task_loss and math.isfinite(contrast + task_loss):
+                    lengths[task][0] += contrast
+                    lengths[task][1] += task_loss
     return {task: contrast / task_loss for task, (contrast, task_loss) in lengths.items()}
 
 
