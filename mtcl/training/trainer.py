@@ -348,7 +348,7 @@ class Trainer:
             for batch in batches:
                 image, labels = prepare_input(batch, self.model, self.device)
                 with autocast(self.device, self.options.precision):
-                    output = self.model(image)
+                    output = self.model(image, labels) if self.model.reads_labels else self.model(image)
                 if self.options.loss_views == "first":
                     output, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
                 losses.append(self.task_losses(output, labels))

@@ -175,7 +175,7 @@ def test_the_published_atrc_fits(experiment):
 
 
 def save_as_lightning(path, state, monkeypatch, **options):
-    """As Lightning 1.1 saves, whose callbacks are classes; numpy's scores are those of MTI-Net's code."""
+    """Save as Lightning 1.1 does, whose callbacks are classes; numpy's scores are those of MTI-Net's code."""
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = ModuleType(name)
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})

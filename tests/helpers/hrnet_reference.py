@@ -1,4 +1,4 @@
-"""What public code on HRNets saves and computes, said anew and as plainly as possible.
+"""Restate as plainly as possible what public code on HRNets saves and computes.
 
 Key names with their shapes, and networks as functions of a state dict under those names, in evaluation mode: HRNet with
 bilinear resizing, MTI-Net and PAD-Net of Vandenhende et al., ATRC of Brüggemann et al. Read in their repositories
@@ -195,7 +195,7 @@ class Reference:
         return (x + shortcut).relu()
 
     def sequence(self, name: str, x: Tensor) -> Tensor:
-        """As many residual blocks as there are."""
+        """Run all residual blocks that the state has."""
         i = 0
         while self.has(f"{name}.{i}.conv1"):
             x = self.block(f"{name}.{i}", x)

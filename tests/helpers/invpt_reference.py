@@ -1,4 +1,4 @@
-"""What InvPT's public code saves and computes, said anew and as plainly as possible.
+"""Restate as plainly as possible what InvPT's public code saves and computes.
 
 Key names with their shapes, and the network as functions of a state dict under those names. For even sizes only, as
 there; evaluation mode.

@@ -1,4 +1,4 @@
-"""What TaskDiffusion's public code saves and computes, said anew and as plainly as possible.
+"""Restate as plainly as possible what TaskDiffusion's public code saves and computes.
 
 Key names with their shapes, and the network as functions of a state dict under those names, one image at a time. Batch
 norms use their running statistics. Labels are read as ours are: void pixels are left out, padding is void.

@@ -204,7 +204,7 @@ def test_any_split_into_batches_gives_the_same(task, options, order, cuts):
 
 @pytest.mark.parametrize(("task", "options"), [*VARIANTS, ("edge", {"score_boundaries": False})])
 def test_ranks_add_up(task, options):
-    """What torchmetrics does over ranks: every state is the sum of the ranks' states."""
+    """Join states as torchmetrics does over ranks: every state is the sum of the ranks' states."""
     p, y = make_case(task)
     together, ranks = fresh(task, **options), [fresh(task, **options), fresh(task, **options)]
     together.update(p, y)

@@ -143,7 +143,7 @@ def test_the_median_is_exact(angles):
 
 
 def test_normals_of_two_processes_are_those_of_one():
-    """What torchmetrics does over ranks: sums are added, the lists of angles are concatenated."""
+    """Join states as torchmetrics does over ranks: sums are added, the lists of angles are concatenated."""
     batches = make_batches("normals", 5)
     ranks = [make_metric("normals"), make_metric("normals"), make_metric("normals")]
     for rank, batch in zip((0, 1, 1), batches):

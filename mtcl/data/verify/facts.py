@@ -19,36 +19,27 @@ from mtcl.tasks import NYUD13 as NYUD13_NAMES
 SMALL_VAL = 500  # test frames of the small edition
 
 
-class UncheckedNYUD(NYUD):
-    """NYUD-v2 without the check for missing files, which the verification counts itself."""
+class Unchecked:
+    """Accepts missing files, which the verification counts itself; a base before a dataset's class."""
 
     def check_files(self, layout: str) -> None:
         """Accept missing files."""
-        pass
 
 
-class UncheckedPascalContext(PascalContext):
+class UncheckedNYUD(Unchecked, NYUD):
+    """NYUD-v2 without the check for missing files."""
+
+
+class UncheckedPascalContext(Unchecked, PascalContext):
     """PASCAL-Context without the check for missing files."""
 
-    def check_files(self, layout: str) -> None:
-        """Accept missing files."""
-        pass
 
-
-class UncheckedNYUD13(NYUD13):
+class UncheckedNYUD13(Unchecked, NYUD13):
     """NYUv2 in MTAN's layout without the check for missing files."""
 
-    def check_files(self, layout: str) -> None:
-        """Accept missing files."""
-        pass
 
-
-class UncheckedCityscapesMTL(CityscapesMTL):
+class UncheckedCityscapesMTL(Unchecked, CityscapesMTL):
     """Cityscapes in MTAN's layout without the check for missing files."""
-
-    def check_files(self, layout: str) -> None:
-        """Accept missing files."""
-        pass
 
 
 @dataclass(frozen=True)
