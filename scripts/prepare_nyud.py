@@ -4,36 +4,18 @@ python scripts/prepare_nyud.py --labeled nyu_depth_v2_labeled.mat --splits split
     --out data/NYUDv2 [--size WIDTHxHEIGHT] [--workers N]
 """
 
-import os
-from pathlib import Path
-
-from mtcl.cli.arguments import CommandParser, non_negative_int
-from mtcl.cli.prepared import format_prepared
+from mtcl.cli.arguments import CommandParser
+from mtcl.cli.prepared import add_nyud_options, format_prepared
 from mtcl.cli.script import run
 from mtcl.data.prepare.nyud import prepare_nyud
-
-OPTIONS = {
-    "--labeled": "nyu_depth_v2_labeled.mat, the labelled dataset (2.8 GB)",
-    "--splits": "splits.mat, the official training and test frames",
-    "--classes": "classMapping40.mat, the 40 classes of the 894 labels",
-    "--out": "the folder to write; a second run continues where the first was stopped",
-}
 
 
 def main() -> None:
     """Parse the command line, convert, and print a summary."""
     parser = CommandParser(__doc__)
-    for option, help_text in OPTIONS.items():
-        parser.add_argument(option, type=Path, metavar="PATH", required=True, help=help_text)
+    add_nyud_options(parser)
     parser.add_argument(
         "--size", metavar="WIDTHxHEIGHT", help="of a small edition, 4:3, e.g. 256x192 (default: the standard 560x425)"
-    )
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",
     )
     print(format_prepared(prepare_nyud(**vars(parser.parse_args()))))
 

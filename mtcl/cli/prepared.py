@@ -1,8 +1,32 @@
-"""Format the result of preparing a dataset, as the preparing scripts print it."""
+"""What the scripts that prepare a dataset share: options of the command line, and the result as they print it."""
 
+import argparse
+import os
 import shlex
+from pathlib import Path
 
+from mtcl.cli.arguments import non_negative_int
 from mtcl.data.prepare.jobs import Prepared
+
+NYUD_PATHS = {
+    "--labeled": "nyu_depth_v2_labeled.mat, the labelled dataset (2.8 GB)",
+    "--splits": "splits.mat, the official training and test frames",
+    "--classes": "classMapping40.mat, the 40 classes of the 894 labels",
+    "--out": "the folder to write; a second run continues where the first was stopped",
+}
+
+
+def add_nyud_options(parser: argparse.ArgumentParser) -> None:
+    """Add the official files of NYU Depth v2, the folder to write and the number of processes."""
+    for option, help_text in NYUD_PATHS.items():
+        parser.add_argument(option, type=Path, metavar="PATH", required=True, help=help_text)
+    parser.add_argument(
+        "--workers",
+        type=non_negative_int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",
+    )
 
 
 def format_prepared(result: Prepared) -> str:

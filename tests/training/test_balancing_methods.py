@@ -533,3 +533,19 @@ def test_a_resumed_training_goes_on_to_the_bit(method, tmp_path):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert same(trainer.balancer.summary(), resumed.balancer.summary())
     assert trainer.nonfinite_guard.flush() == []
+
+
+def test_a_decoder_that_reads_labels_has_them_when_progress_is_measured(tmp_path, monkeypatch):
+    config = composed(*TINY, "decoder=multi_head", "regularizer=none", "balancing=famo", "trainer.max_steps=1")
+    trainer = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
+    model, has_labels = trainer.model, []
+    decoder_forward = model.decoder.forward
+
+    def forward(maps, frame, labels):
+        has_labels.append(labels is not None)
+        return decoder_forward(maps, frame)
+
+    monkeypatch.setattr(model, "reads_labels", True)
+    monkeypatch.setattr(model.decoder, "forward", forward)
+    trainer.train_step(*next(iter(trainer.batches_per_step())))
+    assert has_labels == [True, True]  # the step, and its losses by the updated weights
