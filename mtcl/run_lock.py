@@ -1,4 +1,10 @@
-"""Lock a run folder: one process writes into it at a time."""
+"""Lock a run folder: one process writes into it at a time.
+
+The ``filelock`` package, which the searches use, has no replacement for three things that are needed here: a look at
+the lock that changes nothing (:func:`is_locked`); a disk without locks, on which a run goes on after a warning, where
+filelock raises, or by default writes a marker that a process killed on another machine leaves behind; and a lock file
+that is removed while it is locked (:meth:`RunLock.relock`). Closing the file in forked processes is filelock's idea.
+"""
 
 import logging
 import os
@@ -68,7 +74,9 @@ class RunLock:
             pass
         except BlockingIOError as error:
             file.close()
-            raise UserError(f"another run is writing into {self.folder}; choose another folder") from error
+            holder = find_holder(path)
+            process = "" if holder is None else f" (process {holder})"
+            raise UserError(f"another run is writing into {self.folder}{process}; choose another folder") from error
         except OSError as error:  # a network disk without locks
             log.warning(
                 "%s can't be locked (%s): make sure that no other run writes into it", self.folder, error.strerror
@@ -77,6 +85,17 @@ class RunLock:
 
 
 locks_of_this_process: dict[Path, RunLock] = {}  # resolved folder -> lock
+
+
+def _forget_locks() -> None:
+    """Close in a forked process what it has inherited: a data worker would hold the lock of a run that was killed."""
+    for lock in locks_of_this_process.values():
+        lock.file.close()
+    locks_of_this_process.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_locks)
 
 
 def lock_run(folder: Path) -> RunLock:
@@ -98,6 +117,24 @@ def is_locked(folder: Path) -> bool:
     except (ImportError, OSError, UserError):  # there is no lock file, or the disk has no locks
         pass
     return False
+
+
+def find_holder(path: Path) -> int | None:
+    """Return the number of the process that holds the lock of a file; None where the system does not tell.
+
+    Linux lists the locks of its own processes in /proc/locks, by device and inode: ``1: FLOCK ADVISORY WRITE 1234
+    fe:00:567 0 EOF``. Those of other machines on a network disk are not there.
+    """
+    try:
+        stat = os.stat(path)
+        lines = Path("/proc/locks").read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    file = f"{os.major(stat.st_dev):02x}:{os.minor(stat.st_dev):02x}:{stat.st_ino}"
+    for fields in map(str.split, lines):
+        if len(fields) > 5 and fields[3] == "WRITE" and fields[5] == file and fields[4].isdecimal():
+            return int(fields[4]) or None  # 0: of another container
+    return None
 
 
 def _open_lock(path: Path) -> IO[str]:

@@ -23,7 +23,13 @@ from mtcl.models.weights import check_tensor_values
 from mtcl.run_folder import CHECKPOINTS, LAST_CHECKPOINT, RunFolder
 from mtcl.run_lock import lock_run
 from mtcl.tasks.base import Task
-from mtcl.training.checkpoint import LoadedCheckpoint, hash_backbone, latest_valid_checkpoint, load_checkpoint
+from mtcl.training.checkpoint import (
+    Checkpoint,
+    LoadedCheckpoint,
+    hash_backbone,
+    latest_valid_checkpoint,
+    load_checkpoint,
+)
 from mtcl.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -91,11 +97,22 @@ def find_resumable_run(config: DictConfig, siblings: Path | None) -> LoadedCheck
         except UserError as error:
             log.warning("%s is passed over: %s", folder.parent, error)
             continue
-        if loaded is None or loaded.checkpoint.step >= config.trainer.max_steps:
+        if loaded is None or not has_steps_left(loaded.checkpoint, config):
             continue
         if not find_changed_keys(loaded.checkpoint.config, plain(config)):
             return loaded
     return None
+
+
+def has_steps_left(checkpoint: Checkpoint, config: DictConfig) -> bool:
+    """Return whether a run that continues from a checkpoint trains: neither its last step nor early stopping ended it.
+
+    A checkpoint whose count of validations is not as mtcl writes it counts as one without.
+    """
+    state, patience = checkpoint.meta.get("early_stopping"), config.trainer.patience
+    wait_count = state.get("wait_count") if isinstance(state, Mapping) else None
+    is_stopped = patience is not None and isinstance(wait_count, int) and wait_count >= patience
+    return checkpoint.step < config.trainer.max_steps and not is_stopped
 
 
 def check_resume(resumed: LoadedCheckpoint, config: DictConfig, tasks: Mapping[str, Task]) -> None:

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from mtcl.data import MultiTaskDataset
 from mtcl.data.partial_labels import PartiallyLabeledDataset
+from mtcl.training.trainer import Trainer
 from mtcl.version import __version__, read_commit
 
 PACKAGES = ("torch", "torchvision", "timm", "torchmetrics", "numpy", "opencv-python-headless", "hydra-core")
@@ -61,6 +62,20 @@ def record_labels(dataset: MultiTaskDataset) -> dict[str, Any]:
     if not isinstance(dataset, PartiallyLabeledDataset):
         return {}
     return {"labels": {**dataset.source, "images": dataset.count_labels()}}
+
+
+def record_ending(trainer: Trainer) -> dict[str, Any]:
+    """Record why a training ended, and at which step it was best.
+
+    Returns:
+        ``stop_reason``: ``max_steps``, or ``patience`` after early stopping; ``best_step``: the step of ``best.pt``,
+        None where it is not known; ``validations_without_improvement``: how many there were since the best one.
+    """
+    return {
+        "stop_reason": "patience" if trainer.is_stopped_early else "max_steps",
+        "best_step": trainer.best_step,
+        "validations_without_improvement": trainer.early_stopping.wait_count,
+    }
 
 
 def _versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from mtcl.cli.resume import (
     restore_frozen_backbone,
     restore_trainer,
 )
-from mtcl.cli.run_record import build_run_record, record_labels
+from mtcl.cli.run_record import build_run_record, record_ending, record_labels
 from mtcl.cli.write_metrics import write_metrics
 from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.build_model import build_model, inline_genotype
@@ -124,7 +124,7 @@ def fit(
     Returns:
         Task -> metric -> value of the last state.
     """
-    start = time.perf_counter()
+    start, was_finished = time.perf_counter(), trainer.is_finished
     try:
         with convert_torch_errors(trainer.device):
             evaluation = trainer.fit()
@@ -135,16 +135,39 @@ def fit(
     record |= labels
     record |= {"step": trainer.step, "seconds": round(seconds, 1), "skipped_steps": trainer.num_skipped_steps}
     record |= {"processes": distributed.world_size(), "unreadable": len(trainer.unreadable), "warnings": list(warnings)}
+    record |= record_ending(trainer)
     write_metrics(folder, evaluation.metrics, record)
     columns = {"untrained": trainer.first_evaluation.metrics} if trainer.first_evaluation else {}
     table = format_metrics(trainer.tasks, {**columns, f"step {trainer.step}": evaluation.metrics})
     log.info("on %d validation images:\n\n%s\n", evaluation.num_images, table)
+    if trainer.is_stopped_early:
+        log_early_stop(trainer, was_finished)
     for warning in warnings:  # they were logged at the start, far up
         log.warning("%s", warning)
     if config.trainer.dry_run:
         log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.peak_memory())
     log_folder(folder, seconds)
     return evaluation.metrics
+
+
+def log_early_stop(trainer: Trainer, was_finished: bool) -> None:
+    """Log why a run has ended before its last step, and how to continue it.
+
+    Args:
+        trainer: after the training.
+        was_finished: the run had ended before it was started now.
+    """
+    log.info(
+        "the run %s at step %d of %d: %s was best at step %s, and not in the %d validations since "
+        "(trainer.patience=%d); resume=auto with a greater trainer.patience, or null, continues it",
+        "had already ended" if was_finished else "ended",
+        trainer.step,
+        trainer.options.max_steps,
+        trainer.validation.monitor,
+        "(not recorded)" if trainer.best_step is None else trainer.best_step,
+        trainer.early_stopping.wait_count,
+        trainer.validation.patience,
+    )
 
 
 def log_folder(folder: Path, seconds: float) -> None:

@@ -93,7 +93,9 @@ def build_trainer(
         raise UserError(
             f"backbone {config.backbone.name} knows no gradient checkpointing; set trainer.grad_checkpointing=false"
         )
-    ema = None if settings.ema is None else ModelEma(model, settings.ema)
+    if settings.ema is None and settings.ema_warmup:
+        raise UserError("trainer.ema_warmup=true needs a running mean of the weights; set trainer.ema, e.g. to 0.9999")
+    ema = None if settings.ema is None else ModelEma(model, settings.ema, settings.ema_warmup)
     regularizer = build_regularizer(config, tasks, model)
     if regularizer is not None:
         regularizer.to(device)
@@ -196,12 +198,22 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
 
 
 def build_validation_policy(config: DictConfig, tasks: Mapping[str, Task]) -> ValidationPolicy:
-    """Return when to validate and which metric decides ``best.pt``."""
+    """Return when to validate, which metric decides ``best.pt``, and when it ends the training early.
+
+    Raises:
+        UserError: there is a patience without validations on the way, or the metric is not known.
+    """
     settings, evaluation = config.trainer, config.evaluation
     quick = evaluation.fast_boundaries if evaluation.score_boundaries else None
     monitor, higher_is_better = choose_monitor(settings.monitor, tasks, quick, plain(evaluation.options))
+    if settings.patience is not None and settings.val_interval is None:
+        raise UserError(
+            f"trainer.patience={settings.patience} counts validations between training steps, and with "
+            "trainer.val_interval=null there are none; set trainer.val_interval, or trainer.patience=null"
+        )
     validate_first = settings.validate_first and not settings.dry_run
-    return ValidationPolicy(monitor, higher_is_better, settings.val_interval, validate_first)
+    patience = None if settings.dry_run else settings.patience
+    return ValidationPolicy(monitor, higher_is_better, settings.val_interval, validate_first, patience)
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mtcl.config.renamed import upgrade_config
-from mtcl.config.schema import LEGACY_VALUES, flatten, may_differ_on_resume
+from mtcl.config.schema import LEGACY_VALUES, flatten, is_extendable, may_differ_on_resume
 
 
 def _flatten_both(saved: Mapping[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -13,7 +13,7 @@ def _flatten_both(saved: Mapping[str, Any], now: dict[str, Any]) -> tuple[dict[s
 
 
 def find_changed_keys(
-    saved: Mapping[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), max_steps: bool = False
+    saved: Mapping[str, Any], now: dict[str, Any], prefixes: Sequence[str] = ("",), with_extended: bool = False
 ) -> list[str]:
     """Return the keys that differ between a saved config and that of the run that continues it.
 
@@ -24,11 +24,11 @@ def find_changed_keys(
             than it has the value of what its run did (:data:`LEGACY_VALUES`).
         now: nested config of the run.
         prefixes: beginnings of the keys to compare.
-        max_steps: report a change of ``trainer.max_steps``, too.
+        with_extended: report changes of the keys that may end the training later, too, as ``trainer.max_steps``.
     """
     old, new = (LEGACY_VALUES | values for values in _flatten_both(saved, now))
     keys = [key for key in {**old, **new} if key.startswith(tuple(prefixes))]
-    keys = [key for key in keys if not may_differ_on_resume(key) or (max_steps and key == "trainer.max_steps")]
+    keys = [key for key in keys if not may_differ_on_resume(key) or (with_extended and is_extendable(key))]
     # A model's own mean and std were filled in when it was saved.
     keys = [key for key in keys if not (key in ("backbone.mean", "backbone.std") and new.get(key) is None)]
     return [key for key in keys if old.get(key) != new.get(key)]
@@ -37,7 +37,7 @@ def find_changed_keys(
 def find_changed_experiment_keys(saved: Mapping[str, Any], now: dict[str, Any]) -> list[str]:
     """Return the keys whose change makes another run; those that the saved config lacks make none."""
     old, _ = _flatten_both(saved, now)
-    return [key for key in find_changed_keys(saved, now, max_steps=True) if key in old]
+    return [key for key in find_changed_keys(saved, now, with_extended=True) if key in old]
 
 
 def format_changes(saved: Mapping[str, Any], now: dict[str, Any], keys: Sequence[str]) -> str:

@@ -380,6 +380,7 @@ RULES: dict[str, Rule] = {
     "trainer.num_panels": count(0, 10_000).with_role(RECORD),
     "trainer.clip_norm": POSITIVE.or_null(),
     "trainer.monitor": TEXT.with_role(RECORD, must_match=True),
+    "trainer.patience": count(1).or_null().with_role(RESULT, extendable=True),
     "trainer.precision": TEXT,
     "trainer.device": TEXT.with_role(MACHINE),
     "trainer.channels_last": FLAG.with_role(ENGINE, must_match=True),
@@ -387,6 +388,7 @@ RULES: dict[str, Rule] = {
     "trainer.compile": FLAG.with_role(ENGINE),
     "trainer.accumulate_grad_batches": count(1).with_role(RESULT, orders_samples=True),
     "trainer.ema": number(0, 1).or_null(),
+    "trainer.ema_warmup": FLAG,
     "trainer.tf32": FLAG,
     "trainer.async_checkpoints": FLAG.with_role(RECORD),
     "trainer.save_backbone": Rule("auto, true or false", lambda v: v == "auto" or isinstance(v, bool)).with_role(
@@ -439,6 +441,8 @@ LEGACY_VALUES: dict[str, Any] = {
     "loss.views": "all",
     "loss.image_weighting": "pixels",
     "loss.options.normals.distance_loss": "l1",
+    "trainer.patience": None,
+    "trainer.ema_warmup": False,
     "evaluation.options.semseg.protocol": "standard",
     "evaluation.options.normals.protocol": "standard",
 }
@@ -461,6 +465,12 @@ def may_differ_on_resume(key: str) -> bool:
     if rule is None:
         return False
     return rule.extendable or (rule.role not in (RESULT, SEED) and not rule.must_match)
+
+
+def is_extendable(key: str) -> bool:
+    """Return whether the key bears on the result, and a resumed run may have another value nevertheless."""
+    rule = RULES.get(key)
+    return rule is not None and rule.extendable
 
 
 def affects_sample_order(key: str) -> bool:

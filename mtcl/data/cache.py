@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtcl.atomic import convert_disk_errors, write_atomically
-from mtcl.data.image_io import file_error, read_bytes
+from mtcl.data.image_io import file_error, read_bytes, record_checksums
 from mtcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -90,9 +90,11 @@ class ArrayCache:
         stamps = (
             [_stamp(source) for source in sources] if self._writable else []
         )  # before decoding: a source that changes meanwhile makes the entry stale
-        new_entry = make()
+        with record_checksums() as read_sums:  # of what was decoded, whatever happens to the file afterwards
+            new_entry = make()
         if self._writable:
-            self._write(path, new_entry, stamps, [_checksum(source) for source in sources], compressed)
+            sums = [read_sums[source] if source in read_sums else _checksum(source) for source in sources]
+            self._write(path, new_entry, stamps, sums, compressed)
         return new_entry
 
     def find(self, kind: str, name: str, sources: Sequence[Path]) -> CacheEntry | None:

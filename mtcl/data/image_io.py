@@ -3,9 +3,11 @@
 import io
 import re
 import struct
+import threading
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,34 @@ INVALID_ID_MESSAGE = "which is not a valid id: an id is the name of its files wi
 def read_bytes(path: Path) -> bytes:
     """Return the content of a regular file of up to :data:`MAX_BYTES`; refuse a FIFO or device instead of blocking."""
     try:
-        return safe_files.read_bytes(path, MAX_BYTES)
+        data = safe_files.read_bytes(path, MAX_BYTES)
     except UserError as error:
         if isinstance(error.__cause__, OSError):
             raise file_error(path, error.__cause__) from error
         raise
+    if _recorder.checksums is not None:
+        _recorder.checksums[path] = zlib.crc32(data)
+    return data
+
+
+class _Recorder(threading.local):
+    checksums: dict[Path, int] | None = None
+
+
+_recorder = _Recorder()
+
+
+@contextmanager
+def record_checksums() -> Iterator[dict[Path, int]]:
+    """Collect the CRC-32 of each file that :func:`read_bytes` reads in this thread within the context."""
+    outer, inner = _recorder.checksums, dict[Path, int]()
+    _recorder.checksums = inner
+    try:
+        yield inner
+    finally:
+        _recorder.checksums = outer
+        if outer is not None:
+            outer |= inner
 
 
 def read_image(path: Path) -> np.ndarray:

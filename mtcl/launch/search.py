@@ -4,6 +4,7 @@ Optuna's study is in ``search.db`` beside the trials' folders; several searches 
 """
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -34,8 +35,9 @@ from mtcl.results.list_runs import nest_metrics
 from mtcl.results.run_files import read_json_object
 from mtcl.results.runs import Run, find_runs, read_run
 from mtcl.results.tables import align_columns, format_value
-from mtcl.run_lock import is_locked, lock_run
+from mtcl.run_lock import find_holder, is_locked, lock_run
 
+log = logging.getLogger(__name__)
 POLL = 0.3  # seconds between two looks at the running trials
 PATIENCE = 120.0  # seconds that a run has to save and end
 NUM_SHOWN = 10  # trials in the table
@@ -138,6 +140,8 @@ def check_search(
 class Storage:
     """Optuna's study in ``search.db``; trials also know their folder and the search that runs them."""
 
+    seconds_to_warning = 10.0  # of waiting for another search, which needs less for a proposal
+
     def __init__(self, search: Search, overrides: Sequence[str], output: Path):
         try:
             import optuna
@@ -178,15 +182,24 @@ class Storage:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the study: one search at a time."""
-        with (self.output / ".turn").open("w") as file:
-            try:
-                import fcntl
+        """Lock the study: one search at a time. On a network disk without locks nothing is locked."""
+        from filelock import FileLock, Timeout
 
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except (ImportError, OSError):  # not on Windows, nor on every network disk
-                pass
+        path = self.output / ".turn"
+        # What filelock does by default on such a disk would remain of a search that was killed on another machine.
+        lock = FileLock(path, fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=self.seconds_to_warning)
+        except Timeout:
+            holder = find_holder(path)
+            log.warning("waiting for another search of %s%s", self.output, f" (process {holder})" if holder else "")
+            lock.acquire()
+        except OSError:
+            pass
+        try:
             yield
+        finally:
+            lock.release()
 
     def folder(self, trial: Any) -> str | None:
         """Return a trial's folder; None where its search was killed before it was noted."""

@@ -11,7 +11,7 @@ from typing import Any
 from mtcl import run_log
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.results.columns import make_column, primary_metrics
-from mtcl.results.run_files import parse_metrics, read_config, read_json_object, read_record
+from mtcl.results.run_files import is_stopped_early, parse_metrics, read_config, read_json_object, read_record
 from mtcl.results.tables import format_value
 from mtcl.run_folder import RunFolder, find_run_folders
 from mtcl.tasks.names import TASK_NAMES
@@ -83,7 +83,8 @@ def _read_state(run: RunFolder, modified: float) -> RunState:
         if not config and ("checkpoint" in record or "predictions" in record):
             return RunState(run.path, "evaluation", record.get("step"), None, metrics, modified)
         step = record.get("step")
-        if step is None or max_steps is None or step >= max_steps or config.get("trainer.dry_run"):
+        is_short = step is not None and max_steps is not None and step < max_steps
+        if not is_short or config.get("trainer.dry_run") or is_stopped_early(record, config):
             max_steps = step if max_steps is None else max_steps
             return RunState(run.path, "finished", step, max_steps, metrics, modified)
     step, metrics = read_progress(run.log)

@@ -51,6 +51,9 @@ RECORD_CHECKS: Mapping[str, Check] = {
     "seed": NON_NEGATIVE_INT,
     "step": NON_NEGATIVE_INT,
     "num_images": NON_NEGATIVE_INT,
+    "best_step": NON_NEGATIVE_INT,
+    "validations_without_improvement": NON_NEGATIVE_INT,
+    "stop_reason": TEXT,
     "seconds": SECONDS,
     "clean": BOOL,
     "overrides": TEXT_LIST,
@@ -62,6 +65,7 @@ RECORD_CHECKS: Mapping[str, Check] = {
 CONFIG_CHECKS: Mapping[str, Check] = {
     "seed": NON_NEGATIVE_INT,
     "trainer.max_steps": POSITIVE_INT,
+    "trainer.patience": POSITIVE_INT,
     "trainer.dry_run": BOOL,
     "regularizer._target_": TEXT,
     "backbone.name": TEXT,
@@ -98,6 +102,17 @@ def check_record(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     if "evaluation" in record:
         record |= upgrade_config({"evaluation": record["evaluation"]})
     return record
+
+
+def is_stopped_early(record: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    """Return whether early stopping has ended a run for good: its patience has not been raised since.
+
+    Args:
+        record: of :func:`read_record`.
+        config: of :func:`read_config`.
+    """
+    count, patience = record.get("validations_without_improvement", 0), config.get("trainer.patience")
+    return record.get("stop_reason") == "patience" and patience is not None and count >= patience
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mtcl.config.schema import LEGACY_VALUES, flatten, role_of
 from mtcl.errors import UserError
-from mtcl.results.run_files import read_config, read_metrics, read_record
+from mtcl.results.run_files import is_stopped_early, read_config, read_metrics, read_record
 from mtcl.run_folder import CONFIG, LAST_CHECKPOINT, METRICS, RunFolder, find_run_folders
 
 REGULARIZER = "regularizer._target_"  # null if the regulariser is off
@@ -124,11 +124,20 @@ def read_run(path: Path) -> Run:
         training_run = RunFolder.of_checkpoint(Path(record["checkpoint"]))
         if training_run is not None and os.path.isfile(training_run.config):
             config_path = training_run.config
+            record |= _read_ending(training_run, record.get("step"))
     config = read_config(config_path) if os.path.lexists(config_path) else {}
     if "evaluation" in record:  # how it was scored, which may differ from the training run's evaluations
         config = {key: value for key, value in config.items() if not key.startswith("evaluation.")}
         config |= flatten({"evaluation": record["evaluation"]})
     return Run(path, read_metrics(run.metrics), record, config)
+
+
+def _read_ending(run: RunFolder, step: int | None) -> dict[str, Any]:
+    """Return what a training run's record says of an early stop at ``step``, which an evaluation has scored."""
+    record = read_record(run.record) if os.path.isfile(run.record) else {}
+    if record.get("stop_reason") != "patience" or record.get("step") != step:
+        return {}
+    return {key: record[key] for key in ("stop_reason", "validations_without_improvement") if key in record}
 
 
 # Settings
@@ -158,6 +167,7 @@ def result_settings(run: Run) -> dict[str, Any]:
         settings["tasks.names"] = list(run.metrics)  # "auto" resolves to these
         step, checkpoint = run.record.get("step"), PurePath(run.record.get("checkpoint", LAST_CHECKPOINT)).name
         is_complete = checkpoint != LAST_CHECKPOINT or step in (None, run.config.get("trainer.max_steps"))
+        is_complete = is_complete or is_stopped_early(run.record, run.config)
         settings |= {"checkpoint": checkpoint, "step": "last" if is_complete else step}
     return settings
 

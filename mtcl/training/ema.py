@@ -1,53 +1,71 @@
 """An exponential moving average of a model's weights."""
 
-import copy
-from itertools import compress
+from typing import cast
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mtcl.models import DenseModel
 
 
-class ModelEma:
-    """Keeps a copy of a model whose parameters are averaged: decay * average + (1 - decay) * current, at each update.
+class ModelEma(ModelEmaV3):
+    """Averages a model's parameters: decay * average + (1 - decay) * current, at each update.
 
-    (torch's AveragedModel makes the host wait for the device at every update, and copies buffers one by one.)
+    The copy, the decay and its warm-up are those of timm's ``ModelEmaV3``. The update differs from timm's in cost, not
+    in the parameters that it gives (``tests/training/test_ema.py``): timm's goes over frozen parameters, too, and
+    copies every buffer at each update, one operation per buffer; here buffers wait for :meth:`copy_buffers`.
 
     Args:
         model: its weights are where the average starts.
-        decay: 0 to 1.
+        decay: 0 to 1. The first update takes the model's weights as they are.
+        use_warmup: the decay of update n is at most 1 - n^(-2/3), as in ``timm``, so that a short training does not
+            average over its first weights.
+
+    Attributes:
+        updates: the number of updates.
     """
 
-    def __init__(self, model: DenseModel, decay: float):
-        self.model, self.decay, self.updates = copy.deepcopy(model), decay, 0
-        self.model.requires_grad_(False)
+    def __init__(self, model: DenseModel, decay: float, use_warmup: bool = False):
+        super().__init__(model, decay, use_warmup=use_warmup, exclude_buffers=True)
+        self.requires_grad_(False)
+        self.updates = 0
 
-    @torch.no_grad()
+    @property
+    def model(self) -> DenseModel:
+        """The model with the averaged weights."""
+        return cast(DenseModel, self.module)
+
     def start_from(self, model: DenseModel) -> None:
         """Start the average, before any update, from a model's weights, which DDP makes those of process 0."""
-        torch._foreach_copy_(_local_parameters(self.model), _local_parameters(model))
+        self.set(model)
 
-    @torch.no_grad()
-    def update(self, model: DenseModel) -> None:
-        """Take in the current weights; the first update replaces the average, later ones pass over frozen ones."""
-        average, current = _local_parameters(self.model), _local_parameters(model)
-        if self.updates:
-            is_trained = [parameter.requires_grad for parameter in model.parameters()]
-            average, current = list(compress(average, is_trained)), list(compress(current, is_trained))
-            torch._foreach_lerp_(average, current, 1 - self.decay)
-        else:
-            torch._foreach_copy_(average, current)
-        self.updates += 1
+    def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Take in the current weights.
+
+        Args:
+            model: the model that is trained.
+            step: the number of this update, 1 for the first; None: the one after the last.
+        """
+        self.updates = self.updates + 1 if step is None else step
+        super().update(model, self.updates)
+
+    def apply_update_no_buffers_(self, model: nn.Module, decay: float) -> None:
+        """Average the parameters that are trained, on the first update all, in one operation; see :meth:`update`."""
+        pairs = list(zip(self.module.parameters(), model.parameters(), strict=True))
+        pairs = [(average, current) for average, current in pairs if self.updates == 1 or current.requires_grad]
+        if pairs:
+            averages, currents = ([_local_part(parameter) for parameter in column] for column in zip(*pairs))
+            torch._foreach_lerp_(averages, currents, 1 - decay)
 
     @torch.no_grad()
     def copy_buffers(self, model: DenseModel) -> None:
         """Copy the running statistics, which are not averaged; call it before the average is used or saved."""
-        for own_buffer, buffer in zip(self.model.buffers(), model.buffers()):
+        for own_buffer, buffer in zip(self.module.buffers(), model.buffers()):
             own_buffer.copy_(buffer)
 
 
-def _local_parameters(model: nn.Module) -> list[Tensor]:
-    """Return the parameters, or where they are sharded this process's part of each."""
-    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+def _local_part(parameter: Tensor) -> Tensor:
+    """Return a parameter, or where it is sharded this process's part."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

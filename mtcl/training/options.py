@@ -53,12 +53,15 @@ class ValidationPolicy:
         higher_is_better: direction of ``monitor``.
         interval: steps from one validation to the next; None: none on the way.
         validate_first: also before the first step.
+        patience: so many validations in a row on which ``monitor`` has no new best value end the training before its
+            last step; None: they do not. Those before the first step and after the last do not count.
     """
 
     monitor: str
     higher_is_better: bool
     interval: int | None = None
     validate_first: bool = True
+    patience: int | None = None
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from mtcl.tasks.image_weights import find_labelled_images, weigh_images
 from mtcl.training.balancing import Balancer
 from mtcl.training.checkpoint import Checkpoint, hash_backbone, leave_out_backbone
 from mtcl.training.checkpoint_thread import CheckpointWriter
+from mtcl.training.early_stopping import EarlyStopping
 from mtcl.training.ema import ModelEma
 from mtcl.training.feature_filling import FeatureFiller
 from mtcl.training.loss_terms import LossTerms
@@ -114,6 +115,8 @@ class Trainer:
         self.reported_unreadable: set[str] = set()
         self.step = start_step
         self.best = math.nan
+        self.best_step: int | None = None  # of best.pt
+        self.early_stopping = EarlyStopping(validation.patience, validation.higher_is_better)
         self.backbone_hash: str | None = None  # of weights that are not trained; computed when they are first left out
         self.first_evaluation: EvaluationResult | None = None  # before the first step
         self.seconds_per_step = math.nan
@@ -121,17 +124,18 @@ class Trainer:
     # The loop
 
     def fit(self) -> EvaluationResult:
-        """Train until ``max_steps``, validating and saving on the way; return the evaluation of the final state.
+        """Train until ``max_steps`` or an early stop, validating and saving on the way; return the final evaluation.
 
         Raises:
             Preempted: a signal asked for an early end; the state is saved.
-            UserError: too many steps were not finite, or something could not be written.
+            UserError: too many steps were not finite, something could not be written, or early stopping has no score.
         """
         self.model.train()
         for filler in self.feature_fillers:
             filler.fill(self.model, self.device, self.options.precision)
         if self.step == 0 and self.validation.validate_first:
             self.first_evaluation = self.validate(quick=True)
+            self.early_stopping.check(self._monitored_score(self.first_evaluation))
         max_steps, evaluation = self.options.max_steps, None
         with (
             self.preemption,
@@ -154,7 +158,7 @@ class Trainer:
                 self.seconds_per_step = time.perf_counter() - start
                 bar.update()
                 evaluation = self._validate_and_save()
-                if self.step >= max_steps:
+                if self.is_finished:
                     break
                 if self.preemption.should_stop(self.step):
                     self.save("last")
@@ -165,7 +169,7 @@ class Trainer:
 
     def batches_per_step(self) -> Iterator[list[Batch]]:
         """Yield the batches of one optimiser step after the other."""
-        if self.step >= self.options.max_steps:
+        if self.is_finished:
             return
         stream = iter(self.batches)
         while True:
@@ -175,21 +179,47 @@ class Trainer:
             yield batches
 
     def _validate_and_save(self) -> EvaluationResult | None:
-        """Do what is due after a step; return the evaluation, if there was one."""
-        is_last = self.step >= self.options.max_steps
+        """Do what is due after a step; return the evaluation, if there was one and it is a full one."""
+        is_full = self.step >= self.options.max_steps or not self.evaluator.fast_options
+        is_due = _is_due(self.step, self.validation.interval)
         evaluation = None
-        if is_last or _is_due(self.step, self.validation.interval):
+        if is_due or self.step >= self.options.max_steps:
             self._report_problems()
-            evaluation = self.validate(quick=not is_last)
-            self._save_best(evaluation, is_full=is_last)
-        if is_last or _is_due(self.step, self.checkpointing.interval):
+            evaluation = self.validate(quick=not is_full)
+            if is_due:
+                self._count_validation(evaluation)
+            self._save_best(evaluation, is_full)
+        if self.is_finished or _is_due(self.step, self.checkpointing.interval):
             self.save("last")
         if _is_due(self.step, self.checkpointing.keep_interval):
             self.save(f"step_{self.step:08d}")
-        return evaluation
+        return evaluation if is_full else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Are all steps taken, or has early stopping ended the training?"""
+        return self.step >= self.options.max_steps or self.is_stopped_early
+
+    @property
+    def is_stopped_early(self) -> bool:
+        """Has early stopping ended the training before its last step?"""
+        return self.step < self.options.max_steps and self.early_stopping.should_stop
+
+    def _count_validation(self, evaluation: EvaluationResult) -> None:
+        """Give early stopping the score of a validation that was due.
+
+        The last step's is left out where it is on another scale than the earlier ones.
+        """
+        monitor = self.validation.monitor
+        if self.step < self.options.max_steps or self.evaluator.is_comparable(monitor):
+            # Process 0's, so that all processes end at the same step whatever the rounding.
+            self.early_stopping.update(distributed.broadcast_object(self._monitored_score(evaluation)))
+
+    def _monitored_score(self, evaluation: EvaluationResult) -> float:
+        return flatten_metrics(evaluation.metrics)[self.validation.monitor]
 
     def _evaluate_finished_run(self) -> EvaluationResult:
-        """Evaluate a run that was resumed at its end: there is no step left to take."""
+        """Evaluate a run without a step left to take: it was resumed at its end, or its last validation was quick."""
         evaluation = self.evaluator.run(self.evaluation_model())
         if distributed.rank() == 0:
             self.run_logger.log_panels(self.step, evaluation.visual_samples, self.tasks)
@@ -439,7 +469,13 @@ class Trainer:
             model=self.weights.state(self.model),
             config=dict(self.checkpointing.config),
             step=self.step,
-            meta={**self.checkpointing.meta, "best": self.best, "skipped": self.num_skipped_steps},
+            meta={
+                **self.checkpointing.meta,
+                "best": self.best,
+                "best_step": self.best_step,
+                "early_stopping": self.early_stopping.state_dict(),
+                "skipped": self.num_skipped_steps,
+            },
             ema=ema,
             regularizer=None if self.regularizer is None else self.regularizer.state_dict(),
             gradient_norm_weight=self.lambda_.state_dict(),
@@ -476,7 +512,8 @@ class Trainer:
         self.lambda_.load_state_dict(checkpoint.gradient_norm_weight)
         self.balancer.load_state_dict(checkpoint.balancer)
         if RunFolder(self.folder).best_checkpoint.is_file():  # else the run continues in another folder
-            self.best = checkpoint.meta["best"]
+            self.best, self.best_step = checkpoint.meta["best"], checkpoint.meta.get("best_step")
+        self.early_stopping.load_state_dict(checkpoint.meta.get("early_stopping"))
         self.step = checkpoint.step
         self._restore_rng(checkpoint)
         if self.ema is not None:
@@ -528,10 +565,10 @@ class Trainer:
         monitor = self.validation.monitor
         if is_full and not math.isnan(self.best) and not self.evaluator.is_comparable(monitor):
             return
-        value = flatten_metrics(evaluation.metrics)[monitor]
+        value = self._monitored_score(evaluation)
         is_better = value > self.best if self.validation.higher_is_better else value < self.best
         if math.isnan(self.best) or is_better:
-            self.best = value
+            self.best, self.best_step = value, self.step
             self.save("best")
 
     # Records

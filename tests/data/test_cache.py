@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtcl import UserError
+from mtcl import UserError, safe_files
 from mtcl.data import cache as store_module
 from mtcl.data.cache import ArrayCache, CacheEntry
+from mtcl.data.image_io import read_bytes
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
 
@@ -220,3 +222,40 @@ def test_processes_that_fill_one_store_at_once_leave_only_whole_entries(tmp_path
     assert all(count <= 12 for count in calls)
     assert fill(tmp_path / "cache", source) == 0
     assert len([path for path in (tmp_path / "cache").rglob("*") if path.is_file()]) == 12
+
+
+def read_lengths(path: Path) -> CacheEntry:
+    return CacheEntry(np.frombuffer(read_bytes(path), np.uint8).copy(), (1, 1))
+
+
+def test_a_source_that_is_replaced_after_it_was_decoded_makes_its_entry_stale(tmp_path: Path, source: Path) -> None:
+    """The checksum is that of the bytes that were decoded, not of what the file holds by then."""
+    store = ArrayCache(tmp_path / "cache")
+
+    def make() -> CacheEntry:
+        decoded = read_lengths(source)
+        source.write_bytes(b"another file of the same name")
+        return decoded
+
+    store.get("semseg", "a", [source], make)
+    assert store.get("semseg", "a", [source], lambda: read_lengths(source)).array.tobytes() == source.read_bytes()
+
+
+def test_a_source_is_read_once_and_the_entry_has_the_same_bytes(tmp_path: Path, source: Path, monkeypatch) -> None:
+    reads, read = [], safe_files.read_bytes
+    monkeypatch.setattr(safe_files, "read_bytes", lambda path, limit: reads.append(path) or read(path, limit))
+    other = tmp_path / "not read by make"
+    other.write_bytes(b"other")
+    sources = [source, other]
+    store = ArrayCache(tmp_path / "cache")
+
+    def make() -> CacheEntry:
+        store.get("derived", "b", [source], lambda: read_lengths(source))  # entries may be made within another
+        return CacheEntry(ARRAY, (8, 10))
+
+    store.get("semseg", "a", sources, make)
+    assert reads == sources
+    sums = [zlib.crc32(path.read_bytes()) for path in sources]
+    stamps = [store_module._stamp(path) for path in sources]
+    want = b"".join(store_module._serialize(CacheEntry(ARRAY, (8, 10)), stamps, sums, compressed=False))
+    assert (tmp_path / "cache" / "semseg" / "a.array").read_bytes() == want

@@ -168,11 +168,26 @@ def fake_cuda() -> Iterator[Device]:
         mock.patch("torch.autograd.grad", _grad),
         mock.patch("mtcl.data.device_batch._copy_stream", calls.Stream),
         mock.patch("torch.nn.Module._apply", _apply),
+        mock.patch("timm.utils.model_ema.torch", _WithoutCudaGenerator(torch)),
         mock.patch.object(FakeTensor, "__deepcopy__", lambda x, memo: memo.setdefault(id(x), x.detach().clone())),
         mode,
         check,
     ):
         yield Device(mode, check, calls)
+
+
+class _WithoutCudaGenerator:
+    """torch, whose random generators are on the CPU: those of CUDA need its driver."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+    def Generator(self, device: torch.device | None = None) -> torch.Generator:
+        """Return a generator of the CPU."""
+        return torch.Generator()
 
 
 def _apply(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:

@@ -100,6 +100,23 @@ def test_train_py_under_torchrun(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_stop_early_together(tmp_path):
+    """Weights that stay as they are soon bring no better score; both processes end, and again when resumed."""
+    overrides = [*RANKS_OVERRIDES, "backbone=test_resnet", "tasks.names=[depth,normals]", "optimizer.lr=0"]
+    overrides += ["regularizer=none", "trainer.patience=2", "trainer.val_interval=1", "trainer.max_steps=40"]
+    overrides += [f"hydra.run.dir={tmp_path / 'run'}"]
+    records = []
+    for resume in ("null", "auto"):
+        process = started(*TORCHRUN, "train.py", *overrides, f"resume={resume}")
+        check_exit_code(process)
+        records.append(json.loads((tmp_path / "run" / "run.json").read_text()))
+    assert "the run had already ended at step" in process.stdout + process.stderr
+    for record in records:
+        assert (record["stop_reason"], record["processes"]) == ("patience", 2)
+        assert record["best_step"] + 2 == record["step"] == records[0]["step"] < 40
+
+
+@pytest.mark.slow
 def test_data_that_one_process_can_not_read_ends_all_with_one_sentence(tmp_path):
     root = tiny_nyud(tmp_path / "data")
     (root / "images" / "b.png").write_bytes(b"not a picture")

@@ -1,5 +1,6 @@
 """Searches: their files, and trials of a stand-in for train.py that takes no time."""
 
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.common import ROOT
@@ -429,3 +431,44 @@ def test_a_search_for_real(tmp_path):
     for name, state in records.items():
         step = read_checkpoint_file(tmp_path / "out" / name / "checkpoints" / "last.pt")["step"]
         assert (step == 40) == (state == "finished") or state == "pruned"
+
+
+def lock_search(output: Path):
+    return Storage.lock(SimpleNamespace(output=output, seconds_to_warning=0.05))
+
+
+def test_one_search_at_a_time_proposes(tmp_path, caplog):
+    """The others wait, and after some time say for whom. A link in place of the file is not followed."""
+    fcntl = pytest.importorskip("fcntl")
+    with lock_search(tmp_path), (tmp_path / ".turn").open("w") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file = (tmp_path / ".turn").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    timer = threading.Timer(0.3, file.close)
+    timer.start()
+    with lock_search(tmp_path):
+        assert file.closed
+        assert "waiting for another search" in caplog.text
+        assert f"(process {os.getpid()})" in caplog.text or not Path("/proc/locks").exists()
+    timer.join()
+    (tmp_path / ".turn").unlink()
+    (tmp_path / "target").write_text("kept")
+    (tmp_path / ".turn").symlink_to(tmp_path / "target")
+    with lock_search(tmp_path):
+        assert (tmp_path / "target").read_text() == "kept"
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_on_a_disk_without_locks_a_search_goes_on(code, tmp_path, monkeypatch):
+    """... and leaves nothing that would lock out another one after it was killed."""
+
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fcntl.flock", flock)
+        for _ in range(2):
+            with lock_search(tmp_path):
+                assert not (tmp_path / ".turn").is_file() or not (tmp_path / ".turn").read_bytes()
+    with lock_search(tmp_path):
+        pass

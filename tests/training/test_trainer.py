@@ -287,6 +287,7 @@ def test_a_running_mean_of_the_weights(tmp_path, cli):
     overrides = [
         *OVERRIDES,
         "trainer.ema=0.5",
+        "trainer.ema_warmup=true",
         "trainer.max_steps=4",
         "trainer.checkpoint_interval=2",
         "schedule=constant",

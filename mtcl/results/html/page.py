@@ -44,7 +44,10 @@ MAX_SETTINGS_ROWS = 200  # of the table of settings that differ
 MAX_SETTINGS_COLUMNS = 16
 MAX_VALUES = 6  # of a setting, in the list of all settings
 # Keys of run.json that differ by run, and those that are listed among the settings.
-PER_RUN = ("command", "overrides", "seed", "step", "seconds", "checkpoint", "predictions", "evaluation.")
+PER_RUN = (
+    *("command", "overrides", "seed", "step", "seconds", "checkpoint", "predictions", "evaluation."),
+    *("best_step", "validations_without_improvement"),
+)
 
 
 def render_page(report: ReportData, title: str) -> str:
