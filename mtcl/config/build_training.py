@@ -104,7 +104,9 @@ def build_trainer(
     weights = None
     if settings.parallel == "fsdp" and distributed.world_size() > 1:
         weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
-    optimizer = construct(build_optimizer, "optimizer", model, **plain(config.optimizer))
+    optimizer = construct(
+        build_optimizer, "optimizer", model, is_sharded=weights is not None, **plain(config.optimizer)
+    )
     features = None
     if not settings.dry_run:  # its one step would wait for the features of all images
         features = build_feature_caches(config, tasks, model, train_dataset, val_dataset, device)

@@ -16,6 +16,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     ``found_inf`` is a scalar on the device, as in torch's fused optimizers: where it is not 0 nothing takes a step.
     """
 
+    _step_supports_amp_scaling = True  # torch's name for optimizers that read ``found_inf``
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],

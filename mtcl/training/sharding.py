@@ -57,7 +57,7 @@ class ReplicatedWeights:
         """Load a full state dict into the model, or a copy of it."""
         model.load_state_dict(state)
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: ScheduledOptimizer) -> dict[str, Any]:
         """Return the full state dict of the model's optimiser. All processes must call it, process 0 gets it."""
         return optimizer.state_dict()
 
@@ -170,11 +170,11 @@ class ShardedWeights(ReplicatedWeights):
             target.copy_(source)
 
     @torch.no_grad()
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: ScheduledOptimizer) -> dict[str, Any]:
         """Return the optimiser's full state dict, on the CPU of process 0."""
         state = optimizer.state_dict()
         index_of = {id(p): index for index, p in enumerate(self.parameters)}
-        order = [index_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        order = [index_of[id(p)] for group in optimizer.optimizer.param_groups for p in group["params"]]
         like = list(self.template.parameters())
 
         def gather(value: Any, index: int) -> Any:

@@ -445,7 +445,7 @@ class Trainer:
             gradient_norm_weight=self.lambda_.state_dict(),
             balancer=self.balancer.state_dict(),
             optimizer={
-                "model": self.weights.optimizer_state(self.optimizer.optimizer),
+                "model": self.weights.optimizer_state(self.optimizer),
                 "regularizer": None if regularizer_optimizer is None else regularizer_optimizer.optimizer.state_dict(),
             },
             rng=distributed.all_gather_object(rng_state(self.device)),
