@@ -146,6 +146,8 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
     ]
     feature = choose_common_feature(variants, settings)
     device = choose_device(settings.trainer.device, "trainer.device")
+    if device.type == "mps":
+        raise UserError("trainer.device=mps lacks float64, in which distances are measured; use trainer.device=cpu")
     dataset = take_evenly_spaced(build_dataset(settings, "val", tasks), options.frames)
     batches = build_eval_loader(settings, dataset, tasks, device)
     samples = collect_samples(variants, batches, tasks, feature, device)

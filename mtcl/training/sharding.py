@@ -14,6 +14,7 @@ from timm.layers import Mlp, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 from mtcl import distributed
@@ -38,6 +39,10 @@ class ReplicatedWeights:
     def compile(self, module: nn.Module) -> StepFunction:
         """Return the module through ``torch.compile``."""
         return CompiledModule(module)
+
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Return a gradient scaler for fp16. All processes skip the same steps, as DDP averages the gradients."""
+        return torch.amp.GradScaler(device.type)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Make a newly constructed optimiser of the model's parameters work on ``parameters``."""
@@ -121,6 +126,10 @@ class ShardedWeights(ReplicatedWeights):
             parts.append(CompiledModule(unit.forward, parts=parts))
             unit.forward = parts[-1]
         return module
+
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Return a gradient scaler for fp16, by which all processes skip a step that one has to skip."""
+        return ShardedGradScaler(device.type)
 
     @torch.no_grad()
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
