@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtcl.runtime import choose_float64_device
+
 
 class MaskedAdamW(torch.optim.Optimizer):
     """AdamW in which a slice (first axis) whose gradient is all zero takes no step at all.
@@ -69,7 +71,7 @@ class MaskedAdamW(torch.optim.Optimizer):
 
 def _correct_bias(step: Tensor, lr: float, beta1: float, beta2: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return lr / (1 - beta1 ** step) and sqrt(1 - beta2 ** step), whose differences cancel in single precision."""
-    if step.device.type == "mps":  # Apple's GPUs have no float64
+    if choose_float64_device(step.device) != step.device:
         first, second = (
             -torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step) for beta in (beta1, beta2)
         )
