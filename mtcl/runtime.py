@@ -11,8 +11,12 @@ from torch import nn
 
 from mtcl.errors import ParameterError
 
-OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
-OUT_OF_MEMORY_TEXTS += ("MPS backend out of memory",)
+OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 

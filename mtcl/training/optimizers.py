@@ -67,7 +67,7 @@ def build_optimizer(
     groups = _build_groups(model, lr, backbone_lr, weight_decay, layer_decay)
     parameters = inspect.signature(optimizer_class).parameters
     settings = {"momentum": momentum, "nesterov": nesterov, "betas": betas, "eps": eps}
-    arguments = {key: value for key, value in settings.items() if value is not None and key in parameters}
+    arguments: dict[str, Any] = {n: value for n, value in settings.items() if value is not None and n in parameters}
     if nesterov and momentum == 0 and "momentum" in parameters:
         raise ParameterError("nesterov", "=true needs a momentum above 0")
     if "betas" in arguments:
@@ -101,7 +101,7 @@ def build_optimizer(
 
 def _find_class(name: str, is_sharded: bool) -> type[torch.optim.Optimizer]:
     """Return the class of an optimiser that can be trained with."""
-    names, base = list_optimizers(), name.removeprefix(LOOKAHEAD)
+    names, base = [str(listed) for listed in list_optimizers()], name.removeprefix(LOOKAHEAD)
     if base not in names:
         problem = f"={name} is not known{suggest(base, names)}; choose adamw, adam, sgd or another optimiser of timm"
         raise ParameterError("name", f"{problem} (timm.optim.list_optimizers() lists them)")
