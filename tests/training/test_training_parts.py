@@ -205,7 +205,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(name, tmp_path):
     def build():
         model = Tiny().to(memory_format=torch.channels_last)
         optimizer = build_optimizer(model, name, 0.02, backbone_lr=0.01, weight_decay=0.1, **TIMM)
-        return model, ScheduledOptimizer(optimizer, build_schedule("poly", 10))
+        return model, ScheduledOptimizer(optimizer, build_schedule("poly", 20))
 
     model, optimizer = build()
     train_tiny(model, optimizer, range(1))
@@ -215,12 +215,12 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(name, tmp_path):
     train_tiny(model, optimizer, range(2, 5))
     content = {"model": model.state_dict(), "config": {}, "step": 5, "optimizer": optimizer.state_dict()}
     write_checkpoint_file(tmp_path / "last.pt", content)
-    train_tiny(model, optimizer, range(5, 9))
+    train_tiny(model, optimizer, range(5, 15))
     loaded = read_checkpoint_file(tmp_path / "last.pt")
     resumed, optimizer = build()
     resumed.load_state_dict(loaded["model"])
     optimizer.load(loaded["optimizer"])
-    train_tiny(resumed, optimizer, range(5, 9))
+    train_tiny(resumed, optimizer, range(5, 15))
     for key, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[key], value), key
 
