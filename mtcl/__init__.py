@@ -36,7 +36,7 @@ def load(
         source: a checkpoint, a run's folder, an exported folder, or a name on the Hugging Face hub.
         device: auto, cpu or cuda.
         tasks: predict only these; None: all tasks of the model.
-        precision: auto, bf16 or fp32.
+        precision: auto, bf16, fp16 or fp32.
         backbone_weights: of a frozen backbone that a checkpoint leaves out: a file, or ``hub``.
         **options: ``mode``, ``flip``, ``scales``, ``max_pixels``, see :class:`mtcl.inference.Predictor`.
 

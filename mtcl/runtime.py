@@ -11,21 +11,33 @@ from torch import nn
 
 from mtcl.errors import ParameterError
 
-OUT_OF_MEMORY_TEXTS = ("DefaultCPUAllocator", "CUDNN_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY_TEXTS = (
+    "DefaultCPUAllocator",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "MPS backend out of memory",
+)
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 
 
 def choose_device(name: str, parameter: str = "device") -> torch.device:
     """Return the device to run on; of several processes on one machine each gets its own GPU.
 
     Args:
-        name: ``auto`` (CUDA if available, else the CPU), ``cpu`` or ``cuda``.
+        name: ``auto`` (CUDA if available, else the CPU), ``cpu``, ``cuda``, or ``mps`` (the GPU of an Apple computer).
         parameter: what the user calls this setting, for the message.
 
     Raises:
-        ParameterError: the name is unknown, or PyTorch sees no CUDA device.
+        ParameterError: the name is unknown, PyTorch sees no such device, or several processes would share it.
     """
-    if name not in ("auto", "cpu", "cuda"):
-        raise ParameterError(parameter, f"={name} is not known; choose auto, cpu or cuda")
+    if name not in ("auto", "cpu", "cuda", "mps"):
+        raise ParameterError(parameter, f"={name} is not known; choose auto, cpu, cuda or mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ParameterError(parameter, "=mps, but PyTorch sees no GPU of an Apple computer; use cpu or auto")
+    if name == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ParameterError(parameter, "=mps works in one process; start without torchrun or use cpu")
+    if name == "mps":
+        return torch.device("mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise ParameterError(parameter, "=cuda, but PyTorch sees no CUDA device; use cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
@@ -54,23 +66,33 @@ def autocast(
 
     Args:
         device: where the model runs.
-        precision: ``bf16``, ``fp32``, or ``auto``: bf16 on a CUDA device that has it natively, else fp32.
+        precision: ``bf16``, ``fp16``, ``fp32``, or ``auto``: on CUDA bf16 where the device has it natively, else
+            fp16; fp32 on other devices.
         parameter: what the user calls this setting, for the message.
 
     Raises:
         ParameterError: the precision is unknown.
     """
-    if uses_bf16(device, precision, parameter):
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    chosen = choose_precision(device, precision, parameter)
+    if chosen == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if chosen == "bf16" else torch.float16)
 
 
-def uses_bf16(device: torch.device, precision: str, parameter: str = "precision") -> bool:
-    """Return whether a model at this ``precision`` runs in bf16; for arguments and errors see :func:`autocast`."""
-    if precision not in ("auto", "bf16", "fp32"):
-        raise ParameterError(parameter, f"={precision} is not known; choose auto, bf16 or fp32")
-    is_native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return precision == "bf16" or (precision == "auto" and is_native)
+def choose_precision(device: torch.device, precision: str, parameter: str = "precision") -> str:
+    """Return ``bf16``, ``fp16`` or ``fp32``; for arguments and errors see :func:`autocast`."""
+    if precision not in PRECISIONS:
+        raise ParameterError(parameter, f"={precision} is not known; choose auto, bf16, fp16 or fp32")
+    if precision != "auto":
+        return precision
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def choose_float64_device(device: torch.device) -> torch.device:
+    """Return where sums in float64 are computed: on the device, or on the CPU for Apple's GPUs, which lack it."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 @contextlib.contextmanager
@@ -101,10 +123,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """Return the states of PyTorch's generators: ``cpu``, and ``cuda`` if ``device`` is a GPU."""
+    """Return the states of PyTorch's generators: ``cpu``, and ``cuda`` or ``mps`` if ``device`` is a GPU."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -113,6 +137,8 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+    if device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"].cpu())
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,7 @@ def test_choose_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"^device=cuda, but PyTorch sees no CUDA device"):
         choose_device("cuda")
-    with pytest.raises(UserError, match=r"^device=gpu is not known; choose auto, cpu or cuda"):
+    with pytest.raises(UserError, match=r"^device=gpu is not known; choose auto, cpu, cuda or mps"):
         choose_device("gpu")
 
 
@@ -43,7 +43,9 @@ def test_seeding(monkeypatch):
         os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", "float32"), ("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16")]
+)
 def test_autocast_on_a_cpu(precision, dtype):
     layer = nn.Linear(3, 2)
     with autocast(CPU, precision):
@@ -52,8 +54,8 @@ def test_autocast_on_a_cpu(precision, dtype):
 
 
 def test_autocast_of_unknown_precision():
-    with pytest.raises(UserError, match=r"^precision=fp16 is not known"):
-        autocast(CPU, "fp16")
+    with pytest.raises(UserError, match=r"^precision=fp8 is not known; choose auto, bf16, fp16 or fp32"):
+        autocast(CPU, "fp8")
 
 
 def test_peak_memory_is_in_gib():

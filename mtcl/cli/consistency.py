@@ -117,6 +117,14 @@ def parse_args(args: Sequence[str], description: str | None, timestamp: str) -> 
     return Options(**{**values, "checkpoint": Path(values["checkpoint"])}), overrides
 
 
+def choose_float64_capable_device(name: str) -> torch.device:
+    """Return the device of this name; refuse Apple's GPUs."""
+    device = choose_device(name, "trainer.device")
+    if device.type == "mps":
+        raise UserError("trainer.device=mps lacks float64, in which distances are measured; use trainer.device=cpu")
+    return device
+
+
 def measure_consistency(options: Options, overrides: Sequence[str], configs: Path) -> dict[str, Any]:
     """Write consistency.json, separation.png and one consistency_TARGET.png per target into ``options.output``.
 
@@ -145,7 +153,7 @@ def measure_consistency(options: Options, overrides: Sequence[str], configs: Pat
         for (path, checkpoint), weights in zip(checkpoints, assign_backbone_weights(saved, options.backbone_weights))
     ]
     feature = choose_common_feature(variants, settings)
-    device = choose_device(settings.trainer.device, "trainer.device")
+    device = choose_float64_capable_device(settings.trainer.device)
     dataset = take_evenly_spaced(build_dataset(settings, "val", tasks), options.frames)
     batches = build_eval_loader(settings, dataset, tasks, device)
     samples = collect_samples(variants, batches, tasks, feature, device)

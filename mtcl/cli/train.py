@@ -34,7 +34,7 @@ from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
 from mtcl.run_folder import RunFolder
 from mtcl.run_lock import lock_run
-from mtcl.runtime import choose_device, seed_everything
+from mtcl.runtime import choose_device, choose_precision, seed_everything
 from mtcl.tasks.base import Task
 from mtcl.training.trainer import Trainer
 
@@ -199,6 +199,10 @@ def log_setup(
         )
     if trainer.regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to contrast with: the regularizer is off")
+    if config.trainer.precision == "auto" and choose_precision(trainer.device, "auto") == "fp16":
+        log.info(
+            "trainer.precision=auto: %s has no bf16, so the run is in fp16, with a gradient scaler", trainer.device
+        )
     log.info("%s", train_dataset.summary())
     if config.trainer.dry_run and config.data.get("feature_cache") is not None:
         log.info("dry run: the feature cache is left alone, so this step is slower than one of the training")

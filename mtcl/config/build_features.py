@@ -15,7 +15,7 @@ from mtcl.data.partial_labels import PartiallyLabeledDataset
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.models.weights import hash_weights
-from mtcl.runtime import uses_bf16
+from mtcl.runtime import choose_precision
 from mtcl.tasks.base import Task
 from mtcl.training.feature_filling import FeatureFiller, describe_format
 
@@ -132,6 +132,6 @@ def describe_backbone(config: DictConfig, model: EncoderDecoder, device: torch.d
         "kwargs": plain(backbone.kwargs),
         **({} if (mode := backbone.get("upsample_mode")) is None else {"upsample_mode": mode}),
         "normalisation": [list(model.mean), list(model.std)],
-        "precision": "bf16" if uses_bf16(device, config.trainer.precision) else "fp32",
+        "precision": choose_precision(device, config.trainer.precision),
         "channels_last": config.trainer.channels_last,
     }

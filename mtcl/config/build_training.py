@@ -24,7 +24,7 @@ from mtcl.regularizers import Distillation, GradientNormWeight, Regularizer, Tas
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
 from mtcl.regularizers.weighting import Lambda
-from mtcl.runtime import autocast
+from mtcl.runtime import choose_precision
 from mtcl.tasks.base import Task
 from mtcl.training.ema import ModelEma
 from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer
@@ -87,7 +87,7 @@ def build_trainer(
     if settings.on_unreadable not in ("stop", "skip"):
         raise UserError(f"trainer.on_unreadable={settings.on_unreadable} is not known; choose stop or skip")
     with add_key_prefix("trainer."):
-        autocast(device, settings.precision)  # refuses an unknown precision now
+        precision = choose_precision(device, settings.precision)
     validation = build_validation_policy(config, tasks)
     if settings.grad_checkpointing and not model.backbone.set_grad_checkpointing():
         raise UserError(
@@ -97,6 +97,16 @@ def build_trainer(
         raise UserError("trainer.ema_warmup=true needs a running mean of the weights; set trainer.ema, e.g. to 0.9999")
     ema = None if settings.ema is None else ModelEma(model, settings.ema, settings.ema_warmup)
     regularizer = build_regularizer(config, tasks, model)
+    if isinstance(regularizer, TaskSaliency) and precision == "fp16":
+        raise UserError(
+            "regularizer=rep_mtl takes gradients within the forward pass, where fp16 would round them to 0; "
+            "set trainer.precision=fp32 or bf16"
+        )
+    if device.type == "mps" and config.regularizer.get("options", {}).get("source_weights") == "auto":
+        raise UserError(
+            "regularizer.options.source_weights=auto sums in float64, which trainer.device=mps lacks; give a mapping "
+            "or use trainer.device=cpu"
+        )
     if regularizer is not None:
         regularizer.to(device)
     if isinstance(regularizer, Distillation):
@@ -106,7 +116,9 @@ def build_trainer(
     weights = None
     if settings.parallel == "fsdp" and distributed.world_size() > 1:
         weights = ShardedWeights(model, device, *(() if ema is None else (ema.model,)))
-    optimizer = construct(build_optimizer, "optimizer", model, **plain(config.optimizer))
+    optimizer = construct(
+        build_optimizer, "optimizer", model, is_sharded=weights is not None, **plain(config.optimizer)
+    )
     features = None
     if not settings.dry_run:  # its one step would wait for the features of all images
         features = build_feature_caches(config, tasks, model, train_dataset, val_dataset, device)

@@ -75,7 +75,7 @@ def load(
             name of one on the Hugging Face hub (``user/model``).
         device: ``auto``, ``cpu`` or ``cuda``.
         tasks: the tasks to predict; None: all of the model's.
-        precision: ``auto``, ``bf16`` or ``fp32``.
+        precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         backbone_weights: of a frozen backbone that the checkpoint leaves out: a file, or ``hub``.
         options: further arguments of :class:`mtcl.inference.Predictor`.
 

@@ -10,7 +10,7 @@ from mtcl.evaluation.evaluator import EvaluationResult, Evaluator, PredictionCal
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel
 from mtcl.regularizers import Distillation
-from mtcl.runtime import autocast
+from mtcl.runtime import autocast, choose_float64_device
 
 DISTILLATION = "distillation"  # stands for a task's name in the metrics
 MONITOR = f"{DISTILLATION}/loss"
@@ -46,8 +46,9 @@ class DistillationEvaluator(Evaluator):
         was_training = model.training
         model.eval()
         names = list(self.distillation.levels)
-        sums = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
-        count = torch.zeros((), dtype=torch.float64, device=self.device)
+        device = choose_float64_device(self.device)
+        sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+        count = torch.zeros((), dtype=torch.float64, device=device)
         for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=distributed.rank() > 0):
             image, _ = prepare_input(batch, model, self.device)
             assert isinstance(image, Tensor)
@@ -56,7 +57,7 @@ class DistillationEvaluator(Evaluator):
                 teachers = self.distillation.run_teachers(image, model.mean, model.std)
             feature = self.distillation.feature
             terms = self.distillation.compare(student.features[feature], teachers.features[feature])
-            sums += len(image) * torch.stack([torch.stack(terms[name]) for name in names])
+            sums += len(image) * torch.stack([torch.stack(terms[name]) for name in names]).to(device)
             count += len(image)
         model.train(was_training)
         sums, count = distributed.all_reduce_sum(sums), distributed.all_reduce_sum(count)

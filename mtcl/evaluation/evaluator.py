@@ -13,7 +13,7 @@ from mtcl import distributed
 from mtcl.data import Batch, SampleMeta
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel
-from mtcl.runtime import autocast
+from mtcl.runtime import autocast, choose_float64_device
 from mtcl.tasks.base import Task
 
 Metrics = dict[str, dict[str, float]]  # task -> metric -> value
@@ -45,7 +45,8 @@ class Evaluator:
     Args:
         tasks: name -> task.
         loader: gives evaluation batches.
-        device: where the metrics are computed.
+        device: where the model is, and where the metrics are computed: they sum in float64, so for Apple's GPUs on the
+            CPU.
         precision: of the model, see :func:`mtcl.runtime.autocast`.
         num_visual_samples: number of samples, the first of the list, that are returned for drawing.
         options: task -> options of its metric.
@@ -96,12 +97,13 @@ class Evaluator:
         Returns:
             metrics in fractions, degrees and metres, with the samples to draw.
         """
-        metrics = {name: task.metric(**self._options(name, fast)).to(self.device) for name, task in self.tasks.items()}
+        device = choose_float64_device(self.device)
+        metrics = {name: task.metric(**self._options(name, fast)).to(device) for name, task in self.tasks.items()}
         visual_samples: list[VisualSample] = []
         count = 0
         for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=distributed.rank() > 0):
-            predictions = predict(batch)
-            labels = {name: label.to(self.device, non_blocking=True) for name, label in batch["labels"].items()}
+            predictions = {name: prediction.to(device) for name, prediction in predict(batch).items()}
+            labels = {name: label.to(device, non_blocking=True) for name, label in batch["labels"].items()}
             for rows, (y, x, height, width) in _group_by_window(batch["meta"]):
                 area = (rows, ..., slice(y, y + height), slice(x, x + width))
                 for name, metric in metrics.items():

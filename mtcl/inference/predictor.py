@@ -49,7 +49,7 @@ class Predictor:
         size: height and width of the training frame. An image of about that size or smaller is predicted as it is,
             exactly as in ``evaluate.py``.
         device: where to predict; the model is moved there.
-        precision: ``auto``, ``bf16`` or ``fp32``.
+        precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         mode: how to predict larger images. ``resize``: shrink them to the frame and enlarge the maps.
             ``sliding_window``: move a window of the frame's size over the image, with half overlap, and blend: finer
             but slower, and without context beyond the window. ``full``: as they are, if memory suffices.

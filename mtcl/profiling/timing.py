@@ -11,9 +11,11 @@ from torch.profiler import ProfilerActivity
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the work that is queued on a CUDA device."""
+    """Wait for the work that is queued on a GPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()
 
 
 def measure_time(work: Callable[[], object], device: torch.device) -> tuple[float, float]:

@@ -8,7 +8,9 @@ from torch import Tensor
 from mtcl import distributed
 
 
-def compare_feature_gradients(task_loss: Tensor, contrast: Tensor, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def compare_feature_gradients(
+    task_loss: Tensor, contrast: Tensor, features: Mapping[str, Tensor], loss_scale: Tensor | None = None
+) -> dict[str, Tensor]:
     """Compare the gradients of two losses at the task features.
 
     Costs two backward passes from the losses down to the features, not through the model; call it when logging. Leaves
@@ -18,11 +20,15 @@ def compare_feature_gradients(task_loss: Tensor, contrast: Tensor, features: Map
         task_loss: weighted sum over the tasks, as it enters the step.
         contrast: the regulariser's loss times lambda.
         features: target -> feature map, in the graph of both.
+        loss_scale: both losses are multiplied by it before, and the norms divided, so that gradients in fp16 do not
+            become 0.
 
     Returns:
         detached scalars ``TARGET/norm_task``, ``TARGET/norm_contrast`` and ``TARGET/cosine``.
     """
     maps = list(features.values())
+    if loss_scale is not None:
+        task_loss, contrast = loss_scale * task_loss, loss_scale * contrast
     task_gradients = torch.autograd.grad(task_loss, maps, retain_graph=True, allow_unused=True)
     contrast_gradients = torch.autograd.grad(contrast, maps, retain_graph=True, allow_unused=True)
     result = {}
@@ -33,6 +39,8 @@ def compare_feature_gradients(task_loss: Tensor, contrast: Tensor, features: Map
         result[f"{name}/norm_task"], result[f"{name}/norm_contrast"] = global_norm(a), global_norm(b)
         dot = distributed.all_reduce_sum((a * b).sum()) / distributed.world_size() ** 2
         result[f"{name}/cosine"] = dot / (global_norm(a).clamp(min=1e-8) * global_norm(b).clamp(min=1e-8))
+        if loss_scale is not None:
+            result |= {key: result[key] / loss_scale for key in (f"{name}/norm_task", f"{name}/norm_contrast")}
     return result
 
 

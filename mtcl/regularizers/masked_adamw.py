@@ -1,10 +1,13 @@
 """AdamW for stacked parameters of which only some slices are in use at a step."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mtcl.runtime import choose_float64_device
 
 
 class MaskedAdamW(torch.optim.Optimizer):
@@ -15,6 +18,8 @@ class MaskedAdamW(torch.optim.Optimizer):
     that was drawn when none of its triplets was active). No host synchronisation.
     ``found_inf`` is a scalar on the device, as in torch's fused optimizers: where it is not 0 nothing takes a step.
     """
+
+    _step_supports_amp_scaling = True  # torch's name for optimizers that read ``found_inf``
 
     def __init__(
         self,
@@ -58,8 +63,18 @@ class MaskedAdamW(torch.optim.Optimizer):
         square = state["exp_avg_sq"]
         square = torch.where(live, square * beta2 + grad * grad * (1 - beta2), square)
         state["exp_avg"], state["exp_avg_sq"] = mean, square
-        step = state["steps"].double().clamp(min=1).view(column)  # 1 - beta**step cancels in single precision
-        scale1, scale2 = (lr / (1 - beta1**step)).to(grad), (1 - beta2**step).sqrt().to(grad)
+        scale1, scale2 = _correct_bias(state["steps"].clamp(min=1).view(column), lr, beta1, beta2, grad.dtype)
         denominator = square.sqrt() / scale2 + group["eps"]
         update = parameter * (1 - lr * group["weight_decay"]) - scale1 * mean / denominator
         parameter.copy_(torch.where(live, update, parameter))
+
+
+def _correct_bias(step: Tensor, lr: float, beta1: float, beta2: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return lr / (1 - beta1 ** step) and sqrt(1 - beta2 ** step), whose differences cancel in single precision."""
+    if choose_float64_device(step.device) != step.device:
+        first, second = (
+            -torch.expm1(step * math.log(beta)) if beta else torch.ones_like(step) for beta in (beta1, beta2)
+        )
+    else:
+        first, second = (1 - beta ** step.double() for beta in (beta1, beta2))
+    return (lr / first).to(dtype), second.sqrt().to(dtype)

@@ -70,12 +70,16 @@ class GradientNormWeight(nn.Module):
 
     @torch.no_grad()
     def update(self, norm_task: Mapping[str, Tensor], norm_contrast: Mapping[str, Tensor]) -> None:
-        """Take in gradient norms, comparison -> scalar. One without labels or anchors keeps its factor."""
+        """Take in gradient norms, comparison -> scalar. One without labels or anchors keeps its factor.
+
+        So does one whose gradient is not finite, as those of scaled losses may be in fp16. A factor that both norms
+        have does not matter.
+        """
         task = torch.stack([norm_task[name] for name in self.names])
         contrast = torch.stack([norm_contrast[name] for name in self.names])
         ratio = task / contrast.clamp(min=torch.finfo(contrast.dtype).tiny)
         mean = torch.where(self.factor > 0, self.momentum * self.factor + (1 - self.momentum) * ratio, ratio)
-        is_measured = (task > 0) & (contrast > 0) & ratio.isfinite()
+        is_measured = (task > 0) & (contrast > 0) & contrast.isfinite() & ratio.isfinite()
         self.factor.copy_(torch.where(is_measured, mean, self.factor))
 
     def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
 """Balance objectives: from one loss per objective to the gradients of the model."""
 
+import contextlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Balancer(ABC):
     """
 
     saved_name: str  # in checkpoints, where it must not change
+    loss_scale: Tensor | None = None  # factor of what is differentiated, and so of .grad, against underflow in fp16
     measures_progress = False  # whether it needs the losses of a step's batches once more, after the step
 
     def __init__(self, weights: Mapping[str, float]):
@@ -51,7 +53,28 @@ class Balancer(ABC):
         """
 
     def finish_step(self, step: int) -> None:  # noqa: B027  # optional
-        """Complete ``.grad`` after the step's last batch."""
+        """Complete ``.grad``, which has the factor :attr:`loss_scale`, after the step's last batch."""
+
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """Return a loss times :attr:`loss_scale`."""
+        return loss if self.loss_scale is None else self.loss_scale * loss
+
+    def unscale_gradient(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of a scaled loss without the factor."""
+        return gradient if self.loss_scale is None else gradient / self.loss_scale
+
+    @contextlib.contextmanager
+    def unscaled_gradients(self, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        """Take the factor from ``.grad`` inside the context. It is a power of two, so nothing is rounded."""
+        if self.loss_scale is None:
+            yield
+            return
+        parameters = list(parameters)
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            gradient /= self.loss_scale
+        yield
+        for gradient in (p.grad for p in parameters if p.grad is not None):
+            gradient *= self.loss_scale
 
     def observe_progress(self, losses: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Take in the losses (objective -> mean over the step's batches) that the updated model has."""
@@ -100,7 +123,7 @@ class FixedWeights(Balancer):
         num_batches: int = 1,
     ) -> None:
         """Add the gradients of the weighted sum."""
-        self.total(losses, num_batches).backward()
+        self.scale_loss(self.total(losses, num_batches)).backward()
 
 
 class AdaptiveWeights(FixedWeights):

@@ -70,16 +70,17 @@ class AverageNorm(FixedWeights):
         """Return each objective's gradient at the last shared layer, (K, N); None where nothing is shared."""
         while self.layer is None and self.candidates:
             candidate = self.candidates.pop()
-            if all(_differentiate(loss, candidate) is not None for loss in objectives.values()):
+            if all(_differentiate(self.scale_loss(loss), candidate) is not None for loss in objectives.values()):
                 self.layer = candidate
         if self.layer is None:
             if not self.has_warned:
                 log.warning("no trained layer serves all objectives: their norms are not balanced")
                 self.has_warned = True
             return None
-        gradients = [_differentiate(loss, self.layer) for loss in objectives.values()]
+        gradients = [_differentiate(self.scale_loss(loss), self.layer) for loss in objectives.values()]
         zero = torch.zeros_like(self.layer)
-        return torch.stack([(zero if gradient is None else gradient).float().flatten() for gradient in gradients])
+        rows = torch.stack([(zero if gradient is None else gradient).float().flatten() for gradient in gradients])
+        return self.unscale_gradient(rows)
 
     def summary(self) -> dict[str, Tensor | float]:
         """Return the factor of each objective's loss, and its gradient's norm."""

@@ -56,20 +56,25 @@ class DualBalancing(Balancer):
         objectives = {name: self.weights[name] * losses[name] for name in self.weights if name in losses}
         outside = [loss for name, loss in losses.items() if name not in objectives]
         if outside:
-            torch.stack(outside).sum().backward(retain_graph=True)
+            self.scale_loss(torch.stack(outside).sum()).backward(retain_graph=True)
         for number, (name, loss) in enumerate(objectives.items(), start=1):
             logarithm = torch.log(num_batches * loss + EPSILON) / num_batches
             gradients = torch.autograd.grad(
-                logarithm, self.trained, retain_graph=number < len(objectives), allow_unused=True
+                self.scale_loss(logarithm), self.trained, retain_graph=number < len(objectives), allow_unused=True
             )
             for index, gradient in enumerate(gradients):
                 if gradient is not None:
+                    gradient = self.unscale_gradient(gradient)
                     rows = self.rows.setdefault(index, {})
                     rows[name] = rows[name] + gradient if name in rows else gradient
 
     @torch.no_grad()
     def finish_step(self, step: int) -> None:  # noqa: ARG002
         """Average the gradients over the steps, bring them to one norm and add them to ``.grad``."""
+        with self.unscaled_gradients(self.trained):
+            self._add_gradients()
+
+    def _add_gradients(self) -> None:
         rows, self.rows = self.rows, {}
         shared = [index for index, gradients in rows.items() if len(gradients) > 1]
         for index, gradients in rows.items():

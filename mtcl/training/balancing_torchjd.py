@@ -157,6 +157,7 @@ class GradientAggregation(Balancer):
         self.has_warned = False  # that no parameter is shared
         self.rows: dict[nn.Parameter, dict[str, Tensor]] = {}  # parameter -> objective -> gradient, of this step
         self.losses: list[Tensor] = []
+        self.trained: list[nn.Parameter] = []
         self.logged: dict[str, Tensor | float] = {}
         self._check()
 
@@ -167,21 +168,29 @@ class GradientAggregation(Balancer):
         num_batches: int = 1,  # noqa: ARG002
     ) -> None:
         """Compute and keep each objective's gradients; add those of other losses at once."""
-        trained = [p for p in parameters if p.requires_grad]
+        self.trained = [p for p in parameters if p.requires_grad]
         objectives = {name: self.weights[name] * losses[name] for name in self.weights if name in losses}
         outside = [loss for name, loss in losses.items() if name not in objectives]
         if outside:
-            torch.stack(outside).sum().backward(retain_graph=True)
+            self.scale_loss(torch.stack(outside).sum()).backward(retain_graph=True)
         for number, (name, loss) in enumerate(objectives.items(), start=1):
-            gradients = torch.autograd.grad(loss, trained, retain_graph=number < len(objectives), allow_unused=True)
-            for parameter, gradient in zip(trained, gradients):
+            is_needed_again = number < len(objectives)
+            gradients = torch.autograd.grad(
+                self.scale_loss(loss), self.trained, retain_graph=is_needed_again, allow_unused=True
+            )
+            for parameter, gradient in zip(self.trained, gradients):
                 if gradient is not None:
+                    gradient = self.unscale_gradient(gradient)
                     rows = self.rows.setdefault(parameter, {})
                     rows[name] = rows[name] + gradient if name in rows else gradient
         self.losses += [loss.detach().float() for loss in losses.values()]
 
     def finish_step(self, step: int) -> None:
         """Aggregate the gradients of the step's batches into ``.grad``."""
+        with self.unscaled_gradients(self.trained):
+            self._add_gradients(step)
+
+    def _add_gradients(self, step: int) -> None:
         rows, self.rows, losses, self.losses = self.rows, {}, self.losses, []
         shared = []
         num_objectives = len({name for gradients in rows.values() for name in gradients})
@@ -323,11 +332,16 @@ def private_randomness(seed: int, step: int, device: torch.device) -> Iterator[N
     """Seed torch's global generators with f(seed, step) inside, and restore them afterwards."""
     number = int(np.random.default_rng([0x6D74636C, seed, step, 2**32]).integers(2**63))
     devices = [device.index or 0] if device.type == "cuda" else []
+    state = torch.mps.get_rng_state() if device.type == "mps" else None
     with torch.random.fork_rng(devices):
         torch.default_generator.manual_seed(number)
         for index in devices:
             torch.cuda.default_generators[index].manual_seed(number)
+        if state is not None:
+            torch.mps.manual_seed(number)
         yield
+        if state is not None:
+            torch.mps.set_rng_state(state)
 
 
 def _first_line(error: Exception) -> str:

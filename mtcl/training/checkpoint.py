@@ -27,13 +27,14 @@ class Checkpoint:
         config: the run's config, from which the model can be rebuilt.
         step: the optimiser steps taken.
         meta: ``tasks`` (their channels and classes), ``best`` (the monitored metric of ``best.pt``), ``skipped`` (the
-            number of steps that were not finite); of an imported checkpoint also ``imported``; where the frozen
-            weights of the backbone are left out of ``model`` and ``ema`` also ``backbone``, see
-            :func:`leave_out_backbone`.
+            number of steps that were not finite), ``overflows`` (the number of steps whose scaled gradients were not);
+            of an imported checkpoint also ``imported``; where the frozen weights of the backbone are left out of
+            ``model`` and ``ema`` also ``backbone``, see :func:`leave_out_backbone`.
         ema: ``model`` (the averaged weights) and ``updates``; None: the run keeps no average.
         regularizer: the regulariser's state dict; None: there is no regulariser.
         gradient_norm_weight: the state of lambda's gradient-norm weighting; None: there is none.
         balancer: the balancer's state; None: written before there were balancers.
+        scaler: the state of the gradient scaler; None: losses are not scaled.
         optimizer: ``model`` and ``regularizer``, state dicts of the two optimisers.
         rng: random states, a list with one per process; before there were several processes, a single one.
     """
@@ -46,6 +47,7 @@ class Checkpoint:
     regularizer: Mapping[str, Any] | None = None
     gradient_norm_weight: Mapping[str, Any] | None = None
     balancer: Mapping[str, Any] | None = None
+    scaler: Mapping[str, Any] | None = None
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     rng: list[dict[str, Tensor]] | dict[str, Tensor] = field(default_factory=dict)
 
@@ -62,6 +64,7 @@ class Checkpoint:
             "regularizer": self.regularizer,
             "share": self.gradient_norm_weight,
             "balancer": self.balancer,
+            "scaler": self.scaler,
             "optimizer": self.optimizer,
             "schedule": {},  # a function of the step
             "step": self.step,
@@ -82,6 +85,7 @@ class Checkpoint:
             regularizer=content.get("regularizer"),
             gradient_norm_weight=content.get("share"),
             balancer=content.get("balancer"),
+            scaler=content.get("scaler"),
             optimizer=content.get("optimizer", {}),
             rng=content.get("rng", {}),
         )

@@ -25,6 +25,9 @@ class NonFiniteGuard:
     pass that meets NaN leaves it in the running statistics of batch norms, which training does not read: ``flush``
     resets them to their values at the last call.
 
+    Where losses are scaled for fp16, a gradient may overflow because the scale is too large. Such a step is skipped,
+    too, but it is no failure: it is counted apart and neither counts for ``limit`` nor interrupts a row of failures.
+
     Args:
         model: whose batch norms are reset.
         limit: this many consecutive skipped steps end the training.
@@ -33,38 +36,49 @@ class NonFiniteGuard:
     def __init__(self, model: nn.Module, limit: int):
         self.model, self.limit = model, limit
         self.count = self.num_consecutive = 0
-        self.pending: list[tuple[int, list[str], list[str], Tensor]] = []  # step, ids, names, flags
+        self.num_overflows = 0  # steps skipped because of the loss scale
+        self.pending: list[tuple[int, list[str], list[str], Tensor, Tensor]] = []  # step, ids, names, flags, is_failure
         self.finite_statistics = self._copy_statistics()
         self.first_consecutive = SkippedStep(0, [], [])
 
-    def record(self, step: int, ids: Sequence[str], finite: Mapping[str, Tensor]) -> Tensor:
+    def record(
+        self, step: int, ids: Sequence[str], finite: Mapping[str, Tensor], may_overflow: Tensor | None = None
+    ) -> Tensor:
         """Record which of a step's numbers are finite.
 
         Args:
             step: number of the step.
             ids: of the batch's images.
             finite: name -> bool scalar on the device.
+            may_overflow: bool scalar on the device: whether the loss scale explains what is not finite in this process.
 
         Returns:
             1.0 on the device if the step is to be skipped because of a number in any process, else 0.0: the
             ``found_inf`` of an optimiser.
         """
         flags = torch.stack(list(finite.values()))
-        self.pending.append((step, list(ids), list(finite), flags))
-        return (distributed.all_reduce_sum((~flags.all()).float()) > 0).float()
+        is_bad = ~flags.all()
+        is_failure = is_bad if may_overflow is None else is_bad & ~may_overflow
+        self.pending.append((step, list(ids), list(finite), flags, is_failure))
+        return (distributed.all_reduce_sum(is_bad.float()) > 0).float()
 
     def flush(self) -> list[SkippedStep]:
-        """Return the steps skipped since the last call. Waits for the device once."""
+        """Return the failures, steps skipped since the last call without an overflow. Waits for the device once."""
         pending, self.pending = self.pending, []
         if not pending:
             return []
         skipped = []
-        flags_per_step = [flags for *_, flags in pending]
-        is_bad = distributed.all_reduce_sum(torch.stack([(~flags.all()).float() for flags in flags_per_step]))
-        values = torch.cat([is_bad.bool(), *flags_per_step]).tolist()
-        is_skipped, values = values[: len(pending)], values[len(pending) :]
-        for (step, ids, names, _), bad in zip(pending, is_skipped):
+        flags_per_step = [flags for *_, flags, _ in pending]
+        is_bad = [~flags.all() for flags in flags_per_step]
+        is_failure = [is_failure for *_, is_failure in pending]
+        counts = distributed.all_reduce_sum(torch.stack(is_bad + is_failure).float())
+        values = torch.cat([counts.bool(), *flags_per_step]).tolist()
+        is_skipped, is_failed, values = values[: len(pending)], values[len(pending) :], values[2 * len(pending) :]
+        for (step, ids, names, *_), skips, bad in zip(pending, is_skipped, is_failed):
             row, values = values[: len(names)], values[len(names) :]
+            if skips and not bad:
+                self.num_overflows += 1
+                continue
             self.num_consecutive = self.num_consecutive + 1 if bad else 0
             if bad:
                 skipped.append(SkippedStep(step, [name for name, ok in zip(names, row) if not ok], ids))

@@ -17,7 +17,7 @@ class TrainerOptions:
 
     Attributes:
         max_steps: optimiser steps, counted from the start of the training (not from where it is resumed).
-        precision: ``auto`` (bf16 where the device supports it), ``bf16`` or ``fp32``.
+        precision: ``bf16``, ``fp16``, ``fp32`` or ``auto``, see :func:`mtcl.runtime.autocast`.
         accumulate_grad_batches: batches per optimiser step.
         intermediate_weight: factor of the losses of intermediate predictions, relative to those of the final ones.
         clip_norm: largest norm of the model's gradient; None: no clipping. The regulariser's gradient is not counted.

@@ -91,7 +91,7 @@ class RunLogger:
 
         Args:
             step: of the record.
-            kind: ``train``, ``labelled_images``, ``contrast``, ``balancing`` or ``val``.
+            kind: ``train``, ``labelled_images``, ``contrast``, ``balancing``, ``loss_scale`` or ``val``.
             values: name -> number, NaN where there was nothing to measure.
         """
         self._prepare_folder()

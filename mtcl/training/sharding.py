@@ -14,6 +14,7 @@ from timm.layers import Mlp, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
 
 from mtcl import distributed
@@ -39,6 +40,10 @@ class ReplicatedWeights:
         """Return the module through ``torch.compile``."""
         return CompiledModule(module)
 
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Return a gradient scaler for fp16. All processes skip the same steps, as DDP averages the gradients."""
+        return torch.amp.GradScaler(device.type)
+
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Make a newly constructed optimiser of the model's parameters work on ``parameters``."""
 
@@ -57,7 +62,7 @@ class ReplicatedWeights:
         """Load a full state dict into the model, or a copy of it."""
         model.load_state_dict(state)
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: ScheduledOptimizer) -> dict[str, Any]:
         """Return the full state dict of the model's optimiser. All processes must call it, process 0 gets it."""
         return optimizer.state_dict()
 
@@ -122,6 +127,10 @@ class ShardedWeights(ReplicatedWeights):
             unit.forward = parts[-1]
         return module
 
+    def build_scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        """Return a gradient scaler for fp16, by which all processes skip a step that one has to skip."""
+        return ShardedGradScaler(device.type)
+
     @torch.no_grad()
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Replace the model's sharded parameters in the optimiser by this process's parts."""
@@ -170,11 +179,11 @@ class ShardedWeights(ReplicatedWeights):
             target.copy_(source)
 
     @torch.no_grad()
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: ScheduledOptimizer) -> dict[str, Any]:
         """Return the optimiser's full state dict, on the CPU of process 0."""
         state = optimizer.state_dict()
         index_of = {id(p): index for index, p in enumerate(self.parameters)}
-        order = [index_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        order = [index_of[id(p)] for group in optimizer.optimizer.param_groups for p in group["params"]]
         like = list(self.template.parameters())
 
         def gather(value: Any, index: int) -> Any:

@@ -25,7 +25,7 @@ from mtcl.regularizers.base import compute_task_loss
 from mtcl.regularizers.diagnostics import compare_feature_gradients
 from mtcl.regularizers.weighting import Lambda
 from mtcl.run_folder import RunFolder
-from mtcl.runtime import autocast, freeze_running_statistics, peak_memory, rng_state, set_rng_state
+from mtcl.runtime import autocast, choose_precision, freeze_running_statistics, peak_memory, rng_state, set_rng_state
 from mtcl.tasks.base import Task
 from mtcl.tasks.image_weights import find_labelled_images, weigh_images
 from mtcl.training.balancing import Balancer
@@ -108,7 +108,10 @@ class Trainer:
         self.training_step = self.weights.compile(self.eager_step) if options.compile else self.eager_step
         self.regularizer_parameters = [] if self.regularizer is None else list(self.regularizer.parameters())
         self.trained = [*model.parameters(), *self.regularizer_parameters]
+        is_fp16 = choose_precision(device, options.precision) == "fp16"
+        self.scaler = self.weights.build_scaler(device) if is_fp16 else None
         self.nonfinite_guard = NonFiniteGuard(model, options.max_nonfinite_steps)
+        self.reported_overflows = 0  # steps that were skipped because of the loss scale
         self.preemption = PreemptionHandler()
         self.checkpoint_writer = CheckpointWriter(RunFolder(folder).checkpoints, checkpointing.asynchronous)
         self.unreadable: set[str] = set()  # messages, one per image that could not be read
@@ -244,6 +247,8 @@ class Trainer:
         """
         values_per_batch: list[dict[str, Tensor]] = []
         is_finite: dict[str, Tensor] = {}
+        if self.scaler is not None:
+            self.balancer.loss_scale = self.scaler.scale(torch.ones((), device=self.device))
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with nullcontext() if is_last else no_gradient_sync(self.eager_step):
@@ -251,14 +256,17 @@ class Trainer:
             values_per_batch.append(values)
         self.balancer.finish_step(self.step)
         self.weights.collect_gradients()
+        may_overflow = self._unscale_gradients(is_finite)
         is_finite |= self._clip_gradients()
         ids = [meta.id for batch in batches for meta in batch["meta"]]
-        skip = self.nonfinite_guard.record(self.step, ids, is_finite)
+        skip = self.nonfinite_guard.record(self.step, ids, is_finite, may_overflow)
         self.optimizer.step(self.step, skip)
         self.optimizer.zero_grad()
         if self.regularizer_optimizer is not None:
             self.regularizer_optimizer.step(self.step, skip)
             self.regularizer_optimizer.zero_grad()
+        if self.scaler is not None:
+            self.scaler.update()
         if self.balancer.measures_progress:
             self.balancer.observe_progress(self._recompute_task_losses(batches))
         self.balancer.update(self.step, skip)
@@ -317,7 +325,9 @@ class Trainer:
             if self.head_parameters is None:
                 loss = task_loss + lambda_ * contrast
             else:
-                head_gradients = self._differentiate_heads((lambda_ / num_batches) * contrast["contrast"])
+                head_gradients = self._differentiate_heads(
+                    self.balancer.scale_loss((lambda_ / num_batches) * contrast["contrast"])
+                )
         elif self.regularizer_parameters and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
             loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer_parameters]).sum()}
         if num_batches > 1:
@@ -401,9 +411,12 @@ class Trainer:
                 weights = self.balancer.weigh({name: task_loss[name] for name in self.tasks})
             total = torch.stack([weights[name] * task_loss[name] for name in self.tasks]).sum()
         if measures_gradients:
-            self.lambda_.update(total, regularizer_output.losses, features)
+            losses = {name: self.balancer.scale_loss(loss) for name, loss in regularizer_output.losses.items()}
+            self.lambda_.update(self.balancer.scale_loss(total), losses, features)
         contrast = self.lambda_.rescale(regularizer_output.loss, regularizer_output.losses)
-        gradients = compare_feature_gradients(total, lambda_ * contrast, features) if with_diagnostics else {}
+        gradients = {}
+        if with_diagnostics:
+            gradients = compare_feature_gradients(total, lambda_ * contrast, features, self.balancer.loss_scale)
         return LossTerms(contrast=contrast), {f"gradient/{name}": value for name, value in gradients.items()}
 
     def _count_labels(self, values: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -414,6 +427,20 @@ class Trainer:
         num_images = distributed.all_reduce_sum(find_labelled_images(self.tasks, labels).sum(dim=1).float())
         losses = {n: torch.where(num_images[i] > 0, values[n], math.nan) for i, n in enumerate(self.tasks)}
         return losses | {f"labelled_images/{name}": num_images[i] for i, name in enumerate(self.tasks)}
+
+    def _unscale_gradients(self, is_finite: Mapping[str, Tensor]) -> Tensor | None:
+        """Divide the gradients by the loss scale; return whether, if they are not finite, it may be too large.
+
+        Args:
+            is_finite: of the losses. A loss overflows whatever its scale, and at a scale of 1 so does a gradient.
+        """
+        if self.scaler is None:
+            return None
+        for optimizer in (self.optimizer, self.regularizer_optimizer):
+            if optimizer is not None:
+                self.scaler.unscale_(optimizer.optimizer)
+        assert self.balancer.loss_scale is not None
+        return torch.stack(list(is_finite.values())).all() & (self.balancer.loss_scale > 1)
 
     def _clip_gradients(self) -> dict[str, Tensor]:
         """Clip the model's gradient; return which gradients are finite."""
@@ -475,13 +502,15 @@ class Trainer:
                 "best_step": self.best_step,
                 "early_stopping": self.early_stopping.state_dict(),
                 "skipped": self.num_skipped_steps,
+                "overflows": self.nonfinite_guard.num_overflows,
             },
             ema=ema,
             regularizer=None if self.regularizer is None else self.regularizer.state_dict(),
             gradient_norm_weight=self.lambda_.state_dict(),
             balancer=self.balancer.state_dict(),
+            scaler=None if self.scaler is None else self.scaler.state_dict(),
             optimizer={
-                "model": self.weights.optimizer_state(self.optimizer.optimizer),
+                "model": self.weights.optimizer_state(self.optimizer),
                 "regularizer": None if regularizer_optimizer is None else regularizer_optimizer.optimizer.state_dict(),
             },
             rng=distributed.all_gather_object(rng_state(self.device)),
@@ -511,6 +540,11 @@ class Trainer:
                 self.regularizer_optimizer.load(checkpoint.optimizer["regularizer"])
         self.lambda_.load_state_dict(checkpoint.gradient_norm_weight)
         self.balancer.load_state_dict(checkpoint.balancer)
+        if self.scaler is not None:
+            if checkpoint.scaler is None:
+                log.warning("the checkpoint was not trained in fp16: the loss scale starts afresh")
+            else:
+                self.scaler.load_state_dict(dict(checkpoint.scaler))
         if RunFolder(self.folder).best_checkpoint.is_file():  # else the run continues in another folder
             self.best, self.best_step = checkpoint.meta["best"], checkpoint.meta.get("best_step")
         self.early_stopping.load_state_dict(checkpoint.meta.get("early_stopping"))
@@ -524,6 +558,7 @@ class Trainer:
             self.weights.load(self.ema.model, self._add_backbone(checkpoint.weights, checkpoint))
         self.nonfinite_guard = NonFiniteGuard(self.model, self.options.max_nonfinite_steps)
         self.nonfinite_guard.count = checkpoint.meta.get("skipped", 0)
+        self.reported_overflows = self.nonfinite_guard.num_overflows = checkpoint.meta.get("overflows", 0)
 
     def _restore_rng(self, checkpoint: Checkpoint) -> None:
         states = checkpoint.rng if isinstance(checkpoint.rng, list) else [checkpoint.rng]
@@ -586,6 +621,9 @@ class Trainer:
         if self.tasks:
             num_images = {name: numbers[f"labelled_images/{name}"] for name in self.tasks}
             self.run_logger.log_scalars(self.step, "labelled_images", num_images)
+        if self.scaler is not None:
+            scale = {"scale": self.scaler.get_scale(), "skipped_steps": self.nonfinite_guard.num_overflows}
+            self.run_logger.log_scalars(self.step, "loss_scale", scale)
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if name.startswith("gradient/")}
             self.run_logger.log_scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
@@ -604,6 +642,19 @@ class Trainer:
         if distributed.world_size() > 1:  # all processes skip the same steps, each knows its own images
             skipped = [merge_skipped(parts) for parts in zip(*distributed.all_gather_object(skipped))]
             self.unreadable.update(*distributed.all_gather_object(self.unreadable))
+        num_overflows, self.reported_overflows = (
+            self.nonfinite_guard.num_overflows - self.reported_overflows,
+            self.nonfinite_guard.num_overflows,
+        )
+        if num_overflows and self.scaler is not None:
+            log.info(
+                "%d steps up to step %d were skipped because gradients overflowed in fp16 (%d since the start); "
+                "the loss scale is now %g",
+                num_overflows,
+                self.step,
+                self.reported_overflows,
+                self.scaler.get_scale(),
+            )
         if distributed.rank() > 0:
             self.nonfinite_guard.check()
             return

@@ -349,7 +349,7 @@ TRAIN_MISTAKES = {
     "monitor": (["trainer.monitor=semseg/rmse"], ["semseg/rmse", "semseg/mIoU"]),
     "device": (["trainer.device=tpu"], ["tpu", "cuda"]),
     "precision": (["trainer.precision=fp8"], ["fp8", "bf16"]),
-    "optimizer": (["optimizer.name=lion"], ["lion", "adamw"]),
+    "optimizer": (["optimizer.name=lyon"], ["optimizer.name=lyon", "did you mean lion?"]),
     "schedule": (["schedule.name=exp"], ["exp", "poly"]),
     "seed": (["seed=-1"], ["seed=-1"]),
     "missing checkpoint": (["resume=no/such.pt"], ["no/such.pt"]),

@@ -28,10 +28,12 @@ from mtcl.training.balancing_torchjd import private_randomness
 from mtcl.training.optimizers import build_optimizer
 
 PLACES = {
+    "cli.consistency.choose_float64_capable_device": "test_mps.test_what_needs_float64_is_refused",
     "cli.run_record.build_run_record": "test_places.test_the_record_names_the_gpu",
     "cli.train.set_up_process": "test_places.test_a_process_is_set_up_in_order",
     "config.build_data.build_eval_loader": "test_places.test_loaders_pin_their_memory",
     "config.build_data.build_train_loader": "test_places.test_loaders_pin_their_memory",
+    "config.build_training.build_trainer": "test_mps.test_what_needs_float64_is_refused",
     "config.build_features.build_feature_caches": "test_places.test_loaders_of_a_feature_cache_pin_their_memory",
     "data.device_batch._copy_stream": "test_parts.test_features_are_copied_on_a_stream_of_their_own",
     "data.device_batch._copy_stream_context": "test_parts.test_features_are_copied_on_a_stream_of_their_own",
@@ -49,11 +51,12 @@ PLACES = {
     "regularizers.mtpsl._normalize_maps": "test_parts.test_a_step_of_each_regulariser",
     "regularizers.pairs.find_labelled_groups": "test_parts.test_a_step_of_each_regulariser",
     "runtime.choose_device": "test_places.test_each_process_chooses_its_gpu",
+    "runtime.choose_float64_device": "test_mps.test_precision_and_the_device_of_sums",
+    "runtime.choose_precision": "test_places.test_auto_is_bf16_where_the_gpu_has_it_else_fp16",
     "runtime.peak_memory": "test_places.test_peak_memory_is_that_of_the_gpu",
     "runtime.rng_state": "test_places.test_generator_states_include_the_gpu",
     "runtime.seed_everything": "test_places.test_the_deterministic_flags",
     "runtime.set_rng_state": "test_places.test_generator_states_include_the_gpu",
-    "runtime.uses_bf16": "test_places.test_auto_is_bf16_where_the_gpu_has_it",
     "training.balancing_torchjd.private_randomness": "test_places.test_an_aggregator_has_private_randomness",
     "training.checkpoint_thread.copy_to_cpu": "test_parts.test_a_checkpoint_is_copied_without_waiting"
     "_and_read_after_the_event",
@@ -187,12 +190,20 @@ def test_the_deterministic_flags(calls, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
 
 
-def test_auto_is_bf16_where_the_gpu_has_it(calls, monkeypatch):
+def test_auto_is_bf16_where_the_gpu_has_it_else_fp16(calls, monkeypatch, caplog):
+    """A run in fp16 that did not ask for it says so."""
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     for is_native in (True, False):
         calls.is_bf16_supported.return_value = is_native
         with autocast(CUDA, "auto"):
-            assert torch.is_autocast_enabled("cuda") == is_native
+            assert torch.is_autocast_enabled("cuda")
+            assert torch.get_autocast_dtype("cuda") == (torch.bfloat16 if is_native else torch.float16)
+        trainer = mock.MagicMock(device=CUDA)
+        trainer.model.parameters.return_value = []
+        with caplog.at_level("INFO"):
+            train_command.log_setup(composed("debug=tiny"), trainer, mock.MagicMock(), mock.MagicMock(), False)
+        sentence = "trainer.precision=auto: cuda:0 has no bf16, so the run is in fp16, with a gradient scaler"
+        assert (sentence in caplog.text) != is_native
     calls.is_bf16_supported.assert_called_with(including_emulation=False)
 
 

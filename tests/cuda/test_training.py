@@ -118,6 +118,7 @@ OPTIONS = {
         "optimizer=sgd",
     ],
     "jtr": ["regularizer=jtr", "balancing=famo"],
+    "fp16": ["trainer.precision=fp16", "balancing=avg_norm"],
     "pseudo_labels": ["regularizer=pseudo_labels", "balancing=db_mtl", "trainer.ema=0.99"],
 }
 

@@ -108,7 +108,8 @@ def test_files_of_before_checksums_are_read(tmp_path):
 def test_a_checkpoint_is_that_of_its_entries():
     content = make_checkpoint().to_dict()
     assert set(content) == {
-        *("model", "ema", "regularizer", "share", "balancer", "optimizer", "schedule", "step", "rng", "config", "meta")
+        *("model", "ema", "regularizer", "share", "balancer", "scaler", "optimizer", "schedule", "step", "rng"),
+        *("config", "meta"),
     }
     again = Checkpoint.from_dict(content).to_dict()
     assert all(again[name] is content[name] for name in content if name != "schedule")

@@ -39,11 +39,12 @@ def moments_of(state: dict) -> dict[tuple[int, str], torch.Tensor]:
         pytest.param(
             ["regularizer=mtpsl", "trainer.accumulate_grad_batches=2", "data.batch_size=2"], marks=pytest.mark.slow
         ),
+        pytest.param([*VIT, "trainer.precision=fp16", *LONG], marks=pytest.mark.slow),
         pytest.param([*VIT, "trainer.grad_checkpointing=true"], marks=pytest.mark.slow),
         pytest.param([*VIT, "trainer.compile=true", "compiler=aot_eager"], marks=pytest.mark.slow),
         pytest.param(["decoder=taskprompter", *VIT, *shrunk("taskprompter", "vit_small")], marks=pytest.mark.slow),
     ],
-    ids=["contrastive", "not_finite", "accumulated", "checkpointing", "compiled", "taskprompter"],
+    ids=["contrastive", "not_finite", "accumulated", "fp16", "checkpointing", "compiled", "taskprompter"],
 )
 def test_two_sharded_processes_are_one_with_the_whole_batch(overrides, tmp_path):
     """... and each has half of what there is to have. Clipping is on, as everywhere."""
@@ -51,6 +52,7 @@ def test_two_sharded_processes_are_one_with_the_whole_batch(overrides, tmp_path)
     one, two = worked(tmp_path / "one", None, *plain), worked(tmp_path / "two", TORCHRUN, *overrides, FSDP)
     check_same(one, two)
     assert one[0]["skipped"] == two[0]["skipped"] == ([1] if "spoil=1" in overrides else [])
+    assert one[1]["scaler"] == two[1]["scaler"]
     assert one[0]["weights here"] == 1
     assert 0.45 < two[0]["weights here"] < 0.6  # what has a first axis of 1, as positions of a ViT, is the first one's
     assert two[0]["moments here"] in (0, two[0]["weights here"])

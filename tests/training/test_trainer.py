@@ -49,7 +49,7 @@ def spoiled(batch: dict) -> dict:
     return {**batch, "labels": labels}
 
 
-OPTIMIZERS = ["adamw", "adam", "sgd"]
+OPTIMIZERS = ["adamw", "adam", "sgd", "timm"]
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

@@ -23,7 +23,7 @@ from mtcl.tasks import VOC21, build_task
 from mtcl.training import checkpoint_file as checkpoint_module
 from mtcl.training.balancing import FixedWeights
 from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
-from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer
+from mtcl.training.optimizers import ELEMENTWISE, ScheduledOptimizer, build_optimizer
 from mtcl.training.run_logger import RunLogger, flatten_metrics, write_panels
 from mtcl.visualization.panels import GAP, LINE_HEIGHT, draw_panel
 
@@ -149,9 +149,100 @@ def test_optimizers_by_name(name, kind):
     assert {"backbone.0.weight", "head.weight", "head.bias"} <= moved
 
 
-def test_unknown_optimizer():
-    with pytest.raises(UserError, match=r"^name=lion .*adamw, adam or sgd"):
-        build_optimizer(Tiny(), "lion", lr=0.1)
+TIMM = dict.fromkeys(("momentum", "nesterov", "betas", "eps"))  # timm's values
+
+
+def test_timms_optimizers_have_their_values_and_options():
+    """The groups are those of AdamW; what an optimiser does not have is ignored."""
+    model = Tiny()
+    lion = build_optimizer(model, "lion", lr=0.01, backbone_lr=0.001, weight_decay=0.3, **TIMM)
+    assert type(lion) is timm.optim.Lion
+    assert {group["betas"] for group in lion.param_groups} == {(0.9, 0.99)}
+    adamw = build_optimizer(model, "adamw", lr=0.01, backbone_lr=0.001, weight_decay=0.3)
+    assert settings_of(lion, model) == settings_of(adamw, model)
+    settings = {"momentum": 0.5, "betas": [0.7, 0.8], "eps": 1e-3, "nesterov": False}
+    lion = build_optimizer(model, "lion", lr=0.01, **settings, options={"caution": True})
+    assert {(group["betas"], group["caution"]) for group in lion.param_groups} == {((0.7, 0.8), True)}
+    sgdw = build_optimizer(model, "sgdw", lr=0.01, **settings)
+    assert {(group["momentum"], group["nesterov"]) for group in sgdw.param_groups} == {(0.5, False)}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("AdamWw", {}, r"name=AdamWw is not known \(did you mean adamw\?\); choose adamw, adam, sgd or another"),
+        ("adahessian", {}, "name=adahessian needs second derivatives"),
+        ("fusedlamb", {}, "name=fusedlamb can't be used here: "),
+        ("adan", {}, r"betas=\[0.9, 0.999\] must be 3 numbers for adan, or null"),
+        (
+            "lion",
+            {"options": {"cautious": True}},
+            r"options.cautious is not an option of lion \(did you mean caution\?",
+        ),
+        ("adamw", {"options": {"lr": 1}}, "options.lr is not an option of adamw; it has amsgrad, maximize"),
+        ("lamb", {"is_sharded": True}, "name=lamb needs whole weights, .* train with DDP, or choose one of adamw"),
+        ("muon", {"options": {"algo": "x"}}, "name=muon can't be built with these settings: Invalid algo: x"),
+    ],
+)
+def test_optimizers_that_are_refused(name, settings, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        build_optimizer(Tiny(), name, lr=0.1, **settings)
+
+
+def train_tiny(model, optimizer, steps):
+    """Steps on batches that are a function of their number."""
+    for step in steps:
+        batch = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(step))
+        model(batch).predictions["a"].square().sum().backward()
+        optimizer.step(step, torch.tensor(float(step == 1)))
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion", "lamb", "adan", "adafactorbv", "lookahead_radam"])
+def test_a_resumed_optimizer_goes_on_bit_for_bit(name, tmp_path):
+    """Through a file, with a skipped step; some count their steps in their groups, one has moments in bf16."""
+
+    def build():
+        model = Tiny().to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(model, name, 0.02, backbone_lr=0.01, weight_decay=0.1, **TIMM)
+        return model, ScheduledOptimizer(optimizer, build_schedule("poly", 20))
+
+    model, optimizer = build()
+    train_tiny(model, optimizer, range(1))
+    values_before = {key: value.clone() for key, value in model.named_parameters()}
+    train_tiny(model, optimizer, range(1, 2))
+    assert all(torch.equal(value, values_before[key]) for key, value in model.named_parameters()), "it is skipped"
+    train_tiny(model, optimizer, range(2, 5))
+    content = {"model": model.state_dict(), "config": {}, "step": 5, "optimizer": optimizer.state_dict()}
+    write_checkpoint_file(tmp_path / "last.pt", content)
+    train_tiny(model, optimizer, range(5, 15))
+    loaded = read_checkpoint_file(tmp_path / "last.pt")
+    resumed, optimizer = build()
+    resumed.load_state_dict(loaded["model"])
+    optimizer.load(loaded["optimizer"])
+    train_tiny(resumed, optimizer, range(5, 15))
+    for key, value in model.state_dict().items():
+        assert torch.equal(resumed.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_optimizers_work_on_parts_of_a_weight(name):
+    """As FSDP needs it; lamb, whose steps have the norm of a weight, does not."""
+
+    def train(num_parts, name=name):
+        torch.manual_seed(0)
+        parts = nn.ParameterList(torch.randn(8, 3).chunk(num_parts))
+        parts.backbone_parameters = list
+        optimizer = build_optimizer(parts, name, 0.02, weight_decay=0.1, **TIMM)
+        for _ in range(3):
+            for part, gradient in zip(parts, torch.randn(8, 3).chunk(num_parts)):
+                part.grad = gradient.contiguous()
+            optimizer.step()
+        return torch.cat(list(parts)).detach()
+
+    torch.testing.assert_close(train(2), train(1))
+    if name == "adamw":
+        assert not train(1, "lamb").allclose(train(2, "lamb"))
 
 
 # --- Checkpoints

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone-weights", metavar="FILE|hub", help=BACKBONE_WEIGHTS_HELP)
     parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s, this machine only")
     parser.add_argument("--port", type=positive_int, default=7860, help="default: %(default)s")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     parser.add_argument("--mode", choices=MODES, help="how images much larger than the training frame are predicted")
     parser.add_argument("--max-pixels", type=positive_int, metavar="N", help="refuse images with more pixels")
     parser.add_argument("--max-mb", type=positive_int, default=25, help="refuse larger files; default: %(default)s")

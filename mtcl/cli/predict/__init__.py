@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size", type=positive_int, default=1, metavar="N", help="images of one size at once, default: 1"
     )
     parser.add_argument("--seconds", type=positive_float, metavar="S", help="of a video or camera at most")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="auto")
     parser.add_argument("--no-panel", action="store_false", dest="panel", help="write no image with all tasks")
     parser.add_argument("--save-frames", action="store_true", help="write the maps of every frame of a video")
     parser.add_argument("--backbone-weights", metavar="FILE|hub", help=BACKBONE_WEIGHTS_HELP)
