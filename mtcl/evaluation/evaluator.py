@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from mtcl import distributed
 from mtcl.data import Batch, SampleMeta
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel
+from mtcl.progress import progress_bar
 from mtcl.runtime import autocast
 from mtcl.tasks.base import Task
 
@@ -99,7 +99,7 @@ class Evaluator:
         metrics = {name: task.metric(**self._options(name, fast)).to(self.device) for name, task in self.tasks.items()}
         visual_samples: list[VisualSample] = []
         count = 0
-        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=distributed.rank() > 0):
+        for batch in progress_bar(self.loader, desc="evaluate", leave=False, disable=distributed.rank() > 0):
             predictions = predict(batch)
             labels = {name: label.to(self.device, non_blocking=True) for name, label in batch["labels"].items()}
             for rows, (y, x, height, width) in _group_by_window(batch["meta"]):
