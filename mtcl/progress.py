@@ -46,7 +46,7 @@ class PlainProgress(Generic[T]):
         self.iterable = iterable
         self.total = len(iterable) if total is None and hasattr(iterable, "__len__") else total  # type: ignore[arg-type]
         self.desc, self.unit, self.leave, self.disable, self.interval = desc, unit, leave, disable, interval
-        self.n = self.initial = initial
+        self.n = self.initial = self.last_n = initial
         self.postfix = ""
         self.start = self.last_print = time.monotonic()
 
@@ -73,13 +73,13 @@ class PlainProgress(Generic[T]):
         self.postfix = text
 
     def close(self) -> None:
-        """Print the last line."""
-        if self.leave and not self.disable and self.n > self.initial:
+        """Print the last line, unless it has just been printed."""
+        if self.leave and not self.disable and self.n > self.last_n:
             self._print()
         self.disable = True
 
     def _print(self) -> None:
-        self.last_print = time.monotonic()
+        self.last_print, self.last_n = time.monotonic(), self.n
         print(self.format_line(self.last_print - self.start), file=sys.stderr, flush=True)
 
     def format_line(self, seconds: float) -> str:

@@ -112,4 +112,7 @@ def _has_login() -> bool:
         return True
     import wandb
 
-    return bool(wandb.api.api_key)
+    try:
+        return bool(wandb.login(prompt=False))
+    except TypeError:  # an older version, without that argument
+        return bool(wandb.api.api_key)
