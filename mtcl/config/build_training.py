@@ -183,10 +183,11 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
             "none; set data.views_per_step=2 or loss.views=all"
         )
     max_steps, profile = start_step + 1 if settings.dry_run else settings.max_steps, settings.get("profile")
-    if profile is not None and max_steps - start_step < WAIT + WARMUP + profile:
+    # A run that is resumed shortly before its end goes on without a trace.
+    if profile is not None and start_step == 0 and max_steps < WAIT + WARMUP + profile:
         raise UserError(
             f"trainer.profile={profile} needs {WAIT + WARMUP + profile} steps ({WAIT + WARMUP} before the trace), but "
-            f"this run takes {max_steps - start_step}; raise trainer.max_steps or lower trainer.profile"
+            f"this run takes {max_steps}; raise trainer.max_steps or lower trainer.profile"
         )
     return TrainerOptions(
         max_steps=max_steps,

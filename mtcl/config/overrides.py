@@ -32,6 +32,7 @@ PATH_KEYS: tuple[str, ...] = (
 )
 PATH_KEYS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir", "decoder.genotype")
 PATH_KEYS += ("logger.mlflow.tracking_uri",)
+ALIASES = {"logger=null": "logger=none"}  # Hydra refuses null for a group that has a default
 FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 SPECIAL_CHARACTERS = re.compile(
     r"[^\w ./:$%*@?|+,-]|[^\x00-\x7f]"
@@ -48,7 +49,7 @@ def quote_paths(args: Sequence[str], sweeps: bool = False) -> list[str]:
     >>> quote_paths(["data.root=/a=b", "name=run[1]", "resume=auto", "seed=1", "data.cache=null"])
     ["data.root='/a=b'", "name='run[1]'", 'resume=auto', 'seed=1', 'data.cache=null']
     """
-    return [_quote_path(expand_tilde(arg), sweeps) for arg in args]
+    return [_quote_path(expand_tilde(ALIASES.get(arg, arg)), sweeps) for arg in args]
 
 
 def _quote_path(arg: str, sweeps: bool) -> str:

@@ -329,6 +329,7 @@ def config_of(**loggers):
 def test_loggers_are_those_of_the_config(tmp_path):
     config_without_choice = OmegaConf.create({"seed": 0})  # as in a run folder of before there was a choice
     cases = [(config_of(), []), (config_without_choice, [TensorBoardLogger])]
+    cases.append((composed("logger=null"), []))
     cases.append((composed("logger=[tensorboard,csv]"), [TensorBoardLogger, CsvLogger]))
     for config, expected in cases:
         assert [type(logger) for logger in build_loggers(config, tmp_path)] == expected
@@ -438,5 +439,6 @@ def test_a_profile_needs_steps():
         UserError, match=r"trainer.profile=5 needs 10 steps \(5 before the trace\), but this run takes 9"
     ):
         build_trainer_options(config, 0)
+    assert build_trainer_options(config, start_step=8).profile == 5, "the same command continues a run"
     config.trainer.profile = 4
     assert build_trainer_options(config, 0).profile == 4
