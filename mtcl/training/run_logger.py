@@ -220,7 +220,7 @@ def flatten_metrics(metrics: Metrics) -> dict[str, float]:
 
 def choose_scores(metrics: Metrics) -> dict[str, float]:
     """Return the metric that represents each task as ``task/metric`` -> value; all metrics of what is no task."""
-    scores = {}
+    scores: dict[str, float] = {}
     for task, values in metrics.items():
         names = [SCORES[task].choose_metric(values)[0]] if task in SCORES else list(values)
         scores |= {f"{task}/{name}": values[name] for name in names if name in values}

@@ -578,8 +578,8 @@ class Trainer:
         if summary := self.balancer.summary():
             scalars = torch.stack([torch.as_tensor(value, device=self.device) for value in summary.values()])
             self.run_logger.log_scalars(self.step, "balancing", dict(zip(summary, scalars.tolist())))
-        regularizer_optimizer = self.regularizer_optimizer and self.regularizer_optimizer.optimizer
-        rates = read_learning_rates(self.model, self.optimizer.optimizer, regularizer_optimizer)
+        extra = None if self.regularizer_optimizer is None else self.regularizer_optimizer.optimizer
+        rates = read_learning_rates(self.model, self.optimizer.optimizer, extra)
         self.run_logger.log_curves(self.step, "lr", rates)
         self.run_logger.log_curves(self.step, "system", {**speed, "peak_memory_gib": self.peak_memory()})
         losses = {"loss": losses.pop("loss", math.nan), **losses}

@@ -143,7 +143,7 @@ class MlflowLogger(BackgroundLogger):
 
     def locate(self) -> str:
         """Return the run's page, or the command that shows it."""
-        uri = _without_password(self.tracking_uri or "")
+        uri = _without_password(self.tracking_uri)
         if uri.startswith("http"):
             return f"{uri.rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"mlflow ui --backend-store-uri {uri}"
@@ -158,8 +158,9 @@ def metric_name(name: str) -> str:
     return re.sub(r"[^\w\-. /]", "_", name.replace("<-", "_from_"))
 
 
-def _without_password(uri: str) -> str:
+def _without_password(uri: str | None) -> str:
     """Return an address without user and password."""
+    uri = uri or ""
     parts = urlsplit(uri)
     return (
         uri

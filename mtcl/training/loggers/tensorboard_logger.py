@@ -55,10 +55,11 @@ class TensorBoardLogger(MetricLogger):
             return
         writer = _summary_writer(self.folder / HPARAMS)
         _, session_start, session_end = hparams_summaries(dict(hparams), {})
-        writer.file_writer.add_summary(session_start)
+        file_writer = writer._get_file_writer()
+        file_writer.add_summary(session_start)
         for name, value in scores.items():
             writer.add_scalar(f"score/{name}", value, step)
-        writer.file_writer.add_summary(session_end)
+        file_writer.add_summary(session_end)
         writer.close()
 
     def restart(self) -> None:
