@@ -15,6 +15,7 @@ CHECKPOINTS = "checkpoints"
 PANELS = "panels"
 LAST_CHECKPOINT = "last.pt"
 BEST_CHECKPOINT = "best.pt"
+LOGGER_FOLDERS = ("hparams", "profile", "wandb")  # of TensorBoard, the profiler, Weights & Biases: it has a config.yaml
 
 MARKERS = (METRICS, CONFIG, LOG)  # a folder with any of these is a run folder
 
@@ -115,6 +116,8 @@ class RunFolder:
 def find_run_folders(source: Path) -> Iterator[RunFolder]:
     """Yield every run folder at or below ``source``, parents before children, skipping hidden folders."""
     for root, folders, files in os.walk(source):
-        folders[:] = [name for name in folders if name not in (CHECKPOINTS, PANELS) and not name.startswith(".")]
-        if any(name in files for name in MARKERS):
+        is_run = any(name in files for name in MARKERS)
+        skipped = (CHECKPOINTS, PANELS, *(LOGGER_FOLDERS if is_run else ()))
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+        if is_run:
             yield RunFolder(Path(root))

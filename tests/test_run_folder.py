@@ -35,11 +35,12 @@ def test_a_run_is_finished_once_record_and_metrics_are_written(tmp_path):
 
 def test_run_folders_are_found_below_a_folder_but_not_within_their_parts(tmp_path):
     names = ["a", "a/evaluated", "b/seed_0", "b/.hidden", "b/seed_0/checkpoints", "b/seed_0/panels"]
+    names += ["wandb/run", "a/wandb/offline-run-1/files", "a/hparams"]
     for name in names:
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         RunFolder(tmp_path / name).metrics.touch()
     runs = {str(run.path.relative_to(tmp_path)) for run in find_run_folders(tmp_path)}
-    assert runs == {"a", "a/evaluated", "b/seed_0"}
+    assert runs == {"a", "a/evaluated", "b/seed_0", "wandb/run"}
     assert [run.path for run in find_run_folders(tmp_path / "b" / "seed_0")] == [tmp_path / "b" / "seed_0"]
 
 

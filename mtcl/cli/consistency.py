@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
-from tqdm import tqdm
 
 from mtcl.atomic import write_json
 from mtcl.cli.arguments import BACKBONE_WEIGHTS_HELP, CommandParser, output_path, positive_int
@@ -43,6 +42,7 @@ from mtcl.evaluation.feature_consistency import (
     summarize_pairs,
 )
 from mtcl.models.base import DenseModel
+from mtcl.progress import progress_bar
 from mtcl.regularizers import Contrastive
 from mtcl.regularizers.sampling import sample_features, sample_labels
 from mtcl.runtime import choose_device
@@ -337,7 +337,7 @@ def collect_samples(
     ids: list[str] = []
     positions, labels, valid = [], [], []
     features: list[list[dict[str, Tensor]]] = [[] for _ in variants]
-    progress: Iterable[Batch] = tqdm(batches, desc="frames", leave=False)
+    progress: Iterable[Batch] = progress_bar(batches, desc="frames", leave=False)
     for batch in progress:
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         pixels, in_image = sample_positions(batch)
@@ -369,7 +369,7 @@ def iterate_chunks(
     samples: Samples, tasks: Mapping[str, Task], thresholds: Mapping[str, tuple[float, float]]
 ) -> Iterator[tuple[slice, Pairs]]:
     """Yield :data:`CHUNK` frames at a time, with the pairs by each task's labels."""
-    for start in tqdm(range(0, len(samples.ids), CHUNK), desc="pairs", leave=False):
+    for start in progress_bar(range(0, len(samples.ids), CHUNK), desc="pairs", leave=False):
         rows = slice(start, start + CHUNK)
         pairs = {}
         for name, task in tasks.items():

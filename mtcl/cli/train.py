@@ -27,11 +27,13 @@ from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.build_model import build_model, inline_genotype
 from mtcl.config.build_training import build_trainer
 from mtcl.config.resolve import add_key_prefix
+from mtcl.config.schema import RESULT, SEED, role_of, rule_of
 from mtcl.data import MultiTaskDataset
 from mtcl.data.loader import explain_worker_error
 from mtcl.errors import UserError, first_line
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
+from mtcl.launch.overrides import split_override
 from mtcl.run_folder import RunFolder
 from mtcl.run_lock import lock_run
 from mtcl.runtime import choose_device, choose_precision, seed_everything
@@ -128,6 +130,7 @@ def fit(
     try:
         with convert_torch_errors(trainer.device):
             evaluation = trainer.fit()
+        trainer.run_logger.log_result(trainer.step, find_hparams(config, overrides), evaluation.metrics)
     finally:
         trainer.run_logger.close()
     seconds = time.perf_counter() - start
@@ -146,7 +149,7 @@ def fit(
         log.warning("%s", warning)
     if config.trainer.dry_run:
         log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.peak_memory())
-    log_folder(folder, seconds)
+    log_folder(folder, seconds, trainer.run_logger.describe())
     return evaluation.metrics
 
 
@@ -170,16 +173,32 @@ def log_early_stop(trainer: Trainer, was_finished: bool) -> None:
     )
 
 
-def log_folder(folder: Path, seconds: float) -> None:
-    """Log how long the run took and where its files are."""
+def log_folder(folder: Path, seconds: float, curves: Sequence[str]) -> None:
+    """Log how long the run took and where its files and its curves (one line for each logger) are."""
     files = RunFolder(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+    lines = "\n              ".join(curves or [str(files.log)])
     log.info(
-        "%.0f s\n  images:     %s\n  checkpoint: %s\n  curves:     tensorboard --logdir %s",
+        "%.0f s\n  images:     %s\n  checkpoint: %s\n  curves:     %s",
         seconds,
         files.panels,
         files.last_checkpoint,
-        files.path,
+        lines,
     )
+
+
+def find_hparams(config: DictConfig, overrides: Sequence[str]) -> dict[str, bool | int | float | str]:
+    """Return what distinguishes a run from others: the seed, and the overrides that bear on the result.
+
+    Overrides of a group are in it with the choice (``regularizer=none``), those of keys with the config's value.
+    """
+    hparams: dict[str, bool | int | float | str] = {"seed": config.seed}
+    for override in overrides:
+        key, value = split_override(override)
+        if key.partition(".")[0] == "logger" or role_of(key) not in (RESULT, SEED):
+            continue
+        chosen = None if rule_of(key) is None else OmegaConf.select(config, key)
+        hparams[key] = chosen if isinstance(chosen, bool | int | float | str) else value
+    return hparams
 
 
 def log_setup(

@@ -13,6 +13,7 @@ from mtcl.config.build_balancer import build_balancer
 from mtcl.config.build_data import build_dataset, build_eval_loader, build_train_loader
 from mtcl.config.build_evaluator import build_evaluator, choose_monitor
 from mtcl.config.build_features import build_feature_caches
+from mtcl.config.build_loggers import build_loggers
 from mtcl.config.build_lr_schedule import build_lr_schedule
 from mtcl.config.build_model import build_model, read_student, saved_config
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
@@ -31,6 +32,7 @@ from mtcl.training.optimizers import ScheduledOptimizer, build_optimizer
 from mtcl.training.options import CheckpointPolicy, Regularization, TrainerOptions, ValidationPolicy
 from mtcl.training.run_logger import RunLogger
 from mtcl.training.sharding import ShardedWeights
+from mtcl.training.step_profiler import WAIT, WARMUP
 from mtcl.training.trainer import Trainer
 
 
@@ -138,7 +140,7 @@ def build_trainer(
         optimizer=ScheduledOptimizer(optimizer, build_lr_schedule(config)),
         batches=batches,
         evaluator=build_evaluator(config, tasks, val_batches, device, regularizer),
-        run_logger=RunLogger(folder, start_step),
+        run_logger=RunLogger(folder, start_step, build_loggers(config, folder, start_step)),
         folder=folder,
         device=device,
         options=build_trainer_options(config, start_step),
@@ -194,8 +196,15 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
             "loss.views=first leaves the second views of the images to the regulariser, but data.views_per_step=1 has "
             "none; set data.views_per_step=2 or loss.views=all"
         )
+    max_steps, profile = start_step + 1 if settings.dry_run else settings.max_steps, settings.get("profile")
+    # A run that is resumed shortly before its end goes on without a trace.
+    if profile is not None and start_step == 0 and max_steps < WAIT + WARMUP + profile:
+        raise UserError(
+            f"trainer.profile={profile} needs {WAIT + WARMUP + profile} steps ({WAIT + WARMUP} before the trace), but "
+            f"this run takes {max_steps}; raise trainer.max_steps or lower trainer.profile"
+        )
     return TrainerOptions(
-        max_steps=start_step + 1 if settings.dry_run else settings.max_steps,
+        max_steps=max_steps,
         precision=settings.precision,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         intermediate_weight=config.loss.intermediate_weight,
@@ -206,6 +215,7 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
         log_interval=settings.log_interval,
         loss_views=loss_views,
         image_weighting=config.loss.get("image_weighting", "pixels"),
+        profile=profile,
     )
 
 

@@ -31,6 +31,8 @@ PATH_KEYS: tuple[str, ...] = (
     "checkpoint",
 )
 PATH_KEYS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir", "decoder.genotype")
+PATH_KEYS += ("logger.mlflow.tracking_uri",)
+ALIASES = {"logger=null": "logger=none"}  # Hydra refuses null for a group that has a default
 FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 SPECIAL_CHARACTERS = re.compile(
     r"[^\w ./:$%*@?|+,-]|[^\x00-\x7f]"
@@ -47,7 +49,7 @@ def quote_paths(args: Sequence[str], sweeps: bool = False) -> list[str]:
     >>> quote_paths(["data.root=/a=b", "name=run[1]", "resume=auto", "seed=1", "data.cache=null"])
     ["data.root='/a=b'", "name='run[1]'", 'resume=auto', 'seed=1', 'data.cache=null']
     """
-    return [_quote_path(expand_tilde(arg), sweeps) for arg in args]
+    return [_quote_path(expand_tilde(ALIASES.get(arg, arg)), sweeps) for arg in args]
 
 
 def _quote_path(arg: str, sweeps: bool) -> str:
@@ -127,6 +129,7 @@ def explain_parse_error(override: str, reason: str) -> str:
     return f"{key}: the value holds {sign[0]} (character {sign.start() + 1}), which needs quotes; type {typed}"
 
 
+LOGGERS = ("csv", "mlflow", "none", "tensorboard", "wandb")  # the files in configs/logger
 COMMON_GROUPS = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
 
 
@@ -138,6 +141,10 @@ def format_error(error: BaseException) -> str:
             return renamed
         other = f", or backbone.name={choice}, as timm calls it" if group == "backbone" and _is_of_timm(choice) else ""
         return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
+    if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("logger/"):  # of a list
+        return (
+            f"logger={str(error.missing_cfg_file).partition('/')[2]} is not known; choose one of {', '.join(LOGGERS)}"
+        )
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         return explain_parse_error(error.override, first_line(cause or error))

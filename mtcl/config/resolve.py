@@ -83,7 +83,7 @@ def locate(target: str, group: str, kind: type | None = None, required_attribute
     return located
 
 
-def construct(factory: Callable[..., T], group: str, *args: Any, **options: Any) -> T:
+def construct(factory: Callable[..., T], group: str, /, *args: Any, **options: Any) -> T:
     """Call ``factory(*args, **options)`` with the options of a config.
 
     Raises:

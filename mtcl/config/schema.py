@@ -377,6 +377,18 @@ RULES: dict[str, Rule] = {
     "schedule.name": TEXT,
     "schedule.power": number(0),
     "schedule.warmup_steps": count(),
+    "logger.mlflow.tracking_uri": TEXT.or_null().with_role(RECORD),
+    "logger.mlflow.experiment": TEXT.with_role(RECORD),
+    "logger.mlflow.run_name": TEXT.or_null().with_role(RECORD),
+    "logger.wandb.project": TEXT.with_role(RECORD),
+    "logger.wandb.entity": TEXT.or_null().with_role(RECORD),
+    "logger.wandb.run_name": TEXT.or_null().with_role(RECORD),
+    "logger.wandb.group": TEXT.or_null().with_role(RECORD),
+    "logger.wandb.tags": Rule(
+        "a list of up to 32 texts",
+        lambda v: isinstance(v, list) and len(v) <= 32 and all(isinstance(tag, str) for tag in v),
+    ).with_role(RECORD),
+    "logger.wandb.mode": Rule("online or offline", lambda v: v in ("online", "offline")).or_null().with_role(RECORD),
     "trainer.max_steps": count(1).with_role(RESULT, extendable=True),
     "trainer.val_interval": count(1).or_null().with_role(RECORD),
     "trainer.checkpoint_interval": count(1).or_null().with_role(RECORD),
@@ -405,6 +417,7 @@ RULES: dict[str, Rule] = {
     "trainer.deterministic": FLAG.with_role(ENGINE, must_match=True),
     "trainer.validate_first": FLAG.with_role(RECORD),
     "trainer.dry_run": FLAG,
+    "trainer.profile": count(1, 1000).or_null().with_role(RECORD),
 }
 
 

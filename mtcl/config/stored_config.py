@@ -124,6 +124,7 @@ def drop_paths(config: dict[str, Any]) -> None:
         part = config.get(group) if group else config
         if isinstance(part, dict) and part.get(name) not in (None, *WEIGHT_SOURCES):
             del part[name]
+    config.pop("logger", None)  # addresses of servers
     for teacher in _list_teachers(config):
         if teacher.get("weights") not in (None, *WEIGHT_SOURCES):
             del teacher["weights"]

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from mtcl.errors import UserError
+from mtcl.progress import progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -28,7 +27,7 @@ def run_jobs(work: Callable[[T], R], items: Sequence[T], workers: int, label: st
         workers: number of processes; 0 works in this one.
         label: label of the progress bar.
     """
-    with tqdm(total=len(items), desc=label, dynamic_ncols=True, disable=not items) as bar:
+    with progress_bar(total=len(items), desc=label, disable=not items) as bar:
         if workers == 0:
             results = []
             for item in items:

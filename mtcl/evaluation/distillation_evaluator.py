@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from mtcl import distributed
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator, PredictionCallback
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel
+from mtcl.progress import progress_bar
 from mtcl.regularizers import Distillation
 from mtcl.runtime import autocast, choose_float64_device
 
@@ -49,7 +49,7 @@ class DistillationEvaluator(Evaluator):
         device = choose_float64_device(self.device)
         sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
         count = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=distributed.rank() > 0):
+        for batch in progress_bar(self.loader, desc="evaluate", leave=False, disable=distributed.rank() > 0):
             image, _ = prepare_input(batch, model, self.device)
             assert isinstance(image, Tensor)
             with autocast(self.device, self.precision):

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from mtcl import distributed
 from mtcl.data import Batch, SampleMeta
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel
+from mtcl.progress import progress_bar
 from mtcl.runtime import autocast, choose_float64_device
 from mtcl.tasks.base import Task
 
@@ -101,7 +101,7 @@ class Evaluator:
         metrics = {name: task.metric(**self._options(name, fast)).to(device) for name, task in self.tasks.items()}
         visual_samples: list[VisualSample] = []
         count = 0
-        for batch in tqdm(self.loader, desc="evaluate", leave=False, mininterval=1, disable=distributed.rank() > 0):
+        for batch in progress_bar(self.loader, desc="evaluate", leave=False, disable=distributed.rank() > 0):
             predictions = {name: prediction.to(device) for name, prediction in predict(batch).items()}
             labels = {name: label.to(device, non_blocking=True) for name, label in batch["labels"].items()}
             for rows, (y, x, height, width) in _group_by_window(batch["meta"]):

@@ -7,12 +7,12 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from mtcl.data.sample import MultiTaskDataset, Sample
 from mtcl.data.transforms import finalize_labels
 from mtcl.errors import ParameterError, UserError
 from mtcl.evaluation.saved_predictions import SavedPredictions, has_label
+from mtcl.progress import progress_bar
 from mtcl.tasks.base import Task
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def find_unlabeled_tasks(dataset: MultiTaskDataset, tasks: Mapping[str, Task]) -
         UserError: the only task has none, so that nothing would be trained.
     """
     missing = list(tasks)
-    indices = tqdm(range(len(dataset.ids)), desc="looking for labels", leave=False, delay=2, mininterval=1)
+    indices = progress_bar(range(len(dataset.ids)), desc="looking for labels", leave=False, delay=2)
     for _, sample in _readable(dataset, indices):
         labels = finalize_labels(sample, {name: tasks[name] for name in missing}).labels
         missing = [name for name in missing if not has_label(tasks[name], labels[name])]

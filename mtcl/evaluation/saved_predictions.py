@@ -33,7 +33,6 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mtcl.atomic import write_atomically
 from mtcl.data.datasets.base import describe_other_files, list_folder
@@ -49,6 +48,7 @@ from mtcl.data.image_io import (
 from mtcl.data.sample import Batch, MultiTaskDataset, SampleMeta
 from mtcl.data.transforms import finalize_labels
 from mtcl.errors import ParameterError, UserError, escape_control_characters
+from mtcl.progress import progress_bar
 from mtcl.tasks import TASK_NAMES
 from mtcl.tasks.base import Task
 
@@ -413,7 +413,7 @@ def _check_missing(folder: Path, maps: MapFormat, paths: Mapping[str, Path], dat
     missing = [index for index, id in enumerate(dataset.ids) if id not in paths]
     labelled: list[str] = []
     description = f"labels without a map of {maps.task.name}"
-    for index in tqdm(missing, desc=description, leave=False, mininterval=1, disable=not missing):
+    for index in progress_bar(missing, desc=description, leave=False, disable=not missing):
         if _is_labelled(dataset, index, maps.task):
             labelled.append(dataset.ids[index])
         if len(labelled) == _MAX_LISTED:  # the others need not be read

@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
 from mtcl import distributed
 from mtcl.data import Batch, FeatureCache, FeatureFormat, prepare_batch
 from mtcl.data.feature_cache import format_bytes
 from mtcl.data.loader import split_batches
 from mtcl.models import DenseModel, EncoderDecoder
+from mtcl.progress import progress_bar
 from mtcl.runtime import autocast
 
 log = logging.getLogger(__name__)
@@ -65,11 +65,9 @@ class FeatureFiller:
         self.cache.create()
         batches = self._batches(missing)[distributed.rank() :: distributed.world_size()]
         loaded = self.load([b if self.has_fixed_batches else pad_batch(b, self.batch_size) for b in batches])
-        with tqdm(
+        with progress_bar(
             total=sum(map(len, batches)),
             desc=f"features ({self.title})",
-            mininterval=1,
-            dynamic_ncols=True,
             leave=False,
             disable=distributed.rank() > 0,
         ) as bar:
@@ -104,7 +102,7 @@ class FeatureFiller:
         missing = None
         if distributed.rank() == 0:
             desc, is_new = f"check features ({self.title})", not self.cache.folder.is_dir()
-            keys = tqdm(self.keys, desc=desc, mininterval=1, leave=False, disable=is_new)
+            keys = progress_bar(self.keys, desc=desc, leave=False, disable=is_new)
             missing = [position for position, (view, name) in enumerate(keys) if not self.cache.contains(view, name)]
         return distributed.broadcast_object(missing)
 

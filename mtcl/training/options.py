@@ -29,6 +29,7 @@ class TrainerOptions:
             has all.
         image_weighting: how the images of a batch count in the tasks' losses, see
             :func:`mtcl.tasks.image_weights.weigh_images`.
+        profile: steps that torch's profiler records; None: none.
     """
 
     max_steps: int
@@ -42,6 +43,7 @@ class TrainerOptions:
     log_interval: int = 20
     loss_views: str = "all"
     image_weighting: str = "pixels"
+    profile: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Write a run's log: TensorBoard curves, a line per record in ``log.jsonl``, and panels."""
+"""Write a run's log: a line per record in ``log.jsonl``, panels, and curves to the loggers that were chosen."""
 
 import contextlib
 import errno
@@ -7,22 +7,22 @@ import logging
 import math
 import os
 import re
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from torch.utils.tensorboard import SummaryWriter
 
 from mtcl.atomic import convert_disk_errors, replace_non_finite, write_atomically
 from mtcl.evaluation.evaluator import Metrics, VisualSample
 from mtcl.run_folder import RunFolder
 from mtcl.run_log import read_lines
 from mtcl.tasks.base import Task
+from mtcl.tasks.names import SCORES
+from mtcl.training.loggers.base import Hparams, MetricLogger
+from mtcl.training.loggers.tensorboard_logger import TensorBoardLogger
 from mtcl.visualization.panel_format import LAYOUT_KEY
 from mtcl.visualization.panels import draw_panel, panel_layout
 
@@ -40,28 +40,16 @@ class RunLogger:
     Args:
         folder: the run folder.
         start_step: the step from which the run is resumed; records of an interrupted run from there on are dropped.
+        loggers: take curves and panels; None: TensorBoard alone.
     """
 
-    def __init__(self, folder: Path, start_step: int = 0):
+    def __init__(self, folder: Path, start_step: int = 0, loggers: Sequence[MetricLogger] | None = None):
         self.folder, self.start_step = folder, start_step
+        self.loggers = [TensorBoardLogger(folder, start_step)] if loggers is None else list(loggers)
         self.log = RunFolder(folder).log
         self.waiting: list[str] = []  # lines that the disk did not take yet
         self.warned: set[str] = set()
-
-    @cached_property
-    def writer(self) -> "SummaryWriter | NullSummaryWriter":
-        """Return TensorBoard's writer; the first call creates the folder and rewrites the log."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._keep_earlier_records()
-        return self._make_writer(self.start_step + 1 if self.start_step else None)
-
-    def _make_writer(self, purge_step: int | None = None) -> "SummaryWriter | NullSummaryWriter":
-        """Return TensorBoard's writer; one that writes nothing where it can't write into the folder."""
-        try:
-            return _summary_writer(self.folder, purge_step)
-        except (OSError, UnicodeError) as error:  # a name that is not UTF-8
-            self._warn_once(f"TensorBoard's curves are not written ({error_reason(error)})", topic="curves")
-            return NullSummaryWriter()
+        self.is_open = self.has_result = False
 
     def _keep_earlier_records(self) -> None:
         """Rewrite the log with the records before ``start_step``; move damaged lines into a file beside it."""
@@ -94,12 +82,16 @@ class RunLogger:
             kind: ``train``, ``labelled_images``, ``contrast``, ``balancing``, ``loss_scale`` or ``val``.
             values: name -> number, NaN where there was nothing to measure.
         """
-        self._prepare_folder()
-        with self._curves_may_fail():
-            for name, value in values.items():
-                if not math.isnan(value):
-                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+        self.log_curves(step, kind, values)
         self._append(json.dumps(replace_non_finite({"step": step, "kind": kind, **values}), allow_nan=False))
+
+    def log_curves(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Give numbers to the loggers alone, such as times, in which equal runs differ: their logs are equal."""
+        self._prepare_folder()
+        points = {f"{kind}/{name}": value for name, value in values.items() if not math.isnan(value)}
+        for logger in self.loggers:
+            with self._logger_may_fail(logger):
+                logger.log_scalars(step, points)
 
     def log_event(self, step: int, kind: str, content: Mapping[str, Any]) -> None:
         """Log something else than numbers, as plain containers."""
@@ -114,35 +106,53 @@ class RunLogger:
         except OSError as error:
             self._warn_once(f"panels of step {step} are not written ({error.strerror or error})", topic="panels")
             return
-        with self._curves_may_fail():
-            for sample, panel in zip(samples, panels):
-                self.writer.add_image(f"panel/{sample.id}", panel, step, dataformats="HWC")
+        for logger in self.loggers:
+            with self._logger_may_fail(logger):
+                for sample, panel in zip(samples, panels):
+                    logger.log_image(step, f"panel/{sample.id}", panel)
+
+    def log_result(self, step: int, hparams: Hparams, metrics: Metrics) -> None:
+        """Give the loggers what a finished run was started with, and its tasks' primary metrics."""
+        self._prepare_folder()
+        self.has_result = True
+        for logger in self.loggers:
+            with self._logger_may_fail(logger):
+                logger.log_result(step, hparams, choose_scores(metrics))
 
     def close(self) -> None:
-        """Write what is left and close the files."""
+        """Write what is waiting and close the files."""
         if self.waiting:
             self._append()
-        if "writer" in self.__dict__:
-            with self._curves_may_fail():
-                self.writer.close()
+        for logger in self.loggers if self.is_open else ():
+            with self._logger_may_fail(logger):
+                logger.close(self.has_result)
+
+    def describe(self) -> list[str]:
+        """Return a line per logger: where the curves are or how to see them."""
+        return [logger.describe() for logger in self.loggers] if self.is_open else []
 
     def _prepare_folder(self) -> None:
         """Create the folder, with its log, or create it anew if it has been removed."""
-        if "writer" not in self.__dict__:
-            self.writer  # noqa: B018 - creates it
+        if not self.is_open:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._keep_earlier_records()
+            self.is_open = True
+            for logger in self.loggers:
+                with self._logger_may_fail(logger):
+                    logger.open()
         elif not self.log.exists():
-            existing = set(self.folder.glob("events.*"))
-            with contextlib.suppress(OSError):
-                self.writer.close()
-            for path in set(self.folder.glob("events.*")) - existing:  # the end of a file whose beginning is gone
-                path.unlink(missing_ok=True)
             message = f"{self.folder} vanished during the run: records continue in a new one, the earlier ones are lost"
             self._warn_once(message, topic="vanished")
-            with self._curves_may_fail():
+            try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.log.touch()
-                self.warned.discard("vanished")
-                self.__dict__["writer"] = self._make_writer()
+            except OSError as error:
+                self._warn_once(f"{self.folder} can't be created ({error_reason(error)})", topic="folder")
+                return
+            self.warned.discard("vanished")
+            for logger in self.loggers:
+                with self._logger_may_fail(logger):
+                    logger.restart()
 
     def _append(self, *lines: str) -> None:
         """Append the waiting lines and these to the log: all of them or none."""
@@ -164,11 +174,13 @@ class RunLogger:
         self.warned.discard("records")
 
     @contextlib.contextmanager
-    def _curves_may_fail(self) -> Iterator[None]:
+    def _logger_may_fail(self, logger: MetricLogger) -> Iterator[None]:
+        """Turn whatever a logger raises into one warning: the training does not depend on it."""
         try:
             yield
-        except (OSError, UnicodeError) as error:
-            self._warn_once(f"TensorBoard's curves are not written ({error_reason(error)})", topic="curves")
+        except Exception as error:  # of any library
+            message = f"{logger.subject} are not written ({error_reason(error)}): the training goes on"
+            self._warn_once(f"{message}, {self.log.name} has its numbers", topic=logger.subject)
 
     def _warn_once(self, message: str, topic: str) -> None:
         if topic not in self.warned:
@@ -181,39 +193,9 @@ def _open_to_append(path: Path) -> int:
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
-class NullSummaryWriter:
-    """Has the methods of TensorBoard's writer that are used here, and writes nothing."""
-
-    def add_scalar(self, *_: Any, **__: Any) -> None:
-        """Do nothing."""
-
-    def add_image(self, *_: Any, **__: Any) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 def error_reason(error: Exception) -> str:
     """Return an error's reason without its number and path."""
     return getattr(error, "strerror", None) or str(error)
-
-
-def _summary_writer(folder: Path, purge_step: int | None = None) -> SummaryWriter:
-    """Build a writer whose thread prints no traceback of a disk error; the next call raises the error."""
-    current = threading.excepthook
-    if current is not _excepthook:
-        _excepthooks.append(current)
-        threading.excepthook = _excepthook
-    return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-_excepthooks: list[Any] = [threading.__excepthook__]
-
-
-def _excepthook(args: threading.ExceptHookArgs) -> None:
-    if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
-        _excepthooks[-1](args)
 
 
 def write_panels(folder: Path, samples: Sequence[VisualSample], tasks: Mapping[str, Task]) -> list[np.ndarray]:
@@ -234,6 +216,15 @@ def write_panels(folder: Path, samples: Sequence[VisualSample], tasks: Mapping[s
 def flatten_metrics(metrics: Metrics) -> dict[str, float]:
     """Convert task -> metric -> value to ``task/metric`` -> value."""
     return {f"{task}/{name}": value for task, values in metrics.items() for name, value in values.items()}
+
+
+def choose_scores(metrics: Metrics) -> dict[str, float]:
+    """Return the metric that represents each task as ``task/metric`` -> value; all metrics of what is no task."""
+    scores: dict[str, float] = {}
+    for task, values in metrics.items():
+        names = [SCORES[task].choose_metric(values)[0]] if task in SCORES else list(values)
+        scores |= {f"{task}/{name}": values[name] for name in names if name in values}
+    return scores
 
 
 def _is_before(record: Mapping[str, Any], start_step: int) -> bool:

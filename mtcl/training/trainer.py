@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mtcl import distributed
 from mtcl.data import Batch
@@ -20,6 +20,7 @@ from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.evaluation.model_input import prepare_input
 from mtcl.models import DenseModel, DenseOutput, EncodedImage
 from mtcl.models.lora import is_base_weight
+from mtcl.progress import logging_beside_bar, progress_bar
 from mtcl.regularizers import RegularizerOutput
 from mtcl.regularizers.base import compute_task_loss
 from mtcl.regularizers.diagnostics import compare_feature_gradients
@@ -35,12 +36,14 @@ from mtcl.training.early_stopping import EarlyStopping
 from mtcl.training.ema import ModelEma
 from mtcl.training.feature_filling import FeatureFiller
 from mtcl.training.loss_terms import LossTerms
+from mtcl.training.measurements import Throughput, read_learning_rates
 from mtcl.training.nonfinite import NonFiniteGuard, merge_skipped
 from mtcl.training.optimizers import ScheduledOptimizer
 from mtcl.training.options import CheckpointPolicy, Regularization, TrainerOptions, ValidationPolicy
 from mtcl.training.preemption import PreemptionHandler
 from mtcl.training.run_logger import RunLogger, flatten_metrics
 from mtcl.training.sharding import ReplicatedWeights
+from mtcl.training.step_profiler import StepProfiler
 from mtcl.training.train_step import TrainingStep, broadcast_buffers, no_gradient_sync
 
 log = logging.getLogger(__name__)
@@ -140,27 +143,28 @@ class Trainer:
             self.first_evaluation = self.validate(quick=True)
             self.early_stopping.check(self._monitored_score(self.first_evaluation))
         max_steps, evaluation = self.options.max_steps, None
+        throughput = Throughput()
         with (
             self.preemption,
-            tqdm(
-                total=max_steps,
-                initial=self.step,
-                desc="train",
-                mininterval=0.5,
-                dynamic_ncols=True,
-                disable=distributed.rank() > 0,
+            logging_beside_bar(),
+            progress_bar(
+                total=max_steps, initial=self.step, desc="train", unit="step", disable=distributed.rank() > 0
             ) as bar,
+            StepProfiler(self.folder, self.options.profile if distributed.rank() == 0 else None, self.step) as profiler,
         ):
             for batches in self.batches_per_step():
                 start = time.perf_counter()
                 is_logged = self.step % self.options.log_interval == 0 or self.step + 1 == max_steps
                 values = self.train_step(*batches, with_diagnostics=is_logged)
+                throughput.count(batches)
                 if is_logged:
-                    self._log(values, bar)
+                    self._log(values, bar, throughput)
                 self.step += 1
                 self.seconds_per_step = time.perf_counter() - start
+                profiler.step()
                 bar.update()
-                evaluation = self._validate_and_save()
+                with throughput.pause():
+                    evaluation = self._validate_and_save()
                 if self.is_finished:
                     break
                 if self.preemption.should_stop(self.step):
@@ -238,8 +242,8 @@ class Trainer:
 
         Args:
             batches: as the data loader gives them.
-            with_diagnostics: also count the labelled images of the last batch, and compare the gradients of the tasks
-                and the regulariser at the task features.
+            with_diagnostics: also sum up the losses, count the labelled images of the last batch, and compare the
+                gradients of the tasks and the regulariser at the task features.
 
         Returns:
             detached scalars on the device by name: each loss, and for the diagnostics ``labelled_images/TASK`` and
@@ -252,7 +256,9 @@ class Trainer:
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             with nullcontext() if is_last else no_gradient_sync(self.eager_step):
-                values = self.accumulate_gradients(batch, len(batches), is_finite, with_diagnostics and is_last)
+                values = self.accumulate_gradients(
+                    batch, len(batches), is_finite, with_diagnostics and is_last, with_total=with_diagnostics
+                )
             values_per_batch.append(values)
         self.balancer.finish_step(self.step)
         self.weights.collect_gradients()
@@ -278,7 +284,12 @@ class Trainer:
         return last | {name: torch.stack([values[name] for values in values_per_batch]).mean() for name in first}
 
     def accumulate_gradients(
-        self, batch: Batch, num_batches: int, is_finite: dict[str, Tensor], with_diagnostics: bool
+        self,
+        batch: Batch,
+        num_batches: int,
+        is_finite: dict[str, Tensor],
+        with_diagnostics: bool,
+        with_total: bool = False,
     ) -> dict[str, Tensor]:
         """Run forward and backward pass of one of the ``num_batches`` batches of a step.
 
@@ -287,9 +298,11 @@ class Trainer:
             num_batches: the losses are divided by it.
             is_finite: "loss of NAME" -> whether it is finite in all batches up to here; updated.
             with_diagnostics: as in :meth:`train_step`.
+            with_total: also return the total loss: the sum of all terms, each times its fixed weight, before any
+                balancing.
 
         Returns:
-            detached scalars by name, as :meth:`train_step`.
+            detached scalars by name, as :meth:`train_step`; the total is ``loss``.
         """
         image, labels = prepare_input(batch, self.model, self.device)
         with_diagnostics = with_diagnostics and bool(self.tasks)
@@ -330,6 +343,9 @@ class Trainer:
                 )
         elif self.regularizer_parameters and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
             loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer_parameters]).sum()}
+        if with_total and loss:
+            weighted = [self.balancer.weights.get(name, 1.0) * term.detach() for name, term in loss.items()]
+            values["loss"] = torch.stack(weighted).sum()
         if num_batches > 1:
             loss = loss / num_batches
         with freeze_running_statistics(self.model) if self.options.grad_checkpointing else nullcontext():
@@ -608,10 +624,17 @@ class Trainer:
 
     # Records
 
-    def _log(self, values: Mapping[str, Tensor], bar: tqdm) -> None:
-        """Read the step's scalars from the device, once, and log their means over all processes."""
+    def _log(self, values: Mapping[str, Tensor], bar: Any, throughput: Throughput) -> None:
+        """Read the step's scalars from the device, once, and log their means over all processes.
+
+        Args:
+            values: of :meth:`train_step`.
+            bar: of :func:`mtcl.progress.progress_bar`; shows the losses.
+            throughput: has counted the step; it is read after the device, and goes to the loggers alone.
+        """
         sums = distributed.all_reduce_sum(torch.stack([value.float() for value in values.values()]))
         numbers = dict(zip(values, (sums / distributed.world_size()).tolist()))
+        speed = throughput.read()
         losses = {name: value for name, value in numbers.items() if "/" not in name}
         self._report_problems()
         if distributed.rank() > 0:
@@ -630,6 +653,11 @@ class Trainer:
         if summary := self.balancer.summary():
             scalars = torch.stack([torch.as_tensor(value, device=self.device) for value in summary.values()])
             self.run_logger.log_scalars(self.step, "balancing", dict(zip(summary, scalars.tolist())))
+        extra = None if self.regularizer_optimizer is None else self.regularizer_optimizer.optimizer
+        rates = read_learning_rates(self.model, self.optimizer.optimizer, extra)
+        self.run_logger.log_curves(self.step, "lr", rates)
+        self.run_logger.log_curves(self.step, "system", {**speed, "peak_memory_gib": self.peak_memory()})
+        losses = {"loss": losses.pop("loss", math.nan), **losses}
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
 
     def _report_problems(self) -> None:

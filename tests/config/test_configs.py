@@ -39,6 +39,7 @@ GROUPS = [
     "decoder",
     "evaluation",
     "experiment",
+    "logger",
     "loss",
     "optimizer",
     "recipe",

@@ -222,7 +222,7 @@ def test_curves_that_cannot_be_written_are_a_warning(monkeypatch, tmp_path, capl
     def refuses(folder, purge_step=None):
         raise UnicodeEncodeError("utf-8", "\udcc3", 0, 1, "surrogates not allowed")
 
-    monkeypatch.setattr("mtcl.training.run_logger._summary_writer", refuses)
+    monkeypatch.setattr("mtcl.training.loggers.tensorboard_logger._summary_writer", refuses)
     run_logger = RunLogger(tmp_path)
     run_logger.log_scalars(1, "train", {"depth": 2.0})
     run_logger.log_scalars(2, "train", {"depth": 1.0})

@@ -16,15 +16,16 @@ from functorch.compile import make_boxed_compiler
 from helpers.common import ROOT, TINY, composed
 from helpers.shrunken import shrunk
 from torch._dynamo.backends.common import aot_autograd
-from tqdm import tqdm
 
 from mtcl import UserError
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer_options, build_training_run
 from mtcl.errors import Preempted
+from mtcl.progress import PlainProgress
 from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.checkpoint_file import read_checkpoint_file
+from mtcl.training.measurements import Throughput
 from mtcl.training.trainer import Trainer
 
 OVERRIDES = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
@@ -385,6 +386,7 @@ def _nothing(self):
 DRIVER = """
 import multiprocessing, os, runpy, signal, subprocess, sys
 from helpers.common import ROOT, TINY
+from mtcl.training.measurements import Throughput
 from mtcl.training.trainer import Trainer
 
 _, what, folder = sys.argv
@@ -429,7 +431,11 @@ def test_the_log_counts_the_images_with_a_label_of_each_task(tmp_path):
     labels = {**batch["labels"], "depth": batch["labels"]["depth"].clone()}
     labels["normals"] = torch.zeros_like(labels["normals"])
     labels["depth"][0] = 0
-    trainer._log(trainer.train_step({**batch, "labels": labels}, with_diagnostics=True), tqdm(disable=True))
+    trainer._log(
+        trainer.train_step({**batch, "labels": labels}, with_diagnostics=True),
+        PlainProgress(disable=True),
+        Throughput(),
+    )
     num_images = len(batch["meta"])
     (counts,) = records(tmp_path, "labelled_images")
     assert counts == {"step": 0, "kind": "labelled_images"} | dict.fromkeys(trainer.tasks, num_images) | {

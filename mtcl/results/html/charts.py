@@ -199,7 +199,8 @@ def choose_charts(logs: Sequence[Curves]) -> list[dict[str, Any]]:
     losses = sorted(name.removeprefix("train/") for name in names if name.startswith("train/"))
     order = [*(task for task in TASK_NAMES if task in losses), *(n for n in losses if n not in (*TASK_NAMES, "lr"))]
     for name in order:
-        about = {"title": f"{name} loss", "group": "loss", "source": f"train/{name}"}
+        title = "total loss" if name == "loss" else f"{name} loss"
+        about = {"title": title, "group": "loss", "source": f"train/{name}"}
         charts.append(about | {"scale": 1, "digits": 4, "unit": ""})
     return charts
 
