@@ -373,6 +373,8 @@ RULES: dict[str, Rule] = {
     "schedule.name": TEXT,
     "schedule.power": number(0),
     "schedule.warmup_steps": count(),
+    "schedule.step_size": count(1).or_null(),
+    "schedule.gamma": number(0),
     "trainer.max_steps": count(1).with_role(RESULT, extendable=True),
     "trainer.val_interval": count(1).or_null().with_role(RECORD),
     "trainer.checkpoint_interval": count(1).or_null().with_role(RECORD),

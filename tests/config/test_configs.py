@@ -241,6 +241,30 @@ def test_published_experiments_say_what_they_reproduce(experiment):
     assert config.loss.options.edge.positive_weight == edge
 
 
+# Batch, steps of 200 epochs without the odd last batch, steps to the drop of the rate, classes.
+LIBMTL = {
+    "nyuv2_13_deeplab_resnet50": (8, 200 * (795 // 8), 100 * (795 // 8), 13),
+    "cityscapes_deeplab_resnet50": (64, 200 * (2975 // 64), 100 * (2975 // 64), 7),
+}
+
+
+@pytest.mark.parametrize("experiment", LIBMTL)
+def test_experiments_of_libmtl_have_its_schedule(experiment):
+    config = composed(f"experiment={experiment}")
+    trainer, schedule = config.trainer, config.schedule
+    assert (config.name, config.optimizer.name, trainer.clip_norm) == (experiment, "adam", None)
+    tasks = build_tasks(config)
+    assert (config.data.batch_size, trainer.max_steps, schedule.step_size, tasks["semseg"].channels) == LIBMTL[
+        experiment
+    ]
+    factor = build_schedule(max_steps=trainer.max_steps, **plain(schedule))
+    half = trainer.max_steps // 2
+    assert [factor(step) for step in (0, half - 1, half, trainer.max_steps - 1)] == [1, 1, 0.5, 0.5]
+    assert {config.loss.weights[name] for name in tasks} == {1.0}
+    assert {config.evaluation.options[name].protocol for name in tasks} == {"mtan"}
+    assert plain(config.data.augment) == {"scale": [1.0, 1.0], "flip": 0.0, "photometric": False, "class_cap": 1.0}
+
+
 FOUNDATION = [name for name in EXPERIMENTS if "dinov" in name]
 
 
