@@ -121,22 +121,23 @@ def read_published(path: Path) -> PublishedTable:
 
 
 def _check_keys(
-    path: Path, content: Mapping[Any, Any], keys: Sequence[str] | Mapping[str, Any], place: str = ""
+    path: Path, content: Mapping[Any, Any], keys: Sequence[str] | Mapping[str, Any], position: str = ""
 ) -> None:
     unknown = [key for key in content if key not in keys]
     if unknown:
         name = escape_control_characters(str(unknown[0]))[:60]
-        raise UserError(f"{path} has the unknown key {name}{place}; known are {', '.join(keys)}.")
+        raise UserError(f"{path} has the unknown key {name}{position}; known are {', '.join(keys)}.")
 
 
 def _parse_row(path: Path, number: int, content: Any, source: str) -> PublishedRow:
-    place = f" in row {number}"
+    position = f" in row {number}"
     if not isinstance(content, dict):
-        raise UserError(f"{path} has no mapping{place}; write label and metrics, {{label: EW, semseg: {{mIoU: 0.5}}}}.")
-    _check_keys(path, content, (*ROW_CHECKS, *TASK_NAMES), place)
+        example = "{label: EW, semseg: {mIoU: 0.5}}"
+        raise UserError(f"{path} has no mapping{position}; write label and metrics, as {example}.")
+    _check_keys(path, content, (*ROW_CHECKS, *TASK_NAMES), position)
     values = {key: value for key, value in content.items() if value is not None}
     if "label" not in values:
-        raise UserError(f"{path} has no label{place}.")
+        raise UserError(f"{path} has no label{position}.")
     row_path = Path(f"{path}, row {number}")  # for messages
     check_types(row_path, values, ROW_CHECKS)
     metrics = parse_metrics(row_path, {task: values[task] for task in TASK_NAMES if task in values})
