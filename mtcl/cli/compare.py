@@ -1,7 +1,7 @@
 """Compare runs: a row per configuration (mean and deviation over seeds), Delta_MTL, paired differences.
 
     mtcl compare RUN|FOLDER ... [--baseline RUN|FILE ...] [--against RUN|LABEL] [--by KEY]
-        [--format text|markdown|latex|csv] [--metrics primary|all] [--holm] [--output FILE]
+        [--published FILE] [--format text|markdown|latex|csv] [--metrics primary|all] [--holm] [--output FILE]
 
 RUN is a folder with a metrics.json, FOLDER contains such folders (a sweep). Runs that differ in the seed only, and in
 keys that change neither training nor evaluation, are one row, named by the keys in which the rows differ. The rows of
@@ -13,6 +13,9 @@ multi-task run, or with --against, the column is Delta_on/off or "Delta vs. LABE
 seeds. Without either, the reference is the only row with the regulariser off (none, or weight 0), or the first of two
 rows. A difference of fewer than three pairs gets no verdict; --holm corrects the p-values of all differences for their
 number.
+
+--published adds the rows of a file of published results (.yaml or .csv; docs/comparing.md has its format), marked as
+such and ranked with nothing.
 """
 
 import argparse
@@ -30,6 +33,7 @@ FORMAT_BY_SUFFIX = {".md": "markdown", ".tex": "latex", ".csv": "csv"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mtcl compare``."""
     add_comparison_arguments(parser)
+    parser.add_argument("--published", type=Path, metavar="FILE", help="rows of published tables, .yaml or .csv")
     parser.add_argument("--format", choices=FORMATS, help="default: by the ending of --output, else text")
     parser.add_argument("--metrics", choices=("primary", "all"), default="primary")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the table there instead of printing it")
@@ -49,7 +53,8 @@ def add_comparison_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Print the comparison, or write it to a file."""
     check_output_file(args.output)
-    comparison = compare(args.runs, args.baseline, args.against, args.by, args.metrics == "all", args.holm)
+    all_metrics = args.metrics == "all"
+    comparison = compare(args.runs, args.baseline, args.against, args.by, all_metrics, args.holm, args.published)
     format = args.format or FORMAT_BY_SUFFIX.get(args.output.suffix if args.output else "", "text")
     text = render(comparison, format)
     if format == "csv":  # has no room for notes

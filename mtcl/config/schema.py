@@ -377,6 +377,8 @@ RULES: dict[str, Rule] = {
     "schedule.name": TEXT,
     "schedule.power": number(0),
     "schedule.warmup_steps": count(),
+    "schedule.step_size": count(1).or_null(),
+    "schedule.gamma": number(0),
     "logger.mlflow.tracking_uri": TEXT.or_null().with_role(RECORD),
     "logger.mlflow.experiment": TEXT.with_role(RECORD),
     "logger.mlflow.run_name": TEXT.or_null().with_role(RECORD),

@@ -25,6 +25,7 @@ from mtcl.results.comparability import (
     note_missing_values,
     note_zero_weight,
 )
+from mtcl.results.published import PublishedTable, add_published_rows, read_published
 from mtcl.results.rows import Row, check_unique_seeds, choose_columns, fill_row, is_primary, make_rows
 from mtcl.results.runs import (
     REGULARIZER,
@@ -64,7 +65,7 @@ class Comparison:
 
     Attributes:
         columns: a primary metric per task, possibly further metrics, then Deltas.
-        rows: the single-task baseline if there is one, then a row per configuration.
+        rows: the single-task baseline if there is one, then a row per configuration, then published rows.
         differences: each row minus the reference.
         notes: sentences for below the table; those that question its numbers begin with "warning:".
     """
@@ -82,6 +83,7 @@ def compare(
     by: Sequence[str] = (),
     all_metrics: bool = False,
     holm: bool = False,
+    published: Path | None = None,
 ) -> Comparison:
     """Compare all runs at or below ``sources``.
 
@@ -93,12 +95,14 @@ def compare(
         by: config keys, or groups of keys, that alone distinguish rows; empty for all that affect the numbers.
         all_metrics: add a column for each metric, not only for each task's primary one.
         holm: decide by p-values that are corrected for the number of intervals.
+        published: file of rows of published tables (:mod:`mtcl.results.published`), shown below those of the runs.
 
     Raises:
         UserError: the runs do not belong in one table, or an argument fits none of them.
     """
+    table = None if published is None else read_published(published)
     runs, notes = find_runs(sources)
-    return compare_runs(runs, baseline, against, by, all_metrics, notes, holm)
+    return compare_runs(runs, baseline, against, by, all_metrics, notes, holm, table)
 
 
 def compare_runs(
@@ -109,6 +113,7 @@ def compare_runs(
     all_metrics: bool = False,
     notes: Sequence[str] = (),
     holm: bool = False,
+    published: PublishedTable | None = None,
 ) -> Comparison:
     """Compare ``runs`` as :func:`compare` does; ``notes`` are those of reading the runs."""
     notes = list(notes)
@@ -142,6 +147,8 @@ def compare_runs(
     if holm:
         differences = _add_holm_p_values(differences)
     notes = [describe_provenance(all_runs), *note_zero_weight(rows), *notes]
+    if published is not None:
+        add_published_rows(published, rows, all_runs, columns, notes)
     return Comparison(columns, rows, differences, [*map(escape_control_characters, notes)])
 
 

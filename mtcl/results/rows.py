@@ -25,12 +25,16 @@ class Row:
         runs: one run per seed; of a baseline row the single-task runs.
         values: column -> seed -> value; without the columns of tasks that the runs do not have.
         is_baseline: the runs are the single-task baselines, each of another task.
+        is_published: the values are those of a published table; there are no runs, and the row is not ranked.
+        published_seeds: number of runs that a published row is the mean of; None: unknown.
     """
 
     label: str
     runs: tuple[Run, ...]
     values: dict[Column, dict[Hashable, float]] = field(default_factory=dict)
     is_baseline: bool = False
+    is_published: bool = False
+    published_seeds: int | None = None
 
     def summarize(self, column: Column) -> Summary:
         """Return mean, standard deviation and number of the values over seeds."""
@@ -38,7 +42,9 @@ class Row:
 
     @property
     def num_seeds(self) -> int:
-        """The number of seeds; of a baseline row the smallest of any column that has a value."""
+        """The number of seeds, 0 if unknown; of a baseline row the smallest of any column that has a value."""
+        if self.is_published:
+            return self.published_seeds or 0
         counts = [count for column in self.values if (count := self.summarize(column).num)]
         return min(counts, default=0) if self.is_baseline else len(self.runs)
 

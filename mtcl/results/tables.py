@@ -61,9 +61,17 @@ def format_cell(column: Column, row: Row) -> str:
     return format_mean(column, row) + ("" if math.isnan(std) else f" ± {format_value(column, std).lstrip('+')}")
 
 
+def format_seeds(row: Row) -> str:
+    """Format the number of seeds; a dash for a published row that does not say it."""
+    return NO_VALUE if row.is_published and not row.num_seeds else str(row.num_seeds)
+
+
 def find_best(column: Column, rows: Sequence[Row]) -> list[bool]:
-    """Return for each row whether its mean, as displayed, is the best of at least two; baselines are not eligible."""
-    means = [math.nan if row.is_baseline else row.summarize(column).mean for row in rows]
+    """Return for each row whether its mean, as displayed, is the best of at least two.
+
+    Baselines and published rows are not eligible.
+    """
+    means = [math.nan if row.is_baseline or row.is_published else row.summarize(column).mean for row in rows]
     finite = [value for value in means if not math.isnan(value)]
     if len(finite) < 2:
         return [False] * len(rows)
@@ -140,7 +148,7 @@ def operand_labels(one: Difference) -> tuple[str, str]:
 def footnotes(comparison: Comparison) -> list[str]:
     """Return notes on standard deviations and intervals, then the comparison's own notes."""
     lines = []
-    if any(row.num_seeds > 1 for row in comparison.rows):
+    if any(row.num_seeds > 1 and not row.is_published for row in comparison.rows):
         lines.append("Mean ± standard deviation (n - 1) over seeds.")
     if any(pair.pairs == 1 for one in comparison.differences for pair in one.columns.values()):
         lines.append("A single pair gives no interval.")
@@ -201,7 +209,7 @@ def short_block(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     body = []
     for row in rows:
         first, *more = textwrap.wrap(row.label, LABEL_WIDTH, break_on_hyphens=False) or [""]
-        body.append([first, *(format_cell(c, row) for c in columns), str(row.num_seeds)])
+        body.append([first, *(format_cell(c, row) for c in columns), format_seeds(row)])
         body += [[f"  {text}", *[""] * (len(columns) + 1)] for text in more]
     return align_columns(stack_headings([[], *map(head_lines, columns), ["seeds"]]), body, num_left=1)
 
@@ -210,7 +218,7 @@ def long_block(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """Return a block with a line per metric and a column per row."""
     head = stack_headings([["task"], ["metric"], *(wrap_heading(row.label) for row in rows)])
     body = [[c.task, column_heading(c), *(format_cell(c, row) for row in rows)] for c in columns]
-    return align_columns(head, [*body, ["", "seeds", *(str(row.num_seeds) for row in rows)]], num_left=2)
+    return align_columns(head, [*body, ["", "seeds", *(format_seeds(row) for row in rows)]], num_left=2)
 
 
 def head_lines(column: Column) -> list[str]:
@@ -266,12 +274,12 @@ def render_markdown(comparison: Comparison) -> str:
     if is_transposed(columns):
         head = ["task", "metric", *(markdown_code(row.label) for row in rows)]
         body = [[c.task, column_heading(c), *(strong(c, i) for i in range(len(rows)))] for c in columns]
-        body.append(["", "seeds", *(str(row.num_seeds) for row in rows)])
+        body.append(["", "seeds", *(format_seeds(row) for row in rows)])
         blocks = [markdown_table(head, body, num_left=2)]
     else:
         head = ["run", *(escape_markdown(f"{c.task} {column_heading(c)}".strip()) for c in columns), "seeds"]
         body = [
-            [markdown_code(row.label), *(strong(c, i) for c in columns), str(row.num_seeds)]
+            [markdown_code(row.label), *(strong(c, i) for c in columns), format_seeds(row)]
             for i, row in enumerate(rows)
         ]
         blocks = [markdown_table(head, body, num_left=1)]
@@ -315,15 +323,15 @@ def render_latex(comparison: Comparison) -> str:
     if is_transposed(columns):
         head = [["task", "metric", *(escape_latex(row.label) for row in rows)]]
         body = [[escape_latex(c.task), latex_heading(c), *(strong(c, i) for i in range(len(rows)))] for c in columns]
-        body.append(["", "seeds", *(str(row.num_seeds) for row in rows)])
+        body.append(["", "seeds", *(format_seeds(row) for row in rows)])
         num_left, rules = 2, {len(body) - 1}
     else:
         head = [["", *(escape_latex(c.task) for c in columns), ""], ["", *map(latex_heading, columns), "seeds"]]
         body = [
-            [escape_latex(row.label), *(strong(c, i) for c in columns), str(row.num_seeds)]
-            for i, row in enumerate(rows)
+            [escape_latex(row.label), *(strong(c, i) for c in columns), format_seeds(row)] for i, row in enumerate(rows)
         ]
         num_left, rules = 1, {i + 1 for i, row in enumerate(rows) if row.is_baseline}
+        rules |= {i for i, row in enumerate(rows) if row.is_published and not rows[i - 1].is_published}
     blocks = ["% needs \\usepackage{booktabs}", latex_table(head, body, num_left, rules)]
     for one in comparison.differences:
         grid = difference_grid(one)
@@ -382,7 +390,7 @@ def render_csv(comparison: Comparison) -> str:
         head += [f"{column.key} {part}" for column in columns for part in parts]
     lines: list[list[object]] = [[*head]]
     for row in comparison.rows:
-        line: list[object] = [row.label, row.num_seeds]
+        line: list[object] = [row.label, None if row.is_published and not row.num_seeds else row.num_seeds]
         for column in columns:
             summary = row.summarize(column)
             line += [summary.mean, summary.std]

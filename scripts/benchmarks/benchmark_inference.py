@@ -65,6 +65,7 @@ EXPERIMENTS = {
     "pad_net": "nyud_pad_net_hrnet18",
     "mti_net": "nyud_mti_net_hrnet18",
     "atrc": "nyud_atrc_hrnet18",
+    "segnet": "nyuv2_13_segnet",
     "invpt": "nyud_invpt_vit_base",
     "invpt_plus_plus": "nyud_invpt_plus_plus_vit_base",
     "taskprompter": "nyud_taskprompter_vit_base",

@@ -7,8 +7,9 @@ metrics.json) and ``run`` (its run.json). ``--add`` adds the metrics of the run 
 that label. ``--add-output`` stores the output of a command, from FILE, to be rendered unchanged. A folder
 ``docs/results/TABLE/`` contains a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
 table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md,
-docs/models.md, docs/foundation_backbones.md and README.md. A study as ``<!-- table: TABLE means -->`` is rendered
-without differences, notes and settings, as ``<!-- table: TABLE holm -->`` with verdicts of ``study.py --holm``.
+docs/models.md, docs/foundation_backbones.md, docs/balancing.md and README.md. A study as ``<!-- table: TABLE means
+-->`` is rendered without differences, notes and settings, as ``<!-- table: TABLE holm -->`` with verdicts of ``study.py
+--holm``.
 """
 
 import json
@@ -28,7 +29,7 @@ from mtcl.tasks.names import SCORES
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 DOCUMENTS = (
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models", "foundation_backbones")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models", "foundation_backbones", "balancing")),
     ROOT / "README.md",
 )
 BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means| holm)? -->\n.*?<!-- end -->", re.DOTALL)

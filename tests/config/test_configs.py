@@ -152,6 +152,7 @@ SIZES = {
     "hrnet_w48": ([48, 96, 192, 384], [4, 8, 16, 32], 65_325_120),
     "resnet18_dilated": ([64, 128, 256, 512], [4, 8, 8, 8], 11_176_512),
     "resnet50_dilated": ([256, 512, 1024, 2048], [4, 8, 8, 8], 23_508_032),
+    "vgg16_bn": ([64, 128, 256, 512, 512], [1, 2, 4, 8, 16], 14_723_136),
     "swin_tiny": ([96, 192, 384, 768], [4, 8, 16, 32]),
     "swin_small": ([96, 192, 384, 768], [4, 8, 16, 32]),
     "swin_base": ([128, 256, 512, 1024], [4, 8, 16, 32]),
@@ -240,6 +241,33 @@ def test_published_experiments_say_what_they_reproduce(experiment):
     edge = 0.8 if data == "nyud" and choice["recipe"] in ("atrc", "mqtransformer") else 0.95
     edge = 0.9 if experiment == "nyud_task_diffusion_vit_large" else edge
     assert config.loss.options.edge.positive_weight == edge
+
+
+# Batch, steps of 200 epochs without the odd last batch, steps to the drop of the rate, classes.
+LIBMTL = {
+    "nyuv2_13_deeplab_resnet50": (8, 200 * (795 // 8), 100 * (795 // 8), 13),
+    "cityscapes_deeplab_resnet50": (64, 200 * (2975 // 64), 100 * (2975 // 64), 7),
+    "nyuv2_13_segnet": (2, 200 * (795 // 2), 100 * (795 // 2), 13),
+    "cityscapes_segnet": (8, 200 * (2975 // 8), 100 * (2975 // 8), 7),
+}
+
+
+@pytest.mark.parametrize("experiment", LIBMTL)
+def test_experiments_of_libmtl_have_its_schedule(experiment):
+    config = composed(f"experiment={experiment}")
+    trainer, schedule = config.trainer, config.schedule
+    assert (config.name, config.optimizer.name, trainer.clip_norm) == (experiment, "adam", None)
+    tasks = build_tasks(config)
+    assert (config.data.batch_size, trainer.max_steps, schedule.step_size, tasks["semseg"].channels) == LIBMTL[
+        experiment
+    ]
+    factor = build_schedule(max_steps=trainer.max_steps, **plain(schedule))
+    half = trainer.max_steps // 2
+    assert [factor(step) for step in (0, half - 1, half, trainer.max_steps - 1)] == [1, 1, 0.5, 0.5]
+    assert {config.loss.weights[name] for name in tasks} == {1.0}
+    assert {config.evaluation.options[name].protocol for name in tasks} == {"mtan"}
+    scale, flip = ([1.0, 1.5], 0.5) if experiment == "nyuv2_13_segnet" else ([1.0, 1.0], 0.0)
+    assert plain(config.data.augment) == {"scale": scale, "flip": flip, "photometric": False, "class_cap": 1.0}
 
 
 FOUNDATION = [name for name in EXPERIMENTS if "dinov" in name]

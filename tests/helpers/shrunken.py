@@ -18,6 +18,7 @@ DECODERS = {
     "task_expert": ["decoder.width=8", "decoder.gate_width=8", "decoder.head_width=8"],
     "linear": [],
     "sak": [],
+    "segnet": [],
     "dpt": ["decoder.width=8", "decoder.level_widths=[4,6,8,10]", "decoder.head_width=8", "decoder.final_width=8"],
     "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],
 }

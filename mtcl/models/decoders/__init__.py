@@ -12,6 +12,7 @@ from mtcl.models.decoders.mqtransformer import MQTransformer
 from mtcl.models.decoders.mti_net import MTINet
 from mtcl.models.decoders.multi_head import MultiHead
 from mtcl.models.decoders.pad_net import PADNet
+from mtcl.models.decoders.segnet import SegNet
 from mtcl.models.decoders.task_diffusion import TaskDiffusion
 from mtcl.models.decoders.task_expert import TaskExpert
 from mtcl.models.decoders.task_tokens import TaskTokens
@@ -29,6 +30,7 @@ __all__ = [
     "MTINet",
     "MultiHead",
     "PADNet",
+    "SegNet",
     "TaskDiffusion",
     "TaskExpert",
     "TaskTokens",

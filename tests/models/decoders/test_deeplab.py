@@ -4,11 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import decoder_checks as checks
+from helpers.common import composed
 from helpers.decoder_checks import NYUD2, NYUD4, PASCAL, PYRAMID, TASKS, VIT
 from torch import nn
+from torchvision.models import resnet50
+from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
+from mtcl.config.build_data import build_tasks
+from mtcl.config.build_model import build_model
 from mtcl.models.decoders import DeepLab
 from mtcl.models.decoders.deeplab import ASPP
+
+NYUV2_13 = {"semseg": 13, "depth": 1, "normals": 3}
+CITYSCAPES = {"semseg": 7, "depth": 1}
 
 
 def make(channels, strides, tasks, **options):
@@ -87,10 +95,59 @@ def test_promises_without_skip(check):
 
 @pytest.mark.parametrize(
     ("inputs", "tasks", "public"),
-    [(2048, NYUD2, 32261417), (2048, NYUD4, 64513325), (2048, PASCAL, 80635938), (512, PASCAL, 23619618)],
-)
+    [(2048, NYUD2, 32261417), (2048, NYUD4, 64513325), (2048, PASCAL, 80635938), (512, PASCAL, 23619618),
+     (2048, NYUV2_13, 48380689), (2048, CITYSCAPES, 32252936)],
+)  # fmt: skip
 def test_size_of_the_public_code(inputs, tasks, public):
-    """Vandenhende et al.'s heads on ResNets. A task's pooled branch has a bias (256) where theirs has a norm (512)."""
+    """Vandenhende et al.'s, LibMTL's. A task's pooled branch has a bias (256) where theirs has a norm (512)."""
     with torch.device("meta"):
         decoder = DeepLab([256, inputs], [4, 8], tasks, skip_width=0, depth=1)
     assert checks.parameters(decoder) == public - 256 * len(tasks)
+
+
+def fold_pooled_norm(head: DeepLabHead) -> dict[str, torch.Tensor]:
+    """The weights of torchvision's head under our names; the norm of the pooled branch as scale and bias."""
+    pyramid, *last = head
+    *branches, pooled = pyramid.convs
+    weights = {f"aspp.branches.{i}.{name}": w for i, b in enumerate(branches) for name, w in b.state_dict().items()}
+    _, convolution, norm, _ = pooled
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    weights["aspp.pooled.weight"] = convolution.weight * scale[:, None, None, None]
+    weights["aspp.pooled.bias"] = norm.bias - norm.running_mean * scale
+    weights |= {f"aspp.project.0.{name}": w for name, w in pyramid.project[:2].state_dict().items()}
+    return weights | {f"layers.0.{name}": w for name, w in nn.Sequential(*last[:2]).state_dict().items()}
+
+
+def randomize_norms(module: nn.Module) -> None:
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.uniform_(norm.bias, -0.5, 0.5)
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+        nn.init.uniform_(norm.running_var, 0.5, 1.5)
+
+
+@pytest.mark.slow
+def test_libmtls_model_is_torchvisions_dilated_resnet_with_its_heads():
+    """LibMTL's classes are torchvision's, layer for layer: equal maps and logits on the same weights."""
+    torch.manual_seed(0)
+    config = composed("experiment=nyuv2_13_deeplab_resnet50")
+    model = build_model(config, build_tasks(config), pretrained=False).eval()
+    assert {task: layer.out_channels for task, layer in model.decoder.logits.items()} == NYUV2_13
+    network = resnet50(replace_stride_with_dilation=[False, True, True])
+    network.avgpool, network.fc = nn.Identity(), nn.Identity()
+    heads = {task: DeepLabHead(2048, channels) for task, channels in NYUV2_13.items()}
+    for module in (network, *heads.values()):
+        randomize_norms(module.eval())
+    model.backbone.net.load_state_dict(network.state_dict())
+    for task, head in heads.items():
+        model.decoder.heads[task].load_state_dict(fold_pooled_norm(head))
+        model.decoder.logits[task].load_state_dict(head[-1].state_dict())
+    image = torch.rand(1, 3, 32, 48, dtype=torch.double)
+    with torch.no_grad():
+        maps = network.double()(image).unflatten(1, (2048, 4, 6))
+        features = model.backbone.double()(image)
+        torch.testing.assert_close(features[-1], maps)
+        scaled = [(feature / maps.abs().max()).float() for feature in features]  # random norms make them large
+        predictions = model.decoder.predict(scaled, (4, 6))
+        for task, head in heads.items():
+            torch.testing.assert_close(predictions[task], head(scaled[-1]))
