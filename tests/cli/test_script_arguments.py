@@ -27,6 +27,7 @@ CASES = {
     "compare.py": (["a"], ["--format", "docx"], "--baseline"),
     "consistency.py": (["a.pt"], ["--frames", "0"], "--compare"),
     "demo.py": (["a.pt"], ["--port", "x"], "--port"),
+    "dev/first_hour.py": ([], ["--first-line", "0"], "--wheel"),
     "docs/print_strengths.py": (["a"], None, None),
     "docs/print_validations.py": (["a"], None, "--metrics"),
     "docs/render_results.py": ([], ["--add", "table"], "--add-output"),
