@@ -44,7 +44,7 @@ class CommandParser(argparse.ArgumentParser):
                     hint = f"did you mean {option}?"
         elif choice := re.search(r"invalid choice: (.+) \(choose from (.+)\)$", message):
             typed, *choices = (text.strip("'\"") for text in (choice[1], *choice[2].split(", ")))
-            hint = f"did you mean {similar[0]}?" if (similar := find_similar(typed, choices)) else hint
+            hint = f"did you mean {matches[0]}?" if (matches := find_similar(typed, choices)) else hint
         raise UserError(f"{message}; {hint}")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
