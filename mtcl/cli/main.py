@@ -38,7 +38,9 @@ def main(command: str | None = None) -> None:
     if command is None and sys.argv[1:2] and sys.argv[1] in HYDRA_COMMANDS:
         name = sys.argv[1]
         sys.argv[:2] = [f"mtcl {name}"]  # Hydra reads what follows, and the record of a run names the command
-        import_module("mtcl.cli.hydra_commands").COMMANDS[name]()
+        with announce_loading(f"mtcl {name}"):
+            commands = import_module("mtcl.cli.hydra_commands").COMMANDS
+        commands[name]()
         return
     run(lambda: run_command([*([command] if command else []), *sys.argv[1:]]))
 

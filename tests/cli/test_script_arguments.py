@@ -30,6 +30,7 @@ CASES = {
     "dev/first_hour.py": ([], ["--first-line", "0"], "--wheel"),
     "docs/print_strengths.py": (["a"], None, None),
     "docs/print_validations.py": (["a"], None, "--metrics"),
+    "docs/run_notebook.py": (["a.ipynb"], None, "--output"),
     "docs/render_results.py": ([], ["--add", "table"], "--add-output"),
     "export.py": (["a.pt"], ["--opset", "x"], "--output"),
     "import_checkpoint.py": (["invpt", "a", "b"], None, None),
