@@ -18,19 +18,19 @@ def suggestions(message: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("typed", "expected"),
     [("trian", "train"), ("Train", "train"), ("evalute", "evaluate"), ("eval", "evaluate"), ("preditc", "predict"),
      ("exprot", "export"), ("dmeo", "demo"), ("rusn", "runs"), ("run", "runs"), ("comapre", "compare"),
      ("reprot", "report"), ("--verison", "--version"), ("-help", "--help")],
 )  # fmt: skip
-def test_a_command(typed, meant):
+def test_a_command(typed, expected):
     with pytest.raises(UserError) as caught:
         run_command([typed])
-    assert suggestions(str(caught.value)) == [meant]
+    assert suggestions(str(caught.value)) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("line", "meant"),
+    ("line", "expected"),
     [("predict a b --ouput c", "--output"), ("predict a b --output c --taks depth", "--tasks"),
      ("predict a b --output c --noPanel", "--no-panel"), ("predict a b --output c --batchsize 2", "--batch-size"),
      ("predict a b --output c --mode slding_window", "sliding_window"), ("predict a b -output c", "--output"),
@@ -42,14 +42,14 @@ def test_a_command(typed, meant):
      ("compare a --agianst b", "--against"), ("compare a --holms", "--holm"), ("report a --ouput b", "--output"),
      ("report a --output b --titel c", "--title")],
 )  # fmt: skip
-def test_an_option(line, meant):
+def test_an_option(line, expected):
     command, *arguments = line.split()
     module = import_module(f"mtcl.cli.{command}")
     parser = CommandParser(module.__doc__, f"mtcl {command}")
     module.add_arguments(parser)
     with pytest.raises(UserError) as caught:
         parser.parse_intermixed_args(arguments)
-    assert suggestions(str(caught.value)) == [meant], caught.value
+    assert suggestions(str(caught.value)) == [expected], caught.value
 
 
 # override -> what is meant
@@ -108,19 +108,19 @@ MORE_OVERRIDES: dict[str, str | None] = {  # composing takes a moment each
 
 
 @pytest.mark.parametrize(
-    ("override", "meant"),
+    ("override", "expected"),
     [
         *(pytest.param(*item, id=item[0]) for item in OVERRIDES.items()),
         *(
-            pytest.param(override, meant, id=override, marks=pytest.mark.slow)
-            for override, meant in MORE_OVERRIDES.items()
+            pytest.param(override, expected, id=override, marks=pytest.mark.slow)
+            for override, expected in MORE_OVERRIDES.items()
         ),
     ],
 )
-def test_an_override(override, meant):
+def test_an_override(override, expected):
     with pytest.raises(UserError) as caught:
         compose_config([override], ROOT / "configs")
-    assert suggestions(str(caught.value))[:1] == ([] if meant is None else [meant]), caught.value
+    assert suggestions(str(caught.value))[:1] == ([] if expected is None else [expected]), caught.value
 
 
 def test_evaluate_suggests_its_own_keys():

@@ -80,7 +80,7 @@ def test_a_wheel_without_extras_has_all_commands(tmp_path):
     assert package.is_relative_to(tmp_path / "env")
     configs = {path.relative_to(ROOT / "configs") for path in (ROOT / "configs").rglob("*") if path.is_file()}
     assert configs == {path.relative_to(package / "configs") for path in (package / "configs").rglob("*.yaml")}
-    call([mtcl, "train", *TINY, "-m", "seed=3,4", "tasks.names=[depth,normals]"], empty)
+    call([mtcl, "train", "-m", *TINY, "seed=3,4", "tasks.names=[depth,normals]"], empty)
     (first, second) = (empty / "outputs" / "rooms" / "sweep").glob("*/")
     assert json.loads((first / "run.json").read_text())["command"].startswith("mtcl train ")
     assert "depth" in call([mtcl, "evaluate", second, "hydra.run.dir=evaluated"], empty)
