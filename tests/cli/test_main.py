@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,9 +98,12 @@ def test_a_wheel_without_extras_has_all_commands(tmp_path):
     failed = call([python, "-c", f"{blocked}m.main()"], empty, code=1)
     (line,) = [line for line in failed.splitlines() if not line.startswith("loading ")]
     assert "pip install 'mtcl[demo]'" in line
-    # An editable installation reads the configs of its checkout.
-    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--no-build-isolation"]
-    call([*install, "--editable", tmp_path / "source"], empty)
+    # An editable installation, as pip install -e makes it, reads the configs of its checkout.
+    build = "from setuptools.build_meta import build_editable; import sys; build_editable(sys.argv[1])"
+    (tmp_path / "editable").mkdir()
+    call([sys.executable, "-c", build, tmp_path / "editable"], tmp_path / "source")
+    (editable,) = (tmp_path / "editable").glob("*.whl")
+    call([python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--force-reinstall", editable], empty)
     changed = tmp_path / "source" / "configs" / "optimizer" / "adamw.yaml"
     changed.write_text(changed.read_text().replace("lr: ", "lr: 77 # ", 1))
     assert "lr: 77\n" in call([mtcl, "train", "--cfg", "job", "--package", "optimizer"], empty)
