@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 .DEFAULT_GOAL := help
 
-.PHONY: help install train test test-slow coverage check format gpu
+.PHONY: help install train test test-slow coverage check format first-hour dist gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,6 +40,16 @@ check: install ## check format, lint, types, imports and generated tables
 format: install ## format, and fix what can be fixed by itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+first-hour: install ## follow docs/first_hour.md with a wheel in a new environment, print the time of each step
+	$(BIN)/python scripts/dev/first_hour.py $(ARGS)
+
+# The full installation into a new environment downloads PyTorch.
+dist: install ## build the release's files into dist/, check them, install the wheel anew and run each command
+	rm -rf dist build
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python scripts/dev/first_hour.py --tiny --full-install --wheel dist/*.whl $(ARGS)
 
 # With .venv where there is one, else with $(PYTHON): a machine with a card may have no network to install from.
 gpu: ## run all that needs a GPU, resumable, into docs/results/gpu (docs/gpu.md); ARGS="--device cpu --tiny" rehearses

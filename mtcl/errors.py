@@ -25,15 +25,43 @@ class ParameterError(UserError):
         self.parameter, self.problem = parameter, problem
 
 
-def suggest(name: str, choices: Iterable[str]) -> str:
-    """Return ``" (did you mean CHOICE?)"`` for a misspelt name; nothing where no choice is close to it.
+def find_similar(name: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.6) -> list[str]:
+    """Return the choices that a misspelt name may mean, the most similar first; capitals, - and _ do not count.
+
+    Where none is similar, a name of three letters or more that begins one choice alone means that choice.
+
+    >>> find_similar("mtinet", ["mti_net", "pad_net"]), find_similar("nyud13", ["nyud", "nyuv2_13"], count=2)
+    (['mti_net'], ['nyud', 'nyuv2_13'])
+    >>> find_similar("contr", ["contrastive", "none"]), find_similar("lr", ["weight"])
+    (['contrastive'], [])
+
+    Args:
+        name: as it was typed.
+        choices: what it can be.
+        count: the largest number of choices to return.
+        cutoff: the smallest similarity, 0 to 1, as difflib measures it.
+    """
+    by_name: dict[str, str] = {}
+    for choice in choices:
+        by_name.setdefault(_simplify(choice), choice)
+    simple = _simplify(name)
+    similar = [by_name[match] for match in difflib.get_close_matches(simple, by_name, n=count, cutoff=cutoff)]
+    completed = [choice for match, choice in by_name.items() if len(simple) >= 3 and match.startswith(simple)]
+    return similar or (completed if len(completed) == 1 else [])
+
+
+def suggest(name: str, choices: Iterable[str], count: int = 1, cutoff: float = 0.6) -> str:
+    """Return ``" (did you mean CHOICE?)"`` for a misspelt name; nothing where :func:`find_similar` has no choice.
 
     >>> suggest("pcgrad", ["CAGrad", "PCGrad"]), suggest("uncertainty", ["CAGrad", "PCGrad"])
     (' (did you mean PCGrad?)', '')
     """
-    by_name = {re.sub("[_-]", "", choice).lower(): choice for choice in choices}
-    close = difflib.get_close_matches(re.sub("[_-]", "", name).lower(), by_name, n=1)
-    return f" (did you mean {by_name[close[0]]}?)" if close else ""
+    similar = find_similar(name, choices, count, cutoff)
+    return f" (did you mean {' or '.join(similar)}?)" if similar else ""
+
+
+def _simplify(name: str) -> str:
+    return re.sub("[_-]", "", name).lower()
 
 
 def first_line(error: BaseException | str) -> str:

@@ -8,7 +8,7 @@ second stage is train.py with decoder=sak decoder.weights=RUN/checkpoints/last.p
 from pathlib import Path
 
 from mtcl.cli.hydra_app import run_hydra_app, train_in_job_folder
+from mtcl.config.compose import find_configs
 
 if __name__ == "__main__":
-    script = Path(__file__).resolve()
-    run_hydra_app(train_in_job_folder, script.parents[1] / "configs", "distill", script=script)
+    run_hydra_app(train_in_job_folder, find_configs(), "distill", command=[str(Path(__file__).resolve())])

@@ -1,13 +1,14 @@
 """Parser and argument types shared by the ``mtcl`` commands and the scripts."""
 
 import argparse
-import difflib
 import math
+import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, find_similar
 
 BACKBONE_WEIGHTS_HELP = "of a frozen backbone that the checkpoint leaves out"
 OUTDATED = "options are written --name VALUE; key=value is for train.py and evaluate.py"
@@ -25,6 +26,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(
             prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
+        self._typed: list[str] = []
 
     def error(self, message: str) -> NoReturn:
         """Raise ``UserError``, with a hint where an option is misspelled or written ``key=value``."""
@@ -32,13 +34,29 @@ class CommandParser(argparse.ArgumentParser):
         hint = f"{self.prog} --help lists the options"
         if not head and rest:
             first = rest.split()[0]
-            option = first.partition("=")[0]
-            similar = difflib.get_close_matches(option, self._option_string_actions, n=1)
-            if first.startswith("-") and similar and similar[0] != option:  # the option itself may follow a --
-                hint = f"did you mean {similar[0]}?"
+            if similar := self._find_similar_option(first):
+                hint = f"did you mean {similar}?"
             elif "=" in first and not first.startswith("-"):
                 hint = OUTDATED
+        elif "arguments are required: " in message:  # for its option may be misspelled
+            for option in filter(None, map(self._find_similar_option, self._typed)):
+                if option in message:
+                    hint = f"did you mean {option}?"
+        elif choice := re.search(r"invalid choice: (.+) \(choose from (.+)\)$", message):
+            typed, *choices = (text.strip("'\"") for text in (choice[1], *choice[2].split(", ")))
+            hint = f"did you mean {matches[0]}?" if (matches := find_similar(typed, choices)) else hint
         raise UserError(f"{message}; {hint}")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, and keep what was typed for :meth:`error`."""
+        self._typed = self._typed or list(sys.argv[1:] if args is None else args)  # intermixed: called twice
+        return super().parse_known_args(args, namespace)
+
+    def _find_similar_option(self, typed: str) -> str | None:
+        """Return the option that a misspelt one may mean; the option itself may follow a ``--``, and is none."""
+        option = typed.partition("=")[0]
+        similar = find_similar(option, self._option_string_actions) if option.startswith("-") else []
+        return similar[0] if similar and option not in self._option_string_actions else None
 
 
 def output_path(text: str) -> Path:

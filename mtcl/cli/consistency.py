@@ -32,7 +32,7 @@ from mtcl.config.stored_config import check_tasks
 from mtcl.data import MultiTaskDataset
 from mtcl.data.device_batch import prepare_batch
 from mtcl.data.sample import Batch
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.evaluation.feature_consistency import (
     PairStatistics,
     build_histograms,
@@ -208,7 +208,8 @@ def choose_targets(name: str | None, tasks: Sequence[str]) -> list[str]:
     if name is None:
         return ["semseg" if "semseg" in tasks else tasks[0]]
     if name != "all" and name not in tasks:
-        raise UserError(f"--target {name} is not a task of the checkpoint; choose all or one of {', '.join(tasks)}")
+        problem = f"--target {name} is not a task of the checkpoint{suggest(name, tasks)}"
+        raise UserError(f"{problem}; choose all or one of {', '.join(tasks)}")
     return list(tasks) if name == "all" else [name]
 
 

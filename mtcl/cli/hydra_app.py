@@ -1,4 +1,4 @@
-"""Run train.py and evaluate.py with Hydra; a user's mistake is one sentence and exit code 1."""
+"""Run ``mtcl train`` and ``mtcl evaluate`` with Hydra; a user's mistake is one sentence and exit code 1."""
 
 import argparse
 import atexit
@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.cli.terminal import DISK_FULL_ERRORS, ensure_utf8, print_error, tolerate_closed_output
+from mtcl.cli.terminal import (
+    DISK_FULL_ERRORS,
+    announce_loading,
+    ensure_utf8,
+    print_error,
+    tolerate_closed_output,
+)
 from mtcl.config.compose import finish_config
 from mtcl.config.overrides import format_error, quote_paths
 from mtcl.errors import PeerLost, Preempted, UserError, escape_control_characters
@@ -31,7 +37,9 @@ DISK_ERRORS = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUO
 PATH_ERRORS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.EEXIST}
 
 
-def run_hydra_app(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None = None) -> None:
+def run_hydra_app(
+    job: Callable[[DictConfig], None], configs: Path, name: str, command: Sequence[str] | None = None
+) -> None:
     """Run ``job`` on ``configs/name.yaml`` and the command line's overrides, as ``hydra.main`` does; ``-m`` sweeps.
 
     A UserError, or Hydra's complaint about the command line, is printed as one sentence, exit code 1. Other exceptions
@@ -42,31 +50,32 @@ def run_hydra_app(job: Callable[[DictConfig], None], configs: Path, name: str, s
         job: called with the composed and checked config.
         configs: the folder of configs.
         name: the main config, ``train``, ``distill`` or ``evaluate``.
-        script: the script whose processes run a sweep's jobs, see :mod:`mtcl.launch.sweep`; None: they run in this
-            process.
+        command: arguments of the Python whose processes run a sweep's jobs, such as a script's path, see
+            :mod:`mtcl.launch.sweep`; None: the jobs run in this process.
     """
     ensure_utf8()
     with tolerate_closed_output(extra_errors=DISK_FULL_ERRORS):  # a run's numbers are in its folder
-        _launch(job, configs, name, script)
+        _launch(job, configs, name, command)
 
 
 def train_in_job_folder(config: DictConfig) -> None:
-    """Train with the composed config, in the folder that Hydra has made: the job of train.py and of distill.py."""
+    """Train with the composed config, in the folder that Hydra has made: the job of mtcl train and of distill.py."""
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     chosen_folder = any("hydra.run.dir" in override for override in job.overrides.hydra)
-    from mtcl.cli.train import train  # here: it imports torch, which --help and a sweep's parent don't need
+    with announce_loading("PyTorch"):  # here, for --help and a sweep's parent do without
+        from mtcl.cli.train import train
 
     train(config, folder, None if chosen_folder else folder.parent, overrides=list(job.overrides.task))
 
 
-def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, script: Path | None) -> None:
+def _launch(job: Callable[[DictConfig], None], configs: Path, name: str, command: Sequence[str] | None) -> None:
     if int(os.environ.get("RANK", "0")) > 0:  # torchrun: only process 0 keeps the folder that Hydra creates
         sys.argv.append(f"hydra.run.dir={_temporary_folder()}")
     wants_trace = os.environ.get("HYDRA_FULL_ERROR", "0") == "1"
-    task = _Task(job, script, wants_trace)
+    task = _Task(job, command, wants_trace)
     multirun = any(arg in ("-m", "--multirun", "hydra.mode=MULTIRUN") for arg in sys.argv)
-    sweeps = script is not None and multirun
+    sweeps = command is not None and multirun
     sys.argv[1:] = quote_paths(sys.argv[1:], sweeps=multirun)
     sweep.job_outcomes.clear()
     sweep.received_signals.clear()
@@ -126,29 +135,30 @@ def _exit_when_stopped() -> Iterator[None]:
 
 
 class _Task:
-    """The function that Hydra calls: runs ``job``, or for a sweep ``script``, in the launcher's process."""
+    """The function that Hydra calls: runs ``job``, or for a sweep ``command``, in the launcher's process."""
 
-    def __init__(self, job: Callable[[DictConfig], None], script: Path | None, wants_trace: bool):
-        self.job, self.script, self.wants_trace = job, script, wants_trace
+    def __init__(self, job: Callable[[DictConfig], None], command: Sequence[str] | None, wants_trace: bool):
+        self.job, self.command, self.wants_trace = job, command, wants_trace
         self.pid, self.folders = os.getpid(), _config_folders()
         self.error: Exception | None = None  # of a single run; Hydra would print before it
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | ({"job": None} if self.script else {})
+        return self.__dict__ | ({"job": None} if self.command else {})
 
     def __call__(self, config: DictConfig) -> object:
         hydra_config = HydraConfig.get()
         sweeps = hydra_config.mode == RunMode.MULTIRUN
         try:
-            from mtcl.config.build_model import inline_genotype  # here, for it imports torch and timm: seconds
+            with announce_loading("PyTorch"):  # here, for it takes seconds
+                from mtcl.config.build_model import inline_genotype
 
             finish_config(config)
             inline_genotype(config)
             plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-            if not sweeps or self.script is None:
+            if not sweeps or self.command is None:
                 return self.job(config)
             return sweep.run_job(
-                [sys.executable, str(self.script), *self.folders],
+                [sys.executable, *self.command, *self.folders],
                 [*hydra_config.overrides.task, *map(str, filter(_is_for_jobs, hydra_config.overrides.hydra))],
                 plain,
                 Path(hydra_config.runtime.output_dir),
@@ -157,7 +167,7 @@ class _Task:
                 in_main_process=os.getpid() == self.pid,
             )
         except (UserError, OmegaConfBaseException, OSError, Preempted, PeerLost) as error:
-            if sweeps and self.script is not None and isinstance(error, UserError | OmegaConfBaseException):
+            if sweeps and self.command is not None and isinstance(error, UserError | OmegaConfBaseException):
                 overrides = tuple(hydra_config.overrides.task)
                 return sweep.JobOutcome(hydra_config.job.num, overrides, sweep.FAILED, format_error(error))
             if self.wants_trace or sweeps:

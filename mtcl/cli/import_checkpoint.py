@@ -14,7 +14,7 @@ from mtcl.config.compose import compose_config
 from mtcl.config.resolve import plain
 from mtcl.config.schema import check_config
 from mtcl.config.stored_config import describe_tasks
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.models.published import METHODS, check_state_dict, read_published_checkpoint, translate_state_dict
 from mtcl.training.checkpoint import Checkpoint, save_checkpoint
 
@@ -48,7 +48,8 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
         UserError: the file is not of that method, or does not fill exactly the model that the config describes.
     """
     if method not in METHODS:
-        raise UserError(f"{method} is not a method whose checkpoints are known; choose one of {', '.join(METHODS)}")
+        problem = f"{method} is not a method whose checkpoints are known{suggest(method, METHODS)}"
+        raise UserError(f"{problem}; choose one of {', '.join(METHODS)}")
     if target.exists():
         raise UserError(f"{target} exists already; choose another name")
     chosen = METHODS[method]

@@ -1,7 +1,7 @@
 """Trained models and finished runs, from the command line.
 
 Every command is a module of this package: its docstring is the help text, ``add_arguments`` declares the arguments and
-``run`` does the work. A module is imported only once its command is called.
+``run`` does the work. A module is imported only once its command is called. ``train`` and ``evaluate`` are Hydra's.
 """
 
 import sys
@@ -10,9 +10,15 @@ from importlib import import_module
 
 from mtcl.cli.arguments import CommandParser
 from mtcl.cli.script import run
-from mtcl.errors import UserError
+from mtcl.cli.terminal import announce_loading
+from mtcl.errors import UserError, suggest
 from mtcl.version import __version__
 
+# Their arguments are overrides, key=value and group=choice.
+HYDRA_COMMANDS = {
+    "train": "train a model; -m trains every combination of values",
+    "evaluate": "score a trained model, or saved maps of any code",
+}
 COMMANDS = {
     "predict": "predict all tasks for images, a video or a camera",
     "export": "write a trained model as safetensors, torch.export or ONNX; push to and pull from the Hugging Face hub",
@@ -29,20 +35,30 @@ def main(command: str | None = None) -> None:
     Args:
         command: The command, where the arguments do not begin with it (``scripts/predict.py``).
     """
+    if command is None and sys.argv[1:2] and sys.argv[1] in HYDRA_COMMANDS:
+        name = sys.argv[1]
+        sys.argv[:2] = [f"mtcl {name}"]  # Hydra reads what follows, and the record of a run names the command
+        with announce_loading(f"mtcl {name}"):
+            commands = import_module("mtcl.cli.hydra_commands").COMMANDS
+        commands[name]()
+        return
     run(lambda: run_command([*([command] if command else []), *sys.argv[1:]]))
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Parse ``COMMAND ...`` and run that command."""
+    """Parse ``COMMAND ...`` and run that command, one of :data:`COMMANDS`."""
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(format_help())
     elif name == "--version":
         print(f"mtcl {__version__}")
     elif name not in COMMANDS:
-        raise UserError(f"{name} is no command of mtcl; choose among {', '.join(COMMANDS)}")
+        commands = [*HYDRA_COMMANDS, *COMMANDS]
+        hint = suggest(name, [*commands, "--help", "--version"])
+        raise UserError(f"{name} is no command of mtcl{hint}; choose among {', '.join(commands)}")
     else:
-        module = import_module(f"mtcl.cli.{name}")
+        with announce_loading(f"mtcl {name}"):
+            module = import_module(f"mtcl.cli.{name}")
         parser = CommandParser(module.__doc__, f"mtcl {name}")
         module.add_arguments(parser)
         module.run(parser.parse_intermixed_args(arguments[1:]))
@@ -50,7 +66,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
 def format_help() -> str:
     """List the commands."""
-    lines = [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines = [f"  {name:<8} {text}" for name, text in {**HYDRA_COMMANDS, **COMMANDS}.items()]
     return "\n".join(
         ["usage: mtcl COMMAND ...", "", *lines, "", "mtcl COMMAND --help describes one; mtcl --version names this one"]
     )

@@ -36,7 +36,7 @@ def build_run_record(
     commit, clean = read_commit()
     height, width = config.data.size
     return {
-        "command": shlex.join(sys.argv),
+        "command": _format_command(sys.argv),
         "overrides": list(overrides),
         "commit": commit,
         "clean": clean,
@@ -76,6 +76,16 @@ def record_ending(trainer: Trainer) -> dict[str, Any]:
         "best_step": trainer.best_step,
         "validations_without_improvement": trainer.early_stopping.wait_count,
     }
+
+
+def _format_command(arguments: Sequence[str]) -> str:
+    """Return a command line for a shell; the name of a command of mtcl is two words.
+
+    >>> _format_command(["mtcl train", "seed=0,1", "name=my run"])
+    "mtcl train seed=0,1 'name=my run'"
+    """
+    is_command = arguments[0].startswith("mtcl ")
+    return shlex.join([*(arguments[0].split() if is_command else arguments[:1]), *arguments[1:]])
 
 
 def _versions() -> dict[str, str]:

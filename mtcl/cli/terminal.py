@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from typing import Any, TextIO
@@ -12,6 +13,8 @@ from typing import Any, TextIO
 from mtcl.errors import escape_control_characters
 
 DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+QUIET_SECONDS = 2.0  # a command that says nothing for longer looks as if it hung
+announced: set[str] = set()  # what a line has said to be loading
 
 
 class ToleratingStream:
@@ -85,6 +88,29 @@ def tolerate_closed_output(extra_errors: Sequence[int] = ()) -> Iterator[None]:
             if isinstance(stream, ToleratingStream):
                 stream.flush()
         sys.stdout, sys.stderr = originals
+
+
+@contextlib.contextmanager
+def announce_loading(name: str) -> Iterator[None]:
+    """Print a line to standard error where the body, imports of a large package, takes longer than a moment, once.
+
+    Args:
+        name: of the package or the command that is loaded, for the line.
+    """
+
+    def announce() -> None:
+        if name not in announced:
+            announced.add(name)
+            print(f"loading {name}, which can take a few seconds", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(QUIET_SECONDS, announce)
+    timer.daemon = True
+    if int(os.environ.get("RANK", "0")) == 0:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _open_null(number: int) -> TextIO:

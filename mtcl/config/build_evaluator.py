@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from mtcl.config.resolve import add_key_prefix, plain
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.evaluation.distillation_evaluator import MONITOR, DistillationEvaluator
 from mtcl.evaluation.evaluator import Evaluator
 from mtcl.regularizers import Distillation, Regularizer
@@ -40,7 +40,8 @@ def choose_monitor(
     name = next(iter(metrics)) if name == "auto" else name
     if name not in metrics:
         hint = "; edge/odsF needs evaluation.fast_boundaries=[9,4]" if name == "edge/odsF" else ""
-        raise UserError(f"trainer.monitor={name} is not known; choose auto or one of {', '.join(metrics)}{hint}")
+        problem = f"trainer.monitor={name} is not known{suggest(name, metrics)}"
+        raise UserError(f"{problem}; choose auto or one of {', '.join(metrics)}{hint}")
     return name, metrics[name]
 
 

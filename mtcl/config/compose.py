@@ -15,6 +15,19 @@ from mtcl.config.schema import check_config
 from mtcl.errors import UserError
 
 
+def find_configs() -> Path:
+    """Return the folder of the config groups: ``configs`` of the checkout, or what the wheel has of it.
+
+    Raises:
+        UserError: neither is there.
+    """
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package.with_name("configs"), package / "configs"):
+        if package.name == "mtcl" and (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"{package} has no configs; install mtcl again, from a wheel or with pip install -e of a checkout")
+
+
 class Composition(NamedTuple):
     """A composed config and the choice that was made in each of its groups."""
 

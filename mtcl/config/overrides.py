@@ -1,6 +1,5 @@
 """Prepare overrides ``key=value`` for Hydra, so that paths need no quotes, and explain what Hydra refuses."""
 
-import difflib
 import os
 import re
 import shlex
@@ -17,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtcl.config.quoting import expand_tilde, quote_value
 from mtcl.config.renamed import explain_renamed_key, explain_renamed_value
 from mtcl.config.schema import RULES, flatten
-from mtcl.errors import first_line
+from mtcl.errors import find_similar, first_line, suggest
 
 # Keys whose value is a path, or a part of one; or a keyword such as auto, hub, one.
 PATH_KEYS: tuple[str, ...] = (
@@ -130,6 +129,7 @@ def explain_parse_error(override: str, reason: str) -> str:
 
 
 LOGGERS = ("csv", "mlflow", "none", "tensorboard", "wandb")  # the files in configs/logger
+GLOBAL_GROUPS = ("experiment", "debug")  # set keys of many groups, and are no keys themselves
 COMMON_GROUPS = ("optimizer", "trainer", "data", "backbone", "decoder")  # first of several keys of one name
 
 
@@ -140,11 +140,11 @@ def format_error(error: BaseException) -> str:
         if renamed := explain_renamed_value(group, choice):
             return renamed
         other = f", or backbone.name={choice}, as timm calls it" if group == "backbone" and _is_of_timm(choice) else ""
-        return f"{group}={choice} is not known; choose one of {', '.join(error.options)}{other}"
+        hint = suggest(choice, error.options)
+        return f"{group}={choice} is not known{hint}; choose one of {', '.join(error.options)}{other}"
     if isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith("logger/"):  # of a list
-        return (
-            f"logger={str(error.missing_cfg_file).partition('/')[2]} is not known; choose one of {', '.join(LOGGERS)}"
-        )
+        choice = str(error.missing_cfg_file).partition("/")[2]
+        return f"logger={choice} is not known{suggest(choice, LOGGERS)}; choose one of {', '.join(LOGGERS)}"
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         return explain_parse_error(error.override, first_line(cause or error))
@@ -152,21 +152,31 @@ def format_error(error: BaseException) -> str:
         key = str(cause.full_key)
         if renamed := explain_renamed_key(key):
             return renamed
-        return _explain_unknown_key(key, cause)
+        typed = re.match(r"Could not override '([^']+)'", str(error))
+        return _explain_unknown_key(key, cause, typed[1] if typed else key)
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     return text.split(" full_key:")[0].split(" Set the environment variable")[0]
 
 
-def _explain_unknown_key(key: str, cause: OmegaConfBaseException) -> str:
-    """Return a sentence on a key that the composed config lacks; it proposes only keys that the config has."""
+def _explain_unknown_key(key: str, cause: OmegaConfBaseException, typed: str) -> str:
+    """Return a sentence on a key that the composed config lacks; it proposes only keys that the config has.
+
+    Args:
+        key: the typed key up to its first part that the config lacks.
+        cause: OmegaConf's error, which knows the node.
+        typed: the key as it was typed.
+    """
     parent, siblings = key.rpartition(".")[0], _list_siblings(cause)
     if key in RULES and parent:  # of another choice of the group
         return f"the {key.partition('.')[0]} chosen here has no key {key}; {parent} has {', '.join(siblings)}"
-    close = difflib.get_close_matches(str(cause.key), siblings, n=1)
-    if close:
-        return f"there is no config key {key}; did you mean {parent + '.' if parent else ''}{close[0]}?"
-    if similar := _find_similar_keys(str(cause.key), cause.parent_node):
-        return f"there is no config key {key}; did you mean {' or '.join(similar)}?"
+    if similar := find_similar(str(cause.key), [*siblings, *(() if parent else GLOBAL_GROUPS)]):
+        nearest = f"{parent}.{similar[0]}" if parent else similar[0]
+        rest = typed.removeprefix(key)  # of trainr.max_steps: the group is misspelled, the rest may be right
+        if rest and f"{nearest}{rest}" in _list_keys(cause.parent_node):
+            nearest += rest
+        return f"there is no config key {typed}; did you mean {nearest}?"
+    if similar := _find_similar_keys(typed.rpartition(".")[2], cause.parent_node):
+        return f"there is no config key {typed}; did you mean {' or '.join(similar)}?"
     return f"there is no config key {key}; {parent or 'the config'} has {', '.join(siblings)}"
 
 
@@ -177,15 +187,20 @@ def _find_similar_keys(name: str, node: Any) -> list[str]:
         name: the last part of a key.
         node: a node of the config; only keys of its config are returned.
     """
-    root = OmegaConf.to_container(node._get_root(), resolve=False) if isinstance(node, DictConfig) else {}
     by_name: dict[str, list[str]] = {}
-    for key, _ in flatten(cast(dict[str, Any], root)):
+    for key in _list_keys(node):
         if key in RULES:
             by_name.setdefault(key.rpartition(".")[2], []).append(key)
-    close = difflib.get_close_matches(name, by_name, n=1, cutoff=0.8)
-    group = {key: key.partition(".")[0] for key in by_name[close[0]]} if close else {}
+    similar = find_similar(name, by_name, cutoff=0.8)
+    group = {key: key.partition(".")[0] for key in by_name[similar[0]]} if similar else {}
     order = {name: index for index, name in enumerate(COMMON_GROUPS)}
     return sorted(group, key=lambda key: (key.count("."), order.get(group[key], len(order))))[:3]
+
+
+def _list_keys(node: Any) -> list[str]:
+    """Return the dotted keys of the config that a node is a part of."""
+    root = OmegaConf.to_container(node._get_root(), resolve=False) if isinstance(node, DictConfig) else {}
+    return [key for key, _ in flatten(cast(dict[str, Any], root))]
 
 
 def _list_siblings(error: OmegaConfBaseException) -> list[str]:

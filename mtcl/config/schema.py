@@ -1,6 +1,5 @@
 """Define every config key: what its value must be and what the value bears on."""
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +8,7 @@ from typing import Any
 
 from mtcl.config.renamed import explain_renamed_key
 from mtcl.config.resolve import add_key_prefix
-from mtcl.errors import UserError
+from mtcl.errors import UserError, find_similar
 from mtcl.models.backbone_options import TRAINABLE, TRAINABLE_CHOICES, check_backbone_kwargs
 from mtcl.tasks.names import IMAGE_WEIGHTINGS, TASK_NAMES
 
@@ -532,9 +531,9 @@ def describe_unknown_key(key: str, value: Any, present: Sequence[str]) -> str:
     siblings = {other.rpartition(".")[2]: other for other in present if other.rpartition(".")[0] == group}
     anywhere = {other.rpartition(".")[2]: other for other in present}
     for candidates, cutoff in ((siblings, 0.6), (anywhere, 0.8)):
-        if close := difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff):
-            return f"there is no config key {truncate(key)}; did you mean {candidates[close[0]]}?"
-    hint = f"{group} has {', '.join(siblings)}" if group and siblings else "python train.py --cfg job shows all keys"
+        if similar := find_similar(name, candidates, cutoff=cutoff):
+            return f"there is no config key {truncate(key)}; did you mean {candidates[similar[0]]}?"
+    hint = f"{group} has {', '.join(siblings)}" if group and siblings else "--cfg job shows all keys"
     return f"there is no config key {truncate(key)}; {hint}"
 
 

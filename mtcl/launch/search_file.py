@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.launch.overrides import LAUNCHER_KEYS, check_overrides, split_override
 from mtcl.results.columns import Column, make_column
 from mtcl.safe_files import check_depth, read_text
@@ -122,7 +122,8 @@ def _mapping(path: Path, where: str, content: Any, keys: Sequence[str] | None) -
         raise UserError(f"{path}: {where} must be a mapping{allowed}.")
     for key in content:
         if keys is not None and key not in keys:
-            raise UserError(f"{path}: {where} has an unknown key {key}; it may have {', '.join(keys)}.")
+            hint = suggest(str(key), keys)
+            raise UserError(f"{path}: {where} has an unknown key {key}{hint}; it may have {', '.join(keys)}.")
     return dict(content)
 
 

@@ -19,7 +19,7 @@ from mtcl.atomic import write_json, write_text
 from mtcl.config.build_data import build_tasks
 from mtcl.config.compose import compose_config
 from mtcl.config.renamed import upgrade_override
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.launch import study_tables
 from mtcl.launch.job import Job
 from mtcl.launch.overrides import (
@@ -199,8 +199,9 @@ def choose_jobs(path: Path, study: Study, jobs: Sequence[StudyJob], only: Sequen
     """Return the runs of the variants ``only``; all, where it is empty."""
     for name in only:
         if not any(is_chosen(variant, [name]) for variant in study.variants):
-            names = ", ".join(variant.name for variant in study.variants)
-            raise UserError(f"--only {name}: {path} has no such variant; choose among {names}.")
+            names = [variant.name for variant in study.variants]
+            hint = suggest(name, names)
+            raise UserError(f"--only {name}: {path} has no such variant{hint}; choose among {', '.join(names)}.")
     return [job for job in jobs if not only or is_chosen(job.variant, only)]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.launch.overrides import check_overrides
 from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
@@ -132,7 +132,8 @@ def _mapping(path: Path, where: str, content: Any, keys: Sequence[str]) -> dict[
         raise UserError(f"{path}: {where} must be a mapping with keys among {', '.join(keys)}.")
     for key in content:
         if key not in keys:
-            raise UserError(f"{path}: {where} has an unknown key {key}; it may have {', '.join(keys)}.")
+            hint = suggest(str(key), keys)
+            raise UserError(f"{path}: {where} has an unknown key {key}{hint}; it may have {', '.join(keys)}.")
     return dict(content)
 
 
@@ -212,5 +213,6 @@ def _tasks(path: Path, value: Any) -> tuple[str, ...]:
         raise UserError(f"{path}: single_task.tasks must be a list of different tasks.")
     for task in value:
         if task not in TASK_NAMES:
-            raise UserError(f"{path}: single_task.tasks: {task} is no task; choose among {', '.join(TASK_NAMES)}.")
+            problem = f"{task} is no task{suggest(str(task), TASK_NAMES)}"
+            raise UserError(f"{path}: single_task.tasks: {problem}; choose among {', '.join(TASK_NAMES)}.")
     return tuple(value)

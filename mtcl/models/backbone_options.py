@@ -5,12 +5,11 @@ addresses to download from and folders to write to (``pretrained``, ``pretrained
 ``cache_dir``), or callables. Arguments that are not listed here are refused.
 """
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from mtcl.errors import ParameterError
+from mtcl.errors import ParameterError, find_similar
 
 TRAINABLE = re.compile(r"full|frozen|lora|last_[1-9]\d{0,3}")
 TRAINABLE_CHOICES = "full, frozen, lora or last_N (such as last_2)"
@@ -69,8 +68,8 @@ def check_backbone_kwargs(kwargs: Any) -> None:
         raise ParameterError("kwargs", f"={kwargs!r} must be a mapping {{argument: value}}, or null")
     for name, value in kwargs.items():
         if name not in ARCHITECTURE:
-            close = difflib.get_close_matches(str(name), ARCHITECTURE, n=1, cutoff=0.75)
-            hint = f"did you mean {close[0]}?" if close else "weights have a key of their own"
+            similar = find_similar(str(name), ARCHITECTURE, cutoff=0.75)
+            hint = f"did you mean {similar[0]}?" if similar else "weights have a key of their own"
             raise ParameterError(
                 f"kwargs.{str(name)[:80]}", f" is not an architecture argument that may be set; {hint}"
             )

@@ -1,6 +1,5 @@
 """Backbones: any timm model with feature maps, CNN or transformer, behind one interface."""
 
-import difflib
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -14,7 +13,7 @@ from timm.models import model_entrypoint
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from mtcl.errors import ParameterError, UserError, describe_load_error
+from mtcl.errors import ParameterError, UserError, describe_load_error, find_similar
 from mtcl.models.backbone_options import check_backbone_kwargs
 from mtcl.models.weights import check_tensor_values
 
@@ -204,8 +203,8 @@ def get_complete_name(name: str) -> str:
 def _check_name(name: str) -> None:
     """Raise ``ParameterError`` unless timm has the model and its tag."""
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists them"
+        similar = find_similar(name, timm.list_models(), count=3)
+        hint = f"did you mean {' or '.join(similar)}?" if similar else "timm.list_models() lists them"
         raise ParameterError("name", f"={name} is not a timm model; {hint}")
     try:
         timm.models.get_pretrained_cfg(name)

@@ -1,13 +1,12 @@
 """Group runs that differ in the seed only into the rows of a table, and choose its columns."""
 
-import difflib
 import json
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mtcl.errors import UserError, escape_control_characters
+from mtcl.errors import UserError, escape_control_characters, find_similar
 from mtcl.results.columns import NOT_FINITE, UNRANKED_METRICS, Column, make_column, primary_metrics
 from mtcl.results.row_labels import make_labels, typed_choices, unique_name
 from mtcl.results.runs import Run, differing_keys, distinguishing_settings, result_settings
@@ -106,8 +105,8 @@ def select_keys(run: Run, by: Sequence[str], runs: Sequence[Run]) -> dict[str, A
         settings = {**{k: v for k, v in run.record.items() if not isinstance(v, dict | list)}, **run.config}
         matches = {k: v for k, v in settings.items() if k == key or k.startswith(f"{key}.")}
         if not matches and not any(k == key or k.startswith(f"{key}.") for r in runs for k in (*r.record, *r.config)):
-            close = difflib.get_close_matches(key, settings, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
+            similar = find_similar(key, settings)
+            hint = f"; did you mean {similar[0]}?" if similar else "."
             raise UserError(f"--by {key}: no {CONFIG} or {RECORD} of the given runs has that key{hint}")
         values |= matches or {key: None}
     return values

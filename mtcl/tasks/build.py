@@ -1,9 +1,8 @@
 """Build a task, or its metric alone, by the task's name."""
 
-import difflib
 from typing import TYPE_CHECKING, Any
 
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.tasks.base import Task
 from mtcl.tasks.depth import Depth
 from mtcl.tasks.edge import Edge
@@ -67,6 +66,4 @@ def build_metric(name: str, **options: Any) -> "Metric":
 def _task_class(name: str) -> type[Task]:
     if name in TASKS:
         return TASKS[name]
-    close = difflib.get_close_matches(name, TASKS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    raise UserError(f"There is no task {name!r}: choose one of {', '.join(TASK_NAMES)}.{hint}")
+    raise UserError(f"There is no task {name!r}{suggest(name, TASKS)}: choose one of {', '.join(TASK_NAMES)}.")

@@ -36,7 +36,7 @@ from xml.etree import ElementTree
 from mtcl.atomic import write_json, write_text
 from mtcl.cli.arguments import CommandParser, output_path, positive_float, positive_int
 from mtcl.cli.script import run
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.launch.processes import EXIT_REQUEUE, catch_signals, explain_exit, format_duration, stop_processes
 from mtcl.version import read_commit
 
@@ -188,7 +188,9 @@ def choose_pieces(pieces: Sequence[Piece], names: Sequence[str]) -> list[Piece]:
     """Return the pieces of these names, or whose names begin so; all where there are none."""
     for name in names:
         if not any(_matches(piece, name) for piece in pieces):
-            raise UserError(f"--pieces {name} is not known; choose among {', '.join(piece.name for piece in pieces)}")
+            available = [piece.name for piece in pieces]
+            hint = suggest(name, available)
+            raise UserError(f"--pieces {name} is not known{hint}; choose among {', '.join(available)}")
     return [piece for piece in pieces if not names or any(_matches(piece, name) for name in names)]
 
 

@@ -42,7 +42,7 @@ from mtcl.cli.script import run
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
 from mtcl.config.compose import compose_with_choices
-from mtcl.errors import UserError
+from mtcl.errors import UserError, suggest
 from mtcl.profiling.flops import count
 from mtcl.profiling.timing import measure_peak_memory, measure_time
 from mtcl.runtime import autocast
@@ -111,7 +111,8 @@ def grid_entries(overrides: Sequence[str]) -> list[Entry]:
             continue
         for name in names.split(","):
             if name not in list_choices(group):
-                raise UserError(f"{group}={name} is not known; choose among {', '.join(list_choices(group))}")
+                hint = suggest(name, list_choices(group))
+                raise UserError(f"{group}={name} is not known{hint}; choose among {', '.join(list_choices(group))}")
         groups[group] = names.split(",")
     if not any(override.startswith("data=") for override in others):
         others.insert(0, SETTING)

@@ -279,7 +279,9 @@ def test_only_some_arms_are_run_and_the_table_names_what_is_missing(run, tmp_pat
     output, _ = run(only=["off", "single_task"])
     assert calls(tmp_path) == ["off 3", "off 1", "single_semseg 1", "single_depth 1", "off 2"]
     assert "5 runs missing: on seed 3, on seed 1, on seed 2, self seed 1, self seed 2." in " ".join(output.split())
-    with pytest.raises(UserError, match=r"--only onn: .* no such variant; choose among off, on, self"):
+    with pytest.raises(
+        UserError, match=r"--only onn: .* no such variant \(did you mean on\?\); choose among off, on, self"
+    ):
         run(only=["onn"])
     with pytest.raises(UserError, match="--multirun"):
         run("--multirun")

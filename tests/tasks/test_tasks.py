@@ -81,7 +81,7 @@ def test_names_and_classes():
 
 
 def test_unknown_task_is_a_user_error():
-    with pytest.raises(UserError, match=r"'normal': choose one of semseg, .*edge.* Did you mean 'normals'\?"):
+    with pytest.raises(UserError, match=r"'normal' \(did you mean normals\?\): choose one of semseg, .*edge"):
         build_task("normal")
     with pytest.raises(UserError, match=r"'xyz'.*edge\.$"):
         build_task("xyz")

@@ -35,6 +35,7 @@ from mtcl.cli.demo.tiles import (
     render_file_prediction,
     render_prediction,
 )
+from mtcl.cli.terminal import announce_loading
 from mtcl.config.load import build_predictor, load_models
 from mtcl.errors import UserError
 from mtcl.inference.predictor import MODES
@@ -120,7 +121,8 @@ def serve(models: Sequence[NamedPredictor], listener: socket.socket, max_mb: int
 
 def build_app(models: Sequence[NamedPredictor], host: str, port: int, max_mb: int, folder: Path) -> Any:
     """Build the page as an ASGI application; ``folder`` is for Gradio's uploads."""
-    import gradio as gr
+    with announce_loading("Gradio"):
+        import gradio as gr
     from fastapi import FastAPI
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
