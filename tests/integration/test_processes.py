@@ -67,7 +67,7 @@ CASES = {
 @pytest.mark.slow
 def test_two_processes_with_half_the_batch_are_one_with_the_whole(tmp_path):
     """Partial labels: the processes have different numbers of valid pixels, of anchors, of pictures without a label."""
-    plain = {case: [word for word in words if "compile" not in word] for case, words in CASES.items()}
+    plain = {case: [word for word in overrides if "compile" not in word] for case, overrides in CASES.items()}
     one, two = run_cases(tmp_path / "one", None, plain), run_cases(tmp_path / "two", TORCHRUN, CASES)
     for case in CASES:
         check_same(one[case], two[case], case)

@@ -181,8 +181,8 @@ def test_two_processes_train_as_one(tmp_path):
     ]
     alone = {trainable: [*common, f"backbone.trainable={trainable}"] for trainable in ("frozen", "lora", "last_1")}
     shared = {
-        f"{trainable} by {parallel}": [*words, f"trainer.parallel={parallel}"]
-        for trainable, words in alone.items()
+        f"{trainable} by {parallel}": [*overrides, f"trainer.parallel={parallel}"]
+        for trainable, overrides in alone.items()
         for parallel in ("ddp", "fsdp")
     }
     one, two = run_cases(tmp_path / "one", None, alone), run_cases(tmp_path / "two", TORCHRUN, shared)

@@ -706,7 +706,7 @@ SHARED_METHODS = {
 @pytest.mark.slow
 def test_two_processes_weigh_as_one(tmp_path):
     """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
-    cases = {method: ["data.label_assignment=random", *words] for method, words in SHARED_METHODS.items()}
+    cases = {method: ["data.label_assignment=random", *overrides] for method, overrides in SHARED_METHODS.items()}
     one, two = run_cases(tmp_path / "one", None, cases), run_cases(tmp_path / "two", TORCHRUN, cases)
     for method in cases:
         weights, others = weights_of(one[method][1]), weights_of(two[method][1])

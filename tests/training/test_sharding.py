@@ -42,8 +42,8 @@ CASES = {
 @pytest.mark.slow
 def test_two_sharded_processes_are_one_with_the_whole_batch(tmp_path):
     """... and each has half of what there is to have. Clipping is on, as everywhere."""
-    plain = {case: [word for word in words if "compile" not in word] for case, words in CASES.items()}
-    sharded = {case: [*words, FSDP] for case, words in CASES.items()}
+    plain = {case: [word for word in overrides if "compile" not in word] for case, overrides in CASES.items()}
+    sharded = {case: [*overrides, FSDP] for case, overrides in CASES.items()}
     ones, twos = run_cases(tmp_path / "one", None, plain), run_cases(tmp_path / "two", TORCHRUN, sharded)
     for case in CASES:
         one, two = ones[case], twos[case]
