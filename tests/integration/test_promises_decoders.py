@@ -75,22 +75,22 @@ def test_the_regulariser_leaves_no_trace(decoder, tmp_path):
     """Attached and trained on its taps or not: the same names, and bit for bit the same predictions. A step with weight
     zero is one without it."""
     names = ["semseg", "depth", "normals"]  # each takes its time in three trainers
-    off, zero, on = (
-        trainer_of(tmp_path, *list_overrides(decoder, f"tasks.names=[{','.join(names)}]", *more))
-        for more in (["regularizer=none"], ["regularizer.weight=0"], [])
-    )
-    for trainer, batch in (off, zero, on):
+    trainers = []
+    for more in (["regularizer=none"], ["regularizer.weight=0"], []):
+        trainer, batch = trainer_of(tmp_path, *list_overrides(decoder, f"tasks.names=[{','.join(names)}]", *more))
         trainer.train_step(batch)
-    trainer, plain = on[0], off[0].model
-    assert off[0].regularizer is None
-    assert isinstance(trainer.regularizer, Contrastive)
-    states = [each.model.state_dict() for each, _ in (off, zero, on)]
-    assert states[0].keys() == states[2].keys()
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    plain.load_state_dict(states[2])
+        trainers.append(trainer)
+    off, zero, on = trainers
+    assert off.regularizer is None
+    assert isinstance(on.regularizer, Contrastive)
+    state, of_zero = off.model.state_dict(), zero.model.state_dict()
+    assert all(torch.equal(state[key], of_zero[key]) for key in state)
+    plain, trained = off.model, on.model.state_dict()
+    assert trained.keys() == state.keys()
+    plain.load_state_dict(trained)
     image = picture(64, 96)
     with torch.no_grad():
-        watched = trainer.model.eval()
+        watched = on.model.eval()
         want = plain.eval().predict(image)
         for got in (watched.predict(image), watched(image).predictions):
             assert list(got) == names
