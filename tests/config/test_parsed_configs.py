@@ -15,7 +15,6 @@ def test_a_config_from_kept_files_is_hydras(monkeypatch):
         "+recipe=atrc",
         "balancing=dwa",
         "balancing.every=2",
-        "~data.limit",
     ]
     first, again = (compose_with_choices(overrides, ROOT / "configs", check=False) for _ in range(2))
     assert parsed_configs.PARSED
