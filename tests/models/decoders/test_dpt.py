@@ -71,6 +71,7 @@ def test_necks_compile_as_one_graph():
     checks.check_compiles(make_necks)
 
 
+@pytest.mark.slow
 def test_necks_overfit_a_batch():
     checks.check_overfits(make_necks, steps=150, lr=0.01)
 
