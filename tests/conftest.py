@@ -9,10 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from helpers.common import ROOT, Result
+from helpers.parsed_configs import keep_parsed_configs
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a script; tests send it to themselves
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+keep_parsed_configs()
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
 
 

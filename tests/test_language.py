@@ -1,8 +1,10 @@
 """The code speaks the field's language: no fillers as names, no config keys below the config package."""
 
 import ast
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -82,17 +84,40 @@ def find_texts(tree: ast.AST) -> Iterator[tuple[str, int]]:
             yield node.value, node.lineno
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_names_say_what_they_hold(path: Path):
-    tree = ast.parse(path.read_text("utf-8"))
-    fillers = [f"line {line}: {name}" for name, line in find_bound_names(tree) if name in FILLERS]
+def group_by_folder(paths: Iterable[Path]) -> list[tuple[Path, list[Path]]]:
+    """Return folder -> its files, for a test per folder: one per file would take longer to start than to run."""
+    by_folder = sorted(paths, key=lambda path: path.parent)
+    return [(folder, list(files)) for folder, files in groupby(by_folder, key=lambda path: path.parent)]
+
+
+@functools.cache
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def name_folder(value: object) -> str | None:
+    return str(value.relative_to(ROOT)) if isinstance(value, Path) else ""
+
+
+@pytest.mark.parametrize(("folder", "paths"), group_by_folder([*SOURCES, *TESTS]), ids=name_folder)
+def test_names_say_what_they_hold(folder: Path, paths: list[Path]):
+    fillers = [
+        f"{path.relative_to(ROOT)}, line {line}: {name}"
+        for path in paths
+        for name, line in find_bound_names(parse(path))
+        if name in FILLERS
+    ]
     assert not fillers, f"give these a name that says what they hold: {fillers}"
 
 
-@pytest.mark.parametrize("path", BELOW_CONFIG, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_message_below_config_names_a_key(path: Path):
-    tree = ast.parse(path.read_text("utf-8"))
-    keys = [f"line {line}: {key}" for text, line in find_texts(tree) for key in find_keys(text)]
+@pytest.mark.parametrize(("folder", "paths"), group_by_folder(BELOW_CONFIG), ids=name_folder)
+def test_no_message_below_config_names_a_key(folder: Path, paths: list[Path]):
+    keys = [
+        f"{path.relative_to(ROOT)}, line {line}: {key}"
+        for path in paths
+        for text, line in find_texts(parse(path))
+        for key in find_keys(text)
+    ]
     assert not keys, f"name the constructor's parameter (mtcl.errors.ParameterError) instead of a config key: {keys}"
 
 

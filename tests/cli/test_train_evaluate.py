@@ -23,12 +23,12 @@ from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    train(composed(*TINY), folder)
+    train(composed(*TINY, "trainer.num_panels=1"), folder)
     return folder
 
 
 def test_train_writes_everything(cli, tmp_path):
-    result = cli("train.py", *TINY, f"hydra.run.dir={tmp_path}/run")
+    result = cli("train.py", *TINY, "trainer.num_panels=1", f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     folder = tmp_path / "run"
     metrics = json.loads((folder / "metrics.json").read_text())

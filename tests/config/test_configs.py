@@ -6,16 +6,15 @@ import re
 import pytest
 import torch
 from helpers.common import ROOT, choices
-from helpers.common import composed as compose_words
 from helpers.shrunken import shrunk
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_evaluator import choose_monitor
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
+from mtcl.config.compose import Composition, compose_with_choices
 from mtcl.config.resolve import plain
 from mtcl.config.schema import (
     ROLES,
@@ -70,15 +69,21 @@ DECODERS = (
     "task_diffusion|sak"
 )
 PUBLISHED = [name for name in EXPERIMENTS if re.fullmatch(rf"(nyud|pascal)_({DECODERS})_(?!dinov).*", name)]
-composed = functools.cache(compose_words)  # no test here changes a config
 
 
 @functools.cache
-def chosen(experiment: str) -> dict[str, str]:
+def compose_once(*overrides: str) -> Composition:
+    return compose_with_choices(overrides, ROOT / "configs", check=False)
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Compose a config once for all tests here: none of them changes it."""
+    return compose_once(*overrides).config
+
+
+def chosen(experiment: str) -> dict[str, str | None]:
     """Group -> choice, as Hydra resolved them: several configs may name the same timm model."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", [f"experiment={experiment}"], return_hydra_config=True)
-    return dict(config.hydra.runtime.choices)
+    return compose_once(f"experiment={experiment}").choices
 
 
 def word(group: str, choice: str) -> str:
@@ -87,18 +92,14 @@ def word(group: str, choice: str) -> str:
 
 
 @pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
-def test_every_choice_composes(group, choice):
+def test_every_choice_composes_and_every_value_has_a_rule(group, choice):
+    """A new key without a rule would let nonsense through to a traceback."""
     config = composed(word(group, choice))
     choose_monitor(config.trainer.monitor, build_tasks(config), config.evaluation.fast_boundaries)
     build_schedule(max_steps=config.trainer.max_steps, **plain(config.schedule))
-
-
-@pytest.mark.parametrize(("group", "choice"), [(g, c) for g in GROUPS for c in choices(g)])
-def test_every_value_of_every_config_has_a_rule(group, choice):
-    """A new key without a rule would let nonsense through to a traceback."""
-    plain = OmegaConf.to_container(composed(word(group, choice)), resolve=True)
-    check_config(plain)
-    assert not [key for key, _ in flatten(plain) if rule_of(key) is None and not key.endswith("_target_")]
+    values = OmegaConf.to_container(config, resolve=True)
+    check_config(values)
+    assert not [key for key, _ in flatten(values) if rule_of(key) is None and not key.endswith("_target_")]
 
 
 def test_every_role_has_keys():
@@ -305,7 +306,9 @@ def test_experiments_of_one_label_say_which_row_is_nearest(experiment):
     )
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "experiment", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
+)
 def test_experiments_compose_without_contrast(experiment):
     on, off = composed(f"experiment={experiment}"), composed(f"experiment={experiment}", "regularizer=none")
     assert on.regularizer._target_ == "mtcl.regularizers.Contrastive"

@@ -498,7 +498,7 @@ def mutate_checkpoints(count: int):
 
 
 test_mutated_checkpoints = mutate_checkpoints(20)
-test_many_mutated_checkpoints = pytest.mark.slow(mutate_checkpoints(500))
+test_many_mutated_checkpoints = pytest.mark.slow(mutate_checkpoints(300))
 
 
 @pytest.mark.slow

@@ -37,7 +37,6 @@ FAR_AWAY = re.compile(
     r"nyud_small_cpu|outputs/singles|\bSAK_\w+\.pth"
 )
 LONG = re.compile(r"scripts/(search|study|model_table)\.py|mtcl demo")  # they have tests of their own
-MTCL = ["-c", "from mtcl.cli.main import main; main()"]  # as the installed command
 
 
 def commands(document: Path) -> list[str]:
@@ -173,6 +172,7 @@ def test_keys_and_choices_in_the_text_are_there(document):
 def workplace(tmp_path_factory):
     """A folder with outputs/rooms/sweep of two runs, outputs/rooms/TIME, RUN and OTHER, a picture."""
     folder = tmp_path_factory.mktemp("docs")
+    (folder / "installed_mtcl.py").write_text("from mtcl.cli.main import main\nmain()\n")  # as the installed command
     for path, seed in (("outputs/rooms/sweep/a", 0), ("outputs/rooms/sweep/b", 1)):
         run_in(folder, [str(ROOT / "train.py"), *TINY, f"seed={seed}", f"hydra.run.dir={path}", "trainer.num_panels=1"])
     for link in ("RUN", "OTHER", "outputs/rooms/TIME", "outputs/rooms/run"):
@@ -215,30 +215,40 @@ def runnable(command: str) -> bool:
     return alone and not LONG.search(command) and not {"resume=auto"} & set(arguments)
 
 
-HERE = sorted({command for _, command in ALL if runnable(command)})
+def first_run(command: str) -> tuple[str, ...]:
+    """The script and its words; of a sweep those of its first run."""
+    script, arguments = split(command)
+    if script == "train.py":
+        arguments = [first_of_sweep(word) for word in arguments if word != "-m"]
+    return script, *arguments
+
+
+HERE = sorted({first_run(command) for _, command in ALL if runnable(command)})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", HERE)
-def test_a_command_that_needs_nothing_else_runs(command, workplace):
-    script, arguments = split(command)
+@pytest.mark.parametrize("command", HERE, ids=" ".join)
+def test_a_command_that_needs_nothing_else_runs(command, workplace, cli, monkeypatch):
+    """In this process: starting one takes longer than most of them."""
+    script, *arguments = command
     if script == "train.py":
-        arguments = [*TINY, *(first_of_sweep(word) for word in arguments if word != "-m")]
-        arguments += [] if "--cfg" in arguments else [f"hydra.run.dir=outputs/typed/{abs(hash(command))}"]
-    run_in(workplace, [*MTCL, *arguments] if script == "mtcl" else [str(ROOT / script), *arguments])
+        arguments = [*TINY, *arguments]
+        arguments += [] if "--cfg" in arguments else ["hydra.run.dir=outputs/typed/run"]
+    monkeypatch.chdir(workplace)
+    result = cli(workplace / "installed_mtcl.py" if script == "mtcl" else script, *arguments)
+    assert result.code == 0, result.err[-2000:]
     shutil.rmtree(workplace / "outputs/typed", ignore_errors=True)  # checkpoints of all commands take gigabytes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS[1:] if "```python" in d.read_text()], ids=lambda d: d.stem)
-def test_blocks_of_python_run(document, workplace, monkeypatch):
+def test_blocks_of_python_run(document, workplace, monkeypatch, cli):
     """In their order, one after the other, where there are a run and a picture."""
     monkeypatch.chdir(workplace)
     if document.stem == "export":
-        run_in(
-            workplace,
-            [*MTCL, "export", "outputs/rooms/TIME", "--format=onnx", "--output=onnx", "--overwrite"],
-        )
+        options = ["--format=onnx", "--output=onnx", "--overwrite"]
+        result = cli("scripts/export.py", "outputs/rooms/TIME", *options)
+        assert result.code == 0, result.err[-2000:]
     names: dict = {"__name__": "document"}
     for kind, block in BLOCK.findall(document.read_text()):
         if kind == "python":

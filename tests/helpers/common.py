@@ -1,5 +1,7 @@
 """Paths, tiny configs and what a command printed."""
 
+import copy
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=test_resnet"]
 TINY += ["decoder.width=16", "decoder.head_width=8"]
+TINY += ["trainer.num_panels=0"]  # drawing them takes a third of so short a run; the tests of them ask for some
 
 
 class Result(NamedTuple):
@@ -23,7 +26,12 @@ class Result(NamedTuple):
 
 
 def composed(*overrides: str, name: str = "train") -> DictConfig:
-    """Compose a config as the command line does, without checking its values."""
+    """Compose a config as the command line does, without checking its values; each caller gets a copy."""
+    return copy.deepcopy(_compose_once(overrides, name))
+
+
+@functools.cache
+def _compose_once(overrides: tuple[str, ...], name: str) -> DictConfig:
     return compose_config(overrides, ROOT / "configs", name, check=False)
 
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -53,10 +53,10 @@ ENVIRONMENT = {
 }
 
 
-def started(*command: object) -> subprocess.CompletedProcess:
+def started(*command: object, timeout: float = 300) -> subprocess.CompletedProcess:
     arguments = [str(word) for word in command]
     return subprocess.run(
-        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+        arguments, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, check=False
     )
 
 
@@ -115,36 +115,58 @@ def find_process_of_rank(parent: int, rank: int) -> int:
     pytest.fail(f"none of {children} is rank {rank}")
 
 
-def worked(folder: Path, command: list[str] | None, *overrides: str) -> tuple[dict, dict]:
-    """What ranks_worker.py found, and the state it left in ``folder / "state.pt"``. No command: in this process."""
-    folder.mkdir()
+Outcome = tuple[dict, dict]  # what ranks_worker.py wrote down, and the trainer's state
+
+
+def worked(folder: Path, command: list[str] | None, *overrides: str) -> Outcome:
+    """Let ranks_worker.py do one case in ``folder`` and return what came of it. No command: in this process."""
+    return run_cases(folder.parent, command, {folder.name: overrides})[folder.name]
+
+
+def run_cases(folder: Path, command: list[str] | None, cases: Mapping[str, Sequence[str]]) -> dict[str, Outcome]:
+    """Let ranks_worker.py do several cases, one start of processes for all of them.
+
+    Args:
+        folder: gets a folder for each case, with ``state.pt``.
+        command: starts the processes; ``None``: the cases are done in this process.
+        cases: name -> words, beside ``RANKS_OVERRIDES``.
+
+    Returns:
+        Name -> what came of it.
+    """
+    arguments = {str(folder / name): [*RANKS_OVERRIDES, *overrides] for name, overrides in cases.items()}
+    for path in arguments:
+        Path(path).mkdir(parents=True)
     if command is None:
-        ranks_worker.main(folder, [*RANKS_OVERRIDES, *overrides])
+        ranks_worker.main(arguments)
     else:
-        process = started(
-            *command, ROOT / "tests" / "helpers" / "ranks_worker.py", folder, *RANKS_OVERRIDES, *overrides
-        )
-        check_exit_code(process)
-    return json.loads((folder / "found.json").read_text()), torch.load(folder / "state.pt")
+        path_of_cases = folder / "cases.json"
+        path_of_cases.write_text(json.dumps(arguments))
+        worker = ROOT / "tests" / "helpers" / "ranks_worker.py"
+        check_exit_code(started(*command, worker, path_of_cases, timeout=200 + 100 * len(cases)))
+    return {
+        name: (json.loads((folder / name / "found.json").read_text()), torch.load(folder / name / "state.pt"))
+        for name in cases
+    }
 
 
-def check_same(one: tuple[dict, dict], two: tuple[dict, dict]) -> None:
+def check_same(one: Outcome, two: Outcome, case: str = "") -> None:
     """Losses, gradients at the taps, weights, pictures scored and their metrics."""
     (one, a), (two, b) = one, two
-    assert len(one["losses"]) == len(two["losses"]) == 3
+    assert len(one["losses"]) == len(two["losses"]) == 3, case
     for x, y in zip(one["losses"], two["losses"], strict=True):
-        assert x.keys() == y.keys()
+        assert x.keys() == y.keys(), case
         losses = [name for name in x if "/" not in name]
-        assert {"semseg", "sal", "edge", "contrast"} <= set(losses)
-        assert [x[name] for name in losses] == pytest.approx([y[name] for name in losses], abs=1e-5, nan_ok=True)
-        assert x == pytest.approx(y, rel=1e-3, abs=1e-4, nan_ok=True), "gradients at the taps"
+        assert {"semseg", "sal", "edge", "contrast"} <= set(losses), case
+        assert [x[name] for name in losses] == pytest.approx([y[name] for name in losses], abs=1e-5, nan_ok=True), case
+        assert x == pytest.approx(y, rel=1e-3, abs=1e-4, nan_ok=True), f"{case}: gradients at the taps"
     weights, others = weights_of(a), weights_of(b)
-    assert weights.keys() == others.keys()
+    assert weights.keys() == others.keys(), case
     for name in weights:
-        assert torch.allclose(others[name], weights[name], rtol=0, atol=2e-4), name
-    assert one["images"] == two["images"] == 7, "no picture is scored twice"
+        assert torch.allclose(others[name], weights[name], rtol=0, atol=2e-4), (case, name)
+    assert one["images"] == two["images"] == 7, f"{case}: no picture is scored twice"
     for task, metrics in one["metrics"].items():
-        assert two["metrics"][task] == pytest.approx(metrics, rel=1e-2, abs=1e-3, nan_ok=True), task
+        assert two["metrics"][task] == pytest.approx(metrics, rel=1e-2, abs=1e-3, nan_ok=True), (case, task)
 
 
 def weights_of(state: dict) -> dict[str, torch.Tensor]:

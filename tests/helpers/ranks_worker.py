@@ -1,7 +1,9 @@
-"""A few training steps and an evaluation, alone or as one of several: python ranks_worker.py FOLDER WORD ...
+"""A few training steps and an evaluation, alone or as one of several: python ranks_worker.py CASES
 
-Beside config words: ``from=STATE`` continues from what another run left in its folder; ``spoil=STEP``: there labels
-of every other picture, the second process's, are not finite; ``compiler=NAME``: of ``trainer.compile``.
+``CASES`` is a JSON file: folder -> words. Starting processes takes longer than such a training, so they do all cases
+one after the other. Beside config words: ``from=STATE`` continues from what another run left in its folder;
+``spoil=STEP``: there labels of every other picture, the second process's, are not finite; ``compiler=NAME``: of
+``trainer.compile``.
 """
 
 import json
@@ -22,7 +24,18 @@ from mtcl.training.train_step import CompiledModule
 STEPS = 3
 
 
-def main(folder: Path, arguments: list[str]) -> None:
+def main(cases: dict[str, list[str]]) -> None:
+    """Do all cases; the processes leave their group when all are done."""
+    backend = CompiledModule.backend
+    for folder, arguments in cases.items():
+        train(Path(folder), arguments)
+        torch._dynamo.reset()
+        CompiledModule.backend = backend
+    distributed.destroy_process_group()
+
+
+def train(folder: Path, arguments: list[str]) -> None:
+    """Do one case and write what came of it into its folder."""
     options = dict(word.split("=", 1) for word in arguments if word.startswith(("from=", "spoil=", "compiler=")))
     config = composed(*(word for word in arguments if word.split("=")[0] not in options))
     device = torch.device("cpu")
@@ -63,8 +76,7 @@ def main(folder: Path, arguments: list[str]) -> None:
         result["weights here"] = sum(p.numel() for p in trainer.weights.parameters) / total
         result["moments here"] = sum(m["exp_avg"].numel() for m in moments.values() if "exp_avg" in m) / total
         (folder / "found.json").write_text(json.dumps(result))
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from mtcl.models import EncoderDecoder
 from mtcl.training.checkpoint_file import read_checkpoint_file
 
 FOUR = [*TINY, "trainer.max_steps=4", "trainer.val_interval=null", "trainer.checkpoint_interval=2"]
+FOUR += ["trainer.validate_first=false"]
 
 
 def run(folder: Path, *overrides: str) -> dict:
@@ -46,37 +48,54 @@ def flops(model: torch.nn.Module, image: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def test_same_seed_same_losses_and_weights_other_seed_others(tmp_path):
-    a, b = run(tmp_path / "a"), run(tmp_path / "b")
-    assert losses(tmp_path / "a") == losses(tmp_path / "b")
-    assert len(losses(tmp_path / "a")) == 4
-    assert_equal_state(a["model"], b["model"])
-    assert_equal_state(a["regularizer"], b["regularizer"])
+class FinishedRun(NamedTuple):
+    """A run that several tests look at; none of them writes into its folder."""
+
+    folder: Path
+    state: dict
+
+
+@pytest.fixture(scope="module")
+def on(tmp_path_factory) -> FinishedRun:
+    """Four steps with the contrast."""
+    folder = tmp_path_factory.mktemp("on") / "run"
+    return FinishedRun(folder, run(folder))
+
+
+@pytest.fixture(scope="module")
+def off(tmp_path_factory) -> FinishedRun:
+    """The same without it."""
+    folder = tmp_path_factory.mktemp("off") / "run"
+    return FinishedRun(folder, run(folder, "regularizer=none"))
+
+
+def test_same_seed_same_losses_and_weights_other_seed_others(on, tmp_path):
+    again = run(tmp_path / "again")
+    assert losses(on.folder) == losses(tmp_path / "again")
+    assert len(losses(on.folder)) == 4
+    assert_equal_state(on.state["model"], again["model"])
+    assert_equal_state(on.state["regularizer"], again["regularizer"])
     run(tmp_path / "c", "seed=1")
-    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+    assert losses(on.folder) != losses(tmp_path / "c")
 
 
 @pytest.mark.slow
-def test_workers_change_nothing(tmp_path):
-    a, b = run(tmp_path / "a"), run(tmp_path / "b", "data.workers=2")
-    assert_equal_state(a["model"], b["model"])
+def test_workers_change_nothing(on, tmp_path):
+    assert_equal_state(on.state["model"], run(tmp_path / "workers", "data.workers=2")["model"])
 
 
-def test_weight_zero_is_bit_equal_to_none(tmp_path):
-    off = run(tmp_path / "off", "regularizer=none")
+def test_weight_zero_is_bit_equal_to_none(on, off, tmp_path):
     zero = run(tmp_path / "zero", "regularizer.weight=0")
-    on = run(tmp_path / "on")
-    assert losses(tmp_path / "off") == losses(tmp_path / "zero")
-    assert_equal_state(off["model"], zero["model"])
-    assert_equal_state({"cpu": off["rng"]["cpu"]}, {"cpu": zero["rng"]["cpu"]})
+    assert losses(off.folder) == losses(tmp_path / "zero")
+    assert_equal_state(off.state["model"], zero["model"])
+    assert_equal_state({"cpu": off.state["rng"]["cpu"]}, {"cpu": zero["rng"]["cpu"]})
     # and it is not because the regulariser does nothing
-    assert any(not torch.equal(off["model"][k], on["model"][k]) for k in off["model"])
-    assert losses(tmp_path / "off")[0] == losses(tmp_path / "on")[0], "the same start, data order and augmentation"
+    assert any(not torch.equal(value, on.state["model"][k]) for k, value in off.state["model"].items())
+    assert losses(off.folder)[0] == losses(on.folder)[0], "the same start, data order and augmentation"
 
 
-def test_free_at_inference(tmp_path):
-    on, off = run(tmp_path / "on"), run(tmp_path / "off", "regularizer=none")
-    assert on["model"].keys() == off["model"].keys()
+def test_free_at_inference(on, off):
+    assert on.state["model"].keys() == off.state["model"].keys()
     config = composed(*FOUR)
     tasks = build_tasks(config)
     image = torch.randn(2, 3, 32, 64)
@@ -86,7 +105,7 @@ def test_free_at_inference(tmp_path):
         model = build_model(config, tasks, pretrained=False)
         regularizer = build_regularizer(config, tasks, model)
         assert (regularizer is None) == bool(overrides)
-        model.load_state_dict(on["model"])
+        model.load_state_dict(on.state["model"])
         costs.append((flops(model.eval(), image), sum(p.numel() for p in model.parameters())))
         with torch.no_grad():
             outputs.append(model.predict(image))
@@ -94,20 +113,19 @@ def test_free_at_inference(tmp_path):
     assert_equal_state(outputs[0], outputs[1])
 
 
-def test_a_contrast_trained_run_goes_on_without_regularizer(tmp_path):
-    on = run(tmp_path / "on")
-    overrides = ["regularizer=none", f"resume={tmp_path}/on/checkpoints/last.pt", "trainer.max_steps=5"]
+def test_a_contrast_trained_run_goes_on_without_regularizer(on, tmp_path):
+    overrides = ["regularizer=none", f"resume={on.folder}/checkpoints/last.pt", "trainer.max_steps=5"]
     train(composed(*FOUR, *overrides), tmp_path / "on2")
     end = read_checkpoint_file(tmp_path / "on2" / "checkpoints" / "last.pt")
     assert end["step"] == 5
     assert end["regularizer"] is None
-    assert end["model"].keys() == on["model"].keys()
+    assert end["model"].keys() == on.state["model"].keys()
 
 
 @pytest.mark.parametrize("regularizer", ["contrastive", pytest.param("auxiliary", marks=pytest.mark.slow), "none"])
 def test_resuming_is_bit_exact(tmp_path, regularizer):
     overrides = [f"regularizer={regularizer}", "data.limit=5", "trainer.max_steps=6", "trainer.checkpoint_interval=3",
-                 "trainer.val_interval=3"]  # fmt: skip
+                 "trainer.val_interval=3", "trainer.validate_first=true"]  # fmt: skip
     uncut = run(tmp_path / "whole", *overrides)
 
     class Cut(Exception):
@@ -151,14 +169,14 @@ def test_other_choices_train(tmp_path, overrides):
 
 
 @pytest.mark.slow
-def test_gradient_checkpointing_changes_no_run(tmp_path):
+def test_gradient_checkpointing_changes_no_run(on, tmp_path):
     """Losses, weights and running statistics, but for rounding; a backbone that knows no such thing is named."""
-    a, b = run(tmp_path / "a"), run(tmp_path / "b", "trainer.grad_checkpointing=true")
-    for x, y in zip(losses(tmp_path / "a"), losses(tmp_path / "b"), strict=True):
+    b = run(tmp_path / "b", "trainer.grad_checkpointing=true")
+    for x, y in zip(losses(on.folder), losses(tmp_path / "b"), strict=True):
         numbers = [{k: v for k, v in record.items() if isinstance(v, float)} for record in (x, y)]
         assert {"semseg", "depth"} <= numbers[0].keys()
         assert numbers[0] == pytest.approx(numbers[1], rel=1e-3, abs=1e-4)
-    for key, value in a["model"].items():
+    for key, value in on.state["model"].items():
         if key.endswith(("running_mean", "running_var")):
             torch.testing.assert_close(value, b["model"][key], rtol=1e-3, atol=1e-4, msg=key)
     with pytest.raises(UserError, match="hrnet_w18_small_v2 knows no gradient checkpointing"):
@@ -179,7 +197,7 @@ def test_what_is_not_finite_is_never_saved(tmp_path):
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_a_models_own_losses_are_trained(tmp_path, monkeypatch):
+def test_a_models_own_losses_are_trained(on, tmp_path, monkeypatch):
     """The door for heads of another kind and balance terms: what a model adds reaches its weights and the log."""
     monkeypatch.setattr(
         EncoderDecoder,
@@ -188,9 +206,7 @@ def test_a_models_own_losses_are_trained(tmp_path, monkeypatch):
     )
     with_it = run(tmp_path / "with")
     assert all(record["decay"] > 0 for record in losses(tmp_path / "with"))
-    monkeypatch.undo()
-    without = run(tmp_path / "without")
-    assert any(not torch.equal(with_it["model"][k], without["model"][k]) for k in without["model"])
+    assert any(not torch.equal(with_it["model"][k], value) for k, value in on.state["model"].items())
 
 
 @pytest.mark.slow

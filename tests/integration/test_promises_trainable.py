@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.common import TINY, composed
-from helpers.processes import TORCHRUN, check_same, worked
+from helpers.processes import TORCHRUN, check_same, run_cases
 from helpers.shrunken import shrunk
 
 from mtcl import UserError
@@ -169,20 +169,25 @@ def test_nothing_shared_is_nothing_to_balance(tmp_path, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("trainable", ["frozen", "lora", "last_1"])
-def test_two_processes_train_as_one(trainable, parallel, tmp_path):
-    overrides = [
+def test_two_processes_train_as_one(tmp_path):
+    pytest.importorskip("peft")
+    common = [
         *VIT,
         "++backbone.kwargs.drop_path_rate=0",
-        f"backbone.trainable={trainable}",
         "optimizer=sgd",
         "regularizer.lr=1e-4",
         "trainer.ema=0.5",
         "trainer.max_steps=20",
     ]
-    one = worked(tmp_path / "one", None, *overrides)
-    check_same(one, worked(tmp_path / "two", TORCHRUN, *overrides, f"trainer.parallel={parallel}"))
+    alone = {trainable: [*common, f"backbone.trainable={trainable}"] for trainable in ("frozen", "lora", "last_1")}
+    shared = {
+        f"{trainable} by {parallel}": [*overrides, f"trainer.parallel={parallel}"]
+        for trainable, overrides in alone.items()
+        for parallel in ("ddp", "fsdp")
+    }
+    one, two = run_cases(tmp_path / "one", None, alone), run_cases(tmp_path / "two", TORCHRUN, shared)
+    for case, outcome in two.items():
+        check_same(one[case.split(" by ")[0]], outcome, case)
 
 
 @pytest.mark.slow

@@ -214,8 +214,9 @@ def finished(folder: Path) -> list[Path]:
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
 def test_a_sweep_for_real(tmp_path, launcher):
-    """One of three runs fails in every launcher; the second time only that one is tried."""
-    overrides = [f"hydra/launcher={launcher}", "regularizer.weight=0,0.5", "seed=0"]
+    """Runs with one of two monitors fail in every launcher; the second time nothing is left to do for the others."""
+    weights = ("0", "0.5") if launcher == "basic" else ("0.5",)
+    overrides = [f"hydra/launcher={launcher}", f"regularizer.weight={','.join(weights)}", "seed=0"]
     if launcher != "basic":
         pytest.importorskip(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher")
         overrides += ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else ["hydra.launcher.timeout_min=9"]
@@ -223,22 +224,21 @@ def test_a_sweep_for_real(tmp_path, launcher):
     result = sweep(tmp_path / "s", *overrides)
     assert result.returncode == 1, result.stderr
     lines = result.stderr.splitlines()
-    assert "sweep of 4 runs: 2 finished, 2 failed" in lines
+    num_runs = len(weights)
+    assert f"sweep of {2 * num_runs} runs: {num_runs} finished, {num_runs} failed" in lines
     errors = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 2
+    assert len(errors) == num_runs
     assert all("trainer.monitor=depth/none: exit code 1: error: " in line for line in errors)
-    assert len(finished(tmp_path / "s")) == 2
+    assert len(finished(tmp_path / "s")) == num_runs
     times_before = {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
     result = sweep(tmp_path / "s", *overrides[:-1], "trainer.monitor=depth/rmse")
     assert result.returncode == 0, result.stderr
-    assert "sweep of 2 runs: 2 finished before" in result.stderr
+    assert f"sweep of {num_runs} run{'s' * (num_runs > 1)}: {num_runs} finished before" in result.stderr
     assert times_before == {path: path.stat().st_mtime_ns for path in finished(tmp_path / "s")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "number"), [("basic", signal.SIGINT), ("basic", signal.SIGTERM), ("joblib", signal.SIGTERM)]
-)
+@pytest.mark.parametrize(("launcher", "number"), [("basic", signal.SIGINT), ("joblib", signal.SIGTERM)])
 def test_a_sweep_that_is_told_to_end_saves_and_goes_on(tmp_path, launcher, number):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher")

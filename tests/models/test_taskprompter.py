@@ -204,15 +204,6 @@ def test_batch_of_one_padding_and_prediction():
         torch.testing.assert_close(full.predictions[task][..., :50, :70], prediction, rtol=1e-4, atol=1e-5)
 
 
-def test_compiles_without_graph_breaks():
-    model = make_model().eval()
-    image = make_image(1, 3, 64, 48)
-    with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=True, backend="eager")(image)
-        for task, prediction in model(image).predictions.items():
-            torch.testing.assert_close(compiled.predictions[task], prediction)
-
-
 def test_bf16():
     model = make_model().train()
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.common import ROOT, TINY, choices, composed
+from helpers.processes import TORCHRUN, run_cases, weights_of
 from helpers.shrunken import RESNET, shrunk
 from helpers.toy_objectives import CPU, NO, WEIGHTS, Toy, plain, same
 from omegaconf import OmegaConf
@@ -693,24 +694,22 @@ def test_a_run_writes_its_weights_down(method, tmp_path):
     assert written[0]["normals/weight"] != written[-1]["normals/weight"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["balancing=uncertainty", "balancing.lr=0.3"],
-        ["balancing=dwa", "balancing.every=1"],
-        ["balancing=famo", "balancing.options.lr=0.3"],
-        ["balancing=stch", "optimizer=sgd"],  # small factors: Adam would weigh up the rounding of their gradients
-        ["balancing=avg_norm"],
-    ],
-)
-def test_two_processes_weigh_as_one(overrides, tmp_path):
-    """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
-    from helpers.processes import TORCHRUN, weights_of, worked
+SHARED_METHODS = {
+    "uncertainty": ["balancing=uncertainty", "balancing.lr=0.3"],
+    "dwa": ["balancing=dwa", "balancing.every=1"],
+    "famo": ["balancing=famo", "balancing.options.lr=0.3"],
+    "stch": ["balancing=stch", "optimizer=sgd"],  # small factors: Adam would weigh up the rounding of their gradients
+    "avg_norm": ["balancing=avg_norm"],
+}
 
-    overrides = ["data.label_assignment=random", *overrides]
-    (_, one), (_, two) = worked(tmp_path / "one", None, *overrides), worked(tmp_path / "two", TORCHRUN, *overrides)
-    weights, others = weights_of(one), weights_of(two)
-    assert weights.keys() == others.keys()
-    for name in weights:
-        assert torch.allclose(others[name], weights[name], rtol=0, atol=2e-4), name
+
+@pytest.mark.slow
+def test_two_processes_weigh_as_one(tmp_path):
+    """The third step has learned weights; partial labels, so that processes lack objectives of their own."""
+    cases = {method: ["data.label_assignment=random", *overrides] for method, overrides in SHARED_METHODS.items()}
+    one, two = run_cases(tmp_path / "one", None, cases), run_cases(tmp_path / "two", TORCHRUN, cases)
+    for method in cases:
+        weights, others = weights_of(one[method][1]), weights_of(two[method][1])
+        assert weights.keys() == others.keys(), method
+        for name in weights:
+            assert torch.allclose(others[name], weights[name], rtol=0, atol=2e-4), (method, name)

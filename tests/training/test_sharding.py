@@ -2,13 +2,12 @@
 
 import json
 import logging
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.common import TINY, composed
-from helpers.processes import RANKS_OVERRIDES, TORCHRUN, VIT, check_exit_code, check_same, started, worked
+from helpers.processes import RANKS_OVERRIDES, TORCHRUN, VIT, check_exit_code, check_same, run_cases, started, worked
 from helpers.shrunken import shrunk
 from torch._dynamo.exc import TorchDynamoException
 
@@ -21,7 +20,6 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 from mtcl.training.sharding import ReplicatedWeights, fsdp_units
 from mtcl.training.train_step import CompiledModule
 
-ONE = [sys.executable]
 FSDP = "trainer.parallel=fsdp"
 LONG = ["trainer.max_steps=20"]  # of 2 (debug=tiny) the third has no rate left
 
@@ -31,35 +29,36 @@ def moments_of(state: dict) -> dict[tuple[int, str], torch.Tensor]:
     return {(index, name): value for index, entry in entries for name, value in entry.items()}
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        pytest.param(["data.label_assignment=random"], marks=pytest.mark.slow),
-        pytest.param(["spoil=1", "trainer.ema=0.5", *LONG], marks=pytest.mark.slow),
-        pytest.param(
-            ["regularizer=mtpsl", "trainer.accumulate_grad_batches=2", "data.batch_size=2"], marks=pytest.mark.slow
-        ),
-        pytest.param([*VIT, "trainer.precision=fp16", *LONG], marks=pytest.mark.slow),
-        pytest.param([*VIT, "trainer.grad_checkpointing=true"], marks=pytest.mark.slow),
-        pytest.param([*VIT, "trainer.compile=true", "compiler=aot_eager"], marks=pytest.mark.slow),
-        pytest.param(["decoder=taskprompter", *VIT, *shrunk("taskprompter", "vit_small")], marks=pytest.mark.slow),
-    ],
-    ids=["contrastive", "not_finite", "accumulated", "fp16", "checkpointing", "compiled", "taskprompter"],
-)
-def test_two_sharded_processes_are_one_with_the_whole_batch(overrides, tmp_path):
+CASES = {
+    "contrastive": ["data.label_assignment=random"],
+    "not_finite": ["spoil=1", "trainer.ema=0.5", *LONG],
+    "accumulated": ["regularizer=mtpsl", "trainer.accumulate_grad_batches=2", "data.batch_size=2"],
+    "fp16": [*VIT, "trainer.precision=fp16", *LONG],
+    "checkpointing": [*VIT, "trainer.grad_checkpointing=true"],
+    "compiled": [*VIT, "trainer.compile=true", "compiler=aot_eager"],
+    "taskprompter": ["decoder=taskprompter", *VIT, *shrunk("taskprompter", "vit_small")],
+}
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_are_one_with_the_whole_batch(tmp_path):
     """... and each has half of what there is to have. Clipping is on, as everywhere."""
-    plain = [word for word in overrides if "compile" not in word]
-    one, two = worked(tmp_path / "one", None, *plain), worked(tmp_path / "two", TORCHRUN, *overrides, FSDP)
-    check_same(one, two)
-    assert one[0]["skipped"] == two[0]["skipped"] == ([1] if "spoil=1" in overrides else [])
-    assert one[1]["scaler"] == two[1]["scaler"]
-    assert one[0]["weights here"] == 1
-    assert 0.45 < two[0]["weights here"] < 0.6  # what has a first axis of 1, as positions of a ViT, is the first one's
-    assert two[0]["moments here"] in (0, two[0]["weights here"])
-    a, b = moments_of(one[1]), moments_of(two[1])
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        torch.testing.assert_close(b[key], value, rtol=1e-2, atol=1e-4, check_stride=True)
+    plain = {case: [word for word in overrides if "compile" not in word] for case, overrides in CASES.items()}
+    sharded = {case: [*overrides, FSDP] for case, overrides in CASES.items()}
+    ones, twos = run_cases(tmp_path / "one", None, plain), run_cases(tmp_path / "two", TORCHRUN, sharded)
+    for case in CASES:
+        one, two = ones[case], twos[case]
+        check_same(one, two, case)
+        assert one[0]["skipped"] == two[0]["skipped"] == ([1] if case == "not_finite" else []), case
+        assert one[1]["scaler"] == two[1]["scaler"], case
+        assert one[0]["weights here"] == 1
+        # What has a first axis of 1, as positions of a ViT, is the first one's.
+        assert 0.45 < two[0]["weights here"] < 0.6, case
+        assert two[0]["moments here"] in (0, two[0]["weights here"]), case
+        a, b = moments_of(one[1]), moments_of(two[1])
+        assert a.keys() == b.keys(), case
+        for key, value in a.items():
+            torch.testing.assert_close(b[key], value, rtol=1e-2, atol=1e-4, check_stride=True, msg=f"{case}: {key}")
 
 
 @pytest.mark.slow
@@ -74,7 +73,7 @@ def test_a_state_knows_nothing_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_train_py_with_shared_out_weights(tmp_path):
+def test_train_py_with_shared_out_weights(tmp_path, cli):
     """Resumed in the middle it ends at the same weights, bit for bit; evaluate.py scores it as it scored itself; one
     process goes on from it."""
     overrides = [
@@ -85,8 +84,8 @@ def test_train_py_with_shared_out_weights(tmp_path):
         "trainer.ema=0.5",
     ]
 
-    def run(folder: Path, *more: str, command: list[str] = TORCHRUN) -> str:
-        process = started(*command, "train.py", *overrides, FSDP, f"hydra.run.dir={folder}", *more)
+    def run(folder: Path, *more: str) -> str:
+        process = started(*TORCHRUN, "train.py", *overrides, FSDP, f"hydra.run.dir={folder}", *more)
         check_exit_code(process)
         return process.stdout + process.stderr
 
@@ -101,12 +100,15 @@ def test_train_py_with_shared_out_weights(tmp_path):
     moments = moments_of(b)
     assert all(torch.equal(value, moments[key]) for key, value in moments_of(a).items())
     path = tmp_path / "cut" / "checkpoints" / "last.pt"
-    process = started(*ONE, "evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'scores'}")
-    check_exit_code(process)
+    evaluated = cli("evaluate.py", f"checkpoint={path}", f"hydra.run.dir={tmp_path / 'scores'}")
+    assert evaluated.code == 0, evaluated.err
     scores, cut_scores = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("scores", "cut"))
     for task, metrics in cut_scores.items():
         assert scores[task] == pytest.approx(metrics, rel=1e-2, abs=1e-3, nan_ok=True), task
-    assert "resumed at step 4" in run(tmp_path / "on", f"resume={path}", "trainer.max_steps=6", command=ONE)
+    more = [f"hydra.run.dir={tmp_path / 'on'}", f"resume={path}", "trainer.max_steps=6"]
+    alone = cli("train.py", *overrides, FSDP, *more)
+    assert alone.code == 0, alone.err
+    assert "resumed at step 4" in alone.out + alone.err
     assert read_checkpoint_file(tmp_path / "on" / "checkpoints" / "last.pt")["step"] == 6
 
 

@@ -339,6 +339,7 @@ def test_shared_parameters_are_those_that_several_tasks_train(genotype):
     }
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph():
     decoder = make({t: TASKS[t] for t in QUARTET}, QUARTET).eval()
     torch._dynamo.reset()

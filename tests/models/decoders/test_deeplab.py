@@ -82,8 +82,7 @@ def test_the_skip_keeps_the_finest_stride():
     assert checks.build_decoder(make_v3)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (2, 3)
 
 
-@pytest.mark.parametrize("check", [checks.check_predict, checks.check_compiles, checks.check_bf16,
-                                   checks.check_shared, checks.check_overfits])  # fmt: skip
+@pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])
 def test_promises(check):
     check(make)
 

@@ -59,16 +59,21 @@ def test_shapes(make, strides, tasks):
 
 @pytest.mark.parametrize(
     "check",
-    [checks.check_predict, checks.check_compiles, checks.check_bf16, checks.check_shared],
+    [checks.check_predict, checks.check_bf16, checks.check_shared],
 )
 @pytest.mark.parametrize("make", [make, make_necks])
 def test_contract(check, make):
     check(make)
 
 
-@pytest.mark.parametrize("make", [make, make_necks])
-def test_overfits(make):
-    checks.check_overfits(make, steps=150, lr=0.01)
+@pytest.mark.slow
+def test_necks_compile_as_one_graph():
+    checks.check_compiles(make_necks)
+
+
+@pytest.mark.slow
+def test_necks_overfit_a_batch():
+    checks.check_overfits(make_necks, steps=150, lr=0.01)
 
 
 def test_maps_of_odd_sizes():

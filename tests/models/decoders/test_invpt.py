@@ -205,18 +205,6 @@ def test_with_a_backbone_a_picture_of_any_size(family):
 # --- How it runs
 
 
-def test_compiles_as_one_graph():
-    torch._dynamo.reset()
-    decoder = make_decoder().eval()
-    features = make_features(size=(48, 80))
-    with torch.no_grad():
-        want = decoder(features, (48, 80))
-        got = torch.compile(decoder, fullgraph=True, backend="eager")(features, (48, 80))
-    for task in TASKS:
-        torch.testing.assert_close(got.predictions[task], want.predictions[task])
-    torch._dynamo.reset()
-
-
 def test_bf16():
     decoder = make_decoder()
     features = make_features()

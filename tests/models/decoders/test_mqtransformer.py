@@ -102,15 +102,6 @@ def test_a_picture_does_not_depend_on_the_others_of_its_batch():
         torch.testing.assert_close(alone[task], together[task][1:2], rtol=1e-4, atol=1e-5)
 
 
-def test_compiles_without_graph_breaks():
-    decoder = make_decoder().eval()
-    features = make_features(1, 16, 24)
-    with torch.no_grad():
-        compiled = torch.compile(decoder, fullgraph=True, backend="eager")(features, (16, 24))
-        for task, prediction in decoder.predict(features, (16, 24)).items():
-            torch.testing.assert_close(compiled.predictions[task], prediction)
-
-
 def test_it_overfits_a_batch():
     decoder = make_decoder(drop_path=0.0, query_drop_path=0.0).train()
     features = make_features(2, 24, 32)
