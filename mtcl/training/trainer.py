@@ -320,6 +320,7 @@ class Trainer:
             teacher = self._predict_by_teacher(image, batch["meta"]) if lambda_ > 0 else None
             output, regularizer_output = step(image, labels, draw, lambda_ > 0, teacher)
         head_gradients: list[tuple[nn.Parameter, Tensor]] = []
+        head_loss: Tensor | None = None  # trains the heads alone, so it is no term of the loss
         first = output  # the rows that have the tasks' losses
         if self.options.loss_views == "first":
             first, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
@@ -338,14 +339,12 @@ class Trainer:
             if self.head_parameters is None:
                 loss = task_loss + lambda_ * contrast
             else:
-                head_gradients = self._differentiate_heads(
-                    self.balancer.scale_loss((lambda_ / num_batches) * contrast["contrast"])
-                )
+                head_loss = lambda_ * contrast["contrast"]
+                head_gradients = self._differentiate_heads(self.balancer.scale_loss(head_loss / num_batches))
         elif self.regularizer_parameters and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
             loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer_parameters]).sum()}
         if with_total and loss:
-            weighted = [self.balancer.weights.get(name, 1.0) * term.detach() for name, term in loss.items()]
-            values["loss"] = torch.stack(weighted).sum()
+            values["loss"] = self._add_terms(loss, head_loss)
         if num_batches > 1:
             loss = loss / num_batches
         with freeze_running_statistics(self.model) if self.options.grad_checkpointing else nullcontext():
@@ -353,6 +352,11 @@ class Trainer:
         for parameter, gradient in head_gradients:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         return values
+
+    def _add_terms(self, loss: Mapping[str, Tensor], head_loss: Tensor | None) -> Tensor:
+        """Return the detached sum of the losses, each times its fixed weight, and of the loss of the heads alone."""
+        terms = [self.balancer.weights.get(name, 1.0) * term.detach() for name, term in loss.items()]
+        return torch.stack(terms if head_loss is None else [*terms, head_loss.detach()]).sum()
 
     @torch.no_grad()
     def _predict_by_teacher(self, image: Tensor | EncodedImage, meta: Sequence[SampleMeta]) -> DenseOutput | None:

@@ -35,6 +35,7 @@ from mtcl.cli.arguments import CommandParser, output_path, positive_float
 from mtcl.cli.script import run
 from mtcl.errors import UserError
 from mtcl.launch.processes import stop_processes
+from mtcl.run_folder import METRICS
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("mtcl", "configs", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")  # of the wheel
@@ -50,8 +51,8 @@ COMMANDS = (
 )
 # Files that a command leaves, by the command without its options, and how many.
 RESULTS = {
-    "mtcl train": ("outputs/rooms/2*/metrics.json", 1),
-    "mtcl train -m": ("outputs/rooms/sweep/*/metrics.json", 4),
+    "mtcl train": (f"outputs/rooms/2*/{METRICS}", 1),
+    "mtcl train -m": (f"outputs/rooms/sweep/*/{METRICS}", 4),
     "mtcl report": ("report.html", 1),
     "mtcl predict": ("predictions/panel/*.jpg", 2),
 }

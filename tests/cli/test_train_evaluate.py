@@ -49,6 +49,7 @@ def test_train_writes_everything(cli, tmp_path):
             "regularizer",
             "share",
             "balancer",
+            "scaler",
             "optimizer",
             "schedule",
             "step",

@@ -261,9 +261,9 @@ def test_a_failure_does_not_end_the_table(cli, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--experiment", "rooms", "rums"], "experiment=rums is not known (did you mean rooms?); choose one of nyud_"),
+        (["--experiment", "rooms", "rums"], "experiment=rums is not known (did you mean rooms?); choose one of cit"),
         (["--experiment"], "--experiment"),
-        (["--experiment", "data.size=[32,64]"], "--experiment names none; choose among nyud_"),
+        (["--experiment", "data.size=[32,64]"], "--experiment names none; choose among cityscapes_"),
         (["rooms"], "rooms is not an override key=value; give --experiment NAME"),
         (["decoder=invtp"], "decoder=invtp is not known (did you mean invpt?); choose among atrc"),
         (["decoder=multi_head", "backbone=resnet18", "data.sise=[32,64]"], "there is no config key data.sise"),
