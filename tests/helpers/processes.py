@@ -156,7 +156,8 @@ def check_same(one: Outcome, two: Outcome, case: str = "") -> None:
     assert len(one["losses"]) == len(two["losses"]) == 3, case
     for x, y in zip(one["losses"], two["losses"], strict=True):
         assert x.keys() == y.keys(), case
-        losses = [name for name in x if "/" not in name]
+        assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-5, nan_ok=True), f"{case}: the total"
+        losses = [name for name in x if "/" not in name and name != "loss"]
         assert {"semseg", "sal", "edge", "contrast"} <= set(losses), case
         assert [x[name] for name in losses] == pytest.approx([y[name] for name in losses], abs=1e-5, nan_ok=True), case
         assert x == pytest.approx(y, rel=1e-3, abs=1e-4, nan_ok=True), f"{case}: gradients at the taps"

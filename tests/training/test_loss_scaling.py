@@ -24,6 +24,7 @@ from mtcl.training.balancing_scalarizers import build_scalarization
 from mtcl.training.balancing_torchjd import GradientAggregation
 from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.checkpoint_file import read_checkpoint_file, write_checkpoint_file
+from mtcl.training.measurements import Throughput
 from mtcl.training.nonfinite import NonFiniteGuard
 from mtcl.training.trainer import Trainer
 
@@ -114,7 +115,7 @@ def test_steps_in_fp16(tmp_path, caplog):
     assert trainer.num_skipped_steps == 0
     trainer.scaler.load_state_dict(state | {"scale": 2.0**10})
     one, two = (t.train_step(batches[1], with_diagnostics=True) for t in (trainer, reference))
-    trainer._log(one, mock.MagicMock())
+    trainer._log(one, mock.MagicMock(), Throughput())
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"step": 0, "kind": "loss_scale", "scale": 1024.0, "skipped_steps": 1} in logged
     for name in ("depth", "normals", "gradient/depth/norm_task", "gradient/depth/norm_contrast"):
