@@ -5,11 +5,10 @@ python scripts/make_shards.py --out FOLDER --shards N [--seed 0] [--workers N] [
 Overrides are those of train.py, e.g. data=nyud data.root=PATH. A second run continues where the first was stopped.
 """
 
-import os
 import shlex
 from pathlib import Path
 
-from mtcl.cli.arguments import CommandParser, non_negative_int, output_path, positive_int
+from mtcl.cli.arguments import CommandParser, add_workers_option, non_negative_int, output_path, positive_int
 from mtcl.cli.script import run
 from mtcl.config.build_data import build_labeled_dataset, build_tasks, describe_samples
 from mtcl.config.compose import compose_config
@@ -31,13 +30,7 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=non_negative_int, default=0, metavar="N", help="of what goes into which; default: %(default)s"
     )
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",
-    )
+    add_workers_option(parser)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the config of train.py")
     args = parser.parse_intermixed_args()
     config = compose_config(args.overrides, Path(__file__).resolve().parents[1] / "configs")

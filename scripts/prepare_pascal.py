@@ -3,10 +3,9 @@
 python scripts/prepare_pascal.py --voc VOCdevkit/VOC2010 --context DIR --parts DIR --out data/PASCALContext
 """
 
-import os
 from pathlib import Path
 
-from mtcl.cli.arguments import CommandParser, non_negative_int
+from mtcl.cli.arguments import CommandParser, add_workers_option
 from mtcl.cli.prepared import format_prepared
 from mtcl.cli.script import run
 from mtcl.data.prepare.pascal import prepare_pascal
@@ -29,13 +28,7 @@ def main() -> None:
     for option, help_text in OPTIONS.items():
         parser.add_argument(option, type=Path, metavar="DIR", required=option in REQUIRED, help=help_text)
     parser.add_argument("--link", action="store_true", help="symbolic links (absolute) to the releases, not copies")
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes; 0: none besides this one (default: %(default)s, the machine's cores up to 8)",
-    )
+    add_workers_option(parser, most=8)
     print(format_prepared(prepare_pascal(**vars(parser.parse_args()))))
 
 

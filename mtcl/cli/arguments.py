@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import sys
 from importlib.util import find_spec
@@ -64,6 +65,24 @@ def output_path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("give a path")
     return Path(text).expanduser()
+
+
+def add_workers_option(parser: argparse.ArgumentParser, most: int | None = None) -> None:
+    """Add ``--workers``, the number of processes, by default the machine's cores.
+
+    Args:
+        parser: gets the option.
+        most: the default is at most this; None: no limit.
+    """
+    cores = os.cpu_count() or 1
+    limit = "" if most is None else f" up to {most}"
+    parser.add_argument(
+        "--workers",
+        type=non_negative_int,
+        default=cores if most is None else min(cores, most),
+        metavar="N",
+        help=f"processes; 0: none besides this one (default: %(default)s, the machine's cores{limit})",
+    )
 
 
 def positive_int(text: str) -> int:

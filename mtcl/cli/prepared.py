@@ -1,11 +1,10 @@
-"""What the scripts that prepare a dataset share: options of the command line, and the result as they print it."""
+"""Declare the options that scripts share which prepare a dataset, and format their result as they print it."""
 
 import argparse
-import os
 import shlex
 from pathlib import Path
 
-from mtcl.cli.arguments import non_negative_int
+from mtcl.cli.arguments import add_workers_option
 from mtcl.data.prepare.jobs import Prepared
 
 NYUD_PATHS = {
@@ -20,13 +19,7 @@ def add_nyud_options(parser: argparse.ArgumentParser) -> None:
     """Add the official files of NYU Depth v2, the folder to write and the number of processes."""
     for option, help_text in NYUD_PATHS.items():
         parser.add_argument(option, type=Path, metavar="PATH", required=True, help=help_text)
-    parser.add_argument(
-        "--workers",
-        type=non_negative_int,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="processes; 0: none besides this one (default: %(default)s, the machine's cores)",
-    )
+    add_workers_option(parser)
 
 
 def format_prepared(result: Prepared) -> str:
