@@ -34,6 +34,7 @@ from mtcl.errors import UserError, first_line
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
 from mtcl.launch.overrides import split_override
+from mtcl.regularizers import Distillation
 from mtcl.run_folder import RunFolder
 from mtcl.run_lock import lock_run
 from mtcl.runtime import choose_device, choose_precision, seed_everything
@@ -225,7 +226,7 @@ def log_setup(
     log.info("%s", train_dataset.summary())
     if config.trainer.dry_run and config.data.get("feature_cache") is not None:
         log.info("dry run: the feature cache is left alone, so this step is slower than one of the training")
-    kind = "distillation" if trainer.regularizer is not None and trainer.regularizer.has_teachers else "contrast"
+    kind = "distillation" if isinstance(trainer.regularizer, Distillation) else "contrast"
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     log.info(

@@ -28,7 +28,6 @@ class Regularizer(nn.Module, ABC):
     intermediate_weight: float = 1.0  # of the losses of intermediate predictions in the tasks' losses
     image_weighting: str = "pixels"  # how images count in the tasks' losses, see tasks.image_weights
     min_tasks: int = 2  # with fewer tasks a training goes without it
-    has_teachers: bool = False  # whether it has networks of its own that see the images, see run_teachers
     uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
     reads_teacher_features: bool = False  # whether its output has that model's features, too, NAME as teacher_NAME
 
@@ -57,8 +56,8 @@ class Regularizer(nn.Module, ABC):
             draw: result of :meth:`sample`, on the device of the labels.
         """
 
-    def run_teachers(self, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> DenseOutput:
-        """Return what its own networks say of images; only where :attr:`has_teachers`.
+    def run_teachers(self, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> DenseOutput | None:
+        """Return what its own networks say of images; None where it has none, which is the default.
 
         Its features are handed to :meth:`compute_loss` among those of the output, NAME as teacher_NAME.
 
@@ -67,7 +66,6 @@ class Regularizer(nn.Module, ABC):
             mean: RGB mean of the model's normalisation, for images scaled to 0..1.
             std: RGB standard deviation of that normalisation.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no networks of its own")
 
     @abstractmethod
     def compute_loss(

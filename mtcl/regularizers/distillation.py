@@ -75,7 +75,6 @@ class Distillation(Regularizer):
     """
 
     min_tasks = 0
-    has_teachers = True
 
     def __init__(
         self,

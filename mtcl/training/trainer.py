@@ -364,10 +364,13 @@ class Trainer:
 
         Features are those that the regulariser reads, or none. A regulariser with networks of its own runs these.
         """
-        if self.regularizer is not None and self.regularizer.has_teachers:
-            assert isinstance(image, Tensor)
-            return self.regularizer.run_teachers(image, self.model.mean, self.model.std)
-        if self.regularizer is None or not self.regularizer.uses_teacher:
+        if self.regularizer is None:
+            return None
+        if isinstance(image, Tensor):  # networks of its own see images, not cached features
+            output = self.regularizer.run_teachers(image, self.model.mean, self.model.std)
+            if output is not None:
+                return output
+        if not self.regularizer.uses_teacher:
             return None
         assert self.ema is not None
         self.ema.copy_buffers(self.model)
