@@ -82,8 +82,8 @@ def unpool(x: Tensor, feature: Tensor, pooling: int) -> Tensor:
         return x
     height, width = feature.shape[-2:]
     _, indices = F.max_pool2d(feature.detach(), pooling, ceil_mode=True, return_indices=True)
-    pixels = torch.arange(height * width, device=x.device).view(height, width)
-    is_maximum = _repeat(indices, pooling)[..., :height, :width] == pixels
+    pixels = torch.arange(height * width, device=x.device, dtype=torch.int32).view(height, width)
+    is_maximum = _repeat(indices.int(), pooling)[..., :height, :width] == pixels
     return _repeat(x, pooling)[..., :height, :width] * is_maximum
 
 
