@@ -125,7 +125,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_step_of_each_option(name, tmp_path):
-    """What a method of balancing does from its second step on is tested by itself (test_parts)."""
+    """Take one step, and with diagnostics another: what balancing does later is tested by itself (test_parts)."""
     with fake_cuda() as device:
         trainer, batch = make_trainer(device, tmp_path, *SMALL, *OPTIONS[name])
         take_step(trainer, batch, with_diagnostics=name == "diagnostics")

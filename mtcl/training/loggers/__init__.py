@@ -1,4 +1,4 @@
-"""Where a run's curves and panels go: TensorBoard, a CSV file, MLflow, Weights & Biases."""
+"""Take a run's curves and panels to TensorBoard, a CSV file, MLflow, Weights & Biases."""
 
 from mtcl.training.loggers.base import MetricLogger
 from mtcl.training.loggers.csv_logger import CsvLogger

@@ -41,7 +41,7 @@ class PanelImage:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run was started with, and its scores."""
+    """Holds what a finished run was started with, and its scores."""
 
     step: int
     hparams: Hparams
@@ -53,7 +53,7 @@ Record = Scalars | PanelImage | Result
 
 
 class Identity(NamedTuple):
-    """What a run is called on the server.
+    """Names a run on the server.
 
     Attributes:
         name: of the run.
@@ -91,7 +91,7 @@ class BackgroundLogger(MetricLogger, ABC):
 
     @property
     def subject(self) -> str:  # type: ignore[override]
-        """What a warning is about."""
+        """Return what a warning is about, in the plural."""
         return f"records of {self.title}"
 
     @abstractmethod
