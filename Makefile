@@ -4,7 +4,7 @@ BIN := .venv/bin
 ARGS ?=
 .DEFAULT_GOAL := help
 
-.PHONY: help install train test test-slow coverage check format first-hour dist gpu
+.PHONY: help install train test test-slow coverage check format rooms-model first-hour dist gpu
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,6 +40,10 @@ check: install ## check format, lint, types, imports and generated tables
 format: install ## format, and fix what can be fixed by itself
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+rooms-model: install ## train the model that comes with mtcl, mtcl.load("rooms"), and write it into the package
+	$(BIN)/python train.py experiment=rooms_small hydra.run.dir=outputs/rooms_small/shipped $(ARGS)
+	$(BIN)/mtcl export outputs/rooms_small/shipped --format safetensors --output mtcl/inference/shipped/rooms --overwrite
 
 first-hour: install ## follow docs/first_hour.md with a wheel in a new environment, print the time of each step
 	$(BIN)/python scripts/dev/first_hour.py $(ARGS)

@@ -33,7 +33,8 @@ def load(
     >>> maps["depth"]  # float32 (H, W), metres; maps["semseg"]: uint8 (H, W), classes  # doctest: +SKIP
 
     Args:
-        source: a checkpoint, a run's folder, an exported folder, or a name on the Hugging Face hub.
+        source: a checkpoint, a run's folder, an exported folder, a name on the Hugging Face hub, or ``rooms``: the
+            small model of procedural rooms that comes with mtcl.
         device: auto, cpu or cuda.
         tasks: predict only these; None: all tasks of the model.
         precision: auto, bf16, fp16 or fp32.

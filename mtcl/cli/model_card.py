@@ -1,7 +1,7 @@
 """The model card of an exported folder: README.md as the Hugging Face hub shows and reads it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import timm
@@ -87,7 +87,7 @@ maps = predictor("image.jpg")  # task -> array of the image's height and width
 
 ## Licence
 
-To be filled in by the publisher: the licences of the training data and of the backbone's weights apply, too.
+{describe_license(config)}
 
 ## Citation
 
@@ -97,6 +97,19 @@ mtcl implements the method of [Contrastive Multi-Task Dense Prediction]({PAPER})
 {BIBTEX}
 ```
 """
+
+
+def is_procedural(config: Mapping[str, Any]) -> bool:
+    """Tell whether a model was trained on rendered rooms alone, from random weights: on nothing that others own."""
+    weights = (config["backbone"].get("weights"), config["decoder"].get("weights") or "none")
+    return config["data"]["name"] == "rooms" and weights == ("none", "none")
+
+
+def describe_license(config: Mapping[str, Any]) -> str:
+    """Return the sentence on the model's licence."""
+    if is_procedural(config):
+        return "MIT, as mtcl: trained from random weights on images that mtcl renders itself."
+    return "To be filled in by the publisher: the licences of the training data and of the backbone's weights apply, too."
 
 
 def describe_output(task: Task) -> str:
@@ -112,7 +125,7 @@ def front_matter(loaded: LoadedModel, name: str, scores: Sequence[Score]) -> dic
     pipeline = "depth-estimation" if list(loaded.tasks) == ["depth"] else pipeline
     front: dict[str, Any] = {
         "library_name": "mtcl",
-        "license": "other",
+        "license": "mit" if is_procedural(config) else "other",
         "pipeline_tag": pipeline,
         "tags": ["mtcl", "multi-task-learning", "dense-prediction", *loaded.tasks, "arxiv:2307.07934"],
     }

@@ -25,7 +25,7 @@ from mtcl.config.stored_config import (
 )
 from mtcl.errors import UserError, escape_control_characters, first_line
 from mtcl.inference import Predictor
-from mtcl.inference.model_files import HUB_FILES, METADATA_FILE, RECIPE_FILE, WEIGHTS_FILE
+from mtcl.inference.model_files import HUB_FILES, METADATA_FILE, RECIPE_FILE, SHIPPED_MODELS, WEIGHTS_FILE
 from mtcl.models import DenseModel
 from mtcl.models.lora import is_base_weight, merge_adapters
 from mtcl.models.weights import check_weights
@@ -71,8 +71,8 @@ def load(
     """Load a trained model for inference.
 
     Args:
-        source: a checkpoint (.pt), a run folder (its last checkpoint), a folder that ``mtcl export`` wrote, or the
-            name of one on the Hugging Face hub (``user/model``).
+        source: a checkpoint (.pt), a run folder (its last checkpoint), a folder that ``mtcl export`` wrote, the
+            name of one on the Hugging Face hub (``user/model``), or ``rooms``, the model that comes with mtcl.
         device: ``auto``, ``cpu`` or ``cuda``.
         tasks: the tasks to predict; None: all of the model's.
         precision: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
@@ -269,6 +269,8 @@ def validate_saved_model(saved: SavedModel) -> SavedModel:
 def find_model_file(source: str | Path) -> Path:
     """Return the path of the checkpoint, or of the metadata of an exported folder, that ``source`` means."""
     path = Path(source).expanduser()
+    if str(source) in SHIPPED_MODELS and not path.exists():
+        return SHIPPED_MODELS[str(source)] / METADATA_FILE
     if path.is_dir():
         for candidate in (path / METADATA_FILE, RunFolder(path).last_checkpoint, path / LAST_CHECKPOINT):
             if candidate.is_file():

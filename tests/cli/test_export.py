@@ -125,7 +125,7 @@ def test_the_weights_are_the_running_mean_and_the_model_alone(trained, folder):
 
 def test_the_card(trained, folder):
     text = (folder / CARD_FILE).read_text()
-    assert text.startswith("---\nlibrary_name: mtcl\nlicense: other\n")
+    assert text.startswith("---\nlibrary_name: mtcl\nlicense: mit\n")  # rooms, from random weights
     metrics = json.loads((trained / "metrics.json").read_text())
     assert f"| depth | rmse | {metrics['depth']['rmse']:.4f} m |" in text
     for part in ("64 x 96", "step 3 of its training", "pip install 'mtcl[hub]'", "arxiv.org/abs/2307.07934"):
