@@ -89,7 +89,7 @@ def test_a_wheel_without_extras_has_all_commands(tmp_path):
     for command in COMMANDS:
         assert f"mtcl {command}" in call([mtcl, command, "--help"], empty)
     Image.fromarray(np.zeros((32, 64, 3), np.uint8)).save(empty / "a.png")
-    assert "1 images in" in call([mtcl, "predict", RUN, "a.png", "--output=maps", "--device=cpu"], empty)
+    assert "1 images in" in call([mtcl, "predict", "rooms", "a.png", "--output=maps", "--device=cpu"], empty)
     assert "mtcl.load reads" in call([mtcl, "export", RUN, "--format=safetensors", "--output=model"], empty)
     assert "finished" in call([mtcl, "runs", RUN.parent], empty)
     assert "depth" in call([mtcl, "compare", RUN.parent], empty)
