@@ -19,6 +19,7 @@ DECODERS = {
     "linear": [],
     "sak": [],
     "segnet": [],
+    "mtan": [],
     "dpt": ["decoder.width=8", "decoder.level_widths=[4,6,8,10]", "decoder.head_width=8", "decoder.final_width=8"],
     "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],
 }
