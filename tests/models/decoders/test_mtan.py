@@ -137,23 +137,23 @@ def test_first_and_last_map_of_each_stride_are_read():
     assert decoder.used_levels == {0, 1, 3, 4}
     maps = [torch.randn(1, c, 64 // s, 96 // s) for c, s in zip([4, 6, 6, 8, 10], strides)]
     with torch.no_grad():
-        before = decoder.predict(maps, (64, 96))
+        unchanged = decoder.predict(maps, (64, 96))
         for index, feature in enumerate(maps):
             changed = decoder.predict([*maps[:index], feature.roll(1, 3), *maps[index + 1 :]], (64, 96))
-            assert all(torch.equal(p, changed[t]) == (index == 2) for t, p in before.items())
+            assert all(torch.equal(p, changed[t]) == (index == 2) for t, p in unchanged.items())
 
 
 def test_masks_are_a_tasks_own():
     decoder = checks.build_decoder(make)
     maps = checks.features((64, 96))
     with torch.no_grad():
-        before = decoder(maps, (64, 96))
+        unchanged = decoder(maps, (64, 96))
         for mask in (decoder.encoder_masks["depth"][1], decoder.decoder_masks["depth"][0]):
             mask[1].weight.mul_(-1)
-            after = decoder(maps, (64, 96))
+            output = decoder(maps, (64, 96))
             mask[1].weight.mul_(-1)
-            assert [t for t in TASKS if not torch.equal(before.predictions[t], after.predictions[t])] == ["depth"]
-            assert torch.equal(before.features["trunk"]["depth"], after.features["trunk"]["depth"])
+            assert [t for t in TASKS if not torch.equal(unchanged.predictions[t], output.predictions[t])] == ["depth"]
+            assert torch.equal(unchanged.features["trunk"]["depth"], output.features["trunk"]["depth"])
 
 
 @pytest.mark.parametrize("tasks", [("depth",), ("normals", "semseg")])
