@@ -130,6 +130,7 @@ def describe_backbone(config: DictConfig, model: EncoderDecoder, device: torch.d
         "weights": hash_weights(model.backbone.state_dict()),
         "out_indices": plain(backbone.out_indices),
         "kwargs": plain(backbone.kwargs),
+        **({} if (counted := backbone.get("maps_after", "stages")) == "stages" else {"maps_after": counted}),
         **({} if (mode := backbone.get("upsample_mode")) is None else {"upsample_mode": mode}),
         "normalisation": [list(model.mean), list(model.std)],
         "precision": choose_precision(device, config.trainer.precision),

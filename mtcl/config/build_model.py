@@ -37,6 +37,7 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
             mean=plain(config.backbone.mean),
             std=plain(config.backbone.std),
             out_indices=plain(config.backbone.out_indices),
+            maps_after=config.backbone.get("maps_after", "stages"),
             upsample_mode=config.backbone.get("upsample_mode"),
             kwargs=plain(config.backbone.kwargs),
         )

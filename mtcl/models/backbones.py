@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.models import model_entrypoint
-from timm.models._features import FeatureGetterNet
+from timm.models._features import FeatureGetterNet, FeatureListNet
 from torch import Tensor, nn
 
 from mtcl.errors import ParameterError, UserError, describe_load_error, find_similar
@@ -19,6 +19,7 @@ from mtcl.models.weights import check_tensor_values
 
 RGB = tuple[float, float, float]
 UPSAMPLE_MODES = ("nearest", "bilinear")
+MAPS_AFTER = ("stages", "convolutions")
 
 
 class Backbone(nn.Module):
@@ -121,6 +122,26 @@ class FinalNormFeatureGetter(FeatureGetterNet):
         return [*earlier, normed]
 
 
+class ConvolutionFeatures(FeatureListNet):
+    """timm's features of a VGG net, with a map for each convolution (after norm and ReLU) in place of one per stage."""
+
+    def __init__(self, model: nn.Module, **options: Any):
+        model.feature_info = list(_describe_convolutions(model.features))  # type: ignore[arg-type, assignment]
+        super().__init__(model, **options)
+
+
+def _describe_convolutions(layers: nn.Sequential) -> Iterator[dict[str, Any]]:
+    """Yield what timm's ``feature_info`` says about a map, for each convolution of a VGG net."""
+    width, stride = 0, 1
+    for index, layer in enumerate(layers):
+        if isinstance(layer, nn.Conv2d):
+            width = layer.out_channels
+        elif isinstance(layer, nn.MaxPool2d):
+            stride *= 2
+        elif isinstance(layer, nn.ReLU):
+            yield {"num_chs": width, "reduction": stride, "module": f"features.{index}"}
+
+
 def build_backbone(
     name: str,
     *,
@@ -128,6 +149,7 @@ def build_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     out_indices: Sequence[int] | None = None,
+    maps_after: str = "stages",
     upsample_mode: str | None = None,
     kwargs: Mapping[str, Any] | None = None,
 ) -> Backbone:
@@ -141,13 +163,15 @@ def build_backbone(
         std: RGB standard deviation of the normalisation; None: timm's.
         out_indices: timm's feature levels to use; None: those of stride 4 and coarser, and for a model of a single
             resolution (ViT) four evenly spaced blocks.
+        maps_after: what ``out_indices`` counts, one of :data:`MAPS_AFTER`: timm's levels, or the convolutions of a VGG
+            net.
         upsample_mode: how an HRNet resizes its coarser branches before it adds them to finer ones, one of
             :data:`UPSAMPLE_MODES`; None: as timm does.
         kwargs: for ``timm.create_model``, architecture arguments only (:mod:`mtcl.models.backbone_options`).
 
     Raises:
-        UserError: the name is unknown, the hub can't be reached, the weights do not fit, or ``upsample_mode`` does
-            not. Never falls back to random weights.
+        UserError: the name is unknown, the hub can't be reached, the weights do not fit, or ``upsample_mode`` or
+            ``maps_after`` does not. Never falls back to random weights.
     """
     check_backbone_kwargs(kwargs)
     if upsample_mode not in (None, *UPSAMPLE_MODES):
@@ -155,6 +179,7 @@ def build_backbone(
     _check_name(name)
     options = dict(kwargs or {})
     options |= _get_size_options(name, options)
+    feature_options = _get_convolution_options(name, maps_after, out_indices)
     if out_indices is None:
         out_indices = _choose_levels(name, options)
     try:
@@ -164,7 +189,7 @@ def build_backbone(
             pretrained=weights == "hub",
             out_indices=tuple(out_indices),
             **options,
-            **_get_norm_options(name, options, out_indices),
+            **(feature_options or _get_norm_options(name, options, out_indices)),
         )
     except Exception as error:  # timm and the hub's library raise many kinds
         if weights == "hub":
@@ -232,6 +257,19 @@ def _get_size_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         f"={name} takes images of its own size only; choose another, or fix the size with kwargs "
         "{img_size: [H, W]} (multiples of 32, equal to the size of the training images)",
     )
+
+
+def _get_convolution_options(name: str, maps_after: str, out_indices: Sequence[int] | None) -> dict[str, Any]:
+    """Return the option that lets a VGG net give the maps of its convolutions, if they are asked for."""
+    if maps_after not in MAPS_AFTER:
+        raise ParameterError("maps_after", f"={maps_after} must be one of {', '.join(MAPS_AFTER)}")
+    if maps_after == "stages":
+        return {}
+    if model_entrypoint(name).__module__ != "timm.models.vgg":
+        raise ParameterError("maps_after", f"=convolutions is for VGG nets; give stages for {name}")
+    if out_indices is None:
+        raise ParameterError("out_indices", "=null with maps_after=convolutions; say which convolutions, from 0 on")
+    return {"feature_cls": ConvolutionFeatures}
 
 
 def _get_norm_options(name: str, options: Mapping[str, Any], out_indices: Sequence[int]) -> dict[str, Any]:

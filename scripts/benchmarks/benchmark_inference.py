@@ -66,6 +66,7 @@ EXPERIMENTS = {
     "mti_net": "nyud_mti_net_hrnet18",
     "atrc": "nyud_atrc_hrnet18",
     "segnet": "nyuv2_13_segnet",
+    "mtan": "nyuv2_13_mtan",
     "invpt": "nyud_invpt_vit_base",
     "invpt_plus_plus": "nyud_invpt_plus_plus_vit_base",
     "taskprompter": "nyud_taskprompter_vit_base",

@@ -370,7 +370,7 @@ def test_an_onnx_file(cli, trained, tmp_path):
     "decoder",
     [
         *("atrc", "deeplab", "diffusion_mtl", "dpt", "invpt", "invpt_plus_plus", "linear", "mqtransformer", "mti_net"),
-        *("multi_head", "pad_net", "segnet", "task_diffusion", "task_expert", "task_tokens"),
+        *("mtan", "multi_head", "pad_net", "segnet", "task_diffusion", "task_expert", "task_tokens"),
     ],
 )
 def test_every_decoder_becomes_onnx(decoder, tmp_path):

@@ -144,7 +144,12 @@ def test_every_backbone_predicts_at_any_size(backbone):
 def published_backbone(choice: str) -> Backbone:
     settings = plain(composed(f"backbone={choice}").backbone)
     with torch.device("meta"):
-        return build_backbone(settings["name"], out_indices=settings["out_indices"], kwargs=settings["kwargs"])
+        return build_backbone(
+            settings["name"],
+            out_indices=settings["out_indices"],
+            maps_after=settings.get("maps_after", "stages"),
+            kwargs=settings["kwargs"],
+        )
 
 
 # Channels, strides; parameters where the field gives them.
@@ -154,6 +159,11 @@ SIZES = {
     "resnet18_dilated": ([64, 128, 256, 512], [4, 8, 8, 8], 11_176_512),
     "resnet50_dilated": ([256, 512, 1024, 2048], [4, 8, 8, 8], 23_508_032),
     "vgg16_bn": ([64, 128, 256, 512, 512], [1, 2, 4, 8, 16], 14_723_136),
+    "vgg16_bn_mtan": (
+        [64, 64, 128, 128, 256, 256, 512, 512, 512, 512],
+        [1, 1, 2, 2, 4, 4, 8, 8, 16, 16],
+        14_723_136,
+    ),
     "swin_tiny": ([96, 192, 384, 768], [4, 8, 16, 32]),
     "swin_small": ([96, 192, 384, 768], [4, 8, 16, 32]),
     "swin_base": ([128, 256, 512, 1024], [4, 8, 16, 32]),
@@ -250,7 +260,10 @@ LIBMTL = {
     "cityscapes_deeplab_resnet50": (64, 200 * (2975 // 64), 100 * (2975 // 64), 7),
     "nyuv2_13_segnet": (2, 200 * (795 // 2), 100 * (795 // 2), 13),
     "cityscapes_segnet": (8, 200 * (2975 // 8), 100 * (2975 // 8), 7),
+    "nyuv2_13_mtan": (2, 200 * (795 // 2), 100 * (795 // 2), 13),
+    "cityscapes_mtan": (8, 200 * (2975 // 8), 100 * (2975 // 8), 7),
 }
+AUGMENTED = ("nyuv2_13_segnet", "nyuv2_13_mtan", "cityscapes_mtan")
 
 
 @pytest.mark.parametrize("experiment", LIBMTL)
@@ -267,7 +280,7 @@ def test_experiments_of_libmtl_have_its_schedule(experiment):
     assert [factor(step) for step in (0, half - 1, half, trainer.max_steps - 1)] == [1, 1, 0.5, 0.5]
     assert {config.loss.weights[name] for name in tasks} == {1.0}
     assert {config.evaluation.options[name].protocol for name in tasks} == {"mtan"}
-    scale, flip = ([1.0, 1.5], 0.5) if experiment == "nyuv2_13_segnet" else ([1.0, 1.0], 0.0)
+    scale, flip = ([1.0, 1.5], 0.5) if experiment in AUGMENTED else ([1.0, 1.0], 0.0)
     assert plain(config.data.augment) == {"scale": scale, "flip": flip, "photometric": False, "class_cap": 1.0}
 
 

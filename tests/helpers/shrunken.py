@@ -19,6 +19,7 @@ DECODERS = {
     "linear": [],
     "sak": [],
     "segnet": [],
+    "mtan": [],
     "dpt": ["decoder.width=8", "decoder.level_widths=[4,6,8,10]", "decoder.head_width=8", "decoder.final_width=8"],
     "mqtransformer": ["decoder.width=16", "decoder.head_width=8", "decoder.queries=4"],
 }
@@ -27,6 +28,7 @@ PLAIN_VIT = ("taskprompter", "sak")  # decoders that are built into one
 
 VIT = "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2}"
 SWIN = "++backbone.kwargs={embed_dim:12,depths:[1,1,1,1],num_heads:[1,2,2,4]}"
+VGG = "++backbone.kwargs={mlp_ratio:0.01}"  # of the classifier, which is built and dropped
 RESNET = "++backbone.kwargs={layers:[1,1,1,1],channels:[8,16,32,64]}"
 
 
@@ -39,7 +41,7 @@ def _stage(number: int) -> str:
 
 
 HRNET = f"++backbone.kwargs={{{','.join(_stage(number) for number in (2, 3, 4))}}}".replace(" ", "")
-FAMILIES = {"vit": VIT, "swin": SWIN, "resnet": RESNET, "hrnet": HRNET}
+FAMILIES = {"vit": VIT, "swin": SWIN, "resnet": RESNET, "hrnet": HRNET, "vgg": VGG}
 
 
 def shrunk(decoder: str, backbone: str) -> list[str]:

@@ -54,6 +54,20 @@ def test_upsample_mode_of_an_hrnet():
         build_backbone("test_resnet", upsample_mode="bilinear")
 
 
+def test_maps_after_the_convolutions_of_a_vgg_net():
+    with torch.device("meta"):
+        backbone = build_backbone("vgg11", maps_after="convolutions", out_indices=[0, 1, 2, 3, 7])
+        sides = [f.shape[1:] for f in backbone(torch.zeros(1, 3, 32, 64))]
+    assert (backbone.channels, backbone.strides) == ([64, 128, 256, 256, 512], [1, 2, 4, 4, 16])
+    assert sides == [(c, 32 // s, 64 // s) for c, s in zip(backbone.channels, backbone.strides)]
+    with pytest.raises(UserError, match="maps_after=blocks must be one of stages, convolutions"):
+        build_backbone("vgg11", maps_after="blocks")
+    with pytest.raises(UserError, match="maps_after=convolutions is for VGG nets; give stages for test_resnet"):
+        build_backbone("test_resnet", maps_after="convolutions", out_indices=[0])
+    with pytest.raises(UserError, match="out_indices=null with maps_after=convolutions; say which"):
+        build_backbone("vgg11", maps_after="convolutions")
+
+
 # HRNet's feature net is built apart from its whole model; the others are the whole model, cut.
 FROM_FILE = ["cnn", "mobile", "vit", "swin", "hrnet"]
 

@@ -9,6 +9,7 @@ from mtcl.models.decoders.invpt import InvPT
 from mtcl.models.decoders.invpt_plus_plus import InvPTPlusPlus
 from mtcl.models.decoders.linear import Linear
 from mtcl.models.decoders.mqtransformer import MQTransformer
+from mtcl.models.decoders.mtan import MTAN
 from mtcl.models.decoders.mti_net import MTINet
 from mtcl.models.decoders.multi_head import MultiHead
 from mtcl.models.decoders.pad_net import PADNet
@@ -20,6 +21,7 @@ from mtcl.models.decoders.task_tokens import TaskTokens
 __all__ = [
     "ATRC",
     "DPT",
+    "MTAN",
     "Decoder",
     "DeepLab",
     "DiffusionMTL",

@@ -13,6 +13,7 @@ of a dilated ResNet) there is no pooling between them, and nothing is unpooled.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,13 @@ from mtcl.models.decoders.blocks import ConvBlock, predict_tasks
 from mtcl.models.output import DenseOutput, Size
 
 LAST_POOLING = 2  # of the coarsest map
+
+
+class Level(NamedTuple):
+    """Maps of a level of the decoder, at the stride of the backbone's map: after the unpooling, after the layers."""
+
+    unpooled: Tensor
+    decoded: Tensor
 
 
 class SegNet(Decoder):
@@ -56,16 +64,29 @@ class SegNet(Decoder):
 
     def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
         """Decode the coarsest map along the maxima of the others."""
+        trunk = self.decode_levels(features)[-1].decoded
+        return self.predict_from(dict.fromkeys(self.tasks, trunk), trunk, size)
+
+    def decode_levels(self, features: Sequence[Tensor]) -> list[Level]:
+        """Return the maps of every level, the coarsest level first; ``features`` has one map per level."""
+        levels = []
         x = F.max_pool2d(features[-1], self.poolings[-1], ceil_mode=True)
         for feature, pooling, layers in reversed(list(zip(features, self.poolings, self.levels))):
-            x = layers(unpool(x, feature, pooling))
-        final = {task: head(x) for task, head in self.heads.items()}
+            unpooled = unpool(x, feature, pooling)
+            x = layers(unpooled)
+            levels.append(Level(unpooled, x))
+        return levels
+
+    def predict_from(self, maps: Mapping[str, Tensor], trunk: Tensor, size: Size) -> DenseOutput:
+        """Run every task's convolutions on its map (B, channels[0], h, w)."""
+        final = {task: head(maps[task]) for task, head in self.heads.items()}
         predictions = predict_tasks(self.logits, final, size)
-        return DenseOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, x)}, [], size)
+        return DenseOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, trunk)}, [], size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
-        """Return the decoder's parameters but those of the tasks' convolutions."""
-        return self.levels.parameters()
+        """Return the decoder's parameters but those of the tasks' convolutions, coarsest level first."""
+        for layers in reversed(self.levels):
+            yield from layers.parameters()
 
 
 def unpool(x: Tensor, feature: Tensor, pooling: int) -> Tensor:
