@@ -16,6 +16,7 @@ of the task predict. Where a stride has one map (not on VGG), it is both u and p
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -71,12 +72,14 @@ class MTAN(SegNet):
             lasts: the last map of each stage.
             levels: of the decoder, coarsest first.
         """
+        encoder_masks = cast(nn.ModuleList, self.encoder_masks[task])
+        decoder_masks = cast(nn.ModuleList, self.decoder_masks[task])
         x = firsts[0]
-        for k, (last, mask, block) in enumerate(zip(lasts, self.encoder_masks[task], self.encoder_blocks)):
+        for k, (last, mask, block) in enumerate(zip(lasts, encoder_masks, self.encoder_blocks)):
             if k > 0:
                 x = torch.cat([firsts[k], x], dim=1)
             x = F.max_pool2d(block(mask(x) * last), self.poolings[k], ceil_mode=True)
-        for level, mask, block in zip(levels, reversed(self.decoder_masks[task]), reversed(self.decoder_blocks)):
+        for level, mask, block in zip(levels, reversed(decoder_masks), reversed(self.decoder_blocks)):
             x = block(F.interpolate(x, size=level.decoded.shape[-2:], mode="bilinear", align_corners=True))
             x = mask(torch.cat([level.unpooled, x], dim=1)) * level.decoded
         return x
