@@ -109,7 +109,7 @@ def describe_license(config: Mapping[str, Any]) -> str:
     """Return the sentence on the model's licence."""
     if is_procedural(config):
         return "MIT, as mtcl: trained from random weights on images that mtcl renders itself."
-    return "To be filled in by the publisher: the licences of the training data and of the backbone's weights apply, too."
+    return "To be filled in by the publisher: the licences of the training data and the backbone's weights apply, too."
 
 
 def describe_output(task: Task) -> str:

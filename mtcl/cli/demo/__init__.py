@@ -2,8 +2,8 @@
 
     mtcl demo CHECKPOINT [--compare OTHER] [options]
 
-CHECKPOINT: a .pt file, a run's folder, an exported folder, a name on the Hugging Face hub, or "rooms", the small model of
-procedural rooms that comes with mtcl. OTHER: another one, shown beside it with the tasks that both have.
+CHECKPOINT: a .pt file, a run's folder, an exported folder, a name on the Hugging Face hub, or "rooms", the small model
+of procedural rooms that comes with mtcl. OTHER: another one, shown beside it with the tasks that both have.
 
 One image is predicted at a time. Images are not kept; nothing is sent elsewhere. Ctrl-C ends it. With --host, other
 machines can open the page, too. Needs Gradio: pip install 'mtcl[demo]'.

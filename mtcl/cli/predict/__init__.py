@@ -2,9 +2,10 @@
 
     mtcl predict CHECKPOINT INPUT --output FOLDER [options]
 
-CHECKPOINT: a .pt file, a run's folder, an exported folder, a name on the Hugging Face hub, or "rooms", the small model of
-procedural rooms that comes with mtcl. INPUT: an image, a folder of images (with all below it, but for what is hidden or
-was written by this command), a video, or a camera's number (0; until Ctrl-C). Written, per image NAME, without replacing anything (--overwrite does):
+CHECKPOINT: a .pt file, a run's folder, an exported folder, a name on the Hugging Face hub, or "rooms", the small model
+of procedural rooms that comes with mtcl. INPUT: an image, a folder of images (with all below it, but for what is hidden
+or was written by this command), a video, or a camera's number (0; until Ctrl-C). Written, per image NAME, without
+replacing anything (--overwrite does):
 
 FOLDER/semseg/NAME.png   classes (human_parts, sal alike): 8-bit numbers, with the colours of the panel as palette
 FOLDER/depth/NAME.png    16 bits, millimetres (65535: that or more)
