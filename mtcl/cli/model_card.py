@@ -68,6 +68,7 @@ pip install 'mtcl[hub]'
 
 ```python
 import mtcl
+
 predictor = mtcl.load("FOLDER_OR_USER/MODEL")
 maps = predictor("image.jpg")  # task -> array of the image's height and width
 ```
