@@ -13,7 +13,7 @@ from typing import Any
 
 from mtcl.atomic import write_text
 from mtcl.config.renamed import upgrade_flat_config, upgrade_override
-from mtcl.config.schema import flatten, role_of
+from mtcl.config.schema import LEGACY_VALUES, flatten, role_of
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.overrides import is_file_path, is_machine_key, make_portable
 from mtcl.launch.study_file import NAME, Study, Variant
@@ -338,7 +338,8 @@ def check_same_settings(study: Study, records: Sequence[Record]) -> list[str]:
     """Return warnings for variants whose runs have different settings: a default was changed in between."""
     notes = []
     for variant in study.variants:
-        configs = [one["config"] for one in records if one["arm"] == variant.name and one.get("config")]
+        of_variant = [one["config"] for one in records if one["arm"] == variant.name and one.get("config")]
+        configs = [LEGACY_VALUES | config for config in of_variant]  # what runs did that knew fewer keys
         keys = sorted({key for config in configs for key in config if role_of(key) == "result"})
         differing = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
         if differing:
