@@ -234,6 +234,8 @@ def test_a_command_that_needs_nothing_else_runs(command, workplace, cli, monkeyp
     if script == "train.py":
         arguments = [*TINY, *arguments]
         arguments += [] if "--cfg" in arguments else ["hydra.run.dir=outputs/typed/run"]
+    if script == "evaluate.py" and not {"--cfg", "-m"} & set(arguments):  # two may begin in the same second
+        arguments = ["hydra.run.dir=outputs/typed/evaluation", *arguments]
     monkeypatch.chdir(workplace)
     result = cli(workplace / "installed_mtcl.py" if script == "mtcl" else script, *arguments)
     assert result.code == 0, result.err[-2000:]
