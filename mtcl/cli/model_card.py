@@ -101,9 +101,10 @@ mtcl implements the method of [Contrastive Multi-Task Dense Prediction]({PAPER})
 
 
 def is_procedural(config: Mapping[str, Any]) -> bool:
-    """Tell whether a model was trained on rendered rooms alone, from random weights: on nothing that others own."""
+    """Tell whether a model was trained on rendered rooms alone, from random weights, without teachers of others."""
     weights = (config["backbone"].get("weights"), config["decoder"].get("weights") or "none")
-    return config["data"]["name"] == "rooms" and weights == ("none", "none")
+    teachers = (config["regularizer"].get("options") or {}).get("teachers")
+    return config["data"]["name"] == "rooms" and weights == ("none", "none") and not teachers
 
 
 def describe_license(config: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import mtcl
 from mtcl import UserError
 from mtcl.cli.export import export_model, push, remove_local_paths
-from mtcl.cli.model_card import BIBTEX, format_model_card
+from mtcl.cli.model_card import BIBTEX, describe_license, format_model_card, is_procedural
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.build_model import build_model, inline_genotype
@@ -136,6 +136,22 @@ def test_the_card(trained, folder):
     for part in (cited["title"], cited["collection-title"], str(cited["year"]), cited["identifiers"][0]["value"]):
         assert f"{{{part}}}" in BIBTEX
     assert BIBTEX in text
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data=nyud"],
+        ["backbone.weights=hub"],
+        ["decoder=sak", "backbone=vit_small", "decoder.weights=student.pt"],
+        ["decoder=sak", "backbone=vit_small", "regularizer=distillation"],
+    ],
+)
+def test_a_card_leaves_the_licence_open_where_others_own_something(overrides):
+    assert is_procedural(plain(composed("experiment=rooms")))
+    config = plain(composed("experiment=rooms", *overrides))
+    assert not is_procedural(config)
+    assert "To be filled in by the publisher" in describe_license(config)
 
 
 @needs_hub
