@@ -1,4 +1,4 @@
-"""Names of the files of an exported model, and the models that come with mtcl."""
+"""Name the files of an exported model, and the models that come with mtcl."""
 
 from pathlib import Path
 

@@ -85,7 +85,7 @@ class Reference(nn.Module):
         return [self.encoder, *decoder, self.encoder_masks, self.decoder_masks]
 
     def list_convolutions_before_norms(self) -> list[nn.Conv2d]:
-        """Of the decoder's part, where ours have no biases."""
+        """Return those of the decoder's part, where ours have no biases."""
         blocks = [m for part in self.list_parts()[1:] for m in part.modules() if isinstance(m, nn.Sequential)]
         return [a for block in blocks for a, b in pairwise(block) if isinstance(b, nn.BatchNorm2d)]
 
