@@ -1,8 +1,8 @@
 """Take a few training steps and evaluate, alone or as one of several: python ranks_worker.py CASES
 
 ``CASES`` is a JSON file: folder -> overrides of the config. Starting processes takes longer than such a training, so
-they do all cases one after the other. Other entries are ``from=STATE``, which continues from the ``state.pt`` of another
-run; ``spoil=STEP``: there labels of every other picture, the second process's, are not finite; ``compiler=NAME``: of
+they do all cases one after the other. Other entries are ``from=STATE``, which continues from the ``state.pt`` of
+another run; ``spoil=STEP``: there labels of every other picture, the second process's, are not finite; ``compiler=NAME``: of
 ``trainer.compile``.
 """
 
