@@ -2,8 +2,8 @@
 
 ``CASES`` is a JSON file: folder -> overrides of the config. Starting processes takes longer than such a training, so
 they do all cases one after the other. Other entries are ``from=STATE``, which continues from the ``state.pt`` of
-another run; ``spoil=STEP``: there labels of every other picture, the second process's, are not finite; ``compiler=NAME``: of
-``trainer.compile``.
+another run; ``spoil=STEP``: there labels of every other picture, the second process's, are not finite;
+``compiler=NAME``: of ``trainer.compile``.
 """
 
 import json
