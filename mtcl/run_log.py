@@ -1,6 +1,7 @@
 """Read a run's ``log.jsonl``, which run_logger.py writes: one record per line, damaged lines kept apart.
 
 A record is ``{"step": N, "kind": TEXT, ...}``. Of the kinds in :data:`NUMERIC` all other values are numbers or null.
+Logs of before version 0.3 called the regulariser's loss "contrast"; their records are returned with today's names.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from mtcl.errors import UserError
 from mtcl.safe_files import open_regular, parse_json
 
-NUMERIC = ("train", "labelled_images", "contrast", "val")
+NUMERIC = ("train", "labelled_images", "regularizer", "val")
 MAX_LINE = 1 << 20  # bytes; a longer line is no record
 MAX_STEP = 10**15
 
@@ -32,7 +33,7 @@ class Line(NamedTuple):
 
 
 def parse_record(line: bytes, path: Path) -> Record:
-    """Parse a line of the log ``path``.
+    """Parse a line of the log ``path`` and return its record with today's names.
 
     Raises:
         UserError: the line is no record.
@@ -43,11 +44,22 @@ def parse_record(line: bytes, path: Path) -> Record:
     step = record.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= MAX_STEP:
         raise UserError(f"{path} has a line with step={str(step)[:40]}, which must be a whole number >= 0")
+    record = _rename(record)
     for key, value in record.items() if record["kind"] in NUMERIC else ():
         if key in ("step", "kind") or value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{path} has a line with {key}={str(value)[:40]}, which must be a number or null")
+    return record
+
+
+def _rename(record: Record) -> Record:
+    """Return a record with today's names in place of those of before version 0.3."""
+    if record["kind"] == "contrast":
+        renamed = {key.replace("/norm_contrast", "/norm_regularizer"): value for key, value in record.items()}
+        return renamed | {"kind": "regularizer"}
+    if record["kind"] == "train" and "contrast" in record:
+        return {"regularizer" if key == "contrast" else key: value for key, value in record.items()}
     return record
 
 

@@ -34,7 +34,6 @@ from mtcl.errors import UserError, first_line
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
 from mtcl.launch.overrides import split_override
-from mtcl.regularizers import Distillation
 from mtcl.run_folder import RunFolder
 from mtcl.run_lock import lock_run
 from mtcl.runtime import choose_device, choose_precision, seed_everything
@@ -218,7 +217,7 @@ def log_setup(
             stays,
         )
     if trainer.regularizer is None and config.regularizer._target_ is not None:
-        log.warning("one task has no other task to contrast with: the regularizer is off")
+        log.warning("the regularizer compares tasks, and there is only one: it is off")
     if config.trainer.precision == "auto" and choose_precision(trainer.device, "auto") == "fp16":
         log.info(
             "trainer.precision=auto: %s has no bf16, so the run is in fp16, with a gradient scaler", trainer.device
@@ -226,7 +225,9 @@ def log_setup(
     log.info("%s", train_dataset.summary())
     if config.trainer.dry_run and config.data.get("feature_cache") is not None:
         log.info("dry run: the feature cache is left alone, so this step is slower than one of the training")
-    kind = "distillation" if isinstance(trainer.regularizer, Distillation) else "contrast"
+    regularizer = "no regularizer"
+    if trainer.regularizer is not None:
+        regularizer = f"regularizer {trainer.regularizer.method_name()} with weight {config.regularizer.weight}"
     num_parameters = sum(p.numel() for p in trainer.model.parameters())
     num_trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     log.info(
@@ -235,7 +236,7 @@ def log_setup(
         len(train_dataset.ids),
         len(val_dataset.ids),
         ", ".join(trainer.tasks) or "none",
-        "no regularizer" if trainer.regularizer is None else f"{kind} with weight {config.regularizer.weight}",
+        regularizer,
         num_parameters / 1e6,
         f" ({num_trained / 1e6:.2f} M of them trained)" if num_trained < num_parameters else "",
         trainer.device,

@@ -20,7 +20,7 @@ from mtcl.training.balancing_db_mtl import DualBalancing
 from mtcl.training.balancing_scalarizers import WITHOUT_LOSSES, build_scalarization
 from mtcl.training.balancing_torchjd import GradientAggregation
 
-CONTRAST = "contrast"  # the regulariser's objective, beside the tasks' names
+REGULARIZER = "regularizer"  # the regulariser's objective, beside the tasks' names
 METHODS = ("fixed", "uncertainty", "dwa", "scalarizer", "avg_norm", "db_mtl", "torchjd")
 GRADIENT_METHODS = ("avg_norm", "db_mtl", "torchjd")  # they differentiate each objective by itself
 SINGLE_PROCESS_METHODS = ("db_mtl", "torchjd")
@@ -49,8 +49,8 @@ def build_balancer(
     """
     settings = config.balancing
     weights: dict[str, float] = {name: task.weight for name, task in tasks.items()}
-    if regularizer is not None and settings.contrast_as_objective:
-        weights[CONTRAST] = OBJECTIVE_WEIGHT
+    if regularizer is not None and settings.regularizer_as_objective:
+        weights[REGULARIZER] = OBJECTIVE_WEIGHT
     scalarizer = _choose_scalarizer(config)
     _check_balancing(config, weights)
     _check_objectives(config, weights, scalarizer)
@@ -123,15 +123,15 @@ def _check_objectives(config: DictConfig, weights: Mapping[str, float], scalariz
     method = config.balancing.method
     if scalarizer is None or scalarizer in WITHOUT_LOSSES:
         return
-    if CONTRAST in weights and config.regularizer.weighting == "gradient_norm":
+    if REGULARIZER in weights and config.regularizer.weighting == "gradient_norm":
         raise UserError(
             f"balancing.method={method} judges objectives by their losses, which regularizer.weighting=gradient_norm "
-            "rescales; use balancing.contrast_as_objective=false or regularizer.weighting=fixed"
+            "rescales; use balancing.regularizer_as_objective=false or regularizer.weighting=fixed"
         )
-    if CONTRAST in weights and scalarizer == "FAMO":
+    if REGULARIZER in weights and scalarizer == "FAMO":
         raise UserError(
-            "balancing.scalarizer=FAMO computes the tasks' losses again after a step, not the contrast's; "
-            "use balancing.contrast_as_objective=false"
+            "balancing.scalarizer=FAMO computes the tasks' losses again after a step, not the regularizer's; "
+            "use balancing.regularizer_as_objective=false"
         )
     if unweighted := [name for name, weight in weights.items() if weight == 0]:
         raise UserError(f"loss.weights.{unweighted[0]}=0 leaves balancing={method} nothing to learn from; leave it out")

@@ -239,7 +239,7 @@ def build_validation_policy(config: DictConfig, tasks: Mapping[str, Task]) -> Va
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
-    """Return the regulariser, on the CPU; None where the config has none or there is no other task to contrast with."""
+    """Return the regulariser, on the CPU; None where the config has none or there are too few tasks for it."""
     settings = config.regularizer
     if settings._target_ is None:
         return None
@@ -282,8 +282,7 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         )
     regularizer = construct(regularizer_class, "regularizer.options", tasks, channels, seed=config.seed, **options)
     if regularizer.uses_teacher:
-        # A method that always has a teacher is named by its file, as in configs/regularizer.
-        method = f"regularizer={regularizer_class.__module__.rpartition('.')[2]}"
+        method = f"regularizer={regularizer_class.method_name()}"  # that always has a teacher
         _check_teacher(config, "regularizer.options.teacher=true" if options.get("teacher") else method)
     regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
     regularizer.intermediate_weight = config.loss.intermediate_weight
@@ -373,9 +372,9 @@ def find_head_parameters(config: DictConfig, model: DenseModel) -> list[nn.Param
     """Return the parameters of single tasks where the regulariser trains them alone; None where it trains the model."""
     if not config.regularizer.detach_trunk:
         return None
-    if distributed.world_size() > 1 or config.balancing.contrast_as_objective:
+    if distributed.world_size() > 1 or config.balancing.regularizer_as_objective:
         raise UserError(
-            "regularizer.detach_trunk=true trains in one process, without balancing.contrast_as_objective; "
+            "regularizer.detach_trunk=true trains in one process, without balancing.regularizer_as_objective; "
             "leave one of them out"
         )
     shared = {id(parameter) for parameter in model.shared_parameters()}

@@ -1,4 +1,4 @@
-"""Read configs that were written before version 0.2, which renamed keys and values.
+"""Read configs of earlier versions, some of whose keys and values have new names: most since 0.2.
 
 Checkpoints, exported folders, run folders and recorded commands of before are read with today's names. On a command
 line an old key is refused, and the message names the new one.
@@ -23,7 +23,8 @@ RENAMED_KEYS: dict[str, str] = {
     "regularizer.until": "regularizer.stop_fraction",
     "regularizer.options.shuffle": "regularizer.options.source_labels",
     **{f"regularizer.options.{old}": f"regularizer.options.{new}" for old, new in _OPTIONS.items()},
-    "balancing.contrast": "balancing.contrast_as_objective",
+    "balancing.contrast": "balancing.regularizer_as_objective",
+    "balancing.contrast_as_objective": "balancing.regularizer_as_objective",
     "trainer.panels": "trainer.num_panels",
     "trainer.accumulate": "trainer.accumulate_grad_batches",
     "trainer.val_first": "trainer.validate_first",
@@ -34,10 +35,11 @@ RENAMED_KEYS: dict[str, str] = {
     "evaluation.boundaries": "evaluation.score_boundaries",
     "data.labels": "data.label_assignment",
 }
+RENAMED_IN = {"balancing.contrast_as_objective": "0.3"}  # old key -> version, where it is not 0.2
 _STANDARD = {"field": "standard"}
 RENAMED_VALUES: dict[str, dict[str, Any]] = {  # new key, or group -> old value -> new value
     "regularizer.weighting": {"gradient": "gradient_norm"},
-    "balancing.contrast_as_objective": {"objective": True, "outside": False},
+    "balancing.regularizer_as_objective": {"objective": True, "outside": False},
     "data.normals_valid": _STANDARD,
     "evaluation.options.depth.protocol": _STANDARD,
     "evaluation.options.sal.protocol": _STANDARD,
@@ -106,7 +108,8 @@ def explain_renamed_key(key: str) -> str | None:
     if key not in RENAMED_KEYS:
         return None
     values = ", ".join(f"{old} is {str(new).lower()}" for old, new in VALUES_OF_RENAMED_KEYS.get(key, {}).items())
-    return f"{key} is called {RENAMED_KEYS[key]} since version 0.2; use that key" + (values and f" ({values})")
+    version = RENAMED_IN.get(key, "0.2")
+    return f"{key} is called {RENAMED_KEYS[key]} since version {version}; use that key" + (values and f" ({values})")
 
 
 def explain_renamed_value(key: str, value: str) -> str | None:

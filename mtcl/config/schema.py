@@ -337,7 +337,7 @@ RULES: dict[str, Rule] = {
     "loss.views": Rule("all or first", lambda v: v in ("all", "first")),
     "loss.image_weighting": Rule("pixels, images or tasks_per_label", lambda v: v in IMAGE_WEIGHTINGS),
     "balancing.method": TEXT,
-    "balancing.contrast_as_objective": FLAG,
+    "balancing.regularizer_as_objective": FLAG,
     "balancing.lr": number(0),
     "balancing.every": count(1).or_null(),
     "balancing.temperature": POSITIVE,

@@ -15,7 +15,7 @@ from mtcl.tasks.base import Task
 class RegularizerOutput(NamedTuple):
     """Losses of one batch."""
 
-    loss: Tensor  # scalar: ``losses`` as the regularizer combines them; contrast: the mean over those with an anchor
+    loss: Tensor  # scalar: ``losses`` as the regularizer combines them; contrastive: the mean over those with an anchor
     losses: dict[str, Tensor]  # comparison, a target or target<-source, -> scalar; without an anchor zero with a graph
 
 
@@ -30,6 +30,11 @@ class Regularizer(nn.Module, ABC):
     min_tasks: int = 2  # with fewer tasks a training goes without it
     uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
     reads_teacher_features: bool = False  # whether its output has that model's features, too, NAME as teacher_NAME
+
+    @classmethod
+    def method_name(cls) -> str:
+        """Return the name of the method, which is that of its module and of its file in configs/regularizer."""
+        return cls.__module__.rpartition(".")[2]
 
     def build_optimizer(self, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         """Build the optimizer of the regularizer's own parameters."""

@@ -9,7 +9,7 @@ from mtcl import distributed
 
 
 def compare_feature_gradients(
-    task_loss: Tensor, contrast: Tensor, features: Mapping[str, Tensor], loss_scale: Tensor | None = None
+    task_loss: Tensor, regularizer_loss: Tensor, features: Mapping[str, Tensor], loss_scale: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Compare the gradients of two losses at the task features.
 
@@ -18,29 +18,29 @@ def compare_feature_gradients(
 
     Args:
         task_loss: weighted sum over the tasks, as it enters the step.
-        contrast: the regulariser's loss times lambda.
+        regularizer_loss: the regulariser's, times lambda.
         features: target -> feature map, in the graph of both.
         loss_scale: both losses are multiplied by it before, and the norms divided, so that gradients in fp16 do not
             become 0.
 
     Returns:
-        detached scalars ``TARGET/norm_task``, ``TARGET/norm_contrast`` and ``TARGET/cosine``.
+        detached scalars ``TARGET/norm_task``, ``TARGET/norm_regularizer`` and ``TARGET/cosine``.
     """
     maps = list(features.values())
     if loss_scale is not None:
-        task_loss, contrast = loss_scale * task_loss, loss_scale * contrast
+        task_loss, regularizer_loss = loss_scale * task_loss, loss_scale * regularizer_loss
     task_gradients = torch.autograd.grad(task_loss, maps, retain_graph=True, allow_unused=True)
-    contrast_gradients = torch.autograd.grad(contrast, maps, retain_graph=True, allow_unused=True)
+    regularizer_gradients = torch.autograd.grad(regularizer_loss, maps, retain_graph=True, allow_unused=True)
     result = {}
-    for name, feature, a, b in zip(features, maps, task_gradients, contrast_gradients):
+    for name, feature, a, b in zip(features, maps, task_gradients, regularizer_gradients):
         a = torch.zeros_like(feature) if a is None else a
         b = torch.zeros_like(feature) if b is None else b
         a, b = a.float().flatten(), b.float().flatten()
-        result[f"{name}/norm_task"], result[f"{name}/norm_contrast"] = global_norm(a), global_norm(b)
+        result[f"{name}/norm_task"], result[f"{name}/norm_regularizer"] = global_norm(a), global_norm(b)
         dot = distributed.all_reduce_sum((a * b).sum()) / distributed.world_size() ** 2
         result[f"{name}/cosine"] = dot / (global_norm(a).clamp(min=1e-8) * global_norm(b).clamp(min=1e-8))
         if loss_scale is not None:
-            result |= {key: result[key] / loss_scale for key in (f"{name}/norm_task", f"{name}/norm_contrast")}
+            result |= {key: result[key] / loss_scale for key in (f"{name}/norm_task", f"{name}/norm_regularizer")}
     return result
 
 

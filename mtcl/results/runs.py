@@ -146,12 +146,12 @@ def _read_ending(run: RunFolder, step: int | None) -> dict[str, Any]:
 def is_regularizer_off(run: Run) -> bool:
     """Is the regulariser off: none, or of weight 0, which trains bit for bit the same?
 
-    With a balancing method that counts the contrastive loss among its objectives, a weight of 0 is not off.
+    With a balancing method that counts the regulariser's loss among its objectives, a weight of 0 is not off.
     """
     if REGULARIZER not in run.config:
         return False
     is_objective = (
-        run.config.get("balancing.contrast_as_objective") is True and run.config.get("balancing.method") != "fixed"
+        run.config.get("balancing.regularizer_as_objective") is True and run.config.get("balancing.method") != "fixed"
     )
     return run.config[REGULARIZER] is None or (run.config.get(WEIGHT) == 0 and not is_objective)
 

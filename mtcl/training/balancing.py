@@ -14,6 +14,11 @@ from mtcl import distributed
 log = logging.getLogger(__name__)
 
 
+def rename_objective(name: str) -> str:
+    """Return today's name of an objective in a checkpoint: before version 0.3 the regulariser was called contrast."""
+    return "regularizer" if name == "contrast" else name
+
+
 class Balancer(ABC):
     """Decides how much each objective contributes to the gradients.
 
@@ -22,8 +27,8 @@ class Balancer(ABC):
     before the last of them.
 
     Args:
-        weights: objective -> fixed factor of its loss. Losses of other names (a model's auxiliary ones, the contrast
-            where it is not an objective) are added with factor 1.
+        weights: objective -> fixed factor of its loss. Losses of other names (a model's auxiliary ones, the
+            regulariser's where it is not an objective) are added with factor 1.
     """
 
     saved_name: str  # in checkpoints, where it must not change
@@ -93,7 +98,8 @@ class Balancer(ABC):
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Continue from :meth:`state_dict`; start afresh, after a warning, if that is of another method."""
         state = state or {"method": FixedWeights.saved_name}  # checkpoints from before there were balancers
-        same = state["method"] == self.saved_name and state.get("objectives") == list(self.weights)
+        objectives = [rename_objective(name) for name in state.get("objectives") or ()]
+        same = state["method"] == self.saved_name and objectives == list(self.weights)
         if self._state() and not same:
             log.warning("the checkpoint was trained with another balancing: this one starts afresh")
         elif self._state():

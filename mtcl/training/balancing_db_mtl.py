@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtcl.training.balancing import Balancer
+from mtcl.training.balancing import Balancer, rename_objective
 from mtcl.training.balancing_torchjd import add_gradient
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,8 @@ class DualBalancing(Balancer):
     def _load(self, state: Mapping[str, Any]) -> None:
         self.counts.copy_(state["counts"])
         self.means = {
-            name: {int(index): mean.to(self.counts.device, copy=True) for index, mean in means.items()}
+            rename_objective(name): {
+                int(index): mean.to(self.counts.device, copy=True) for index, mean in means.items()
+            }
             for name, means in state["means"].items()
         }

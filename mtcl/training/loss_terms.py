@@ -11,9 +11,9 @@ class LossTerms(dict[str, Tensor]):
     A balancer may weight each term, or aggregate their gradients; so ``a + b`` keeps the terms of both.
 
     >>> import torch
-    >>> task_loss, contrast = LossTerms(depth=torch.tensor(2.0)), LossTerms(contrast=torch.tensor(3.0))
-    >>> task_loss + 0.5 * contrast
-    {'depth': tensor(2.), 'contrast': tensor(1.5000)}
+    >>> task_loss, regularizer_loss = LossTerms(depth=torch.tensor(2.0)), LossTerms(regularizer=torch.tensor(3.0))
+    >>> task_loss + 0.5 * regularizer_loss
+    {'depth': tensor(2.), 'regularizer': tensor(1.5000)}
     """
 
     def __add__(self, other: Mapping[str, Tensor]) -> "LossTerms":

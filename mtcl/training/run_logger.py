@@ -79,7 +79,7 @@ class RunLogger:
 
         Args:
             step: of the record.
-            kind: ``train``, ``labelled_images``, ``contrast``, ``balancing``, ``loss_scale`` or ``val``.
+            kind: ``train``, ``labelled_images``, ``regularizer``, ``balancing``, ``loss_scale`` or ``val``.
             values: name -> number, NaN where there was nothing to measure.
         """
         self.log_curves(step, kind, values)

@@ -328,18 +328,20 @@ class Trainer:
         loss = task_loss = LossTerms(self.task_losses(first, labels) | auxiliary_losses)
         values = {name: term.detach() for name, term in task_loss.items()}
         if regularizer_output is not None:
-            values["contrast"] = regularizer_output.loss.detach()
+            values["regularizer"] = regularizer_output.loss.detach()
         for name, value in values.items():
             is_finite[f"loss of {name}"] = value.isfinite() & is_finite.get(f"loss of {name}", True)
         if with_diagnostics:
             values |= self._count_labels(values, labels)
         if regularizer_output is not None and lambda_ > 0:
-            contrast, gradients = self._weigh_contrast(task_loss, regularizer_output, output, lambda_, with_diagnostics)
+            regularizer_loss, gradients = self._weigh_regularizer(
+                task_loss, regularizer_output, output, lambda_, with_diagnostics
+            )
             values |= gradients
             if self.head_parameters is None:
-                loss = task_loss + lambda_ * contrast
+                loss = task_loss + lambda_ * regularizer_loss
             else:
-                head_loss = lambda_ * contrast["contrast"]
+                head_loss = lambda_ * regularizer_loss["regularizer"]
                 head_gradients = self._differentiate_heads(self.balancer.scale_loss(head_loss / num_batches))
         elif self.regularizer_parameters and distributed.world_size() > 1:  # DDP waits for every parameter's gradient
             loss = task_loss + {"idle": 0.0 * torch.stack([p.sum() for p in self.regularizer_parameters]).sum()}
@@ -417,7 +419,7 @@ class Trainer:
                 losses.append(self.task_losses(output, labels))
         return {name: torch.stack([batch_losses[name] for batch_losses in losses]).mean() for name in self.tasks}
 
-    def _weigh_contrast(
+    def _weigh_regularizer(
         self,
         task_loss: Mapping[str, Tensor],
         regularizer_output: RegularizerOutput,
@@ -425,7 +427,7 @@ class Trainer:
         lambda_: float,
         with_diagnostics: bool,
     ) -> tuple[LossTerms, dict[str, Tensor]]:
-        """Return the contrastive loss that lambda multiplies, and on request the gradients at the task features."""
+        """Return the regulariser's loss that lambda multiplies, and on request the gradients at the task features."""
         assert self.regularizer is not None
         features = output.features[self.regularizer.feature]
         measures_gradients = self.lambda_.measures_gradients(self.step)
@@ -436,11 +438,11 @@ class Trainer:
         if measures_gradients:
             losses = {name: self.balancer.scale_loss(loss) for name, loss in regularizer_output.losses.items()}
             self.lambda_.update(self.balancer.scale_loss(total), losses, features)
-        contrast = self.lambda_.rescale(regularizer_output.loss, regularizer_output.losses)
+        regularizer_loss = self.lambda_.rescale(regularizer_output.loss, regularizer_output.losses)
         gradients = {}
         if with_diagnostics:
-            gradients = compare_feature_gradients(total, lambda_ * contrast, features, self.balancer.loss_scale)
-        return LossTerms(contrast=contrast), {f"gradient/{name}": value for name, value in gradients.items()}
+            gradients = compare_feature_gradients(total, lambda_ * regularizer_loss, features, self.balancer.loss_scale)
+        return LossTerms(regularizer=regularizer_loss), {f"gradient/{name}": value for name, value in gradients.items()}
 
     def _count_labels(self, values: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the number of images with a label of each task, and the tasks' losses, NaN where that number is 0.
@@ -656,7 +658,7 @@ class Trainer:
             self.run_logger.log_scalars(self.step, "loss_scale", scale)
         if self.regularizer is not None:
             gradients = {name: value for name, value in numbers.items() if name.startswith("gradient/")}
-            self.run_logger.log_scalars(self.step, "contrast", {**self.regularizer.summary(), **gradients})
+            self.run_logger.log_scalars(self.step, "regularizer", {**self.regularizer.summary(), **gradients})
         if summary := self.balancer.summary():
             scalars = torch.stack([torch.as_tensor(value, device=self.device) for value in summary.values()])
             self.run_logger.log_scalars(self.step, "balancing", dict(zip(summary, scalars.tolist())))

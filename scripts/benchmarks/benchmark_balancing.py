@@ -8,8 +8,8 @@ whose solver is not installed, is left out, with a line that says why.
 
 Without overrides of train.py it measures NYUD-v2's setting without regulariser, images of 448x576 with the tasks
 semseg, depth, normals and edge (rendered rooms: nothing to download), random weights, ResNet-18 and the baseline
-decoder; batches of 8 on CUDA, of 2 on a CPU. With ``regularizer=contrastive balancing.contrast_as_objective=true`` the
-contrast is an objective, too.
+decoder; batches of 8 on CUDA, of 2 on a CPU. With ``regularizer=contrastive balancing.regularizer_as_objective=true``
+the regulariser's loss is an objective, too.
 
 All methods train one model, step after step in turn and on the same batches, so that a machine that becomes slower
 affects all. The batches are loaded beforehand. ``ms`` is the median of a step, ``times fixed`` the median of its ratio

@@ -38,7 +38,7 @@ EXPERIMENTS: dict[str, list[str]] = {  # with overrides of their own
 SHARED = ["data=rooms", "tasks=nyud", "data.size=[448,576]", "data.batch_size=4", "data.options.length=[32,2]"]
 SHARED += ["trainer.deterministic=true", "trainer.log_interval=1", "trainer.val_interval=null", "trainer.num_panels=0"]
 SHARED += ["trainer.validate_first=false", "trainer.checkpoint_interval=null", "evaluation.score_boundaries=false"]
-LOSSES = ("train", "contrast")  # kinds of records in a run's log
+LOSSES = ("train", "regularizer")  # kinds of records in a run's log
 
 
 def train(folder: Path, overrides: Sequence[str]) -> None:

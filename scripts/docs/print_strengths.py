@@ -33,14 +33,14 @@ def measure_strengths(folders: Iterable[Path]) -> dict[str, float]:
             raise UserError(f"{folder} has no {LOG}; give the folder of a run")
         for line in read_lines(folder / LOG):
             record = line.record or {}
-            if record.get("kind") != "contrast":
+            if record.get("kind") != "regularizer":
                 continue
             for task in TASK_NAMES:
-                contrast, task_loss = (record.get(f"gradient/{task}/norm_{part}") for part in ("contrast", "task"))
-                if contrast and task_loss and math.isfinite(contrast + task_loss):
-                    lengths[task][0] += contrast
+                own, task_loss = (record.get(f"gradient/{task}/norm_{part}") for part in ("regularizer", "task"))
+                if own and task_loss and math.isfinite(own + task_loss):
+                    lengths[task][0] += own
                     lengths[task][1] += task_loss
-    return {task: contrast / task_loss for task, (contrast, task_loss) in lengths.items()}
+    return {task: own / task_loss for task, (own, task_loss) in lengths.items()}
 
 
 def main() -> None:

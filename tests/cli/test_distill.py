@@ -93,7 +93,7 @@ def test_resumed_it_is_bit_equal(student, images, tmp_path, monkeypatch):
 def test_it_learns(images, tmp_path):
     distill(images, tmp_path, "trainer.max_steps=60", "trainer.val_interval=null", "optimizer.lr=3e-3",
             "schedule=constant", "data.augment.area=[1.0,1.0]")  # fmt: skip
-    losses = [record["contrast"] for record in read_log(tmp_path, "train")]
+    losses = [record["regularizer"] for record in read_log(tmp_path, "train")]
     assert losses[-1] < 0.6 * losses[0]
 
 
@@ -119,7 +119,7 @@ def test_the_second_stage_trains_and_its_checkpoint_holds_no_aligner_in_the_mode
     weights = f"decoder.weights={student}/checkpoints/last.pt"
     metrics = train(composed(*TINY[:2], *SECOND_STAGE, weights), tmp_path)
     assert set(metrics) == {"semseg", "depth"}
-    log = read_log(tmp_path, "contrast")[-1]
+    log = read_log(tmp_path, "regularizer")[-1]
     assert {"first/loss", "first/cosine", "second/loss", "second/cosine"} <= set(log)
     loaded = load_model(tmp_path / "checkpoints" / "last.pt")
     assert not [name for name in loaded.model.state_dict() if "align" in name or "teacher" in name]
@@ -164,7 +164,7 @@ def test_the_command(images, tmp_path, cli):
     overrides = list_overrides(images, "trainer.max_steps=1", "trainer.checkpoint_interval=null")
     result = cli("scripts/distill.py", *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
-    assert "tasks none, distillation with weight 1.0" in result.out
+    assert "tasks none, regularizer distillation with weight 1.0" in result.out
     assert re.search(r"distillation +cosine/second +-?0\.\d{4}", result.out)
     again = cli("scripts/distill.py", *overrides, f"hydra.run.dir={tmp_path}/run")
     assert_fails(again, "already holds a run; continue it with resume=auto")

@@ -69,7 +69,7 @@ def test_training_on_cached_features_equals_training_without_the_cache(model, tm
     )
     expected, losses = train(plain, 20), train(cached, 20)
     assert losses == expected
-    assert "contrast" in losses[0]
+    assert "regularizer" in losses[0]
     assert len({loss["depth"] for loss in losses}) > 10
     assert (
         plain.trainer.evaluator.run(plain.trainer.model).metrics
@@ -83,7 +83,7 @@ def test_contrast_trains_the_heads_and_weight_zero_changes_nothing(tmp_path) -> 
     cache = f"data.feature_cache={tmp_path}"
     without = train(build(*RESNET, cache, "regularizer=none"), 3)
     reported = train(build(*RESNET, cache, "regularizer.weight=0"), 3)
-    assert [{k: v for k, v in loss.items() if k != "contrast"} for loss in reported] == without
+    assert [{k: v for k, v in loss.items() if k != "regularizer"} for loss in reported] == without
     run = build(*RESNET, cache, "regularizer.weight=1")
     trained = train(run, 3)
     assert trained[0]["depth"] == without[0]["depth"]

@@ -158,7 +158,7 @@ def check_same(one: Outcome, two: Outcome, case: str = "") -> None:
         assert x.keys() == y.keys(), case
         assert x.get("loss", 0) == pytest.approx(y.get("loss", 0), rel=1e-5, nan_ok=True), f"{case}: the total"
         losses = [name for name in x if "/" not in name and name != "loss"]
-        assert {"semseg", "sal", "edge", "contrast"} <= set(losses), case
+        assert {"semseg", "sal", "edge", "regularizer"} <= set(losses), case
         assert [x[name] for name in losses] == pytest.approx([y[name] for name in losses], abs=1e-5, nan_ok=True), case
         assert x == pytest.approx(y, rel=1e-3, abs=1e-4, nan_ok=True), f"{case}: gradients at the taps"
     weights, others = weights_of(a), weights_of(b)

@@ -58,7 +58,7 @@ def train(decoder: str, folder: Path) -> list[dict[str, float]]:
     code += "runpy.run_path('train.py', run_name='__main__')"
     subprocess.run([sys.executable, "-c", code, *command[1:]], cwd=ROOT, check=True, capture_output=True)
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    keys = ("step", "total", "semseg", "human_parts", "sal", "depth", "normals", "edge", "contrast")
+    keys = ("step", "total", "semseg", "human_parts", "sal", "depth", "normals", "edge", "regularizer")
     return [
         {key: value for key, value in record.items() if key.split("/")[-1] in keys and key != "kind"}
         for record in records

@@ -1,6 +1,7 @@
 """Files of mtcl 0.1.0, written before the packages and config keys were renamed, give what they gave then."""
 
 import json
+import math
 import re
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 from helpers.common import ROOT
 
 import mtcl
+from mtcl.run_log import read_lines
 
 FILES = ROOT / "tests/fixtures" / "version_0_1_0"
 
@@ -33,6 +35,20 @@ def test_evaluation_gives_the_metrics_of_then(cli, tmp_path):
     assert metrics.keys() == expected.keys()
     for task, values in expected.items():
         assert metrics[task] == pytest.approx(values, rel=1e-6)
+
+
+def test_logs_of_then_have_today_s_names():
+    """The loss of the regulariser was called contrast."""
+    lines = list(read_lines(FILES / "runs/contrastive_0" / "log.jsonl"))
+    assert any(b'"contrast"' in line.data for line in lines)
+    records = [line.record for line in lines]
+    assert not any(record is None or record["kind"] == "contrast" or "contrast" in record for record in records)
+    assert records[1]["regularizer"] == pytest.approx(0.438196)
+    assert list(records[1])[-2:] == ["regularizer", "lr"]
+    named = [record for record in records if record["kind"] == "regularizer"]
+    assert len(named) == sum(record["kind"] == "train" for record in records)
+    assert 0 < named[0]["gradient/depth/norm_regularizer"] < math.inf
+    assert not any(key.endswith("norm_contrast") for key in named[0])
 
 
 def figures(text: str) -> list[str]:

@@ -33,7 +33,7 @@ def records(folder: Path, kind: str) -> list[dict]:
 
 
 def losses(folder: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k != "contrast"} for record in records(folder, "train")]
+    return [{k: v for k, v in record.items() if k != "regularizer"} for record in records(folder, "train")]
 
 
 def assert_equal_state(a: dict, b: dict) -> None:

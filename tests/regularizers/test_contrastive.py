@@ -621,7 +621,7 @@ def test_gradients_at_taps():
     statistics = compare_feature_gradients(task, contrast, features)
     assert weight.grad is None
     assert all(not value.requires_grad and value.shape == () for value in statistics.values())
-    assert set(statistics) == {f"{t}/{k}" for t in features for k in ("norm_task", "norm_contrast", "cosine")}
+    assert set(statistics) == {f"{t}/{k}" for t in features for k in ("norm_task", "norm_regularizer", "cosine")}
     a, b = features["a"].detach().double(), features["b"].detach().double()
     expected = {
         "a": (2 * a, 0.5 * a.exp() / a.numel() + b),
@@ -631,7 +631,7 @@ def test_gradients_at_taps():
     }
     for name, (task_gradient, ours) in expected.items():
         assert statistics[f"{name}/norm_task"].item() == pytest.approx(task_gradient.norm().item(), rel=1e-5)
-        assert statistics[f"{name}/norm_contrast"].item() == pytest.approx(ours.norm().item(), rel=1e-5)
+        assert statistics[f"{name}/norm_regularizer"].item() == pytest.approx(ours.norm().item(), rel=1e-5)
         product = (task_gradient.norm() * ours.norm()).item()
         cosine = (task_gradient * ours).sum().item() / product if product else 0.0
         assert statistics[f"{name}/cosine"].item() == pytest.approx(cosine, abs=1e-5)

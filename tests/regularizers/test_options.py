@@ -404,10 +404,10 @@ def test_a_gradient_share_makes_the_norms_at_the_taps_equal():
     share.update(*({t: norms_before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "contrast")))
     norms_after = compare_feature_gradients(task, share.weighted_sum(losses), leaves)
     for t in leaves:
-        assert norms_before[f"{t}/norm_contrast"].item() != pytest.approx(
+        assert norms_before[f"{t}/norm_regularizer"].item() != pytest.approx(
             norms_before[f"{t}/norm_task"].item(), rel=0.1
         )
-        assert norms_after[f"{t}/norm_contrast"].item() == pytest.approx(
+        assert norms_after[f"{t}/norm_regularizer"].item() == pytest.approx(
             norms_before[f"{t}/norm_task"].item(), rel=1e-5
         )
 
@@ -563,7 +563,7 @@ def test_gradient_balance_in_training(tmp_path, monkeypatch):
     targets = {key.split("/")[1] for key in log[0] if key.startswith("gradient/")}
     assert targets == {"semseg", "depth", "normals"}
     for t in targets:
-        task_norm, ours = log[0][f"gradient/{t}/norm_task"], log[0][f"gradient/{t}/norm_contrast"]
+        task_norm, ours = log[0][f"gradient/{t}/norm_task"], log[0][f"gradient/{t}/norm_regularizer"]
         assert ours == pytest.approx(0.3 * task_norm, rel=1e-2)
     assert not any("semseg<-depth" in key for record in log for key in record)
     assert [any(key.startswith("gradient/") for key in record) for record in log] == [True, True, True, False]

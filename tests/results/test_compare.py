@@ -170,7 +170,7 @@ def test_none_and_weight_zero_are_one_row_and_a_seed_in_both_counts_once(tmp_pat
     assert [len(row.runs) for row in comparison.rows] == [3, 2]
     assert none in [run.path for run in comparison.rows[0].runs]
     assert any(note.startswith(f"warning: {other} is left out: its regulariser is off") for note in comparison.notes)
-    balanced = {"balancing.contrast_as_objective": True, "balancing.method": "dwa"}
+    balanced = {"balancing.regularizer_as_objective": True, "balancing.method": "dwa"}
     counted = write_run(tmp_path / "dwa", 0, config=ON | {"regularizer.weight": 0} | balanced)
     assert len(compare([counted, write_run(tmp_path / "none", 1, config=balanced)]).rows) == 2
 

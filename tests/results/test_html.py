@@ -88,7 +88,7 @@ def write_run(
     if log:
         for step in range(0, 400 if finished else 200, 20):
             losses = {t: 2 * math.exp(-step / 150) + 0.1 * rng.random() for t in tasks}
-            recorder.log_scalars(step, "train", {**losses, "contrast": 0.4 + 0.1 * rng.random(), "lr": 1e-3})
+            recorder.log_scalars(step, "train", {**losses, "regularizer": 0.4 + 0.1 * rng.random(), "lr": 1e-3})
             if step % 100 == 0 or step == 380:
                 values = {
                     f"{t}/{m}": v * (0.5 + step / 800) for t in tasks for m, v in metrics[t].items() if m != "odsF"

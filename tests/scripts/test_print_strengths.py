@@ -25,7 +25,7 @@ def write_log(folder, *rows):
 
 
 def lengths(task, contrast, task_loss):
-    return {f"gradient/{task}/norm_contrast": contrast, f"gradient/{task}/norm_task": task_loss}
+    return {f"gradient/{task}/norm_regularizer": contrast, f"gradient/{task}/norm_task": task_loss}
 
 
 def test_lengths_are_pooled_over_the_steps_with_a_gradient(script, tmp_path):

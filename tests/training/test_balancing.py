@@ -420,17 +420,22 @@ def test_methods_and_objectives():
     dwa = balancer_of(THREE, "balancing=dwa", "data.batch_size=4", "trainer.accumulate_grad_batches=2")
     assert (list(dwa.weights), dwa.every, dwa.scalarizer.temperature) == (tasks, 6, 2.0)
     assert balancer_of(THREE, "balancing=dwa", "balancing.every=7").every == 7
-    overrides = [THREE, "balancing=uncertainty", "balancing.contrast_as_objective=true", "regularizer.weighting=fixed"]
-    assert list(balancer_of(*overrides).weights) == [*tasks, "contrast"]
+    overrides = [
+        THREE,
+        "balancing=uncertainty",
+        "balancing.regularizer_as_objective=true",
+        "regularizer.weighting=fixed",
+    ]
+    assert list(balancer_of(*overrides).weights) == [*tasks, "regularizer"]
     assert list(balancer_of(*overrides, "regularizer=none").weights) == tasks
 
 
 @torchjd
 def test_an_aggregator_from_the_command_line():
     overrides = ["balancing=torchjd", "balancing.aggregator=MGDA", "balancing.options={max_iters: 7}"]
-    balancer = balancer_of(THREE, *overrides, "balancing.contrast_as_objective=true", "seed=5")
+    balancer = balancer_of(THREE, *overrides, "balancing.regularizer_as_objective=true", "seed=5")
     assert (balancer.name, balancer.options, balancer.seed) == ("MGDA", {"max_iters": 7}, 5)
-    assert list(balancer.weights) == ["depth", "normals", "edge", "contrast"]
+    assert list(balancer.weights) == ["depth", "normals", "edge", "regularizer"]
     assert balancer_of(THREE, "balancing=imtl_g").name == "IMTLG"
 
 
@@ -440,8 +445,8 @@ def test_an_aggregator_from_the_command_line():
         (["balancing.method=pcgrad"], r"method=pcgrad is not known; choose fixed, uncertainty, .* or torchjd"),
         (["balancing=torchjd", "trainer.compile=true"], "set trainer.compile=false"),
         (
-            ["balancing=dwa", "balancing.contrast_as_objective=true"],
-            "contrast_as_objective=false or regularizer.weighting=fixed",
+            ["balancing=dwa", "balancing.regularizer_as_objective=true"],
+            "regularizer_as_objective=false or regularizer.weighting=fixed",
         ),
         (["balancing=uncertainty", "loss.weights.edge=0"], "loss.weights.edge=0"),
         (["balancing=dwa", "tasks=single_depth"], "has one objective only, depth; use balancing=fixed"),
@@ -461,7 +466,7 @@ def test_several_processes_are_not_for_torchjd(monkeypatch):
 
 
 def test_train_says_it_in_one_sentence(cli, tmp_path):
-    overrides = ["balancing=dwa", "balancing.contrast_as_objective=true"]
+    overrides = ["balancing=dwa", "balancing.regularizer_as_objective=true"]
     result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path / 'run'}")
     assert result.code == 1
     assert "regularizer.weighting=fixed" in result.err
@@ -540,7 +545,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
     results = []
     for balancing in (
         [],
-        ["balancing=torchjd", "balancing.aggregator=Sum", f"balancing.contrast_as_objective={contrast}"],
+        ["balancing=torchjd", "balancing.aggregator=Sum", f"balancing.regularizer_as_objective={contrast}"],
     ):
         composition = composed(*overrides, *balancing)
         torch.manual_seed(0)
@@ -562,7 +567,7 @@ def test_summed_gradients_are_those_of_a_plain_step(decoder, backbone, contrast,
 
 @torchjd
 def test_checkpointed_blocks_give_the_same_gradients(tmp_path):
-    overrides = [THREE, "balancing=torchjd", "balancing.aggregator=Mean", "balancing.contrast_as_objective=true"]
+    overrides = [THREE, "balancing=torchjd", "balancing.aggregator=Mean", "balancing.regularizer_as_objective=true"]
     gradients, statistics = [], []
     for recompute in ("false", "true"):
         trainer = make_trainer(tmp_path, *overrides, f"trainer.grad_checkpointing={recompute}")
@@ -593,10 +598,10 @@ METHODS = {
     "contrast": [
         "balancing=dwa",
         "balancing.every=1",
-        "balancing.contrast_as_objective=true",
+        "balancing.regularizer_as_objective=true",
         "regularizer.weighting=fixed",
     ],
-    "torchjd": ["balancing=torchjd", "balancing.aggregator=GradVac", "balancing.contrast_as_objective=true"],
+    "torchjd": ["balancing=torchjd", "balancing.aggregator=GradVac", "balancing.regularizer_as_objective=true"],
 }
 
 

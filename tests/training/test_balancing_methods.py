@@ -454,7 +454,7 @@ def test_choices_are_the_librarys_names():
     assert balancer_of("db_mtl", sigma=0.5).sigma == 0.5
 
 
-CONTRAST = {"contrast_as_objective": True, "regularizer.weighting": "fixed"}
+AS_OBJECTIVE = {"regularizer_as_objective": True, "regularizer.weighting": "fixed"}
 
 
 @pytest.mark.parametrize(
@@ -470,8 +470,8 @@ CONTRAST = {"contrast_as_objective": True, "regularizer.weighting": "fixed"}
         ("avg_norm", {"target": "max"}, "balancing.target=max is not known"),
         ("avg_norm", {"trainer.compile": True}, "set trainer.compile=false"),
         ("gls", {"loss.weights.edge": 0}, "loss.weights.edge=0"),
-        ("gls", {"contrast_as_objective": True}, "regularizer.weighting=fixed"),
-        ("famo", CONTRAST, "balancing.contrast_as_objective=false"),
+        ("gls", {"regularizer_as_objective": True}, "regularizer.weighting=fixed"),
+        ("famo", AS_OBJECTIVE, "balancing.regularizer_as_objective=false"),
     ],
 )
 def test_what_is_refused(choice, settings, message):
@@ -480,9 +480,27 @@ def test_what_is_refused(choice, settings, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_contrast_as_an_objective():
-    assert [*balancer_of("gls", **CONTRAST).weights][-1] == "contrast"
-    balancer_of("rlw", contrast_as_objective=True)  # whose weights do not depend on the losses
+def test_the_regularizer_as_an_objective():
+    assert [*balancer_of("gls", **AS_OBJECTIVE).weights][-1] == "regularizer"
+    balancer_of("rlw", regularizer_as_objective=True)  # whose weights do not depend on the losses
+
+
+@pytest.mark.parametrize(("choice", "settings"), [("uncertainty", AS_OBJECTIVE), ("db_mtl", AS_OBJECTIVE)])
+def test_a_state_of_before_version_0_3_goes_on(choice, settings, caplog):
+    """It calls the regulariser's objective contrast."""
+    saved, resumed = balancer_of(choice, **settings), balancer_of(choice, **settings)
+    if choice == "db_mtl":
+        saved.means = {name: {0: torch.full((2,), 3.0)} for name in saved.weights}
+    else:
+        with torch.no_grad():
+            saved.learned.fill_(0.25)
+    state = saved.state_dict()
+    old = ["contrast" if name == "regularizer" else name for name in state["objectives"]]
+    means = {"means": dict(zip(old, state["means"].values()))} if choice == "db_mtl" else {}
+    resumed.load_state_dict({**state, "objectives": old, **means})
+    assert "starts afresh" not in caplog.text
+    pairs = list(zip(tree_leaves(state), tree_leaves(resumed.state_dict()), strict=True))
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 def test_a_state_of_another_kind_is_refused(monkeypatch):

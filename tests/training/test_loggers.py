@@ -292,10 +292,10 @@ def test_mlflow_gets_names_that_it_takes(tmp_path):
     calls = []
     logger.client = SimpleNamespace(set_tag=lambda *a: calls.append(a))
     logger._send_metrics = lambda values, step, milliseconds: calls.append((values, step, milliseconds))
-    logger.send(Scalars(3, {"contrast/depth<-edge/active": 1.0}, time=2.5))
+    logger.send(Scalars(3, {"regularizer/depth<-edge/active": 1.0}, time=2.5))
     logger.send(Result(4, {"seed": 1}, {"depth/rmse": 0.5}, time=3.0))
     assert calls == [
-        ({"contrast/depth<-edge/active": 1.0}, 3, 2500),
+        ({"regularizer/depth<-edge/active": 1.0}, 3, 2500),
         ({"score/depth/rmse": 0.5}, 4, 3000),
         ("", "override.seed", "1"),
     ]
@@ -406,7 +406,7 @@ def test_a_training_logs_its_total_loss_speed_rates_and_memory(tmp_path):
     if None in weights.values():
         weights = {"depth": 1.0, "normals": 10.0}
     total = sum(weights[name] * row[f"train/{name}"] for name in weights)
-    assert row["train/loss"] == pytest.approx(total + config.regularizer.weight * row["train/contrast"], rel=1e-5)
+    assert row["train/loss"] == pytest.approx(total + config.regularizer.weight * row["train/regularizer"], rel=1e-5)
     assert row["lr/decoder"] == row["lr/backbone"] == row["train/lr"] == row["lr/regularizer"]
     assert row["system/images_per_second"] * row["system/seconds_per_step"] == pytest.approx(4)
     assert row["system/peak_memory_gib"] > 0

@@ -118,7 +118,7 @@ def test_steps_in_fp16(tmp_path, caplog):
     trainer._log(one, mock.MagicMock(), Throughput())
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert {"step": 0, "kind": "loss_scale", "scale": 1024.0, "skipped_steps": 1} in logged
-    for name in ("depth", "normals", "gradient/depth/norm_task", "gradient/depth/norm_contrast"):
+    for name in ("depth", "normals", "gradient/depth/norm_task", "gradient/depth/norm_regularizer"):
         torch.testing.assert_close(one[name], two[name], rtol=0.1, atol=1e-3)
     moments = [t.optimizer.optimizer.state[next(t.model.parameters())]["exp_avg"].norm() for t in (trainer, reference)]
     torch.testing.assert_close(*moments, rtol=0.1, atol=0)

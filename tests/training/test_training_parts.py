@@ -358,7 +358,7 @@ def test_checkpoints_that_cannot_be_used(tmp_path, content, reason):
 def test_fixed_weights_give_the_weighted_sum():
     x = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     y = nn.Parameter(torch.tensor(5.0))
-    losses = {"a": x.square().sum(), "b": (x * torch.tensor([1.0, 10.0, 100.0])).sum(), "contrast": 7 * y + x[0]}
+    losses = {"a": x.square().sum(), "b": (x * torch.tensor([1.0, 10.0, 100.0])).sum(), "regularizer": 7 * y + x[0]}
     balancer = FixedWeights({"a": 0.5, "b": 2.0, "not in use": 100.0})
     assert balancer.total(losses).item() == 0.5 * 14 + 2 * 281 + 36
     balancer.backward(losses, [x])
@@ -481,7 +481,7 @@ def test_recorder_continues_an_interrupted_run(tmp_path):
     for step in range(6):
         first.log_scalars(step, "val", {"depth/rmse": 100.0 + step})
         first.log_scalars(step, "train", {"depth": 10.0 + step})
-        first.log_scalars(step, "contrast", {"depth<-edge/active": 0.5})
+        first.log_scalars(step, "regularizer", {"depth<-edge/active": 0.5})
     first.close()
     assert len(read_log(tmp_path)) == 18
     second = RunLogger(tmp_path, start_step=4)  # resumed from a checkpoint of step 4
@@ -490,7 +490,7 @@ def test_recorder_continues_an_interrupted_run(tmp_path):
     records = read_log(tmp_path)
     assert records.pop() == {"step": 4, "kind": "train", "depth": 24.0}
     assert [(r["step"], r["kind"]) for r in records] == [
-        *((step, kind) for step in range(4) for kind in ("val", "train", "contrast")),
+        *((step, kind) for step in range(4) for kind in ("val", "train", "regularizer")),
         (4, "val"),
     ]
     assert [r["depth"] for r in records if r["kind"] == "train"] == [10, 11, 12, 13]

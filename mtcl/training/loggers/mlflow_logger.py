@@ -152,8 +152,8 @@ class MlflowLogger(BackgroundLogger):
 def metric_name(name: str) -> str:
     """Return a name with the characters that MLflow takes.
 
-    >>> metric_name("contrast/depth<-edge/active")
-    'contrast/depth_from_edge/active'
+    >>> metric_name("regularizer/depth<-edge/active")
+    'regularizer/depth_from_edge/active'
     """
     return re.sub(r"[^\w\-. /]", "_", name.replace("<-", "_from_"))
 
