@@ -27,7 +27,7 @@ from mtcl.cli.terminal import (
     tolerate_closed_output,
 )
 from mtcl.config.compose import finish_config
-from mtcl.config.overrides import format_error, quote_paths
+from mtcl.config.overrides import format_error, quote_paths, refuse_idle_regularizer_keys
 from mtcl.errors import PeerLost, Preempted, UserError, escape_control_characters
 from mtcl.launch import sweep as sweep
 from mtcl.launch.processes import EXIT_REQUEUE
@@ -153,6 +153,9 @@ class _Task:
                 from mtcl.config.build_model import inline_genotype
 
             finish_config(config)
+            if hydra_config.job.config_name == "train":
+                choice = hydra_config.runtime.choices.get("regularizer")
+                refuse_idle_regularizer_keys(hydra_config.overrides.task, choice)
             inline_genotype(config)
             plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
             if not sweeps or self.command is None:

@@ -217,7 +217,7 @@ def log_setup(
             stays,
         )
     if trainer.regularizer is None and config.regularizer._target_ is not None:
-        log.warning("the regularizer compares tasks, and there is only one: it is off")
+        log.warning("one task has no other task to compare with: the regularizer is off")
     if config.trainer.precision == "auto" and choose_precision(trainer.device, "auto") == "fp16":
         log.info(
             "trainer.precision=auto: %s has no bf16, so the run is in fp16, with a gradient scaler", trainer.device

@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from mtcl.config.quoting import expand_tilde, quote_value
 from mtcl.config.renamed import explain_renamed_key, explain_renamed_value
 from mtcl.config.schema import RULES, flatten
-from mtcl.errors import find_similar, first_line, suggest
+from mtcl.errors import UserError, find_similar, first_line, suggest
 
 # Keys whose value is a path, or a part of one; or a keyword such as auto, hub, one.
 PATH_KEYS: tuple[str, ...] = (
@@ -126,6 +126,27 @@ def explain_parse_error(override: str, reason: str) -> str:
     escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
     typed = shlex.quote(f'{key}="{escaped}"')
     return f"{key}: the value holds {sign[0]} (character {sign.start() + 1}), which needs quotes; type {typed}"
+
+
+def refuse_idle_regularizer_keys(overrides: Sequence[str], choice: str | None) -> None:
+    """Refuse keys of the regulariser in a command that has none, where they would have no effect.
+
+    A command that names its choice keeps them, so that a sweep of ``regularizer=none,contrastive`` can set them.
+
+    Args:
+        overrides: of the command, ``key=value`` or ``group=choice``.
+        choice: of the group ``regularizer`` in the composed config.
+
+    Raises:
+        UserError: there is such a key; the sentence names it and what to add.
+    """
+    keys = [override for override in overrides if override.lstrip("+~").startswith("regularizer.")]
+    is_named = any(override.lstrip("+").startswith("regularizer=") for override in overrides)
+    if keys and choice == "none" and not is_named:
+        raise UserError(
+            f"{keys[0]} has no effect without a regularizer, and none is the default; add "
+            "regularizer=contrastive, or another choice"
+        )
 
 
 LOGGERS = ("csv", "mlflow", "none", "tensorboard", "wandb")  # the files in configs/logger

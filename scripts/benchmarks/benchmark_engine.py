@@ -4,13 +4,13 @@
         [--experiment NAME ...] [key=value ...]
 
 ``standard``: fp32, contiguous memory format, no compiler. ``default``: the config as it is (bf16 where the card
-supports it, channels last). ``compiled``: the same through ``torch.compile``; compiling is not timed. All variants take
-the same batches of 448x576, rendered from rooms (nothing to download), with random weights. They alternate step by
-step in one process, so that a machine that becomes slower affects all alike. Memory: as in benchmark_step.py. Parts of
-a step, from a separate step that waits for the device between them: forward, regulariser (its forward pass), backward,
-optimiser; and data (the time to make a batch divided by the number of workers). ``roofline``: multiply-adds of the
-model's forward pass, times six (one forward and two backward passes, two operations each), per second, over the card's
-peak where it is known.
+supports it, channels last). ``compiled``: the same through ``torch.compile``; compiling is not timed. All train with
+the contrast and take the same batches of 448x576, rendered from rooms (nothing to download), with random weights.
+They alternate step by step in one process, so that a machine that becomes slower affects all alike. Memory: as in
+benchmark_step.py. Parts of a step, from a separate step that waits for the device between them: forward, regulariser
+(its forward pass), backward, optimiser; and data (the time to make a batch divided by the number of workers).
+``roofline``: multiply-adds of the model's forward pass, times six (one forward and two backward passes, two
+operations each), per second, over the card's peak where it is known.
 """
 
 import gc
@@ -128,7 +128,7 @@ def time_steps(trainers: Mapping[str, Trainer], batches: Sequence[Batch], steps:
 
 def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], steps: int, batch: int) -> dict[str, Any]:
     """Time the variants of one experiment, print their table, and return the numbers."""
-    shared = [f"experiment={name}", *DATA, f"data.batch_size={batch}", *overrides]
+    shared = [f"experiment={name}", "regularizer=contrastive", *DATA, f"data.batch_size={batch}", *overrides]
     trainers = {variant: build_for_timing([*shared, *VARIANTS[variant]]) for variant in variants}
     first = next(iter(trainers.values()))
     start = time.perf_counter()

@@ -2,9 +2,10 @@
 
     python scripts/benchmarks/check_determinism.py [--experiment NAME ...] [--steps N] [--json OUT] [key=value ...]
 
-Each training is a process of its own, on images of 448x576 rendered from rooms (nothing to download), with random
-weights. Compared are the logged numbers of each step and the weights of model and regulariser after the last one. The
-exit code is 1 if any differ, or if a training failed. Overrides are those of train.py and apply to all.
+Each training is a process of its own, with the contrast, on images of 448x576 rendered from rooms (nothing to
+download), with random weights. Compared are the logged numbers of each step and the weights of model and regulariser
+after the last one. The exit code is 1 if any differ, or if a training failed. Overrides are those of train.py and apply
+to all.
 """
 
 import os
@@ -44,7 +45,7 @@ LOSSES = ("train", "regularizer")  # kinds of records in a run's log
 def train(folder: Path, overrides: Sequence[str]) -> None:
     """Run train.py into ``folder``; raise ``UserError`` with its last line if it fails."""
     log = folder.with_suffix(".log")
-    command = [sys.executable, "train.py", *overrides, f"hydra.run.dir={folder}"]
+    command = [sys.executable, "train.py", "regularizer=contrastive", *overrides, f"hydra.run.dir={folder}"]
     code = start_process(command, log, os.environ, ROOT).wait()
     if code != 0:
         raise UserError(explain_exit(log, code))

@@ -42,7 +42,7 @@ SOURCES = ("mtcl", "configs", "setup.py", "pyproject.toml", "MANIFEST.in", "READ
 # docs/first_hour.md has these lines, in this order (tested). TIME: the folder of the first run.
 COMMANDS = (
     "mtcl train experiment=rooms trainer.max_steps=60",
-    "mtcl train -m experiment=rooms trainer.max_steps=60 regularizer.weight=0,0.3 seed=0,1",
+    "mtcl train -m experiment=rooms trainer.max_steps=60 regularizer=none,contrastive seed=0,1",
     "mtcl runs",
     "mtcl compare outputs/rooms/sweep",
     "mtcl report outputs/rooms/sweep --output report.html",

@@ -36,11 +36,12 @@ def measure_strengths(folders: Iterable[Path]) -> dict[str, float]:
             if record.get("kind") != "regularizer":
                 continue
             for task in TASK_NAMES:
-                own, task_loss = (record.get(f"gradient/{task}/norm_{part}") for part in ("regularizer", "task"))
-                if own and task_loss and math.isfinite(own + task_loss):
-                    lengths[task][0] += own
-                    lengths[task][1] += task_loss
-    return {task: own / task_loss for task, (own, task_loss) in lengths.items()}
+                norms = (record.get(f"gradient/{task}/norm_{part}") for part in ("regularizer", "task"))
+                length, task_length = norms
+                if length and task_length and math.isfinite(length + task_length):
+                    lengths[task][0] += length
+                    lengths[task][1] += task_length
+    return {task: length / task_length for task, (length, task_length) in lengths.items()}
 
 
 def main() -> None:

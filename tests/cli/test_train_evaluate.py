@@ -69,9 +69,14 @@ def test_train_refuses_a_folder_with_a_run(cli, trained):
     assert files_before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
 
 
-def test_dry_run(cli, tmp_path):
-    result = cli("train.py", *TINY, "trainer.dry_run=true", "trainer.max_steps=1000", f"hydra.run.dir={tmp_path}/run")
+def test_dry_run_of_the_default_without_regularizer(cli, tmp_path):
+    tiny = [word for word in TINY if not word.startswith("regularizer=")]
+    folder = f"hydra.run.dir={tmp_path}/run"
+    refused = cli("train.py", *tiny, "regularizer.weight=0.1", folder)
+    assert_fails(refused, "regularizer.weight=0.1 has no effect", "add regularizer=contrastive")
+    result = cli("train.py", *tiny, "trainer.dry_run=true", "trainer.max_steps=1000", folder)
     assert result.code == 0, result.err
+    assert ", no regularizer, " in result.out
     assert "dry run: the step took" in result.out
     assert read_checkpoint_file(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 1
 
@@ -522,7 +527,7 @@ def test_real_frames(cli, tmp_path):
 
     subprocess.run([sys.executable, shared / "nyud_mini" / "unpack.py", tmp_path / "data"], check=True)
     overrides = ["experiment=nyud_small_cpu", f"data.root={tmp_path}/data", f"data.cache={tmp_path}/cache",
-                 "debug=tiny", "data.limit=8",
+                 "debug=tiny", "data.limit=8", "regularizer=contrastive",
                  f"backbone.weights={shared}/weights/mobilenetv2_100_imagenet.safetensors",
                  "backbone.mean=[0.5,0.5,0.5]", "backbone.std=[0.5,0.5,0.5]",
                  "backbone.kwargs={pad_type:same}"]  # fmt: skip

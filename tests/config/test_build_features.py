@@ -36,6 +36,7 @@ VIT = ["backbone=vit_small", "++backbone.kwargs={embed_dim:32,depth:4,num_heads:
 VIT += ["decoder.width=16", "decoder.head_width=8", "decoder.stride=8"]
 ROOMS = ["data=rooms", "data.size=[64,64]", "data.options.length=[6,5]", "data.batch_size=4", "data.eval_batch_size=2"]
 ROOMS += ["data.augment.scale=[0.7,1.3]", "data.augment.photometric=true", "regularizer.options.num_pixels=16"]
+ROOMS += ["regularizer=contrastive"]
 
 
 def build(*overrides: str, folder: str | Path = "unused") -> TrainingRun:
@@ -149,7 +150,8 @@ def test_a_damaged_entry_is_computed_again(part, tmp_path) -> None:
 def test_an_image_that_has_changed_is_computed_again(tmp_path) -> None:
     root = tiny_nyud(tmp_path / "nyud")
     overrides = [*RESNET, "data=nyud", f"data.root={root}", "data.cache=null", "data.memory_map=false", "tasks=nyud"]
-    overrides += ["data.size=[64,96]", "data.batch_size=2", "regularizer.options.num_pixels=16"]
+    overrides += ["data.size=[64,96]", "data.batch_size=2", "regularizer=contrastive"]
+    overrides += ["regularizer.options.num_pixels=16"]
     overrides += [f"data.feature_cache={tmp_path}/features"]
     fill(build(*overrides))
     entries = {path: path.read_bytes() for path in (tmp_path / "features").rglob("a.array")}

@@ -130,7 +130,7 @@ def test_every_group_is_tested():
 
 @pytest.mark.parametrize("backbone", choices("backbone"))
 def test_every_backbone_predicts_at_any_size(backbone):
-    config = composed(f"backbone={backbone}", *shrunk("multi_head", backbone))
+    config = composed(f"backbone={backbone}", "regularizer=contrastive", *shrunk("multi_head", backbone))
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).eval()
     with torch.no_grad():
@@ -323,7 +323,7 @@ def test_experiments_of_one_label_say_which_row_is_nearest(experiment):
     "experiment", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
 )
 def test_experiments_compose_without_contrast(experiment):
-    on, off = composed(f"experiment={experiment}"), composed(f"experiment={experiment}", "regularizer=none")
+    on, off = (composed(f"experiment={experiment}", f"regularizer={name}") for name in ("contrastive", "none"))
     assert on.regularizer._target_ == "mtcl.regularizers.Contrastive"
     assert on.regularizer.weight == 0.3
     assert off.regularizer._target_ is None
@@ -364,8 +364,7 @@ def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_pa
         overrides.append(f"tasks={choice['data']}")
     if composed(f"experiment={experiment}", "data=rooms").data.options.get("resize", None) is not None:
         overrides.append("~data.options.resize")
-    if not contrast:
-        overrides.append("regularizer=none")
+    overrides.append(f"regularizer={'contrastive' if contrast else 'none'}")
     metrics = train(composed(*overrides), tmp_path)
     assert set(metrics) == set(build_tasks(composed(*overrides)))
     assert (tmp_path / "checkpoints" / "last.pt").is_file()

@@ -7,6 +7,7 @@ from helpers.common import ROOT
 from omegaconf import OmegaConf
 
 from mtcl.config.compose import compose_config
+from mtcl.config.overrides import refuse_idle_regularizer_keys
 from mtcl.config.schema import RULES, flatten
 from mtcl.errors import UserError
 
@@ -61,3 +62,25 @@ def test_suggestions_are_keys_of_the_config(override):
     assert all(key in present for key in suggestions), message
     if override.partition("=")[0] in ("lr", "+trainer.max_step", "optimizer.batch_size"):
         assert suggestions, message
+
+
+@pytest.mark.parametrize(
+    "key", ["regularizer.weight=0.5", "++regularizer.options.num_pixels=8", "~regularizer.options"]
+)
+def test_a_key_of_the_regularizer_without_one_is_refused(key):
+    with pytest.raises(UserError, match=r"has no effect without a regularizer.*add regularizer=contrastive") as refused:
+        refuse_idle_regularizer_keys(["seed=1", key], "none")
+    assert str(refused.value).startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "choice"),
+    [
+        (["seed=1"], "none"),
+        (["regularizer=none", "regularizer.weight=0.5"], "none"),  # of a sweep
+        (["regularizer=contrastive", "regularizer.weight=0.5"], "contrastive"),
+        (["experiment=rooms_small", "regularizer.weight=0.5"], "contrastive"),  # which names it
+    ],
+)
+def test_other_keys_of_the_regularizer_are_taken(overrides, choice):
+    refuse_idle_regularizer_keys(overrides, choice)

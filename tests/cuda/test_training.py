@@ -25,6 +25,7 @@ from mtcl.training.trainer import Trainer
 
 SIZE = (64, 64)
 TINY = ["debug=tiny", "data.size=[64,64]", "tasks.names=[semseg,depth]", "trainer.precision=auto"]
+TINY += ["regularizer=contrastive"]
 BACKBONES = {
     "taskprompter": "vit_small",
     "sak": "vit_small",

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[32,64]", "backbone=test_resnet"]
-TINY += ["decoder.width=16", "decoder.head_width=8"]
+TINY += ["decoder.width=16", "decoder.head_width=8", "regularizer=contrastive"]
 TINY += ["trainer.num_panels=0"]  # drawing them takes a third of so short a run; the tests of them ask for some
 
 

@@ -52,7 +52,8 @@ def train(decoder: str, folder: Path) -> list[dict[str, float]]:
     backbone = BACKBONES[decoder]
     command = [sys.executable, "train.py", "debug=tiny", "trainer.device=cpu", "data.size=[64,64]"]
     command += [f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone), "trainer.max_steps=20"]
-    command += ["trainer.validate_first=false", "trainer.val_interval=null", "evaluation.score_boundaries=false"]
+    command += ["regularizer=contrastive", "trainer.validate_first=false", "trainer.val_interval=null"]
+    command += ["evaluation.score_boundaries=false"]
     command += ["trainer.checkpoint_interval=null", f"hydra.run.dir={folder}"]
     code = "import sys, runpy, torch; torch.set_num_threads(1); sys.argv = sys.argv[1:]; "
     code += "runpy.run_path('train.py', run_name='__main__')"

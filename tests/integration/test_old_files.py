@@ -45,10 +45,10 @@ def test_logs_of_then_have_today_s_names():
     assert not any(record is None or record["kind"] == "contrast" or "contrast" in record for record in records)
     assert records[1]["regularizer"] == pytest.approx(0.438196)
     assert list(records[1])[-2:] == ["regularizer", "lr"]
-    named = [record for record in records if record["kind"] == "regularizer"]
-    assert len(named) == sum(record["kind"] == "train" for record in records)
-    assert 0 < named[0]["gradient/depth/norm_regularizer"] < math.inf
-    assert not any(key.endswith("norm_contrast") for key in named[0])
+    regularizer_records = [record for record in records if record["kind"] == "regularizer"]
+    assert len(regularizer_records) == sum(record["kind"] == "train" for record in records)
+    assert 0 < regularizer_records[0]["gradient/depth/norm_regularizer"] < math.inf
+    assert not any(key.endswith("norm_contrast") for key in regularizer_records[0])
 
 
 def figures(text: str) -> list[str]:

@@ -23,7 +23,7 @@ from mtcl.training.trainer import Trainer
 
 DECODERS = choices("decoder")
 TASKS = ("semseg", "human_parts", "sal", "depth", "normals", "edge")
-TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[64,96]", "data.batch_size=2"]
+TINY = ["trainer.device=cpu", "debug=tiny", "data.size=[64,96]", "data.batch_size=2", "regularizer=contrastive"]
 
 # To learn something takes a little more room than to keep a promise.
 WIDER = {

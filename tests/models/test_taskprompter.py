@@ -387,7 +387,7 @@ def test_windows_of_the_published_checkpoints():
 # --- From the config
 
 SHRUNKEN = ["decoder=taskprompter", "decoder.width=8", "decoder.head_width=8", "data.size=[32,64]"]
-SHRUNKEN += ["backbone=vit_small", "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2}"]
+SHRUNKEN += ["backbone=vit_small", "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2}", "regularizer=contrastive"]
 
 
 def test_the_config_builds_it_for_the_pictures_it_trains_on():
