@@ -206,7 +206,7 @@ def test_training_takes_steps(labels, tmp_path):
     assert state["model"].keys() == model.state_dict().keys()
     assert any(not torch.equal(value, state["regularizer"][key]) for key, value in regularizer.state_dict().items())
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    values = {key: value for record in records if record["kind"] == "contrast" for key, value in record.items()}
+    values = {key: value for record in records if record["kind"] == "regularizer" for key, value in record.items()}
     assert any(key.endswith("/loss") and "<-" in key and math.isfinite(value) for key, value in values.items())
 
 

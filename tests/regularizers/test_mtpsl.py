@@ -460,5 +460,5 @@ def test_training_takes_steps(labels, tmp_path):
     assert any("gamma" in name for name in moved)
     assert any("stems" in name for name in moved)
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    contrast_records = [record for record in records if record["kind"] == "contrast"]
-    assert any(key.endswith("/apart") for record in contrast_records for key in record)
+    regularizer_records = [record for record in records if record["kind"] == "regularizer"]
+    assert any(key.endswith("/apart") for record in regularizer_records for key in record)

@@ -401,7 +401,7 @@ def test_a_gradient_share_makes_the_norms_at_the_taps_equal():
     share = GradientNormWeight(regularizer.task_names)
     assert share.weighted_sum(losses) == 0  # nothing measured yet
     norms_before = compare_feature_gradients(task, sum(losses.values()), leaves)
-    share.update(*({t: norms_before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "contrast")))
+    share.update(*({t: norms_before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "regularizer")))
     norms_after = compare_feature_gradients(task, share.weighted_sum(losses), leaves)
     for t in leaves:
         assert norms_before[f"{t}/norm_regularizer"].item() != pytest.approx(
@@ -469,7 +469,7 @@ def run(folder, *overrides):
 
 def contrast_log(folder):
     records_read = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [record for record in records_read if record["kind"] == "contrast"]
+    return [record for record in records_read if record["kind"] == "regularizer"]
 
 
 def equal(a, b):

@@ -24,19 +24,19 @@ def write_log(folder, *rows):
     return folder
 
 
-def lengths(task, contrast, task_loss):
-    return {f"gradient/{task}/norm_regularizer": contrast, f"gradient/{task}/norm_task": task_loss}
+def lengths(task, length, task_length, name="regularizer"):
+    return {f"gradient/{task}/norm_{name}": length, f"gradient/{task}/norm_task": task_length}
 
 
 def test_lengths_are_pooled_over_the_steps_with_a_gradient(script, tmp_path):
     first = write_log(
         tmp_path / "on" / "a",
         ("train", lengths("depth", 9.0, 1.0)),  # of another kind
-        ("contrast", lengths("depth", 1.0, 4.0) | lengths("edge", 0.0, 1.0)),
-        ("contrast", lengths("depth", 0.0, 8.0)),  # no gradient: left out
-        ("contrast", lengths("depth", None, 8.0)),  # not finite: null in a log
+        ("regularizer", lengths("depth", 1.0, 4.0) | lengths("edge", 0.0, 1.0)),
+        ("regularizer", lengths("depth", 0.0, 8.0)),  # no gradient: left out
+        ("regularizer", lengths("depth", None, 8.0)),  # not finite: null in a log
     )
-    second = write_log(tmp_path / "on" / "b", ("contrast", lengths("depth", 2.0, 2.0)))
+    second = write_log(tmp_path / "on" / "b", ("contrast", lengths("depth", 2.0, 2.0, "contrast")))  # as before 0.3
     assert script.measure_strengths([first, second]) == {"depth": pytest.approx(3.0 / 6.0)}
 
 

@@ -405,7 +405,7 @@ def test_without_torchjd(monkeypatch):
 
 
 def balancer_of(*overrides: str) -> Balancer:
-    config = composed(*overrides)
+    config = composed("regularizer=contrastive", *overrides)
     tasks = build_tasks(config)
     regularizer = None if config.regularizer._target_ is None or len(tasks) < 2 else object()
     return build_balancer(config, tasks, regularizer, SimpleNamespace(ids=range(50)), CPU)
