@@ -6,6 +6,7 @@ Logs of before version 0.3 called the regulariser's loss "contrast"; their recor
 
 import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,6 +59,8 @@ def _rename(record: Record) -> Record:
     if record["kind"] == "contrast":
         renamed = {key.replace("/norm_contrast", "/norm_regularizer"): value for key, value in record.items()}
         return renamed | {"kind": "regularizer"}
+    if record["kind"] == "balancing":  # OBJECTIVE/quantity
+        return {re.sub("^contrast/", "regularizer/", key): value for key, value in record.items()}
     if record["kind"] == "train" and "contrast" in record:
         return {"regularizer" if key == "contrast" else key: value for key, value in record.items()}
     return record

@@ -77,6 +77,7 @@ def format_overrides(names: list[str], agreement: Agreement) -> Iterator[str]:
     rows = (
         f"{target}:{{{','.join(f'{source}:{x:.3f}' for source, x in row.items())}}}" for target, row in weights.items()
     )
+    yield "regularizer=contrastive"
     yield shlex.quote(f"regularizer.options.source_weights={{{','.join(rows)}}}")
     if len(weights) < len(names):
         yield shlex.quote(f"regularizer.options.targets=[{','.join(weights)}]")

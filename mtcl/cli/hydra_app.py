@@ -154,8 +154,7 @@ class _Task:
 
             finish_config(config)
             if hydra_config.job.config_name == "train":
-                choice = hydra_config.runtime.choices.get("regularizer")
-                refuse_idle_regularizer_keys(hydra_config.overrides.task, choice)
+                refuse_idle_regularizer_keys(hydra_config.overrides.task, config)
             inline_genotype(config)
             plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
             if not sweeps or self.command is None:

@@ -1,7 +1,7 @@
 """Find the checkpoint that a run continues from, and check that it fits the run."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from mtcl import distributed
 from mtcl.config.diff import describe_changes, find_changed_experiment_keys, find_changed_keys, format_changes
+from mtcl.config.overrides import names_regularizer
 from mtcl.config.resolve import plain
 from mtcl.config.schema import affects_sample_order
 from mtcl.config.stored_config import (
@@ -181,6 +182,29 @@ def restore_trainer(trainer: Trainer, resumed: LoadedCheckpoint, config: DictCon
     except Exception as error:  # of torch and of ours, for parts of other names, shapes or kinds
         changes = describe_changes(checkpoint.config, plain(config), ("backbone.", "decoder.", "regularizer."))
         raise UserError(f"checkpoint {resumed.path} does not fit this run: {changes or error}") from error
+
+
+def check_regularizer(resumed: LoadedCheckpoint, config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse to go on without the regulariser of a checkpoint unless the command says so.
+
+    Before version 0.3 the contrast was on by default, so that the command of such a run does not name it.
+
+    Args:
+        resumed: what is continued.
+        config: of the command.
+        overrides: of the command.
+
+    Raises:
+        UserError: the checkpoint has a regulariser, and the command neither has nor names one.
+    """
+    if resumed.checkpoint.regularizer is None or config.regularizer._target_ is not None:
+        return
+    if not names_regularizer(overrides):
+        raise UserError(
+            f"checkpoint {resumed.path} was trained with a regularizer, which is off by default since version 0.3; add "
+            "the regularizer=NAME that it had (contrastive, if its command had none) to go on with it, or "
+            "regularizer=none to go on without"
+        )
 
 
 def log_resume(resumed: LoadedCheckpoint, config: DictConfig) -> None:

@@ -14,6 +14,7 @@ from mtcl import distributed
 from mtcl.atomic import remove_temporary_files, write_text
 from mtcl.cli.resume import (
     check_backbone,
+    check_regularizer,
     check_resume,
     find_checkpoint,
     list_run_files,
@@ -68,6 +69,7 @@ def train(
     tasks = build_tasks(config)
     if resumed is not None:
         check_resume(resumed, config, tasks)
+        check_regularizer(resumed, config, overrides)
     train_dataset = build_dataset(config, "train", tasks)
     val_limit = config.data.eval_batch_size if config.trainer.dry_run else None
     val_dataset = build_dataset(config, "val", tasks, limit=val_limit)

@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from mtcl.config.overrides import expand_home, format_error, quote_paths
+from mtcl.config.overrides import expand_home, format_error, quote_paths, refuse_idle_regularizer_keys
 from mtcl.config.schema import check_config
 from mtcl.errors import UserError
 
@@ -42,7 +42,7 @@ def compose_config(overrides: Sequence[str], configs: Path, name: str = "train",
         overrides: ``key=value`` and ``group=choice``, as they are typed; paths need no quotes.
         configs: the folder of the config groups.
         name: the main config, ``train`` or ``evaluate``.
-        check: refuse what breaks a rule of the schema.
+        check: refuse what breaks a rule of the schema, and for ``train`` keys of a regulariser that is off.
 
     Returns:
         The config with interpolations, without Hydra's own part.
@@ -70,6 +70,8 @@ def compose_with_choices(
             del config["hydra"]
         if check:
             finish_config(config)
+            if name == "train":
+                refuse_idle_regularizer_keys(overrides, config)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(format_error(error)) from error
     return Composition(config, choices)

@@ -128,25 +128,39 @@ def explain_parse_error(override: str, reason: str) -> str:
     return f"{key}: the value holds {sign[0]} (character {sign.start() + 1}), which needs quotes; type {typed}"
 
 
-def refuse_idle_regularizer_keys(overrides: Sequence[str], choice: str | None) -> None:
-    """Refuse keys of the regulariser in a command that has none, where they would have no effect.
+def refuse_idle_regularizer_keys(overrides: Sequence[str], config: DictConfig) -> None:
+    """Refuse keys of a regulariser in a command or an experiment that has none, where they would have no effect.
 
     A command that names its choice keeps them, so that a sweep of ``regularizer=none,contrastive`` can set them.
 
     Args:
         overrides: of the command, ``key=value`` or ``group=choice``.
-        choice: of the group ``regularizer`` in the composed config.
+        config: that they are composed to.
 
     Raises:
         UserError: there is such a key; the sentence names it and what to add.
     """
+    if config.regularizer._target_ is not None or names_regularizer(overrides):
+        return
     keys = [override for override in overrides if override.lstrip("+~").startswith("regularizer.")]
-    is_named = any(override.lstrip("+").startswith("regularizer=") for override in overrides)
-    if keys and choice == "none" and not is_named:
+    if config.regularizer.weight:
+        keys.append(f"regularizer.weight={config.regularizer.weight}")
+    if config.balancing.get("regularizer_as_objective"):
+        keys.append("balancing.regularizer_as_objective=true")
+    if keys:
         raise UserError(
-            f"{keys[0]} has no effect without a regularizer, and none is the default; add "
-            "regularizer=contrastive, or another choice"
+            f"{keys[0]} has no effect without a regularizer, and none is the default; add regularizer=contrastive, or "
+            "another choice"
         )
+
+
+def names_regularizer(overrides: Sequence[str]) -> bool:
+    """Return whether a command chooses a file of the group ``regularizer``.
+
+    >>> names_regularizer(["regularizer=none"]), names_regularizer(["regularizer.weight=0.5"])
+    (True, False)
+    """
+    return any(override.lstrip("+").startswith("regularizer=") for override in overrides)
 
 
 LOGGERS = ("csv", "mlflow", "none", "tensorboard", "wandb")  # the files in configs/logger

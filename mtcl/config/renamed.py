@@ -35,7 +35,7 @@ RENAMED_KEYS: dict[str, str] = {
     "evaluation.boundaries": "evaluation.score_boundaries",
     "data.labels": "data.label_assignment",
 }
-RENAMED_IN = {"balancing.contrast_as_objective": "0.3"}  # old key -> version, where it is not 0.2
+RENAMED_IN = dict.fromkeys(("balancing.contrast", "balancing.contrast_as_objective"), "0.3")  # version, where not 0.2
 _STANDARD = {"field": "standard"}
 RENAMED_VALUES: dict[str, dict[str, Any]] = {  # new key, or group -> old value -> new value
     "regularizer.weighting": {"gradient": "gradient_norm"},

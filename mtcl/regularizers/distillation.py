@@ -13,6 +13,7 @@ labels, the second one sum_t w_t L_task_t + lambda L; theirs has lambda = 1.
 """
 
 import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -63,7 +64,7 @@ class Distillation(Regularizer):
     Args:
         tasks: ignored: images need no labels.
         channels: ``TEACHER_levelN`` -> channels of the student's map, N from 1.
-        seed: of the aligners' initialization and of teachers without weights; torch's generator is never touched.
+        seed: of the aligners' initialization; torch's generator is never touched.
         feature: which of a model's features are the student's maps.
         teachers: teacher -> its network, options of :func:`mtcl.models.teachers.build_teacher`; those that the student
             has no adapters for are not used.
@@ -88,7 +89,7 @@ class Distillation(Regularizer):
         smooth_l1_weight: float = 0.1,
     ):
         super().__init__()
-        self.feature, self.seed = feature, seed
+        self.feature = feature
         self.levels = group_levels(channels, feature)
         if missing := [name for name in self.levels if name not in teachers]:
             problem = f" lack {missing[0]}, which the model has adapters for; say which network it is"
@@ -114,14 +115,16 @@ class Distillation(Regularizer):
         self.register_buffer("sums", torch.zeros(len(self.levels), 3), persistent=False)
 
     def load_teachers(self, device: torch.device) -> None:
-        """Build the teachers with their weights on ``device``; random ones are a function of the seed.
+        """Build the teachers with their weights on ``device``.
+
+        Random ones are a function of their name, so that both stages and all seeds have the same.
 
         Raises:
             ParameterError: a teacher's weights can't be had, or do not fit.
         """
         for name, options in self.options.items():
             with name_teacher(name), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(self.seed)
+                torch.manual_seed(zlib.crc32(name.encode()))
                 self.teachers[name] = build_teacher(**options).to(device)
 
     @torch.no_grad()

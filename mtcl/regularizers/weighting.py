@@ -1,4 +1,4 @@
-"""Lambda, the weight of the contrastive loss beside the tasks' losses, over the course of a training."""
+"""Lambda, the weight of the regulariser's loss beside the tasks' losses, over the course of a training."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ OBJECTIVE_WEIGHT = 1.0  # of lambda * L_contrast as an objective beside the task
 
 
 class GradientNormWeight(nn.Module):
-    """Scales the contrastive loss so that its gradient has the same norm as the task loss's, at a place of each target.
+    """Scales the regulariser's loss so that its gradient has the norm of the task loss's, at a place of each target.
 
     The place is the target's feature map F_t, or the first weight of its head. At the feature map the norm of the
     contrast grows with the number of sampled pixels, whose gradients partly cancel on the way to the weights; at the
@@ -94,9 +94,9 @@ class Lambda:
 
     Called with a step it returns lambda: 0 before the part ``start_fraction`` of the training, then ``weight``, reached
     linearly over ``warmup_steps``, and 0 again after the part ``stop_fraction``. With a ``gradient_norm_weight`` the
-    contrastive loss that it multiplies is rescaled first, so that lambda is the ratio of the two gradients' norms.
+    regulariser's loss that it multiplies is rescaled first, so that lambda is the ratio of the two gradients' norms.
 
-    A balancer that treats the contrastive loss as an objective multiplies it by :data:`OBJECTIVE_WEIGHT`.
+    A balancer that treats the regulariser's loss as an objective multiplies it by :data:`OBJECTIVE_WEIGHT`.
 
     Args:
         weight: the final value; 0: the regulariser only reports, and the training is that without it.
@@ -139,14 +139,14 @@ class Lambda:
 
         Args:
             task_loss: the weighted sum over the tasks, a scalar.
-            contrast: comparison -> contrastive loss.
+            contrast: comparison -> the regulariser's loss.
             features: target -> its feature map, in the graph of both.
         """
         assert self.gradient_norm_weight is not None
         self.gradient_norm_weight.measure(task_loss, contrast, features)
 
     def rescale(self, loss: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
-        """Return the contrastive loss that lambda multiplies: ``loss``, or the rescaled ``losses`` together.
+        """Return the regulariser's loss that lambda multiplies: ``loss``, or the rescaled ``losses`` together.
 
         Args:
             loss: the mean over the comparisons.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mtcl.errors import ParameterError, suggest
-from mtcl.training.balancing import Balancer
+from mtcl.training.balancing import Balancer, rename_objective
 
 log = logging.getLogger(__name__)
 
@@ -286,7 +286,7 @@ class GradientAggregation(Balancer):
             return
         self.num_columns = state["columns"]
         for key, values in state["made"].items():
-            names = tuple(key.split(","))
+            names = tuple(map(rename_objective, key.split(",")))
             aggregator = self.aggregators[names] = self._build(names)
             with private_randomness(self.seed, 0, self.device):
                 aggregator(torch.eye(len(names), self.num_columns, device=self.device))  # allocates its state

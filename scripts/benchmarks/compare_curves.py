@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--first-step", type=int, default=0, metavar="STEP", help="leave out earlier steps")
     args = parser.parse_args()
     one, two = (read_curves(variant, args.first_step) for variant in args.variants)
-    print("loss       steps  seeds   last mean, both  distance     std   expected  distance/expected")
+    print("loss         steps  seeds   last mean, both  distance     std   expected  distance/expected")
     for name in (name for name in one if name in two):
         if one[name].keys() != two[name].keys():
             raise UserError(f"the variants have different runs: {', '.join(one[name])} and {', '.join(two[name])}")
@@ -53,7 +53,7 @@ def main() -> None:
             raise UserError(f"{name}: {len(a)} runs with {len(steps)} steps in common; at least two seeds are needed")
         distance, std = np.abs(a.mean(0) - b.mean(0)).mean(), a.std(0, ddof=1).mean()
         expected = std * math.sqrt(2 / len(a)) * math.sqrt(2 / math.pi)
-        print(f"{name:9} {len(steps):6} {len(a):6}   {a[:, -1].mean():7.4f} {b[:, -1].mean():7.4f}  "
+        print(f"{name:11} {len(steps):6} {len(a):6}   {a[:, -1].mean():7.4f} {b[:, -1].mean():7.4f}  "
               f"{distance:8.4f}  {std:6.4f}    {expected:6.4f}  {distance / expected:17.2f}")  # fmt: skip
 
 

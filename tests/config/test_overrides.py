@@ -65,22 +65,36 @@ def test_suggestions_are_keys_of_the_config(override):
 
 
 @pytest.mark.parametrize(
-    "key", ["regularizer.weight=0.5", "++regularizer.options.num_pixels=8", "~regularizer.options"]
+    "key",
+    [
+        "regularizer.weight=0.5",
+        "++regularizer.options.num_pixels=8",
+        "~regularizer.lr",
+        "balancing.regularizer_as_objective=true",
+    ],
 )
 def test_a_key_of_the_regularizer_without_one_is_refused(key):
-    with pytest.raises(UserError, match=r"has no effect without a regularizer.*add regularizer=contrastive") as refused:
-        refuse_idle_regularizer_keys(["seed=1", key], "none")
-    assert str(refused.value).startswith(key)
+    message = refuse(["seed=1", key])
+    assert message.startswith(f"{key} has no effect without a regularizer")
+    assert "add regularizer=contrastive" in message
+
+
+def test_a_weight_in_a_file_without_a_regularizer_is_refused():
+    config = compose_config([], ROOT / "configs")
+    config.regularizer.weight = 0.5
+    with pytest.raises(UserError, match=r"regularizer\.weight=0\.5 has no effect"):
+        refuse_idle_regularizer_keys([], config)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "choice"),
+    "overrides",
     [
-        (["seed=1"], "none"),
-        (["regularizer=none", "regularizer.weight=0.5"], "none"),  # of a sweep
-        (["regularizer=contrastive", "regularizer.weight=0.5"], "contrastive"),
-        (["experiment=rooms_small", "regularizer.weight=0.5"], "contrastive"),  # which names it
+        ["seed=1"],
+        ["regularizer=none", "regularizer.weight=0.5", "balancing.regularizer_as_objective=true"],  # of a sweep
+        ["regularizer=contrastive", "regularizer.weight=0.5"],
+        ["experiment=rooms_small", "regularizer.weight=0.5"],  # which names it
+        ["regularizer._target_=mtcl.regularizers.Contrastive", "regularizer.weight=0.5"],
     ],
 )
-def test_other_keys_of_the_regularizer_are_taken(overrides, choice):
-    refuse_idle_regularizer_keys(overrides, choice)
+def test_other_keys_of_the_regularizer_are_taken(overrides):
+    compose_config(overrides, ROOT / "configs")

@@ -4,7 +4,14 @@ import pytest
 from helpers.common import ROOT, composed
 
 from mtcl.config.compose import compose_config
-from mtcl.config.renamed import RENAMED_KEYS, RENAMED_VALUES, upgrade_config, upgrade_flat_config, upgrade_override
+from mtcl.config.renamed import (
+    RENAMED_IN,
+    RENAMED_KEYS,
+    RENAMED_VALUES,
+    upgrade_config,
+    upgrade_flat_config,
+    upgrade_override,
+)
 from mtcl.config.schema import RULES
 from mtcl.errors import UserError
 
@@ -86,7 +93,7 @@ def test_an_old_key_on_the_command_line_is_answered_with_the_new_one(old, sign):
     with pytest.raises(UserError) as refused:
         compose_config([f"{sign}{old}=1"], ROOT / "configs")
     assert RENAMED_KEYS[old] in str(refused.value)
-    assert "since version 0." in str(refused.value)
+    assert f"since version {RENAMED_IN.get(old, '0.2')};" in str(refused.value)
 
 
 @pytest.mark.parametrize("group", ["loss", "evaluation"])

@@ -47,6 +47,8 @@ def test_rooms_is_that_of_its_experiment_and_small():
     saved, config = json.loads((ROOMS / METADATA_FILE).read_text()), plain(composed("experiment=rooms_small"))
     assert saved["config"]["decoder"] == config["decoder"]
     assert saved["config"]["backbone"]["name"] == config["backbone"]["name"]
+    for key in ("_target_", "weight", "weighting"):
+        assert saved["config"]["regularizer"][key] == config["regularizer"][key]
     assert saved["step"] == config["trainer"]["max_steps"]
     assert sum(path.stat().st_size for path in ROOMS.iterdir()) < 5e6
     assert {path.name for path in ROOMS.iterdir()} == {WEIGHTS_FILE, METADATA_FILE, CARD_FILE}

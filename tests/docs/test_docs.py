@@ -132,7 +132,7 @@ def test_what_a_command_names_is_there(document, command, told_by):
         config = composed(*overrides, name=Path(script).stem)
         if script != "evaluate.py":
             check_config(plain(config))
-            refuse_idle_regularizer_keys(overrides, "none" if config.regularizer._target_ is None else None)
+            refuse_idle_regularizer_keys(overrides, config)
     elif script.startswith("scripts/"):
         assert (ROOT / script).is_file(), f"{document.name}: {script} is gone"
         for word in arguments:

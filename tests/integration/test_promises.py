@@ -117,7 +117,11 @@ def test_free_at_inference(on, off):
 
 def test_a_contrast_trained_run_goes_on_without_regularizer(on, tmp_path):
     overrides = ["regularizer=none", f"resume={on.folder}/checkpoints/last.pt", "trainer.max_steps=5"]
-    train(composed(*FOUR, *overrides), tmp_path / "on2")
+    without = [word for word in FOUR if not word.startswith("regularizer=")]
+    with pytest.raises(UserError, match=r"was trained with a regularizer.*regularizer=none to go on without"):
+        train(composed(*without, *overrides[1:]), tmp_path / "on2", overrides=[*without, *overrides[1:]])
+    assert not (tmp_path / "on2" / "checkpoints").exists()
+    train(composed(*FOUR, *overrides), tmp_path / "on2", overrides=overrides)
     end = read_checkpoint_file(tmp_path / "on2" / "checkpoints" / "last.pt")
     assert end["step"] == 5
     assert end["regularizer"] is None

@@ -106,7 +106,7 @@ def test_teachers_are_in_no_state_and_draw_nothing_of_torch_s_generator():
     assert {name: m.shape[1] for name, m in output.features["adapted"].items()} == dict(
         zip(CHANNELS, [*FIRST, *SECOND])
     )
-    other = make()
+    other = Distillation({}, CHANNELS, seed=9, teachers=TEACHERS)
     other.load_teachers(torch.device("cpu"))
     again = other.run_teachers(image, (0.5,) * 3, (0.5,) * 3)
     assert all(torch.equal(m, again.features["adapted"][name]) for name, m in output.features["adapted"].items())

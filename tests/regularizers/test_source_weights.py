@@ -233,6 +233,7 @@ def test_the_printed_weights_can_be_used(cli):
     result = cli("scripts/label_agreement.py", "--images", "6", "--pixels", "64", *TINY)
     overrides = [line.strip("'") for line in result.out.splitlines() if "regularizer.options." in line]
     assert overrides[0].startswith("regularizer.options.source_weights={")
+    assert "regularizer=contrastive" in result.out.splitlines()
     config = composed(*TINY, "backbone.name=test_resnet", *overrides)
     tasks = build_tasks(config)
     regularizer = build_regularizer(config, tasks, build_model(config, tasks, pretrained=False))

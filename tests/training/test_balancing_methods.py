@@ -503,6 +503,21 @@ def test_a_state_of_before_version_0_3_goes_on(choice, settings, caplog):
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
+def test_an_aggregator_of_before_version_0_3_goes_on():
+    saved, resumed = (balancer_of("torchjd", aggregator="GradVac", regularizer_as_objective=True) for _ in range(2))
+    names = tuple(saved.weights)
+    assert names[-1] == "regularizer"
+    saved.num_columns = 5
+    saved.aggregators[names] = saved._build(names)
+    saved.aggregators[names](torch.eye(len(names), 5) - 0.5)
+    state = saved.state_dict()
+    made = {key.replace("regularizer", "contrast"): values for key, values in state["made"].items()}
+    resumed.load_state_dict({**state, "objectives": [*names[:-1], "contrast"], "made": made})
+    assert list(resumed.aggregators) == [names]
+    pairs = list(zip(tree_leaves(state), tree_leaves(resumed.state_dict()), strict=True))
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
+
+
 def test_a_state_of_another_kind_is_refused(monkeypatch):
     class Learned(torch.nn.Module):
         def __init__(self):
