@@ -30,9 +30,11 @@ def main() -> None:
     configs = Path(__file__).resolve().parents[1] / "configs"
     result = import_checkpoint(args.method, args.file, args.output, args.overrides, configs)
     print(f"{args.output}: {result.num_tensors} tensors, each filled from {args.file}")
+    if result.num_regularizer_tensors:
+        print(f"and {result.num_regularizer_tensors} of its aligners, which the second stage starts from")
     if result.unused_keys:
         first = ", ".join(result.unused_keys[:4]) + (", ..." if len(result.unused_keys) > 4 else "")
-        print(f"left out, as the published network never uses them: {len(result.unused_keys)} ({first})")
+        print(f"left out, as no prediction of the published network uses them: {len(result.unused_keys)} ({first})")
     print(
         "set in its config, as the published network needs:", *(f"{k}={v}" for k, v in result.config_overrides.items())
     )

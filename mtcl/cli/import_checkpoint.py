@@ -24,11 +24,13 @@ class ImportResult(NamedTuple):
 
     Attributes:
         num_tensors: tensors of our model, each filled from the file.
-        unused_keys: keys of the file that the published forward never uses.
+        num_regularizer_tensors: tensors that only a training needs, filled from the file: the aligners of a student.
+        unused_keys: keys of the file that a prediction never uses, and that are in none of both.
         config_overrides: config keys that were set because the published network needs them.
     """
 
     num_tensors: int
+    num_regularizer_tensors: int
     unused_keys: list[str]
     config_overrides: dict[str, Any]
 
@@ -72,10 +74,13 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     expected = model.state_dict()
     weights, unused_keys = translate_state_dict(published, chosen, list(tasks), expected.keys())
     check_state_dict(weights, expected, method)
+    keys = {} if chosen.regularizer_keys is None or tasks else chosen.regularizer_keys(published)
+    unused_keys = [key for key in unused_keys if key not in keys]
     checkpoint = Checkpoint(
         model=weights,
         config=saved_config(config, model),
         step=step,
+        regularizer={ours: published[theirs] for theirs, ours in keys.items()} or None,
         meta={
             "tasks": describe_tasks(tasks),
             "best": math.nan,
@@ -84,7 +89,7 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     )
     target.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(target, checkpoint)
-    return ImportResult(len(weights), unused_keys, needed)
+    return ImportResult(len(weights), len(keys), unused_keys, needed)
 
 
 def set_key(config: DictConfig, key: str, value: Any) -> None:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from helpers import task_diffusion_reference
+from helpers import sak_reference, task_diffusion_reference
 from helpers.common import ROOT, composed
 from helpers.invpt_reference import IDLE, Reference, published_shapes, random_state
 from omegaconf import OmegaConf
@@ -16,6 +16,7 @@ from mtcl.cli.import_checkpoint import import_checkpoint
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer, prepare_distillation
 from mtcl.config.stored_config import check_tasks
 from mtcl.models.published import METHODS, check_state_dict, translate_state_dict
 from mtcl.training.checkpoint_file import read_checkpoint_file
@@ -119,6 +120,43 @@ def test_task_diffusion_predicts_as_published(data, tmp_path):
     for task, prediction in predictions.items():
         assert prediction.std() > 1e-2
         assert (prediction - want[task]).abs().max() < 2e-3 * want[task].std()
+
+
+SAK = ["decoder=sak", "decoder.teachers=[first,second]", "backbone=vit_small", f"data.size=[{SIZE[0]},{SIZE[1]}]",
+       "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("data", ["nyud", "pascal", "images"])
+def test_sak_of_both_stages_is_imported(data, tmp_path):
+    """A student (``data=images``) brings its aligners, from which a training of the second stage starts."""
+    overrides = [*SAK, f"data={data}"]
+    config = composed(*overrides)
+    tasks = build_tasks(config)
+    shapes = sak_reference.published_shapes(build_model(config, tasks, pretrained=False), "backbone." if tasks else "")
+    state = random_state(shapes)
+    imported = import_checkpoint("sak", write(tmp_path / "a.pth", state), tmp_path / "ours.pt", overrides, CONFIGS)
+    aligners = [key for key in state if "ts_aligners" in key]
+    assert imported.unused_keys == (aligners if tasks else [])
+    assert len(aligners) == 16
+    assert imported.num_regularizer_tensors == (0 if tasks else 16)
+    assert imported.num_tensors == len(state) - len(aligners)
+    model, ours = rebuilt(tmp_path / "ours.pt")
+    for name, value in model.state_dict().items():
+        assert any(v.numel() == value.numel() and torch.equal(v.flatten(), value.flatten()) for v in state.values()), (
+            name
+        )
+    if tasks:
+        assert ours["regularizer"] is None
+        predictions = model.predict(torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1)))
+        assert all(prediction.isfinite().all() for prediction in predictions.values())
+        return
+    teachers = [f"++regularizer.options.teachers.{name}={{name:test_resnet}}" for name in ("first", "second")]
+    second = composed(*SAK, "data=nyud", "regularizer=distillation", *teachers, f"decoder.weights={tmp_path}/ours.pt")
+    tasks = build_tasks(second)
+    regularizer = build_regularizer(second, tasks, build_model(second, tasks, pretrained=False))
+    with pytest.raises(UserError, match=r"aligners\.first_level1"):  # 50 channels, the teacher has others
+        prepare_distillation(second, regularizer, torch.device("cpu"), is_fresh=True)
+    assert torch.equal(ours["regularizer"]["aligners.second_level4.bias"], state["ts_aligners.3_second.bias"])
 
 
 @pytest.mark.parametrize("tasks", ["pascal", "nyud"])

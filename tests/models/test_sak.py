@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.sak_reference import published_shapes
 
 from mtcl import UserError
 from mtcl.models import SwissArmyKnife, build_backbone
@@ -276,41 +277,6 @@ def test_has_the_parameters_of_the_public_code(name, dim, depth, size, tasks, to
 
 
 # --- Published checkpoints
-
-
-def published_shapes(model, prefix="backbone."):
-    """Names and shapes of the authors' code for a network of these sizes."""
-    vit, dim, blocks = model.backbone.net.model, model.backbone.net.model.embed_dim, model.level_blocks
-    inner, sources = model.adapters["first"][0].down.out_features, 1 + len(model.teachers)
-    shapes = {f"{prefix}vit.{name}": tuple(p.shape) for name, p in vit.state_dict().items()}
-    for name in model.teachers:
-        for index in range(len(vit.blocks) + 1):
-            start = f"{prefix}tsap.{name}.{index}"
-            shapes |= {f"{start}.scale": (1,), f"{start}.down.weight": (inner, dim), f"{start}.down.bias": (inner,)}
-            shapes |= {f"{start}.up.weight": (dim, inner), f"{start}.up.bias": (dim,)}
-    for block in blocks:
-        for name in model.teachers:
-            shapes |= {f"{prefix}out_norms.{block}_{name}.{kind}": (dim,) for kind in ("weight", "bias")}
-            shapes |= {f"{prefix}ts_aligners.{block}_{name}.weight": (50, dim)}
-            shapes |= {f"{prefix}ts_aligners.{block}_{name}.bias": (50,)}
-        for task in model.tasks:
-            start = f"{prefix}mor.{block}_{task}.router.module"
-            shapes |= {f"{start}.0.weight": (dim // 2, dim), f"{start}.0.bias": (dim // 2,)}
-            shapes |= {f"{start}.1.weight": (dim // 2,), f"{start}.1.bias": (dim // 2,)}
-            shapes |= {f"{start}.3.weight": (2 * sources, dim // 2), f"{start}.3.bias": (2 * sources,)}
-    for task, channels in model.tasks.items():
-        for level in range(len(blocks)):
-            shapes |= {f"heads.{task}.linears.{level}.weight": (dim // 4, dim)}
-            shapes |= {f"heads.{task}.linears.{level}.bias": (dim // 4,)}
-        start = f"heads.{task}.linear_fuse"
-        shapes |= {
-            f"{start}.0.weight": (dim, dim, 3, 3),
-            f"{start}.0.bias": (dim,),
-            f"{start}.1.num_batches_tracked": (),
-        }
-        shapes |= {f"{start}.1.{kind}": (dim,) for kind in ("weight", "bias", "running_mean", "running_var")}
-        shapes |= {f"heads.{task}.last_conv.weight": (channels, dim, 1, 1), f"heads.{task}.last_conv.bias": (channels,)}
-    return shapes
 
 
 @pytest.mark.parametrize(("tasks", "prefix"), [(TASKS, "backbone."), ({}, "")], ids=["second stage", "first stage"])

@@ -9,6 +9,10 @@ from torch import Tensor
 
 from mtcl.models.published.translation import Method, Overrides, Rule
 
+# The tables of the diffusion process (MTDNet.register_schedule), which follow from the number of steps.
+TABLES = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
+TABLES += ("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
+TABLES += ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
 SOURCE = "diffusion_model.denoiser"
 BLOCK, TARGET = f"{SOURCE}.crossblocks.{{n}}", "decoder.denoiser.blocks.{n}"
 
@@ -32,8 +36,7 @@ RULES = (
     Rule(f"{SOURCE}.t_embedder.mlp.{{n}}.*", "decoder.denoiser.time.{n}.*"),
     Rule(f"{SOURCE}.task_heads.{{task}}.*", "decoder.denoiser.heads.{task}.*"),
     Rule(f"{SOURCE}.final_task_heads.{{task}}.linear_pred.*", "decoder.logits.{task}.*"),
-    # The tables of the diffusion process, which follow from the number of steps.
-    Rule("diffusion_model.*", None),
+    *(Rule(f"diffusion_model.{name}", None) for name in TABLES),
 )
 
 

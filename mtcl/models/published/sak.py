@@ -31,7 +31,7 @@ def to_conv(weight: Tensor) -> Tensor:
 
 
 def get_rules(state: Mapping[str, Tensor]) -> tuple[Rule, ...]:
-    """Return the rules; the aligners, which lead to a teacher's channels, serve the training alone."""
+    """Return the rules of what predicts; the aligners do not, see :func:`list_regularizer_keys`."""
     prefix, norms = find_prefix(state), list_level_norms(state)
     blocks = sorted({block for block, _ in norms})
     teachers = dict.fromkeys(teacher for _, teacher in norms)
@@ -54,6 +54,20 @@ def get_rules(state: Mapping[str, Tensor]) -> tuple[Rule, ...]:
         Rule("heads.{task}.linear_fuse.{n}.*", "heads.{task}.fuse.{n}.*"),
         Rule("heads.{task}.last_conv.*", "logits.{task}.*"),
     )
+
+
+def list_regularizer_keys(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the key of each aligner, which leads to a teacher's channels -> its key in our regulariser's state."""
+    start = f"{find_prefix(state)}ts_aligners."
+    blocks = sorted({block for block, _ in list_level_norms(state)})
+    keys = {}
+    for key in state:
+        if key.startswith(start):
+            name, _, kind = key.removeprefix(start).rpartition(".")
+            block, _, teacher = name.partition("_")
+            if block.isdigit() and int(block) in blocks:
+                keys[key] = f"aligners.{teacher}_level{blocks.index(int(block)) + 1}.{kind}"
+    return keys
 
 
 def get_config_overrides(state: Mapping[str, Tensor], size: tuple[int, int]) -> Overrides:
@@ -95,4 +109,5 @@ METHOD = Method(
     ),  # in no tensor of all tasks: their order is free
     rules=get_rules,
     config_overrides=get_config_overrides,
+    regularizer_keys=list_regularizer_keys,
 )

@@ -68,6 +68,8 @@ class Method:
             that the published network needs. A value that is a mapping is merged into the config's.
         prepare: (their state dict, names of our model's tensors) -> a state dict of the same network, as the rules
             expect it: for what one rule for one key can't say, such as two tensors that are one of ours.
+        regularizer_keys: their state dict -> key of a tensor that only a training needs -> its key in the state of our
+            regulariser; of a file without tasks alone.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Method:
     rules: Callable[[Mapping[str, Tensor]], tuple[Rule, ...]]
     config_overrides: Callable[[Mapping[str, Tensor], tuple[int, int]], Overrides]
     prepare: Callable[[State, Collection[str]], State] | None = None
+    regularizer_keys: Callable[[Mapping[str, Tensor]], dict[str, str]] | None = None
 
 
 class Translation(NamedTuple):
