@@ -35,7 +35,7 @@ STANDS_FOR = re.compile(
 FAR_AWAY = re.compile(
     r"=hub\b|submitit|torchrun|data=nyu|data=cityscapes|data=pascal|experiment=(?!rooms)|scripts/prepare|benchmark|"
     r"mtcl predict \S* 0|plot_study.py docs|"
-    r"nyud_small_cpu|outputs/nyuv2_13|outputs/singles|\bSAK_\w+\.pth"
+    r"nyud_small_cpu|outputs/nyuv2_13|outputs/singles"
 )
 LONG = re.compile(r"scripts/(search|study|model_table)\.py|mtcl demo")  # they have tests of their own
 
