@@ -86,14 +86,15 @@ def test_invpt_predicts_as_published(data, tmp_path):
     assert sorted(imported.unused_keys) == sorted(unused_keys)
     assert len(model.state_dict()) == imported.num_tensors == len(state) - len(unused_keys)
 
-    image = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    image = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1)).double()
+    exact = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
     with torch.no_grad():
-        output = model(image)
-        predictions, preliminary = Reference(state, list(output.predictions), vit_heads=2)(image)
+        output = model.double()(image)
+        predictions, preliminary = Reference(exact, list(output.predictions), vit_heads=2)(image)
     for task, prediction in output.predictions.items():
         assert prediction.std() > 1e-2
-        torch.testing.assert_close(prediction, predictions[task], rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(output.intermediate[0][task], preliminary[task], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(prediction, predictions[task], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(output.intermediate[0][task], preliminary[task], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("data", ["pascal", "nyud"])

@@ -38,9 +38,9 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def predict_fp32(head: nn.Module, x: Tensor) -> Tensor:
-    """Run a head in single precision: bf16 would round a depth of 3 m to steps of 16 mm."""
+    """Run a head in single precision, on doubles in double: bf16 would round a depth of 3 m to steps of 16 mm."""
     with torch.autocast(x.device.type, enabled=False):
-        return head(x.float())
+        return head(x if x.dtype == torch.float64 else x.float())
 
 
 def predict_tasks(heads: nn.ModuleDict, maps: Mapping[str, Tensor], size: Sequence[int]) -> dict[str, Tensor]:
