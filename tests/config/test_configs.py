@@ -321,8 +321,8 @@ def test_experiments_of_one_label_say_which_row_is_nearest(experiment):
 
 def test_experiments_have_the_regularizer_of_their_method():
     """None has another but those of SAK, of task tokens, and of the shipped model, which was trained with contrast."""
-    found = {name: composed(f"experiment={name}").regularizer._target_ for name in EXPERIMENTS}
-    others = {name: target.rpartition(".")[2] for name, target in found.items() if target is not None}
+    targets = {name: composed(f"experiment={name}").regularizer._target_ for name in EXPERIMENTS}
+    others = {name: target.rpartition(".")[2] for name, target in targets.items() if target is not None}
     sak = {f"{data}_sak_vit_{size}": "Distillation" for data in ("nyud", "pascal") for size in ("base", "large")}
     tokens = {f"{data}_onelabel_task_tokens_resnet18": "LabelDiscovery" for data in ("nyud", "pascal")}
     assert others == sak | tokens | {"rooms_small": "Contrastive"}
