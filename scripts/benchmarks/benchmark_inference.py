@@ -95,8 +95,7 @@ Row = dict[str, Any]
 def compose_benchmark(decoder: str, size: Sequence[int], overrides: Sequence[str]) -> DictConfig:
     """Return the config of a decoder's experiment for this benchmark."""
     defaults = [f"experiment={EXPERIMENTS[decoder]}", "data=nyud", "tasks=nyud", f"data.size=[{size[0]},{size[1]}]"]
-    defaults.append("regularizer=contrastive")
-    return compose_config([*defaults, *overrides], CONFIGS)
+    return compose_config([*defaults, "regularizer=contrastive", *overrides], CONFIGS)
 
 
 def build_step(config: DictConfig, device: torch.device, with_regularizer: bool) -> TrainingStep:

@@ -1,7 +1,7 @@
 """Names and shapes of the tensors in SAK's public code, for networks of any size."""
 
 
-def published_shapes(model, prefix="backbone."):
+def published_shapes(model, prefix="backbone.", teacher_width=50):
     """Names and shapes of the authors' code for a network of these sizes; ``prefix`` is empty in the first stage."""
     vit, dim, blocks = model.backbone.net.model, model.backbone.net.model.embed_dim, model.level_blocks
     inner, sources = next(iter(model.adapters.values()))[0].down.out_features, 1 + len(model.teachers)
@@ -14,8 +14,8 @@ def published_shapes(model, prefix="backbone."):
     for block in blocks:
         for name in model.teachers:
             shapes |= {f"{prefix}out_norms.{block}_{name}.{kind}": (dim,) for kind in ("weight", "bias")}
-            shapes |= {f"{prefix}ts_aligners.{block}_{name}.weight": (50, dim)}
-            shapes |= {f"{prefix}ts_aligners.{block}_{name}.bias": (50,)}
+            shapes |= {f"{prefix}ts_aligners.{block}_{name}.weight": (teacher_width, dim)}
+            shapes |= {f"{prefix}ts_aligners.{block}_{name}.bias": (teacher_width,)}
         for task in model.tasks:
             start = f"{prefix}mor.{block}_{task}.router.module"
             shapes |= {f"{start}.0.weight": (dim // 2, dim), f"{start}.0.bias": (dim // 2,)}
