@@ -168,7 +168,8 @@ class Distillation(Regularizer):
         """Return the student's map (B, C, h, w) with the teacher's channels."""
         if level not in self.aligners:
             return student
-        return self.aligners[level](student.float().movedim(1, -1)).movedim(-1, 1)
+        aligner = self.aligners[level]
+        return F.conv2d(student.float(), aligner.weight[:, :, None, None], aligner.bias)
 
     def compute_loss(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -68,25 +69,38 @@ def test_a_distillation_is_a_run_like_any_other(student):
     assert {name.split(".")[0] for name in checkpoint.regularizer} == {"aligners"}, "no teacher"
 
 
-def test_resumed_it_is_bit_equal(student, images, tmp_path, monkeypatch):
-    class Stopped(Exception):
-        pass
+class Stopped(Exception):
+    """Ends a training in a test."""
+
+
+@contextmanager
+def stopping_after_two_steps():
+    """End the training inside after two steps."""
+    train_step = Trainer.train_step
 
     def stop_after_two(trainer, *batches, **options):
         if trainer.step == 2:
             raise Stopped
-        return original(trainer, *batches, **options)
+        return train_step(trainer, *batches, **options)
 
-    original = Trainer.train_step
-    monkeypatch.setattr(Trainer, "train_step", stop_after_two)
-    with pytest.raises(Stopped):
-        distill(images, tmp_path / "run")
-    monkeypatch.undo()
-    distill(images, tmp_path / "run", "resume=auto")
-    one, two = (load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (student, tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_after_two)
+        with pytest.raises(Stopped):
+            yield
+
+
+def assert_same_end(folder, other):
+    one, two = (load_checkpoint(path / "checkpoints" / "last.pt") for path in (folder, other))
     assert (one.step, two.step) == (4, 4)
     assert_equal(one.model, two.model)
     assert_equal(one.regularizer, two.regularizer)
+
+
+def test_resumed_it_is_bit_equal(student, images, tmp_path):
+    with stopping_after_two_steps():
+        distill(images, tmp_path / "run")
+    distill(images, tmp_path / "run", "resume=auto")
+    assert_same_end(student, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -116,15 +130,48 @@ def test_the_second_stage_starts_from_the_student(student, tmp_path):
 
 @pytest.mark.slow
 def test_the_second_stage_trains_and_its_checkpoint_holds_no_aligner_in_the_model(student, tmp_path):
-    weights = f"decoder.weights={student}/checkpoints/last.pt"
-    metrics = train(composed(*TINY[:2], *SECOND_STAGE, weights), tmp_path)
+    """Stopped and resumed it is bit-equal: the same weights, aligners, losses and scores."""
+    overrides = [*TINY[:2], *SECOND_STAGE, f"decoder.weights={student}/checkpoints/last.pt"]
+    overrides += ["trainer.max_steps=4", "trainer.checkpoint_interval=2", "trainer.log_interval=1"]
+    metrics = train(composed(*overrides), tmp_path / "uncut")
     assert set(metrics) == {"semseg", "depth"}
-    log = read_log(tmp_path, "regularizer")[-1]
+    log = read_log(tmp_path / "uncut", "regularizer")[-1]
     assert {"first/loss", "first/cosine", "second/loss", "second/cosine"} <= set(log)
-    loaded = load_model(tmp_path / "checkpoints" / "last.pt")
+    with stopping_after_two_steps():
+        train(composed(*overrides), tmp_path / "run")
+    assert train(composed(*overrides, "resume=auto"), tmp_path / "run") == metrics
+    assert_same_end(tmp_path / "uncut", tmp_path / "run")
+    loaded = load_model(tmp_path / "uncut" / "checkpoints" / "last.pt")
     assert not [name for name in loaded.model.state_dict() if "align" in name or "teacher" in name]
     output = loaded.model.predict(torch.zeros(1, 3, 50, 70))
     assert {name: tuple(p.shape[2:]) for name, p in output.items()} == {"semseg": (50, 70), "depth": (50, 70)}
+
+
+@pytest.mark.slow
+def test_the_second_stage_in_bf16_and_compiled(tmp_path, monkeypatch):
+    """Two steps: compiled they are those of an eager training, in bf16 near to them."""
+    monkeypatch.setattr("mtcl.training.train_step.CompiledModule.backend", "aot_eager")
+    common = [*TINY[:2], *SECOND_STAGE, "++backbone.kwargs.drop_path_rate=0", "optimizer=sgd", "regularizer.lr=1e-4"]
+    losses, aligners = {}, {}
+    for engine in ("trainer.compile=false", "trainer.compile=true", "trainer.precision=bf16"):
+        torch._dynamo.reset()
+        config = composed(*common, engine)
+        torch.manual_seed(0)
+        trainer = build_training_run(config, build_tasks(config), tmp_path / engine, CPU).trainer
+        trainer.model.train()
+        before = {name: value.clone() for name, value in trainer.regularizer.state_dict().items()}
+        values = [trainer.train_step(*batches) for _, batches in zip(range(2), trainer.batches_per_step())]
+        assert getattr(trainer.training_step, "works", False) == (engine == "trainer.compile=true")
+        names = ("semseg", "depth", "regularizer")
+        losses[engine] = torch.tensor([[step[name].item() for name in names] for step in values])
+        aligners[engine] = trainer.regularizer.state_dict()
+        assert all(not torch.equal(before[name], value) for name, value in aligners[engine].items())
+    torch._dynamo.reset()
+    eager, compiled, bf16 = losses.values()
+    torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(bf16, eager, rtol=2e-2, atol=1e-2)
+    for name, value in aligners["trainer.compile=true"].items():
+        torch.testing.assert_close(value, aligners["trainer.compile=false"][name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

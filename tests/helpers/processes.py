@@ -134,7 +134,7 @@ def run_cases(folder: Path, command: list[str] | None, cases: Mapping[str, Seque
     Returns:
         Name -> what came of it.
     """
-    arguments = {str(folder / name): [*RANKS_OVERRIDES, *overrides] for name, overrides in cases.items()}
+    arguments = {str(folder / name): add_common_overrides(overrides) for name, overrides in cases.items()}
     for path in arguments:
         Path(path).mkdir(parents=True)
     if command is None:
@@ -148,6 +148,12 @@ def run_cases(folder: Path, command: list[str] | None, cases: Mapping[str, Seque
         name: (json.loads((folder / name / "found.json").read_text()), torch.load(folder / name / "state.pt"))
         for name in cases
     }
+
+
+def add_common_overrides(overrides: Sequence[str]) -> list[str]:
+    """Put ``RANKS_OVERRIDES`` before those of a case; a case with another decoder brings that decoder's sizes."""
+    other_decoder = any(word.startswith("decoder=") for word in overrides)
+    return [word for word in RANKS_OVERRIDES if not (other_decoder and word.startswith("decoder."))] + [*overrides]
 
 
 def check_same(one: Outcome, two: Outcome, case: str = "") -> None:

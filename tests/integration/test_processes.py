@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.common import TINY, tiny_nyud
+from helpers.distillation import STUDENT
 from helpers.processes import (
     RANKS_OVERRIDES,
     TORCHRUN,
@@ -47,6 +48,10 @@ TEACHER += ["tasks.names=[semseg,human_parts,sal,edge]"]
 # key's bias, whose gradient is 0.
 TOKENS = ["decoder=task_tokens", *shrunk("task_tokens", "resnet18"), "optimizer=sgd"]
 
+# Each process draws for itself which paths are dropped, and the noise of routers.
+SAK = ["decoder=sak", *STUDENT, "++backbone.kwargs.drop_path_rate=0", "decoder.noisy_gating=false"]
+SAK += ["regularizer=distillation", "optimizer=sgd"]
+
 
 CASES = {
     "contrastive": ["data.label_assignment=random"],
@@ -60,6 +65,7 @@ CASES = {
     "jtr": ["regularizer=jtr", "data.label_assignment=random"],
     "rep_mtl": ["regularizer=rep_mtl", "data.label_assignment=random"],
     "pseudo_labels and label_discovery": ["regularizer=label_discovery", *TEACHER, "data.label_assignment=random"],
+    "teachers of sak": [*SAK, "data.label_assignment=random"],
     "compiled": COMPILED,
 }
 
