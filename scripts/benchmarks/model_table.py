@@ -1,7 +1,7 @@
 """Tabulate parameters, multiply-adds, peak memory and latency of every decoder x backbone, or of experiments.
 
     python scripts/benchmarks/model_table.py [--experiment NAME ...] [--json OUT] [--markdown] [--no-measure]
-        [--device DEVICE] [--repeats N] [overrides ...]
+        [--published FILE] [--device DEVICE] [--repeats N] [overrides ...]
 
 Without ``--experiment`` there is a row for every file of configs/decoder with every file of configs/backbone, with the
 tasks and the image size of data=nyud. ``--experiment`` takes names of configs/experiment instead, with their own data.
@@ -16,15 +16,18 @@ latency        median of that pass, batch of one, eager, after a warm-up, in tra
 
 Parameters and flops are counted without allocating weights (mtcl/profiling/flops.py), in seconds for the largest
 model. Memory and latency are measured, on CUDA if available; all rows on a CPU take long, --no-measure omits them.
+``--published`` puts published sizes beside ours, with the difference in percent: those of a YAML file
+(docs/published_sizes.yaml), of its experiments if ``--experiment`` names none.
 Combinations that can't be built (decoder=taskprompter on a CNN) are listed below the table. The JSON file has an
 object per row, in plain units, and is written after every row: experiment, decoder, backbone, network (timm's name),
 tasks, size, parameters, flops, peak_memory_mib, latency_ms, device, precision.
 """
 
+import math
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +36,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less log output of the profil
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
+import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -126,6 +130,55 @@ def grid_entries(overrides: Sequence[str]) -> list[Entry]:
     ]
 
 
+# Published sizes
+
+
+class PublishedSize(NamedTuple):
+    """The size of a published model; a number that is not known is None."""
+
+    parameters: float | None
+    flops: float | None  # multiply-adds of one image
+    source: str
+
+
+def read_published_sizes(path: Path) -> dict[str, PublishedSize]:
+    """Read a YAML file of experiment -> {parameters, flops, source}.
+
+    Raises:
+        UserError: the file can't be read, or an entry is not of this form.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--published {path} can't be read: {error}") from error
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"--published {path} must hold experiment: {{parameters, flops, source}}")
+    sizes = {}
+    for name, entry in content.items():
+        keys = set(entry) if isinstance(entry, dict) else set()
+        numbers = [entry[key] for key in ("parameters", "flops") if key in keys]
+        if (
+            not numbers
+            or not keys <= {"parameters", "flops", "source"}
+            or not isinstance(entry.get("source"), str)
+            or not all(type(number) in (int, float) and 0 < number < math.inf for number in numbers)
+        ):
+            raise UserError(
+                f"--published {path}: {name} must be {{parameters: number, flops: number, source: text}}; one of the "
+                "numbers may be left out"
+            )
+        sizes[name] = PublishedSize(entry.get("parameters"), entry.get("flops"), entry["source"])
+    return sizes
+
+
+def format_difference(ours: float, published: float) -> str:
+    """Return by how much ours differs, in percent of the published number."""
+    if ours == published:
+        return "0"
+    difference = 100 * (ours / published - 1)
+    return f"{difference:+.2f} %" if abs(difference) >= 0.005 else "< 0.01 %"
+
+
 # A row
 
 
@@ -191,24 +244,32 @@ def describe_device(device: torch.device) -> str:
 # The table, printed line by line because a full one takes long
 
 
-def format_cells(row: Row) -> list[str]:
-    """Return the texts of a row's cells."""
+def format_cells(row: Row, published: PublishedSize | None) -> list[str]:
+    """Return the texts of a row's cells, one for each of ``HEAD``."""
     memory, latency = row["peak_memory_mib"], row["latency_ms"]
+    size = PublishedSize(None, None, "-") if published is None else published
     return [
         row["experiment"] or "-",
         row["decoder"],
         row["backbone"],
         "x".join(map(str, row["size"])),
         f"{row['parameters'] / 1e6:.2f} M",
+        "-" if size.parameters is None else f"{size.parameters / 1e6:.2f} M",
+        "-" if size.parameters is None else format_difference(row["parameters"], size.parameters),
         f"{row['flops'] / 1e9:.2f} G",
+        "-" if size.flops is None else f"{size.flops / 1e9:.2f} G",
+        "-" if size.flops is None else format_difference(row["flops"], size.flops),
         "-" if memory is None else f"{memory:.0f} MiB",
         "-" if latency is None else f"{latency:.1f} ms",
         ", ".join(row["tasks"]),
+        size.source,
     ]
 
 
-HEAD = ["experiment", *GRID, "size", "parameters", "flops", "memory", "latency", "tasks"]
-RIGHT = range(4, 8)  # of numbers
+HEAD = ["experiment", *GRID, "size", "parameters", "published", "differ by", "flops", "published", "differ by",
+        "memory", "latency", "tasks", "source"]  # fmt: skip
+OF_PUBLISHED = (5, 6, 8, 9, 13)
+RIGHT = range(4, 12)  # of numbers
 
 
 class Table:
@@ -219,21 +280,31 @@ class Table:
         measured: whether there are memory and latency.
         markdown: print a Markdown table.
         header: text above the table.
+        published: experiment -> published size; empty: no columns of them.
     """
 
-    def __init__(self, names: Sequence[str], measured: bool, markdown: bool, header: str):
-        self.markdown, self.header = markdown, header
+    def __init__(
+        self,
+        names: Sequence[str],
+        measured: bool,
+        markdown: bool,
+        header: str,
+        published: Mapping[str, PublishedSize],
+    ):
+        self.markdown, self.header, self.published = markdown, header, published
+        left_out = {*(OF_PUBLISHED if not published else (1, 2, 12))}
         without = {*([] if names else ["experiment"]), *([] if measured else ["memory", "latency"])}
-        self.columns = [i for i, title in enumerate(HEAD) if title not in without]
+        self.columns = [i for i, title in enumerate(HEAD) if title not in without and i not in left_out]
         widest = [
             [*names],
             list_choices("decoder"),
             list_choices("backbone"),
             ["1024x1024"],
-            *[["9999.99 MiB"]] * 4,
+            *[["9999.99 MiB"]] * 8,
+            [],
             [],
         ]
-        self.widths = [max(map(len, [title, *texts])) for title, texts in zip(HEAD, widest)]
+        self.widths = [max(map(len, [title, *texts])) for title, texts in zip(HEAD, widest, strict=True)]
         self.has_head = False
 
     def add(self, row: Row) -> None:
@@ -244,7 +315,7 @@ class Table:
             self._line(HEAD)
             if self.markdown:
                 self._line(["---:" if i in RIGHT else "---" for i in range(len(HEAD))])
-        self._line(format_cells(row))
+        self._line(format_cells(row, self.published.get(row["experiment"])))
 
     def _line(self, texts: Sequence[str]) -> None:
         if self.markdown:
@@ -256,9 +327,11 @@ class Table:
         print("  ".join(aligned).rstrip(), flush=True)
 
 
-def format_header(device: torch.device | None, repeats: int) -> str:
-    """Return the text above the table: what is counted, where it is measured."""
+def format_header(device: torch.device | None, repeats: int, with_published: bool) -> str:
+    """Return the text above the table: what is counted, where it is measured, what is compared."""
     text = "flops: multiply-adds of predict() of one image, as papers report them"
+    if with_published:
+        text += "\ncounted: parameters of the authors' classes, or of the names and shapes in their code"
     if device is None:
         return text
     return (
@@ -287,10 +360,12 @@ def print_table(
     repeats: int,
     out: Path | None = None,
     markdown: bool = False,
+    published: Mapping[str, PublishedSize] | None = None,
 ) -> list[Row]:
     """Print the table and write ``out``; raise ``UserError`` at the end if there is no row, or if one failed."""
     entries = experiment_entries(names, overrides) if names else grid_entries(overrides)
-    table = Table(names, device is not None, markdown, format_header(device, repeats))
+    header = format_header(device, repeats, bool(published))
+    table = Table(names, device is not None, markdown, header, published or {})
     rows: list[Row] = []
     omitted: dict[str, list[str]] = {}  # reason -> labels
     too_large: list[str] = []
@@ -325,6 +400,7 @@ def main() -> None:
     parser.add_argument("--experiment", nargs="+", metavar="NAME", help="of configs/experiment, instead of the grid")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the rows there, too")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument("--published", type=Path, metavar="FILE", help="YAML file of published sizes, to compare with")
     parser.add_argument("--no-measure", action="store_true", help="leave out memory and latency")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to measure")
     parser.add_argument(
@@ -341,8 +417,11 @@ def main() -> None:
         )
     if args.experiment is not None and not names:
         raise UserError(f"--experiment names none; choose among {', '.join(list_choices('experiment'))}")
+    published = None if args.published is None else read_published_sizes(args.published)
+    if published is not None and not names:
+        names = sorted(published)
     device = None if args.no_measure else choose_device(args.device)
-    print_table(names, overrides, device, args.repeats, args.json, args.markdown)
+    print_table(names, overrides, device, args.repeats, args.json, args.markdown, published)
 
 
 if __name__ == "__main__":

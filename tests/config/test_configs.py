@@ -323,7 +323,9 @@ def test_experiments_have_the_regularizer_of_their_method():
     """None has another but those of SAK, of task tokens, and of the shipped model, which was trained with contrast."""
     targets = {name: composed(f"experiment={name}").regularizer._target_ for name in EXPERIMENTS}
     others = {name: target.rpartition(".")[2] for name, target in targets.items() if target is not None}
-    sak = {f"{data}_sak_vit_{size}": "Distillation" for data in ("nyud", "pascal") for size in ("base", "large")}
+    sak = {
+        f"{data}_sak_vit_{size}": "Distillation" for data in ("nyud", "pascal") for size in ("small", "base", "large")
+    }
     tokens = {f"{data}_onelabel_task_tokens_resnet18": "LabelDiscovery" for data in ("nyud", "pascal")}
     assert others == sak | tokens | {"rooms_small": "Contrastive"}
 

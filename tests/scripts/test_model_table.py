@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.common import ROOT, choices, composed
+from helpers.common import ROOT, assert_fails, choices, composed
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -198,6 +198,38 @@ def test_experiments(cli, tmp_path):
     assert [line.split()[0] for line in lines[3:]] == ["experiment", "rooms", "rooms_pascal"]
     assert f"{rows[0]['parameters'] / 1e6:.2f} M" in lines[4]
     assert f"{rows[0]['flops'] / 1e9:.2f} G" in lines[4]
+
+
+def test_published_sizes_stand_beside_ours(cli, tmp_path):
+    path = tmp_path / "sizes.yaml"
+    path.write_text("rooms: {parameters: 200_000_000, source: a paper}\n")
+    config = f"--published={path}", *SMALL, "--no-measure"
+    (line,) = cli(SCRIPT, *config).out.splitlines()[4:]
+    model, size = from_config("experiment=rooms", *SMALL)
+    ours = count(model, size)
+    difference = 100 * (ours.parameters / 200_000_000 - 1)
+    words = [f"{ours.parameters / 1e6:.2f}", "M", "200.00", "M", f"{difference:+.2f}", "%"]
+    words += [f"{ours.multiply_adds / 1e9:.2f}", "G", "-", "-", "a", "paper"]
+    assert line.split() == ["rooms", "32x64", *words]
+    path.write_text(f"rooms: {{parameters: {ours.parameters}, flops: {ours.multiply_adds * 1.00001}, source: counted}}")
+    lines = cli(SCRIPT, *config, "--experiment", "rooms", "rooms_pascal").out.splitlines()
+    assert lines[4].split()[6] == "0"
+    assert "< 0.01 %" in lines[4]
+    assert lines[5].split()[-1] == "-", "no published size"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "rooms: 5", "rooms: {source: a}", "rooms: {flops: 1.0e9, source: a}", "rooms: {flops: 1}", "a: [",
+                "rooms: {flops: 1, source: a, size: 3}", "rooms: {parameters: 0, source: a}"]
+)  # fmt: skip
+def test_published_sizes_of_another_form_are_refused(cli, tmp_path, content):
+    (tmp_path / "sizes.yaml").write_text(content)
+    assert_fails(cli(SCRIPT, f"--published={tmp_path}/sizes.yaml"), "sizes.yaml")
+
+
+def test_the_shipped_sizes_are_those_of_experiments():
+    sizes = runpy.run_path(str(ROOT / SCRIPT))["read_published_sizes"](ROOT / "docs" / "published_sizes.yaml")
+    assert set(sizes) <= set(choices("experiment"))
 
 
 def test_a_grid_names_what_does_not_fit(cli, tmp_path):

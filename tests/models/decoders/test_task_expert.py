@@ -136,7 +136,7 @@ def test_a_task_reaches_all_experts_and_no_other_gates():
 
 
 def test_size_for_vit_large_on_pascal():
-    """Parameters of the default sizes; with those of ViT-L about 420 M, which is said to be the published size."""
+    """Parameters of the default sizes; with those of ViT-L about 420 M, which was passed on to us as published."""
     c, n, w, g = 1024, 4, 448, 256
     shared = 4 * (9 * c * n * w + 2 * n * w)
     per_task = 4 * ((c + 1) * g + 2 * g + (g + 1) * (n + 1) + g * (n + 1))  # gates
