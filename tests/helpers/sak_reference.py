@@ -94,7 +94,8 @@ class Reference(InvPTReference):
         """The block of each level, the stem's tokens (B, N, C) after it, and each teacher's; of patches alone."""
         vit = f"{self.prefix}vit"
         x = self.conv(f"{vit}.patch_embed.proj", image, stride=16).flatten(2).transpose(1, 2)
-        x = torch.cat([self.state[f"{vit}.cls_token"].expand(len(x), -1, -1), x], dim=1) + self.state[f"{vit}.pos_embed"]
+        x = torch.cat([self.state[f"{vit}.cls_token"].expand(len(x), -1, -1), x], dim=1)
+        x = x + self.state[f"{vit}.pos_embed"]
         paths = {teacher: self.adapt(teacher, 0, x) for teacher in self.teachers}
         levels = []
         for i in range(self.depth):
