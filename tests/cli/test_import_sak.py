@@ -40,7 +40,7 @@ def test_the_second_stage_predicts_as_published(data, router, tmp_path):
     """With its routers of three kinds; the aligners are accounted for and dropped."""
     overrides = [*SAK, f"data={data}"]
     state = make_published(list_channels(overrides), teacher_width=64, router=router)
-    source = write_published(tmp_path / "theirs.pth", state)
+    source = write_published(tmp_path / "theirs.pth", state, iter_count=40000)
     result = import_checkpoint("sak", source, tmp_path / "ours.pt", overrides, CONFIGS)
     assert result.config_overrides["decoder.routing"] == ("sum" if router == "none" else "mixture")
     aligners = [key for key in state if "ts_aligners" in key]
@@ -50,6 +50,7 @@ def test_the_second_stage_predicts_as_published(data, router, tmp_path):
     assert result.num_tensors == len(state) - 16
     model, ours = rebuild(tmp_path / "ours.pt")
     assert ours["regularizer"] is None
+    assert ours["step"] == 40000  # SAK's code saves the number of iterations, others the last one's from 0
     assert model.mean == (0.485, 0.456, 0.406)
     assert_each_from_one(model, state, num_unused=16)
 
