@@ -55,7 +55,7 @@ def import_checkpoint(method: str, source: Path, target: Path, overrides: Sequen
     if target.exists():
         raise UserError(f"{target} exists already; choose another name")
     chosen = METHODS[method]
-    published, step = read_published_checkpoint(source)
+    published, step = read_published_checkpoint(source, chosen.first_iteration)
     config = compose_config(overrides, configs, check=False)
     if str(config.decoder._target_).rpartition(".")[2] != chosen.model:
         raise UserError(f"the config describes {config.decoder._target_}, not {method}; give decoder={method}")

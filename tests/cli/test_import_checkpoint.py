@@ -1,13 +1,20 @@
 """Published checkpoints become ours: every key accounted for, every tensor filled, the same predictions."""
 
-import itertools
 import runpy
 import sys
 
 import pytest
 import torch
-from helpers import sak_reference, task_diffusion_reference
+from helpers import task_diffusion_reference
 from helpers.common import ROOT, composed
+from helpers.imported_checkpoints import (
+    CONFIGS,
+    assert_each_from_one,
+    list_channels,
+    rebuild,
+    to_double,
+    write_published,
+)
 from helpers.invpt_reference import IDLE, Reference, published_shapes, random_state
 from omegaconf import OmegaConf
 
@@ -17,12 +24,9 @@ from mtcl.cli.import_checkpoint import import_checkpoint
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks, get_image_size
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_regularizer, prepare_distillation
-from mtcl.config.stored_config import check_tasks
 from mtcl.models.published import METHODS, check_state_dict, translate_state_dict
 from mtcl.training.checkpoint_file import read_checkpoint_file
 
-CONFIGS = ROOT / "configs"
 SIZE = (64, 128)
 PASCAL = ["data=pascal", "decoder=invpt", "backbone=vit_large", f"data.size=[{SIZE[0]},{SIZE[1]}]"]
 SMALL = ["decoder.width=12", "decoder.prediction_width=4",
@@ -34,38 +38,9 @@ def add_shrinking(*overrides):
     return [*overrides, *SMALL]
 
 
-def list_channels(overrides):
-    return {name: task.channels for name, task in build_tasks(composed(*overrides)).items()}
-
-
-def write(path, state, prefix="module.", **more):
-    """As InvPT's training code saves: DDP's names, beside optimiser and schedule."""
-    content = {
-        "optimizer": {"state": {0: {"step": 3, "exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 2e-5}]},
-        "scheduler": {"max_iterations": 40000, "base_lrs": [2e-5], "last_epoch": 40000},
-        "model": {f"{prefix}{key}": value for key, value in state.items()},
-        "epoch": 5,
-        "iter_count": 39999,
-        **more,
-    }
-    torch.save(content, path)
-    return path
-
-
 def make_published(overrides, seed=0, **options):
     small = {"dim": 24, "depth": 4, "width": 12, "extra": 4}
     return random_state(published_shapes(list_channels(overrides), SIZE, **{**small, **options}), seed)
-
-
-def rebuilt(path):
-    """The model of our checkpoint, as evaluate.py builds it."""
-    state = read_checkpoint_file(path)
-    config = OmegaConf.create(state["config"])
-    tasks = build_tasks(config)
-    check_tasks(state["meta"]["tasks"], tasks, path)
-    model = build_model(config, tasks, pretrained=False)
-    model.load_state_dict(state["model"])
-    return model.eval(), state
 
 
 @pytest.mark.parametrize("data", ["pascal", "nyud"])
@@ -73,25 +48,22 @@ def test_invpt_predicts_as_published(data, tmp_path):
     overrides = add_shrinking(*PASCAL[1:], f"data={data}")
     state = make_published(overrides)
     imported = import_checkpoint(
-        "invpt", write(tmp_path / "theirs.pth.tar", state), tmp_path / "ours.pt", overrides, CONFIGS
+        "invpt", write_published(tmp_path / "theirs.pth.tar", state), tmp_path / "ours.pt", overrides, CONFIGS
     )
-    model, ours = rebuilt(tmp_path / "ours.pt")
+    model, ours = rebuild(tmp_path / "ours.pt")
     assert ours["step"] == 40000
     assert model.mean == (0.485, 0.456, 0.406)
 
     # Every key goes to one tensor of ours, or their forward never uses it; every tensor of ours comes from one key.
-    for name, value in model.state_dict().items():
-        sources = [k for k, v in state.items() if v.shape == value.shape and torch.equal(v, value)]
-        assert len(sources) == 1, name
     unused_keys = [key for key in state if key.startswith(IDLE)]
     assert sorted(imported.unused_keys) == sorted(unused_keys)
-    assert len(model.state_dict()) == imported.num_tensors == len(state) - len(unused_keys)
+    assert_each_from_one(model, state, len(unused_keys))
+    assert imported.num_tensors == len(model.state_dict())
 
     image = torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1)).double()
-    exact = {key: value.double() if value.is_floating_point() else value for key, value in state.items()}
     with torch.no_grad():
         output = model.double()(image)
-        predictions, preliminary = Reference(exact, list(output.predictions), vit_heads=2)(image)
+        predictions, preliminary = Reference(to_double(state), list(output.predictions), vit_heads=2)(image)
     for task, prediction in output.predictions.items():
         assert prediction.std() > 1e-2
         torch.testing.assert_close(prediction, predictions[task], rtol=1e-5, atol=1e-7)
@@ -105,63 +77,22 @@ def test_task_diffusion_predicts_as_published(data, tmp_path):
                  "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2,drop_path_rate:0.15}"]  # fmt: skip
     channels = list_channels(overrides)
     state = random_state(task_diffusion_reference.published_shapes(channels, SIZE, dim=24, depth=4, width=12, blocks=2))
-    source = write(tmp_path / "theirs.pth.tar", state)
+    source = write_published(tmp_path / "theirs.pth.tar", state)
     imported = import_checkpoint("task_diffusion", source, tmp_path / "ours.pt", overrides, CONFIGS)
     assert (imported.unused_keys, imported.num_tensors) == ([], len(state))
     assert imported.config_overrides["decoder.width"] == 12
-    model, _ = rebuilt(tmp_path / "ours.pt")
+    model, _ = rebuild(tmp_path / "ours.pt")
     assert len(model.state_dict()) == len(state)
 
     image = torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         predictions = model.predict(image)
         noise = model.decoder._start(1, SIZE[0] // 16, SIZE[1] // 16)
-        exact = {key: value.double() for key, value in state.items()}
-        reference = task_diffusion_reference.Reference(exact, list(channels), vit_heads=2)
+        reference = task_diffusion_reference.Reference(to_double(state), list(channels), vit_heads=2)
         want = reference.predict(image.double(), noise.double())
     for task, prediction in predictions.items():
         assert prediction.std() > 1e-2
         assert (prediction - want[task]).abs().max() < 2e-3 * want[task].std()
-
-
-SAK = ["decoder=sak", "decoder.teachers=[first,second]", "backbone=vit_small", f"data.size=[{SIZE[0]},{SIZE[1]}]",
-       "++backbone.kwargs={embed_dim:24,depth:4,num_heads:2}"]  # fmt: skip
-
-
-@pytest.mark.parametrize("data", ["nyud", "pascal", "images"])
-def test_sak_of_both_stages_is_imported(data, tmp_path):
-    """A student (``data=images``) brings its aligners, from which a training of the second stage starts."""
-    overrides = [*SAK, f"data={data}"]
-    config = composed(*overrides)
-    tasks = build_tasks(config)
-    model = build_model(config, tasks, pretrained=False)
-    state = random_state(sak_reference.published_shapes(model, "backbone." if tasks else "", teacher_width=64))
-    imported = import_checkpoint("sak", write(tmp_path / "a.pth", state), tmp_path / "ours.pt", overrides, CONFIGS)
-    aligners = [key for key in state if "ts_aligners" in key]
-    assert imported.unused_keys == (aligners if tasks else [])
-    assert len(aligners) == 16
-    assert imported.num_regularizer_tensors == (0 if tasks else 16)
-    assert imported.num_tensors == len(state) - len(aligners)
-    model, ours = rebuilt(tmp_path / "ours.pt")
-    for name, value in model.state_dict().items():
-        assert any(v.numel() == value.numel() and torch.equal(v.flatten(), value.flatten()) for v in state.values()), (
-            name
-        )
-    if tasks:
-        assert ours["regularizer"] is None
-        predictions = model.predict(torch.randn(1, 3, *SIZE, generator=torch.Generator().manual_seed(1)))
-        assert all(prediction.isfinite().all() for prediction in predictions.values())
-        return
-    teachers = [f"++regularizer.options.teachers.{name}={{name:test_vit}}" for name in ("first", "second")]
-    second = composed(*SAK, "data=nyud", "regularizer=distillation", *teachers, f"decoder.weights={tmp_path}/ours.pt")
-    tasks = build_tasks(second)
-    regularizer = build_regularizer(second, tasks, build_model(second, tasks, pretrained=False))
-    prepare_distillation(second, regularizer, torch.device("cpu"), is_fresh=True)
-    assert len(regularizer.state_dict()) == 16
-    for block, name in itertools.product(range(4), ("first", "second")):
-        aligner = regularizer.aligners[f"{name}_level{block + 1}"]
-        for kind in ("weight", "bias"):
-            assert torch.equal(getattr(aligner, kind), state[f"ts_aligners.{block}_{name}.{kind}"])
 
 
 @pytest.mark.parametrize("tasks", ["pascal", "nyud"])
@@ -185,7 +116,7 @@ def test_the_published_vit_large_fits(tasks):
 
 def test_evaluate_loads_what_was_imported(tmp_path):
     overrides = add_shrinking(*ROOMS)
-    source = write(tmp_path / "theirs.pth.tar", make_published(overrides))
+    source = write_published(tmp_path / "theirs.pth.tar", make_published(overrides))
     import_checkpoint("invpt", source, tmp_path / "ours.pt", overrides, CONFIGS)
     evaluation_overrides = [f"checkpoint={tmp_path}/ours.pt", "data.limit=2", "data.workers=0", "trainer.device=cpu",
                             "evaluation.score_boundaries=false", "data.size=[40,72]"]  # fmt: skip
@@ -198,7 +129,7 @@ def test_evaluate_loads_what_was_imported(tmp_path):
 
 def test_the_script(tmp_path, capsys, monkeypatch):
     overrides = add_shrinking(*PASCAL)
-    source = write(tmp_path / "theirs.pth.tar", make_published(overrides))
+    source = write_published(tmp_path / "theirs.pth.tar", make_published(overrides))
     monkeypatch.setattr(sys, "argv", ["import_checkpoint.py", "invpt", str(source), f"{tmp_path}/ours.pt", *overrides])
     runpy.run_path(str(ROOT / "scripts" / "import_checkpoint.py"), run_name="__main__")
     output = capsys.readouterr().out
@@ -249,7 +180,7 @@ def broken(state, how):
 )
 def test_what_does_not_fit_is_refused(how, message, tmp_path):
     overrides = add_shrinking(*PASCAL)
-    source = write(tmp_path / "theirs.pth.tar", broken(make_published(overrides), how))
+    source = write_published(tmp_path / "theirs.pth.tar", broken(make_published(overrides), how))
     with pytest.raises(UserError, match=message):
         import_checkpoint("invpt", source, tmp_path / "ours.pt", overrides, CONFIGS)
     assert not (tmp_path / "ours.pt").exists()
@@ -257,7 +188,7 @@ def test_what_does_not_fit_is_refused(how, message, tmp_path):
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):
     overrides, target = add_shrinking(*PASCAL), tmp_path / "ours.pt"
-    source = write(tmp_path / "theirs.pth.tar", make_published(overrides))
+    source = write_published(tmp_path / "theirs.pth.tar", make_published(overrides))
     (tmp_path / "text.pth").write_text("no checkpoint")
     torch.save({"model": [1, 2]}, tmp_path / "list.pth")
     for method, path, given_overrides, message in (

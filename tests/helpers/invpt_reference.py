@@ -127,16 +127,18 @@ class Reference:
         x = x + self.state["backbone.pos_embed"][:, 1 - prefix :]
         features = []
         for i in range(depth):
-            block = f"backbone.blocks.{i}"
-            q, k, v = self.linear(f"{block}.attn.qkv", self.norm(f"{block}.norm1", x, 1e-6)).chunk(3, dim=-1)
-            heads = []
-            for a, b, c in zip(*(part.chunk(self.vit_heads, dim=-1) for part in (q, k, v))):
-                heads.append((a @ b.transpose(1, 2) * a.shape[-1] ** -0.5).softmax(-1) @ c)
-            x = x + self.linear(f"{block}.attn.proj", torch.cat(heads, dim=-1))
-            x = x + self.mlp(f"{block}.mlp", self.norm(f"{block}.norm2", x, 1e-6))
+            x = self.vit_block(f"backbone.blocks.{i}", x)
             if (i + 1) % (depth // 4) == 0 and i + 1 < depth:
                 features.append(x[:, prefix:])
         return [*features, self.norm("backbone.norm", x, 1e-6)[:, prefix:]]
+
+    def vit_block(self, block: str, x: Tensor) -> Tensor:
+        q, k, v = self.linear(f"{block}.attn.qkv", self.norm(f"{block}.norm1", x, 1e-6)).chunk(3, dim=-1)
+        heads = []
+        for a, b, c in zip(*(part.chunk(self.vit_heads, dim=-1) for part in (q, k, v))):
+            heads.append((a @ b.transpose(1, 2) * a.shape[-1] ** -0.5).softmax(-1) @ c)
+        x = x + self.linear(f"{block}.attn.proj", torch.cat(heads, dim=-1))
+        return x + self.mlp(f"{block}.mlp", self.norm(f"{block}.norm2", x, 1e-6))
 
     def decode(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         height, width = (side // 2 for side in features[3].shape[-2:])

@@ -1,36 +1,135 @@
-"""Names and shapes of the tensors in SAK's public code, for networks of any size."""
+"""Restate as plainly as possible what SAK's public code saves and computes.
+
+Key names with their shapes, and the network of both stages as a function of a state dict under those names, in
+evaluation mode. Facts from github.com/innovator-zero/SAK: models/backbones/sak.py and vit.py, models/heads.py,
+models/build_models.py.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from helpers.invpt_reference import Reference as InvPTReference
+from helpers.invpt_reference import published_shapes as invpt_shapes
 
 
-def published_shapes(model, prefix="backbone.", teacher_width=50):
-    """Names and shapes of the authors' code for a network of these sizes; ``prefix`` is empty in the first stage."""
-    vit, dim, blocks = model.backbone.net.model, model.backbone.net.model.embed_dim, model.level_blocks
-    inner, sources = next(iter(model.adapters.values()))[0].down.out_features, 1 + len(model.teachers)
-    shapes = {f"{prefix}vit.{name}": tuple(p.shape) for name, p in vit.state_dict().items()}
-    for name in model.teachers:
-        for index in range(len(vit.blocks) + 1):
-            start = f"{prefix}tsap.{name}.{index}"
-            shapes |= {f"{start}.scale": (1,), f"{start}.down.weight": (inner, dim), f"{start}.down.bias": (inner,)}
-            shapes |= {f"{start}.up.weight": (dim, inner), f"{start}.up.bias": (dim,)}
-    for block in blocks:
-        for name in model.teachers:
-            shapes |= {f"{prefix}out_norms.{block}_{name}.{kind}": (dim,) for kind in ("weight", "bias")}
-            shapes |= {f"{prefix}ts_aligners.{block}_{name}.weight": (teacher_width, dim)}
-            shapes |= {f"{prefix}ts_aligners.{block}_{name}.bias": (teacher_width,)}
-        for task in model.tasks:
-            start = f"{prefix}mor.{block}_{task}.router.module"
-            shapes |= {f"{start}.0.weight": (dim // 2, dim), f"{start}.0.bias": (dim // 2,)}
-            shapes |= {f"{start}.1.weight": (dim // 2,), f"{start}.1.bias": (dim // 2,)}
-            shapes |= {f"{start}.3.weight": (2 * sources, dim // 2), f"{start}.3.bias": (2 * sources,)}
-    for task, channels in model.tasks.items():
-        for level in range(len(blocks)):
-            shapes |= {f"heads.{task}.linears.{level}.weight": (dim // 4, dim)}
-            shapes |= {f"heads.{task}.linears.{level}.bias": (dim // 4,)}
-        start = f"heads.{task}.linear_fuse"
-        shapes |= {
-            f"{start}.0.weight": (dim, dim, 3, 3),
-            f"{start}.0.bias": (dim,),
-            f"{start}.1.num_batches_tracked": (),
-        }
-        shapes |= {f"{start}.1.{kind}": (dim,) for kind in ("weight", "bias", "running_mean", "running_var")}
-        shapes |= {f"heads.{task}.last_conv.weight": (channels, dim, 1, 1), f"heads.{task}.last_conv.bias": (channels,)}
+def published_shapes(
+    tasks: dict[str, int],  # none in the first stage, whose names have no "backbone."
+    teachers: list[str],
+    size: tuple[int, int],
+    dim: int,
+    depth: int,
+    teacher_width: int = 50,  # 0: as wide as the student, which takes no aligners
+    router: str = "noisy",  # noisy | plain | none
+) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of a state dict of SAK on a ViT/16, whose adapters are a quarter as wide."""
+    prefix = "backbone." if tasks else ""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key, shape in invpt_shapes({}, size, dim, depth).items():
+        if key.startswith("backbone.") and not key.startswith("backbone.norm."):
+            shapes[f"{prefix}vit.{key.removeprefix('backbone.')}"] = shape
+
+    def layer(name: str, *shape: int) -> None:
+        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
+
+    for teacher in teachers:
+        for i in range(depth + 1):
+            adapter = f"{prefix}tsap.{teacher}.{i}"
+            shapes[f"{adapter}.scale"] = (1,)
+            layer(f"{adapter}.down", dim // 4, dim)
+            layer(f"{adapter}.up", dim, dim // 4)
+    for block in range(depth // 4 - 1, depth, depth // 4):
+        for teacher in teachers:
+            layer(f"{prefix}out_norms.{block}_{teacher}", dim)
+            if teacher_width:
+                layer(f"{prefix}ts_aligners.{block}_{teacher}", teacher_width, dim)
+        for task in tasks:
+            module = f"{prefix}mor.{block}_{task}.router.module"
+            if router != "none":
+                layer(f"{module}.0", dim // 2, dim)
+                layer(f"{module}.1", dim // 2)
+                layer(f"{module}.3", (1 + len(teachers)) * (2 if router == "noisy" else 1), dim // 2)
+    for task, channels in tasks.items():
+        head = f"heads.{task}"
+        for level in range(4):
+            layer(f"{head}.linears.{level}", dim // 4, dim)
+        layer(f"{head}.linear_fuse.0", dim, dim, 3, 3)
+        layer(f"{head}.linear_fuse.1", dim)
+        for name in ("running_mean", "running_var"):
+            shapes[f"{head}.linear_fuse.1.{name}"] = (dim,)
+        shapes[f"{head}.linear_fuse.1.num_batches_tracked"] = ()
+        layer(f"{head}.last_conv", channels, dim, 1, 1)
     return shapes
+
+
+class Reference(InvPTReference):
+    """The public network, of what its state dict has: tasks, teachers, routers and aligners."""
+
+    def __init__(self, state: dict[str, Tensor], vit_heads: int):
+        self.prefix = "backbone." if "backbone.vit.pos_embed" in state else ""
+        names = [key.removeprefix(self.prefix).split(".") for key in state]
+        super().__init__(state, list(dict.fromkeys(n[1] for n in names if n[0] == "heads")), vit_heads)
+        self.teachers = list(dict.fromkeys(n[1] for n in names if n[0] == "tsap"))  # in the order of a router's scores
+        self.depth = len({n[2] for n in names if n[:2] == ["vit", "blocks"]})
+        self.blocks = sorted({int(n[1].split("_")[0]) for n in names if n[0] == "out_norms"})
+
+    def __call__(self, image: Tensor) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
+        """Each task's prediction of the picture's size, and each teacher's aligned maps, finest level first."""
+        size = image.shape[-2:]
+        mixtures: dict[str, list[Tensor]] = {task: [] for task in self.tasks}
+        aligned: dict[str, list[Tensor]] = {teacher: [] for teacher in self.teachers}
+        for block, stem, adapted in self.levels(image):
+            for teacher in self.teachers:
+                name = f"{self.prefix}ts_aligners.{block}_{teacher}"
+                m = self.linear(name, adapted[teacher]) if f"{name}.weight" in self.state else adapted[teacher]
+                aligned[teacher].append(self.to_map(m, image))
+            experts = [stem, *(adapted[teacher] for teacher in self.teachers)]
+            for task in self.tasks:
+                weights = self.route(f"{self.prefix}mor.{block}_{task}.router.module", stem)
+                mixture = sum(weight[:, None, None] * expert for weight, expert in zip(weights, experts, strict=True))
+                mixtures[task].append(self.to_map(mixture, image))
+        return {task: self.to(self.head(task, maps, size), size) for task, maps in mixtures.items()}, aligned
+
+    def levels(self, image: Tensor) -> list[tuple[int, Tensor, dict[str, Tensor]]]:
+        """The block of each level, the stem's tokens (B, N, C) after it, and each teacher's; of patches alone."""
+        vit = f"{self.prefix}vit"
+        x = self.conv(f"{vit}.patch_embed.proj", image, stride=16).flatten(2).transpose(1, 2)
+        x = torch.cat([self.state[f"{vit}.cls_token"].expand(len(x), -1, -1), x], dim=1)
+        x = x + self.state[f"{vit}.pos_embed"]
+        paths = {teacher: self.adapt(teacher, 0, x) for teacher in self.teachers}
+        levels = []
+        for i in range(self.depth):
+            x = self.vit_block(f"{vit}.blocks.{i}", x)
+            for teacher in self.teachers:
+                paths[teacher] = self.adapt(teacher, i + 1, paths[teacher] + x)
+            if i in self.blocks:
+                norms = {teacher: f"{self.prefix}out_norms.{i}_{teacher}" for teacher in self.teachers}
+                levels.append((i, x[:, 1:], {t: self.norm(norms[t], paths[t][:, 1:], 1e-5) for t in self.teachers}))
+        return levels
+
+    def adapt(self, teacher: str, index: int, x: Tensor) -> Tensor:
+        name = f"{self.prefix}tsap.{teacher}.{index}"
+        inner = F.gelu(self.linear(f"{name}.down", x))
+        return self.linear(f"{name}.up", inner) * self.state[f"{name}.scale"] + x
+
+    def route(self, name: str, stem: Tensor) -> list[Tensor]:
+        """Weight (B) of the stem and of each teacher; without a router all are 1. The noise is that of training."""
+        count = 1 + len(self.teachers)
+        if f"{name}.0.weight" not in self.state:
+            return [stem.new_ones(len(stem))] * count
+        hidden = F.gelu(self.norm(f"{name}.1", self.linear(f"{name}.0", stem), 1e-5))
+        scores = self.linear(f"{name}.3", hidden).mean(dim=1)[:, :count]
+        return list(scores.softmax(dim=1).unbind(dim=1))
+
+    def head(self, task: str, maps: list[Tensor], size: tuple[int, int]) -> Tensor:
+        parts = []
+        for level, m in enumerate(maps):
+            part = self.linear(f"heads.{task}.linears.{level}", m.movedim(1, -1)).movedim(-1, 1)
+            parts.append(self.to(part, (size[0] // 4, size[1] // 4)))
+        x = self.conv(f"heads.{task}.linear_fuse.0", torch.cat(parts, dim=1))
+        x = F.gelu(self.batch_norm(f"heads.{task}.linear_fuse.1", x))
+        return self.conv(f"heads.{task}.last_conv", x)
+
+    @staticmethod
+    def to_map(tokens: Tensor, image: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).unflatten(2, (image.shape[2] // 16, image.shape[3] // 16))

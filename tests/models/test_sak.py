@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.invpt_reference import random_state
 from helpers.sak_reference import published_shapes
 
 from mtcl import UserError
@@ -279,13 +280,17 @@ def test_has_the_parameters_of_the_public_code(name, dim, depth, size, tasks, to
 # --- Published checkpoints
 
 
+PUBLISHED_VIT = {**VIT, "mlp_ratio": 4.0}
+
+
+def make_published(tasks):
+    shapes = published_shapes(tasks, TEACHERS, NATIVE, VIT["embed_dim"], VIT["depth"])
+    return random_state(shapes)
+
+
 @pytest.mark.parametrize(("tasks", "prefix"), [(TASKS, "backbone."), ({}, "")], ids=["second stage", "first stage"])
 def test_published_names_fill_the_model(tasks, prefix):
-    model, generator = make_model(tasks=tasks), torch.Generator().manual_seed(0)
-    state = {
-        key: torch.tensor(3) if key.endswith("tracked") else torch.rand(shape, generator=generator)
-        for key, shape in published_shapes(model, prefix).items()
-    }
+    model, state = make_model(tasks=tasks, kwargs=PUBLISHED_VIT), make_published(tasks)
     overrides = sak.get_config_overrides(state, NATIVE)
     expected = {"size": list(NATIVE), "teachers": TEACHERS, "reduction": 4}
     expected |= {"routing": "mixture", "noisy_gating": True} if tasks else {}
@@ -306,8 +311,7 @@ def test_published_names_fill_the_model(tasks, prefix):
 def test_a_file_of_another_method_is_refused():
     with pytest.raises(UserError, match="has no adapters"):
         sak.get_config_overrides({"backbone.pos_embed": torch.ones(1, 3, 4)}, NATIVE)
-    model = make_model()
-    state = {key: torch.rand(shape) for key, shape in published_shapes(model).items()}
+    state = make_published(TASKS)
     with pytest.raises(UserError, match="15 patches, images of 32x32 have 2x2"):
         sak.get_config_overrides(state, (32, 32))
     with pytest.raises(UserError, match=r"1 of .* not known .* backbone\.novelty"):

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.common import composed
+from helpers.invpt_reference import random_state
+from helpers.taskprompter_reference import published_shapes
 
 from mtcl import UserError
 from mtcl.cli.train import train
@@ -315,47 +317,8 @@ def test_published_cost():
 # --- Published checkpoints
 
 
-def published_state(tasks, depth=4, dim=24, heads=3, hidden=48, grid=(3, 5), width=8, head_width=6, cross=True):
-    """Random tensors under the names and with the shapes of the authors' code."""
-    pixels, shapes = grid[0] * grid[1], {}
-
-    def add(name, *shape):
-        shapes.update({f"{name}.weight": shape, f"{name}.bias": shape[:1]})
-
-    def add_norm(name, n):
-        add(name, n)
-        shapes.update({f"{name}.running_mean": (n,), f"{name}.running_var": (n,), f"{name}.num_batches_tracked": ()})
-
-    shapes["backbone.pos_embed"] = (1, pixels + 1, dim)
-    shapes["backbone.task_prompts"] = (len(tasks), dim)
-    add("backbone.patch_embed.proj", dim, 3, 16, 16)
-    for i in range(depth):
-        block = f"backbone.blocks.{i}"
-        add(f"{block}.norm1", dim)
-        add(f"{block}.attn.qkv", 3 * dim, dim)
-        add(f"{block}.attn.proj", dim, dim)
-        add(f"{block}.attn.token_trans", pixels, dim)
-        add(f"{block}.attn.token_trans1", dim, pixels)
-        add(f"{block}.norm2", dim)
-        add(f"{block}.mlp.fc1", hidden, dim)
-        add(f"{block}.mlp.fc2", dim, hidden)
-    add("backbone.norm", dim)
-    for level, task in ((n, t) for n in range(4) for t in tasks):
-        add(f"backbone.fea_fuse.{level}.{task}.0", head_width, 2 * width, 1, 1)
-        add(f"backbone.fea_fuse.{level}.{task}.1", head_width, head_width, 3, 3)
-        add_norm(f"backbone.fea_fuse.{level}.{task}.2", head_width)
-        add(f"backbone.fea_fuse.{level}.{task}.4", head_width, head_width, 1, 1)
-        if cross:
-            add(f"backbone.ctr_attn_conv.{level}.{task}.0", heads, heads, 1, 1)
-            add(f"backbone.ctr_attn_conv.{level}.{task}.2", 1, heads, 1, 1)
-        add(f"backbone.fea_decode_spa.{level}.{task}.0", width, dim, 1, 1)
-        add(f"backbone.fea_decode_chan.{level}.{task}.0", width, dim, 1, 1)
-    for task, channels in tasks.items():
-        add(f"heads.{task}.mt_proj.0", head_width, head_width, 3, 3)
-        add_norm(f"heads.{task}.mt_proj.1", head_width)
-        add(f"heads.{task}.linear_pred", channels, head_width, 1, 1)
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+def published_state(tasks, depth=4, cross=True):
+    return random_state(published_shapes(tasks, NATIVE, 24, depth, heads=3, width=8, head_width=6, cross=cross))
 
 
 @pytest.mark.parametrize("cross", [True, False])
@@ -366,7 +329,7 @@ def test_published_checkpoints_fit(cross):
     config = method.config_overrides(theirs, NATIVE)
     options = config["decoder"]
     assert options == {"size": list(NATIVE), "width": 8, "head_width": 6, "cross_task": cross, "windows": 4}
-    model = make_model(**options)
+    model = make_model(kwargs={**VIT, "mlp_ratio": 4.0}, **options)
     check_state_dict(ours, model.state_dict(), method.name)
     model.load_state_dict(ours)
     assert unused_keys == ["backbone.blocks.3.attn.token_trans1.weight", "backbone.blocks.3.attn.token_trans1.bias"]

@@ -110,4 +110,5 @@ METHOD = Method(
     rules=get_rules,
     config_overrides=get_config_overrides,
     regularizer_keys=list_regularizer_keys,
+    first_iteration=1,  # train_s1.py and train_s2.py save how many there were
 )

@@ -70,6 +70,7 @@ class Method:
             expect it: for what one rule for one key can't say, such as two tensors that are one of ours.
         regularizer_keys: their state dict -> key of a tensor that only a training needs -> its key in the state of our
             regulariser; of a file without tasks alone.
+        first_iteration: the number of the first iteration, where a file's ``iter_count`` is that of the last.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Method:
     config_overrides: Callable[[Mapping[str, Tensor], tuple[int, int]], Overrides]
     prepare: Callable[[State, Collection[str]], State] | None = None
     regularizer_keys: Callable[[Mapping[str, Tensor]], dict[str, str]] | None = None
+    first_iteration: int = 0
 
 
 class Translation(NamedTuple):
@@ -93,12 +95,16 @@ class Translation(NamedTuple):
     unused_keys: list[str]
 
 
-def read_published_checkpoint(path: Path) -> tuple[State, int]:
+def read_published_checkpoint(path: Path, first_iteration: int = 0) -> tuple[State, int]:
     """Read a checkpoint as the authors' training code saves it.
 
     A file of InvPT's code and its relatives holds {"model", "optimizer", "scheduler", "epoch", "iter_count"}, one of
     Lightning {"state_dict", "global_step", "callbacks", ...}; a plain state dict is read as well. Code in the file is
     not run.
+
+    Args:
+        path: of the file.
+        first_iteration: the number of the first iteration, where "iter_count" is that of the last.
 
     Returns:
         The state dict without DDP's prefix, and the number of iterations trained (0 if unknown).
@@ -116,8 +122,8 @@ def read_published_checkpoint(path: Path) -> tuple[State, int]:
         raise UserError(f"{path} holds no state dict of tensors, neither itself nor under model or state_dict")
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    last = content.get("iter_count")  # index of the last iteration, from 0
-    step = last + 1 if isinstance(last, int) else content.get("global_step")
+    last = content.get("iter_count")
+    step = last + 1 - first_iteration if isinstance(last, int) else content.get("global_step")
     return dict(state), step if isinstance(step, int) else 0
 
 
