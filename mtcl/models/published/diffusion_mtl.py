@@ -24,10 +24,6 @@ TABLES = (
     "posterior_mean_coef1",
     "posterior_mean_coef2",
 )
-# The tables of the diffusion process (MTDNet.register_schedule), which follow from the number of steps.
-TABLES = ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-TABLES += ("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod")
-TABLES += ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
 SOURCE = "diffusion_model.denoiser"
 BLOCK, TARGET = f"{SOURCE}.crossblocks.{{n}}", "decoder.denoiser.blocks.{n}"
 
