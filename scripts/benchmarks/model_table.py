@@ -268,7 +268,8 @@ def format_cells(row: Row, published: PublishedSize | None) -> list[str]:
 
 HEAD = ["experiment", *GRID, "size", "parameters", "published", "differ by", "flops", "published", "differ by",
         "memory", "latency", "tasks", "source"]  # fmt: skip
-OF_PUBLISHED = (5, 6, 8, 9, 13)
+OF_PUBLISHED = (5, 6, 8, 9, 13)  # columns that --published alone has
+OF_NO_PUBLISHED = (1, 2, 12)  # columns that it leaves out, for the width
 RIGHT = range(4, 12)  # of numbers
 
 
@@ -292,7 +293,7 @@ class Table:
         published: Mapping[str, PublishedSize],
     ):
         self.markdown, self.header, self.published = markdown, header, published
-        left_out = {*(OF_PUBLISHED if not published else (1, 2, 12))}
+        left_out = OF_NO_PUBLISHED if published else OF_PUBLISHED
         without = {*([] if names else ["experiment"]), *([] if measured else ["memory", "latency"])}
         self.columns = [i for i, title in enumerate(HEAD) if title not in without and i not in left_out]
         widest = [
