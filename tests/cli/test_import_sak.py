@@ -14,6 +14,7 @@ from helpers.imported_checkpoints import (
 from helpers.invpt_reference import random_state
 from helpers.sak_reference import Reference, published_shapes
 
+from mtcl import UserError
 from mtcl.cli.import_checkpoint import import_checkpoint
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_regularizer, prepare_distillation
@@ -93,3 +94,11 @@ def test_a_student_aligns_as_published(tmp_path):
                 m, want = regularizer._align(name, adapted[name]), aligned[teacher][level].float()
                 assert want.std() > 0.1
                 torch.testing.assert_close(m, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+
+
+def test_a_vit_with_lora_is_refused(tmp_path):
+    overrides = [*SAK, "data=nyud"]
+    state = make_published(list_channels(overrides), teacher_width=64)
+    state = {key.replace(".vit.", ".vit.base_model.model."): value for key, value in state.items()}
+    with pytest.raises(UserError, match="LoRA's adapters"):
+        import_checkpoint("sak", write_published(tmp_path / "a.pth", state), tmp_path / "b.pt", overrides, CONFIGS)

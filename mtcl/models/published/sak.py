@@ -74,13 +74,15 @@ def get_config_overrides(state: Mapping[str, Tensor], size: tuple[int, int]) -> 
     """Return the config keys that the published network needs.
 
     Raises:
-        UserError: the file has no adapters, or its ViT was made for another ``size`` (height, width).
+        UserError: the file has no adapters, its ViT has LoRA's, or was made for another ``size`` (height, width).
     """
     prefix, norms = find_prefix(state), list_level_norms(state)
     teachers = list(dict.fromkeys(teacher for _, teacher in norms))
     down = state.get(f"{prefix}tsap.{teachers[0]}.0.down.weight") if teachers else None
     if down is None:
         raise UserError("the checkpoint has no adapters (tsap, out_norms): it is not SAK's")
+    if any(key.startswith(f"{prefix}vit.base_model.") for key in state):
+        raise UserError("the checkpoint's ViT has LoRA's adapters beside its weights; merge them in its code first")
     # Their order is that of a router's outputs, which the adapters' names keep.
     start = f"{prefix}tsap."
     teachers = list(dict.fromkeys(key.removeprefix(start).partition(".")[0] for key in state if key.startswith(start)))
