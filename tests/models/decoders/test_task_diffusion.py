@@ -66,7 +66,7 @@ def make_labelled(channels, strides, tasks, **options):
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[dict[str, Tensor], TaskDiffusion]:
-    """The state of a public network without a backbone, and our decoder with these weights, both in double precision."""
+    """The state of a public network without a backbone, and our decoder with these weights; both are doubles."""
     shapes = published_shapes(NAMES, (32, 48), CHANNELS[0], 4, WIDTH, blocks=2)
     state = {
         key: value
