@@ -215,7 +215,8 @@ class Denoiser(nn.Module):
             condition: (B, width, h, w).
             step: of the diffusion, 0 to T - 1.
         """
-        time = self.time(embed_step(step, self.time[0].weight))[:, None, None]  # autocast leaves the weight as it is
+        weight: Tensor = self.time[0].weight  # type: ignore[assignment]  # whose type autocast leaves as it is
+        time = self.time(embed_step(step, weight))[:, None, None]
         embedded = torch.stack([layer(noised[task]) for task, layer in self.embed.items()]) + time  # (T, B, C, h, w)
         grid = [max(1, side // 4) for side in condition.shape[-2:]]
         x = resize(embedded.flatten(0, 1), grid).flatten(2).transpose(1, 2)
