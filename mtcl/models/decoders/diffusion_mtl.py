@@ -215,7 +215,8 @@ class Denoiser(nn.Module):
             condition: (B, width, h, w).
             step: of the diffusion, 0 to T - 1.
         """
-        time = self.time(embed_step(step, condition))[:, None, None]
+        weight: Tensor = self.time[0].weight  # type: ignore[assignment]  # whose type autocast leaves as it is
+        time = self.time(embed_step(step, weight))[:, None, None]
         embedded = torch.stack([layer(noised[task]) for task, layer in self.embed.items()]) + time  # (T, B, C, h, w)
         grid = [max(1, side // 4) for side in condition.shape[-2:]]
         x = resize(embedded.flatten(0, 1), grid).flatten(2).transpose(1, 2)
@@ -254,10 +255,10 @@ class ConditionBlock(nn.Module):
 
 
 def embed_step(step: int, like: Tensor) -> Tensor:
-    """Return the sinusoidal embedding (256,) of a diffusion step, of the device of ``like``, as DiT has it.
+    """Return the sinusoidal embedding (256,) of a diffusion step, of the device and type of ``like``, as DiT has it.
 
     Peebles and Xie. Scalable Diffusion Models with Transformers. ICCV 2023.
     """
     half = TIME_FREQUENCIES // 2
-    frequencies = torch.exp(torch.arange(half, device=like.device) * (-math.log(10000) / half))
+    frequencies = torch.exp(torch.arange(half, dtype=like.dtype, device=like.device) * (-math.log(10000) / half))
     return torch.cat([torch.cos(step * frequencies), torch.sin(step * frequencies)])

@@ -20,6 +20,7 @@ Shapes: B images, H heads, Q queries and K keys of all tasks together.
 
 import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 
 import torch
@@ -29,6 +30,7 @@ from mtcl.errors import ParameterError
 from mtcl.models.decoders.invpt import InvPT, TaskAttention
 
 CROSS_SCALE = ("fusion", "selective", "both")
+FINEST_FRACTION = 1_000_000  # largest denominator of the part of the keys that is selected
 
 
 class InvPTPlusPlus(InvPT):
@@ -111,18 +113,32 @@ class SelectiveAttention(TaskAttention):
         also_fuses: bool,
     ):
         super().__init__(tasks, width, heads, pool, fuses_scores and also_fuses)
-        self.key_fraction = key_fraction
+        self.key_ratio = as_ratio(key_fraction)
 
     def combine(self, scores: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         """Mask the scores (B, H, Q, K) of keys that are not selected; see :meth:`TaskAttention.combine`."""
         scores, _ = super().combine(scores, previous)
         if previous is None:
             return scores, scores
-        selected = select_keys(previous, self.key_fraction)
+        selected = select_keys(previous, self.key_ratio)
         return scores.masked_fill(~selected, -math.inf), torch.where(selected, scores, previous)
 
 
-def select_keys(scores: Tensor, fraction: float) -> Tensor:
-    """Return the mask (..., K) of the ceil(fraction K) keys with the highest of the scores (..., K)."""
-    highest = scores.detach().topk(math.ceil(fraction * scores.shape[-1]), dim=-1).indices
+def select_keys(scores: Tensor, ratio: tuple[int, int]) -> Tensor:
+    """Return the mask (..., K) of the keys with the highest of the scores (..., K).
+
+    Args:
+        scores: (..., K).
+        ratio: part of the K keys that is selected, rounded up, as two whole numbers: torch can't write a program that
+            rounds a product of a float and a size.
+    """
+    numerator, denominator = ratio
+    count = -(-scores.shape[-1] * numerator // denominator)
+    highest = scores.detach().topk(count, dim=-1).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, highest, True)
+
+
+def as_ratio(fraction: float) -> tuple[int, int]:
+    """Return the numerator and denominator of a fraction above 0; 1/3 and 0.1 are those that are meant."""
+    nearest = Fraction(fraction).limit_denominator(FINEST_FRACTION)
+    return max(nearest, Fraction(1, FINEST_FRACTION)).as_integer_ratio()

@@ -175,7 +175,7 @@ class TaskDiffusion(Decoder):
     ) -> dict[str, Tensor]:
         """Return the final maps of labels noised at a time drawn for each image; gradients reach the label encoder."""
         clean = self.encoder.encode_labels(labels, size, levels[0])
-        log_snr = cosine_log_snr(torch.rand(len(clean), device=clean.device) * MAX_TIME)
+        log_snr = cosine_log_snr(torch.rand(len(clean), dtype=clean.dtype, device=clean.device) * MAX_TIME)
         signal, noise = log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
         noised = signal[:, None, None, None] * clean + noise[:, None, None, None] * torch.randn_like(clean)
         return self._decode(levels, maps, noised, log_snr, self._final_grid(size))
@@ -195,12 +195,13 @@ class TaskDiffusion(Decoder):
     def _start(self, batch: int, height: int, width: int) -> Tensor:
         """Return the noise (B, M, height, width) from which the denoising starts."""
         if self.noise_at_inference:
-            return torch.randn(batch, self.encoder.channels, height, width, device=self.start_noise.device)
+            shape = (batch, self.encoder.channels, height, width)
+            return torch.randn(shape, dtype=self.start_noise.dtype, device=self.start_noise.device)
         rows, columns = (torch.arange(side, device=self.start_noise.device) % NOISE_SIDE for side in (height, width))
         return self.start_noise[:, :, rows][..., columns].expand(batch, -1, -1, -1)
 
     def _log_snr(self, step: "Step") -> Tensor:
-        return torch.full((1,), step.log_snr, device=self.start_noise.device)
+        return torch.full((1,), step.log_snr, dtype=self.start_noise.dtype, device=self.start_noise.device)
 
     def _decode(
         self,
@@ -307,7 +308,7 @@ class FourierTime(nn.Module):
         self.frequencies = nn.Parameter(torch.randn(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the embedding in single precision."""
+        """Return the embedding in the precision of the frequencies, which autocast leaves alone."""
         angles = 2 * math.pi * x[:, None] * self.frequencies
         return torch.cat([x[:, None], angles.sin(), angles.cos()], dim=1)
 
@@ -504,11 +505,13 @@ class LabelEncoder(nn.Module):
         return self.embed[task](classes).permute(0, 3, 1, 2)
 
     def _join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the label map, in single precision, of the tasks' parts (B, W/4, h, w)."""
+        """Return the label map of the tasks' parts (B, W/4, h, w), in single precision, of doubles in double."""
         merged = [parts[task] for task in self.separate]
         if self.merge is not None:
             merged.append(self.merge(torch.cat([parts[task] for task in self.joint], dim=1)))
-        return (2 * torch.cat(merged, dim=1).float().sigmoid() - 1) * self.scale
+        joined = torch.cat(merged, dim=1)
+        joined = joined if joined.dtype == torch.float64 else joined.float()
+        return (2 * joined.sigmoid() - 1) * self.scale
 
 
 def sample_classes(label: Tensor | None, channels: int, frame: Size, like: Tensor) -> Tensor:

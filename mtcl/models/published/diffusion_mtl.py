@@ -5,8 +5,11 @@ Source: github.com/prismformore/DiffusionMTL, models (resnet.py, diffusion_net.p
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from mtcl.errors import UserError
+from mtcl.models.decoders.diffusion_mtl import DiffusionProcess
 from mtcl.models.published.translation import Method, Overrides, Rule
 
 # The tables of the diffusion process (MTDNet.register_schedule), which follow from the number of steps.
@@ -52,10 +55,21 @@ RULES = (
 
 
 def get_config_overrides(state: Mapping[str, Tensor], size: tuple[int, int]) -> Overrides:
-    """Return the config keys that the published network needs."""
+    """Return the config keys that the published network needs.
+
+    Raises:
+        UserError: the file's variances of the noise are not those of the public code, which our decoder has.
+    """
     del size
-    table = state.get("diffusion_model.betas")
-    return {"backbone": {}, "decoder": {} if table is None else {"steps": len(table)}}
+    table = state.get("diffusion_model.sqrt_one_minus_alphas_cumprod")
+    if table is None:
+        return {"backbone": {}, "decoder": {}}
+    if not torch.allclose(table.float(), DiffusionProcess(len(table)).sqrt_noise, rtol=1e-4):
+        raise UserError(
+            "the checkpoint's diffusion has other variances than the public code gives it, which is not built here; "
+            "give one of the public code"
+        )
+    return {"backbone": {}, "decoder": {"steps": len(table)}}
 
 
 METHOD = Method(

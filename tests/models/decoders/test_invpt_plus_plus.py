@@ -12,7 +12,7 @@ from helpers.decoder_checks import CHANNELS, PASCAL, PYRAMID, TASKS, VIT, featur
 from mtcl import UserError
 from mtcl.models.decoders import InvPT, InvPTPlusPlus
 from mtcl.models.decoders.invpt import SpatialNorm, TaskAttention, upsample_scores
-from mtcl.models.decoders.invpt_plus_plus import CROSS_SCALE, SelectiveAttention, select_keys
+from mtcl.models.decoders.invpt_plus_plus import CROSS_SCALE, SelectiveAttention, as_ratio, select_keys
 
 FRACTION = 0.3  # of 8 keys: 3
 
@@ -73,20 +73,24 @@ def test_the_previous_scores_alone_choose_the_keys():
 
 def test_all_keys_selected_is_attention_without_a_previous_stage():
     _, second = make_stages("selective")
-    second.key_fraction = 1.0
+    second.key_ratio = (1, 1)
     x, scores = torch.randn(1, 2, 4, 8, 6), torch.randn(1, 2, 2, 1, 2, 4)
     with torch.no_grad():
         for got, expected in zip(second(x, scores), second(x, None), strict=True):
             torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(("fraction", "number"), [(1e-6, 1), (0.25, 2), (0.26, 3), (1.0, 8)])
+@pytest.mark.parametrize(("fraction", "number"), [(1e-6, 1), (1e-9, 1), (0.25, 2), (0.26, 3), (0.625, 5), (1.0, 8)])
 def test_number_of_selected_keys(fraction, number):
     scores = torch.randn(2, 3, 5, 8)
-    mask = select_keys(scores, fraction)
+    mask = select_keys(scores, as_ratio(fraction))
     assert mask.sum(dim=-1).eq(number).all()
     assert (scores.masked_fill(~mask, math.inf).amin(-1) >= scores.masked_fill(mask, -math.inf).amax(-1)).all()
-    assert select_keys(torch.zeros(1, 8), fraction).sum() == number, "equal scores"
+    assert select_keys(torch.zeros(1, 8), as_ratio(fraction)).sum() == number, "equal scores"
+
+
+def test_fractions_are_those_that_are_meant():
+    assert [as_ratio(value) for value in (0.25, 0.1, 1 / 3, 1.0)] == [(1, 4), (1, 10), (1, 3), (1, 1)]
 
 
 def test_scores_of_selected_keys_and_older_ones_go_on():
@@ -95,7 +99,7 @@ def test_scores_of_selected_keys_and_older_ones_go_on():
     with torch.no_grad():
         passed = second(torch.randn(1, 2, 4, 8, 6), scores)[1]
     older = upsample_scores(scores, (2, 4))
-    assert passed.eq(older).equal(~select_keys(older, FRACTION))
+    assert passed.eq(older).equal(~select_keys(older, as_ratio(FRACTION)))
 
 
 def test_fusion_is_invpt():

@@ -66,7 +66,7 @@ def make_labelled(channels, strides, tasks, **options):
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[dict[str, Tensor], TaskDiffusion]:
-    """The state of a public network without a backbone, in double precision, and our decoder with these weights."""
+    """The state of a public network without a backbone, and our decoder with these weights; both are doubles."""
     shapes = published_shapes(NAMES, (32, 48), CHANNELS[0], 4, WIDTH, blocks=2)
     state = {
         key: value
@@ -79,12 +79,12 @@ def pair() -> tuple[dict[str, Tensor], TaskDiffusion]:
     ours = {key.removeprefix("decoder."): value for key, value in translation.state.items()}
     check_state_dict(ours, decoder.state_dict(), "TaskDiffusion")
     decoder.load_state_dict(ours)
-    return {key: value.double() for key, value in state.items()}, decoder
+    return {key: value.double() for key, value in state.items()}, decoder.double()
 
 
 def make_maps(batch=2):
     generator = torch.Generator().manual_seed(3)
-    return [torch.randn(batch, CHANNELS[0], 2, 3, generator=generator) for _ in VIT]
+    return [torch.randn(batch, CHANNELS[0], 2, 3, generator=generator).double() for _ in VIT]
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -95,12 +95,12 @@ def test_inference_is_that_of_the_public_code(pair, steps):
     maps = make_maps()
     with torch.no_grad():
         predictions = decoder.predict(maps, (32, 48))
-        noise = decoder._start(1, 2, 3).double()
+        noise = decoder._start(1, 2, 3)
         for image in range(2):
-            want = Reference(state, list(NAMES), 2).sample([x[image : image + 1].double() for x in maps], noise, steps)
+            want = Reference(state, list(NAMES), 2).sample([x[image : image + 1] for x in maps], noise, steps)
             for task, x in want.items():
                 x = F.interpolate(x, (32, 48), mode="bilinear", align_corners=False)
-                torch.testing.assert_close(predictions[task][image : image + 1].double(), x, rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(predictions[task][image : image + 1], x, rtol=1e-5, atol=1e-7)
 
 
 def test_training_is_that_of_the_public_code(pair, monkeypatch):
@@ -110,8 +110,10 @@ def test_training_is_that_of_the_public_code(pair, monkeypatch):
     for module in decoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    times, noise = torch.tensor([0.2, 0.9]), torch.randn(2, decoder.encoder.channels, 2, 3)
+    times = torch.tensor([0.2, 0.9], dtype=torch.float64)
+    noise = torch.randn(2, decoder.encoder.channels, 2, 3, dtype=torch.float64)
     maps, labels = make_maps(), make_labels(NAMES, (29, 39))
+    labels = {task: label.double() if label.is_floating_point() else label for task, label in labels.items()}
     labels["semseg"][:, 8, 8] = 255
     monkeypatch.setattr(torch, "rand", lambda *_, **__: times)
     monkeypatch.setattr(torch, "randn_like", lambda _: noise)
@@ -121,16 +123,16 @@ def test_training_is_that_of_the_public_code(pair, monkeypatch):
             rows = slice(image, image + 1)
             image_labels = {task: label[image] for task, label in labels.items()}
             predictions, auxiliary = Reference(state, list(NAMES), 2).train_pass(
-                [x[rows].double() for x in maps],
+                [x[rows] for x in maps],
                 image_labels,
                 (32, 48),
                 0.999 * times[image].item(),
-                noise[rows].double(),
+                noise[rows],
             )
             for got, want in ((output.predictions, predictions), (output.intermediate[0], auxiliary)):
                 for task, x in want.items():
                     x = F.interpolate(x, (32, 48), mode="bilinear", align_corners=False)
-                    torch.testing.assert_close(got[task][rows].double(), x, rtol=1e-3, atol=1e-3)
+                    torch.testing.assert_close(got[task][rows], x, rtol=1e-5, atol=1e-7)
 
 
 # Parameters of the public classes, built with the sizes of their configs.
