@@ -380,7 +380,7 @@ def test_an_onnx_file(cli, trained, tmp_path):
 
 
 def export_programs(loaded: LoadedModel, folder: Path, monkeypatch, torch_fixed: bool = False) -> dict[str, str]:
-    """Message of each format: the program is written, loaded, and gives what predict() does (check_program).
+    """Return each format's message: the program is written, loaded, and gives what predict() does (check_program).
 
     Both formats begin with the same trace, which is made once for each kind of input to save time.
     """
@@ -435,6 +435,8 @@ def test_transformers_become_programs(decoder, backbone, tmp_path, monkeypatch):
     ("decoder", "backbone", "size", "takes"),
     [
         ("segnet", "resnet18", (64, 96), "images of 64 x 96 only (Guard failed"),
+        ("mtan", "resnet18", (64, 96), "images of 64 x 96 only"),
+        ("invpt", "resnet18", (64, 96), "images of 64 x 96 only"),
         ("invpt_plus_plus", "resnet18", (128, 160), "from 128 x 160 on"),
         ("multi_head", "resnet18", (32, 64), "images of 32 x 64 only (a side of its training frame"),
         ("multi_head", "vit_small", (64, 96), "images of 64 x 96 only"),

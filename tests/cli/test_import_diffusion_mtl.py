@@ -14,6 +14,7 @@ from helpers.imported_checkpoints import (
     to_double,
     write_published,
 )
+from helpers.published import get_published_parameters
 
 from mtcl import UserError
 from mtcl.cli.import_checkpoint import import_checkpoint
@@ -65,9 +66,11 @@ def test_it_predicts_as_published(data, steps, tmp_path):
         torch.testing.assert_close(output.intermediate[0][task], initial[task], rtol=1e-5, atol=1e-7)
 
 
-def test_the_published_network_fits():
+@pytest.mark.parametrize("data", ["pascal", "nyud"])
+def test_the_published_network_fits(data):
     """At full size, shapes only."""
-    config = composed("experiment=pascal_onelabel_diffusion_mtl_resnet18")
+    experiment = f"{data}_onelabel_diffusion_mtl_resnet18"
+    config = composed(f"experiment={experiment}")
     tasks = build_tasks(config)
     shapes = published_shapes({name: task.channels for name, task in tasks.items()})
     with torch.device("meta"):
@@ -77,7 +80,8 @@ def test_the_published_network_fits():
     check_state_dict(ours, model.state_dict(), "diffusion_mtl")
     assert unused_keys == list(make_tables(2))
     learned = [shape for key, shape in shapes.items() if key.endswith((".weight", ".bias"))]
-    assert sum(p.numel() for p in model.parameters()) == sum(math.prod(shape) for shape in learned)
+    count = sum(math.prod(shape) for shape in learned)
+    assert sum(p.numel() for p in model.parameters()) == count == get_published_parameters(experiment)
 
 
 def test_another_schedule_of_noise_is_refused(tmp_path):
@@ -86,6 +90,6 @@ def test_another_schedule_of_noise_is_refused(tmp_path):
     state = make_published(overrides)
     state["diffusion_model.sqrt_one_minus_alphas_cumprod"] = torch.tensor([0.01, 0.2])
     source = write_published(tmp_path / "theirs.pth.tar", state)
-    with pytest.raises(UserError, match="has other variances than the public code"):
+    with pytest.raises(UserError, match="sqrt_one_minus_alphas_cumprod is not that of the public code for 2 steps"):
         import_checkpoint("diffusion_mtl", source, tmp_path / "ours.pt", overrides, CONFIGS)
     assert not (tmp_path / "ours.pt").exists()

@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from helpers.common import ROOT, composed
+from helpers.common import composed
 from helpers.hrnet_reference import (
     SMALL_V2,
     ATRCReference,
@@ -18,17 +18,16 @@ from helpers.hrnet_reference import (
     pad_net_shapes,
     resize,
 )
+from helpers.imported_checkpoints import CONFIGS, rebuild, to_double
 from helpers.invpt_reference import random_state
-from omegaconf import OmegaConf
+from helpers.published import get_published_parameters
 
 from mtcl import UserError
 from mtcl.cli.import_checkpoint import import_checkpoint
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.models.published import METHODS, check_state_dict, read_published_checkpoint, translate_state_dict
-from mtcl.training.checkpoint_file import read_checkpoint_file
 
-CONFIGS = ROOT / "configs"
 WIDTHS = (8, 16, 32, 64)
 ATRC_TASKS = ("semseg", "depth", "normals", "edge")
 SIZE = (64, 96)
@@ -73,20 +72,16 @@ def imported(name, state, overrides, folder, **content):
     """The model of our checkpoint, as evaluate.py builds it, and the result of the import."""
     torch.save({"model": {f"module.{k}": v for k, v in state.items()}, **content}, folder / "theirs.pth.tar")
     result = import_checkpoint(name, folder / "theirs.pth.tar", folder / "ours.pt", overrides, CONFIGS)
-    saved = read_checkpoint_file(folder / "ours.pt")
-    config = OmegaConf.create(saved["config"])
-    model = build_model(config, build_tasks(config), pretrained=False)
-    model.load_state_dict(saved["model"])
-    return model.eval(), result
+    return rebuild(folder / "ours.pt")[0], result
 
 
 def make_image():
-    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 def assert_same(ours, theirs):
     assert theirs.std() > 1e-2
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def count_values(state):
@@ -105,8 +100,8 @@ def test_mti_net_and_pad_net_predict_as_published(name, overrides, reference, tm
     assert not result.unused_keys
     image = make_image()
     with torch.no_grad():
-        output = model(image)
-        predictions, initial = reference(state, list(output.predictions))(image)
+        output = model.double()(image)
+        predictions, initial = reference(to_double(state), list(output.predictions))(image)
     for ours, theirs in zip([output.predictions, *output.intermediate], [predictions, *initial], strict=True):
         for task, prediction in ours.items():
             logits = resize(theirs[task], SIZE)
@@ -126,8 +121,8 @@ def test_atrc_predicts_as_published(tmp_path):
     (tmp_path / "genotype.json").unlink()  # it is in the checkpoint
     image = make_image()
     with torch.no_grad():
-        output = model(image)
-        predictions, labels = ATRCReference(state, ATRC_TASKS, GENOTYPE)(image)
+        output = model.double()(image)
+        predictions, labels = ATRCReference(to_double(state), ATRC_TASKS, GENOTYPE)(image)
     for task in ATRC_TASKS:
         assert_same(output.predictions[task], predictions[task])
     for task, logits in labels.items():
@@ -147,7 +142,7 @@ def test_the_published_size_fits(name, make, num_decoder):
         state = {key: torch.empty(shape) for key, shape in make(tasks, (18, 36, 72, 144), **SMALL_V2).items()}
         model = build_model(config, build_tasks(config), pretrained=False)
     parameters = {k: v for k, v in state.items() if "running_" not in k and "num_batches" not in k}
-    assert count_values(parameters) == num_decoder + 3_860_720
+    assert count_values(parameters) == num_decoder + 3_860_720 == get_published_parameters(f"pascal_{name}_hrnet18")
     ours, _ = translate_state_dict(state, METHODS[name], list(tasks))
     check_state_dict(ours, model.state_dict(), name)
 

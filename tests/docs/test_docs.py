@@ -1,5 +1,7 @@
 """What documents tell people to type: every command is checked, those that need nothing but this machine are run."""
 
+import itertools
+import json
 import os
 import re
 import shlex
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 
@@ -274,3 +277,23 @@ def test_documents_point_at_what_is_there():
             r"`((?:mtcl|scripts|tests|configs|docs)/[\w/.-]+\.(?:py|yaml|md))`", GENERATED.sub("", text)
         ):
             assert STANDS_FOR.search(name) or (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+def test_the_table_of_decoders_has_the_differences_that_were_counted():
+    """Of parameters: those of a decoder's experiments that have a published size, one number or lowest to highest."""
+    printed = json.loads((ROOT / "docs" / "results" / "published_sizes.json").read_text())["printed"][4:]
+    differences = {cells[0]: cells[4] for cells in (re.split(r"  +", line) for line in printed)}
+    lines = (ROOT / "docs" / "models.md").read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| `decoder=` | paper")) + 2
+    rows = [line.split(" | ") for line in itertools.takewhile(str.strip, lines[first:])]
+    assert {row[0].strip("| `") for row in rows} == set(choices("decoder"))
+    experiments_seen = set()
+    for _, _, _, cell, _, patterns in rows:
+        names = [name.replace("N_", f"{data}_") for name in CODE.findall(patterns) for data in ("nyud", "pascal")]
+        experiments = {experiment for experiment in differences if any(fnmatch(experiment, name) for name in names)}
+        texts = {differences[experiment] for experiment in experiments}
+        ascending = sorted(texts, key=lambda text: float(text.strip("< %")))
+        span = dict.fromkeys([*ascending[:1], *ascending[-1:]])
+        assert cell.strip("() ") == " to ".join(span).replace(" % to", " to"), patterns
+        experiments_seen |= experiments
+    assert experiments_seen == set(differences)

@@ -29,7 +29,7 @@ def published_shapes(
     steps: int = 2,
     blocks: int = 4,
 ) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a state dict of DiffusionMTL on ResNet-18. The defaults are the published ones."""
+    """Return key -> shape of a state dict of DiffusionMTL on ResNet-18. The defaults are the published ones."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, *shape: int, bias: bool = True) -> None:
@@ -90,7 +90,7 @@ def published_shapes(
 
 
 def published_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
-    """Random tensors of these shapes, the tables of the diffusion as the public code fills them.
+    """Return random tensors of these shapes, the tables of the diffusion as the public code fills them.
 
     Larger variances keep the maps of so many residual blocks from growing.
     """
@@ -100,7 +100,7 @@ def published_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dic
 
 
 def make_tables(steps: int) -> dict[str, Tensor]:
-    """Key -> table of the diffusion (steps,): DDPM's, of variances whose roots rise evenly."""
+    """Return key -> table of the diffusion (steps,): DDPM's, of variances whose roots rise evenly."""
     first, last = 1e-3**0.5, 1e-2**0.5
     betas = [(first + (last - first) * i / max(1, steps - 1)) ** 2 for i in range(steps)]
     signal = [math.prod(1 - beta for beta in betas[: i + 1]) for i in range(steps)]
@@ -140,12 +140,12 @@ class Reference:
         self.state, self.tasks, self.heads, self.noise = state, list(tasks), heads, noise
 
     def __call__(self, image: Tensor) -> tuple[Maps, Maps]:
-        """Predictions and initial predictions, of the image's size."""
+        """Return predictions and initial predictions, of the image's size."""
         initial, final = self.decode(self.backbone(image))
         return {t: to(final[t], image.shape[-2:]) for t in final}, {t: to(initial[t], image.shape[-2:]) for t in final}
 
     def backbone(self, image: Tensor) -> list[Tensor]:
-        """Maps of strides 4, 8, 16 and 32."""
+        """Return maps of strides 4, 8, 16 and 32."""
         x = F.conv2d(image, self.state["backbone.conv1.weight"], stride=2, padding=3)
         x = F.max_pool2d(self.batch_norm("backbone.bn1", x).relu(), 3, stride=2, padding=1)
         maps = []
@@ -156,7 +156,7 @@ class Reference:
         return maps
 
     def decode(self, maps: Sequence[Tensor]) -> tuple[Maps, Maps]:
-        """Initial predictions and final ones, at half the finest map's size."""
+        """Return initial predictions and final ones, at half the finest map's size."""
         grid = [side // 2 for side in maps[0].shape[-2:]]
         shared = self.layer("backbone_embed", torch.cat([to(x, grid) for x in maps], dim=1))
         initial, predictions = {}, {}
@@ -168,7 +168,7 @@ class Reference:
         return predictions, self.diffuse(initial, condition)
 
     def diffuse(self, initial: Maps, condition: Tensor) -> Maps:
-        """Final predictions, of initial maps that are noised to the last step and denoised from there."""
+        """Return final predictions, of initial maps that are noised to the last step and denoised from there."""
         last = len(self.state[f"{MODEL}.betas"]) - 1
         noised = {}
         for task, x in initial.items():
@@ -184,7 +184,7 @@ class Reference:
         return {t: self.layer(f"{head}.{t}.linear_pred", self.denoise(t, x, condition, 0)) for t, x in noised.items()}
 
     def denoise(self, task: str, noised: Tensor, condition: Tensor, step: int) -> Tensor:
-        """Clean map of a task at a step, as large as its noised map."""
+        """Return the clean map of a task at a step, as large as its noised map."""
         angles = [step * math.exp(-math.log(10000) * i / 128) for i in range(128)]
         time = torch.tensor([[math.cos(a) for a in angles] + [math.sin(a) for a in angles]], dtype=noised.dtype)
         time = self.layer(f"{DENOISER}.t_embedder.mlp.2", F.silu(self.layer(f"{DENOISER}.t_embedder.mlp.0", time)))
@@ -225,7 +225,7 @@ class Reference:
         return self.state[f"{MODEL}.{table}"][step].item()
 
     def layer(self, name: str, x: Tensor) -> Tensor:
-        """Layer norm, linear layer or convolution at the same size, by the dimensions of its weight."""
+        """Apply a layer norm, linear layer or convolution at the same size, by the dimensions of its weight."""
         weight, bias = self.state[f"{name}.weight"], self.state.get(f"{name}.bias")
         if weight.dim() == 1:
             return F.layer_norm(x, weight.shape, weight, bias)

@@ -17,7 +17,7 @@ CONFIGS = ROOT / "configs"
 
 
 def list_channels(overrides: list[str]) -> dict[str, int]:
-    """Task of a config -> channels of its prediction, in order."""
+    """Return task of a config -> channels of its prediction, in order."""
     return {name: task.channels for name, task in build_tasks(composed(*overrides)).items()}
 
 
@@ -47,7 +47,7 @@ def rebuild(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def assert_each_from_one(model: nn.Module, published: dict[str, Tensor], num_unused: int) -> None:
-    """Every tensor of the model has the values of one published key, another for each; all but the unused ones do."""
+    """Check that every tensor of the model has the values of one published key, another for each."""
     keys: dict[bytes, list[str]] = {}
     for key, value in published.items():
         keys.setdefault(value.contiguous().numpy().tobytes(), []).append(key)

@@ -1,4 +1,8 @@
-"""Published single-task and multi-task results with the Delta_MTL printed there."""
+"""Published results with the Delta_MTL printed there, and sizes of published models."""
+
+import yaml
+
+from helpers.common import ROOT
 
 # Rows of the README of robotyingtang/PRISM-VFM, ViT-B (published_results.md C.1, C.2), and the Delta_MTL printed there.
 NYUD = ("semseg", "depth", "normals", "edge")
@@ -14,3 +18,10 @@ PUBLISHED = [
     ("SAK", NYUD, (59.93, 0.4942, 17.60, 78.60), 11.11),
 ]
 HIGHER = {"semseg": True, "human_parts": True, "sal": True, "edge": True, "depth": False, "normals": False}
+
+SIZES = yaml.safe_load((ROOT / "docs" / "published_sizes.yaml").read_text(encoding="utf-8"))
+
+
+def get_published_parameters(experiment: str) -> int:
+    """Return the number of parameters of the published model that an experiment trains."""
+    return SIZES[experiment]["parameters"]

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.invpt_reference import random_state
+from helpers.published import get_published_parameters
 from helpers.sak_reference import published_shapes
 
 from mtcl import UserError
@@ -261,10 +262,10 @@ def count_public_parameters(dim, depth, size, tasks, teachers=3, levels=4, reduc
 @pytest.mark.parametrize(
     ("name", "dim", "depth", "size", "tasks", "total"),
     [
-        ("vit_base_patch16_384", 768, 12, (448, 576), NYUD, 126_404_372),
-        ("vit_base_patch16_384", 768, 12, (512, 512), PASCAL, 133_506_089),
-        ("vit_large_patch16_384", 1024, 24, (448, 576), NYUD, 394_057_720),
-        ("vit_large_patch16_384", 1024, 24, (512, 512), PASCAL, 406_672_397),
+        ("vit_base_patch16_384", 768, 12, (448, 576), NYUD, get_published_parameters("nyud_sak_vit_base")),
+        ("vit_base_patch16_384", 768, 12, (512, 512), PASCAL, get_published_parameters("pascal_sak_vit_base")),
+        ("vit_large_patch16_384", 1024, 24, (448, 576), NYUD, get_published_parameters("nyud_sak_vit_large")),
+        ("vit_large_patch16_384", 1024, 24, (512, 512), PASCAL, get_published_parameters("pascal_sak_vit_large")),
         ("vit_small_patch16_384", 384, 12, (384, 384), {}, 24_714_183),
         ("vit_base_patch16_384", 768, 12, (384, 384), {}, 97_646_439),
         ("vit_large_patch16_384", 1024, 24, (384, 384), {}, 343_130_955),

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers.common import composed
 from helpers.invpt_reference import random_state
+from helpers.published import get_published_parameters
 from helpers.taskprompter_reference import published_shapes
 
 from mtcl import UserError
@@ -286,10 +287,11 @@ def test_patches_of_fourteen():
 PASCAL = {"semseg": 21, "human_parts": 7, "sal": 2, "normals": 3, "edge": 1}
 NYUD = {"semseg": 40, "depth": 1, "normals": 3, "edge": 1}
 # The published configs: parameters of the authors' code, counted by hand from its shapes.
-LARGE = ("vit_large_patch16_384", PASCAL, (512, 512), {}, 401_104_864)
-BASE = ("vit_base_patch16_384", PASCAL, (512, 512), {"width": 780, "head_width": 1024, "windows": 4}, 418_332_214)
+LARGE = ("vit_large_patch16_384", PASCAL, (512, 512), {}, get_published_parameters("pascal_taskprompter_vit_large"))
+SHORT = {"width": 780, "head_width": 1024, "windows": 4}
+BASE = ("vit_base_patch16_384", PASCAL, (512, 512), SHORT, get_published_parameters("pascal_taskprompter_vit_base"))
 WIDE = {"width": 768, "head_width": 768, "windows": 4, "cross_task": False}
-ROOMS = ("vit_large_patch16_384", NYUD, (448, 576), WIDE, 513_505_709)
+ROOMS = ("vit_large_patch16_384", NYUD, (448, 576), WIDE, get_published_parameters("nyud_taskprompter_vit_large"))
 
 
 def on_meta(name, tasks, size, options):

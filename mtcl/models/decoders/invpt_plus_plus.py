@@ -139,6 +139,6 @@ def select_keys(scores: Tensor, ratio: tuple[int, int]) -> Tensor:
 
 
 def as_ratio(fraction: float) -> tuple[int, int]:
-    """Return the numerator and denominator of a fraction above 0; 1/3 and 0.1 are those that are meant."""
+    """Return the numerator and denominator of a fraction above 0, rounded so that 0.1 is 1/10 and 1/3 is 1/3."""
     nearest = Fraction(fraction).limit_denominator(FINEST_FRACTION)
     return max(nearest, Fraction(1, FINEST_FRACTION)).as_integer_ratio()

@@ -62,12 +62,12 @@ def get_config_overrides(state: Mapping[str, Tensor], size: tuple[int, int]) -> 
     """
     del size
     table = state.get("diffusion_model.sqrt_one_minus_alphas_cumprod")
-    if table is None:
+    if table is None:  # a file without the tables, which follow from the number of steps
         return {"backbone": {}, "decoder": {}}
     if not torch.allclose(table.float(), DiffusionProcess(len(table)).sqrt_noise, rtol=1e-4):
         raise UserError(
-            "the checkpoint's diffusion has other variances than the public code gives it, which is not built here; "
-            "give one of the public code"
+            "the checkpoint's diffusion_model.sqrt_one_minus_alphas_cumprod is not that of the public code for "
+            f"{len(table)} steps; import a checkpoint that was trained with the public schedule of noise"
         )
     return {"backbone": {}, "decoder": {"steps": len(table)}}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.common import composed
+from helpers.published import get_published_parameters
 from torch import nn
 
 from mtcl import UserError
@@ -386,6 +387,11 @@ def test_published_size(genotype, width):
     with torch.device("meta"):
         decoder = ATRC([width, 2 * width, 4 * width, 8 * width], STRIDES, tasks, **options)
     assert sum(p.numel() for p in decoder.parameters()) == SIZES[genotype, width]
+
+
+@pytest.mark.parametrize("data", ["nyud", "pascal"])
+def test_published_sizes_hold_the_backbone(data):
+    assert get_published_parameters(f"{data}_atrc_hrnet18") == SIZES[f"{data}_hrnet18", 18] + 3_860_720
 
 
 def test_from_its_config():

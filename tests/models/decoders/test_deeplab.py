@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import decoder_checks as checks
 from helpers.common import composed
 from helpers.decoder_checks import NYUD2, NYUD4, PASCAL, PYRAMID, TASKS, VIT
+from helpers.published import get_published_parameters
 from torch import nn
 from torchvision.models import resnet50
 from torchvision.models.segmentation.deeplabv3 import DeepLabHead
@@ -99,6 +100,9 @@ def test_promises_without_skip(check):
 )  # fmt: skip
 def test_size_of_the_public_code(inputs, tasks, public):
     """Vandenhende et al.'s, LibMTL's. A task's pooled branch has a bias (256) where theirs has a norm (512)."""
+    for data, others in (("nyuv2_13", NYUV2_13), ("cityscapes", CITYSCAPES)):
+        if tasks == others:
+            assert get_published_parameters(f"{data}_deeplab_resnet50") == public + 23_508_032  # ResNet-50
     with torch.device("meta"):
         decoder = DeepLab([256, inputs], [4, 8], tasks, skip_width=0, depth=1)
     assert checks.parameters(decoder) == public - 256 * len(tasks)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from helpers import decoder_checks as checks
 from helpers.common import composed
 from helpers.decoder_checks import PYRAMID, TASKS, VIT
+from helpers.published import get_published_parameters
 from torch import Tensor, nn
 
 from mtcl.config.build_data import build_tasks
@@ -119,7 +120,11 @@ def test_the_network_is_mtans_on_shared_weights():
 
 
 @pytest.mark.parametrize(
-    ("tasks", "published", "biases"), [(NYUV2, 44_229_073, 20_864), (CITYSCAPES, 41_206_984, 15_872)]
+    ("tasks", "published", "biases"),
+    [
+        (NYUV2, get_published_parameters("nyuv2_13_mtan"), 20_864),
+        (CITYSCAPES, get_published_parameters("cityscapes_mtan"), 15_872),
+    ],
 )
 def test_size_of_the_public_code(tasks, published, biases):
     """MTAN's and CAGrad's classes without loss weights; the biases in front of the decoder's norms have no use."""

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from helpers import decoder_checks as checks
 from helpers.decoder_checks import HRNET18, HRNET48, NYUD2, NYUD4, PASCAL, PYRAMID, TASKS, VIT
+from helpers.published import get_published_parameters
 
 from mtcl import UserError
 from mtcl.models.decoders import PADNet
@@ -94,6 +95,8 @@ def test_width_of_no_bottleneck():
      (HRNET48, NYUD2, 3893186), (HRNET48, NYUD4, 16683978), (HRNET48, PASCAL, 26611636)],
 )  # fmt: skip
 def test_size_of_the_public_code(channels, tasks, public):
+    if (channels, tasks) == (HRNET18, NYUD4):
+        assert get_published_parameters("nyud_pad_net_hrnet18") == public + 3_860_720
     with torch.device("meta"):
         decoder = PADNet(channels, PYRAMID, tasks)
     assert checks.parameters(decoder) == public - sum(channels)  # its fusion has a bias before the batch norm
