@@ -82,7 +82,9 @@ def get_config_overrides(state: Mapping[str, Tensor], size: tuple[int, int]) -> 
     if down is None:
         raise UserError("the checkpoint has no adapters (tsap, out_norms): it is not SAK's")
     if any(key.startswith(f"{prefix}vit.base_model.") for key in state):
-        raise UserError("the checkpoint's ViT has LoRA's adapters beside its weights; merge them into the weights, then import it")
+        raise UserError(
+            "the checkpoint's ViT has LoRA's adapters beside its weights; merge them into the weights, then import it"
+        )
     # Their order is that of a router's outputs, which the adapters' names keep.
     start = f"{prefix}tsap."
     teachers = list(dict.fromkeys(key.removeprefix(start).partition(".")[0] for key in state if key.startswith(start)))
