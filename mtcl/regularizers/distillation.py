@@ -168,7 +168,7 @@ class Distillation(Regularizer):
         """Return the student's map (B, C, h, w) with the teacher's channels."""
         if level not in self.aligners:
             return student
-        aligner = self.aligners[level]
+        aligner: nn.Linear = self.aligners[level]  # type: ignore[assignment]
         return F.conv2d(student.float(), aligner.weight[:, :, None, None], aligner.bias)
 
     def compute_loss(
