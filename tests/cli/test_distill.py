@@ -159,13 +159,13 @@ def test_the_second_stage_in_bf16_and_compiled(tmp_path, monkeypatch):
         torch.manual_seed(0)
         trainer = build_training_run(config, build_tasks(config), tmp_path / engine, CPU).trainer
         trainer.model.train()
-        before = {name: value.clone() for name, value in trainer.regularizer.state_dict().items()}
+        aligners_at_first = {name: value.clone() for name, value in trainer.regularizer.state_dict().items()}
         values = [trainer.train_step(*batches) for _, batches in zip(range(2), trainer.batches_per_step())]
         assert getattr(trainer.training_step, "works", False) == (engine == "trainer.compile=true")
         names = ("semseg", "depth", "regularizer")
         losses[engine] = torch.tensor([[step[name].item() for name in names] for step in values])
         aligners[engine] = trainer.regularizer.state_dict()
-        assert all(not torch.equal(before[name], value) for name, value in aligners[engine].items())
+        assert all(not torch.equal(aligners_at_first[name], value) for name, value in aligners[engine].items())
     torch._dynamo.reset()
     eager, compiled, bf16 = losses.values()
     torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)

@@ -208,9 +208,9 @@ def test_published_sizes_stand_beside_ours(cli, tmp_path):
     model, size = from_config("experiment=rooms", *SMALL)
     ours = count(model, size)
     difference = 100 * (ours.parameters / 200_000_000 - 1)
-    words = [f"{ours.parameters / 1e6:.2f}", "M", "200.00", "M", f"{difference:+.2f}", "%"]
-    words += [f"{ours.multiply_adds / 1e9:.2f}", "G", "-", "-", "a", "paper"]
-    assert line.split() == ["rooms", "32x64", *words]
+    cells = [f"{ours.parameters / 1e6:.2f}", "M", "200.00", "M", f"{difference:+.2f}", "%"]
+    cells += [f"{ours.multiply_adds / 1e9:.2f}", "G", "-", "-", "a", "paper"]
+    assert line.split() == ["rooms", "32x64", *cells]
     path.write_text(f"rooms: {{parameters: {ours.parameters}, flops: {ours.multiply_adds * 1.00001}, source: counted}}")
     lines = cli(SCRIPT, *config, "--experiment", "rooms", "rooms_pascal").out.splitlines()
     assert lines[4].split()[6] == "0"
