@@ -25,7 +25,7 @@ POSITIONS = "backbone.pos_embed"
     [("nyud", 8, False, 4), ("pascal", 8, True, 4), pytest.param("pascal", 24, True, 1, marks=pytest.mark.slow)],
 )
 def test_taskprompter_predicts_as_published(data, depth, cross, windows, tmp_path):
-    """As published without reweighting across tasks, and with it; 24 blocks that reweight have one window."""
+    """Compare without reweighting across tasks, and with it; 24 blocks that reweight have one window, as published."""
     overrides = [f"data={data}", "decoder=taskprompter", "backbone=vit_large", f"data.size=[{SIZE[0]},{SIZE[1]}]",
                  f"++backbone.kwargs={{embed_dim:{DIM},depth:{depth},num_heads:{HEADS}}}"]  # fmt: skip
     tasks = list_channels(overrides)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers.invpt_reference import random_state
+from helpers.published_shapes import Shapes
 
 MODEL = "diffusion_model"
 DENOISER = f"{MODEL}.denoiser"
@@ -30,62 +31,44 @@ def published_shapes(
     blocks: int = 4,
 ) -> dict[str, tuple[int, ...]]:
     """Return key -> shape of a state dict of DiffusionMTL on ResNet-18. The defaults are the published ones."""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = Shapes()
 
-    def layer(name: str, *shape: int, bias: bool = True) -> None:
-        shapes[f"{name}.weight"] = shape
-        if bias:
-            shapes[f"{name}.bias"] = shape[:1]
-
-    def norm(name: str, count: int) -> None:
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.{part}"] = (count,)
-        shapes[f"{name}.num_batches_tracked"] = ()
-
-    def residual_block(name: str, into: int, out: int) -> None:
-        for i, inputs in ((1, into), (2, out)):
-            layer(f"{name}.conv{i}", out, inputs, 3, 3, bias=False)
-            norm(f"{name}.bn{i}", out)
-
-    layer("backbone.conv1", channels[0], 3, 7, 7, bias=False)
-    norm("backbone.bn1", channels[0])
+    shapes.layer("backbone.conv1", channels[0], 3, 7, 7, bias=False)
+    shapes.norm("backbone.bn1", channels[0])
     for stage, out in enumerate(channels, start=1):
         into = channels[max(0, stage - 2)]
         for n in range(BACKBONE_BLOCKS):
-            residual_block(f"backbone.layer{stage}.{n}", out if n else into, out)
-        if stage > 1:
-            layer(f"backbone.layer{stage}.0.downsample.0", out, into, 1, 1, bias=False)
-            norm(f"backbone.layer{stage}.0.downsample.1", out)
+            shapes.block(f"backbone.layer{stage}.{n}", out if n else into, out)
 
-    layer("backbone_embed", width, sum(channels), 3, 3)
-    layer(f"{MODEL}.pred_combinator.out_layer", width, sum(tasks.values()), 3, 3)
+    shapes.layer("backbone_embed", width, sum(channels), 3, 3)
+    shapes.layer(f"{MODEL}.pred_combinator.out_layer", width, sum(tasks.values()), 3, 3)
     for table in make_tables(steps):
         shapes[table] = (steps,)
-    layer(f"{DENOISER}.t_embedder.mlp.0", width, 256)
-    layer(f"{DENOISER}.t_embedder.mlp.2", width, width)
+    shapes.layer(f"{DENOISER}.t_embedder.mlp.0", width, 256)
+    shapes.layer(f"{DENOISER}.t_embedder.mlp.2", width, width)
     for n in range(blocks):
         block = f"{DENOISER}.crossblocks.{n}"
         for name in ("norm1", "norm2", "norm_kv", "norm2_kv"):
-            layer(f"{block}.{name}", width)
-        layer(f"{block}.attn.q", width, width, bias=False)
-        layer(f"{block}.attn.kv", 2 * width, width, bias=False)
-        layer(f"{block}.attn.proj", width, width)
+            shapes.layer(f"{block}.{name}", width)
+        shapes.layer(f"{block}.attn.q", width, width, bias=False)
+        shapes.layer(f"{block}.attn.kv", 2 * width, width, bias=False)
+        shapes.layer(f"{block}.attn.proj", width, width)
         for mlp in ("mlp", "mlp_kv"):
-            layer(f"{block}.{mlp}.fc1", 4 * width, width)
-            layer(f"{block}.{mlp}.fc2", width, 4 * width)
+            shapes.layer(f"{block}.{mlp}.fc1", 4 * width, width)
+            shapes.layer(f"{block}.{mlp}.fc2", width, 4 * width)
     for task, outputs in tasks.items():
         for n in range(2):
-            residual_block(f"preliminary_dec.{task}.{n}", width, width)
-        layer(f"preliminary_head.{task}.0", outputs, width, 1, 1)
-        layer(f"{DENOISER}.pre_layer.{task}", width, width, 3, 3)
+            shapes.block(f"preliminary_dec.{task}.{n}", width, width)
+        shapes.layer(f"preliminary_head.{task}.0", outputs, width, 1, 1)
+        shapes.layer(f"{DENOISER}.pre_layer.{task}", width, width, 3, 3)
         for n, (out, into, kernel) in {
             0: (width, width, 1),
             1: (head, width, 3),
             3: (width, head, 3),
             5: (width, width, 3),
         }.items():
-            layer(f"{DENOISER}.task_heads.{task}.{n}", out, into, kernel, kernel)
-        layer(f"{DENOISER}.final_task_heads.{task}.linear_pred", outputs, width, 1, 1)
+            shapes.layer(f"{DENOISER}.task_heads.{task}.{n}", out, into, kernel, kernel)
+        shapes.layer(f"{DENOISER}.final_task_heads.{task}.linear_pred", outputs, width, 1, 1)
     return shapes
 
 

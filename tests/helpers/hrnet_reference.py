@@ -11,32 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.published_shapes import Shapes
+
 KINDS = ("none", "global", "local", "t_label", "s_label")
 
 
-class Shapes(dict[str, tuple[int, ...]]):
-    """Key -> shape, filled layer by layer."""
-
-    def conv(self, name: str, outputs: int, inputs: int, kernel: int = 1, bias: bool = False) -> None:
-        self[f"{name}.weight"] = (outputs, inputs, kernel, kernel)
-        if bias:
-            self[f"{name}.bias"] = (outputs,)
-
-    def norm(self, name: str, channels: int) -> None:
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            self[f"{name}.{part}"] = (channels,)
-        self[f"{name}.num_batches_tracked"] = ()
-
-    def block(self, name: str, inputs: int, outputs: int, kernels: Sequence[int] = (3, 3)) -> None:
-        """A residual block: basic (3x3, 3x3), or a bottleneck (1x1, 3x3, 1x1) of a quarter of the outputs."""
-        hidden = outputs if len(kernels) == 2 else outputs // 4
-        sides = [inputs, *[hidden] * (len(kernels) - 1), outputs]
-        for i, kernel in enumerate(kernels):
-            self.conv(f"{name}.conv{i + 1}", sides[i + 1], sides[i], kernel)
-            self.norm(f"{name}.bn{i + 1}", sides[i + 1])
-        if inputs != outputs:
-            self.conv(f"{name}.downsample.0", outputs, inputs)
-            self.norm(f"{name}.downsample.1", outputs)
+class HRNetShapes(Shapes):
+    """Key -> shape of networks on HRNets."""
 
     def bottleneck(self, name: str, inputs: int, outputs: int) -> None:
         self.block(name, inputs, outputs, (1, 3, 1))
@@ -89,7 +70,7 @@ SMALL_V2 = {"modules": (1, 3, 2), "blocks": 2}  # of HRNetV2-W18-small, version 
 
 
 def mti_net_shapes(tasks: Mapping[str, int], widths: Sequence[int], modules=(1, 1, 1), blocks=1) -> Shapes:
-    shapes, names = Shapes(), list(tasks)
+    shapes, names = HRNetShapes(), list(tasks)
     shapes.hrnet("backbone.", widths, modules, blocks)
     for s, c in enumerate(widths):
         for t in names:
@@ -114,7 +95,7 @@ def mti_net_shapes(tasks: Mapping[str, int], widths: Sequence[int], modules=(1, 
 
 
 def pad_net_shapes(tasks: Mapping[str, int], widths: Sequence[int], width=256, modules=(1, 1, 1), blocks=1) -> Shapes:
-    shapes, initial = Shapes(), "initial_task_prediction_heads"
+    shapes, initial = HRNetShapes(), "initial_task_prediction_heads"
     shapes.hrnet("backbone.0.", widths, modules, blocks)
     shapes.conv("backbone.1.last_layer.0", sum(widths), sum(widths), bias=True)
     shapes.norm("backbone.1.last_layer.1", sum(widths))
@@ -136,7 +117,7 @@ def atrc_shapes(
     modules=(1, 1, 1),
     blocks=1,
 ) -> Shapes:
-    shapes, total = Shapes(), sum(widths)
+    shapes, total = HRNetShapes(), sum(widths)
     width, context = total // 4, total // 4 // 2
     shapes.hrnet("backbone.", widths, modules, blocks)
     for t, c in tasks.items():

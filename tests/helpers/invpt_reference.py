@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from helpers.published_shapes import Shapes
+
 DECODER = "multi_task_decoder"
 IDLE = (f"{DECODER}.scale_embed.2.", f"{DECODER}.invpt.norm_mt.", f"{DECODER}.invpt.redu_chan.0.",
         f"{DECODER}.invpt.invpt_stages.0.blocks.0.attn.fuse_attn.")  # fmt: skip
@@ -21,66 +23,56 @@ def published_shapes(
     width: int = 512,
     extra: int = 64,
 ) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a state dict of InvPT on a ViT/16. The defaults are the published ViT-L."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def weight(name: str, *shape: int, bias: bool = True, out: int = 0) -> None:
-        shapes[f"{name}.weight"] = shape
-        if bias:
-            shapes[f"{name}.bias"] = (out or shape[0],)
-
-    def norm(name: str, channels: int) -> None:
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.{part}"] = (channels,)
-        shapes[f"{name}.num_batches_tracked"] = ()
+    """Return key -> shape of a state dict of InvPT on a ViT/16. The defaults are the published ViT-L."""
+    shapes = Shapes()
 
     shapes["backbone.cls_token"] = (1, 1, dim)
     shapes["backbone.pos_embed"] = (1, size[0] // 16 * (size[1] // 16) + 1, dim)
-    weight("backbone.patch_embed.proj", dim, 3, 16, 16)
+    shapes.layer("backbone.patch_embed.proj", dim, 3, 16, 16)
     for i in range(depth):
         block = f"backbone.blocks.{i}"
-        weight(f"{block}.norm1", dim)
-        weight(f"{block}.attn.qkv", 3 * dim, dim)
-        weight(f"{block}.attn.proj", dim, dim)
-        weight(f"{block}.norm2", dim)
-        weight(f"{block}.mlp.fc1", 4 * dim, dim)
-        weight(f"{block}.mlp.fc2", dim, 4 * dim)
-    weight("backbone.norm", dim)
+        shapes.layer(f"{block}.norm1", dim)
+        shapes.layer(f"{block}.attn.qkv", 3 * dim, dim)
+        shapes.layer(f"{block}.attn.proj", dim, dim)
+        shapes.layer(f"{block}.norm2", dim)
+        shapes.layer(f"{block}.mlp.fc1", 4 * dim, dim)
+        shapes.layer(f"{block}.mlp.fc2", dim, 4 * dim)
+    shapes.layer("backbone.norm", dim)
 
     wide = width + extra
     widths = [wide, wide // 2, wide // 4]
     for task, channels in tasks.items():
-        weight(f"{DECODER}.intermediate_head.{task}", channels, width, 1, 1)
+        shapes.layer(f"{DECODER}.intermediate_head.{task}", channels, width, 1, 1)
         for i, outputs in enumerate((dim, width)):
-            weight(f"{DECODER}.preliminary_decoder.{task}.{i}.conv", outputs, dim, 3, 3, bias=False)
-            norm(f"{DECODER}.preliminary_decoder.{task}.{i}.bn1", outputs)
-        weight(f"{DECODER}.invpt.mix_proj.{task}.0", wide, width + channels, 1, 1)
-        weight(f"{DECODER}.invpt.mt_proj.{task}.0", wide, wide, 3, 3)
-        norm(f"{DECODER}.invpt.mt_proj.{task}.1", wide)
-        weight(f"heads.{task}.linear_pred", channels, wide, 1, 1)
-    weight(f"{DECODER}.scale_embed.0", dim, widths[2], 3, 3, out=widths[2])  # transposed
-    weight(f"{DECODER}.scale_embed.1", widths[1], dim, 3, 3)
-    weight(f"{DECODER}.scale_embed.2", widths[0], dim, 3, 3)
+            shapes.layer(f"{DECODER}.preliminary_decoder.{task}.{i}.conv", outputs, dim, 3, 3, bias=False)
+            shapes.norm(f"{DECODER}.preliminary_decoder.{task}.{i}.bn1", outputs)
+        shapes.layer(f"{DECODER}.invpt.mix_proj.{task}.0", wide, width + channels, 1, 1)
+        shapes.layer(f"{DECODER}.invpt.mt_proj.{task}.0", wide, wide, 3, 3)
+        shapes.norm(f"{DECODER}.invpt.mt_proj.{task}.1", wide)
+        shapes.layer(f"heads.{task}.linear_pred", channels, wide, 1, 1)
+    shapes.layer(f"{DECODER}.scale_embed.0", dim, widths[2], 3, 3, outputs=widths[2])  # transposed
+    shapes.layer(f"{DECODER}.scale_embed.1", widths[1], dim, 3, 3)
+    shapes.layer(f"{DECODER}.scale_embed.2", widths[0], dim, 3, 3)
     for s, w in enumerate(widths):
         stage, block = f"{DECODER}.invpt.invpt_stages.{s}", f"{DECODER}.invpt.invpt_stages.{s}.blocks.0"
         for i in range(len(tasks)):
             if s:
-                weight(f"{stage}.patch_embed.{i}.proj.1", w, widths[s - 1], 3, 3, bias=False)
-                norm(f"{stage}.patch_embed.{i}.proj.2", w)
-                weight(f"{stage}.patch_embed.{i}.proj.4", w, w, 3, 3, bias=False)
-                norm(f"{stage}.patch_embed.{i}.proj.5", w)
-            weight(f"{block}.attn.conv_proj_q.{i}.conv", w, 1, 3, 3, bias=False)
-            norm(f"{block}.attn.conv_proj_q.{i}.bn", w)
-            weight(f"{DECODER}.invpt.redu_chan.{s}.{i}", wide, w, 1, 1)
-        weight(f"{block}.norm1", w)
-        weight(f"{block}.norm2", w)
-        weight(f"{block}.mlp.fc1", 4 * w, w)
-        weight(f"{block}.mlp.fc2", w, 4 * w)
+                shapes.layer(f"{stage}.patch_embed.{i}.proj.1", w, widths[s - 1], 3, 3, bias=False)
+                shapes.norm(f"{stage}.patch_embed.{i}.proj.2", w)
+                shapes.layer(f"{stage}.patch_embed.{i}.proj.4", w, w, 3, 3, bias=False)
+                shapes.norm(f"{stage}.patch_embed.{i}.proj.5", w)
+            shapes.layer(f"{block}.attn.conv_proj_q.{i}.conv", w, 1, 3, 3, bias=False)
+            shapes.norm(f"{block}.attn.conv_proj_q.{i}.bn", w)
+            shapes.layer(f"{DECODER}.invpt.redu_chan.{s}.{i}", wide, w, 1, 1)
+        shapes.layer(f"{block}.norm1", w)
+        shapes.layer(f"{block}.norm2", w)
+        shapes.layer(f"{block}.mlp.fc1", 4 * w, w)
+        shapes.layer(f"{block}.mlp.fc2", w, 4 * w)
         for name in ("proj_q", "proj_k", "proj_v", "proj"):
-            weight(f"{block}.attn.{name}", w, w)
-        weight(f"{block}.attn.fuse_attn", 2, 4, 1, 1)
-        weight(f"{DECODER}.invpt.norm_mts.{s}", len(tasks) * w)
-    weight(f"{DECODER}.invpt.norm_mt", len(tasks) * widths[2])
+            shapes.layer(f"{block}.attn.{name}", w, w)
+        shapes.layer(f"{block}.attn.fuse_attn", 2, 4, 1, 1)
+        shapes.layer(f"{DECODER}.invpt.norm_mts.{s}", len(tasks) * w)
+    shapes.layer(f"{DECODER}.invpt.norm_mt", len(tasks) * widths[2])
     return shapes
 
 

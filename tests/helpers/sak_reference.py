@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helpers.invpt_reference import Reference as InvPTReference
 from helpers.invpt_reference import published_shapes as invpt_shapes
+from helpers.published_shapes import Shapes
 
 
 def published_shapes(
@@ -22,43 +23,37 @@ def published_shapes(
     teacher_width: int = 50,  # 0: as wide as the student, which takes no aligners
     router: str = "noisy",  # noisy | plain | none
 ) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a state dict of SAK on a ViT/16, whose adapters are a quarter as wide."""
+    """Return key -> shape of a state dict of SAK on a ViT/16, whose adapters are a quarter as wide."""
     prefix = "backbone." if tasks else ""
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes = Shapes()
     for key, shape in invpt_shapes({}, size, dim, depth).items():
         if key.startswith("backbone.") and not key.startswith("backbone.norm."):
             shapes[f"{prefix}vit.{key.removeprefix('backbone.')}"] = shape
-
-    def layer(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
 
     for teacher in teachers:
         for i in range(depth + 1):
             adapter = f"{prefix}tsap.{teacher}.{i}"
             shapes[f"{adapter}.scale"] = (1,)
-            layer(f"{adapter}.down", dim // 4, dim)
-            layer(f"{adapter}.up", dim, dim // 4)
+            shapes.layer(f"{adapter}.down", dim // 4, dim)
+            shapes.layer(f"{adapter}.up", dim, dim // 4)
     for block in range(depth // 4 - 1, depth, depth // 4):
         for teacher in teachers:
-            layer(f"{prefix}out_norms.{block}_{teacher}", dim)
+            shapes.layer(f"{prefix}out_norms.{block}_{teacher}", dim)
             if teacher_width:
-                layer(f"{prefix}ts_aligners.{block}_{teacher}", teacher_width, dim)
+                shapes.layer(f"{prefix}ts_aligners.{block}_{teacher}", teacher_width, dim)
         for task in tasks:
             module = f"{prefix}mor.{block}_{task}.router.module"
             if router != "none":
-                layer(f"{module}.0", dim // 2, dim)
-                layer(f"{module}.1", dim // 2)
-                layer(f"{module}.3", (1 + len(teachers)) * (2 if router == "noisy" else 1), dim // 2)
+                shapes.layer(f"{module}.0", dim // 2, dim)
+                shapes.layer(f"{module}.1", dim // 2)
+                shapes.layer(f"{module}.3", (1 + len(teachers)) * (2 if router == "noisy" else 1), dim // 2)
     for task, channels in tasks.items():
         head = f"heads.{task}"
         for level in range(4):
-            layer(f"{head}.linears.{level}", dim // 4, dim)
-        layer(f"{head}.linear_fuse.0", dim, dim, 3, 3)
-        layer(f"{head}.linear_fuse.1", dim)
-        for name in ("running_mean", "running_var"):
-            shapes[f"{head}.linear_fuse.1.{name}"] = (dim,)
-        shapes[f"{head}.linear_fuse.1.num_batches_tracked"] = ()
-        layer(f"{head}.last_conv", channels, dim, 1, 1)
+            shapes.layer(f"{head}.linears.{level}", dim // 4, dim)
+        shapes.layer(f"{head}.linear_fuse.0", dim, dim, 3, 3)
+        shapes.norm(f"{head}.linear_fuse.1", dim)
+        shapes.layer(f"{head}.last_conv", channels, dim, 1, 1)
     return shapes
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from helpers.invpt_reference import Reference as InvPTReference
 from helpers.invpt_reference import published_shapes as invpt_shapes
+from helpers.published_shapes import Shapes
 
 CLASSES = ("semseg", "human_parts", "sal")
 LEVELS = 4
@@ -27,44 +28,36 @@ def published_shapes(
     width: int,
     blocks: int = 3,
 ) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a state dict of TaskDiffusion on a ViT/16, whose names are those of InvPT but the class token."""
-    shapes = {k: v for k, v in invpt_shapes(tasks, size, dim, depth).items() if k.startswith("backbone.")}
+    """Return key -> shape of TaskDiffusion on a ViT/16, whose names are those of InvPT but for the class token."""
+    shapes = Shapes({k: v for k, v in invpt_shapes(tasks, size, dim, depth).items() if k.startswith("backbone.")})
     del shapes["backbone.cls_token"]
 
-    def layer(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
-
-    def norm(name: str, channels: int) -> None:
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.{part}"] = (channels,)
-        shapes[f"{name}.num_batches_tracked"] = ()
-
     def timed(name: str, into: int, inner: int, kernel: int, out: int = 0, second_kernel: int = 1) -> None:
-        layer(f"{name}.conv_1", inner, into, kernel, kernel)
-        norm(f"{name}.norm", inner)
-        layer(f"{name}.time_mlp.1", 2 * inner, width)
+        shapes.layer(f"{name}.conv_1", inner, into, kernel, kernel)
+        shapes.norm(f"{name}.norm", inner)
+        shapes.layer(f"{name}.time_mlp.1", 2 * inner, width)
         if out:
-            layer(f"{name}.conv_2", out, inner, second_kernel, second_kernel)
+            shapes.layer(f"{name}.conv_2", out, inner, second_kernel, second_kernel)
 
     part = width // 4
     joint = [task for task in tasks if task != "sal"]
     label_width = width + part if "sal" in tasks else width
     shapes["heads.time_mlp.0.weights"] = (8,)
-    layer("heads.time_mlp.1", width, 17)
-    layer("heads.time_mlp.3", width, width)
-    layer("heads.embed_all", width, part * len(joint), 1, 1)
+    shapes.layer("heads.time_mlp.1", width, 17)
+    shapes.layer("heads.time_mlp.3", width, width)
+    shapes.layer("heads.embed_all", width, part * len(joint), 1, 1)
     for level in range(LEVELS):
-        layer(f"backbone.fea_fuse.{level}", width, dim, 1, 1)
-        layer(f"heads.transforms.conv_transforms.{level}", width, width + label_width, 1, 1)
+        shapes.layer(f"backbone.fea_fuse.{level}", width, dim, 1, 1)
+        shapes.layer(f"heads.transforms.conv_transforms.{level}", width, width + label_width, 1, 1)
         for i in range(2):
             timed(f"{PYRAMID}.share_fpn.fpn_conv.{level}.{i}", width, width, 3, out=width)
         timed(f"{PYRAMID}.mask_task.{level}", width, len(tasks) ** 2, 3)
     for task, channels in tasks.items():
         for level in range(LEVELS):
             for i, kernel in ((0, 3), (3, 1), (4, 3), (7, 1)):
-                layer(f"{PYRAMID}.feat_task.{level}.{task}.{i}", width, width, kernel, kernel)
-            norm(f"{PYRAMID}.feat_task.{level}.{task}.1", width)
-            norm(f"{PYRAMID}.feat_task.{level}.{task}.5", width)
+                shapes.layer(f"{PYRAMID}.feat_task.{level}.{task}.{i}", width, width, kernel, kernel)
+            shapes.norm(f"{PYRAMID}.feat_task.{level}.{task}.1", width)
+            shapes.norm(f"{PYRAMID}.feat_task.{level}.{task}.5", width)
             timed(f"{PYRAMID}.specific_head.{level}.{task}", width, width, 1)
         timed(f"{PYRAMID}.fpn_mask.{task}", LEVELS * width, width, 1, out=LEVELS, second_kernel=3)
         for block in range(blocks):
@@ -72,14 +65,14 @@ def published_shapes(
         if task in CLASSES:
             shapes[f"heads.embedding_tables.{task}.weight"] = (channels + 1, part)
         else:
-            layer(f"heads.embedding_tables.{task}", part, channels, 1, 1)
+            shapes.layer(f"heads.embedding_tables.{task}", part, channels, 1, 1)
             shapes[f"heads.invalid_embedding_tables.{task}.weight"] = (1, part)
-        layer(f"heads.pred_heads.{task}", channels, width, 3, 3)
-        layer(f"heads.aux_heads.{task}.0.conv_1", width, LEVELS * width, 3, 3)
-        layer(f"heads.aux_heads.{task}.0.conv_2", width, width, 1, 1)
-        layer(f"heads.aux_heads.{task}.0.conv_3", width, LEVELS * width, 1, 1)
-        norm(f"heads.aux_heads.{task}.0.norm", width)
-        layer(f"heads.aux_heads.{task}.1", channels, width, 3, 3)
+        shapes.layer(f"heads.pred_heads.{task}", channels, width, 3, 3)
+        shapes.layer(f"heads.aux_heads.{task}.0.conv_1", width, LEVELS * width, 3, 3)
+        shapes.layer(f"heads.aux_heads.{task}.0.conv_2", width, width, 1, 1)
+        shapes.layer(f"heads.aux_heads.{task}.0.conv_3", width, LEVELS * width, 1, 1)
+        shapes.norm(f"heads.aux_heads.{task}.0.norm", width)
+        shapes.layer(f"heads.aux_heads.{task}.1", channels, width, 3, 3)
     return shapes
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from helpers.invpt_reference import Reference as InvPTReference
 from helpers.invpt_reference import published_shapes as invpt_shapes
+from helpers.published_shapes import Shapes
 
 LEVELS = 4
 
@@ -25,38 +26,30 @@ def published_shapes(
     head_width: int,
     cross: bool,
 ) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of a state dict of TaskPrompter on a ViT/16; ``cross``: with reweighting across tasks."""
+    """Return key -> shape of a state dict of TaskPrompter on a ViT/16; ``cross``: with reweighting across tasks."""
     pixels = size[0] // 16 * (size[1] // 16)
     # Of the class token only the position is saved.
-    shapes = {k: v for k, v in invpt_shapes({}, size, dim, depth).items() if k.startswith("backbone.")}
+    shapes = Shapes({k: v for k, v in invpt_shapes({}, size, dim, depth).items() if k.startswith("backbone.")})
     del shapes["backbone.cls_token"]
-
-    def layer(name: str, *shape: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = shape, shape[:1]
-
-    def norm(name: str, channels: int) -> None:
-        for part in ("weight", "bias", "running_mean", "running_var"):
-            shapes[f"{name}.{part}"] = (channels,)
-        shapes[f"{name}.num_batches_tracked"] = ()
 
     shapes["backbone.task_prompts"] = (len(tasks), dim)
     for i in range(depth):
-        layer(f"backbone.blocks.{i}.attn.token_trans", pixels, dim)
-        layer(f"backbone.blocks.{i}.attn.token_trans1", dim, pixels)
+        shapes.layer(f"backbone.blocks.{i}.attn.token_trans", pixels, dim)
+        shapes.layer(f"backbone.blocks.{i}.attn.token_trans1", dim, pixels)
     for task, channels in tasks.items():
         for level in range(LEVELS):
-            layer(f"backbone.fea_decode_spa.{level}.{task}.0", width, dim, 1, 1)
-            layer(f"backbone.fea_decode_chan.{level}.{task}.0", width, dim, 1, 1)
-            layer(f"backbone.fea_fuse.{level}.{task}.0", head_width, 2 * width, 1, 1)
-            layer(f"backbone.fea_fuse.{level}.{task}.1", head_width, head_width, 3, 3)
-            norm(f"backbone.fea_fuse.{level}.{task}.2", head_width)
-            layer(f"backbone.fea_fuse.{level}.{task}.4", head_width, head_width, 1, 1)
+            shapes.layer(f"backbone.fea_decode_spa.{level}.{task}.0", width, dim, 1, 1)
+            shapes.layer(f"backbone.fea_decode_chan.{level}.{task}.0", width, dim, 1, 1)
+            shapes.layer(f"backbone.fea_fuse.{level}.{task}.0", head_width, 2 * width, 1, 1)
+            shapes.layer(f"backbone.fea_fuse.{level}.{task}.1", head_width, head_width, 3, 3)
+            shapes.norm(f"backbone.fea_fuse.{level}.{task}.2", head_width)
+            shapes.layer(f"backbone.fea_fuse.{level}.{task}.4", head_width, head_width, 1, 1)
             if cross:
-                layer(f"backbone.ctr_attn_conv.{level}.{task}.0", heads, heads, 1, 1)
-                layer(f"backbone.ctr_attn_conv.{level}.{task}.2", 1, heads, 1, 1)
-        layer(f"heads.{task}.mt_proj.0", head_width, head_width, 3, 3)
-        norm(f"heads.{task}.mt_proj.1", head_width)
-        layer(f"heads.{task}.linear_pred", channels, head_width, 1, 1)
+                shapes.layer(f"backbone.ctr_attn_conv.{level}.{task}.0", heads, heads, 1, 1)
+                shapes.layer(f"backbone.ctr_attn_conv.{level}.{task}.2", 1, heads, 1, 1)
+        shapes.layer(f"heads.{task}.mt_proj.0", head_width, head_width, 3, 3)
+        shapes.norm(f"heads.{task}.mt_proj.1", head_width)
+        shapes.layer(f"heads.{task}.linear_pred", channels, head_width, 1, 1)
     return shapes
 
 
