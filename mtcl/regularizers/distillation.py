@@ -169,6 +169,7 @@ class Distillation(Regularizer):
         if level not in self.aligners:
             return student
         aligner: nn.Linear = self.aligners[level]  # type: ignore[assignment]
+        # A 1x1 convolution: torch.compile takes the strides of the permuted maps of a linear layer for others.
         return F.conv2d(student.float(), aligner.weight[:, :, None, None], aligner.bias)
 
     def compute_loss(

@@ -505,12 +505,12 @@ class LabelEncoder(nn.Module):
         return self.embed[task](classes).permute(0, 3, 1, 2)
 
     def _join(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """Return the label map of the tasks' parts (B, W/4, h, w), in single precision, of doubles in double."""
+        """Return the label map of the tasks' parts (B, W/4, h, w), in single precision at least."""
         merged = [parts[task] for task in self.separate]
         if self.merge is not None:
             merged.append(self.merge(torch.cat([parts[task] for task in self.joint], dim=1)))
         joined = torch.cat(merged, dim=1)
-        joined = joined if joined.dtype == torch.float64 else joined.float()
+        joined = joined.to(torch.promote_types(joined.dtype, torch.float32))
         return (2 * joined.sigmoid() - 1) * self.scale
 
 
