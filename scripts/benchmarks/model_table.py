@@ -328,11 +328,9 @@ class Table:
         print("  ".join(aligned).rstrip(), flush=True)
 
 
-def format_header(device: torch.device | None, repeats: int, with_published: bool) -> str:
-    """Return the text above the table: what is counted, where it is measured, what is compared."""
+def format_header(device: torch.device | None, repeats: int) -> str:
+    """Return the text above the table: what is counted, where it is measured."""
     text = "flops: multiply-adds of predict() of one image, as papers report them"
-    if with_published:
-        text += "\ncounted: parameters of the authors' classes, or of the names and shapes in their code"
     if device is None:
         return text
     return (
@@ -365,8 +363,7 @@ def print_table(
 ) -> list[Row]:
     """Print the table and write ``out``; raise ``UserError`` at the end if there is no row, or if one failed."""
     entries = experiment_entries(names, overrides) if names else grid_entries(overrides)
-    header = format_header(device, repeats, bool(published))
-    table = Table(names, device is not None, markdown, header, published or {})
+    table = Table(names, device is not None, markdown, format_header(device, repeats), published or {})
     rows: list[Row] = []
     omitted: dict[str, list[str]] = {}  # reason -> labels
     too_large: list[str] = []
