@@ -3,11 +3,15 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity
+
+T = TypeVar("T")
 
 
 def synchronize(device: torch.device) -> None:
@@ -25,6 +29,33 @@ def measure_time(work: Callable[[], object], device: torch.device) -> tuple[floa
     work()
     synchronize(device)
     return time.perf_counter() - start, time.process_time() - start_cpu
+
+
+def measure_in_turns(
+    works: Mapping[str, Callable[[T], object]], inputs: Iterable[T], device: torch.device, warmup: int = 0
+) -> dict[str, list[tuple[float, float]]]:
+    """Measure several pieces of work in turn, so that a machine that becomes slower affects all of them.
+
+    Every other turn has the reverse order.
+
+    Args:
+        works: name -> what is measured, a function of the turn's input.
+        inputs: one for each turn.
+        device: that the work runs on.
+        warmup: how many of the first turns are not measured.
+
+    Returns:
+        name -> for each turn after those, what :func:`measure_time` returns.
+    """
+    durations: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+    order = list(works)
+    for turn, value in enumerate(inputs):
+        for name in order:
+            duration = measure_time(partial(works[name], value), device)
+            if turn >= warmup:
+                durations[name].append(duration)
+        order.reverse()
+    return durations
 
 
 def measure_peak_memory(work: Callable[[], object], device: torch.device) -> int:

@@ -32,20 +32,18 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less output of the profiler; 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mtcl.cli.arguments import CommandParser, positive_int
+from mtcl.cli.benchmark import build_run_at_half, run_step
 from mtcl.cli.script import run
 from mtcl.config.build_balancer import build_balancer
-from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import TrainingRun, build_training_run
+from mtcl.config.build_training import TrainingRun
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch
 from mtcl.errors import UserError, suggest
-from mtcl.profiling.timing import measure_peak_memory, measure_time, synchronize
-from mtcl.runtime import choose_device, seed_everything
+from mtcl.profiling.timing import measure_in_turns, measure_peak_memory
 from mtcl.training.balancing import Balancer
 from mtcl.training.balancing_torchjd import list_aggregators, list_scalarizers
 from mtcl.training.trainer import Trainer
@@ -92,16 +90,6 @@ def list_overrides(method: str, tasks: Sequence[str]) -> list[str]:
     return overrides
 
 
-def build_run(config: DictConfig) -> TrainingRun:
-    """Build the trainer of train.py with random weights, in the middle of its schedule. It writes no files."""
-    seed_everything(config.seed)
-    device = choose_device(config.trainer.device, "trainer.device")
-    training = build_training_run(config, build_tasks(config), Path("unused"), device)
-    training.trainer.model.train()
-    training.trainer.step = training.trainer.options.max_steps // 2
-    return training
-
-
 def build_balancers(methods: Sequence[str], shared: Sequence[str], training: TrainingRun) -> dict[str, Balancer]:
     """Return the balancer of each method for one model; one that is refused is left out."""
     trainer, balancers = training.trainer, {}
@@ -118,28 +106,19 @@ def build_balancers(methods: Sequence[str], shared: Sequence[str], training: Tra
     return balancers
 
 
-def run_step(trainer: Trainer, balancer: Balancer, batch: Batch) -> None:
-    """Train one step by a method and wait for the device."""
-    trainer.balancer = balancer
-    trainer.train_step(batch)
-    trainer.nonfinite_guard.pending.clear()
-    synchronize(trainer.device)
+def repeat_step(trainer: Trainer, balancer: Balancer, batch: Batch) -> None:
+    """Train the step in the middle of the schedule with a method, and wait for the device."""
+    trainer.balancer, trainer.step = balancer, trainer.options.max_steps // 2
+    run_step(trainer, batch)
 
 
 def measure(
     trainer: Trainer, balancers: dict[str, Balancer], batches: Sequence[Batch], steps: int
 ) -> dict[str, list[float]]:
     """Return the seconds of each method's steps, which are taken in turn."""
-    seconds: dict[str, list[float]] = {method: [] for method in balancers}
-    order = list(balancers)
-    for turn, batch in enumerate(islice(cycle(batches), WARMUP + steps)):
-        for method in order:
-            duration, _ = measure_time(partial(run_step, trainer, balancers[method], batch), trainer.device)
-            if turn >= WARMUP:
-                seconds[method].append(duration)
-        trainer.step += 1
-        order.reverse()
-    return seconds
+    works = {method: partial(repeat_step, trainer, balancer) for method, balancer in balancers.items()}
+    durations = measure_in_turns(works, islice(cycle(batches), WARMUP + steps), trainer.device, WARMUP)
+    return {method: [clock for clock, _ in pairs] for method, pairs in durations.items()}
 
 
 def count_state_bytes(balancer: Balancer) -> int:
@@ -151,15 +130,15 @@ def benchmark(methods: Sequence[str], overrides: Sequence[str], steps: int | Non
     """Measure the methods, print their table and return the numbers."""
     batch_size = f"data.batch_size={8 if torch.cuda.is_available() else 2}"
     shared = [*SETTING, batch_size, "data.workers=0", *overrides]
-    training = build_run(compose_config([word for word in shared if not word.startswith("balancing.")], CONFIGS))
+    config = compose_config([word for word in shared if not word.startswith("balancing.")], CONFIGS)
+    training = build_run_at_half(config)
     trainer = training.trainer
     balancers = build_balancers(["fixed", *(name for name in methods if name != "fixed")], shared, training)
     batches = list(islice(trainer.batches, BATCHES))
     steps = steps or (20 if trainer.device.type == "cuda" else 6)
-    config = trainer.checkpointing.config
-    height, width = config["data"]["size"]
+    height, width = config.data.size
     print(
-        f"{config['backbone']['name']}, {height}x{width}, batch {config['data']['batch_size']}, "
+        f"{config.backbone.name}, {height}x{width}, batch {config.data.batch_size}, "
         f"tasks {', '.join(trainer.tasks)}, {steps} steps of each method",
         flush=True,
     )
@@ -167,7 +146,7 @@ def benchmark(methods: Sequence[str], overrides: Sequence[str], steps: int | Non
     results = {}
     print("method              ms   times fixed   step MiB   state MiB")
     for method, balancer in balancers.items():
-        peak = measure_peak_memory(partial(run_step, trainer, balancer, batches[0]), trainer.device)
+        peak = measure_peak_memory(partial(repeat_step, trainer, balancer, batches[0]), trainer.device)
         ratio = statistics.median(a / b for a, b in zip(seconds[method], seconds["fixed"]))
         median, state = statistics.median(seconds[method]), count_state_bytes(balancer)
         print(f"{method:12}  {median * 1e3:8.1f}  {ratio:12.2f}  {peak / MIB:9.1f}  {state / MIB:10.1f}")

@@ -27,14 +27,13 @@ from typing import Any
 import torch
 
 from mtcl.cli.arguments import CommandParser, positive_int
+from mtcl.cli.benchmark import build_run_at_half, run_step
 from mtcl.cli.script import run
-from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch
 from mtcl.profiling.flops import count
-from mtcl.profiling.timing import measure_peak_memory, measure_time, synchronize
-from mtcl.runtime import choose_device, seed_everything
+from mtcl.profiling.timing import measure_in_turns, measure_peak_memory, measure_time
+from mtcl.runtime import choose_device
 from mtcl.training.train_step import CompiledModule
 from mtcl.training.trainer import Trainer
 
@@ -59,23 +58,18 @@ HEADING = (
 
 
 def build_for_timing(overrides: Sequence[str]) -> Trainer:
-    """Build train.py's trainer, with random weights and in the middle of its schedule. Nothing is written."""
+    """Build the trainer of train.py with random weights. It writes no files."""
     config = compose_config(overrides, Path(__file__).resolve().parents[2] / "configs")
     device = choose_device(config.trainer.device, "trainer.device")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
-    seed_everything(config.seed)
-    trainer = build_training_run(config, build_tasks(config), Path("unused"), device).trainer
-    trainer.model.train()
-    trainer.step = trainer.options.max_steps // 2 + 1  # one that does not measure gradients
-    return trainer
+    return build_run_at_half(config).trainer
 
 
-def run_step(trainer: Trainer, batch: Batch) -> None:
-    """Take one step and wait for the device."""
-    trainer.train_step(batch)
-    trainer.nonfinite_guard.pending.clear()
-    synchronize(trainer.device)
+def repeat_step(trainer: Trainer, batch: Batch) -> None:
+    """Take the step after the middle of the schedule, which does not measure gradients, and wait for the device."""
+    trainer.step = trainer.options.max_steps // 2 + 1
+    run_step(trainer, batch)
 
 
 def measure_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
@@ -102,7 +96,7 @@ def measure_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
     for name, (owner, attribute) in methods.items():
         object.__setattr__(owner, attribute, timed(name, originals[name]))
     try:
-        run_step(trainer, batch)
+        repeat_step(trainer, batch)
     finally:
         for name, (owner, attribute) in methods.items():
             if isinstance(owner, torch.nn.Module):
@@ -115,15 +109,10 @@ def measure_parts(trainer: Trainer, batch: Batch) -> dict[str, float]:
 
 def time_steps(trainers: Mapping[str, Trainer], batches: Sequence[Batch], steps: int) -> dict[str, list[float]]:
     """Return variant -> seconds of each step, after one that is not timed."""
-    seconds: dict[str, list[float]] = {variant: [] for variant in trainers}
-    order = list(trainers)
-    for step, batch in enumerate(islice(cycle(batches), 1 + steps)):
-        for variant in order:
-            elapsed, _ = measure_time(partial(run_step, trainers[variant], batch), trainers[variant].device)
-            if step:
-                seconds[variant].append(elapsed)
-        order.reverse()
-    return seconds
+    works = {variant: partial(repeat_step, trainer) for variant, trainer in trainers.items()}
+    turns = islice(cycle(batches), 1 + steps)
+    durations = measure_in_turns(works, turns, next(iter(trainers.values())).device, warmup=1)
+    return {variant: [clock for clock, _ in pairs] for variant, pairs in durations.items()}
 
 
 def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], steps: int, batch: int) -> dict[str, Any]:
@@ -144,7 +133,7 @@ def benchmark(name: str, variants: Sequence[str], overrides: Sequence[str], step
     results: dict[str, Any] = {}
     for variant, trainer in trainers.items():
         median = statistics.median(seconds[variant])
-        memory = measure_peak_memory(partial(run_step, trainer, batches[0]), first.device) / MIB
+        memory = measure_peak_memory(partial(repeat_step, trainer, batches[0]), first.device) / MIB
         parts = measure_parts(trainer, batches[0])
         rate = operations / median
         results[variant] = {

@@ -41,7 +41,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less output of the profiler; 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,17 +49,22 @@ from torch.utils._pytree import tree_leaves
 import mtcl.regularizers
 import mtcl.tasks
 from mtcl.cli.arguments import CommandParser, positive_int
+from mtcl.cli.benchmark import (
+    advance_to_weighting_step,
+    build_run_at_half,
+    count_state_bytes,
+    measure_weighting,
+    run_step,
+)
 from mtcl.cli.script import run
-from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_training_run
 from mtcl.config.compose import compose_config
 from mtcl.data import Batch, prepare_batch
 from mtcl.errors import UserError
 from mtcl.models import DenseOutput
-from mtcl.profiling.timing import measure_peak_memory, measure_time, synchronize
+from mtcl.profiling.timing import measure_in_turns, measure_peak_memory, measure_time, synchronize
 from mtcl.regularizers import Regularizer
 from mtcl.regularizers.sampling import Draw
-from mtcl.runtime import autocast, choose_device, seed_everything
+from mtcl.runtime import autocast
 from mtcl.training.trainer import Trainer
 
 BACKBONES = ("mobilenetv2", "resnet50", "vit_base")
@@ -86,41 +90,11 @@ class Variant(NamedTuple):
         return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, **sizes}
 
 
-def build_trainer(config: DictConfig) -> Trainer:
-    """Build the trainer of train.py with random weights, in the middle of its schedule. It writes no files."""
-    seed_everything(config.seed)
-    device = choose_device(config.trainer.device, "trainer.device")
-    trainer = build_training_run(config, build_tasks(config), Path("unused"), device).trainer
-    trainer.model.train()
-    trainer.step = trainer.options.max_steps // 2
-    return trainer
-
-
-def run_step(trainer: Trainer, batch: Batch) -> None:
-    """Train one step and wait for the device."""
-    trainer.train_step(batch)
-    trainer.step += 1
-    synchronize(trainer.device)
-
-
-def count_state_bytes(trainer: Trainer) -> int:
-    """Count the bytes of parameters, buffers and optimiser states."""
-    modules = [m for m in (trainer.model, trainer.regularizer) if m is not None]
-    optimizers = [o.optimizer for o in (trainer.optimizer, trainer.regularizer_optimizer) if o is not None]
-    states = [*(m.state_dict(keep_vars=True) for m in modules), *(list(o.state.values()) for o in optimizers)]
-    return sum(t.nbytes for t in tree_leaves(states) if isinstance(t, Tensor))
-
-
 def measure_variants(trainers: dict[str, Trainer], batches: Sequence[Batch], steps: int) -> dict[str, Variant]:
     """Measure the variants, which alternate step by step."""
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
-    order = list(trainers)
-    for step, batch in enumerate(islice(cycle(batches), WARMUP + steps)):
-        for name in order:
-            duration = measure_time(partial(run_step, trainers[name], batch), trainers[name].device)
-            if step >= WARMUP:
-                seconds[name].append(duration)
-        order.reverse()
+    works = {name: partial(run_step, trainer) for name, trainer in trainers.items()}
+    device = next(iter(trainers.values())).device
+    seconds = measure_in_turns(works, islice(cycle(batches), WARMUP + steps), device, WARMUP)
     variants = {}
     for name, trainer in trainers.items():
         weighting_seconds = measure_weighting(trainer, batches[0])
@@ -129,24 +103,6 @@ def measure_variants(trainers: dict[str, Trainer], batches: Sequence[Batch], ste
         clock, cpu = (list(values) for values in zip(*seconds[name]))
         variants[name] = Variant(clock, cpu, count_state_bytes(trainer), peak, weighting_seconds)
     return variants
-
-
-def advance_to_weighting_step(trainer: Trainer) -> None:
-    """Set the step to the next one that measures the gradients of contrast and task (``weighting=gradient_norm``)."""
-    if trainer.lambda_.gradient_norm_weight is not None:
-        trainer.step += -trainer.step % trainer.lambda_.gradient_norm_weight.every
-
-
-def measure_weighting(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:
-    """Return the seconds per step, on average, that measuring the gradients of contrast and task takes."""
-    if trainer.lambda_.gradient_norm_weight is None:
-        return 0.0
-    extra = []
-    for _ in range(repeats):
-        advance_to_weighting_step(trainer)
-        with_weighting, without = (measure_time(partial(run_step, trainer, batch), trainer.device)[0] for _ in range(2))
-        extra.append(with_weighting - without)
-    return statistics.median(extra) / trainer.lambda_.gradient_norm_weight.every
 
 
 def sort_increases(off: Sequence[float], on: Sequence[float]) -> list[float]:
@@ -456,7 +412,10 @@ def benchmark(overrides: Sequence[str], steps: int | None, profiled: bool) -> di
     shared = [*(item for item in overrides if not item.startswith("regularizer=")), "data.workers=0"]
     configs = Path(__file__).resolve().parents[2] / "configs"
     config, other = (compose_config([*shared, choice], configs) for choice in ("regularizer=none", chosen[-1]))
-    trainers = {"none": build_trainer(config), chosen[-1].removeprefix("regularizer="): build_trainer(other)}
+    trainers = {
+        "none": build_run_at_half(config).trainer,
+        chosen[-1].removeprefix("regularizer="): build_run_at_half(other).trainer,
+    }
     on = list(trainers.values())[-1]
     if len(trainers) < 2 or on.regularizer is None:
         raise UserError("this setting has no regulariser; choose at least two tasks and a regularizer")
