@@ -15,6 +15,7 @@ CASES = {
     "benchmarks/benchmark_inference.py": ([], ["--precision", "fp8"], "--device"),
     "benchmarks/benchmark_metrics.py": ([], ["--run", "-1"], "--images"),
     "benchmarks/benchmark_step.py": ([], ["--steps", "1.5"], "--json"),
+    "benchmarks/benchmark_study.py": (["a.yaml"], ["--steps", "0"], "--json"),
     "benchmarks/check_determinism.py": ([], ["--steps", "0"], "--experiment"),
     "benchmarks/compare_curves.py": (["a", "b"], ["--first-step", "x"], "--first-step"),
     "benchmarks/evaluate_edges.py": (
