@@ -15,6 +15,7 @@ operations each), per second, over the card's peak where it is known.
 
 import gc
 import json
+import os
 import platform
 import statistics
 import time
@@ -23,6 +24,9 @@ from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # less output of the profiler; torch reads both when it is imported
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import torch
 
