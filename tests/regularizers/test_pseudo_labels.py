@@ -179,7 +179,8 @@ def test_refusals(overrides, message):
 def make_trainer(folder, *overrides):
     options = [*TINY, "backbone.name=test_resnet", "trainer.ema=0.5", "data.label_assignment=one"]
     options += ["data.augment.scale=[0.5,0.5]", "trainer.num_panels=0"]
-    config = composed(*options, *overrides)
+    start = [] if "regularizer=none" in overrides else ["regularizer.start_fraction=0"]
+    config = composed(*options, *start, *overrides)
     torch.manual_seed(0)
     trainer = build_training_run(config, build_tasks(config), folder, torch.device("cpu")).trainer
     trainer.model.train()
