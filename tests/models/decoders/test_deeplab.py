@@ -83,6 +83,16 @@ def test_the_skip_keeps_the_finest_stride():
     assert checks.build_decoder(make_v3)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (2, 3)
 
 
+@pytest.mark.parametrize("make", [make, make_v3])
+def test_what_tasks_share_is_the_coarsest_map_of_the_backbone(make):
+    maps = checks.features((64, 96))
+    decoder = checks.build_decoder(make)
+    trunk = decoder(maps, (64, 96)).features["trunk"]
+    assert list(trunk) == list(TASKS)
+    assert all(x is maps[-1] for x in trunk.values())
+    assert decoder.feature_channels["trunk"] == dict.fromkeys(TASKS, checks.CHANNELS[-1])
+
+
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])
 def test_promises(check):
     check(make)
