@@ -2,8 +2,9 @@
 
 python scripts/make_label_file.py --output FILE [--rule one] [--seed 0] [group=choice ...] [key=value ...]
 
-Overrides are those of train.py, e.g. data=nyud data.root=PATH 'tasks.names=[semseg,depth,normals]'. The ending of FILE
-chooses the format: .json, .npy or .pth. The rules are those of data.label_assignment: with `one` each image is labelled
+Overrides are those of train.py, e.g. experiment=nyud_onelabel_resnet18 data.root=PATH; labels are dealt among
+data.label_tasks, or else among the tasks in use, so take the overrides of the training. The ending of FILE chooses the
+format: .json, .npy or .pth. The rules are those of data.label_assignment: with `one` each image is labelled
 for one task, and every task has the same number of images, up to one.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from mtcl.cli.arguments import CommandParser, non_negative_int, output_path
 from mtcl.cli.script import run
-from mtcl.config.build_data import build_labeled_dataset, build_tasks
+from mtcl.config.build_data import build_labeled_dataset, build_tasks, choose_label_tasks
 from mtcl.config.compose import compose_config
 from mtcl.data.partial_labels import draw_label_assignment, write_label_assignment
 from mtcl.errors import UserError
@@ -33,10 +34,10 @@ def main() -> None:
     if args.output.exists():
         raise UserError(f"{args.output} exists; choose another path")
     config = compose_config(args.overrides, Path(__file__).resolve().parents[1] / "configs")
-    tasks = build_tasks(config)
+    tasks = choose_label_tasks(config, build_tasks(config))
     ids = build_labeled_dataset(config, "train", tasks).ids
-    label_assignment = draw_label_assignment(ids, list(tasks), args.rule, args.seed)
-    write_label_assignment(args.output, label_assignment, ids, list(tasks))
+    label_assignment = draw_label_assignment(ids, tasks, args.rule, args.seed)
+    write_label_assignment(args.output, label_assignment, ids, tasks)
     counts = Counter(name for names in label_assignment.values() for name in names)
     listed = ", ".join(f"{name} {counts[name]}" for name in tasks)
     print(f"{len(ids)} images: {listed} (rule {args.rule}, seed {args.seed})")

@@ -56,8 +56,9 @@ def record_labels(dataset: MultiTaskDataset) -> dict[str, Any]:
     """Record where the labels of a partly labelled training come from; return nothing where every image has all.
 
     Returns:
-        ``labels``: the file's name and hash, or the rule and the seed that it was drawn from, and the number of images
-        that carry the label of each task.
+        ``labels``: the file's name and hash, or the rule and the seed that it was drawn from, the tasks among which
+        labels were dealt if these are more than those in use, and the number of images that carry the label of each
+        task.
     """
     if not isinstance(dataset, PartiallyLabeledDataset):
         return {}

@@ -31,6 +31,7 @@ from mtcl.config.resolve import add_key_prefix
 from mtcl.config.schema import RESULT, SEED, role_of, rule_of
 from mtcl.data import MultiTaskDataset
 from mtcl.data.loader import explain_worker_error
+from mtcl.data.partial_labels import PartiallyLabeledDataset
 from mtcl.errors import UserError, first_line
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
@@ -253,11 +254,23 @@ def check_dataset_labels(
     Raises:
         UserError: there is a problem and ``data.strict`` is set.
     """
-    problems = find_unlabeled_tasks(train_dataset, tasks)
+    problems = [*find_unlabeled_images(train_dataset), *find_unlabeled_tasks(train_dataset, tasks)]
     for dataset, name in ((train_dataset, "training"), (val_dataset, "validation")):
         problems += check_labels(dataset, tasks, name)
     with add_key_prefix("data."):
         return report_problems(problems, config.data.get("strict", False))
+
+
+def find_unlabeled_images(dataset: MultiTaskDataset) -> list[str]:
+    """Find images that a label file gives no label at all; return a sentence with their number, or none."""
+    if not isinstance(dataset, PartiallyLabeledDataset) or "file" not in dataset.source or not dataset.num_unlabeled:
+        return []
+    return [
+        f"{dataset.source['file']} gives {dataset.num_unlabeled} of {len(dataset.ids)} training images no label of "
+        f"{', '.join(dataset.label_tasks)}, so nothing is learnt from them; write a file for these tasks alone "
+        "(scripts/make_label_file.py with the overrides of this training), or name all tasks of the file in "
+        "data.label_tasks if this is meant"
+    ]
 
 
 @contextmanager

@@ -53,19 +53,41 @@ def build_dataset(
 ) -> MultiTaskDataset:
     """Build the ``subset`` ("train" or "val") of the config's dataset and split; "train" with its label assignment."""
     data = config.data
-    if subset == "train" and data.get("shards") is not None:
-        built = build_shard_dataset(config, tasks, _choose_limit(config, limit))
-    else:
-        built = build_labeled_dataset(config, subset, tasks, limit)
     if subset != "train":
-        return built
+        return build_labeled_dataset(config, subset, tasks, limit)
+    mode = str(data.label_assignment)
+    label_tasks = list(tasks) if mode == "full" else choose_label_tasks(config, tasks)
+    if data.get("shards") is not None:
+        built = build_shard_dataset(config, label_tasks, _choose_limit(config, limit))
+    else:
+        built = build_labeled_dataset(config, subset, label_tasks, limit)
     with add_key_prefix("data."):
         return apply_label_assignment(
-            built, tasks, str(data.label_assignment), data.labels_seed, plain(data.label_fractions)
+            built, tasks, mode, data.labels_seed, plain(data.label_fractions), label_tasks=label_tasks
         )
 
 
-def build_shard_dataset(config: DictConfig, tasks: Mapping[str, Task], limit: int | None) -> MultiTaskDataset:
+def choose_label_tasks(config: DictConfig, tasks: Collection[str]) -> list[str]:
+    """Return the tasks among which the labels of the training images are dealt, in canonical order.
+
+    They are those in use, or those of ``data.label_tasks``. A training on some of these has the list of images and the
+    labels that it would have on all of them.
+
+    Raises:
+        UserError: ``data.label_tasks`` lacks a task in use.
+    """
+    listed = config.data.get("label_tasks")
+    if listed is None:
+        return list(tasks)
+    if missing := [name for name in tasks if name not in listed]:
+        raise UserError(
+            f"data.label_tasks=[{','.join(listed)}] lacks {missing[0]}, which is in use; add it, or set "
+            "data.label_tasks=null to deal labels among the tasks in use"
+        )
+    return [name for name in TASK_NAMES if name in listed]
+
+
+def build_shard_dataset(config: DictConfig, tasks: Collection[str], limit: int | None) -> MultiTaskDataset:
     """Build the training list that the config's shards were made from, with all labels."""
     if config.data.get("feature_cache") is not None:
         raise UserError(
@@ -89,7 +111,7 @@ def describe_samples(config: DictConfig, tasks: Collection[str]) -> dict[str, An
 
 
 def build_labeled_dataset(
-    config: DictConfig, subset: str, tasks: Mapping[str, Task], limit: int | None = None
+    config: DictConfig, subset: str, tasks: Collection[str], limit: int | None = None
 ) -> MultiTaskDataset:
     """Build the ``subset`` ("train" or "val") of the config's dataset and split from its files, with all labels."""
     data = config.data

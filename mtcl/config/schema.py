@@ -172,6 +172,10 @@ RULES: dict[str, Rule] = {
         "a mapping {task: fraction of the images that keep its label}",
         lambda v: isinstance(v, dict) and all(name in TASK_NAMES and _is_number(f) for name, f in v.items()),
     ).or_null(),
+    "data.label_tasks": Rule(
+        f"a list of different tasks among {', '.join(TASK_NAMES)}",
+        lambda v: isinstance(v, list) and bool(v) and set(v) <= set(TASK_NAMES) and len(set(v)) == len(v),
+    ).or_null(),
     "data.labels_seed": SEED_VALUE,
     "data.options.num_classes": count(1, 65535).with_role(RESULT, orders_samples=True),
     "data.options.resize": SIZE.or_null().with_role(RESULT, orders_samples=True),
@@ -456,6 +460,7 @@ LEGACY_VALUES: dict[str, Any] = {
     "data.shuffle_buffer": 512,
     "data.feature_precision": "fp16",
     "data.label_fractions": None,
+    "data.label_tasks": None,
     "data.views": None,
     "data.views_seed": 0,
     "data.views_per_step": 1,

@@ -40,8 +40,12 @@ class PartiallyLabeledDataset:
     Args:
         dataset: images with all labels.
         tasks: tasks in use, by name.
-        label_assignment: image id -> the tasks it keeps labels of.
+        label_assignment: image id -> the tasks it keeps labels of; of tasks that are not in use nothing is read.
         source: where the assignment comes from, for the record of a run: a JSON object.
+        label_tasks: the tasks among which the labels were dealt; default: those in use.
+
+    Attributes:
+        num_unlabeled: number of images that the assignment gives no label of any of ``label_tasks``.
     """
 
     def __init__(
@@ -50,10 +54,13 @@ class PartiallyLabeledDataset:
         tasks: Mapping[str, Task],
         label_assignment: LabelAssignment,
         source: Mapping[str, Any] | None = None,
+        label_tasks: Sequence[str] | None = None,
     ) -> None:
-        self.dataset, self.tasks, self.label_assignment = dataset, dict(tasks), label_assignment
-        self.source = dict(source or {})
+        self.dataset, self.tasks, self.source = dataset, dict(tasks), dict(source or {})
+        self.label_tasks = list(tasks if label_tasks is None else label_tasks)
         self.ids: Sequence[str] = dataset.ids
+        self.num_unlabeled = sum(label_assignment[id].isdisjoint(self.label_tasks) for id in self.ids)
+        self.label_assignment: LabelAssignment = {id: label_assignment[id] & self.tasks.keys() for id in self.ids}
 
     def read(self, index: int, tasks: Collection[str] | None = None) -> Sample:
         """Return an image with its assigned labels of ``tasks`` (default: all in use); other labels are void."""
@@ -89,8 +96,13 @@ def apply_label_assignment(
     mode: str,
     seed: int,
     fractions: Mapping[str, float] | None = None,
+    *,
+    label_tasks: Sequence[str] | None = None,
 ) -> MultiTaskDataset:
     """Return ``dataset`` restricted to some of its labels.
+
+    With fewer tasks than ``label_tasks`` an image whose labels are of the others has none; it stays in the list, as in
+    MTPSL's training of one task (nyu_stl_sl.py).
 
     Args:
         dataset: images with all labels.
@@ -98,6 +110,7 @@ def apply_label_assignment(
         mode: ``full``; ``one`` or ``random``, drawn from ``seed``; or the path of a mapping file.
         seed: seed of the drawn assignments.
         fractions: task -> fraction of the images that keep its label, for ``full``; tasks not listed keep all.
+        label_tasks: tasks among which the other modes deal labels, all of those in use among them; default: these.
 
     Raises:
         UserError: the mode is unknown, the file does not cover the dataset and the tasks, or a fraction is of no task.
@@ -110,15 +123,18 @@ def apply_label_assignment(
         return PartiallyLabeledDataset(dataset, tasks, label_assignment, source)
     if mode == "full":
         return dataset
+    label_tasks = list(tasks if label_tasks is None else label_tasks)
     if mode in ("one", "random"):
-        label_assignment = draw_label_assignment(dataset.ids, list(tasks), mode, seed)
+        label_assignment = draw_label_assignment(dataset.ids, label_tasks, mode, seed)
         source = {"rule": mode, "seed": seed}
     else:
         if not Path(mode).is_file():
             raise ParameterError(PARAMETER, f"={mode} is neither full, one or random, nor a file with a mapping.")
-        label_assignment = read_label_assignment(Path(mode), dataset.ids, list(tasks))
+        label_assignment = read_label_assignment(Path(mode), dataset.ids, label_tasks)
         source = {"file": Path(mode).name, "sha256": hashlib.sha256(read_bytes(Path(mode))).hexdigest()}
-    return PartiallyLabeledDataset(dataset, tasks, label_assignment, source)
+    if len(label_tasks) > len(tasks):
+        source["tasks"] = label_tasks
+    return PartiallyLabeledDataset(dataset, tasks, label_assignment, source, label_tasks)
 
 
 def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, seed: int) -> LabelAssignment:
@@ -128,7 +144,11 @@ def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, s
     1 to all but one, every number and then every set of that size equally likely, a function of (seed, id, tasks).
     """
     if len(tasks) < 2:
-        raise ParameterError(PARAMETER, f"={mode} needs at least two tasks to choose from; use full.")
+        raise ParameterError(
+            PARAMETER,
+            f"={mode} needs at least two tasks to choose from; use full, or name in label_tasks all tasks that share "
+            "the images.",
+        )
     if mode == "one":
         order = np.random.default_rng([seed, len(tasks)]).permutation(len(ids))
         return {ids[i]: frozenset([tasks[position % len(tasks)]]) for position, i in enumerate(order)}

@@ -22,3 +22,6 @@ def test_the_record_says_where_the_labels_come_from(tmp_path):
     assert record_labels(read) == {"labels": {"file": "labels.json", "sha256": digest, "images": counts}}
     assert read.fingerprint() == drawn.fingerprint()
     assert record_labels(reader) == {}
+    alone = apply_label_assignment(reader, {"depth": tasks["depth"]}, "one", seed=3, label_tasks=TASK_NAMES)
+    record = {"rule": "one", "seed": 3, "tasks": list(TASK_NAMES), "images": {"depth": 4}}
+    assert record_labels(alone) == {"labels": record}

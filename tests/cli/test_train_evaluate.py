@@ -272,6 +272,8 @@ def test_a_batch_without_a_tasks_labels_has_no_loss_of_it_in_the_log(cli, tmp_pa
     result = cli("train.py", *TINY, *overrides, f"hydra.run.dir={tmp_path}/run")
     assert result.code == 0, result.err
     assert "labels of 12 images: semseg 2, human_parts 2, sal 2, depth 2, normals 2, edge 2" in result.out
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["labels"]
+    assert recorded == {"rule": "one", "seed": 0, "images": dict.fromkeys(TASK_NAMES, 2)}
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     trained = [record for record in records if record["kind"] == "train"]
     assert len(trained) == 3

@@ -1,6 +1,7 @@
 """Every shipped config composes and can be built; a shrunken twin of every experiment takes a step."""
 
 import functools
+import json
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from helpers.shrunken import shrunk
 from omegaconf import DictConfig, OmegaConf
 
 from mtcl.cli.train import train
-from mtcl.config.build_data import build_tasks
+from mtcl.config.build_data import build_tasks, choose_label_tasks
 from mtcl.config.build_evaluator import choose_monitor
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
@@ -26,6 +27,7 @@ from mtcl.config.schema import (
     role_of,
     rule_of,
 )
+from mtcl.errors import UserError
 from mtcl.models.backbones import Backbone, build_backbone
 from mtcl.regularizers import Contrastive
 from mtcl.schedules import build_schedule
@@ -306,28 +308,47 @@ def test_experiments_of_foundation_backbones_say_what_is_nearest(experiment):
     assert config.optimizer.layer_decay == (0.9 if trainable == "full" else None)
 
 
-@pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if "_onelabel_" in name])
+ONE_LABEL = [name for name in EXPERIMENTS if "_onelabel_" in name]
+
+
+@pytest.mark.parametrize("experiment", ONE_LABEL)
 def test_experiments_of_one_label_say_which_row_is_nearest(experiment):
     text = (ROOT / "configs" / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8")
     comment = " ".join(line.removeprefix("# ") for line in text.split("\ndefaults:")[0].split("\n")[1:])
     assert re.search(r"Published: .*mIoU|Nearest row: .*mIoU \d\d\.\d\d.* What differs: ", comment)
     config = composed(f"experiment={experiment}")
     assert (config.name, config.data.label_assignment, config.backbone.name) == (experiment, "one", "resnet18")
-    nyud = experiment.startswith("nyud")
-    assert list(build_tasks(config)) == (
-        ["semseg", "depth", "normals"] if nyud else ["semseg", "human_parts", "sal", "normals", "edge"]
-    )
+    nyu = experiment.startswith("nyu")
+    tasks = ["semseg", "depth", "normals"] if nyu else ["semseg", "human_parts", "sal", "normals", "edge"]
+    assert list(build_tasks(config)) == choose_label_tasks(config, ()) == tasks
+
+
+@pytest.mark.parametrize("data", ["nyud", "nyuv2_13", "pascal"])
+def test_one_task_alone_of_the_experiments_of_one_label(data):
+    """Of the labels that are dealt among all of its tasks."""
+    experiment = f"experiment={data}_onelabel_resnet18"
+    config = composed(experiment, "tasks=single_semseg")
+    assert list(build_tasks(config)) == ["semseg"]
+    assert choose_label_tasks(config, ["semseg"]) == list(build_tasks(composed(experiment)))
+
+
+def test_tasks_that_labels_are_dealt_among_hold_those_in_use():
+    with pytest.raises(UserError, match=r"data\.label_tasks=\[depth,semseg\] lacks normals.*label_tasks=null"):
+        choose_label_tasks(composed("data.label_tasks=[depth,semseg]"), ["semseg", "normals"])
+
+
+OWN_REGULARIZERS = {
+    **{f"{data}_sak_vit_{size}": "Distillation" for data in ("nyud", "pascal") for size in ("small", "base", "large")},
+    **{f"{data}_onelabel_task_tokens_resnet18": "LabelDiscovery" for data in ("nyud", "nyuv2_13", "pascal")},
+    "rooms_small": "Contrastive",
+}
 
 
 def test_experiments_have_the_regularizer_of_their_method():
     """None has another but those of SAK, of task tokens, and of the shipped model, which was trained with contrast."""
     targets = {name: composed(f"experiment={name}").regularizer._target_ for name in EXPERIMENTS}
     others = {name: target.rpartition(".")[2] for name, target in targets.items() if target is not None}
-    sak = {
-        f"{data}_sak_vit_{size}": "Distillation" for data in ("nyud", "pascal") for size in ("small", "base", "large")
-    }
-    tokens = {f"{data}_onelabel_task_tokens_resnet18": "LabelDiscovery" for data in ("nyud", "pascal")}
-    assert others == sak | tokens | {"rooms_small": "Contrastive"}
+    assert others == OWN_REGULARIZERS
 
 
 @pytest.mark.parametrize(
@@ -364,21 +385,52 @@ def test_experiments_build_at_their_published_size(experiment):
     ],
 )
 def test_a_shrunken_twin_takes_a_step_on_tiny_rooms(experiment, contrast, tmp_path):
-    choice = chosen(experiment)
-    if choice.get("recipe") == "lora":
+    if chosen(experiment).get("recipe") == "lora":
         pytest.importorskip("peft")
+    config = composed(*shrink(experiment), f"regularizer={'contrastive' if contrast else 'none'}")
+    metrics = train(config, tmp_path)
+    assert set(metrics) == set(build_tasks(config))
+    assert (tmp_path / "checkpoints" / "last.pt").is_file()
+
+
+def shrink(experiment: str) -> list[str]:
+    """Overrides of a twin that takes one step on two rooms, with the tasks of the experiment's dataset."""
+    choice = chosen(experiment)
     overrides = [f"experiment={experiment}", "debug=tiny", "data=rooms", "data.size=[32,64]", "data.batch_size=2",
                  "data.augment.scale=[1.0,1.2]", "data.limit=2", "trainer.max_steps=1", "trainer.val_interval=null",
                  "trainer.validate_first=false", "trainer.num_panels=0", "trainer.device=cpu"]  # fmt: skip
     overrides += shrunk(choice["decoder"], choice["backbone"])
-    if choice["data"] in ("nyud", "pascal"):  # their tasks; a genotype of ATRC is for these and no others
+    # The tasks of its dataset: a genotype of ATRC is for these and no others.
+    if choice["tasks"] == "auto" and choice["data"] in ("nyud", "pascal"):
         overrides.append(f"tasks={choice['data']}")
     if composed(f"experiment={experiment}", "data=rooms").data.options.get("resize", None) is not None:
         overrides.append("~data.options.resize")
-    overrides.append(f"regularizer={'contrastive' if contrast else 'none'}")
-    metrics = train(composed(*overrides), tmp_path)
-    assert set(metrics) == set(build_tasks(composed(*overrides)))
-    assert (tmp_path / "checkpoints" / "last.pt").is_file()
+    return overrides
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", OWN_REGULARIZERS)
+def test_a_shrunken_twin_takes_a_step_with_the_regularizer_of_its_method(experiment, tmp_path):
+    overrides = [*shrink(experiment), "regularizer.start_fraction=0", "regularizer.warmup_steps=0"]
+    if OWN_REGULARIZERS[experiment] == "Distillation":
+        key, tiny = "++regularizer.options.teachers", "{name:test_vit,weights:none}"
+        overrides += [f"{key}.dinov2={tiny}", f"{key}.clip={tiny}", f"{key}.sam={tiny}", f"{key}.sam.input_size=64"]
+    config = composed(*overrides)
+    train(config, tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    (step,) = (record for record in records if record["kind"] == "train")
+    assert step["regularizer"] > 0
+    task_loss = sum(task.weight * (step[name] or 0) for name, task in build_tasks(config).items())
+    assert step["loss"] > task_loss + 0.1 * step["regularizer"]  # lambda is 0.3 or more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", [name for name in ONE_LABEL if name.endswith("_onelabel_resnet18")])
+def test_one_task_alone_takes_a_step_on_the_labels_of_all_tasks(experiment, tmp_path):
+    config = composed(*shrink(experiment), "tasks=single_semseg", "data.limit=10", "trainer.max_steps=2")
+    assert set(train(config, tmp_path)) == {"semseg"}
+    labels = json.loads((tmp_path / "run.json").read_text())["labels"]
+    assert labels["images"]["semseg"] == 10 // len(labels["tasks"]) + (10 % len(labels["tasks"]) > 0)
 
 
 def test_depth_by_mtan_is_monitored_by_its_absolute_error():

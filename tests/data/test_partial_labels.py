@@ -266,6 +266,23 @@ def test_one_task_leaves_no_choice() -> None:
         draw_label_assignment(IDS, ["depth"], "one", 0)
 
 
+def test_a_task_alone_has_the_labels_that_it_has_among_all() -> None:
+    """The images of other tasks' labels stay in the list, and their labels are not read."""
+    reader, tasks = rooms()
+    partial = apply_label_assignment(reader, tasks, "one", seed=0)
+    asked = []
+    read = reader.read
+    reader.read = lambda index, tasks=None: asked.append(tasks) or read(index, tasks)  # type: ignore[method-assign]
+    alone = apply_label_assignment(reader, {"depth": tasks["depth"]}, "one", seed=0, label_tasks=list(tasks))
+    assert list(alone.ids) == list(partial.ids)
+    assert (alone.num_unlabeled, alone.count_labels()) == (0, {"depth": 4})  # type: ignore[attr-defined]
+    for index in range(len(reader.ids)):
+        sample = alone.read(index)
+        assert list(sample.labels) == ["depth"]
+        np.testing.assert_array_equal(sample.labels["depth"], partial.read(index).labels["depth"])
+    assert {name for names in asked[::2] for name in names} == {"depth"}
+
+
 @pytest.mark.parametrize("ending", ["json", "npy", "pth"])
 @pytest.mark.parametrize("tasks", [("semseg", "depth", "normals"), DIFFUSION_PASCAL])
 def test_a_written_file_is_read_as_it_was_drawn(tmp_path: Path, ending: str, tasks: tuple[str, ...]) -> None:

@@ -1,17 +1,20 @@
 """Labels and maps that can be read, but hardly mean what they should: said by name, and never of sound ones."""
 
+import functools
 import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from helpers.common import TINY, assert_fails, tiny_nyud
+from helpers.common import TINY, assert_fails, composed, tiny_nyud
 from helpers.pascal_miniature import write_archive
 from helpers.saved_maps import Listed, write_png
 
 from mtcl import UserError
-from mtcl.data import NYUD, PascalContext, Rooms
+from mtcl.cli.train import check_dataset_labels, find_unlabeled_images
+from mtcl.data import NYUD, PascalContext, Rooms, apply_label_assignment
+from mtcl.data.partial_labels import draw_label_assignment, write_label_assignment
 from mtcl.evaluation.plausibility import check_labels, check_maps, find_unlabeled_tasks, report_problems
 from mtcl.evaluation.saved_predictions import SavedPredictions
 from mtcl.tasks import NYUD40, build_task
@@ -23,6 +26,7 @@ UNITS = RNG.normal(size=(20, 30, 3))
 UNITS = (UNITS / np.linalg.norm(UNITS, axis=2, keepdims=True)).astype(np.float32)
 CODES = np.rint((UNITS + 1) * 127.5).astype(np.uint8)
 METRES = RNG.uniform(0.5, 9, (20, 30)).astype(np.float32)
+NYUD_TASKS = ("semseg", "depth", "normals", "edge")
 WALL = np.zeros((20, 30, 3), np.float32) + np.float32([0, 0, 1])
 
 
@@ -152,6 +156,22 @@ def test_a_task_without_any_label_is_a_warning_and_alone_an_error(cli, tmp_path:
         find_unlabeled_tasks(reader, {"semseg": SEMSEG})
     scored = [f"checkpoint={tmp_path}/run/checkpoints/last.pt", "data.strict=true", f"hydra.run.dir={tmp_path}/scores"]
     assert_fails(cli("evaluate.py", *scored), "depth", "millimetres")
+
+
+def test_images_that_a_label_file_gives_no_label_are_counted(tmp_path: Path, caplog) -> None:
+    reader, options = Rooms("train", list(NYUD_TASKS), size=(48, 64), length=(12, 1)), Rooms.task_options()
+    tasks = {name: build_task(name, **options[name]) for name in NYUD_TASKS[:3]}
+    file = tmp_path / "four.json"
+    drawn = draw_label_assignment(reader.ids, NYUD_TASKS, "one", seed=0)
+    write_label_assignment(file, drawn, reader.ids, NYUD_TASKS)
+    read = functools.partial(apply_label_assignment, reader, tasks, str(file), 0)
+    problems = check_dataset_labels(composed("data=rooms"), tasks, read(), reader)
+    assert problems[0].startswith("four.json gives 3 of 12 training images no label of semseg, depth, normals, ")
+    assert caplog.messages == problems
+    with pytest.raises(UserError, match=r"data\.strict=true .* four\.json gives 3 of 12"):
+        check_dataset_labels(composed("data=rooms", "data.strict=true"), tasks, read(), reader)
+    for dataset in (reader, read(label_tasks=NYUD_TASKS), apply_label_assignment(reader, tasks, "one", 0)):
+        assert find_unlabeled_images(dataset) == []
 
 
 def test_maps_scored_without_a_model_are_looked_at_too(cli, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.common import TINY, composed
+from helpers.shrunken import DECODERS
 
 from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
@@ -154,16 +155,23 @@ def test_nothing_labelled_is_zero_with_a_graph():
 
 
 def make_model(*overrides):
-    config = composed(*TINY, "backbone.name=test_resnet", "regularizer=rep_mtl", *overrides)
+    chosen = TINY
+    if "decoder=deeplab" in overrides:
+        chosen = [*(override for override in TINY if "decoder." not in override), *DECODERS["deeplab"]]
+    config = composed(*chosen, "backbone.name=test_resnet", "regularizer=rep_mtl", *overrides)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).train()
     return tasks, model, build_regularizer(config, tasks, model)
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_every_weight_of_heads_and_backbone_has_a_gradient(precision):
+@pytest.mark.parametrize(
+    ("precision", "decoder"),
+    [(torch.float32, []), (torch.bfloat16, []), (torch.float32, ["decoder=deeplab"])],
+    ids=["fp32", "bf16", "deeplab"],
+)
+def test_every_weight_of_heads_and_backbone_has_a_gradient(precision, decoder):
     """Of the regulariser's loss alone, through real heads and losses. (The bias of a last layer may have none.)"""
-    tasks, model, regularizer = make_model("tasks.names=[semseg,depth,normals,edge]")
+    tasks, model, regularizer = make_model("tasks.names=[semseg,depth,normals,edge]", *decoder)
     g = torch.Generator().manual_seed(0)
     labels = {
         "semseg": torch.randint(0, 3, (3, 32, 64), generator=g),

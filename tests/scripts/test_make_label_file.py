@@ -20,3 +20,15 @@ def test_a_file_of_labels(cli, tmp_path):
     ids = list(json.loads(path.read_text()))
     assert read_label_assignment(path, ids, TASK_NAMES) == draw_label_assignment(ids, TASK_NAMES, "one", 5)
     assert_fails(cli(*command), "labels.json exists")
+
+
+def test_labels_are_dealt_among_the_tasks_that_share_the_images(cli, tmp_path):
+    path, label_tasks = tmp_path / "labels.json", ["semseg", "depth", "normals"]
+    tasks = ["tasks=single_depth", f"data.label_tasks=[{','.join(label_tasks)}]"]
+    written = cli("scripts/make_label_file.py", "--output", path, "data=rooms", "data.options.length=[12,1]", *tasks)
+    assert written.code == 0, written.err
+    assert written.out.startswith("12 images: semseg 4, depth 4, normals 4 (rule one, seed 0)")
+    labels = json.loads(path.read_text())
+    assert {name: frozenset(names) for name, names in labels.items()} == draw_label_assignment(
+        list(labels), label_tasks, "one", 0
+    )

@@ -70,7 +70,8 @@ class DeepLabHead(nn.Module):
 class DeepLab(Decoder):
     """One DeepLab head per task.
 
-    Features: ``final`` (each task's pre-logit map).
+    Features: ``final`` (each task's pre-logit map), ``trunk`` (the backbone's coarsest map, on which all pyramids work:
+    the same tensor for every task).
 
     Args:
         channels: see :class:`Decoder`.
@@ -101,13 +102,16 @@ class DeepLab(Decoder):
             {task: DeepLabHead(channels, width, rates, depth, skip_width, dropout) for task in self.tasks}
         )
         self.logits = nn.ModuleDict({task: nn.Conv2d(width, c, 1) for task, c in self.tasks.items()})
-        self.feature_channels = {"final": dict.fromkeys(self.tasks, width)}
+        self.feature_channels = {
+            "final": dict.fromkeys(self.tasks, width),
+            "trunk": dict.fromkeys(self.tasks, self.channels[-1]),
+        }
 
     def forward(self, features: list[Tensor], size: Size) -> DenseOutput:
         """Run every task's head on the backbone's maps."""
         final = {task: head(features) for task, head in self.heads.items()}
         predictions = predict_tasks(self.logits, final, size)
-        return DenseOutput(predictions, {"final": final}, [], size)
+        return DenseOutput(predictions, {"final": final, "trunk": dict.fromkeys(final, features[-1])}, [], size)
 
     def shared_parameters(self) -> Iterable[nn.Parameter]:
         """Return nothing: tasks share the backbone only."""

@@ -13,6 +13,7 @@ from torchvision.models.segmentation.deeplabv3 import DeepLabHead
 
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
+from mtcl.config.build_training import build_regularizer
 from mtcl.models.decoders import DeepLab
 from mtcl.models.decoders.deeplab import ASPP
 
@@ -81,6 +82,23 @@ def test_the_skip_keeps_the_finest_stride():
     maps = checks.features((64, 96))
     assert checks.build_decoder(make)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (16, 24)
     assert checks.build_decoder(make_v3)(maps, (64, 96)).features["final"]["depth"].shape[2:] == (2, 3)
+
+
+@pytest.mark.parametrize("make", [make, make_v3])
+def test_what_tasks_share_is_the_coarsest_map_of_the_backbone(make):
+    maps = checks.features((64, 96))
+    decoder = checks.build_decoder(make)
+    trunk = decoder(maps, (64, 96)).features["trunk"]
+    assert list(trunk) == list(TASKS)
+    assert all(x is maps[-1] for x in trunk.values())
+    assert decoder.feature_channels["trunk"] == dict.fromkeys(TASKS, checks.CHANNELS[-1])
+
+
+@pytest.mark.parametrize("regularizer", ["mtpsl", "rep_mtl"])
+def test_regularizers_of_the_shared_map_are_built(regularizer):
+    config = composed("decoder=deeplab", "backbone=test_resnet", "decoder.width=8", f"regularizer={regularizer}")
+    tasks = build_tasks(config)
+    assert build_regularizer(config, tasks, build_model(config, tasks, pretrained=False)) is not None
 
 
 @pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])
