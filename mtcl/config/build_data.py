@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from mtcl import distributed
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.data import Augment, FeatureCache, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
+from mtcl.data.datasets.base import FileDataset
+from mtcl.data.partial_labels import PRESENT, keep_present_labels
 from mtcl.data.shards.dataset import ShardDataset
 from mtcl.data.transforms import ResizedCrop
 from mtcl.errors import UserError
@@ -53,16 +55,38 @@ def build_dataset(
 ) -> MultiTaskDataset:
     """Build the ``subset`` ("train" or "val") of the config's dataset and split; "train" with its label assignment."""
     data = config.data
-    if subset == "train" and data.get("shards") is not None:
+    if subset != "train":
+        return build_labeled_dataset(config, subset, tasks, limit)
+    if str(data.label_assignment) == PRESENT:
+        return build_present_dataset(config, tasks, limit)
+    if data.get("shards") is not None:
         built = build_shard_dataset(config, tasks, _choose_limit(config, limit))
     else:
         built = build_labeled_dataset(config, subset, tasks, limit)
-    if subset != "train":
-        return built
     with add_key_prefix("data."):
         return apply_label_assignment(
             built, tasks, str(data.label_assignment), data.labels_seed, plain(data.label_fractions)
         )
+
+
+def build_present_dataset(config: DictConfig, tasks: Mapping[str, Task], limit: int | None = None) -> MultiTaskDataset:
+    """Build the training list of the config's dataset with the labels that it has files of."""
+    data = config.data
+    for key in ("shards", "label_fractions"):
+        if data.get(key) is not None:
+            raise UserError(
+                f"data.label_assignment={PRESENT} takes the labels that there are files of, which data.{key} does not "
+                f"go with; leave data.{key} out"
+            )
+    if "missing_labels" not in inspect.signature(locate(data._target_, "data")).parameters:
+        raise UserError(
+            f"data.label_assignment={PRESENT} makes no sense with data={data.name}, whose images have all labels; use "
+            "full, one, random or a file"
+        )
+    built = build_labeled_dataset(config, "train", tasks, limit, missing_labels=True)
+    assert isinstance(built, FileDataset)
+    with add_key_prefix("data."):
+        return keep_present_labels(built, tasks)
 
 
 def build_shard_dataset(config: DictConfig, tasks: Mapping[str, Task], limit: int | None) -> MultiTaskDataset:
@@ -89,9 +113,12 @@ def describe_samples(config: DictConfig, tasks: Collection[str]) -> dict[str, An
 
 
 def build_labeled_dataset(
-    config: DictConfig, subset: str, tasks: Mapping[str, Task], limit: int | None = None
+    config: DictConfig, subset: str, tasks: Mapping[str, Task], limit: int | None = None, missing_labels: bool = False
 ) -> MultiTaskDataset:
-    """Build the ``subset`` ("train" or "val") of the config's dataset and split from its files, with all labels."""
+    """Build the ``subset`` ("train" or "val") of the config's dataset and split from its files.
+
+    All labels must be there, unless ``missing_labels``.
+    """
     data = config.data
     reader = locate(data._target_, "data")
     options = {"subset": subset, "tasks": list(tasks), "split": data.split, "limit": _choose_limit(config, limit)}
@@ -105,6 +132,8 @@ def build_labeled_dataset(
     if "size" in accepted:  # rendered at the size asked for
         options["size"] = get_image_size(config)
     options |= {key: data[key] for key in ("cache", "memory_map") if key in data}
+    if missing_labels:
+        options["missing_labels"] = True
     return construct(reader, "data.options", **options, **plain(data.options))
 
 
