@@ -2,7 +2,7 @@
 
 python scripts/make_label_file.py --output FILE [--rule one] [--seed 0] [group=choice ...] [key=value ...]
 
-Overrides are those of train.py, e.g. experiment=nyud_onelabel_resnet18 data.root=PATH; labels are dealt among
+Overrides are those of train.py, e.g. experiment=nyud_onelabel_resnet18 data.root=PATH; labels are distributed among
 data.label_tasks, or else among the tasks in use, so take the overrides of the training. The ending of FILE chooses the
 format: .json, .npy or .pth. The rules are those of data.label_assignment: with `one` each image is labelled
 for one task, and every task has the same number of images, up to one.

@@ -57,7 +57,7 @@ def record_labels(dataset: MultiTaskDataset) -> dict[str, Any]:
 
     Returns:
         ``labels``: the file's name and hash, or the rule and the seed that it was drawn from, the tasks among which
-        labels were dealt if these are more than those in use, and the number of images that carry the label of each
+        labels were distributed if these are more than those in use, and the number of images that carry the label of each
         task.
     """
     if not isinstance(dataset, PartiallyLabeledDataset):

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader
 from mtcl import distributed
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.data import Augment, FeatureCache, MultiTaskDataset, apply_label_assignment, eval_loader, train_loader
+from mtcl.data.datasets.base import FileDataset
+from mtcl.data.partial_labels import PRESENT, keep_present_labels
 from mtcl.data.shards.dataset import ShardDataset
 from mtcl.data.transforms import ResizedCrop
 from mtcl.errors import UserError
@@ -56,6 +58,8 @@ def build_dataset(
     if subset != "train":
         return build_labeled_dataset(config, subset, tasks, limit)
     mode = str(data.label_assignment)
+    if mode == PRESENT:
+        return build_present_dataset(config, tasks, limit)
     label_tasks = list(tasks) if mode == "full" else choose_label_tasks(config, tasks)
     if data.get("shards") is not None:
         built = build_shard_dataset(config, label_tasks, _choose_limit(config, limit))
@@ -68,7 +72,7 @@ def build_dataset(
 
 
 def choose_label_tasks(config: DictConfig, tasks: Collection[str]) -> list[str]:
-    """Return the tasks among which the labels of the training images are dealt, in canonical order.
+    """Return the tasks among which the labels of the training images are distributed, in canonical order.
 
     They are those in use, or those of ``data.label_tasks``. A training on some of these has the list of images and the
     labels that it would have on all of them.
@@ -82,9 +86,29 @@ def choose_label_tasks(config: DictConfig, tasks: Collection[str]) -> list[str]:
     if missing := [name for name in tasks if name not in listed]:
         raise UserError(
             f"data.label_tasks=[{','.join(listed)}] lacks {missing[0]}, which is in use; add it, or set "
-            "data.label_tasks=null to deal labels among the tasks in use"
+            "data.label_tasks=null to distribute labels among the tasks in use"
         )
     return [name for name in TASK_NAMES if name in listed]
+
+
+def build_present_dataset(config: DictConfig, tasks: Mapping[str, Task], limit: int | None = None) -> MultiTaskDataset:
+    """Build the training list of the config's dataset with the labels that it has files of."""
+    data = config.data
+    for key in ("shards", "label_fractions"):
+        if data.get(key) is not None:
+            raise UserError(
+                f"data.label_assignment={PRESENT} takes the labels that there are files of, which data.{key} does not "
+                f"go with; leave data.{key} out"
+            )
+    if "missing_labels" not in inspect.signature(locate(data._target_, "data")).parameters:
+        raise UserError(
+            f"data.label_assignment={PRESENT} makes no sense with data={data.name}, whose images have all labels; use "
+            "full, one, random or a file"
+        )
+    built = build_labeled_dataset(config, "train", tasks, limit, missing_labels=True)
+    assert isinstance(built, FileDataset)
+    with add_key_prefix("data."):
+        return keep_present_labels(built, tasks)
 
 
 def build_shard_dataset(config: DictConfig, tasks: Collection[str], limit: int | None) -> MultiTaskDataset:
@@ -111,9 +135,12 @@ def describe_samples(config: DictConfig, tasks: Collection[str]) -> dict[str, An
 
 
 def build_labeled_dataset(
-    config: DictConfig, subset: str, tasks: Collection[str], limit: int | None = None
+    config: DictConfig, subset: str, tasks: Collection[str], limit: int | None = None, missing_labels: bool = False
 ) -> MultiTaskDataset:
-    """Build the ``subset`` ("train" or "val") of the config's dataset and split from its files, with all labels."""
+    """Build the ``subset`` ("train" or "val") of the config's dataset and split from its files.
+
+    All labels must be there, unless ``missing_labels``.
+    """
     data = config.data
     reader = locate(data._target_, "data")
     options = {"subset": subset, "tasks": list(tasks), "split": data.split, "limit": _choose_limit(config, limit)}
@@ -127,6 +154,8 @@ def build_labeled_dataset(
     if "size" in accepted:  # rendered at the size asked for
         options["size"] = get_image_size(config)
     options |= {key: data[key] for key in ("cache", "memory_map") if key in data}
+    if missing_labels:
+        options["missing_labels"] = True
     return construct(reader, "data.options", **options, **plain(data.options))
 
 

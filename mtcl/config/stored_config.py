@@ -37,7 +37,7 @@ PATH_KEYS = (
     "save_predictions",
 )
 WEIGHT_SOURCES = ("none", "hub")  # values of backbone.weights that say how training began
-LABEL_ASSIGNMENTS = ("full", "one", "random")  # of data.label_assignment; anything else is a path
+LABEL_ASSIGNMENTS = ("full", "one", "random", "present")  # of data.label_assignment; anything else is a path
 LEGACY_DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
     "backbone": {
         "weights": None,

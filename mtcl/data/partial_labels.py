@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from mtcl.atomic import convert_disk_errors, write_atomically
+from mtcl.data.datasets.base import FileDataset
 from mtcl.data.image_io import read_bytes
 from mtcl.data.sample import MultiTaskDataset, Sample
 from mtcl.errors import ParameterError, UserError, describe_load_error
@@ -28,6 +29,7 @@ from mtcl.tasks.base import Task
 LabelAssignment = Mapping[str, frozenset[str]]  # image id -> the tasks it has labels of
 
 PARAMETER = "label_assignment"  # the parameter that errors name
+PRESENT = "present"  # its value for the labels that there are files of
 
 # The columns of the published tables, which do not name them.
 MTPSL_NYUD = ("semseg", "depth", "normals")  # nyuv2_settings/*.pth, a row per training image
@@ -42,7 +44,7 @@ class PartiallyLabeledDataset:
         tasks: tasks in use, by name.
         label_assignment: image id -> the tasks it keeps labels of; of tasks that are not in use nothing is read.
         source: where the assignment comes from, for the record of a run: a JSON object.
-        label_tasks: the tasks among which the labels were dealt; default: those in use.
+        label_tasks: the tasks among which the labels were distributed; default: those in use.
 
     Attributes:
         num_unlabeled: number of images that the assignment gives no label of any of ``label_tasks``.
@@ -110,7 +112,7 @@ def apply_label_assignment(
         mode: ``full``; ``one`` or ``random``, drawn from ``seed``; or the path of a mapping file.
         seed: seed of the drawn assignments.
         fractions: task -> fraction of the images that keep its label, for ``full``; tasks not listed keep all.
-        label_tasks: tasks among which the other modes deal labels, all of those in use among them; default: these.
+        label_tasks: tasks among which the other modes distribute labels, all of those in use among them; default: these.
 
     Raises:
         UserError: the mode is unknown, the file does not cover the dataset and the tasks, or a fraction is of no task.
@@ -129,12 +131,29 @@ def apply_label_assignment(
         source = {"rule": mode, "seed": seed}
     else:
         if not Path(mode).is_file():
-            raise ParameterError(PARAMETER, f"={mode} is neither full, one or random, nor a file with a mapping.")
+            raise ParameterError(
+                PARAMETER, f"={mode} is neither full, one, random or present, nor a file with a mapping."
+            )
         label_assignment = read_label_assignment(Path(mode), dataset.ids, label_tasks)
         source = {"file": Path(mode).name, "sha256": hashlib.sha256(read_bytes(Path(mode))).hexdigest()}
     if len(label_tasks) > len(tasks):
         source["tasks"] = label_tasks
     return PartiallyLabeledDataset(dataset, tasks, label_assignment, source, label_tasks)
+
+
+def keep_present_labels(dataset: FileDataset, tasks: Mapping[str, Task]) -> PartiallyLabeledDataset:
+    """Return ``dataset`` with the labels that it has files of; other labels are void.
+
+    Raises:
+        UserError: a task has no label at all.
+    """
+    label_assignment = dataset.list_present_labels()
+    for name in tasks:
+        if not any(name in present for present in label_assignment.values()):
+            raise ParameterError(
+                PARAMETER, f"={PRESENT}: none of the {len(label_assignment)} images has files of the labels of {name}."
+            )
+    return PartiallyLabeledDataset(dataset, tasks, label_assignment, {"rule": PRESENT})
 
 
 def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, seed: int) -> LabelAssignment:

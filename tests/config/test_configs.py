@@ -325,7 +325,7 @@ def test_experiments_of_one_label_say_which_row_is_nearest(experiment):
 
 @pytest.mark.parametrize("data", ["nyud", "nyuv2_13", "pascal"])
 def test_one_task_alone_of_the_experiments_of_one_label(data):
-    """Of the labels that are dealt among all of its tasks."""
+    """Of the labels that are distributed among all of its tasks."""
     experiment = f"experiment={data}_onelabel_resnet18"
     config = composed(experiment, "tasks=single_semseg")
     assert list(build_tasks(config)) == ["semseg"]

@@ -242,7 +242,7 @@ def test_pictures_and_files_that_are_missing_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no\.json does not exist"):
         read_label_assignment(tmp_path / "no.json", IDS, TASKS)
     reader, tasks = rooms()
-    with pytest.raises(UserError, match=r"label_assignment=some is neither full, one or random, nor a file"):
+    with pytest.raises(UserError, match=r"label_assignment=some is neither full, one, random or present, nor a file"):
         apply_label_assignment(reader, tasks, "some", seed=0)
     np.save(tmp_path / "other.npy", np.array({"depth": ["0001"], "edge": ["0002"]}, dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=f"lacks 60 images.*{IDS[0]}"):

@@ -35,6 +35,7 @@ class FileDataset(ABC):
     resize: tuple[int, int] | None = None  # height, width: images and labels are made this small when decoded
     array_cache: ArrayCache | None = None
     memory_map: bool = False
+    missing_labels: bool = False  # whether files of labels may be missing; those of images never may
 
     def __init__(self) -> None:
         self._cache_folders: dict[str, str] = {}
@@ -46,6 +47,10 @@ class FileDataset(ABC):
     @abstractmethod
     def decode(self, kind: str, name: str) -> np.ndarray:
         """Return the array at the size of its file: uint8 RGB (H, W, 3) for "image", else the task's NumPy layout."""
+
+    @abstractmethod
+    def summary(self) -> str:
+        """Describe the files in one line for the log."""
 
     @abstractmethod
     def decode_settings(self) -> Mapping[str, Any]:
@@ -115,16 +120,14 @@ class FileDataset(ABC):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def check_files(self, layout: str) -> None:
-        """Raise ``UserError`` if a file of the tasks in use is missing; ``layout`` describes what is expected."""
-        folders: dict[Path, set[str]] = {}
-        missing = []
-        for kind in (IMAGE, *self.tasks):
-            for name in self.ids:
-                for path in self.source_files(kind, name):
-                    if path.parent not in folders:
-                        folders[path.parent] = {entry.name for entry in list_folder(path.parent)}
-                    if path.name not in folders[path.parent]:
-                        missing.append(str(path.relative_to(self.root)))
+        """Raise ``UserError`` if a file of the tasks in use is missing; ``layout`` describes what is expected.
+
+        With ``missing_labels``, only images must be there.
+        """
+        kinds = (IMAGE,) if self.missing_labels else (IMAGE, *self.tasks)
+        is_there = self._file_finder()
+        paths = (path for kind in kinds for name in self.ids for path in self.source_files(kind, name))
+        missing = [str(path.relative_to(self.root)) for path in paths if not is_there(path)]
         if missing:
             missing = list(dict.fromkeys(missing))
             first = self.root / missing[0]
@@ -134,6 +137,27 @@ class FileDataset(ABC):
                 f"{other_files}; "
                 f"unpack the full archive there (expected: {layout})."
             )
+
+    def list_present_labels(self) -> dict[str, frozenset[str]]:
+        """Return image id -> the tasks in use whose files are all there."""
+        is_there = self._file_finder()
+        return {
+            name: frozenset(task for task in self.tasks if all(map(is_there, self.source_files(task, name))))
+            for name in self.ids
+        }
+
+    @staticmethod
+    def _file_finder() -> Callable[[Path], bool]:
+        """Return a function that says whether a file exists; it lists each folder once."""
+        folders: dict[Path, set[str]] = {}
+
+        def is_there(path: Path) -> bool:
+            """Say whether ``path`` exists."""
+            if path.parent not in folders:
+                folders[path.parent] = {entry.name for entry in list_folder(path.parent)}
+            return path.name in folders[path.parent]
+
+        return is_there
 
     def _load(self, kind: str, name: str) -> CacheEntry:
         """Return the decoded array, from the cache if it is in use."""

@@ -41,6 +41,7 @@ class NYUD(FileDataset):
         limit: keep the first so many ids of the list.
         cache: see :meth:`FileDataset.open_cache`.
         memory_map: see :meth:`FileDataset.open_cache`.
+        missing_labels: whether files of labels may be missing, see :meth:`FileDataset.list_present_labels`.
 
     Raises:
         UserError: what is on disk does not fit.
@@ -57,6 +58,7 @@ class NYUD(FileDataset):
         limit: int | None = None,
         cache: str | Path | None = None,
         memory_map: bool = True,
+        missing_labels: bool = False,
     ) -> None:
         if unknown := [name for name in tasks if name not in FOLDERS or name == IMAGE]:
             raise UserError(f"NYUD-v2 has no labels for {unknown}; choose tasks among {list(FOLDERS)[1:]}.")
@@ -65,7 +67,7 @@ class NYUD(FileDataset):
         _check_classes(num_classes)
         super().__init__()
         self.root = find_dataset_root(Path(root), ROOTS, "gt_sets", "NYUD-v2", LAYOUT)
-        self.tasks = tuple(tasks)
+        self.tasks, self.missing_labels = tuple(tasks), missing_labels
         self.num_classes = num_classes
         self.resize = None if resize is None else (int(resize[0]), int(resize[1]))
         self.ids = read_id_list(self.root / "gt_sets", subset, split, limit)

@@ -44,6 +44,7 @@ class PascalContext(FileDataset):
         limit: keep the first so many ids, of those with persons if human parts are the only task.
         cache: see :meth:`FileDataset.open_cache`.
         memory_map: see :meth:`FileDataset.open_cache`.
+        missing_labels: whether files of labels may be missing, see :meth:`FileDataset.list_present_labels`.
 
     Raises:
         UserError: what is on disk does not fit.
@@ -58,12 +59,13 @@ class PascalContext(FileDataset):
         limit: int | None = None,
         cache: str | Path | None = None,
         memory_map: bool = False,
+        missing_labels: bool = False,
     ) -> None:
         if unknown := [name for name in tasks if name not in TASKS]:
             raise UserError(f"PASCAL-Context has no labels for {unknown}; choose tasks among {list(TASKS)}.")
         super().__init__()
         self.root = find_dataset_root(Path(root), ROOTS, "ImageSets/Context", "PASCAL-Context", LAYOUT)
-        self.tasks = tuple(tasks)
+        self.tasks, self.missing_labels = tuple(tasks), missing_labels
         self._only_parts = set(tasks) == {"human_parts"}
         self._in_voc = frozenset(entry.stem for entry in list_folder(self.root / "semseg" / "VOC12"))
         read_ids = functools.partial(read_id_list, self.root / "ImageSets" / "Context", subset, split)
@@ -73,6 +75,9 @@ class PascalContext(FileDataset):
         self.check_files(LAYOUT)
         self.open_cache(cache, memory_map)
         if self._only_parts:
+            if missing_labels:
+                present = self.list_present_labels()
+                self.ids = [name for name in self.ids if present[name]]
             self.ids = self._with_persons(subset, limit)
 
     @classmethod

@@ -1,6 +1,7 @@
 """The NYUD-v2 reader, on archives of a few pixels and, where they are, on the real small frames."""
 
 import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from helpers.common import ROOT
 from PIL import Image
 
 from mtcl import UserError
+from mtcl.config.build_data import build_dataset, build_tasks
+from mtcl.config.compose import compose_config
 from mtcl.data import NYUD, Augment, finalize_labels, train_loader
 from mtcl.data.datasets.base import resize_edges, resize_image, same_aspect
 from mtcl.data.transforms import resize_nearest
@@ -343,6 +346,47 @@ def test_half_unpacked_archive_names_the_first_missing_files(archive: Path) -> N
     assert "normals/0003.png, normals/0001.png, edge/0003.png;" in sentence
     assert str(archive) in sentence
     assert "segmentation/<id>.png" in sentence
+
+
+def test_labels_that_have_files_can_be_taken_alone(archive: Path) -> None:
+    for name in ("normals/0003.png", "normals/0001.png", "edge/0003.png"):
+        (archive / name).unlink()
+    overrides = ["data=nyud", f"data.root={archive}", "data.cache=null", "data.label_assignment=present"]
+    config = compose_config(overrides, ROOT / "configs")
+    dataset = build_dataset(config, "train", build_tasks(config))
+    assert [sorted(dataset.label_assignment[name]) for name in ("0003", "0001", "0002")] == [
+        ["depth", "semseg"],
+        ["depth", "edge", "semseg"],
+        ["depth", "edge", "normals", "semseg"],
+    ]
+    assert dataset.source == {"rule": "present"}
+    complete, partial = NYUD(archive, "train", ["semseg", "depth"]).read(0), dataset.read(0)
+    np.testing.assert_array_equal(partial.labels["depth"], complete.labels["depth"])
+    assert not partial.labels["normals"].any()
+    assert (partial.labels["edge"] == 255).all()
+    (archive / "images" / "0001.png").unlink()
+    with pytest.raises(UserError, match=r"lacks 1 files of the tasks used, first images/0001\.png"):
+        build_dataset(config, "train", build_tasks(config))
+
+
+@pytest.mark.parametrize(
+    ("override", "fragment"),
+    [
+        ("data.label_fractions={semseg:0.5}", "leave data.label_fractions out"),
+        ("data.shards=shards", "leave data.shards out"),
+        ("data=rooms", "makes no sense with data=rooms, whose images have all labels"),
+        ("tasks.names=[semseg,edge]", "none of the 3 images has files of the labels of edge"),
+    ],
+)
+def test_labels_that_have_files_need_files(archive: Path, override: str, fragment: str) -> None:
+    for path in (archive / "edge").iterdir():
+        path.unlink()
+    overrides = ["data=nyud", f"data.root={archive}", "data.cache=null", "data.label_assignment=present", override]
+    if override == "data=rooms":
+        overrides = overrides[3:]
+    config = compose_config(overrides, ROOT / "configs")
+    with pytest.raises(UserError, match=re.escape(fragment)):
+        build_dataset(config, "train", build_tasks(config))
 
 
 @pytest.mark.parametrize("state", ["absent", "empty", "no lists"])

@@ -700,6 +700,17 @@ def test_an_id_without_a_semseg_label_names_both_folders(archive: Path) -> None:
     assert "semseg/pascal-context/" in sentence
 
 
+def test_labels_without_files_are_left_out_where_that_is_allowed(archive: Path) -> None:
+    for folder in ("VOC12", "pascal-context"):
+        (archive / "semseg" / folder / f"{FIRST}.png").unlink()
+    (archive / "human_parts" / f"{FIRST}.mat").unlink()
+    present = PascalContext(archive, "train", TASKS, missing_labels=True).list_present_labels()
+    assert present[FIRST] == set(TASKS) - {"semseg", "human_parts"}
+    assert all(names == set(TASKS) for image, names in present.items() if image != FIRST)
+    assert FIRST not in PascalContext(archive, "train", ["human_parts"], missing_labels=True).ids
+    assert FIRST in message(archive, "train", ["human_parts"])
+
+
 def test_an_id_without_files_names_the_first_of_them(archive: Path) -> None:
     (archive / "ImageSets" / "Context" / "train.txt").write_text(f"{FIRST}\n2007_999999\n")
     sentence = message(archive, "train", TASKS)
