@@ -57,8 +57,8 @@ def record_labels(dataset: MultiTaskDataset) -> dict[str, Any]:
 
     Returns:
         ``labels``: the file's name and hash, or the rule and the seed that it was drawn from, the tasks among which
-        labels were distributed if these are more than those in use, and the number of images that carry the label of each
-        task.
+        labels were distributed if these are more than those in use, and the number of images that carry the label of
+        each task.
     """
     if not isinstance(dataset, PartiallyLabeledDataset):
         return {}

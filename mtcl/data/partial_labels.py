@@ -112,7 +112,8 @@ def apply_label_assignment(
         mode: ``full``; ``one`` or ``random``, drawn from ``seed``; or the path of a mapping file.
         seed: seed of the drawn assignments.
         fractions: task -> fraction of the images that keep its label, for ``full``; tasks not listed keep all.
-        label_tasks: tasks among which the other modes distribute labels, all of those in use among them; default: these.
+        label_tasks: tasks among which the other modes distribute labels, all of those in use among them; default: those
+            in use.
 
     Raises:
         UserError: the mode is unknown, the file does not cover the dataset and the tasks, or a fraction is of no task.
