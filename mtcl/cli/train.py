@@ -36,6 +36,7 @@ from mtcl.errors import UserError, first_line
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
 from mtcl.launch.overrides import split_override
+from mtcl.regularizers import PseudoLabels
 from mtcl.run_folder import RunFolder
 from mtcl.run_lock import lock_run
 from mtcl.runtime import choose_device, choose_precision, seed_everything
@@ -221,6 +222,12 @@ def log_setup(
         )
     if trainer.regularizer is None and config.regularizer._target_ is not None:
         log.warning("one task has no other task to compare with: the regularizer is off")
+    if isinstance(trainer.regularizer, PseudoLabels) and keeps_all_labels(train_dataset):
+        log.warning(
+            "the pseudo-labels of regularizer=%s are for images that lack the label of a task, and here every image "
+            "keeps all labels; set data.label_assignment=one, or data.label_fractions",
+            trainer.regularizer.method_name(),
+        )
     if config.trainer.precision == "auto" and choose_precision(trainer.device, "auto") == "fp16":
         log.info(
             "trainer.precision=auto: %s has no bf16, so the run is in fp16, with a gradient scaler", trainer.device
@@ -244,6 +251,12 @@ def log_setup(
         f" ({num_trained / 1e6:.2f} M of them trained)" if num_trained < num_parameters else "",
         trainer.device,
     )
+
+
+def keeps_all_labels(dataset: MultiTaskDataset) -> bool:
+    """Return whether each image keeps the labels of all tasks, by the record of the labels; files are not read."""
+    counts = record_labels(dataset).get("labels", {}).get("images", {})
+    return all(count == len(dataset.ids) for count in counts.values())
 
 
 def check_dataset_labels(

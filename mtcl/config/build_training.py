@@ -239,12 +239,24 @@ def build_validation_policy(config: DictConfig, tasks: Mapping[str, Task]) -> Va
 
 
 def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: DenseModel) -> Regularizer | None:
-    """Return the regulariser, on the CPU; None where the config has none or there are too few tasks for it."""
+    """Return the regulariser, on the CPU; None where the config has none.
+
+    A single task trains without a contrast, too, so that it can be a baseline with the overrides of the other runs: a
+    sweep over tasks, the single-task runs of a study. ``train.py`` warns of it.
+
+    Raises:
+        UserError: another regulariser needs more tasks, or a value is refused; it names the keys.
+    """
     settings = config.regularizer
     if settings._target_ is None:
         return None
     regularizer_class = locate(settings._target_, "regularizer", Regularizer)
     if len(tasks) < regularizer_class.min_tasks:
+        if tasks and not issubclass(regularizer_class, CrossTaskRegularizer):
+            raise UserError(
+                f"regularizer={regularizer_class.method_name()} needs {regularizer_class.min_tasks} tasks or more, but "
+                f"tasks.names=[{','.join(tasks)}] has {len(tasks)}; set regularizer=none or name more tasks"
+            )
         return None
     options = plain(settings.options)
     options.setdefault("feature", "final")

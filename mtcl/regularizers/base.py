@@ -27,7 +27,7 @@ class Regularizer(nn.Module, ABC):
     loss_views: str = "all"  # which views the tasks' losses have: all, or the first
     intermediate_weight: float = 1.0  # of the losses of intermediate predictions in the tasks' losses
     image_weighting: str = "pixels"  # how images count in the tasks' losses, see tasks.image_weights
-    min_tasks: int = 2  # with fewer tasks a training goes without it
+    min_tasks: int = 2  # with fewer tasks it compares nothing
     uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
     reads_teacher_features: bool = False  # whether its output has that model's features, too, NAME as teacher_NAME
 

@@ -48,6 +48,7 @@ class LabelDiscovery(PseudoLabels):
         feature_weight: of the terms of features.
     """
 
+    min_tasks = 2  # a method for several tasks, although nothing in its formulas compares them
     reads_teacher_features = True
 
     def __init__(

@@ -43,7 +43,8 @@ class PseudoLabels(Regularizer):
     (0.0, True)
 
     An image has a label of a task where any pixel is valid; void pixels of such an image stay void. Intermediate
-    predictions are trained as in the task's loss. Without a teacher, or with all labels, the loss is a zero that keeps
+    predictions are trained as in the task's loss. The pixels count alike whatever ``image_weighting`` says, which is a
+    rule for images with labels. Without a teacher, or with all labels, the loss is a zero that keeps
     the graph.
 
     Args:
@@ -54,6 +55,7 @@ class PseudoLabels(Regularizer):
         confidence: least probability of a predicted class that counts as its pixel's label, 0 to 1; 0: all count.
     """
 
+    min_tasks = 1
     uses_teacher = True
 
     def __init__(

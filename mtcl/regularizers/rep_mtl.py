@@ -52,7 +52,8 @@ class TaskSaliency(Regularizer):
 
     Tasks without a label in an image have no saliency there and do not enter its distribution or its pairs. An
     image with a single labelled task has an alignment only, one without any has neither. ``losses`` of the result:
-    the two terms without their weights; ``loss`` is their weighted sum.
+    the two terms without their weights; ``loss`` is their weighted sum. With ``loss_views="first"`` the images are the
+    rows of the first views.
 
     Args:
         tasks: name -> task, at least two; a saliency is that of the task's loss times its weight.
@@ -95,6 +96,10 @@ class TaskSaliency(Regularizer):
         teacher: Mapping[str, Tensor] | None = None,  # noqa: ARG002
     ) -> RegularizerOutput:
         """Compute both terms; see the module's formulas. The output must be in the graph of its ``feature``."""
+        views = self.views_per_step
+        if self.loss_views == "first":  # a saliency of other rows would be that of no loss
+            num_images = len(next(iter(output.predictions.values()))) // views
+            labels, views = {name: labels[name][:num_images] for name in self.tasks}, 1
         with torch.autocast(output.device.type, enabled=False):
             has_label = torch.stack(
                 [task.valid(labels[n]).flatten(1).any(dim=1) & (task.weight > 0) for n, task in self.tasks.items()]
@@ -103,7 +108,7 @@ class TaskSaliency(Regularizer):
             is_salient = (saliency.detach() != 0).flatten(2).any(dim=2)  # a loss may be zero in spite of labels
             terms = (
                 average_entropy(saliency, is_salient),
-                align_saliencies(saliency, is_salient, self.temperature, self.views_per_step),
+                align_saliencies(saliency, is_salient, self.temperature, views),
             )
             with torch.no_grad():
                 self.sums += torch.stack([torch.ones_like(terms[0]), *terms])
@@ -112,6 +117,10 @@ class TaskSaliency(Regularizer):
 
     def measure_saliencies(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> Tensor:
         """Return the gradient of each task's weighted loss at Z: (T, B, C, cells), in a graph where one is recorded.
+
+        Args:
+            output: a forward pass in training.
+            labels: task -> label of the first B rows of the output; the loss is that of these rows.
 
         Raises:
             UserError: the tasks do not share the map.
@@ -122,6 +131,13 @@ class TaskSaliency(Regularizer):
                 f"a saliency needs a map that all tasks share, but each has one of its own in feature={self.feature}; "
                 "choose another feature or decoder"
             )
+        num_rows = len(labels[next(iter(self.tasks))])
+        if num_rows < len(maps[0]):
+            predictions, *intermediate = (
+                {name: rows[:num_rows] for name, rows in kind.items()}
+                for kind in (output.predictions, *output.intermediate)
+            )
+            output = output._replace(predictions=predictions, intermediate=intermediate)
         has_graph, saliencies = torch.is_grad_enabled(), []
         image_weights = weigh_images(self.tasks, labels, self.image_weighting)
         with torch.enable_grad():
@@ -129,6 +145,7 @@ class TaskSaliency(Regularizer):
                 terms = output, labels[name], self.intermediate_weight, image_weights[name]
                 loss = task.weight * compute_task_loss(name, task, *terms)
                 (gradient,) = torch.autograd.grad(loss, maps[0], retain_graph=True, create_graph=has_graph)
+                gradient = gradient[:num_rows]
                 saliencies.append(gradient.to(torch.promote_types(gradient.dtype, torch.float32)).flatten(2))
         return torch.stack(saliencies)
 

@@ -82,6 +82,17 @@ def wrap_parallel(step: TrainingStep, device: torch.device) -> nn.Module:
     )
 
 
+def _compile_errors() -> tuple[type[Exception], ...]:
+    """Return what torch raises where it can't compile: subclasses of one class, and those that it passes on unchanged.
+
+    See ``torch/_dynamo/convert_frame.py``. An assertion or an index that is the module's mistake fails eagerly, too.
+    """
+    from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
+
+    dynamo = torch._dynamo.exc.TorchDynamoException
+    return dynamo, GuardOnDataDependentSymNode, ConstraintViolationError, AssertionError, IndexError
+
+
 class CompiledModule:
     """Runs a module through ``torch.compile``, or eagerly after one warning where that fails.
 
@@ -107,8 +118,8 @@ class CompiledModule:
         try:
             with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
                 return self.call(*args, **options)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().split("\n")[0]
+        except _compile_errors() as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
             log.warning("torch.compile failed (%s); training continues without it", reason)
             for part in (self, *self.parts):
                 part.works = False

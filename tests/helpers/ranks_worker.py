@@ -3,13 +3,14 @@
 ``CASES`` is a JSON file: folder -> overrides of the config. Starting processes takes longer than such a training, so
 they do all cases one after the other. Other entries are ``from=STATE``, which continues from the ``state.pt`` of
 another run; ``spoil=STEP``: there labels of every other picture, the second process's, are not finite;
-``compiler=NAME``: of ``trainer.compile``.
+``compiler=NAME``: of ``trainer.compile``; ``noise=0``: ``torch.randn_like`` draws zeros, as each process draws its own.
 """
 
 import json
 import math
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import nn
@@ -22,13 +23,15 @@ from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.train_step import CompiledModule
 
 STEPS = 3
+OPTIONS = ("from=", "spoil=", "compiler=", "noise=")
 
 
 def main(cases: dict[str, list[str]]) -> None:
     """Do all cases; the processes leave their group when all are done."""
     backend = CompiledModule.backend
     for folder, arguments in cases.items():
-        train(Path(folder), arguments)
+        with mock.patch.object(torch, "randn_like", torch.zeros_like if "noise=0" in arguments else torch.randn_like):
+            train(Path(folder), arguments)
         torch._dynamo.reset()
         CompiledModule.backend = backend
     distributed.destroy_process_group()
@@ -36,7 +39,7 @@ def main(cases: dict[str, list[str]]) -> None:
 
 def train(folder: Path, arguments: list[str]) -> None:
     """Do one case and write what came of it into its folder."""
-    options = dict(word.split("=", 1) for word in arguments if word.startswith(("from=", "spoil=", "compiler=")))
+    options = dict(word.split("=", 1) for word in arguments if word.startswith(OPTIONS))
     config = composed(*(word for word in arguments if word.split("=")[0] not in options))
     device = torch.device("cpu")
     distributed.init_process_group(device)

@@ -36,9 +36,10 @@ from mtcl.training.checkpoint_file import read_checkpoint_file
 # Its graphs are cut where DDP wants them. Adam would weigh up that it rounds otherwise.
 COMPILED = ["trainer.compile=true", "compiler=aot_eager", "optimizer=sgd", "regularizer.lr=1e-4"]
 
-# The guard is on: all spreads are below its bound.
 TWO_VIEWS = ["data.views_per_step=2", "loss.views=first"]
-TWO_VIEWS += ["regularizer.options.variance_weight=1", "regularizer.options.min_spread=0.9"]
+
+# The guard is on: all spreads are below its bound.
+MTPSL = ["regularizer=mtpsl", "regularizer.options.variance_weight=1", "regularizer.options.min_spread=0.9"]
 
 # Its loss holds that of pseudo_labels. At first the teacher is the model, where the sign of an L1 loss is of rounding.
 TEACHER = ["regularizer.start_fraction=0", "trainer.ema=0.5", "regularizer.options.confidence=0.1"]
@@ -53,18 +54,26 @@ SAK = ["decoder=sak", *STUDENT, "++backbone.kwargs.drop_path_rate=0", "decoder.n
 SAK += ["regularizer=distillation", "optimizer=sgd"]
 
 
+# The noise of its training, which each process draws for itself, is left out.
+DIFFUSION = ["decoder=diffusion_mtl", *shrunk("diffusion_mtl", "resnet18"), "noise=0"]
+
 CASES = {
     "contrastive": ["data.label_assignment=random"],
-    "mtpsl of two views": ["regularizer=mtpsl", *TWO_VIEWS],
-    "task_tokens and auxiliary": [
-        *TOKENS,
+    "mtpsl of two views": [*MTPSL, *TWO_VIEWS],
+    "diffusion_mtl and auxiliary": [
+        *DIFFUSION,
         "regularizer=auxiliary",
         "data.label_assignment=random",
         "loss.image_weighting=tasks_per_label",
     ],
-    "jtr": ["regularizer=jtr", "data.label_assignment=random"],
+    "jtr of two views": ["regularizer=jtr", *TWO_VIEWS, "data.label_assignment=random"],
     "rep_mtl": ["regularizer=rep_mtl", "data.label_assignment=random"],
-    "pseudo_labels and label_discovery": ["regularizer=label_discovery", *TEACHER, "data.label_assignment=random"],
+    "task_tokens and label_discovery": [
+        *TOKENS,
+        "regularizer=label_discovery",
+        *TEACHER,
+        "data.label_assignment=random",
+    ],
     "teachers of sak": [*SAK, "data.label_assignment=random"],
     "compiled": COMPILED,
 }

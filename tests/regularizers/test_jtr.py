@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from helpers.common import TINY, composed
 
-from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
@@ -18,7 +17,6 @@ from mtcl.models.base import DenseOutput
 from mtcl.regularizers import JointTaskRegularization
 from mtcl.regularizers.jtr import Decoder, Encoder, hash_uniform, sample_classes
 from mtcl.tasks import build_task
-from mtcl.training.checkpoint_file import read_checkpoint_file
 
 NAMES = ("semseg", "depth", "normals", "edge")
 IDS = ("a", "b", "c", "d")
@@ -353,22 +351,3 @@ def test_what_a_user_may_get_wrong():
         JointTaskRegularization(make_tasks(("depth",)))
     with pytest.raises(UserError, match=r"detach_rule=all.*auto"):
         JointTaskRegularization(make_tasks(), detach_rule="all")
-
-
-@pytest.mark.slow
-def test_a_resumed_training_is_the_uncut_one(tmp_path):
-    overrides = [*TINY, "regularizer=jtr", "data.label_assignment=one", "schedule=constant"]
-    train(composed(*overrides, "trainer.max_steps=4"), tmp_path / "uncut")
-    train(composed(*overrides, "trainer.max_steps=2"), tmp_path / "cut")
-    train(composed(*overrides, "trainer.max_steps=4", "resume=auto"), tmp_path / "cut")
-    uncut, cut = (read_checkpoint_file(tmp_path / name / "checkpoints" / "last.pt") for name in ("uncut", "cut"))
-    for part in ("model", "regularizer"):
-        assert uncut[part].keys() == cut[part].keys()
-        assert all(torch.equal(uncut[part][name], cut[part][name]) for name in uncut[part]), part
-    config = composed(*overrides)
-    tasks = build_tasks(config)
-    model = build_model(config, tasks, pretrained=False)
-    assert uncut["model"].keys() == model.state_dict().keys()  # nothing of the regulariser is in the model
-    initial = build_regularizer(config, tasks, model).state_dict()
-    assert uncut["regularizer"].keys() == initial.keys()
-    assert not all(torch.equal(initial[name], value) for name, value in uncut["regularizer"].items())

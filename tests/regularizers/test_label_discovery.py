@@ -5,11 +5,10 @@ import pytest
 import torch
 from helpers.common import TINY, composed
 from helpers.contrast_reference import make_label, make_tasks
-from helpers.shrunken import shrunk
 
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
-from mtcl.config.build_training import build_regularizer, build_training_run
+from mtcl.config.build_training import build_regularizer
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import LabelDiscovery
@@ -110,18 +109,3 @@ def test_refusals(overrides, message):
     tasks = build_tasks(config)
     with pytest.raises(UserError, match=message):
         build_regularizer(config, tasks, build_model(config, tasks, pretrained=False))
-
-
-def test_a_step_takes_in_the_teachers_features(tmp_path):
-    options = [*TINY, "backbone.name=test_resnet", "decoder=task_tokens", *shrunk("task_tokens", "test_resnet")]
-    options += ["regularizer=label_discovery", "regularizer.start_fraction=0", "trainer.ema=0.5"]
-    options += ["data.label_assignment=one", "trainer.num_panels=0"]
-    config = composed(*options)
-    torch.manual_seed(0)
-    trainer = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu")).trainer
-    trainer.model.train()
-    batch = next(iter(trainer.batches))
-    first = trainer.train_step(batch)
-    assert first["regularizer"].isfinite()
-    assert first["regularizer"] > 0
-    assert {"depth_labels", "normals_labels"} <= first.keys()

@@ -8,7 +8,6 @@ import torch
 from helpers.common import TINY, composed
 from helpers.shrunken import DECODERS
 
-from mtcl.cli.train import train
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
@@ -16,7 +15,6 @@ from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import TaskSaliency
 from mtcl.tasks import build_task
-from mtcl.training.checkpoint_file import read_checkpoint_file
 
 WEIGHTS = {"one": 1.0, "two": 5.0, "three": 0.5}
 UNLABELLED = {
@@ -122,6 +120,16 @@ def test_loss_and_second_derivatives_against_the_equations(options):
     assert regularizer.summary() == {}
 
 
+def test_saliencies_are_of_the_views_that_have_losses():
+    """With the losses on first views alone, the terms are those of a batch of these."""
+    regularizer, output, labels, z, heads = make_case(views=2, batch=6, unlabelled={("two", 0), ("two", 5)})
+    regularizer.loss_views = "first"
+    result = regularizer.compute_loss(output, labels, regularizer.sample(0, "abcabc"))
+    specific, alignment = reference_terms({n: label[:3] for n, label in labels.items()}, z[:3], heads, 0.3)
+    torch.testing.assert_close(result.losses["specific"], specific)
+    torch.testing.assert_close(result.losses["alignment"], alignment)
+
+
 def test_without_a_gradient_the_values_are_the_same():
     """As where lambda is 0."""
     regularizer, output, labels, *_ = make_case()
@@ -214,18 +222,3 @@ def test_what_a_user_may_get_wrong():
 def test_what_cannot_be_built_is_refused(override, message):
     with pytest.raises(UserError, match=message):
         make_model("tasks.names=[semseg,depth]", override)
-
-
-@pytest.mark.slow
-def test_training_takes_steps_and_resumes(tmp_path):
-    overrides = [*TINY, "regularizer=rep_mtl", "data.label_assignment=random", "schedule=constant"]
-    train(composed(*overrides, "trainer.max_steps=4"), tmp_path / "uncut")
-    train(composed(*overrides, "trainer.max_steps=2"), tmp_path / "cut")
-    train(composed(*overrides, "trainer.max_steps=4", "resume=auto"), tmp_path / "cut")
-    train(composed(*overrides, "trainer.max_steps=4", "regularizer=none"), tmp_path / "none")
-    uncut, cut, none = (
-        read_checkpoint_file(tmp_path / name / "checkpoints" / "last.pt")["model"] for name in ("uncut", "cut", "none")
-    )
-    assert uncut.keys() == none.keys()
-    assert all(torch.equal(uncut[name], cut[name]) for name in uncut)
-    assert not all(torch.equal(uncut[name], none[name]) for name in uncut)

@@ -1,6 +1,5 @@
 """Steps that go wrong, runs that are told to stop, and what makes a step cheaper."""
 
-import copy
 import json
 import math
 import os
@@ -11,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sympy
 import torch
 from functorch.compile import make_boxed_compiler
 from helpers.common import ROOT, TINY, composed
 from helpers.shrunken import shrunk
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.exc import InductorError
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from mtcl import UserError
 from mtcl.cli.train import train
@@ -23,9 +25,9 @@ from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_trainer_options, build_training_run
 from mtcl.errors import Preempted
 from mtcl.progress import PlainProgress
-from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.checkpoint_file import read_checkpoint_file
 from mtcl.training.measurements import Throughput
+from mtcl.training.train_step import CompiledModule
 from mtcl.training.trainer import Trainer
 
 OVERRIDES = [*TINY, "trainer.val_interval=null", "trainer.checkpoint_interval=null", "trainer.num_panels=0"]
@@ -223,31 +225,6 @@ def test_a_resumed_run_goes_on_bit_for_bit(choice, tmp_path):
     assert all(torch.equal(a["model"][key], b["model"][key]) for key in a["model"])
 
 
-def test_two_views_per_step_resumed_in_mid_epoch(tmp_path):
-    """Model, mapping and both optimisers end as those of the whole run, bit for bit."""
-    overrides = ["data.views_per_step=2", "data.label_assignment=one", "regularizer=mtpsl", "data.batch_size=2"]
-    overrides += ["trainer.max_steps=4", "loss.views=first"]
-    uncut = make_trainer(tmp_path, *overrides)
-    assert (uncut.regularizer.views_per_step, uncut.regularizer.loss_views) == (2, "first")
-    for step, batches in zip(range(4), uncut.batches_per_step()):
-        assert uncut.train_step(*batches)["regularizer"] > 0
-        uncut.step += 1
-        if step == 1:
-            checkpoint = Checkpoint.from_dict(copy.deepcopy(uncut.checkpoint().to_dict()))
-    config = composed(*OVERRIDES, *overrides)
-    torch.manual_seed(9)
-    resumed = build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu"), start_step=2).trainer
-    resumed.model.train()
-    resumed.restore(checkpoint)
-    for _, batches in zip(range(2), resumed.batches_per_step()):
-        assert [meta.view for meta in batches[0]["meta"]] == [0, 0, 1, 1]
-        resumed.train_step(*batches)
-        resumed.step += 1
-    one, two = uncut.checkpoint().to_dict(), resumed.checkpoint().to_dict()
-    for part in ("model", "regularizer", "optimizer"):
-        torch.testing.assert_close(two[part], one[part], rtol=0, atol=0)
-
-
 @pytest.mark.parametrize(
     "decoder", [[], ["decoder=task_tokens", *shrunk("task_tokens", "resnet18")]], ids=["", "with its own losses"]
 )
@@ -345,6 +322,32 @@ def test_a_compiler_that_fails_is_done_without(where, tmp_path, caplog, monkeypa
     assert all(value.isfinite() for value in values.values())
     assert caplog.text.count("continues without it") == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_of_compiling"),
+    [
+        (InductorError(RuntimeError("no schedule"), None), True),
+        (GuardOnDataDependentSymNode(sympy.true, "data-dependent"), True),
+        (AssertionError(), True),
+        (torch.OutOfMemoryError("no memory"), False),
+    ],
+)
+def test_errors_of_compiling_are_done_without_and_others_are_not(error, is_of_compiling, monkeypatch, caplog):
+    """Those that torch._dynamo raises, and those that it passes on as they are."""
+
+    def fail(number):
+        raise error
+
+    monkeypatch.setattr("mtcl.training.train_step.torch.compile", lambda module, backend: fail)
+    module = CompiledModule(lambda number: number + 1)
+    if is_of_compiling:
+        assert [module(1), module(2)] == [2, 3]
+        assert caplog.text.count("continues without it") == 1
+        assert "failed ()" not in caplog.text
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            module(1)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -102,13 +102,15 @@ def test_the_inference_path_gives_the_same(denoise):
     assert decoder.head_weight("depth") is decoder.initial["depth"][0].conv1.weight
 
 
+@pytest.mark.parametrize("denoise", ["features", "predictions"])
 @pytest.mark.parametrize("check", [checks.check_bf16, checks.check_shared])
-def test_contract(check):
-    check(lambda *sizes: make(*sizes, head_width=16))
+def test_contract(check, denoise):
+    check(lambda *sizes: make(*sizes, head_width=16, denoise=denoise))
 
 
-def test_it_overfits_a_batch():
-    checks.check_overfits(lambda *sizes: make(*sizes, width=16, head_width=16), lr=0.01)
+@pytest.mark.parametrize("denoise", ["features", "predictions"])
+def test_it_overfits_a_batch(denoise):
+    checks.check_overfits(lambda *sizes: make(*sizes, width=16, head_width=16, denoise=denoise), lr=0.01)
 
 
 def test_step_embedding():
