@@ -44,8 +44,7 @@ class PseudoLabels(Regularizer):
 
     An image has a label of a task where any pixel is valid; void pixels of such an image stay void. Intermediate
     predictions are trained as in the task's loss. The pixels count alike whatever ``image_weighting`` says, which is a
-    rule for images with labels. Without a teacher, or with all labels, the loss is a zero that keeps
-    the graph.
+    rule for images with labels. Without a teacher, or with all labels, the loss is a zero that keeps the graph.
 
     Args:
         tasks: name -> task; each loss is that of the task, times its weight.

@@ -123,13 +123,18 @@ class TaskSaliency(Regularizer):
             labels: task -> label of the first B rows of the output; the loss is that of these rows.
 
         Raises:
-            UserError: the tasks do not share the map.
+            UserError: the tasks do not share the map, or nothing that is trained comes before it.
         """
         maps = list(output.features[self.feature].values())
         if any(x is not maps[0] for x in maps):
             raise UserError(
                 f"a saliency needs a map that all tasks share, but each has one of its own in feature={self.feature}; "
                 "choose another feature or decoder"
+            )
+        if not maps[0].requires_grad:
+            raise UserError(
+                f"a saliency needs the gradient of a map, but nothing that is trained comes before feature={self.feature} "
+                "of this decoder on a frozen backbone; train the backbone or choose another feature or decoder"
             )
         num_rows = len(labels[next(iter(self.tasks))])
         if num_rows < len(maps[0]):

@@ -211,6 +211,13 @@ def test_what_a_user_may_get_wrong():
         regularizer.compute_loss(separate, labels, regularizer.sample(0, "abcde"))
 
 
+def test_a_map_that_nothing_trained_makes_is_refused():
+    regularizer, output, labels, z, _ = make_case()
+    frozen = output._replace(features={"trunk": dict.fromkeys(WEIGHTS, z.detach())})
+    with pytest.raises(UserError, match=r"nothing that is trained comes before feature=trunk"):
+        regularizer.compute_loss(frozen, labels, regularizer.sample(0, "abcde"))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
