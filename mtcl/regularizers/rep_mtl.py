@@ -133,8 +133,9 @@ class TaskSaliency(Regularizer):
             )
         if not maps[0].requires_grad:
             raise UserError(
-                f"a saliency needs the gradient of a map, but nothing that is trained comes before feature={self.feature} "
-                "of this decoder on a frozen backbone; train the backbone or choose another feature or decoder"
+                "a saliency needs the gradient of a map, but nothing that is trained comes before "
+                f"feature={self.feature} of this decoder on a frozen backbone; train the backbone or choose another "
+                "feature or decoder"
             )
         num_rows = len(labels[next(iter(self.tasks))])
         if num_rows < len(maps[0]):
