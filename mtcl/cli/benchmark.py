@@ -19,7 +19,8 @@ from mtcl.training.trainer import Trainer
 def build_run_at_half(config: DictConfig) -> TrainingRun:
     """Build the training of ``train.py`` with random weights, in the middle of its schedule. It writes no files.
 
-    There, lambda and the learning rate are past their warm-up.
+    There, lambda and the learning rate are past their warm-up, unless ``regularizer.start_fraction`` is later. A cache
+    of features is not used: the random weights would not fit it.
 
     Raises:
         UserError: a value of the config is refused; it names the key.
@@ -52,7 +53,8 @@ def count_state_bytes(trainer: Trainer) -> int:
 def advance_to_weighting_step(trainer: Trainer) -> None:
     """Set the step to the next one that measures the gradients of contrast and task (``weighting=gradient_norm``)."""
     if trainer.lambda_.gradient_norm_weight is not None:
-        trainer.step += -trainer.step % trainer.lambda_.gradient_norm_weight.every
+        while not trainer.lambda_.measures_gradients(trainer.step):
+            trainer.step += 1
 
 
 def measure_weighting(trainer: Trainer, batch: Batch, repeats: int = 3) -> float:

@@ -31,7 +31,7 @@ from mtcl.config.resolve import add_key_prefix
 from mtcl.config.schema import RESULT, SEED, role_of, rule_of
 from mtcl.data import MultiTaskDataset
 from mtcl.data.loader import explain_worker_error
-from mtcl.data.partial_labels import PartiallyLabeledDataset
+from mtcl.data.partial_labels import PRESENT, PartiallyLabeledDataset
 from mtcl.errors import UserError, first_line
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
@@ -225,7 +225,7 @@ def log_setup(
     if isinstance(trainer.regularizer, PseudoLabels) and keeps_all_labels(train_dataset):
         log.warning(
             "the pseudo-labels of regularizer=%s are for images that lack the label of a task, and here every image "
-            "keeps all labels; set data.label_assignment=one, or data.label_fractions",
+            "keeps all labels; set data.label_fractions, or with several tasks data.label_assignment=one",
             trainer.regularizer.method_name(),
         )
     if config.trainer.precision == "auto" and choose_precision(trainer.device, "auto") == "fp16":
@@ -275,8 +275,15 @@ def check_dataset_labels(
 
 
 def find_unlabeled_images(dataset: MultiTaskDataset) -> list[str]:
-    """Find images that a label file gives no label at all; return a sentence with their number, or none."""
-    if not isinstance(dataset, PartiallyLabeledDataset) or "file" not in dataset.source or not dataset.num_unlabeled:
+    """Find images that have no label at all by a label file or by what files there are; return a sentence, or none."""
+    if not isinstance(dataset, PartiallyLabeledDataset) or not dataset.num_unlabeled:
+        return []
+    if dataset.source.get("rule") == PRESENT:
+        return [
+            f"{dataset.num_unlabeled} of {len(dataset.ids)} training images have no file of a label of "
+            f"{', '.join(dataset.label_tasks)}, so nothing is learnt from them; leave them out of the training list"
+        ]
+    if "file" not in dataset.source:
         return []
     return [
         f"{dataset.source['file']} gives {dataset.num_unlabeled} of {len(dataset.ids)} training images no label of "

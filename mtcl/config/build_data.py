@@ -20,13 +20,18 @@ from mtcl.tasks import TASK_NAMES, build_task
 from mtcl.tasks.base import Task
 
 
-def build_tasks(config: DictConfig) -> dict[str, Task]:
-    """The tasks in use, in canonical order: the config's names among those the dataset offers; none without labels."""
+def list_offered_tasks(config: DictConfig) -> dict[str, Mapping[str, Any]]:
+    """Return the tasks that the config's dataset has labels for: name -> options of the task."""
     dataset = locate(config.data._target_, "data", required_attribute="task_options")
     try:
-        offered = dict(dataset.task_options(**plain(config.data.options)))
+        return dict(dataset.task_options(**plain(config.data.options)))
     except (TypeError, AttributeError) as error:  # a class that only describes datasets
         raise UserError(f"data._target_={config.data._target_} is not a dataset") from error
+
+
+def build_tasks(config: DictConfig) -> dict[str, Task]:
+    """The tasks in use, in canonical order: the config's names among those the dataset offers; none without labels."""
+    offered = list_offered_tasks(config)
     names = plain(config.tasks.names)
     if names == "auto":
         names = list(offered)
@@ -78,7 +83,7 @@ def choose_label_tasks(config: DictConfig, tasks: Collection[str]) -> list[str]:
     labels that it would have on all of them.
 
     Raises:
-        UserError: ``data.label_tasks`` lacks a task in use.
+        UserError: ``data.label_tasks`` lacks a task in use, or names one that the dataset has no labels for.
     """
     listed = config.data.get("label_tasks")
     if listed is None:
@@ -87,6 +92,12 @@ def choose_label_tasks(config: DictConfig, tasks: Collection[str]) -> list[str]:
         raise UserError(
             f"data.label_tasks=[{','.join(listed)}] lacks {missing[0]}, which is in use; add it, or set "
             "data.label_tasks=null to distribute labels among the tasks in use"
+        )
+    offered = list_offered_tasks(config)
+    if unknown := [name for name in listed if name not in offered]:
+        raise UserError(
+            f"data.label_tasks asks for {unknown[0]}, but data={config.data.name} has labels for "
+            f"{', '.join(offered)} only"
         )
     return [name for name in TASK_NAMES if name in listed]
 
@@ -102,8 +113,8 @@ def build_present_dataset(config: DictConfig, tasks: Mapping[str, Task], limit: 
             )
     if "missing_labels" not in inspect.signature(locate(data._target_, "data")).parameters:
         raise UserError(
-            f"data.label_assignment={PRESENT} makes no sense with data={data.name}, whose images have all labels; use "
-            "full, one, random or a file"
+            f"data.label_assignment={PRESENT} needs the layout of NYUD-v2 or PASCAL-Context (data=nyud, data=pascal), "
+            f"not that of data={data.name}; use full, one, random or a file"
         )
     built = build_labeled_dataset(config, "train", tasks, limit, missing_labels=True)
     assert isinstance(built, FileDataset)

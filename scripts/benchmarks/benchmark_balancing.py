@@ -107,8 +107,8 @@ def build_balancers(methods: Sequence[str], shared: Sequence[str], training: Tra
 
 
 def repeat_step(trainer: Trainer, balancer: Balancer, batch: Batch) -> None:
-    """Train the step in the middle of the schedule with a method, and wait for the device."""
-    trainer.balancer, trainer.step = balancer, trainer.options.max_steps // 2
+    """Train a step that measures no gradients, in the middle of the schedule, with a method; wait for the device."""
+    trainer.balancer, trainer.step = balancer, trainer.options.max_steps // 2 + 1
     run_step(trainer, batch)
 
 

@@ -12,9 +12,10 @@ The two variants alternate step by step, on the same batches, so that a machine 
 batches are loaded beforehand. Steps start in the middle of the schedule, where lambda is past its warm-up. On a CPU the
 process's CPU time is compared too: other work on the machine does not count there.
 
-``held``: parameters, buffers and the optimisers' moments. ``step``: the peak memory of a step beyond what was
-allocated at its start, by the CUDA allocator's count, or on a CPU by the profiler's record of every tensor allocated
-and freed in one untimed step (activations, gradients and temporaries; not the scratch memory inside oneDNN or BLAS).
+``held``: parameters, buffers, the optimisers' moments and the running mean of the weights. ``step``: the peak memory of
+a step beyond what was allocated at its start, by the CUDA allocator's count, or on a CPU by the profiler's record of
+every tensor allocated and freed in one untimed step (activations, gradients and temporaries; not the scratch memory
+inside oneDNN or BLAS).
 
 ``--profile`` measures the regulariser alone, on the model's real features: time of its parts, of each function of
 mtcl.regularizers and mtcl.tasks that it calls, of the operations of its backward pass; the largest tensor it allocates,

@@ -83,7 +83,7 @@ def build_trainers(study: Study, variants: Sequence[Variant], overrides: Sequenc
     """Build the trainer of each variant: name -> trainer."""
     trainers = {}
     for variant in variants:
-        chosen = [*study.overrides, *variant.overrides, *overrides, "data.workers=0"]
+        chosen = [*study.overrides, *variant.overrides, *overrides, "data.workers=0", "data.feature_cache=null"]
         trainers[variant.name] = build_run_at_half(compose_config(chosen, CONFIGS)).trainer
     return trainers
 
@@ -99,15 +99,16 @@ def measure_training(trainers: dict[str, Trainer], steps: int) -> dict[str, Row]
     works = {name: partial(train, name) for name in trainers}
     durations = measure_in_turns(works, islice(cycle(range(BATCHES)), WARMUP + steps), device, WARMUP)
     clocks = {name: [clock for clock, _ in pairs] for name, pairs in durations.items()}
-    first = next(iter(clocks.values()))
+    weightings = {name: measure_weighting(trainer, batches[name][0]) for name, trainer in trainers.items()}
+    first = next(iter(trainers))
     rows = {}
     for name, trainer in trainers.items():
-        weighting = measure_weighting(trainer, batches[name][0])
-        ratio = statistics.median(seconds / reference for seconds, reference in zip(clocks[name], first))
+        extra, first_extra = weightings[name], weightings[first]
+        ratios = [(seconds + extra) / (other + first_extra) for seconds, other in zip(clocks[name], clocks[first])]
         rows[name] = {
             "beside": 0 if trainer.regularizer is None else sum(p.numel() for p in trainer.regularizer.parameters()),
-            "step_seconds": statistics.median(clocks[name]) + weighting,
-            "times_first": ratio + weighting / statistics.median(first),
+            "step_seconds": statistics.median(clocks[name]) + extra,
+            "times_first": statistics.median(ratios),
             "step_bytes": measure_step_memory(trainer, batches[name][0]),
             "held_bytes": count_state_bytes(trainer),
         }

@@ -335,6 +335,8 @@ def test_one_task_alone_of_the_experiments_of_one_label(data):
 def test_tasks_that_labels_are_dealt_among_hold_those_in_use():
     with pytest.raises(UserError, match=r"data\.label_tasks=\[depth,semseg\] lacks normals.*label_tasks=null"):
         choose_label_tasks(composed("data.label_tasks=[depth,semseg]"), ["semseg", "normals"])
+    with pytest.raises(UserError, match=r"data\.label_tasks asks for sal, but data=nyud has labels for semseg, depth"):
+        choose_label_tasks(composed("data=nyud", "data.label_tasks=[sal,semseg]"), ["semseg"])
 
 
 OWN_REGULARIZERS = {

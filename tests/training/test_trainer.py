@@ -17,7 +17,7 @@ from helpers.common import ROOT, TINY, composed
 from helpers.shrunken import shrunk
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.exc import InductorError
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import ConstraintViolationError, GuardOnDataDependentSymNode
 
 from mtcl import UserError
 from mtcl.cli.train import train
@@ -330,6 +330,8 @@ def test_a_compiler_that_fails_is_done_without(where, tmp_path, caplog, monkeypa
         (InductorError(RuntimeError("no schedule"), None), True),
         (GuardOnDataDependentSymNode(sympy.true, "data-dependent"), True),
         (AssertionError(), True),
+        (IndexError("past the end"), True),
+        (ConstraintViolationError("a size that must not change"), True),
         (torch.OutOfMemoryError("no memory"), False),
     ],
 )

@@ -78,6 +78,10 @@ class PascalContext(FileDataset):
             if missing_labels:
                 present = self.list_present_labels()
                 self.ids = [name for name in self.ids if present[name]]
+                if not self.ids:
+                    raise UserError(
+                        f"{self.root}/human_parts has no file for any image of this list; human_parts needs some."
+                    )
             self.ids = self._with_persons(subset, limit)
 
     @classmethod

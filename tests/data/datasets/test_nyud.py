@@ -16,6 +16,7 @@ from helpers.common import ROOT
 from PIL import Image
 
 from mtcl import UserError
+from mtcl.cli.train import find_unlabeled_images
 from mtcl.config.build_data import build_dataset, build_tasks
 from mtcl.config.compose import compose_config
 from mtcl.data import NYUD, Augment, finalize_labels, train_loader
@@ -364,6 +365,10 @@ def test_labels_that_have_files_can_be_taken_alone(archive: Path) -> None:
     np.testing.assert_array_equal(partial.labels["depth"], complete.labels["depth"])
     assert not partial.labels["normals"].any()
     assert (partial.labels["edge"] == 255).all()
+    assert find_unlabeled_images(dataset) == []
+    config.tasks.names = ["normals"]
+    dataset = build_dataset(config, "train", build_tasks(config))
+    assert find_unlabeled_images(dataset)[0].startswith("2 of 3 training images have no file of a label of normals, ")
     (archive / "images" / "0001.png").unlink()
     with pytest.raises(UserError, match=r"lacks 1 files of the tasks used, first images/0001\.png"):
         build_dataset(config, "train", build_tasks(config))
@@ -374,7 +379,7 @@ def test_labels_that_have_files_can_be_taken_alone(archive: Path) -> None:
     [
         ("data.label_fractions={semseg:0.5}", "leave data.label_fractions out"),
         ("data.shards=shards", "leave data.shards out"),
-        ("data=rooms", "makes no sense with data=rooms, whose images have all labels"),
+        ("data=rooms", "needs the layout of NYUD-v2 or PASCAL-Context"),
         ("tasks.names=[semseg,edge]", "none of the 3 images has files of the labels of edge"),
     ],
 )

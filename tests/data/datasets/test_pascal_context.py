@@ -709,6 +709,9 @@ def test_labels_without_files_are_left_out_where_that_is_allowed(archive: Path) 
     assert all(names == set(TASKS) for image, names in present.items() if image != FIRST)
     assert FIRST not in PascalContext(archive, "train", ["human_parts"], missing_labels=True).ids
     assert FIRST in message(archive, "train", ["human_parts"])
+    for path in (archive / "human_parts").iterdir():
+        path.unlink()
+    assert "has no file for any image" in message(archive, "train", ["human_parts"], missing_labels=True)
 
 
 def test_an_id_without_files_names_the_first_of_them(archive: Path) -> None:
