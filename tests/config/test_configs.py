@@ -325,14 +325,14 @@ def test_experiments_of_one_label_say_which_row_is_nearest(experiment):
 
 @pytest.mark.parametrize("data", ["nyud", "nyuv2_13", "pascal"])
 def test_one_task_alone_of_the_experiments_of_one_label(data):
-    """Of the labels that are distributed among all of its tasks."""
+    """Check that its labels are those that it has where all tasks of the experiment share the images."""
     experiment = f"experiment={data}_onelabel_resnet18"
     config = composed(experiment, "tasks=single_semseg")
     assert list(build_tasks(config)) == ["semseg"]
     assert choose_label_tasks(config, ["semseg"]) == list(build_tasks(composed(experiment)))
 
 
-def test_tasks_that_labels_are_dealt_among_hold_those_in_use():
+def test_tasks_that_share_the_labels_hold_those_in_use():
     with pytest.raises(UserError, match=r"data\.label_tasks=\[depth,semseg\] lacks normals.*label_tasks=null"):
         choose_label_tasks(composed("data.label_tasks=[depth,semseg]"), ["semseg", "normals"])
     with pytest.raises(UserError, match=r"data\.label_tasks asks for sal, but data=nyud has labels for semseg, depth"):

@@ -22,7 +22,7 @@ def test_a_file_of_labels(cli, tmp_path):
     assert_fails(cli(*command), "labels.json exists")
 
 
-def test_labels_are_dealt_among_the_tasks_that_share_the_images(cli, tmp_path):
+def test_labels_are_distributed_among_the_tasks_that_share_the_images(cli, tmp_path):
     path, label_tasks = tmp_path / "labels.json", ["semseg", "depth", "normals"]
     tasks = ["tasks=single_depth", f"data.label_tasks=[{','.join(label_tasks)}]"]
     written = cli("scripts/make_label_file.py", "--output", path, "data=rooms", "data.options.length=[12,1]", *tasks)

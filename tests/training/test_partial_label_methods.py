@@ -1,4 +1,4 @@
-"""What is promised of every method for partial labels, built from its overrides, with one label per image.
+"""Check what every method for partial labels promises, built from its overrides, with one label per image.
 
 The contrast keeps the same promises in integration/test_promises.py and test_promises_decoders.py.
 """
@@ -156,7 +156,7 @@ def test_methods_of_several_tasks_refuse_one(method):
 
 
 def test_pseudo_labels_train_a_single_task(tmp_path, caplog):
-    """Where all images keep its label, one sentence says that they have nothing to do."""
+    """Check also the sentence that they have nothing to do where all images keep the label."""
     config = composed(*COMMON, *METHODS["pseudo_labels"])
     OmegaConf.update(config, "tasks.names", ["depth"])
     OmegaConf.update(config, "data.label_assignment", "full")

@@ -336,7 +336,7 @@ def test_a_compiler_that_fails_is_done_without(where, tmp_path, caplog, monkeypa
     ],
 )
 def test_errors_of_compiling_are_done_without_and_others_are_not(error, is_of_compiling, monkeypatch, caplog):
-    """Those that torch._dynamo raises, and those that it passes on as they are."""
+    """Try errors that torch._dynamo raises, and some that it passes on as they are."""
 
     def fail(number):
         raise error
@@ -347,6 +347,8 @@ def test_errors_of_compiling_are_done_without_and_others_are_not(error, is_of_co
         assert [module(1), module(2)] == [2, 3]
         assert caplog.text.count("continues without it") == 1
         assert "failed ()" not in caplog.text
+        with pytest.raises(type(error)):  # one that is the module's is raised by the eager step
+            CompiledModule(fail)(1)
     else:
         with pytest.raises(torch.OutOfMemoryError):
             module(1)
