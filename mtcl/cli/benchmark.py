@@ -20,11 +20,14 @@ def build_run_at_half(config: DictConfig) -> TrainingRun:
     """Build the training of ``train.py`` with random weights, in the middle of its schedule. It writes no files.
 
     There, lambda and the learning rate are past their warm-up, unless ``regularizer.start_fraction`` is later. A cache
-    of features is not used: the random weights would not fit it.
+    of features is left out: these weights would not fit it.
 
     Raises:
         UserError: a value of the config is refused; it names the key.
     """
+    config = config.copy()
+    if config.data.get("feature_cache") is not None:
+        config.data.feature_cache = None
     seed_everything(config.seed)
     device = choose_device(config.trainer.device, "trainer.device")
     training = build_training_run(config, build_tasks(config), Path("unused"), device)

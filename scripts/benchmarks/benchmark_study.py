@@ -83,7 +83,7 @@ def build_trainers(study: Study, variants: Sequence[Variant], overrides: Sequenc
     """Build the trainer of each variant: name -> trainer."""
     trainers = {}
     for variant in variants:
-        chosen = [*study.overrides, *variant.overrides, *overrides, "data.workers=0", "data.feature_cache=null"]
+        chosen = [*study.overrides, *variant.overrides, *overrides, "data.workers=0"]
         trainers[variant.name] = build_run_at_half(compose_config(chosen, CONFIGS)).trainer
     return trainers
 
