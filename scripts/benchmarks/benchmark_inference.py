@@ -24,7 +24,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -54,7 +54,7 @@ from mtcl.config.stored_config import describe_tasks
 from mtcl.errors import UserError
 from mtcl.inference.export import smooth_random_images
 from mtcl.inference.model_files import ONNX_FILE
-from mtcl.profiling.timing import measure_peak_memory, measure_time
+from mtcl.profiling.timing import measure_in_turns, measure_peak_memory
 from mtcl.runtime import autocast, choose_device, is_out_of_memory, seed_everything
 from mtcl.training.train_step import TrainingStep
 
@@ -127,17 +127,24 @@ def calibrate_batch_norms(model: nn.Module, image: Tensor) -> None:
     model.train()(image)
 
 
-def time_in_turns(passes: Sequence[Pass], device: torch.device, args: argparse.Namespace) -> list[list[float]]:
-    """Return the seconds of every pass; passes take turns, so that drift of the machine affects all equally."""
-    seconds: list[list[float]] = [[] for _ in passes]
+def limit_turns(repeats: int, seconds: float) -> Iterator[int]:
+    """Yield the numbers of turns, from 0, until there are ``repeats`` or ``seconds`` have passed; at least one."""
     began = time.perf_counter()
-    for turn in range(args.repeats):
-        order = list(enumerate(passes))
-        for index, work in order if turn % 2 else order[::-1]:
-            seconds[index].append(measure_time(work, device)[0])
-        if time.perf_counter() - began > args.seconds:
-            break
-    return seconds
+    for turn in range(repeats):
+        yield turn
+        if time.perf_counter() - began > seconds:
+            return
+
+
+def time_passes(passes: Mapping[str, Pass], device: torch.device, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Return the seconds of every pass: name -> one for each turn."""
+
+    def take(name: str, _turn: int) -> None:
+        passes[name]()
+
+    works = {name: partial(take, name) for name in passes}
+    durations = measure_in_turns(works, limit_turns(args.repeats, args.seconds), device)
+    return {name: [clock for clock, _ in pairs] for name, pairs in durations.items()}
 
 
 def explain_absence(backend: str, device: torch.device) -> str | None:
@@ -209,8 +216,9 @@ def compare_with_regularizer(
     for task in without:
         if not torch.equal(without[task], with_it[task]):
             raise UserError(f"the predictions of {task} differ with the regularizer attached; this is a bug")
-    seconds = time_in_turns([lambda: step.model.predict(image), lambda: regularized.model.predict(image)], device, args)
-    off, on = (1e3 * statistics.median(values) for values in seconds)
+    passes = {"off": partial(step.model.predict, image), "on": partial(regularized.model.predict, image)}
+    seconds = time_passes(passes, device, args)
+    off, on = (1e3 * statistics.median(seconds[name]) for name in passes)
     return {"batch": len(image), "off_ms": off, "on_ms": on, "identical": True}
 
 
@@ -240,7 +248,7 @@ def compute_rows(decoder: str, config: DictConfig, args: argparse.Namespace, dev
             passes = {backend: work(image) for backend, work in works.items()}
             errors = {backend: try_pass(backend, work) for backend, work in passes.items()}
             passes = {backend: work for backend, work in passes.items() if errors[backend] is None}
-            seconds = dict(zip(passes, time_in_turns(list(passes.values()), device, args)))
+            seconds = time_passes(passes, device, args)
             for backend in works:
                 row: Row = {"decoder": decoder, "backbone": config.backbone.name, "parameters": parameters}
                 row |= {"size": list(args.size), "batch": batch, "backend": backend, "ms": None, "memory_mib": None}
