@@ -1,7 +1,8 @@
 """A study: a grid of runs of train.py from one YAML file, several at once, resumable; then its table.
 
     python scripts/study.py STUDY.yaml --output FOLDER [--jobs N] [--results docs/results/NAME] [--only VARIANT ...]
-        [--table-only] [--holm] [--time-limit SECONDS] [--launcher slurm [--batch-file FILE]] [overrides ...]
+        [--table-only] [--holm] [--metrics TASK/METRIC,...] [--time-limit SECONDS]
+        [--launcher slurm [--batch-file FILE]] [overrides ...]
 
 The overrides go to every run; they are the place for what belongs to a machine (data.root=..., backbone.weights=...;
 paths are relative to the repository). A run's folder is FOLDER/VARIANT/seed_S, its output FOLDER/VARIANT/seed_S.log.
@@ -23,6 +24,7 @@ from mtcl.errors import UserError
 from mtcl.launch.processes import EXIT_REQUEUE
 from mtcl.launch.study import TimeLimitReached, compose_task_names, format_failures, run_study
 from mtcl.launch.study_slurm import become_run, submit_study
+from mtcl.results.rows import parse_metrics_option
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,6 +43,13 @@ def main() -> None:
     )
     parser.add_argument("--table-only", action="store_true", help="run nothing")
     parser.add_argument("--holm", action="store_true", help="correct p-values for the number of comparisons (Holm)")
+    parser.add_argument(
+        "--metrics",
+        type=parse_metrics_option,
+        default={},
+        metavar="TASK/METRIC,...",
+        help="what represents these tasks in the printed table, in Delta too, such as semseg/pixel_accuracy",
+    )
     parser.add_argument("--time-limit", type=positive_float, metavar="SECONDS", help="end the runs, to be continued")
     parser.add_argument("--launcher", choices=["processes", "slurm"], default="processes", help="default: %(default)s")
     parser.add_argument(
@@ -81,6 +90,7 @@ def main() -> None:
             results=args.results,
             table_only=args.table_only,
             holm=args.holm,
+            metrics=args.metrics,
             time_limit=args.time_limit,
             say=lambda text: print(text, flush=True),
         )

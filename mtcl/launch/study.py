@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mtcl.atomic import write_json, write_text
@@ -95,6 +96,7 @@ def run_study(
     results: Path | None = None,
     table_only: bool = False,
     holm: bool = False,
+    metrics: Mapping[str, str] = MappingProxyType({}),
     time_limit: float | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Failure]:
@@ -112,6 +114,7 @@ def run_study(
         results: A folder for one small JSON per run. Runs that have theirs are not run again, and are in the table.
         table_only: Run nothing.
         holm: Base verdicts on p-values corrected by Holm's method.
+        metrics: Print the table by these metrics, task -> metric; the table in ``output`` is by the primary ones.
         time_limit: End the runs after so many seconds, with their state saved; the table has what is finished.
         say: Prints a line.
 
@@ -136,7 +139,7 @@ def run_study(
         with lock_output(output):
             failures = run_jobs(chosen, overrides, study, Launcher(command, root, num_parallel, say, time_limit))
     repeat_command = format_command(path, study.name, overrides, root)
-    write_table(study, jobs, stored, output, repeat_command, results=results, holm=holm, say=say)
+    write_table(study, jobs, stored, output, repeat_command, results=results, holm=holm, metrics=metrics, say=say)
     failed = {failure.job.folder for failure in failures}
     remaining = sum(not job.is_finished and job.folder not in failed for job in chosen)
     if remaining and not table_only:
@@ -153,6 +156,7 @@ def write_table(
     *,
     results: Path | None,
     holm: bool,
+    metrics: Mapping[str, str],
     say: Callable[[str], None],
 ) -> None:
     """Print the table of the finished runs and write it; for the arguments see :func:`run_study`."""
@@ -167,10 +171,11 @@ def write_table(
         say("no run has finished: there is no table")
         return
     report = study_tables.build_report(study, records, holm)
-    say("\n" + study_tables.format_text(report))
+    printed = study_tables.build_report(study, records, holm, metrics) if metrics else report
+    say("\n" + study_tables.format_text(printed))
     write_text(output / "study.md", study_tables.format_markdown(report, repeat_command))
     write_json(output / "study.json", study_tables.to_json(report))
-    say(f"{output / 'study.md'} and study.json contain this table")
+    say(f"{output / 'study.md'} and study.json contain {'the table by primary metrics' if metrics else 'this table'}")
     if results is not None:
         study_tables.write_results(results, study, records, repeat_command)
         say(f"{results}: {len(records)} runs, one file each")

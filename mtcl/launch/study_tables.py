@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mtcl.atomic import write_text
@@ -271,16 +272,19 @@ def read_result(path: Path, study: Study) -> Record:
 # Numbers
 
 
-def build_report(study: Study, records: Sequence[Record], holm: bool = False) -> Report:
+def build_report(
+    study: Study, records: Sequence[Record], holm: bool = False, metrics: Mapping[str, str] = MappingProxyType({})
+) -> Report:
     """Compute the content of the tables.
 
     Args:
         study: The study.
         records: Those of its finished runs.
         holm: Base verdicts on p-values corrected for the number of intervals (Holm).
+        metrics: Task -> the metric that represents it, in Deltas too, in place of its primary metric.
 
     Raises:
-        UserError: The runs can't be compared.
+        UserError: The runs can't be compared, or have no such metric.
     """
     runs: dict[str, dict[int, Run]] = {variant.name: {} for variant in study.variants}
     for record in records:
@@ -291,7 +295,7 @@ def build_report(study: Study, records: Sequence[Record], holm: bool = False) ->
     missing = [f"{a.name} seed {seed}" for a in study.variants for seed in a.seeds if seed not in runs[a.name]]
     all_runs = [run for variant_runs in runs.values() for run in variant_runs.values()]
     notes = check_same_data(all_runs) + check_same_scoring(all_runs) + check_same_settings(study, records)
-    columns = choose_columns(all_runs, False, notes)
+    columns = choose_columns(all_runs, False, notes, metrics)
     tasks = [column for column in columns if is_primary(column, columns)]
     rows: dict[str, Row] = {}
     for variant in study.variants:
@@ -518,6 +522,33 @@ def format_markdown(report: Report, command: str) -> str:
     blocks.append("\n".join(format_settings(report.study)))
     blocks.append(f"```sh\n{command}\n```")
     return "\n\n".join(blocks) + "\n"
+
+
+def format_differences(report: Report) -> str:
+    """Format a line per comparison: mean differences with their intervals, as Markdown; bold ones decide.
+
+    An interval decides if it has enough pairs and excludes 0; with Holm's correction, if p is below 0.05.
+    """
+    tasks = [column for column in report.columns if column.task]
+    names = [f"{c.task} {c.metric} {'↑' if c.higher_is_better else '↓'}" for c in tasks]
+    units = [difference_unit(column) for column in tasks]
+    headings = [f"{name} ({unit})" if unit else name for name, unit in zip(names, units)]
+    lines: Grid = []
+    for one in report.effects:
+        delta = DELTA if DELTA in one.columns else OTHER_DELTA
+        pairs = max(effect.paired.pairs for effect in one.columns.values())
+        name = f"{markdown_code(one.row.label)} minus {markdown_code(one.reference.label)}"
+        lines.append([name, str(pairs), *(format_difference(one, column) for column in [*tasks, delta])])
+    return markdown_table(["arms", "pairs", *headings, "Delta ↑ (%)"], lines, num_left=1)
+
+
+def format_difference(one: VariantEffects, column: Column) -> str:
+    """Format a mean difference with its interval, in bold if it decides; "-" without one."""
+    if column not in one.columns:
+        return NO_VALUE
+    effect = one.columns[column]
+    text = f"{format_value(column, effect.paired.mean, signed=True)} {format_interval(column, effect.paired)}"
+    return f"**{text}**" if effect.side(column).endswith(("better", "worse")) else text
 
 
 def format_means(report: Report) -> str:

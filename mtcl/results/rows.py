@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-from mtcl.errors import UserError, escape_control_characters, find_similar
+from mtcl.errors import UserError, escape_control_characters, find_similar, suggest
 from mtcl.results.columns import NOT_FINITE, UNRANKED_METRICS, Column, make_column, primary_metrics
 from mtcl.results.row_labels import make_labels, typed_choices, unique_name
 from mtcl.results.runs import Run, differing_keys, distinguishing_settings, result_settings
@@ -125,21 +126,70 @@ def check_unique_seeds(row: Row) -> None:
             by_seed[run.seed] = run
 
 
-def choose_columns(runs: Sequence[Run], all_metrics: bool, notes: list[str]) -> list[Column]:
-    """Return a column per task for its primary metric, with ``all_metrics`` one for each other metric of any run."""
+def choose_columns(
+    runs: Sequence[Run], all_metrics: bool, notes: list[str], metrics: Mapping[str, str] = MappingProxyType({})
+) -> list[Column]:
+    """Return the columns of a table, the metric that represents a task first.
+
+    Args:
+        runs: the runs of the table.
+        all_metrics: add a column for each other metric of any run.
+        notes: gets a note where edges are compared by their loss.
+        metrics: task -> the metric that represents it in place of its primary metric.
+
+    Raises:
+        UserError: no run has a task or a metric of ``metrics``.
+    """
+    check_metrics(metrics, runs)
     columns = []
     for task in (task for task in TASK_NAMES if any(task in run.metrics for run in runs)):
         task_runs = [run for run in runs if task in run.metrics]
-        primary = choose_primary_metric(task, task_runs, notes)
+        primary = metrics.get(task) or choose_primary_metric(task, task_runs, notes)
         others = [
             m
             for run in task_runs
             for m, value in run.metrics[task].items()
             if m not in (primary, *UNRANKED_METRICS) and (m != NOT_FINITE or value)
         ]
-        metrics = [primary, *dict.fromkeys(others)] if all_metrics else [primary]
-        columns += [make_column(task, metric) for metric in metrics]
+        names = [primary, *dict.fromkeys(others)] if all_metrics else [primary]
+        columns += [make_column(task, metric) for metric in names]
     return columns
+
+
+def parse_metrics_option(text: str) -> dict[str, str]:
+    """Parse the metrics that shall represent tasks: task -> metric.
+
+    >>> parse_metrics_option("semseg/pixel_accuracy,depth/log_rmse")
+    {'semseg': 'pixel_accuracy', 'depth': 'log_rmse'}
+
+    Args:
+        text: pairs ``TASK/METRIC``, separated by commas.
+
+    Raises:
+        UserError: a pair has another form, or a task has two metrics.
+    """
+    metrics: dict[str, str] = {}
+    for pair in text.split(","):
+        task, slash, metric = pair.strip().partition("/")
+        if not (task and slash and metric):
+            raise UserError(f"--metrics {text}: {pair!r} is not TASK/METRIC, such as semseg/pixel_accuracy.")
+        if task in metrics:
+            raise UserError(f"--metrics {text}: {task} has two metrics; one represents a task.")
+        metrics[task] = metric
+    return metrics
+
+
+def check_metrics(metrics: Mapping[str, str], runs: Sequence[Run]) -> None:
+    """Raise ``UserError`` if no run has a task of ``metrics`` or its metric, or if that metric has no direction."""
+    for task, metric in metrics.items():
+        tasks = list(dict.fromkeys(name for run in runs for name in run.metrics))
+        if task not in tasks:
+            raise UserError(f"--metrics {task}/{metric}: the runs have no task {task}{suggest(task, tasks)}.")
+        values = [name for run in runs for name in run.metrics.get(task, {})]
+        names = [name for name in dict.fromkeys(values) if name not in (*UNRANKED_METRICS, NOT_FINITE)]
+        if metric not in names:
+            hint = suggest(metric, names)
+            raise UserError(f"--metrics {task}/{metric}: choose among {', '.join(names)}{hint}.")
 
 
 def choose_primary_metric(task: str, runs: Sequence[Run], notes: list[str]) -> str:

@@ -7,13 +7,14 @@ metrics.json) and ``run`` (its run.json). ``--add`` adds the metrics of the run 
 that label. ``--add-output`` stores the output of a command, from FILE, to be rendered unchanged. A folder
 ``docs/results/TABLE/`` contains a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
 table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md,
-docs/models.md, docs/foundation_backbones.md, docs/balancing.md and README.md. A study as ``<!-- table: TABLE means
--->`` is rendered without differences, notes and settings, as ``<!-- table: TABLE holm -->`` with verdicts of ``study.py
---holm``.
+docs/models.md, docs/foundation_backbones.md, docs/balancing.md and README.md. Words after TABLE choose what of a study
+is rendered: ``means`` or ``differences`` alone, without notes and settings; ``holm`` and ``metrics=TASK/METRIC`` are
+options of ``study.py``.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from mtcl.cli.arguments import CommandParser
 from mtcl.cli.script import run
 from mtcl.config.renamed import upgrade_override
 from mtcl.errors import UserError
-from mtcl.launch.study_tables import build_report, format_markdown, format_means, read_results
+from mtcl.launch.study_tables import build_report, format_differences, format_markdown, format_means, read_results
+from mtcl.results.rows import parse_metrics_option
 from mtcl.results.run_files import parse_metrics, read_json_object, read_record
 from mtcl.run_folder import RunFolder
 from mtcl.tasks.names import SCORES
@@ -32,7 +34,7 @@ DOCUMENTS = (
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models", "foundation_backbones", "balancing")),
     ROOT / "README.md",
 )
-BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<part> means| holm)? -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<words>( [\w=/,-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
 SHARED_KEYS = ("num_images", "split", "step", "device")  # of run.json: equal in all rows of one table
 
 
@@ -99,13 +101,13 @@ def render_tables(text: str) -> str:
     """Return a document with its tables rendered anew."""
 
     def block(match: re.Match[str]) -> str:
-        name, part = match["name"], match["part"] or ""
-        return f"<!-- table: {name}{part} -->\n{render_table(name, part.strip())}\n<!-- end -->"
+        name, words = match["name"], match["words"]
+        return f"<!-- table: {name}{words} -->\n{render_table(name, words.split())}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
 
 
-def render_table(name: str, part: str = "") -> str:
+def render_table(name: str, words: Sequence[str] = ()) -> str:
     """Return the Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
     path, folder = RESULTS / f"{name}.json", RESULTS / name
     if path.is_file() and folder.is_dir():
@@ -118,19 +120,28 @@ def render_table(name: str, part: str = "") -> str:
             f"a document asks for the table {name}, but there is no {path.relative_to(ROOT)} and no folder of that name"
         )
     try:
-        return render_study(folder, part)
+        return render_study(folder, words)
     except UserError as error:
         raise UserError(f"the study {name} can't be rendered: {error}") from error
 
 
-def render_study(folder: Path, part: str) -> str:
-    """Return the Markdown of a study: all of it, its ``means`` only, or with verdicts corrected by ``holm``."""
+def render_study(folder: Path, words: Sequence[str]) -> str:
+    """Return the Markdown of a study; for the words see the module."""
+    chosen = [word.removeprefix("metrics=") for word in words if word.startswith("metrics=")]
+    unknown = [
+        word for word in words if word not in ("means", "differences", "holm", *(f"metrics={c}" for c in chosen))
+    ]
+    if unknown:
+        raise UserError(f"{unknown[0]} is not one of means, differences, holm, metrics=TASK/METRIC,...")
     study, records, command = read_results(folder)
-    results = build_report(study, records, holm=part == "holm")
-    if part == "means":
-        return f"{format_means(results)}\n\n```sh\n{current_command(command)}\n```"
-    options = " --holm" if part == "holm" else ""
-    return format_markdown(results, current_command(command) + options).rstrip("\n")
+    metrics = parse_metrics_option(chosen[0]) if chosen else {}
+    results = build_report(study, records, holm="holm" in words, metrics=metrics)
+    command = current_command(command) + " --holm" * ("holm" in words) + "".join(f" --metrics {c}" for c in chosen)
+    if "means" in words:
+        return f"{format_means(results)}\n\n```sh\n{command}\n```"
+    if "differences" in words:
+        return f"{format_differences(results)}\n\n```sh\n{command}\n```"
+    return format_markdown(results, command).rstrip("\n")
 
 
 def add(name: str, label: str, command: str, run: Path) -> None:

@@ -30,7 +30,16 @@ from mtcl.launch.study import (
     run_study,
 )
 from mtcl.launch.study_file import Study, Variant, read_study
-from mtcl.launch.study_tables import build_report, format_markdown, format_text, read_results, to_json, write_results
+from mtcl.launch.study_tables import (
+    build_report,
+    format_differences,
+    format_markdown,
+    format_text,
+    read_results,
+    to_json,
+    write_results,
+)
+from mtcl.results.rows import parse_metrics_option
 from mtcl.results.statistics import minimum_detectable_effect
 from mtcl.run_lock import lock_run
 
@@ -513,6 +522,32 @@ def test_two_pairs_get_no_verdict_and_holm_corrects_those_of_more(records):
     assert to_json(report)["differences"][0]["metrics"]["semseg/mIoU"]["p_holm"] == pytest.approx(3 * min(values))
 
 
+def test_other_metrics_can_represent_the_tasks(records, run):
+    for one in records:
+        if "semseg" in one["metrics"]:  # an accuracy that falls by 1 % of itself where mIoU rises
+            one["metrics"]["semseg"]["pixel_accuracy"] = 0.99 if one["arm"] == "on" else 1.0
+    report = build_report(STUDY, records, metrics=parse_metrics_option("semseg/pixel_accuracy"))
+    assert [column.key for column in report.columns][:2] == ["semseg/pixel_accuracy", "depth/rmse"]
+    (effects,) = report.effects
+    delta = list(effects.columns.values())[-1].paired.mean
+    depth = statistics.mean(100 * (b - a) / b for a, b in zip(ON["depth"], OFF["depth"]))
+    assert delta == pytest.approx((-1 + depth) / 2)
+    header, _, line = format_differences(report).splitlines()
+    assert header == "| arms | pairs | semseg pixel_accuracy ↑ (points) | depth rmse ↓ (m) | Delta ↑ (%) |"
+    assert line.startswith("| on minus off | 4 | **-1.00 [-1.00, -1.00]** | 0.0000 [")
+    text, _ = run(metrics={"depth": "rmse"})
+    assert "study.json contain the table by primary metrics" in text
+    for text, message in {
+        "semseg": "--metrics semseg: 'semseg' is not TASK/METRIC, such as semseg/pixel_accuracy.",
+        "depth/rmse,depth/mIoU": "--metrics depth/rmse,depth/mIoU: depth has two metrics; one represents a task.",
+        "smseg/mIoU": "--metrics smseg/mIoU: the runs have no task smseg (did you mean semseg?).",
+        "semseg/miou": "--metrics semseg/miou: choose among mIoU, pixel_accuracy (did you mean mIoU?).",
+    }.items():
+        with pytest.raises(UserError) as refused:
+            build_report(STUDY, records, metrics=parse_metrics_option(text))
+        assert str(refused.value) == message
+
+
 def test_delta_on_off_is_of_pairs_and_delta_mtl_of_the_singles_means(records):
     report = build_report(STUDY, records)
     deltas = [
@@ -689,6 +724,16 @@ def test_documents_show_a_study_and_notice_when_it_drifts(records, tmp_path, mon
     script.main()
     assert format_markdown(build_report(STUDY, records), "python scripts/study.py x.yaml") in document.read_text()
     assert document.read_text().endswith("```\n<!-- end -->\n\nAfter.\n")
+    document.write_text("<!-- table: numbers differences holm metrics=depth/rmse -->\n<!-- end -->\n")
+    script.main()
+    lines = document.read_text().splitlines()
+    assert lines[3].startswith("| on minus off | 4 | **+2.15 ["), lines
+    assert lines[-3] == "python scripts/study.py x.yaml --holm --metrics depth/rmse"
+    document.write_text("<!-- table: numbers mean -->\n<!-- end -->\n")
+    with pytest.raises(UserError, match="mean is not one of means, differences, holm, metrics=TASK/METRIC"):
+        script.main()
+    document.write_text("<!-- table: numbers -->\n<!-- end -->\n")
+    script.main()
     monkeypatch.setattr(sys, "argv", ["render_results.py", "--check"])
     script.main()
     records[0]["metrics"]["depth"]["rmse"] = 0.7
