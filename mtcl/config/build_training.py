@@ -268,15 +268,16 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     if "thresholds" in options:
         options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
     labels_of = options.get("source_labels")
-    if labels_of in ("other_image", "random") and config.data.batch_size < 2:
+    two_images = 2 * distributed.world_size()  # data.batch_size is that of all processes
+    if labels_of in ("other_image", "random") and config.data.batch_size < two_images:
         raise UserError(
-            f"regularizer.options.source_labels={labels_of} takes labels of another image; "
-            "give data.batch_size of 2 or more"
+            f"regularizer.options.source_labels={labels_of} takes labels of another image of the process; "
+            f"give data.batch_size of {two_images} or more"
         )
-    if options.get("source_weights") == "auto" and config.data.batch_size < 2 * distributed.world_size():
+    if options.get("source_weights") == "auto" and config.data.batch_size < two_images:
         raise UserError(
             "regularizer.options.source_weights=auto compares the labels of two images of a process; "
-            f"give data.batch_size of {2 * distributed.world_size()} or more"
+            f"give data.batch_size of {two_images} or more"
         )
     views_per_step = config.data.get("views_per_step", 1)
     if labels_of == "other_image" and views_per_step > 1:

@@ -74,15 +74,15 @@ class AuxiliaryHeads(CrossTaskRegularizer):
     ):
         super().__init__(
             tasks,
-            seed,
-            feature,
-            num_pixels,
-            source_tasks,
-            excluded_pairs,
-            targets,
-            all_sources,
-            source_weights,
-            source_weight_batches,
+            seed=seed,
+            feature=feature,
+            num_pixels=num_pixels,
+            source_tasks=source_tasks,
+            excluded_pairs=excluded_pairs,
+            targets=targets,
+            all_sources=all_sources,
+            source_weights=source_weights,
+            source_weight_batches=source_weight_batches,
         )
         self.uses_teacher = teacher
         generator = torch.Generator().manual_seed(seed)

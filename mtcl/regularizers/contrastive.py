@@ -17,7 +17,7 @@ This file is the method; beside it lie its parts (:mod:`~mtcl.regularizers.sampl
 ``configs/regularizer/contrastive.yaml``.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -32,7 +32,7 @@ from mtcl.regularizers.mispredicted import MISPREDICTED_CANDIDATES, check_fracti
 from mtcl.regularizers.pairs import Pairs, PixelLabels, find_labelled_groups, make_pairs, take_groups
 from mtcl.regularizers.projector import build_projectors
 from mtcl.regularizers.prototypes import PrototypeBank
-from mtcl.regularizers.sampling import Draw, sample_features
+from mtcl.regularizers.sampling import Draw, draw_order, sample_features
 from mtcl.regularizers.sampling_ablations import PairOptions, filter_pairs
 from mtcl.regularizers.source_labels import SourceLabelReader
 from mtcl.regularizers.statistics import TripletStats
@@ -140,16 +140,16 @@ class Contrastive(CrossTaskRegularizer):
     ):
         super().__init__(
             tasks,
-            seed,
-            feature,
-            num_pixels,
-            source_tasks,
-            excluded_pairs,
-            targets,
-            all_sources,
-            source_weights,
-            source_weight_batches,
-            thresholds,
+            seed=seed,
+            feature=feature,
+            num_pixels=num_pixels,
+            source_tasks=source_tasks,
+            excluded_pairs=excluded_pairs,
+            targets=targets,
+            all_sources=all_sources,
+            source_weights=source_weights,
+            source_weight_batches=source_weight_batches,
+            thresholds=thresholds,
         )
         if not 1 <= num_pixels < 2**15:
             raise ParameterError("num_pixels", f"={num_pixels} must be from 1 to {2**15 - 1}")
@@ -157,6 +157,7 @@ class Contrastive(CrossTaskRegularizer):
         check_fraction(mispredicted_fraction, class_balanced)
         criteria.check_criterion(
             criterion,
+            temperature,
             class_balanced=class_balanced,
             mispredicted_fraction=mispredicted_fraction > 0,
             **self.pair_options._asdict(),
@@ -194,6 +195,14 @@ class Contrastive(CrossTaskRegularizer):
         """Return how many pixels are drawn per image, of which K are chosen by class or by the prediction."""
         factor = MISPREDICTED_CANDIDATES if self.mispredicted_fraction else 1
         return self.num_pixels * (CANDIDATE_FACTOR if self.class_balanced else factor)
+
+    def sample(self, step: int, ids: Sequence[str]) -> Draw:
+        """Draw the step's sources (equal on every rank), each image's pixels, and their order if it isn't random."""
+        draw = super().sample(step, ids)
+        if not (self.class_balanced or self.pair_options.across_images):
+            return draw
+        count = self.num_pixels * (len(ids) if self.pair_options.across_images else 1)
+        return draw._replace(order=draw_order(self.seed, step, count))
 
     def compute_loss(
         self,
@@ -244,6 +253,8 @@ class Contrastive(CrossTaskRegularizer):
             z = torch.stack([self._project(i, x, pixels.source[i]) for i, x in enumerate(sampled)])  # (R, B, K, D)
             if self.pair_options.across_images:
                 z, pixels = sampling_ablations.merge_images(z), sampling_ablations.merge_groups(pixels, height * width)
+            if draw.order is not None:
+                z, pixels = z.index_select(2, draw.order), sampling_ablations.reorder_pixels(pixels, draw.order)
             output = self._contrast(z, pixels)
         self.stats.accumulate(self.target, pixels, output.stats)
         return self.combine(output.losses, output.has_anchor)

@@ -23,14 +23,16 @@ REFUSALS = {  # criterion -> what it compares, and the options that it cannot ha
     "boundary": ("all pairs of a patch with its centre", (*PAIR_OPTIONS, "class_balanced", "mispredicted_fraction")),
     "prototypes": ("each pixel by itself", PAIR_OPTIONS),
 }
+MIN_TEMPERATURE = 0.025  # of infonce: exp(-2 / temperature), of opposite vectors, is 0 in fp32 below 0.023
 RANKED_MAX_FACTOR = 5.0  # of the negative threshold: "ranked" clips label distances there
 
 
-def check_criterion(criterion: str, **options: bool | float | None) -> None:
+def check_criterion(criterion: str, temperature: float, **options: bool | float | None) -> None:
     """Refuse an unknown criterion, and options of :class:`~mtcl.regularizers.contrastive.Contrastive` it can't have.
 
     Args:
         criterion: one of :data:`CRITERIA`.
+        temperature: of ``infonce``, at least :data:`MIN_TEMPERATURE`.
         **options: those of :data:`REFUSALS`, None or False where they are off.
     """
     if criterion not in CRITERIA:
@@ -38,6 +40,9 @@ def check_criterion(criterion: str, **options: bool | float | None) -> None:
     compared, refused = REFUSALS.get(criterion, ("", ()))
     if any(options[name] is not None and options[name] is not False for name in refused):
         raise ParameterError("criterion", f"={criterion} takes {compared}; leave out {', '.join(refused)}")
+    if criterion == "infonce" and temperature < MIN_TEMPERATURE:
+        problem = f"={temperature} underflows in float32 with criterion=infonce; give {MIN_TEMPERATURE} or more"
+        raise ParameterError("temperature", problem)
 
 
 def semihard(z: Tensor, pairs: Pairs, margin: float) -> CriterionOutput:
@@ -92,7 +97,8 @@ def infonce(z: Tensor, pairs: Pairs, temperature: float) -> AnchorLosses:
     cosine = z @ z.transpose(-1, -2)  # (R, B, K, K)
     positive, negative = pairs.positive.to(z), pairs.negative.to(z)
     num_positives, num_negatives = positive.sum(dim=-1), negative.sum(dim=-1)
-    # exp(cos / temperature) and a single logarithm, of a cosine less its largest value 1, so that neither overflows
+    # exp(cos / temperature) and a single logarithm, of a cosine less its largest value 1, so that neither overflows;
+    # from MIN_TEMPERATURE on it does not underflow either
     scaled = (cosine - 1) / temperature
     similarity = scaled.exp()
     of_negatives = (similarity * negative).sum(dim=-1, keepdim=True) + torch.finfo(z.dtype).tiny

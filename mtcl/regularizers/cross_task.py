@@ -50,6 +50,7 @@ class CrossTaskRegularizer(Regularizer):
     def __init__(
         self,
         tasks: Mapping[str, Task],
+        *,
         seed: int,
         feature: str,
         num_pixels: int,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Size = tuple[int, int]
+ORDER_STREAM = 2**32 + 1  # of draw_order; 0 is that of sources, 1 to 2**32 are those of sample ids
 
 
 class Draw(NamedTuple):
@@ -17,6 +18,7 @@ class Draw(NamedTuple):
     sources: Tensor  # int64 (T, n): for each target its possible sources, in random order; the first is the draw
     pixels: Tensor  # float32 (B, M, 2): row and column of each sampled pixel as a fraction 0..1 of the image
     seeds: Tensor | None = None  # int64 (B,), 0..2**32 - 1: of noise that is computed on the device
+    order: Tensor | None = None  # int64 (N,): a random order of a group's N pixels, where they stand in none
 
     def to(self, device: torch.device | str) -> "Draw":
         """Copy to a device without waiting for it."""
@@ -24,6 +26,7 @@ class Draw(NamedTuple):
             self.sources.to(device, non_blocking=True),
             self.pixels.to(device, non_blocking=True),
             None if self.seeds is None else self.seeds.to(device, non_blocking=True),
+            None if self.order is None else self.order.to(device, non_blocking=True),
         )
 
 
@@ -71,6 +74,11 @@ def draw_pixels(seed: int, step: int, ids: Sequence[str], count: int) -> Tensor:
     """
     rows = [_generator(seed, step, 1 + zlib.crc32(id.encode())).random((count, 2), dtype=np.float32) for id in ids]
     return torch.from_numpy(np.stack(rows))
+
+
+def draw_order(seed: int, step: int, count: int) -> Tensor:
+    """Draw a random order of ``count`` pixels, int64 (count,), as a function of (seed, step)."""
+    return torch.from_numpy(_generator(seed, step, ORDER_STREAM).permutation(count))
 
 
 def pixel_index(pixels: Tensor, size: Size) -> tuple[Tensor, Tensor]:

@@ -90,11 +90,22 @@ def merge_groups(pixels: PixelLabels, num_pixels: int) -> PixelLabels:
 
 
 def merge_images(x: Tensor) -> Tensor:
-    """Merge the images of a batch into one group: (R, B, K, ...) -> (R, 1, K B, ...).
+    """Merge the images of a batch into one group: (R, B, K, ...) -> (R, 1, B K, ...)."""
+    return x.flatten(1, 2)[:, None]
 
-    Pixel by pixel, not image by image: random choices within a group follow its order.
+
+def reorder_pixels(pixels: PixelLabels, order: Tensor) -> PixelLabels:
+    """Put the N pixels of every group in another order.
+
+    Random choices within a group follow the order of its pixels, which is random where they were drawn, but neither
+    where classes are balanced, which puts repeated pixels side by side, nor where images were merged.
+
+    Args:
+        pixels: groups of N pixels.
+        order: int64 (N,), the pixel that comes to each place.
     """
-    return x.transpose(1, 2).flatten(1, 2)[:, None]
+    fields = (None if x is None else x if x.shape[2] == 1 else x.index_select(2, order) for x in pixels)
+    return PixelLabels(*fields)  # type: ignore[arg-type]
 
 
 def balance_classes(pixels: PixelLabels, bins: Tensor, count: int) -> PixelLabels:

@@ -70,7 +70,9 @@ class SourceLabelReader:
             valid, label, bins = self._embed(fill_missing_labels(self.tasks, read, labels, teacher, draw.pixels), ndims)
         has_labels = valid.any(dim=2)  # (S, B)
         if self.source_labels == "random":
-            valid, label, bins, has_labels = (x.roll(1, dims=1) for x in (valid, label, bins, has_labels))
+            valid, label, bins = (x.roll(1, dims=1) for x in (valid, label, bins))
+            valid = valid & (valid.shape[1] > 1)  # a single image has no other one
+            has_labels = valid.any(dim=2)
         elif self.source_labels == "other_image":
             donor, has_donor = null_labels.choose_other_image(has_labels)
             read = {n: sample_labels(labels[n], draw.pixels, image) for n, image in zip(self.tasks, donor)}

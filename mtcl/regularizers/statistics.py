@@ -53,7 +53,9 @@ class TripletStats(PairSums):
 
     def __init__(self, task_names: Sequence[str]):
         """Start at zero for these targets and sources."""
-        super().__init__(task_names, num_values=5)  # pixels, anchors, active triplets, sum of d_ap, sum of d_an
+        super().__init__(
+            task_names, num_values=6
+        )  # pixels, those with a label, anchors, active triplets, sums of d_ap, d_an
 
     @torch.no_grad()
     def accumulate(self, target: Tensor, pixels: PixelLabels, stats: Tensor) -> None:
@@ -61,19 +63,21 @@ class TripletStats(PairSums):
 
         One group of all images counts for the first image's source.
         """
-        count = torch.full_like(stats[..., :1], float(pixels.valid.shape[2]))
-        self.add(target, pixels.source[..., 0], torch.cat([count, stats], dim=-1))
+        labelled = pixels.valid.sum(dim=-1, keepdim=True).to(stats)
+        count = torch.full_like(labelled, float(pixels.valid.shape[2]))
+        self.add(target, pixels.source[..., 0], torch.cat([count, labelled, stats], dim=-1))
 
     def summary(self) -> dict[str, float]:
         """Return means per pair since the last call.
 
-        Per ``target<-source`` the fraction of pixels that were anchors (``anchors``), of triplets inside the margin
-        (``active``), and the mean distances to positives (``d_ap``) and negatives (``d_an``).
+        Per ``target<-source``: ``anchors``, the fraction of pixels with a label of the source that were anchors, 0
+        where no pixel has one; ``active``, the fraction of triplets inside the margin; ``d_ap`` and ``d_an``, the mean
+        distances to positives and negatives.
         """
         summary = {}
-        for pair, (pixels, anchors, active, d_ap, d_an) in self.pop().items():
+        for pair, (pixels, labelled, anchors, active, d_ap, d_an) in self.pop().items():
             if pixels:
-                summary[f"{pair}/anchors"] = anchors / pixels
+                summary[f"{pair}/anchors"] = anchors / max(1.0, labelled)
             if anchors:
                 summary[f"{pair}/active"] = active / anchors
                 summary[f"{pair}/d_ap"] = d_ap / anchors

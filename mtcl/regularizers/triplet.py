@@ -69,8 +69,8 @@ def mean_over_anchors(anchors: AnchorLosses) -> CriterionOutput:
 def sample_related(relation: Tensor) -> tuple[Tensor, Tensor]:
     """Sample one related pixel per row, uniformly.
 
-    The choice is the first one after i in cyclic order: the sampled pixels stand in random order already, so this is
-    uniform and needs no further draw.
+    The choice is the first one after i in cyclic order: the pixels stand in random order, so this is uniform and needs
+    no further draw.
 
     Args:
         relation: bool (..., K, K).
@@ -80,8 +80,9 @@ def sample_related(relation: Tensor) -> tuple[Tensor, Tensor]:
     """
     count = relation.shape[-1]
     index = torch.arange(count, device=relation.device)
-    ahead = ((index[None, :] - index[:, None]) % count).short()  # (K, K): steps from i forward to j
-    none = torch.full((), count, dtype=torch.short, device=relation.device)
+    dtype = torch.int16 if count < 2**15 else torch.int32
+    ahead = ((index[None, :] - index[:, None]) % count).to(dtype)  # (K, K): steps from i forward to j
+    none = torch.full((), count, dtype=dtype, device=relation.device)
     nearest = torch.where(relation, ahead, none).amin(dim=-1)  # (..., K)
     return (index + nearest) % count, nearest < none
 

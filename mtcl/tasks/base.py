@@ -120,7 +120,7 @@ class Task(ABC):
             label: (..., K, c).
 
         Returns:
-            float32 (..., K, 3), :meth:`embedded_distance` apart; undefined, but finite, where a label is invalid.
+            float32 (..., K, 3), :meth:`embedded_distance` apart; undefined, possibly NaN, where a label is invalid.
         """
 
     def embedded_distance(self, distance: float) -> float:

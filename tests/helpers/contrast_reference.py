@@ -184,8 +184,8 @@ def ref_picture(regularizer, target, image, labels, draw):
         {s: [ref_label(s, labels[s], i, position) for position in places[i]] for s in names} for i in range(count)
     ]
     read = by_picture[image]
-    if kind == "random":  # the picture before
-        read = by_picture[(image - 1) % count]
+    if kind == "random":  # the picture before; a single one has none
+        read = by_picture[image - 1] if count > 1 else {s: [None] * len(places[image]) for s in names}
     if kind == "distance":  # the places themselves, where the source says anything
         spots = draw.pixels[image].tolist()
         read = {s: [None if v is None else at for v, at in zip(by_picture[image][s], spots)] for s in names}
@@ -302,6 +302,7 @@ class Reference(NamedTuple):
     summary: dict
     gradients: list  # of the taps, then of the regulariser's parameters
     anchors: int
+    sums: dict  # target<-source -> pixels with a label of the source, anchors, active triplets, sums of d_ap and d_an
 
 
 def reference(regularizer, features, labels, draw, frame):
@@ -313,8 +314,10 @@ def reference(regularizer, features, labels, draw, frame):
         projector, tap = regularizer.projectors[target], leaves[target]
         layers = [(twins[id(w)], twins[id(b)]) for w, b in zip(projector.weights, projector.biases)]
         groups = [ref_picture(regularizer, target, i, labels, draw) for i in range(images)]
-        if regularizer.pair_options.across_images:  # one group: the first pixel of each picture, then the second, ..
-            groups = [[pixel for pixels in zip(*groups) for pixel in pixels]]
+        if regularizer.pair_options.across_images:  # one group
+            groups = [[pixel for pixels in groups for pixel in pixels]]
+        if draw.order is not None:
+            groups = [[pixels[i] for i in draw.order.tolist()] for pixels in groups]
         costs = []
         for group in groups:
             shape = tap.shape[-2:]
@@ -324,7 +327,11 @@ def reference(regularizer, features, labels, draw, frame):
             its_costs, counts = ref_group(regularizer, target, group, z)
             costs += its_costs
             cell = sums.setdefault(f"{target}<-{group[0].source}", np.zeros(5))
-            cell += [len(group), len(counts), *np.array(counts, float).reshape(-1, 3).sum(axis=0)]
+            cell += [
+                sum(p.value is not None for p in group),
+                len(counts),
+                *np.array(counts, float).reshape(-1, 3).sum(axis=0),
+            ]
         losses[target] = torch.stack(costs).mean() if costs else tap.sum() * 0
         if costs:
             with_anchor.append(losses[target])
@@ -333,11 +340,11 @@ def reference(regularizer, features, labels, draw, frame):
     gradients = torch.autograd.grad(total, tensors, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(tensors, gradients)]
     summary = {}
-    for key, (pixels, anchors, active, d_ap, d_an) in sums.items():
-        summary[f"{key}/anchors"] = anchors / pixels
+    for key, (labelled, anchors, active, d_ap, d_an) in sums.items():
+        summary[f"{key}/anchors"] = anchors / labelled if labelled else 0.0
         if anchors:
             summary |= {f"{key}/active": active / anchors, f"{key}/d_ap": d_ap / anchors, f"{key}/d_an": d_an / anchors}
-    return Reference(total, losses, summary, gradients, int(sum(cell[1] for cell in sums.values())))
+    return Reference(total, losses, summary, gradients, int(sum(cell[1] for cell in sums.values())), sums)
 
 
 def has_losses(regularizer, batch, loss, losses, gradients, atol=1e-4):

@@ -11,17 +11,17 @@ from mtcl.regularizers import boundary
 
 
 def compute_reference(regularizer, features, labels, draw, frame):
-    """Loss per target, its anchors and gradients at the features, patch by patch and cell by cell in float64."""
+    """Loss per target, its anchors, their share of labelled patches, gradients; patch by patch, cell by cell."""
     size = labels["depth"].shape[-2:]
     leaves = {t: features[t].detach().double().requires_grad_() for t in NAMES}
-    losses, anchors = {}, {}
+    losses, anchors, shares = {}, {}, {}
     for number, t in enumerate(NAMES):
         shape = features[t].shape[-2:]
         layers = None
         if regularizer.projectors[t].state_dict():
             projector = regularizer.projectors[t]
             layers = [(w.detach().double(), b.detach().double()) for w, b in zip(projector.weights, projector.biases)]
-        costs = []
+        costs, labelled = [], 0
         for image, places in enumerate(draw.pixels.tolist()):
             patches = [place_cells(at, shape, size, frame) for at in places]
             order = [NAMES[s] for s in draw.sources[number].tolist()]
@@ -40,6 +40,7 @@ def compute_reference(regularizer, features, labels, draw, frame):
                 (centre, pixel), *others = [patch[12], *patch[:12], *patch[13:]]
                 if read(pixel) is None:
                     continue
+                labelled += 1
                 apart = [(c, ref_distance(source, read(pixel), read(p))) for c, p in others if read(p) is not None]
                 alike, different = [c for c, d in apart if d <= near], [c for c, d in apart if d >= far]
                 if min(len(alike), len(different)) < 4:
@@ -51,10 +52,10 @@ def compute_reference(regularizer, features, labels, draw, frame):
                     (2 - 2 * z @ mean).clamp(min=1e-4).sqrt()
                     + (regularizer.negative_margin - (2 - 2 * hardest).clamp(min=1e-4).sqrt()).relu()
                 )
-        anchors[t] = len(costs)
+        anchors[t], shares[t] = len(costs), len(costs) / max(1, labelled)
         losses[t] = torch.stack(costs).mean() if costs else 0 * leaves[t].sum()
     total = sum(losses[t] for t in NAMES if anchors[t]) / max(1, sum(n > 0 for n in anchors.values()))
-    return losses, anchors, torch.autograd.grad(total, list(leaves.values()))
+    return losses, anchors, shares, torch.autograd.grad(total, list(leaves.values()))
 
 
 def place_cells(at, shape, size, frame):
@@ -98,7 +99,7 @@ def test_boundary_triplets_agree_with_reference(name, layout):
     regularizer, features, labels, draw, frame = make_case(
         seed=4, pixels=16, criterion="boundary", **{"negative_margin": 1.2, **CASES[name]}
     )
-    losses, anchors, gradients = compute_reference(regularizer, features, labels, draw, frame)
+    losses, anchors, shares, gradients = compute_reference(regularizer, features, labels, draw, frame)
     assert sum(anchors.values()) > 10
     leaves = {t: x.contiguous(memory_format=layout).requires_grad_() for t, x in features.items()}
     output = regularizer(leaves, labels, draw, frame)
@@ -108,8 +109,8 @@ def test_boundary_triplets_agree_with_reference(name, layout):
     for gradient, expected in zip(got, gradients, strict=True):
         torch.testing.assert_close(gradient.double(), expected, rtol=1e-3, atol=2e-5)
     if "kinds" not in CASES[name]:  # each target has one source, so that its anchors are all the reference's
-        shares = {key.partition("<-")[0]: v for key, v in regularizer.summary().items() if key.endswith("/anchors")}
-        assert shares == pytest.approx({t: count / (2 * 16) for t, count in anchors.items()})
+        summary = regularizer.summary()
+        assert {k.partition("<-")[0]: v for k, v in summary.items() if k.endswith("/anchors")} == pytest.approx(shares)
 
 
 def test_equal_features_cost_the_negative_margin_and_stay_finite():

@@ -3,6 +3,7 @@
 import json
 import math
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from mtcl.regularizers.null_labels import SOURCE_LABELS
 from mtcl.regularizers.sampling import draw_sources, pixel_index
 from mtcl.regularizers.sampling_ablations import balanced_sample
 from mtcl.regularizers.sources import list_allowed_sources
+from mtcl.regularizers.triplet import sample_related
 from mtcl.regularizers.weighting import Lambda
 from mtcl.training.checkpoint_file import read_checkpoint_file
 
@@ -39,7 +41,7 @@ OPTIONS = {
     "ranked, one threshold": {"criterion": "ranked", "thresholds": {"depth": (0.0, 0.3)}},
     "infonce": {"criterion": "infonce"},
     "infonce, hot": {"criterion": "infonce", "temperature": 1.5},
-    "infonce, cold": {"criterion": "infonce", "temperature": 0.02},
+    "infonce, cold": {"criterion": "infonce", "temperature": 0.025},
     "self": {"source_tasks": "self"},
     "any": {"source_tasks": "any", "step": 3},
     "normals": {"source_tasks": "normals"},
@@ -253,6 +255,7 @@ def test_sources_are_uniform_among_those_allowed(sources, exclude, expected):
         ),
         ({"projector_sharing": "none"}, r"projector_sharing=none .*pair, target or all"),
         ({"projector_sharing": "all"}, r"projector_sharing=all .*equal width"),
+        ({"criterion": "infonce", "temperature": 0.02}, r"temperature=0\.02 underflows .* give 0\.025 or more"),
         ({"num_pixels": 0}, r"num_pixels=0 .*1 to 32767"),
         ({"num_pixels": 2**15}, r"num_pixels=32768 "),
     ],
@@ -370,9 +373,43 @@ def test_across_images_only_labels_of_one_source_compare():
     draw = draw._replace(sources=torch.tensor([[1, 2], [0, 2], [0, 1]]))  # of edge: semseg, else depth
     positive, negative = relations(regularizer, features, labels, draw, frame)
     assert positive.shape == (3, 1, 30, 30)
-    pairs = (positive | negative)[2, 0].view(10, 3, 10, 3).any(dim=2).any(dim=0)  # pixel by pixel, not image by image
+    place = draw.order.argsort()  # of the pixels image by image
+    pairs = (positive | negative)[2, 0][place][:, place].view(3, 10, 3, 10).any(dim=3).any(dim=1)
     assert pairs.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     agrees_with_reference(regularizer, features, labels, draw, frame)
+
+
+def test_choices_are_uniform_over_images():
+    regularizer, features, labels, _, frame = make_case(
+        names=("semseg", "edge"), size=(40, 50), images=4, pixels=32, across_images=True
+    )
+    count = torch.zeros(2, 4)
+    for step in range(20):
+        draw = regularizer.sample(step, ["a", "b", "c", "d"])
+        image = draw.order // 32
+        for row, relation in zip(count, relations(regularizer, features, labels, draw, frame)):
+            index, has_one = sample_related(relation[0, 0])  # by edges
+            row += torch.bincount(((image[index] - image) % 4)[has_one], minlength=4)
+    assert (count / count.sum(dim=1, keepdim=True) - 0.25).abs().max() < 0.04  # independent ones: deviation 0.01
+
+
+def test_choices_are_uniform_over_pixels_that_balancing_repeats():
+    regularizer, features, labels, _, frame = make_case(
+        names=("depth", "semseg"), size=(40, 50), images=2, pixels=64, class_balanced=True
+    )
+    labels["semseg"] = torch.zeros(2, 40, 50, dtype=torch.int64)
+    labels["semseg"][:, :16] = 1
+    labels["semseg"][:, 39, :40] = 2  # 2 % of the image, a third of the pixels
+    chosen = 0.0
+    for step in range(20):
+        draw = regularizer.sample(step, ["a", "b"])
+        with mock.patch.object(regularizer, "select_pairs", wraps=regularizer.select_pairs) as spy:
+            regularizer(features, labels, draw, frame)
+        pixels = spy.call_args.args[0]
+        index, _ = sample_related(regularizer.select_pairs(*spy.call_args.args).negative[0])
+        classes = pixels.label[0, ..., 0].long()
+        chosen += (classes.gather(1, index)[classes == 0] == 2).float().mean().item() / 20
+    assert chosen == pytest.approx(0.5, abs=0.08)
 
 
 # --- Projectors

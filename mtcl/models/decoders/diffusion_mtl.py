@@ -129,8 +129,8 @@ class DiffusionMTL(Decoder):
 class DiffusionProcess(nn.Module):
     """The forward and backward steps of a Gaussian diffusion whose network predicts the clean maps.
 
-    Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. NeurIPS 2020, equations 4, 6 and 7; the square roots of
-    the variances rise evenly from 1e-3 to 1e-2, as in the authors' code.
+    Ho, Jain, Abbeel. Denoising Diffusion Probabilistic Models. NeurIPS 2020, equations 4, 6 and 7; the variances
+    rise from 1e-3 to 1e-2, evenly in their square roots, as in the authors' code.
 
     Args:
         steps: number of steps T, at least 1.
