@@ -7,9 +7,9 @@ metrics.json) and ``run`` (its run.json). ``--add`` adds the metrics of the run 
 that label. ``--add-output`` stores the output of a command, from FILE, to be rendered unchanged. A folder
 ``docs/results/TABLE/`` contains a study instead, a file per run (``scripts/study.py --results docs/results/TABLE``). A
 table is rendered between ``<!-- table: TABLE -->`` and ``<!-- end -->``, in docs/results.md, docs/metrics.md,
-docs/models.md, docs/foundation_backbones.md, docs/balancing.md and README.md. Words after TABLE choose what of a study
-is rendered: ``means`` or ``differences`` alone, without notes and settings; ``holm`` and ``metrics=TASK/METRIC`` are
-options of ``study.py``.
+docs/models.md, docs/foundation_backbones.md, docs/balancing.md and README.md. Options after TABLE choose what of a
+study is rendered: ``means`` or ``differences`` alone, without notes and settings; ``holm`` and
+``metrics=TASK/METRIC,...`` are options of ``study.py``.
 """
 
 import json
@@ -34,7 +34,7 @@ DOCUMENTS = (
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "metrics", "models", "foundation_backbones", "balancing")),
     ROOT / "README.md",
 )
-BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<words>( [\w=/,-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- table: (?P<name>[\w-]+)(?P<options>( [\w=/,-]+)*) -->\n.*?<!-- end -->", re.DOTALL)
 SHARED_KEYS = ("num_images", "split", "step", "device")  # of run.json: equal in all rows of one table
 
 
@@ -101,13 +101,13 @@ def render_tables(text: str) -> str:
     """Return a document with its tables rendered anew."""
 
     def block(match: re.Match[str]) -> str:
-        name, words = match["name"], match["words"]
-        return f"<!-- table: {name}{words} -->\n{render_table(name, words.split())}\n<!-- end -->"
+        name, options = match["name"], match["options"]
+        return f"<!-- table: {name}{options} -->\n{render_table(name, options.split())}\n<!-- end -->"
 
     return BLOCK.sub(block, text)
 
 
-def render_table(name: str, words: Sequence[str] = ()) -> str:
+def render_table(name: str, options: Sequence[str] = ()) -> str:
     """Return the Markdown of ``docs/results/NAME.json``, or of the study in ``docs/results/NAME/``."""
     path, folder = RESULTS / f"{name}.json", RESULTS / name
     if path.is_file() and folder.is_dir():
@@ -120,26 +120,24 @@ def render_table(name: str, words: Sequence[str] = ()) -> str:
             f"a document asks for the table {name}, but there is no {path.relative_to(ROOT)} and no folder of that name"
         )
     try:
-        return render_study(folder, words)
+        return render_study(folder, options)
     except UserError as error:
         raise UserError(f"the study {name} can't be rendered: {error}") from error
 
 
-def render_study(folder: Path, words: Sequence[str]) -> str:
-    """Return the Markdown of a study; for the words see the module."""
-    chosen = [word.removeprefix("metrics=") for word in words if word.startswith("metrics=")]
-    unknown = [
-        word for word in words if word not in ("means", "differences", "holm", *(f"metrics={c}" for c in chosen))
-    ]
+def render_study(folder: Path, options: Sequence[str]) -> str:
+    """Return the Markdown of a study; for the options see the top of this file."""
+    chosen = [option.removeprefix("metrics=") for option in options if option.startswith("metrics=")]
+    unknown = [o for o in options if o not in ("means", "differences", "holm") and not o.startswith("metrics=")]
     if unknown:
         raise UserError(f"{unknown[0]} is not one of means, differences, holm, metrics=TASK/METRIC,...")
     study, records, command = read_results(folder)
     metrics = parse_metrics_option(chosen[0]) if chosen else {}
-    results = build_report(study, records, holm="holm" in words, metrics=metrics)
-    command = current_command(command) + " --holm" * ("holm" in words) + "".join(f" --metrics {c}" for c in chosen)
-    if "means" in words:
+    results = build_report(study, records, holm="holm" in options, metrics=metrics)
+    command = current_command(command) + " --holm" * ("holm" in options) + "".join(f" --metrics {c}" for c in chosen)
+    if "means" in options:
         return f"{format_means(results)}\n\n```sh\n{command}\n```"
-    if "differences" in words:
+    if "differences" in options:
         return f"{format_differences(results)}\n\n```sh\n{command}\n```"
     return format_markdown(results, command).rstrip("\n")
 

@@ -373,8 +373,8 @@ def test_across_images_only_labels_of_one_source_compare():
     draw = draw._replace(sources=torch.tensor([[1, 2], [0, 2], [0, 1]]))  # of edge: semseg, else depth
     positive, negative = relations(regularizer, features, labels, draw, frame)
     assert positive.shape == (3, 1, 30, 30)
-    place = draw.order.argsort()  # of the pixels image by image
-    pairs = (positive | negative)[2, 0][place][:, place].view(3, 10, 3, 10).any(dim=3).any(dim=1)
+    by_image = draw.order.argsort()
+    pairs = (positive | negative)[2, 0][by_image][:, by_image].view(3, 10, 3, 10).any(dim=3).any(dim=1)
     assert pairs.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     agrees_with_reference(regularizer, features, labels, draw, frame)
 
