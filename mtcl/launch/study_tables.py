@@ -468,8 +468,8 @@ def list_notes(report: Report) -> list[str]:
         names = [f"{c.task} {c.metric}" for c in report.effects[0].columns if c.task]
         if DELTA in report.columns:
             lines.append(
-                f"Delta_on/off = (100/T) sum_t s_t (M_t - B_t) / B_t over {', '.join(names)}; M: a run of the arm, B: "
-                "the run of the same seed of the (first) arm it is compared with."
+                f"Delta_on/off = (100/T) sum_t s_t (M_t - B_t) / B_t over {', '.join(names)}; M: a run of the variant, "
+                "B: the run of the same seed of the (first) variant it is compared with."
             )
         count = sum(not math.isnan(e.paired.low) for one in report.effects for e in one.columns.values())
         tested = sum(e.adjusted is not None for one in report.effects for e in one.columns.values())
@@ -515,7 +515,7 @@ def format_markdown(report: Report, command: str) -> str:
             name = f"{markdown_code(one.row.label)} minus {markdown_code(one.reference.label)}"
             for i, line in enumerate(effect_grid(one)):
                 lines.append(["" if i else name, *map(escape_markdown, line)])
-        blocks.append(markdown_table(["arms", *EFFECT_HEAD], lines, num_left=2))
+        blocks.append(markdown_table(["variants", *EFFECT_HEAD], lines, num_left=2))
     spread = footnotes(Comparison(report.columns, report.rows, [], []))
     sentences = [*map(format_verdicts, report.effects), *spread, *list_notes(report)]
     blocks.append("\n".join(f"- {sentence}" for sentence in sentences))
@@ -539,7 +539,7 @@ def format_differences(report: Report) -> str:
         pairs = max(effect.paired.pairs for effect in one.columns.values())
         name = f"{markdown_code(one.row.label)} minus {markdown_code(one.reference.label)}"
         lines.append([name, str(pairs), *(format_difference(one, column) for column in [*tasks, delta])])
-    return markdown_table(["arms", "pairs", *headings, "Delta ↑ (%)"], lines, num_left=1)
+    return markdown_table(["variants", "pairs", *headings, "Delta ↑ (%)"], lines, num_left=1)
 
 
 def format_difference(one: VariantEffects, column: Column) -> str:
@@ -553,7 +553,7 @@ def format_difference(one: VariantEffects, column: Column) -> str:
 
 def format_means(report: Report) -> str:
     """Format each variant's mean and standard deviation over its seeds, as Markdown."""
-    head = ["arm", "n", *(escape_markdown(f"{c.task} {column_heading(c)}".strip()) for c in report.columns)]
+    head = ["variant", "n", *(escape_markdown(f"{c.task} {column_heading(c)}".strip()) for c in report.columns)]
     body = [
         [markdown_code(row.label), str(row.num_seeds), *(format_cell(c, row) for c in report.columns)]
         for row in report.rows

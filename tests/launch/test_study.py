@@ -533,7 +533,7 @@ def test_other_metrics_can_represent_the_tasks(records, run):
     depth = statistics.mean(100 * (b - a) / b for a, b in zip(ON["depth"], OFF["depth"]))
     assert delta == pytest.approx((-1 + depth) / 2)
     header, _, line = format_differences(report).splitlines()
-    assert header == "| arms | pairs | semseg pixel_accuracy ↑ (points) | depth rmse ↓ (m) | Delta ↑ (%) |"
+    assert header == "| variants | pairs | semseg pixel_accuracy ↑ (points) | depth rmse ↓ (m) | Delta ↑ (%) |"
     assert line.startswith("| on minus off | 4 | **-1.00 [-1.00, -1.00]** | 0.0000 [")
     text, _ = run(metrics={"depth": "rmse"})
     assert "study.json contain the table by primary metrics" in text
@@ -642,7 +642,7 @@ def test_a_baseline_of_zero_gives_no_delta_but_a_table(records):
 
 def test_the_markdown_is_two_tables_and_how_to_repeat_them(records):
     lines = format_markdown(build_report(STUDY, records), "python scripts/study.py x.yaml").splitlines()
-    assert lines[0] == "| arm | n | semseg mIoU ↑ (%) | depth rmse ↓ (m) | Delta_on/off ↑ (%) | Delta_MTL ↑ (%) |"
+    assert lines[0] == "| variant | n | semseg mIoU ↑ (%) | depth rmse ↓ (m) | Delta_on/off ↑ (%) | Delta_MTL ↑ (%) |"
     assert "| off | 4 | 40.17 ± 0.62 | 0.6050 ± 0.0129 | - | -4.67 ± 1.09 |" in lines
     table = [line for line in lines if line.startswith("| on minus off | semseg")]
     assert table == ["| on minus off | semseg mIoU ↑ (points) | +2.15 | [+1.20, +3.10] | wholly better | 4 | 1.24 |"]
