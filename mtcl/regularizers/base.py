@@ -62,9 +62,9 @@ class Regularizer(nn.Module, ABC):
         """
 
     def run_teachers(self, image: Tensor, mean: Sequence[float], std: Sequence[float]) -> DenseOutput | None:
-        """Return what its own networks say of images; None where it has none, which is the default.
+        """Run the regularizer's own teacher networks on images; None if it has none, which is the default.
 
-        Its features are handed to :meth:`compute_loss` among those of the output, NAME as teacher_NAME.
+        The features of what is returned reach :meth:`compute_loss` among those of its output, NAME as teacher_NAME.
 
         Args:
             image: (B, 3, H, W), normalised by ``mean`` and ``std``.
@@ -84,7 +84,7 @@ class Regularizer(nn.Module, ABC):
 
         Args:
             output: a forward pass in training.
-            labels: task -> label in batch layout.
+            labels: task -> label in batch layout, (B, H, W) or (B, c, H, W).
             draw: result of :meth:`sample`, on the device of the labels.
             teacher: task -> raw prediction (B, C, H, W) of a running mean of the model, NaN in padding, where
                 :attr:`uses_teacher`; None while the loss is only reported.
@@ -109,12 +109,12 @@ def compute_task_loss(
     """Compute a task's loss in training, a scalar: that of its prediction plus the weighted ones of intermediate ones.
 
     Args:
-        name: of the task among the predictions.
-        task: see ``name``.
+        name: the name of the task among the predictions.
+        task: the task whose loss is taken.
         output: a forward pass in training.
-        label: in batch layout.
+        label: the task's label in batch layout, (B, H, W) or (B, c, H, W).
         intermediate_weight: factor of the losses of intermediate predictions.
-        image_weight: see :meth:`~mtcl.tasks.base.Task.loss`, which takes it only where it is given.
+        image_weight: weight of each image's mean loss, (B,); None: all valid pixels of the batch count alike.
     """
     target = (label,) if image_weight is None else (label, image_weight)
     loss = task.loss(output.predictions[name], *target)

@@ -45,8 +45,8 @@ def triplet_hinge(
 
     Args:
         z: unit vectors (R, B, K, D).
-        positive: int64 (R, B, K), index of each anchor's positive in its group; ``negative`` alike.
-        negative: see ``positive``.
+        positive: int64 (R, B, K), index of each anchor's positive in its group.
+        negative: int64 (R, B, K), index of each anchor's negative in its group.
         anchor: bool (R, B, K), the pixels whose triplet counts.
         margin: scalar, or (R, B, K).
     """
