@@ -46,6 +46,13 @@ class DenseModel(nn.Module, ABC):
         del output, labels
         return {}
 
+    def compute_task_errors(
+        self, output: DenseOutput, labels: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Compute the model's own errors of tasks; see :meth:`~mtcl.models.decoders.Decoder.compute_task_errors`."""
+        del output, labels
+        return {}
+
     def leave_out_features(self) -> None:
         """Let :meth:`forward` leave out features that cost time of their own, for a training without a regulariser."""
         return
@@ -106,6 +113,12 @@ class EncoderDecoder(DenseModel):
     def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the decoder's own losses."""
         return self.decoder.auxiliary_losses(output, labels)
+
+    def compute_task_errors(
+        self, output: DenseOutput, labels: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Compute the decoder's own errors of tasks."""
+        return self.decoder.compute_task_errors(output, labels)
 
     def padded_size(self, size: Size) -> Size:
         """Return the height and width of the padded image for an image of this ``size``."""

@@ -18,6 +18,7 @@ from mtcl.data.sample import SampleMeta
 from mtcl.errors import Preempted, UserError
 from mtcl.evaluation.evaluator import EvaluationResult, Evaluator
 from mtcl.evaluation.model_input import prepare_input
+from mtcl.losses.masked import masked_mean
 from mtcl.models import DenseModel, DenseOutput, EncodedImage
 from mtcl.models.lora import is_base_weight
 from mtcl.progress import logging_beside_bar, progress_bar
@@ -397,13 +398,16 @@ class Trainer:
         return [(p, gradient) for p, gradient in zip(parameters, gradients) if gradient is not None]
 
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return each task's loss, including the weighted ones of its intermediate predictions."""
+        """Return each task's loss, with those of its intermediate predictions and the model's own errors of it."""
         weight = self.options.intermediate_weight
         image_weights = weigh_images(self.tasks, labels, self.options.image_weighting)
-        return {
+        losses = {
             name: compute_task_loss(name, task, output, labels[name], weight, image_weights[name])
             for name, task in self.tasks.items()
         }
+        for name, (errors, is_valid) in self.model.compute_task_errors(output, labels).items():
+            losses[name] = losses[name] + masked_mean(errors, is_valid, image_weights[name])
+        return losses
 
     @torch.no_grad()
     def _recompute_task_losses(self, batches: Sequence[Batch]) -> dict[str, Tensor]:

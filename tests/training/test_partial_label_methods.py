@@ -78,7 +78,6 @@ def test_bf16_and_resuming(method, tmp_path):
     losses += take_steps(uncut, batches, 1)
     assert all(math.isfinite(value) for values in losses for value in values.values())
     assert not uncut.nonfinite_guard.flush(), "a gradient was not finite"
-    assert ("depth_labels" in losses[0]) == (method == "task tokens")  # the decoder's own losses
     if uncut.regularizer is None:
         assert method.startswith("diffusion")
     else:
@@ -210,3 +209,27 @@ def test_images_count_by_the_rule_of_the_config(rule, tmp_path):
     for name, task in trainer.tasks.items():
         expected = reduce_by_hand(task, outputs[-1].predictions[name], labels[name], rule, [3, 1, 2, 0])
         torch.testing.assert_close(values[name], expected.detach())
+
+
+def test_a_decoders_own_errors_count_as_the_task_does(tmp_path):
+    """Of three images the first has all labels, the second that of depth alone, the third lacks it."""
+    settings = {"loss__image_weighting": "tasks_per_label", "data__label_assignment": "full", "data__batch_size": 3}
+    trainer = make_trainer(tmp_path, "task tokens", **settings)
+    batch = next(iter(trainer.batches))
+    labels = {name: label.clone() for name, label in batch["labels"].items()}
+    for name, image in [("semseg", 1), ("normals", 1), ("depth", 2)]:
+        labels[name][image] = trainer.tasks[name].void
+    labels["depth"][0, ..., 10:] = trainer.tasks["depth"].void  # pixels do not count, images do
+    output = trainer.model(prepare_input(batch, trainer.model, trainer.device)[0])
+    errors, is_valid = trainer.model.compute_task_errors(output, labels)["depth"]
+    means = [errors[i][is_valid[i]].mean() for i in range(2)]
+    num_labels = [3, 1, 2]
+    expected = reduce_by_hand(
+        trainer.tasks["depth"], output.predictions["depth"], labels["depth"], "tasks_per_label", num_labels
+    )
+    expected = expected + (3 / 3 * means[0] + 3 / 1 * means[1]) / 3
+    losses = trainer.task_losses(output, labels)
+    torch.testing.assert_close(losses["depth"], expected)
+    labels["depth"][:] = trainer.tasks["depth"].void
+    nothing = trainer.task_losses(output, labels)["depth"]
+    assert (nothing.item(), nothing.requires_grad) == (0, True)

@@ -53,11 +53,28 @@ class Decoder(nn.Module, ABC):
         return self.forward(features, size).predictions
 
     def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return further losses of the decoder itself: name -> weighted scalar.
+        """Return further losses of the decoder itself, which belong to no task: name -> weighted scalar.
 
         Args:
             output: of a model with this decoder, in training.
             labels: task -> label in batch layout, of the image.
+        """
+        del output, labels
+        return {}
+
+    def compute_task_errors(
+        self, output: DenseOutput, labels: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Compute the decoder's own errors of tasks, whose means training adds to the tasks' losses.
+
+        They are averaged over pixels and images by the rule of the losses, and count by the task's weight.
+
+        Args:
+            output: see :meth:`auxiliary_losses`.
+            labels: see :meth:`auxiliary_losses`.
+
+        Returns:
+            task -> errors (B, h, w), and the bool mask (B, h, w) of those that count; by default none.
         """
         del output, labels
         return {}

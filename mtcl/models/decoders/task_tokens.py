@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mtcl import distributed
 from mtcl.models.decoders.atrc import Expectation, build_label_space
 from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import ConvBlock, resize, resize_trained
@@ -48,7 +47,8 @@ class TaskTokens(Decoder):
         dropout: probability, after the pyramid.
         kinds: task -> how its prediction is divided into labels; see
             :func:`mtcl.models.decoders.atrc.build_label_space`. Without an entry the channels are the labels.
-        bin_weights: task of ``kinds`` -> weight of the cross-entropy of its labels; without an entry none.
+        bin_weights: task of ``kinds`` -> weight, relative to the task's, of the cross-entropy of its labels; without an
+            entry none.
     """
 
     def __init__(
@@ -103,12 +103,14 @@ class TaskTokens(Decoder):
         """Return the predictions alone."""
         return self._predict(self._score_labels(*self._select(features)), size)
 
-    def auxiliary_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return ``TASK_labels``: the cross-entropy of the nearest label at each cell of a task's map.
+    def compute_task_errors(
+        self, output: DenseOutput, labels: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Compute the weighted cross-entropy of the nearest label at each cell of the maps of ``bin_weights``.
 
         A cell has the value of the pixel in its middle; values of zero are void, and so are cells beyond the image.
         """
-        losses = {}
+        errors = {}
         for task, weight in self.bin_weights.items():
             scores = output.features["labels"][task].float()
             value = sample_cells(labels[task], scores.shape[-2:], output.frame)
@@ -117,10 +119,8 @@ class TaskTokens(Decoder):
             nearest = torch.cdist(value.flatten(2).transpose(1, 2).float(), values).argmin(dim=-1)
             # Not F.nll_loss: on maps it has no deterministic CUDA implementation.
             error = -scores.log_softmax(dim=1).gather(1, nearest.view_as(is_valid)[:, None])[:, 0]
-            count = distributed.all_reduce_sum(is_valid.sum()).clamp(min=1)
-            mean = distributed.scale_for_ddp_mean(torch.where(is_valid, error, 0.0).sum() / count)
-            losses[f"{task}_labels"] = weight * mean
-        return losses
+            errors[task] = (weight * error, is_valid)
+        return errors
 
     def _select(self, features: list[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return each task's final map (B, D, h, w) and its token in each image (B, D)."""
