@@ -325,6 +325,7 @@ RULES: dict[str, Rule] = {
     "regularizer.options.depth_std": POSITIVE,
     "regularizer.options.detach_rule": TEXT,
     "regularizer.options.value_confidence": number(0, 1),
+    **{f"regularizer.options.task_confidences.{task}": number(0, 1).or_null() for task in TASK_NAMES},
     "regularizer.options.prediction_weight": number(0),
     "regularizer.options.feature_weight": number(0),
     "regularizer.options.teachers": Rule("a mapping {teacher: {name: timm model}}", lambda v: isinstance(v, dict)),

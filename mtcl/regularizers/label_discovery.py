@@ -44,6 +44,7 @@ class LabelDiscovery(PseudoLabels):
         feature: which of a model's features the teacher's supervises.
         confidence: least probability of a predicted class that is a label, 0 to 1.
         value_confidence: least probability, 0 to 1, of the most probable bin of a depth or direction of a normal.
+        task_confidences: task -> least probability in place of these two; tasks that are not there, or None: these.
         prediction_weight: of the terms of predictions.
         feature_weight: of the terms of features.
     """
@@ -60,13 +61,18 @@ class LabelDiscovery(PseudoLabels):
         feature: str = "final",
         confidence: float = 0.9,
         value_confidence: float = 0.85,
+        task_confidences: Mapping[str, float | None] | None = None,
         prediction_weight: float = 1.0,
         feature_weight: float = 1.0,
     ):
         super().__init__(tasks, channels, seed=seed, feature=feature, confidence=confidence)
-        if not 0 <= value_confidence <= 1:
-            raise ParameterError("value_confidence", f"={value_confidence} must be a probability, from 0 to 1")
-        self.value_confidence = value_confidence
+        overrides = {name: value for name, value in (task_confidences or {}).items() if value is not None}
+        values = {"value_confidence": value_confidence} | {f"task_confidences.{n}": v for n, v in overrides.items()}
+        for key, value in values.items():
+            if not 0 <= value <= 1:
+                raise ParameterError(key, f"={value} must be a probability, from 0 to 1")
+        self.confidences |= overrides
+        self.value_confidences = dict.fromkeys(self.tasks, value_confidence) | overrides
         self.prediction_weight, self.feature_weight = prediction_weight, feature_weight
 
     def compute_loss(
@@ -102,7 +108,7 @@ class LabelDiscovery(PseudoLabels):
         probability = (SHARPNESS * scores.float()).softmax(dim=1).amax(dim=1, keepdim=True)
         height, width = prediction.shape[-2:]
         probability = F.interpolate(probability, size=output.frame, mode="bilinear", align_corners=False)
-        return prediction.masked_fill(probability[..., :height, :width] < self.value_confidence, math.nan)
+        return prediction.masked_fill(probability[..., :height, :width] < self.value_confidences[name], math.nan)
 
     def _compare_features(self, name: str, output: DenseOutput, is_missing: Tensor) -> Tensor:
         """Return the mean over images of the squared difference of features, weighted by relevance where missing."""

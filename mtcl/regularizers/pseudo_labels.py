@@ -69,7 +69,8 @@ class PseudoLabels(Regularizer):
         super().__init__()
         if not 0 <= confidence <= 1:
             raise ParameterError("confidence", f"={confidence} must be a probability, from 0 to 1")
-        self.tasks, self.feature, self.confidence = dict(tasks), feature, confidence
+        self.tasks, self.feature = dict(tasks), feature
+        self.confidences = dict.fromkeys(self.tasks, confidence)
         for task in self.tasks.values():
             getattr(task, "criterion", None)  # builds the loss module: torch.compile can't, within a step
         self.sums: Tensor  # per task: steps with an image without its label, their losses, pseudo-labels' shares
@@ -91,7 +92,7 @@ class PseudoLabels(Regularizer):
         for name, task in self.tasks.items():
             with torch.no_grad():
                 target, is_missing = self._predict_labels(
-                    task, labels[name], None if teacher is None else teacher[name]
+                    name, labels[name], None if teacher is None else teacher[name]
                 )
                 share = masked_fraction(task.valid(target), is_missing)
             task_loss = compute_task_loss(name, task, output, target, self.intermediate_weight)
@@ -104,13 +105,14 @@ class PseudoLabels(Regularizer):
             self.sums += torch.stack(stats)
         return RegularizerOutput(torch.stack(list(losses.values())).sum(), losses)
 
-    def _predict_labels(self, task: Task, label: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _predict_labels(self, name: str, label: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return pseudo-labels, void in labelled images, and the pixels of images without a label, bool (B, H, W)."""
+        task = self.tasks[name]
         if teacher is None:
             target = torch.full_like(label, task.void)
             return target, torch.zeros_like(task.valid(label))
         is_missing = ~task.valid(label).flatten(1).any(dim=1)[:, None, None] & teacher.isfinite().all(dim=1)
-        predicted = task.predict_label(teacher.float(), self.confidence).to(label)
+        predicted = task.predict_label(teacher.float(), self.confidences[name]).to(label)
         mask = is_missing if label.ndim == 3 else is_missing[:, None]
         return torch.where(mask, predicted, torch.full_like(label, task.void)), is_missing
 

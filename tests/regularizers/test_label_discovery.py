@@ -47,7 +47,7 @@ def make_case(**options):
     return regularizer, output, labels, draw(counts, 6, 8), leaves
 
 
-def reference(regularizer, output, labels, teacher, weights):
+def reference(regularizer, output, labels, teacher, weights, thresholds):
     """The losses image by image and task by task, as the authors' code sums them."""
     total, tasks = 0.0, regularizer.tasks
     for b, names in enumerate(LABELLED):
@@ -58,12 +58,12 @@ def reference(regularizer, output, labels, teacher, weights):
                 continue
             relevance = output.features["teacher_relevance"][name][b].sigmoid()
             total = total + weights[1] * (difference * relevance).mean()
-            target = task.predict_label(teacher[name][b : b + 1].float(), 0.4).to(labels[name])
+            target = task.predict_label(teacher[name][b : b + 1].float(), thresholds[name]).to(labels[name])
             if name != "semseg":
                 scores = output.features["teacher_labels"][name][b : b + 1]
                 sure = (5 * scores).softmax(dim=1).max(dim=1, keepdim=True).values
                 sure = torch.nn.functional.interpolate(sure, (8, 8), mode="bilinear")[:, :, :6]
-                target = torch.where(sure >= 0.8, target, torch.zeros_like(target))
+                target = torch.where(sure >= thresholds[name], target, torch.zeros_like(target))
             valid = task.valid(target)
             assert 0 < valid.sum() < valid.numel()
             loss = task.loss(output.predictions[name][b : b + 1], target) * valid.float().mean()
@@ -71,11 +71,18 @@ def reference(regularizer, output, labels, teacher, weights):
     return total * len(tasks) / len(LABELLED)
 
 
-@pytest.mark.parametrize("weights", [(1.0, 1.0), (2.0, 0.5)])
-def test_loss_and_gradients_against_the_reference(weights):
-    regularizer, output, labels, teacher, leaves = make_case(prediction_weight=weights[0], feature_weight=weights[1])
+@pytest.mark.parametrize(
+    ("weights", "task_confidences"), [((1.0, 1.0), None), ((2.0, 0.5), {"semseg": 0.5, "depth": None, "normals": 0.7})]
+)
+def test_loss_and_gradients_against_the_reference(weights, task_confidences):
+    regularizer, output, labels, teacher, leaves = make_case(
+        prediction_weight=weights[0], feature_weight=weights[1], task_confidences=task_confidences
+    )
     result = regularizer.compute_loss(output, labels, regularizer.sample(0, "abc"), teacher)
-    expected = reference(regularizer, output, labels, teacher, weights)
+    thresholds = {"semseg": 0.4, "depth": 0.8, "normals": 0.8}
+    if task_confidences:
+        thresholds |= {"semseg": 0.5, "normals": 0.7}
+    expected = reference(regularizer, output, labels, teacher, weights, thresholds)
     assert result.loss.item() == pytest.approx(expected.item(), rel=1e-5)
     gradients, ref_gradients = (torch.autograd.grad(x, leaves) for x in (result.loss, expected))
     torch.testing.assert_close(gradients, ref_gradients, rtol=1e-4, atol=1e-7)
