@@ -31,13 +31,10 @@ from torch.func import functional_call
 from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
+from mtcl.regularizers.map_encoding import DEPTH_FACTORS, check_encodable, encode_label, encode_prediction
 from mtcl.regularizers.mtpsl import FilmLayer
 from mtcl.regularizers.sampling import Draw, draw_nothing
 from mtcl.tasks.base import Task
-from mtcl.tasks.class_task import ClassTask
-from mtcl.tasks.depth import Depth
-from mtcl.tasks.edge import Edge
-from mtcl.tasks.normals import Normals
 
 DETACH_RULES = ("auto", "labelled", "none")
 TERMS = ("distance", "encoder_distance", "reconstruction")
@@ -75,8 +72,9 @@ class JointTaskRegularization(Regularizer):
         reconstruction_weight: of the error of both reconstructions, which trains the auto-encoder.
         hard_classes: classes enter the model's distance as samples, one-hot, with the gradient of the probabilities
             (Gumbel-softmax at temperature 1); else as probabilities.
-        depth_mean: metres; depth z enters as the normal distribution's probability of a value up to z.
-        depth_std: metres.
+        depth_mean: metres, of inverse depth of 20 times its value; depth z enters as the normal distribution's
+            probability of a value up to z.
+        depth_std: see ``depth_mean``.
         detach_rule: which predictions have no gradient: ``labelled`` (those of tasks that label the image), ``none``,
             ``auto`` (``none`` in images labelled for every task, else ``labelled``).
 
@@ -104,6 +102,7 @@ class JointTaskRegularization(Regularizer):
         super().__init__()
         if len(tasks) < 2:
             raise UserError("joint-task regularization needs at least two tasks; switch the regularizer off for one")
+        check_encodable(tasks)
         if detach_rule not in DETACH_RULES:
             raise ParameterError("detach_rule", f"={detach_rule} is not known; choose one of {', '.join(DETACH_RULES)}")
         self.tasks, self.seed, self.feature, self.stride = dict(tasks), seed, feature, stride
@@ -195,47 +194,34 @@ class JointTaskRegularization(Regularizer):
 class MapEncoding:
     """Encode a task's map for the auto-encoder, and compare its reconstruction with it.
 
-    Classes are one-hot or probabilities, edges probabilities, a depth z is Phi((z - mean) / std), Phi the normal
-    distribution function, and unit normals n are (n + 1) / 2.
+    As in :mod:`mtcl.regularizers.map_encoding`, but a depth z is Phi((z - mean) / std), Phi the normal distribution
+    function, and unit normals n are (n + 1) / 2.
 
     Args:
-        depth_mean: in metres.
-        depth_std: in metres.
+        depth_mean: see :class:`JointTaskRegularization`.
+        depth_std: see :class:`JointTaskRegularization`.
     """
 
     def __init__(self, depth_mean: float, depth_std: float):
         self.depth_mean, self.depth_std = depth_mean, depth_std
 
-    def encode_depth(self, x: Tensor) -> Tensor:
-        """Return Phi((x - mean) / std), 0..1."""
-        return torch.special.ndtr((x - self.depth_mean) / self.depth_std)
-
     def encode_prediction(self, task: Task, x: Tensor) -> Tensor:
         """Encode raw predictions (B, C, h, w), fp32."""
-        if isinstance(task, ClassTask):
-            return x.softmax(dim=1)
-        if isinstance(task, Depth):
-            return self.encode_depth(x)
-        if isinstance(task, Normals):
-            return (F.normalize(x, dim=1, eps=1e-6) + 1) / 2
-        if isinstance(task, Edge):
-            return x.sigmoid()
-        raise TypeError(f"no encoding of {type(task).__name__}")
+        return self._rescale(task, encode_prediction(task, x))
 
     def encode_label(self, task: Task, label: Tensor) -> Tensor:
         """Encode a batch's label: (B, C, h, w), :meth:`void_value` where it is void."""
-        if isinstance(task, ClassTask):  # no class is as large as the void
-            return (label[:, None] == torch.arange(task.channels, device=label.device)[:, None, None]).float()
-        filled = torch.where(task.valid(label)[:, None], label.float(), 0.0)
-        if isinstance(task, Depth):
-            return self.encode_depth(filled)
-        return (filled + 1) / 2 if isinstance(task, Normals) else filled
+        return self._rescale(task, encode_label(task, label))
 
     def void_value(self, task: Task, like: Tensor) -> Tensor:
         """Return what a masked pixel is, a scalar: that of depth 0, of the zero vector, of no class."""
-        if isinstance(task, Depth):
-            return self.encode_depth(like.new_zeros(()))
-        return like.new_full((), 0.5 if isinstance(task, Normals) else 0.0)
+        return self._rescale(task, like.new_zeros(()))
+
+    def _rescale(self, task: Task, values: Tensor) -> Tensor:
+        """Bring encoded depths and directions to 0..1."""
+        if task.prediction_type in DEPTH_FACTORS:
+            return torch.special.ndtr((values - self.depth_mean) / self.depth_std)
+        return (values + 1) / 2 if task.prediction_type == "direction" else values
 
     def compare(self, task: Task, x: Tensor, target: Tensor) -> Tensor:
         """Return the error of a reconstruction x (N, C, h, w) at each pixel (N, h, w).
@@ -243,9 +229,9 @@ class MapEncoding:
         Cross-entropy summed over the channels for classes and edges, |sigmoid(x) - target| for depth, 1 - cos for
         normals.
         """
-        if isinstance(task, Depth):
+        if task.prediction_type in DEPTH_FACTORS:
             return (x.sigmoid() - target).abs()[:, 0]
-        if isinstance(task, Normals):
+        if task.prediction_type == "direction":
             return 1 - F.cosine_similarity(x, 2 * target - 1, dim=1, eps=1e-6)
         return F.binary_cross_entropy_with_logits(x, target, reduction="none").sum(dim=1)
 
@@ -278,7 +264,7 @@ class JointMaps(NamedTuple):
         encoded, first = [], 0
         for name, task in self.tasks.items():
             x = self.predictions[name]
-            if hard and isinstance(task, ClassTask):
+            if hard and task.prediction_type == "class":
                 encoded.append(sample_classes(x, self.seeds, stream, first))
             else:
                 encoded.append(self.encoding.encode_prediction(task, x))

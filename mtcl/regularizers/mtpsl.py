@@ -37,13 +37,10 @@ from mtcl.distributed import all_reduce_sum_for_ddp, world_size
 from mtcl.errors import ParameterError, UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.base import Regularizer, RegularizerOutput
+from mtcl.regularizers.map_encoding import DEPTH_FACTORS, check_encodable, encode_label, encode_prediction
 from mtcl.regularizers.sampling import Draw
 from mtcl.regularizers.statistics import PairSums
 from mtcl.tasks.base import Task
-from mtcl.tasks.class_task import ClassTask
-from mtcl.tasks.depth import Depth
-from mtcl.tasks.edge import Edge
-from mtcl.tasks.normals import Normals
 
 log = logging.getLogger(__name__)
 
@@ -109,6 +106,7 @@ class CrossTaskConsistency(Regularizer):
         super().__init__()
         if len(tasks) < 2:
             raise UserError("cross-task consistency needs at least two tasks; switch the regularizer off for one")
+        check_encodable(tasks)
         if source_rule not in SOURCE_RULES:
             raise ParameterError("source_rule", f"={source_rule} is not known; choose one of {', '.join(SOURCE_RULES)}")
         feature_channels = {channels[name] for name in tasks}
@@ -245,9 +243,10 @@ class CrossTaskConsistency(Regularizer):
         predicted, labelled, coverage = [], [], []
         for name, task in self.tasks.items():
             stem, fraction = self.stems[name], self._pool(task.valid(labels[name])[:, None].float(), output.frame)
-            mean = self._pool(encode_label(task, labels[name]), output.frame) / fraction.clamp(min=1e-6)
-            labelled.append(stem(mean))
-            predicted.append(stem(encode_prediction(task, self._pool(output.predictions[name].float(), output.frame))))
+            label = encode_map(task, encode_label(task, labels[name]))
+            labelled.append(stem(self._pool(label, output.frame) / fraction.clamp(min=1e-6)))
+            prediction = self._pool(output.predictions[name].float(), output.frame)
+            predicted.append(stem(encode_map(task, encode_prediction(task, prediction))))
             coverage.append(fraction)
         return torch.stack(predicted), torch.stack(labelled), torch.stack(coverage)
 
@@ -301,33 +300,14 @@ class CrossTaskConsistency(Regularizer):
         )
 
 
-def encode_prediction(task: Task, x: Tensor) -> Tensor:
-    """Encode raw predictions (B, C, h, w), fp32, for the mapping.
+def encode_map(task: Task, values: Tensor) -> Tensor:
+    """Divide encoded depth (B, 1, h, w) by the image's largest, at least 1 m; other encoded maps stay as they are.
 
-    Probabilities of classes and of an edge, unit normals, depth over the image's largest (at least 1 m: the gradient of
-    a head that starts near zero is bounded).
+    The bound limits the gradient of a head that starts near zero.
     """
-    if isinstance(task, ClassTask):
-        return x.softmax(dim=1)
-    if isinstance(task, Depth):
-        return x / x.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-    if isinstance(task, Normals):
-        return F.normalize(x, dim=1, eps=1e-6)
-    if isinstance(task, Edge):
-        return x.sigmoid()
-    raise TypeError(f"no encoding of {type(task).__name__}")
-
-
-def encode_label(task: Task, label: Tensor) -> Tensor:
-    """Encode a batch's label in the layout of :func:`encode_prediction`, one-hot for classes, zero where it is void."""
-    if isinstance(task, ClassTask):  # no class is as large as the void
-        return (label[:, None] == torch.arange(task.channels, device=label.device)[:, None, None]).float()
-    filled = torch.where(task.valid(label)[:, None], label.float(), 0.0)
-    if isinstance(task, Depth):
-        return filled / filled.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
-    if isinstance(task, Normals | Edge):
-        return filled
-    raise TypeError(f"no encoding of {type(task).__name__}")
+    if task.prediction_type in DEPTH_FACTORS:
+        return values / values.amax(dim=(1, 2, 3), keepdim=True).clamp(min=1)
+    return values
 
 
 def mean_cosine_distance(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:

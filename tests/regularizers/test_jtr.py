@@ -14,8 +14,8 @@ from mtcl.config.build_model import build_model
 from mtcl.config.build_training import build_regularizer
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers import JointTaskRegularization
-from mtcl.regularizers.jtr import Decoder, Encoder, hash_uniform, sample_classes
+from mtcl.regularizers import CrossTaskConsistency, JointTaskRegularization
+from mtcl.regularizers.jtr import Decoder, Encoder, MapEncoding, hash_uniform, sample_classes
 from mtcl.tasks import build_task
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -351,3 +351,18 @@ def test_what_a_user_may_get_wrong():
         JointTaskRegularization(make_tasks(("depth",)))
     with pytest.raises(UserError, match=r"detach_rule=all.*auto"):
         JointTaskRegularization(make_tasks(), detach_rule="all")
+
+
+@pytest.mark.parametrize("method", [JointTaskRegularization, CrossTaskConsistency])
+def test_predictions_without_an_encoding_are_refused(method):
+    tasks = make_tasks(("depth", "edge"))
+    object.__setattr__(tasks["edge"], "prediction_type", "flow")
+    with pytest.raises(UserError, match=r"those of edge are flow; leave edge out"):
+        method(tasks, dict.fromkeys(tasks, 4))
+
+
+def test_inverse_depth_fills_the_range_as_metres_do():
+    metres, inverse = build_task("depth"), build_task("depth", inverse=True)
+    encoding, z = MapEncoding(2.3618, 1.5876), torch.tensor([0.0, 0.5, 2.0, 10.0]).view(1, 1, 2, 2)
+    for encode in (encoding.encode_label, encoding.encode_prediction):
+        torch.testing.assert_close(encode(inverse, z / 20), encode(metres, z))

@@ -18,12 +18,23 @@ from mtcl.config.build_training import build_regularizer
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import CrossTaskConsistency
-from mtcl.regularizers.mtpsl import FilmLayer, choose_sources, encode_label, encode_prediction
+from mtcl.regularizers.map_encoding import encode_label, encode_prediction
+from mtcl.regularizers.mtpsl import FilmLayer, choose_sources, encode_map
 from mtcl.tasks import build_task
 from mtcl.training.checkpoint_file import read_checkpoint_file
 
 NAMES = ("semseg", "depth", "normals", "edge")
 CLASSES = ("a", "b", "c")
+
+
+def see_label(task, label):
+    """What the mapping sees of a label."""
+    return encode_map(task, encode_label(task, label))
+
+
+def see_prediction(task, x):
+    """What the mapping sees of raw predictions."""
+    return encode_map(task, encode_prediction(task, x))
 
 
 def make_tasks(names=NAMES):
@@ -101,7 +112,7 @@ def map_cells(regularizer, output, labels, target, source, image):
         h, w = -(-height // step), -(-width // step)
         return torch.stack([torch.stack([of(i, j) for j in range(w)], dim=-1) for i in range(h)], dim=-2)[None]
 
-    raw, label = output.predictions[source][image], encode_label(tasks[target], labels[target])[image]
+    raw, label = output.predictions[source][image], see_label(tasks[target], labels[target])[image]
 
     def mean_prediction(i, j):
         pixels = cell(i, j, n)
@@ -113,7 +124,7 @@ def map_cells(regularizer, output, labels, target, source, image):
 
     s, t = NAMES.index(source), NAMES.index(target)
     pair = t * 3 + [k for k in range(4) if k != t].index(s)
-    a = map_one(regularizer, encode_prediction(tasks[source], cells(mean_prediction, n)), source, pair)
+    a = map_one(regularizer, see_prediction(tasks[source], cells(mean_prediction, n)), source, pair)
     b = map_one(regularizer, cells(mean_label, n), target, pair)
     feature = output.features["trunk"][target][image]
     f = F.adaptive_avg_pool2d(feature, a.shape[-2:])[None]
@@ -372,24 +383,27 @@ def test_values_under_void_pixels_do_not_matter():
 def test_encodings():
     """What the mapping sees of each kind of task."""
     tasks = make_tasks() | {"sal": build_task("sal")}
-    label = encode_label(tasks["semseg"], torch.tensor([[[0, 2, 255]]]))
+    label = see_label(tasks["semseg"], torch.tensor([[[0, 2, 255]]]))
     assert label[0, :, 0].tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 0]]  # classes x pixels
     logits = torch.tensor([0.0, 1.0, -2.0]).view(1, 3, 1, 1)
-    assert encode_prediction(tasks["semseg"], logits).flatten().tolist() == pytest.approx(
+    assert see_prediction(tasks["semseg"], logits).flatten().tolist() == pytest.approx(
         (logits.exp() / logits.exp().sum()).flatten().tolist()
     )
-    assert encode_label(tasks["sal"], torch.tensor([[[1, 255]]])).shape == (1, 2, 1, 2)
+    assert see_label(tasks["sal"], torch.tensor([[[1, 255]]])).shape == (1, 2, 1, 2)
     depth = torch.tensor([[0.0, 2.0, 4.0], [0.2, 0.1, 0.0]]).view(2, 1, 1, 3)
-    assert encode_label(tasks["depth"], depth).flatten().tolist() == pytest.approx([0, 0.5, 1, 0.2, 0.1, 0])
-    assert encode_prediction(tasks["depth"], depth - 1).flatten().tolist() == pytest.approx(
+    assert see_label(tasks["depth"], depth).flatten().tolist() == pytest.approx([0, 0.5, 1, 0.2, 0.1, 0])
+    assert see_prediction(tasks["depth"], depth - 1).flatten().tolist() == pytest.approx(
         [-1 / 3, 1 / 3, 1, -0.8, -0.9, -1]
     )
+    inverse = build_task("depth", inverse=True)  # 0.05 counts as 1 m
+    assert see_label(inverse, depth / 20).flatten().tolist() == pytest.approx([0, 0.5, 1, 0.2, 0.1, 0])
+    assert see_prediction(inverse, depth / 20).equal(see_label(inverse, depth / 20))
     normals = torch.tensor([[0.0, 0.6], [0.0, 0.8], [0.0, 0.0]]).view(1, 3, 1, 2)
-    assert torch.equal(encode_label(tasks["normals"], normals), normals)
-    torch.testing.assert_close(encode_prediction(tasks["normals"], 7 * normals), normals)
-    edge = encode_label(tasks["edge"], torch.tensor([0.0, 1.0, 255.0]).view(1, 1, 1, 3))
+    assert torch.equal(see_label(tasks["normals"], normals), normals)
+    torch.testing.assert_close(see_prediction(tasks["normals"], 7 * normals), normals)
+    edge = see_label(tasks["edge"], torch.tensor([0.0, 1.0, 255.0]).view(1, 1, 1, 3))
     assert edge.flatten().tolist() == [0, 1, 0]
-    assert encode_prediction(tasks["edge"], torch.zeros(1, 1, 1, 1)).item() == 0.5
+    assert see_prediction(tasks["edge"], torch.zeros(1, 1, 1, 1)).item() == 0.5
 
 
 def test_a_map_of_one_cell_is_its_shift():
