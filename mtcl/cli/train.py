@@ -36,7 +36,7 @@ from mtcl.errors import UserError, first_line
 from mtcl.evaluation.format_metrics import format_metrics
 from mtcl.evaluation.plausibility import check_labels, find_unlabeled_tasks, report_problems
 from mtcl.launch.overrides import split_override
-from mtcl.regularizers import PseudoLabels
+from mtcl.regularizers import CrossTaskConsistency, JointTaskRegularization, PseudoLabels, Regularizer
 from mtcl.run_folder import RunFolder
 from mtcl.run_lock import lock_run
 from mtcl.runtime import choose_device, choose_precision, seed_everything
@@ -228,6 +228,8 @@ def log_setup(
             "keeps all labels; set data.label_fractions, or with several tasks data.label_assignment=one",
             trainer.regularizer.method_name(),
         )
+    for problem in find_unused_settings(config, trainer.regularizer):
+        log.warning("%s", problem)
     if config.trainer.precision == "auto" and choose_precision(trainer.device, "auto") == "fp16":
         log.info(
             "trainer.precision=auto: %s has no bf16, so the run is in fp16, with a gradient scaler", trainer.device
@@ -251,6 +253,41 @@ def log_setup(
         f" ({num_trained / 1e6:.2f} M of them trained)" if num_trained < num_parameters else "",
         trainer.device,
     )
+
+
+def find_unused_settings(config: DictConfig, regularizer: Regularizer | None) -> list[str]:
+    """Return a sentence on each setting of labels and views that changes little or nothing in this training."""
+    data, problems = config.data, []
+    if data.get("label_tasks") is not None and data.get("label_assignment", "full") in ("full", PRESENT):
+        problems.append(
+            f"data.label_tasks has no effect with data.label_assignment={data.label_assignment}, which distributes no "
+            "labels"
+        )
+    if config.loss.get("views", "all") == "first":
+        if regularizer is None:
+            problems.append(
+                "without a regularizer loss.views=first computes the second views of the images for nothing; set "
+                "data.views_per_step=1 loss.views=all"
+            )
+        elif isinstance(regularizer, PseudoLabels):
+            problems.append(
+                f"with loss.views=first regularizer={regularizer.method_name()} learns from second views only where "
+                "labels are missing; loss.views=all trains the tasks on both"
+            )
+    reads_views = isinstance(regularizer, CrossTaskConsistency | JointTaskRegularization)
+    if (
+        regularizer is not None
+        and reads_views
+        and data.get("views")
+        and data.get("views_per_step", 1) == 1
+        and not data.get("feature_cache")
+    ):
+        problems.append(
+            f"data.views={data.views} is the number of different views of an image in the whole training; two views at "
+            f"each step, as regularizer={regularizer.method_name()} was published, are data.views_per_step=2 "
+            "loss.views=first"
+        )
+    return problems
 
 
 def keeps_all_labels(dataset: MultiTaskDataset) -> bool:

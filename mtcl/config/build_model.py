@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from mtcl.config.resolve import add_key_prefix, construct, locate, plain
 from mtcl.errors import UserError
 from mtcl.models import DenseModel, EncoderDecoder, SwissArmyKnife, build_backbone
-from mtcl.models.decoders import Decoder
+from mtcl.models.decoders import Decoder, TaskDiffusion
 from mtcl.models.decoders.atrc import is_named_genotype, read_genotype_file
 from mtcl.models.trainable import set_trainable
 from mtcl.tasks.base import Task
@@ -55,6 +55,8 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
         model = construct(kind, "decoder", backbone, channels, **options)
     else:
         kind = locate(target, "decoder", Decoder)
+        if issubclass(kind, TaskDiffusion):
+            check_label_kinds(options.get("kinds") or {}, tasks)
         decoder = construct(kind, "decoder", backbone.channels, backbone.strides, channels, **options)
         model = EncoderDecoder(backbone, decoder)
     if pretrained and student is not None:
@@ -65,6 +67,18 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
     channels_last = OmegaConf.select(config, "trainer.channels_last", default=False)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return model.to(memory_format=layout)
+
+
+def check_label_kinds(kinds: Mapping[str, str], tasks: Mapping[str, Task]) -> None:
+    """Raise ``UserError`` if ``decoder.kinds`` calls a task's labels something else than they are."""
+    for name, task in tasks.items():
+        expected = (
+            "metres" if task.prediction_type == "inverse_depth" else task.prediction_type
+        )  # both are encoded alike
+        kind = kinds.get(name, "class")
+        if kind != expected:
+            problem = f"={kind} does not fit the labels of {name}" if name in kinds else " is missing"
+            raise UserError(f"decoder.kinds.{name}{problem}; set decoder.kinds.{name}={expected}")
 
 
 def read_student(path: str) -> Checkpoint:

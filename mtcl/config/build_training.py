@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -260,6 +260,8 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         return None
     options = plain(settings.options)
     options.setdefault("feature", "final")
+    if issubclass(regularizer_class, TaskSaliency):
+        _check_saliency(config, model)
     if options["feature"] not in model.feature_channels:
         raise UserError(
             f"regularizer.options.feature={options['feature']} is not a feature of this decoder; "
@@ -267,26 +269,7 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         )
     if "thresholds" in options:
         options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
-    labels_of = options.get("source_labels")
-    two_images = 2 * distributed.world_size()  # data.batch_size is that of all processes
-    if labels_of in ("other_image", "random") and config.data.batch_size < two_images:
-        raise UserError(
-            f"regularizer.options.source_labels={labels_of} takes labels of another image of the process; "
-            f"give data.batch_size of {two_images} or more"
-        )
-    if options.get("source_weights") == "auto" and config.data.batch_size < two_images:
-        raise UserError(
-            "regularizer.options.source_weights=auto compares the labels of two images of a process; "
-            f"give data.batch_size of {two_images} or more"
-        )
-    views_per_step = config.data.get("views_per_step", 1)
-    if labels_of == "other_image" and views_per_step > 1:
-        raise UserError(
-            f"regularizer.options.source_labels=other_image could take another view's labels for another image's with "
-            f"data.views_per_step={views_per_step}; set data.views_per_step=1"
-        )
-    if issubclass(regularizer_class, TaskSaliency):
-        _check_saliency(config)
+    _check_images(config, options)
     channels = model.feature_channels[options["feature"]]
     if regularizer_class.min_tasks and options["feature"] == "adapted":
         raise UserError(
@@ -297,7 +280,8 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     if regularizer.uses_teacher:
         method = f"regularizer={regularizer_class.method_name()}"  # that always has a teacher
         _check_teacher(config, "regularizer.options.teacher=true" if options.get("teacher") else method)
-    regularizer.views_per_step, regularizer.loss_views = views_per_step, config.loss.get("views", "all")
+    regularizer.views_per_step = config.data.get("views_per_step", 1)
+    regularizer.loss_views = config.loss.get("views", "all")
     regularizer.intermediate_weight = config.loss.intermediate_weight
     regularizer.image_weighting = config.loss.get("image_weighting", "pixels")
     return regularizer
@@ -342,6 +326,33 @@ def _check_distillation_alone(config: DictConfig, regularizer: Regularizer | Non
         raise UserError("regularizer.detach_trunk=true would train the tasks' own layers alone, and there are no tasks")
 
 
+def _check_images(config: DictConfig, options: Mapping[str, Any]) -> None:
+    """Refuse options of a regulariser that the number, the views or the size of a batch's images do not allow."""
+    labels_of = options.get("source_labels")
+    two_images = 2 * distributed.world_size()  # data.batch_size is that of all processes
+    if labels_of in ("other_image", "random") and config.data.batch_size < two_images:
+        raise UserError(
+            f"regularizer.options.source_labels={labels_of} takes labels of another image of the process; "
+            f"give data.batch_size of {two_images} or more"
+        )
+    if options.get("source_weights") == "auto" and config.data.batch_size < two_images:
+        raise UserError(
+            "regularizer.options.source_weights=auto compares the labels of two images of a process; "
+            f"give data.batch_size of {two_images} or more"
+        )
+    views_per_step = config.data.get("views_per_step", 1)
+    if labels_of == "other_image" and views_per_step > 1:
+        raise UserError(
+            f"regularizer.options.source_labels=other_image could take another view's labels for another image's with "
+            f"data.views_per_step={views_per_step}; set data.views_per_step=1"
+        )
+    if options.get("stride", 1) > min(config.data.size):
+        raise UserError(
+            f"regularizer.options.stride={options['stride']} is more than the {min(config.data.size)} pixels of the "
+            f"shorter side of data.size=[{','.join(map(str, config.data.size))}]; give at most so many"
+        )
+
+
 def _check_teacher(config: DictConfig, key: str) -> None:
     """Refuse ``key``, which asks for a teacher's predictions, where there is no teacher."""
     if config.trainer.ema is None:
@@ -350,8 +361,22 @@ def _check_teacher(config: DictConfig, key: str) -> None:
         raise UserError(f"{key} needs whole weights in a process; set trainer.parallel=ddp")
 
 
-def _check_saliency(config: DictConfig) -> None:
+SHARED_FEATURE = "trunk"  # the name that decoders give a map that all tasks share
+
+
+def _check_saliency(config: DictConfig, model: DenseModel) -> None:
     """Refuse what second derivatives through a part of the model, or a contrast of images, can't be combined with."""
+    if SHARED_FEATURE not in model.feature_channels:
+        raise UserError(
+            "regularizer=rep_mtl compares the tasks at a map that all share, which this decoder lacks; choose "
+            "decoder=multi_head, deeplab, segnet, mtan, pad_net or dpt"
+        )
+    feature = config.regularizer.options.feature
+    if feature in model.feature_channels and feature != SHARED_FEATURE:
+        raise UserError(
+            f"regularizer.options.feature={feature} has a map for each task, and regularizer=rep_mtl compares them at "
+            f"one that all share; set regularizer.options.feature={SHARED_FEATURE}"
+        )
     if config.trainer.compile:
         raise UserError(
             "regularizer=rep_mtl takes second derivatives, which torch can't compile; set trainer.compile=false"
@@ -403,6 +428,11 @@ def build_lambda(
         raise UserError(
             f"regularizer.weighting={settings.weighting} is not known; "
             "choose fixed, gradient_norm or head_gradient_norm"
+        )
+    if settings.weighting == "fixed" and settings.weighting_cap is not None:
+        raise UserError(
+            f"regularizer.weighting_cap={settings.weighting_cap} limits the weights of regularizer.weighting="
+            "gradient_norm and head_gradient_norm, and fixed has none; set weighting_cap=null or one of these"
         )
     gradient_norm_weight = None
     if regularizer is not None and settings.weighting != "fixed":

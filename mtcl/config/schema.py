@@ -245,8 +245,8 @@ RULES: dict[str, Rule] = {
     "decoder.noise_at_inference": FLAG,
     "decoder.label_scale": POSITIVE,
     "decoder.separate_tasks": Rule(
-        "a list of different names of tasks",
-        lambda v: isinstance(v, list) and all(isinstance(name, str) for name in v) and len(set(v)) == len(v),
+        f"a list of different names among {', '.join(TASK_NAMES)}",
+        lambda v: isinstance(v, list) and all(name in TASK_NAMES for name in v) and len(set(v)) == len(v),
     ),
     **{f"decoder.class_thresholds.{task}": number(0, 1).or_null() for task in TASK_NAMES},
     "decoder.num_experts": count(1, 1000),
@@ -257,7 +257,10 @@ RULES: dict[str, Rule] = {
     "decoder.drop_path": number(0, 1),
     "decoder.query_drop_path": number(0, 1),
     "decoder.genotype": Rule("text or a mapping {target: {source: kind}}", lambda v: isinstance(v, str | dict)),
-    "decoder.kinds": MAPPING.or_null(),
+    "decoder.kinds": Rule(
+        f"a mapping whose keys are among {', '.join(TASK_NAMES)}",
+        lambda v: isinstance(v, dict) and all(name in TASK_NAMES for name in v),
+    ).or_null(),
     **{f"decoder.bin_weights.{task}": number(0).or_null() for task in TASK_NAMES},
     "decoder.reduction": WIDTH,
     "decoder.context_reduction": WIDTH,

@@ -75,9 +75,9 @@ class AugmentedDataset(Dataset[list[Sample] | UserError]):
     ) -> None:
         if views is not None and views_per_step > views:
             raise ParameterError(
-                "views_per_step",
-                f"={views_per_step} shows different views of an image at once, of which there are {views}; use "
-                f"views={views_per_step} or more, or views=null",
+                "views",
+                f"={views} is fewer than the different views that a step shows of an image (views_per_step="
+                f"{views_per_step}); give {views_per_step} or more, or null",
             )
         self.dataset, self.tasks, self.augment, self.seed = dataset, dict(tasks), augment, seed
         self.views, self.views_seed, self.features, self.views_per_step = views, views_seed, features, views_per_step

@@ -33,6 +33,7 @@ PRESENT = "present"  # its value for the labels that there are files of
 
 # The columns of the published tables, which do not name them.
 MTPSL_NYUD = ("semseg", "depth", "normals")  # nyuv2_settings/*.pth, a row per training image
+MTPSL_CITYSCAPES = ("semseg", "depth")  # cityscapes_settings/*.pth, likewise
 DIFFUSION_PASCAL = ("semseg", "human_parts", "sal", "normals", "edge")  # ssl_mapping/pascal/new_*.pth, by id
 
 
@@ -165,9 +166,9 @@ def draw_label_assignment(ids: Sequence[str], tasks: Sequence[str], mode: str, s
     """
     if len(tasks) < 2:
         raise ParameterError(
-            PARAMETER,
-            f"={mode} needs at least two tasks to choose from; use full, or name in label_tasks all tasks that share "
-            "the images.",
+            "label_tasks",
+            f" must list all tasks that share the images, for label_assignment={mode} chooses among two or more and "
+            "there is one in use; or keep all labels by label_assignment=full.",
         )
     if mode == "one":
         order = np.random.default_rng([seed, len(tasks)]).permutation(len(ids))
@@ -212,6 +213,7 @@ def read_label_assignment(path: Path, ids: Sequence[str], tasks: Sequence[str]) 
       edge.
     - MTPSL, NYU-v2 (``nyuv2_settings/*.pth``, in DiffusionMTL ``ssl_mapping/nyud_low``): ``labels_weights`` (N, 3) of
       semseg, depth, normals; row i is for image i of the list.
+    - MTPSL, Cityscapes (``cityscapes_settings/*.pth``): ``labels_weights`` (N, 2) of semseg and depth, likewise.
     - ours (``*.json``): id -> tasks.
 
     Code in a file is never run.
@@ -224,11 +226,15 @@ def read_label_assignment(path: Path, ids: Sequence[str], tasks: Sequence[str]) 
         raise _unknown_format_error(path)
     columns: tuple[str, ...]
     if "labels_weights" in content:
-        columns, table = MTPSL_NYUD, np.asarray(torch.as_tensor(content["labels_weights"]).detach())
-        if table.shape != (len(ids), len(columns)):
+        table = np.asarray(torch.as_tensor(content["labels_weights"]).detach())
+        tables = {(3,): ("NYU-v2", MTPSL_NYUD), (2,): ("Cityscapes in MTAN's layout", MTPSL_CITYSCAPES)}
+        if table.shape[1:] not in tables:
+            raise _unknown_format_error(path)
+        dataset, columns = tables[table.shape[1:]]
+        if len(table) != len(ids):
             raise UserError(
-                f"{path} is a table {table.shape} for {len(columns)} tasks, but the training list has {len(ids)} "
-                "images; use it with the whole standard split."
+                f"{path} is a table of {len(table)} images of {dataset} (labels of {', '.join(columns)}), but the "
+                f"training list has {len(ids)} images; use it with that dataset's whole standard split."
             )
         assignment = {id: _tasks_of_flags(path, columns, row) for id, row in zip(ids, table.tolist())}
     elif all(_is_list_of(value, (int, float)) for value in content.values()):

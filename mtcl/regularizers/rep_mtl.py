@@ -128,14 +128,13 @@ class TaskSaliency(Regularizer):
         maps = list(output.features[self.feature].values())
         if any(x is not maps[0] for x in maps):
             raise UserError(
-                f"a saliency needs a map that all tasks share, but each has one of its own in feature={self.feature}; "
-                "choose another feature or decoder"
+                f"a saliency needs a map that all tasks share, but each has its own feature {self.feature}; choose "
+                "another feature or decoder"
             )
         if not maps[0].requires_grad:
             raise UserError(
-                "a saliency needs the gradient of a map, but nothing that is trained comes before "
-                f"feature={self.feature} of this decoder on a frozen backbone; train the backbone or choose another "
-                "feature or decoder"
+                "a saliency needs the gradient of a map, but nothing that is trained comes before the feature "
+                f"{self.feature} of this decoder on a frozen backbone; train the backbone or choose another decoder"
             )
         num_rows = len(labels[next(iter(self.tasks))])
         if num_rows < len(maps[0]):

@@ -19,6 +19,10 @@ TINY = ("data=rooms", "backbone=resnet18", "backbone.weights=none")
         (["decoder=pad_net", "decoder.width=6"], r"decoder\.width=6 must be a multiple of 4"),
         (["decoder=atrc", "decoder.window=4"], r"decoder\.window=4 must be odd"),
         (["decoder=atrc", "decoder.kinds.depth.count=1"], r"decoder\.kinds\.depth\.count=1 must be a whole number"),
+        (["decoder=task_tokens", "decoder.kinds.depth=log_bins"], r"decoder\.kinds\.depth=log_bins must be a mapping"),
+        (["decoder=task_diffusion", "decoder.kinds.depth=class"], r"decoder\.kinds\.depth=class .*kinds\.depth=metres"),
+        (["decoder=task_diffusion", "+decoder.kinds.sal=probability"], r"decoder\.kinds\.sal=probability .*=class"),
+        (["decoder=task_diffusion", "~decoder.kinds.normals"], r"decoder\.kinds\.normals is missing; .*=direction"),
     ],
 )
 def test_messages_name_the_key(overrides, message):

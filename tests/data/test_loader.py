@@ -180,7 +180,7 @@ def test_two_of_the_limited_views_of_an_image_always_differ() -> None:
         for number in (0, 1):  # each once in every cycle
             cycles = [sorted(view[number] for view in shown[k : k + views]) for k in range(0, len(shown), views)]
             assert cycles == [list(range(views))] * 4
-    with pytest.raises(UserError, match=r"views_per_step=2 .* there are 1; use views=2 or more"):
+    with pytest.raises(UserError, match=r"views=1 is fewer than .*views_per_step=2.*; give 2 or more"):
         view_loader_of(views=1)
 
 

@@ -193,7 +193,12 @@ def test_the_published_form_of_nyud_is_read_by_row(tmp_path: Path) -> None:
     assignment = read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "depth", "normals"])
     assert assignment[IDS[0]] == {"semseg"}
     assert assignment[IDS[59]] == {"depth", "normals"}
-    with pytest.raises(UserError, match=r"\(60, 3\).*59 images"):
+    torch.save({"labels_weights": weights[:, :2]}, tmp_path / "cityscapes.pth")
+    assignment = read_label_assignment(tmp_path / "cityscapes.pth", IDS, ["semseg", "depth"])
+    assert (assignment[IDS[0]], assignment[IDS[59]]) == ({"semseg"}, {"depth"})
+    with pytest.raises(UserError, match=r"a table of 60 images of Cityscapes .*59 images; use it with that dataset"):
+        read_label_assignment(tmp_path / "cityscapes.pth", IDS[:59], ["semseg"])
+    with pytest.raises(UserError, match=r"a table of 60 images of NYU-v2 .*59 images"):
         read_label_assignment(tmp_path / "onelabel.pth", IDS[:59], ["semseg"])
     with pytest.raises(UserError, match="says nothing of edge"):
         read_label_assignment(tmp_path / "onelabel.pth", IDS, ["semseg", "edge"])
@@ -262,7 +267,7 @@ def test_labels_that_are_not_kept_are_not_read() -> None:
 
 
 def test_one_task_leaves_no_choice() -> None:
-    with pytest.raises(UserError, match="at least two tasks"):
+    with pytest.raises(UserError, match=r"label_tasks must list all tasks"):
         draw_label_assignment(IDS, ["depth"], "one", 0)
 
 

@@ -629,6 +629,8 @@ def test_gradient_balance_of_weight_zero_is_bit_equal_to_none(tmp_path):
             ["regularizer=mtpsl", "regularizer.weighting=gradient_norm"],
             r"weighting=gradient_norm is for regularizer=contrastive",
         ),
+        (["regularizer=mtpsl", "regularizer.weighting_cap=7"], r"regularizer\.weighting_cap=7 .*weighting_cap=null"),
+        (["regularizer=jtr", "regularizer.options.stride=33"], r"stride=33 .*the 32 pixels .*data\.size=\[32,64\]"),
         (["regularizer.options.source_labels=random", "data.batch_size=1"], r"source_labels=random .*another image"),
         (
             ["regularizer.options.source_labels=other_image", "data.views_per_step=2"],

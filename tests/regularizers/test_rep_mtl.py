@@ -164,8 +164,10 @@ def test_nothing_labelled_is_zero_with_a_graph():
 
 def make_model(*overrides):
     chosen = TINY
+    if any(override.startswith("decoder=") for override in overrides):
+        chosen = [override for override in TINY if "decoder." not in override]
     if "decoder=deeplab" in overrides:
-        chosen = [*(override for override in TINY if "decoder." not in override), *DECODERS["deeplab"]]
+        chosen += DECODERS["deeplab"]
     config = composed(*chosen, "backbone.name=test_resnet", "regularizer=rep_mtl", *overrides)
     tasks = build_tasks(config)
     model = build_model(config, tasks, pretrained=False).train()
@@ -207,14 +209,14 @@ def test_what_a_user_may_get_wrong():
         TaskSaliency({"depth": build_task("depth")})
     regularizer, output, labels, z, _ = make_case()
     separate = output._replace(features={"trunk": {name: z.clone() for name in WEIGHTS}})
-    with pytest.raises(UserError, match=r"map that all tasks share.*feature=trunk"):
+    with pytest.raises(UserError, match=r"map that all tasks share.*its own feature trunk"):
         regularizer.compute_loss(separate, labels, regularizer.sample(0, "abcde"))
 
 
 def test_a_map_that_nothing_trained_makes_is_refused():
     regularizer, output, labels, z, _ = make_case()
     frozen = output._replace(features={"trunk": dict.fromkeys(WEIGHTS, z.detach())})
-    with pytest.raises(UserError, match=r"nothing that is trained comes before feature=trunk"):
+    with pytest.raises(UserError, match=r"nothing that is trained comes before the feature trunk"):
         regularizer.compute_loss(frozen, labels, regularizer.sample(0, "abcde"))
 
 
@@ -224,6 +226,8 @@ def test_a_map_that_nothing_trained_makes_is_refused():
         ("trainer.compile=true", r"regularizer=rep_mtl .*trainer\.compile=false"),
         ("trainer.parallel=fsdp", r"regularizer=rep_mtl .*trainer\.parallel=ddp"),
         ("data.batch_size=1", r"regularizer=rep_mtl .*data\.batch_size of 2"),
+        ("regularizer.options.feature=final", r"regularizer\.options\.feature=final .*options\.feature=trunk"),
+        ("decoder=linear", r"regularizer=rep_mtl .*this decoder lacks; choose decoder=multi_head"),
     ],
 )
 def test_what_cannot_be_built_is_refused(override, message):

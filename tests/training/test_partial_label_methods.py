@@ -5,6 +5,7 @@ The contrast keeps the same promises in integration/test_promises.py and test_pr
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from itertools import chain
 from statistics import mean, median
@@ -15,12 +16,14 @@ from helpers.common import TINY, composed
 from helpers.shrunken import shrunk
 from omegaconf import OmegaConf
 
-from mtcl.cli.train import log_setup
+from mtcl.cli.train import find_unused_settings, log_setup
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_training import build_regularizer, build_training_run
 from mtcl.data import Batch
 from mtcl.errors import UserError
 from mtcl.evaluation.model_input import prepare_input
+from mtcl.regularizers import CrossTaskConsistency, JointTaskRegularization, PseudoLabels
+from mtcl.tasks import build_task
 from mtcl.training.checkpoint import Checkpoint
 from mtcl.training.train_step import CompiledModule
 from mtcl.training.trainer import Trainer
@@ -170,6 +173,25 @@ def test_pseudo_labels_train_a_single_task(tmp_path, caplog):
     assert "pseudo-labels" not in caplog.text
     log_setup(config, run.trainer, run.train_dataset.dataset, run.val_dataset, is_fresh=False)
     assert caplog.text.count("the pseudo-labels of regularizer=pseudo_labels are for images that lack") == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "message"),
+    [
+        ("none", ["loss.views=first", "data.views_per_step=2"], "computes the second views of the images for nothing"),
+        ("pseudo_labels", ["loss.views=first"], r"from second views only where labels are missing; loss\.views=all"),
+        ("jtr", ["data.views=2"], r"data\.views=2 is .*data\.views_per_step=2 loss\.views=first"),
+        ("none", ["data.label_tasks=[depth,edge]", "data.label_assignment=full"], r"data\.label_tasks has no effect"),
+        ("mtpsl", TWO_VIEWS, None),
+    ],
+)
+def test_settings_without_a_use_are_named(method, overrides, message):
+    classes = {"pseudo_labels": PseudoLabels, "jtr": JointTaskRegularization, "mtpsl": CrossTaskConsistency}
+    tasks = {name: build_task(name) for name in ("depth", "edge")}
+    regularizer = classes[method](tasks, dict.fromkeys(tasks, 4)) if method in classes else None
+    problems = find_unused_settings(composed(*COMMON, f"regularizer={method}", *overrides), regularizer)
+    assert len(problems) == (message is not None)
+    assert all(re.search(message, problem) for problem in problems)
 
 
 def reduce_by_hand(task, prediction, label, rule, num_labels):

@@ -153,7 +153,10 @@ def build_label_space(task: str, channels: int, options: Mapping[str, Any] | Non
     if options is None:
         return (2, Difference()) if channels == 1 else (channels, nn.Identity())
     parameter, required = f"kinds.{task}", {"log_bins": {"low", "high"}, "directions": set()}
-    remaining = dict(options) if isinstance(options, Mapping) else {}
+    if not isinstance(options, Mapping):
+        choices = "{kind: log_bins, count: 40, low: 0.6, high: 10} or {kind: directions, count: 40}"
+        raise ParameterError(parameter, f"={options} must be a mapping, such as {choices}")
+    remaining = dict(options)
     kind, count = remaining.pop("kind", None), remaining.pop("count", None)
     if kind not in required:
         raise ParameterError(f"{parameter}.kind", f"={kind} is not known; choose {' or '.join(required)}")

@@ -35,7 +35,7 @@ from mtcl.models.decoders.base import Decoder
 from mtcl.models.decoders.blocks import SpatialNorm, predict_fp32, predict_tasks, resize
 from mtcl.models.output import DenseOutput, Size
 
-KINDS = ("class", "metres", "direction", "probability")
+KINDS = {"class": None, "metres": 1, "direction": 3, "probability": 1}  # what a pixel is -> channels; None: two or more
 VOID = 255  # of classes and edges in a batch; void depths and directions are 0
 MAX_DEPTH = 80.0  # metres: to which a prediction is clamped before it is encoded, as in the authors' code
 MAX_TIME = 0.999  # largest t of training, as in the authors' code
@@ -443,7 +443,7 @@ class LabelEncoder(nn.Module):
     ):
         super().__init__()
         self.tasks, self.scale = dict(tasks), scale
-        self.kinds = {task: _check_kind(task, c, kinds.get(task, "class")) for task, c in tasks.items()}
+        self.kinds = {task: _check_kind(task, c, kinds.get(task)) for task, c in tasks.items()}
         self.thresholds = {
             task: _check_threshold(task, tasks[task], p)
             for task, p in thresholds.items()
@@ -561,13 +561,17 @@ def _to_value(prediction: Tensor, kind: str) -> Tensor:
     return F.normalize(prediction, dim=1) if kind == "direction" else prediction.sigmoid()
 
 
-def _check_kind(task: str, channels: int, kind: str) -> str:
-    """Return the kind of a task's labels, or raise ``ParameterError`` if its prediction can't have it."""
-    if kind not in KINDS:
+def _check_kind(task: str, channels: int, kind: str | None) -> str:
+    """Return the kind of a task's labels, ``class`` by default, or raise ``ParameterError`` if it can't be that."""
+    if kind is None and channels < 2:
+        raise ParameterError(f"kinds.{task}", f" is missing: {task} has one channel, so give metres or probability")
+    kind = "class" if kind is None else kind
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ParameterError(f"kinds.{task}", f"={kind} must be one of {', '.join(KINDS)}")
-    if kind == "class" and channels < 2:
-        problem = f" is missing: {task} has one channel, so give metres or probability"
-        raise ParameterError(f"kinds.{task}", problem)
+    expected = KINDS[kind]
+    if channels < 2 if expected is None else channels != expected:
+        number = "two channels or more" if expected is None else f"{expected} channel{'s' if expected > 1 else ''}"
+        raise ParameterError(f"kinds.{task}", f"={kind} is for predictions of {number}, {task} has {channels}")
     return kind
 
 

@@ -206,7 +206,7 @@ def test_label_spaces():
     ("options", "message"),
     [
         ({"kind": "means"}, "kind=means is not known; choose log_bins or directions"),
-        (3, "kind=None is not known"),
+        (3, "=3 must be a mapping"),
         ({"kind": "log_bins", "count": 40}, "takes count, high, low"),
         ({"kind": "directions", "count": 40, "low": 1}, "takes count$"),
         ({"kind": "directions", "count": 1}, "count=1 must be"),

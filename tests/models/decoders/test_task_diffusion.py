@@ -18,6 +18,7 @@ from mtcl import UserError
 from mtcl.config.build_data import build_tasks
 from mtcl.config.build_model import build_model
 from mtcl.config.resolve import plain
+from mtcl.config.schema import check_config
 from mtcl.models import EncoderDecoder, build_backbone
 from mtcl.models.decoders import TaskDiffusion, task_diffusion
 from mtcl.models.decoders.task_diffusion import average_label, list_steps, sample_classes
@@ -325,12 +326,26 @@ def test_it_overfits_a_batch():
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"kinds": {"depth": "metre"}}, "kinds.depth=metre must be one of class, metres"),
         ({"kinds": {}}, "kinds.depth is missing: depth has one channel"),
+        (
+            {"kinds": {**PARTS["kinds"], "depth": "class"}},
+            "kinds.depth=class is for predictions of two channels or more",
+        ),
+        (
+            {"kinds": {**PARTS["kinds"], "semseg": "metres"}},
+            "kinds.semseg=metres is for predictions of 1 channel, semseg",
+        ),
         ({"class_thresholds": {"semseg": 0.5}}, "class_thresholds.semseg needs a task of two classes"),
     ],
 )
 def test_wrong_options(options, message):
     with pytest.raises(UserError, match=message):
         checks.build_decoder(lambda *sizes: make(*sizes, **options))
+
+
+@pytest.mark.parametrize(("option", "value"), [("separate_tasks", ["saliency"]), ("kinds", {"dept": "metres"})])
+def test_names_of_no_task_are_refused(option, value):
+    with pytest.raises(UserError, match=rf"decoder\.{option}=.* among semseg, "):
+        check_config({"decoder": {option: value}})
 
 
 def test_the_schedule_at_its_ends():
