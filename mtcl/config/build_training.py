@@ -356,7 +356,9 @@ def _check_images(config: DictConfig, options: Mapping[str, Any]) -> None:
 def _check_teacher(config: DictConfig, key: str) -> None:
     """Refuse ``key``, which asks for a teacher's predictions, where there is no teacher."""
     if config.trainer.ema is None:
-        raise UserError(f"{key} has the running mean of the weights as its teacher; set trainer.ema=0.999")
+        raise UserError(
+            f"{key} has the running mean of the weights as its teacher; set trainer.ema=0.999 trainer.ema_warmup=true"
+        )
     if config.trainer.parallel == "fsdp" and distributed.world_size() > 1:
         raise UserError(f"{key} needs whole weights in a process; set trainer.parallel=ddp")
 

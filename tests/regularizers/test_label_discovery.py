@@ -107,7 +107,7 @@ def test_other_decoders_lack_relevance_and_labels_alone():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ([], r"regularizer=label_discovery has the running mean .*set trainer\.ema=0\.999"),
+        ([], r"regularizer=label_discovery has the running mean .*set trainer\.ema=0\.999 trainer\.ema_warmup=true"),
         (["trainer.ema=0.9", "regularizer.options.value_confidence=1.5"], r"value_confidence=1\.5 must be"),
     ],
 )
