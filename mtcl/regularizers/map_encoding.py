@@ -18,7 +18,8 @@ _ENCODERS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "class": lambda x: x.softmax(dim=1),
     "probability": lambda x: x.sigmoid(),
     "direction": lambda x: F.normalize(x, dim=1, eps=1e-6),
-    **{kind: lambda x, factor=factor: factor * x for kind, factor in DEPTH_FACTORS.items()},
+    "metres": lambda x: x,
+    "inverse_depth": lambda x: DEPTH_FACTORS["inverse_depth"] * x,
 }
 
 
