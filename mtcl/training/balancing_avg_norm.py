@@ -28,8 +28,9 @@ class AverageNorm(FixedWeights):
     the norms (``mean``).
 
     Which layer is the last one is ours: the last kernel or matrix, in the order of the model's shared parameters, that
-    the losses of all objectives reach. In several processes the norms are those of the gradients of all images
-    together. An objective without labels has no gradient and takes no part. The host does not wait for the device.
+    the losses of all objectives of the batch reach. While the regulariser is off, that may be a later one than with it.
+    In several processes the norms are those of the gradients of all images together. An objective without labels has no
+    gradient and takes no part. The host does not wait for the device.
 
     Args:
         weights: objective -> w, which multiplies its loss before; it cancels but for its part in S.
@@ -45,17 +46,18 @@ class AverageNorm(FixedWeights):
             raise ParameterError("target", f"={target} is not known; choose {' or '.join(TARGETS)}")
         self.target = target
         self.candidates = [p for p in shared if p.requires_grad and p.ndim > 1]
-        self.layer: nn.Parameter | None = None  # chosen in the first batch
-        self.has_warned = False  # that no parameter is shared
+        # By objectives, not one for all: a resumed run, which sees other losses first, has the same layers.
+        self.layers: dict[tuple[str, ...], nn.Parameter | None] = {}
         self.logged: dict[str, Tensor | float] = {}
 
     def weigh(self, losses: Mapping[str, Tensor], num_batches: int = 1) -> dict[str, float | Tensor]:
         """Return w times S / |g_i| for each objective; 1 for other losses. Keeps the graph, leaves ``.grad`` alone."""
-        fixed = super().weigh(losses, num_batches)
+        fixed, self.logged = super().weigh(losses, num_batches), {}
         objectives = {name: self.weights[name] * losses[name] for name in self.weights if name in losses}
-        rows = self._read_gradients(objectives)
-        if rows is None:
+        layer = self._find_layer(objectives)
+        if layer is None:
             return fixed
+        rows = self._read_gradients(objectives, layer)
         rows = distributed.all_reduce_sum(rows) / distributed.world_size()
         norms = rows.norm(dim=1)
         is_present = norms != 0
@@ -66,19 +68,24 @@ class AverageNorm(FixedWeights):
         self.logged |= {f"{name}/norm": norm * num_batches for name, norm in zip(objectives, norms.unbind())}
         return fixed | weighted
 
-    def _read_gradients(self, objectives: Mapping[str, Tensor]) -> Tensor | None:
-        """Return each objective's gradient at the last shared layer, (K, N); None where nothing is shared."""
-        while self.layer is None and self.candidates:
-            candidate = self.candidates.pop()
-            if all(_differentiate(self.scale_loss(loss), candidate) is not None for loss in objectives.values()):
-                self.layer = candidate
-        if self.layer is None:
-            if not self.has_warned:
-                log.warning("no trained layer serves all objectives: their norms are not balanced")
-                self.has_warned = True
-            return None
-        gradients = [_differentiate(self.scale_loss(loss), self.layer) for loss in objectives.values()]
-        zero = torch.zeros_like(self.layer)
+    def _find_layer(self, objectives: Mapping[str, Tensor]) -> nn.Parameter | None:
+        """Return the last shared layer that all of these losses reach; None, after one warning, where there is none."""
+        names = tuple(objectives)
+        if names not in self.layers:
+            layers = (
+                candidate
+                for candidate in reversed(self.candidates)
+                if all(_differentiate(self.scale_loss(loss), candidate) is not None for loss in objectives.values())
+            )
+            self.layers[names] = next(layers, None)
+            if self.layers[names] is None:
+                log.warning("no trained layer serves all of %s: their norms are not balanced", ", ".join(names))
+        return self.layers[names]
+
+    def _read_gradients(self, objectives: Mapping[str, Tensor], layer: nn.Parameter) -> Tensor:
+        """Return each objective's gradient at a layer of N weights, (K, N)."""
+        gradients = [_differentiate(self.scale_loss(loss), layer) for loss in objectives.values()]
+        zero = torch.zeros_like(layer)
         rows = torch.stack([(zero if gradient is None else gradient).float().flatten() for gradient in gradients])
         return self.unscale_gradient(rows)
 

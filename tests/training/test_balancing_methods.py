@@ -214,7 +214,6 @@ def test_avg_norm_is_its_formula(target):
         want = toy.step(FixedWeights({n: WEIGHTS[n] * factors[n] for n in WEIGHTS}), number, "abcd")
         want = {name: gradient.clone() for name, gradient in want.items()}
         torch.testing.assert_close(toy.step(balancer, number, "abcd"), want, rtol=1e-4, atol=1e-6)
-        assert balancer.layer is toy.trunk
         for name in WEIGHTS:
             assert float(balancer.summary()[f"{name}/weight"]) == pytest.approx(WEIGHTS[name] * factors[name], rel=1e-4)
             assert float(balancer.summary()[f"{name}/norm"]) == pytest.approx(float(norms[name]), rel=1e-4)
@@ -225,11 +224,18 @@ def test_avg_norm_takes_the_last_layer_that_all_reach(caplog):
     heads = torch.nn.Parameter(torch.ones(2, 2))  # that no loss reaches
     balancer = AverageNorm(WEIGHTS, [toy.trunk, toy.bias, heads])
     toy.step(balancer, 0)
-    assert balancer.layer is toy.trunk
+    assert list(balancer.layers.values()) == [toy.trunk]
+    late = torch.nn.Parameter(torch.ones(2, 2))  # that c, as a regulariser at an early feature, does not reach
+    losses = toy.losses(0)
+    losses |= {name: losses[name] + late.square().mean() for name in "ab"}
+    first, second = AverageNorm(WEIGHTS, [toy.trunk, late]), AverageNorm(WEIGHTS, [toy.trunk, late])
+    second.weigh({name: losses[name] for name in "ab"})  # a step without c, or its diagnostics
+    assert same(*({n: torch.as_tensor(w) for n, w in one.weigh(losses).items()} for one in (first, second)))
+    assert second.layers == {("a", "b"): late, ("a", "b", "c"): toy.trunk}
     alone = AverageNorm(WEIGHTS, [toy.bias, heads])
     assert same({n: g.clone() for n, g in toy.step(alone, 0).items()}, plain(toy))
     toy.step(alone, 1)
-    assert caplog.text.count("no trained layer serves all objectives") == 1
+    assert caplog.text.count("no trained layer serves all of a, b, c") == 1
     with pytest.raises(UserError, match="target=median is not known; choose sum or mean"):
         AverageNorm(WEIGHTS, [], "median")
 
