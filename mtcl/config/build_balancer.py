@@ -123,10 +123,11 @@ def _check_objectives(config: DictConfig, weights: Mapping[str, float], scalariz
     method = config.balancing.method
     if scalarizer is None or scalarizer in WITHOUT_LOSSES:
         return
-    if REGULARIZER in weights and config.regularizer.weighting == "gradient_norm":
+    if REGULARIZER in weights and config.regularizer.weighting != "fixed":
         raise UserError(
-            f"balancing.method={method} judges objectives by their losses, which regularizer.weighting=gradient_norm "
-            "rescales; use balancing.regularizer_as_objective=false or regularizer.weighting=fixed"
+            f"balancing.method={method} judges objectives by their losses, which regularizer.weighting="
+            f"{config.regularizer.weighting} rescales; use balancing.regularizer_as_objective=false or "
+            "regularizer.weighting=fixed"
         )
     if REGULARIZER in weights and scalarizer == "FAMO":
         raise UserError(

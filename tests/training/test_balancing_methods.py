@@ -477,6 +477,11 @@ AS_OBJECTIVE = {"regularizer_as_objective": True, "regularizer.weighting": "fixe
         ("avg_norm", {"trainer.compile": True}, "set trainer.compile=false"),
         ("gls", {"loss.weights.edge": 0}, "loss.weights.edge=0"),
         ("gls", {"regularizer_as_objective": True}, "regularizer.weighting=fixed"),
+        (
+            "uncertainty",
+            AS_OBJECTIVE | {"regularizer.weighting": "head_gradient_norm"},
+            "regularizer.weighting=head_gradient_norm rescales",
+        ),
         ("famo", AS_OBJECTIVE, "balancing.regularizer_as_objective=false"),
     ],
 )
