@@ -371,7 +371,7 @@ def run_jobs(jobs: Sequence[StudyJob], overrides: Sequence[str], study: Study, l
             time.sleep(POLL)
         if signals and (queue.running or queue.waiting):
             say(f"interrupted: ending {len(queue.running)} run{'s' * (len(queue.running) != 1)}")
-            stop_processes(list(queue.running), signal.SIGINT, PATIENCE)
+            stop_processes(list(queue.running), signal.SIGTERM, PATIENCE, signals)
             say("the same command continues this study")
             raise KeyboardInterrupt
         if queue.running:

@@ -46,9 +46,9 @@ from mtcl.run_lock import lock_run
 STUDIES = sorted((ROOT / "scripts" / "studies").glob("*.yaml"))
 
 # Takes the words of train.py. gain=: how much better than seed alone would have it. wait=N: until N runs have started.
-# trouble=FILE: while FILE is there, fail, or (FILE ends in .hang) write a checkpoint and wait to be interrupted.
+# trouble=FILE: while FILE is there, fail, or (FILE ends in .hang) write a checkpoint and wait for SIGTERM.
 TRAIN = """
-import json, pathlib, sys, time
+import json, pathlib, signal, sys, time
 words = dict(word.split("=", 1) for word in sys.argv[1:])
 folder, seed = pathlib.Path(words["hydra.run.dir"].strip("'")), int(words["seed"])
 calls = folder.parents[1] / "calls"
@@ -60,13 +60,14 @@ while len(calls.read_text().splitlines()) < int(words.get("wait", 0)):
     time.sleep(0.02)
 trouble = pathlib.Path(words.get("trouble", "/nonexistent"))
 if trouble.exists() and trouble.suffix == ".hang":
+    def save(*_):
+        print("saved")
+        sys.exit(75)
+
+    signal.signal(signal.SIGTERM, save)
     (folder / "checkpoints").mkdir()
     (folder / "checkpoints" / "last.pt").write_text("")
-    try:
-        time.sleep(60)
-    except KeyboardInterrupt:
-        print("interrupted")
-        sys.exit(130)
+    time.sleep(60)
 if trouble.exists():
     print("train 1/9\\rtrain 2/9\\nerror: the loss was not finite")
     sys.exit(1)
@@ -380,7 +381,7 @@ def test_a_signal_ends_the_runs_and_the_same_command_continues_them(run, study_f
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == handler
     assert lines[-2:] == ["interrupted: ending 1 run", "the same command continues this study"]
-    assert (tmp_path / "out/a/seed_0.log").read_text().endswith("interrupted\n")
+    assert (tmp_path / "out/a/seed_0.log").read_text().endswith("saved\n")
     assert calls(tmp_path) == ["a 0"]
     (tmp_path / "t.hang").unlink()
     again, failures = run()
