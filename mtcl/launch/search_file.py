@@ -6,12 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from mtcl.errors import UserError, suggest
+from mtcl.errors import UserError
 from mtcl.launch.overrides import LAUNCHER_KEYS, check_overrides, split_override
+from mtcl.launch.yaml_file import check_mapping, read_texts
 from mtcl.results.columns import Column, make_column
-from mtcl.safe_files import check_depth, read_text
 from mtcl.tasks import TASK_NAMES
 
 KEYS = ("name", "overrides", "space", "objective", "seed", "trials", "pruning", "environment")
@@ -74,17 +72,12 @@ class Search:
 
 def read_search(path: Path) -> Search:
     """Read a search; ``UserError`` names the file and the key of a mistake."""
-    try:
-        content = yaml.load(read_text(path), yaml.BaseLoader)  # every value as text
-        check_depth(content, path)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
-    definition = _mapping(path, "the file", content, KEYS)
+    definition = check_mapping(path, "the file", read_texts(path), KEYS)
     overrides = definition.get("overrides", [])
     if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
         raise UserError(f"{path}: overrides must be a list of texts, e.g. [experiment=nyud_small_cpu].")
     check_overrides(f"{path}: overrides", overrides)
-    space = _mapping(path, "space", definition.get("space"), None)
+    space = check_mapping(path, "space", definition.get("space"))
     if not space:
         raise UserError(f"{path}: space must hold a key of the config or more, e.g. regularizer.weight: {{...}}.")
     ranges = tuple(_range(path, key, bounds) for key, bounds in space.items())
@@ -96,7 +89,7 @@ def read_search(path: Path) -> Search:
     if pruning in ("none", "null", "false"):
         startup = None
     else:
-        fields = _mapping(path, "pruning", pruning, PRUNING_KEYS)
+        fields = check_mapping(path, "pruning", pruning, PRUNING_KEYS)
         startup = (
             _integer(path, "pruning.startup_trials", fields.get("startup_trials", "5")),
             _integer(path, "pruning.warmup_steps", fields.get("warmup_steps", "0")),
@@ -111,20 +104,9 @@ def read_search(path: Path) -> Search:
         pruning=startup,
         environment={
             key: _text(path, f"environment.{key}", value)
-            for key, value in _mapping(path, "environment", definition.get("environment", {}), None).items()
+            for key, value in check_mapping(path, "environment", definition.get("environment", {})).items()
         },
     )
-
-
-def _mapping(path: Path, where: str, content: Any, keys: Sequence[str] | None) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        allowed = f" with keys among {', '.join(keys)}" if keys else ""
-        raise UserError(f"{path}: {where} must be a mapping{allowed}.")
-    for key in content:
-        if keys is not None and key not in keys:
-            hint = suggest(str(key), keys)
-            raise UserError(f"{path}: {where} has an unknown key {key}{hint}; it may have {', '.join(keys)}.")
-    return dict(content)
 
 
 def _text(path: Path, where: str, value: Any) -> str:
@@ -146,7 +128,7 @@ def _range(path: Path, key: str, bounds: Any) -> Range:
         if len(bounds) < 2 or not all(isinstance(value, str) for value in bounds) or len(set(bounds)) < len(bounds):
             raise UserError(f"{path}: {where} must be a list of two different values or more.")
         return Range(key, choices=tuple(bounds))
-    fields = _mapping(path, where, bounds, RANGE_KEYS)
+    fields = check_mapping(path, where, bounds, RANGE_KEYS)
     flags = {}
     for flag in ("log", "int"):
         if fields.get(flag, "false") not in ("true", "false"):

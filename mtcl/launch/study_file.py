@@ -6,11 +6,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mtcl.errors import UserError, suggest
 from mtcl.launch.overrides import check_overrides
-from mtcl.safe_files import check_depth, read_text
+from mtcl.launch.yaml_file import check_mapping, read_texts
 from mtcl.tasks import TASK_NAMES
 
 KEYS = ("name", "overrides", "seeds", "variants", "single_task", "environment")
@@ -75,32 +73,14 @@ class Study:
         return replace(self, variants=(*self.variants, *variants), single_task=None)
 
 
-class _Loader(yaml.BaseLoader):
-    """Load every scalar as text, as a variant may be called ``off``; a repeated key is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys: set[str] = set()
-        for key, _ in node.value:
-            if key.value in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value} appears twice", key.start_mark
-                )
-            keys.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_study(path: Path) -> Study:
     """Read a study; ``UserError`` names the file and the key of a mistake."""
-    try:
-        content = yaml.load(read_text(path), _Loader)
-        check_depth(content, path)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path} is not a readable YAML file: {' '.join(str(error).split())}.") from error
+    content = read_texts(path)
     if isinstance(content, dict):
         for key, new in RENAMED_KEYS.items():
             if key in content:
                 raise UserError(f"{path}: the key {key} is called {new} now.")
-    definition = _mapping(path, "the file", content, KEYS)
+    definition = check_mapping(path, "the file", content, KEYS)
     name = _name(path, "name", definition.get("name", path.stem))
     seeds = _seeds(path, "seeds", definition["seeds"]) if "seeds" in definition else None
     variants_by_name = definition.get("variants")
@@ -112,7 +92,7 @@ def read_study(path: Path) -> Study:
     )
     single_task, tasks = None, None
     if "single_task" in definition:
-        content = _mapping(path, "single_task", definition["single_task"], SINGLE_TASK_KEYS)
+        content = check_mapping(path, "single_task", definition["single_task"], SINGLE_TASK_KEYS)
         tasks = _tasks(path, content.pop("tasks")) if "tasks" in content else None
         single_task = _variant(path, "single_task", content, seeds, where="single_task")
     _check(path, variants, single_task is not None)
@@ -127,19 +107,9 @@ def read_study(path: Path) -> Study:
 # Values
 
 
-def _mapping(path: Path, where: str, content: Any, keys: Sequence[str]) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: {where} must be a mapping with keys among {', '.join(keys)}.")
-    for key in content:
-        if key not in keys:
-            hint = suggest(str(key), keys)
-            raise UserError(f"{path}: {where} has an unknown key {key}{hint}; it may have {', '.join(keys)}.")
-    return dict(content)
-
-
 def _variant(path: Path, name: str, content: Any, seeds: tuple[int, ...] | None, where: str = "") -> Variant:
     where = where or f"variants.{name}"
-    fields = _mapping(path, where, content, VARIANT_KEYS)
+    fields = check_mapping(path, where, content, VARIANT_KEYS)
     variant_seeds = _seeds(path, f"{where}.seeds", fields["seeds"]) if "seeds" in fields else seeds
     if variant_seeds is None:
         raise UserError(f"{path}: {where} has no seeds; give seeds to it or to the study, e.g. seeds: [0, 1, 2].")

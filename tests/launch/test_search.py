@@ -141,6 +141,7 @@ MISTAKES = {
     "a range that is none": ("{low: 0, high: 0.1}", "0.1", ["margin", "mapping"]),
     "the split": ("regularizer.options.margin", "data.split", ["data.split", "itself"]),
     "a key twice": ("[trainer.max_steps=4]", "[regularizer.weight=4]", ["both in overrides and in space"]),
+    "a repeated key": ("seed: 3", "seed: 3\nseed: 4", ["the key seed appears twice"]),
     "an override that is none": ("[trainer.max_steps=4]", "[x]", ["overrides", "'x'"]),
     "overrides that are no list": ("[trainer.max_steps=4]", "a=b", ["overrides must be a list"]),
     "an objective that is none": ("depth/rmse", "rmse", ["objective", "rmse", "Delta_MTL", "task/metric"]),
