@@ -10,14 +10,23 @@ from mtcl.errors import UserError
 LAUNCHER_KEYS = ("seed", "resume", "hydra.run.dir")  # set by studies and searches themselves
 
 
-def check_overrides(where: str, overrides: Sequence[str], reserved: Sequence[str] = LAUNCHER_KEYS) -> None:
-    """Raise ``UserError`` for a text that is no override of train.py, or sets a reserved key."""
+def check_overrides(
+    where: str, overrides: Sequence[str], launcher: str, reserved: Sequence[str] = LAUNCHER_KEYS
+) -> None:
+    """Raise ``UserError`` for a text that is no override of train.py, or sets a key that the launcher sets.
+
+    Args:
+        where: Where the overrides come from, for messages.
+        overrides: ``key=value`` each.
+        launcher: ``study`` or ``search``, for messages.
+        reserved: The keys that it sets.
+    """
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not re.fullmatch(r"(\+{0,2}|~)[\w./@:-]+", key) or not (equals or override.startswith("~")):
             raise UserError(f"{where}: {override!r} is no override; write key=value as for train.py.")
         if strip_prefix(key) in reserved:
-            raise UserError(f"{where}: {override} is set by the study itself; leave it out.")
+            raise UserError(f"{where}: {override} is set by the {launcher} itself; leave it out.")
 
 
 def strip_prefix(key: str) -> str:

@@ -93,7 +93,9 @@ def run_search(
         UserError: A mistake in file or overrides, or all trials failed.
     """
     search = read_search(path)
-    check_overrides("the command", overrides, reserved=(*LAUNCHER_KEYS, *(bounds.key for bounds in search.space)))
+    check_overrides(
+        "the command", overrides, "search", reserved=(*LAUNCHER_KEYS, *(bounds.key for bounds in search.space))
+    )
     if baseline and search.objective not in DELTA_OBJECTIVES:
         raise UserError(f"--baseline is of no use with the objective {search.objective}.")
     output = output.resolve()

@@ -76,7 +76,7 @@ def read_search(path: Path) -> Search:
     overrides = definition.get("overrides", [])
     if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
         raise UserError(f"{path}: overrides must be a list of texts, e.g. [experiment=nyud_small_cpu].")
-    check_overrides(f"{path}: overrides", overrides)
+    check_overrides(f"{path}: overrides", overrides, "search")
     space = check_mapping(path, "space", definition.get("space"))
     if not space:
         raise UserError(f"{path}: space must hold a key of the config or more, e.g. regularizer.weight: {{...}}.")
@@ -123,7 +123,7 @@ def _integer(path: Path, where: str, value: Any, least: int = 0) -> int:
 
 def _range(path: Path, key: str, bounds: Any) -> Range:
     where = f"space.{key}"
-    check_overrides(f"{path}: {where}", [f"{key}=0"], reserved=(*LAUNCHER_KEYS, "data.split"))
+    check_overrides(f"{path}: {where}", [f"{key}=0"], "search", reserved=(*LAUNCHER_KEYS, "data.split"))
     if isinstance(bounds, list):
         if len(bounds) < 2 or not all(isinstance(value, str) for value in bounds) or len(set(bounds)) < len(bounds):
             raise UserError(f"{path}: {where} must be a list of two different values or more.")

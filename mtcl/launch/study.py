@@ -189,7 +189,7 @@ def plan_study(
     Raises:
         UserError: A mistake in file or overrides, or ``output`` has runs of other overrides.
     """
-    check_overrides("the command", overrides)
+    check_overrides("the command", overrides, "study")
     study = read_study(path)
     if study.single_task is not None:
         common = merge_overrides(study.overrides, overrides, study.single_task.overrides)

@@ -164,7 +164,7 @@ def _name(path: Path, where: str, value: Any) -> str:
 def _overrides(path: Path, where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise UserError(f"{path}: {where} must be a list of texts, e.g. [regularizer=none, 'data.size=[96,128]'].")
-    check_overrides(f"{path}: {where}", value)
+    check_overrides(f"{path}: {where}", value, "study")
     return tuple(value)
 
 

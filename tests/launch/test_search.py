@@ -139,7 +139,7 @@ MISTAKES = {
     "a flag that is none": ("log: true", "log: maybe", ["weight.log", "true or false"]),
     "one choice": ("{low: 0, high: 0.1}", "[1]", ["margin", "two different values"]),
     "a range that is none": ("{low: 0, high: 0.1}", "0.1", ["margin", "mapping"]),
-    "the split": ("regularizer.options.margin", "data.split", ["data.split", "itself"]),
+    "the split": ("regularizer.options.margin", "data.split", ["data.split", "set by the search itself"]),
     "a key twice": ("[trainer.max_steps=4]", "[regularizer.weight=4]", ["both in overrides and in space"]),
     "a repeated key": ("seed: 3", "seed: 3\nseed: 4", ["the key seed appears twice"]),
     "an override that is none": ("[trainer.max_steps=4]", "[x]", ["overrides", "'x'"]),
@@ -377,7 +377,7 @@ def test_an_edge_stands_with_its_loss_until_both_have_odsf(file):
 def test_the_pictures_of_the_test_are_not_searched_on(run, file, tmp_path):
     with pytest.raises(UserError, match=r"data\.split=standard: values are chosen on the tune split"):
         run("data.split=standard")
-    with pytest.raises(UserError, match=r"regularizer\.weight=1 is set by the study itself"):
+    with pytest.raises(UserError, match=r"regularizer\.weight=1 is set by the search itself"):
         run("regularizer.weight=1")
 
     def refuse(overrides):

@@ -160,7 +160,7 @@ MISTAKES = {
     "overrides that are no list": ("[regularizer=none]", "regularizer=none", ["variants.off.overrides", "list"]),
     "an override that is none": ("[regularizer=none]", "[regularizer]", ["variants.off.overrides", "'regularizer'"]),
     "an override as a mapping": ("[regularizer=none]", "[{gain: 1}]", ["variants.off.overrides", "list of texts"]),
-    "a seed as an override": ("[gain=0.1]", "[seed=4]", ["variants.on.overrides", "seed=4", "itself"]),
+    "a seed as an override": ("[gain=0.1]", "[seed=4]", ["variants.on.overrides", "seed=4", "set by the study itself"]),
     "a folder as an override": ("[gain=0.1]", "[hydra.run.dir=x]", ["variants.on.overrides", "itself"]),
     "two equal labels": ("of itself", "on", ["variants.on and variants.self", "label on"]),
     "an arm twice": ("  self:", "  on:", ["the key on appears twice"]),
