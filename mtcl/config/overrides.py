@@ -15,22 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mtcl.config.quoting import expand_tilde, quote_value
 from mtcl.config.renamed import explain_renamed_key, explain_renamed_value
-from mtcl.config.schema import RULES, flatten
+from mtcl.config.schema import PATH_KEYS, RULES, flatten
 from mtcl.errors import UserError, find_similar, first_line, suggest
 
-# Keys whose value is a path, or a part of one; or a keyword such as auto, hub, one.
-PATH_KEYS: tuple[str, ...] = (
-    "data.root",
-    "data.cache",
-    "data.shards",
-    "data.feature_cache",
-    "data.label_assignment",
-    "backbone.weights",
-    "resume",
-    "checkpoint",
-)
-PATH_KEYS += ("predictions", "save_predictions", "name", "hydra.run.dir", "hydra.sweep.dir", "decoder.genotype")
-PATH_KEYS += ("logger.mlflow.tracking_uri",)
+QUOTED_KEYS = (*PATH_KEYS, "hydra.run.dir", "hydra.sweep.dir")
 ALIASES = {"logger=null": "logger=none"}  # Hydra refuses null for a group that has a default
 FLAGS_WITH_VALUE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--package", "-p")
 SPECIAL_CHARACTERS = re.compile(
@@ -39,7 +27,7 @@ SPECIAL_CHARACTERS = re.compile(
 
 
 def quote_paths(args: Sequence[str], sweeps: bool = False) -> list[str]:
-    """Return a command's arguments as Hydra reads them: values of :data:`PATH_KEYS` in quotes where they need some.
+    """Return a command's arguments as Hydra reads them: paths in quotes where they need some.
 
     Args:
         args: of the command line; flags and keys that name no path are kept, but for ``~`` at a value's beginning.
@@ -53,7 +41,7 @@ def quote_paths(args: Sequence[str], sweeps: bool = False) -> list[str]:
 
 def _quote_path(arg: str, sweeps: bool) -> str:
     key, equals, text = arg.partition("=")
-    if not equals or key.lstrip("+") not in PATH_KEYS or (key.endswith("genotype") and text.startswith("{")):
+    if not equals or key.lstrip("+") not in QUOTED_KEYS or (key.endswith("genotype") and text.startswith("{")):
         return arg
     if not sweeps or _parse_value(text) is not None:
         return f"{key}={_quote_if_needed(text, sweeps)}"

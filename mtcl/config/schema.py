@@ -35,6 +35,7 @@ class Rule:
             key changes the rounding or the meaning of ``best.pt``.
         extendable: whether a run that is resumed may have another value although the key bears on the result.
         orders_samples: whether the order of the training samples depends on the key.
+        is_path: whether the value is a path, or a part of one; or a keyword such as auto, hub, one.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Rule:
     must_match: bool = False
     extendable: bool = False
     orders_samples: bool = False
+    is_path: bool = False
 
     def or_null(self) -> "Rule":
         """Return this rule with null allowed, too."""
@@ -90,6 +92,7 @@ def pair(text: str, is_valid: Callable[[Any], bool]) -> Rule:
 
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
 TEXT = Rule("text", lambda v: isinstance(v, str))
+PATH = replace(TEXT, is_path=True)
 MAPPING = Rule("a mapping {key: value}", lambda v: isinstance(v, dict))
 THRESHOLDS = "a positive and a negative threshold"
 MAX_SIDE = 16384
@@ -141,33 +144,33 @@ MODEL_GROUPS = ("backbone", "decoder")  # what a checkpoint's weights belong to
 
 # Every key of a config: its rule and its role.
 RULES: dict[str, Rule] = {
-    "name": TEXT.with_role(RECORD),
+    "name": PATH.with_role(RECORD),
     "seed": SEED_VALUE.with_role(SEED, orders_samples=True),
-    "resume": TEXT.or_null().with_role(COMMAND),
-    "checkpoint": TEXT.or_null().with_role(COMMAND),
-    "predictions": TEXT.or_null().with_role(COMMAND),
-    "save_predictions": TEXT.or_null().with_role(COMMAND),
+    "resume": PATH.or_null().with_role(COMMAND),
+    "checkpoint": PATH.or_null().with_role(COMMAND),
+    "predictions": PATH.or_null().with_role(COMMAND),
+    "save_predictions": PATH.or_null().with_role(COMMAND),
     "data.name": FILE_NAME.with_role(RESULT, orders_samples=True),
     "data._target_": TARGET,
-    "data.root": TEXT.or_null().with_role(MACHINE),
+    "data.root": PATH.or_null().with_role(MACHINE),
     "data.split": FILE_NAME.with_role(RESULT, orders_samples=True),
     "data.size": SIZE,
     "data.batch_size": count(1, 1_000_000).with_role(RESULT, orders_samples=True),
     "data.eval_batch_size": count(1, 65536).with_role(MACHINE),
     "data.workers": count(0, 1024).with_role(MACHINE),
     "data.limit": count(1).or_null().with_role(RESULT, orders_samples=True),
-    "data.cache": TEXT.or_null().with_role(MACHINE),
+    "data.cache": PATH.or_null().with_role(MACHINE),
     "data.memory_map": FLAG.with_role(MACHINE),
-    "data.shards": TEXT.or_null().with_role(MACHINE, must_match=True, orders_samples=True),
+    "data.shards": PATH.or_null().with_role(MACHINE, must_match=True, orders_samples=True),
     "data.shuffle_buffer": count(1, 10**6).with_role(MACHINE, must_match=True, orders_samples=True),
-    "data.feature_cache": TEXT.or_null().with_role(MACHINE),
+    "data.feature_cache": PATH.or_null().with_role(MACHINE),
     "data.feature_precision": TEXT,
     "data.views": count(1, 65536).or_null(),
     "data.views_seed": SEED_VALUE,
     "data.views_per_step": count(1, 2),
     "data.normals_valid": TEXT,
     "data.strict": FLAG.with_role(MACHINE),
-    "data.label_assignment": TEXT,
+    "data.label_assignment": PATH,
     "data.label_fractions": Rule(
         "a mapping {task: fraction of the images that keep its label}",
         lambda v: isinstance(v, dict) and all(name in TASK_NAMES and _is_number(f) for name, f in v.items()),
@@ -193,7 +196,7 @@ RULES: dict[str, Rule] = {
     "data.boundary_distance": POSITIVE,
     "tasks.names": NAMES,
     "backbone.name": TEXT,
-    "backbone.weights": TEXT.or_null(),
+    "backbone.weights": PATH.or_null(),
     "backbone.trainable": Rule(TRAINABLE_CHOICES, lambda v: isinstance(v, str) and bool(TRAINABLE.fullmatch(v))),
     "backbone.lora.rank": count(1, 4096),
     "backbone.lora.alpha": number(0, 100_000),
@@ -256,7 +259,9 @@ RULES: dict[str, Rule] = {
     "decoder.memory_update": TEXT,
     "decoder.drop_path": number(0, 1),
     "decoder.query_drop_path": number(0, 1),
-    "decoder.genotype": Rule("text or a mapping {target: {source: kind}}", lambda v: isinstance(v, str | dict)),
+    "decoder.genotype": replace(
+        PATH, text="text or a mapping {target: {source: kind}}", is_valid=lambda v: isinstance(v, str | dict)
+    ),
     "decoder.kinds": Rule(
         f"a mapping whose keys are among {', '.join(TASK_NAMES)}",
         lambda v: isinstance(v, dict) and all(name in TASK_NAMES for name in v),
@@ -270,7 +275,7 @@ RULES: dict[str, Rule] = {
     "decoder.teachers": TEACHER_NAMES,
     "decoder.routing": TEXT,
     "decoder.noisy_gating": FLAG,
-    "decoder.weights": TEXT.or_null(),
+    "decoder.weights": PATH.or_null(),
     "regularizer._target_": TARGET.or_null(),
     "regularizer.weight": number(0),
     "regularizer.warmup_steps": count(),
@@ -387,7 +392,7 @@ RULES: dict[str, Rule] = {
     "schedule.warmup_steps": count(),
     "schedule.step_size": count(1).or_null(),
     "schedule.gamma": number(0),
-    "logger.mlflow.tracking_uri": TEXT.or_null().with_role(RECORD),
+    "logger.mlflow.tracking_uri": PATH.or_null().with_role(RECORD),
     "logger.mlflow.experiment": TEXT.with_role(RECORD),
     "logger.mlflow.run_name": TEXT.or_null().with_role(RECORD),
     "logger.wandb.project": TEXT.with_role(RECORD),
@@ -429,6 +434,8 @@ RULES: dict[str, Rule] = {
     "trainer.dry_run": FLAG,
     "trainer.profile": count(1, 1000).or_null().with_role(RECORD),
 }
+
+PATH_KEYS = tuple(key for key, rule in RULES.items() if rule.is_path)
 
 
 # Keys younger than some run folders, and what those runs did: with and without the key they are one row of a table.

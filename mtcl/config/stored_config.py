@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mtcl.config.renamed import upgrade_config
-from mtcl.config.schema import check_config, truncate
+from mtcl.config.schema import PATH_KEYS, check_config, truncate
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.models.decoders.atrc import is_named_genotype
 from mtcl.safe_files import check_depth
@@ -23,19 +23,9 @@ REQUIRED_KEYS = ("seed", "backbone.name", "decoder._target_", "data.name", "data
 MAX_VALUES = 20_000  # of a config; those of today have about 150
 MAX_TEXT_LENGTH, MAX_KEY_LENGTH = 4_096, 200
 MAX_CHANNELS = 100_000  # of a task
-# Where the machine of the training had its files. Reading images from data.root is what evaluate.py is asked for; the
-# others are the reader's own to say.
-PATH_KEYS = (
-    "data.cache",
-    "data.shards",
-    "data.feature_cache",
-    "backbone.weights",
-    "decoder.weights",
-    "resume",
-    "checkpoint",
-    "predictions",
-    "save_predictions",
-)
+# Paths that drop_paths leaves. Reading images from data.root is what evaluate.py is asked for, nothing is read from
+# name, and the last two have checks of their own.
+KEPT_PATHS = ("data.root", "name", "data.label_assignment", "decoder.genotype")
 WEIGHT_SOURCES = ("none", "hub")  # values of backbone.weights that say how training began
 LABEL_ASSIGNMENTS = ("full", "one", "random", "present")  # of data.label_assignment; anything else is a path
 LEGACY_DEFAULTS: dict[str, Any] = {  # keys younger than some checkpoints
@@ -119,7 +109,7 @@ def _copy_plain(value: Any, key: str, count: list[int]) -> Any:
 
 def drop_paths(config: dict[str, Any]) -> None:
     """Take from a plain config what names files of the machine it was trained on, but for ``data.root``."""
-    for key in PATH_KEYS:
+    for key in (key for key in PATH_KEYS if key not in KEPT_PATHS):
         group, _, name = key.rpartition(".")
         part = config.get(group) if group else config
         if isinstance(part, dict) and part.get(name) not in (None, *WEIGHT_SOURCES):

@@ -4,10 +4,11 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mtcl.config.schema import role_of
+from mtcl.config.schema import MACHINE, PATH_KEYS, RESULT, role_of
 from mtcl.errors import UserError
 
 LAUNCHER_KEYS = ("seed", "resume", "hydra.run.dir")  # set by studies and searches themselves
+FILES = tuple(key for key in PATH_KEYS if role_of(key) == RESULT)  # that a result depends on, or keywords
 
 
 def check_overrides(
@@ -64,13 +65,13 @@ def make_portable(overrides: Sequence[str]) -> list[str]:
 
 def is_machine_key(key: str) -> bool:
     """Is this a key of the machine or of the launcher, not of what is learned? The runs of a study may differ in it."""
-    return key in LAUNCHER_KEYS or key == "name" or role_of(key) == "machine"
+    return key in LAUNCHER_KEYS or key == "name" or role_of(key) == MACHINE
 
 
 def is_file_path(key: str, value: str) -> bool:
     """Is this value of a key the path of a file?"""
     text = unquote(value)
-    return text.startswith(("/", "~/", "./", "../")) or (key in ("backbone.weights", "decoder.weights") and "/" in text)
+    return text.startswith(("/", "~/", "./", "../")) or (key in FILES and "/" in text)
 
 
 def unquote(value: str) -> str:

@@ -22,7 +22,7 @@ from typing import IO, Any
 from omegaconf import OmegaConf
 
 from mtcl.config.diff import find_changed_experiment_keys, format_changes
-from mtcl.config.schema import role_of
+from mtcl.config.schema import MACHINE, PATH_KEYS, role_of
 from mtcl.errors import UserError, escape_control_characters
 from mtcl.launch.job import Job
 from mtcl.launch.overrides import is_file_path, split_override
@@ -33,7 +33,7 @@ from mtcl.results.tables import format_value
 from mtcl.run_folder import RunFolder
 
 NAME_LENGTH, PART_LENGTH = 100, 40  # of the readable part of a job's folder, of one of its overrides
-FOLDERS = ("data.root", "data.cache", "data.shards", "data.feature_cache")  # not in that part
+FOLDERS = tuple(key for key in PATH_KEYS if role_of(key) == MACHINE)  # not in that part
 POLL = 0.1  # seconds between two looks at a running job
 FINISHED, FINISHED_EARLIER, RUNNING_ELSEWHERE, STOPPED, FAILED = (
     "finished",

@@ -41,6 +41,7 @@ VALUES = [
     ("name=true", "true"),
     ("data.label_assignment=it's", "it's"),
     ("backbone.weights=a\\b=c", "a\\b=c"),
+    ("decoder.weights=/w=0.1/last.pt", "/w=0.1/last.pt"),
     ("data.root=/a\\", "/a\\"),
     ("data.cache=null", None),
     ("resume=auto", "auto"),
@@ -91,10 +92,10 @@ def test_a_homes_sign_is_replaced_in_every_script(monkeypatch, tmp_path):
 
 def test_paths_of_yaml_files_have_the_home_folder_too(cli, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = composed("data=nyud")
-    config.data.root = "~/nyu"
+    config = composed("data=nyud", "decoder=sak", "backbone=vit_small")
+    config.data.root, config.decoder.weights = "~/nyu", "~/last.pt"
     expand_home(config)
-    assert config.data.root == f"{tmp_path}/nyu"
+    assert (config.data.root, config.decoder.weights) == (f"{tmp_path}/nyu", f"{tmp_path}/last.pt")
     assert config.data.cache == "data/cache"
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\nname: ~/mine=1\nhydra: {run: {dir: '~/run'}}\n"
