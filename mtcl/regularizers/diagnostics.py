@@ -19,13 +19,16 @@ def compare_feature_gradients(
     Args:
         task_loss: weighted sum over the tasks, as it enters the step.
         regularizer_loss: the regulariser's, times lambda.
-        features: target -> feature map, in the graph of both.
+        features: target -> feature map, in the graph of both; those that nothing trained makes are left out.
         loss_scale: both losses are multiplied by it before, and the norms divided, so that gradients in fp16 do not
             become 0.
 
     Returns:
         detached scalars ``TARGET/norm_task``, ``TARGET/norm_regularizer`` and ``TARGET/cosine``.
     """
+    features = {name: feature for name, feature in features.items() if feature.requires_grad}
+    if not features:
+        return {}
     maps = list(features.values())
     if loss_scale is not None:
         task_loss, regularizer_loss = loss_scale * task_loss, loss_scale * regularizer_loss

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mtcl.errors import ParameterError
+from mtcl.errors import ParameterError, UserError
 from mtcl.regularizers.diagnostics import gradient_norms
 from mtcl.schedules import linear_warmup
 
@@ -58,8 +58,18 @@ class GradientNormWeight(nn.Module):
         self.register_buffer("share", share, persistent=False)
 
     def measure(self, task_loss: Tensor, contrast: Mapping[str, Tensor], features: Mapping[str, Tensor]) -> None:
-        """Measure the gradients of both losses and take them in, see :meth:`Lambda.update`."""
+        """Measure the gradients of both losses and take them in, see :meth:`Lambda.update`.
+
+        Raises:
+            UserError: nothing that is trained comes before a target's feature map.
+        """
         places = features if self.head_weights is None else self.head_weights
+        if untrained := [target for target in self.targets if not places[target].requires_grad]:
+            raise UserError(
+                f"weighting=gradient_norm compares gradients at feature maps, but nothing that is trained comes before "
+                f"that of {untrained[0]} on a frozen backbone; train the backbone, choose another feature or use "
+                "weighting=fixed"
+            )
         task = gradient_norms(task_loss, {target: places[target] for target in self.targets})
         if self.names == self.targets:
             total = torch.stack([contrast[name] for name in self.names]).sum()

@@ -437,7 +437,12 @@ def test_a_gradient_share_makes_the_norms_at_the_taps_equal():
     losses = regularizer(leaves, labels, draw, frame).losses
     share = GradientNormWeight(regularizer.task_names)
     assert share.weighted_sum(losses) == 0  # nothing measured yet
-    norms_before = compare_feature_gradients(task, sum(losses.values()), leaves)
+    untrained = {"untrained": leaves["depth"].detach()}
+    norms_before = compare_feature_gradients(task, sum(losses.values()), leaves | untrained)
+    assert "untrained/norm_task" not in norms_before
+    assert compare_feature_gradients(task, sum(losses.values()), untrained) == {}
+    with pytest.raises(UserError, match=r"nothing that is trained comes before that of depth .*weighting=fixed"):
+        share.measure(task, losses, leaves | {"depth": untrained["untrained"]})
     share.update(*({t: norms_before[f"{t}/norm_{kind}"] for t in leaves} for kind in ("task", "regularizer")))
     norms_after = compare_feature_gradients(task, share.weighted_sum(losses), leaves)
     for t in leaves:
