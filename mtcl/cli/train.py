@@ -152,7 +152,10 @@ def fit(
     for warning in warnings:  # they were logged at the start, far up
         log.warning("%s", warning)
     if config.trainer.dry_run:
-        log.info("dry run: the step took %.2f s, peak memory %.2f GiB", trainer.seconds_per_step, trainer.peak_memory())
+        has_regularizer = trainer.regularizer is not None and trainer.lambda_.weight > 0
+        note = ", with the regularizer at its full weight," if has_regularizer else ""
+        memory = trainer.peak_memory()
+        log.info("dry run: the step%s took %.2f s, peak memory %.2f GiB", note, trainer.seconds_per_step, memory)
     log_folder(folder, seconds, trainer.run_logger.describe())
     return evaluation.metrics
 

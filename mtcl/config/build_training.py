@@ -424,7 +424,7 @@ def find_head_parameters(config: DictConfig, model: DenseModel) -> list[nn.Param
 def build_lambda(
     config: DictConfig, regularizer: Regularizer | None, model: DenseModel, device: torch.device
 ) -> Lambda:
-    """Return the weight of the regulariser's loss over the course of the training."""
+    """Return the weight of the regulariser's loss over the training; a dry run's step has it in full, early or late."""
     settings = config.regularizer
     if settings.weighting not in ("fixed", "gradient_norm", "head_gradient_norm"):
         raise UserError(
@@ -451,7 +451,7 @@ def build_lambda(
             read_share=regularizer.read_share if regularizer.source_weights is not None else None,
         ).to(device)
     with add_key_prefix("regularizer."):
-        return Lambda(
+        lambda_ = Lambda(
             settings.weight,
             config.trainer.max_steps,
             settings.warmup_steps,
@@ -459,6 +459,9 @@ def build_lambda(
             settings.start_fraction,
             gradient_norm_weight,
         )
+    if config.trainer.dry_run:
+        lambda_.hold_weight()
+    return lambda_
 
 
 def find_head_weights(

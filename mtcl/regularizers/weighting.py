@@ -138,6 +138,10 @@ class Lambda:
             return 0.0
         return self.weight * linear_warmup(step - self.start_step, self.warmup_steps)
 
+    def hold_weight(self) -> None:
+        """Take the final weight at every step, for a run that measures what a step costs."""
+        self.warmup_steps, self.start_step, self.stop_step = 0, 0, math.inf
+
     def measures_gradients(self, step: int) -> bool:
         """Return whether :meth:`update` is due at ``step``."""
         if self.gradient_norm_weight is None:

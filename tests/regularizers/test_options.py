@@ -481,6 +481,9 @@ def test_weight_rises_and_ends():
 
 
 def test_late_start_measures_at_its_first_step_and_ends_after_it_began():
+    dry = composed("regularizer=pseudo_labels", "regularizer.warmup_steps=5", "trainer.dry_run=true")
+    dry_lambda = build_lambda(dry, None, None, torch.device("cpu"))
+    assert [dry_lambda(step) for step in (0, dry.trainer.max_steps + 1)] == [1.0, 1.0], "it measures the costly steps"
     late = Lambda(0.5, 8, start_fraction=0.375, gradient_norm_weight=GradientNormWeight(["depth"], every=2))
     assert [step for step in range(8) if late(step) and late.measures_gradients(step)] == [3, 5, 7]
     with pytest.raises(UserError, match=r"start_fraction=0\.6 must not be above stop_fraction=0\.5"):
