@@ -116,6 +116,7 @@ SPREAD = Rule(
 WIDTH = count(1, 100_000)  # of feature maps
 BLOCKS = count(1, 128)
 SEED_VALUE = count(0, 2**32 - 1)
+BELOW_ONE = Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1)
 POSITIVE = Rule("a number > 0", lambda v: _is_number(v) and v > 0)
 NAMES = Rule(
     "auto or a list of different names",
@@ -200,7 +201,7 @@ RULES: dict[str, Rule] = {
     "backbone.trainable": Rule(TRAINABLE_CHOICES, lambda v: isinstance(v, str) and bool(TRAINABLE.fullmatch(v))),
     "backbone.lora.rank": count(1, 4096),
     "backbone.lora.alpha": number(0, 100_000),
-    "backbone.lora.dropout": Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "backbone.lora.dropout": BELOW_ONE,
     "backbone.lora.targets": Rule(
         "a list of up to 128 names of layers",
         lambda v: isinstance(v, list) and 0 < len(v) <= 128 and all(isinstance(n, str) and n for n in v),
@@ -357,7 +358,7 @@ RULES: dict[str, Rule] = {
     "balancing.scalarizer": TEXT,
     "balancing.scale": POSITIVE,
     "balancing.target": TEXT,
-    "balancing.beta": Rule("a number from 0 to below 1", lambda v: _is_number(v) and 0 <= v < 1),
+    "balancing.beta": BELOW_ONE,
     "balancing.sigma": number(0),
     "balancing.aggregator": TEXT,
     "balancing.options": MAPPING.or_null(),
@@ -418,7 +419,7 @@ RULES: dict[str, Rule] = {
     "trainer.parallel": Rule("ddp or fsdp", lambda v: v in ("ddp", "fsdp")).with_role(ENGINE),
     "trainer.compile": FLAG.with_role(ENGINE),
     "trainer.accumulate_grad_batches": count(1).with_role(RESULT, orders_samples=True),
-    "trainer.ema": number(0, 1).or_null(),
+    "trainer.ema": BELOW_ONE.or_null(),
     "trainer.ema_warmup": FLAG,
     "trainer.tf32": FLAG,
     "trainer.async_checkpoints": FLAG.with_role(RECORD),

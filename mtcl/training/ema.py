@@ -19,7 +19,7 @@ class ModelEma(ModelEmaV3):
 
     Args:
         model: its weights are where the average starts.
-        decay: 0 to 1. The first update takes the model's weights as they are.
+        decay: 0 to below 1. The first update takes the model's weights as they are.
         use_warmup: the decay of update n is at most 1 - n^(-2/3), as in ``timm``, so that a short training does not
             average over its first weights.
 

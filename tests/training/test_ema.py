@@ -8,6 +8,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mtcl import UserError
+from mtcl.config.schema import check_config
 from mtcl.training.ema import ModelEma
 
 
@@ -81,6 +83,11 @@ def test_a_model_without_trained_weights_is_left_alone():
         ema.update(model)
     assert ema.updates == 2
     assert all(torch.equal(p, q) for p, q in zip(ema.model.parameters(), model.parameters()))
+
+
+def test_a_mean_that_would_never_move_is_refused():
+    with pytest.raises(UserError, match=r"trainer\.ema=1\.0 must be a number from 0 to below 1, or null"):
+        check_config({"trainer": {"ema": 1.0}})
 
 
 def test_a_continued_average_is_that_of_the_uncut_one():
