@@ -24,6 +24,7 @@ from mtcl.models import DenseModel, EncoderDecoder
 from mtcl.regularizers import Distillation, GradientNormWeight, Regularizer, TaskSaliency
 from mtcl.regularizers.cross_task import CrossTaskRegularizer
 from mtcl.regularizers.pairs import choose_thresholds
+from mtcl.regularizers.task_loss import TaskLossOptions
 from mtcl.regularizers.weighting import Lambda
 from mtcl.runtime import choose_precision
 from mtcl.tasks.base import Task
@@ -190,8 +191,14 @@ def choose_backbone_source(config: DictConfig) -> dict[str, str] | None:
 
 def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions:
     """Return the options of the training loop; a dry run takes a single step."""
-    settings, loss_views = config.trainer, config.loss.get("views", "all")
-    if loss_views == "first" and config.data.get("views_per_step", 1) < 2:
+    settings = config.trainer
+    task_loss = TaskLossOptions(
+        intermediate_weight=config.loss.intermediate_weight,
+        image_weighting=config.loss.get("image_weighting", "pixels"),
+        views_per_step=config.data.get("views_per_step", 1),
+        views=config.loss.get("views", "all"),
+    )
+    if task_loss.views == "first" and task_loss.views_per_step < 2:
         raise UserError(
             "loss.views=first leaves the second views of the images to the regulariser, but data.views_per_step=1 has "
             "none; set data.views_per_step=2 or loss.views=all"
@@ -207,14 +214,12 @@ def build_trainer_options(config: DictConfig, start_step: int) -> TrainerOptions
         max_steps=max_steps,
         precision=settings.precision,
         accumulate_grad_batches=settings.accumulate_grad_batches,
-        intermediate_weight=config.loss.intermediate_weight,
+        task_loss=task_loss,
         clip_norm=settings.clip_norm,
         grad_checkpointing=settings.grad_checkpointing,
         compile=settings.compile,
         max_nonfinite_steps=settings.max_nonfinite_steps,
         log_interval=settings.log_interval,
-        loss_views=loss_views,
-        image_weighting=config.loss.get("image_weighting", "pixels"),
         profile=profile,
     )
 
@@ -280,10 +285,6 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     if regularizer.uses_teacher:
         method = f"regularizer={regularizer_class.method_name()}"  # that always has a teacher
         _check_teacher(config, "regularizer.options.teacher=true" if options.get("teacher") else method)
-    regularizer.views_per_step = config.data.get("views_per_step", 1)
-    regularizer.loss_views = config.loss.get("views", "all")
-    regularizer.intermediate_weight = config.loss.intermediate_weight
-    regularizer.image_weighting = config.loss.get("image_weighting", "pixels")
     return regularizer
 
 

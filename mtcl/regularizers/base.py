@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers.sampling import Draw
-from mtcl.tasks.base import Task
+from mtcl.regularizers.task_loss import TaskLossOptions
 
 
 class RegularizerOutput(NamedTuple):
@@ -23,10 +23,7 @@ class Regularizer(nn.Module, ABC):
     """A training-only loss on a model's output. Its parameters live here, never in the model."""
 
     feature: str = "final"  # the decoder feature that it reads
-    views_per_step: int = 1  # of B rows with V views row i is view i // (B / V) of image i % (B / V)
-    loss_views: str = "all"  # which views the tasks' losses have: all, or the first
-    intermediate_weight: float = 1.0  # of the losses of intermediate predictions in the tasks' losses
-    image_weighting: str = "pixels"  # how images count in the tasks' losses, see tasks.image_weights
+    task_loss: TaskLossOptions = TaskLossOptions()  # how the tasks' losses are computed; the trainer sets its own
     min_tasks: int = 2  # with fewer tasks it compares nothing
     uses_teacher: bool = False  # whether compute_loss takes the predictions of a running mean of the model, too
     reads_teacher_features: bool = False  # whether its output has that model's features, too, NAME as teacher_NAME
@@ -96,29 +93,3 @@ class Regularizer(nn.Module, ABC):
 
         This synchronizes with the device: call it when logging, not at every step.
         """
-
-
-def compute_task_loss(
-    name: str,
-    task: Task,
-    output: DenseOutput,
-    label: Tensor,
-    intermediate_weight: float,
-    image_weight: Tensor | None = None,
-) -> Tensor:
-    """Compute a task's loss in training, a scalar: that of its prediction plus the weighted ones of intermediate ones.
-
-    Args:
-        name: the name of the task among the predictions.
-        task: the task whose loss is taken.
-        output: a forward pass in training.
-        label: the task's label in batch layout, (B, H, W) or (B, c, H, W).
-        intermediate_weight: factor of the losses of intermediate predictions.
-        image_weight: weight of each image's mean loss, (B,); None: all valid pixels of the batch count alike.
-    """
-    target = (label,) if image_weight is None else (label, image_weight)
-    loss = task.loss(output.predictions[name], *target)
-    for predictions in output.intermediate:
-        if name in predictions:
-            loss = loss + intermediate_weight * task.loss(predictions[name], *target)
-    return loss

@@ -78,7 +78,7 @@ class JointTaskRegularization(Regularizer):
         detach_rule: which predictions have no gradient: ``labelled`` (those of tasks that label the image), ``none``,
             ``auto`` (``none`` in images labelled for every task, else ``labelled``).
 
-    With two views per step and ``loss_views="first"`` the model's distance is that of the second views and the
+    With two views per step and ``task_loss.views="first"`` the model's distance is that of the second views and the
     auto-encoder is trained on the first ones.
     """
 
@@ -132,8 +132,8 @@ class JointTaskRegularization(Regularizer):
         """Compute the three terms of a model's predictions; see the module's formulas."""
         assert draw.seeds is not None
         with torch.autocast(draw.seeds.device.type, enabled=False):
-            has_views = self.loss_views == "first"
-            num_images = len(draw.seeds) // (self.views_per_step if has_views else 1)
+            has_views = self.task_loss.views == "first"
+            num_images = len(draw.seeds) // (self.task_loss.views_per_step if has_views else 1)
             stacks = self._stack_maps(output, labels, draw.seeds, slice(-num_images, None))
             y, y_hat = stacks.target(1, hard=self.hard_classes), stacks.predicted(0, hard=self.hard_classes)
             constants = {name: parameter.detach() for name, parameter in self.encoder.named_parameters()}

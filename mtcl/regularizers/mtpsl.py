@@ -70,7 +70,7 @@ class CrossTaskConsistency(Regularizer):
 
     An image counts for the targets that label any of its pixels. ``losses`` of the result: per target the sum over its
     sources, averaged over the images; ``loss`` is their sum (not their mean), as in the authors' code. With
-    ``loss_views="first"`` the images are the rows of the other views.
+    ``task_loss.views="first"`` the images are the rows of the other views.
 
     Args:
         tasks: name -> task, at least two; each is a target and a source.
@@ -155,7 +155,7 @@ class CrossTaskConsistency(Regularizer):
     ) -> RegularizerOutput:
         """Compute the consistency of a model's predictions with the labels; see the module's formulas."""
         device = draw.sources.device
-        if self.loss_views == "first":
+        if self.task_loss.views == "first":
             output, labels = self._take_other_views(output, labels)
         with torch.autocast(device.type, enabled=False):
             predicted, labelled, coverage = self._apply_stems(output, labels)
@@ -199,7 +199,7 @@ class CrossTaskConsistency(Regularizer):
         """Return the rows of all views but the first, which the tasks' losses have."""
 
         def take(maps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: x[len(x) // self.views_per_step :] for name, x in maps.items()}
+            return {name: x[len(x) // self.task_loss.views_per_step :] for name, x in maps.items()}
 
         features = {self.feature: take(output.features[self.feature])}
         return output._replace(predictions=take(output.predictions), features=features), take(labels)

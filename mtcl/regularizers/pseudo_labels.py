@@ -22,8 +22,9 @@ from mtcl.distributed import all_reduce_sum
 from mtcl.errors import ParameterError
 from mtcl.losses.masked import masked_fraction
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers.base import Regularizer, RegularizerOutput, compute_task_loss
+from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw, draw_nothing
+from mtcl.regularizers.task_loss import compute_task_loss
 from mtcl.tasks.base import Task
 
 
@@ -95,7 +96,7 @@ class PseudoLabels(Regularizer):
                     name, labels[name], None if teacher is None else teacher[name]
                 )
                 share = masked_fraction(task.valid(target), is_missing)
-            task_loss = compute_task_loss(name, task, output, target, self.intermediate_weight)
+            task_loss = compute_task_loss(name, task, output, target, self.task_loss.intermediate_weight)
             loss = task.weight * share * task_loss
             losses[name] = loss
             with torch.no_grad():

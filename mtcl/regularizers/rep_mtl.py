@@ -26,8 +26,9 @@ from mtcl.distributed import all_reduce_sum, rank, scale_for_ddp_mean, world_siz
 from mtcl.errors import UserError
 from mtcl.losses.masked import masked_mean
 from mtcl.models.base import DenseOutput
-from mtcl.regularizers.base import Regularizer, RegularizerOutput, compute_task_loss
+from mtcl.regularizers.base import Regularizer, RegularizerOutput
 from mtcl.regularizers.sampling import Draw, draw_nothing
+from mtcl.regularizers.task_loss import compute_task_loss
 from mtcl.tasks.base import Task
 from mtcl.tasks.image_weights import weigh_images
 
@@ -52,8 +53,8 @@ class TaskSaliency(Regularizer):
 
     Tasks without a label in an image have no saliency there and do not enter its distribution or its pairs. An
     image with a single labelled task has an alignment only, one without any has neither. ``losses`` of the result:
-    the two terms without their weights; ``loss`` is their weighted sum. With ``loss_views="first"`` the images are the
-    rows of the first views.
+    the two terms without their weights; ``loss`` is their weighted sum. With ``task_loss.views="first"`` the images are
+    the rows of the first views.
 
     Args:
         tasks: name -> task, at least two; a saliency is that of the task's loss times its weight.
@@ -96,8 +97,8 @@ class TaskSaliency(Regularizer):
         teacher: Mapping[str, Tensor] | None = None,  # noqa: ARG002
     ) -> RegularizerOutput:
         """Compute both terms; see the module's formulas. The output must be in the graph of its ``feature``."""
-        views = self.views_per_step
-        if self.loss_views == "first":  # a saliency of other rows would be that of no loss
+        views = self.task_loss.views_per_step
+        if self.task_loss.views == "first":  # a saliency of other rows would be that of no loss
             num_images = len(next(iter(output.predictions.values()))) // views
             labels, views = {name: labels[name][:num_images] for name in self.tasks}, 1
         with torch.autocast(output.device.type, enabled=False):
@@ -144,10 +145,10 @@ class TaskSaliency(Regularizer):
             )
             output = output._replace(predictions=predictions, intermediate=intermediate)
         has_graph, saliencies = torch.is_grad_enabled(), []
-        image_weights = weigh_images(self.tasks, labels, self.image_weighting)
+        image_weights = weigh_images(self.tasks, labels, self.task_loss.image_weighting)
         with torch.enable_grad():
             for name, task in self.tasks.items():
-                terms = output, labels[name], self.intermediate_weight, image_weights[name]
+                terms = output, labels[name], self.task_loss.intermediate_weight, image_weights[name]
                 loss = task.weight * compute_task_loss(name, task, *terms)
                 (gradient,) = torch.autograd.grad(loss, maps[0], retain_graph=True, create_graph=has_graph)
                 gradient = gradient[:num_rows]

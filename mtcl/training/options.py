@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from mtcl.regularizers import Regularizer
+from mtcl.regularizers.task_loss import TaskLossOptions
 from mtcl.regularizers.weighting import Lambda
 from mtcl.training.optimizers import ScheduledOptimizer
 
@@ -19,30 +20,24 @@ class TrainerOptions:
         max_steps: optimiser steps, counted from the start of the training (not from where it is resumed).
         precision: ``bf16``, ``fp16``, ``fp32`` or ``auto``, see :func:`mtcl.runtime.autocast`.
         accumulate_grad_batches: batches per optimiser step.
-        intermediate_weight: factor of the losses of intermediate predictions, relative to those of the final ones.
+        task_loss: how the tasks' losses are computed; the regulariser gets these options, too.
         clip_norm: largest norm of the model's gradient; None: no clipping. The regulariser's gradient is not counted.
         grad_checkpointing: the model repeats parts of its forward pass in the backward pass.
         compile: forward passes go through ``torch.compile``.
         max_nonfinite_steps: so many consecutive steps with a loss or gradient that is not finite end the training.
         log_interval: steps from one record of the losses to the next.
-        loss_views: which views of an image enter the tasks' losses, ``all`` or the ``first``; the regulariser's loss
-            has all.
-        image_weighting: how the images of a batch count in the tasks' losses, see
-            :func:`mtcl.tasks.image_weights.weigh_images`.
         profile: steps that torch's profiler records; None: none.
     """
 
     max_steps: int
     precision: str = "auto"
     accumulate_grad_batches: int = 1
-    intermediate_weight: float = 1.0
+    task_loss: TaskLossOptions = field(default_factory=TaskLossOptions)
     clip_norm: float | None = None
     grad_checkpointing: bool = False
     compile: bool = False
     max_nonfinite_steps: int = 10
     log_interval: int = 20
-    loss_views: str = "all"
-    image_weighting: str = "pixels"
     profile: int | None = None
 
 

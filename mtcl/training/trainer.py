@@ -23,8 +23,8 @@ from mtcl.models import DenseModel, DenseOutput, EncodedImage
 from mtcl.models.lora import is_base_weight
 from mtcl.progress import logging_beside_bar, progress_bar
 from mtcl.regularizers import RegularizerOutput
-from mtcl.regularizers.base import compute_task_loss
 from mtcl.regularizers.diagnostics import compare_feature_gradients
+from mtcl.regularizers.task_loss import compute_task_loss
 from mtcl.regularizers.weighting import Lambda
 from mtcl.run_folder import RunFolder
 from mtcl.runtime import autocast, choose_precision, freeze_running_statistics, peak_memory, rng_state, set_rng_state
@@ -100,6 +100,8 @@ class Trainer:
         self.folder, self.device = folder, device
         self.options, self.validation, self.checkpointing = options, validation, checkpointing
         self.regularizer = regularization.regularizer if regularization else None
+        if self.regularizer is not None:
+            self.regularizer.task_loss = options.task_loss
         self.regularizer_optimizer = regularization.optimizer if regularization else None
         self.lambda_ = regularization.lambda_ if regularization else Lambda(0.0, options.max_steps)
         self.head_parameters = regularization.head_parameters if regularization else None
@@ -323,7 +325,7 @@ class Trainer:
         head_gradients: list[tuple[nn.Parameter, Tensor]] = []
         head_loss: Tensor | None = None  # trains the heads alone, so it is no term of the loss
         first = output  # the rows that have the tasks' losses
-        if self.options.loss_views == "first":
+        if self.options.task_loss.views == "first":
             first, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
         auxiliary_losses = self.model.auxiliary_losses(first, labels)
         loss = task_loss = LossTerms(self.task_losses(first, labels) | auxiliary_losses)
@@ -399,8 +401,8 @@ class Trainer:
 
     def task_losses(self, output: DenseOutput, labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return each task's loss, with those of its intermediate predictions and the model's own errors of it."""
-        weight = self.options.intermediate_weight
-        image_weights = weigh_images(self.tasks, labels, self.options.image_weighting)
+        weight = self.options.task_loss.intermediate_weight
+        image_weights = weigh_images(self.tasks, labels, self.options.task_loss.image_weighting)
         losses = {
             name: compute_task_loss(name, task, output, labels[name], weight, image_weights[name])
             for name, task in self.tasks.items()
@@ -418,7 +420,7 @@ class Trainer:
                 image, labels = prepare_input(batch, self.model, self.device)
                 with autocast(self.device, self.options.precision):
                     output = self.model(image, labels) if self.model.reads_labels else self.model(image)
-                if self.options.loss_views == "first":
+                if self.options.task_loss.views == "first":
                     output, labels = take_first_rows(output, labels, sum(meta.view == 0 for meta in batch["meta"]))
                 losses.append(self.task_losses(output, labels))
         return {name: torch.stack([batch_losses[name] for batch_losses in losses]).mean() for name in self.tasks}

@@ -16,6 +16,7 @@ from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import CrossTaskConsistency, JointTaskRegularization
 from mtcl.regularizers.jtr import Decoder, Encoder, MapEncoding, hash_uniform, sample_classes
+from mtcl.regularizers.task_loss import TaskLossOptions
 from mtcl.tasks import build_task
 
 NAMES = ("semseg", "depth", "normals", "edge")
@@ -34,7 +35,7 @@ def make_case(unlabelled=MISSING, views=1, size=(17, 26), batch=4, **options):
     g = torch.Generator().manual_seed(1)
     tasks = make_tasks()
     regularizer = JointTaskRegularization(tasks, seed=3, **{"stride": 2, "widths": [4, 5, 6], **options})
-    regularizer.views_per_step, regularizer.loss_views = views, "first" if views > 1 else "all"
+    regularizer.task_loss = TaskLossOptions(views_per_step=views, views="first" if views > 1 else "all")
     with torch.no_grad():
         for p in regularizer.parameters():
             p.add_(torch.randn(p.shape, generator=g), alpha=0.2)
@@ -154,7 +155,7 @@ def apart(a, b):
 
 def reference_loss(regularizer, output, labels, draw, is_detached, hard=True):
     """The three terms, each the mean over the images, of which those without a label count as zero."""
-    views = regularizer.views_per_step
+    views = regularizer.task_loss.views_per_step
     batch = len(draw.seeds) // views
     encoder, decoder = (
         type(m)(*arguments, torch.Generator()).double()
@@ -195,7 +196,7 @@ RULES = {
 )
 def test_loss_and_gradients_against_one_image_after_the_other(rule, options):
     regularizer, output, labels = make_case(detach_rule=rule, **options)
-    draw = regularizer.sample(5, IDS * regularizer.views_per_step)
+    draw = regularizer.sample(5, IDS * regularizer.task_loss.views_per_step)
     single = regularizer.compute_loss(output, labels, draw).loss
     regularizer.summary()
     regularizer.double()

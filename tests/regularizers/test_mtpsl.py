@@ -20,6 +20,7 @@ from mtcl.models.base import DenseOutput
 from mtcl.regularizers import CrossTaskConsistency
 from mtcl.regularizers.map_encoding import encode_label, encode_prediction
 from mtcl.regularizers.mtpsl import FilmLayer, choose_sources, encode_map
+from mtcl.regularizers.task_loss import TaskLossOptions
 from mtcl.tasks import build_task
 from mtcl.training.checkpoint_file import read_checkpoint_file
 
@@ -194,7 +195,7 @@ def test_the_mapping_works_on_the_second_views():
     missing = [("semseg", 2), ("normals", 1), ("edge", 3), ("depth", 3)]
     options = {"num_sources": 3, "source_rule": "any", "size": (16, 32), "frame": (16, 32)}
     regularizer, output, labels = make_case(batch=4, unlabelled=missing, **options)
-    regularizer.views_per_step, regularizer.loss_views = 2, "first"
+    regularizer.task_loss = TaskLossOptions(views_per_step=2, views="first")
     for prediction in output.predictions.values():
         prediction.requires_grad_()
     result = regularizer.compute_loss(output, labels, regularizer.sample(0, ["a", "b", "a#1", "b#1"]))

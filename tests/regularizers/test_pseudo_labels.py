@@ -15,6 +15,7 @@ from mtcl.data.sample import SampleMeta
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import PseudoLabels
+from mtcl.regularizers.task_loss import TaskLossOptions
 from mtcl.tasks import build_task
 
 NAMES = ("semseg", "depth", "normals", "edge", "sal")
@@ -44,7 +45,7 @@ def make_case(labelled=ONE_LABEL, intermediate=True, **options):
         leaf.requires_grad_()
     output = DenseOutput(predictions, {}, [between] if intermediate else [], size)
     regularizer = PseudoLabels(tasks, **{"confidence": CONFIDENCE, **options}).double()
-    regularizer.intermediate_weight = 0.5
+    regularizer.task_loss = TaskLossOptions(intermediate_weight=0.5)
     return regularizer, output, labels, teacher, leaves
 
 

@@ -1,6 +1,7 @@
 """Task saliencies (regularizer=rep_mtl): both terms against a slow reference, second derivatives, partial labels."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from mtcl.config.build_training import build_regularizer
 from mtcl.errors import UserError
 from mtcl.models.base import DenseOutput
 from mtcl.regularizers import TaskSaliency
+from mtcl.regularizers.task_loss import TaskLossOptions
 from mtcl.tasks import build_task
 
 WEIGHTS = {"one": 1.0, "two": 5.0, "three": 0.5}
@@ -49,7 +51,7 @@ def make_case(views=1, batch=5, unlabelled=UNLABELLED, **options):
         labels[name][image] = math.nan
     predictions = {n: torch.einsum("dc,bchw->bdhw", w, z) for n, w in heads.items()}
     regularizer = TaskSaliency(tasks, **{"temperature": 0.3, **options})
-    regularizer.views_per_step = views
+    regularizer.task_loss = TaskLossOptions(views_per_step=views)
     return regularizer, DenseOutput(predictions, {"trunk": dict.fromkeys(tasks, z)}, [], (3, 5)), labels, z, heads
 
 
@@ -123,7 +125,7 @@ def test_loss_and_second_derivatives_against_the_equations(options):
 def test_saliencies_are_of_the_views_that_have_losses():
     """With the losses on first views alone, the terms are those of a batch of these."""
     regularizer, output, labels, z, heads = make_case(views=2, batch=6, unlabelled={("two", 0), ("two", 5)})
-    regularizer.loss_views = "first"
+    regularizer.task_loss = replace(regularizer.task_loss, views="first")
     result = regularizer.compute_loss(output, labels, regularizer.sample(0, "abcabc"))
     specific, alignment = reference_terms({n: label[:3] for n, label in labels.items()}, z[:3], heads, 0.3)
     torch.testing.assert_close(result.losses["specific"], specific)

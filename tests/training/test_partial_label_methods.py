@@ -86,7 +86,7 @@ def test_bf16_and_resuming(method, tmp_path):
     else:
         assert all(values["regularizer"] != 0 for values in losses)
         views = (2, "first") if method in ("mtpsl", "jtr") else (1, "all")
-        assert (uncut.regularizer.views_per_step, uncut.regularizer.loss_views) == views
+        assert (uncut.regularizer.task_loss.views_per_step, uncut.regularizer.task_loss.views) == views
         state = uncut.regularizer.state_dict()
         assert not state or any(not torch.equal(checkpoint.regularizer[name], state[name]) for name in state)
         in_model = {id(x) for x in chain(uncut.model.modules(), uncut.model.parameters(), uncut.model.buffers())}
