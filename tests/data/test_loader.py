@@ -1,5 +1,6 @@
 """Order, randomness, frames and errors of the loaders, and the step onto the device."""
 
+import gc
 import os
 import resource
 from itertools import islice
@@ -234,8 +235,11 @@ def test_a_readers_error_arrives_with_its_own_sentence(workers: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files can't be counted here")
 @pytest.mark.parametrize("spare", [2, 6, 9, 14, 20])
-def test_too_few_open_files_for_workers_are_one_sentence_and_never_a_wait(spare: int) -> None:
+def test_too_few_open_files_for_workers_are_one_sentence_and_never_a_wait(
+    spare: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Limits that fail when workers start, when they send a batch, and when it is received."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)  # for which a stuck worker is joined
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     loader = train_loader(READER, TASKS, AUGMENT, 2, 0, workers=2)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + spare, hard))
@@ -244,6 +248,7 @@ def test_too_few_open_files_for_workers_are_one_sentence_and_never_a_wait(spare:
             list(islice(loader, 1000))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    gc.collect()  # ends the workers now, not in a later test
 
 
 @pytest.mark.slow  # ten seconds pass until torch gives its worker up
