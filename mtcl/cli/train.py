@@ -277,14 +277,8 @@ def find_unused_settings(config: DictConfig, regularizer: Regularizer | None) ->
                 f"with loss.views=first regularizer={regularizer.method_name()} learns from second views only where "
                 "labels are missing; loss.views=all trains the tasks on both"
             )
-    reads_views = isinstance(regularizer, CrossTaskConsistency | JointTaskRegularization)
-    if (
-        regularizer is not None
-        and reads_views
-        and data.get("views")
-        and data.get("views_per_step", 1) == 1
-        and not data.get("feature_cache")
-    ):
+    has_many_views = data.get("views") and data.get("views_per_step", 1) == 1 and not data.get("feature_cache")
+    if has_many_views and isinstance(regularizer, CrossTaskConsistency | JointTaskRegularization):
         problems.append(
             f"data.views={data.views} is the number of different views of an image in the whole training; two views at "
             f"each step, as regularizer={regularizer.method_name()} was published, are data.views_per_step=2 "

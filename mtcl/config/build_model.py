@@ -72,9 +72,8 @@ def build_model(config: DictConfig, tasks: Mapping[str, Task], pretrained: bool)
 def check_label_kinds(kinds: Mapping[str, str], tasks: Mapping[str, Task]) -> None:
     """Raise ``UserError`` if ``decoder.kinds`` calls a task's labels something else than they are."""
     for name, task in tasks.items():
-        expected = (
-            "metres" if task.prediction_type == "inverse_depth" else task.prediction_type
-        )  # both are encoded alike
+        is_depth = task.prediction_type in ("metres", "inverse_depth")  # which are encoded alike
+        expected = "metres" if is_depth else task.prediction_type
         kind = kinds.get(name, "class")
         if kind != expected:
             problem = f"={kind} does not fit the labels of {name}" if name in kinds else " is missing"

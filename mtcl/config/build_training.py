@@ -36,6 +36,8 @@ from mtcl.training.sharding import ShardedWeights
 from mtcl.training.step_profiler import WAIT, WARMUP
 from mtcl.training.trainer import Trainer
 
+SHARED_FEATURE = "trunk"  # the name that decoders give a map that all tasks share
+
 
 class TrainingRun(NamedTuple):
     """A trainer and the datasets that it trains and validates on."""
@@ -364,15 +366,12 @@ def _check_teacher(config: DictConfig, key: str) -> None:
         raise UserError(f"{key} needs whole weights in a process; set trainer.parallel=ddp")
 
 
-SHARED_FEATURE = "trunk"  # the name that decoders give a map that all tasks share
-
-
 def _check_saliency(config: DictConfig, model: DenseModel) -> None:
     """Refuse what second derivatives through a part of the model, or a contrast of images, can't be combined with."""
     if SHARED_FEATURE not in model.feature_channels:
         raise UserError(
             "regularizer=rep_mtl compares the tasks at a map that all share, which this decoder lacks; choose "
-            "decoder=multi_head, deeplab, segnet, mtan, pad_net or dpt"
+            f"decoder=multi_head or another that has the feature {SHARED_FEATURE}"
         )
     feature = config.regularizer.options.feature
     if feature in model.feature_channels and feature != SHARED_FEATURE:

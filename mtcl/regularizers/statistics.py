@@ -53,15 +53,14 @@ class TripletStats(PairSums):
 
     def __init__(self, task_names: Sequence[str]):
         """Start at zero for these targets and sources."""
-        super().__init__(
-            task_names, num_values=6
-        )  # pixels, those with a label, anchors, active triplets, sums of d_ap, d_an
+        # pixels, those with a label, anchors, active triplets, sum of d_ap, sum of d_an
+        super().__init__(task_names, num_values=6)
 
     @torch.no_grad()
     def accumulate(self, target: Tensor, pixels: PixelLabels, stats: Tensor) -> None:
         """Accumulate the ``stats`` (R, B, 4) of a criterion on comparisons of the targets ``target`` (R,).
 
-        One group of all images counts for the first image's source.
+        One group of all images counts for the source of its first pixel.
         """
         labelled = pixels.valid.sum(dim=-1, keepdim=True).to(stats)
         count = torch.full_like(labelled, float(pixels.valid.shape[2]))

@@ -10,7 +10,7 @@ from mtcl.tasks.base import Task
 
 @dataclass(frozen=True)
 class TaskLossOptions:
-    """How the tasks' losses of a batch are computed.
+    """Say how the tasks' losses of a batch are computed.
 
     Attributes:
         intermediate_weight: factor of the losses of intermediate predictions, relative to those of the final ones.

@@ -127,14 +127,14 @@ def render_table(name: str, options: Sequence[str] = ()) -> str:
 
 def render_study(folder: Path, options: Sequence[str]) -> str:
     """Return the Markdown of a study; for the options see the top of this file."""
-    chosen = [option.removeprefix("metrics=") for option in options if option.startswith("metrics=")]
+    chosen = next((option.removeprefix("metrics=") for option in options if option.startswith("metrics=")), "")
     unknown = [o for o in options if o not in ("means", "differences", "holm") and not o.startswith("metrics=")]
     if unknown:
         raise UserError(f"{unknown[0]} is not one of means, differences, holm, metrics=TASK/METRIC,...")
     study, records, command = read_results(folder)
-    metrics = parse_metrics_option(chosen[0]) if chosen else {}
+    metrics = parse_metrics_option(chosen) if chosen else {}
     results = build_report(study, records, holm="holm" in options, metrics=metrics)
-    command = current_command(command) + " --holm" * ("holm" in options) + "".join(f" --metrics {c}" for c in chosen)
+    command = current_command(command) + " --holm" * ("holm" in options) + (f" --metrics {chosen}" if chosen else "")
     if "means" in options:
         return f"{format_means(results)}\n\n```sh\n{command}\n```"
     if "differences" in options:

@@ -29,12 +29,12 @@ CLASSES = ("a", "b", "c")
 
 
 def see_label(task, label):
-    """What the mapping sees of a label."""
+    """Encode a label as the mapping reads it."""
     return encode_map(task, encode_label(task, label))
 
 
 def see_prediction(task, x):
-    """What the mapping sees of raw predictions."""
+    """Encode raw predictions as the mapping reads them."""
     return encode_map(task, encode_prediction(task, x))
 
 

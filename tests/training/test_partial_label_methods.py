@@ -234,7 +234,7 @@ def test_images_count_by_the_rule_of_the_config(rule, tmp_path):
 
 
 def test_a_decoders_own_errors_count_as_the_task_does(tmp_path):
-    """Of three images the first has all labels, the second that of depth alone, the third lacks it."""
+    """Use three images: the first has all labels, the second that of depth alone, the third lacks it."""
     settings = {"loss__image_weighting": "tasks_per_label", "data__label_assignment": "full", "data__batch_size": 3}
     trainer = make_trainer(tmp_path, "task tokens", **settings)
     batch = next(iter(trainer.batches))
