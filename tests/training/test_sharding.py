@@ -48,7 +48,8 @@ def test_two_sharded_processes_are_one_with_the_whole_batch(tmp_path):
     ones, twos = run_cases(tmp_path / "one", None, plain), run_cases(tmp_path / "two", TORCHRUN, sharded)
     for case in CASES:
         one, two = ones[case], twos[case]
-        check_same(one, two, case)
+        # odsF counts pixels on either side of a threshold: a few that fp16 rounds to the other side are 3 % of it.
+        check_same(one, two, case, metrics_rel=5e-2 if case == "fp16" else 1e-2)
         assert one[0]["skipped"] == two[0]["skipped"] == ([1] if case == "not_finite" else []), case
         assert one[1]["scaler"] == two[1]["scaler"], case
         assert one[0]["weights here"] == 1
