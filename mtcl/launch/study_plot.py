@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from mtcl.errors import UserError
@@ -19,19 +20,20 @@ from mtcl.results.statistics import MIN_PAIRS, PairedDifference, paired_differen
 from mtcl.visualization.forest_plot import DARK, LIGHT, Interval, draw_forest
 
 
-def plot_study(results: Path, output: Path, reference: str | None = None) -> list[Path]:
+def plot_study(results: Path, output: Path, reference: str | None = None, only: Collection[str] = ()) -> list[Path]:
     """Draw the differences from one variant, with their intervals, a light and a dark figure.
 
     Args:
         results: the folder that ``scripts/study.py --results`` has written.
         output: of the light PNG; the dark one's name ends with ``_dark.png``.
         reference: the variant to compare with. None: the one that most variants of the study are compared with.
+        only: the variants to draw. Empty: all that are compared with ``reference``.
 
     Returns:
         The paths of the two figures.
 
     Raises:
-        UserError: the folder has no results, or nothing is compared with ``reference``.
+        UserError: the folder has no results, nothing is compared with ``reference``, or a variant of ``only`` is not.
     """
     study, records, _ = read_results(results)
     report = build_report(study, records)
@@ -42,15 +44,19 @@ def plot_study(results: Path, output: Path, reference: str | None = None) -> lis
     effects = [one for one in report.effects if one.reference.label == labels[name]]
     if not effects:
         raise UserError(f"--reference {name}: no variant of {results} is compared with it")
+    if unknown := [one for one in only if labels.get(one) not in {effect.row.label for effect in effects}]:
+        raise UserError(f"--only {unknown[0]}: {results} has no such variant that is compared with {name}")
+    effects = [one for one in effects if not only or one.row.label in {labels[variant] for variant in only}]
     columns = [c for c in effects[0].columns if c not in (DELTA, OTHER_DELTA)]
     rows = {
         one.row.label: [delta_interval(one), *(relative_change(one, column) for column in columns)] for one in effects
     }
     pairs = {effect.paired.pairs for one in effects for effect in one.columns.values()}
     count = str(min(pairs)) if len(pairs) == 1 else f"{min(pairs)} to {max(pairs)}"
+    without_line = f"; without a line: fewer than {MIN_PAIRS} pairs" if min(pairs) < MIN_PAIRS else ""
     notes = (
         "Change in percent of the reference, mean and 95 % interval of Student's t over "
-        f"{count} pairs of equal seeds; without a line: fewer than {MIN_PAIRS} pairs. Filled, blue for better and "
+        f"{count} pairs of equal seeds{without_line}. Filled, blue for better and "
         "orange for worse: the interval excludes 0. Delta is the mean of the tasks. Each plot has its scale."
     )
     title = f"{study.name}: change against {labels[name]}"

@@ -13,6 +13,7 @@ from mtcl.atomic import write_atomically
 
 DPI = 150
 LABEL_WIDTH = 34  # characters of a line of a variant's label
+SHORTER_SIDE = 0.25  # length of the axis on one side of 0, at least, as a part of that on the other
 
 
 class Interval(NamedTuple):
@@ -77,12 +78,12 @@ def draw_forest(
 
 
 def draw_column(plot: Axes, intervals: Sequence[Interval | None], palette: Palette) -> None:
-    """Draw the intervals of one score below each other, on an axis that has 0 in its middle."""
+    """Draw the intervals of one score below each other, on an axis with room on both sides of 0."""
     plot.set_facecolor(palette.background)
     plot.axvline(0, color=palette.text, linewidth=1)
     plot.grid(axis="x", color=palette.grid, linewidth=0.6)
     plot.set_axisbelow(True)
-    reach = 0.1
+    lowest, highest = -0.1, 0.1
     for y, interval in enumerate(intervals):
         if interval is None:
             continue
@@ -95,8 +96,9 @@ def draw_column(plot: Axes, intervals: Sequence[Interval | None], palette: Palet
         plot.plot([low, high], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
         fill = colour if decided and has_interval else palette.background
         plot.plot([interval.mean], [y], "o", markersize=6, color=colour, markerfacecolor=fill, markeredgewidth=1.5)
-        reach = max(reach, abs(low), abs(high))
-    plot.set_xlim(-1.12 * reach, 1.12 * reach)
+        lowest, highest = min(lowest, low), max(highest, high)
+    shorter = SHORTER_SIDE * max(-lowest, highest)
+    plot.set_xlim(1.12 * min(lowest, -shorter), 1.12 * max(highest, shorter))
     plot.locator_params(axis="x", nbins=5)
     plot.tick_params(axis="x", labelsize=9, colors=palette.text)
     plot.tick_params(axis="y", length=0)

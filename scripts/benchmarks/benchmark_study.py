@@ -1,7 +1,7 @@
 """Measure what each variant of a study costs, in training and at inference, side by side in one process.
 
-    python scripts/benchmarks/benchmark_study.py STUDY.yaml [--only VARIANT ...] [--steps N] [--json OUT]
-        [overrides ...]
+    python scripts/benchmarks/benchmark_study.py STUDY.yaml [--only VARIANT ...] [--steps N] [--results FOLDER]
+        [--json OUT] [overrides ...]
 
 The overrides go to every variant, as with study.py: they are the place for what belongs to a machine
 (data.root=...). Weights are random, nothing is downloaded; the single-task models of a study are left out.
@@ -20,6 +20,10 @@ times          the step's time divided by the first variant's, the median of the
 step MiB       peak memory of a step beyond what was allocated at its start, as in benchmark_step.py
 held MiB       of parameters, buffers, the optimisers' moments and the running mean of the weights
 
+With --results, beside what a variant costs what it brought in the runs of FOLDER, which study.py --results has written:
+
+Delta (%)      Delta_on/off of the variant, mean and 95 % interval over pairs of seeds, as in the study's table
+
 The variants alternate, step by step and pass by pass, so that a machine that becomes slower affects all. Each has its
 own batches, which are loaded beforehand.
 """
@@ -28,7 +32,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
@@ -52,8 +56,10 @@ from mtcl.config.compose import compose_config
 from mtcl.data import Batch
 from mtcl.errors import UserError, suggest
 from mtcl.launch.study_file import Study, Variant, read_study
+from mtcl.launch.study_tables import DELTA, build_report, format_difference, read_results
 from mtcl.profiling.flops import count
 from mtcl.profiling.timing import measure_in_turns, measure_peak_memory
+from mtcl.results.tables import NO_VALUE
 from mtcl.runtime import autocast
 from mtcl.training.trainer import Trainer
 
@@ -61,6 +67,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 WARMUP, BATCHES = 2, 4
 MIB = 2**20
 HEADINGS = ("parameters", "multiply-adds", "ms", "beside", "step ms", "times", "step MiB", "held MiB")
+DELTA_HEADING = "Delta (%)"
 
 Row = dict[str, Any]  # of a variant, as in the JSON file: numbers in plain units
 
@@ -144,12 +151,27 @@ def measure_inference(trainers: dict[str, Trainer], passes: int) -> dict[str, Ro
     }
 
 
-def print_table(variants: Sequence[Variant], rows: dict[str, Row]) -> None:
-    """Print a line for each variant, named by its label."""
+def read_deltas(folder: Path, study: Study) -> dict[str, str]:
+    """Read the runs of a study's results: label of a variant -> Delta_on/off with its 95 % interval, in percent.
+
+    Raises:
+        UserError: the results are those of another study, or no results.
+    """
+    of_results, records, _ = read_results(folder)
+    if of_results.name != study.name:
+        raise UserError(f"--results {folder}: these are the results of {of_results.name}, not of {study.name}")
+    effects = [one for one in build_report(of_results, records).effects if DELTA in one.columns]
+    return {one.row.label: format_difference(one, DELTA).strip("*") for one in effects}
+
+
+def print_table(variants: Sequence[Variant], rows: dict[str, Row], deltas: Mapping[str, str] | None) -> None:
+    """Print a line for each variant, named by its label; with ``deltas`` by label a column of them."""
     labels = {variant.name: variant.label or variant.name for variant in variants}
     width = max(map(len, labels.values()))
     widths = [max(8, len(heading)) for heading in HEADINGS]
-    print("  ".join(["variant".ljust(width), *(h.rjust(w) for h, w in zip(HEADINGS, widths))]))
+    delta_width = max(map(len, [DELTA_HEADING, *(deltas or {}).values()]))
+    last = [] if deltas is None else [DELTA_HEADING.rjust(delta_width)]
+    print("  ".join(["variant".ljust(width), *(h.rjust(w) for h, w in zip(HEADINGS, widths)), *last]))
     for name, row in rows.items():
         cells = [
             f"{row['parameters'] / 1e6:.3f} M",
@@ -161,7 +183,8 @@ def print_table(variants: Sequence[Variant], rows: dict[str, Row]) -> None:
             f"{row['step_bytes'] / MIB:.0f}",
             f"{row['held_bytes'] / MIB:.1f}",
         ]
-        print("  ".join([labels[name].ljust(width), *(c.rjust(w) for c, w in zip(cells, widths))]))
+        last = [] if deltas is None else [deltas.get(labels[name], NO_VALUE).rjust(delta_width)]
+        print("  ".join([labels[name].ljust(width), *(c.rjust(w) for c, w in zip(cells, widths)), *last]))
 
 
 def main() -> None:
@@ -170,12 +193,14 @@ def main() -> None:
     parser.add_argument("study", type=Path, metavar="STUDY.yaml")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="measure these only")
     parser.add_argument("--steps", type=positive_int, help="steps and passes of each; default 50 on CUDA, 20 on a CPU")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="of study.py --results: print their Delta, too")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the numbers to this file")
     parser.add_argument("overrides", nargs="*", help="of every variant, as for train.py")
     args = parser.parse_intermixed_args()
     overrides = [*args.overrides, *(text for text in args.only if "=" in text)]
     study = read_study(args.study)
     variants = select_variants(study, [text for text in args.only if "=" not in text])
+    deltas = read_deltas(args.results, study) if args.results else None
     trainers = build_trainers(study, variants, overrides)
     first = next(iter(trainers.values()))
     cuda = first.device.type == "cuda"
@@ -191,7 +216,7 @@ def main() -> None:
     training = measure_training(trainers, steps)
     inference = measure_inference(trainers, steps)
     rows = {name: {**inference[name], **training[name]} for name in trainers}
-    print_table(variants, rows)
+    print_table(variants, rows, deltas)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n", "utf-8")
 

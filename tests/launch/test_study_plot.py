@@ -39,6 +39,10 @@ def test_intervals_are_those_of_changes_by_seed(tmp_path, monkeypatch):
         assert interval[1:] == pytest.approx(tuple(test.confidence_interval()))
     two_pairs = rows["MTPSL's consistency"]
     assert all(math.isnan(interval.low) and not math.isnan(interval.mean) for interval in two_pairs)
+    assert "without a line: fewer than 3 pairs" in drawn[0][4]
+    plot_study(RESULTS, tmp_path / "a.png", only=["on"])
+    assert drawn[2][3] == {"on": rows["on"]}
+    assert "without a line" not in drawn[2][4]
 
 
 def test_both_figures_are_drawn_on_their_backgrounds(tmp_path):
@@ -55,4 +59,6 @@ def test_both_figures_are_drawn_on_their_backgrounds(tmp_path):
 def test_a_reference_without_comparisons_is_refused(name, message, tmp_path):
     with pytest.raises(UserError, match=f"--reference {name}: .*{message}"):
         plot_study(RESULTS, tmp_path / "a.png", name)
+    with pytest.raises(UserError, match=f"--only {name}: .* has no such variant that is compared with on"):
+        plot_study(RESULTS, tmp_path / "a.png", "on", [name])
     assert not list(tmp_path.iterdir())
