@@ -65,6 +65,7 @@ def build_training_run(
         pretrained: whether the backbone takes its pretrained weights, as a fresh run does.
         start_step: the step to continue from.
     """
+    _find_regularizer_class(config, tasks)  # refuses too few tasks before their labels are looked for
     limit = config.data.eval_batch_size if config.trainer.dry_run else None
     train_dataset = build_dataset(config, "train", tasks)
     val_dataset = build_dataset(config, "val", tasks, limit=limit)
@@ -254,25 +255,16 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
     Raises:
         UserError: another regulariser needs more tasks, or a value is refused; it names the keys.
     """
-    settings = config.regularizer
-    if settings._target_ is None:
+    if (regularizer_class := _find_regularizer_class(config, tasks)) is None:
         return None
-    regularizer_class = locate(settings._target_, "regularizer", Regularizer)
-    if len(tasks) < regularizer_class.min_tasks:
-        if tasks and not issubclass(regularizer_class, CrossTaskRegularizer):
-            raise UserError(
-                f"regularizer={regularizer_class.method_name()} needs {regularizer_class.min_tasks} tasks or more, but "
-                f"tasks.names=[{','.join(tasks)}] has {len(tasks)}; set regularizer=none or name more tasks"
-            )
-        return None
-    options = plain(settings.options)
+    options = plain(config.regularizer.options)
     options.setdefault("feature", "final")
     if issubclass(regularizer_class, TaskSaliency):
         _check_saliency(config, model)
     if options["feature"] not in model.feature_channels:
         raise UserError(
-            f"regularizer.options.feature={options['feature']} is not a feature of this decoder; "
-            f"choose one of {', '.join(model.feature_channels)}"
+            f"regularizer={regularizer_class.method_name()} reads the feature {options['feature']} of a decoder, which "
+            f"this one lacks; set regularizer.options.feature to one of {', '.join(model.feature_channels)}"
         )
     if "thresholds" in options:
         options["thresholds"] = {name: tuple(pair) for name, pair in (options["thresholds"] or {}).items() if pair}
@@ -288,6 +280,25 @@ def build_regularizer(config: DictConfig, tasks: Mapping[str, Task], model: Dens
         method = f"regularizer={regularizer_class.method_name()}"  # that always has a teacher
         _check_teacher(config, "regularizer.options.teacher=true" if options.get("teacher") else method)
     return regularizer
+
+
+def _find_regularizer_class(config: DictConfig, tasks: Collection[str]) -> type[Regularizer] | None:
+    """Return the class of the regulariser; None where the config has none, or a contrast has a single task.
+
+    Raises:
+        UserError: another regulariser needs more tasks.
+    """
+    if config.regularizer._target_ is None:
+        return None
+    regularizer_class = locate(config.regularizer._target_, "regularizer", Regularizer)
+    if len(tasks) >= regularizer_class.min_tasks:
+        return regularizer_class
+    if tasks and not issubclass(regularizer_class, CrossTaskRegularizer):
+        raise UserError(
+            f"regularizer={regularizer_class.method_name()} needs {regularizer_class.min_tasks} tasks or more, but "
+            f"tasks.names=[{','.join(tasks)}] has {len(tasks)}; set regularizer=none or name more tasks"
+        )
+    return None
 
 
 def prepare_distillation(config: DictConfig, regularizer: Distillation, device: torch.device, is_fresh: bool) -> None:

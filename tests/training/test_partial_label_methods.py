@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from mtcl.cli.train import find_unused_settings, log_setup
 from mtcl.config.build_data import build_tasks
-from mtcl.config.build_training import build_regularizer, build_training_run
+from mtcl.config.build_training import build_training_run
 from mtcl.data import Batch
 from mtcl.errors import UserError
 from mtcl.evaluation.model_input import prepare_input
@@ -151,10 +151,11 @@ def test_every_method_overfits_a_batch(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["mtpsl", "jtr", "rep_mtl", "label_discovery"])
-def test_methods_of_several_tasks_refuse_one(method):
+def test_methods_of_several_tasks_refuse_one(method, tmp_path):
+    """... before the labels that each image keeps are chosen, which one task alone can't be."""
     config = composed(*COMMON, f"regularizer={method}", "tasks.names=[depth]", *HEADS)
     with pytest.raises(UserError, match=rf"regularizer={method} needs 2 tasks .*\[depth\] has 1; set regularizer=none"):
-        build_regularizer(config, build_tasks(config), None)
+        build_training_run(config, build_tasks(config), tmp_path, torch.device("cpu"))
 
 
 def test_pseudo_labels_train_a_single_task(tmp_path, caplog):
