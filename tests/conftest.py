@@ -1,6 +1,7 @@
 """Shared by the tests: composing configs, running the entry points in this process, tiny runs."""
 
 import logging
+import os
 import runpy
 import signal
 import sys
@@ -16,6 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a 
 
 keep_parsed_configs()
 torch.set_num_threads(1)  # at these sizes more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that tests start
 
 
 @pytest.fixture

@@ -47,7 +47,6 @@ VIT += ["regularizer.lr=1e-4"]
 
 ENVIRONMENT = {
     **os.environ,
-    "OMP_NUM_THREADS": "1",
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "PYTHONFAULTHANDLER": "1",  # a process that aborts prints where it was
 }

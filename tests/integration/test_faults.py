@@ -221,13 +221,8 @@ def command(folder: Path, *overrides: str) -> list[str]:
     return [sys.executable, str(ROOT / "train.py"), *OVERRIDES, f"hydra.run.dir={folder}", *overrides]
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the driver: sums of two threads round otherwise
-
-
 def run(folder: Path, *overrides: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(folder, *overrides), cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True, timeout=600
-    )
+    return subprocess.run(command(folder, *overrides), cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess, *fragments: str) -> None:
@@ -262,7 +257,7 @@ def test_a_folder_removed_in_mid_run_is_made_anew(uncut_run, tmp_path):
     folder = tmp_path / "run"
     arguments = command(folder, "trainer.checkpoint_interval=2")
     pipe = subprocess.PIPE
-    with subprocess.Popen(arguments, cwd=ROOT, env=ONE_THREAD, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
         while not (folder / "checkpoints" / "previous.pt").exists() and process.poll() is None:
             pass
         shutil.rmtree(folder, ignore_errors=True)

@@ -8,6 +8,7 @@ losses must be close; training magnifies rounding to some percent in twenty step
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -47,17 +48,18 @@ def machine() -> dict[str, str]:
     }
 
 
-def train(decoder: str, folder: Path) -> list[dict[str, float]]:
-    """Train 20 steps in a process of its own and return the losses of each step."""
+def list_overrides(decoder: str, folder: Path) -> list[str]:
+    """Return the overrides of a training of 20 steps."""
     backbone = BACKBONES[decoder]
-    command = [sys.executable, "train.py", "debug=tiny", "trainer.device=cpu", "data.size=[64,64]"]
-    command += [f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone), "trainer.max_steps=20"]
-    command += ["regularizer=contrastive", "trainer.validate_first=false", "trainer.val_interval=null"]
-    command += ["evaluation.score_boundaries=false"]
-    command += ["trainer.checkpoint_interval=null", f"hydra.run.dir={folder}"]
-    code = "import sys, runpy, torch; torch.set_num_threads(1); sys.argv = sys.argv[1:]; "
-    code += "runpy.run_path('train.py', run_name='__main__')"
-    subprocess.run([sys.executable, "-c", code, *command[1:]], cwd=ROOT, check=True, capture_output=True)
+    overrides = ["debug=tiny", "trainer.device=cpu", "data.size=[64,64]"]
+    overrides += [f"backbone={backbone}", f"decoder={decoder}", *shrunk(decoder, backbone), "trainer.max_steps=20"]
+    overrides += ["regularizer=contrastive", "trainer.validate_first=false", "trainer.val_interval=null"]
+    overrides += ["evaluation.score_boundaries=false"]
+    return [*overrides, "trainer.checkpoint_interval=null", f"hydra.run.dir={folder}"]
+
+
+def read_losses(folder: Path) -> list[dict[str, float]]:
+    """Return the losses of each step of a run."""
     records = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     keys = ("step", "total", "semseg", "human_parts", "sal", "depth", "normals", "edge", "regularizer")
     return [
@@ -74,9 +76,11 @@ def fill_missing(losses: list[dict[str, float | None]]) -> list[dict[str, float]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder", BACKBONES)
-def test_losses_of_twenty_steps(decoder, tmp_path):
+def test_losses_of_twenty_steps(decoder, tmp_path, cli):
     golden = json.loads(GOLDEN.read_text())
-    losses = train(decoder, tmp_path / "run")
+    result = cli("train.py", *list_overrides(decoder, tmp_path))
+    assert result.code == 0, result.err
+    losses = read_losses(tmp_path)
     assert len(losses) == 20
     if golden["machine"] == machine():
         assert losses == golden["losses"][decoder]
@@ -87,5 +91,10 @@ def test_losses_of_twenty_steps(decoder, tmp_path):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        losses = {decoder: train(decoder, Path(folder) / decoder) for decoder in BACKBONES}
+        losses = {}
+        for decoder in BACKBONES:
+            command = [sys.executable, "train.py", *list_overrides(decoder, Path(folder) / decoder)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+            losses[decoder] = read_losses(Path(folder) / decoder)
     GOLDEN.write_text(json.dumps({"machine": machine(), "losses": losses}, indent=1) + "\n")

@@ -44,7 +44,7 @@ def test_a_command_that_fails_is_refused_and_its_first_line_is_timed(tmp_path, c
 def test_the_first_hour_in_an_empty_folder(tmp_path):
     pytest.importorskip("gradio")
     command = [sys.executable, str(SCRIPT), "--tiny", "--folder", str(tmp_path / "hour"), "--first-line", "60"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-2000:]}"
     assert result.stdout.count("\n$ mtcl ") == 7

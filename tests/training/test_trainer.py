@@ -419,7 +419,7 @@ def test_signals_to_data_workers(target, code, tmp_path):
     """A worker that is killed ends the run in one sentence; a SIGTERM to all processes is the main one's to obey."""
     script = tmp_path / "run.py"
     script.write_text(DRIVER)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     process = subprocess.run(
         [sys.executable, str(script), target, str(tmp_path / "run")],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False, start_new_session=True,

@@ -128,7 +128,7 @@ def served(tmp_path_factory):
     (folder / "tmp").mkdir()
     port = free_port()
     arguments = [str(folder / "a.pt"), f"--compare={folder / 'b.pt'}", f"--port={port}", "--device=cpu", "--max-mb=1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp")}
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts/demo.py"), *arguments], env=environment, stdout=log, stderr=log
