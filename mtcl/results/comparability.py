@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mtcl.config.schema import role_of
+from mtcl.config.schema import LEGACY_VALUES, role_of
 from mtcl.errors import UserError
 from mtcl.results.columns import NOT_FINITE, Column
 from mtcl.results.rows import Row
@@ -39,9 +39,10 @@ def check_same_data(runs: Sequence[Run]) -> list[str]:
 def check_same_scoring(runs: Sequence[Run]) -> list[str]:
     """Return a note if two runs were evaluated with different settings."""
     settings = [
-        {k: v for k, v in run.config.items() if k.startswith("evaluation.") and role_of(k) == "result"} for run in runs
+        {k: v for k, v in config.items() if k.startswith("evaluation.") and role_of(k) == "result"}
+        for config in (LEGACY_VALUES | run.config for run in runs if run.config)
     ]
-    keys = differing_keys([one for one in settings if one] or [{}])
+    keys = differing_keys(settings or [{}])
     if not keys:
         return []
     return [f"warning: the runs {DIFFERENT_SCORING} ({', '.join(keys)}): their numbers do not compare."]

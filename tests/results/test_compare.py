@@ -14,8 +14,9 @@ from helpers.run_folders import ON, VALUES, write_run
 
 from mtcl import UserError
 from mtcl.config.schema import RULES, role_of
+from mtcl.results.comparability import check_same_scoring
 from mtcl.results.compare import compare, compares_on_off
-from mtcl.results.runs import natural_key, read_run
+from mtcl.results.runs import Run, natural_key, read_run
 from mtcl.results.tables import FORMATS, render
 
 # Made-up runs
@@ -665,3 +666,10 @@ def test_the_command_fails_with_one_sentence_and_warns_beside_csv(cli, arms, tmp
     assert result.out.startswith("run,seeds")
     assert result.err.startswith("warning: ")
     assert result.err.endswith("\n")
+
+
+def test_a_run_older_than_a_protocol_was_scored_by_the_standard_one():
+    key = "evaluation.options.semseg.protocol"
+    old, standard, mtan = (Run(Path(), {}, {}, config) for config in ({"seed": 0}, {key: "standard"}, {key: "mtan"}))
+    assert check_same_scoring([old, standard]) == []
+    assert key in check_same_scoring([old, mtan])[0]
