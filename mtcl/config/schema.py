@@ -441,8 +441,6 @@ PATH_KEYS = tuple(key for key, rule in RULES.items() if rule.is_path)
 
 # Keys younger than some run folders, and what those runs did: with and without the key they are one row of a table.
 LEGACY_VALUES: dict[str, Any] = {
-    "evaluation.options.semseg.protocol": "standard",
-    "evaluation.options.normals.protocol": "standard",
     "optimizer.betas": [0.9, 0.999],
     "optimizer.eps": 1e-8,
     "optimizer.nesterov": False,

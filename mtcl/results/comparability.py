@@ -40,7 +40,7 @@ def check_same_scoring(runs: Sequence[Run]) -> list[str]:
     """Return a note if two runs were evaluated with different settings."""
     settings = [
         {k: v for k, v in config.items() if k.startswith("evaluation.") and role_of(k) == "result"}
-        for config in (LEGACY_VALUES | run.config for run in runs if run.config)
+        for config in ({**LEGACY_VALUES, **run.config} for run in runs if run.config)
     ]
     keys = differing_keys(settings or [{}])
     if not keys:
