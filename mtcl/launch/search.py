@@ -165,6 +165,9 @@ class Storage:
                 pruner=median if search.pruning else optuna.pruners.NopPruner(),
             )
             self.check_same({"objective": search.objective, "seed": search.seed, "overrides": list(overrides)})
+            if not self.study.trials:
+                for values in search.first:
+                    self.study.enqueue_trial(dict(values))
 
     def check_same(self, definition: dict[str, Any]) -> None:
         """Raise ``UserError`` where the folder has another search."""
@@ -217,7 +220,8 @@ class Storage:
             self.requeue_abandoned()
             trials = self.study.trials
             count = len({self.folder(trial) for trial in trials} - {None})
-            if count >= num_trials and not any(trial.state == waiting for trial in trials):
+            interrupted = any(trial.state == waiting and self.folder(trial) for trial in trials)
+            if count >= num_trials and not interrupted:
                 return None
             seed = int(np.random.SeedSequence([self.search.seed, count]).generate_state(1)[0])
             self.study.sampler = self.optuna.samplers.TPESampler(seed=seed, constant_liar=True)

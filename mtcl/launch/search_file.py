@@ -12,7 +12,7 @@ from mtcl.launch.yaml_file import check_mapping, read_texts
 from mtcl.results.columns import Column, make_column
 from mtcl.tasks import TASK_NAMES
 
-KEYS = ("name", "overrides", "space", "objective", "seed", "trials", "pruning", "environment")
+KEYS = ("name", "overrides", "space", "objective", "seed", "trials", "first", "pruning", "environment")
 RANGE_KEYS = ("low", "high", "log", "int")
 PRUNING_KEYS = ("startup_trials", "warmup_steps")
 DELTA_OBJECTIVES = {"Delta_MTL": "single-task runs", "Delta_on/off": "a run with the regulariser off"}
@@ -38,6 +38,21 @@ class Range:
             return f"{self.key}={trial.suggest_int(self.key, int(self.low), int(self.high), log=self.log)}"
         return f"{self.key}={trial.suggest_float(self.key, self.low, self.high, log=self.log):.{SIGNIFICANT_DIGITS}g}"
 
+    def parse(self, text: Any) -> float | int | str:
+        """Return the value that a text stands for; ``ValueError`` says what the range holds where it is outside."""
+        allowed = " or ".join(self.choices) if self.choices else f"from {self.low:g} to {self.high:g}"
+        if self.choices:
+            if text in self.choices:
+                return str(text)
+            raise ValueError(f"must be {allowed}")
+        try:
+            value = float(text)
+        except (TypeError, ValueError):
+            value = math.nan
+        if not self.low <= value <= self.high or (self.is_integer and value != int(value)):
+            raise ValueError(f"must be a {'whole ' * self.is_integer}number {allowed}")
+        return int(value) if self.is_integer else value
+
     def bound_overrides(self) -> tuple[str, ...]:
         """Return overrides with the lowest and the highest value, or all choices."""
         if self.choices:
@@ -49,8 +64,8 @@ class Range:
 class Search:
     """The content of a search's file.
 
-    ``pruning``: the number of trials before the first is pruned, and of steps in a trial before it may be; None: no
-    pruning.
+    ``first``: the values of the first trials, one mapping from each key of ``space`` for each of them. ``pruning``: the
+    number of trials before the first is pruned, and of steps in a trial before it may be; None: no pruning.
     """
 
     name: str
@@ -59,6 +74,7 @@ class Search:
     objective: str
     seed: int = 0
     trials: int = 20
+    first: tuple[Mapping[str, float | int | str], ...] = ()
     pruning: tuple[int, int] | None = (5, 0)
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -101,6 +117,7 @@ def read_search(path: Path) -> Search:
         objective=_objective(path, definition.get("objective"), ranges),
         seed=_integer(path, "seed", definition.get("seed", "0")),
         trials=_integer(path, "trials", definition.get("trials", "20"), least=1),
+        first=_first_trials(path, definition.get("first", []), ranges),
         pruning=startup,
         environment={
             key: _text(path, f"environment.{key}", value)
@@ -147,6 +164,25 @@ def _range(path: Path, key: str, bounds: Any) -> Range:
     if ends[0] >= ends[1] or (flags["log"] and ends[0] <= 0):
         raise UserError(f"{path}: {where}: low must be below high{', and above 0 with log' if flags['log'] else ''}.")
     return Range(key, ends[0], ends[1], flags["log"], flags["int"])
+
+
+def _first_trials(path: Path, content: Any, space: Sequence[Range]) -> tuple[Mapping[str, float | int | str], ...]:
+    if not isinstance(content, list):
+        raise UserError(f"{path}: first must be a list of mappings from the keys of space to values.")
+    trials = []
+    for number, fields in enumerate(content, 1):
+        where = f"first, entry {number}"
+        given = check_mapping(path, where, fields, [searched.key for searched in space])
+        values = {}
+        for searched in space:
+            if searched.key not in given:
+                raise UserError(f"{path}: {where} has no value of {searched.key}.")
+            try:
+                values[searched.key] = searched.parse(given[searched.key])
+            except ValueError as error:
+                raise UserError(f"{path}: {where}: {searched.key} {error}, as in space.") from None
+        trials.append(values)
+    return tuple(trials)
 
 
 def _objective(path: Path, value: Any, space: Sequence[Range]) -> str:

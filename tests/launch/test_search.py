@@ -149,6 +149,14 @@ MISTAKES = {
     "no objective": ("objective: depth/rmse", "", ["objective", "None"]),
     "trials": ("trials: 6", "trials: 0", ["trials", ">= 1"]),
     "pruning": ("seed: 3", "pruning: {after: 3}", ["pruning", "after", "startup_trials"]),
+    "first trials that are no list": ("seed: 3", "first: {a: 1}", ["first", "list"]),
+    "a first trial of an unknown key": ("seed: 3", "first: [{optimizer.lr: 1}]", ["first, entry 1", "optimizer.lr"]),
+    "a first trial of one key": ("seed: 3", "first: [{regularizer.weight: 1}]", ["no value of", "options.margin"]),
+    "a first trial outside the range": (
+        "seed: 3",
+        "first: [{regularizer.weight: 11, regularizer.options.margin: 0}]",
+        ["first, entry 1: regularizer.weight must be a number from 0.001 to 10"],
+    ),
     "no YAML": ("space:", "space: [", ["not a readable YAML"]),
 }
 
@@ -182,6 +190,47 @@ def test_every_search_in_the_repository_is_one_that_train_py_takes(path):
 
 
 # Its runs
+
+
+def test_the_first_trials_have_the_values_that_the_file_gives(file, tmp_path):
+    first = "first:\n" + "".join(
+        f"  - {{regularizer.weight: {weight}, regularizer.options.margin: {margin}}}\n"
+        for weight, margin in ((0.3, "b"), (1, "a"))
+    )
+    file.write_text(FILE.replace("{low: 0, high: 0.1}", "[a, b]").replace("seed: 3", f"{first}seed: 3"))
+    for _ in range(2):  # the same command goes on: given once
+        storage = Storage(read_search(file), [], tmp_path)
+    proposed = []
+    for _ in range(4):
+        proposed.append(storage.propose(3, tmp_path / "searcher"))
+        if proposed[-1] is not None:
+            storage.study.tell(proposed[-1][0], 1.0)
+    assert [overrides for _, overrides in proposed[:2]] == [
+        ["regularizer.weight=0.3", "regularizer.options.margin=b"],
+        ["regularizer.weight=1", "regularizer.options.margin=a"],
+    ]
+    assert proposed[2] is not None
+    assert proposed[3] is None
+    assert [trial.user_attrs["folder"] for trial, _ in proposed[:3]] == ["trial_0000", "trial_0001", "trial_0002"]
+
+
+@pytest.mark.parametrize(
+    ("searched", "text", "value"),
+    [
+        (Range("a", 0, 1), "0.5", 0.5),
+        (Range("a", 1, 5, is_integer=True), "4", 4),
+        (Range("a", choices=("x", "1")), "1", "1"),
+        (Range("a", 0, 1), "nan", "must be a number from 0 to 1"),
+        (Range("a", 1, 5, is_integer=True), "2.5", "must be a whole number from 1 to 5"),
+        (Range("a", choices=("x", "1")), "2", "must be x or 1"),
+    ],
+)
+def test_a_given_value_must_be_in_the_range(searched, text, value):
+    if isinstance(value, str) and value.startswith("must"):
+        with pytest.raises(ValueError, match=value):
+            searched.parse(text)
+    else:
+        assert searched.parse(text) == value
 
 
 def test_a_search_finds_the_best_and_says_how_to_repeat_it(run, file, tmp_path, monkeypatch):
