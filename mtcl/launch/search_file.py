@@ -172,13 +172,13 @@ def _first_trials(path: Path, content: Any, space: Sequence[Range]) -> tuple[Map
     trials = []
     for number, fields in enumerate(content, 1):
         where = f"first, entry {number}"
-        given = check_mapping(path, where, fields, [searched.key for searched in space])
+        texts = check_mapping(path, where, fields, [searched.key for searched in space])
         values = {}
         for searched in space:
-            if searched.key not in given:
+            if searched.key not in texts:
                 raise UserError(f"{path}: {where} has no value of {searched.key}.")
             try:
-                values[searched.key] = searched.parse(given[searched.key])
+                values[searched.key] = searched.parse(texts[searched.key])
             except ValueError as error:
                 raise UserError(f"{path}: {where}: {searched.key} {error}, as in space.") from None
         trials.append(values)

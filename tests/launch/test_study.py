@@ -194,7 +194,11 @@ def test_a_file_that_is_not_there_or_has_no_arms(tmp_path):
         read_study(tmp_path / "empty.yaml")
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+@pytest.mark.parametrize(  # explorations have up to forty variants
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if "_tune" in path.stem else ()) for path in STUDIES],
+    ids=lambda path: path.stem,
+)
 def test_every_study_in_the_repository_is_one_that_train_py_takes(path):
     study = read_study(path)
     assert study.name == path.stem
