@@ -24,13 +24,13 @@ train: install ## train the built-in example (procedural rooms, all six tasks)
 	$(BIN)/python train.py experiment=rooms $(ARGS)
 
 test: install ## run the tests, in about six minutes on two cores
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: install ## run the tests that start whole runs, in about half an hour
-	$(BIN)/python -m pytest -n auto --dist worksteal -m slow
+	$(BIN)/python -m pytest -n auto -m slow
 
 coverage: install ## run the tests of "make test", print which lines of mtcl they miss; CI runs this
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" --cov --cov-report=term
+	$(BIN)/python -m pytest -n auto -m "not slow" --cov --cov-report=term
 
 check: install ## check format, lint, types, imports and generated tables
 	$(BIN)/ruff format --check .

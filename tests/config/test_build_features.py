@@ -1,5 +1,6 @@
 """Training on cached features of a frozen backbone equals training without the cache, and never uses wrong ones."""
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -162,6 +163,14 @@ def test_an_image_that_has_changed_is_computed_again(tmp_path) -> None:
     assert all(path.read_bytes() != content for path, content in entries.items())
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    """The folder of a cache that is filled once for the tests below."""
+    cache = tmp_path_factory.mktemp("filled")
+    fill(build(*RESNET, f"data.feature_cache={cache}"))
+    return cache
+
+
 @pytest.mark.parametrize(
     ("override", "difference"),
     [
@@ -174,9 +183,11 @@ def test_an_image_that_has_changed_is_computed_again(tmp_path) -> None:
         ("data.label_assignment=one", "labels"),
     ],
 )
-def test_a_cache_of_other_settings_is_not_used_and_the_log_says_so(override, difference, tmp_path, caplog) -> None:
+def test_a_cache_of_other_settings_is_not_used_and_the_log_says_so(
+    override, difference, filled, tmp_path, caplog
+) -> None:
+    shutil.copytree(filled, tmp_path, dirs_exist_ok=True)
     cache = f"data.feature_cache={tmp_path}"
-    fill(build(*RESNET, cache))
     (folder,) = tmp_path.glob("resnet18-train-*")
     with caplog.at_level("INFO"):
         fill(build(*RESNET, cache, override))

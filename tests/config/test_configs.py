@@ -346,6 +346,7 @@ OWN_REGULARIZERS = {
 }
 
 
+@pytest.mark.slow
 def test_experiments_have_the_regularizer_of_their_method():
     """None has another but those of SAK, of task tokens, and of the shipped model, which was trained with contrast."""
     targets = {name: composed(f"experiment={name}").regularizer._target_ for name in EXPERIMENTS}

@@ -124,7 +124,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+QUICK_OPTIONS = ("diagnostics", "mtpsl", "fp16")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK_OPTIONS else pytest.mark.slow) for name in OPTIONS]
+)
 def test_a_step_of_each_option(name, tmp_path):
     """Take one step, and with diagnostics another: what balancing does later is tested by itself (test_parts)."""
     with fake_cuda() as device:
@@ -140,6 +145,7 @@ def fake_built(device: Device, build, *arguments, **options):
     return device.fake_module(partial(build, **options), *arguments)
 
 
+@pytest.mark.slow
 def test_a_step_of_distillation(tmp_path):
     """Its teachers see renormalised images; one of them is resized, the other has aligners."""
     overrides = ["decoder=sak", *STUDENT, "regularizer=distillation", "backbone.mean=[0.4,0.5,0.6]"]

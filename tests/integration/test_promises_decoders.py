@@ -193,9 +193,13 @@ PAIRS = [
     for backbone in FAMILIES
     if backbone != "vit_small_dinov3" or decoder in ("multi_head", *PLAIN_VIT)
 ]
+QUICK_FAMILIES = ("hrnet_w18_small", "vit_small")  # of several strides, and of one
 
 
-@pytest.mark.parametrize(("decoder", "backbone"), PAIRS)
+@pytest.mark.parametrize(
+    ("decoder", "backbone"),
+    [pytest.param(*pair, marks=() if pair[1] in QUICK_FAMILIES else pytest.mark.slow) for pair in PAIRS],
+)
 def test_every_parameter_learns_on_every_backbone(decoder, backbone):
     """Or is left out of the training: DDP would wait for its gradient."""
     overrides = shrunk(decoder, backbone)
