@@ -12,16 +12,16 @@ import pytest
 from mtcl import UserError
 from mtcl.run_lock import find_holder, is_locked, lock_run
 
-# Locks FOLDER, forks a process that lives on, and waits.
+# Locks FOLDER, forks a process that lives on, and waits. The forked one reports, so that it has closed what it inherited.
 HOLD = """
 import os, sys, time
 from pathlib import Path
 from mtcl.run_lock import lock_run
 lock = lock_run(Path(sys.argv[1]))
 if os.fork() == 0:
+    print("held", flush=True)
     time.sleep(60)
     os._exit(0)
-print("held", flush=True)
 time.sleep(60)
 """
 LINUX = Path("/proc/locks").exists()
