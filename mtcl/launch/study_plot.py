@@ -20,7 +20,9 @@ from mtcl.results.statistics import MIN_PAIRS, PairedDifference, paired_differen
 from mtcl.visualization.forest_plot import DARK, LIGHT, Interval, draw_forest
 
 
-def plot_study(results: Path, output: Path, reference: str | None = None, only: Collection[str] = ()) -> list[Path]:
+def plot_study(
+    results: Path, output: Path, reference: str | None = None, only: Collection[str] = (), title: str | None = None
+) -> list[Path]:
     """Draw the differences from one variant, with their intervals, a light and a dark figure.
 
     Args:
@@ -28,6 +30,7 @@ def plot_study(results: Path, output: Path, reference: str | None = None, only: 
         output: of the light PNG; the dark one's name ends with ``_dark.png``.
         reference: the variant to compare with. None: the one that most variants of the study are compared with.
         only: the variants to draw. Empty: all that are compared with ``reference``.
+        title: of the figures. None: the names of the study and of the reference.
 
     Returns:
         The paths of the two figures.
@@ -56,10 +59,10 @@ def plot_study(results: Path, output: Path, reference: str | None = None, only: 
     without_line = f"; without a line: fewer than {MIN_PAIRS} pairs" if min(pairs) < MIN_PAIRS else ""
     notes = (
         "Change in percent of the reference, mean and 95 % interval of Student's t over "
-        f"{count} pairs of equal seeds{without_line}. Filled, blue for better and "
+        f"{count} pairs of equal seeds{without_line}, not corrected for the number of intervals. Filled, blue for better and "
         "orange for worse: the interval excludes 0. Delta is the mean of the tasks. Each plot has its scale."
     )
-    title = f"{study.name}: change against {labels[name]}"
+    title = title or f"{study.name}: change against {labels[name]}"
     headings = ["Delta", *(f"{column.task} {column.metric}" for column in columns)]
     paths = [output, output.with_name(f"{output.stem}_dark{output.suffix}")]
     for path, palette in zip(paths, (LIGHT, DARK)):

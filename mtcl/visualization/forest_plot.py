@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mtcl.atomic import write_atomically
 
 DPI = 150
-LABEL_WIDTH = 34  # characters of a line of a variant's label
+LABEL_WIDTH = 28  # characters of a line of a variant's label
 SHORTER_SIDE = 0.25  # length of the axis on one side of 0, at least, as a part of that on the other
 
 
@@ -62,13 +62,13 @@ def draw_forest(
     """
     labels = [textwrap.fill(label, LABEL_WIDTH) for label in rows]
     height = sum(0.22 + 0.17 * (label.count("\n") + 1) for label in labels)
-    figure = Figure(figsize=(2.1 * len(headings) + 3, height + 1.9), facecolor=palette.background)
-    figure.suptitle(textwrap.fill(title, 100), fontsize=12, color=palette.text)
+    figure = Figure(figsize=(1.55 * len(headings) + 2.6, height + 1.9), facecolor=palette.background)
+    figure.suptitle(textwrap.fill(title, int(figure.get_figwidth() * 9)), fontsize=12, color=palette.text)
     axes = figure.subplots(1, len(headings), sharey=True, squeeze=False)[0]
     for index, (plot, heading) in enumerate(zip(axes, headings)):
         draw_column(plot, [row[index] for row in rows.values()], palette)
         plot.set_title(heading, fontsize=11, color=palette.text, fontweight="bold" if index == 0 else "normal")
-        plot.set_xlabel("% (right is better)", fontsize=9, color=palette.text)
+        plot.set_xlabel("% (right: better)", fontsize=9, color=palette.text)
     axes[0].set_yticks(range(len(labels)), labels, fontsize=10, color=palette.text)
     axes[0].set_ylim(len(labels) - 0.5, -0.5)
     text = textwrap.fill(notes, int(figure.get_figwidth() * 13))
@@ -99,7 +99,7 @@ def draw_column(plot: Axes, intervals: Sequence[Interval | None], palette: Palet
         lowest, highest = min(lowest, low), max(highest, high)
     shorter = SHORTER_SIDE * max(-lowest, highest)
     plot.set_xlim(1.12 * min(lowest, -shorter), 1.12 * max(highest, shorter))
-    plot.locator_params(axis="x", nbins=5)
+    plot.locator_params(axis="x", nbins=4)
     plot.tick_params(axis="x", labelsize=9, colors=palette.text)
     plot.tick_params(axis="y", length=0)
     plot.spines[["top", "left", "right"]].set_visible(False)
