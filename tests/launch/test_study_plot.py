@@ -40,7 +40,8 @@ def test_intervals_are_those_of_changes_by_seed(tmp_path, monkeypatch):
     two_pairs = rows["MTPSL's consistency"]
     assert all(math.isnan(interval.low) and not math.isnan(interval.mean) for interval in two_pairs)
     assert "without a line: fewer than 3 pairs" in drawn[0][4]
-    plot_study(RESULTS, tmp_path / "a.png", only=["on"])
+    plot_study(RESULTS, tmp_path / "a.png", only=["on"], title="All labels")
+    assert drawn[2][1] == "All labels"
     assert drawn[2][3] == {"on": rows["on"]}
     assert "without a line" not in drawn[2][4]
 
