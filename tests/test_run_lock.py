@@ -12,7 +12,7 @@ import pytest
 from mtcl import UserError
 from mtcl.run_lock import find_holder, is_locked, lock_run
 
-# Locks FOLDER, forks a process that lives on, and waits. The forked one reports, so that it has closed what it inherited.
+# Locks FOLDER, forks a process that lives on, and waits. The forked one reports: it has closed what it inherited.
 HOLD = """
 import os, sys, time
 from pathlib import Path

@@ -101,7 +101,7 @@ def test_regularizers_of_the_shared_map_are_built(regularizer):
     assert build_regularizer(config, tasks, build_model(config, tasks, pretrained=False)) is not None
 
 
-@pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])
+@pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared])
 def test_promises(check):
     check(make)
 

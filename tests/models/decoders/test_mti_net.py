@@ -95,7 +95,7 @@ def test_a_pyramid_makes_all_scales_of_one_width():
     assert checks.build_decoder(make).feature_channels["final"] == dict.fromkeys(TASKS, sum(CHANNELS))
 
 
-@pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])
+@pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared])
 def test_promises(check):
     check(make)
 

@@ -78,7 +78,7 @@ def test_initial_predictions_are_of_the_maps_before_the_distillation():
         assert torch.equal(output_after.features["final"][t], decoder.heads[t](output_after.features["initial"][t]))
 
 
-@pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared, checks.check_overfits])
+@pytest.mark.parametrize("check", [checks.check_predict, checks.check_bf16, checks.check_shared])
 def test_promises(check):
     check(make)
 

@@ -314,11 +314,6 @@ def test_training_compiles():
     torch._dynamo.reset()
 
 
-@pytest.mark.slow
-def test_it_overfits_a_batch():
-    checks.check_overfits(lambda *sizes: make_labelled(*sizes, width=16))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

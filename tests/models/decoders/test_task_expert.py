@@ -163,10 +163,6 @@ def test_contract(check):
     check(make)
 
 
-def test_it_overfits_a_batch():
-    checks.check_overfits(lambda *sizes: make(*sizes, width=16, gate_width=16, head_width=16))
-
-
 def test_the_head_is_where_gradients_are_compared():
     decoder = checks.build_decoder(make)
     assert decoder.head_weight("depth") is decoder.heads["depth"][0].weight

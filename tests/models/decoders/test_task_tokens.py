@@ -180,10 +180,6 @@ def test_contract(check):
     check(lambda *sizes: make(*sizes, width=8, trunk_width=12, head_width=16, kinds=KINDS))
 
 
-def test_it_overfits_a_batch():
-    checks.check_overfits(lambda *sizes: make(*sizes, width=16, trunk_width=16, head_width=16))
-
-
 def test_its_own_layers_begin_after_the_tokens():
     decoder = checks.build_decoder(make)
     assert decoder.head_weight("depth") is decoder.levels[0].layers["depth"][0].weight
