@@ -59,8 +59,8 @@ def plot_study(
     without_line = f"; without a line: fewer than {MIN_PAIRS} pairs" if min(pairs) < MIN_PAIRS else ""
     notes = (
         "Change in percent of the reference, mean and 95 % interval of Student's t over "
-        f"{count} pairs of equal seeds{without_line}, not corrected for the number of intervals. Filled, blue for better and "
-        "orange for worse: the interval excludes 0. Delta is the mean of the tasks. Each plot has its scale."
+        f"{count} pairs of equal seeds{without_line}, not corrected for the number of intervals. Filled, blue for "
+        "better and orange for worse: the interval excludes 0. Delta is the mean of the tasks. Each plot has its scale."
     )
     title = title or f"{study.name}: change against {labels[name]}"
     headings = ["Delta", *(f"{column.task} {column.metric}" for column in columns)]
