@@ -48,6 +48,7 @@ from mtcl.training.step_profiler import StepProfiler
 from mtcl.training.train_step import TrainingStep, broadcast_buffers, no_gradient_sync
 
 log = logging.getLogger(__name__)
+MAX_IDLE_LOGS = 5  # logged steps in a row without a loss of the regulariser before there is a warning
 
 
 class Trainer:
@@ -118,6 +119,7 @@ class Trainer:
         self.scaler = self.weights.build_scaler(device) if is_fp16 else None
         self.nonfinite_guard = NonFiniteGuard(model, options.max_nonfinite_steps)
         self.reported_overflows = 0  # steps that were skipped because of the loss scale
+        self.idle_logs = 0  # logged steps in a row in which the regulariser had no loss
         self.preemption = PreemptionHandler()
         self.checkpoint_writer = CheckpointWriter(RunFolder(folder).checkpoints, checkpointing.asynchronous)
         self.unreadable: set[str] = set()  # messages, one per image that could not be read
@@ -663,6 +665,7 @@ class Trainer:
             scale = {"scale": self.scaler.get_scale(), "skipped_steps": self.nonfinite_guard.num_overflows}
             self.run_logger.log_scalars(self.step, "loss_scale", scale)
         if self.regularizer is not None:
+            self._report_idle_regularizer(numbers.get("regularizer", math.nan))
             gradients = {name: value for name, value in numbers.items() if name.startswith("gradient/")}
             self.run_logger.log_scalars(self.step, "regularizer", {**self.regularizer.summary(), **gradients})
         if summary := self.balancer.summary():
@@ -674,6 +677,17 @@ class Trainer:
         self.run_logger.log_curves(self.step, "system", {**speed, "peak_memory_gib": self.peak_memory()})
         losses = {"loss": losses.pop("loss", math.nan), **losses}
         bar.set_postfix_str(" ".join(f"{name} {value:.3f}" for name, value in losses.items() if not math.isnan(value)))
+
+    def _report_idle_regularizer(self, loss: float) -> None:
+        """Warn where the regulariser's loss was exactly 0 in several logged steps in a row while lambda is not."""
+        self.idle_logs = self.idle_logs + 1 if loss == 0 and self.lambda_(self.step) > 0 else 0
+        if self.idle_logs == MAX_IDLE_LOGS:
+            log.warning(
+                "step %d: the loss of the regulariser was 0 in the last %d logged steps, so it changes nothing: see "
+                "what it finds in the records regularizer of log.jsonl, or set regularizer=none",
+                self.step,
+                MAX_IDLE_LOGS,
+            )
 
     def _report_problems(self) -> None:
         """Log the steps that were skipped and the images that could not be read since the last call.

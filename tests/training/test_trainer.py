@@ -122,6 +122,15 @@ def test_skipped_steps_are_written_down_and_the_run_goes_on(tmp_path, monkeypatc
     assert "step 2 was skipped: the loss of normals" in caplog.text
 
 
+@pytest.mark.parametrize(("overrides", "count"), [([], 1), (["data.size=[32,64]"], 0), (["regularizer.weight=0"], 0)])
+def test_a_regularizer_that_changes_nothing_is_told(overrides, count, tmp_path, caplog):
+    """Patches of 5x5 cells do not fit into the features of an image of 8x8 pixels."""
+    boundary = ["regularizer=contrastive", "regularizer.options.criterion=boundary", "data.size=[8,8]", *overrides]
+    steps = ["trainer.max_steps=6", "trainer.log_interval=1", "trainer.validate_first=false"]
+    make_trainer(tmp_path, "tasks.names=[depth,normals]", *boundary, *steps).fit()
+    assert caplog.text.count("step 4: the loss of the regulariser was 0 in the last 5 logged steps") == count
+
+
 def test_too_many_in_a_row_end_the_run_with_a_report(tmp_path, monkeypatch):
     poison(monkeypatch, range(3, 100))
     overrides = [
