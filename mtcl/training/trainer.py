@@ -684,9 +684,10 @@ class Trainer:
         if self.idle_logs == MAX_IDLE_LOGS:
             log.warning(
                 "step %d: the loss of the regulariser was 0 in the last %d logged steps, so it changes nothing: see "
-                "what it finds in the records regularizer of log.jsonl, or set regularizer=none",
+                "what it finds in the records regularizer of %s, or set regularizer=none",
                 self.step,
                 MAX_IDLE_LOGS,
+                self.run_logger.log,
             )
 
     def _report_problems(self) -> None:
